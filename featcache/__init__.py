@@ -1,0 +1,3 @@
+"""featcache."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,315 @@
+"""The cache: one file with the features of a data set, and everything needed to trust them.
+
+Format version 1. The file is a container (module ``container``: user block, table, HDF5 behind it)
+of these data sets, all contiguous and of fixed width:
+
+- ``/identity`` scalar bytes: canonical JSON of what decides the features' values; its sha256 is the
+  ``fingerprint``. ``/provenance`` scalar bytes: JSON of how they were made. ``/classes`` (C,)
+  bytes. ``/task`` scalar bytes: ``multiclass`` or ``multilabel``.
+- ``/splits/<split>/features`` (N, D) or (N, V, D) float32 or float16; ``targets`` (N,) int64 with
+  -1 = unlabelled, or (N, C) float32 with NaN = unknown for ``multilabel``; ``paths`` (N,) bytes,
+  ``/``-separated, sorted; ``groups`` (N,) bytes, optional; ``image_sha256`` (N, 32) uint8;
+  ``image_bytes`` and ``mtime_ns`` (N,) int64.
+- ``/failures/{paths, splits, reasons}`` bytes, ``{targets, image_bytes, mtime_ns}`` int64.
+
+``content_sha256`` is the sha256 of the canonical JSON list of [name, dtype, shape, sha256 of the
+bytes], sorted by name, over identity, classes and every split's features, targets and paths: two
+people compare one line.
+
+Reads: caches. Module ``cache_writer`` writes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from featcache.container import Container, open_container
+from featcache.errors import CacheError
+from featcache.files import canonical_json
+
+SPLITS = ("train", "valid", "test", "all")
+TASKS = ("multiclass", "multilabel")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be read, and why. Every ``extract`` tries it again."""
+
+    path: str
+    split: str
+    target: int
+    reason: str
+    image_bytes: int
+    mtime_ns: int
+
+
+class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
+    """One split of an open cache: a map-style torch ``Dataset`` that also gives its arrays whole.
+
+    Survives pickling, fork and spawn: a copy reopens the file by name and insists that it is
+    still the same one.
+    """
+
+    def __init__(self, container: Container, name: str) -> None:
+        self.name = name
+        self._container = container
+
+    def _map(self, name: str) -> npt.NDArray[Any]:
+        return self._container.map(f"splits/{self.name}/{name}")
+
+    @cached_property
+    def features(self) -> npt.NDArray[Any]:
+        """(N, D) or (N, V, D) float32 or float16, a read-only view of the file."""
+        return self._map("features")
+
+    @cached_property
+    def targets(self) -> npt.NDArray[Any]:
+        """(N,) int64, -1 = unlabelled; (N, C) float32 for ``multilabel``, NaN = unknown."""
+        return self._map("targets")
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """N strings, ``/``-separated; bytes that are not UTF-8 are surrogate-escaped."""
+        return _decode(self._map("paths"))
+
+    @cached_property
+    def groups(self) -> list[str] | None:
+        """N strings, or None when the cache has no groups."""
+        has_groups = f"splits/{self.name}/groups" in self._container.arrays
+        return _decode(self._map("groups")) if has_groups else None
+
+    @cached_property
+    def image_sha256(self) -> npt.NDArray[np.uint8]:
+        """(N, 32) uint8, zeros where unknown."""
+        return self._map("image_sha256")
+
+    @cached_property
+    def image_bytes(self) -> npt.NDArray[np.int64]:
+        """(N,) int64, sizes of the image files."""
+        return self._map("image_bytes")
+
+    @cached_property
+    def mtime_ns(self) -> npt.NDArray[np.int64]:
+        """(N,) int64, modification times of the image files."""
+        return self._map("mtime_ns")
+
+    def read_features(self) -> npt.NDArray[Any]:
+        """Return the features as an array in memory, read at the speed of the disk."""
+        return self._container.read(f"splits/{self.name}/features")
+
+    def __len__(self) -> int:
+        return self._container.arrays[f"splits/{self.name}/features"].shape[0]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        """Return (features (D,) or (V, D) float32, target) of one row."""
+        target = self.targets[index]
+        return torch.from_numpy(self.features[index].astype(np.float32)), (
+            int(target) if target.ndim == 0 else torch.from_numpy(target.copy())
+        )
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, Any]]:
+        """Return several rows with one gather: what a torch ``DataLoader`` calls."""
+        features = torch.from_numpy(self.features[list(indices)].astype(np.float32))
+        targets = torch.from_numpy(self.targets[list(indices)])
+        return [
+            (row, int(target) if target.ndim == 0 else target)
+            for row, target in zip(features, targets, strict=True)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "container": self._container}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        container: Container = state["container"]
+        again = open_container(container.path, verify=False)
+        if again.payload_sha256 != container.payload_sha256:
+            raise CacheError(
+                "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",
+                found=f"{again.payload_sha256[:16]}...", where=container.path,
+                hint="It was replaced while in use: open it again",
+            )  # fmt: skip
+        self.__init__(again, state["name"])  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An open cache. Nothing but the user block and the small data sets has been read.
+
+    Attributes:
+        path: The file.
+        identity: What decides the features' values.
+        provenance: How they were made: versions, device, engine, precision, parity.
+        classes: Class names; a target is an index into them. Empty when unlabelled.
+        task: ``multiclass`` or ``multilabel``.
+        splits: The splits in the order train, valid, test, all.
+        failures: Images that could not be read.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
+    classes: tuple[str, ...]
+    task: str
+    splits: dict[str, CacheSplit]
+    failures: tuple[Failure, ...]
+    container: Container = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the identity, 64 hex digits."""
+        return self.container.fingerprint
+
+    @property
+    def payload_sha256(self) -> str:
+        """sha256 of every byte behind the user block."""
+        return self.container.payload_sha256
+
+    @property
+    def content_sha256(self) -> str:
+        """sha256 over identity, classes, features, targets and paths."""
+        return self.container.content_sha256
+
+    @property
+    def num_features(self) -> int:
+        """D, the number of features of a row."""
+        return int(next(iter(self.splits.values())).features.shape[-1])
+
+    def split(self, name: str) -> CacheSplit:
+        """Return a split by name.
+
+        Raises:
+            CacheError: If the cache has no such split.
+        """
+        if name not in self.splits:
+            raise CacheError(
+                "split", expected=f"one of {', '.join(self.splits)}", found=name, where=self.path,
+                hint="Name a split of this cache with --split",
+            )  # fmt: skip
+        return self.splits[name]
+
+
+def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
+    """Open a cache for reading.
+
+    Args:
+        path: The file.
+        verify: Check the whole file against its sha256 first (about 1 GB a second).
+
+    Returns:
+        The cache; its arrays are mapped and read on use.
+
+    Raises:
+        CacheError: If the file is missing, not a cache, of a newer version, cut or damaged.
+
+    Example:
+        >>> cache = open_cache("covid.h5")  # doctest: +SKIP
+        >>> cache.splits["train"].features.shape  # doctest: +SKIP
+        (198, 1280)
+    """
+    container = open_container(Path(path), verify=verify)
+    identity = _read_json(container, "identity")
+    if hashlib.sha256(canonical_json(identity).encode()).hexdigest() != container.fingerprint:
+        raise _damaged(container, "identity", "the fingerprint's", "another")
+    task = str(container.map("task").item().decode("utf-8", "replace"))
+    if task not in TASKS:
+        raise _damaged(container, "task", " or ".join(TASKS), task)
+    cache = Cache(
+        path=Path(path),
+        identity=identity,
+        provenance=_read_json(container, "provenance"),
+        classes=tuple(_decode(container.map("classes"))),
+        task=task,
+        splits={
+            s: CacheSplit(container, s)
+            for s in SPLITS
+            if f"splits/{s}/features" in container.arrays
+        },
+        failures=tuple(_read_failures(container)),
+        container=container,
+    )
+    _check_rows(cache)
+    return cache
+
+
+def _check_rows(cache: Cache) -> None:
+    """Refuse a file whose arrays do not fit each other or whose targets are no classes."""
+    container = cache.container
+    if not cache.splits:
+        raise _damaged(container, "splits", "at least one", "none")
+    if len(set(cache.classes)) != len(cache.classes):
+        raise _damaged(container, "classes", "different names", "a name twice")
+    widths = set()
+    for name, split in cache.splits.items():
+        prefix = f"splits/{name}/"
+        features = container.arrays[prefix + "features"]
+        if features.dtype.kind != "f" or len(features.shape) not in {2, 3}:
+            raise _damaged(container, prefix + "features", "(N, D) floats", features.shape)
+        widths.add(features.shape[1:])
+        multilabel = cache.task == "multilabel"
+        wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+            "targets": ("<f4", (len(cache.classes),)) if multilabel else ("<i8", ()),
+            "image_sha256": ("|u1", (32,)), "image_bytes": ("<i8", ()), "mtime_ns": ("<i8", ()),
+            "paths": ("S", ()),
+        }  # fmt: skip
+        if prefix + "groups" in container.arrays:
+            wanted["groups"] = ("S", ())
+        for key, (dtype, tail) in wanted.items():
+            entry = container.arrays.get(prefix + key)
+            if (
+                entry is None
+                or entry.shape != (len(split), *tail)
+                or (entry.dtype.kind if dtype == "S" else entry.dtype.str) != dtype
+            ):
+                found = "none" if entry is None else f"{entry.dtype.str} {entry.shape}"
+                raise _damaged(container, prefix + key, f"{dtype} {(len(split), *tail)}", found)
+        if cache.task == "multiclass" and len(split):
+            low, high = int(split.targets.min()), int(split.targets.max())
+            if low < -1 or high >= len(cache.classes):
+                wanted_range = f"targets from -1 to {len(cache.classes) - 1}"
+                raise _damaged(container, prefix + "targets", wanted_range, f"{low} to {high}")
+    if len(widths) > 1:
+        raise _damaged(container, "splits", "features of one shape", sorted(widths))
+
+
+def _damaged(container: Container, what: str, expected: object, found: object) -> CacheError:
+    return CacheError(
+        f"cache, {what}", expected=expected, found=found, where=container.path,
+        hint="The file is damaged or was not made by featcache: extract it again",
+    )  # fmt: skip
+
+
+def _read_json(container: Container, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(container.map(name).item())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(container, name, "JSON", "something else") from error
+    if not isinstance(value, dict):
+        raise _damaged(container, name, "a JSON object", type(value).__name__)
+    return value
+
+
+def _read_failures(container: Container) -> Iterator[Failure]:
+    texts = [_decode(container.map(f"failures/{k}")) for k in ("paths", "splits", "reasons")]
+    numbers = [
+        [int(n) for n in container.map(f"failures/{k}")]
+        for k in ("targets", "image_bytes", "mtime_ns")
+    ]
+    try:
+        for path, split, reason, target, size, time in zip(*texts, *numbers, strict=True):
+            yield Failure(path, split, target, reason, size, time)
+    except ValueError as error:
+        raise _damaged(container, "failures", "arrays of one length", "several") from error
+
+
+def _decode(array: npt.NDArray[Any]) -> list[str]:
+    return [value.decode("utf-8", "surrogateescape") for value in array.tolist()]

@@ -1,0 +1,92 @@
+"""The error tree. Every foreseeable failure of featcache is one of these, in one line.
+
+FeatcacheError
+├── DataError        what the user handed us: folders, CSV, zip, images
+├── BackboneError    a backbone's name, weights or output
+├── CacheError       a cache file that is not whole, not ours, or does not fit
+├── RunError         a run folder that is not whole, or does not fit
+└── ConfigError      an option, or options that contradict each other
+
+FeatcacheWarning     something the user should know that does not stop the work
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import PurePath
+
+_UNSAFE_CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
+
+
+def printable(value: object) -> str:
+    """Return ``value`` as text that is safe to print on a terminal or to write into a log.
+
+    Control characters, direction overrides and undecodable bytes become visible escapes: file
+    and class names come from strangers and may hold terminal commands.
+    """
+    text = str(value)
+    return "".join(
+        char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        if unicodedata.category(char) in _UNSAFE_CATEGORIES
+        else char
+        for char in text
+    )
+
+
+class FeatcacheError(Exception):
+    """Root of all errors featcache raises on purpose.
+
+    The message is always ``<what>: expected X, found Y (<file or key>). <what to do next>.``
+
+    Args:
+        what: The thing that is wrong, in a few words.
+        expected: What would have been right.
+        found: What is there instead.
+        where: The file, folder or key it was found in, if one can be named.
+        hint: What to do next, a sentence without its full stop.
+    """
+
+    def __init__(
+        self, what: str, *, expected: object, found: object, where: object = None, hint: str = ""
+    ) -> None:
+        self.what, self.expected, self.found = what, expected, found
+        self.where, self.hint = where, hint
+        place = "" if where is None else f" ({where})"
+        advice = f" {hint.rstrip('.')}." if hint else ""
+        super().__init__(printable(f"{what}: expected {expected}, found {found}{place}.{advice}"))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survive pickling: errors cross process borders when images decode in a child."""
+        where = str(self.where) if isinstance(self.where, PurePath) else self.where
+        details = {
+            "expected": self.expected, "found": self.found, "where": where, "hint": self.hint,
+        }  # fmt: skip
+        return (_rebuild, (type(self), self.what, details))
+
+
+def _rebuild(kind: type[FeatcacheError], what: str, details: dict[str, object]) -> FeatcacheError:
+    return kind(what, **details)  # type: ignore[arg-type]
+
+
+class DataError(FeatcacheError):
+    """The images, folders, CSV or zip handed to featcache cannot be used as they are."""
+
+
+class BackboneError(FeatcacheError):
+    """A backbone cannot be built, its weights do not fit, or it is not what it should be."""
+
+
+class CacheError(FeatcacheError):
+    """A cache file is not whole, was not made by featcache, or does not fit the request."""
+
+
+class RunError(FeatcacheError):
+    """A run folder is not whole, or does not fit the request."""
+
+
+class ConfigError(FeatcacheError):
+    """An option has no meaning, or options contradict each other."""
+
+
+class FeatcacheWarning(UserWarning):
+    """Something the user should know that does not stop the work."""

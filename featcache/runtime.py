@@ -1,0 +1,123 @@
+"""Facts of the machine and choices made once: device, seeds, exact arithmetic, clocks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from featcache.errors import ConfigError
+
+Say = Callable[[str], None]
+"""Where a stage tells people what it does: one line of text a call."""
+
+_REPORTED_PACKAGES = (
+    "featcache", "torch", "torchvision", "efficientnet_pytorch", "numpy", "h5py", "pillow",
+    "scikit-learn",
+)  # fmt: skip
+
+
+def silent(line: str) -> None:
+    """Say nothing: the default of every ``say`` argument."""
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the torch device of ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+
+    ``auto`` is CUDA, then MPS, then the CPU, whichever is there first.
+
+    Raises:
+        ConfigError: If the name is unknown or the device is not there.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise ConfigError(
+            "--device", expected="one of auto, " + ", ".join(available), found=name,
+            hint="Leave --device out to take the fastest device there is",
+        )  # fmt: skip
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def exact_fp32(*, tf32: bool = False) -> Iterator[None]:
+    """Run with IEEE fp32 arithmetic (or TF32 where asked), then restore the caller's settings.
+
+    Convolutions use TF32 by default on CUDA, so "fp32" means nothing without this.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (matmul.allow_tf32, cudnn.allow_tf32)
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def environment_facts(device: torch.device | None = None) -> dict[str, Any]:
+    """Return what a reader needs to place a result: versions, processor, device, date."""
+    versions = {}
+    for name in _REPORTED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    facts: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "num_cores": available_cores(),
+        "num_threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+    if device is not None:
+        facts["device"] = device_name(device)
+    return facts
+
+
+def available_cores() -> int:
+    """Return how many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """Return the processor's name as the system gives it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """Return ``cpu``, ``mps`` or the name of the CUDA device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class Timer:
+    """Adds up wall seconds by name: ``with timer("forward"): ...``; then ``timer.seconds``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
