@@ -241,6 +241,13 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
     return cache
 
 
+def is_content(name: str) -> bool:
+    """Whether ``content_sha256`` covers the array of this name."""
+    return name in {"identity", "classes"} or (
+        name.startswith("splits/") and name.endswith(("/features", "/targets", "/paths"))
+    )
+
+
 def _check_rows(cache: Cache) -> None:
     """Refuse a file whose arrays do not fit each other or whose targets are no classes."""
     container = cache.container

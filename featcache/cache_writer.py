@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache import SPLITS, Cache, Failure, open_cache
+from featcache.cache import SPLITS, Cache, Failure, is_content, open_cache
 from featcache.errors import DataError
 from featcache.files import canonical_json
 from featcache.hdf5 import ArraySource, write_container
@@ -57,7 +57,6 @@ def write_rows(
         "task": np.array(task.encode()),
     }
     sources = [ArraySource.of(name, array) for name, array in arrays.items()]
-    content = ["identity", "classes"]
     for name in (s for s in SPLITS if s in splits):
         rows, prefix = splits[name], f"splits/{name}/"
         sources.append(
@@ -73,7 +72,6 @@ def write_rows(
         if rows.groups is not None:
             columns["groups"] = _encode(rows.groups)
         sources += [ArraySource.of(prefix + key, array) for key, array in columns.items()]
-        content += [prefix + "features", prefix + "targets", prefix + "paths"]
     failed = sorted(failures, key=lambda f: (SPLITS.index(f.split), os_bytes(f.path)))
     texts = {"paths": "path", "splits": "split", "reasons": "reason"}
     numbers = {"targets": "target", "image_bytes": "image_bytes", "mtime_ns": "mtime_ns"}
@@ -83,6 +81,7 @@ def write_rows(
     for key, attribute in numbers.items():
         integers = np.array([getattr(f, attribute) for f in failed], dtype=np.int64)
         sources.append(ArraySource.of(f"failures/{key}", integers))
+    content = [source.name for source in sources if is_content(source.name)]
     write_container(path, sources, hashlib.sha256(identity_text).hexdigest(), content)
     return open_cache(path, verify=False)
 

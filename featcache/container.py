@@ -12,6 +12,7 @@ HDF5 files libhdf5 read 4,765 as other data without an error, hung on 8 and cras
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -27,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import CacheError
-from featcache.files import sha256_file
+from featcache.files import canonical_json, sha256_file
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
@@ -132,6 +133,16 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
     if verify:
         check_payload(container)
     return container
+
+
+def content_sha256(digests: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], str]]) -> str:
+    """Return one hash over arrays: of the list of [name, dtype, shape, sha256], sorted by name.
+
+    Args:
+        digests: Name -> dtype, shape and sha256 of the array's bytes.
+    """
+    lines = [[name, dtype.str, list(shape), sha] for name, (dtype, shape, sha) in digests.items()]
+    return hashlib.sha256(canonical_json(sorted(lines)).encode()).hexdigest()
 
 
 def check_payload(container: Container) -> None:

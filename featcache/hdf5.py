@@ -32,6 +32,7 @@ from featcache.container import (
     MIN_USER_BLOCK_BYTES,
     ArrayEntry,
     Container,
+    content_sha256,
     open_container,
 )
 from featcache.errors import CacheError
@@ -136,13 +137,11 @@ def write_container(
         with atomic_writer(path) as file:
             _reserve(file.fileno(), skeleton.length)
             hashes = _stream(file, skeleton, sources, entries, user_block_bytes)
-            digests = [
-                [s.name, s.dtype.str, list(s.shape), hashes[s.name]]
-                for s in sorted(sources, key=lambda source: source.name)
-                if s.name in set(content)
-            ]
+            covered = set(content)
             header["payload_sha256"] = hashes[""]
-            header["content_sha256"] = hashlib.sha256(canonical_json(digests).encode()).hexdigest()
+            header["content_sha256"] = content_sha256(
+                {s.name: (s.dtype, s.shape, hashes[s.name]) for s in sources if s.name in covered}
+            )
             file.seek(0)
             file.write(canonical_json(header).encode().ljust(user_block_bytes, b"\0"))
     except OSError as error:

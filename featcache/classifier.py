@@ -1,0 +1,273 @@
+"""Classify new images with a trained run, and export backbone and head as one network.
+
+Reads: runs, images or caches. Writes: exported files.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from featcache.backbone import Backbone
+from featcache.cache import open_cache
+from featcache.dataset import ImageDataset, list_images
+from featcache.engine import build_engine, eager_features, relative_errors, resolve_batch_size
+from featcache.errors import ConfigError, RunError
+from featcache.files import readable_json, write_bytes, write_csv
+from featcache.fit import predict_probs
+from featcache.pipeline import stream_features
+from featcache.recipe import Recipe, decode_probes, recipe_from_identity
+from featcache.run import Run, load_head, load_run, require_same_features
+from featcache.runtime import resolve_device
+
+_EXPORT_TOLERANCE = 1e-4  # relative, on logits: another summation order, nothing more
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of a number of images.
+
+    Attributes:
+        classes: C class names.
+        paths: N paths, in the order of ``probs``.
+        probs: (N, C) softmax probabilities.
+        failures: (path, reason) of images that could not be read.
+    """
+
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    probs: npt.NDArray[np.float64]
+    failures: tuple[tuple[str, str], ...]
+
+    @property
+    def preds(self) -> tuple[str, ...]:
+        """The class of each image: the one of the largest probability."""
+        return tuple(self.classes[i] for i in self.probs.argmax(axis=1)) if len(self.probs) else ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the predictions as JSON values."""
+        return {
+            "classes": list(self.classes),
+            "predictions": [
+                {"path": path, "pred": pred, "prob": float(row.max()), "probs": row.tolist()}
+                for path, pred, row in zip(self.paths, self.preds, self.probs, strict=True)
+            ],
+            "failures": [{"path": path, "reason": reason} for path, reason in self.failures],
+        }
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A backbone and a trained head: what a user deploys.
+
+    Attributes:
+        run: The run the head comes from.
+        recipe: Backbone and preprocessing, those of the run's cache.
+        head: Features to logits, eval mode.
+        device: Where it runs.
+        batch_size: Images a batch.
+    """
+
+    run: Run
+    recipe: Recipe
+    head: nn.Sequential
+    device: torch.device
+    batch_size: int | str = "auto"
+
+    def predict(self, images: Iterable[str | Path] | ImageDataset) -> Predictions:
+        """Classify image files and folders of images, with the decoding of the extraction.
+
+        Args:
+            images: Paths, or a scanned data set.
+
+        Raises:
+            DataError: If a path leads nowhere, or a folder holds no image.
+        """
+        dataset = images if isinstance(images, ImageDataset) else list_images(images)
+        samples, rules = dataset.samples, self.recipe.rules
+        rows = resolve_batch_size(self.batch_size, self.device)
+        engine = build_engine(
+            self.recipe.backbone, self.device, decode_probes(dataset, samples, rules),
+            batch_size=max(1, min(rows, len(samples))),
+        )  # fmt: skip
+        features = [np.empty((0, self.recipe.backbone.num_features), np.float32)]
+        paths, failures = [], []
+        for batch in stream_features(dataset, samples, engine, rules):
+            features.append(batch.features)
+            for outcome in batch.outcomes:
+                if outcome.reason is None:
+                    paths.append(outcome.sample.path)
+                else:
+                    failures.append((outcome.sample.path, outcome.reason))
+        probs = predict_probs(self.head, np.concatenate(features), self.device)
+        return Predictions(self.run.classes, tuple(paths), probs, tuple(failures))
+
+    def as_network(self) -> nn.Module:
+        """Return backbone and head as one module, (B, 3, S, S) normalized pixels to logits (B, C).
+
+        The head stands where the library's classifier was (``_fc`` of efficientnet_pytorch), or
+        behind the backbone where it had none.
+        """
+        network = copy.deepcopy(self.recipe.backbone.network)
+        head = copy.deepcopy(self.head).cpu()
+        name = self.recipe.backbone.classifier_name
+        if name is None:
+            return nn.Sequential(OrderedDict(backbone=network, head=head)).eval()
+        network.set_submodule(name, head)
+        return network.eval()
+
+    def export(self, file: str | Path) -> dict[str, Any]:
+        """Write the state dict of backbone and head, and ``FILE.json`` with how to use it.
+
+        The file loads with ``strict=True`` into the backbone's library once its classifier was
+        replaced by the head's ``nn.Sequential``.
+
+        Args:
+            file: ``NAME.pt``; must not exist.
+
+        Returns:
+            What was written to ``FILE.json``.
+
+        Raises:
+            ConfigError: If the file's ending is not ``.pt``.
+            RunError: If the file exists, or the network disagrees with the cached path.
+        """
+        path = Path(file)
+        check_export_path(path)
+        network = self.as_network()
+        self._check_network(network)
+        buffer = io.BytesIO()
+        torch.save(network.state_dict(), buffer)
+        facts = self._export_facts(hashlib.sha256(buffer.getvalue()).hexdigest())
+        write_bytes(path, buffer.getvalue())
+        write_bytes(path.with_name(path.name + ".json"), readable_json(facts).encode())
+        return facts
+
+    def _check_network(self, network: nn.Module) -> None:
+        """Compare the joined network with backbone, then head, on two seeded images."""
+        backbone = self.recipe.backbone
+        shape = (2, backbone.image_size, backbone.image_size, 3)
+        pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
+        with torch.inference_mode():
+            images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+            joined = network(images).numpy()
+            features = torch.from_numpy(eager_features(backbone, pixels))
+            apart = copy.deepcopy(self.head).cpu()(features).numpy()
+        worst = max(relative_errors(joined, apart))
+        if worst > _EXPORT_TOLERANCE:
+            raise RunError(
+                "exported network", expected=f"logits within {_EXPORT_TOLERANCE:.0e} of the run's",
+                found=f"{worst:.1e}", where=self.run.path, hint="Please report this",
+            )  # fmt: skip
+
+    def _export_facts(self, sha256: str) -> dict[str, Any]:
+        backbone, rules = self.recipe.backbone, self.recipe.rules
+        return {
+            "format": "featcache-export",
+            "format_version": 1,
+            "sha256": sha256,
+            "backbone": backbone.name,
+            "classifier_name": backbone.classifier_name,
+            "head": {**asdict(self.run.head), "layers": [str(layer) for layer in self.head]},
+            "classes": list(self.run.classes),
+            "preprocessing": {
+                **rules.as_identity(), "mean": list(backbone.mean), "std": list(backbone.std),
+                "input": "RGB, (B, 3, S, S) float32, (pixels / 255 - mean) / std",
+            },
+            "output": "logits (B, C); softmax gives the probabilities of the classes in order",
+            "fingerprint": self.run.cache["fingerprint"],
+            "head_sha256": self.run.weights_sha256,
+        }  # fmt: skip
+
+
+def check_export_path(path: Path) -> None:
+    """Refuse a file to export to before any work is done.
+
+    Raises:
+        ConfigError: If its ending is not ``.pt``.
+        RunError: If it exists, or its folder does not.
+    """
+    if path.suffix != ".pt":
+        raise ConfigError(
+            "export", expected="a file name ending in .pt", found=path.name,
+            hint="It will hold a torch state dict",
+        )  # fmt: skip
+    if path.exists() or not path.parent.is_dir():
+        found = "an existing file" if path.exists() else "no such folder"
+        raise RunError(
+            "export", expected="a new file in an existing folder", found=found, where=path,
+            hint="Choose another name",
+        )  # fmt: skip
+
+
+def load_classifier(
+    run: str | Path,
+    *,
+    weights: str | Path | None = None,
+    backbone: Backbone | None = None,
+    device: str = "auto",
+    batch_size: int | str = "auto",
+) -> Classifier:
+    """Load a run and the backbone its features were made with.
+
+    Args:
+        run: The run folder.
+        weights: The backbone's weights file, where the library's own were not used.
+        backbone: The backbone itself, if it was made in Python.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        batch_size: Images a batch, or ``auto``.
+
+    Raises:
+        RunError: If the folder is not a whole run.
+        BackboneError: If the backbone's weights are not at hand; names the wanted sha256.
+    """
+    loaded = load_run(run)
+    place = resolve_device(device)
+    recipe = recipe_from_identity(loaded.cache["identity"], weights=weights, backbone=backbone)
+    return Classifier(loaded, recipe, load_head(loaded).to(place), place, batch_size)
+
+
+def predict_cache(run: str | Path, cache: str | Path, *, device: str = "auto") -> Predictions:
+    """Classify every row of a cache: no images and no backbone needed.
+
+    Raises:
+        RunError: If the run is not whole, or the cache's features were made otherwise.
+        CacheError: If the cache is not whole.
+    """
+    loaded, opened = load_run(run), open_cache(cache)
+    require_same_features(loaded.cache["identity"], opened.identity)
+    place = resolve_device(device)
+    head = load_head(loaded).to(place)
+    paths, probs = [], [np.empty((0, len(loaded.classes)))]
+    for split in opened.splits.values():
+        features = split.features if split.features.ndim == 2 else split.features[:, 0]
+        probs.append(predict_probs(head, np.asarray(features), place))
+        paths += split.paths
+    failures = tuple((f.path, f.reason) for f in opened.failures)
+    return Predictions(loaded.classes, tuple(paths), np.concatenate(probs), failures)
+
+
+def write_predictions(file: str | Path, predictions: Predictions) -> None:
+    """Write a CSV with path, pred, prob and the probability of each class; failures come last."""
+    header = ["path", "pred", "prob", *(f"prob_{name}" for name in predictions.classes), "failure"]
+    rows: list[list[object]] = [
+        [path, pred, float(probs.max()), *map(float, probs), ""]
+        for path, pred, probs in zip(
+            predictions.paths, predictions.preds, predictions.probs, strict=True
+        )
+    ]
+    blank = [""] * (2 + len(predictions.classes))
+    rows += [[path, *blank, reason] for path, reason in predictions.failures]
+    write_csv(Path(file), header, rows)

@@ -1,0 +1,117 @@
+"""Decode images in a child process: one that hangs or crashes the decoder costs itself only.
+
+Threads decode faster, so this is for images under suspicion: those whose decoding has not come
+back in time, and those at work when the process of an earlier run was killed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+from types import TracebackType
+from typing import IO, Any
+
+from featcache.errors import DataError
+from featcache.images import DecodedImage, PixelRules, decode
+
+DECODE_SECONDS = 60.0
+"""An image that takes longer is failed; a 200-megapixel PNG takes about 3 s."""
+
+
+class IsolatedDecoder:
+    """Decodes one image after the other in a child process, replaced whenever it dies or hangs.
+
+    Use as a context manager; the child ends with it.
+    """
+
+    def __init__(self, seconds: float = DECODE_SECONDS) -> None:
+        self._seconds = seconds
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> IsolatedDecoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._stop()
+
+    def decode(self, data: bytes, rules: PixelRules) -> DecodedImage:
+        """Decode as ``images.decode`` does.
+
+        Raises:
+            DataError: If the image is bad, or the decoder hung or crashed on it.
+        """
+        child = self._start()
+        timer = threading.Timer(self._seconds, child.kill)
+        timer.start()
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            _send(child.stdin, (data, rules))
+            answer = _receive(child.stdout)
+        except (OSError, EOFError) as error:
+            hung = not timer.is_alive()
+            self._stop()
+            reason = f"it hung for {self._seconds:.0f} s" if hung else "it crashed"
+            raise DataError("image", expected="a decoder that ends", found=reason) from error
+        finally:
+            timer.cancel()
+        if isinstance(answer, DataError):
+            raise answer
+        assert isinstance(answer, DecodedImage)
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._child is None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "featcache.isolation"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+        return self._child
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+
+
+def _send(stream: IO[bytes], value: object) -> None:
+    data = pickle.dumps(value)
+    stream.write(struct.pack("<Q", len(data)) + data)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> object:
+    head = stream.read(8)
+    if len(head) < 8:
+        raise EOFError
+    (size,) = struct.unpack("<Q", head)
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError
+    return pickle.loads(data)
+
+
+def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Answer (bytes, rules) with a DecodedImage or a DataError until the parent is gone."""
+    while True:
+        try:
+            request: Any = _receive(requests)
+        except EOFError:
+            return
+        try:
+            answer: object = decode(*request)
+        except DataError as error:
+            answer = error
+        _send(answers, answer)
+
+
+if __name__ == "__main__":
+    _serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,0 +1,233 @@
+"""Samples -> pixels -> batches -> features: the one path of extraction, verification, prediction.
+
+Threads read, hash and decode images while the network runs; Pillow and torch release the GIL.
+Every batch has the engine's constant shape: failed slots and the tail are zero images whose rows
+are dropped, so that a row depends on its image alone.
+
+Memory: ``_AHEAD`` + 1 batches of pixels, and one undecoded and one decoded file a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.dataset import ImageDataset, Sample
+from featcache.engine import Engine
+from featcache.errors import ConfigError, DataError, printable
+from featcache.images import DecodedImage, PixelRules, decode
+from featcache.isolation import DECODE_SECONDS, IsolatedDecoder
+from featcache.runtime import Timer, available_cores
+
+_AHEAD = 3  # batches in the making while one is in the network
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image.
+
+    Attributes:
+        sample: The image.
+        sha256: Of the file's bytes; 32 zero bytes if it could not be read.
+        reason: Why it failed, or None.
+        truncated: It was cut off and has been filled in.
+    """
+
+    sample: Sample
+    sha256: bytes
+    reason: str | None
+    truncated: bool
+
+
+_Decoded = tuple[Outcome, npt.NDArray[np.uint8] | None]
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """A batch's outcomes, one per sample, and the features of those that did not fail.
+
+    ``features`` is (n, D) float32 in the order of the outcomes without a ``reason``.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    features: npt.NDArray[np.float32]
+
+
+def resolve_workers(workers: int | str) -> int:
+    """Return the number of decoding threads of ``auto`` (one a core, at least 2) or a number.
+
+    Raises:
+        ConfigError: If it is neither ``auto`` nor a whole number from 1 to 256.
+    """
+    if workers == "auto":
+        return max(2, available_cores())
+    if not isinstance(workers, int) or not 1 <= workers <= 256:
+        raise ConfigError("--workers", expected="auto, or 1 to 256", found=workers)
+    return workers
+
+
+def stream_features(
+    dataset: ImageDataset,
+    samples: Sequence[Sample],
+    engine: Engine,
+    rules: PixelRules,
+    *,
+    workers: int | str = "auto",
+    timer: Timer | None = None,
+    isolate: bool = False,
+) -> Iterator[FeatureBatch]:
+    """Run samples through the engine, batch by batch, in their order.
+
+    Args:
+        dataset: Where the samples are read from.
+        samples: What to run.
+        engine: The forward pass.
+        rules: How bytes become pixels.
+        workers: Decoding threads, or ``auto``.
+        timer: Adds up ``waiting`` (for decoding) and ``forward``.
+        isolate: Decode in a child process, image by image: slower, and survives any image.
+    """
+    clock = timer or Timer()
+    size = engine.batch_size
+    for outcomes, pixels in stream_pixels(
+        dataset, samples, rules, size, workers=workers, timer=clock, isolate=isolate
+    ):
+        good = [i for i, outcome in enumerate(outcomes) if outcome.reason is None]
+        if good:
+            with clock("forward"):
+                features = engine.forward(pixels)[good]
+        else:
+            features = np.empty((0, engine.num_features), np.float32)
+        yield FeatureBatch(outcomes, features)
+
+
+def stream_pixels(
+    dataset: ImageDataset,
+    samples: Sequence[Sample],
+    rules: PixelRules,
+    batch_size: int,
+    *,
+    workers: int | str = "auto",
+    timer: Timer | None = None,
+    isolate: bool = False,
+) -> Iterator[tuple[tuple[Outcome, ...], npt.NDArray[np.uint8]]]:
+    """Decode samples into batches of constant shape; the next ones are decoded meanwhile.
+
+    An image that has not come back after ``DECODE_SECONDS`` is tried again in a child process.
+
+    Yields:
+        The outcomes of up to ``batch_size`` samples, and their pixels (batch_size, S, S, 3) uint8
+        in the same slots, zeros where there is no image.
+    """
+    clock = timer or Timer()
+    starts = iter(range(0, len(samples), batch_size))
+    under_way: deque[list[tuple[Sample, Future[_Decoded]]]] = deque()
+    with (
+        IsolatedDecoder() as child,
+        _Threads(1 if isolate else resolve_workers(workers)) as threads,
+    ):
+        decoder = child.decode if isolate else decode
+
+        def start_batch() -> None:
+            start = next(starts, None)
+            if start is not None:
+                part = samples[start : start + batch_size]
+                under_way.append(
+                    [(s, threads.submit(_decode_sample, dataset, s, rules, decoder)) for s in part]
+                )
+
+        for _ in range(_AHEAD):
+            start_batch()
+        while under_way:
+            pixels = np.zeros((batch_size, rules.image_size, rules.image_size, 3), np.uint8)
+            outcomes = []
+            with clock("waiting"):
+                for slot, (sample, future) in enumerate(under_way.popleft()):
+                    try:
+                        outcome, image = future.result(timeout=DECODE_SECONDS)
+                    except FutureTimeoutError:
+                        threads.replace_one()
+                        outcome, image = _decode_sample(dataset, sample, rules, child.decode)
+                    outcomes.append(outcome)
+                    if image is not None:
+                        pixels[slot] = image
+            start_batch()
+            yield tuple(outcomes), pixels
+
+
+def _decode_sample(
+    dataset: ImageDataset, sample: Sample, rules: PixelRules,
+    decoder: Callable[[bytes, PixelRules], DecodedImage],
+) -> _Decoded:  # fmt: skip
+    """Read, hash and decode one image. The seam every decoder stands behind."""
+    sha256 = bytes(32)
+    try:
+        data = dataset.read(sample)
+        sha256 = hashlib.sha256(data).digest()
+        image = decoder(data, rules)
+    except DataError as error:
+        return Outcome(sample, sha256, str(error.found), truncated=False), None
+    except (OSError, MemoryError) as error:
+        reason = printable(error) or type(error).__name__
+        return Outcome(sample, sha256, reason, truncated=False), None
+    return Outcome(sample, sha256, None, image.truncated), image.pixels
+
+
+class _Threads:
+    """A pool of daemon threads: unlike concurrent.futures', one that hangs does not stop exit."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._tasks: queue.SimpleQueue[
+            tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None
+        ]
+        self._tasks = queue.SimpleQueue()
+        self._num_threads = num_threads
+        for _ in range(num_threads):
+            self._start()
+
+    def _start(self) -> None:
+        threading.Thread(target=self._work, name="featcache-decode", daemon=True).start()
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, function, arguments = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # noqa: BLE001 (handed to whoever asks for the result)
+                future.set_exception(error)
+
+    def submit(self, function: Callable[..., _Decoded], *arguments: Any) -> Future[_Decoded]:
+        """Run a function on the next free thread."""
+        future: Future[_Decoded] = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def replace_one(self) -> None:
+        """Start a thread in place of one that hangs."""
+        self._start()
+
+    def __enter__(self) -> _Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while True:  # drop what has not begun, then send everyone home
+            try:
+                task = self._tasks.get_nowait()
+            except queue.Empty:
+                break
+            if task is not None:
+                task[0].cancel()
+        for _thread in range(self._num_threads):
+            self._tasks.put(None)

@@ -1,0 +1,286 @@
+"""Produce a cache: known rows and pending images -> shards -> one file.
+
+Reads: images. Writes: ``CACHE.partial/`` while working, then ``CACHE``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from featcache.backbone import state_sha256
+from featcache.cache import Cache, Failure
+from featcache.cache_writer import SplitRows, write_rows
+from featcache.dataset import ImageDataset, Sample
+from featcache.engine import Engine, build_engine
+from featcache.errors import BackboneError, CacheError, DataError
+from featcache.pipeline import FeatureBatch, Outcome, stream_features
+from featcache.recipe import Recipe, decode_probes
+from featcache.runtime import Say, Timer, environment_facts
+from featcache.shards import SHARD_BYTES, EngineFacts, KnownRows, PartialCache, Row, partial_folder
+
+
+class Production:
+    """One extraction under way: find what is known, run the rest, write the cache.
+
+    Use it while holding the lock of ``folder``, in this order: ``find_known``, then, if anything is
+    ``pending``, ``choose_engine`` and ``run``, then ``finish``.
+
+    Args:
+        path: The cache to make.
+        dataset: The images.
+        recipe: What makes features of them.
+        allowed: Failed images allowed per split and class: a count (int) or a share (float).
+        say: Where lines for people go.
+    """
+
+    def __init__(
+        self, path: Path, dataset: ImageDataset, recipe: Recipe, *, allowed: int | float, say: Say
+    ) -> None:
+        self.path, self.dataset, self.recipe = path, dataset, recipe
+        self.allowed, self.say = allowed, say
+        self.dtype = np.dtype(recipe.feature_dtype).newbyteorder("<")
+        self.partial = PartialCache(
+            partial_folder(path), recipe.fingerprint, recipe.backbone.num_features, self.dtype
+        )
+        self.known = KnownRows()
+        self.pending: list[Sample] = []
+        self.failures: list[Failure] = []
+        self.planned = Counter((s.split, s.target) for s in dataset.samples)
+        self.engine: Engine | None = None
+        self.provenance: dict[str, Any] = {}
+        self.timer = Timer()
+        self.num_new = 0
+        self.images_per_second: float | None = None
+
+    def find_known(self, old: Cache | None, *, rebuild: bool) -> None:
+        """Collect what an older cache and an unfinished run know; the rest is pending."""
+        if rebuild:
+            self.partial.clear()
+        elif old is not None:
+            self.provenance = {k: v for k, v in old.provenance.items() if k in _ENGINE_FACTS}
+            for split in old.splits.values():
+                keys = zip(split.paths, split.image_bytes, split.mtime_ns, strict=True)
+                self.known.add(
+                    split.features,
+                    [(path, int(size), int(mtime)) for path, size, mtime in keys],
+                    [row.tobytes() for row in split.image_sha256],
+                    [False] * len(split),
+                )
+        resumed = self.partial.resume(self.known)
+        self.pending = [s for s in self.dataset.samples if self.known.find(s) is None]
+        if resumed:
+            self.say(f"Resuming: {resumed:,} images done, {len(self.pending):,} to go.")
+
+    def choose_engine(
+        self, device: torch.device, *, precision: str, batch_size: int | str, name: str
+    ) -> None:
+        """Build the engine; an unfinished run's own choices stand."""
+        fixed = self.partial.engine
+        if fixed is not None:
+            if (fixed.precision, fixed.device_type) != (precision, device.type):
+                raise CacheError(
+                    "unfinished extraction", expected=f"{fixed.precision} on {fixed.device_type}",
+                    found=f"{precision} on {device.type}", where=self.partial.folder,
+                    hint="Finish it with the same --precision and --device, or pass --rebuild",
+                )  # fmt: skip
+            name, batch_size = fixed.engine, fixed.batch_size
+            torch.set_num_threads(fixed.num_threads)
+        probes = decode_probes(self.dataset, self.pending, self.recipe.rules)
+        engine = build_engine(
+            self.recipe.backbone, device, probes, precision=precision, batch_size=batch_size,
+            name=name,
+        )  # fmt: skip
+        self.engine = engine
+        self.partial.start(
+            EngineFacts(
+                engine.name, precision, engine.batch_size, torch.get_num_threads(), device.type
+            )
+        )
+        against = "no readable image to check it with"
+        if engine.parity:
+            worst, number = max(engine.parity), len(engine.parity)
+            against = f"within {worst:.1e} of the eager fp32 network on {number} images"
+        self.say(
+            f"Engine: {engine.name} {precision} on {device}, {engine.batch_size} images a batch, "
+            f"{against}."
+        )
+        self.provenance = {
+            **environment_facts(device), "weights_source": self.recipe.backbone.weights_source,
+            "engine": engine.name, "precision": precision, "batch_size": engine.batch_size,
+            "parity": list(engine.parity),
+        }  # fmt: skip
+
+    def run(self, workers: int | str, *, progress: bool) -> None:
+        """Extract the pending images shard by shard; what is done survives any end."""
+        assert self.engine is not None
+        row_bytes = self.recipe.backbone.num_features * self.dtype.itemsize
+        rows_per_shard = max(self.engine.batch_size, SHARD_BYTES // row_bytes)
+        rows: list[Outcome] = []
+        blocks: list[npt.NDArray[Any]] = []
+        begin = time.perf_counter()
+        try:
+            for batch in self._stream(workers, progress=progress):
+                good = [outcome for outcome in batch.outcomes if outcome.reason is None]
+                rows += good
+                if good:
+                    blocks.append(self._stored(batch.features, good))
+                self._count_failures(batch)
+                if len(rows) >= rows_per_shard:
+                    self._flush(rows, blocks)
+        finally:
+            self._flush(rows, blocks)  # also when interrupted: finished rows are kept
+            self.partial.stop()
+        seconds = time.perf_counter() - begin
+        self.images_per_second = round(self.num_new / seconds, 2)
+        self.provenance["images_per_second"] = self.images_per_second
+        self.provenance["stage_seconds"] = {k: round(v, 3) for k, v in self.timer.seconds.items()}
+        found = state_sha256(self.recipe.backbone.network)
+        if found != self.recipe.backbone.weights_sha256:
+            raise BackboneError(
+                "frozen backbone", expected=f"state {self.recipe.backbone.weights_sha256[:16]}...",
+                found=f"{found[:16]}... after the run", where=self.recipe.backbone.name,
+                hint="Its forward pass changes its own state: make it stateless in eval mode",
+            )  # fmt: skip
+
+    def _stream(self, workers: int | str, *, progress: bool) -> Iterator[FeatureBatch]:
+        """Stream the pending images; what was at work when a run was killed decodes isolated."""
+        assert self.engine is not None
+        pending, first = self.pending, 0
+        if self.partial.was_killed:
+            first = min(len(pending), 4 * self.engine.batch_size)
+        bar = tqdm(
+            total=len(pending), unit="img", desc="extract", smoothing=0.1, dynamic_ncols=True,
+            disable=None if progress else True,
+        )  # fmt: skip
+        with bar:
+            for part, isolate in ((pending[:first], True), (pending[first:], False)):
+                for batch in stream_features(
+                    self.dataset, part, self.engine, self.recipe.rules, workers=workers,
+                    timer=self.timer, isolate=isolate,
+                ):  # fmt: skip
+                    yield batch
+                    bar.update(len(batch.outcomes))
+
+    def _stored(
+        self, features: npt.NDArray[np.float32], good: Sequence[Outcome]
+    ) -> npt.NDArray[Any]:
+        """Return features in the stored dtype, all finite."""
+        with np.errstate(over="ignore"):
+            stored = features.astype(self.dtype)
+        bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+        if bad.size:
+            raise BackboneError(
+                "features", expected=f"finite {self.dtype.name} values", found="NaN or infinity",
+                where=good[int(bad[0])].sample.path,
+                hint="Use --precision fp32 and --feature-dtype float32",
+            )  # fmt: skip
+        return stored
+
+    def _flush(self, rows: list[Outcome], blocks: list[npt.NDArray[Any]]) -> None:
+        if not rows:
+            return
+        facts = [
+            {
+                "path": r.sample.path, "image_bytes": r.sample.image_bytes,
+                "mtime_ns": r.sample.mtime_ns, "image_sha256": r.sha256.hex(),
+                "truncated": r.truncated,
+            }
+            for r in rows
+        ]  # fmt: skip
+        with self.timer("write"):
+            self.partial.add_shard(np.concatenate(blocks), facts, self.known)
+        self.num_new += len(rows)
+        rows.clear()
+        blocks.clear()
+
+    def _count_failures(self, batch: FeatureBatch) -> None:
+        for outcome in batch.outcomes:
+            if outcome.reason is None:
+                continue
+            s = outcome.sample
+            self.failures.append(
+                Failure(s.path, s.split, s.target, outcome.reason, s.image_bytes, s.mtime_ns)
+            )
+            failed = Counter((f.split, f.target) for f in self.failures)[s.split, s.target]
+            planned = self.planned[s.split, s.target]
+            if failed > _allowed_failures(self.allowed, planned):
+                where = "/".join([s.split, *([self._class(s.target)] if s.target >= 0 else [])])
+                limit = f"{self.allowed:.0%}" if isinstance(self.allowed, float) else self.allowed
+                raise DataError(
+                    "images", expected=f"at most {limit} of {planned} failed in {where}",
+                    found=f"{failed}, the last being {s.path}: {outcome.reason}",
+                    hint="Mend them or allow more with --max-errors; the same command then goes on",
+                )  # fmt: skip
+
+    def _class(self, target: int) -> str:
+        return self.dataset.classes[target]
+
+    def finish(self) -> Cache:
+        """Write the cache from all known rows, whole or not at all; then drop the shards."""
+        splits, num_truncated = {}, 0
+        for name in self.dataset.splits:
+            found = [(s, row) for s in self.dataset.split(name) if (row := self.known.find(s))]
+            samples, rows = [s for s, _ in found], [row for _, row in found]
+            num_truncated += sum(row.truncated for row in rows)
+            self._refuse_empty(name, samples)
+            splits[name] = self._split_rows(samples, rows)
+        with self.timer("write"):
+            cache = write_rows(
+                self.path, splits, identity=self.recipe.identity,
+                provenance={**self.provenance, "num_truncated": num_truncated},
+                classes=self.dataset.classes, task="multiclass", failures=self.failures,
+            )  # fmt: skip
+        self.partial.remove()
+        return cache
+
+    def abandon(self) -> None:
+        """Leave nothing behind when nothing was gained; what was extracted stays for resuming."""
+        if not self.partial.num_shards:
+            self.partial.remove()
+
+    def _refuse_empty(self, split: str, samples: Sequence[Sample]) -> None:
+        left = {sample.target for sample in samples}
+        for (name, target), planned in self.planned.items():
+            if name == split and target not in left:
+                label = self._class(target) if target >= 0 else "images"
+                raise DataError(
+                    f"{split}/{label}", expected="at least one readable image",
+                    found=f"none of {planned}", hint="Mend the images named above",
+                )  # fmt: skip
+
+    def _split_rows(self, samples: list[Sample], rows: list[Row]) -> SplitRows:
+        grouped = bool(samples) and samples[0].group is not None
+        return SplitRows(
+            shape=(len(rows), self.recipe.backbone.num_features),
+            dtype=self.dtype,
+            feature_blocks=lambda: self.known.blocks(rows),
+            targets=np.array([s.target for s in samples], np.int64),
+            paths=[s.path for s in samples],
+            groups=[str(s.group) for s in samples] if grouped else None,
+            image_sha256=np.frombuffer(b"".join(r.sha256 for r in rows), np.uint8).reshape(-1, 32),
+            image_bytes=np.array([s.image_bytes for s in samples], np.int64),
+            mtime_ns=np.array([s.mtime_ns for s in samples], np.int64),
+        )
+
+
+_ENGINE_FACTS = (
+    "date", "python", "platform", "processor", "num_cores", "num_threads", "versions", "device",
+    "weights_source", "engine", "precision", "batch_size", "parity", "images_per_second",
+    "stage_seconds",
+)  # fmt: skip
+
+
+def _allowed_failures(allowed: int | float, planned: int) -> int:
+    """A share allows at least one image: 5 % of ten is not none."""
+    return (
+        max(1, int(allowed * planned)) if isinstance(allowed, float) and allowed else int(allowed)
+    )

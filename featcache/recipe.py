@@ -1,0 +1,185 @@
+"""The recipe of a cache: a backbone, the rules for pixels, and what they make of an image.
+
+``make_recipe`` turns options into one, ``recipe_from_identity`` rebuilds the one a cache was made
+by, so that extraction, verification and prediction preprocess alike by construction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.backbone import Backbone, build_backbone
+from featcache.dataset import ImageDataset, Sample
+from featcache.errors import BackboneError, ConfigError, DataError
+from featcache.files import canonical_json
+from featcache.images import PixelRules, check_bit_depth, decode, deep_maximum
+
+NUM_PROBES = 4
+"""Real images that go through the plain network and the engine before a run."""
+_NUM_DEPTH_SAMPLES = 32
+_FEATURE_DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the features' values.
+
+    Attributes:
+        backbone: The frozen network.
+        rules: How bytes become pixels.
+        feature_dtype: ``float32`` or ``float16``.
+    """
+
+    backbone: Backbone
+    rules: PixelRules
+    feature_dtype: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The recipe as JSON values: the cache's ``/identity``."""
+        return {
+            "backbone": self.backbone.name,
+            "weights_sha256": self.backbone.weights_sha256,
+            **self.rules.as_identity(),
+            "mean": list(self.backbone.mean),
+            "std": list(self.backbone.std),
+            "views": 1,
+            "augmentation": None,
+            "num_features": self.backbone.num_features,
+            "feature_dtype": self.feature_dtype,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the identity, 64 hex digits."""
+        return hashlib.sha256(canonical_json(self.identity).encode()).hexdigest()
+
+
+def make_recipe(
+    backbone: Backbone,
+    dataset: ImageDataset,
+    *,
+    crop_mode: str = "squash",
+    interpolation: str = "bilinear",
+    bit_depth: int | str = "auto",
+    truncated: str = "skip",
+    feature_dtype: str = "float32",
+) -> Recipe:
+    """Turn options into a recipe.
+
+    Raises:
+        ConfigError: If an option has no such value.
+        DataError: If ``bit_depth`` is ``auto`` and a sample of deep images does not use its bits.
+    """
+    if feature_dtype not in _FEATURE_DTYPES:
+        expected = " or ".join(_FEATURE_DTYPES)
+        raise ConfigError("--feature-dtype", expected=expected, found=feature_dtype)
+    if bit_depth == "auto":
+        check_bit_depth(sample_depths(dataset))
+        bit_depth = 16
+    rules = PixelRules(backbone.image_size, crop_mode, interpolation, bit_depth, truncated)
+    return Recipe(backbone, rules, feature_dtype)
+
+
+def sample_depths(dataset: ImageDataset) -> list[int]:
+    """Return the largest value of each image of more than 8 bits in a seeded sample of 32."""
+    chosen = random.Random(0).sample(dataset.samples, min(_NUM_DEPTH_SAMPLES, len(dataset.samples)))
+    maxima = []
+    for sample in chosen:
+        try:
+            maximum = deep_maximum(dataset.read(sample))
+        except DataError:
+            continue  # it will fail, with its reason, when its turn comes
+        if maximum is not None:
+            maxima.append(maximum)
+    return maxima
+
+
+def decode_probes(
+    dataset: ImageDataset, samples: Sequence[Sample], rules: PixelRules
+) -> npt.NDArray[np.uint8]:
+    """Decode the first good images, evenly spread over ``samples``, to check an engine with.
+
+    Returns:
+        (n, S, S, 3) uint8, n at most ``NUM_PROBES``.
+    """
+    probes: list[npt.NDArray[np.uint8]] = []
+    step = max(1, len(samples) // NUM_PROBES)
+    for sample in [*samples[::step], *samples]:
+        if len(probes) == NUM_PROBES:
+            break
+        try:
+            probes.append(decode(dataset.read(sample), rules).pixels)
+        except DataError:
+            continue
+    shape = (0, rules.image_size, rules.image_size, 3)
+    return np.stack(probes) if probes else np.zeros(shape, np.uint8)
+
+
+def recipe_from_identity(
+    identity: Mapping[str, Any],
+    *,
+    weights: str | Path | None = None,
+    backbone: Backbone | None = None,
+) -> Recipe:
+    """Rebuild the recipe a cache or a run was made by.
+
+    Args:
+        identity: A cache's identity.
+        weights: The backbone's weights file, where the library's own were not used.
+        backbone: The backbone itself, if it was made in Python.
+
+    Raises:
+        BackboneError: If the backbone cannot be built, or has other weights than the identity's.
+        DataError: If the identity has no pixel rules: features made elsewhere.
+    """
+    wanted = str(identity.get("weights_sha256"))
+    try:
+        mean, std = (_three(identity[key]) for key in ("mean", "std"))
+        rules = PixelRules.from_identity(dict(identity))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            "identity of the cache", expected="a backbone and its preprocessing",
+            found="features made elsewhere", hint="This needs a cache made by featcache extract",
+        ) from error  # fmt: skip
+    if backbone is None:
+        try:
+            backbone = build_backbone(
+                str(identity["backbone"]), weights=weights, image_size=rules.image_size,
+                mean=mean, std=std,
+            )  # fmt: skip
+        except BackboneError as error:
+            if weights is not None:
+                raise
+            raise BackboneError(
+                f"backbone {identity['backbone']}",
+                expected=f"weights with sha256 {wanted} (of the state)",
+                found=error.found, where=error.where,
+                hint="Name the file the cache was made with by --weights FILE",
+            ) from error  # fmt: skip
+    if backbone.weights_sha256 != wanted:
+        raise BackboneError(
+            f"weights of {backbone.name}", expected=f"sha256 {wanted} (of the state)",
+            found=backbone.weights_sha256, where=backbone.weights_source,
+            hint="Name the file the cache was made with by --weights FILE",
+        )  # fmt: skip
+    if (backbone.mean, backbone.std, backbone.image_size) != (mean, std, rules.image_size):
+        raise BackboneError(
+            f"preprocessing of {backbone.name}", expected=[mean, std, rules.image_size],
+            found=[backbone.mean, backbone.std, backbone.image_size],
+            hint="Use the backbone the cache was made with",
+        )  # fmt: skip
+    return Recipe(backbone, rules, str(identity.get("feature_dtype", "float32")))
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(v) for v in values)
+    return red, green, blue

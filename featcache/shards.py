@@ -1,0 +1,234 @@
+"""A cache in the making: ``CACHE.partial/{lock, manifest.json, shard.00000, ...}``.
+
+A shard is the raw features of some rows. The manifest alone says what is done: each shard's length
+and sha256, and of each row the image's path, size, time and hash. A shard is written and fsynced
+before the manifest lists it, so a kill at any instant loses only rows that were not listed yet.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.dataset import Sample
+from featcache.errors import CacheError
+from featcache.files import canonical_json, sha256_file, write_bytes
+from featcache.hdf5 import disk_error
+
+SHARD_BYTES = 16 << 20
+_FORMAT = "featcache-partial"
+_FORMAT_VERSION = 1
+
+ImageKey = tuple[str, int, int]
+"""Path, size in bytes and modification time in ns: an image believed unchanged."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row whose features are known: which array holds them, and of which image they are."""
+
+    source: int
+    index: int
+    sha256: bytes
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What must not change between the shards of one cache."""
+
+    engine: str
+    precision: str
+    batch_size: int
+    num_threads: int
+    device_type: str
+
+
+class KnownRows:
+    """Features of images that need no forward pass: from shards, or from an older cache."""
+
+    def __init__(self) -> None:
+        self._sources: list[npt.NDArray[Any]] = []
+        self._rows: dict[ImageKey, Row] = {}
+
+    def add(
+        self, features: npt.NDArray[Any], keys: Sequence[ImageKey], sha256: Sequence[bytes],
+        truncated: Sequence[bool],
+    ) -> None:  # fmt: skip
+        """Add an array (n, D) whose rows belong to ``keys``."""
+        source = len(self._sources)
+        self._sources.append(features)
+        for i, key in enumerate(keys):
+            self._rows[key] = Row(source, i, sha256[i], truncated[i])
+
+    def find(self, sample: Sample) -> Row | None:
+        """Return the row of an image, or None if it must be extracted."""
+        return self._rows.get(image_key(sample))
+
+    def blocks(self, rows: Sequence[Row], block_rows: int = 4096) -> Iterator[npt.NDArray[Any]]:
+        """Gather the features of ``rows`` in their order, a block at a time."""
+        for start in range(0, len(rows), block_rows):
+            part = rows[start : start + block_rows]
+            first = self._sources[part[0].source]
+            block = np.empty((len(part), *first.shape[1:]), first.dtype)
+            sources = np.array([row.source for row in part])
+            indices = np.array([row.index for row in part])
+            for source in np.unique(sources):
+                where = np.flatnonzero(sources == source)
+                block[where] = self._sources[source][indices[where]]
+            yield block
+
+
+def partial_folder(cache: Path) -> Path:
+    """Return the folder in which a cache is made."""
+    return cache.with_name(cache.name + ".partial")
+
+
+def image_key(sample: Sample) -> ImageKey:
+    """Return what an unchanged image is recognised by."""
+    return (sample.path, sample.image_bytes, sample.mtime_ns)
+
+
+class PartialCache:
+    """The folder of a cache in the making; use it while holding its lock.
+
+    Args:
+        folder: ``CACHE.partial``.
+        fingerprint: Of the recipe; rows of another one never mix in.
+        num_features: D.
+        dtype: Of the stored features.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: str, num_features: int, dtype: np.dtype[Any]
+    ) -> None:
+        self.folder = folder
+        self._fingerprint = fingerprint
+        self._num_features = num_features
+        self._dtype = dtype
+        self._shards: list[dict[str, Any]] = []
+        self.engine: EngineFacts | None = None
+        self.was_killed = False
+
+    @property
+    def num_shards(self) -> int:
+        """Shards listed so far."""
+        return len(self._shards)
+
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    def resume(self, known: KnownRows) -> int:
+        """Add the rows of an earlier, unfinished run to ``known``; return how many.
+
+        Raises:
+            CacheError: If the folder holds rows of another recipe.
+        """
+        if not self._manifest.exists():
+            return 0
+        try:
+            manifest = json.loads(self._manifest.read_bytes())
+            fingerprint = manifest["fingerprint"]
+            if manifest["format"] != _FORMAT or manifest["format_version"] != _FORMAT_VERSION:
+                raise ValueError(manifest["format_version"])
+            self.engine = EngineFacts(**manifest["engine"])
+            self.was_killed = bool(manifest["running"])
+            shards = list(manifest["shards"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(
+                "unfinished extraction", expected="a readable manifest", found=error,
+                where=self._manifest, hint="Start afresh with --rebuild",
+            ) from error  # fmt: skip
+        if fingerprint != self._fingerprint:
+            raise CacheError(
+                "unfinished extraction", expected=f"fingerprint {self._fingerprint[:16]}...",
+                found=f"{str(fingerprint)[:16]}..., made with other settings", where=self.folder,
+                hint="Repeat the command it was started with, or discard it with --rebuild",
+            ) from None  # fmt: skip
+        self._shards = [shard for shard in shards if self._add_shard(shard, known)]
+        return sum(len(shard["rows"]) for shard in self._shards)
+
+    def _add_shard(self, shard: dict[str, Any], known: KnownRows) -> bool:
+        """Add a listed shard's rows if its file is whole; a damaged one is extracted again."""
+        path = self.folder / shard["file"]
+        rows = shard["rows"]
+        wanted_bytes = len(rows) * self._num_features * self._dtype.itemsize
+        if not path.is_file() or path.stat().st_size != wanted_bytes:
+            return False
+        if sha256_file(path) != shard["sha256"]:
+            return False
+        features = np.memmap(path, self._dtype, "r", shape=(len(rows), self._num_features))
+        known.add(
+            features,
+            [(row["path"], row["image_bytes"], row["mtime_ns"]) for row in rows],
+            [bytes.fromhex(row["image_sha256"]) for row in rows],
+            [row["truncated"] for row in rows],
+        )
+        return True
+
+    def start(self, engine: EngineFacts) -> None:
+        """Fix the engine for all shards to come and note that a run is under way."""
+        self.engine = engine
+        self._write_manifest(running=True)
+
+    def stop(self) -> None:
+        """Note that the run ended by itself: nothing crashed the process."""
+        self._write_manifest(running=False)
+
+    def add_shard(
+        self, features: npt.NDArray[Any], rows: Sequence[Mapping[str, Any]], known: KnownRows
+    ) -> None:
+        """Write one shard, then list it in the manifest, then add it to ``known``.
+
+        Args:
+            features: (n, D), in the stored dtype.
+            rows: n dicts of ``path, image_bytes, mtime_ns, image_sha256 (hex), truncated``.
+            known: Where the rows can be found from now on.
+
+        Raises:
+            CacheError: If the disk is full or the folder cannot be written.
+        """
+        number = 1 + max((int(s["file"].split(".")[1]) for s in self._shards), default=-1)
+        path = self.folder / f"shard.{number:05d}"
+        data = np.ascontiguousarray(features).tobytes()
+        try:
+            write_bytes(path, data)
+            self._shards.append(
+                {"file": path.name, "sha256": sha256_file(path), "rows": list(rows)}
+            )
+            self._write_manifest(running=True)
+        except OSError as error:
+            raise disk_error(error, path, len(data)) from error
+        self._add_shard(self._shards[-1], known)
+
+    def _write_manifest(self, *, running: bool) -> None:
+        assert self.engine is not None
+        manifest = {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "fingerprint": self._fingerprint,
+            "engine": asdict(self.engine),
+            "running": running,
+            "shards": self._shards,
+        }
+        write_bytes(self._manifest, canonical_json(manifest).encode())
+
+    def clear(self) -> None:
+        """Forget an earlier run: remove its manifest first, then its shards; keep the lock."""
+        self._manifest.unlink(missing_ok=True)
+        for shard in self.folder.glob("shard.*"):
+            shard.unlink()
+        self._shards = []
+        self.engine = None
+
+    def remove(self) -> None:
+        """Remove the folder: the cache is whole."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,76 @@
+"""Facts as lines for people: what the command line prints when nobody asked for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from featcache.classifier import Predictions
+from featcache.errors import printable
+from featcache.projection import Projection
+
+
+def projection_lines(projection: Projection) -> Iterator[str]:
+    """Yield what an extraction would take."""
+    for path, reason in projection.failures:
+        yield f"would fail: {printable(path)}: {printable(reason)}"
+    yield f"sample: {len(projection.failures)} of {projection.num_decoded} images failed"
+    if projection.deepest is not None:
+        yield f"deep greyscale: values up to {projection.deepest:,} in the sample"
+    yield (
+        f"expected: {projection.num_images:,} images at {projection.images_per_second:,} images/s "
+        f"in {projection.seconds:,.0f} s"
+    )
+    size, working = in_bytes(projection.cache_bytes), in_bytes(projection.working_bytes)
+    yield f"disk: {size} for the cache, {working} while working"
+
+
+def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield what ``describe`` found in a cache or a run."""
+    yield f"{printable(facts['path'])}: a featcache {facts['kind']}"
+    for key, value in facts.items():
+        if key in {"path", "kind", "failures", "verified"}:
+            continue
+        if isinstance(value, dict):
+            yield f"{key}:"
+            for name, part in value.items():
+                yield f"  {printable(name)}: {_plain(part)}"
+        else:
+            yield f"{key}: {in_bytes(value) if key.endswith('_bytes') else _plain(value)}"
+    for failure in facts.get("failures", []):
+        yield f"failed: {printable(failure['path'])}: {printable(failure['reason'])}"
+    if facts["kind"] == "cache":
+        yield "not hashed: featcache verify checks that the file is whole"
+
+
+def prediction_lines(predictions: Predictions) -> Iterator[str]:
+    """Yield a line per image, then the counts."""
+    width = max((len(printable(name)) for name in predictions.classes), default=0)
+    rows = zip(predictions.paths, predictions.preds, predictions.probs, strict=True)
+    for path, pred, probs in rows:
+        yield f"{printable(pred):<{width}}  {probs.max():6.1%}  {printable(path)}"
+    for path, reason in predictions.failures:
+        yield f"failed: {printable(path)}: {printable(reason)}"
+    counts = [f"{predictions.preds.count(c):,} {printable(c)}" for c in predictions.classes]
+    failed = f", {len(predictions.failures):,} failed" if predictions.failures else ""
+    yield f"{len(predictions.paths):,} images: {', '.join(counts)}{failed}"
+
+
+def in_bytes(number: float) -> str:
+    """Return a size in the unit that suits it: ``1.9 MB``."""
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB"):
+        if number < 1000:
+            break
+        number, unit = number / 1000, larger
+    return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{printable(k)} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(v) for v in value) or "none"
+    return "none" if value is None else printable(value)
