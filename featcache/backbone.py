@@ -110,7 +110,7 @@ def build_backbone(
     if isinstance(network, Backbone):  # a user's function may return its own, ready-made
         return network
     if weights == "random":
-        _enliven(network)
+        _enliven(network, size or blueprint.image_size)
         source = f"random (seed {RANDOM_WEIGHTS_SEED})"
     elif weights is not None:
         load_state(network, read_state(Path(weights)), blueprint.classifier_name, str(weights))
@@ -310,12 +310,28 @@ def _build_seeded(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _enliven(network: nn.Module) -> None:
-    """Draw convolution weights by He's rule (fan-in): libraries' own leave features near 1e-13."""
-    generator = torch.Generator().manual_seed(RANDOM_WEIGHTS_SEED)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, generator=generator)
+def _enliven(network: nn.Module, image_size: int) -> None:
+    """Fit the batch norms of random weights to seeded noise, or features end up near 1e-13.
+
+    Variances are rounded to powers of two, so that all machines get the same weights, and hash.
+    """
+
+    def fit(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
+            variance = inputs[0].var().clamp(1e-20, 1e20)
+            norm.running_var.fill_(float(2 ** variance.log2().round()))
+
+    noise = torch.randn(2, 3, image_size, image_size, generator=_seeded())
+    handles = [module.register_forward_pre_hook(fit) for module in network.modules()]
+    network.eval()
+    with torch.no_grad():
+        network(noise)
+    for handle in handles:
+        handle.remove()
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(RANDOM_WEIGHTS_SEED)
 
 
 # ---------------------------------------------------------------------------------- preprocessing

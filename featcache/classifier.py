@@ -10,7 +10,7 @@ import hashlib
 import io
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ class Classifier:
             "sha256": sha256,
             "backbone": backbone.name,
             "classifier_name": backbone.classifier_name,
-            "head": {**asdict(self.run.head), "layers": [str(layer) for layer in self.head]},
+            "head": {**self.run.head.as_json(), "layers": [str(layer) for layer in self.head]},
             "classes": list(self.run.classes),
             "preprocessing": {
                 **rules.as_identity(), "mean": list(backbone.mean), "std": list(backbone.std),

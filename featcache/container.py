@@ -238,6 +238,4 @@ def _parse_entry(line: Any, start: int, size: int) -> ArrayEntry:
     entry = ArrayEntry(name, offset, tuple(shape), np.dtype(dtype))
     if type(offset) is not int or offset < start or offset + entry.num_bytes > size:
         raise ValueError(f"{name} at {offset!r:.80}, outside the file")
-    if entry.dtype.itemsize > 1 and entry.dtype.kind != "S" and offset % entry.dtype.itemsize:
-        raise ValueError(f"{name} at {offset}, not a multiple of {entry.dtype.itemsize}")
     return entry

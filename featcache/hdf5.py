@@ -173,7 +173,7 @@ def _make_skeleton(
     # 64-byte offsets keep mapped float32 arrays aligned for vector loads.
     with h5py.File(
         skeleton, "w", userblock_size=user_block_bytes, libver=("earliest", "v110"),
-        alignment_threshold=256, alignment_interval=64,
+        alignment_threshold=1, alignment_interval=64,
     ) as file:  # fmt: skip
         file.attrs["format"] = np.bytes_(FORMAT)
         file.attrs["format_version"] = np.int64(FORMAT_VERSION)

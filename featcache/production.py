@@ -130,9 +130,9 @@ class Production:
         try:
             for batch in self._stream(workers, progress=progress):
                 good = [outcome for outcome in batch.outcomes if outcome.reason is None]
-                rows += good
                 if good:
                     blocks.append(self._stored(batch.features, good))
+                    rows += good
                 self._count_failures(batch)
                 if len(rows) >= rows_per_shard:
                     self._flush(rows, blocks)
@@ -244,7 +244,7 @@ class Production:
 
     def abandon(self) -> None:
         """Leave nothing behind when nothing was gained; what was extracted stays for resuming."""
-        if not self.partial.num_shards:
+        if self.partial.is_worthless:
             self.partial.remove()
 
     def _refuse_empty(self, split: str, samples: Sequence[Sample]) -> None:

@@ -118,9 +118,12 @@ class PartialCache:
         self.was_killed = False
 
     @property
-    def num_shards(self) -> int:
-        """Shards listed so far."""
-        return len(self._shards)
+    def is_worthless(self) -> bool:
+        """Whether nothing would be lost with the folder: it has no manifest, or one of no shards.
+
+        A manifest that could not be read or is of another recipe is somebody's work.
+        """
+        return not self._manifest.exists() or (self.engine is not None and not self._shards)
 
     @property
     def _manifest(self) -> Path:
@@ -139,8 +142,8 @@ class PartialCache:
             fingerprint = manifest["fingerprint"]
             if manifest["format"] != _FORMAT or manifest["format_version"] != _FORMAT_VERSION:
                 raise ValueError(manifest["format_version"])
-            self.engine = EngineFacts(**manifest["engine"])
-            self.was_killed = bool(manifest["running"])
+            engine = EngineFacts(**manifest["engine"])
+            was_killed = bool(manifest["running"])
             shards = list(manifest["shards"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(
@@ -153,6 +156,7 @@ class PartialCache:
                 found=f"{str(fingerprint)[:16]}..., made with other settings", where=self.folder,
                 hint="Repeat the command it was started with, or discard it with --rebuild",
             ) from None  # fmt: skip
+        self.engine, self.was_killed = engine, was_killed
         self._shards = [shard for shard in shards if self._add_shard(shard, known)]
         return sum(len(shard["rows"]) for shard in self._shards)
 

@@ -1,0 +1,275 @@
+"""How good is a run's head on the rows of a cache?
+
+Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from featcache.cache import Cache, CacheSplit, open_cache
+from featcache.dataset import UNLABELLED
+from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError, printable
+from featcache.figures import write_confusion_figure
+from featcache.files import write_csv, write_json
+from featcache.fit import predict_probs
+from featcache.metrics import compute_metrics
+from featcache.run import Run, cache_path, load_head, load_run, require_same_features
+from featcache.runtime import Say, silent
+
+_MISTAKES_SAID = 10
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    cache: str | Path | None = None,
+    split: str = "test",
+    positive: str | None = None,
+    csv: str | Path | None = None,
+    say: Say = silent,
+) -> dict[str, Any]:
+    """Measure a run's head on the labelled rows of a split.
+
+    Args:
+        run: The run folder.
+        cache: The cache to take the split from; None takes the one the run was trained on, which
+            must still be the same. Classes of another cache are matched by name; it may have some
+            of them only.
+        split: ``test`` unless told otherwise.
+        positive: The class that is looked for; never guessed. With two classes it gives
+            sensitivity, specificity and the list of false negatives.
+        csv: A file for path, group, target, prediction and probabilities of every labelled row.
+        say: Receives the lines for people.
+
+    Returns:
+        A JSON object, also written to ``RUN/evaluation/SPLIT.json``: ``split``, ``num_samples``,
+        ``classes``, the figures of ``metrics.compute_metrics``, ``false_negatives`` [path] or None,
+        ``mistakes`` [{path, target, pred, prob}] with the surest first, ``num_failed`` (images of
+        the split that could not be read) and ``fingerprint``.
+
+    Raises:
+        RunError: If the run is damaged, its cache is gone or changed, or features or classes are
+            not those it was trained on.
+        CacheError: If the cache is damaged, lacks the split or has no labelled rows in it.
+        ConfigError: If ``positive`` is not a class or ``csv`` cannot be written.
+
+    Example:
+        >>> featcache.evaluate("runs/covid", positive="covid")["sensitivity"]  # doctest: +SKIP
+    """
+    loaded = load_run(run)
+    if positive is not None and positive not in loaded.classes:
+        raise ConfigError(
+            "--positive", expected="one of " + ", ".join(loaded.classes), found=positive
+        )
+    if csv is not None and (Path(csv).is_dir() or not Path(csv).parent.is_dir()):
+        raise ConfigError("--csv", expected="a file in an existing folder", found=csv)
+    opened = _open_own_cache(loaded) if cache is None else _open_other_cache(loaded, Path(cache))
+    rows = _predict_rows(loaded, opened, split, say)
+    result = {
+        "split": split,
+        "num_samples": len(rows.targets),
+        "classes": list(loaded.classes),
+        **compute_metrics(rows.targets, rows.probs, loaded.classes, positive),
+        "false_negatives": _false_negatives(rows, positive),
+        "mistakes": _mistakes(rows),
+        "num_failed": sum(failure.split == split for failure in opened.failures),
+        "fingerprint": opened.fingerprint,
+    }
+    folder = loaded.path / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{split}.json", result)
+    title = f"{loaded.path.resolve().name} on {split}, accuracy {result['accuracy']:.3f}"
+    write_confusion_figure(
+        folder / f"{split}_confusion.png", np.array(result["confusion_matrix"]), loaded.classes,
+        title,
+    )  # fmt: skip
+    if csv is not None:
+        _write_rows(Path(csv), rows)
+    _say_result(result, say)
+    say(f"written to {printable(folder.as_posix())}/{split}.json and {split}_confusion.png")
+    return result
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Labelled rows of a split: targets (n,) and probs (n, C) in the run's order of classes."""
+
+    classes: tuple[str, ...]
+    paths: list[str]
+    groups: list[str]
+    targets: npt.NDArray[np.int64]
+    probs: npt.NDArray[np.float64]
+
+    @property
+    def preds(self) -> npt.NDArray[np.int64]:
+        preds: npt.NDArray[np.int64] = self.probs.argmax(axis=1)
+        return preds
+
+
+def _open_own_cache(run: Run) -> Cache:
+    path, hint = cache_path(run), "Name the cache with --cache, or train again"
+    if not path.exists():
+        raise RunError(
+            "the run's cache", expected="the cache it was trained on", found="no such file",
+            where=path, hint=hint,
+        )  # fmt: skip
+    cache = open_cache(path)
+    if cache.fingerprint != run.cache["fingerprint"]:
+        raise RunError(
+            "the run's cache", expected=f"fingerprint {run.cache['fingerprint'][:16]}...",
+            found=f"{cache.fingerprint[:16]}...: it was rebuilt since the training", where=path,
+            hint=hint,
+        )  # fmt: skip
+    if cache.payload_sha256 != run.cache.get("payload_sha256"):
+        message = f"{path} has changed since the training: its rows may have been trained on"
+        warnings.warn(printable(message), FeatcacheWarning, stacklevel=3)
+    return cache
+
+
+def _open_other_cache(run: Run, path: Path) -> Cache:
+    cache = open_cache(path)
+    require_same_features(run.cache["identity"], cache.identity)
+    return cache
+
+
+def _predict_rows(run: Run, cache: Cache, split_name: str, say: Say) -> _Rows:
+    """Return the labelled rows of a split with the head's probabilities."""
+    split = cache.split(split_name)
+    to_run = _match_classes(run, cache, say)
+    _check_features(run, cache, split)
+    labelled = np.flatnonzero(split.targets != UNLABELLED)
+    if not len(labelled):
+        raise CacheError(
+            f"split {split_name}", expected="labelled rows", found="none", where=cache.path,
+            hint="Use featcache predict for images without a class",
+        )  # fmt: skip
+    if len(labelled) < len(split):
+        say(f"{len(split) - len(labelled):,} unlabelled rows left out")
+    everything = len(labelled) == len(split)
+    features = split.read_features() if everything else split.features[labelled]
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        row = int(labelled[finite.argmin()])
+        raise CacheError(
+            f"features of split {split_name}", expected="finite numbers",
+            found=f"NaN or infinity in row {row}, {split.paths[row]}", where=cache.path,
+            hint="Extract the images again, at --precision fp32",
+        )  # fmt: skip
+    groups = split.groups or [""] * len(split)
+    return _Rows(
+        classes=run.classes,
+        paths=[split.paths[i] for i in labelled],
+        groups=[groups[i] for i in labelled],
+        targets=to_run[split.targets[labelled]],
+        probs=predict_probs(load_head(run), features, torch.device("cpu")),
+    )
+
+
+def _match_classes(run: Run, cache: Cache, say: Say) -> npt.NDArray[np.int64]:
+    """Return the run's index of each of the cache's classes."""
+    if cache.task != "multiclass":
+        raise CacheError(
+            "cache", expected="one class per image", found=f"a {cache.task} cache",
+            where=cache.path, hint="Heads for several labels per image cannot be evaluated yet",
+        )  # fmt: skip
+    unknown = [name for name in cache.classes if name not in run.classes]
+    if unknown:
+        raise RunError(
+            "classes", expected="those of the run, " + ", ".join(run.classes),
+            found="also " + ", ".join(unknown), where=cache.path,
+            hint="Evaluate on a cache without them, or train on one with them",
+        )  # fmt: skip
+    missing = [name for name in run.classes if name not in cache.classes]
+    if missing:
+        say(printable(f"this cache has no class {', '.join(missing)}: matched the others by name"))
+    return np.array([run.classes.index(name) for name in cache.classes], np.int64)
+
+
+def _check_features(run: Run, cache: Cache, split: CacheSplit) -> None:
+    if split.features.shape[1:] != (run.head.num_features,):
+        raise RunError(
+            "features", expected=f"{run.head.num_features} per image",
+            found=" x ".join(map(str, split.features.shape[1:])), where=cache.path,
+            hint="Extract the images with the run's backbone, without --views",
+        )  # fmt: skip
+
+
+def _false_negatives(rows: _Rows, positive: str | None) -> list[str] | None:
+    if positive is None or len(rows.classes) != 2:
+        return None
+    index = rows.classes.index(positive)
+    missed = np.flatnonzero((rows.targets == index) & (rows.preds != index))
+    return [rows.paths[i] for i in missed]
+
+
+def _mistakes(rows: _Rows) -> list[dict[str, Any]]:
+    """Return the wrong rows, the surest first."""
+    preds = rows.preds
+    wrong = np.flatnonzero(preds != rows.targets)
+    surest_first = sorted(wrong, key=lambda i: (-rows.probs[i, preds[i]], rows.paths[i]))
+    return [
+        {
+            "path": rows.paths[i],
+            "target": rows.classes[rows.targets[i]],
+            "pred": rows.classes[preds[i]],
+            "prob": float(rows.probs[i, preds[i]]),
+        }
+        for i in surest_first
+    ]
+
+
+def _write_rows(path: Path, rows: _Rows) -> None:
+    header = ["path", "group", "target", "pred", *(f"prob_{printable(c)}" for c in rows.classes)]
+    names = (rows.paths, rows.groups, rows.targets, rows.preds, rows.probs.tolist())
+    write_csv(
+        path,
+        header,
+        (
+            [name, group, rows.classes[target], rows.classes[pred], *probs]
+            for name, group, target, pred, probs in zip(*names, strict=True)
+        ),
+    )
+
+
+def _say_result(result: dict[str, Any], say: Say) -> None:
+    """Say the figures in a few lines, and the surest mistakes."""
+
+    def shown(value: float | None) -> str:
+        return "undefined" if value is None else f"{value:.3f}"
+
+    failed = f", {result['num_failed']} more could not be read" if result["num_failed"] else ""
+    say(f"{result['num_samples']:,} images of {result['split']}{failed}")
+    for key in ("accuracy", "balanced_accuracy", "roc_auc", "average_precision"):
+        say(f"  {key.replace('_', ' '):<18} {shown(result[key])}")
+    if result["sensitivity"] is not None or result["specificity"] is not None:
+        say(printable(f"  positive class     {result['positive']}"))
+        say(f"  sensitivity        {shown(result['sensitivity'])}")
+        say(f"  specificity        {shown(result['specificity'])}")
+        say(f"  false negatives    {len(result['false_negatives'])}")
+    _say_classes(result["classes"], result["per_class"], shown, say)
+    mistakes = result["mistakes"]
+    if mistakes:
+        most = min(len(mistakes), _MISTAKES_SAID)
+        say(
+            f"{len(mistakes)} mistakes" + (f", the {most} surest:" if len(mistakes) > most else ":")
+        )
+    for row in mistakes[:_MISTAKES_SAID]:
+        say(printable(f"  {row['prob']:.3f} {row['pred']}, is {row['target']}: {row['path']}"))
+
+
+def _say_classes(classes: Sequence[str], per_class: dict[str, Any], shown: Any, say: Say) -> None:
+    width = max(len(name) for name in [*map(printable, classes), "class"])
+    say(f"{'class':<{width}}  images  precision     recall         f1")
+    for name in classes:
+        row = per_class[name]
+        figures = "".join(f"  {shown(row[key]):>9}" for key in ("precision", "recall", "f1"))
+        say(f"{printable(name):<{width}}  {row['num_samples']:>6,}{figures}")

@@ -1,0 +1,399 @@
+"""Arrays in, trained head out. All rows live on the device; there is no DataLoader.
+
+A default head on 200 rows takes milliseconds per epoch, so what surrounds the arithmetic decides:
+batches are gathered by index, a step is one fused kernel, and the host waits once per epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from featcache.errors import ConfigError, DataError
+from featcache.head import HeadConfig, build_head
+from featcache.runtime import exact_fp32
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("constant", "cosine")
+CLASS_WEIGHTS = ("none", "balanced")
+
+_FORWARD_ROWS, _ONE_THREAD_ROWS = 8192, 64
+_ADAM_BETAS, _ADAM_EPS, _SGD_MOMENTUM = (0.9, 0.999), 1e-8, 0.9  # Adam's: torch.optim's
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a head is trained. The defaults are the tutorial's.
+
+    Attributes:
+        learning_rate: Step size at the first epoch.
+        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw).
+        optimizer: ``adam``, ``adamw`` (betas 0.9 and 0.999) or ``sgd`` (momentum 0.9).
+        schedule: ``constant``, or ``cosine``: from epoch to epoch down half a cosine towards 0.
+        batch_size: Rows per step, two or more, or ``auto`` (see ``auto_batch_size``).
+        epochs: The most passes over the rows.
+        patience: Stop after this many epochs without a lower validation loss; None never does.
+        class_weights: ``balanced`` weighs a class with n of N rows N / (C * n) in the loss.
+        label_smoothing: Share in [0, 1) of each target spread evenly over all classes.
+    """
+
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    schedule: str = "constant"
+    batch_size: int | str = "auto"
+    epochs: int = 10
+    patience: int | None = None
+    class_weights: str = "none"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if a value has no meaning."""
+        rate, decay, smoothing = self.learning_rate, self.weight_decay, self.label_smoothing
+        weights, patience, size = self.class_weights, self.patience, self.batch_size
+        for option, value, fits, expected in (
+            ("--optimizer", self.optimizer, self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
+            ("--schedule", self.schedule, self.schedule in SCHEDULES, " or ".join(SCHEDULES)),
+            ("--class-weights", weights, weights in CLASS_WEIGHTS, " or ".join(CLASS_WEIGHTS)),
+            ("--learning-rate", rate, _is_finite(rate) and rate > 0, "a number above 0"),
+            ("--weight-decay", decay, _is_finite(decay) and decay >= 0, "a number from 0"),
+            ("--label-smoothing", smoothing, _is_finite(smoothing) and 0 <= smoothing < 1,
+             "a number from 0 to below 1"),
+            ("--epochs", self.epochs, _is_count(self.epochs, 1), "a whole number from 1"),
+            ("--patience", patience, patience is None or _is_count(patience, 1),
+             "a whole number from 1"),
+            ("--batch-size", size, size == "auto" or _is_count(size, 2),  # 1 has no variance
+             "auto or a whole number from 2"),
+        ):  # fmt: skip
+            if not fits:
+                raise ConfigError(option, expected=expected, found=repr(value))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the configuration as a JSON object."""
+        return dataclasses.asdict(self)
+
+    def rows_per_step(self, num_rows: int) -> int:
+        """Return the batch size for ``num_rows`` training rows, ``auto`` worked out."""
+        size = self.batch_size
+        return size if isinstance(size, int) else auto_batch_size(num_rows)
+
+    def learning_rate_at(self, epoch: int) -> float:
+        """Return the step size of ``epoch``, counted from 1."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A trained head.
+
+    Attributes:
+        state: The head's whole state dict (batch-norm statistics too) after the best epoch, on
+            the CPU.
+        history: One row per epoch: ``epoch`` (from 1), ``train_loss`` (the loss minimised, weights
+            and smoothing included), ``valid_loss`` (plain cross-entropy), ``valid_accuracy``, one
+            ``valid_recall_CLASS`` per class (None without rows of it), ``learning_rate``,
+            ``seconds``.
+        best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties.
+    """
+
+    state: dict[str, Tensor]
+    history: list[dict[str, Any]]
+    best_epoch: int
+
+
+def auto_batch_size(num_rows: int) -> int:
+    """Return the power of two nearest to 1 % of the rows, at least 32 and at most 4096.
+
+    32 up to about 4,500 rows: the steps per epoch, not the batch, then grow with the data.
+    """
+    return min(1 << max(round(math.log2(max(num_rows, 1) / 100)), 5), 4096)
+
+
+def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
+    head_config: HeadConfig,
+    training: TrainingConfig,
+    train_features: npt.NDArray[Any],
+    train_targets: npt.NDArray[Any],
+    valid_features: npt.NDArray[Any],
+    valid_targets: npt.NDArray[Any],
+    *,
+    seed: int,
+    data_seed: int,
+    device: torch.device,
+    classes: Sequence[str] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> FitResult:
+    """Train a head and keep the epoch with the lowest cross-entropy on the validation rows.
+
+    The same as a script that calls ``torch.manual_seed(seed)``, builds the head and loops, with
+    the rows in the order of ``torch.randperm`` under a generator of ``data_seed``. Bit for bit
+    repeatable on one machine; on the CPU with more than 64 rows per step, also for one number of
+    threads. The caller's random state is restored.
+
+    Args:
+        head_config: The shape of the head; D and C must be those of the arrays.
+        training: Optimizer, epochs and the rest.
+        train_features: (N, D) float; float64 trains in float64, anything else in float32.
+        train_targets: (N,) integers from 0 to C - 1.
+        valid_features: (M, D) float.
+        valid_targets: (M,) integers from 0 to C - 1.
+        seed: Decides the initial weights and dropout.
+        data_seed: Decides the order of the rows.
+        device: Where the rows and the head live.
+        classes: Names for the history's columns; None numbers them.
+        on_epoch: Called with each row of the history as it is made.
+
+    Raises:
+        DataError: If the arrays do not fit each other or the head.
+        ConfigError: If the loss is no longer a finite number.
+    """
+    _check_rows("training rows", train_features, train_targets, head_config, at_least=2)
+    _check_rows("validation rows", valid_features, valid_targets, head_config, at_least=1)
+    names = [str(i) for i in range(head_config.num_classes)] if classes is None else list(classes)
+    features = _to_tensor(train_features, device)
+    held_out = _to_tensor(valid_features, device).to(features.dtype)
+    order = torch.Generator().manual_seed(data_seed)
+    batch_size = training.rows_per_step(len(features))
+
+    history: list[dict[str, Any]] = []
+    state, best_epoch, lowest_loss = dict[str, Tensor](), 0, math.inf
+    with exact_fp32(), _own_random_state(seed, device), _few_threads(batch_size):
+        head = build_head(head_config).to(device, features.dtype)
+        weights = _class_weights(training, train_targets, head_config.num_classes, features)
+        trainer = _Trainer(head, training, features, train_targets, weights)
+        for epoch in range(1, training.epochs + 1):
+            start = time.perf_counter()
+            rate = training.learning_rate_at(epoch)
+            batches = _batches(features, batch_size, order)
+            row: dict[str, Any] = {"epoch": epoch, "train_loss": trainer.epoch(batches, rate)}
+            row |= _validate(head, held_out, valid_targets, names)
+            row |= {"learning_rate": rate, "seconds": time.perf_counter() - start}
+            if not math.isfinite(row["train_loss"] + row["valid_loss"]):
+                found, hint = f"none in epoch {epoch}", "Lower --learning-rate"
+                raise ConfigError("training", expected="a finite loss", found=found, hint=hint)
+            history.append(row)
+            if row["valid_loss"] < lowest_loss:
+                best_epoch, lowest_loss = epoch, row["valid_loss"]
+                state = {name: value.detach().clone() for name, value in head.state_dict().items()}
+            if on_epoch is not None:
+                on_epoch(row)
+            if training.patience is not None and epoch - best_epoch >= training.patience:
+                break
+    return FitResult({name: value.cpu() for name, value in state.items()}, history, best_epoch)
+
+
+def forward_head(
+    head: nn.Module, features: npt.NDArray[Any], device: torch.device
+) -> npt.NDArray[np.float32]:
+    """Return logits (N, C) float32 of features (N, D), a few thousand rows at a time.
+
+    Leaves the head in eval mode on ``device``.
+    """
+    head = head.to(device).eval()
+    logits = [
+        _logits(head, _to_tensor(features[i : i + _FORWARD_ROWS], device).float()).numpy()
+        for i in range(0, max(len(features), 1), _FORWARD_ROWS)
+    ]
+    return np.concatenate(logits)
+
+
+def predict_probs(
+    head: nn.Module, features: npt.NDArray[Any], device: torch.device
+) -> npt.NDArray[np.float64]:
+    """Return probs (N, C) float64, the softmax of ``forward_head``.
+
+    float64, so that a very sure head still ranks its rows instead of calling them all 1.
+    """
+    logits = torch.from_numpy(forward_head(head, features, device))
+    return np.asarray(logits.double().softmax(1))
+
+
+class _Trainer:
+    """A head, its training rows, its loss and its optimizer."""
+
+    def __init__(
+        self,
+        head: nn.Module,
+        training: TrainingConfig,
+        features: Tensor,
+        targets: npt.NDArray[Any],
+        weights: Tensor | None,
+    ) -> None:
+        self._head, self._features = head, features
+        self._targets = torch.from_numpy(targets.astype(np.int64)).to(features.device)
+        self._weights = weights
+        self._label_smoothing = training.label_smoothing
+        self._optimizer = _FusedOptimizer(training, list(head.parameters()))
+
+    def epoch(self, batches: list[Tensor], rate: float) -> float:
+        """Take one step per batch; return the mean of the batches' losses, weighed by rows."""
+        self._head.train()
+        total = torch.zeros_like(self._features[0, 0])
+        for rows in batches:
+            logits = self._head(self._features[rows])
+            loss = functional.cross_entropy(
+                logits, self._targets[rows], self._weights, label_smoothing=self._label_smoothing
+            )
+            self._optimizer.step(loss, rate)
+            total += loss.detach() * len(rows)
+        return total.item() / sum(len(rows) for rows in batches)
+
+
+class _FusedOptimizer:
+    """Adam, AdamW or SGD with momentum: the kernels of torch.optim's ``fused=True``, one a step.
+
+    They are called directly because constructing any ``torch.optim.Optimizer`` imports
+    ``torch._dynamo``: 2.2 s of a cold process, more than the whole training of a head.
+    """
+
+    def __init__(self, training: TrainingConfig, params: list[Tensor]) -> None:
+        self._kind, self._weight_decay = training.optimizer, training.weight_decay
+        self._params = params
+        self._first = [torch.zeros_like(p) for p in params]
+        self._second = [torch.zeros_like(p) for p in params]
+        self._steps = [torch.zeros((), device=p.device) for p in params]
+
+    def step(self, loss: Tensor, rate: float) -> None:
+        """Move every parameter against the gradient of ``loss``."""
+        grads = list(torch.autograd.grad(loss, self._params))
+        with torch.no_grad():
+            if self._kind == "sgd":
+                torch._fused_sgd_(
+                    self._params, grads, self._first, lr=rate, weight_decay=self._weight_decay,
+                    momentum=_SGD_MOMENTUM, dampening=0.0, nesterov=False, maximize=False,
+                    is_first_step=False,  # the momentum is there, and zero
+                )  # fmt: skip
+                return
+            torch._foreach_add_(self._steps, 1)
+            kernel = torch._fused_adam_ if self._kind == "adam" else torch._fused_adamw_
+            kernel(
+                self._params, grads, self._first, self._second, [], self._steps, lr=rate,
+                beta1=_ADAM_BETAS[0], beta2=_ADAM_BETAS[1], weight_decay=self._weight_decay,
+                eps=_ADAM_EPS, amsgrad=False, maximize=False,
+            )  # fmt: skip
+
+
+def _batches(features: Tensor, batch_size: int, order: torch.Generator) -> list[Tensor]:
+    rows = torch.randperm(len(features), generator=order).to(features.device)
+    batches = list(torch.split(rows, batch_size))
+    if len(batches[-1]) == 1:  # batch norm cannot train on one row (pytorch#4534)
+        batches.pop()
+    return batches
+
+
+def _validate(
+    head: nn.Module, features: Tensor, targets: npt.NDArray[Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the validation columns of a history row."""
+    head.eval()
+    logits = torch.cat(
+        [_logits(head, rows) for rows in torch.split(features, _FORWARD_ROWS)]
+    ).double()
+    loss = functional.cross_entropy(logits, torch.from_numpy(targets.astype(np.int64))).item()
+    right = logits.argmax(1).numpy() == targets
+    recalls = {
+        f"valid_recall_{name}": right[targets == i].mean().item() if (targets == i).any() else None
+        for i, name in enumerate(names)
+    }
+    return {"valid_loss": loss, "valid_accuracy": right.mean().item(), **recalls}
+
+
+@torch.inference_mode()
+def _logits(head: nn.Module, features: Tensor) -> Tensor:
+    logits: Tensor = head(features).cpu()
+    return logits
+
+
+@contextlib.contextmanager
+def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the CPU's and the device's generator; put the caller's states back afterwards.
+
+    ``torch.manual_seed`` would also move the generators of devices that are not in use here.
+    """
+    gpus: list[int] = []
+    if device.type == "cuda":
+        gpus = [torch.cuda.current_device() if device.index is None else device.index]
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            torch.default_generator.manual_seed(seed)
+            if gpus:
+                torch.cuda.default_generators[gpus[0]].manual_seed(seed)
+            if mps_state is not None:
+                torch.mps.manual_seed(seed)
+            yield
+    finally:
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)
+
+
+@contextlib.contextmanager
+def _few_threads(batch_size: int) -> Iterator[None]:
+    """Take one thread for small batches, then give the caller its number back.
+
+    At 32 rows a second thread gains at most a fifth, and when anything else wants the cores its
+    barriers cost all: ten epochs of 200 rows took 0.4 s with one, 3 to 9 s with two on two cores.
+    """
+    before = torch.get_num_threads()
+    if batch_size <= _ONE_THREAD_ROWS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _class_weights(
+    training: TrainingConfig, targets: npt.NDArray[Any], num_classes: int, like: Tensor
+) -> Tensor | None:
+    if training.class_weights == "none":
+        return None
+    counts = np.maximum(np.bincount(targets, minlength=num_classes), 1)
+    return torch.from_numpy(len(targets) / (num_classes * counts)).to(like.dtype).to(like.device)
+
+
+def _to_tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    dtype = np.float64 if array.dtype == np.float64 else np.float32
+    if array.dtype != dtype or not array.flags.writeable:  # a tensor may not share a mapped file
+        array = array.astype(dtype)
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def _check_rows(
+    what: str,
+    features: npt.NDArray[Any],
+    targets: npt.NDArray[Any],
+    head: HeadConfig,
+    *,
+    at_least: int,
+) -> None:
+    found, top = f"features {features.shape}, targets {targets.shape}", head.num_classes - 1
+    if features.shape != (len(targets), head.num_features) or targets.dtype.kind not in "iu":
+        wanted = f"features (N, {head.num_features}) and targets (N,) of whole numbers"
+        raise DataError(what, expected=wanted, found=found)
+    if len(targets) < at_least:
+        raise DataError(what, expected=f"at least {at_least}", found=len(targets))
+    if targets.min() < 0 or targets.max() > top:
+        found = f"{targets.min()} to {targets.max()}"
+        raise DataError(what, expected=f"targets from 0 to {top}", found=found)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def _is_count(value: object, at_least: int) -> bool:
+    return type(value) is int and value >= at_least

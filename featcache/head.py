@@ -1,0 +1,122 @@
+"""The small network that is trained on features: its configuration and its layers.
+
+For ``hidden = (512, 128)`` and C classes it is, layer by layer and name by name,
+
+    BatchNorm1d(D) Linear(D,512) ReLU BatchNorm1d(512) Linear(512,128) ReLU
+    BatchNorm1d(128) Dropout Linear(128,C)
+
+the head of the tutorial this project grew from, so its state dict fits wherever that one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from featcache.errors import ConfigError
+
+_MAX_WIDTH = 1 << 20
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What decides the shape of a head.
+
+    Attributes:
+        num_features: D, the number of features per image.
+        num_classes: C, two or more.
+        hidden: Width of each hidden layer, first to last; empty for a linear head.
+        dropout: Chance in [0, 1) that an input of the last layer is dropped while training.
+    """
+
+    num_features: int
+    num_classes: int
+    hidden: tuple[int, ...] = (512, 128)
+    dropout: float = 0.4
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if a value has no meaning."""
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        _check_width("number of features", self.num_features, at_least=1)
+        _check_width("number of classes", self.num_classes, at_least=2)
+        for width in self.hidden:
+            _check_width("--hidden", width, at_least=1)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                "--dropout", expected="a number from 0 to below 1", found=repr(self.dropout)
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the configuration as a JSON object."""
+        return {
+            "num_features": self.num_features,
+            "num_classes": self.num_classes,
+            "hidden": list(self.hidden),
+            "dropout": self.dropout,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> HeadConfig:
+        """Return the configuration that ``as_json`` wrote.
+
+        Raises:
+            ConfigError: If a key is missing or unknown, or a value has no meaning.
+        """
+        keys = {"num_features", "num_classes", "hidden", "dropout"}
+        if set(value) != keys or not isinstance(value["hidden"], list | tuple):
+            raise ConfigError(
+                "head", expected="an object of " + ", ".join(sorted(keys)), found=str(value)[:200]
+            )
+        return cls(**value)
+
+
+def _check_width(what: str, value: object, *, at_least: int) -> None:
+    if type(value) is not int or not at_least <= value <= _MAX_WIDTH:
+        raise ConfigError(
+            what, expected=f"a whole number from {at_least} to {_MAX_WIDTH}", found=repr(value)
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def build_head(config: HeadConfig, seed: int | None = None) -> nn.Sequential:
+    """Return an untrained head on the CPU, in train mode, mapping (B, D) to logits (B, C).
+
+    Args:
+        config: The shape of the head.
+        seed: Gives the same initial weights every time and leaves the caller's random state
+            alone; the weights are those of ``torch.manual_seed(seed)`` and the layers built by
+            hand. None draws from torch's global generator.
+    """
+    if seed is None:
+        return nn.Sequential(*_layers(config))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return nn.Sequential(*_layers(config))
+
+
+def _layers(config: HeadConfig) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    width = config.num_features
+    for next_width in config.hidden:
+        layers += [nn.BatchNorm1d(width), nn.Linear(width, next_width), nn.ReLU()]
+        width = next_width
+    return [
+        *layers,
+        nn.BatchNorm1d(width),
+        nn.Dropout(config.dropout),
+        nn.Linear(width, config.num_classes),
+    ]
+
+
+def state_layout(config: HeadConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of every entry of the head's state dict, without allocating it."""
+    with torch.device("meta"):
+        head = nn.Sequential(*_layers(config))
+    return {name: (value.dtype, tuple(value.shape)) for name, value in head.state_dict().items()}

@@ -1,0 +1,117 @@
+"""How good are these probabilities? Figures by scikit-learn, null where they are undefined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import ConfigError, DataError
+
+
+def compute_metrics(
+    targets: npt.NDArray[Any],
+    probs: npt.NDArray[Any],
+    classes: Sequence[str],
+    positive: str | None = None,
+) -> dict[str, Any]:
+    """Compare probabilities with targets.
+
+    ``None`` stands where a figure is undefined, never NaN: a recall without rows of the class, a
+    precision without predictions of it, an area under a curve without rows on both sides.
+
+    Args:
+        targets: (N,) integers from 0 to C - 1, N >= 1; unlabelled rows must be left out.
+        probs: (N, C) finite floats; the prediction is the largest, the first on ties.
+        classes: C names.
+        positive: The class that is looked for, or None.
+
+    Returns:
+        A JSON object: ``accuracy``; ``balanced_accuracy`` (mean recall of the classes that have
+        rows); ``roc_auc`` and ``average_precision`` (macro mean of one-vs-rest over all classes,
+        None if one of them is undefined); ``per_class`` {class: precision, recall, f1,
+        num_samples}; ``confusion_matrix`` (rows = target); ``positive``; ``sensitivity`` and
+        ``specificity`` (recall of the positive and of the other class; None without ``positive``
+        or with more than two classes).
+
+    Raises:
+        DataError: If the arrays are empty, do not fit each other or hold NaN.
+        ConfigError: If ``positive`` is not a class.
+    """
+    _check(targets, probs, classes, positive)
+    from sklearn import metrics
+
+    indices = list(range(len(classes)))
+    preds = probs.argmax(axis=1)
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(
+        targets, preds, labels=indices, zero_division=np.nan
+    )
+    per_class = {
+        name: {
+            "precision": _number(precision[i]),
+            "recall": _number(recall[i]),
+            "f1": _number(f1[i]),
+            "num_samples": int(support[i]),
+        }
+        for i, name in enumerate(classes)
+    }
+    recalls = [row["recall"] for row in per_class.values()]
+    sensitivity = specificity = None
+    if positive is not None and len(classes) == 2:
+        index = list(classes).index(positive)
+        sensitivity, specificity = recalls[index], recalls[1 - index]
+    return {
+        "accuracy": _mean([float(value) for value in preds == targets]),
+        "balanced_accuracy": _mean([value for value in recalls if value is not None]),
+        "roc_auc": _one_vs_rest(metrics.roc_auc_score, targets, probs),
+        "average_precision": _one_vs_rest(metrics.average_precision_score, targets, probs),
+        "per_class": per_class,
+        "confusion_matrix": metrics.confusion_matrix(targets, preds, labels=indices).tolist(),
+        "positive": positive,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+    }
+
+
+def _one_vs_rest(score: Any, targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> float | None:
+    """Return the mean over the classes of ``score``, each against the rest."""
+    values = []
+    for index in range(probs.shape[1]):
+        is_class = targets == index
+        if is_class.all() or not is_class.any():
+            return None
+        values.append(float(score(is_class, probs[:, index])))
+    return _mean(values)
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _check(
+    targets: npt.NDArray[Any],
+    probs: npt.NDArray[Any],
+    classes: Sequence[str],
+    positive: str | None,
+) -> None:
+    if probs.shape != (len(targets), len(classes)) or not np.isfinite(probs).all():
+        raise DataError(
+            "probs", expected=f"finite numbers of shape {(len(targets), len(classes))}",
+            found=f"shape {probs.shape}" if np.isfinite(probs).all() else "NaN or infinity",
+        )  # fmt: skip
+    if not len(targets):
+        raise DataError("rows to measure", expected="one or more", found="none")
+    if targets.min() < 0 or targets.max() >= len(classes):
+        raise DataError(
+            "targets", expected=f"numbers from 0 to {len(classes) - 1}",
+            found=f"{targets.min()} to {targets.max()}",
+        )  # fmt: skip
+    if positive is not None and positive not in classes:
+        raise ConfigError("--positive", expected="one of " + ", ".join(classes), found=positive)

@@ -1,0 +1,451 @@
+"""Cache in, run out: check the rows, train a head on them, keep the best epoch.
+
+Reads: a cache. Writes: a run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache import Cache, CacheSplit, open_cache
+from featcache.dataset import UNLABELLED
+from featcache.errors import CacheError, ConfigError, FeatcacheWarning, printable
+from featcache.files import new_folder, refuse_existing
+from featcache.fit import TrainingConfig, fit_head
+from featcache.head import HeadConfig
+from featcache.run import relative_path, write_run
+from featcache.runtime import Say, environment_facts, resolve_device, silent
+
+_IMBALANCE = 5  # beyond 1:5 the loss of the rare class is easily drowned
+_CHECK_ROWS = 8192
+_RECALLS_WIDTH = 52  # with what stands before them: lines of up to 96 characters
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a training came to.
+
+    Attributes:
+        run: The run folder.
+        classes: Class names.
+        num_train: Labelled rows trained on.
+        num_valid: Labelled rows the epoch was chosen by.
+        num_unlabelled: Rows left out for want of a target.
+        num_epochs: Epochs run.
+        best_epoch: The epoch kept; loss, accuracy and recalls (None without rows) are its own.
+        fit_seconds: Wall time of the fitting alone.
+        total_seconds: Wall time from opening the cache to the finished folder.
+        device: Where it ran.
+        fingerprint: That of the cache.
+        weights_sha256: That of the weights.
+    """
+
+    run: Path
+    classes: tuple[str, ...]
+    num_train: int
+    num_valid: int
+    num_unlabelled: int
+    num_epochs: int
+    best_epoch: int
+    valid_loss: float
+    valid_accuracy: float
+    valid_recall: dict[str, float | None]
+    fit_seconds: float
+    total_seconds: float
+    device: str
+    fingerprint: str
+    weights_sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as a JSON object, ``/`` in paths."""
+        return dataclasses.asdict(self) | {"run": self.run.as_posix(), "classes": [*self.classes]}
+
+
+def train(
+    cache: str | Path,
+    run: str | Path,
+    *,
+    hidden: Sequence[int] = (512, 128),
+    dropout: float = 0.4,
+    learning_rate: float = 5e-4,
+    weight_decay: float = 0.0,
+    optimizer: str = "adam",
+    schedule: str = "constant",
+    batch_size: int | str = "auto",
+    epochs: int = 10,
+    patience: int | None = None,
+    class_weights: str = "none",
+    label_smoothing: float = 0.0,
+    valid_fraction: float | None = None,
+    seed: int = 0,
+    data_seed: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    say: Say = silent,
+) -> TrainSummary:
+    """Train a head on the split ``train`` of a cache; the split ``test`` is not touched.
+
+    Kept is the epoch with the lowest plain cross-entropy on ``valid``, the earliest on ties.
+
+    Args:
+        cache: The cache.
+        run: The folder to make.
+        hidden: Width of each hidden layer; empty for a linear head.
+        dropout: Before the last layer, in [0, 1).
+        learning_rate: See ``fit.TrainingConfig``, as for the next eight.
+        weight_decay: For adam and sgd added to the gradient, for adamw taken off the weights.
+        optimizer: ``adam``, ``adamw`` or ``sgd``.
+        schedule: ``constant`` or ``cosine``.
+        batch_size: Rows per step, or ``auto``: about 1 % of the rows, 32 to 4096.
+        epochs: The most passes over the rows.
+        patience: Stop after this many epochs without a lower validation loss.
+        class_weights: ``none`` or ``balanced``.
+        label_smoothing: In [0, 1).
+        valid_fraction: Share of ``train`` (or of ``all``) held out as ``valid``, stratified, with
+            groups and identical images kept together; for caches without ``valid``.
+        seed: Decides the initial weights and dropout.
+        data_seed: Decides the order of the rows and the hold-out; None takes ``seed``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        overwrite: Replace an existing run.
+        say: Receives the lines for people.
+
+    Returns:
+        The summary; the run itself is the folder.
+
+    Raises:
+        RunError: If ``run`` exists and ``overwrite`` is not set.
+        ConfigError: If an option has no meaning.
+        CacheError: If the cache is damaged, lacks a split, or its rows cannot be trained on.
+
+    Example:
+        >>> featcache.train("covid.h5", "runs/covid", seed=1)  # doctest: +SKIP
+    """
+    start, folder = time.perf_counter(), Path(run)
+    refuse_existing(folder, overwrite=overwrite)
+    training = TrainingConfig(
+        learning_rate, weight_decay, optimizer, schedule, batch_size, epochs, patience,
+        class_weights, label_smoothing,
+    )  # fmt: skip
+    order_seed = seed if data_seed is None else data_seed
+    _check_options(valid_fraction, seed, order_seed)
+    HeadConfig(1, 2, tuple(hidden), dropout)  # a bad --hidden is told before the cache is read
+    torch_device = resolve_device(device)
+    opened = open_cache(cache)
+    _check_cache(opened)
+    _warn_of_leaks(opened)
+    parts = _choose_rows(opened, valid_fraction, order_seed, say)
+    _say_counts(opened, parts, training, say)
+    head = HeadConfig(opened.num_features, len(opened.classes), tuple(hidden), dropout)
+    with new_folder(folder, overwrite=overwrite) as partial:
+        fit_start = time.perf_counter()
+        result = fit_head(
+            head, training, *parts[0].arrays(opened), *parts[1].arrays(opened), seed=seed,
+            data_seed=order_seed, device=torch_device, classes=opened.classes,
+            on_epoch=_epoch_lines(opened.classes, say),
+        )  # fmt: skip
+        fit_seconds = time.perf_counter() - fit_start
+        num_train, num_valid = (len(part.rows) for part in parts)
+        details = {
+            "batch_size": training.rows_per_step(num_train),
+            "valid_fraction": valid_fraction,
+            "best_epoch": result.best_epoch,
+        }
+        weights_sha256 = write_run(
+            partial, head=head, state=result.state, training=training.as_json() | details,
+            seed=seed, data_seed=order_seed, classes=opened.classes,
+            cache=_cache_facts(opened, folder), history=result.history,
+            environment=environment_facts(torch_device),
+        )  # fmt: skip
+    kept = result.history[result.best_epoch - 1]
+    summary = TrainSummary(
+        run=folder, classes=opened.classes, num_train=num_train, num_valid=num_valid,
+        num_unlabelled=sum(part.num_unlabelled for part in parts),
+        num_epochs=len(result.history), best_epoch=result.best_epoch,
+        valid_loss=kept["valid_loss"], valid_accuracy=kept["valid_accuracy"],
+        valid_recall={name: kept[f"valid_recall_{name}"] for name in opened.classes},
+        fit_seconds=fit_seconds, total_seconds=time.perf_counter() - start,
+        device=str(torch_device), fingerprint=opened.fingerprint, weights_sha256=weights_sha256,
+    )  # fmt: skip
+    say(
+        f"kept epoch {summary.best_epoch}: valid loss {summary.valid_loss:.4f}, accuracy "
+        f"{summary.valid_accuracy:.3f}; {summary.num_epochs} epochs in {fit_seconds:.1f} s on "
+        f"{summary.device}, written to {printable(folder.as_posix())}"
+    )
+    return summary
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a split that are used as ``train`` or ``valid``: ``rows`` (n,), ascending."""
+
+    name: str
+    split: CacheSplit
+    rows: Rows
+    num_unlabelled: int = 0
+
+    @property
+    def targets(self) -> Rows:
+        targets: Rows = self.split.targets[self.rows]
+        return targets
+
+    def arrays(self, cache: Cache) -> tuple[npt.NDArray[Any], Rows]:
+        """Return features (n, D) and targets (n,) in memory; the features are finite."""
+        everything = len(self.rows) == len(self.split)
+        features = self.split.read_features() if everything else self.split.features[self.rows]
+        for i in range(0, len(features), _CHECK_ROWS):
+            finite = np.isfinite(features[i : i + _CHECK_ROWS]).all(axis=1)
+            if not finite.all():
+                row = int(self.rows[i + int(finite.argmin())])
+                raise CacheError(
+                    f"features of split {self.split.name}", expected="finite numbers",
+                    found=f"NaN or infinity in row {row}, {self.split.paths[row]}",
+                    where=cache.path, hint="Extract the images again, at --precision fp32",
+                )  # fmt: skip
+        return features, self.targets
+
+
+def _cache_facts(cache: Cache, folder: Path) -> dict[str, Any]:
+    return {
+        "path": relative_path(cache.path, folder),
+        "fingerprint": cache.fingerprint,
+        "identity": cache.identity,
+        "payload_sha256": cache.payload_sha256,
+        "num_failed": len(cache.failures),
+    }
+
+
+def _check_options(valid_fraction: Any, seed: object, data_seed: object) -> None:
+    for option, value in (("--seed", seed), ("--data-seed", data_seed)):
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise ConfigError(option, expected="a whole number from 0", found=repr(value))
+    if valid_fraction is not None and not (
+        isinstance(valid_fraction, int | float) and 0 < valid_fraction < 1
+    ):
+        raise ConfigError(
+            "--valid-fraction", expected="a number between 0 and 1", found=repr(valid_fraction)
+        )
+
+
+def _check_cache(cache: Cache) -> None:
+    if cache.task != "multiclass":
+        raise CacheError(
+            "cache", expected="one class per image", found=f"a {cache.task} cache",
+            where=cache.path, hint="Heads for several labels per image cannot be trained yet",
+        )  # fmt: skip
+    split = next(iter(cache.splits.values()))
+    if split.features.ndim != 2:
+        raise CacheError(
+            "cache", expected="one feature vector per image",
+            found=f"{split.features.shape[1]} views", where=cache.path,
+            hint="Extract the images again without --views",
+        )  # fmt: skip
+    if len(cache.classes) < 2:
+        raise CacheError(
+            "classes", expected="two or more", found=", ".join(cache.classes) or "none",
+            where=cache.path, hint="Extract images that lie in one folder per class",
+        )  # fmt: skip
+
+
+def _choose_rows(
+    cache: Cache, valid_fraction: float | None, seed: int, say: Say
+) -> tuple[_Part, _Part]:
+    """Return the rows to train on and the rows to choose the epoch by."""
+    source = next((name for name in ("train", "all") if name in cache.splits), None)
+    if source is None or (source == "all" and "valid" in cache.splits):
+        raise CacheError(
+            "split train", expected="rows to train on", found="only " + ", ".join(cache.splits),
+            where=cache.path, hint="Extract a data set that has train and valid",
+        )  # fmt: skip
+    if valid_fraction is None and "valid" not in cache.splits:
+        raise CacheError(
+            "split valid", expected="rows to choose the epoch by",
+            found="only " + ", ".join(cache.splits), where=cache.path,
+            hint="Hold out a part of the others with, say, --valid-fraction 0.2",
+        )  # fmt: skip
+    if valid_fraction is not None and "valid" in cache.splits:
+        raise ConfigError(
+            "--valid-fraction", expected="a cache without the split valid", found="one with it",
+            where=cache.path, hint="Leave --valid-fraction out",
+        )  # fmt: skip
+    train_part = _labelled(cache, source, "train")
+    if valid_fraction is None:
+        parts = train_part, _labelled(cache, "valid", "valid")
+    else:
+        _check_classes(cache, train_part, at_least=2)
+        parts = _hold_out(cache, train_part, valid_fraction, seed)
+        if train_part.split.groups is None:
+            say("this cache has no groups: images of one patient may be in both train and valid")
+    _check_classes(cache, parts[0], at_least=1)
+    if not len(parts[1].rows):
+        raise CacheError(
+            "split valid", expected="labelled rows", found="none", where=cache.path,
+            hint="Put images of every class into valid and extract again",
+        )  # fmt: skip
+    return parts
+
+
+def _labelled(cache: Cache, split_name: str, name: str) -> _Part:
+    split = cache.split(split_name)
+    rows: Rows = np.flatnonzero(split.targets != UNLABELLED)
+    return _Part(name, split, rows, len(split) - len(rows))
+
+
+def _check_classes(cache: Cache, part: _Part, *, at_least: int) -> None:
+    counts = np.bincount(part.targets, minlength=len(cache.classes))
+    scarce = {n: int(k) for n, k in zip(cache.classes, counts, strict=True) if k < at_least}
+    if scarce:
+        raise CacheError(
+            f"split {part.split.name}", expected=f"at least {at_least} labelled rows of each class",
+            found=", ".join(f"{count} of {name}" for name, count in scarce.items()),
+            where=cache.path, hint="Add images of that class, or leave its folder out",
+        )  # fmt: skip
+
+
+def _hold_out(cache: Cache, part: _Part, fraction: float, seed: int) -> tuple[_Part, _Part]:
+    """Split off about ``fraction`` of each class, unit by unit (see ``_units``)."""
+    units = _units(part)
+    counts = np.zeros((int(units.max()) + 1, len(cache.classes)), np.int64)
+    np.add.at(counts, (units, part.targets), 1)
+    totals = counts.sum(axis=0)
+    wanted = np.clip(np.rint(fraction * totals), 1, totals - 1)
+    shuffled = np.random.default_rng(seed).permutation(len(counts))
+    # Large units first: the small ones then even out what they left.
+    order = shuffled[np.argsort(-counts[shuffled].sum(axis=1), kind="stable")]
+    is_held, held = np.zeros(len(counts), bool), np.zeros_like(totals)
+    for unit in order:
+        after = held + counts[unit]
+        if (np.abs(after - wanted) / totals).sum() < (np.abs(held - wanted) / totals).sum():
+            is_held[unit], held = True, after
+    for index in np.flatnonzero(held == 0):  # its units are all too large to come near the share
+        for unit in order[::-1]:
+            after = held + counts[unit]
+            if counts[unit, index] and not is_held[unit] and (after < totals).all():
+                is_held[unit], held = True, after
+                break
+    for name, count, total in zip(cache.classes, held, totals, strict=True):
+        if not 0 < count < total:
+            raise CacheError(
+                "--valid-fraction", expected=f"class {name} on both sides",
+                found="its images in too few groups to part them", where=cache.path,
+                hint="Split the images yourself: featcache split",
+            )  # fmt: skip
+    chosen = is_held[units]
+    return (
+        dataclasses.replace(part, rows=part.rows[~chosen]),
+        _Part("valid", part.split, part.rows[chosen]),
+    )
+
+
+def _units(part: _Part) -> Rows:
+    """Return a number (n,) per row; equal for rows of one group and for copies of one image."""
+    leaders: dict[object, object] = {}
+
+    def leader(key: object) -> object:
+        while (above := leaders.setdefault(key, key)) != key:
+            leaders[key] = leaders[above]
+            key = above
+        return key
+
+    groups = part.split.groups
+    keys: list[object] = [int(row) if groups is None else groups[row] for row in part.rows]
+    for key, image in zip(keys, part.split.image_sha256[part.rows], strict=True):
+        if image.any():
+            leaders[leader(image.tobytes())] = leader(key)
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(leader(key), len(numbers)) for key in keys], np.int64)
+
+
+def _warn_of_leaks(cache: Cache) -> None:
+    """Warn when an image or a group stands in two splits: the figures would flatter the head."""
+    images = {
+        name: [row.tobytes() if row.any() else None for row in split.image_sha256]
+        for name, split in cache.splits.items()
+    }
+    groups = {name: split.groups or [] for name, split in cache.splits.items()}
+    for what, keys_by_split in (("images", images), ("groups", groups)):
+        seen: dict[object, tuple[str, str]] = {}
+        shared: dict[object, str] = {}
+        for name, keys in keys_by_split.items():
+            for key, path in zip(keys, cache.splits[name].paths, strict=False):
+                other, other_path = seen.setdefault(key, (name, path))
+                if other != name and key is not None:
+                    shared.setdefault(key, f"{other}: {other_path} and {name}: {path}")
+        if shared:
+            message = (
+                f"{len(shared)} {what} stand in more than one split, for example "
+                f"{next(iter(shared.values()))}; results will look better than they are"
+            )
+            warnings.warn(printable(message), FeatcacheWarning, stacklevel=3)
+
+
+def _say_counts(cache: Cache, parts: Sequence[_Part], training: TrainingConfig, say: Say) -> None:
+    """Say how many rows of each class each part has."""
+    counts = [np.bincount(part.targets, minlength=len(cache.classes)) for part in parts]
+    lines = [(name, *column) for name, *column in zip(cache.classes, *counts, strict=True)]
+    if any(part.num_unlabelled for part in parts):
+        lines.append(("(unlabelled, left out)", *(part.num_unlabelled for part in parts)))
+    lines.append(("total", *(len(part.rows) for part in parts)))
+    names = [_cut(printable(line[0]), 40) for line in lines]
+    width = max(len(name) for name in [*names, "class"])
+    say(f"{'class':<{width}}  " + "  ".join(f"{part.name:>7}" for part in parts))
+    for name, line in zip(names, lines, strict=True):
+        say(f"{name:<{width}}  " + "  ".join(f"{count:>7,}" for count in line[1:]))
+    if "test" in cache.splits:
+        say(f"the {len(cache.splits['test']):,} rows of test are not touched")
+    if training.class_weights == "none" and counts[0].max() > _IMBALANCE * counts[0].min():
+        say(
+            f"hint: the largest class of train is {counts[0].max() / counts[0].min():.1f} times "
+            "the smallest; try --class-weights balanced"
+        )
+
+
+def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]], None]:
+    """Return what says a line per epoch: losses, accuracy, recall per class on ``valid``.
+
+    Where the classes do not fit side by side, the lowest recall and its class stand instead.
+    """
+    widths = [max(6, len(printable(name))) for name in classes]
+    while sum(widths) + 2 * len(widths) > _RECALLS_WIDTH and max(widths) > 6:
+        widths[widths.index(max(widths))] -= 1
+    fits = sum(widths) + 2 * len(widths) <= _RECALLS_WIDTH
+    head = "epoch  train loss  valid loss  accuracy  "
+    lowest = float("inf")
+
+    def line(row: dict[str, Any]) -> None:
+        nonlocal lowest
+        if row["epoch"] == 1:
+            names = (f"{_cut(printable(n), w):>{w}}" for n, w in zip(classes, widths, strict=True))
+            say(f"{'(* = lowest valid loss so far)':<{len(head)}}recall on valid")
+            say(head + ("  ".join(names) if fits else "lowest of the classes"))
+        recalls = [(row[f"valid_recall_{name}"], printable(name)) for name in classes]
+        if not fits:
+            recall, name = min(pair for pair in recalls if pair[0] is not None)
+            shown = f"{recall:.3f} {_cut(name, 30)}"
+        else:
+            shown = "  ".join(
+                f"{'-' if recall is None else f'{recall:.3f}':>{w}}"
+                for (recall, _), w in zip(recalls, widths, strict=True)
+            )
+        mark = "  *" if row["valid_loss"] < lowest else ""
+        lowest = min(lowest, row["valid_loss"])
+        say(
+            f"{row['epoch']:>5}  {row['train_loss']:>10.4f}  {row['valid_loss']:>10.4f}  "
+            f"{row['valid_accuracy']:>8.3f}  {shown}{mark}"
+        )
+
+    return line
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,311 @@
+"""Extract: every image once, bad ones named, finished rows kept, the backbone frozen in fact."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_network
+import torch
+from conftest import write_image, write_tree
+from PIL import Image
+
+from featcache.backbone import Backbone, build_backbone, state_sha256, wrap_backbone
+from featcache.cache import Cache, open_cache
+from featcache.errors import BackboneError, CacheError, ConfigError, DataError, FeatcacheWarning
+from featcache.extraction import extract, parse_max_errors
+
+
+def truth(root: Path, path: str) -> np.ndarray:
+    """The features of one image by a few independent lines: Pillow and the plain network."""
+    with Image.open(root / path) as image:
+        small = image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float() / 255
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        return tiny_network.network().eval()((pixels - mean) / std)[0].numpy()
+
+
+def all_rows(cache: Cache) -> dict[str, np.ndarray]:
+    return {
+        f"{name}/{path}": split.features[i]
+        for name, split in cache.splits.items()
+        for i, path in enumerate(split.paths)
+    }
+
+
+def test_features_are_those_of_the_plain_network(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, group_by=r"^(\w+)_")
+    cache = open_cache(tmp_path / "c.h5")
+    assert summary.status == "extracted"
+    assert summary.num_images == summary.num_new == 46
+    assert summary.splits["train"] == {"covid": 12, "normal": 12}
+    assert cache.classes == ("covid", "normal")
+    assert list(cache.splits) == ["train", "valid", "test"]
+    for split in cache.splits.values():
+        assert split.paths == sorted(split.paths)
+        assert split.groups == [Path(p).name.split("_")[0] for p in split.paths]
+        for path, features, target in zip(split.paths, split.features, split.targets, strict=True):
+            np.testing.assert_allclose(features, truth(tree, path), rtol=1e-4, atol=1e-6)
+            assert cache.classes[target] in path
+            assert (tree / path).stat().st_size in split.image_bytes
+    assert not (tmp_path / "c.h5.partial").exists()
+    assert max(cache.provenance["parity"]) < 1e-5
+
+
+def test_every_layout_gives_the_same_features(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    extract(tree, tmp_path / "tree.h5", backbone=tiny_backbone)
+    wanted = {k.split("/")[-1]: v for k, v in all_rows(open_cache(tmp_path / "tree.h5")).items()}
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for file in sorted(tree.rglob("*.*g")):
+            archive.write(file, file.relative_to(tree.parent))
+    lines = ["path,target,split"]
+    for file in sorted(tree.rglob("*.*g")):
+        split, name = file.relative_to(tree).parts[:2]
+        lines.append(f"data/{file.relative_to(tree).as_posix()},{name},{split}")
+    (tmp_path / "data.csv").write_text("\n".join(lines))
+    flat = tmp_path / "flat"
+    for source in (tree / "train", tree / "valid", tree / "test"):
+        for name in ("covid", "normal"):
+            for file in (source / name).iterdir():
+                (flat / name).mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, flat / name)
+    for data in (tmp_path / "data.zip", tmp_path / "data.csv", flat, flat / "covid"):
+        extract(data, tmp_path / f"{data.name}.h5", backbone=tiny_backbone)
+        cache = open_cache(tmp_path / f"{data.name}.h5")
+        rows = all_rows(cache)
+        assert len(rows) == (23 if data.name == "covid" else 46)
+        for path, features in rows.items():
+            np.testing.assert_array_equal(features, wanted[path.split("/")[-1]])
+    unlabelled = open_cache(tmp_path / "covid.h5")
+    assert unlabelled.classes == ()
+    assert set(unlabelled.splits["all"].targets.tolist()) == {-1}
+
+
+def test_an_unchanged_cache_is_up_to_date_and_two_extractions_are_equal(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    first = extract(tree, tmp_path / "a.h5", backbone=tiny_backbone)
+    before = (tmp_path / "a.h5").stat().st_mtime_ns
+    again = extract(tree, tmp_path / "a.h5", backbone=tiny_backbone)
+    assert again.status == "up to date"
+    assert again.num_new == 0
+    assert (tmp_path / "a.h5").stat().st_mtime_ns == before
+    second = extract(tree, tmp_path / "b.h5", backbone=tiny_backbone)
+    assert second.content_sha256 == first.content_sha256
+
+
+def test_an_update_runs_only_new_images_and_equals_a_rebuild(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, limit=20)
+    write_image(tree / "train" / "covid" / "new_0.png", 999, bright=True)
+    updated = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert updated.num_images == 47
+    assert (updated.num_new, updated.num_known) == (27, 20)
+    rebuilt = extract(tree, tmp_path / "d.h5", backbone=tiny_backbone)
+    assert updated.content_sha256 == rebuilt.content_sha256
+    (tree / "train" / "covid" / "new_0.png").unlink()
+    smaller = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert (smaller.num_images, smaller.num_new) == (46, 0)
+
+
+def test_another_identity_is_refused_and_rebuilt_on_request(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    cache = tmp_path / "c.h5"
+    extract(tree, cache, backbone=tiny_backbone)
+    before = cache.read_bytes()
+    with pytest.raises(
+        CacheError, match=r"crop_mode 'center', found crop_mode 'squash'.*--rebuild"
+    ):
+        extract(tree, cache, backbone=tiny_backbone, crop_mode="center")
+    assert cache.read_bytes() == before
+    extract(tree, cache, backbone=tiny_backbone, crop_mode="center", rebuild=True)
+    assert open_cache(cache).identity["crop_mode"] == "center"
+
+
+def test_other_peoples_files_are_never_replaced(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    for content in (b"a letter", b""):
+        (tmp_path / "c.h5").write_bytes(content)
+        for rebuild in (False, True):
+            with pytest.raises(CacheError):
+                extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, rebuild=rebuild)
+        assert (tmp_path / "c.h5").read_bytes() == content
+    assert not (tmp_path / "c.h5.partial").exists()
+
+
+# ------------------------------------------------------------------------------------ bad images
+
+
+def test_odd_images_get_the_right_rows_and_bad_ones_a_reason(
+    tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    folder = tmp_path / "odd" / "covid"
+    folder.mkdir(parents=True)
+    grey = np.random.default_rng(0).integers(0, 256, (40, 44), np.uint8)
+    colour = np.stack([grey, grey[::-1], grey[:, ::-1]], axis=-1)
+    good: dict[str, np.ndarray] = {}
+
+    def save(name: str, image: Image.Image, pixels: np.ndarray, **options: object) -> None:
+        image.save(folder / name, **options)
+        good[f"covid/{name}"] = pixels
+
+    grey_truth = np.repeat(grey[..., None], 3, axis=2)
+    save("grey.png", Image.fromarray(grey), grey_truth)
+    save("deep.png", Image.fromarray(grey.astype(np.uint16) * 257), grey_truth)
+    save("colour.tif", Image.fromarray(colour), colour)
+    alpha = np.dstack([colour, grey])
+    save("alpha.png", Image.fromarray(alpha), colour)
+    palette = Image.fromarray(colour).quantize(64)
+    save("palette.png", palette, np.asarray(palette.convert("RGB")))
+    cmyk = Image.fromarray(colour).convert("CMYK")
+    save("cmyk.tif", cmyk, np.asarray(cmyk.convert("RGB")))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn clockwise
+    save("turned.png", Image.fromarray(colour), np.rot90(colour, -1), exif=exif)
+    whole = (folder / "colour.tif").read_bytes()
+    (folder / "cut.tif").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "page.jpg").write_text("<html>404</html>")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".hidden.png").write_bytes(b"x")
+    (tmp_path / "odd" / "__MACOSX").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe.png")
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+
+    with pytest.warns(FeatcacheWarning, match="3 images could not be read"):
+        summary = extract(tmp_path / "odd", tmp_path / "c.h5", backbone=tiny_backbone, max_errors=3)
+    cache = open_cache(tmp_path / "c.h5")
+    assert summary.num_failed == 3
+    assert sorted(cache.splits["all"].paths) == sorted(good)
+    assert {Path(f.path).name for f in cache.failures} == {"cut.tif", "empty.png", "page.jpg"}
+    assert all(f.reason for f in cache.failures)
+    for path, features in zip(cache.splits["all"].paths, cache.splits["all"].features, strict=True):
+        Image.fromarray(good[path]).save(tmp_path / "truth.png")
+        np.testing.assert_allclose(features, truth(tmp_path, "truth.png"), rtol=1e-4, atol=1e-6)
+
+
+def test_truncated_images_can_be_kept_and_are_counted(
+    tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    for i in range(3):
+        write_image(tmp_path / "data" / f"{i}.jpg", i)
+    whole = (tmp_path / "data" / "1.jpg").read_bytes()
+    (tmp_path / "data" / "1.jpg").write_bytes(whole[: len(whole) * 3 // 4])
+    summary = extract(
+        tmp_path / "data", tmp_path / "c.h5", backbone=tiny_backbone, truncated="keep"
+    )
+    assert (summary.num_images, summary.num_failed, summary.num_truncated) == (3, 0, 1)
+    assert open_cache(tmp_path / "c.h5").identity["truncated"] == "keep"
+
+
+def test_too_many_failures_stop_and_the_same_command_goes_on(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    bad = sorted((tree / "valid" / "normal").iterdir())[:2]
+    kept = {file: file.read_bytes() for file in bad}
+    for file in bad:
+        file.write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"at most 5% of 5 failed in valid/normal.*--max-errors"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert not (tmp_path / "c.h5").exists()
+    for file, data in kept.items():
+        file.write_bytes(data)
+    summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert summary.num_images == 46
+    assert summary.num_known > 0  # what the first run had done was not done again
+
+
+def test_a_class_without_a_readable_image_stops(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    tree = write_tree(tmp_path / "data", {"train": 2, "test": 1})
+    for file in (tree / "test" / "covid").iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(DataError, match="test/covid: expected at least one readable image"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, max_errors="100%")
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_failed_images_are_tried_again(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> None:
+    file = sorted((tree / "train" / "covid").iterdir())[0]
+    data = file.read_bytes()
+    file.write_bytes(b"broken")
+    with pytest.warns(FeatcacheWarning):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    file.write_bytes(data)
+    summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert (summary.num_failed, summary.num_new, summary.num_images) == (0, 1, 46)
+
+
+@pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0", 0), (7, 7), ("100%", 1.0)])
+def test_max_errors_is_a_count_or_a_share(text: str | int, value: float) -> None:
+    assert parse_max_errors(text) == value
+
+
+@pytest.mark.parametrize("text", ["-1", "101%", "many", "5.5", "%"])
+def test_max_errors_refuses_the_rest(text: str) -> None:
+    with pytest.raises(ConfigError, match="--max-errors"):
+        parse_max_errors(text)
+
+
+# --------------------------------------------------------------------------------- frozen in fact
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "torchvision:resnet18", "timm:resnet10t"])
+def test_the_backbone_is_frozen_even_if_it_comes_in_train_mode(
+    name: str, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    for i in range(3):
+        write_image(tmp_path / "data" / f"{i}.png", i)
+    backbone = build_backbone(name, weights="random", image_size=64)
+    backbone.network.train()
+    before = state_sha256(backbone.network)
+    first = extract(tmp_path / "data", tmp_path / "a.h5", backbone=backbone, batch_size=2)
+    assert state_sha256(backbone.network) == before == backbone.weights_sha256
+    backbone.network.train()
+    second = extract(tmp_path / "data", tmp_path / "b.h5", backbone=backbone, batch_size=2)
+    assert first.content_sha256 == second.content_sha256
+
+
+class _Drifting(torch.nn.Module):
+    """Counts its forward passes in a buffer: not frozen, whatever the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return images.mean((2, 3))
+
+
+def test_a_network_that_changes_itself_is_refused(tree: Path, tmp_path: Path) -> None:
+    backbone = wrap_backbone("drifting", _Drifting(), image_size=32)
+    with pytest.raises(BackboneError, match=r"frozen backbone"):
+        extract(tree, tmp_path / "c.h5", backbone=backbone)
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_features_that_overflow_float16_are_refused(tree: Path, tmp_path: Path) -> None:
+    class Huge(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3)) * 1e6 + 1e6
+
+    backbone = wrap_backbone("huge", Huge(), image_size=32)
+    with pytest.raises(BackboneError, match=r"finite float16.*--feature-dtype float32"):
+        extract(tree, tmp_path / "c.h5", backbone=backbone, feature_dtype="float16")

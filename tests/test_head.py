@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from featcache.errors import ConfigError
+from featcache.head import HeadConfig, build_head, state_layout
+
+
+def kinds(head: nn.Sequential) -> list[str]:
+    return [type(layer).__name__ for layer in head]
+
+
+def test_default_head_is_the_tutorials_layer_by_layer() -> None:
+    head = build_head(HeadConfig(1280, 2))
+    wanted = [
+        nn.BatchNorm1d(1280), nn.Linear(1280, 512), nn.ReLU(),
+        nn.BatchNorm1d(512), nn.Linear(512, 128), nn.ReLU(),
+        nn.BatchNorm1d(128), nn.Dropout(0.4), nn.Linear(128, 2),
+    ]  # fmt: skip
+    assert [repr(layer) for layer in head] == [repr(layer) for layer in wanted]
+    assert sum(p.numel() for p in head.parameters()) == 725_634  # research/speed.md
+
+
+@pytest.mark.parametrize(
+    ("hidden", "wanted"),
+    [
+        ((), ["BatchNorm1d", "Dropout", "Linear"]),
+        ((7,), ["BatchNorm1d", "Linear", "ReLU", "BatchNorm1d", "Dropout", "Linear"]),
+    ],
+)
+def test_hidden_layers_are_batchnorm_linear_relu(
+    hidden: tuple[int, ...], wanted: list[str]
+) -> None:
+    head = build_head(HeadConfig(5, 3, hidden=hidden, dropout=0.1))
+    assert kinds(head) == wanted
+    assert head(torch.randn(4, 5)).shape == (4, 3)
+
+
+def test_seed_gives_the_weights_of_a_plain_script_and_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(11)
+    plain = nn.Sequential(
+        nn.BatchNorm1d(6), nn.Linear(6, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Dropout(0.2),
+        nn.Linear(4, 2),
+    )  # fmt: skip
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    head = build_head(HeadConfig(6, 2, hidden=(4,), dropout=0.2), seed=11)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(
+        torch.equal(a, b) for a, b in zip(head.parameters(), plain.parameters(), strict=True)
+    )
+    other = build_head(HeadConfig(6, 2, hidden=(4,), dropout=0.2), seed=12)
+    assert not torch.equal(other[1].weight, head[1].weight)
+
+
+def test_configuration_survives_json() -> None:
+    config = HeadConfig(8, 3, hidden=(4, 2), dropout=0.25)
+    assert HeadConfig.from_json(config.as_json()) == config
+    assert HeadConfig(8, 3, hidden=[4, 2], dropout=0.25) == config  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_features": 0}, {"num_features": True}, {"num_classes": 1}, {"num_classes": "2"},
+        {"hidden": (0,)}, {"hidden": (4, -1)}, {"hidden": (2.5,)}, {"hidden": (1 << 40,)},
+        {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": float("nan")}, {"dropout": "0.4"},
+    ],
+)  # fmt: skip
+def test_values_without_meaning_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        HeadConfig(**({"num_features": 8, "num_classes": 2} | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{}, {"num_features": 8, "num_classes": 2, "hidden": 4, "dropout": 0.1}, {"hidden": []}],
+)
+def test_json_of_another_shape_is_refused(value: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="an object of dropout, hidden"):
+        HeadConfig.from_json(value)
+
+
+def test_state_layout_is_that_of_a_built_head() -> None:
+    config = HeadConfig(9, 3, hidden=(5,))
+    state = build_head(config).state_dict()
+    assert state_layout(config) == {k: (v.dtype, tuple(v.shape)) for k, v in state.items()}

@@ -1,0 +1,126 @@
+"""Producing a cache: killed, interrupted, shared and cramped, it loses nothing and lies never."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import featcache.production
+from featcache.backbone import Backbone
+from featcache.cache import open_cache
+from featcache.errors import CacheError
+from featcache.extraction import extract
+
+TESTS = Path(__file__).parent
+
+
+def _child(code: str, folder: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment)
+
+
+_SLOW_EXTRACT = """
+import time, tiny_network
+import featcache.production as production
+from featcache.extraction import extract
+production.SHARD_BYTES = 4 * 24 * 4  # four rows a shard
+inner = production.stream_features
+def slow(*args, **options):
+    for batch in inner(*args, **options):
+        time.sleep(0.03)
+        yield batch
+production.stream_features = slow
+extract("data", "c.h5", backbone=tiny_network.build(), batch_size=2)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_extraction_goes_on_and_ends_equal(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, number: signal.Signals
+) -> None:
+    whole = extract(tree, tmp_path / "whole.h5", backbone=tiny_backbone, batch_size=2)
+    child = _child(_SLOW_EXTRACT, tmp_path)
+    shards = tmp_path / "c.h5.partial"
+    deadline = time.monotonic() + 60
+    while len(list(shards.glob("shard.*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(number)
+    child.wait(timeout=60)
+    assert child.returncode != 0
+    assert not (tmp_path / "c.h5").exists()
+    summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, batch_size=2)
+    assert summary.num_known >= 4
+    assert summary.num_new == 46 - summary.num_known
+    assert summary.content_sha256 == whole.content_sha256
+    assert not shards.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock is POSIX")
+def test_the_second_writer_is_told_who_is_at_work(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    child = _child(_SLOW_EXTRACT, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "c.h5.partial" / "manifest.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(Exception, match=f"process {child.pid} on .* since"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert child.wait(timeout=60) == 0
+    assert open_cache(tmp_path / "c.h5").fingerprint
+
+
+def test_an_unfinished_run_of_other_settings_is_refused_then_discarded(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(featcache.production, "write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    monkeypatch.undo()
+    assert (tmp_path / "c.h5.partial" / "manifest.json").exists()
+    with pytest.raises(CacheError, match=r"unfinished extraction.*--rebuild"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, crop_mode="border")
+    assert (tmp_path / "c.h5.partial" / "manifest.json").exists()
+    summary = extract(
+        tree, tmp_path / "c.h5", backbone=tiny_backbone, crop_mode="border", rebuild=True
+    )
+    assert summary.num_new == 46
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX")
+def test_a_full_disk_is_one_line_and_leaves_no_cache(tree: Path, tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys, tiny_network
+from featcache.errors import FeatcacheError
+from featcache.extraction import extract
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+backbone = tiny_network.build()
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+try:
+    extract("data", "c.h5", backbone=backbone)
+except FeatcacheError as error:
+    print(error, file=sys.stderr)
+    sys.exit(1)
+"""
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert b"disk space: expected" in done.stderr
+    assert not (tmp_path / "c.h5").exists()
+    assert list(tmp_path.glob(".*tmp")) == []

@@ -1,0 +1,137 @@
+"""Verify: a damaged or untrue cache is named with its first bad row; a good one passes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_network
+from conftest import write_image
+from PIL import Image
+
+from featcache.backbone import Backbone
+from featcache.cache import Cache, open_cache
+from featcache.cache_writer import SplitRows, write_cache, write_rows
+from featcache.errors import BackboneError, CacheError, ConfigError, DataError
+from featcache.extraction import extract
+from featcache.verification import describe, verify
+
+
+@pytest.fixture
+def cache(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> Cache:
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    return open_cache(tmp_path / "c.h5")
+
+
+def rewrite(cache: Cache, change: dict[str, np.ndarray]) -> None:
+    """Write the cache again with other features for some splits: whole, but not true."""
+    rows = {}
+    for name, split in cache.splits.items():
+        features = change.get(name, np.array(split.features))
+        rows[name] = SplitRows(
+            features.shape, features.dtype, lambda features=features: [features],
+            np.array(split.targets), split.paths, split.groups, np.array(split.image_sha256),
+            np.array(split.image_bytes), np.array(split.mtime_ns),
+        )  # fmt: skip
+    write_rows(
+        cache.path, rows, identity=cache.identity, provenance=cache.provenance,
+        classes=cache.classes, task=cache.task,
+    )  # fmt: skip
+
+
+def test_a_good_cache_is_whole_and_true(cache: Cache, tree: Path, tiny_backbone: Backbone) -> None:
+    result = verify(cache.path)
+    assert (result.num_rows, result.num_compared, result.largest_error) == (46, 0, None)
+    result = verify(cache.path, data=tree, backbone=tiny_backbone, samples="all")
+    assert result.num_compared == 46
+    assert result.largest_error is not None
+    assert result.bound is not None
+    assert 0 <= result.largest_error < result.bound
+    assert verify(cache.path, data=tree, samples=7).num_compared == 7  # python: name imports it
+
+
+def test_one_flipped_bit_is_found(cache: Cache) -> None:
+    data = bytearray(cache.path.read_bytes())
+    offset = cache.container.arrays["splits/valid/features"].offset
+    data[offset + 13] ^= 4
+    cache.path.write_bytes(data)
+    with pytest.raises(CacheError, match="payload sha256"):
+        verify(cache.path)
+
+
+def test_a_row_that_is_not_true_is_named(cache: Cache, tree: Path) -> None:
+    features = np.array(cache.splits["test"].features)
+    features[3] *= 1.001
+    rewrite(cache, {"test": features})
+    verify(cache.path)  # it is whole
+    wrong = cache.splits["test"].paths[3]
+    with pytest.raises(CacheError, match=f"error of 1.0e-03 .test: {wrong}.*--rebuild"):
+        verify(cache.path, data=tree, samples="all")
+
+
+def test_features_that_are_not_finite_are_named(cache: Cache) -> None:
+    features = np.array(cache.splits["train"].features)
+    features[5, 2] = np.nan
+    rewrite(cache, {"train": features})
+    with pytest.raises(CacheError, match=f"row 5, {cache.splits['train'].paths[5]}"):
+        verify(cache.path)
+
+
+def test_changed_vanished_and_new_images_are_said(cache: Cache, tree: Path) -> None:
+    paths = cache.splits["valid"].paths
+    write_image(tree / paths[0], 1234)
+    (tree / paths[1]).unlink()
+    write_image(tree / "valid" / "covid" / "zz.png", 4321)
+    result = verify(cache.path, data=tree, samples="all")
+    assert result.changed == (paths[0],)
+    assert result.vanished == (paths[1],)
+    assert result.appeared == ("valid/covid/zz.png",)
+    assert result.num_compared == 44
+
+
+def test_another_image_of_the_same_size_is_found(cache: Cache, tree: Path) -> None:
+    path = tree / cache.splits["test"].paths[0]
+    size = path.stat().st_size
+    Image.fromarray(np.full((8, 8), 99, np.uint8)).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # decoders stop at the image's end
+    with pytest.raises(CacheError, match="the image it was made of, found another one"):
+        verify(cache.path, data=tree, samples="all")
+
+
+def test_a_copy_with_other_times_is_true(cache: Cache, tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree, tmp_path / "copy", copy_function=shutil.copy)
+    result = verify(cache.path, data=tmp_path / "copy", samples="all")
+    assert (result.num_compared, result.changed) == (46, ())
+
+
+def test_samples_and_backbone_are_checked(
+    cache: Cache, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="--samples"):
+        verify(cache.path, data=tree, samples=0)
+    other = tiny_network.network()
+    other.conv.weight.data *= 1.5
+    monkeypatch.setattr(tiny_network, "network", lambda: other)
+    with pytest.raises(BackboneError, match=cache.identity["weights_sha256"]):
+        verify(cache.path, data=tree)
+
+
+def test_foreign_features_can_be_whole_but_not_compared(tmp_path: Path, tree: Path) -> None:
+    features = np.ones((2, 3), np.float32)
+    write_cache(tmp_path / "x.h5", features, np.array([0, 1]), ["a", "b"], classes=["p", "q"])
+    assert verify(tmp_path / "x.h5").num_rows == 2
+    with pytest.raises(DataError, match="features made elsewhere"):
+        verify(tmp_path / "x.h5", data=tree)
+
+
+def test_describe_tells_what_a_cache_holds(cache: Cache) -> None:
+    facts = describe(cache.path)
+    assert facts["kind"] == "cache"
+    assert facts["identity"]["image_size"] == tiny_network.IMAGE_SIZE
+    assert facts["splits"]["train"]["num_per_class"] == {"covid": 12, "normal": 12}
+    assert facts["splits"]["train"]["num_groups"] is None
+    assert facts["verified"] is False
+    with pytest.raises(CacheError):
+        describe(cache.path.parent / "nothing.h5")
