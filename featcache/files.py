@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from featcache.errors import ConfigError, FeatcacheError, RunError
+from featcache.errors import CacheError, ConfigError, RunError
 
 _HASH_BLOCK_BYTES = 1 << 20
 
@@ -187,7 +187,7 @@ def writer_lock(path: Path, what: str) -> Iterator[None]:
         what: What is locked, for the message.
 
     Raises:
-        FeatcacheError: If another process holds it; says which, on what host, since when.
+        CacheError: If another process holds it; says which, on what host, since when.
         ConfigError: Where the platform has no flock.
     """
     try:
@@ -204,7 +204,7 @@ def writer_lock(path: Path, what: str) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read(500).decode(errors="replace").strip() or "an unknown process"
-            raise FeatcacheError(
+            raise CacheError(
                 what, expected="no other writer", found=f"one at work: {holder}", where=path,
                 hint="Wait for it, or stop it",
             ) from error  # fmt: skip

@@ -40,6 +40,7 @@ from featcache.files import atomic_writer, canonical_json
 
 _COPY_BYTES = 1 << 22
 _CHECK_SECONDS = 60
+_NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def write_container(
 
 def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
     """Turn an ``OSError`` met while writing into the one line a user can act on."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+    if error.errno in _NO_SPACE:
         free = shutil.disk_usage(path.parent).free
         return CacheError(
             "disk space", expected=f"{wanted_bytes:,} bytes", found=f"{free:,} bytes free",

@@ -30,6 +30,7 @@ class IsolatedDecoder:
     def __init__(self, seconds: float = DECODE_SECONDS) -> None:
         self._seconds = seconds
         self._child: subprocess.Popen[bytes] | None = None
+        self._one_at_a_time = threading.Lock()
 
     def __enter__(self) -> IsolatedDecoder:
         return self
@@ -46,6 +47,10 @@ class IsolatedDecoder:
         Raises:
             DataError: If the image is bad, or the decoder hung or crashed on it.
         """
+        with self._one_at_a_time:
+            return self._decode(data, rules)
+
+    def _decode(self, data: bytes, rules: PixelRules) -> DecodedImage:
         child = self._start()
         timer = threading.Timer(self._seconds, child.kill)
         timer.start()

@@ -154,7 +154,8 @@ def stream_pixels(
             with clock("waiting"):
                 for slot, (sample, future) in enumerate(under_way.popleft()):
                     try:
-                        outcome, image = future.result(timeout=DECODE_SECONDS)
+                        # an isolated decoder keeps the time itself
+                        outcome, image = future.result(None if isolate else DECODE_SECONDS)
                     except FutureTimeoutError:
                         threads.replace_one()
                         outcome, image = _decode_sample(dataset, sample, rules, child.decode)
