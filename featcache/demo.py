@@ -189,8 +189,7 @@ def make_phantoms(folder: Path, *, num_per_class: int = NUM_PER_CLASS, seed: int
             patient, number = _draw_patient(rng, sick=name == "covid"), next(numbers)
             num_views = min(num_left, int(rng.choice((1, 2, 3, 4), p=(0.5, 0.25, 0.15, 0.1))))
             for view in range(1, num_views + 1):
-                stem = folder / name / f"P{number:04d}_{view}"
-                _save(_draw_picture(patient, rng), stem, rng)
+                _save(_draw_picture(patient, rng), folder / name / f"P{number:04d}_{view}", rng)
             num_left -= num_views
     return 2 * num_per_class
 

@@ -34,7 +34,8 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, dict):
             yield f"{key}:"
             for name, part in value.items():
-                yield f"  {printable(name)}: {_plain(part)}"
+                text = _split_text(part) if key == "splits" else _plain(part)
+                yield f"  {printable(name)}: {text}"
         else:
             yield f"{key}: {in_bytes(value) if key.endswith('_bytes') else _plain(value)}"
     for failure in facts.get("failures", []):
@@ -66,11 +67,18 @@ def in_bytes(number: float) -> str:
     return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
 
 
+def _split_text(split: dict[str, Any]) -> str:
+    *shape, dtype = split["features"]
+    counts = ", ".join(f"{n:,} {printable(name)}" for name, n in split["num_per_class"].items())
+    groups = "" if split["num_groups"] is None else f"; {split['num_groups']:,} groups"
+    return f"{' x '.join(map(str, shape))} {dtype}; {counts}{groups}"
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, dict):
         return ", ".join(f"{printable(k)} {_plain(v)}" for k, v in value.items())
     if isinstance(value, list):
-        return ", ".join(_plain(v) for v in value) or "none"
+        return " ".join(_plain(v) for v in value) or "none"
     return "none" if value is None else printable(value)
