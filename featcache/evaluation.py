@@ -256,6 +256,7 @@ def _say_result(result: dict[str, Any], say: Say) -> None:
         say(f"  specificity        {shown(result['specificity'])}")
         say(f"  false negatives    {len(result['false_negatives'])}")
     _say_classes(result["classes"], result["per_class"], shown, say)
+    _say_confusion(result["classes"], result["confusion_matrix"], say)
     mistakes = result["mistakes"]
     if mistakes:
         most = min(len(mistakes), _MISTAKES_SAID)
@@ -273,3 +274,15 @@ def _say_classes(classes: Sequence[str], per_class: dict[str, Any], shown: Any, 
         row = per_class[name]
         figures = "".join(f"  {shown(row[key]):>9}" for key in ("precision", "recall", "f1"))
         say(f"{printable(name):<{width}}  {row['num_samples']:>6,}{figures}")
+
+
+def _say_confusion(classes: Sequence[str], confusion: list[list[int]], say: Say) -> None:
+    names = [printable(name) for name in classes]
+    widths = [max(len(name), 6) for name in names]
+    corner = "is \\ called"
+    margin = max(len(name) for name in [*names, corner])
+    heads = [f"  {name:>{width}}" for name, width in zip(names, widths, strict=True)]
+    say(f"{corner:<{margin}}" + "".join(heads))
+    for name, row in zip(names, confusion, strict=True):
+        cells = [f"  {count:>{width},}" for count, width in zip(row, widths, strict=True)]
+        say(f"{name:<{margin}}" + "".join(cells))
