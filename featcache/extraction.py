@@ -287,13 +287,9 @@ def _is_up_to_date(old: Cache, dataset: ImageDataset) -> bool:
 
 
 def _describe(dataset: ImageDataset, say: Say) -> None:
-    for split in dataset.splits:
-        counts = Counter(s.target for s in dataset.split(split))
-        parts = [
-            f"{n:,} {printable(dataset.classes[t]) if t >= 0 else 'unlabelled'}"
-            for t, n in sorted(counts.items())
-        ]
-        say(f"{split:>6}: {', '.join(parts)}")
+    for split, counts in dataset.count().items():
+        listed = ", ".join(f"{count:,} {printable(name)}" for name, count in counts.items())
+        say(f"{split:>6}: {listed}")
     for reason, number in sorted(dataset.num_ignored.items()):
         say(f"ignored: {number:,} ({reason})")
     if dataset.num_grouped is not None:

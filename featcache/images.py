@@ -20,13 +20,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
-from PIL.TiffImagePlugin import PREFIXES as TIFF_PREFIXES
 from PIL.WebPImagePlugin import WebPImageFile
 
 from featcache.errors import ConfigError, DataError, printable
@@ -49,7 +47,7 @@ _READERS: tuple[tuple[str, tuple[bytes, ...], type[ImageFile.ImageFile]], ...] =
     ("PNG", (b"\x89PNG\r\n\x1a\n",), PngImageFile),
     ("JPEG", (b"\xff\xd8\xff",), JpegImageFile),
     ("BMP", (b"BM",), BmpImageFile),
-    ("TIFF", tuple(TIFF_PREFIXES), TiffImageFile),
+    ("TIFF", tuple(TiffImagePlugin.PREFIXES), TiffImagePlugin.TiffImageFile),
     ("PPM", (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"), PpmImageFile),
 )
 _FOREIGN = {
@@ -57,12 +55,9 @@ _FOREIGN = {
     b"GIF8": "a GIF",
     b"<": "an HTML or XML page",
 }
-_TURNS = (
-    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
-    "ROTATE_90",
-)  # fmt: skip
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 # EXIF 2.3, tag 0x0112: orientation 2 to 8 -> what turns the stored pixels upright
-_TRANSPOSE = {tag: Image.Transpose[turn] for tag, turn in enumerate(_TURNS, start=2)}
+_TRANSPOSE = {tag: Image.Transpose[turn] for tag, turn in enumerate(_TURNS.split(), start=2)}
 
 
 @dataclass(frozen=True)
@@ -148,12 +143,10 @@ def decode(data: bytes, rules: PixelRules) -> DecodedImage:
         except DataError:
             raise strict from None
     try:
-        image = _resize(_to_8_bits(loaded, rules), rules)
-        pixels: _Pixels = np.array(image)  # a copy: Pillow's own memory is read-only
+        image = _resize(_to_8_bits(loaded, rules), rules).convert("RGB")
+        pixels = np.array(image)  # a copy: Pillow's own memory is read-only
     except (MemoryError, OSError, ValueError) as error:
-        raise _failure(f"colours of kind {loaded.image.mode}: {_reason(error)}") from error
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+        raise _failure(f"colours of kind {loaded.image.mode}", error) from error
     return DecodedImage(pixels, loaded.truncated)
 
 
@@ -213,7 +206,7 @@ def _load(data: bytes, *, fill: bool) -> _Loaded:
         try:
             image.load()
         except Exception as error:  # of any kind, see _open
-            raise _failure(f"a broken {name} file: {_reason(error)}") from error
+            raise _failure(f"a broken {name} file", error) from error
     return _Loaded(_upright(image), fill, *depth)
 
 
@@ -226,7 +219,7 @@ def _open(data: bytes) -> tuple[str, ImageFile.ImageFile]:
     try:
         return name, reader(io.BytesIO(data))
     except Exception as error:
-        raise _failure(f"a broken {name} file: {_reason(error)}") from error
+        raise _failure(f"a broken {name} file", error) from error
 
 
 def _find_reader(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
@@ -245,15 +238,12 @@ def _find_reader(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
     raise _failure("bytes of no known image format")
 
 
-def _failure(reason: str) -> DataError:
+def _failure(reason: str, error: Exception | None = None) -> DataError:
+    if error is not None:  # as one short line, equal for equal files (no object addresses)
+        text = " ".join(printable(error).split()).partition(" <_io.")[0]
+        reason += f": {text[:200] or type(error).__name__}"
     expected = "a readable JPEG, PNG, BMP, TIFF, WebP or PPM image"
     return DataError("image", expected=expected, found=reason)
-
-
-def _reason(error: Exception) -> str:
-    """Return one short printable line, equal for equal files (no object addresses)."""
-    text = " ".join(printable(error).split()).partition(" <_io.")[0]
-    return text[:200] or type(error).__name__
 
 
 def _refuse_bomb(name: str, image: ImageFile.ImageFile) -> None:
@@ -270,11 +260,10 @@ def _find_depth(name: str, image: ImageFile.ImageFile) -> tuple[int | None, bool
     raw_mode, *rest = (arguments,) if isinstance(arguments, str) else arguments or ("",)
     deep_grey = image.mode[0] in "IF"
     stated_maximum = 4095 if raw_mode == "I;12" else None
-    white_is_zero, deep_colour = False, name == "PNG" and ";16" in str(raw_mode)
-    if isinstance(image, TiffImageFile):
-        white_is_zero = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
-        deep_colour = ";16" in str(raw_mode)
-    elif name == "PPM" and rest:
+    deep_colour = name in {"PNG", "TIFF"} and ";16" in str(raw_mode)
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    if name == "PPM" and rest:
         deep_colour = rest[0] == 65535
         # Pillow has scaled from the range in the header to 16 bits, unless that is 16 bits.
         stated_maximum = None if deep_colour else 65535
@@ -377,12 +366,10 @@ def _scale_deep(values: np.ndarray[Any, Any], bit_depth: int | str, stated: int 
         raise _failure("float pixels, whose range only --bit-depth minmax can tell")
     maximum = stated or 2 ** int(bit_depth) - 1
     if low < 0 or high > maximum:
-        raise _failure(
-            f"a value of {low if low < 0 else high} outside the 0 to {maximum} "
-            f"of --bit-depth {bit_depth}"
-        )
+        odd = low if low < 0 else high
+        raise _failure(f"a value of {odd} outside the 0 to {maximum} of --bit-depth {bit_depth}")
     # Twice the value plus the maximum over twice the maximum: exact rounding in integers.
-    scaled: np.ndarray[Any, np.dtype[np.uint32]] = values.astype(np.uint32)
+    scaled = values.astype(np.uint32)
     scaled *= 510
     scaled += np.uint32(maximum)
     scaled //= np.uint32(2 * maximum)
@@ -396,7 +383,6 @@ def _resize(image: Image.Image, rules: PixelRules) -> Image.Image:
     if rules.crop_mode == "squash":
         return image.resize((side, side), resample)
     short, long = sorted(image.size)
-    wide = image.width > image.height
     if rules.crop_mode == "center":  # torchvision: Resize(round(S / 0.875)), CenterCrop(S)
         new_short = round(side / _CENTER_SHARE)
         new_long = int(new_short * long / short)
@@ -404,7 +390,7 @@ def _resize(image: Image.Image, rules: PixelRules) -> Image.Image:
         new_short, new_long = max(1, round(side * short / long)), side
     if new_short * new_long > MAX_PIXELS:
         raise _failure(f"{image.width} x {image.height} pixels, too long for this crop mode")
-    width, height = (new_long, new_short) if wide else (new_short, new_long)
+    width, height = (new_long, new_short) if image.width > image.height else (new_short, new_long)
     image = image.resize((width, height), resample)
     if rules.crop_mode == "center":
         left, top = round((width - side) / 2), round((height - side) / 2)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from featcache.dataset import UNLABELLED, ImageDataset
+from featcache.dataset import ImageDataset
 from featcache.engine import build_engine
 from featcache.pipeline import stream_pixels
 from featcache.recipe import Recipe, decode_probes, sample_depths
@@ -102,7 +102,7 @@ def project(
     cache_bytes = feature_bytes + num_images * _ROW_OVERHEAD_BYTES + 4096
     groups = {sample.group for sample in dataset.samples}
     return Projection(
-        splits=_count(dataset),
+        splits=dataset.count(),
         classes=dataset.classes,
         num_images=num_images,
         num_groups=None if None in groups else len(groups),
@@ -116,12 +116,3 @@ def project(
         cache_bytes=cache_bytes,
         working_bytes=cache_bytes + feature_bytes,
     )
-
-
-def _count(dataset: ImageDataset) -> dict[str, dict[str, int]]:
-    names = {UNLABELLED: "unlabelled", **dict(enumerate(dataset.classes))}
-    counts: dict[str, dict[str, int]] = {split: {} for split in dataset.splits}
-    for sample in dataset.samples:
-        of_split = counts[sample.split]
-        of_split[names[sample.target]] = of_split.get(names[sample.target], 0) + 1
-    return counts

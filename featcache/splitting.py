@@ -1,9 +1,7 @@
 """Unsplit class folders -> train, valid and test, by patient: a tree of folders or a CSV.
 
-What must not be torn apart is a *unit*: images of one group (also across classes) and
-byte-identical files, joined until nothing is shared between units. Units go one by one to the
-split that lacks their classes most, big ones first, in an order that only the seed and the paths
-decide: no random generator, so the same split on every machine, version and file system.
+Images of one group (also across classes) and byte-identical files stay together; only the seed
+and the paths decide, so it is the same split on every machine (see ``stratification``).
 
 Reads: a folder of class folders. Writes: ``DST/{train,valid,test}/{class}/`` under the images'
 own (nested) names, or ``DST.csv``; whole or not at all.
@@ -25,6 +23,7 @@ from featcache.dataset import ImageDataset, Sample, scan
 from featcache.errors import ConfigError, DataError, FeatcacheWarning
 from featcache.files import sync_folder, write_csv
 from featcache.runtime import Say, silent
+from featcache.stratification import assign_units, build_units
 
 SPLITS = ("train", "valid", "test")
 MODES = ("copy", "symlink", "hardlink")
@@ -64,14 +63,6 @@ class SplitSummary:
         return vars(self) | own
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """Samples that stay together: their indices and how many there are of each class."""
-
-    samples: tuple[int, ...]
-    per_class: dict[int, int]
-
-
 def split(
     source: str | Path,
     destination: str | Path,
@@ -108,7 +99,7 @@ def split(
     num_matched = None if group_by is None else _count_matched(dataset, say)
     hashes = _hash_twins(dataset)
     _warn_of_contradictions(dataset, hashes)
-    assigned = _assign(_build_units(samples, hashes), dataset, shares, seed)
+    assigned = _assign(dataset, hashes, shares, seed)
     counts = _count(dataset, assigned)
     if hashes:
         say(f"{len(hashes)} images have a byte-identical twin and stay with it")
@@ -232,91 +223,26 @@ def _warn_of_contradictions(dataset: ImageDataset, hashes: dict[int, str]) -> No
         )  # fmt: skip
 
 
-def _build_units(samples: Sequence[Sample], hashes: dict[int, str]) -> list[_Unit]:
-    """Join the samples that share a group or their bytes (union-find)."""
-    parents = list(range(len(samples)))
-
-    def find(index: int) -> int:
-        while parents[index] != index:
-            parents[index] = parents[parents[index]]
-            index = parents[index]
-        return index
-
-    first: dict[tuple[str, str], int] = {}
-    for index, sample in enumerate(samples):
-        keys = [("group", sample.group)] if sample.group is not None else []
-        keys += [("sha256", hashes[index])] if index in hashes else []
-        for key in keys:
-            parents[find(index)] = find(first.setdefault(key, index))
-    members: dict[int, list[int]] = defaultdict(list)
-    for index in range(len(samples)):
-        members[find(index)].append(index)
-    return [
-        _Unit(tuple(indices), dict(Counter(samples[index].target for index in indices)))
-        for indices in members.values()
-    ]
-
-
 def _assign(
-    units: list[_Unit], dataset: ImageDataset, shares: dict[str, float], seed: int
-) -> dict[int, str]:
-    """Return sample index -> split.
-
-    Units of several classes come first, then the big ones: the single images at the end even
-    out what groups left uneven. As soon as a class has no more units than splits it has not
-    reached, its units go to those.
-    """
-    total = Counter(sample.target for sample in dataset.samples)
-    need = {
-        name: {c: share * count for c, count in total.items()} for name, share in shares.items()
-    }
-    reached: dict[int, set[str]] = {target: set() for target in total}
-    waiting = Counter(target for unit in units for target in unit.per_class)
-    _refuse_small_classes(waiting, dataset, shares)
-
-    def order(unit: _Unit) -> tuple[int, int, bytes]:
-        path = dataset.samples[unit.samples[0]].path
-        key = f"{seed}/".encode() + path.encode("utf-8", "surrogateescape")
-        return -len(unit.per_class), -len(unit.samples), hashlib.sha256(key).digest()
-
-    assigned = {}
-    for unit in sorted(units, key=order):
-        candidates = set(shares)
-        for target in unit.per_class:
-            missing = set(shares) - reached[target]
-            if waiting[target] <= len(missing):
-                candidates = (candidates & missing) or candidates
-
-        def lack(name: str, unit: _Unit = unit) -> tuple[float, float]:
-            wanted = (count * need[name][c] / total[c] for c, count in unit.per_class.items())
-            return sum(wanted), sum(need[name].values())
-
-        best = max((name for name in shares if name in candidates), key=lack)
-        for target, count in unit.per_class.items():
-            need[best][target] -= count
-            reached[target].add(best)
-            waiting[target] -= 1
-        assigned.update(dict.fromkeys(unit.samples, best))
-    _refuse_small_classes({c: len(names) for c, names in reached.items()}, dataset, shares)
-    return assigned
+    dataset: ImageDataset, hashes: dict[int, str], shares: dict[str, float], seed: int
+) -> list[str]:
+    """Return the split of each sample."""
+    samples = dataset.samples
+    groups = [sample.group for sample in samples]
+    units = build_units(groups, [hashes.get(index) for index in range(len(samples))])
+    labels = [dataset.classes[sample.target] for sample in samples]
+    paths = [sample.path for sample in samples]
+    try:
+        return assign_units(units, labels, paths, shares, seed=seed)
+    except DataError as error:
+        raise DataError(
+            error.what, expected=error.expected, found=error.found, where=dataset.root,
+            hint="Leave the class out with --classes, or a split with a fraction of 0",
+        ) from error  # fmt: skip
 
 
-def _refuse_small_classes(
-    num_reached: dict[int, int], dataset: ImageDataset, shares: dict[str, float]
-) -> None:
-    for target, count in sorted(num_reached.items()):
-        if count < len(shares):
-            raise DataError(
-                f"class {dataset.classes[target]}",
-                expected=f"at least {len(shares)} images of different groups, one for each of "
-                + ", ".join(shares),
-                found=f"enough for {count}", where=dataset.root,
-                hint="Leave the class out with --classes, or a split with a fraction of 0",
-            )  # fmt: skip
-
-
-def _count(dataset: ImageDataset, assigned: dict[int, str]) -> _Counts:
-    counted = Counter((name, dataset.samples[i].target) for i, name in assigned.items())
+def _count(dataset: ImageDataset, assigned: list[str]) -> _Counts:
+    counted = Counter((n, s.target) for n, s in zip(assigned, dataset.samples, strict=True))
     return {
         name: {label: counted[name, target] for target, label in enumerate(dataset.classes)}
         for name in SPLITS
@@ -338,11 +264,11 @@ def _check_room(destination: Path, image_bytes: int, num_images: int, say: Say) 
         )  # fmt: skip
 
 
-def _write_manifest(dataset: ImageDataset, assigned: dict[int, str], destination: Path) -> None:
+def _write_manifest(dataset: ImageDataset, assigned: list[str], destination: Path) -> None:
     """Write path, target, split, group; paths as seen from the CSV's folder where possible."""
     folder, root = destination.absolute().parent.resolve(), dataset.root.resolve()
     rows = []
-    for index, sample in enumerate(dataset.samples):
+    for name, sample in zip(assigned, dataset.samples, strict=True):
         path = root / sample.path
         try:
             path_text = Path(os.path.relpath(path, folder)).as_posix()
@@ -358,15 +284,13 @@ def _write_manifest(dataset: ImageDataset, assigned: dict[int, str], destination
         if path_text.lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r")):
             path_text = "./" + path_text  # or files.csv_text would set an apostrophe before it
         group = sample.group or ""
-        rows.append((path_text, dataset.classes[sample.target], assigned[index], group))
+        rows.append((path_text, dataset.classes[sample.target], name, group))
     rows.sort(key=lambda row: (SPLITS.index(row[2]), row[0]))
     destination.parent.mkdir(parents=True, exist_ok=True)
     write_csv(destination, ("path", "target", "split", "group"), rows)
 
 
-def _write_tree(
-    dataset: ImageDataset, assigned: dict[int, str], destination: Path, mode: str
-) -> None:
+def _write_tree(dataset: ImageDataset, assigned: list[str], destination: Path, mode: str) -> None:
     """Build the tree under ``DST.partial``, then rename it.
 
     ``files.new_folder`` would open every file for writing to sync it, through links too.
@@ -375,8 +299,8 @@ def _write_tree(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for index, sample in enumerate(dataset.samples):
-            target = partial / assigned[index] / sample.path
+        for name, sample in zip(assigned, dataset.samples, strict=True):
+            target = partial / name / sample.path
             target.parent.mkdir(parents=True, exist_ok=True)
             _place((dataset.root / sample.path).resolve(), target, mode)
         if mode == "copy" and hasattr(os, "sync"):

@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from featcache.cache import Cache, CacheSplit, open_cache
-from featcache.dataset import UNLABELLED
-from featcache.errors import CacheError, ConfigError, FeatcacheWarning, printable
+from featcache.cache import Cache, open_cache
+from featcache.errors import ConfigError, printable
 from featcache.files import new_folder, refuse_existing
 from featcache.fit import TrainingConfig, fit_head
 from featcache.head import HeadConfig
+from featcache.partition import Part, check_cache, choose_rows, warn_of_leaks
 from featcache.run import relative_path, write_run
 from featcache.runtime import Say, environment_facts, resolve_device, silent
 
 _IMBALANCE = 5  # beyond 1:5 the loss of the rare class is easily drowned
-_CHECK_ROWS = 8192
 _RECALLS_WIDTH = 52  # with what stands before them: lines of up to 96 characters
-
-Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -142,9 +137,9 @@ def train(
     HeadConfig(1, 2, tuple(hidden), dropout)  # a bad --hidden is told before the cache is read
     torch_device = resolve_device(device)
     opened = open_cache(cache)
-    _check_cache(opened)
-    _warn_of_leaks(opened)
-    parts = _choose_rows(opened, valid_fraction, order_seed, say)
+    check_cache(opened)
+    warn_of_leaks(opened)
+    parts = choose_rows(opened, valid_fraction, order_seed, say)
     _say_counts(opened, parts, training, say)
     head = HeadConfig(opened.num_features, len(opened.classes), tuple(hidden), dropout)
     with new_folder(folder, overwrite=overwrite) as partial:
@@ -185,36 +180,6 @@ def train(
     return summary
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a split that are used as ``train`` or ``valid``: ``rows`` (n,), ascending."""
-
-    name: str
-    split: CacheSplit
-    rows: Rows
-    num_unlabelled: int = 0
-
-    @property
-    def targets(self) -> Rows:
-        targets: Rows = self.split.targets[self.rows]
-        return targets
-
-    def arrays(self, cache: Cache) -> tuple[npt.NDArray[Any], Rows]:
-        """Return features (n, D) and targets (n,) in memory; the features are finite."""
-        everything = len(self.rows) == len(self.split)
-        features = self.split.read_features() if everything else self.split.features[self.rows]
-        for i in range(0, len(features), _CHECK_ROWS):
-            finite = np.isfinite(features[i : i + _CHECK_ROWS]).all(axis=1)
-            if not finite.all():
-                row = int(self.rows[i + int(finite.argmin())])
-                raise CacheError(
-                    f"features of split {self.split.name}", expected="finite numbers",
-                    found=f"NaN or infinity in row {row}, {self.split.paths[row]}",
-                    where=cache.path, hint="Extract the images again, at --precision fp32",
-                )  # fmt: skip
-        return features, self.targets
-
-
 def _cache_facts(cache: Cache, folder: Path) -> dict[str, Any]:
     return {
         "path": relative_path(cache.path, folder),
@@ -237,159 +202,7 @@ def _check_options(valid_fraction: Any, seed: object, data_seed: object) -> None
         )
 
 
-def _check_cache(cache: Cache) -> None:
-    if cache.task != "multiclass":
-        raise CacheError(
-            "cache", expected="one class per image", found=f"a {cache.task} cache",
-            where=cache.path, hint="Heads for several labels per image cannot be trained yet",
-        )  # fmt: skip
-    split = next(iter(cache.splits.values()))
-    if split.features.ndim != 2:
-        raise CacheError(
-            "cache", expected="one feature vector per image",
-            found=f"{split.features.shape[1]} views", where=cache.path,
-            hint="Extract the images again without --views",
-        )  # fmt: skip
-    if len(cache.classes) < 2:
-        raise CacheError(
-            "classes", expected="two or more", found=", ".join(cache.classes) or "none",
-            where=cache.path, hint="Extract images that lie in one folder per class",
-        )  # fmt: skip
-
-
-def _choose_rows(
-    cache: Cache, valid_fraction: float | None, seed: int, say: Say
-) -> tuple[_Part, _Part]:
-    """Return the rows to train on and the rows to choose the epoch by."""
-    source = next((name for name in ("train", "all") if name in cache.splits), None)
-    if source is None or (source == "all" and "valid" in cache.splits):
-        raise CacheError(
-            "split train", expected="rows to train on", found="only " + ", ".join(cache.splits),
-            where=cache.path, hint="Extract a data set that has train and valid",
-        )  # fmt: skip
-    if valid_fraction is None and "valid" not in cache.splits:
-        raise CacheError(
-            "split valid", expected="rows to choose the epoch by",
-            found="only " + ", ".join(cache.splits), where=cache.path,
-            hint="Hold out a part of the others with, say, --valid-fraction 0.2",
-        )  # fmt: skip
-    if valid_fraction is not None and "valid" in cache.splits:
-        raise ConfigError(
-            "--valid-fraction", expected="a cache without the split valid", found="one with it",
-            where=cache.path, hint="Leave --valid-fraction out",
-        )  # fmt: skip
-    train_part = _labelled(cache, source, "train")
-    if valid_fraction is None:
-        parts = train_part, _labelled(cache, "valid", "valid")
-    else:
-        _check_classes(cache, train_part, at_least=2)
-        parts = _hold_out(cache, train_part, valid_fraction, seed)
-        if train_part.split.groups is None:
-            say("this cache has no groups: images of one patient may be in both train and valid")
-    _check_classes(cache, parts[0], at_least=1)
-    if not len(parts[1].rows):
-        raise CacheError(
-            "split valid", expected="labelled rows", found="none", where=cache.path,
-            hint="Put images of every class into valid and extract again",
-        )  # fmt: skip
-    return parts
-
-
-def _labelled(cache: Cache, split_name: str, name: str) -> _Part:
-    split = cache.split(split_name)
-    rows: Rows = np.flatnonzero(split.targets != UNLABELLED)
-    return _Part(name, split, rows, len(split) - len(rows))
-
-
-def _check_classes(cache: Cache, part: _Part, *, at_least: int) -> None:
-    counts = np.bincount(part.targets, minlength=len(cache.classes))
-    scarce = {n: int(k) for n, k in zip(cache.classes, counts, strict=True) if k < at_least}
-    if scarce:
-        raise CacheError(
-            f"split {part.split.name}", expected=f"at least {at_least} labelled rows of each class",
-            found=", ".join(f"{count} of {name}" for name, count in scarce.items()),
-            where=cache.path, hint="Add images of that class, or leave its folder out",
-        )  # fmt: skip
-
-
-def _hold_out(cache: Cache, part: _Part, fraction: float, seed: int) -> tuple[_Part, _Part]:
-    """Split off about ``fraction`` of each class, unit by unit (see ``_units``)."""
-    units = _units(part)
-    counts = np.zeros((int(units.max()) + 1, len(cache.classes)), np.int64)
-    np.add.at(counts, (units, part.targets), 1)
-    totals = counts.sum(axis=0)
-    wanted = np.clip(np.rint(fraction * totals), 1, totals - 1)
-    shuffled = np.random.default_rng(seed).permutation(len(counts))
-    # Large units first: the small ones then even out what they left.
-    order = shuffled[np.argsort(-counts[shuffled].sum(axis=1), kind="stable")]
-    is_held, held = np.zeros(len(counts), bool), np.zeros_like(totals)
-    for unit in order:
-        after = held + counts[unit]
-        if (np.abs(after - wanted) / totals).sum() < (np.abs(held - wanted) / totals).sum():
-            is_held[unit], held = True, after
-    for index in np.flatnonzero(held == 0):  # its units are all too large to come near the share
-        for unit in order[::-1]:
-            after = held + counts[unit]
-            if counts[unit, index] and not is_held[unit] and (after < totals).all():
-                is_held[unit], held = True, after
-                break
-    for name, count, total in zip(cache.classes, held, totals, strict=True):
-        if not 0 < count < total:
-            raise CacheError(
-                "--valid-fraction", expected=f"class {name} on both sides",
-                found="its images in too few groups to part them", where=cache.path,
-                hint="Split the images yourself: featcache split",
-            )  # fmt: skip
-    chosen = is_held[units]
-    return (
-        dataclasses.replace(part, rows=part.rows[~chosen]),
-        _Part("valid", part.split, part.rows[chosen]),
-    )
-
-
-def _units(part: _Part) -> Rows:
-    """Return a number (n,) per row; equal for rows of one group and for copies of one image."""
-    leaders: dict[object, object] = {}
-
-    def leader(key: object) -> object:
-        while (above := leaders.setdefault(key, key)) != key:
-            leaders[key] = leaders[above]
-            key = above
-        return key
-
-    groups = part.split.groups
-    keys: list[object] = [int(row) if groups is None else groups[row] for row in part.rows]
-    for key, image in zip(keys, part.split.image_sha256[part.rows], strict=True):
-        if image.any():
-            leaders[leader(image.tobytes())] = leader(key)
-    numbers: dict[object, int] = {}
-    return np.array([numbers.setdefault(leader(key), len(numbers)) for key in keys], np.int64)
-
-
-def _warn_of_leaks(cache: Cache) -> None:
-    """Warn when an image or a group stands in two splits: the figures would flatter the head."""
-    images = {
-        name: [row.tobytes() if row.any() else None for row in split.image_sha256]
-        for name, split in cache.splits.items()
-    }
-    groups = {name: split.groups or [] for name, split in cache.splits.items()}
-    for what, keys_by_split in (("images", images), ("groups", groups)):
-        seen: dict[object, tuple[str, str]] = {}
-        shared: dict[object, str] = {}
-        for name, keys in keys_by_split.items():
-            for key, path in zip(keys, cache.splits[name].paths, strict=False):
-                other, other_path = seen.setdefault(key, (name, path))
-                if other != name and key is not None:
-                    shared.setdefault(key, f"{other}: {other_path} and {name}: {path}")
-        if shared:
-            message = (
-                f"{len(shared)} {what} stand in more than one split, for example "
-                f"{next(iter(shared.values()))}; results will look better than they are"
-            )
-            warnings.warn(printable(message), FeatcacheWarning, stacklevel=3)
-
-
-def _say_counts(cache: Cache, parts: Sequence[_Part], training: TrainingConfig, say: Say) -> None:
+def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, say: Say) -> None:
     """Say how many rows of each class each part has."""
     counts = [np.bincount(part.targets, minlength=len(cache.classes)) for part in parts]
     lines = [(name, *column) for name, *column in zip(cache.classes, *counts, strict=True)]

@@ -3,11 +3,8 @@
 import os
 import pickle
 import stat
-import struct
 import threading
-import tracemalloc
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -399,14 +396,6 @@ def test_zip_layouts(tmp_path):
     assert [s.group for s in grouped.samples] == ["7", "b/x.png"]
 
 
-@pytest.mark.parametrize(
-    "name", ["../a.png", "a/../../b.png", "/etc/a.png", "C:/a.png", "..\\a.png", "C:\\a.png"]
-)
-def test_zip_names_may_not_leave(tmp_path, name):
-    with pytest.raises(DataError, match="a name inside the zip"):
-        scan(pack(tmp_path / "d.zip", "a/1.png", name))
-
-
 def test_zip_links_and_devices_are_ignored(tmp_path):
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
         archive.writestr("a/1.png", "1")
@@ -417,71 +406,6 @@ def test_zip_links_and_devices_are_ignored(tmp_path):
     dataset = scan(tmp_path / "d.zip")
     assert [s.path for s in dataset.samples] == ["1.png"]  # in the one top folder
     assert dataset.num_ignored == {"link": 1, "not a regular file": 1}
-
-
-def test_zip_with_a_name_twice(tmp_path):
-    with pytest.warns(UserWarning, match="Duplicate name"):
-        pack(tmp_path / "d.zip", "a/1.png", "b/1.png", "a/1.png")
-    with pytest.raises(DataError, match="every name once"):
-        scan(tmp_path / "d.zip")
-
-
-def patched(place, offset_in_directory, layout, value):
-    """Change one field of the first member's entry in the zip's directory."""
-    data = bytearray(place.read_bytes())
-    start = data.index(b"PK\x01\x02") + offset_in_directory
-    data[start : start + struct.calcsize(layout)] = struct.pack(layout, value)
-    place.write_bytes(data)
-    return place
-
-
-@pytest.mark.parametrize(
-    ("offset", "layout", "value", "message"),
-    [
-        (8, "<H", 1, "no encryption"),
-        (10, "<H", 14, "stored or deflated, found method 14"),
-        (24, "<I", 2**31 + 1, "at most 2,147,483,648 bytes"),
-        (24, "<I", 2**30, "decompression bomb"),
-    ],
-)
-def test_zip_members_we_do_not_read(tmp_path, offset, layout, value, message):
-    place = patched(pack(tmp_path / "d.zip", "a/1.png", "b/1.png"), offset, layout, value)
-    with pytest.raises(DataError, match=message):
-        scan(place)
-
-
-def test_zip_bombs(tmp_path):
-    with zipfile.ZipFile(tmp_path / "one.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", bytes(2**25))
-    with pytest.raises(DataError, match="decompression bomb"):
-        scan(tmp_path / "one.zip")
-    with zipfile.ZipFile(tmp_path / "many.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for number in range(20):
-            archive.writestr(f"{number}.png", bytes(2**20))
-    with pytest.raises(DataError, match="all images"):
-        scan(tmp_path / "many.zip")
-
-
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("declared", [10, 6999, 7001, 10**6])
-def test_zip_members_that_lie_about_their_size(tmp_path, method, declared):
-    with zipfile.ZipFile(tmp_path / "d.zip", "w", method) as archive:
-        archive.writestr("1.png", bytes(7000))
-    dataset = scan(patched(tmp_path / "d.zip", 24, "<I", declared))
-    with pytest.raises(DataError, match="not what the zip's directory says"):
-        dataset.read(dataset.samples[0])
-
-
-def test_zip_members_never_take_more_memory_than_they_say(tmp_path):
-    with zipfile.ZipFile(tmp_path / "d.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("1.png", bytes(2**26))
-    dataset = scan(patched(tmp_path / "d.zip", 24, "<I", 1000))
-    tracemalloc.start()
-    with pytest.raises(DataError, match="not what the zip"):
-        dataset.read(dataset.samples[0])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2**20
 
 
 def test_zip_damage_is_noticed(tmp_path):
@@ -505,15 +429,39 @@ def test_zip_damage_is_noticed(tmp_path):
         dataset.read(first)
 
 
-def test_a_changed_zip_member_never_looks_unchanged(tmp_path):
-    def times(text):
-        with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
-            info = zipfile.ZipInfo("1.png", (2020, 2, 3, 4, 5, 6))
-            archive.writestr(info, text)
-        return scan(tmp_path / "d.zip").samples[0].mtime_ns
+def test_a_zip_we_do_not_trust_is_refused_whole(tmp_path):
+    with pytest.raises(DataError, match="a name inside the zip"):
+        scan(pack(tmp_path / "d.zip", "a/1.png", "b/1.png", "../c.png"))
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        pack(tmp_path / "d.zip", "a/1.png", "b/1.png", "readme.txt", "a/1.png", "readme.txt")
+    with pytest.raises(DataError, match="every name once"):
+        scan(tmp_path / "d.zip")
+    with zipfile.ZipFile(tmp_path / "d.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a/readme.txt", "not asked for, so not checked")
+        archive.writestr("a/1.png", "1", compress_type=zipfile.ZIP_STORED)
+    assert [s.path for s in scan(tmp_path / "d.zip").samples] == ["1.png"]
 
-    assert times("one") != times("two")
-    assert times("one") == 1580702706 * 10**9 + zlib.crc32(b"one") % 10**9
+
+# Counts --------------------------------------------------------------------------------------
+
+
+def test_counts_are_those_of_the_samples(tmp_path):
+    dataset = scan(plant(tmp_path, *SPLIT_TREE))
+    assert list(dataset.count().items()) == [
+        ("train", {"covid": 2, "normal": 1}), ("valid", {"covid": 1, "normal": 1}),
+        ("test", {"covid": 1, "normal": 1}),
+    ]  # fmt: skip
+    (tmp_path / "test" / "covid" / "f.bmp").rename(tmp_path / "test" / "f.bmp")
+    (tmp_path / "test" / "normal" / "g.webp").rename(tmp_path / "test" / "g.webp")
+    for name in ("covid", "normal"):
+        (tmp_path / "test" / name).rmdir()
+    assert scan(tmp_path).count()["test"] == {"unlabelled": 2}
+
+
+def test_a_class_called_unlabelled_loses_no_sample(tmp_path):
+    text = "path,target\ni/1.png,unlabelled\ni/2.png,\ni/3.png,b\n"
+    counts = scan(sheet(tmp_path, text)).count()
+    assert counts == {"all": {"unlabelled": 2, "b": 1}}
 
 
 # Reading from many places --------------------------------------------------------------------

@@ -1,0 +1,180 @@
+"""Zip files, read in place: what is in them, and the bytes of a member. Trusts no zip.
+
+Names never become paths, so none can lead out of the zip; members that lie about their size, or
+that are there to exhaust a machine, are refused before they take memory.
+
+Reads: zip files. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import calendar
+import os
+import re
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from featcache.errors import DataError
+
+_MAX_MEMBERS = 2_000_000
+_MAX_RATIO = 200  # deflate cannot exceed 1032; a 16-bit TIFF of a black image reaches ~100
+_RATIO_FREE_BYTES = 2**24  # members this small may have any ratio
+_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+
+
+class Entry(NamedTuple):
+    """A line of a zip's directory.
+
+    Args:
+        path: ``/``-separated, without a leading ``./``; leads nowhere outside the zip.
+        kind: ``file``, ``folder``, ``link`` or ``other`` (pipes, devices).
+        info: The line itself.
+    """
+
+    path: str
+    kind: str
+    info: zipfile.ZipInfo
+
+
+class Member(NamedTuple):
+    """Where the bytes of a file in a zip lie: enough to read it without the zip's directory.
+
+    Args:
+        num_bytes: Size of the file.
+        mtime_ns: Its time, and its CRC in the digits below the second, so that a changed member
+            never looks unchanged.
+        offset: Where it begins in the zip, in bytes.
+        method: How it is packed: ``zipfile.ZIP_STORED`` or ``ZIP_DEFLATED``.
+        packed_bytes: Its size in the zip.
+        crc: CRC-32 of the file.
+    """
+
+    num_bytes: int
+    mtime_ns: int
+    offset: int
+    method: int
+    packed_bytes: int
+    crc: int
+
+
+def list_entries(root: Path) -> Iterator[Entry]:
+    """Yield what the directory of a zip lists, in its order.
+
+    Raises:
+        DataError: If this is no whole zip, has too many members, or one whose name leads out.
+    """
+    try:
+        with zipfile.ZipFile(root) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise DataError("zip", expected="a whole zip file", found=error, where=root) from error
+    if len(infos) > _MAX_MEMBERS:
+        expected = f"at most {_MAX_MEMBERS:,} members"
+        raise DataError("zip", expected=expected, found=f"{len(infos):,}", where=root)
+    kinds = {0: "file", stat.S_IFREG: "file", stat.S_IFLNK: "link"}
+    for info in infos:
+        path, is_folder = _safe_path(info.filename, root)
+        kind = kinds.get(stat.S_IFMT(info.external_attr >> 16), "other")
+        yield Entry(path, "folder" if is_folder else kind, info)
+
+
+def _safe_path(name: str, root: Path) -> tuple[str, bool]:
+    """Return the plain path of a member, and whether it is a folder."""
+    name = name.replace("\\", "/")  # some Windows packers write these
+    parts = [part for part in name.split("/") if part not in {"", "."}]
+    if name.startswith("/") or ".." in parts or re.match("[A-Za-z]:", name) or not parts:
+        raise DataError(
+            "zip member", expected="a name inside the zip", found=repr(name), where=root,
+            hint="Do not trust this zip",
+        )  # fmt: skip
+    return "/".join(parts), name.endswith("/")
+
+
+def locate_members(root: Path, entries: Iterable[Entry], *, max_bytes: int) -> dict[str, Member]:
+    """Return path -> where its bytes lie, for those files of a zip that are wanted.
+
+    Raises:
+        DataError: If one is encrypted, packed by a method we do not read, there twice, above
+            ``max_bytes``, or if one or all unpack to far more than they take in the zip.
+    """
+    members: dict[str, Member] = {}
+    for path, _, info in entries:
+        _check(info, root, max_bytes)
+        if path in members:
+            raise DataError(
+                "zip member", expected="every name once", found="it twice",
+                where=f"{root}: {info.filename}",
+            )  # fmt: skip
+        members[path] = Member(
+            info.file_size, _mtime_ns(info), info.header_offset, info.compress_type,
+            info.compress_size, info.CRC,
+        )  # fmt: skip
+    num_bytes = sum(member.num_bytes for member in members.values())
+    _check_ratio(num_bytes, root.stat().st_size, f"{root}: all images")
+    return members
+
+
+def _check(info: zipfile.ZipInfo, root: Path, max_bytes: int) -> None:
+    where = f"{root}: {info.filename}"
+    if info.flag_bits & 0x41:
+        hint = "Unpack it and scan the folder"
+        raise DataError(
+            "zip member", expected="no encryption", found="some", where=where, hint=hint
+        )
+    if info.compress_type not in _METHODS:
+        found = f"method {info.compress_type}"
+        raise DataError("zip member", expected="stored or deflated", found=found, where=where)
+    if max(info.file_size, info.compress_size) > max_bytes:
+        found = f"{info.file_size:,}"
+        expected = f"at most {max_bytes:,} bytes"
+        raise DataError("zip member", expected=expected, found=found, where=where)
+    _check_ratio(info.file_size, info.compress_size, where)
+
+
+def _check_ratio(num_bytes: int, packed_bytes: int, where: str) -> None:
+    if num_bytes > _RATIO_FREE_BYTES and num_bytes > _MAX_RATIO * packed_bytes:
+        raise DataError(
+            "zip", expected=f"at most {_MAX_RATIO} times its packed size",
+            found=f"{num_bytes:,} bytes in {packed_bytes:,}", where=where,
+            hint="This looks like a decompression bomb",
+        )  # fmt: skip
+
+
+def _mtime_ns(info: zipfile.ZipInfo) -> int:
+    try:
+        seconds = calendar.timegm((*info.date_time, 0, 0, 0))
+    except ValueError:  # month 0 and the like
+        seconds = 0
+    return seconds * 10**9 + info.CRC % 10**9
+
+
+def read_member(root: Path, member: Member) -> bytes:
+    """Return the bytes of a member; never more than its stated size in memory.
+
+    Goes by the place noted in ``locate_members``, which costs as much as opening a file;
+    ``ZipFile`` would parse the directory again in every thread and process.
+
+    Raises:
+        OSError: If the zip cannot be read.
+        ValueError: If the bytes there are not those of the member.
+    """
+    with root.open("rb") as file:
+        file.seek(member.offset)
+        header = file.read(30)
+        if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+            raise ValueError("no zip member where one was")
+        file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
+        data = file.read(member.packed_bytes)
+    if member.method == zipfile.ZIP_DEFLATED:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.num_bytes + 1)
+        except zlib.error as error:
+            raise ValueError(f"a damaged member: {error}") from error
+    if len(data) != member.num_bytes or zlib.crc32(data) != member.crc:
+        raise ValueError("a member that is not what the zip's directory says")
+    return data

@@ -1,0 +1,207 @@
+"""A cache -> the rows to train on and the rows to choose by, fit to be trained on.
+
+Reads: a cache. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache import Cache, CacheSplit
+from featcache.dataset import UNLABELLED
+from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, printable
+from featcache.runtime import Say
+from featcache.stratification import assign_units, build_units
+
+_CHECK_ROWS = 8192
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Labelled rows of a split that are used for one purpose.
+
+    Args:
+        name: ``train`` or ``valid``.
+        split: Where they are.
+        rows: Their numbers (n,) in the split, ascending.
+        num_unlabelled: Rows of the split left out for want of a target.
+    """
+
+    name: str
+    split: CacheSplit
+    rows: Rows
+    num_unlabelled: int = 0
+
+    @property
+    def targets(self) -> Rows:
+        """Targets (n,) int64."""
+        targets: Rows = self.split.targets[self.rows]
+        return targets
+
+    def arrays(self, cache: Cache) -> tuple[npt.NDArray[Any], Rows]:
+        """Return features (n, D) and targets (n,) in memory.
+
+        Args:
+            cache: Only for messages.
+
+        Raises:
+            CacheError: If a feature is not finite.
+        """
+        everything = len(self.rows) == len(self.split)
+        features = self.split.read_features() if everything else self.split.features[self.rows]
+        for i in range(0, len(features), _CHECK_ROWS):
+            finite = np.isfinite(features[i : i + _CHECK_ROWS]).all(axis=1)
+            if not finite.all():
+                row = int(self.rows[i + int(finite.argmin())])
+                raise CacheError(
+                    f"features of split {self.split.name}", expected="finite numbers",
+                    found=f"NaN or infinity in row {row}, {self.split.paths[row]}",
+                    where=cache.path, hint="Extract the images again, at --precision fp32",
+                )  # fmt: skip
+        return features, self.targets
+
+
+def check_cache(cache: Cache) -> None:
+    """Refuse caches that no head can be trained on.
+
+    Raises:
+        CacheError: If it has several labels or views per image, or fewer than two classes.
+    """
+    if cache.task != "multiclass":
+        raise CacheError(
+            "cache", expected="one class per image", found=f"a {cache.task} cache",
+            where=cache.path, hint="Heads for several labels per image cannot be trained yet",
+        )  # fmt: skip
+    split = next(iter(cache.splits.values()))
+    if split.features.ndim != 2:
+        raise CacheError(
+            "cache", expected="one feature vector per image",
+            found=f"{split.features.shape[1]} views", where=cache.path,
+            hint="Extract the images again without --views",
+        )  # fmt: skip
+    if len(cache.classes) < 2:
+        raise CacheError(
+            "classes", expected="two or more", found=", ".join(cache.classes) or "none",
+            where=cache.path, hint="Extract images that lie in one folder per class",
+        )  # fmt: skip
+
+
+def warn_of_leaks(cache: Cache) -> None:
+    """Warn when an image or a group stands in two splits: the figures would flatter the head."""
+    images = {
+        name: [row.tobytes() if row.any() else None for row in split.image_sha256]
+        for name, split in cache.splits.items()
+    }
+    groups = {name: split.groups or [] for name, split in cache.splits.items()}
+    for what, keys_by_split in (("images", images), ("groups", groups)):
+        seen: dict[object, tuple[str, str]] = {}
+        shared: dict[object, str] = {}
+        for name, keys in keys_by_split.items():
+            for key, path in zip(keys, cache.splits[name].paths, strict=False):
+                other, other_path = seen.setdefault(key, (name, path))
+                if other != name and key is not None:
+                    shared.setdefault(key, f"{other}: {other_path} and {name}: {path}")
+        if shared:
+            message = (
+                f"{len(shared)} {what} stand in more than one split, for example "
+                f"{next(iter(shared.values()))}; results will look better than they are"
+            )
+            warnings.warn(printable(message), FeatcacheWarning, stacklevel=3)
+
+
+def choose_rows(
+    cache: Cache, valid_fraction: float | None, seed: int, say: Say
+) -> tuple[Part, Part]:
+    """Return the rows to train on and the rows to choose the epoch by.
+
+    Args:
+        cache: One with ``train`` (or ``all``) and, without ``valid_fraction``, ``valid``.
+        valid_fraction: Share of ``train`` (or of ``all``) to hold out: stratified, groups and
+            identical images together; None takes ``valid``.
+        seed: Another seed, another hold-out.
+        say: Where lines for people go.
+
+    Raises:
+        CacheError: If a split is missing or a class lacks rows.
+        ConfigError: If there is a ``valid`` already.
+    """
+    source = next((name for name in ("train", "all") if name in cache.splits), None)
+    if source is None or (source == "all" and "valid" in cache.splits):
+        raise CacheError(
+            "split train", expected="rows to train on", found="only " + ", ".join(cache.splits),
+            where=cache.path, hint="Extract a data set that has train and valid",
+        )  # fmt: skip
+    if valid_fraction is None and "valid" not in cache.splits:
+        raise CacheError(
+            "split valid", expected="rows to choose the epoch by",
+            found="only " + ", ".join(cache.splits), where=cache.path,
+            hint="Hold out a part of the others with, say, --valid-fraction 0.2",
+        )  # fmt: skip
+    if valid_fraction is not None and "valid" in cache.splits:
+        raise ConfigError(
+            "--valid-fraction", expected="a cache without the split valid", found="one with it",
+            where=cache.path, hint="Leave --valid-fraction out",
+        )  # fmt: skip
+    train_part = _labelled(cache, source, "train")
+    if valid_fraction is None:
+        parts = train_part, _labelled(cache, "valid", "valid")
+    else:
+        _check_classes(cache, train_part, at_least=2)
+        parts = _hold_out(cache, train_part, valid_fraction, seed)
+        if train_part.split.groups is None:
+            say("this cache has no groups: images of one patient may be in both train and valid")
+    _check_classes(cache, parts[0], at_least=1)
+    if not len(parts[1].rows):
+        raise CacheError(
+            "split valid", expected="labelled rows", found="none", where=cache.path,
+            hint="Put images of every class into valid and extract again",
+        )  # fmt: skip
+    return parts
+
+
+def _labelled(cache: Cache, split_name: str, name: str) -> Part:
+    split = cache.split(split_name)
+    rows: Rows = np.flatnonzero(split.targets != UNLABELLED)
+    return Part(name, split, rows, len(split) - len(rows))
+
+
+def _check_classes(cache: Cache, part: Part, *, at_least: int) -> None:
+    counts = np.bincount(part.targets, minlength=len(cache.classes))
+    scarce = {n: int(k) for n, k in zip(cache.classes, counts, strict=True) if k < at_least}
+    if scarce:
+        raise CacheError(
+            f"split {part.split.name}", expected=f"at least {at_least} labelled rows of each class",
+            found=", ".join(f"{count} of {name}" for name, count in scarce.items()),
+            where=cache.path, hint="Add images of that class, or leave its folder out",
+        )  # fmt: skip
+
+
+def _hold_out(cache: Cache, part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
+    """Split off about ``fraction`` of each class, groups and copies of one image together."""
+    split, rows = part.split, part.rows.tolist()
+    groups = [split.groups[row] if split.groups else None for row in rows]
+    images = [image.tobytes() if image.any() else None for image in split.image_sha256[part.rows]]
+    labels = [cache.classes[target] for target in part.targets]
+    paths = [split.paths[row] for row in rows]
+    shares = {"train": 1 - fraction, "valid": fraction}
+    try:
+        names = assign_units(build_units(groups, images), labels, paths, shares, seed=seed)
+    except DataError as error:
+        raise CacheError(
+            "--valid-fraction", expected=f"{error.what} on both sides",
+            found="its images in too few groups to part them", where=cache.path,
+            hint="Split the images yourself: featcache split",
+        ) from error  # fmt: skip
+    is_held = np.array(names) == "valid"
+    return (
+        dataclasses.replace(part, rows=part.rows[~is_held]),
+        Part("valid", split, part.rows[is_held]),
+    )

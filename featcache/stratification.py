@@ -1,0 +1,133 @@
+"""Rows -> units that stay together -> parts of about the wanted size, class by class.
+
+What must not be torn apart is a *unit*: rows of one group (also across classes) and rows of one
+content, joined until nothing is shared between units. Units go one by one to the part that lacks
+their classes most, big ones first, in an order that only the seed and the names of the rows
+decide: no random generator, so the same parts on every machine, version and order of rows.
+
+Reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Mapping, Sequence
+
+from featcache.errors import DataError
+
+
+def build_units(
+    groups: Sequence[Hashable | None], contents: Sequence[Hashable | None]
+) -> list[list[int]]:
+    """Join the rows that share a group or a content, however many steps apart (union-find).
+
+    Args:
+        groups: The group of each row; None for a row of its own.
+        contents: What tells the content of each row, such as a hash; None where it is not known.
+
+    Returns:
+        The rows of each unit, ascending; every row once. Units go by their first row.
+    """
+    parents = list(range(len(groups)))
+
+    def find(row: int) -> int:
+        while parents[row] != row:
+            parents[row] = parents[parents[row]]
+            row = parents[row]
+        return row
+
+    for keys in (groups, contents):
+        first: dict[Hashable, int] = {}
+        for row, key in enumerate(keys):
+            if key is not None:
+                parents[find(row)] = find(first.setdefault(key, row))
+    units: dict[int, list[int]] = defaultdict(list)
+    for row in range(len(groups)):
+        units[find(row)].append(row)
+    return list(units.values())
+
+
+def assign_units(
+    units: Sequence[Sequence[int]],
+    labels: Sequence[str],
+    names: Sequence[str],
+    fractions: Mapping[str, float],
+    *,
+    seed: int,
+) -> list[str]:
+    """Share the units out, so that every part gets its fraction of every class.
+
+    Units of several classes come first, then the big ones: the single rows at the end even out
+    what groups left uneven. As soon as a class has no more units than parts it has not reached,
+    its units go to those.
+
+    Args:
+        units: The rows of each unit; every row in one of them.
+        labels: The class of each row.
+        names: What tells the rows apart (their paths); with the seed, it decides the order.
+        fractions: Part -> its share of every class: above 0, adding up to 1.
+        seed: Another seed, another order.
+
+    Returns:
+        The part of each row.
+
+    Raises:
+        DataError: If a class does not reach every part, for want of units. ``what`` is
+            ``class NAME``; place and advice are the caller's to add.
+    """
+    keys = [name.encode("utf-8", "surrogateescape") for name in names]
+    # Everything goes by the order of the names, sums of rounded numbers too.
+    units = [sorted(unit, key=keys.__getitem__) for unit in units]
+    per_unit = [Counter(labels[row] for row in unit) for unit in units]
+    total = Counter(labels[row] for row in sorted(range(len(labels)), key=keys.__getitem__))
+    need = {part: {label: f * total[label] for label in total} for part, f in fractions.items()}
+    missing = {label: set(fractions) for label in total}  # parts that the class has not reached
+    waiting = Counter(label for counts in per_unit for label in counts)
+    _refuse_small_classes(waiting, fractions)
+
+    def order(index: int) -> tuple[int, int, bytes]:
+        key = f"{seed}/".encode() + keys[units[index][0]]
+        return -len(per_unit[index]), -len(units[index]), hashlib.sha256(key).digest()
+
+    parts = [""] * len(labels)
+    for index in sorted(range(len(units)), key=order):
+        counts = per_unit[index]
+        candidates = set(fractions)
+        for label in counts:
+            if waiting[label] <= len(missing[label]):
+                candidates = (candidates & missing[label]) or candidates
+        best = _best_part(counts, need, total, candidates)
+        for label, count in counts.items():
+            need[best][label] -= count
+            missing[label].discard(best)
+            waiting[label] -= 1
+        for row in units[index]:
+            parts[row] = best
+    reached = {label: len(fractions) - len(unreached) for label, unreached in missing.items()}
+    _refuse_small_classes(reached, fractions)
+    return parts
+
+
+def _best_part(
+    counts: Mapping[str, int], need: Mapping[str, Mapping[str, float]], total: Mapping[str, int],
+    candidates: Collection[str],
+) -> str:  # fmt: skip
+    """Return the candidate that lacks the classes of a unit most, and rows at all on ties."""
+
+    def lack(part: str) -> tuple[float, float]:
+        wanted = (count * need[part][label] / total[label] for label, count in counts.items())
+        return sum(wanted), sum(need[part].values())
+
+    return max((part for part in need if part in candidates), key=lack)
+
+
+def _refuse_small_classes(enough_for: Mapping[str, int], fractions: Mapping[str, float]) -> None:
+    for label, count in sorted(enough_for.items()):
+        if count < len(fractions):
+            raise DataError(
+                f"class {label}",
+                expected=f"at least {len(fractions)} images of different groups, one for each of "
+                + ", ".join(fractions),
+                found=f"enough for {count}",
+            )
