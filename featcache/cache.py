@@ -35,7 +35,6 @@ import torch
 
 from featcache.container import Container, open_container
 from featcache.errors import CacheError
-from featcache.files import canonical_json
 
 SPLITS = ("train", "valid", "test", "all")
 TASKS = ("multiclass", "multilabel")
@@ -217,8 +216,10 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
         (198, 1280)
     """
     container = open_container(Path(path), verify=verify)
+    _check_kinds(container)
     identity = _read_json(container, "identity")
-    if hashlib.sha256(canonical_json(identity).encode()).hexdigest() != container.fingerprint:
+    text = container.map("identity").item()
+    if hashlib.sha256(text).hexdigest() != container.fingerprint:
         raise _damaged(container, "identity", "the fingerprint's", "another")
     task = str(container.map("task").item().decode("utf-8", "replace"))
     if task not in TASKS:
@@ -248,6 +249,18 @@ def is_content(name: str) -> bool:
     )
 
 
+def _check_kinds(container: Container) -> None:
+    """Refuse a file whose small data sets are not bytes or whole numbers of the right rank."""
+    kinds = {"identity": ("S", 0), "provenance": ("S", 0), "task": ("S", 0), "classes": ("S", 1)}
+    kinds |= {f"failures/{key}": ("S", 1) for key in ("paths", "splits", "reasons")}
+    kinds |= {f"failures/{key}": ("i", 1) for key in ("targets", "image_bytes", "mtime_ns")}
+    for name, (kind, rank) in kinds.items():
+        entry = container.entry(name)
+        if (entry.dtype.kind, len(entry.shape)) != (kind, rank):
+            wanted = f"{'bytes' if kind == 'S' else 'whole numbers'} of rank {rank}"
+            raise _damaged(container, name, wanted, f"{entry.dtype.str} {entry.shape}")
+
+
 def _check_rows(cache: Cache) -> None:
     """Refuse a file whose arrays do not fit each other or whose targets are no classes."""
     container = cache.container
@@ -259,7 +272,11 @@ def _check_rows(cache: Cache) -> None:
     for name, split in cache.splits.items():
         prefix = f"splits/{name}/"
         features = container.arrays[prefix + "features"]
-        if features.dtype.kind != "f" or len(features.shape) not in {2, 3}:
+        if (
+            features.dtype.kind != "f"
+            or len(features.shape) not in {2, 3}
+            or 0 in features.shape[1:]
+        ):
             raise _damaged(container, prefix + "features", "(N, D) floats", features.shape)
         widths.add(features.shape[1:])
         multilabel = cache.task == "multilabel"

@@ -127,6 +127,11 @@ def write_cache(
     if unknown or not by_split:
         raise DataError("splits", expected=" or ".join(SPLITS), found=sorted(unknown), where=path)
     names = [str(name) for name in classes]
+    _check_names("classes", names)
+    for what, value in (("targets", targets), ("paths", paths), ("groups", groups)):
+        if isinstance(value, Mapping) and set(value) - set(by_split):
+            found = ", ".join(sorted(map(str, set(value) - set(by_split))))
+            raise DataError(f"splits of {what}", expected=sorted(by_split), found=found)
     rows = {
         split: _check_new_rows(
             split, np.asarray(array), np.asarray(of(targets, split)), of(paths, split),
@@ -139,6 +144,11 @@ def write_cache(
         raise DataError("features", expected="one shape and dtype", found=sorted(shapes))
     first = next(iter(rows.values()))
     facts: dict[str, Any] = dict(identity) if identity is not None else {"backbone": "unknown"}
+    for what, value in (("identity", facts), ("provenance", provenance or {})):
+        try:
+            canonical_json(value)
+        except (TypeError, ValueError) as error:
+            raise DataError(what, expected="what JSON can hold", found=error) from error
     facts.setdefault("num_features", first.shape[-1])
     facts.setdefault("feature_dtype", first.dtype.name)
     task = "multilabel" if first.targets.ndim == 2 else "multiclass"
@@ -156,7 +166,11 @@ def _check_new_rows(
     def wrong(what: str, expected: object, found: object) -> DataError:
         return DataError(f"{what} of split {split}", expected=expected, found=found)
 
-    if features.ndim not in {2, 3} or features.dtype not in (np.float32, np.float16):
+    if (
+        features.ndim not in {2, 3}
+        or 0 in features.shape[1:]
+        or features.dtype not in (np.float32, np.float16)
+    ):
         found = f"{features.dtype} {features.shape}"
         raise wrong("features", "(N, D) or (N, V, D) float32 or float16", found)
     num_rows = len(features)
@@ -164,20 +178,25 @@ def _check_new_rows(
     if len(names) != num_rows or len(set(names)) != num_rows:
         found = f"{len(names)} paths, {len(set(names))} different"
         raise wrong("paths", f"{num_rows} different paths", found)
+    _check_names(f"paths of split {split}", names)
+    if groups is not None:
+        _check_names(f"groups of split {split}", list(dict.fromkeys(map(str, groups))))
     if groups is not None and len(groups) != num_rows:
         raise wrong("groups", f"{num_rows} groups", len(groups))
     if targets.ndim == 2:
         targets = targets.astype("<f4")
         known = targets[~np.isnan(targets)]
         if targets.shape != (num_rows, num_classes) or not np.isin(known, (0, 1)).all():
-            raise wrong("targets", f"0, 1 or NaN, {(num_rows, num_classes)}", targets.shape)
+            odd = [float(v) for v in known if v not in (0, 1)][:1]
+            found = f"{targets.shape}" + "".join(f" with {v}" for v in odd)
+            raise wrong("targets", f"0, 1 or NaN, {(num_rows, num_classes)}", found)
     else:
         if targets.shape != (num_rows,) or targets.dtype.kind not in "iu":
             raise wrong("targets", f"{num_rows} integers", f"{targets.dtype} {targets.shape}")
-        targets = targets.astype("<i8")
         if num_rows and not (targets.min() >= -1 and targets.max() < num_classes):
             found = f"{targets.min()} to {targets.max()}"
             raise wrong("targets", f"-1 to {num_classes - 1}", found)
+        targets = targets.astype("<i8")
     if not np.isfinite(features).all():
         row = int(np.flatnonzero(~np.isfinite(features).reshape(num_rows, -1).all(axis=1))[0])
         raise wrong("features", "finite values", f"NaN or infinity in row {row}")
@@ -189,6 +208,19 @@ def _check_new_rows(
         np.zeros((num_rows, 32), np.uint8), np.zeros(num_rows, np.int64),
         np.zeros(num_rows, np.int64),
     )  # fmt: skip
+
+
+def _check_names(what: str, names: Sequence[str]) -> None:
+    """Refuse names that fixed-width bytes cannot hold, and names that come twice."""
+    for name in names:
+        try:
+            os_bytes(name)
+        except UnicodeEncodeError as error:
+            raise DataError(what, expected="text", found=f"a lone surrogate in {name}") from error
+        if "\0" in name:
+            raise DataError(what, expected="names without NUL", found=name)
+    if len(set(names)) != len(names):
+        raise DataError(what, expected="different names", found="a name twice")
 
 
 def _encode(texts: Iterable[str]) -> npt.NDArray[Any]:

@@ -96,23 +96,24 @@ def csv_text(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     r"""Return a CSV text whose cells no spreadsheet takes for a formula.
 
     Cells that begin with one of ``= + - @`` TAB or CR get a leading apostrophe (OWASP, CSV
-    injection); numbers are left alone. Undecodable bytes of file names become ``\xNN``.
+    injection); numbers are left alone. Undecodable bytes of file names become ``\udcNN``.
     """
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    writer = csv.writer(buffer)  # CR LF ends a row (RFC 4180), so cells that hold either are quoted
     writer.writerow(header)
     for row in rows:
         writer.writerow([_safe_cell(cell) for cell in row])
     return buffer.getvalue()
 
 
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
 def _safe_cell(cell: object) -> object:
     if not isinstance(cell, str):
         return cell
     text = cell.encode("utf-8", "backslashreplace").decode()
-    return (
-        "'" + text if text.lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r")) else text
-    )
+    return "'" + text if text.lstrip(" \u00a0").startswith(_FORMULA_STARTS) else text
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
@@ -132,6 +133,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         RunError: If ``path`` exists and ``overwrite`` is not set.
     """
     refuse_existing(path, overwrite=overwrite)
+    path = path.absolute()  # "." has no name to put .partial behind
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
@@ -145,11 +147,15 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             else:
                 sync_folder(file)
         sync_folder(partial)
-        old = path.with_name(path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             path.rename(old)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
@@ -207,6 +213,11 @@ def writer_lock(path: Path, what: str) -> Iterator[None]:
             raise CacheError(
                 what, expected="no other writer", found=f"one at work: {holder}", where=path,
                 hint="Wait for it, or stop it",
+            ) from error  # fmt: skip
+        except OSError as error:
+            raise CacheError(
+                what, expected="a file system that can lock files", found=str(error.strerror),
+                where=path, hint="Write the cache to a local disk and copy it",
             ) from error  # fmt: skip
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -34,6 +34,7 @@ from featcache.container import (
     Container,
     content_sha256,
     open_container,
+    user_block_sha256,
 )
 from featcache.errors import CacheError
 from featcache.files import atomic_writer, canonical_json
@@ -124,12 +125,13 @@ def write_container(
             "payload_sha256": "0" * 64,
             "content_sha256": "0" * 64,
             "fingerprint": fingerprint,
+            "user_block_sha256": "0" * 64,
             "arrays": [
                 {"name": e.name, "offset": e.offset, "shape": list(e.shape), "dtype": e.dtype.str}
                 for e in entries
             ],
         }
-        if len(canonical_json(header)) <= user_block_bytes:
+        if len(canonical_json(header)) < user_block_bytes:  # a zero ends the text
             break
         user_block_bytes *= 2
     if user_block_bytes > MAX_USER_BLOCK_BYTES:
@@ -143,6 +145,7 @@ def write_container(
             header["content_sha256"] = content_sha256(
                 {s.name: (s.dtype, s.shape, hashes[s.name]) for s in sources if s.name in covered}
             )
+            header["user_block_sha256"] = user_block_sha256(header)
             file.seek(0)
             file.write(canonical_json(header).encode().ljust(user_block_bytes, b"\0"))
     except OSError as error:
@@ -183,6 +186,7 @@ def _make_skeleton(
         creation.set_layout(h5py.h5d.CONTIGUOUS)
         creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        creation.set_obj_track_times(False)  # equal arrays, equal file
         groups = h5py.h5p.create(h5py.h5p.LINK_CREATE)
         groups.set_create_intermediate_group(True)
         for source in sources:

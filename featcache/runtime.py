@@ -58,13 +58,18 @@ def exact_fp32(*, tf32: bool = False) -> Iterator[None]:
 
     Convolutions use TF32 by default on CUDA, so "fp32" means nothing without this.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (matmul.allow_tf32, cudnn.allow_tf32)
-    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    backends: Any = torch.backends
+    gpu = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    cpu = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    # By the names of torch 2.9: the older allow_tf32 raises when the caller used the newer ones.
+    before = [setting.fp32_precision for setting in gpu + cpu]
+    for setting in gpu + cpu:
+        setting.fp32_precision = "tf32" if tf32 and setting in gpu else "ieee"
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for setting, value in zip(gpu + cpu, before, strict=True):
+            setting.fp32_precision = value
 
 
 def environment_facts(device: torch.device | None = None) -> dict[str, Any]:

@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from featcache.errors import ConfigError, FeatcacheError, RunError
+from featcache.files import (
+    atomic_writer,
+    canonical_json,
+    csv_text,
+    new_folder,
+    readable_json,
+    refuse_existing,
+    sha256_file,
+    write_bytes,
+    write_csv,
+    write_json,
+    writer_lock,
+)
+
+needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and flock of POSIX")
+
+
+class Boom(BaseException):
+    """Neither an Exception nor anything a library would catch, like Ctrl-C."""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+# --- JSON and hashes
+
+
+def test_equal_values_give_one_json_text() -> None:
+    one = {"b": [1, 2.5, None, True], "a": {"y": "ä", "x": ()}}
+    two = {"a": {"x": [], "y": "ä"}, "b": [1, 2.5, None, True]}
+    assert canonical_json(one) == canonical_json(two)
+    assert canonical_json(one) == '{"a":{"x":[],"y":"\\u00e4"},"b":[1,2.5,null,true]}'
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_never_holds_nan(value: float) -> None:
+    for write in (canonical_json, readable_json):
+        with pytest.raises(ValueError, match="JSON"):
+            write({"a": [value]})
+
+
+def test_readable_json_is_indented_and_ends_in_a_newline(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": 1, "a": [1]})
+    text = (tmp_path / "a.json").read_text("utf-8")
+    assert text == '{\n  "b": 1,\n  "a": [\n    1\n  ]\n}\n'
+    assert json.loads(text) == {"a": [1], "b": 1}
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 5, 3 << 20])
+@pytest.mark.parametrize("offset", [0, 1, 4096])
+def test_the_hash_is_that_of_the_rest_of_the_file(tmp_path: Path, size: int, offset: int) -> None:
+    data = random.Random(size).randbytes(size)
+    (tmp_path / "f").write_bytes(data)
+    assert sha256_file(tmp_path / "f", offset) == hashlib.sha256(data[offset:]).hexdigest()
+
+
+# --- files, whole or absent
+
+
+def test_a_written_file_is_there_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    for data in (b"one", b"", b"three" * 10000):
+        write_bytes(path, data)
+        assert path.read_bytes() == data
+        assert names(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Boom])
+@pytest.mark.parametrize("old", [b"the old content", None])
+def test_an_exception_leaves_what_was_there(
+    tmp_path: Path, error: type[BaseException], old: bytes | None
+) -> None:
+    path = tmp_path / "a.bin"
+    if old is not None:
+        path.write_bytes(old)
+    before = names(tmp_path)
+
+    def write_half() -> None:
+        with atomic_writer(path) as file:
+            file.write(b"half of the new " * 100000)
+            file.flush()
+            assert (path.read_bytes() if old is not None else None) == old
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert names(tmp_path) == before
+    if old is not None:
+        assert path.read_bytes() == old
+
+
+def test_a_rename_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match=r"directory|denied"):
+        write_bytes(tmp_path / "a", b"x")
+    assert names(tmp_path) == ["a"]
+
+
+@needs_posix
+def test_data_reach_the_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut cannot be had in a test; the order of calls that survives one can."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noting_fsync(handle: int) -> None:
+        calls.append("folder" if os.path.isdir(f"/dev/fd/{handle}") else "file")  # noqa: PTH112
+        fsync(handle)
+
+    def noting_replace(self: Path, target: Path) -> Path:
+        calls.append("rename")
+        assert self.parent == target.parent, "a rename is atomic within one folder only"
+        assert self.read_bytes() == b"data", "all must be written before the rename"
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "replace", noting_replace)
+    write_bytes(tmp_path / "a", b"data")
+    assert calls == ["file", "rename", "folder"]
+
+
+WRITE_FOR_EVER = """
+import itertools, sys
+from pathlib import Path
+from featcache.files import write_bytes
+for version in itertools.count():
+    write_bytes(Path(sys.argv[1]), b"%08d" % version * 40000)
+"""
+
+
+@needs_posix
+def test_twenty_kills_and_the_file_is_always_one_whole_version(tmp_path: Path) -> None:
+    path, rng = tmp_path / "a.bin", random.Random(0)
+    write_bytes(path, b"%08d" % 0 * 40000)
+    versions = set()
+    for _ in range(20):
+        before = path.read_bytes()
+        child = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(path)])
+        try:
+            deadline = time.monotonic() + 20
+            while path.read_bytes() == before and time.monotonic() < deadline:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))
+        finally:
+            child.kill()
+            assert child.wait() == -signal.SIGKILL
+        data = path.read_bytes()
+        assert data == data[:8] * 40000
+        versions.add(data[:8])
+    assert len(versions) > 5, "the children were killed before they wrote anything"
+
+
+# --- CSV
+
+FORMULAS = [
+    "=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "\u00a0=1", " \u00a0 =1",
+    " \t=1", "\n\r\n@x", "=cmd|' /C calc'!A0", '="a,b"', "-", "=\udcff",
+]  # fmt: skip
+HARMLESS = [
+    "covid", "a=b", "a,b", 'say "a"', "'quoted'", "", " ", "a\nb", "a\rb", "a\r\n=b", "x\r=cmd()",
+    "x\n=cmd()", "\u202e", "1-2", "Röntgen", "肺",
+]  # fmt: skip
+
+
+def read_back(text: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(text, newline="")))
+
+
+@pytest.mark.parametrize("cell", FORMULAS)
+def test_no_cell_is_a_formula_for_a_spreadsheet(cell: str) -> None:
+    (header, (first, found, last)) = read_back(csv_text("abc", [["x", cell, "y"]]))
+    assert (header, first, last) == (["a", "b", "c"], "x", "y")
+    assert found.startswith("'")
+    assert found[1:] == cell.encode("utf-8", "backslashreplace").decode()
+
+
+@pytest.mark.parametrize("cell", HARMLESS)
+def test_any_other_text_comes_back_as_it_was_in_one_row(cell: str) -> None:
+    """Also with CR or LF in it: a file name must not be able to begin a row of its own."""
+    assert read_back(csv_text(["a", "b"], [[cell, "end"]])) == [["a", "b"], [cell, "end"]]
+
+
+def test_numbers_are_left_alone() -> None:
+    text = csv_text(["a", "b", "c", "d"], [[-5, -0.25, 1e-9, None]])
+    assert read_back(text) == [["a", "b", "c", "d"], ["-5", "-0.25", "1e-09", ""]]
+
+
+def test_a_csv_file_is_utf8_whatever_the_names(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", ["path"], [["bad\udcff.png"], ["ä\u202e"], ["a\ud800"]])
+    text = (tmp_path / "a.csv").read_bytes().decode("utf-8")
+    rows = read_back(text)
+    assert [len(row) for row in rows] == [1, 1, 1, 1]
+    assert rows[1][0].startswith("bad\\")
+    assert names(tmp_path) == ["a.csv"]
+
+
+# --- folders, whole or absent
+
+
+def make_run(path: Path, text: str = "{}") -> Path:
+    with new_folder(path) as partial:
+        (partial / "run.json").write_text(text)
+        (partial / "sub").mkdir()
+        (partial / "sub" / "b").write_bytes(b"b")
+    return path
+
+
+def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run"
+    with new_folder(path) as partial:
+        (partial / "run.json").write_text("{}")
+        assert not path.exists()
+    assert names(path) == ["run.json"]
+    assert names(path.parent) == ["run"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Boom])
+def test_an_exception_leaves_no_folder(tmp_path: Path, error: type[BaseException]) -> None:
+    def fill_half() -> None:
+        with new_folder(tmp_path / "run") as partial:
+            (partial / "run.json").write_text("{}")
+            raise error
+
+    with pytest.raises(error):
+        fill_half()
+    assert names(tmp_path) == []
+
+
+def test_an_exception_while_overwriting_keeps_the_old_run(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", "old")
+    with pytest.raises(Boom), new_folder(path, overwrite=True):
+        raise Boom
+    assert (path / "run.json").read_text() == "old"
+    assert names(tmp_path) == ["run"]
+
+
+def test_a_rename_that_fails_while_overwriting_keeps_the_old_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_run(tmp_path / "run", "old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if Path(target) == path and (self / "run.json").read_text() == "new":
+            raise PermissionError("an antivirus holds it open")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(PermissionError), new_folder(path, overwrite=True) as partial:
+        (partial / "run.json").write_text("new")
+    assert (path / "run.json").read_text() == "old"
+    assert names(tmp_path) == ["run"]
+
+
+def test_overwriting_replaces_a_run_and_nothing_of_it_stays(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", "old")
+    with new_folder(path, overwrite=True) as partial:
+        (partial / "run.json").write_text("new")
+        assert (path / "run.json").read_text() == "old", "the old run serves until the end"
+    assert names(path) == ["run.json"]
+    assert (path / "run.json").read_text() == "new"
+    assert names(tmp_path) == ["run"]
+
+
+def test_folders_beside_it_are_other_peoples(tmp_path: Path) -> None:
+    """Whoever keeps his former run as run.old must find it there after the next training."""
+    make_run(tmp_path / "run.old", "kept by hand")
+    path = make_run(tmp_path / "run")
+    with new_folder(path, overwrite=True) as partial:
+        (partial / "run.json").write_text("new")
+    assert (tmp_path / "run.old" / "run.json").read_text() == "kept by hand"
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "half").write_text("x")
+    assert names(make_run(tmp_path / "run")) == ["run.json", "sub"]
+    assert names(tmp_path) == ["run"]
+
+
+def test_an_existing_result_is_refused_before_any_work(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", "old")
+    with pytest.raises(RunError, match="--overwrite"), new_folder(path):
+        pytest.fail("must not begin")
+    assert (path / "run.json").read_text() == "old"
+    assert names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_only_a_run_is_ever_overwritten(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "thesis"
+    if kind == "folder":
+        path.mkdir()
+        (path / "chapter.tex").write_text("years of work")
+    else:
+        path.write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match="expected"), new_folder(path, overwrite=overwrite):
+            pytest.fail("must not begin")
+    kept = path / "chapter.tex" if kind == "folder" else path
+    assert kept.read_text() == "years of work"
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert "run.json" in names(make_run(tmp_path / "run"))
+    refuse_existing(tmp_path / "nothing here", overwrite=False)
+
+
+# --- the writer's lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from featcache.files import writer_lock
+with writer_lock(Path(sys.argv[1]), "cache"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    return child
+
+
+@needs_posix
+def test_a_second_writer_is_told_who_the_first_is_and_a_kill_frees_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "c.h5.partial" / "lock"
+    for _ in range(4):
+        child = hold(path)
+        try:
+            with (
+                pytest.raises(FeatcacheError, match=rf"process {child.pid} on .* since 20"),
+                writer_lock(path, "cache"),
+            ):
+                pytest.fail("two writers")
+        finally:
+            child.kill()
+            child.communicate()
+        with writer_lock(path, "cache"):  # at once: no waiting, no file to delete by hand
+            assert f"process {os.getpid()} on " in path.read_text()
+
+
+@needs_posix
+def test_the_lock_is_free_after_its_block_also_after_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with pytest.raises(Boom), writer_lock(path, "cache"):
+        raise Boom
+    with (
+        writer_lock(path, "cache"),
+        pytest.raises(FeatcacheError, match=f"process {os.getpid()}"),
+        writer_lock(path, "cache"),
+    ):
+        pytest.fail("two writers in one process")
+    take = "import sys; from pathlib import Path; from featcache.files import writer_lock\n"
+    take += "with writer_lock(Path(sys.argv[1]), 'cache'): pass"
+    subprocess.run([sys.executable, "-c", take, str(path)], check=True)
+
+
+def test_a_platform_without_flock_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(ConfigError, match="Linux"), writer_lock(tmp_path / "lock", "cache"):
+        pytest.fail("not locked")
