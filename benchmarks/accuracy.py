@@ -1,7 +1,7 @@
 """Is a head on cached features as good as one trained the live way? Cross-validation, in pairs.
 
     python benchmarks/accuracy.py                              (about 40 minutes on two quiet cores)
-    python benchmarks/accuracy.py --repeats 1 --tutorial-folds 0 --out /tmp/try        (a try)
+    python benchmarks/accuracy.py --repeats 1 --tutorial-folds 0 --out try        (a try)
 
 Real X-rays, Lite0, folds that keep patients together. In every fold three heads are trained on the
 same rows with the same seed:

@@ -1,7 +1,7 @@
 """What does caching buy, and what does featcache add over twenty lines? Five ways, one job.
 
     python benchmarks/end_to_end.py                     (about an hour on two quiet cores)
-    python benchmarks/end_to_end.py --limit 12 --epochs 2 --rounds 1 --out /tmp/try    (a try)
+    python benchmarks/end_to_end.py --limit 12 --epochs 2 --rounds 1 --out try    (a try)
 
 The same images, split, head, seeds and epochs:
 
