@@ -12,16 +12,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
-import json
+import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from featcache.errors import BackboneError, ConfigError
+from featcache.errors import BackboneError, ConfigError, FeatcacheError
 from featcache.files import canonical_json
 from featcache.weights import download_state, load_state, read_state, unreachable
 
@@ -105,12 +106,16 @@ def build_backbone(
         ConfigError: If size, mean or std make no sense.
     """
     size = None if image_size == "auto" else _check_image_size(image_size)
-    blueprint = _find_blueprint(name, size)
-    network = _build_seeded(blueprint.build)
+    with torch.random.fork_rng(devices=[]):  # libraries draw from torch's own generator
+        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+        blueprint = _find_blueprint(name, size)
+        network = _guarded(name, blueprint.build)
     if isinstance(network, Backbone):  # a user's function may return its own, ready-made
-        return network
+        return _as_asked(
+            network, name, weights=weights, image_size=size, normalize=normalize, mean=mean, std=std
+        )
     if weights == "random":
-        _enliven(network, size or blueprint.image_size)
+        _enliven(name, network, size or blueprint.image_size)
         source = f"random (seed {RANDOM_WEIGHTS_SEED})"
     elif weights is not None:
         load_state(network, read_state(Path(weights)), blueprint.classifier_name, str(weights))
@@ -154,11 +159,14 @@ def wrap_backbone(
     Raises:
         BackboneError: If the module does not give one finite row of features per image.
     """
+    mean, std = _resolve_normalization((mean, std), None, None)
     frozen = copy.deepcopy(network).cpu().float().eval().requires_grad_(requires_grad=False)
     if classifier_name is not None:
-        frozen.set_submodule(classifier_name, nn.Identity())
+        cut = nn.Identity().eval()
+        _guarded(name, lambda: frozen.set_submodule(classifier_name, cut, strict=True))
     with torch.inference_mode():
-        features = frozen(torch.zeros(2, 3, image_size, image_size))
+        images = torch.zeros(2, 3, image_size, image_size)
+        features = _guarded(name, lambda: frozen(images))
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 2:
         found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features)
         raise BackboneError(
@@ -246,20 +254,29 @@ def _lite0(size: int | None) -> _Blueprint:
 def _torchvision(name: str) -> _Blueprint:
     from torchvision import models
 
-    try:
-        weights = models.get_model_weights(name).DEFAULT
-    except ValueError as error:
+    if name not in models.list_models(module=models):  # detection and segmentation are others'
         raise BackboneError(
-            "backbone", expected="a model of torchvision.models", found=name,
-            hint="Names are those of torchvision.models.list_models()",
-        ) from error  # fmt: skip
+            "backbone",
+            expected="a classifier of torchvision.models",
+            found=name,
+            hint="Names are those of torchvision.models.list_models(module=torchvision.models)",
+        )
+    weights = models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
-    linear = [n for n, m in models.get_model(name).named_modules() if isinstance(m, nn.Linear)]
+    network = _guarded(f"torchvision:{name}", lambda: models.get_model(name))
+    linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
     if not linear or not hasattr(preset, "crop_size"):
         raise BackboneError("backbone", expected="an image classifier", found=f"torchvision {name}")
+
+    def download() -> tuple[Mapping[str, Any], str]:
+        state, source = download_state(weights.url)
+        # DenseNet's files have names older than its modules: "norm.1" (torchvision, densenet.py).
+        old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
+        return {old.sub(r"\1", key): value for key, value in state.items()}, source
+
     return _Blueprint(
         int(preset.crop_size[0]), (tuple(preset.mean), tuple(preset.std)),
-        lambda: models.get_model(name), linear[-1], lambda: download_state(weights.url),
+        lambda: models.get_model(name), linear[-1], download,
     )  # fmt: skip
 
 
@@ -270,12 +287,17 @@ def _timm(name: str) -> _Blueprint:
         raise BackboneError(
             "backbone", expected="a model of timm", found=name, hint="See timm.list_models()"
         )
-    facts: dict[str, Any] = timm.create_model(name).pretrained_cfg  # type: ignore[assignment]
+    facts: dict[str, Any] = _guarded(f"timm:{name}", lambda: timm.create_model(name)).pretrained_cfg
+    if not isinstance(facts["classifier"], str):
+        raise BackboneError(
+            f"backbone timm:{name}", expected="one classifier", found=facts["classifier"],
+            hint="Wrap it yourself with featcache.wrap_backbone",
+        )  # fmt: skip
 
     def download() -> tuple[Mapping[str, Any], str]:
         try:
             network = timm.create_model(name, pretrained=True)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # (hub clients raise kinds of their own)
             wanted = str(facts.get("hf_hub_id") or facts.get("url") or name)
             raise unreachable(wanted, "the weights", error) from error
         return network.state_dict(), name
@@ -295,7 +317,7 @@ def _import_function(spec: str) -> Callable[[], nn.Module]:
             "backbone", expected=f"an importable function {spec}", found=error,
             hint="Its module must be on PYTHONPATH",
         ) from error  # fmt: skip
-    built = function()
+    built = _guarded(f"python:{spec}", function) if callable(function) else function
     if not isinstance(built, nn.Module | Backbone):
         raise BackboneError(
             f"backbone python:{spec}", expected="a torch module or a Backbone",
@@ -304,13 +326,38 @@ def _import_function(spec: str) -> Callable[[], nn.Module]:
     return lambda: built  # type: ignore[return-value]
 
 
-def _build_seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_WEIGHTS_SEED)
-        return build()
+def _guarded(name: str, call: Callable[[], Any]) -> Any:
+    """Call into a library or a user's network; whatever it raises becomes one line."""
+    try:
+        return call()
+    except FeatcacheError:
+        raise
+    except Exception as error:
+        found = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise BackboneError(
+            f"backbone {name}", expected="a network that can be built and run", found=found,
+            hint="Check its name, its classifier and the image size",
+        ) from error  # fmt: skip
 
 
-def _enliven(network: nn.Module, image_size: int) -> None:
+def _as_asked(backbone: Backbone, name: str, **options: Any) -> Backbone:
+    """Return a ready-made backbone under the name it was asked for, its settings its own.
+
+    Raises:
+        ConfigError: If an option asks for something else than it is.
+    """
+    own = {"image_size": backbone.image_size, "mean": backbone.mean, "std": backbone.std}
+    for option, value in options.items():
+        if value in (None, "auto") or (option in own and own[option] == value):
+            continue
+        raise ConfigError(
+            f"--{option.replace('_', '-')}", expected=f"what {name} made itself", found=value,
+            hint="It returns a ready Backbone: set this where it is made",
+        )  # fmt: skip
+    return replace(backbone, name=name)
+
+
+def _enliven(name: str, network: nn.Module, image_size: int) -> None:
     """Fit the batch norms of random weights to seeded noise, or features end up near 1e-13.
 
     Variances are rounded to powers of two, so that all machines get the same weights, and hash.
@@ -325,7 +372,7 @@ def _enliven(network: nn.Module, image_size: int) -> None:
     handles = [module.register_forward_pre_hook(fit) for module in network.modules()]
     network.eval()
     with torch.no_grad():
-        network(noise)
+        _guarded(name, lambda: network(noise))
     for handle in handles:
         handle.remove()
 
@@ -338,7 +385,7 @@ def _seeded() -> torch.Generator:
 
 
 def _check_image_size(value: int | str) -> int:
-    if not isinstance(value, int) or not 32 <= value <= 4096:
+    if type(value) is not int or not 32 <= value <= 4096:
         raise ConfigError("--image-size", expected="auto, or pixels from 32 to 4096", found=value)
     return value
 
@@ -358,7 +405,8 @@ def _resolve_normalization(
             raise ConfigError("--normalize", expected=f"one of {names}", found=choice)
         choice = NORMALIZATIONS[choice]
     first, second = (tuple(float(v) for v in values) for values in choice)
-    if len(first) != 3 or len(second) != 3 or min(second) <= 0:
-        found = json.dumps([first, second])
+    finite = all(map(math.isfinite, (*first, *second)))
+    if len(first) != 3 or len(second) != 3 or not finite or min(second) <= 0:
+        found = [first, second]
         raise ConfigError("--mean and --std", expected="three values, std above 0", found=found)
     return first, second

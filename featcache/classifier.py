@@ -150,8 +150,8 @@ class Classifier:
         buffer = io.BytesIO()
         torch.save(network.state_dict(), buffer)
         facts = self._export_facts(hashlib.sha256(buffer.getvalue()).hexdigest())
-        write_bytes(path, buffer.getvalue())
         write_bytes(path.with_name(path.name + ".json"), readable_json(facts).encode())
+        write_bytes(path, buffer.getvalue())
         return facts
 
     def _check_network(self, network: nn.Module) -> None:
@@ -204,8 +204,10 @@ def check_export_path(path: Path) -> None:
             "export", expected="a file name ending in .pt", found=path.name,
             hint="It will hold a torch state dict",
         )  # fmt: skip
-    if path.exists() or not path.parent.is_dir():
-        found = "an existing file" if path.exists() else "no such folder"
+    beside = path.with_name(path.name + ".json")
+    taken = path.exists() or beside.exists()
+    if taken or not path.parent.is_dir():
+        found = "an existing file" if taken else "no such folder"
         raise RunError(
             "export", expected="a new file in an existing folder", found=found, where=path,
             hint="Choose another name",
@@ -216,7 +218,7 @@ def load_classifier(
     run: str | Path,
     *,
     weights: str | Path | None = None,
-    backbone: Backbone | None = None,
+    backbone: Backbone | str | None = None,
     device: str = "auto",
     batch_size: int | str = "auto",
 ) -> Classifier:
@@ -225,7 +227,8 @@ def load_classifier(
     Args:
         run: The run folder.
         weights: The backbone's weights file, where the library's own were not used.
-        backbone: The backbone itself, if it was made in Python.
+        backbone: The backbone itself, if it was made in Python; its name, if a ``python:`` function
+            makes it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         batch_size: Images a batch, or ``auto``.
 
@@ -252,6 +255,11 @@ def predict_cache(run: str | Path, cache: str | Path, *, device: str = "auto") -
     head = load_head(loaded).to(place)
     paths, probs = [], [np.empty((0, len(loaded.classes)))]
     for split in opened.splits.values():
+        if opened.num_features != loaded.head.num_features:
+            raise RunError(
+                "features", expected=f"{loaded.head.num_features} a row",
+                found=opened.num_features, where=cache, hint="Use the cache it was trained on",
+            )  # fmt: skip
         features = split.features if split.features.ndim == 2 else split.features[:, 0]
         probs.append(predict_probs(head, np.asarray(features), place))
         paths += split.paths

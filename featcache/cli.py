@@ -66,6 +66,9 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
 
 _AUTO_OR_NUMBER = _OrWord(int, "auto")
+_TRUST = click.option(
+    "--backbone", metavar="NAME", help="Needed for python: backbones only: says you trust the code."
+)
 _DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps",
     help="Where to compute.",
@@ -264,6 +267,7 @@ def info(cache_or_run: Path, as_json: bool) -> None:
     "--samples", type=_OrWord(int, "all"), default=32, show_default=True,
     help="Rows to recompute.",
 )  # fmt: skip
+@_TRUST
 @_WEIGHTS
 @_DEVICE
 @_printing
@@ -276,7 +280,8 @@ def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     from featcache.verification import verify as verify_cache
 
     result = verify_cache(cache, say=_say(as_json, quiet), **options)
-    _print(result.as_json(), [f"{printable(result.cache)}: good"], as_json, quiet)
+    judged = "good" if not (result.changed or result.vanished) else "whole, but its images are not"
+    _print(result.as_json(), [f"{printable(result.cache)}: {judged}"], as_json, quiet)
 
 
 @cli.command()
@@ -344,14 +349,15 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--cache", type=click.Path(path_type=Path), help="Classify a cache's rows instead.")
+@_TRUST
 @_WEIGHTS
 @click.option("--batch-size", type=_AUTO_OR_NUMBER, default="auto", show_default=True)
 @_DEVICE
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
 @_printing
 def predict(
-    run: Path, images: tuple[Path, ...], cache: Path | None, weights: str | None,
-    batch_size: int | str, device: str, csv: Path | None, as_json: bool, quiet: bool,
+    run: Path, images: tuple[Path, ...], cache: Path | None, csv: Path | None, as_json: bool,
+    quiet: bool, device: str, **options: Any,
 ) -> None:  # fmt: skip
     """Classify IMAGES, files or folders, with the head in RUN.
 
@@ -359,15 +365,17 @@ def predict(
     Example: featcache predict run new.png --csv predictions.csv
     """
     from featcache.classifier import load_classifier, predict_cache, write_predictions
+    from featcache.files import require_folder
     from featcache.wording import prediction_lines
 
     if (cache is None) == (not images):
         raise click.UsageError("Name images or folders, or a --cache, and not both.")
+    if csv is not None:
+        require_folder(csv, "--csv")
     if cache is not None:
         predictions = predict_cache(run, cache, device=device)
     else:
-        classifier = load_classifier(run, weights=weights, device=device, batch_size=batch_size)
-        predictions = classifier.predict(images)
+        predictions = load_classifier(run, device=device, **options).predict(images)
     if csv is not None:
         write_predictions(csv, predictions)
     _print(predictions.as_json(), prediction_lines(predictions), as_json, quiet)
@@ -376,17 +384,19 @@ def predict(
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path))
+@_TRUST
 @_WEIGHTS
 @_printing
-def export(run: Path, file: Path, weights: str | None, as_json: bool, quiet: bool) -> None:
+def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write backbone and head in RUN as one state dict to FILE (.pt), and FILE.json beside it.
 
     \b
     Example: featcache export run covid.pt
     """
-    from featcache.classifier import load_classifier
+    from featcache.classifier import check_export_path, load_classifier
 
-    facts = load_classifier(run, weights=weights, device="cpu").export(file)
+    check_export_path(file)
+    facts = load_classifier(run, device="cpu", **options).export(file)
     lines = [
         f"{printable(file)}: {facts['backbone']} with its head, sha256 {facts['sha256'][:16]}...",
         f"{printable(file)}.json: classes and preprocessing",
@@ -446,6 +456,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 1
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads us any more: no second complaint at exit
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ not in {"MemoryError", "OutOfMemoryError"}:
+            raise
+        found = (str(error).splitlines() or ["none left"])[0]
+        click.echo(f"error: memory: expected enough, found {found}. Lower --batch-size.", err=True)
         return 1
     except OSError as error:
         place = f" ({printable(error.filename)})" if error.filename else ""

@@ -19,7 +19,7 @@ from featcache.cache import Cache, CacheSplit, open_cache
 from featcache.dataset import UNLABELLED
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError, printable
 from featcache.figures import write_confusion_figure
-from featcache.files import write_csv, write_json
+from featcache.files import require_folder, write_csv, write_json
 from featcache.fit import predict_probs
 from featcache.metrics import compute_metrics
 from featcache.run import Run, cache_path, load_head, load_run, require_same_features
@@ -51,7 +51,8 @@ def evaluate(
         say: Receives the lines for people.
 
     Returns:
-        A JSON object, also written to ``RUN/evaluation/SPLIT.json``: ``split``, ``num_samples``,
+        A JSON object, for the run's own cache also written to ``RUN/evaluation/SPLIT.json``:
+        ``split``, ``num_samples``,
         ``classes``, the figures of ``metrics.compute_metrics``, ``false_negatives`` [path] or None,
         ``mistakes`` [{path, target, pred, prob}] with the surest first, ``num_failed`` (images of
         the split that could not be read) and ``fingerprint``.
@@ -70,9 +71,11 @@ def evaluate(
         raise ConfigError(
             "--positive", expected="one of " + ", ".join(loaded.classes), found=positive
         )
-    if csv is not None and (Path(csv).is_dir() or not Path(csv).parent.is_dir()):
-        raise ConfigError("--csv", expected="a file in an existing folder", found=csv)
+    if csv is not None:
+        require_folder(Path(csv), "--csv")
     opened = _open_own_cache(loaded) if cache is None else _open_other_cache(loaded, Path(cache))
+    if cache is None:
+        _warn_of_training_rows(loaded, split)
     rows = _predict_rows(loaded, opened, split, say)
     result = {
         "split": split,
@@ -84,19 +87,33 @@ def evaluate(
         "num_failed": sum(failure.split == split for failure in opened.failures),
         "fingerprint": opened.fingerprint,
     }
-    folder = loaded.path / "evaluation"
-    folder.mkdir(exist_ok=True)
-    write_json(folder / f"{split}.json", result)
-    title = f"{loaded.path.resolve().name} on {split}, accuracy {result['accuracy']:.3f}"
-    write_confusion_figure(
-        folder / f"{split}_confusion.png", np.array(result["confusion_matrix"]), loaded.classes,
-        title,
-    )  # fmt: skip
     if csv is not None:
         _write_rows(Path(csv), rows)
     _say_result(result, say)
-    say(f"written to {printable(folder.as_posix())}/{split}.json and {split}_confusion.png")
+    if cache is None:
+        _keep(loaded, split, result, say)
+    else:
+        say("not kept in the run: another cache's figures would pass for its own")
     return result
+
+
+def _keep(run: Run, split: str, result: dict[str, Any], say: Say) -> None:
+    """Write the figures of the run's own cache into the run."""
+    folder = run.path / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{split}.json", result)
+    title = f"{run.path.resolve().name} on {split}, accuracy {result['accuracy']:.3f}"
+    confusion = np.array(result["confusion_matrix"])
+    write_confusion_figure(folder / f"{split}_confusion.png", confusion, run.classes, title)
+    say(f"written to {printable(folder.as_posix())}/{split}.json and {split}_confusion.png")
+
+
+def _warn_of_training_rows(run: Run, split: str) -> None:
+    if split == "train" or (split == "all" and run.training.get("valid_fraction")):
+        warnings.warn(
+            f"the head was trained on rows of {split}: these figures flatter it",
+            FeatcacheWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from featcache.backbone import Backbone, build_backbone
 from featcache.cache import Cache, open_cache
+from featcache.container import MAX_USER_BLOCK_BYTES
 from featcache.dataset import ImageDataset, scan
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, printable
 from featcache.files import writer_lock
@@ -131,13 +132,16 @@ def extract(
     start = time.perf_counter()
     path = Path(cache)
     allowed = parse_max_errors(max_errors)
+    _refuse_inside(path, Path(data))
     dataset, recipe = _prepare(
         data, backbone, group_by, limit, say, weights=weights, image_size=image_size,
         normalize=normalize, mean=mean, std=std, crop_mode=crop_mode, interpolation=interpolation,
         bit_depth=bit_depth, truncated=truncated, feature_dtype=feature_dtype,
     )  # fmt: skip
     old = _open_existing(path, recipe, rebuild=rebuild)
-    if old is not None and _is_up_to_date(old, dataset):
+    if old is not None:
+        _check_update(old, dataset, limit, say)
+    if old is not None and not old.failures and _holds(old, dataset, frozenset()):
         return _summary(old, "up to date", start, num_known=len(dataset.samples))
     path.parent.mkdir(parents=True, exist_ok=True)
     with writer_lock(partial_folder(path) / "lock", f"cache {path.name}"):
@@ -149,6 +153,9 @@ def extract(
                     resolve_device(device), precision=precision, batch_size=batch_size, name=engine
                 )
                 work.run(workers, progress=progress)
+            if old is not None and _is_unchanged(old, work):
+                work.abandon()
+                return _summary(old, "up to date", start, num_known=len(dataset.samples))
             done = work.finish()
         except BaseException:
             work.abandon()
@@ -247,8 +254,8 @@ def _open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None
     try:
         old = open_cache(path)
     except CacheError:
-        if rebuild and path.is_file() and path.read_bytes()[:20].startswith(b'{"'):
-            return None  # a damaged or newer cache of ours; anything else stays
+        if rebuild and _is_ours(path):
+            return None  # damaged, or of a newer version; other people's files stay
         raise
     if rebuild:
         return None
@@ -266,12 +273,62 @@ def _differences(wanted: dict[str, Any], found: dict[str, Any], side: int) -> st
     return ", ".join(f"{k} {(wanted, found)[side].get(k)!r:.40}" for k in keys)
 
 
-def _is_up_to_date(old: Cache, dataset: ImageDataset) -> bool:
-    """Whether the cache holds exactly these images, unchanged, with the same targets and groups."""
-    if old.failures or tuple(old.splits) != dataset.splits or old.classes != dataset.classes:
+def _is_ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'"format":"featcache"' in file.read(MAX_USER_BLOCK_BYTES)
+
+
+def _refuse_inside(path: Path, data: Path) -> None:
+    """Refuse a cache among the images: its folder of shards would look like a class."""
+    if data.is_dir() and path.resolve().is_relative_to(data.resolve()):
+        raise ConfigError(
+            "CACHE", expected="a file outside the folder of images", found=path, where=data,
+            hint="Name one beside it",
+        )  # fmt: skip
+
+
+def _check_update(old: Cache, dataset: ImageDataset, limit: int | None, say: Say) -> None:
+    """Refuse an update that would throw away what the cache holds by mistake.
+
+    Raises:
+        CacheError: If no image of it is in ``dataset``, if a ``limit`` leaves images out, or if it
+            has groups and ``dataset`` has none.
+    """
+
+    def wrong(what: str, expected: str, found: str, hint: str) -> CacheError:
+        hint = f"{hint}, or replace it with --rebuild"
+        return CacheError(what, expected=expected, found=found, where=old.path, hint=hint)
+
+    known = {path for split in old.splits.values() for path in split.paths}
+    gone = known - {sample.path for sample in dataset.samples}
+    if gone and len(gone) == len(known):
+        found = f"none of its {len(known):,}"
+        raise wrong("update of the cache", "images it knows", found, "Check DATA")
+    if gone and limit is not None:
+        found = f"{len(known):,} images, not all among the first {limit:,}"
+        raise wrong("--limit", "a new cache", found, "Choose another file name for a try")
+    has_groups = any(split.groups is not None for split in old.splits.values())
+    if has_groups and all(sample.group is None for sample in dataset.samples):
+        raise wrong("update of the cache", "groups, as it has", "none", "Repeat --group-by")
+    if gone:
+        say(f"gone: {len(gone):,} images of the cache are no longer in DATA")
+
+
+def _is_unchanged(old: Cache, work: Production) -> bool:
+    """Whether a run gained nothing: it tried the failed images again, and they failed again."""
+    failed = frozenset(failure.path for failure in work.failures)
+    same = set(old.failures) == set(work.failures) and not work.num_new
+    return same and _holds(old, work.dataset, failed)
+
+
+def _holds(old: Cache, dataset: ImageDataset, failed: frozenset[str]) -> bool:
+    """Whether the cache holds exactly these images, but the failed, with targets and groups."""
+    if tuple(old.splits) != dataset.splits or old.classes != dataset.classes:
         return False
     for name, split in old.splits.items():
-        samples = dataset.split(name)
+        samples = [sample for sample in dataset.split(name) if sample.path not in failed]
         sizes, times = split.image_bytes.tolist(), split.mtime_ns.tolist()
         if list(map(image_key, samples)) != list(zip(split.paths, sizes, times, strict=True)):
             return False
@@ -344,7 +401,7 @@ def _summary(
         cache=cache.path.as_posix(), status=status,
         num_images=sum(len(s) for s in cache.splits.values()), num_new=num_new,
         num_known=num_known, num_failed=len(cache.failures),
-        num_truncated=int(cache.provenance.get("num_truncated", 0)), splits=splits,
+        num_truncated=len(cache.provenance.get("truncated", [])), splits=splits,
         engine=str(cache.provenance.get("engine", "none")),
         parity=max(parity) if parity else None,
         seconds=round(time.perf_counter() - start, 3), images_per_second=images_per_second,

@@ -17,6 +17,8 @@ from featcache.files import write_bytes
 _LONGEST_NAME = 22
 _INK, _FAINT, _PALE = "#1b2733", "#5f6b76", "#9aa5af"
 
+_MAX_CELLS = 40  # more classes: a picture of the same size, without numbers in it
+
 
 def write_confusion_figure(
     path: Path, confusion: npt.NDArray[Any], classes: Sequence[str], title: str
@@ -41,7 +43,7 @@ def write_confusion_figure(
     shares = np.divide(confusion, rows, out=np.zeros(confusion.shape), where=rows > 0)
     names = [_shorten(printable(name)) for name in classes]
     longest = max(len(name) for name in names)
-    side = max(0.82 * len(names), 2.6)
+    side = min(max(0.82 * len(names), 2.6), 0.82 * _MAX_CELLS)
     slanted = longest > 9  # more do not fit side by side
     size = (side + 1.3 + 0.085 * longest, side + 1.5)
     figure = Figure(size, dpi=144, layout="constrained")
@@ -62,7 +64,8 @@ def write_confusion_figure(
     axes.set_yticks(np.arange(1, len(names)) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=2)
     axes.tick_params(which="minor", length=0)
-    _write_cells(axes, confusion, shares)
+    if len(names) <= _MAX_CELLS:
+        _write_cells(axes, confusion, shares)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a class may be called "$\\frac"
         text.set_usetex(False)

@@ -163,6 +163,26 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def child_process(module: str) -> tuple[list[str], dict[str, str]]:
+    """Return command and environment that run a module of featcache in a process of its own.
+
+    The current folder stays off its path: a file ``numpy.py`` beside the images is not to be run.
+    """
+    package = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    return [sys.executable, "-P", "-m", module], {**os.environ, "PYTHONPATH": path}
+
+
+def require_folder(path: Path, what: str) -> None:
+    """Refuse, before any work is done, a file that could not be written.
+
+    Raises:
+        ConfigError: If ``path`` is a folder, or its folder does not exist.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(what, expected="a file in an existing folder", found=path)
+
+
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Stop early when a result is already there.
 

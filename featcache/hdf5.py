@@ -37,7 +37,7 @@ from featcache.container import (
     user_block_sha256,
 )
 from featcache.errors import CacheError
-from featcache.files import atomic_writer, canonical_json
+from featcache.files import atomic_writer, canonical_json, child_process
 
 _COPY_BYTES = 1 << 22
 _CHECK_SECONDS = 60
@@ -259,9 +259,12 @@ def compare_with_hdf5(container: Container) -> list[str]:
 
     libhdf5 runs in a child process with limits on memory and time: hostile files hang or crash it.
     """
-    command = [sys.executable, "-m", "featcache.hdf5", str(container.path)]
+    command, environment = child_process("featcache.hdf5")
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_CHECK_SECONDS, check=False)
+        done = subprocess.run(
+            [*command, str(container.path)], env=environment, capture_output=True,
+            timeout=_CHECK_SECONDS, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return [f"libhdf5 did not answer within {_CHECK_SECONDS} s"]
     if done.returncode != 0:

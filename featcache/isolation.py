@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from featcache.errors import DataError
+from featcache.files import child_process
 from featcache.images import DecodedImage, PixelRules, decode
 
 DECODE_SECONDS = 60.0
@@ -73,10 +74,9 @@ class IsolatedDecoder:
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._child is None:
+            command, environment = child_process("featcache.isolation")
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "featcache.isolation"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
         return self._child
 

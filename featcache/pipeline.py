@@ -216,7 +216,8 @@ class _Threads:
         return future
 
     def replace_one(self) -> None:
-        """Start a thread in place of one that hangs."""
+        """Start a thread in place of one that hangs (and may yet come back)."""
+        self._num_threads += 1
         self._start()
 
     def __enter__(self) -> _Threads:

@@ -5,6 +5,7 @@ Reads: images. Writes: ``CACHE.partial/`` while working, then ``CACHE``.
 
 from __future__ import annotations
 
+import glob
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -60,70 +61,112 @@ class Production:
         self.timer = Timer()
         self.num_new = 0
         self.images_per_second: float | None = None
+        self._old_parity: list[float] = []
+        self._rebuild = False
+        self._caller_threads = torch.get_num_threads()
 
     def find_known(self, old: Cache | None, *, rebuild: bool) -> None:
-        """Collect what an older cache and an unfinished run know; the rest is pending."""
-        if rebuild:
+        """Collect what an older cache and an unfinished run know; the rest is pending.
+
+        Raises:
+            CacheError: If the unfinished run is one of another recipe and ``rebuild`` is not set.
+        """
+        self._rebuild = rebuild
+        if old is not None:
+            self._adopt(old)
+        resumed = 0
+        try:
+            resumed = self.partial.resume(self.known)
+        except CacheError:
+            if not rebuild:
+                raise
             self.partial.clear()
-        elif old is not None:
-            self.provenance = {k: v for k, v in old.provenance.items() if k in _ENGINE_FACTS}
-            for split in old.splits.values():
-                keys = zip(split.paths, split.image_bytes, split.mtime_ns, strict=True)
-                self.known.add(
-                    split.features,
-                    [(path, int(size), int(mtime)) for path, size, mtime in keys],
-                    [row.tobytes() for row in split.image_sha256],
-                    [False] * len(split),
-                )
-        resumed = self.partial.resume(self.known)
         self.pending = [s for s in self.dataset.samples if self.known.find(s) is None]
         if resumed:
+            self.provenance = self.provenance or self.partial.provenance
             self.say(f"Resuming: {resumed:,} images done, {len(self.pending):,} to go.")
+
+    def _adopt(self, old: Cache) -> None:
+        """Take over the rows of an older cache, and how they were made."""
+        truncated = set(old.provenance.get("truncated", []))
+        self.provenance = dict(old.provenance)
+        self._old_parity = list(old.provenance.get("parity", []))
+        for split in old.splits.values():
+            keys = zip(split.paths, split.image_bytes, split.mtime_ns, strict=True)
+            self.known.add(
+                split.features,
+                [(path, int(size), int(mtime)) for path, size, mtime in keys],
+                [row.tobytes() for row in split.image_sha256],
+                [path in truncated for path in split.paths],
+            )
 
     def choose_engine(
         self, device: torch.device, *, precision: str, batch_size: int | str, name: str
     ) -> None:
-        """Build the engine; an unfinished run's own choices stand."""
+        """Build the engine; the choices of the rows that are there already stand.
+
+        Raises:
+            CacheError: If those were made at another precision, or on another kind of device.
+        """
         fixed = self.partial.engine
-        if fixed is not None:
-            if (fixed.precision, fixed.device_type) != (precision, device.type):
+        if fixed and (fixed.precision, fixed.device_type) != (precision, device.type):
+            if not self._rebuild:
                 raise CacheError(
                     "unfinished extraction", expected=f"{fixed.precision} on {fixed.device_type}",
                     found=f"{precision} on {device.type}", where=self.partial.folder,
                     hint="Finish it with the same --precision and --device, or pass --rebuild",
                 )  # fmt: skip
+            self.partial.clear()
+            self.known, self.pending, fixed = KnownRows(), list(self.dataset.samples), None
+        made = self.provenance
+        if made.get("precision", precision) != precision:
+            raise CacheError(
+                "update of the cache", expected=f"--precision {made['precision']}, as its rows",
+                found=precision, where=self.path, hint="Use the same, or pass --rebuild",
+            )  # fmt: skip
+        if fixed:
             name, batch_size = fixed.engine, fixed.batch_size
             torch.set_num_threads(fixed.num_threads)
-        probes = decode_probes(self.dataset, self.pending, self.recipe.rules)
-        engine = build_engine(
+        elif made.get("device_type") == device.type:
+            name, batch_size = str(made["engine"]), int(made["batch_size"])
+            torch.set_num_threads(int(made["num_threads"]))
+        probes = decode_probes(
+            self.dataset, self.dataset.samples, self.recipe.rules, isolate=self.partial.was_killed
+        )
+        self.engine = build_engine(
             self.recipe.backbone, device, probes, precision=precision, batch_size=batch_size,
             name=name,
         )  # fmt: skip
-        self.engine = engine
-        self.partial.start(
-            EngineFacts(
-                engine.name, precision, engine.batch_size, torch.get_num_threads(), device.type
-            )
-        )
+        self._note_engine(self.engine)
+
+    def _note_engine(self, engine: Engine) -> None:
+        """Say which engine it is, and note it for resuming and for provenance."""
         against = "no readable image to check it with"
         if engine.parity:
             worst, number = max(engine.parity), len(engine.parity)
             against = f"within {worst:.1e} of the eager fp32 network on {number} images"
         self.say(
-            f"Engine: {engine.name} {precision} on {device}, {engine.batch_size} images a batch, "
-            f"{against}."
+            f"Engine: {engine.name} {engine.precision} on {engine.device}, "
+            f"{engine.batch_size} images a batch, {against}."
         )
         self.provenance = {
-            **environment_facts(device), "weights_source": self.recipe.backbone.weights_source,
-            "engine": engine.name, "precision": precision, "batch_size": engine.batch_size,
-            "parity": list(engine.parity),
+            **environment_facts(engine.device), "device_type": engine.device.type,
+            "weights_source": self.recipe.backbone.weights_source, "engine": engine.name,
+            "precision": engine.precision, "batch_size": engine.batch_size,
+            "parity": [*self._old_parity, *engine.parity],
         }  # fmt: skip
+        self.partial.start(
+            EngineFacts(
+                engine.name, engine.precision, engine.batch_size, torch.get_num_threads(),
+                engine.device.type,
+            ),
+            self.provenance,
+        )  # fmt: skip
 
     def run(self, workers: int | str, *, progress: bool) -> None:
         """Extract the pending images shard by shard; what is done survives any end."""
         assert self.engine is not None
-        row_bytes = self.recipe.backbone.num_features * self.dtype.itemsize
-        rows_per_shard = max(self.engine.batch_size, SHARD_BYTES // row_bytes)
+        rows_per_shard = self._rows_per_shard(self.engine)
         rows: list[Outcome] = []
         blocks: list[npt.NDArray[Any]] = []
         begin = time.perf_counter()
@@ -137,6 +180,7 @@ class Production:
                 if len(rows) >= rows_per_shard:
                     self._flush(rows, blocks)
         finally:
+            torch.set_num_threads(self._caller_threads)
             self._flush(rows, blocks)  # also when interrupted: finished rows are kept
             self.partial.stop()
         seconds = time.perf_counter() - begin
@@ -151,12 +195,16 @@ class Production:
                 hint="Its forward pass changes its own state: make it stateless in eval mode",
             )  # fmt: skip
 
+    def _rows_per_shard(self, engine: Engine) -> int:
+        row_bytes = self.recipe.backbone.num_features * self.dtype.itemsize
+        return max(engine.batch_size, SHARD_BYTES // row_bytes)
+
     def _stream(self, workers: int | str, *, progress: bool) -> Iterator[FeatureBatch]:
-        """Stream the pending images; what was at work when a run was killed decodes isolated."""
+        """Stream the pending images; those that a killed run may have died of decode isolated."""
         assert self.engine is not None
         pending, first = self.pending, 0
         if self.partial.was_killed:
-            first = min(len(pending), 4 * self.engine.batch_size)
+            first = self._rows_per_shard(self.engine) + 4 * self.engine.batch_size
         bar = tqdm(
             total=len(pending), unit="img", desc="extract", smoothing=0.1, dynamic_ncols=True,
             disable=None if progress else True,
@@ -226,19 +274,21 @@ class Production:
 
     def finish(self) -> Cache:
         """Write the cache from all known rows, whole or not at all; then drop the shards."""
-        splits, num_truncated = {}, 0
+        splits: dict[str, SplitRows] = {}
+        truncated: list[str] = []
         for name in self.dataset.splits:
             found = [(s, row) for s in self.dataset.split(name) if (row := self.known.find(s))]
             samples, rows = [s for s, _ in found], [row for _, row in found]
-            num_truncated += sum(row.truncated for row in rows)
+            truncated += [s.path for s, row in found if row.truncated]
             self._refuse_empty(name, samples)
             splits[name] = self._split_rows(samples, rows)
-        with self.timer("write"):
-            cache = write_rows(
-                self.path, splits, identity=self.recipe.identity,
-                provenance={**self.provenance, "num_truncated": num_truncated},
-                classes=self.dataset.classes, task="multiclass", failures=self.failures,
-            )  # fmt: skip
+        for stale in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
+            stale.unlink(missing_ok=True)  # of a run killed while writing: the lock is ours now
+        cache = write_rows(
+            self.path, splits, identity=self.recipe.identity,
+            provenance={**self.provenance, "truncated": truncated},
+            classes=self.dataset.classes, task="multiclass", failures=self.failures,
+        )  # fmt: skip
         self.partial.remove()
         return cache
 
@@ -270,13 +320,6 @@ class Production:
             image_bytes=np.array([s.image_bytes for s in samples], np.int64),
             mtime_ns=np.array([s.mtime_ns for s in samples], np.int64),
         )
-
-
-_ENGINE_FACTS = (
-    "date", "python", "platform", "processor", "num_cores", "num_threads", "versions", "device",
-    "weights_source", "engine", "precision", "batch_size", "parity", "images_per_second",
-    "stage_seconds",
-)  # fmt: skip
 
 
 def _allowed_failures(allowed: int | float, planned: int) -> int:

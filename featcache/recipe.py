@@ -21,6 +21,7 @@ from featcache.dataset import ImageDataset, Sample
 from featcache.errors import BackboneError, ConfigError, DataError
 from featcache.files import canonical_json
 from featcache.images import PixelRules, check_bit_depth, decode, deep_maximum
+from featcache.isolation import IsolatedDecoder
 
 NUM_PROBES = 4
 """Real images that go through the plain network and the engine before a run."""
@@ -104,22 +105,30 @@ def sample_depths(dataset: ImageDataset) -> list[int]:
 
 
 def decode_probes(
-    dataset: ImageDataset, samples: Sequence[Sample], rules: PixelRules
+    dataset: ImageDataset, samples: Sequence[Sample], rules: PixelRules, *, isolate: bool = False
 ) -> npt.NDArray[np.uint8]:
     """Decode the first good images, evenly spread over ``samples``, to check an engine with.
+
+    Args:
+        dataset: Where they are read from.
+        samples: What to choose from.
+        rules: How bytes become pixels.
+        isolate: Decode in a child process: an earlier run was killed, perhaps by an image.
 
     Returns:
         (n, S, S, 3) uint8, n at most ``NUM_PROBES``.
     """
     probes: list[npt.NDArray[np.uint8]] = []
     step = max(1, len(samples) // NUM_PROBES)
-    for sample in [*samples[::step], *samples]:
-        if len(probes) == NUM_PROBES:
-            break
-        try:
-            probes.append(decode(dataset.read(sample), rules).pixels)
-        except DataError:
-            continue
+    with IsolatedDecoder() as child:
+        decoder = child.decode if isolate else decode
+        for sample in [*samples[::step], *samples]:
+            if len(probes) == NUM_PROBES:
+                break
+            try:
+                probes.append(decoder(dataset.read(sample), rules).pixels)
+            except DataError:
+                continue
     shape = (0, rules.image_size, rules.image_size, 3)
     return np.stack(probes) if probes else np.zeros(shape, np.uint8)
 
@@ -128,14 +137,17 @@ def recipe_from_identity(
     identity: Mapping[str, Any],
     *,
     weights: str | Path | None = None,
-    backbone: Backbone | None = None,
+    backbone: Backbone | str | None = None,
 ) -> Recipe:
     """Rebuild the recipe a cache or a run was made by.
+
+    A stranger's file may name any ``python:`` function, and building the backbone calls it: such a
+    name is followed only when the caller gives the same one.
 
     Args:
         identity: A cache's identity.
         weights: The backbone's weights file, where the library's own were not used.
-        backbone: The backbone itself, if it was made in Python.
+        backbone: The backbone itself, if it was made in Python, or its name.
 
     Raises:
         BackboneError: If the backbone cannot be built, or has other weights than the identity's.
@@ -144,23 +156,25 @@ def recipe_from_identity(
     wanted = str(identity.get("weights_sha256"))
     try:
         mean, std = (_three(identity[key]) for key in ("mean", "std"))
+        str(identity["backbone"])
         rules = PixelRules.from_identity(dict(identity))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             "identity of the cache", expected="a backbone and its preprocessing",
             found="features made elsewhere", hint="This needs a cache made by featcache extract",
         ) from error  # fmt: skip
-    if backbone is None:
+    if not isinstance(backbone, Backbone):
+        name = _trusted_name(identity, backbone)
         try:
             backbone = build_backbone(
-                str(identity["backbone"]), weights=weights, image_size=rules.image_size,
+                name, weights=weights, image_size=rules.image_size,
                 mean=mean, std=std,
             )  # fmt: skip
         except BackboneError as error:
-            if weights is not None:
+            if weights is not None or isinstance(error.__cause__, ModuleNotFoundError):
                 raise
             raise BackboneError(
-                f"backbone {identity['backbone']}",
+                f"backbone {name}",
                 expected=f"weights with sha256 {wanted} (of the state)",
                 found=error.found, where=error.where,
                 hint="Name the file the cache was made with by --weights FILE",
@@ -177,7 +191,28 @@ def recipe_from_identity(
             found=[backbone.mean, backbone.std, backbone.image_size],
             hint="Use the backbone the cache was made with",
         )  # fmt: skip
-    return Recipe(backbone, rules, str(identity.get("feature_dtype", "float32")))
+    recipe = Recipe(backbone, rules, str(identity.get("feature_dtype")))
+    for key in sorted(recipe.identity.keys() | identity.keys()):
+        if recipe.identity.get(key) != identity.get(key):
+            raise DataError(
+                f"identity, {key}",
+                expected=identity.get(key),
+                found=recipe.identity.get(key),
+                hint="This version of featcache cannot make such features",
+            )
+    return recipe
+
+
+def _trusted_name(identity: Mapping[str, Any], given: str | None) -> str:
+    name = str(identity["backbone"])
+    if given is not None and given != name:
+        raise BackboneError("backbone", expected=name, found=given, hint="Name the same one")
+    if name.startswith("python:") and given is None:
+        raise BackboneError(
+            "backbone", expected="your word that its code may run", found=name,
+            hint=f"Pass --backbone {name}, in Python backbone=, if you trust it",
+        )  # fmt: skip
+    return name
 
 
 def _three(values: Any) -> tuple[float, float, float]:

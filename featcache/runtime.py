@@ -66,7 +66,8 @@ def exact_fp32(*, tf32: bool = False) -> Iterator[None]:
     for setting in gpu + cpu:
         setting.fp32_precision = "tf32" if tf32 and setting in gpu else "ieee"
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         for setting, value in zip(gpu + cpu, before, strict=True):
             setting.fp32_precision = value

@@ -115,6 +115,7 @@ class PartialCache:
         self._dtype = dtype
         self._shards: list[dict[str, Any]] = []
         self.engine: EngineFacts | None = None
+        self.provenance: dict[str, Any] = {}
         self.was_killed = False
 
     @property
@@ -144,6 +145,7 @@ class PartialCache:
                 raise ValueError(manifest["format_version"])
             engine = EngineFacts(**manifest["engine"])
             was_killed = bool(manifest["running"])
+            provenance = dict(manifest["provenance"])
             shards = list(manifest["shards"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(
@@ -156,7 +158,7 @@ class PartialCache:
                 found=f"{str(fingerprint)[:16]}..., made with other settings", where=self.folder,
                 hint="Repeat the command it was started with, or discard it with --rebuild",
             ) from None  # fmt: skip
-        self.engine, self.was_killed = engine, was_killed
+        self.engine, self.was_killed, self.provenance = engine, was_killed, provenance
         self._shards = [shard for shard in shards if self._add_shard(shard, known)]
         return sum(len(shard["rows"]) for shard in self._shards)
 
@@ -178,9 +180,12 @@ class PartialCache:
         )
         return True
 
-    def start(self, engine: EngineFacts) -> None:
-        """Fix the engine for all shards to come and note that a run is under way."""
-        self.engine = engine
+    def start(self, engine: EngineFacts, provenance: dict[str, Any]) -> None:
+        """Fix the engine for all shards to come and note that a run is under way.
+
+        ``provenance`` stays with the rows: a later run that only has to finish knows no other.
+        """
+        self.engine, self.provenance = engine, provenance
         self._write_manifest(running=True)
 
     def stop(self) -> None:
@@ -220,6 +225,7 @@ class PartialCache:
             "format_version": _FORMAT_VERSION,
             "fingerprint": self._fingerprint,
             "engine": asdict(self.engine),
+            "provenance": self.provenance,
             "running": running,
             "shards": self._shards,
         }
@@ -232,6 +238,7 @@ class PartialCache:
             shard.unlink()
         self._shards = []
         self.engine = None
+        self.was_killed = False
 
     def remove(self) -> None:
         """Remove the folder: the cache is whole."""

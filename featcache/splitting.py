@@ -295,8 +295,13 @@ def _write_tree(dataset: ImageDataset, assigned: list[str], destination: Path, m
 
     ``files.new_folder`` would open every file for writing to sync it, through links too.
     """
+    destination = destination.absolute()  # "." has no name to put .partial behind
     partial = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        raise DataError(
+            "split destination", expected="no leftover of an earlier split", found=partial.name,
+            where=partial.parent, hint="Remove it and run the same command again",
+        )  # fmt: skip
     partial.mkdir(parents=True)
     try:
         for name, sample in zip(assigned, dataset.samples, strict=True):

@@ -70,7 +70,7 @@ def verify(
     data: str | Path | None = None,
     samples: int | str = 32,
     weights: str | Path | None = None,
-    backbone: Backbone | None = None,
+    backbone: Backbone | str | None = None,
     device: str = "auto",
     say: Say = silent,
 ) -> Verification:
@@ -85,7 +85,8 @@ def verify(
         data: The images it was made of.
         samples: Rows to recompute, or ``all``.
         weights: The weights file it was made with, where the library's own were not used.
-        backbone: The backbone itself, if it was made in Python.
+        backbone: The backbone itself, if it was made in Python; its name, if a ``python:`` function
+            makes it.
         device: Where to recompute.
         say: Where lines for people go.
 
@@ -103,6 +104,7 @@ def verify(
             opened.path.as_posix(), num_rows, opened.payload_sha256, opened.content_sha256,
             0, None, None, (), (), (),
         )  # fmt: skip
+    recipe = recipe_from_identity(opened.identity, weights=weights, backbone=backbone)
     dataset = scan(data)
     comparison = _compare_names(opened, dataset)
     for word in ("changed", "vanished", "appeared"):
@@ -110,10 +112,14 @@ def verify(
         if paths:
             say(f"{word}: {len(paths):,} images, such as {printable(paths[0])}")
     chosen = _choose_rows(comparison["same"], samples)
+    if num_rows and not chosen:
+        raise CacheError(
+            "images of the cache", expected="those it was made of", where=data,
+            found=f"none of {num_rows:,} with the same name and size", hint="Check --data",
+        )  # fmt: skip
     bound = PARITY_BOUNDS[str(opened.provenance.get("precision", "fp32"))]
     if opened.identity.get("feature_dtype") == "float16":
         bound += FLOAT16_STORAGE_ERROR
-    recipe = recipe_from_identity(opened.identity, weights=weights, backbone=backbone)
     planned = [sample for sample in dataset.samples if (sample.split, sample.path) in chosen]
     errors = list(_recompute(opened, dataset, planned, recipe, device=device, bound=bound))
     largest = max(errors, default=0.0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
+import contextlib
+import sys
 import urllib.error
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,19 +31,12 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
         else:
             # weights_only explicitly: an environment variable turns torch's default off.
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged pickles raise a dozen unrelated kinds
         missing = isinstance(error, FileNotFoundError)
         found = "no such file" if missing else f"an unreadable one ({type(error).__name__})"
         raise BackboneError(
             "weights", expected="a state dict of tensors", found=found, where=file,
             hint="Save it with torch.save(model.state_dict(), file)",
-        ) from error  # fmt: skip
-    except Exception as error:  # safetensors has an error class of its own, not exported
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise BackboneError(
-            "weights", expected="a whole safetensors file", found=error, where=file,
-            hint="Copy it again",
         ) from error  # fmt: skip
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -67,7 +61,12 @@ def load_state(
     prefix = f"{classifier_name}." if classifier_name else "\0"
     wanted = {name: value for name, value in own.items() if not name.startswith(prefix)}
     given = {name: value for name, value in state.items() if not name.startswith(prefix)}
-    problems = [f"{name} missing" for name in wanted.keys() - given.keys()]
+    # Files older than torch 0.4.1, such as torchvision's ResNets, lack the counters.
+    problems = [
+        f"{name} missing"
+        for name in wanted.keys() - given.keys()
+        if not name.endswith("num_batches_tracked")
+    ]
     problems += [f"{name} unknown" for name in given.keys() - wanted.keys()]
     problems += [
         f"{name} of shape {tuple(given[name].shape)}"
@@ -101,10 +100,11 @@ def download_state(url: str) -> tuple[Mapping[str, Any], str]:
     """
     file_name = url.rsplit("/", 1)[-1]
     try:
-        state = torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        with contextlib.redirect_stdout(sys.stderr):  # torch says "Downloading" on stdout
+            state = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+    except Exception as error:  # the network, the disk, the hash, the pickle
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise unreachable(url, f"{folder / file_name}", error) from error
     return state, file_name
@@ -112,9 +112,12 @@ def download_state(url: str) -> tuple[Mapping[str, Any], str]:
 
 def unreachable(url: str, place: str, error: Exception) -> BackboneError:
     """Say which file is wanted, why it could not be had, and where to put it by hand."""
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    plain = isinstance(error, urllib.error.URLError) and not isinstance(
+        error, urllib.error.HTTPError
+    )
+    reason = str(getattr(error, "reason", error) if plain else error) or type(error).__name__
     return BackboneError(
-        "pretrained weights", expected=f"a download from {url}", found=f"{reason}".splitlines()[0],
+        "pretrained weights", expected=f"a download from {url}", found=reason.splitlines()[0],
         where=place,
         hint="Fetch that file elsewhere and put it there, or name it with --weights FILE",
     )  # fmt: skip

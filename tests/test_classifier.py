@@ -24,7 +24,7 @@ from featcache.fit import predict_probs
 from featcache.run import load_head, load_run
 from featcache.training import train
 
-TESTS = Path(__file__).parent
+TINY = "python:tiny_network:build"
 
 
 @pytest.fixture
@@ -44,7 +44,10 @@ def test_new_images_get_the_cached_path_s_probabilities(
     run: Path, tree: Path, tiny_backbone: Backbone
 ) -> None:
     wanted = cached_probs(run, "test")
-    for classifier in (load_classifier(run), load_classifier(run, backbone=tiny_backbone)):
+    for classifier in (
+        load_classifier(run, backbone=TINY),
+        load_classifier(run, backbone=tiny_backbone),
+    ):
         predictions = classifier.predict([tree / "test"])
         assert len(predictions.paths) == 12
         for path, probs, pred in zip(
@@ -69,7 +72,7 @@ def test_bad_images_are_failures_and_do_not_stop_the_rest(
     (tmp_path / "bad.png").write_bytes(b"broken")
     write_image(tmp_path / "=1+1.png", 5, bright=True)
     images = [tmp_path / "bad.png", tmp_path / "=1+1.png", tree / "test" / "covid"]
-    predictions = load_classifier(run).predict(images)
+    predictions = load_classifier(run, backbone=TINY).predict(images)
     assert [Path(p).name for p, _ in predictions.failures] == ["bad.png"]
     assert len(predictions.paths) == 7
     write_predictions(tmp_path / "p.csv", predictions)
@@ -82,7 +85,7 @@ def test_bad_images_are_failures_and_do_not_stop_the_rest(
 
 
 def test_nothing_there_and_no_images_are_errors(run: Path, tmp_path: Path) -> None:
-    classifier = load_classifier(run)
+    classifier = load_classifier(run, backbone=TINY)
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nowhere.png", tmp_path / "empty"):
         with pytest.raises(DataError):
@@ -101,7 +104,7 @@ def test_features_made_otherwise_are_refused(run: Path, tmp_path: Path) -> None:
 
 
 def test_export_of_a_network_without_classifier(run: Path, tree: Path, tmp_path: Path) -> None:
-    classifier = load_classifier(run)
+    classifier = load_classifier(run, backbone=TINY)
     facts = classifier.export(tmp_path / "out.pt")
     assert json.loads((tmp_path / "out.pt.json").read_text()) == facts
     state = torch.load(tmp_path / "out.pt", weights_only=True)
@@ -111,7 +114,7 @@ def test_export_of_a_network_without_classifier(run: Path, tree: Path, tmp_path:
 
 
 def test_an_export_never_replaces_a_file(run: Path, tmp_path: Path) -> None:
-    classifier = load_classifier(run)
+    classifier = load_classifier(run, backbone=TINY)
     (tmp_path / "out.pt").write_bytes(b"mine")
     with pytest.raises(RunError, match="an existing file"):
         classifier.export(tmp_path / "out.pt")
@@ -179,3 +182,8 @@ def test_missing_weights_are_named_by_hash(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(BackboneError, match=f"{wanted}.*--weights FILE"):
         load_classifier(tmp_path / "run")
+
+
+def test_a_run_s_python_backbone_is_not_called_unasked(run: Path) -> None:
+    with pytest.raises(BackboneError, match="your word that its code may run"):
+        load_classifier(run)

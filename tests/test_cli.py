@@ -146,7 +146,7 @@ def test_the_whole_way_with_json(run: Any, tree: Path, tmp_path: Path) -> None:
     assert made["num_images"] == 24
     assert facts("extract", "new", "c.h5", *TINY)["status"] == "up to date"
     assert facts("info", "c.h5")["fingerprint"] == made["fingerprint"]
-    assert facts("verify", "c.h5", "--data", "new", "--samples", "all")["num_compared"] == 24
+    assert facts("verify", "c.h5", "--data", "new", "--samples", "all", *TINY)["num_compared"] == 24
     facts("train", "c.h5", "run", "--epochs", "8", "--hidden", "none", "--learning-rate", "0.01")
     assert facts("info", "run")["head"]["hidden"] == []
     result = facts("evaluate", "run", "--positive", "covid", "--csv", "test.csv")
@@ -156,12 +156,12 @@ def test_the_whole_way_with_json(run: Any, tree: Path, tmp_path: Path) -> None:
         "fingerprint"
     )
     assert set(contract.split()) <= set(result)
-    predicted = facts("predict", "run", "new/test")
+    predicted = facts("predict", "run", "new/test", *TINY)
     assert len(predicted["predictions"]) == result["num_samples"]
     right = sum(p["pred"] in p["path"] for p in predicted["predictions"])
     assert right / result["num_samples"] == pytest.approx(result["accuracy"])
     assert len(facts("predict", "run", "--cache", "c.h5")["predictions"]) == 24
-    exported = facts("export", "run", "out.pt")
+    exported = facts("export", "run", "out.pt", *TINY)
     assert exported["classes"] == ["covid", "normal"]
     assert (tmp_path / "out.pt.json").is_file()
 
@@ -175,7 +175,7 @@ def test_lines_for_people_and_quiet(run: Any, tree: Path) -> None:
     assert run("extract", "data", "c.h5", *TINY).out.endswith("c.h5: up to date, 46 images.\n")
     for quiet in (
         ["extract", "data", "d.h5", *TINY], ["train", "c.h5", "r"], ["evaluate", "r"],
-        ["predict", "r", "data/test"], ["verify", "c.h5"],
+        ["predict", "r", "data/test", *TINY], ["verify", "c.h5"],
     ):  # fmt: skip
         result = run(*quiet, "--quiet")
         assert (result.code, result.out, result.err) == (0, "", "")
@@ -277,7 +277,7 @@ def test_hostile_names_do_not_reach_the_terminal(run: Any, tree: Path, tmp_path:
     assert run("extract", "data", "c.h5", *TINY, "--quiet").code == 0
     assert run("train", "c.h5", "r", "--quiet").code == 0
     for verb in (
-        ["extract", "data", "d.h5", *TINY], ["info", "c.h5"], ["predict", "r", "data/train"],
+        ["extract", "data", "d.h5", *TINY], ["info", "c.h5"], ["predict", "r", "data/train", *TINY],
         ["evaluate", "r", "--split", "train"],
     ):  # fmt: skip
         result = run(*verb)
@@ -362,3 +362,14 @@ def test_json_has_no_nan_where_metrics_are_undefined(run: Any, tree: Path, tmp_p
     assert facts["roc_auc"] is None
     assert facts["specificity"] is None
     assert facts["sensitivity"] is not None
+
+
+def test_results_that_could_not_be_written_are_refused_first(run: Any, tree: Path) -> None:
+    assert run("extract", "data", "c.h5", *TINY, "--quiet").code == 0
+    assert run("train", "c.h5", "r", "--quiet").code == 0
+    result = run("predict", "r", "data/test", *TINY, "--csv", "nowhere/x.csv")
+    assert_one_line_error(result, "--csv")
+    assert result.out == ""
+    assert_one_line_error(
+        run("extract", "data", "data/c.h5", *TINY), "outside the folder of images"
+    )

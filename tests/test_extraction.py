@@ -107,12 +107,15 @@ def test_an_unchanged_cache_is_up_to_date_and_two_extractions_are_equal(
 def test_an_update_runs_only_new_images_and_equals_a_rebuild(
     tree: Path, tmp_path: Path, tiny_backbone: Backbone
 ) -> None:
-    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, limit=20)
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, limit=20, batch_size=8)
     write_image(tree / "train" / "covid" / "new_0.png", 999, bright=True)
     updated = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     assert updated.num_images == 47
     assert (updated.num_new, updated.num_known) == (27, 20)
-    rebuilt = extract(tree, tmp_path / "d.h5", backbone=tiny_backbone)
+    made = open_cache(tmp_path / "c.h5").provenance
+    assert made["batch_size"] == 8  # the choices of the first run stand
+    assert len(made["parity"]) == 8
+    rebuilt = extract(tree, tmp_path / "d.h5", backbone=tiny_backbone, batch_size=8)
     assert updated.content_sha256 == rebuilt.content_sha256
     (tree / "train" / "covid" / "new_0.png").unlink()
     smaller = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
@@ -309,3 +312,65 @@ def test_features_that_overflow_float16_are_refused(tree: Path, tmp_path: Path) 
     backbone = wrap_backbone("huge", Huge(), image_size=32)
     with pytest.raises(BackboneError, match=r"finite float16.*--feature-dtype float32"):
         extract(tree, tmp_path / "c.h5", backbone=backbone, feature_dtype="float16")
+
+
+# ------------------------------------------------------------------- what an update must not lose
+
+
+def test_an_update_that_would_lose_rows_by_mistake_is_refused(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    groups = r"^(\w+)_"
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, group_by=groups)
+    before = (tmp_path / "c.h5").read_bytes()
+    other = write_tree(tmp_path / "other", {"train": 2, "test": 2})
+    for file in sorted(other.rglob("*.*g")):
+        file.rename(file.with_name("other" + file.name))
+    for data, options, said in (
+        (tree, {"limit": 10, "group_by": groups}, "--limit"),
+        (other, {"group_by": groups}, "none of its 46"),
+        (tree, {}, "--group-by"),
+    ):
+        with pytest.raises(CacheError, match=said):
+            extract(data, tmp_path / "c.h5", backbone=tiny_backbone, **options)
+    assert (tmp_path / "c.h5").read_bytes() == before
+    assert not (tmp_path / "c.h5.partial").exists()
+
+
+def test_an_image_that_fails_again_changes_nothing(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    sorted((tree / "train" / "covid").iterdir())[0].write_bytes(b"broken")
+    with pytest.warns(FeatcacheWarning):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    before = (tmp_path / "c.h5").read_bytes()
+    again = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert (again.status, again.num_failed) == ("up to date", 1)
+    assert (tmp_path / "c.h5").read_bytes() == before
+    assert not (tmp_path / "c.h5.partial").exists()
+
+
+def test_an_update_keeps_one_precision_and_the_count_of_truncated(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    first = sorted((tree / "train" / "covid").iterdir())[0]
+    whole = first.read_bytes()
+    first.write_bytes(whole[: len(whole) * 3 // 4])
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, truncated="keep", precision="bf16")
+    write_image(tree / "train" / "covid" / "new_0.png", 999, bright=True)
+    with pytest.raises(CacheError, match=r"--precision bf16, as its rows"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, truncated="keep")
+    updated = extract(
+        tree, tmp_path / "c.h5", backbone=tiny_backbone, truncated="keep", precision="bf16"
+    )
+    assert (updated.num_new, updated.num_truncated) == (1, 1)
+    assert open_cache(tmp_path / "c.h5").provenance["precision"] == "bf16"
+
+
+def test_rebuild_leaves_json_files_alone(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    (tmp_path / "settings.json").write_text('{"mine": 1}')
+    with pytest.raises(CacheError):
+        extract(tree, tmp_path / "settings.json", backbone=tiny_backbone, rebuild=True)
+    assert (tmp_path / "settings.json").read_text() == '{"mine": 1}'

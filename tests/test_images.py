@@ -434,7 +434,7 @@ def test_truncated_files_fail_wherever_they_are_cut(kind):
             np.testing.assert_array_equal(decode(whole[:cut], RULES).pixels, pillow(whole))
 
 
-@pytest.mark.parametrize("kind", set(CUT) - {"webp"})
+@pytest.mark.parametrize("kind", sorted(set(CUT) - {"webp"}))
 def test_keep_fills_in_and_says_so(kind):
     whole = CUT[kind]
     kept = decode(whole[: len(whole) * 3 // 4], KEEP)

@@ -124,3 +124,38 @@ except FeatcacheError as error:
     assert b"disk space: expected" in done.stderr
     assert not (tmp_path / "c.h5").exists()
     assert list(tmp_path.glob(".*tmp")) == []
+
+
+def test_a_run_that_only_has_to_finish_knows_how_its_rows_were_made(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(featcache.production, "write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
+    monkeypatch.undo()
+    summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
+    assert summary.num_new == 0
+    made = open_cache(tmp_path / "c.h5").provenance
+    assert made["precision"] == "bf16"
+    assert made["engine"] == "folded"
+    assert made["parity"]
+
+
+def test_a_killed_rebuild_goes_on(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    options = {"backbone": tiny_backbone, "crop_mode": "center", "rebuild": True}
+    monkeypatch.setattr(featcache.production, "write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tree, tmp_path / "c.h5", **options)
+    monkeypatch.undo()
+    summary = extract(tree, tmp_path / "c.h5", **options)
+    assert (summary.num_new, summary.num_known) == (0, 46)
+    assert open_cache(tmp_path / "c.h5").identity["crop_mode"] == "center"

@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     """A partial cache of two shards: rows 0 to 3 and 4 to 5."""
     (tmp_path / "c.h5.partial").mkdir()
     partial = new_partial(tmp_path / "c.h5.partial")
-    partial.start(ENGINE)
+    partial.start(ENGINE, {"precision": "fp32"})
     known = KnownRows()
     for numbers in (range(4), range(4, 6)):
         rows = np.array([[n, n, n] for n in numbers], np.float32)
@@ -48,6 +48,7 @@ def test_a_resumed_run_knows_every_listed_row(folder: Path) -> None:
     partial, known = new_partial(folder), KnownRows()
     assert partial.resume(known) == 6
     assert partial.engine == ENGINE
+    assert partial.provenance == {"precision": "fp32"}
     assert partial.was_killed  # nobody called stop()
     rows = [known.find(sample(n)) for n in (5, 0, 4, 3)]
     assert all(row is not None for row in rows)

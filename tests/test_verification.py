@@ -18,6 +18,8 @@ from featcache.errors import BackboneError, CacheError, ConfigError, DataError
 from featcache.extraction import extract
 from featcache.verification import describe, verify
 
+TINY = "python:tiny_network:build"
+
 
 @pytest.fixture
 def cache(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> Cache:
@@ -49,7 +51,7 @@ def test_a_good_cache_is_whole_and_true(cache: Cache, tree: Path, tiny_backbone:
     assert result.largest_error is not None
     assert result.bound is not None
     assert 0 <= result.largest_error < result.bound
-    assert verify(cache.path, data=tree, samples=7).num_compared == 7  # python: name imports it
+    assert verify(cache.path, data=tree, samples=7, backbone=TINY).num_compared == 7
 
 
 def test_one_flipped_bit_is_found(cache: Cache) -> None:
@@ -68,7 +70,7 @@ def test_a_row_that_is_not_true_is_named(cache: Cache, tree: Path) -> None:
     verify(cache.path)  # it is whole
     wrong = cache.splits["test"].paths[3]
     with pytest.raises(CacheError, match=f"error of 1.0e-03 .test: {wrong}.*--rebuild"):
-        verify(cache.path, data=tree, samples="all")
+        verify(cache.path, data=tree, samples="all", backbone=TINY)
 
 
 def test_features_that_are_not_finite_are_named(cache: Cache) -> None:
@@ -84,7 +86,7 @@ def test_changed_vanished_and_new_images_are_said(cache: Cache, tree: Path) -> N
     write_image(tree / paths[0], 1234)
     (tree / paths[1]).unlink()
     write_image(tree / "valid" / "covid" / "zz.png", 4321)
-    result = verify(cache.path, data=tree, samples="all")
+    result = verify(cache.path, data=tree, samples="all", backbone=TINY)
     assert result.changed == (paths[0],)
     assert result.vanished == (paths[1],)
     assert result.appeared == ("valid/covid/zz.png",)
@@ -97,12 +99,12 @@ def test_another_image_of_the_same_size_is_found(cache: Cache, tree: Path) -> No
     Image.fromarray(np.full((8, 8), 99, np.uint8)).save(path)
     path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # decoders stop at the image's end
     with pytest.raises(CacheError, match="the image it was made of, found another one"):
-        verify(cache.path, data=tree, samples="all")
+        verify(cache.path, data=tree, samples="all", backbone=TINY)
 
 
 def test_a_copy_with_other_times_is_true(cache: Cache, tree: Path, tmp_path: Path) -> None:
     shutil.copytree(tree, tmp_path / "copy", copy_function=shutil.copy)
-    result = verify(cache.path, data=tmp_path / "copy", samples="all")
+    result = verify(cache.path, data=tmp_path / "copy", samples="all", backbone=TINY)
     assert (result.num_compared, result.changed) == (46, ())
 
 
@@ -110,12 +112,12 @@ def test_samples_and_backbone_are_checked(
     cache: Cache, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="--samples"):
-        verify(cache.path, data=tree, samples=0)
+        verify(cache.path, data=tree, samples=0, backbone=TINY)
     other = tiny_network.network()
     other.conv.weight.data *= 1.5
     monkeypatch.setattr(tiny_network, "network", lambda: other)
     with pytest.raises(BackboneError, match=cache.identity["weights_sha256"]):
-        verify(cache.path, data=tree)
+        verify(cache.path, data=tree, backbone=TINY)
 
 
 def test_foreign_features_can_be_whole_but_not_compared(tmp_path: Path, tree: Path) -> None:
@@ -135,3 +137,17 @@ def test_describe_tells_what_a_cache_holds(cache: Cache) -> None:
     assert facts["verified"] is False
     with pytest.raises(CacheError):
         describe(cache.path.parent / "nothing.h5")
+
+
+def test_other_images_are_not_good(cache: Cache, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "covid"
+    write_image(other / "a.png", 3)
+    with pytest.raises(CacheError, match="none of 46 with the same name and size"):
+        verify(cache.path, data=tmp_path / "other", backbone=TINY)
+
+
+def test_a_stranger_s_python_backbone_is_not_called_unasked(cache: Cache, tree: Path) -> None:
+    with pytest.raises(BackboneError, match="your word that its code may run"):
+        verify(cache.path, data=tree)
+    with pytest.raises(BackboneError, match="Name the same one"):
+        verify(cache.path, data=tree, backbone="python:other:build")

@@ -38,7 +38,8 @@ valid = DataLoader(data["valid"], batch_size=64, persistent_workers=True, **opti
 test = DataLoader(data["test"], batch_size=64, **options)
 
 network = build_network(args.backbone, args.weights).eval().requires_grad_(requires_grad=False)
-network.set_swish(memory_efficient=False)
+if args.backbone != "efficientnet-lite0":  # Lite0 has ReLU6, which set_swish would replace
+    network.set_swish(memory_efficient=False)
 network = network.to(device, memory_format=torch.channels_last)
 head = build_head(len(data["train"].classes)).to(device)
 criterion = nn.CrossEntropyLoss()
