@@ -118,6 +118,7 @@ class Production:
                 )  # fmt: skip
             self.partial.clear()
             self.known, self.pending, fixed = KnownRows(), list(self.dataset.samples), None
+            self.provenance = {}
         made = self.provenance
         if made.get("precision", precision) != precision:
             raise CacheError(

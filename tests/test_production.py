@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,7 +152,9 @@ def test_a_killed_rebuild_goes_on(
         raise KeyboardInterrupt
 
     extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
-    options = {"backbone": tiny_backbone, "crop_mode": "center", "rebuild": True}
+    options: dict[str, Any] = {
+        "backbone": tiny_backbone, "crop_mode": "center", "rebuild": True
+    }  # fmt: skip
     monkeypatch.setattr(featcache.production, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", **options)
@@ -159,3 +162,20 @@ def test_a_killed_rebuild_goes_on(
     summary = extract(tree, tmp_path / "c.h5", **options)
     assert (summary.num_new, summary.num_known) == (0, 46)
     assert open_cache(tmp_path / "c.h5").identity["crop_mode"] == "center"
+
+
+def test_a_rebuild_at_another_precision_starts_afresh(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(featcache.production, "write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
+    monkeypatch.undo()
+    with pytest.raises(CacheError, match=r"expected bf16 on cpu, found fp32 on cpu.*--rebuild"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, rebuild=True)
+    assert (summary.num_new, summary.num_known) == (46, 0)
+    assert open_cache(tmp_path / "c.h5").provenance["precision"] == "fp32"
