@@ -147,11 +147,10 @@ def extract(
     with writer_lock(partial_folder(path) / "lock", f"cache {path.name}"):
         work = Production(path, dataset, recipe, allowed=allowed, say=say)
         try:
-            work.find_known(old, rebuild=rebuild)
+            place = resolve_device(device)
+            work.find_known(old, place, precision=precision, rebuild=rebuild)
             if work.pending:
-                work.choose_engine(
-                    resolve_device(device), precision=precision, batch_size=batch_size, name=engine
-                )
+                work.choose_engine(place, precision=precision, batch_size=batch_size, name=engine)
                 work.run(workers, progress=progress)
             if old is not None and _is_unchanged(old, work):
                 work.abandon()

@@ -4,7 +4,8 @@ Threads read, hash and decode images while the network runs; Pillow and torch re
 Every batch has the engine's constant shape: failed slots and the tail are zero images whose rows
 are dropped, so that a row depends on its image alone.
 
-Memory: ``_AHEAD`` + 1 batches of pixels, and one undecoded and one decoded file a thread.
+Memory: ``_AHEAD`` + 1 batches of pixels, or 32 images if that is more, and one undecoded and one
+decoded file a thread.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from featcache.images import DecodedImage, PixelRules, decode
 from featcache.isolation import DECODE_SECONDS, IsolatedDecoder
 from featcache.runtime import Timer, available_cores
 
-_AHEAD = 3  # batches in the making while one is in the network
+_AHEAD = 3  # batches in the making while one is in the network, and at least ...
+_AHEAD_IMAGES = 32  # ... so many images, or one large file stops the small batches of a CPU
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def stream_pixels(
                     [(s, threads.submit(_decode_sample, dataset, s, rules, decoder)) for s in part]
                 )
 
-        for _ in range(_AHEAD):
+        for _ in range(max(_AHEAD, _AHEAD_IMAGES // batch_size)):
             start_batch()
         while under_way:
             pixels = np.zeros((batch_size, rules.image_size, rules.image_size, 3), np.uint8)

@@ -62,25 +62,28 @@ class Production:
         self.num_new = 0
         self.images_per_second: float | None = None
         self._old_parity: list[float] = []
-        self._rebuild = False
         self._caller_threads = torch.get_num_threads()
 
-    def find_known(self, old: Cache | None, *, rebuild: bool) -> None:
+    def find_known(
+        self, old: Cache | None, device: torch.device, *, precision: str, rebuild: bool
+    ) -> None:
         """Collect what an older cache and an unfinished run know; the rest is pending.
 
         Raises:
-            CacheError: If the unfinished run is one of another recipe and ``rebuild`` is not set.
+            CacheError: If the unfinished run is one of another recipe, precision or kind of device,
+                and ``rebuild`` is not set.
         """
-        self._rebuild = rebuild
         if old is not None:
             self._adopt(old)
         resumed = 0
         try:
             resumed = self.partial.resume(self.known)
+            self._check_unfinished(precision, device)
         except CacheError:
             if not rebuild:
                 raise
             self.partial.clear()
+            self.known, resumed = KnownRows(), 0
         self.pending = [s for s in self.dataset.samples if self.known.find(s) is None]
         if resumed:
             self.provenance = self.provenance or self.partial.provenance
@@ -100,26 +103,24 @@ class Production:
                 [path in truncated for path in split.paths],
             )
 
+    def _check_unfinished(self, precision: str, device: torch.device) -> None:
+        fixed = self.partial.engine
+        if fixed and (fixed.precision, fixed.device_type) != (precision, device.type):
+            raise CacheError(
+                "unfinished extraction", expected=f"{fixed.precision} on {fixed.device_type}",
+                found=f"{precision} on {device.type}", where=self.partial.folder,
+                hint="Finish it with the same --precision and --device, or pass --rebuild",
+            )  # fmt: skip
+
     def choose_engine(
         self, device: torch.device, *, precision: str, batch_size: int | str, name: str
     ) -> None:
         """Build the engine; the choices of the rows that are there already stand.
 
         Raises:
-            CacheError: If those were made at another precision, or on another kind of device.
+            CacheError: If those were made at another precision.
         """
-        fixed = self.partial.engine
-        if fixed and (fixed.precision, fixed.device_type) != (precision, device.type):
-            if not self._rebuild:
-                raise CacheError(
-                    "unfinished extraction", expected=f"{fixed.precision} on {fixed.device_type}",
-                    found=f"{precision} on {device.type}", where=self.partial.folder,
-                    hint="Finish it with the same --precision and --device, or pass --rebuild",
-                )  # fmt: skip
-            self.partial.clear()
-            self.known, self.pending, fixed = KnownRows(), list(self.dataset.samples), None
-            self.provenance = {}
-        made = self.provenance
+        fixed, made = self.partial.engine, self.provenance
         if made.get("precision", precision) != precision:
             raise CacheError(
                 "update of the cache", expected=f"--precision {made['precision']}, as its rows",

@@ -335,7 +335,7 @@ def test_any_number_of_images_goes_through_batches_of_one_shape():
 
 
 def test_batch_size_is_by_device_or_as_asked():
-    assert resolve_batch_size("auto", CPU) == 32
+    assert resolve_batch_size("auto", CPU) == 6
     assert resolve_batch_size("auto", torch.device("cuda")) == 256
     assert resolve_batch_size(7, CPU) == 7
     for wrong in (0, -1, 65537, 1.5, "32", None):
