@@ -167,6 +167,8 @@ def run_featcache(job: argparse.Namespace, seed: int) -> dict[str, Any]:
     results = {name: run_cold("-m", "featcache", *step) for name, step in steps.items()}
     seconds = time.perf_counter() - start
     facts = json.loads(results["evaluate"]["output"])
+    extraction = json.loads(results["extract"]["output"])
+    del extraction["cache"]  # a path of this machine
     history = np.genfromtxt(run / "history.csv", delimiter=",", names=True)
     further = run_cold("-m", "featcache", "train", cache, out / "further", *train_options(job, 99))
     in_process = run_cold(HERE / "ways" / "further_head.py", cache, out, str(job.epochs))
@@ -179,7 +181,7 @@ def run_featcache(job: argparse.Namespace, seed: int) -> dict[str, Any]:
         "test_sha256": hash_test_rows(cache),
         "further_head_seconds": further["seconds"],
         "further_head_in_process_seconds": json.loads(in_process["output"].splitlines()[-1]),
-        "extraction": json.loads(results["extract"]["output"]),
+        "extraction": extraction,
     }
 
 
