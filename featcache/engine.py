@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -100,9 +100,7 @@ def build_engine(
         parity = relative_errors(run_padded(engine, probe), reference)
         worst = max(parity, default=0.0)
         if worst <= PARITY_BOUNDS[precision]:
-            return Engine(
-                candidate, device, precision, rows, backbone.num_features, parity, forward
-            )
+            return replace(engine, parity=parity)
         warnings.warn(
             f"engine {candidate} at {precision} is off by {worst:.1e} (bound "
             f"{PARITY_BOUNDS[precision]:.0e}) and is not used",
