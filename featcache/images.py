@@ -117,6 +117,17 @@ class PixelRules:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An upright image in 8 bits at its own size: pixels (H, W) if grey, else (H, W, 3), uint8.
+
+    ``truncated`` tells that a cut-off file was filled in to get them.
+    """
+
+    pixels: _Pixels
+    truncated: bool
+
+
+@dataclass(frozen=True)
 class DecodedImage:
     """Pixels (S, S, 3) uint8, and whether a cut-off file was filled in to get them."""
 
@@ -125,7 +136,20 @@ class DecodedImage:
 
 
 def decode(data: bytes, rules: PixelRules) -> DecodedImage:
-    """Turn the bytes of an image file into pixels. Safe to call from many threads at once.
+    """Turn the bytes of an image file into pixels of one size: ``load``, then ``fit``.
+
+    Raises:
+        DataError: As they do.
+    """
+    picture = load(data, rules)
+    pixels = fit(picture.pixels, rules)
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    return DecodedImage(pixels, picture.truncated)
+
+
+def load(data: bytes, rules: PixelRules) -> Picture:
+    """Turn the bytes of an image file into 8-bit pixels. Safe to call from many threads at once.
 
     Of files with several frames or pages the first is taken; colour profiles are not applied
     (both as Pillow's ``convert`` does it).
@@ -143,11 +167,22 @@ def decode(data: bytes, rules: PixelRules) -> DecodedImage:
         except DataError:
             raise strict from None
     try:
-        image = _resize(_to_8_bits(loaded, rules), rules).convert("RGB")
-        pixels = np.array(image)  # a copy: Pillow's own memory is read-only
+        pixels = np.array(_to_8_bits(loaded, rules))  # a copy: Pillow's own memory is read-only
     except (MemoryError, OSError, ValueError) as error:
         raise _failure(f"colours of kind {loaded.image.mode}", error) from error
-    return DecodedImage(pixels, loaded.truncated)
+    return Picture(pixels, loaded.truncated)
+
+
+def fit(pixels: _Pixels, rules: PixelRules) -> _Pixels:
+    """Bring pixels (H, W) or (H, W, 3) to (S, S) or (S, S, 3) by crop mode and interpolation.
+
+    Raises:
+        DataError: If the image is too long for the crop mode.
+    """
+    try:
+        return np.array(_resize(Image.fromarray(pixels), rules))
+    except (MemoryError, OSError, ValueError) as error:
+        raise _failure("an image that cannot be resized", error) from error
 
 
 def deep_maximum(data: bytes) -> int | None:
