@@ -11,12 +11,14 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import IO, Any
 
 from featcache.errors import DataError
 from featcache.files import child_process
-from featcache.images import DecodedImage, PixelRules, decode
+from featcache.images import PixelRules
+from featcache.views import Rendering, ViewRules, render
 
 DECODE_SECONDS = 60.0
 """An image that takes longer is failed; a 200-megapixel PNG takes about 3 s."""
@@ -42,23 +44,25 @@ class IsolatedDecoder:
     ) -> None:  # fmt: skip
         self._stop()
 
-    def decode(self, data: bytes, rules: PixelRules) -> DecodedImage:
-        """Decode as ``images.decode`` does.
+    def render(
+        self, data: bytes, recipes: Sequence[tuple[PixelRules, ViewRules]], sha256: bytes
+    ) -> Rendering:
+        """Do what ``views.render`` does.
 
         Raises:
             DataError: If the image is bad, or the decoder hung or crashed on it.
         """
         with self._one_at_a_time:
-            return self._decode(data, rules)
+            return self._ask(data, list(recipes), sha256)
 
-    def _decode(self, data: bytes, rules: PixelRules) -> DecodedImage:
+    def _ask(self, *request: object) -> Rendering:
         child = self._start()
         timer = threading.Timer(self._seconds, child.kill)
         timer.start()
         try:
             assert child.stdin is not None
             assert child.stdout is not None
-            _send(child.stdin, (data, rules))
+            _send(child.stdin, request)
             answer = _receive(child.stdout)
         except (OSError, EOFError) as error:
             hung = not timer.is_alive()
@@ -69,7 +73,7 @@ class IsolatedDecoder:
             timer.cancel()
         if isinstance(answer, DataError):
             raise answer
-        assert isinstance(answer, DecodedImage)
+        assert isinstance(answer, Rendering)
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -105,14 +109,14 @@ def _receive(stream: IO[bytes]) -> object:
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer (bytes, rules) with a DecodedImage or a DataError until the parent is gone."""
+    """Answer (bytes, recipes, sha256) with a Rendering or a DataError until the parent is gone."""
     while True:
         try:
             request: Any = _receive(requests)
         except EOFError:
             return
         try:
-            answer: object = decode(*request)
+            answer: object = render(*request)
         except DataError as error:
             answer = error
         _send(answers, answer)

@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from featcache.dataset import ImageDataset, Sample, scan
 from featcache.engine import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS, build_engine, relative_errors
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.hdf5 import compare_with_hdf5
-from featcache.pipeline import stream_features
+from featcache.pipeline import Lane, stream_features
 from featcache.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.run import load_run
 from featcache.runtime import Say, resolve_device, silent
+from featcache.views import PLAIN
 
 _BLOCK_ROWS = 8192
 _REPAIR = "Extract it again: featcache extract DATA CACHE --rebuild"
@@ -139,13 +140,14 @@ def _recompute(
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     probes = decode_probes(dataset, planned, recipe.rules)
     engine = build_engine(recipe.backbone, resolve_device(device), probes, name="eager")
-    for batch in stream_features(dataset, planned, engine, recipe.rules):
+    lane = Lane(replace(recipe, view_rules=PLAIN), engine, frozenset(planned))
+    for batch in stream_features(dataset, planned, [lane]):
         for outcome in batch.outcomes:
             if outcome.reason is not None:
                 raise _untrue(cache, outcome.sample, "a readable image", outcome.reason)
         where = [(o.sample.split, rows[o.sample.split, o.sample.path]) for o in batch.outcomes]
         cached = np.stack([_plain_view(cache.splits[s], i) for s, i in where])
-        errors = relative_errors(cached, batch.features)
+        errors = relative_errors(cached, batch.plain())
         for outcome, error, (split, i) in zip(batch.outcomes, errors, where, strict=True):
             if cache.splits[split].image_sha256[i].tobytes() != outcome.sha256:
                 raise _untrue(cache, outcome.sample, "the image it was made of", "another one")

@@ -7,7 +7,7 @@ nor a new name changes a view.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +28,19 @@ class ViewRules:
     num_views: int = 1
     augmentation: str | None = None
 
+    def for_split(self, name: str, splits: Iterable[str]) -> ViewRules:
+        """Return the rules for the images of a split: these, or ``PLAIN`` if none train on it."""
+        return self if name == "train" else PLAIN
+
 
 PLAIN = ViewRules()
 """The plain image alone: what every split but ``train`` gets."""
+
+
+def training_split(splits: Iterable[str]) -> str | None:
+    """Return the split that heads are trained on: ``train``, or ``all`` where there is none."""
+    present = set(splits)
+    return next((name for name in ("train", "all") if name in present), None)
 
 
 @dataclass(frozen=True)
