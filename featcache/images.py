@@ -433,3 +433,20 @@ def _resize(image: Image.Image, rules: PixelRules) -> Image.Image:
     padded = Image.new(image.mode, (side, side))
     padded.paste(image, ((side - width) // 2, (side - height) // 2))
     return padded
+
+
+def warp(pixels: _Pixels, placing: tuple[float, ...], side: int) -> _Pixels:
+    """Return the square (side, side) or (side, side, 3) that an affine map fetches from pixels.
+
+    Args:
+        pixels: (H, W) or (H, W, 3).
+        placing: a, b, c, d, e, f: what stands at (x, y) comes from (ax + by + c, dx + ey + f),
+            bilinearly between the four nearest pixels; black where that is outside. Pixel i covers
+            i to i + 1.
+        side: In pixels.
+    """
+    image = Image.fromarray(pixels)
+    square = (side, side)
+    return np.array(
+        image.transform(square, Image.Transform.AFFINE, placing, Image.Resampling.BILINEAR)
+    )
