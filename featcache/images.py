@@ -436,17 +436,10 @@ def _resize(image: Image.Image, rules: PixelRules) -> Image.Image:
 
 
 def warp(pixels: _Pixels, placing: tuple[float, ...], side: int) -> _Pixels:
-    """Return the square (side, side) or (side, side, 3) that an affine map fetches from pixels.
+    """Return (side, side) or (side, side, 3) fetched bilinearly from (H, W) or (H, W, 3).
 
-    Args:
-        pixels: (H, W) or (H, W, 3).
-        placing: a, b, c, d, e, f: what stands at (x, y) comes from (ax + by + c, dx + ey + f),
-            bilinearly between the four nearest pixels; black where that is outside. Pixel i covers
-            i to i + 1.
-        side: In pixels.
+    With ``placing`` a, b, c, d, e, f, what stands at (x, y) comes from (ax + by + c, dx + ey + f);
+    pixel i covers i to i + 1, and outside is black.
     """
-    image = Image.fromarray(pixels)
-    square = (side, side)
-    return np.array(
-        image.transform(square, Image.Transform.AFFINE, placing, Image.Resampling.BILINEAR)
-    )
+    how = Image.Transform.AFFINE, placing, Image.Resampling.BILINEAR
+    return np.array(Image.fromarray(pixels).transform((side, side), *how))

@@ -22,7 +22,7 @@ ROWS = [
     ["errors"],
     ["files", "runtime"],
     ["archive", "container", "folders", "stratification", "weights"],
-    ["dataset", "images", "backbone", "head", "metrics", "figures", "hdf5"],
+    ["dataset", "images", "backbone", "head", "metrics", "figures", "hdf5", "optimizer"],
     ["cache", "engine", "run", "fit", "views", "shards"],
     ["isolation"],
     ["cache_writer", "partition", "pipeline", "recipe"],
