@@ -38,13 +38,13 @@ class Recipe:
         backbone: The frozen network.
         rules: How bytes become pixels.
         feature_dtype: ``float32`` or ``float16``.
-        views: What the images to train on are shown as; all others are seen as they are.
+        view_rules: Which views the network sees of images to train on.
     """
 
     backbone: Backbone
     rules: PixelRules
     feature_dtype: str
-    views: ViewRules = PLAIN
+    view_rules: ViewRules = PLAIN
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Recipe:
             **self.rules.as_identity(),
             "mean": list(self.backbone.mean),
             "std": list(self.backbone.std),
-            **self.views.as_identity(),
+            **self.view_rules.as_identity(),
             "num_features": self.backbone.num_features,
             "feature_dtype": self.feature_dtype,
         }
@@ -170,7 +170,7 @@ def recipe_from_identity(
         mean, std = (_three(identity[key]) for key in ("mean", "std"))
         str(identity["backbone"])
         rules = PixelRules.from_identity(dict(identity))
-        views = ViewRules.from_identity(identity)
+        view_rules = ViewRules.from_identity(identity)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             "identity of the cache", expected="a backbone and its preprocessing",
@@ -204,7 +204,7 @@ def recipe_from_identity(
             found=[backbone.mean, backbone.std, backbone.image_size],
             hint="Use the backbone the cache was made with",
         )  # fmt: skip
-    recipe = Recipe(backbone, rules, str(identity.get("feature_dtype")), views)
+    recipe = Recipe(backbone, rules, str(identity.get("feature_dtype")), view_rules)
     for key in sorted(recipe.identity.keys() | identity.keys()):
         if recipe.identity.get(key) != identity.get(key):
             raise DataError(
