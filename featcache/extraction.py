@@ -82,6 +82,8 @@ def extract(
     std: tuple[float, float, float] | None = None,
     bit_depth: int | str = "auto",
     truncated: str = "skip",
+    views: int = 1,
+    augment: str | None = None,
     precision: str = "fp32",
     feature_dtype: str = "float32",
     engine: str = "auto",
@@ -113,6 +115,9 @@ def extract(
         std: Per channel, for pixels in [0, 1].
         bit_depth: ``auto``, 12, 14, 16 or ``minmax``, for images of more than 8 bits.
         truncated: ``skip`` counts cut-off images as failed, ``keep`` fills them in.
+        views: Views of every image to train on (split ``train``, or ``all`` where there is none),
+            the plain one among them; other splits get the plain view.
+        augment: How the others are made: ``flip``, ``crop`` or ``xray`` (see module ``views``).
         precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``.
         feature_dtype: ``float32`` or ``float16``.
         engine: ``auto``, ``folded`` or ``eager``.
@@ -136,7 +141,8 @@ def extract(
     dataset, recipe = _prepare(
         data, backbone, group_by, limit, say, weights=weights, image_size=image_size,
         normalize=normalize, mean=mean, std=std, crop_mode=crop_mode, interpolation=interpolation,
-        bit_depth=bit_depth, truncated=truncated, feature_dtype=feature_dtype,
+        bit_depth=bit_depth, truncated=truncated, feature_dtype=feature_dtype, views=views,
+        augment=augment,
     )  # fmt: skip
     old = _open_existing(path, recipe, rebuild=rebuild)
     if old is not None:
@@ -363,6 +369,9 @@ def _describe_recipe(recipe: Recipe, say: Say) -> None:
         f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}, "
         f"{rules.interpolation}, mean {mean}, std {std}."
     )
+    views = recipe.view_rules
+    if views.augmentation is not None:
+        say(f"Views: {views.num_views} of every image to train on, {views.augmentation}.")
 
 
 def _describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:

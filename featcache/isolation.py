@@ -11,12 +11,14 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import IO, Any
 
 from featcache.errors import DataError
 from featcache.files import child_process
 from featcache.images import DecodedImage, PixelRules, decode
+from featcache.views import Rendering, ViewRules, render
 
 DECODE_SECONDS = 60.0
 """An image that takes longer is failed; a 200-megapixel PNG takes about 3 s."""
@@ -48,17 +50,34 @@ class IsolatedDecoder:
         Raises:
             DataError: If the image is bad, or the decoder hung or crashed on it.
         """
-        with self._one_at_a_time:
-            return self._decode(data, rules)
+        answer = self._ask(data, rules)
+        assert isinstance(answer, DecodedImage)
+        return answer
 
-    def _decode(self, data: bytes, rules: PixelRules) -> DecodedImage:
+    def render(
+        self, data: bytes, recipes: Sequence[tuple[PixelRules, ViewRules]], sha256: bytes
+    ) -> Rendering:
+        """Do what ``views.render`` does.
+
+        Raises:
+            DataError: If the image is bad, or the decoder hung or crashed on it.
+        """
+        answer = self._ask(data, list(recipes), sha256)
+        assert isinstance(answer, Rendering)
+        return answer
+
+    def _ask(self, *request: object) -> object:
+        with self._one_at_a_time:
+            return self._ask_child(request)
+
+    def _ask_child(self, request: tuple[object, ...]) -> object:
         child = self._start()
         timer = threading.Timer(self._seconds, child.kill)
         timer.start()
         try:
             assert child.stdin is not None
             assert child.stdout is not None
-            _send(child.stdin, (data, rules))
+            _send(child.stdin, request)
             answer = _receive(child.stdout)
         except (OSError, EOFError) as error:
             hung = not timer.is_alive()
@@ -69,7 +88,6 @@ class IsolatedDecoder:
             timer.cancel()
         if isinstance(answer, DataError):
             raise answer
-        assert isinstance(answer, DecodedImage)
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -105,14 +123,14 @@ def _receive(stream: IO[bytes]) -> object:
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer (bytes, rules) with a DecodedImage or a DataError until the parent is gone."""
+    """Answer requests to decode (bytes, rules) or to render, until the parent is gone."""
     while True:
         try:
             request: Any = _receive(requests)
         except EOFError:
             return
         try:
-            answer: object = decode(*request)
+            answer: object = decode(*request) if len(request) == 2 else render(*request)
         except DataError as error:
             answer = error
         _send(answers, answer)

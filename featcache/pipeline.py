@@ -26,9 +26,10 @@ import numpy.typing as npt
 from featcache.dataset import ImageDataset, Sample
 from featcache.engine import Engine
 from featcache.errors import ConfigError, DataError, printable
-from featcache.images import DecodedImage, PixelRules, decode
+from featcache.images import PixelRules, decode
 from featcache.isolation import DECODE_SECONDS, IsolatedDecoder
 from featcache.runtime import Timer, available_cores
+from featcache.views import PLAIN, ViewRules, render
 
 _AHEAD = 3  # batches in the making while one is in the network, and at least ...
 _AHEAD_IMAGES = 32  # ... so many images, or one large file stops the small batches of a CPU
@@ -58,11 +59,23 @@ _Decoded = tuple[Outcome, npt.NDArray[np.uint8] | None]
 class FeatureBatch:
     """A batch's outcomes, one per sample, and the features of those that did not fail.
 
-    ``features`` is (n, D) float32 in the order of the outcomes without a ``reason``.
+    ``features`` is (M, D) float32: the views of each outcome without a ``reason``, in their order;
+    ``num_views`` tells of each outcome how many it has, or would have.
     """
 
     outcomes: tuple[Outcome, ...]
     features: npt.NDArray[np.float32]
+    num_views: tuple[int, ...]
+
+    def per_image(self) -> Iterator[tuple[Outcome, npt.NDArray[np.float32] | None]]:
+        """Yield each outcome with its features (V, D), None where it failed."""
+        start = 0
+        for outcome, count in zip(self.outcomes, self.num_views, strict=True):
+            if outcome.reason is None:
+                yield outcome, self.features[start : start + count]
+                start += count
+            else:
+                yield outcome, None
 
 
 def resolve_workers(workers: int | str) -> int:
@@ -84,6 +97,7 @@ def stream_features(
     engine: Engine,
     rules: PixelRules,
     *,
+    view_rules: ViewRules = PLAIN,
     workers: int | str = "auto",
     timer: Timer | None = None,
     isolate: bool = False,
@@ -95,6 +109,7 @@ def stream_features(
         samples: What to run.
         engine: The forward pass.
         rules: How bytes become pixels.
+        view_rules: Which views of images to train on.
         workers: Decoding threads, or ``auto``.
         timer: Adds up ``waiting`` (for decoding) and ``forward``.
         isolate: Decode in a child process, image by image: slower, and survives any image.
@@ -102,15 +117,38 @@ def stream_features(
     clock = timer or Timer()
     size = engine.batch_size
     for outcomes, pixels in stream_pixels(
-        dataset, samples, rules, size, workers=workers, timer=clock, isolate=isolate
-    ):
-        good = [i for i, outcome in enumerate(outcomes) if outcome.reason is None]
-        if good:
+        dataset, samples, rules, size, view_rules=view_rules, workers=workers, timer=clock,
+        isolate=isolate,
+    ):  # fmt: skip
+        counts = tuple(_count_views(dataset, o.sample, view_rules) for o in outcomes)
+        good = np.repeat([o.reason is None for o in outcomes], counts)
+        features = np.empty((0, engine.num_features), np.float32)
+        if good.any():
             with clock("forward"):
-                features = engine.forward(pixels)[good]
-        else:
-            features = np.empty((0, engine.num_features), np.float32)
-        yield FeatureBatch(outcomes, features)
+                parts = [engine.forward(p) for p in np.split(pixels, len(pixels) // size)]
+                features = np.concatenate(parts)[: len(good)][good]
+        yield FeatureBatch(outcomes, features, counts)
+
+
+def _count_views(dataset: ImageDataset, sample: Sample, view_rules: ViewRules) -> int:
+    return view_rules.for_split(sample.split, dataset.splits).num_views
+
+
+def _batch_samples(
+    dataset: ImageDataset, samples: Sequence[Sample], view_rules: ViewRules, batch_size: int
+) -> Iterator[list[Sample]]:
+    """Yield as many samples as have ``batch_size`` views together, one at least."""
+    part: list[Sample] = []
+    num_views = 0
+    for sample in samples:
+        count = _count_views(dataset, sample, view_rules)
+        if part and num_views + count > batch_size:
+            yield part
+            part, num_views = [], 0
+        part.append(sample)
+        num_views += count
+    if part:
+        yield part
 
 
 def stream_pixels(
@@ -119,6 +157,7 @@ def stream_pixels(
     rules: PixelRules,
     batch_size: int,
     *,
+    view_rules: ViewRules = PLAIN,
     workers: int | str = "auto",
     timer: Timer | None = None,
     isolate: bool = False,
@@ -128,62 +167,74 @@ def stream_pixels(
     An image that has not come back after ``DECODE_SECONDS`` is tried again in a child process.
 
     Yields:
-        The outcomes of up to ``batch_size`` samples, and their pixels (batch_size, S, S, 3) uint8
-        in the same slots, zeros where there is no image.
+        The outcomes of up to ``batch_size`` samples, and the pixels of all their views in their
+        order, (M, S, S, 3) uint8, zeros where there is no image. M is ``batch_size``, or a multiple
+        of it if a single image has more views.
     """
     clock = timer or Timer()
-    starts = iter(range(0, len(samples), batch_size))
+    parts = _batch_samples(dataset, samples, view_rules, batch_size)
     under_way: deque[list[tuple[Sample, Future[_Decoded]]]] = deque()
     with (
         IsolatedDecoder() as child,
         _Threads(1 if isolate else resolve_workers(workers)) as threads,
     ):
-        decoder = child.decode if isolate else decode
+        recipe = rules, view_rules
+        decoder = child if isolate else None
 
         def start_batch() -> None:
-            start = next(starts, None)
-            if start is not None:
-                part = samples[start : start + batch_size]
+            part = next(parts, None)
+            if part is not None:
                 under_way.append(
-                    [(s, threads.submit(_decode_sample, dataset, s, rules, decoder)) for s in part]
+                    [(s, threads.submit(_decode_sample, dataset, s, recipe, decoder)) for s in part]
                 )
 
         for _ in range(max(_AHEAD, _AHEAD_IMAGES // batch_size)):
             start_batch()
         while under_way:
-            pixels = np.zeros((batch_size, rules.image_size, rules.image_size, 3), np.uint8)
+            batch = under_way.popleft()
+            counts = [_count_views(dataset, sample, view_rules) for sample, _ in batch]
+            num_slots = -(-max(sum(counts), batch_size) // batch_size) * batch_size
+            pixels = np.zeros((num_slots, rules.image_size, rules.image_size, 3), np.uint8)
             outcomes = []
+            slot = 0
             with clock("waiting"):
-                for slot, (sample, future) in enumerate(under_way.popleft()):
+                for (sample, future), count in zip(batch, counts, strict=True):
                     try:
                         # an isolated decoder keeps the time itself
-                        outcome, image = future.result(None if isolate else DECODE_SECONDS)
+                        outcome, images = future.result(None if isolate else DECODE_SECONDS)
                     except FutureTimeoutError:
                         threads.replace_one()
-                        outcome, image = _decode_sample(dataset, sample, rules, child.decode)
+                        outcome, images = _decode_sample(dataset, sample, recipe, child)
                     outcomes.append(outcome)
-                    if image is not None:
-                        pixels[slot] = image
+                    if images is not None:
+                        pixels[slot : slot + count] = images
+                    slot += count
             start_batch()
             yield tuple(outcomes), pixels
 
 
 def _decode_sample(
-    dataset: ImageDataset, sample: Sample, rules: PixelRules,
-    decoder: Callable[[bytes, PixelRules], DecodedImage],
+    dataset: ImageDataset, sample: Sample, recipe: tuple[PixelRules, ViewRules],
+    child: IsolatedDecoder | None,
 ) -> _Decoded:  # fmt: skip
     """Read, hash and decode one image. The seam every decoder stands behind."""
     sha256 = bytes(32)
+    rules, view_rules = recipe[0], recipe[1].for_split(sample.split, dataset.splits)
     try:
         data = dataset.read(sample)
         sha256 = hashlib.sha256(data).digest()
-        image = decoder(data, rules)
+        if view_rules == PLAIN:
+            image = child.decode(data, rules) if child else decode(data, rules)
+            return Outcome(sample, sha256, None, image.truncated), image.pixels[None]
+        made = (child.render if child else render)(data, [(rules, view_rules)], sha256)
     except DataError as error:
         return Outcome(sample, sha256, str(error.found), truncated=False), None
     except (OSError, MemoryError) as error:
         reason = printable(error) or type(error).__name__
         return Outcome(sample, sha256, reason, truncated=False), None
-    return Outcome(sample, sha256, None, image.truncated), image.pixels
+    views = made.views[0]
+    colour = views if views.ndim == 4 else np.repeat(views[..., None], 3, axis=3)
+    return Outcome(sample, sha256, None, made.truncated), colour
 
 
 class _Threads:

@@ -84,10 +84,16 @@ class Production:
                 raise
             self.partial.clear()
             self.known, resumed = KnownRows(), 0
-        self.pending = [s for s in self.dataset.samples if self.known.find(s) is None]
+        self.pending = [s for s in self.dataset.samples if self._find(s) is None]
         if resumed:
             self.provenance = self.provenance or self.partial.provenance
             self.say(f"Resuming: {resumed:,} images done, {len(self.pending):,} to go.")
+
+    def _num_views(self, split: str) -> int:
+        return self.recipe.view_rules.for_split(split, self.dataset.splits).num_views
+
+    def _find(self, sample: Sample) -> Row | None:
+        return self.known.find(sample, self._num_views(sample.split))
 
     def _adopt(self, old: Cache) -> None:
         """Take over the rows of an older cache, and how they were made."""
@@ -97,7 +103,8 @@ class Production:
         for split in old.splits.values():
             keys = zip(split.paths, split.image_bytes, split.mtime_ns, strict=True)
             self.known.add(
-                split.features,
+                split.features.reshape(-1, old.num_features),
+                [split.num_views] * len(split),
                 [(path, int(size), int(mtime)) for path, size, mtime in keys],
                 [row.tobytes() for row in split.image_sha256],
                 [path in truncated for path in split.paths],
@@ -199,6 +206,7 @@ class Production:
 
     def _rows_per_shard(self, engine: Engine) -> int:
         row_bytes = self.recipe.backbone.num_features * self.dtype.itemsize
+        row_bytes *= self.recipe.view_rules.num_views
         return max(engine.batch_size, SHARD_BYTES // row_bytes)
 
     def _stream(self, workers: int | str, *, progress: bool) -> Iterator[FeatureBatch]:
@@ -214,8 +222,9 @@ class Production:
         with bar:
             for part, isolate in ((pending[:first], True), (pending[first:], False)):
                 for batch in stream_features(
-                    self.dataset, part, self.engine, self.recipe.rules, workers=workers,
-                    timer=self.timer, isolate=isolate,
+                    self.dataset, part, self.engine, self.recipe.rules,
+                    view_rules=self.recipe.view_rules, workers=workers, timer=self.timer,
+                    isolate=isolate,
                 ):  # fmt: skip
                     yield batch
                     bar.update(len(batch.outcomes))
@@ -224,13 +233,14 @@ class Production:
         self, features: npt.NDArray[np.float32], good: Sequence[Outcome]
     ) -> npt.NDArray[Any]:
         """Return features in the stored dtype, all finite."""
+        counts = [self._num_views(outcome.sample.split) for outcome in good]
         with np.errstate(over="ignore"):
             stored = features.astype(self.dtype)
         bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
         if bad.size:
             raise BackboneError(
                 "features", expected=f"finite {self.dtype.name} values", found="NaN or infinity",
-                where=good[int(bad[0])].sample.path,
+                where=np.repeat([o.sample.path for o in good], counts)[bad[0]],
                 hint="Use --precision fp32 and --feature-dtype float32",
             )  # fmt: skip
         return stored
@@ -242,7 +252,7 @@ class Production:
             {
                 "path": r.sample.path, "image_bytes": r.sample.image_bytes,
                 "mtime_ns": r.sample.mtime_ns, "image_sha256": r.sha256.hex(),
-                "truncated": r.truncated,
+                "truncated": r.truncated, "views": self._num_views(r.sample.split),
             }
             for r in rows
         ]  # fmt: skip
@@ -279,11 +289,11 @@ class Production:
         splits: dict[str, SplitRows] = {}
         truncated: list[str] = []
         for name in self.dataset.splits:
-            found = [(s, row) for s in self.dataset.split(name) if (row := self.known.find(s))]
+            found = [(s, row) for s in self.dataset.split(name) if (row := self._find(s))]
             samples, rows = [s for s, _ in found], [row for _, row in found]
             truncated += [s.path for s, row in found if row.truncated]
             self._refuse_empty(name, samples)
-            splits[name] = self._split_rows(samples, rows)
+            splits[name] = self._split_rows(samples, rows, self._num_views(name))
         for stale in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
             stale.unlink(missing_ok=True)  # of a run killed while writing: the lock is ours now
         cache = write_rows(
@@ -309,12 +319,13 @@ class Production:
                     found=f"none of {planned}", hint="Mend the images named above",
                 )  # fmt: skip
 
-    def _split_rows(self, samples: list[Sample], rows: list[Row]) -> SplitRows:
+    def _split_rows(self, samples: list[Sample], rows: list[Row], num_views: int) -> SplitRows:
+        views = () if num_views == 1 else (num_views,)
         grouped = bool(samples) and samples[0].group is not None
         return SplitRows(
-            shape=(len(rows), self.recipe.backbone.num_features),
+            shape=(len(rows), *views, self.recipe.backbone.num_features),
             dtype=self.dtype,
-            feature_blocks=lambda: self.known.blocks(rows),
+            feature_blocks=lambda: self.known.blocks(rows, num_views),
             targets=np.array([s.target for s in samples], np.int64),
             paths=[s.path for s in samples],
             groups=[str(s.group) for s in samples] if grouped else None,

@@ -83,7 +83,12 @@ def project(
     outcomes = [
         outcome
         for part, _ in stream_pixels(
-            dataset, chosen, recipe.rules, built.batch_size, workers=workers
+            dataset,
+            chosen,
+            recipe.rules,
+            built.batch_size,
+            view_rules=recipe.view_rules,
+            workers=workers,
         )
         for outcome in part
     ]
@@ -94,11 +99,14 @@ def project(
     start = time.perf_counter()
     built.forward(batch)
     forward_seconds = (time.perf_counter() - start) / built.batch_size
+    rules_of = {s: recipe.view_rules.for_split(s, dataset.splits) for s in dataset.splits}
+    num_views = sum(rules_of[sample.split].num_views for sample in dataset.samples)
+    forward_seconds *= num_views / max(1, num_images)  # an image's
     # On a CPU both share the cores; a GPU computes while the CPU decodes.
     both = decode_seconds, forward_seconds
     per_image = sum(both) if device.type == "cpu" else max(both)
     row_bytes = recipe.backbone.num_features * np.dtype(recipe.feature_dtype).itemsize
-    feature_bytes = num_images * row_bytes
+    feature_bytes = num_views * row_bytes
     cache_bytes = feature_bytes + num_images * _ROW_OVERHEAD_BYTES + 4096
     groups = {sample.group for sample in dataset.samples}
     return Projection(
