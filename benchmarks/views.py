@@ -1,6 +1,6 @@
 """Does a head trained on cached augmented views predict better? Cross-validation, in pairs.
 
-    python benchmarks/views.py                                (about 12 minutes on two shared cores)
+    python benchmarks/views.py                                (about half an hour on two shared cores)
     python benchmarks/views.py --repeats 1 --limit 60 --out try                        (a try)
 
 Real X-rays, Lite0, folds that keep patients together, featcache's own head and training. In every
@@ -47,6 +47,7 @@ from featcache.runtime import environment_facts
 
 NUM_VIEWS = {"flip": 2, "crop": 8, "xray": 8}
 EPOCHS = (10, 40)
+MEASURES = {"balanced accuracy": "balanced_accuracy", "cross-entropy": "cross_entropy"}
 OTHER_SEED = "none, other seed"
 CPU = torch.device("cpu")
 
@@ -68,26 +69,18 @@ class Rows:
         return Rows(classes, targets, self.groups[chosen], views)
 
 
-def read_rows(data: Path, limit: int | None) -> tuple[Rows, dict[str, float]]:
-    """Extract a cache per augmentation; return the rows, and the seconds each took."""
+def read_rows(data: Path, limit: int | None, folder: Path) -> Rows:
+    """Extract a cache per augmentation into ``folder``, where it is not there yet."""
     views: dict[str, np.ndarray] = {}
-    seconds = {}
-    with tempfile.TemporaryDirectory(prefix="featcache-benchmark-") as folder:
-        for name in ("none", *NUM_VIEWS):
-            options = {} if name == "none" else {"views": NUM_VIEWS[name], "augment": name}
-            path = Path(folder) / f"{name}.h5"
-            start = time.perf_counter()
-            extract(data, path, backbone=BACKBONE, group_by=GROUP_BY, limit=limit, **options)
-            seconds[name] = time.perf_counter() - start
-            print(f"extracted {name} in {seconds[name]:.0f} s", flush=True)
-            split = open_cache(path).split("all")
-            views[name] = split.read_features()
-            if not np.array_equal(split.plain_features, views["none"]):
-                raise SystemExit(f"view 0 of {name} is not the plain image")
-        rows = Rows(
-            open_cache(path).classes, np.array(split.targets), np.array(split.groups), views
-        )
-    return rows, seconds
+    for name in ("none", *NUM_VIEWS):
+        options = {} if name == "none" else {"views": NUM_VIEWS[name], "augment": name}
+        path = folder / f"{name}.h5"
+        extract(data, path, backbone=BACKBONE, group_by=GROUP_BY, limit=limit, say=print, **options)
+        split = open_cache(path).split("all")
+        views[name] = split.read_features()
+        if not np.array_equal(split.plain_features, views["none"]):
+            raise SystemExit(f"view 0 of {name} is not the plain image")
+    return Rows(open_cache(path).classes, np.array(split.targets), np.array(split.groups), views)
 
 
 def measure_head(
@@ -111,7 +104,7 @@ def measure_head(
 def measure_task(rows: Rows, repeats: int) -> dict[str, Any]:
     """Run all folds of a task."""
     folds = [fold for repeat in range(repeats) for fold in make_folds(rows, repeat)]
-    ways = [(name, epochs) for epochs in EPOCHS for name in (*rows.views, OTHER_SEED)]
+    ways = [(name, epochs) for epochs in EPOCHS for name in rows.views] + [(OTHER_SEED, EPOCHS[0])]
     samples: dict[str, list[tuple[float, float, int]]] = {f"{n}, {e}": [] for n, e in ways}
     for number, fold in enumerate(folds):
         for name, epochs in ways:
@@ -121,7 +114,7 @@ def measure_task(rows: Rows, repeats: int) -> dict[str, Any]:
             samples[f"{name}, {epochs}"].append(found)
         scores = ", ".join(f"{way} {s[-1][0]:.3f}" for way, s in samples.items())
         print(f"{'/'.join(rows.classes)} fold {number + 1} of {len(folds)}: {scores}", flush=True)
-    kinds = ("balanced_accuracy", "cross_entropy", "best_epoch")
+    kinds = (*MEASURES.values(), "best_epoch")
     raw = {kind: {w: [s[i] for s in found] for w, found in samples.items()}
            for i, kind in enumerate(kinds)}  # fmt: skip
     share = 1 / (NUM_FOLDS - 1)
@@ -138,7 +131,7 @@ def measure_task(rows: Rows, repeats: int) -> dict[str, Any]:
                 for name, epochs in ways
                 if name != "none"
             }
-            for kind in kinds[:2]
+            for kind in MEASURES.values()
         },
         **raw,
     }
@@ -146,16 +139,16 @@ def measure_task(rows: Rows, repeats: int) -> dict[str, Any]:
 
 def describe(report: dict[str, Any]) -> str:
     """Return the Markdown table."""
+    measured = [f"{kind} | difference to none (95 %)" for kind in MEASURES]
     lines = [
-        "| classes | epochs | views | balanced accuracy | difference to none (95 %) "
-        "| cross-entropy | difference to none (95 %) |",
+        f"| classes | epochs | views | {' | '.join(measured)} |",
         "| --- | ---: | --- | ---: | --- | ---: | --- |",
     ]
     for task in report["tasks"]:
         for way, accuracy in task["mean"]["balanced_accuracy"].items():
             name, epochs = way.rsplit(", ", 1)
             texts = []
-            for kind in ("balanced_accuracy", "cross_entropy"):
+            for kind in MEASURES.values():
                 pair, text = task["differences"][kind].get(way), ""
                 if pair is not None:
                     text = f"{pair['mean']:+.3f}"
@@ -170,12 +163,11 @@ def describe(report: dict[str, Any]) -> str:
                 f"| {', '.join(task['classes'])} | {epochs} | {name} | {accuracy:.3f} "
                 f"| {texts[0]} | {loss:.3f} | {texts[1]} |"
             )
-    num = report["repeats"] * NUM_FOLDS
-    seconds = ", ".join(f"{name} {s:.0f} s" for name, s in report["extraction_seconds"].items())
+    num_shown = sum(len(pairs) for t in report["tasks"] for pairs in t["differences"].values())
     lines += [
         "",
-        f"{num} folds each. Extraction: {seconds} (on a machine that was not quiet).",
-        "Sixteen differences are shown: one of twenty differs by chance.",
+        f"{report['repeats'] * NUM_FOLDS} folds each. Of twenty differences one differs by chance; "
+        f"{num_shown} are shown.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -189,19 +181,20 @@ def main() -> None:
     data = here.parent.parent / "shared" / "data" / "xray-raw"
     parser.add_argument("--data", type=Path, default=data, help="folders covid, normal, pneumonia")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of the 5 folds")
+    parser.add_argument("--caches", type=Path, help="keep the caches there, and go on with them")
     parser.add_argument("--limit", type=int, help="images in all, for a try")
     parser.add_argument("--out", type=Path, default=here / "results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    rows, seconds = read_rows(args.data, args.limit)
+    with tempfile.TemporaryDirectory(prefix="featcache-benchmark-") as folder:
+        rows = read_rows(args.data, args.limit, args.caches or Path(folder))
     report = {
         "benchmark": "views",
         "backbone": BACKBONE,
         "num_views": NUM_VIEWS,
         "repeats": args.repeats,
         "num_folds": NUM_FOLDS,
-        "extraction_seconds": seconds,
         "tasks": [measure_task(rows.of_classes(classes), args.repeats) for classes in TASKS],
         "commit": read_commit(),
         "environment": environment_facts(CPU),
