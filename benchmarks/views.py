@@ -1,6 +1,6 @@
 """Does a head trained on cached augmented views predict better? Cross-validation, in pairs.
 
-    python benchmarks/views.py                                (about half an hour on two shared cores)
+    python benchmarks/views.py                             (about half an hour on two shared cores)
     python benchmarks/views.py --repeats 1 --limit 60 --out try                        (a try)
 
 Real X-rays, Lite0, folds that keep patients together, featcache's own head and training. In every
@@ -164,12 +164,9 @@ def describe(report: dict[str, Any]) -> str:
                 f"| {texts[0]} | {loss:.3f} | {texts[1]} |"
             )
     num_shown = sum(len(pairs) for t in report["tasks"] for pairs in t["differences"].values())
-    lines += [
-        "",
-        f"{report['repeats'] * NUM_FOLDS} folds each. Of twenty differences one differs by chance; "
-        f"{num_shown} are shown.",
-    ]
-    return "\n".join(lines) + "\n"
+    num_folds = report["repeats"] * NUM_FOLDS
+    chance = f"Of twenty differences one differs by chance; {num_shown} are shown."
+    return "\n".join([*lines, "", f"{num_folds} folds each. {chance}"]) + "\n"
 
 
 def main() -> None:
