@@ -6,10 +6,11 @@ of these data sets, all contiguous and of fixed width:
 - ``/identity`` scalar bytes: canonical JSON of what decides the features' values; its sha256 is the
   ``fingerprint``. ``/provenance`` scalar bytes: JSON of how they were made. ``/classes`` (C,)
   bytes. ``/task`` scalar bytes: ``multiclass`` or ``multilabel``.
-- ``/splits/<split>/features`` (N, D) or (N, V, D) float32 or float16; ``targets`` (N,) int64 with
-  -1 = unlabelled, or (N, C) float32 with NaN = unknown for ``multilabel``; ``paths`` (N,) bytes,
-  ``/``-separated, sorted; ``groups`` (N,) bytes, optional; ``image_sha256`` (N, 32) uint8;
-  ``image_bytes`` and ``mtime_ns`` (N,) int64.
+- ``/splits/<split>/features`` (N, D) float32 or float16, or (N, V, D) with V views of each image,
+  the first the plain one; splits may differ in V (only images to train on have views), not in D.
+  ``targets`` (N,) int64 with -1 = unlabelled, or (N, C) float32 with NaN = unknown for
+  ``multilabel``; ``paths`` (N,) bytes, ``/``-separated, sorted; ``groups`` (N,) bytes, optional;
+  ``image_sha256`` (N, 32) uint8; ``image_bytes`` and ``mtime_ns`` (N,) int64.
 - ``/failures/{paths, splits, reasons}`` bytes, ``{targets, image_bytes, mtime_ns}`` int64.
 
 ``content_sha256`` is the sha256 of the canonical JSON list of [name, dtype, shape, sha256 of the
@@ -71,6 +72,16 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
         """(N, D) or (N, V, D) float32 or float16, a read-only view of the file."""
         return self._map("features")
 
+    @property
+    def plain_features(self) -> npt.NDArray[Any]:
+        """(N, D), view 0 of every row: the image as it is. A read-only view of the file."""
+        return self.features if self.features.ndim == 2 else self.features[:, 0]
+
+    @property
+    def num_views(self) -> int:
+        """V, 1 where every row is one vector."""
+        return 1 if self.features.ndim == 2 else self.features.shape[1]
+
     @cached_property
     def targets(self) -> npt.NDArray[Any]:
         """(N,) int64, -1 = unlabelled; (N, C) float32 for ``multilabel``, NaN = unknown."""
@@ -105,6 +116,11 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
     def read_features(self) -> npt.NDArray[Any]:
         """Return the features as an array in memory, read at the speed of the disk."""
         return self._container.read(f"splits/{self.name}/features")
+
+    def read_plain_features(self) -> npt.NDArray[Any]:
+        """Return view 0 of every row, (N, D), as an array in memory."""
+        alone = self.features.ndim == 2
+        return self.read_features() if alone else np.ascontiguousarray(self.plain_features)
 
     def __len__(self) -> int:
         return self._container.arrays[f"splits/{self.name}/features"].shape[0]
@@ -277,8 +293,9 @@ def _check_rows(cache: Cache) -> None:
             or len(features.shape) not in {2, 3}
             or 0 in features.shape[1:]
         ):
-            raise _damaged(container, prefix + "features", "(N, D) floats", features.shape)
-        widths.add(features.shape[1:])
+            wanted_shape = "(N, D) or (N, V, D) floats"
+            raise _damaged(container, prefix + "features", wanted_shape, features.shape)
+        widths.add(features.shape[-1])
         multilabel = cache.task == "multilabel"
         wanted: dict[str, tuple[str, tuple[int, ...]]] = {
             "targets": ("<f4", (len(cache.classes),)) if multilabel else ("<i8", ()),
@@ -302,7 +319,7 @@ def _check_rows(cache: Cache) -> None:
                 wanted_range = f"targets from -1 to {len(cache.classes) - 1}"
                 raise _damaged(container, prefix + "targets", wanted_range, f"{low} to {high}")
     if len(widths) > 1:
-        raise _damaged(container, "splits", "features of one shape", sorted(widths))
+        raise _damaged(container, "splits", "features of one width", sorted(widths))
 
 
 def _damaged(container: Container, what: str, expected: object, found: object) -> CacheError:

@@ -102,6 +102,7 @@ def write_cache(
         path: The file to write; an existing one is replaced.
         features: (N, D) or (N, V, D) float32 or float16, or a dict of such arrays by split
             (``train``, ``valid``, ``test``, ``all``). One array alone becomes the split ``all``.
+            Of V views of a row, the first is the plain one: what it is evaluated by.
         targets: (N,) integers in [0, C), -1 = unlabelled; or (N, C) floats of 0, 1 and NaN =
             unknown for several labels a row; or a dict by split.
         paths: N different strings naming the rows, or a dict by split. Rows are sorted by them.
@@ -139,9 +140,10 @@ def write_cache(
         )
         for split, array in by_split.items()
     }  # fmt: skip
-    shapes = {(r.shape[1:], r.dtype.str, r.targets.ndim) for r in rows.values()}
-    if len(shapes) > 1:
-        raise DataError("features", expected="one shape and dtype", found=sorted(shapes))
+    kinds = {(r.shape[-1], r.dtype.name, r.targets.ndim) for r in rows.values()}
+    if len(kinds) > 1:
+        expected = "one D and dtype, and targets of one rank, in all splits"
+        raise DataError("features", expected=expected, found=sorted(kinds))
     first = next(iter(rows.values()))
     facts: dict[str, Any] = dict(identity) if identity is not None else {"backbone": "unknown"}
     for what, value in (("identity", facts), ("provenance", provenance or {})):

@@ -261,8 +261,7 @@ def predict_cache(run: str | Path, cache: str | Path, *, device: str = "auto") -
                 "features", expected=f"{loaded.head.num_features} a row",
                 found=opened.num_features, where=cache, hint="Use the cache it was trained on",
             )  # fmt: skip
-        features = split.features if split.features.ndim == 2 else split.features[:, 0]
-        probs.append(predict_probs(head, np.asarray(features), place))
+        probs.append(predict_probs(head, np.asarray(split.plain_features), place))
         paths += split.paths
     failures = tuple((f.path, f.reason) for f in opened.failures)
     return Predictions(loaded.classes, tuple(paths), np.concatenate(probs), failures)

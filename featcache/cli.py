@@ -191,6 +191,14 @@ def split(
     help="Cut-off images: fail them, or fill them in.",
 )  # fmt: skip
 @click.option(
+    "--views", type=click.IntRange(1, 64), default=1, show_default=True,
+    help="Views of every image to train on: the plain one, and others by --augment.",
+)  # fmt: skip
+@click.option(
+    "--augment", type=click.Choice(["flip", "crop", "xray"]),
+    help="How they are made; xray turns, shifts and exposes a little, and never flips.",
+)  # fmt: skip
+@click.option(
     "--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), default="fp32",
     show_default=True, help="Of the forward pass; checked on your images first.",
 )  # fmt: skip

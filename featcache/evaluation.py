@@ -37,7 +37,7 @@ def evaluate(
     csv: str | Path | None = None,
     say: Say = silent,
 ) -> dict[str, Any]:
-    """Measure a run's head on the labelled rows of a split.
+    """Measure a run's head on the labelled rows of a split, of rows with views on view 0.
 
     Args:
         run: The run folder.
@@ -172,7 +172,7 @@ def _predict_rows(run: Run, cache: Cache, split_name: str, say: Say) -> _Rows:
     if len(labelled) < len(split):
         say(f"{len(split) - len(labelled):,} unlabelled rows left out")
     everything = len(labelled) == len(split)
-    features = split.read_features() if everything else split.features[labelled]
+    features = split.read_plain_features() if everything else split.plain_features[labelled]
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         row = int(labelled[finite.argmin()])
@@ -212,11 +212,11 @@ def _match_classes(run: Run, cache: Cache, say: Say) -> npt.NDArray[np.int64]:
 
 
 def _check_features(run: Run, cache: Cache, split: CacheSplit) -> None:
-    if split.features.shape[1:] != (run.head.num_features,):
+    found = split.features.shape[-1]
+    if found != run.head.num_features:
         raise RunError(
-            "features", expected=f"{run.head.num_features} per image",
-            found=" x ".join(map(str, split.features.shape[1:])), where=cache.path,
-            hint="Extract the images with the run's backbone, without --views",
+            "features", expected=f"{run.head.num_features} per image", found=found,
+            where=cache.path, hint="Extract the images with the run's backbone",
         )  # fmt: skip
 
 

@@ -48,6 +48,8 @@ def extract(
     std: tuple[float, float, float] | None = None,
     bit_depth: int | str = "auto",
     truncated: str = "skip",
+    views: int = 1,
+    augment: str | None = None,
     precision: str = "fp32",
     feature_dtype: str = "float32",
     engine: str = "auto",
@@ -79,6 +81,9 @@ def extract(
         std: Per channel, for pixels in [0, 1].
         bit_depth: ``auto``, 12, 14, 16 or ``minmax``, for images of more than 8 bits.
         truncated: ``skip`` counts cut-off images as failed, ``keep`` fills them in.
+        views: Views of every image to train on (split ``train``, or ``all`` where there is none),
+            the plain one among them; other splits get the plain view.
+        augment: How the others are made: ``flip``, ``crop`` or ``xray`` (see module ``views``).
         precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``.
         feature_dtype: ``float32`` or ``float16``.
         engine: ``auto``, ``folded`` or ``eager``.
@@ -98,9 +103,10 @@ def extract(
     (summary,) = _extract(
         Path(data), [(Path(cache), backbone)], weights=weights, image_size=image_size,
         crop_mode=crop_mode, interpolation=interpolation, normalize=normalize, mean=mean, std=std,
-        bit_depth=bit_depth, truncated=truncated, precision=precision, feature_dtype=feature_dtype,
-        engine=engine, batch_size=batch_size, workers=workers, device=device, group_by=group_by,
-        max_errors=max_errors, limit=limit, rebuild=rebuild, say=say, progress=progress,
+        bit_depth=bit_depth, truncated=truncated, views=views, augment=augment,
+        precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
+        workers=workers, device=device, group_by=group_by, max_errors=max_errors,
+        limit=limit, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     return summary
 

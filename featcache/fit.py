@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +22,17 @@ from torch.nn import functional
 
 from featcache.errors import ConfigError, DataError
 from featcache.head import HeadConfig, build_head
+from featcache.optimizer import OPTIMIZERS, FusedOptimizer
 from featcache.runtime import exact_fp32
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine")
 CLASS_WEIGHTS = ("none", "balanced")
 
 _FORWARD_ROWS, _ONE_THREAD_ROWS = 8192, 64
-_ADAM_BETAS, _ADAM_EPS, _SGD_MOMENTUM = (0.9, 0.999), 1e-8, 0.9  # Adam's: torch.optim's
+_VIEWS_SEED = 1 << 62  # another stream than that of the order
+
+_Batch: TypeAlias = tuple[Tensor, ...]
+"""What indexes features: rows (n,), and views (n,) where there are any."""
 
 
 @dataclass(frozen=True)
@@ -139,19 +142,22 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     """Train a head and keep the epoch with the lowest cross-entropy on the validation rows.
 
     The same as a script that calls ``torch.manual_seed(seed)``, builds the head and loops, with
-    the rows in the order of ``torch.randperm`` under a generator of ``data_seed``. Bit for bit
-    repeatable on one machine; on the CPU with more than 64 rows per step, also for one number of
-    threads. The caller's random state is restored.
+    the rows in the order of ``torch.randperm`` under a generator of ``data_seed``. Of rows with
+    views, one view is drawn per row and epoch, uniformly and under a generator of its own: the
+    order of the rows is that of rows without. Bit for bit repeatable on one machine; on the CPU
+    with more than 64 rows per step, also for one number of threads. The caller's random state is
+    restored.
 
     Args:
         head_config: The shape of the head; D and C must be those of the arrays.
         training: Optimizer, epochs and the rest.
-        train_features: (N, D) float; float64 trains in float64, anything else in float32.
+        train_features: (N, D) or (N, V, D) float; float64 trains in float64, anything else in
+            float32.
         train_targets: (N,) integers from 0 to C - 1.
         valid_features: (M, D) float.
         valid_targets: (M,) integers from 0 to C - 1.
         seed: Decides the initial weights and dropout.
-        data_seed: Decides the order of the rows.
+        data_seed: Decides the order of the rows and their views.
         device: Where the rows and the head live.
         classes: Names for the history's columns; None numbers them.
         on_epoch: Called with each row of the history as it is made.
@@ -160,12 +166,15 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         DataError: If the arrays do not fit each other or the head.
         ConfigError: If the loss is no longer a finite number.
     """
-    _check_rows("training rows", train_features, train_targets, head_config, at_least=2)
+    views = train_features.ndim == 3
+    _check_rows(
+        "training rows", train_features, train_targets, head_config, at_least=2, views=views
+    )
     _check_rows("validation rows", valid_features, valid_targets, head_config, at_least=1)
     names = [str(i) for i in range(head_config.num_classes)] if classes is None else list(classes)
     features = _to_tensor(train_features, device)
     held_out = _to_tensor(valid_features, device).to(features.dtype)
-    order = torch.Generator().manual_seed(data_seed)
+    draw = _Draw(features, data_seed)
     batch_size = training.rows_per_step(len(features))
 
     history: list[dict[str, Any]] = []
@@ -177,7 +186,7 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         for epoch in range(1, training.epochs + 1):
             start = time.perf_counter()
             rate = training.learning_rate_at(epoch)
-            batches = _batches(features, batch_size, order)
+            batches = draw.epoch(batch_size)
             row: dict[str, Any] = {"epoch": epoch, "train_loss": trainer.epoch(batches, rate)}
             row |= _validate(head, held_out, valid_targets, names)
             row |= {"learning_rate": rate, "seconds": time.perf_counter() - start}
@@ -236,62 +245,46 @@ class _Trainer:
         self._targets = torch.from_numpy(targets.astype(np.int64)).to(features.device)
         self._weights = weights
         self._label_smoothing = training.label_smoothing
-        self._optimizer = _FusedOptimizer(training, list(head.parameters()))
+        self._optimizer = FusedOptimizer(
+            training.optimizer, training.weight_decay, list(head.parameters())
+        )
 
-    def epoch(self, batches: list[Tensor], rate: float) -> float:
+    def epoch(self, batches: list[_Batch], rate: float) -> float:
         """Take one step per batch; return the mean of the batches' losses, weighed by rows."""
         self._head.train()
-        total = torch.zeros_like(self._features[0, 0])
-        for rows in batches:
-            logits = self._head(self._features[rows])
+        total = self._features.new_zeros(())
+        for batch in batches:
+            rows = batch[0]
+            logits = self._head(self._features[batch])
             loss = functional.cross_entropy(
                 logits, self._targets[rows], self._weights, label_smoothing=self._label_smoothing
             )
             self._optimizer.step(loss, rate)
             total += loss.detach() * len(rows)
-        return total.item() / sum(len(rows) for rows in batches)
+        return total.item() / sum(len(batch[0]) for batch in batches)
 
 
-class _FusedOptimizer:
-    """Adam, AdamW or SGD with momentum: the kernels of torch.optim's ``fused=True``, one a step.
+class _Draw:
+    """What an epoch consists of: all rows in a new order and, of rows with views, one view each."""
 
-    They are called directly because constructing any ``torch.optim.Optimizer`` imports
-    ``torch._dynamo``: 2.2 s of a cold process, more than the whole training of a head.
-    """
+    def __init__(self, features: Tensor, seed: int) -> None:
+        self._features = features
+        self._order = torch.Generator().manual_seed(seed)
+        self._views = torch.Generator().manual_seed(seed ^ _VIEWS_SEED)
 
-    def __init__(self, training: TrainingConfig, params: list[Tensor]) -> None:
-        self._kind, self._weight_decay = training.optimizer, training.weight_decay
-        self._params = params
-        self._first = [torch.zeros_like(p) for p in params]
-        self._second = [torch.zeros_like(p) for p in params]
-        self._steps = [torch.zeros((), device=p.device) for p in params]
-
-    def step(self, loss: Tensor, rate: float) -> None:
-        """Move every parameter against the gradient of ``loss``."""
-        grads = list(torch.autograd.grad(loss, self._params))
-        with torch.no_grad():
-            if self._kind == "sgd":
-                torch._fused_sgd_(
-                    self._params, grads, self._first, lr=rate, weight_decay=self._weight_decay,
-                    momentum=_SGD_MOMENTUM, dampening=0.0, nesterov=False, maximize=False,
-                    is_first_step=False,  # the momentum is there, and zero
-                )  # fmt: skip
-                return
-            torch._foreach_add_(self._steps, 1)
-            kernel = torch._fused_adam_ if self._kind == "adam" else torch._fused_adamw_
-            kernel(
-                self._params, grads, self._first, self._second, [], self._steps, lr=rate,
-                beta1=_ADAM_BETAS[0], beta2=_ADAM_BETAS[1], weight_decay=self._weight_decay,
-                eps=_ADAM_EPS, amsgrad=False, maximize=False,
-            )  # fmt: skip
-
-
-def _batches(features: Tensor, batch_size: int, order: torch.Generator) -> list[Tensor]:
-    rows = torch.randperm(len(features), generator=order).to(features.device)
-    batches = list(torch.split(rows, batch_size))
-    if len(batches[-1]) == 1:  # batch norm cannot train on one row (pytorch#4534)
-        batches.pop()
-    return batches
+    def epoch(self, batch_size: int) -> list[_Batch]:
+        """Return the batches of the next epoch."""
+        num_rows, device = len(self._features), self._features.device
+        rows = torch.randperm(num_rows, generator=self._order).to(device)
+        parts = [torch.split(rows, batch_size)]
+        if self._features.ndim == 3:
+            shape, num_views = (num_rows,), self._features.shape[1]
+            views = torch.randint(num_views, shape, generator=self._views).to(device)
+            parts.append(torch.split(views, batch_size))
+        batches: list[_Batch] = list(zip(*parts, strict=True))
+        if len(batches[-1][0]) == 1:  # batch norm cannot train on one row (pytorch#4534)
+            batches.pop()
+        return batches
 
 
 def _validate(
@@ -379,11 +372,16 @@ def _check_rows(
     head: HeadConfig,
     *,
     at_least: int,
+    views: bool = False,
 ) -> None:
     found, top = f"features {features.shape}, targets {targets.shape}", head.num_classes - 1
-    if features.shape != (len(targets), head.num_features) or targets.dtype.kind not in "iu":
-        wanted = f"features (N, {head.num_features}) and targets (N,) of whole numbers"
+    shape = (*features.shape[:1], *features.shape[2:]) if views else features.shape
+    if shape != (len(targets), head.num_features) or targets.dtype.kind not in "iu":
+        kind = f"(N, V, {head.num_features})" if views else f"(N, {head.num_features})"
+        wanted = f"features {kind} and targets (N,) of whole numbers"
         raise DataError(what, expected=wanted, found=found)
+    if 0 in features.shape[1:]:
+        raise DataError(what, expected="at least one view", found=found)
     if len(targets) < at_least:
         raise DataError(what, expected=f"at least {at_least}", found=len(targets))
     if targets.min() < 0 or targets.max() > top:

@@ -433,3 +433,13 @@ def _resize(image: Image.Image, rules: PixelRules) -> Image.Image:
     padded = Image.new(image.mode, (side, side))
     padded.paste(image, ((side - width) // 2, (side - height) // 2))
     return padded
+
+
+def warp(pixels: _Pixels, placing: tuple[float, ...], side: int) -> _Pixels:
+    """Return (side, side) or (side, side, 3) fetched bilinearly from (H, W) or (H, W, 3).
+
+    With ``placing`` a, b, c, d, e, f, what stands at (x, y) comes from (ax + by + c, dx + ey + f);
+    pixel i covers i to i + 1, and outside is black.
+    """
+    how = Image.Transform.AFFINE, placing, Image.Resampling.BILINEAR
+    return np.array(Image.fromarray(pixels).transform((side, side), *how))

@@ -18,6 +18,7 @@ from featcache.dataset import UNLABELLED
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, printable
 from featcache.runtime import Say
 from featcache.stratification import assign_units, build_units
+from featcache.views import training_split
 
 _CHECK_ROWS = 8192
 
@@ -47,7 +48,10 @@ class Part:
         return targets
 
     def arrays(self, cache: Cache) -> tuple[npt.NDArray[Any], Rows]:
-        """Return features (n, D) and targets (n,) in memory.
+        """Return features and targets (n,) in memory.
+
+        The features are (n, D), or (n, V, D) of rows with views to train on: the epoch is chosen
+        by images as they are.
 
         Args:
             cache: Only for messages.
@@ -55,15 +59,21 @@ class Part:
         Raises:
             CacheError: If a feature is not finite.
         """
-        everything = len(self.rows) == len(self.split)
-        features = self.split.read_features() if everything else self.split.features[self.rows]
+        split, everything = self.split, len(self.rows) == len(self.split)
+        if self.name == "train":
+            features = split.read_features() if everything else split.features[self.rows]
+        else:
+            features = (
+                split.read_plain_features() if everything else split.plain_features[self.rows]
+            )
         for i in range(0, len(features), _CHECK_ROWS):
-            finite = np.isfinite(features[i : i + _CHECK_ROWS]).all(axis=1)
+            block = features[i : i + _CHECK_ROWS]
+            finite = np.isfinite(block.reshape(len(block), -1)).all(axis=1)
             if not finite.all():
                 row = int(self.rows[i + int(finite.argmin())])
                 raise CacheError(
-                    f"features of split {self.split.name}", expected="finite numbers",
-                    found=f"NaN or infinity in row {row}, {self.split.paths[row]}",
+                    f"features of split {split.name}", expected="finite numbers",
+                    found=f"NaN or infinity in row {row}, {split.paths[row]}",
                     where=cache.path, hint="Extract the images again, at --precision fp32",
                 )  # fmt: skip
         return features, self.targets
@@ -73,19 +83,12 @@ def check_cache(cache: Cache) -> None:
     """Refuse caches that no head can be trained on.
 
     Raises:
-        CacheError: If it has several labels or views per image, or fewer than two classes.
+        CacheError: If it has several labels per image, or fewer than two classes.
     """
     if cache.task != "multiclass":
         raise CacheError(
             "cache", expected="one class per image", found=f"a {cache.task} cache",
             where=cache.path, hint="Heads for several labels per image cannot be trained yet",
-        )  # fmt: skip
-    split = next(iter(cache.splits.values()))
-    if split.features.ndim != 2:
-        raise CacheError(
-            "cache", expected="one feature vector per image",
-            found=f"{split.features.shape[1]} views", where=cache.path,
-            hint="Extract the images again without --views",
         )  # fmt: skip
     if len(cache.classes) < 2:
         raise CacheError(
@@ -133,7 +136,7 @@ def choose_rows(
         CacheError: If a split is missing or a class lacks rows.
         ConfigError: If there is a ``valid`` already.
     """
-    source = next((name for name in ("train", "all") if name in cache.splits), None)
+    source = training_split(cache.splits)
     if source is None or (source == "all" and "valid" in cache.splits):
         raise CacheError(
             "split train", expected="rows to train on", found="only " + ", ".join(cache.splits),

@@ -84,10 +84,6 @@ class FeatureBatch:
     outcomes: tuple[Outcome, ...]
     features: tuple[tuple[npt.NDArray[np.float32] | None, ...], ...]
 
-    def plain(self, lane: int = 0) -> npt.NDArray[np.float32]:
-        """Return the features (n, D) of view 0 of the outcomes that have any, in their order."""
-        return np.stack([f[0] for f in self.features[lane] if f is not None])
-
 
 def resolve_workers(workers: int | str) -> int:
     """Return the number of decoding threads of ``auto`` (one a core, at least 2) or a number.

@@ -92,10 +92,16 @@ class Production:
                 raise
             self.partial.clear()
             self.known, resumed = KnownRows(), 0
-        self.pending = [s for s in self.dataset.samples if self.known.find(s) is None]
+        self.pending = [s for s in self.dataset.samples if self._find(s) is None]
         if resumed:
             self.provenance = self.provenance or self.partial.provenance
             self.say(f"Resuming: {resumed:,} images done, {len(self.pending):,} to go.")
+
+    def _num_views(self, split: str) -> int:
+        return self.recipe.view_rules.for_split(split, self.dataset.splits).num_views
+
+    def _find(self, sample: Sample) -> Row | None:
+        return self.known.find(sample, self._num_views(sample.split))
 
     def _adopt(self, old: Cache) -> None:
         """Take over the rows of an older cache, and how they were made."""
@@ -105,7 +111,8 @@ class Production:
         for split in old.splits.values():
             keys = zip(split.paths, split.image_bytes, split.mtime_ns, strict=True)
             self.known.add(
-                split.features,
+                split.features.reshape(-1, old.num_features),
+                [split.num_views] * len(split),
                 [(path, int(size), int(mtime)) for path, size, mtime in keys],
                 [row.tobytes() for row in split.image_sha256],
                 [path in truncated for path in split.paths],
@@ -143,9 +150,10 @@ class Production:
         probes = decode_probes(
             self.dataset, self.dataset.samples, self.recipe.rules, isolate=self.partial.was_killed
         )
+        # Chosen by the number of images, not of views: view 0 equals a cache without views.
         engine = build_engine(
             self.recipe.backbone, device, probes, precision=precision, batch_size=batch_size,
-            name=name, num_images=len(self.dataset.samples) * self.recipe.view_rules.num_views,
+            name=name, num_images=len(self.dataset.samples),
         )  # fmt: skip
         if fixed or made.get("device_type") == device.type:
             engine = replace(engine, reason="as for the rows that are there")
@@ -188,6 +196,7 @@ class Production:
         """Rows that fill a shard, at least a batch."""
         assert self.engine is not None
         row_bytes = self.recipe.backbone.num_features * self.dtype.itemsize
+        row_bytes *= self.recipe.view_rules.num_views
         return max(self.engine.batch_size, SHARD_BYTES // row_bytes)
 
     def take(
@@ -222,7 +231,7 @@ class Production:
             {
                 "path": r.sample.path, "image_bytes": r.sample.image_bytes,
                 "mtime_ns": r.sample.mtime_ns, "image_sha256": r.sha256.hex(),
-                "truncated": r.truncated,
+                "truncated": r.truncated, "views": self._num_views(r.sample.split),
             }
             for r in self._rows
         ]  # fmt: skip
@@ -282,11 +291,11 @@ class Production:
         splits: dict[str, SplitRows] = {}
         truncated: list[str] = []
         for name in self.dataset.splits:
-            found = [(s, row) for s in self.dataset.split(name) if (row := self.known.find(s))]
+            found = [(s, row) for s in self.dataset.split(name) if (row := self._find(s))]
             samples, rows = [s for s, _ in found], [row for _, row in found]
             truncated += [s.path for s, row in found if row.truncated]
             self._refuse_empty(name, samples)
-            splits[name] = self._split_rows(samples, rows)
+            splits[name] = self._split_rows(samples, rows, self._num_views(name))
         for stale in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
             stale.unlink(missing_ok=True)  # of a run killed while writing: the lock is ours now
         cache = write_rows(
@@ -312,12 +321,13 @@ class Production:
                     found=f"none of {planned}", hint="Mend the images named above",
                 )  # fmt: skip
 
-    def _split_rows(self, samples: list[Sample], rows: list[Row]) -> SplitRows:
+    def _split_rows(self, samples: list[Sample], rows: list[Row], num_views: int) -> SplitRows:
+        views = () if num_views == 1 else (num_views,)
         grouped = bool(samples) and samples[0].group is not None
         return SplitRows(
-            shape=(len(rows), self.recipe.backbone.num_features),
+            shape=(len(rows), *views, self.recipe.backbone.num_features),
             dtype=self.dtype,
-            feature_blocks=lambda: self.known.blocks(rows),
+            feature_blocks=lambda: self.known.blocks(rows, num_views),
             targets=np.array([s.target for s in samples], np.int64),
             paths=[s.path for s in samples],
             groups=[str(s.group) for s in samples] if grouped else None,

@@ -87,7 +87,7 @@ def project(
     num_views = num_images + (recipe.view_rules.num_views - 1) * num_train
     built = build_engine(
         recipe.backbone, device, probes, precision=precision, batch_size=batch_size, name=engine,
-        num_images=num_views,
+        num_images=num_images,
     )  # fmt: skip
     start = time.perf_counter()
     decoded = stream_views(dataset, chosen, [recipe], 1, workers=workers)

@@ -22,7 +22,7 @@ from featcache.errors import BackboneError, ConfigError, DataError
 from featcache.files import canonical_json
 from featcache.images import PixelRules, check_bit_depth, deep_maximum
 from featcache.isolation import IsolatedDecoder
-from featcache.views import PLAIN, ViewRules, render
+from featcache.views import PLAIN, ViewRules, render, training_split
 
 NUM_PROBES = 4
 """Real images that go through the plain network and the engine before a run."""
@@ -55,8 +55,7 @@ class Recipe:
             **self.rules.as_identity(),
             "mean": list(self.backbone.mean),
             "std": list(self.backbone.std),
-            "views": 1,
-            "augmentation": None,
+            **self.view_rules.as_identity(),
             "num_features": self.backbone.num_features,
             "feature_dtype": self.feature_dtype,
         }
@@ -76,21 +75,30 @@ def make_recipe(
     bit_depth: int | str = "auto",
     truncated: str = "skip",
     feature_dtype: str = "float32",
+    views: int = 1,
+    augment: str | None = None,
 ) -> Recipe:
     """Turn options into a recipe.
 
     Raises:
-        ConfigError: If an option has no such value.
+        ConfigError: If an option has no such value, or there are views and nothing to train on.
         DataError: If ``bit_depth`` is ``auto`` and a sample of deep images does not use its bits.
     """
     if feature_dtype not in _FEATURE_DTYPES:
         expected = " or ".join(_FEATURE_DTYPES)
         raise ConfigError("--feature-dtype", expected=expected, found=feature_dtype)
+    view_rules = ViewRules(views, augment)
+    if view_rules != PLAIN and training_split(dataset.splits) is None:
+        raise ConfigError(
+            "--views", expected="images to train on: a split train, or no splits at all",
+            found="only " + ", ".join(dataset.splits), where=dataset.root,
+            hint="Leave --views and --augment out: other splits get the plain view alone",
+        )  # fmt: skip
     if bit_depth == "auto":
         check_bit_depth(sample_depths(dataset))
         bit_depth = 16
     rules = PixelRules(backbone.image_size, crop_mode, interpolation, bit_depth, truncated)
-    return Recipe(backbone, rules, feature_dtype)
+    return Recipe(backbone, rules, feature_dtype, view_rules)
 
 
 def sample_depths(dataset: ImageDataset) -> list[int]:
@@ -154,12 +162,14 @@ def recipe_from_identity(
     Raises:
         BackboneError: If the backbone cannot be built, or has other weights than the identity's.
         DataError: If the identity has no pixel rules: features made elsewhere.
+        ConfigError: If this version has no such pixel rule or augmentation.
     """
     wanted = str(identity.get("weights_sha256"))
     try:
         mean, std = (_three(identity[key]) for key in ("mean", "std"))
         str(identity["backbone"])
         rules = PixelRules.from_identity(dict(identity))
+        view_rules = ViewRules.from_identity(identity)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             "identity of the cache", expected="a backbone and its preprocessing",
@@ -193,7 +203,7 @@ def recipe_from_identity(
             found=[backbone.mean, backbone.std, backbone.image_size],
             hint="Use the backbone the cache was made with",
         )  # fmt: skip
-    recipe = Recipe(backbone, rules, str(identity.get("feature_dtype")))
+    recipe = Recipe(backbone, rules, str(identity.get("feature_dtype")), view_rules)
     for key in sorted(recipe.identity.keys() | identity.keys()):
         if recipe.identity.get(key) != identity.get(key):
             raise DataError(

@@ -1,13 +1,15 @@
 """A cache in the making: ``CACHE.partial/{lock, manifest.json, shard.00000, ...}``.
 
-A shard is the raw features of some rows. The manifest alone says what is done: each shard's length
-and sha256, and of each row the image's path, size, time and hash. A shard is written and fsynced
+A shard is the raw features of some rows: one vector of each image, or V of an image to train on.
+The manifest alone says what is done: each shard's sha256, and of each row the image's path, size,
+time and hash, and how many vectors it has. A shard is written and fsynced
 before the manifest lists it, so a kill at any instant loses only rows that were not listed yet.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,10 +34,19 @@ ImageKey = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Row:
-    """A row whose features are known: which array holds them, and of which image they are."""
+    """A row whose features are known: where its vectors are, and of which image they are.
+
+    Attributes:
+        source: Which array holds them.
+        start: The first one's number in it; view 0.
+        num_views: How many there are, one after the other.
+        sha256: Of the image file.
+        truncated: It was cut off and has been filled in.
+    """
 
     source: int
-    index: int
+    start: int
+    num_views: int
     sha256: bytes
     truncated: bool
 
@@ -59,31 +70,45 @@ class KnownRows:
         self._rows: dict[ImageKey, Row] = {}
 
     def add(
-        self, features: npt.NDArray[Any], keys: Sequence[ImageKey], sha256: Sequence[bytes],
-        truncated: Sequence[bool],
+        self, vectors: npt.NDArray[Any], num_views: Sequence[int], keys: Sequence[ImageKey],
+        sha256: Sequence[bytes], truncated: Sequence[bool],
     ) -> None:  # fmt: skip
-        """Add an array (n, D) whose rows belong to ``keys``."""
-        source = len(self._sources)
-        self._sources.append(features)
+        """Add an array (M, D) of the vectors of ``keys``, ``num_views[i]`` of each, in order."""
+        source, start = len(self._sources), 0
+        self._sources.append(vectors)
         for i, key in enumerate(keys):
-            self._rows[key] = Row(source, i, sha256[i], truncated[i])
+            self._rows[key] = Row(source, start, num_views[i], sha256[i], truncated[i])
+            start += num_views[i]
 
-    def find(self, sample: Sample) -> Row | None:
-        """Return the row of an image, or None if it must be extracted."""
-        return self._rows.get(image_key(sample))
+    def find(self, sample: Sample, num_views: int = 1) -> Row | None:
+        """Return the row of an image, or None if it must be extracted.
 
-    def blocks(self, rows: Sequence[Row], block_rows: int = 4096) -> Iterator[npt.NDArray[Any]]:
-        """Gather the features of ``rows`` in their order, a block at a time."""
-        for start in range(0, len(rows), block_rows):
-            part = rows[start : start + block_rows]
+        A row of fewer views than are wanted (``valid`` has become ``train``) is none; of more,
+        the first are taken (``train`` has become ``valid``).
+        """
+        row = self._rows.get(image_key(sample))
+        return row if row is not None and row.num_views >= num_views else None
+
+    def blocks(
+        self, rows: Sequence[Row], num_views: int = 1, block_vectors: int = 4096
+    ) -> Iterator[npt.NDArray[Any]]:
+        """Gather the features of ``rows`` in their order, a block at a time.
+
+        Yields:
+            (n, D) if ``num_views`` is 1, else (n, num_views, D).
+        """
+        block_rows = max(1, block_vectors // num_views)
+        for i in range(0, len(rows), block_rows):
+            part = rows[i : i + block_rows]
             first = self._sources[part[0].source]
-            block = np.empty((len(part), *first.shape[1:]), first.dtype)
+            block = np.empty((len(part), num_views, first.shape[1]), first.dtype)
             sources = np.array([row.source for row in part])
-            indices = np.array([row.index for row in part])
+            starts = np.array([row.start for row in part])
             for source in np.unique(sources):
                 where = np.flatnonzero(sources == source)
-                block[where] = self._sources[source][indices[where]]
-            yield block
+                vectors = starts[where, None] + np.arange(num_views)
+                block[where] = self._sources[source][vectors]
+            yield block[:, 0] if num_views == 1 else block
 
 
 def partial_folder(cache: Path) -> Path:
@@ -166,14 +191,16 @@ class PartialCache:
         """Add a listed shard's rows if its file is whole; a damaged one is extracted again."""
         path = self.folder / shard["file"]
         rows = shard["rows"]
-        wanted_bytes = len(rows) * self._num_features * self._dtype.itemsize
+        num_views = [int(row.get("views", 1)) for row in rows]  # none: from before there were any
+        shape = (sum(num_views), self._num_features)
+        wanted_bytes = math.prod(shape) * self._dtype.itemsize
         if not path.is_file() or path.stat().st_size != wanted_bytes:
             return False
         if sha256_file(path) != shard["sha256"]:
             return False
-        features = np.memmap(path, self._dtype, "r", shape=(len(rows), self._num_features))
         known.add(
-            features,
+            np.memmap(path, self._dtype, "r", shape=shape),
+            num_views,
             [(row["path"], row["image_bytes"], row["mtime_ns"]) for row in rows],
             [bytes.fromhex(row["image_sha256"]) for row in rows],
             [row["truncated"] for row in rows],
@@ -198,8 +225,9 @@ class PartialCache:
         """Write one shard, then list it in the manifest, then add it to ``known``.
 
         Args:
-            features: (n, D), in the stored dtype.
-            rows: n dicts of ``path, image_bytes, mtime_ns, image_sha256 (hex), truncated``.
+            features: (M, D), in the stored dtype: the vectors of all rows, one after the other.
+            rows: Dicts of ``path, image_bytes, mtime_ns, image_sha256 (hex), truncated, views``;
+                the views of all rows are M.
             known: Where the rows can be found from now on.
 
         Raises:

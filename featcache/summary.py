@@ -81,6 +81,9 @@ def describe_recipe(recipe: Recipe, say: Say) -> None:
         f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}, "
         f"{rules.interpolation}, mean {mean}, std {std}."
     )
+    views = recipe.view_rules
+    if views.augmentation is not None:
+        say(f"Views: {views.num_views} of every image to train on, {views.augmentation}.")
 
 
 def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:

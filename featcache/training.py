@@ -37,6 +37,7 @@ class TrainSummary:
         num_train: Labelled rows trained on.
         num_valid: Labelled rows the epoch was chosen by.
         num_unlabelled: Rows left out for want of a target.
+        num_views: Views of each row trained on, of which an epoch sees one.
         num_epochs: Epochs run.
         best_epoch: The epoch kept; loss, accuracy and recalls (None without rows) are its own.
         fit_seconds: Wall time of the fitting alone.
@@ -51,6 +52,7 @@ class TrainSummary:
     num_train: int
     num_valid: int
     num_unlabelled: int
+    num_views: int
     num_epochs: int
     best_epoch: int
     valid_loss: float
@@ -91,7 +93,8 @@ def train(
 ) -> TrainSummary:
     """Train a head on the split ``train`` of a cache; the split ``test`` is not touched.
 
-    Kept is the epoch with the lowest plain cross-entropy on ``valid``, the earliest on ties.
+    Kept is the epoch with the lowest plain cross-entropy on ``valid``, the earliest on ties. Of
+    images with views, each epoch trains on one view drawn at random, and ``valid`` is seen as is.
 
     Args:
         cache: The cache.
@@ -110,7 +113,7 @@ def train(
         valid_fraction: Share of ``train`` (or of ``all``) held out as ``valid``, stratified, with
             groups and identical images kept together; for caches without ``valid``.
         seed: Decides the initial weights and dropout.
-        data_seed: Decides the order of the rows and the hold-out; None takes ``seed``.
+        data_seed: Decides the order of the rows, their views and the hold-out; None takes ``seed``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         overwrite: Replace an existing run.
         say: Receives the lines for people.
@@ -166,6 +169,7 @@ def train(
     summary = TrainSummary(
         run=folder, classes=opened.classes, num_train=num_train, num_valid=num_valid,
         num_unlabelled=sum(part.num_unlabelled for part in parts),
+        num_views=parts[0].split.num_views,
         num_epochs=len(result.history), best_epoch=result.best_epoch,
         valid_loss=kept["valid_loss"], valid_accuracy=kept["valid_accuracy"],
         valid_recall={name: kept[f"valid_recall_{name}"] for name in opened.classes},
@@ -214,6 +218,10 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
     say(f"{'class':<{width}}  " + "  ".join(f"{part.name:>7}" for part in parts))
     for name, line in zip(names, lines, strict=True):
         say(f"{name:<{width}}  " + "  ".join(f"{count:>7,}" for count in line[1:]))
+    num_views = parts[0].split.num_views
+    if num_views > 1:
+        how = printable(cache.identity.get("augmentation") or "of unknown making")
+        say(f"views: {num_views} of each training image ({how}), each epoch draws one of them")
     if "test" in cache.splits:
         say(f"the {len(cache.splits['test']):,} rows of test are not touched")
     if training.class_weights == "none" and counts[0].max() > _IMBALANCE * counts[0].min():

@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from featcache.pipeline import Lane, stream_features
 from featcache.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.run import load_run
 from featcache.runtime import Say, resolve_device, silent
-from featcache.views import PLAIN
 
 _BLOCK_ROWS = 8192
 _REPAIR = "Extract it again: featcache extract DATA CACHE --rebuild"
@@ -78,8 +77,9 @@ def verify(
     """Check that a cache is whole, and with ``data`` that its features are those of the images.
 
     Whole: lengths, checksums, the table against libhdf5's view (in a child process), finite
-    features, sorted paths. True: features of a seeded sample are recomputed from the images by the
-    plain network in fp32, and stay within the precision's bound of the cached ones.
+    features, sorted paths. True: features of a seeded sample, with all its views, are recomputed
+    from the images by the plain network in fp32, and stay within the precision's bound of the
+    cached ones.
 
     Args:
         cache: The file.
@@ -136,30 +136,27 @@ def _recompute(
     cache: Cache, dataset: ImageDataset, planned: list[Sample], recipe: Recipe, *,
     device: str, bound: float,
 ) -> Iterator[float]:  # fmt: skip
-    """Yield the relative error of each planned row; raise at the first that is not true."""
+    """Yield the largest relative error of each planned row's views; raise at an untrue one."""
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     probes = decode_probes(dataset, planned, recipe.rules)
     engine = build_engine(recipe.backbone, resolve_device(device), probes, name="eager")
-    lane = Lane(replace(recipe, view_rules=PLAIN), engine, frozenset(planned))
-    for batch in stream_features(dataset, planned, [lane]):
-        for outcome in batch.outcomes:
-            if outcome.reason is not None:
-                raise _untrue(cache, outcome.sample, "a readable image", outcome.reason)
-        where = [(o.sample.split, rows[o.sample.split, o.sample.path]) for o in batch.outcomes]
-        cached = np.stack([_plain_view(cache.splits[s], i) for s, i in where])
-        errors = relative_errors(cached, batch.plain())
-        for outcome, error, (split, i) in zip(batch.outcomes, errors, where, strict=True):
-            if cache.splits[split].image_sha256[i].tobytes() != outcome.sha256:
-                raise _untrue(cache, outcome.sample, "the image it was made of", "another one")
+    for batch in stream_features(dataset, planned, [Lane(recipe, engine, frozenset(planned))]):
+        for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
+            sample = outcome.sample
+            if features is None:
+                raise _untrue(cache, sample, "a readable image", str(outcome.reason))
+            split, i = cache.splits[sample.split], rows[sample.split, sample.path]
+            if split.image_sha256[i].tobytes() != outcome.sha256:
+                raise _untrue(cache, sample, "the image it was made of", "another one")
+            if len(features) != split.num_views:
+                raise _untrue(cache, sample, f"{len(features)} views", str(split.num_views))
+            cached = split.features[i].astype(np.float32).reshape(features.shape)
+            errors = relative_errors(cached, features)
+            error, view = max((error, view) for view, error in enumerate(errors))
             if error > bound:
-                found = f"an error of {error:.1e}"
-                raise _untrue(cache, outcome.sample, f"features within {bound:.0e}", found)
+                found = f"an error of {error:.1e}" + (f" in view {view}" if view else "")
+                raise _untrue(cache, sample, f"features within {bound:.0e}", found)
             yield error
-
-
-def _plain_view(split: CacheSplit, row: int) -> Any:
-    features = split.features[row].astype(np.float32)
-    return features if features.ndim == 1 else features[0]
 
 
 def _untrue(cache: Cache, sample: Sample, expected: str, found: str) -> CacheError:
@@ -269,7 +266,8 @@ def _describe_split(cache: Cache, split: CacheSplit) -> dict[str, Any]:
     groups = split.groups
     return {
         "num_samples": len(split), "features": [*split.features.shape, split.features.dtype.name],
-        "num_per_class": labels, "num_groups": None if groups is None else len(set(groups)),
+        "num_views": split.num_views, "num_per_class": labels,
+        "num_groups": None if groups is None else len(set(groups)),
     }  # fmt: skip
 
 

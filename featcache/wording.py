@@ -74,7 +74,8 @@ def _split_text(split: dict[str, Any]) -> str:
     *shape, dtype = split["features"]
     counts = ", ".join(f"{n:,} {printable(name)}" for name, n in split["num_per_class"].items())
     groups = "" if split["num_groups"] is None else f"; {split['num_groups']:,} groups"
-    return f"{' x '.join(map(str, shape))} {dtype}; {counts}{groups}"
+    views = "" if split["num_views"] == 1 else f", {split['num_views']} views"
+    return f"{' x '.join(map(str, shape))} {dtype}{views}; {counts}{groups}"
 
 
 def _plain(value: Any) -> str:

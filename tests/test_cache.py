@@ -448,7 +448,7 @@ def test_splits_of_different_width_are_refused(tmp_path: Path) -> None:
     edit_block(
         tmp_path / "c.h5", lambda b: entry_of(b, "splits/test/features").update(shape=[3, 3])
     )
-    with pytest.raises(CacheError, match="features of one shape"):
+    with pytest.raises(CacheError, match="features of one width"):
         open_cache(tmp_path / "c.h5", verify=False)
 
 
@@ -589,3 +589,26 @@ def test_a_moved_cache_is_the_same_cache(tmp_path: Path) -> None:
     cache = small(tmp_path / "c.h5")
     shutil.copy(tmp_path / "c.h5", tmp_path / "copy of it.h5")
     assert snapshot(open_cache(tmp_path / "copy of it.h5")) == snapshot(cache)
+
+
+def test_a_split_with_views_stands_beside_splits_without(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    views = rng.normal(size=(4, 3, 5)).astype(np.float32)
+    plain = rng.normal(size=(2, 5)).astype(np.float32)
+    write_cache(
+        tmp_path / "c.h5", {"train": views, "valid": plain}, {"train": [0] * 4, "valid": [0] * 2},
+        {"train": list("abcd"), "valid": list("ef")}, classes=["x"],
+    )  # fmt: skip
+    cache = open_cache(tmp_path / "c.h5")
+    train, valid = cache.split("train"), cache.split("valid")
+    assert cache.num_features == 5
+    assert (train.num_views, valid.num_views) == (3, 1)
+    assert np.array_equal(train.features, views)
+    assert np.array_equal(train.read_features(), views)
+    assert np.array_equal(train.plain_features, views[:, 0])
+    assert np.array_equal(valid.plain_features, plain)
+    assert [item[0].shape for item in (train[1], valid[1])] == [(3, 5), (5,)]
+    assert np.array_equal(train.__getitems__([2, 0])[1][0], views[0])
+    with h5py.File(tmp_path / "c.h5") as file:
+        assert file["splits/train/features"].shape == (4, 3, 5)
+        assert file["splits/valid/features"].shape == (2, 5)

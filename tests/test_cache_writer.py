@@ -218,10 +218,10 @@ def two(train: Any, test: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"features": two(FEATURES, FEATURES[:, :2])}, "one shape and dtype"),
-    ({"features": two(FEATURES, FEATURES.astype(np.float16))}, "one shape and dtype"),
-    ({"features": two(FEATURES, FEATURES[:, None])}, "one shape and dtype"),
-    ({"targets": two([0] * 4, np.zeros((4, 2)))}, "one shape and dtype"),
+    ({"features": two(FEATURES, FEATURES[:, :2])}, "one D and dtype"),
+    ({"features": two(FEATURES, FEATURES.astype(np.float16))}, "one D and dtype"),
+    ({"features": two(FEATURES, FEATURES[:, None, :2])}, "one D and dtype"),
+    ({"targets": two([0] * 4, np.zeros((4, 2)))}, "targets of one rank"),
     ({"targets": {"train": [0] * 4}}, "targets of split test"),
     ({"paths": {"train": list("abcd")}}, "paths of split test: expected 4 different paths"),
     ({"targets": {**two([0] * 4, [0] * 4), "valid": [0]}}, "valid"),

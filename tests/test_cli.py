@@ -26,6 +26,7 @@ from featcache.backbone import build_backbone
 from featcache.cache import open_cache
 from featcache.engine import ENGINES, PARITY_BOUNDS
 from featcache.images import CROP_MODES, INTERPOLATIONS, TRUNCATED_MODES
+from featcache.views import AUGMENTATIONS
 
 TESTS = Path(__file__).parent
 TINY = ["--backbone", "python:tiny_network:build"]
@@ -106,6 +107,7 @@ def test_choices_are_those_of_the_library() -> None:
     assert choices["truncated"] == TRUNCATED_MODES
     assert choices["precision"] == tuple(PARITY_BOUNDS)
     assert choices["engine"] == ("auto", *ENGINES)
+    assert choices["augment"] == tuple(AUGMENTATIONS)
 
 
 def test_version_and_wrong_usage(run: Any) -> None:
@@ -373,3 +375,32 @@ def test_results_that_could_not_be_written_are_refused_first(run: Any, tree: Pat
     assert_one_line_error(
         run("extract", "data", "data/c.h5", *TINY), "outside the folder of images"
     )
+
+
+def test_views_are_extracted_trained_on_and_said(run: Any, tree: Path) -> None:
+    made = run("extract", "data", "c.h5", *TINY, "--views", "3", "--augment", "xray")
+    assert made.code == 0, made.err
+    assert "Views: 3 of every image to train on, xray." in made.out
+    assert "train: 24 x 3 x 24 float32, 3 views; 12 covid" in run("info", "c.h5").out
+    trained = run("train", "c.h5", "run", "--epochs", "2", "--hidden", "none")
+    assert "views: 3 of each training image (xray), each epoch draws one of them" in trained.out
+    assert run("evaluate", "run", "--split", "test").code == 0
+    assert run("predict", "run", "data/test", *TINY).code == 0
+
+
+def test_views_that_make_no_sense_are_refused(run: Any, tree: Path) -> None:
+    for options, code, wanted in (
+        (
+            ["--views", "1", "--augment", "crop"],
+            1,
+            "--views: expected 2 or more with --augment crop",
+        ),
+        (["--augment", "crop"], 1, "--views: expected 2 or more with --augment crop"),
+        (["--views", "5"], 1, "--augment: expected one of flip, crop, xray, to make 4 of 5 views"),
+        (["--views", "8", "--augment", "flip"], 1, "--views: expected 2 with --augment flip"),
+        (["--views", "0", "--augment", "crop"], 2, "0 is not in the range 1<=x<=64"),
+        (["--views", "65", "--augment", "crop"], 2, "65 is not in the range"),
+        (["--views", "5", "--augment", "blur"], 2, "'blur' is not one of 'flip', 'crop', 'xray'"),
+    ):
+        result = run("extract", "data", "c.h5", *TINY, *options)
+        assert (result.code, wanted in result.err) == (code, True), result.err

@@ -14,6 +14,7 @@ from PIL import Image
 
 from featcache.cache import Cache, Failure
 from featcache.cache_writer import SplitRows, write_cache, write_rows
+from featcache.classifier import predict_cache
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError
 from featcache.evaluation import evaluate
 from featcache.run import load_head, load_run
@@ -200,10 +201,31 @@ def test_other_features_are_refused_and_other_dtypes_said(run: Path, tmp_path: P
     assert found["accuracy"] == pytest.approx((preds == targets).mean())
 
 
+@pytest.mark.parametrize("targets", [[0, 1] * 30, [-1, 0, 1] * 20])
+def test_of_rows_with_views_the_plain_one_counts(
+    run: Path, tmp_path: Path, targets: list[int]
+) -> None:
+    features, wanted, paths = arrays(targets, 4)
+    others = np.random.default_rng(0).normal(size=(60, 3, 10)).astype("<f4")
+    views = np.concatenate([features[:, None], others], axis=1)
+    identity = IDENTITY | {"views": 4, "augmentation": "crop"}
+    write_cache(tmp_path / "v.h5", views, wanted, paths, classes=CLASSES, identity=identity)
+    with pytest.warns(FeatcacheWarning, match="augmentation crop, views 4"):
+        found = evaluate(run, cache=tmp_path / "v.h5", split="all", csv=tmp_path / "v.csv")
+    known = wanted >= 0
+    probs = probs_of(run, features[known])
+    assert found["accuracy"] == pytest.approx((probs.argmax(1) == wanted[known]).mean())
+    rows = list(csv.DictReader((tmp_path / "v.csv").read_text("utf-8").splitlines()))
+    np.testing.assert_allclose([float(r["prob_covid"]) for r in rows], probs[:, 0], atol=1e-5)
+    with pytest.warns(FeatcacheWarning, match="views 4"):
+        predictions = predict_cache(run, tmp_path / "v.h5")
+    np.testing.assert_allclose(predictions.probs, probs_of(run, features), atol=1e-5)
+
+
 def test_rows_of_another_shape_are_refused(run: Path, tmp_path: Path) -> None:
     features, targets, paths = arrays([0, 1] * 4, 3, width=11)
     identity = IDENTITY | {"num_features": 10}
-    for name, array in (("wide", features), ("views", features[:, None, :10])):
+    for name, array in (("wide", features), ("views", features[:, None])):
         path = tmp_path / f"{name}.h5"
         write_cache(path, array, targets, paths, classes=CLASSES, identity=identity)
         with pytest.raises(RunError, match="features: expected 10 per image, found 1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import zipfile
@@ -18,6 +19,8 @@ from featcache.backbone import Backbone, build_backbone, state_sha256, wrap_back
 from featcache.cache import Cache, open_cache
 from featcache.errors import BackboneError, CacheError, ConfigError, DataError, FeatcacheWarning
 from featcache.extraction import extract, parse_max_errors
+from featcache.images import PixelRules
+from featcache.views import ViewRules, render
 
 
 def truth(root: Path, path: str) -> np.ndarray:
@@ -374,3 +377,128 @@ def test_rebuild_leaves_json_files_alone(
     with pytest.raises(CacheError):
         extract(tree, tmp_path / "settings.json", backbone=tiny_backbone, rebuild=True)
     assert (tmp_path / "settings.json").read_text() == '{"mine": 1}'
+
+
+# ------------------------------------------------------------------------------------------ views
+
+
+VIEWS = {"views": 3, "augment": "crop"}
+
+
+def test_images_to_train_on_have_views_and_the_first_is_the_plain_one(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    extract(tree, tmp_path / "plain.h5", backbone=tiny_backbone)
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, **VIEWS)
+    plain, cache = open_cache(tmp_path / "plain.h5"), open_cache(tmp_path / "c.h5")
+    shapes = {name: split.features.shape for name, split in cache.splits.items()}
+    assert shapes == {"train": (24, 3, 24), "valid": (10, 24), "test": (12, 24)}
+    assert (cache.identity["views"], cache.identity["augmentation"]) == (3, "crop")
+    for name, split in cache.splits.items():
+        assert np.array_equal(split.plain_features, plain.splits[name].features)  # bit for bit
+    vectors = cache.splits["train"].features.reshape(72, 24)
+    assert len(np.unique(vectors, axis=0)) == 72
+
+
+def test_each_view_is_the_plain_network_s_features_of_what_render_shows(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, views=4, augment="xray")
+    split = open_cache(tmp_path / "c.h5").splits["train"]
+    for path, views in list(zip(split.paths, split.features, strict=True))[::7]:
+        data = (tree / path).read_bytes()
+        recipe = PixelRules(32), ViewRules(4, "xray")
+        pictures = render(data, [recipe], hashlib.sha256(data).digest()).views[0]
+        for picture, features in zip(pictures, views, strict=True):
+            Image.fromarray(picture).save(tmp_path / "view.png")
+            np.testing.assert_allclose(features, truth(tmp_path, "view.png"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_views_do_not_depend_on_workers_order_or_names(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, batch_size: int
+) -> None:
+    options = {"backbone": tiny_backbone, "batch_size": batch_size, **VIEWS}
+    extract(tree, tmp_path / "c.h5", workers=1, **options)
+    again = write_tree(tmp_path / "again")
+    for number, file in enumerate(sorted((again / "train").rglob("*.*g"), reverse=True)):
+        file.rename(file.with_name(f"{number:03d}{file.suffix}"))
+    extract(again, tmp_path / "again.h5", workers=5, **options)
+    one, two = (open_cache(tmp_path / f"{n}.h5").splits["train"] for n in ("c", "again"))
+    order = [np.lexsort(split.image_sha256.T) for split in (one, two)]
+    assert np.array_equal(one.image_sha256[order[0]], two.image_sha256[order[1]])
+    assert np.array_equal(one.features[order[0]], two.features[order[1]])
+
+
+def test_an_interrupted_extraction_of_views_ends_equal(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"backbone": tiny_backbone, "batch_size": 4, **VIEWS}
+    whole = extract(tree, tmp_path / "whole.h5", **options)
+    broken = tree / "valid" / "covid" / "vac000_0.jpg"
+    data, facts = broken.read_bytes(), broken.stat()
+    broken.write_bytes(b"broken")
+    with pytest.raises(DataError, match="at most 0 of 5 failed in valid/covid"):
+        extract(tree, tmp_path / "c.h5", max_errors=0, **options)
+    broken.write_bytes(data)
+    os.utime(broken, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    resumed = extract(tree, tmp_path / "c.h5", max_errors=0, **options)
+    assert resumed.num_known >= 24
+    assert resumed.content_sha256 == whole.content_sha256
+
+
+def manifest(tree: Path, splits: dict[str, str]) -> Path:
+    """A CSV of all images of ``tree``, some of them in another split than their folder's."""
+    lines = ["path,target,split"]
+    for file in sorted(tree.rglob("*.*g")):
+        split, name = file.relative_to(tree).parts[:2]
+        path = file.relative_to(tree).as_posix()
+        lines.append(f"{path},{name},{splits.get(path, split)}")
+    (tree / "images.csv").write_text("\n".join(lines))
+    return tree / "images.csv"
+
+
+def test_an_image_that_changes_split_gets_its_views_or_keeps_the_plain_one(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    options = {"backbone": tiny_backbone, "batch_size": 4, **VIEWS}
+    extract(manifest(tree, {}), tmp_path / "c.h5", **options)
+    moved = {
+        "valid/covid/vac000_0.jpg": "train",  # has one view: must be seen again
+        "train/normal/trn001_1.png": "test",  # has three: the plain one is kept
+    }
+    updated = extract(manifest(tree, moved), tmp_path / "c.h5", **options)
+    assert (updated.num_new, updated.num_known) == (1, 45)
+    afresh = extract(manifest(tree, moved), tmp_path / "afresh.h5", **options)
+    assert updated.content_sha256 == afresh.content_sha256
+
+
+def test_without_a_split_to_train_on_all_has_views_or_none_may(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    extract(tree / "train", tmp_path / "all.h5", backbone=tiny_backbone, **VIEWS)
+    assert open_cache(tmp_path / "all.h5").splits["all"].features.shape == (24, 3, 24)
+    shutil.rmtree(tree / "train")
+    with pytest.raises(ConfigError, match=r"--views: expected images to train on.*valid, test"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, **VIEWS)
+
+
+def test_another_number_of_views_is_another_cache(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, **VIEWS)
+    with pytest.raises(CacheError, match=r"expected views 4, found views 3.*--rebuild"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, views=4, augment="crop")
+    again = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, **VIEWS)
+    assert again.status == "up to date"
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, views=4, augment="crop", rebuild=True)
+    assert open_cache(tmp_path / "c.h5").splits["train"].num_views == 4
+
+
+def test_more_views_than_a_batch_holds(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> None:
+    options = {"backbone": tiny_backbone, "augment": "crop"}
+    extract(tree, tmp_path / "few.h5", views=2, batch_size=3, **options)
+    extract(tree, tmp_path / "many.h5", views=11, batch_size=3, **options)
+    few, many = (open_cache(tmp_path / f"{n}.h5").splits["train"] for n in ("few", "many"))
+    assert many.features.shape == (24, 11, 24)
+    assert np.array_equal(few.features, many.features[:, :2])

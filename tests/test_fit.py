@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from featcache.errors import ConfigError, DataError
 from featcache.fit import (
     FitResult,
     TrainingConfig,
+    _Draw,
     auto_batch_size,
     fit_head,
     forward_head,
@@ -316,7 +318,10 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     options: dict[str, Any] = {"seed": 0, "data_seed": 0, "device": CPU}
     for rows, wanted in (
         ((features[:, :5], targets), "training rows: expected features"),
-        ((features[:, None], targets), "training rows: expected features"),
+        ((features[:, None, None], targets), "training rows: expected features"),
+        ((features[:, None, :5], targets), r"expected features \(N, V, 12\) and targets"),
+        ((features[:, None][:0], targets[:0]), "training rows: expected at least 2, found 0"),
+        ((features[:, None][:, :0], targets), "training rows: expected at least one view"),
         ((features, targets[:5]), "training rows: expected features"),
         ((features, targets.astype(float)), "training rows: expected features"),
         ((features, targets + 1), "expected targets from 0 to 1, found 1 to 2"),
@@ -325,8 +330,81 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(DataError, match=wanted):
             fit_head(head, training, *rows, features, targets, **options)
+    with pytest.raises(DataError, match=r"validation rows: expected features \(N, 12\)"):
+        fit_head(head, training, features, targets, features[:, None], targets, **options)
     with pytest.raises(DataError, match="validation rows: expected at least 1, found 0"):
         fit_head(head, training, features, targets, features[:0], targets[:0], **options)
+
+
+# --- views
+
+
+def fit_views(views: np.ndarray, *, data_seed: int = 6, **options: Any) -> FitResult:
+    return fit_head(
+        HeadConfig(12, 2, hidden=(8,), dropout=0.0),
+        TrainingConfig(**({"epochs": 4, "learning_rate": 0.01} | options)),
+        views, blobs(len(views))[1], *blobs(31, seed=1), seed=5, data_seed=data_seed, device=CPU,
+    )  # fmt: skip
+
+
+def same_states(one: FitResult, two: FitResult) -> bool:
+    return all(torch.equal(one.state[name], two.state[name]) for name in one.state)
+
+
+def test_equal_views_train_as_no_views_bit_for_bit() -> None:
+    features = blobs(70)[0]
+    assert same_states(fit_views(np.repeat(features[:, None], 5, 1)), fit(70))
+    assert same_states(fit_views(features[:, None]), fit(70))
+
+
+def test_each_epoch_trains_on_one_drawn_view_of_each_row() -> None:
+    """Against a fit per epoch on the views that this test draws itself."""
+    rng = np.random.default_rng(3)
+    views = rng.normal(size=(64, 4, 12)).astype("f4")
+    result = fit_views(views, epochs=3, optimizer="sgd", batch_size=64)
+    draw = torch.Generator().manual_seed(6 ^ 1 << 62)
+    torch.manual_seed(5)
+    head = build_head(HeadConfig(12, 2, hidden=(8,), dropout=0.0))
+    stepper = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
+    targets = torch.from_numpy(blobs(64)[1])
+    order = torch.Generator().manual_seed(6)
+    losses = []
+    for _ in range(3):
+        head.train()
+        rows = torch.randperm(64, generator=order)
+        chosen = torch.randint(4, (64,), generator=draw)
+        loss = nn.functional.cross_entropy(
+            head(torch.from_numpy(views)[rows, chosen]), targets[rows]
+        )
+        stepper.zero_grad()
+        loss.backward()
+        stepper.step()
+        losses.append(loss.item())
+    assert [row["train_loss"] for row in result.history] == pytest.approx(losses, rel=1e-5)
+
+
+def test_the_draw_of_views_is_uniform_and_new_in_every_epoch() -> None:
+    views = torch.arange(5.0).repeat(2000, 1)[:, :, None]  # a feature that tells its view
+    draw = _Draw(views, 3)
+    epochs = [torch.cat([views[batch] for batch in draw.epoch(32)]).long() for _ in range(4)]
+    for epoch in epochs:
+        counts = torch.bincount(epoch[:, 0], minlength=5)
+        assert counts.sum() == 2000
+        assert (counts - 400).abs().max() < 80
+    for one, two in itertools.pairwise(epochs):
+        assert 0.1 < (one == two).float().mean() < 0.3
+
+
+def test_views_are_repeatable_by_the_data_seed() -> None:
+    views = np.random.default_rng(0).normal(size=(70, 3, 12)).astype("f4")
+    assert same_states(fit_views(views), fit_views(views))
+    assert not same_states(fit_views(views), fit_views(views, data_seed=7))
+    assert not same_states(fit_views(views), fit_views(views[:, :1]))
+
+
+def test_half_precision_views_train_in_float32() -> None:
+    views = np.random.default_rng(0).normal(size=(70, 3, 12)).astype("f2")
+    assert same_states(fit_views(views), fit_views(views.astype("f4")))
 
 
 def test_balanced_weights_ignore_a_class_without_rows() -> None:

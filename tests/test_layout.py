@@ -22,7 +22,7 @@ ROWS = [
     ["errors"],
     ["files", "runtime", "threads"],
     ["archive", "container", "folders", "stratification", "weights"],
-    ["dataset", "images", "backbone", "folding", "head", "metrics", "figures", "hdf5"],
+    ["dataset", "images", "backbone", "folding", "head", "metrics", "figures", "hdf5", "optimizer"],
     ["cache", "forward", "run", "fit", "views", "shards"],
     ["engine", "isolation"],
     ["cache_writer", "partition", "recipe"],

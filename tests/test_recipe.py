@@ -26,6 +26,7 @@ from featcache.recipe import (
     recipe_from_identity,
     sample_depths,
 )
+from featcache.views import PLAIN, ViewRules
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def changed(recipe, **changes):
         for name, part in parts.items():
             if key in {field.name for field in dataclasses.fields(part)}:
                 parts[name] = dataclasses.replace(part, **{key: value})
-    own = {key: value for key, value in changes.items() if key == "feature_dtype"}
+    own = {key: value for key, value in changes.items() if key in {"feature_dtype", "view_rules"}}
     return dataclasses.replace(recipe, **parts, **own)
 
 
@@ -103,12 +104,15 @@ CHANGES = [
     {"std": (0.229, 0.224, 0.2251)},
     {"num_features": 25},
     {"feature_dtype": "float16"},
+    {"view_rules": ViewRules(2, "crop")},
+    {"view_rules": ViewRules(3, "crop")},
+    {"view_rules": ViewRules(2, "xray")},
 ]
 
 
 def test_the_fingerprint_changes_with_each_of_them():
     fingerprints = [changed(tiny_recipe(), **change).fingerprint for change in [{}, *CHANGES]]
-    assert len(set(fingerprints)) == len(fingerprints) == 15
+    assert len(set(fingerprints)) == len(fingerprints) == 18
 
 
 def test_the_fingerprint_does_not_change_with_what_does_not_matter():
@@ -246,6 +250,30 @@ def test_a_named_backbone_is_rebuilt_with_its_weights_file(tmp_path):
     assert again.identity == recipe.identity
     assert again.fingerprint == recipe.fingerprint
     assert again.rules == recipe.rules
+
+
+def test_views_are_rebuilt_from_the_identity():
+    recipe = dataclasses.replace(tiny_recipe(), view_rules=ViewRules(8, "xray"))
+    assert recipe.identity == tiny_recipe().identity | {"views": 8, "augmentation": "xray"}
+    again = recipe_from_identity(round_trip(recipe.identity), backbone=tiny_network.build())
+    assert again.view_rules == recipe.view_rules
+
+
+@pytest.mark.parametrize("change", [{"augmentation": "blur", "views": 2}, {"views": 0}], ids=str)
+def test_views_of_another_version_are_refused(change):
+    with pytest.raises(ConfigError, match=r"--augment|--views"):
+        recipe_from_identity(tiny_recipe().identity | change, backbone=tiny_network.build())
+
+
+def test_views_need_images_to_train_on(dataset):
+    recipe = make_recipe(tiny_network.build(), dataset, views=3, augment="crop")
+    assert recipe.view_rules == ViewRules(3, "crop")
+    rest = dataclasses.replace(
+        dataset, samples=tuple(s for s in dataset.samples if s.split != "train")
+    )
+    with pytest.raises(ConfigError, match=r"a split train.*found only valid, test"):
+        make_recipe(tiny_network.build(), rest, views=3, augment="crop")
+    assert make_recipe(tiny_network.build(), rest).view_rules == PLAIN
 
 
 def test_a_recipe_of_the_real_lite0_is_rebuilt_from_its_name():

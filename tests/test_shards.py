@@ -24,6 +24,7 @@ def facts(number: int) -> dict[str, object]:
     return {
         "path": one.path, "image_bytes": one.image_bytes, "mtime_ns": one.mtime_ns,
         "image_sha256": bytes([number]).hex() * 32, "truncated": number % 2 == 1,
+        "views": 1,
     }  # fmt: skip
 
 
@@ -52,11 +53,62 @@ def test_a_resumed_run_knows_every_listed_row(folder: Path) -> None:
     assert partial.was_killed  # nobody called stop()
     rows = [known.find(sample(n)) for n in (5, 0, 4, 3)]
     assert all(row is not None for row in rows)
-    gathered = np.concatenate(list(known.blocks([r for r in rows if r], block_rows=3)))
+    gathered = np.concatenate(list(known.blocks([r for r in rows if r], block_vectors=3)))
     np.testing.assert_array_equal(gathered[:, 0], [5, 0, 4, 3])
     assert rows[0] is not None
     assert rows[0].sha256 == bytes([5]) * 32
     assert rows[0].truncated
+
+
+@pytest.fixture
+def mixed(folder: Path) -> KnownRows:
+    """Rows 0 to 5 of one vector [n, n, n], rows 6 and 8 of three views, row 7 of one, resumed."""
+    partial, known = new_partial(folder), KnownRows()
+    partial.resume(known)
+    views = {6: 3, 7: 1, 8: 3}
+    vectors = [[n + view / 10] * 3 for n, count in views.items() for view in range(count)]
+    rows = [facts(n) | {"views": count} for n, count in views.items()]
+    partial.add_shard(np.array(vectors, np.float32), rows, known)
+    again = KnownRows()
+    assert new_partial(folder).resume(again) == 9
+    return again
+
+
+def test_rows_of_several_views_and_of_one_share_a_shard(mixed: KnownRows) -> None:
+    rows = [mixed.find(sample(n), 3) for n in (8, 6)]
+    gathered = np.concatenate(list(mixed.blocks([r for r in rows if r], 3, block_vectors=4)))
+    expected = [[8, 8.1, 8.2], [6, 6.1, 6.2]]
+    np.testing.assert_array_equal(gathered, np.repeat(np.float32(expected)[..., None], 3, 2))
+
+
+def test_a_row_of_too_few_views_is_not_known(mixed: KnownRows) -> None:
+    """``valid`` has become ``train``."""
+    assert [mixed.find(sample(n), 3) is not None for n in (0, 6, 7, 8)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert mixed.find(sample(6), 4) is None
+
+
+def test_of_more_views_than_wanted_the_first_are_taken(mixed: KnownRows) -> None:
+    """``train`` has become ``valid``."""
+    rows = [mixed.find(sample(n)) for n in (8, 0, 7, 6)]
+    gathered = np.concatenate(list(mixed.blocks([r for r in rows if r])))
+    np.testing.assert_array_equal(gathered, np.repeat([[8.0], [0], [7], [6]], 3, 1))
+    pairs = [r for r in (rows[0], rows[3]) if r]
+    np.testing.assert_array_equal(
+        next(mixed.blocks(pairs, 2))[..., 0], np.float32([[8, 8.1], [6, 6.1]])
+    )
+
+
+def test_an_image_extracted_again_has_its_new_views(mixed: KnownRows) -> None:
+    key = image_key(sample(7))
+    mixed.add(np.full((3, 3), 70, np.float32), [3], [key], [bytes(32)], [False])
+    row = mixed.find(sample(7), 3)
+    assert row is not None
+    np.testing.assert_array_equal(next(mixed.blocks([row], 3)), np.full((1, 3, 3), 70))
 
 
 def test_a_changed_image_is_not_known(folder: Path) -> None:

@@ -15,6 +15,7 @@ from featcache.cache_writer import SplitRows, write_cache, write_rows
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError
 from featcache.fit import TrainingConfig, fit_head
 from featcache.head import HeadConfig
+from featcache.partition import choose_rows
 from featcache.run import cache_path, load_run
 from featcache.training import train
 
@@ -49,11 +50,13 @@ def array_of(rows: SplitRows) -> Any:
     return next(iter(rows.feature_blocks())).copy()
 
 
-def make_cache(path: Path, classes: Any = CLASSES, failures: Any = (), **splits: Any) -> Cache:
+def make_cache(
+    path: Path, classes: Any = CLASSES, failures: Any = (), identity: Any = None, **splits: Any
+) -> Cache:
     splits = splits or {"train": [0, 1] * 20, "valid": [0, 1] * 8, "test": [0, 1] * 9}
     rows = {k: v if isinstance(v, SplitRows) else rows_of(k, v) for k, v in splits.items()}
     return write_rows(
-        path, rows, identity={"backbone": "fake", "image_size": 32}, provenance={},
+        path, rows, identity=identity or {"backbone": "fake", "image_size": 32}, provenance={},
         classes=classes, task="multiclass", failures=failures,
     )  # fmt: skip
 
@@ -220,15 +223,60 @@ def test_one_class_or_none_is_refused(tmp_path: Path) -> None:
             train(tmp_path / "c.h5", tmp_path / "r", **SMALL)
 
 
-def test_views_and_several_labels_are_refused(tmp_path: Path) -> None:
-    x = np.ones((4, 3, 5), np.float32)
-    names = [f"{i}.png" for i in range(4)]
-    write_cache(tmp_path / "v.h5", x, [0, 1, 0, 1], names, classes=CLASSES)
-    with pytest.raises(CacheError, match="found 3 views"):
-        train(tmp_path / "v.h5", tmp_path / "r", valid_fraction=0.5, **SMALL)
-    write_cache(tmp_path / "m.h5", x[:, 0], np.eye(4)[:, :2], names, classes=CLASSES)
+def test_several_labels_are_refused(tmp_path: Path) -> None:
+    x, names = np.ones((4, 5), np.float32), [f"{i}.png" for i in range(4)]
+    write_cache(tmp_path / "m.h5", x, np.eye(4)[:, :2], names, classes=CLASSES)
     with pytest.raises(CacheError, match="found a multilabel cache"):
         train(tmp_path / "m.h5", tmp_path / "r", valid_fraction=0.5, **SMALL)
+
+
+# --- views
+
+
+def with_views(name: str, targets: Any, num_views: int = 4) -> SplitRows:
+    """Rows whose view 0 is that of ``rows_of``, and whose other views are quite different."""
+    rows = rows_of(name, targets)
+    plain = array_of(rows)
+    others = np.random.default_rng(9).normal(size=(len(plain), num_views - 1, 10)).astype("<f4")
+    return edited(rows, features=np.concatenate([plain[:, None], others], axis=1))
+
+
+def test_views_of_train_are_drawn_and_valid_is_seen_as_it_is(tmp_path: Path) -> None:
+    train_rows, lines = with_views("train", [0, 1] * 20), []
+    cache = make_cache(
+        tmp_path / "c.h5", train=train_rows, valid=[0, 1] * 8, test=[0, 1],
+        identity={"backbone": "fake", "views": 4, "augmentation": "xray"},
+    )  # fmt: skip
+    summary = train(cache.path, tmp_path / "r", seed=3, say=lines.append, **SMALL)
+    valid = cache.split("valid")
+    wanted = fit_head(
+        HeadConfig(10, 2, hidden=(8,)), TrainingConfig(epochs=3, learning_rate=0.01),
+        array_of(train_rows), train_rows.targets, valid.features, valid.targets, seed=3,
+        data_seed=3, device=torch.device("cpu"),
+    )  # fmt: skip
+    state = load_run(tmp_path / "r").state
+    assert all(torch.equal(state[name], wanted.state[name]) for name in state)
+    assert summary.num_views == summary.as_json()["num_views"] == 4
+    assert "views: 4 of each training image (xray), each epoch draws one of them" in lines
+
+
+def test_a_held_out_part_of_rows_with_views_is_seen_as_it_is(tmp_path: Path) -> None:
+    rows = with_views("all", [0, 1] * 40)
+    cache = make_cache(tmp_path / "c.h5", all=rows)
+    train_part, valid_part = choose_rows(cache, 0.3, 0, lambda _: None)
+    assert np.array_equal(train_part.arrays(cache)[0], array_of(rows)[train_part.rows])
+    assert np.array_equal(valid_part.arrays(cache)[0], array_of(rows)[valid_part.rows, 0])
+    summary = train(cache.path, tmp_path / "r", valid_fraction=0.3, **SMALL)
+    assert (summary.num_views, summary.num_train) == (4, len(train_part.rows))
+
+
+def test_a_bad_view_is_named_by_its_row(tmp_path: Path) -> None:
+    rows = with_views("train", [0, 1] * 20)
+    features = array_of(rows)
+    features[7, 3, 2] = np.nan
+    make_cache(tmp_path / "c.h5", train=edited(rows, features=features), valid=[0, 1] * 8)
+    with pytest.raises(CacheError, match=r"NaN or infinity in row 7, train/0007\.png"):
+        train(tmp_path / "c.h5", tmp_path / "r", **SMALL)
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])

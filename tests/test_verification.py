@@ -151,3 +151,27 @@ def test_a_stranger_s_python_backbone_is_not_called_unasked(cache: Cache, tree: 
         verify(cache.path, data=tree)
     with pytest.raises(BackboneError, match="Name the same one"):
         verify(cache.path, data=tree, backbone="python:other:build")
+
+
+def test_all_views_are_recomputed(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> None:
+    extract(tree, tmp_path / "v.h5", backbone=tiny_backbone, views=3, augment="xray")
+    cache = open_cache(tmp_path / "v.h5")
+    assert verify(cache.path, data=tree, samples="all", backbone=TINY).num_compared == 46
+    facts = describe(cache.path)
+    assert facts["splits"]["train"]["features"] == [24, 3, 24, "float32"]
+    assert [split["num_views"] for split in facts["splits"].values()] == [3, 1, 1]
+    features = np.array(cache.splits["train"].features)
+    features[7, 2] *= 1.001
+    rewrite(cache, {"train": features})
+    wrong = cache.splits["train"].paths[7]
+    with pytest.raises(CacheError, match=f"error of 1.0e-03 in view 2 .train: {wrong}"):
+        verify(cache.path, data=tree, samples="all", backbone=TINY)
+    rewrite(cache, {"train": features[:, :2]})
+    with pytest.raises(CacheError, match="expected 3 views, found 2"):
+        verify(cache.path, data=tree, samples="all", backbone=TINY)
+    features[5, 1, 3] = np.nan
+    rewrite(cache, {"train": features})
+    with pytest.raises(
+        CacheError, match=f"NaN or infinity in row 5, {cache.splits['train'].paths[5]}"
+    ):
+        verify(cache.path)
