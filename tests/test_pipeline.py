@@ -27,6 +27,7 @@ from featcache.isolation import IsolatedDecoder
 from featcache.pipeline import (
     Lane,
     find_bottleneck,
+    images_under_way,
     resolve_workers,
     stream_features,
     stream_views,
@@ -502,6 +503,27 @@ def test_no_more_than_the_stated_images_are_under_way(folder, monkeypatch):
         time.sleep(0.02)  # time to do too much
         assert num_decoded["images"] == limit
     assert num_decoded["images"] == len(samples)
+
+
+def test_no_more_images_are_read_than_the_stated_number_under_way(folder, engine, monkeypatch):
+    """With a consumer that stands still; memory does not grow with the data set."""
+    dataset = scan(folder)
+    num_decoded = Counter()
+
+    def counting(data, recipes, sha256):
+        num_decoded["images"] += 1
+        return render(data, recipes, sha256)
+
+    monkeypatch.setattr(pipeline, "render", counting)
+    many = dataset.samples * 20
+    lane = Lane(RECIPE, engine, frozenset(many))
+    stream = stream_features(dataset, many, [lane], workers=4)
+    taken = len(next(stream).outcomes)
+    limit = taken + images_under_way([lane])
+    wait_until(lambda: num_decoded["images"] >= limit, seconds=2)
+    time.sleep(0.2)  # time to do too much
+    assert BATCH < num_decoded["images"] <= limit < len(many)
+    stream.close()
 
 
 def test_decoding_goes_on_while_the_network_runs(folder, engine, monkeypatch):
