@@ -117,12 +117,12 @@ def write_report(out: Path, stem: str, report: Mapping[str, Any], table: str) ->
     print("\n" + table)
 
 
-def as_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return the lines of a Markdown table; the first column is text, the others are numbers."""
-    lines = [
-        "| " + " | ".join(header) + " |",
-        "| --- |" + " ---: |" * (len(header) - 1),
-    ]
+def as_table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], num_text: int = 1
+) -> list[str]:
+    """Return the lines of a Markdown table; the first ``num_text`` columns are not numbers."""
+    marks = ["---"] * num_text + ["---:"] * (len(header) - num_text)
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(marks) + " |"]
     return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
 
 
