@@ -1,14 +1,16 @@
-"""How fast are decoding, the forward pass and a whole extraction, and how near to what is possible?
+"""How fast are decoding, the forward pass and a whole extraction, and how near to the possible?
 
-    python benchmarks/extract.py                                 (about 75 minutes on two quiet cores)
+    python benchmarks/extract.py                          (about 75 minutes on two quiet cores)
     python benchmarks/extract.py --parts decode,forward --rounds 3
-    python benchmarks/extract.py --rounds 1 --seconds 0.3 --kinds jpeg-500x375 --jpegs 60 --pngs 0 \\
-        --stock-images 40 --memory-images 100,1000 --batch-sizes 8 --out try           (a try)
+    python benchmarks/extract.py --rounds 1 --seconds 0.3 --kinds jpeg-500x375 --batch-sizes 8
+           --jpegs 60 --pngs 0 --stock-images 40 --memory-images 100,1000 --out try      (a try)
 
 The peers are optional and are reported as not installed where they are missing:
 
-    pip install openvino onnx onnxruntime timm zlib-ng           (beside featcache)
-    python -m venv peer && peer/bin/pip install thingsvision     (--peer-venv peer: it pins old torch)
+    pip install openvino onnx onnxruntime timm zlib-ng            (beside featcache)
+    python -m venv peer && peer/bin/pip install thingsvision      (--peer-venv peer)
+
+thingsvision pins an old torch, hence an environment of its own (5 GB).
 
 Parts, each written to ``OUT/extract_PART_DEVICE.json`` and ``.md``:
 

@@ -21,13 +21,17 @@ QUIET_LOAD = 0.5  # a busier machine is reported as such
 
 
 def run_cold(
-    *command: str | Path, cwd: Path | None = None, python: str | Path = sys.executable
+    *command: str | Path, cwd: Path | None = None, python: str | Path | None = None
 ) -> dict[str, Any]:
-    """Run one Python process; return its wall seconds and its output."""
+    """Run one Python process; return its wall seconds and its output.
+
+    With ``python``, that of another environment, PYTHONPATH is not handed on.
+    """
+    environment = {k: v for k, v in os.environ.items() if not (python and k == "PYTHONPATH")}
     start = time.perf_counter()
     process = subprocess.Popen(
-        [str(python), *map(str, command)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        [str(python or sys.executable), *map(str, command)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment,
     )  # fmt: skip
     output, errors = process.communicate()
     seconds = time.perf_counter() - start
