@@ -10,7 +10,7 @@ The peers are optional and are reported as not installed where they are missing:
     pip install openvino onnx onnxruntime timm zlib-ng            (beside featcache)
     python -m venv peer && peer/bin/pip install thingsvision      (--peer-venv peer)
 
-thingsvision pins an old torch, hence an environment of its own (5 GB).
+thingsvision pins an old torch, hence an environment of its own (7 GB).
 
 Parts, each written to ``OUT/extract_PART_DEVICE.json`` and ``.md``:
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from measuring import number
 
 _COLOURS = {"featcache": "#1f6f5c", "stock": "#5b7f95", "thingsvision": "#d98b4b"}
 _BOUND = "#b0413e"
@@ -36,7 +37,7 @@ def draw_bounds(path: Path, part: dict[str, Any], machine: str) -> None:
 
 def _draw_job(panel: Any, job: dict[str, Any]) -> None:
     rows = [row for row in job["rows"] if "reason" not in row]
-    limit = 1.3 * max([job["bound"], *(row["images_per_second"] for row in rows)])
+    limit = 1.45 * max([job["bound"], *(row["images_per_second"] for row in rows)])
     for place, row in enumerate(rows):
         rate = row["images_per_second"]
         colour = next(c for name, c in _COLOURS.items() if row["way"].startswith(name))
@@ -44,8 +45,7 @@ def _draw_job(panel: Any, job: dict[str, Any]) -> None:
         raw = row["samples_images_per_second"]
         if len(raw) > 1:
             panel.plot(raw, [place] * len(raw), "|", color="black", markersize=8, zorder=3)
-        text = f"{rate:,.3g}" if rate < 1000 else f"{rate:,.0f}"
-        text = f"{text}  ({100 * row['share_of_bound']:.0f} %)"
+        text = f"{number(rate)}  ({100 * row['share_of_bound']:.0f} % of the bound)"
         panel.annotate(
             text, (max([rate, *raw]), place), xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=9, zorder=4,
@@ -53,7 +53,7 @@ def _draw_job(panel: Any, job: dict[str, Any]) -> None:
         )  # fmt: skip
     panel.axvline(job["bound"], color=_BOUND, linewidth=1.5, linestyle="--", zorder=1)
     panel.annotate(
-        f"bound {job['bound']:,.3g}" if job["bound"] < 1000 else f"bound {job['bound']:,.0f}",
+        f"bound {number(job['bound'])}",
         (job["bound"], len(rows) - 0.55), xytext=(4, 0), textcoords="offset points",
         color=_BOUND, fontsize=9, va="center",
     )  # fmt: skip

@@ -106,7 +106,7 @@ def describe_machine(report: Mapping[str, Any]) -> str:
     """Return the line that goes above every table."""
     facts = report["environment"]
     line = f"{facts['processor']}, {facts['num_cores']} cores, device {facts['device']}, torch "
-    line += f"{facts['versions']['torch']}; medians of {report['rounds']} rounds, ways in turn."
+    line += f"{facts['versions']['torch']}; rounds: {report['rounds']}, ways in turn, medians."
     if report["load_before"] > QUIET_LOAD:
         line += f" The machine was not quiet: load {report['load_before']:.1f} at the start."
     return line
