@@ -3,7 +3,8 @@
     python benchmarks/extract.py                          (about 75 minutes on two quiet cores)
     python benchmarks/extract.py --parts decode,forward --rounds 3
     python benchmarks/extract.py --rounds 1 --seconds 0.3 --kinds jpeg-500x375 --batch-sizes 8
-           --jpegs 60 --pngs 0 --stock-images 40 --memory-images 100,1000 --out try      (a try)
+           --compile-batch-sizes 8 --jpegs 60 --pngs 0 --stock-images 40
+           --memory-images 100,1000 --out try                              (a try of 10 minutes)
 
 The peers are optional and are reported as not installed where they are missing:
 
@@ -25,7 +26,7 @@ Parts, each written to ``OUT/extract_PART_DEVICE.json`` and ``.md``:
     memory    peak memory of extracting 1,000 and 100,000 small images.
 
 Image files are made by ``make_images.py``. Ways take turns within a round; medians are reported,
-raw samples kept.
+raw samples kept. The parts forward and pipeline write what they have after every precision.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ from pipeline_speed import describe_pipeline, measure_pipeline
 from featcache.runtime import resolve_device
 
 PARTS = {
-    "decode": (lambda args, _: measure_decode(args), describe_decode),
+    "decode": (lambda args, _: iter([measure_decode(args)]), describe_decode),
     "forward": (measure_forward, describe_forward),
     "pipeline": (measure_pipeline, describe_pipeline),
-    "memory": (lambda args, _: measure_memory(args), describe_memory),
+    "memory": (lambda args, _: iter([measure_memory(args)]), describe_memory),
 }
 
 
@@ -77,8 +78,10 @@ def parse_args() -> argparse.Namespace:
     add("--precision", ("fp32",), "of " + ", ".join(PRECISIONS))
     add("--backbones", ("efficientnet-b0", "efficientnet-lite0"), "for the part forward")
     add("--ways", (), "forward: only ways with one of these words in their name")
-    parser.add_argument("--batch-sizes", type=lambda t: tuple(map(int, t.split(","))),
-                        help="forward: to choose from")  # fmt: skip
+    for name in ("--batch-sizes", "--compile-batch-sizes"):
+        parser.add_argument(
+            name, type=lambda text: tuple(map(int, text.split(","))), help="forward: to choose from"
+        )
     parser.add_argument("--engine-images", type=int, help="forward: at a time for featcache")
     add("--compile-mode", "default", "forward: of torch.compile")
     parser.add_argument("--bandwidth", type=float, help="of the device's memory, terabytes/s")
@@ -106,13 +109,13 @@ def main() -> None:
     device, load = resolve_device(args.device), current_load()
     for name in args.parts:
         measure, describe = PARTS[name]
-        part = measure(args, device)
-        report = frame_report(f"extract, {name}", device, load, args.rounds, **part)
-        stem = f"extract_{name}_{device.type}"
-        table = "\n".join([describe_machine(report), "", *describe(part)]) + "\n"
-        write_report(args.out, stem, report, table)
-        if name == "pipeline":
-            draw_bounds(args.out / f"{stem}.png", part, describe_machine(report))
+        for part in measure(args, device):  # more of it every time
+            report = frame_report(f"extract, {name}", device, load, args.rounds, **part)
+            stem = f"extract_{name}_{device.type}"
+            table = "\n".join([describe_machine(report), "", *describe(part)]) + "\n"
+            write_report(args.out, stem, report, table)
+            if name == "pipeline":
+                draw_bounds(args.out / f"{stem}.png", part, describe_machine(report))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def draw_bounds(path: Path, part: dict[str, Any], machine: str) -> None:
 
     Args:
         path: The picture.
-        part: What ``measure_pipeline`` returned.
+        part: What ``measure_pipeline`` yields.
         machine: One line about the machine.
     """
     mpl.use("Agg")

@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,8 @@ ROOF_BYTES = {"fp32": 55e6, "default": 55e6, "tf32": 55e6, "fp16": 27.5e6, "bf16
 BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "4090": 1.01e12}  # bytes a second
 
 
-def measure_forward(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return a table of rows per backbone and precision."""
+def measure_forward(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield a table of rows per backbone and precision, one more every time."""
     tables = []
     processes: dict[str, WayProcess] = {}
     try:
@@ -51,10 +51,10 @@ def measure_forward(args: argparse.Namespace, device: torch.device) -> dict[str,
                 tables.append(
                     {"backbone": stock, "precision": precision, "memory_roof": roof, "rows": rows}
                 )
+                yield {"tables": tables}
     finally:
         for process in processes.values():
             process.close()
-    return {"tables": tables}
 
 
 def make_job(args: argparse.Namespace, device: torch.device, precision: str) -> Job:
@@ -63,7 +63,7 @@ def make_job(args: argparse.Namespace, device: torch.device, precision: str) -> 
     pixels = np.stack([decode(encode_image(kind, n), RULES).pixels for n in range(NUM_PIXELS)])
     on_gpu = device.type == "cuda"
     sizes = tuple(args.batch_sizes or ((64, 256, 1024) if on_gpu else (1, 4, 8, 32)))
-    compiled = tuple(args.batch_sizes or ((256,) if on_gpu else (8, 32)))
+    compiled = tuple(args.compile_batch_sizes or ((256,) if on_gpu else (8, 32)))
     engine_images = args.engine_images or (2048 if on_gpu else 96)
     return Job(pixels, device, precision, sizes, compiled, engine_images)
 

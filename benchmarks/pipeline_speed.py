@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ NUM_COMPARED = 16  # images whose features are compared with the eager network
 NUM_DECODED = 200  # files for the decode bound
 
 
-def measure_pipeline(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return whole jobs and bounds, per kind of file and precision."""
+def measure_pipeline(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield whole jobs and bounds, per kind of file and precision, one more every time."""
     jobs = []
     with tempfile.TemporaryDirectory(prefix="featcache-benchmark-") as name:
         folder = Path(name)
@@ -56,8 +56,8 @@ def measure_pipeline(args: argparse.Namespace, device: torch.device) -> dict[str
                     args=args,
                 )  # fmt: skip
                 jobs.append(job.measure())
+                yield {"jobs": jobs}
             shutil.rmtree(data)
-    return {"jobs": jobs}
 
 
 class Folder:

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHELL = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"]
+SHELL = [
+    *sorted((ROOT / "scripts").glob("*.sh")),
+    *sorted((ROOT / "benchmarks").glob("*.sh")),
+    ROOT / ".ci/run",
+]
 WRITTEN = [*SHELL, *sorted((ROOT / "benchmarks").rglob("*.py"))]
 needs_bash = pytest.mark.skipif(
     sys.platform == "win32" or shutil.which("bash") is None, reason="needs bash"
