@@ -99,6 +99,10 @@ def parse_args() -> argparse.Namespace:
     for given, allowed in ((args.parts, PARTS), (args.precision, PRECISIONS), (args.kinds, KINDS)):
         if unknown := set(given) - set(allowed):
             parser.error(f"{', '.join(unknown)}: not among {', '.join(allowed)}")
+    if "pipeline" in args.parts and any(0 < n <= 32 for n in (args.jpegs, args.pngs)):
+        parser.error("--jpegs and --pngs: more than 32, the first batch of the stock way")
+    if args.stock_images <= 32:
+        parser.error("--stock-images: more than 32, the first batch of the stock way")
     return args
 
 

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -168,18 +169,17 @@ class Folder:
 
     def _note(self, way: str, found: dict[str, Any], rows: np.ndarray | None) -> None:
         if rows is not None:
-            truth = self._eager()[: len(rows)]
+            truth = self._truth[: len(rows)]
             found["parity"] = max(relative_errors(rows.astype(np.float32), truth))
         kept = ("images_per_second", "num_images", "parity", "version")
         self.facts.setdefault(way, []).append({k: found[k] for k in kept if k in found})
 
-    def _eager(self) -> np.ndarray:
-        """Return the truth: Pillow's pixels (``decode`` gives those) through the eager network."""
-        if not hasattr(self, "_truth"):
-            some = [path.read_bytes() for path in self.files[:NUM_COMPARED]]
-            pixels = np.stack([decode(data, RULES).pixels for data in some])
-            self._truth = eager_features(build(BACKBONE), pixels)
-        return self._truth
+    @cached_property
+    def _truth(self) -> np.ndarray:
+        """Pillow's pixels (``decode`` gives those) through the eager network."""
+        some = [path.read_bytes() for path in self.files[:NUM_COMPARED]]
+        pixels = np.stack([decode(data, RULES).pixels for data in some])
+        return eager_features(build(BACKBONE), pixels)
 
     def _find_peer(self) -> str | None:
         """Return why the published extractor cannot run, None if it can."""
