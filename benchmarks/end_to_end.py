@@ -21,10 +21,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -34,13 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 from figures_of_ways import describe, draw, summarise
+from measuring import HERE, current_load, read_commit, run_cold
 
 from featcache.cache import open_cache
 from featcache.dataset import scan
 from featcache.runtime import environment_facts, resolve_device
 from featcache.splitting import split
 
-HERE = Path(__file__).resolve().parent
 SCRIPTS = {"a": "a_tutorial.py", "b": "b_tuned.py", "c": "c_live.py", "d": "d_twenty_lines.py"}
 BACKBONES = ("efficientnet-lite0", "efficientnet-b0")
 FEATURE_BOUND = 1e-4  # relative L2 per image between (d) and (e), declared beforehand
@@ -119,20 +116,6 @@ def prepare_weights(backbone: str, data: Path, folder: Path) -> Path:
 
 
 # ------------------------------------------------------------------------------------ measuring
-
-
-def run_cold(*command: str | Path, cwd: Path | None = None) -> dict[str, Any]:
-    """Run one process; return its wall seconds and its output."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-    )  # fmt: skip
-    output, errors = process.communicate()
-    seconds = time.perf_counter() - start
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))}\nfailed:\n{output}\n{errors}")
-    return {"seconds": seconds, "output": output}
 
 
 def run_stock_way(way: str, job: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -238,27 +221,13 @@ def image_folder_key(path: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------- running
 
 
-def read_commit() -> str:
-    """Return the commit measured, ``+changes`` if the tree differs from it."""
-
-    def git(*command: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", HERE, *command], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    return (git("rev-parse", "HEAD") or "none") + (
-        "+changes" if git("status", "--porcelain") else ""
-    )
-
-
 def measure(backbone: str, args: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
     """Run all rounds of one backbone and return the report."""
     job = argparse.Namespace(
         data=data, backbone=backbone, weights=prepare_weights(backbone, data, folder),
         epochs=args.epochs, folder=folder, group_by=args.group_by,
     )  # fmt: skip
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = current_load()
     run_cold("-c", "import torch, torchvision, sklearn, matplotlib.pyplot, h5py")  # files in memory
     samples: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
     for number in range(args.rounds):

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from measuring import QUIET_LOAD
 
 WAYS = {
     "a": "tutorial, live every epoch",
@@ -16,7 +17,6 @@ WAYS = {
     "d": "twenty-line cache",
     "e": "featcache",
 }
-QUIET_LOAD = 0.5  # a busier machine is reported as such
 
 
 def summarise(

@@ -134,7 +134,7 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, Any]]:
         """Return several rows with one gather: what a torch ``DataLoader`` calls."""
-        features = torch.from_numpy(self.features[list(indices)].astype(np.float32))
+        features = torch.from_numpy(self.features[list(indices)].astype(np.float32, copy=False))
         targets = torch.from_numpy(self.targets[list(indices)])
         return [
             (row, int(target) if target.ndim == 0 else target)

@@ -203,7 +203,7 @@ def _check_new_rows(
         row = int(np.flatnonzero(~np.isfinite(features).reshape(num_rows, -1).all(axis=1))[0])
         raise wrong("features", "finite values", f"NaN or infinity in row {row}")
     order = sorted(range(num_rows), key=lambda i: os_bytes(names[i]))
-    features = features[order].astype(features.dtype.newbyteorder("<"))
+    features = features[order].astype(features.dtype.newbyteorder("<"), copy=False)
     return SplitRows(
         features.shape, features.dtype, lambda: [features], targets[order],
         [names[i] for i in order], None if groups is None else [str(groups[i]) for i in order],

@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,17 +219,26 @@ def _stream(
     file: Any, skeleton: _SparseFile, sources: Sequence[ArraySource],
     entries: Sequence[ArrayEntry], start: int,
 ) -> dict[str, str]:  # fmt: skip
-    """Write metadata and arrays in file order; return sha256 of each array, "" = payload."""
+    """Write metadata and arrays in file order; return sha256 of each array, "" = payload.
+
+    The payload's hash is taken in a thread, beside the array's own and the writing.
+    """
     payload = hashlib.sha256()
     hashes: dict[str, str] = {}
     position = start
     file.seek(start)
 
-    def put(data: Any) -> None:
+    def put(data: Any, digest: Any = None) -> None:
         nonlocal position
-        for i in range(0, len(data), _COPY_BYTES):
-            file.write(data[i : i + _COPY_BYTES])
-        payload.update(data)
+        hashing = threading.Thread(target=payload.update, args=(data,))
+        hashing.start()
+        try:
+            if digest is not None:
+                digest.update(data)
+            for i in range(0, len(data), _COPY_BYTES):
+                file.write(data[i : i + _COPY_BYTES])
+        finally:
+            hashing.join()
         position += len(data)
 
     parts: list[tuple[int, ArraySource | bytes]] = [*skeleton.pieces.items()]
@@ -244,8 +254,7 @@ def _stream(
         digest = hashlib.sha256()
         for block in part.blocks():
             data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
-            digest.update(data)
-            put(data)
+            put(data, digest)
         hashes[part.name] = digest.hexdigest()
         if position != offset + part.num_bytes:
             raise ValueError(f"{part.name}: blocks do not add up to {part.shape}")

@@ -10,9 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from featcache.images import PixelRules, decode
 
 ROOT = Path(__file__).resolve().parent.parent
-SHELL = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"]
+SHELL = [
+    *sorted((ROOT / "scripts").glob("*.sh")),
+    *sorted((ROOT / "benchmarks").glob("*.sh")),
+    ROOT / ".ci/run",
+]
 WRITTEN = [*SHELL, *sorted((ROOT / "benchmarks").rglob("*.py"))]
 needs_bash = pytest.mark.skipif(
     sys.platform == "win32" or shutil.which("bash") is None, reason="needs bash"
@@ -106,3 +113,42 @@ def test_folds_tear_no_patient_apart(benchmark_module):
         assert sum(map(len, parts)) == len(set.union(*parts))
     rule = accuracy.score_grey_rule(rows)
     assert rule == {"accuracy": 1.0, "balanced_accuracy": 1.0}
+
+
+def test_images_are_the_same_on_every_machine_and_all_different(benchmark_module, tmp_path):
+    made = benchmark_module("make_images")
+    small, photo = made.KINDS["jpeg-64x64"], made.KINDS["jpeg-500x375"]
+    assert made.encode_image(small, 3) == made.encode_image(small, 3)
+    paths = made.write_images(tmp_path, "jpeg-64x64", 100, layout="splits")
+    assert len({path.read_bytes() for path in paths}) == 100  # of 64 pictures
+    counts = [len(list((tmp_path / name).rglob("*.jpg"))) for name in ("train", "valid", "test")]
+    assert counts == [70, 15, 15]
+    assert 60_000 < len(made.encode_image(photo, 0)) < 100_000
+
+
+def test_varied_images_decode_to_the_truth(benchmark_module):
+    varied = benchmark_module("make_varied")
+    for number in range(1, 25):  # every variant once, none of the large ones
+        what, data = varied.encode_varied(number)
+        pixels = decode(data, PixelRules(32)).pixels
+        assert np.array_equal(pixels, varied.true_pixels(what, data, 32)), what
+
+
+def test_bound_of_decoding_and_forward(benchmark_module):
+    combine = benchmark_module("pipeline_speed").combine
+    assert combine(100.0, 50.0, torch.device("cpu")) == pytest.approx(100 / 3)
+    assert combine(100.0, 50.0, torch.device("cuda")) == 50.0
+
+
+def test_numbers_of_a_table(benchmark_module):
+    number = benchmark_module("measuring").number
+    given = (None, 0, 0.00123, 0.5, 12.345, 1234.5)
+    assert [number(value) for value in given] == ["", "0", "1.2e-03", "0.500", "12.3", "1,234"]
+
+
+def test_ways_take_turns(benchmark_module):
+    calls = []
+    ways = {name: lambda n=name: calls.append(n) or 1.0 for name in "ab"}
+    samples = benchmark_module("measuring").measure_in_turn(ways, 3)
+    assert calls == list("abbaab")
+    assert samples == {"a": [1.0] * 3, "b": [1.0] * 3}
