@@ -1,0 +1,94 @@
+"""Resizing as Pillow does it, to the last bit, and two to three times as fast.
+
+Pillow's arithmetic: weights in double precision, normalised, rounded to 22 bits; rows are resampled
+first, then, from 8 bits again, columns. The loops are in ``kernels``; here are their weights.
+
+Reads: arrays. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from featcache import acceleration
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
+_SHARPNESS = -0.5  # bicubic's a
+_WEIGHT_BITS = 22  # as in the kernel
+_LANES = 4
+
+_MAX_SHRINKAGE = 1000  # a strip of 1 x 10^8 pixels would need gigabytes of weights
+
+
+def resize(
+    pixels: npt.NDArray[np.uint8], width: int, height: int, interpolation: str
+) -> npt.NDArray[np.uint8]:
+    """Return pixels (H, W) or (H, W, 3) as (height, width) or (height, width, 3), a new array.
+
+    Args:
+        pixels: uint8.
+        width: Of the result.
+        height: Of the result.
+        interpolation: One of ``INTERPOLATIONS``, antialiased.
+
+    Raises:
+        MemoryError: If the result or what is between does not fit, also as
+        ValueError: by Pillow.
+    """
+    shrinkage = max(pixels.shape[0] / height, pixels.shape[1] / width)
+    if shrinkage > _MAX_SHRINKAGE or not acceleration.accelerated(pixels.size):
+        method = Image.Resampling[interpolation.upper()]
+        return np.array(Image.fromarray(pixels).resize((width, height), method))
+    from featcache import kernels
+
+    channels = 3 if pixels.ndim == 3 else 1
+    source = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
+    out = np.empty((height, width * channels), np.uint8)
+    columns = _weights(pixels.shape[1], width, interpolation)
+    rows = _weights(pixels.shape[0], height, interpolation)
+    kernels.resample(source, channels, *columns, *rows, out)
+    return out.reshape(height, width, *pixels.shape[2:])
+
+
+@lru_cache(maxsize=64)  # 0.2 ms an axis, and images of one data set have few sizes
+def _weights(
+    size: int, new_size: int, interpolation: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Return where each new pixel's window starts, (m,), and its fixed-point weights, (m, taps).
+
+    Pillow's windows differ in length by one; here all have the longest, with weights of zero.
+    """
+    scale = size / new_size
+    stretch = max(scale, 1.0)
+    support = _SUPPORT[interpolation] * stretch
+    centers = (np.arange(new_size) + 0.5) * scale
+    first = np.maximum((centers - support + 0.5).astype(np.int64), 0)  # rounds to zero, as C does
+    end = np.minimum((centers + support + 0.5).astype(np.int64), size)
+    num_taps = int((end - first).max())
+    num_taps = min(-(-num_taps // _LANES) * _LANES, size)  # whole vectors: a twentieth faster
+    starts = np.minimum(first, size - num_taps)
+    places = starts[:, None] + np.arange(num_taps)
+    weights = _curve((places - centers[:, None] + 0.5) * (1.0 / stretch), interpolation)
+    weights[(places < first[:, None]) | (places >= end[:, None])] = 0
+    total = np.cumsum(weights, axis=1)[:, -1:]  # from left to right, as a loop in C adds them
+    np.divide(weights, total, out=weights, where=total != 0)
+    fixed = weights * 2.0**_WEIGHT_BITS
+    fixed += np.where(fixed < 0, -0.5, 0.5)
+    return starts, fixed.astype(np.int32)
+
+
+def _curve(distances: npt.NDArray[np.float64], interpolation: str) -> npt.NDArray[np.float64]:
+    """Return the filter's weight at each distance, in the order of Pillow's operations."""
+    x = np.abs(distances)
+    if interpolation == "bilinear":
+        return np.where(x < 1, 1 - x, 0.0)
+    a = _SHARPNESS
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
