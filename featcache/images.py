@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from featcache import acceleration
 from featcache.decoding import MAX_PIXELS, failure, open_unread, read
 from featcache.errors import ConfigError, DataError
 from featcache.resampling import INTERPOLATIONS, resize
@@ -197,18 +198,32 @@ def check_bit_depth(maxima: Iterable[int]) -> None:
 def _scale_deep(values: np.ndarray[Any, Any], bit_depth: int | str, stated: int | None) -> _Pixels:
     """Map (H, W) uint16, int32 or float32 to uint8 by ``round(v * 255 / maximum)``."""
     low, high = values.min().item(), values.max().item()
-    if bit_depth == "minmax":
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise failure("values that are not finite")
+    maximum = 0 if bit_depth == "minmax" else stated or 2 ** int(bit_depth) - 1
+    if not maximum and not (np.isfinite(low) and np.isfinite(high)):
+        raise failure("values that are not finite")
+    if maximum and values.dtype.kind == "f":
+        raise failure("float pixels, whose range only --bit-depth minmax can tell")
+    if maximum and (low < 0 or high > maximum):
+        odd = low if low < 0 else high
+        raise failure(f"a value of {odd} outside the 0 to {maximum} of --bit-depth {bit_depth}")
+    if values.dtype != np.uint16 or not acceleration.accelerated(values.size):
+        return _scale_values(values, maximum, low, high)
+    from featcache import kernels
+
+    # at most 65,536 values are worth computing: 3000 x 2500 pixels in 7 ms in place of 14
+    table = np.zeros(2**16, np.uint8)
+    every = np.arange(low, high + 1, dtype=np.uint16)
+    table[low : high + 1] = _scale_values(every, maximum, low, high)
+    scaled = np.empty(values.shape, np.uint8)
+    kernels.look_up(values.reshape(-1), table, scaled.reshape(-1))
+    return scaled
+
+
+def _scale_values(values: np.ndarray[Any, Any], maximum: int, low: float, high: float) -> _Pixels:
+    if not maximum:
         span = high - low or 1  # an image of one value becomes black
         stretched: _Pixels = np.rint((values.astype(np.float64) - low) * 255 / span).astype("u1")
         return stretched
-    if values.dtype.kind == "f":
-        raise failure("float pixels, whose range only --bit-depth minmax can tell")
-    maximum = stated or 2 ** int(bit_depth) - 1
-    if low < 0 or high > maximum:
-        odd = low if low < 0 else high
-        raise failure(f"a value of {odd} outside the 0 to {maximum} of --bit-depth {bit_depth}")
     # Twice the value plus the maximum over twice the maximum: exact rounding in integers.
     scaled = values.astype(np.uint32)
     scaled *= 510
