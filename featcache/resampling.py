@@ -1,14 +1,17 @@
-"""Resizing as Pillow does it, to the last bit, and two to three times as fast.
+"""Resizing as Pillow does it, to the last bit, and about twice as fast.
 
-Pillow's arithmetic: weights in double precision, normalised, rounded to 22 bits; rows are resampled
-first, then, from 8 bits again, columns. The loops are in ``kernels``; here are their weights.
+Pillow's arithmetic: weights in double precision, normalised, rounded to 22 bits; one axis is
+resampled, rounded to 8 bits, then the other. Which axis goes first is seen in the result, and has
+changed between versions of Pillow, so it is asked of the one that is here. The loops are in
+``kernels``; here are their weights.
 
 Reads: arrays. Writes: nothing.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +44,29 @@ def resize(
         MemoryError: If the result or what is between does not fit, also as
         ValueError: by Pillow.
     """
-    shrinkage = max(pixels.shape[0] / height, pixels.shape[1] / width)
-    if shrinkage > _MAX_SHRINKAGE or not acceleration.accelerated(pixels.size):
-        method = Image.Resampling[interpolation.upper()]
-        return np.array(Image.fromarray(pixels).resize((width, height), method))
+    old_height, old_width = pixels.shape[:2]
+    if (
+        max(old_height / height, old_width / width) > _MAX_SHRINKAGE
+        or not acceleration.accelerated(pixels.size)
+        or (order := pillows_order()) is None
+    ):
+        return _resize_by_pillow(pixels, width, height, interpolation)
+    if order(old_width, old_height, width, height):
+        pixels = _resample(pixels, old_width, height, interpolation)
+    return _resample(pixels, width, height, interpolation)
+
+
+def _resize_by_pillow(
+    pixels: npt.NDArray[np.uint8], width: int, height: int, interpolation: str
+) -> npt.NDArray[np.uint8]:
+    method = Image.Resampling[interpolation.upper()]
+    return np.array(Image.fromarray(pixels).resize((width, height), method))
+
+
+def _resample(
+    pixels: npt.NDArray[np.uint8], width: int, height: int, interpolation: str
+) -> npt.NDArray[np.uint8]:
+    """Resample rows, then columns; an axis that keeps its size keeps its values."""
     from featcache import kernels
 
     channels = 3 if pixels.ndim == 3 else 1
@@ -54,6 +76,45 @@ def resize(
     rows = _weights(pixels.shape[0], height, interpolation)
     kernels.resample(source, channels, *columns, *rows, out)
     return out.reshape(height, width, *pixels.shape[2:])
+
+
+# --- Which axis goes first
+
+_Order = Callable[[int, int, int, int], bool]  # old width and height, new ones -> columns first?
+
+
+def _never(*_: int) -> bool:
+    return False
+
+
+def _when_the_height_shrinks_more(old_width: int, old_height: int, width: int, height: int) -> bool:
+    """Find what Pillow 13.0 does; inferred from 6,000 random sizes, none of which disagrees."""
+    return height < old_height and old_height - height > 2 * (old_width - width)
+
+
+_PROBES = (  # width, height to width, height: both sides of every border of the rule
+    (20, 40, 10, 21), (20, 40, 10, 19), (20, 40, 11, 20), (30, 30, 17, 5), (30, 30, 18, 5),
+    (16, 16, 31, 8), (16, 16, 8, 31), (9, 7, 40, 50), (9, 7, 14, 50), (40, 13, 9, 12),
+)  # fmt: skip
+
+
+@cache
+def pillows_order() -> _Order | None:
+    """Return how the Pillow that is installed orders the axes, or None if in no way known here."""
+    generator = np.random.default_rng(0)
+    orders: list[_Order] = [_when_the_height_shrinks_more, _never]
+    for old_width, old_height, width, height in _PROBES:
+        pixels = generator.integers(0, 256, (old_height, old_width), np.uint8)
+        truth = _resize_by_pillow(pixels, width, height, "bicubic")
+        for order in orders.copy():
+            columns_first = order(old_width, old_height, width, height)
+            first = _resample(pixels, old_width, height, "bicubic") if columns_first else pixels
+            if not np.array_equal(_resample(first, width, height, "bicubic"), truth):
+                orders.remove(order)
+    return orders[0] if orders else None
+
+
+# --- Weights
 
 
 @lru_cache(maxsize=64)  # 0.2 ms an axis, and images of one data set have few sizes
