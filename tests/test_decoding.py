@@ -160,10 +160,21 @@ LARGE = [(1024, 1024, "grey"), (2000, 2500, "grey"), (2500, 3000, "16 bits")]
 
 
 @pytest.mark.parametrize("size", LARGE)
-def test_large_xrays_take_the_fast_path(size, fast):
+def test_large_xrays_take_the_fast_path_alone(size, fast, monkeypatch):
     height, width, kind = size
-    assert_same(example(kind, height, width), size)
-    assert fast == {True: 1}
+    data = example(kind, height, width)
+    assert_same(data, size)
+    monkeypatch.setattr(decoding.ImageFile.ImageFile, "load", None)  # looking for tags would load
+    assert not isinstance(outcome(data), str)
+    assert fast == {True: 2}
+
+
+def test_interlaced_rows_are_pillows(fast):
+    """One pixel wide, they are as many bytes as plain rows, in another order."""
+    head, pixels, end = chunks(example("grey", 8, 1))
+    head = (b"IHDR", head[1][:-1] + b"\1")
+    assert_same(joined([head, pixels, end]), "interlaced")
+    assert fast == {False: 1}
 
 
 EXTRA = {
