@@ -107,7 +107,10 @@ def _decode_fast(name: str, image: ImageFile.ImageFile, data: bytes) -> _Values 
         return None
     if getattr(image, "is_animated", False) or not acceleration.accelerated(width * height):
         return None
-    return png.decode(data, offset, width, height, raw_mode)
+    try:
+        return png.decode(data, offset, width, height, raw_mode)
+    except MemoryError:
+        return None
 
 
 def _decode_jpeg(data: bytes, shape: tuple[int, int], mode: str) -> _Values | None:

@@ -213,6 +213,15 @@ def test_rows_missing_left_over_or_in_doubt_are_pillows():
         assert png.decode(data, place, 43, 32, "RGB") is None
 
 
+def test_no_memory_for_the_fast_path_leaves_the_image_to_pillow(monkeypatch, fast):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(png, "decode", fail)
+    assert_same(example("grey", 9, 9), "memory")
+    assert fast == {False: 1}
+
+
 def test_a_file_that_inflates_to_more_than_it_says_is_pillows():
     head, *_ = chunks(example("grey", 9, 9))
     bomb = zlib.compressobj(9)
