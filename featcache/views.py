@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import ConfigError
-from featcache.images import PixelRules, fit, load, warp
+from featcache.images import PixelRules, fit, load
+from featcache.resampling import warp
 
 MAX_VIEWS = 64
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageFile
 from torchvision.transforms import functional
 
-from featcache import images
+from featcache import decoding, images
 from featcache.errors import ConfigError, DataError
 from featcache.images import PixelRules, check_bit_depth, decode, deep_maximum
 
@@ -624,7 +624,7 @@ def test_unknown_rules_are_refused(option, value):
 
 
 def test_the_gate_is_free_in_a_forked_child():
-    gate = images._TruncationGate()
+    gate = decoding._TruncationGate()
     with gate(fill=True):
         gate.reset()
         with gate(fill=False):

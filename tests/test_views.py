@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from featcache.errors import ConfigError
-from featcache.images import PixelRules, decode, fit, load, warp
+from featcache.images import PixelRules, decode, fit, load
+from featcache.resampling import warp
 from featcache.views import (
     AUGMENTATIONS,
     PLAIN,

@@ -1,0 +1,92 @@
+"""The start of the kernels: when, once, in one thread, and without Numba not at all."""
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import pytest
+
+from featcache import acceleration, kernels
+
+WITHOUT = """
+import importlib.abc, io, sys
+import numpy as np
+from PIL import Image
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in sys.argv[1:]:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+from featcache import acceleration
+from featcache.images import PixelRules, decode
+acceleration.START_PIXELS = 0
+for seed, kind in enumerate(['PNG', 'JPEG', 'BMP']):
+    pixels = np.random.default_rng(seed).integers(0, 256, (70, 90, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    with Image.open(buffer) as image:
+        truth = np.asarray(image.convert('RGB').resize((48, 48), Image.Resampling.BILINEAR))
+    assert np.array_equal(decode(buffer.getvalue(), PixelRules(48)).pixels, truth)
+print(acceleration.start(), *sorted({'numba', 'isal', 'simplejpeg'} & set(sys.modules)))
+"""
+
+
+@pytest.fixture
+def unstarted(monkeypatch):
+    monkeypatch.setattr(acceleration, "_ready", None)
+    monkeypatch.setattr(acceleration, "_num_pixels", 0)
+
+
+def test_kernels_start_when_there_was_enough_to_do(unstarted):
+    half = acceleration.START_PIXELS // 2
+    assert not acceleration.accelerated(half)
+    assert not acceleration.accelerated(half - 1)
+    assert acceleration.accelerated(1)
+    assert acceleration.accelerated(1)
+
+
+def test_while_one_thread_starts_them_the_others_go_on(unstarted, monkeypatch):
+    begun, finish, starts = threading.Event(), threading.Event(), []
+
+    def start():
+        starts.append(1)
+        begun.set()
+        assert finish.wait(20)
+        acceleration._ready = True
+
+    monkeypatch.setattr(acceleration, "start", start)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(acceleration.accelerated, acceleration.START_PIXELS)
+        assert begun.wait(20)
+        assert not acceleration.accelerated(10**9)
+        finish.set()
+        assert first.result(20)
+    assert acceleration.accelerated(1)
+    assert starts == [1]
+
+
+def test_a_compiler_that_fails_is_asked_once_and_does_without(unstarted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "featcache.kernels", None)
+    monkeypatch.delattr("featcache.kernels", raising=False)
+    assert not acceleration.accelerated(acceleration.START_PIXELS)
+    assert acceleration._ready is False
+
+
+@pytest.mark.parametrize("missing", [["numba"], ["isal", "simplejpeg"], ["numba", "isal"]])
+def test_without_a_library_the_pixels_are_the_same(missing):
+    command = [sys.executable, "-W", "error", "-c", WITHOUT, *missing]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    present = [name for name in ("isal", "numba", "simplejpeg") if name not in missing]
+    assert done.stdout.split() == [str("numba" in present), *present]
+
+
+def test_what_cannot_be_kept_on_the_disk_is_compiled_all_the_same():
+    """Numba finds no place for what has no file, as it finds none without a cache folder."""
+    space = {}
+    exec("def double(x): return 2 * x", space)
+    with pytest.raises(RuntimeError, match="no locator"):
+        numba.njit("int64(int64)", cache=True)(space["double"])
+    assert kernels._compiled("int64(int64)")(space["double"])(21) == 42
