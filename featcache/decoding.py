@@ -105,7 +105,7 @@ def _decode_fast(name: str, image: ImageFile.ImageFile, data: bytes) -> _Values 
         return _decode_jpeg(data, (height, width), raw_mode)
     if name != "PNG" or raw_mode not in png.CHANNELS or image.info.get("interlace"):
         return None
-    if getattr(image, "is_animated", False) or not acceleration.accelerated(width * height):
+    if getattr(image, "is_animated", False) or not acceleration.is_ready():
         return None
     try:
         return png.decode(data, offset, width, height, raw_mode)

@@ -206,7 +206,7 @@ def _scale_deep(values: np.ndarray[Any, Any], bit_depth: int | str, stated: int 
     if maximum and (low < 0 or high > maximum):
         odd = low if low < 0 else high
         raise failure(f"a value of {odd} outside the 0 to {maximum} of --bit-depth {bit_depth}")
-    if values.dtype != np.uint16 or not acceleration.accelerated(values.size):
+    if values.dtype != np.uint16 or not acceleration.is_ready():
         return _scale_values(values, maximum, low, high)
     from featcache import kernels
 

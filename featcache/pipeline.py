@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from featcache import acceleration
 from featcache.dataset import ImageDataset, Sample
 from featcache.engine import Engine
 from featcache.errors import ConfigError, DataError, printable
@@ -209,6 +210,7 @@ def stream_views(
         failed.
     """
     clock = timer or Timer()
+    acceleration.start_for(sum(sample.image_bytes for sample in samples))
     starts = iter(range(0, len(samples), size))
     under_way: deque[list[tuple[Sample, Future[_Decoded]]]] = deque()
     job = _Job(dataset, recipes, clock)

@@ -47,7 +47,7 @@ def resize(
     old_height, old_width = pixels.shape[:2]
     if (
         max(old_height / height, old_width / width) > _MAX_SHRINKAGE
-        or not acceleration.accelerated(pixels.size)
+        or not acceleration.is_ready()
         or (order := pillows_order()) is None
     ):
         return _resize_by_pillow(pixels, width, height, interpolation)

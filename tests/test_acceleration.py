@@ -1,4 +1,4 @@
-"""The start of the kernels: when, once, in one thread, and without Numba not at all."""
+"""The start of the kernels: for large jobs, once, beside the work, and without Numba not at all."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ class Block(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Block())
 from featcache import acceleration
 from featcache.images import PixelRules, decode
-acceleration.START_PIXELS = 0
+acceleration.start()
 for seed, kind in enumerate(['PNG', 'JPEG', 'BMP']):
     pixels = np.random.default_rng(seed).integers(0, 256, (70, 90, 3)).astype(np.uint8)
     buffer = io.BytesIO()
@@ -36,41 +36,44 @@ print(acceleration.start(), *sorted({'numba', 'isal', 'simplejpeg'} & set(sys.mo
 @pytest.fixture
 def unstarted(monkeypatch):
     monkeypatch.setattr(acceleration, "_ready", None)
-    monkeypatch.setattr(acceleration, "_num_pixels", 0)
 
 
-def test_kernels_start_when_there_was_enough_to_do(unstarted):
-    half = acceleration.START_PIXELS // 2
-    assert not acceleration.accelerated(half)
-    assert not acceleration.accelerated(half - 1)
-    assert acceleration.accelerated(1)
-    assert acceleration.accelerated(1)
+def acceleration_threads():
+    return [t for t in threading.enumerate() if t.name == "featcache-acceleration"]
 
 
-def test_while_one_thread_starts_them_the_others_go_on(unstarted, monkeypatch):
-    begun, finish, starts = threading.Event(), threading.Event(), []
+def test_kernels_start_beside_the_work_if_there_is_enough_of_it(unstarted, monkeypatch):
+    begun, finish = threading.Event(), threading.Event()
 
     def start():
-        starts.append(1)
         begun.set()
         assert finish.wait(20)
         acceleration._ready = True
 
     monkeypatch.setattr(acceleration, "start", start)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(acceleration.accelerated, acceleration.START_PIXELS)
-        assert begun.wait(20)
-        assert not acceleration.accelerated(10**9)
-        finish.set()
-        assert first.result(20)
-    assert acceleration.accelerated(1)
-    assert starts == [1]
+    acceleration.start_for(acceleration.WORTH_BYTES - 1)
+    assert acceleration_threads() == []
+    acceleration.start_for(acceleration.WORTH_BYTES)
+    assert begun.wait(20)
+    assert not acceleration.is_ready()  # whoever decodes meanwhile goes on without
+    (thread,) = acceleration_threads()
+    finish.set()
+    thread.join(20)
+    assert acceleration.is_ready()
+    acceleration.start_for(acceleration.WORTH_BYTES)
+    assert acceleration_threads() == []  # once is enough
+
+
+def test_threads_that_start_them_together_all_find_them_ready(unstarted):
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: acceleration.start() and acceleration.is_ready(), range(4)))
 
 
 def test_a_compiler_that_fails_is_asked_once_and_does_without(unstarted, monkeypatch):
     monkeypatch.setitem(sys.modules, "featcache.kernels", None)
     monkeypatch.delattr("featcache.kernels", raising=False)
-    assert not acceleration.accelerated(acceleration.START_PIXELS)
+    assert not acceleration.start()
+    assert not acceleration.is_ready()
     assert acceleration._ready is False
 
 

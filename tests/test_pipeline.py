@@ -18,7 +18,7 @@ import torch
 from conftest import write_image
 from test_isolation import FRAGILE
 
-from featcache import pipeline
+from featcache import acceleration, pipeline
 from featcache.dataset import scan
 from featcache.engine import build_engine
 from featcache.errors import ConfigError, DataError
@@ -362,7 +362,7 @@ def test_an_image_that_hangs_everywhere_costs_only_itself(
 def test_the_process_can_end_though_a_thread_hangs(folder):
     code = f"""
 import sys, time
-from featcache import pipeline
+from featcache import acceleration, pipeline
 from featcache.dataset import scan
 from featcache.images import PixelRules
 from featcache.recipe import Recipe
@@ -524,6 +524,21 @@ def test_no_more_images_are_read_than_the_stated_number_under_way(folder, engine
     time.sleep(0.2)  # time to do too much
     assert BATCH < num_decoded["images"] <= limit < len(many)
     stream.close()
+
+
+def test_a_large_job_starts_the_kernels_and_its_features_stay_the_same(folder, engine, monkeypatch):
+    """Ready from the first image or not at all: the rows are equal, bit for bit."""
+    dataset = scan(folder)
+    num_bytes = sum(sample.image_bytes for sample in dataset.samples)
+    monkeypatch.setattr(acceleration, "_ready", None)
+    monkeypatch.setattr(acceleration, "WORTH_BYTES", num_bytes + 1)
+    plain, _ = collect(run(dataset, dataset.samples, engine, RULES))
+    assert acceleration._ready is None
+    monkeypatch.setattr(acceleration, "WORTH_BYTES", num_bytes)
+    collect(run(dataset, dataset.samples, engine, RULES))
+    assert wait_until(acceleration.is_ready)
+    fast, _ = collect(run(dataset, dataset.samples, engine, RULES))
+    assert_same_rows(fast, plain)
 
 
 def test_decoding_goes_on_while_the_network_runs(folder, engine, monkeypatch):
