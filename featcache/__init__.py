@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         RunError,
     )
     from featcache.evaluation import evaluate
-    from featcache.extraction import extract, plan
+    from featcache.extraction import extract, extract_caches, plan
     from featcache.run import load_run
     from featcache.splitting import split
     from featcache.training import train
@@ -58,6 +58,7 @@ _MODULES = {
     "describe": "verification",
     "evaluate": "evaluation",
     "extract": "extraction",
+    "extract_caches": "extraction",
     "load_classifier": "classifier",
     "load_run": "run",
     "open_cache": "cache",
@@ -74,8 +75,9 @@ _MODULES = {
 __all__ = [
     "Backbone", "BackboneError", "Cache", "CacheError", "CacheSplit", "Classifier", "ConfigError",
     "DataError", "FeatcacheError", "FeatcacheWarning", "Predictions", "RunError", "build_backbone",
-    "describe", "evaluate", "extract", "load_classifier", "load_run", "open_cache", "plan",
-    "predict_cache", "scan", "split", "train", "verify", "wrap_backbone", "write_cache",
+    "describe", "evaluate", "extract", "extract_caches", "load_classifier", "load_run",
+    "open_cache", "plan", "predict_cache", "scan", "split", "train", "verify", "wrap_backbone",
+    "write_cache",
 ]  # fmt: skip
 
 

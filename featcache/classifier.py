@@ -10,7 +10,7 @@ import hashlib
 import io
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from torch import nn
 from featcache.backbone import Backbone
 from featcache.cache import open_cache
 from featcache.dataset import ImageDataset, list_images
-from featcache.engine import build_engine, eager_features, relative_errors, resolve_batch_size
+from featcache.engine import build_engine, eager_features, relative_errors
 from featcache.errors import ConfigError, RunError
 from featcache.files import readable_json, write_bytes, write_csv
 from featcache.fit import predict_probs
-from featcache.pipeline import stream_features
+from featcache.pipeline import Lane, stream_features
 from featcache.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.run import Run, load_head, load_run, require_same_features
 from featcache.runtime import resolve_device
+from featcache.views import PLAIN
 
 _EXPORT_TOLERANCE = 1e-4  # relative, on logits: another summation order, nothing more
 
@@ -95,22 +96,22 @@ class Classifier:
             DataError: If a path leads nowhere, or a folder holds no image.
         """
         dataset = images if isinstance(images, ImageDataset) else list_images(images)
-        samples, rules = dataset.samples, self.recipe.rules
-        rows = resolve_batch_size(self.batch_size, self.device)
+        samples, plain = dataset.samples, replace(self.recipe, view_rules=PLAIN)
         engine = build_engine(
-            self.recipe.backbone, self.device, decode_probes(dataset, samples, rules),
-            batch_size=max(1, min(rows, len(samples))),
+            plain.backbone, self.device, decode_probes(dataset, samples, plain.rules),
+            batch_size=self.batch_size, num_images=len(samples),
         )  # fmt: skip
-        features = [np.empty((0, self.recipe.backbone.num_features), np.float32)]
+        rows: list[npt.NDArray[np.float32]] = []
         paths, failures = [], []
-        for batch in stream_features(dataset, samples, engine, rules):
-            features.append(batch.features)
-            for outcome in batch.outcomes:
-                if outcome.reason is None:
+        for batch in stream_features(dataset, samples, [Lane(plain, engine, frozenset(samples))]):
+            for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
+                if features is not None:
+                    rows.append(features)
                     paths.append(outcome.sample.path)
                 else:
-                    failures.append((outcome.sample.path, outcome.reason))
-        probs = predict_probs(self.head, np.concatenate(features), self.device)
+                    failures.append((outcome.sample.path, str(outcome.reason)))
+        features = np.concatenate([np.empty((0, engine.num_features), np.float32), *rows])
+        probs = predict_probs(self.head, features, self.device)
         return Predictions(self.run.classes, tuple(paths), probs, tuple(failures))
 
     def as_network(self) -> nn.Module:

@@ -158,9 +158,10 @@ def split(
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option(
-    "--backbone", required=True, metavar="NAME",
+    "--backbone", required=True, metavar="NAME", multiple=True,
     help="efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, "
-    "python:package.module:function.",
+    "python:package.module:function. More than once: CACHE is a folder and gets a cache of each, "
+    "every image being decoded once.",
 )  # fmt: skip
 @_WEIGHTS
 @click.option(
@@ -206,7 +207,8 @@ def split(
     show_default=True, help="Of the features in the cache.",
 )  # fmt: skip
 @click.option(
-    "--engine", type=click.Choice(["auto", "folded", "eager"]), default="auto", show_default=True,
+    "--engine", type=click.Choice(["auto", "onnx", "folded", "eager"]), default="auto",
+    show_default=True,
     help="How the network is run; auto takes the fastest that agrees with the plain one.",
 )  # fmt: skip
 @click.option("--batch-size", type=_AUTO_OR_NUMBER, default="auto", show_default=True)
@@ -225,7 +227,7 @@ def split(
 @_printing
 def extract(
     data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool, max_errors: str,
-    rebuild: bool, **options: Any,
+    rebuild: bool, backbone: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Run a frozen backbone once over the images in DATA and keep the features in CACHE.
 
@@ -235,21 +237,29 @@ def extract(
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0
     """
-    from featcache.extraction import extract as extract_features
-    from featcache.extraction import plan
+    from featcache.extraction import extract_caches, plan
     from featcache.wording import projection_lines
 
+    say = _say(as_json, quiet)
     if dry_run:
-        projection = plan(data, say=_say(as_json, quiet), **options)
-        _print(projection.as_json(), projection_lines(projection), as_json, quiet)
+        plans = [plan(data, backbone=name, say=say, **options) for name in backbone]
+        lines = [line for projection in plans for line in projection_lines(projection)]
+        _print(_one_or_all([p.as_json() for p in plans]), lines, as_json, quiet)
         return
-    summary = extract_features(
-        data, cache, max_errors=max_errors, rebuild=rebuild, say=_say(as_json, quiet),
+    summaries = extract_caches(
+        data, cache, backbones=backbone, max_errors=max_errors, rebuild=rebuild, say=say,
         progress=not quiet, **options,
     )  # fmt: skip
-    known = [f"{printable(summary.cache)}: up to date, {summary.num_images:,} images."]
-    lines = known if summary.status == "up to date" else []
-    _print(summary.as_json(), lines, as_json, quiet)
+    lines = [
+        f"{printable(s.cache)}: up to date, {s.num_images:,} images."
+        for s in summaries if s.status == "up to date"
+    ]  # fmt: skip
+    _print(_one_or_all([s.as_json() for s in summaries]), lines, as_json, quiet)
+
+
+def _one_or_all(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One object in any case: of several backbones, their objects under ``caches``."""
+    return facts[0] if len(facts) == 1 else {"caches": facts}
 
 
 @cli.command()

@@ -1,88 +1,168 @@
 """Engines: a backbone becomes a fast forward pass on a device, at a precision, with its parity.
 
-Two engines, tried in this order until one is within the precision's bound of the plain network:
+They are tried in this order until one is within the precision's bound of the plain network:
 
-- ``folded``: batch norms folded into the convolutions before them, SiLU in one kernel instead of
-  efficientnet_pytorch's memory-efficient swish (which saves memory in training only), symmetric
-  padding moved into the convolution, channels_last.
+- ``onnx``: ONNX Runtime, on CPUs in fp32. One image at a time on every core: 112 images/s of B0 on
+  two cores, where one batch after the other on both cores gives 100 at best, ``folded`` 55 and
+  efficientnet_pytorch 16. One image's feature maps stay in its core's own cache, and no core waits
+  for another.
+- ``folded``: the network of module ``folding`` in torch, channels_last. Everywhere.
 - ``eager``: the library's network as it is, channels_last.
 """
 
 from __future__ import annotations
 
-import copy
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from featcache.backbone import Backbone
 from featcache.errors import BackboneError, ConfigError, FeatcacheWarning
-from featcache.runtime import exact_fp32
+from featcache.forward import Forward, NotUsableError, onnx_forward, torch_forward
+from featcache.runtime import available_cores, exact_fp32
 
-ENGINES = ("folded", "eager")
+ENGINES = ("onnx", "folded", "eager")
 PARITY_BOUNDS = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 2e-2, "bf16": 2e-1}
 """Largest relative L2 error of an image's features against the eager fp32 forward."""
 FLOAT16_STORAGE_ERROR = 5e-4
 """Added to the bound when features are stored as float16 (measured 2.4e-4)."""
 
-_DTYPES = {
-    "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
-}  # fmt: skip
-_SWISHES = {"Swish", "MemoryEfficientSwish"}
+# Exporting B0 and loading it take 1 s, and every image then saves 9 ms.
+_ONNX_PAYS_FROM = 128
+# B0's largest feature map is 96 x 112 x 112 floats. Six of them stay under the 32 MiB from which
+# glibc maps and unmaps memory at every allocation: on two cores ``folded`` ran Lite0 at 73 images/s
+# in batches of 6, 66 of 8, 30 of 32.
+_CPU_BATCH = {"onnx": 1, "folded": 6, "eager": 6}
+_GPU_BATCHES = (64, 128, 256, 512)
+_GPU_STREAMS = 2  # one batch is filled and sent while another is computed
+
+
+Images = Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]
+"""Images of one size, each (S, S) grey or (S, S, 3), uint8; or one array (n, S, S, 3) of them."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A forward pass of constant batch shape.
+    """A forward pass of constant batch shape. Threads may share it.
 
     Attributes:
-        name: ``folded`` or ``eager``.
+        name: ``onnx``, ``folded`` or ``eager``.
+        reason: Why this one, in a few words for people.
         device: Where it runs.
         precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``.
         batch_size: Rows of every batch.
+        concurrency: How many batches to run at once, each from a thread of its own.
         num_features: D.
         parity: Relative L2 error per probed image against the eager fp32 forward.
-        forward: (B, S, S, 3) uint8 -> (B, D) float32.
+        forward: The forward pass of one whole batch.
     """
 
     name: str
+    reason: str
     device: torch.device
     precision: str
     batch_size: int
+    concurrency: int
     num_features: int
     parity: tuple[float, ...]
-    forward: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+    forward: Forward
+
+    def run(self, images: Images) -> npt.NDArray[np.float32]:
+        """Return the features (n, D) float32 of any number of images, as fast as it can.
+
+        Every batch has the engine's constant shape, so that a row depends on its image alone: what
+        the last one lacks are zero images, whose rows are dropped.
+        """
+        if self.concurrency == 1 or len(images) <= self.batch_size:
+            return self.run_here(images)
+        with ThreadPoolExecutor(self.concurrency) as threads:
+            return self._join(threads.map(self._run_batch, self._split(images)))
+
+    def run_here(self, images: Images) -> npt.NDArray[np.float32]:
+        """Do what ``run`` does in the calling thread alone: others run other images."""
+        return self._join(map(self._run_batch, self._split(images)))
+
+    def _split(self, images: Images) -> Iterator[Images]:
+        for start in range(0, len(images), self.batch_size):
+            yield images[start : start + self.batch_size]
+
+    def _join(self, rows: Iterable[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+        return np.concatenate([np.empty((0, self.num_features), np.float32), *rows])
+
+    def _run_batch(self, images: Images) -> npt.NDArray[np.float32]:
+        # Grey images stay one channel until the device: a third of the bytes to move.
+        grey = all(image.ndim == 2 for image in images)
+        shape = (self.batch_size, *images[0].shape[:2], 1 if grey else 3)
+        # Pinned memory, which torch keeps and reuses, goes to a GPU in the background.
+        batch = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        pixels = batch.numpy()
+        for slot, image in zip(pixels, images, strict=False):
+            slot[:] = image[:, :, None] if image.ndim == 2 else image
+        return self.forward(batch)[: len(images)]
 
 
 def build_engine(
     backbone: Backbone,
     device: torch.device,
-    probe: npt.NDArray[np.uint8],
+    probes: Images,
     *,
     precision: str = "fp32",
     batch_size: int | str = "auto",
     name: str = "auto",
+    num_images: int | None = None,
 ) -> Engine:
     """Choose the fastest engine that agrees with the plain network on real images.
 
     Args:
         backbone: What to run.
         device: Where.
-        probe: (n, S, S, 3) uint8, a few of the user's own images; n may be 0.
+        probes: A few of the user's own images, or none, to compare on.
         precision: ``fp32``, ``tf32`` (CUDA only), ``fp16`` or ``bf16``.
-        batch_size: Rows a batch, or ``auto``: 6 on a CPU, 256 on a GPU.
+        batch_size: Rows a batch, or ``auto``: fixed by the engine on a CPU (see the constants
+            above), measured on a GPU. Where a GPU's memory does not suffice, it is halved.
         name: ``auto``, or one engine to insist on.
+        num_images: How many images it is for, if that is known: few do not pay for an export.
 
     Raises:
         ConfigError: If an option is unknown or does not suit the device.
         BackboneError: If no engine is within the precision's bound.
     """
+    _check_options(device, precision, batch_size, name)
+    reference = eager_features(backbone, probes)
+    reasons: list[str] = []
+    for candidate in _candidates(device, precision, name, num_images):
+        try:
+            engine = _assemble(
+                candidate, backbone, device, precision=precision, batch_size=batch_size,
+                num_images=num_images,
+            )  # fmt: skip
+        except NotUsableError as error:
+            reasons.append(f"{candidate} cannot be used: {error}")
+        else:
+            parity = relative_errors(engine.run(probes), reference)
+            worst = max(parity, default=0.0)
+            if worst <= PARITY_BOUNDS[precision]:
+                asked = "asked for" if name != "auto" else "the fastest here"
+                return replace(engine, parity=parity, reason="; ".join(reasons) or asked)
+            reasons.append(
+                f"{candidate} at {precision} is off by {worst:.1e} (bound "
+                f"{PARITY_BOUNDS[precision]:.0e}) and is not used"
+            )
+        warnings.warn(f"engine {reasons[-1]}", FeatcacheWarning, stacklevel=2)
+    raise BackboneError(
+        f"engine at {precision}", expected=f"features within {PARITY_BOUNDS[precision]:.0e}",
+        found="; ".join(reasons), where=backbone.name,
+        hint="Use --precision fp32 and --engine auto",
+    )  # fmt: skip
+
+
+def _check_options(device: torch.device, precision: str, batch_size: int | str, name: str) -> None:
     if precision not in PARITY_BOUNDS:
         expected = "one of " + ", ".join(PARITY_BOUNDS)
         raise ConfigError("--precision", expected=expected, found=precision)
@@ -90,78 +170,120 @@ def build_engine(
         raise ConfigError("--precision tf32", expected="a CUDA device", found=device.type)
     if name not in {"auto", *ENGINES}:
         raise ConfigError("--engine", expected="auto, " + ", ".join(ENGINES), found=name)
-    rows = resolve_batch_size(batch_size, device)
-    reference = eager_features(backbone, probe)
-    candidates = ENGINES if name == "auto" else (name,)
-    worst = 0.0
-    for candidate in candidates:
-        forward = _make_forward(backbone, candidate, device, precision)
-        engine = Engine(candidate, device, precision, rows, backbone.num_features, (), forward)
-        parity = relative_errors(run_padded(engine, probe), reference)
-        worst = max(parity, default=0.0)
-        if worst <= PARITY_BOUNDS[precision]:
-            return replace(engine, parity=parity)
-        warnings.warn(
-            f"engine {candidate} at {precision} is off by {worst:.1e} (bound "
-            f"{PARITY_BOUNDS[precision]:.0e}) and is not used",
-            FeatcacheWarning,
-            stacklevel=2,
+    if name == "onnx" and (device.type, precision) != ("cpu", "fp32"):
+        found = f"{device.type} at {precision}"
+        raise ConfigError("--engine onnx", expected="a CPU at fp32", found=found)
+    if batch_size != "auto" and not (isinstance(batch_size, int) and 1 <= batch_size <= 65536):
+        raise ConfigError("--batch-size", expected="auto, or 1 to 65536", found=batch_size)
+
+
+def _candidates(
+    device: torch.device, precision: str, name: str, num_images: int | None
+) -> tuple[str, ...]:
+    if name != "auto":
+        return (name,)
+    few = num_images is not None and num_images < _ONNX_PAYS_FROM
+    if few or (device.type, precision) != ("cpu", "fp32"):
+        return ("folded", "eager")
+    return ENGINES
+
+
+def _assemble(
+    name: str, backbone: Backbone, device: torch.device, *, precision: str, batch_size: int | str,
+    num_images: int | None,
+) -> Engine:  # fmt: skip
+    """Return the engine by its name, its batch size settled, its parity yet to be found."""
+
+    def engine(rows: int, forward: Forward, concurrency: int) -> Engine:
+        return Engine(
+            name, "", device, precision, rows, concurrency, backbone.num_features, (), forward
         )
-    raise BackboneError(
-        f"engine at {precision}", expected=f"features within {PARITY_BOUNDS[precision]:.0e}",
-        found=f"{worst:.1e}", where=backbone.name, hint="Use --precision fp32",
-    )  # fmt: skip
+
+    rows = _CPU_BATCH[name] if batch_size == "auto" else int(batch_size)
+    if name == "onnx":
+        return engine(rows, onnx_forward(backbone, rows), available_cores())
+    forward = torch_forward(backbone, device, precision, folded=name == "folded")
+    if device.type == "cpu":
+        return engine(rows, forward, 1)  # torch spreads one batch over the cores by itself
+
+    def seconds_of(rows: int) -> float:
+        return _time_batch(forward, backbone.image_size, rows)
+
+    if batch_size == "auto":
+        rows = choose_batch_size(seconds_of, num_images or _GPU_BATCHES[-1])
+    else:
+        rows = halve_until_it_fits(seconds_of, rows)
+    return engine(rows, forward, _GPU_STREAMS if device.type == "cuda" else 1)
 
 
-def resolve_batch_size(batch_size: int | str, device: torch.device) -> int:
-    """Return the rows of a batch on this device.
+# ------------------------------------------------------------------------------------ batch size
+
+
+def choose_batch_size(seconds_of: Callable[[int], float], num_images: int) -> int:
+    """Return the smallest of the usual sizes within 3 % of the best measured rate.
+
+    Args:
+        seconds_of: Runs a batch of so many rows and returns its time; may raise
+            ``torch.OutOfMemoryError``.
+        num_images: No size beyond the first that holds them all is tried.
+    """
+    smallest = halve_until_it_fits(seconds_of, _GPU_BATCHES[0], say=False)
+    rates: dict[int, float] = {}
+    for rows in (smallest,) if smallest < _GPU_BATCHES[0] else _GPU_BATCHES:
+        try:
+            rates[rows] = rows / seconds_of(rows)
+        except torch.OutOfMemoryError:
+            break
+        if rows >= num_images:
+            break
+    return min(rows for rows, rate in rates.items() if rate >= 0.97 * max(rates.values()))
+
+
+def halve_until_it_fits(seconds_of: Callable[[int], float], rows: int, *, say: bool = True) -> int:
+    """Return the largest of rows, rows / 2, rows / 4 ... that the device's memory holds.
 
     Raises:
-        ConfigError: If it is neither ``auto`` nor a whole number from 1 to 65,536.
+        torch.OutOfMemoryError: If it does not hold a single row.
     """
-    if batch_size == "auto":
-        # B0's largest feature map is 96 x 112 x 112 floats. Six of them stay under the 32 MiB from
-        # which glibc maps and unmaps memory at every allocation: on two cores Lite0 ran at 73
-        # images/s in batches of 6, 66 of 8, 30 of 32; B0 at 54, 48 and 33.
-        return 6 if device.type == "cpu" else 256
-    if not isinstance(batch_size, int) or not 1 <= batch_size <= 65536:
-        raise ConfigError("--batch-size", expected="auto, or 1 to 65536", found=batch_size)
-    return batch_size
+    asked = rows
+    while True:
+        try:
+            seconds_of(rows)
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows //= 2
+        else:
+            break
+    if rows < asked and say:
+        message = f"batches of {asked} do not fit into the device's memory: {rows} are used"
+        warnings.warn(message, FeatcacheWarning, stacklevel=2)
+    return rows
 
 
-def run_padded(engine: Engine, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Run any number of images through batches of the engine's constant shape.
-
-    Args:
-        engine: The engine.
-        pixels: (n, S, S, 3) uint8.
-
-    Returns:
-        (n, D) float32.
-    """
-    features = np.empty((len(pixels), engine.num_features), np.float32)
-    for start in range(0, len(pixels), engine.batch_size):
-        part = pixels[start : start + engine.batch_size]
-        batch = np.zeros((engine.batch_size, *pixels.shape[1:]), np.uint8)
-        batch[: len(part)] = part
-        features[start : start + len(part)] = engine.forward(batch)[: len(part)]
-    return features
+def _time_batch(forward: Forward, image_size: int, rows: int) -> float:
+    """Return the shortest of three times of a batch, after one that allocates and chooses."""
+    batch = torch.zeros((rows, image_size, image_size, 3), dtype=torch.uint8)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        forward(batch)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
-def eager_features(backbone: Backbone, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Return (n, D) features by the library's own network on the CPU in IEEE fp32: the truth.
+# ---------------------------------------------------------------------------------------- parity
 
-    Args:
-        backbone: What to run.
-        pixels: (n, S, S, 3) uint8.
-    """
+
+def eager_features(backbone: Backbone, images: Images) -> npt.NDArray[np.float32]:
+    """Return (n, D) features by the library's own network on the CPU in IEEE fp32: the truth."""
     network = backbone.network.eval()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
     rows = [np.empty((0, backbone.num_features), np.float32)]
     with torch.inference_mode(), exact_fp32():
-        for start in range(0, len(pixels), 8):
-            part = torch.from_numpy(pixels[start : start + 8]).permute(0, 3, 1, 2)
-            rows.append(network((part.float() / 255 - mean) / std).numpy())
+        for image in images:  # one by one: they may be grey or coloured
+            pixels = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)[None].float()
+            rows.append(network((pixels.expand(-1, 3, -1, -1) / 255 - mean) / std).numpy())
     return np.concatenate(rows)
 
 
@@ -172,100 +294,3 @@ def relative_errors(
     difference = np.linalg.norm(found.astype(np.float64) - reference, axis=1)
     length = np.maximum(np.linalg.norm(reference.astype(np.float64), axis=1), 1e-30)
     return tuple(float(e) if np.isfinite(e) else float("inf") for e in difference / length)
-
-
-def _make_forward(
-    backbone: Backbone, name: str, device: torch.device, precision: str
-) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]:
-    network = copy.deepcopy(backbone.network).eval()
-    if name == "folded":
-        network = fold(network, backbone.image_size)
-    dtype = _DTYPES[precision]
-    network = network.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    # (x / 255 - mean) / std in one multiply and one add.
-    scale = 1 / (255 * torch.tensor(backbone.std, dtype=torch.float64))
-    shift = -torch.tensor(backbone.mean, dtype=torch.float64) * 255 * scale
-    scale, shift = (v.float().view(1, 3, 1, 1).to(device) for v in (scale, shift))
-
-    def forward(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        with torch.inference_mode(), exact_fp32(tf32=precision == "tf32"):
-            # NHWC memory seen as NCHW is channels_last already: no copy.
-            batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-            features = network(torch.addcmul(shift, batch.float(), scale).to(dtype))
-            rows: npt.NDArray[np.float32] = features.float().cpu().numpy()
-        return rows
-
-    return forward
-
-
-# ---------------------------------------------------------------------------------------- folding
-
-
-def fold(network: nn.Module, image_size: int) -> nn.Module:
-    """Return the network with batch norms, swishes and paddings folded; it is changed in place.
-
-    Which batch norm follows which convolution is seen by watching one forward pass, so it works
-    for any library. What it gets wrong is caught by the parity check.
-
-    Args:
-        network: A network in eval mode.
-        image_size: S: the size of the image to watch with.
-    """
-    for convolution, norm_name, norm in _find_pairs(network, image_size):
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        weight, bias = fuse_conv_bn_weights(
-            convolution.weight, convolution.bias, norm.running_mean, norm.running_var,
-            norm.eps, norm.weight, norm.bias,
-        )  # fmt: skip
-        convolution.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        convolution.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        network.set_submodule(norm_name, nn.Identity())
-    for name, module in list(network.named_modules()):
-        if type(module).__name__ in _SWISHES:
-            network.set_submodule(name, nn.SiLU(inplace=True))
-        if isinstance(module, nn.Conv2d):
-            _fold_padding(module)
-    return network
-
-
-def _find_pairs(network: nn.Module, image_size: int) -> list[tuple[nn.Conv2d, str, nn.BatchNorm2d]]:
-    """Return (convolution, name of the batch norm, batch norm) where one feeds the other."""
-    made_by: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}
-    pairs: list[tuple[nn.Conv2d, str, nn.BatchNorm2d]] = []
-    names = {module: name for name, module in network.named_modules()}
-    uses: dict[nn.Module, int] = {}
-
-    def after_convolution(module: nn.Module, _: object, output: torch.Tensor) -> None:
-        assert isinstance(module, nn.Conv2d)
-        uses[module] = uses.get(module, 0) + 1
-        made_by[id(output)] = (module, output)  # keeping the tensor keeps its id its own
-
-    def before_norm(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(module, nn.BatchNorm2d)
-        uses[module] = uses.get(module, 0) + 1
-        if id(inputs[0]) in made_by:
-            pairs.append((made_by[id(inputs[0])][0], names[module], module))
-
-    handles = []
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(after_convolution))
-        elif type(module) is nn.BatchNorm2d and module.track_running_stats:
-            handles.append(module.register_forward_pre_hook(before_norm))
-    with torch.inference_mode():
-        network(torch.zeros(1, 3, image_size, image_size))
-    for handle in handles:
-        handle.remove()
-    # A layer used twice may stand before different things each time.
-    return [pair for pair in pairs if uses[pair[0]] == 1 and uses[pair[2]] == 1]
-
-
-def _fold_padding(convolution: nn.Conv2d) -> None:
-    """Move efficientnet_pytorch's explicit zero padding into the convolution, if symmetric."""
-    pad = getattr(convolution, "static_padding", None)
-    if isinstance(pad, nn.ZeroPad2d):
-        left, right, top, bottom = pad.padding
-        if left == right and top == bottom:
-            convolution.padding = (top, left)
-            convolution.static_padding = nn.Identity()

@@ -5,67 +5,33 @@ Reads: images, and the cache that is there already. Writes: ``CACHE`` (module ``
 
 from __future__ import annotations
 
+import contextlib
+import re
 import time
-import warnings
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from featcache.backbone import Backbone, build_backbone
 from featcache.cache import Cache, open_cache
 from featcache.container import MAX_USER_BLOCK_BYTES
 from featcache.dataset import ImageDataset, scan
-from featcache.errors import CacheError, ConfigError, FeatcacheWarning, printable
+from featcache.errors import CacheError, ConfigError
 from featcache.files import writer_lock
-from featcache.production import Production
+from featcache.production import Production, produce
 from featcache.projection import Projection, project
 from featcache.recipe import Recipe, make_recipe
 from featcache.runtime import Say, resolve_device, silent
 from featcache.shards import image_key, partial_folder
-
-_NUM_SHOWN_FAILURES = 5
-
-
-@dataclass(frozen=True)
-class ExtractionSummary:
-    """What an extraction did.
-
-    Attributes:
-        cache: The cache file.
-        status: ``extracted``, or ``up to date`` when there was nothing to do.
-        num_images: Rows in the cache.
-        num_new: Images that went through the network.
-        num_known: Images whose features were known, from an earlier run or an older cache.
-        num_failed: Images that could not be read; they are listed in the cache.
-        num_truncated: Cut-off images that were filled in (``--truncated keep``).
-        splits: Per split, rows per class (or ``unlabelled``).
-        engine: ``folded`` or ``eager``.
-        parity: Largest relative L2 error of a probed image against the eager fp32 forward.
-        seconds: Wall time of the whole call.
-        images_per_second: New images over the time of decoding and forward together.
-        fingerprint: Of the recipe.
-        content_sha256: Of the cache's content.
-    """
-
-    cache: str
-    status: str
-    num_images: int
-    num_new: int
-    num_known: int
-    num_failed: int
-    num_truncated: int
-    splits: dict[str, dict[str, int]]
-    engine: str
-    parity: float | None
-    seconds: float
-    images_per_second: float | None
-    fingerprint: str
-    content_sha256: str
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the summary as JSON values."""
-        return asdict(self)
+from featcache.summary import (
+    ExtractionSummary,
+    describe_dataset,
+    describe_recipe,
+    describe_result,
+    summarise,
+)
 
 
 def extract(
@@ -134,43 +100,112 @@ def extract(
     Raises:
         FeatcacheError: One of its kinds, in one line; nothing is left half-written.
     """
-    start = time.perf_counter()
-    path = Path(cache)
-    allowed = parse_max_errors(max_errors)
-    _refuse_inside(path, Path(data))
-    dataset, recipe = _prepare(
-        data, backbone, group_by, limit, say, weights=weights, image_size=image_size,
-        normalize=normalize, mean=mean, std=std, crop_mode=crop_mode, interpolation=interpolation,
-        bit_depth=bit_depth, truncated=truncated, feature_dtype=feature_dtype, views=views,
-        augment=augment,
+    (summary,) = _extract(
+        Path(data), [(Path(cache), backbone)], weights=weights, image_size=image_size,
+        crop_mode=crop_mode, interpolation=interpolation, normalize=normalize, mean=mean, std=std,
+        bit_depth=bit_depth, truncated=truncated, views=views, augment=augment,
+        precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
+        workers=workers, device=device, group_by=group_by, max_errors=max_errors,
+        limit=limit, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
-    old = _open_existing(path, recipe, rebuild=rebuild)
-    if old is not None:
-        _check_update(old, dataset, limit, say)
-    if old is not None and not old.failures and _holds(old, dataset, frozenset()):
-        return _summary(old, "up to date", start, num_known=len(dataset.samples))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writer_lock(partial_folder(path) / "lock", f"cache {path.name}"):
-        work = Production(path, dataset, recipe, allowed=allowed, say=say)
-        try:
+    return summary
+
+
+def extract_caches(
+    data: str | Path, cache: str | Path, *, backbones: Sequence[str | Backbone], **options: Any
+) -> list[ExtractionSummary]:
+    """Extract with several backbones at once, decoding every image once for all of them.
+
+    Args:
+        data: As for ``extract``.
+        cache: A folder, which gets a cache per backbone: ``efficientnet-b0.h5``,
+            ``timm-resnet18.h5``. Of a single backbone, the file, as for ``extract``.
+        backbones: Names or ready ones. Each keeps its own image size and normalization.
+        **options: As for ``extract``.
+
+    Returns:
+        One summary per backbone, in their order.
+
+    Raises:
+        FeatcacheError: As ``extract`` does; caches that were finished before stay.
+    """
+    if len(backbones) == 1:
+        return [extract(data, cache, backbone=backbones[0], **options)]
+    names = [b if isinstance(b, str) else b.name for b in backbones]
+    files = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".h5" for name in names]
+    if len(set(files)) != len(files) or not files:
+        raise ConfigError("--backbone", expected="different backbones", found=", ".join(names))
+    if options.get("weights") not in {None, "random"}:
+        raise ConfigError(
+            "--weights", expected="random, or none with several backbones",
+            found=options["weights"], hint="Extract with one backbone at a time",
+        )  # fmt: skip
+    folder = Path(cache)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(
+            "CACHE", expected="a folder, for the caches of several backbones", found="a file",
+            where=folder,
+        )  # fmt: skip
+    jobs = list(zip((folder / file for file in files), backbones, strict=True))
+    return _extract(Path(data), jobs, **options)
+
+
+def _extract(
+    data: Path, jobs: Sequence[tuple[Path, str | Backbone]], *, precision: str = "fp32",
+    engine: str = "auto", batch_size: int | str = "auto", workers: int | str = "auto",
+    device: str = "auto", group_by: str | None = None, max_errors: int | str = "5%",
+    limit: int | None = None, rebuild: bool = False, say: Say = silent, progress: bool = False,
+    **recipe_options: Any,
+) -> list[ExtractionSummary]:  # fmt: skip
+    """Make the caches of some backbones from one pass over the images."""
+    start = time.perf_counter()
+    allowed = parse_max_errors(max_errors)
+    for path, _ in jobs:
+        _refuse_inside(path, data)
+    dataset = _scan(data, group_by, limit, say)
+    done: dict[Path, ExtractionSummary] = {}
+    works: dict[Path, tuple[Production, Cache | None]] = {}
+    for path, backbone in jobs:
+        recipe = _choose_recipe(dataset, backbone, say, **recipe_options)
+        old = _open_existing(path, recipe, rebuild=rebuild)
+        if old is not None:
+            _check_update(old, dataset, limit, say)
+        if old is not None and not old.failures and _holds(old, dataset, frozenset()):
+            done[path] = summarise(old, "up to date", start, num_known=len(dataset.samples))
+        else:
+            works[path] = Production(path, dataset, recipe, allowed=allowed, say=say), old
+    with contextlib.ExitStack() as stack:
+        for path in works:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(writer_lock(partial_folder(path) / "lock", f"cache {path.name}"))
+        # Undone whatever happens, and before the locks are: an engine changes torch's threads.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        for work, _ in works.values():
+            stack.callback(work.abandon)
+        if works:
             place = resolve_device(device)
-            work.find_known(old, place, precision=precision, rebuild=rebuild)
-            if work.pending:
+            for work, old in works.values():
+                work.find_known(old, place, precision=precision, rebuild=rebuild)
+            pending = [work for work, _ in works.values() if work.pending]
+            for work in pending:
                 work.choose_engine(place, precision=precision, batch_size=batch_size, name=engine)
-                work.run(workers, progress=progress)
-            if old is not None and _is_unchanged(old, work):
-                work.abandon()
-                return _summary(old, "up to date", start, num_known=len(dataset.samples))
-            done = work.finish()
-        except BaseException:
-            work.abandon()
-            raise
-    summary = _summary(
-        done, "extracted", start, num_new=work.num_new,
-        num_known=sum(len(s) for s in done.splits.values()) - work.num_new,
+            if pending:
+                produce(pending, workers, progress=progress)
+        for path, (work, old) in works.items():
+            done[path] = _finish(work, old, start, say)
+    return [done[path] for path, _ in jobs]
+
+
+def _finish(work: Production, old: Cache | None, start: float, say: Say) -> ExtractionSummary:
+    if old is not None and _is_unchanged(old, work):
+        return summarise(old, "up to date", start, num_known=len(work.dataset.samples))
+    cache = work.finish()
+    summary = summarise(
+        cache, "extracted", start, num_new=work.num_new,
+        num_known=sum(len(s) for s in cache.splits.values()) - work.num_new,
         images_per_second=work.images_per_second,
     )  # fmt: skip
-    _describe_result(done, summary, say)
+    describe_result(cache, summary, say)
     return summary
 
 
@@ -206,20 +241,24 @@ def plan(
     Raises:
         FeatcacheError: As ``extract`` would at its start.
     """
-    dataset, recipe = _prepare(data, backbone, group_by, limit, say, **recipe_options)
+    dataset = _scan(Path(data), group_by, limit, say)
+    recipe = _choose_recipe(dataset, backbone, say, **recipe_options)
     return project(
         dataset, recipe, resolve_device(device), precision=precision, engine=engine,
         batch_size=batch_size, workers=workers,
     )  # fmt: skip
 
 
-def _prepare(
-    data: str | Path, backbone: str | Backbone, group_by: str | None, limit: int | None, say: Say,
-    **options: Any,
-) -> tuple[ImageDataset, Recipe]:  # fmt: skip
-    """Scan the images and settle what makes features of them."""
+def _scan(data: Path, group_by: str | None, limit: int | None, say: Say) -> ImageDataset:
     dataset = scan(data, group_by=group_by, limit=limit)
-    _describe(dataset, say)
+    describe_dataset(dataset, say)
+    return dataset
+
+
+def _choose_recipe(
+    dataset: ImageDataset, backbone: str | Backbone, say: Say, **options: Any
+) -> Recipe:
+    """Settle what makes features of the images."""
     about_backbone = ("weights", "image_size", "normalize", "mean", "std")
     if isinstance(backbone, str):
         backbone = build_backbone(
@@ -228,8 +267,8 @@ def _prepare(
     recipe = make_recipe(
         backbone, dataset, **{k: v for k, v in options.items() if k not in about_backbone}
     )
-    _describe_recipe(recipe, say)
-    return dataset, recipe
+    describe_recipe(recipe, say)
+    return recipe
 
 
 def parse_max_errors(value: int | str) -> int | float:
@@ -343,75 +382,3 @@ def _holds(old: Cache, dataset: ImageDataset, failed: frozenset[str]) -> bool:
         if any(sample.group != group for sample, group in zip(samples, groups, strict=True)):
             return False
     return True
-
-
-# ------------------------------------------------------------------------------ lines for people
-
-
-def _describe(dataset: ImageDataset, say: Say) -> None:
-    for split, counts in dataset.count().items():
-        listed = ", ".join(f"{count:,} {printable(name)}" for name, count in counts.items())
-        say(f"{split:>6}: {listed}")
-    for reason, number in sorted(dataset.num_ignored.items()):
-        say(f"ignored: {number:,} ({reason})")
-    if dataset.num_grouped is not None:
-        groups = len({s.group for s in dataset.samples})
-        say(
-            f"groups: {groups:,}; {dataset.num_grouped:,} of {len(dataset.samples):,} names matched"
-        )
-
-
-def _describe_recipe(recipe: Recipe, say: Say) -> None:
-    backbone, rules = recipe.backbone, recipe.rules
-    say(f"Backbone: {backbone.name}, weights {backbone.weights_source}, {backbone.num_features}-d.")
-    mean, std = (" ".join(f"{v:g}" for v in values) for values in (backbone.mean, backbone.std))
-    say(
-        f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}, "
-        f"{rules.interpolation}, mean {mean}, std {std}."
-    )
-    views = recipe.view_rules
-    if views.augmentation is not None:
-        say(f"Views: {views.num_views} of every image to train on, {views.augmentation}.")
-
-
-def _describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
-    for failure in cache.failures[:_NUM_SHOWN_FAILURES]:
-        say(f"failed: {printable(failure.path)}: {printable(failure.reason)}")
-    if len(cache.failures) > _NUM_SHOWN_FAILURES:
-        more = len(cache.failures) - _NUM_SHOWN_FAILURES
-        say(f"failed: {more} more, listed by featcache info {printable(cache.path)}")
-    if cache.failures:
-        warnings.warn(
-            f"{len(cache.failures)} images could not be read and are not in the cache",
-            FeatcacheWarning, stacklevel=3,
-        )  # fmt: skip
-    rate = "" if summary.images_per_second is None else f", {summary.images_per_second:,} images/s"
-    say(
-        f"{cache.path}: {summary.num_images:,} images ({summary.num_new:,} new, "
-        f"{summary.num_known:,} known) in {summary.seconds:.1f} s{rate}."
-    )
-    stages = cache.provenance.get("stage_seconds")
-    if summary.num_new and isinstance(stages, dict):
-        say("Time: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items()))
-
-
-def _summary(
-    cache: Cache, status: str, start: float, *, num_new: int = 0, num_known: int,
-    images_per_second: float | None = None,
-) -> ExtractionSummary:  # fmt: skip
-    splits: dict[str, dict[str, int]] = {}
-    for name, split in cache.splits.items():
-        counts = Counter(split.targets.tolist())
-        labels = {-1: "unlabelled", **dict(enumerate(cache.classes))}
-        splits[name] = {labels[t]: n for t, n in sorted(counts.items())}
-    parity = cache.provenance.get("parity")
-    return ExtractionSummary(
-        cache=cache.path.as_posix(), status=status,
-        num_images=sum(len(s) for s in cache.splits.values()), num_new=num_new,
-        num_known=num_known, num_failed=len(cache.failures),
-        num_truncated=len(cache.provenance.get("truncated", [])), splits=splits,
-        engine=str(cache.provenance.get("engine", "none")),
-        parity=max(parity) if parity else None,
-        seconds=round(time.perf_counter() - start, 3), images_per_second=images_per_second,
-        fingerprint=cache.fingerprint, content_sha256=cache.content_sha256,
-    )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from featcache.errors import DataError
 from featcache.files import child_process
-from featcache.images import DecodedImage, PixelRules, decode
+from featcache.images import PixelRules
 from featcache.views import Rendering, ViewRules, render
 
 DECODE_SECONDS = 60.0
@@ -44,16 +44,6 @@ class IsolatedDecoder:
     ) -> None:  # fmt: skip
         self._stop()
 
-    def decode(self, data: bytes, rules: PixelRules) -> DecodedImage:
-        """Decode as ``images.decode`` does.
-
-        Raises:
-            DataError: If the image is bad, or the decoder hung or crashed on it.
-        """
-        answer = self._ask(data, rules)
-        assert isinstance(answer, DecodedImage)
-        return answer
-
     def render(
         self, data: bytes, recipes: Sequence[tuple[PixelRules, ViewRules]], sha256: bytes
     ) -> Rendering:
@@ -62,15 +52,10 @@ class IsolatedDecoder:
         Raises:
             DataError: If the image is bad, or the decoder hung or crashed on it.
         """
-        answer = self._ask(data, list(recipes), sha256)
-        assert isinstance(answer, Rendering)
-        return answer
-
-    def _ask(self, *request: object) -> object:
         with self._one_at_a_time:
-            return self._ask_child(request)
+            return self._ask(data, list(recipes), sha256)
 
-    def _ask_child(self, request: tuple[object, ...]) -> object:
+    def _ask(self, *request: object) -> Rendering:
         child = self._start()
         timer = threading.Timer(self._seconds, child.kill)
         timer.start()
@@ -88,6 +73,7 @@ class IsolatedDecoder:
             timer.cancel()
         if isinstance(answer, DataError):
             raise answer
+        assert isinstance(answer, Rendering)
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -123,14 +109,14 @@ def _receive(stream: IO[bytes]) -> object:
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer requests to decode (bytes, rules) or to render, until the parent is gone."""
+    """Answer (bytes, recipes, sha256) with a Rendering or a DataError until the parent is gone."""
     while True:
         try:
             request: Any = _receive(requests)
         except EOFError:
             return
         try:
-            answer: object = decode(*request) if len(request) == 2 else render(*request)
+            answer: object = render(*request)
         except DataError as error:
             answer = error
         _send(answers, answer)

@@ -1,24 +1,22 @@
-"""Samples -> pixels -> batches -> features: the one path of extraction, verification, prediction.
+"""Samples -> views -> batches -> features: the one path of extraction, verification, prediction.
 
-Threads read, hash and decode images while the network runs; Pillow and torch release the GIL.
-Every batch has the engine's constant shape: failed slots and the tail are zero images whose rows
-are dropped, so that a row depends on its image alone.
+Threads read, hash and decode images; others run the network over what is decoded; the consumer
+writes what came out meanwhile. Pillow, torch and ONNX Runtime release the GIL, and nothing is
+pickled. Each image is decoded once for all the recipes that want it.
 
-Memory: ``_AHEAD`` + 1 batches of pixels, or 32 images if that is more, and one undecoded and one
-decoded file a thread.
+Memory: what is decoded and not yet consumed, at most ``images_under_way`` images' views, and one
+file with its decoded picture a decoding thread. It does not grow with the number of images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +24,34 @@ import numpy.typing as npt
 from featcache.dataset import ImageDataset, Sample
 from featcache.engine import Engine
 from featcache.errors import ConfigError, DataError, printable
-from featcache.images import PixelRules, decode
+from featcache.images import PixelRules
 from featcache.isolation import DECODE_SECONDS, IsolatedDecoder
+from featcache.recipe import Recipe
 from featcache.runtime import Timer, available_cores
-from featcache.views import PLAIN, ViewRules, render
+from featcache.threads import Threads
+from featcache.views import Rendering, ViewRules, render
 
-_AHEAD = 3  # batches in the making while one is in the network, and at least ...
+_AHEAD = 3  # chunks in the making while others are in the network, and at least ...
 _AHEAD_IMAGES = 32  # ... so many images, or one large file stops the small batches of a CPU
+
+Views = tuple[npt.NDArray[np.uint8], ...]
+"""Of one image: per recipe, (V, S, S) or (V, S, S, 3) uint8."""
+_Render = Callable[[bytes, Sequence[tuple[PixelRules, ViewRules]], bytes], Rendering]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one recipe wants of the images.
+
+    Attributes:
+        recipe: What its features are made by.
+        engine: The forward pass.
+        pending: The samples it wants features of.
+    """
+
+    recipe: Recipe
+    engine: Engine
+    pending: Collection[Sample]
 
 
 @dataclass(frozen=True)
@@ -52,30 +71,18 @@ class Outcome:
     truncated: bool
 
 
-_Decoded = tuple[Outcome, npt.NDArray[np.uint8] | None]
-
-
 @dataclass(frozen=True)
 class FeatureBatch:
-    """A batch's outcomes, one per sample, and the features of those that did not fail.
+    """The outcomes of some samples, in their order, and their features.
 
-    ``features`` is (M, D) float32: the views of each outcome without a ``reason``, in their order;
-    ``num_views`` tells of each outcome how many it has, or would have.
+    Attributes:
+        outcomes: One per sample.
+        features: Per lane, per outcome: (V, D) float32, or None where the image failed or the lane
+            does not want it.
     """
 
     outcomes: tuple[Outcome, ...]
-    features: npt.NDArray[np.float32]
-    num_views: tuple[int, ...]
-
-    def per_image(self) -> Iterator[tuple[Outcome, npt.NDArray[np.float32] | None]]:
-        """Yield each outcome with its features (V, D), None where it failed."""
-        start = 0
-        for outcome, count in zip(self.outcomes, self.num_views, strict=True):
-            if outcome.reason is None:
-                yield outcome, self.features[start : start + count]
-                start += count
-            else:
-                yield outcome, None
+    features: tuple[tuple[npt.NDArray[np.float32] | None, ...], ...]
 
 
 def resolve_workers(workers: int | str) -> int:
@@ -91,198 +98,176 @@ def resolve_workers(workers: int | str) -> int:
     return workers
 
 
+def chunk_size(lanes: Sequence[Lane]) -> int:
+    """Return how many images travel together: as many as fill the largest lane's batch."""
+    return max(max(1, lane.engine.batch_size // lane.recipe.view_rules.num_views) for lane in lanes)
+
+
+def images_under_way(lanes: Sequence[Lane]) -> int:
+    """Return the most images that have been read but not yet given to the consumer."""
+    size = chunk_size(lanes)
+    return size * (_num_ahead(size) + 2 * _concurrency(lanes) + 1)
+
+
+def _num_ahead(size: int) -> int:
+    return max(_AHEAD, _AHEAD_IMAGES // size)
+
+
+def _concurrency(lanes: Sequence[Lane]) -> int:
+    return max(lane.engine.concurrency for lane in lanes)
+
+
 def stream_features(
     dataset: ImageDataset,
     samples: Sequence[Sample],
-    engine: Engine,
-    rules: PixelRules,
+    lanes: Sequence[Lane],
     *,
-    view_rules: ViewRules = PLAIN,
     workers: int | str = "auto",
     timer: Timer | None = None,
     isolate: bool = False,
 ) -> Iterator[FeatureBatch]:
-    """Run samples through the engine, batch by batch, in their order.
+    """Run samples through the engines of all lanes, chunk by chunk, in their order.
 
     Args:
         dataset: Where the samples are read from.
         samples: What to run.
-        engine: The forward pass.
-        rules: How bytes become pixels.
-        view_rules: Which views of images to train on.
+        lanes: What features to make of them.
         workers: Decoding threads, or ``auto``.
-        timer: Adds up ``waiting`` (for decoding) and ``forward``.
+        timer: Adds up the threads' seconds of ``decode`` and ``forward``, and the seconds that the
+            consumer had to wait for either.
         isolate: Decode in a child process, image by image: slower, and survives any image.
     """
     clock = timer or Timer()
-    size = engine.batch_size
-    for outcomes, pixels in stream_pixels(
-        dataset, samples, rules, size, view_rules=view_rules, workers=workers, timer=clock,
-        isolate=isolate,
-    ):  # fmt: skip
-        counts = tuple(_count_views(dataset, o.sample, view_rules) for o in outcomes)
-        good = np.repeat([o.reason is None for o in outcomes], counts)
-        features = np.empty((0, engine.num_features), np.float32)
-        if good.any():
-            with clock("forward"):
-                parts = [engine.forward(p) for p in np.split(pixels, len(pixels) // size)]
-                features = np.concatenate(parts)[: len(good)][good]
-        yield FeatureBatch(outcomes, features, counts)
+    concurrency = _concurrency(lanes)
+    under_way: deque[Future[FeatureBatch]] = deque()
+    decoded = stream_views(
+        dataset, samples, [lane.recipe for lane in lanes], chunk_size(lanes), workers=workers,
+        timer=clock, isolate=isolate,
+    )  # fmt: skip
+    with contextlib.closing(decoded), Threads("forward", concurrency) as threads:
+        for outcomes, views in decoded:
+            under_way.append(threads.submit(_forward_chunk, lanes, outcomes, views, clock))
+            if len(under_way) > 2 * concurrency:
+                yield _wait_for(under_way.popleft(), clock)
+        while under_way:
+            yield _wait_for(under_way.popleft(), clock)
 
 
-def _count_views(dataset: ImageDataset, sample: Sample, view_rules: ViewRules) -> int:
-    return view_rules.for_split(sample.split, dataset.splits).num_views
+def _wait_for(future: Future[FeatureBatch], clock: Timer) -> FeatureBatch:
+    with clock("waiting for forward"):
+        return future.result()
 
 
-def _batch_samples(
-    dataset: ImageDataset, samples: Sequence[Sample], view_rules: ViewRules, batch_size: int
-) -> Iterator[list[Sample]]:
-    """Yield as many samples as have ``batch_size`` views together, one at least."""
-    part: list[Sample] = []
-    num_views = 0
-    for sample in samples:
-        count = _count_views(dataset, sample, view_rules)
-        if part and num_views + count > batch_size:
-            yield part
-            part, num_views = [], 0
-        part.append(sample)
-        num_views += count
-    if part:
-        yield part
+def find_bottleneck(seconds: Mapping[str, float]) -> str:
+    """Return the stage that the others wait for: ``decode``, ``forward`` or ``write``."""
+    waits = {
+        "decode": seconds.get("waiting for decode", 0.0),
+        "forward": seconds.get("waiting for forward", 0.0),
+        "write": seconds.get("write", 0.0),
+    }
+    return max(waits, key=lambda stage: waits[stage])
 
 
-def stream_pixels(
+def _forward_chunk(
+    lanes: Sequence[Lane], outcomes: Sequence[Outcome], views: Sequence[Views | None], clock: Timer
+) -> FeatureBatch:
+    """Run a chunk through every lane's engine in this thread."""
+    features = []
+    with clock("forward"):
+        for number, lane in enumerate(lanes):
+            wanted = [
+                None if of_image is None or outcome.sample not in lane.pending else of_image[number]
+                for outcome, of_image in zip(outcomes, views, strict=True)
+            ]
+            images = [view for of_image in wanted if of_image is not None for view in of_image]
+            rows = iter(lane.engine.run_here(images)) if images else iter(())
+            features.append(
+                tuple(
+                    None if of_image is None else np.stack([next(rows) for _ in of_image])
+                    for of_image in wanted
+                )
+            )
+    return FeatureBatch(tuple(outcomes), tuple(features))
+
+
+def stream_views(
     dataset: ImageDataset,
     samples: Sequence[Sample],
-    rules: PixelRules,
-    batch_size: int,
+    recipes: Sequence[Recipe],
+    size: int,
     *,
-    view_rules: ViewRules = PLAIN,
     workers: int | str = "auto",
     timer: Timer | None = None,
     isolate: bool = False,
-) -> Iterator[tuple[tuple[Outcome, ...], npt.NDArray[np.uint8]]]:
-    """Decode samples into batches of constant shape; the next ones are decoded meanwhile.
+) -> Generator[tuple[tuple[Outcome, ...], tuple[Views | None, ...]], None, None]:
+    """Decode samples, ``size`` at a time; the next ones are decoded meanwhile.
 
     An image that has not come back after ``DECODE_SECONDS`` is tried again in a child process.
 
     Yields:
-        The outcomes of up to ``batch_size`` samples, and the pixels of all their views in their
-        order, (M, S, S, 3) uint8, zeros where there is no image. M is ``batch_size``, or a multiple
-        of it if a single image has more views.
+        The outcomes of up to ``size`` samples, and per outcome its views by recipe, None where it
+        failed.
     """
     clock = timer or Timer()
-    parts = _batch_samples(dataset, samples, view_rules, batch_size)
+    starts = iter(range(0, len(samples), size))
     under_way: deque[list[tuple[Sample, Future[_Decoded]]]] = deque()
+    job = _Job(dataset, recipes, clock)
     with (
         IsolatedDecoder() as child,
-        _Threads(1 if isolate else resolve_workers(workers)) as threads,
+        Threads("decode", 1 if isolate else resolve_workers(workers)) as threads,
     ):
-        recipe = rules, view_rules
-        decoder = child if isolate else None
+        renderer: _Render = child.render if isolate else render
 
-        def start_batch() -> None:
-            part = next(parts, None)
-            if part is not None:
-                under_way.append(
-                    [(s, threads.submit(_decode_sample, dataset, s, recipe, decoder)) for s in part]
-                )
+        def start_chunk() -> None:
+            start = next(starts, None)
+            if start is not None:
+                part = samples[start : start + size]
+                under_way.append([(s, threads.submit(job.decode, s, renderer)) for s in part])
 
-        for _ in range(max(_AHEAD, _AHEAD_IMAGES // batch_size)):
-            start_batch()
+        for _ in range(_num_ahead(size)):
+            start_chunk()
         while under_way:
-            batch = under_way.popleft()
-            counts = [_count_views(dataset, sample, view_rules) for sample, _ in batch]
-            num_slots = -(-max(sum(counts), batch_size) // batch_size) * batch_size
-            pixels = np.zeros((num_slots, rules.image_size, rules.image_size, 3), np.uint8)
-            outcomes = []
-            slot = 0
-            with clock("waiting"):
-                for (sample, future), count in zip(batch, counts, strict=True):
+            decoded = []
+            with clock("waiting for decode"):
+                for sample, future in under_way.popleft():
                     try:
                         # an isolated decoder keeps the time itself
-                        outcome, images = future.result(None if isolate else DECODE_SECONDS)
+                        decoded.append(future.result(None if isolate else DECODE_SECONDS))
                     except FutureTimeoutError:
                         threads.replace_one()
-                        outcome, images = _decode_sample(dataset, sample, recipe, child)
-                    outcomes.append(outcome)
-                    if images is not None:
-                        pixels[slot : slot + count] = images
-                    slot += count
-            start_batch()
-            yield tuple(outcomes), pixels
+                        decoded.append(job.decode(sample, child.render))
+            start_chunk()
+            outcomes, views = zip(*decoded, strict=True)
+            yield outcomes, views
 
 
-def _decode_sample(
-    dataset: ImageDataset, sample: Sample, recipe: tuple[PixelRules, ViewRules],
-    child: IsolatedDecoder | None,
-) -> _Decoded:  # fmt: skip
-    """Read, hash and decode one image. The seam every decoder stands behind."""
-    sha256 = bytes(32)
-    rules, view_rules = recipe[0], recipe[1].for_split(sample.split, dataset.splits)
-    try:
-        data = dataset.read(sample)
-        sha256 = hashlib.sha256(data).digest()
-        if view_rules == PLAIN:
-            image = child.decode(data, rules) if child else decode(data, rules)
-            return Outcome(sample, sha256, None, image.truncated), image.pixels[None]
-        made = (child.render if child else render)(data, [(rules, view_rules)], sha256)
-    except DataError as error:
-        return Outcome(sample, sha256, str(error.found), truncated=False), None
-    except (OSError, MemoryError) as error:
-        reason = printable(error) or type(error).__name__
-        return Outcome(sample, sha256, reason, truncated=False), None
-    views = made.views[0]
-    colour = views if views.ndim == 4 else np.repeat(views[..., None], 3, axis=3)
-    return Outcome(sample, sha256, None, made.truncated), colour
+_Decoded = tuple[Outcome, Views | None]
 
 
-class _Threads:
-    """A pool of daemon threads: unlike concurrent.futures', one that hangs does not stop exit."""
+@dataclass(frozen=True)
+class _Job:
+    """What the decoding threads need to know."""
 
-    def __init__(self, num_threads: int) -> None:
-        self._tasks: queue.SimpleQueue[
-            tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None
-        ]
-        self._tasks = queue.SimpleQueue()
-        self._num_threads = num_threads
-        for _ in range(num_threads):
-            self._start()
+    dataset: ImageDataset
+    recipes: Sequence[Recipe]
+    clock: Timer
 
-    def _start(self) -> None:
-        threading.Thread(target=self._work, name="featcache-decode", daemon=True).start()
-
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            future, function, arguments = task
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:  # noqa: BLE001 (handed to whoever asks for the result)
-                future.set_exception(error)
-
-    def submit(self, function: Callable[..., _Decoded], *arguments: Any) -> Future[_Decoded]:
-        """Run a function on the next free thread."""
-        future: Future[_Decoded] = Future()
-        self._tasks.put((future, function, arguments))
-        return future
-
-    def replace_one(self) -> None:
-        """Start a thread in place of one that hangs (and may yet come back)."""
-        self._num_threads += 1
-        self._start()
-
-    def __enter__(self) -> _Threads:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while True:  # drop what has not begun, then send everyone home
-            try:
-                task = self._tasks.get_nowait()
-            except queue.Empty:
-                break
-            if task is not None:
-                task[0].cancel()
-        for _thread in range(self._num_threads):
-            self._tasks.put(None)
+    def decode(self, sample: Sample, renderer: _Render) -> _Decoded:
+        """Read, hash and decode one image. The seam every decoder stands behind."""
+        sha256 = bytes(32)
+        # Recipes that want the same views share them.
+        splits = self.dataset.splits
+        plans = [(r.rules, r.view_rules.for_split(sample.split, splits)) for r in self.recipes]
+        different = list(dict.fromkeys(plans))
+        try:
+            with self.clock("decode"):
+                data = self.dataset.read(sample)
+                sha256 = hashlib.sha256(data).digest()
+                rendering = renderer(data, different, sha256)
+        except DataError as error:
+            return Outcome(sample, sha256, str(error.found), truncated=False), None
+        except (OSError, MemoryError) as error:
+            reason = printable(error) or type(error).__name__
+            return Outcome(sample, sha256, reason, truncated=False), None
+        views = tuple(rendering.views[different.index(plan)] for plan in plans)
+        return Outcome(sample, sha256, None, rendering.truncated), views

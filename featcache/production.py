@@ -9,6 +9,7 @@ import glob
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ from featcache.cache_writer import SplitRows, write_rows
 from featcache.dataset import ImageDataset, Sample
 from featcache.engine import Engine, build_engine
 from featcache.errors import BackboneError, CacheError, DataError
-from featcache.pipeline import FeatureBatch, Outcome, stream_features
+from featcache.pipeline import (
+    FeatureBatch,
+    Lane,
+    Outcome,
+    find_bottleneck,
+    images_under_way,
+    stream_features,
+)
 from featcache.recipe import Recipe, decode_probes
 from featcache.runtime import Say, Timer, environment_facts
 from featcache.shards import SHARD_BYTES, EngineFacts, KnownRows, PartialCache, Row, partial_folder
@@ -33,7 +41,7 @@ class Production:
     """One extraction under way: find what is known, run the rest, write the cache.
 
     Use it while holding the lock of ``folder``, in this order: ``find_known``, then, if anything is
-    ``pending``, ``choose_engine`` and ``run``, then ``finish``.
+    ``pending``, ``choose_engine`` and ``produce``, then ``finish``.
 
     Args:
         path: The cache to make.
@@ -58,11 +66,11 @@ class Production:
         self.planned = Counter((s.split, s.target) for s in dataset.samples)
         self.engine: Engine | None = None
         self.provenance: dict[str, Any] = {}
-        self.timer = Timer()
         self.num_new = 0
         self.images_per_second: float | None = None
         self._old_parity: list[float] = []
-        self._caller_threads = torch.get_num_threads()
+        self._rows: list[Outcome] = []  # done, but not in a shard yet
+        self._blocks: list[npt.NDArray[Any]] = []
 
     def find_known(
         self, old: Cache | None, device: torch.device, *, precision: str, rebuild: bool
@@ -142,11 +150,15 @@ class Production:
         probes = decode_probes(
             self.dataset, self.dataset.samples, self.recipe.rules, isolate=self.partial.was_killed
         )
-        self.engine = build_engine(
+        # Chosen by the number of images, not of views: view 0 equals a cache without views.
+        engine = build_engine(
             self.recipe.backbone, device, probes, precision=precision, batch_size=batch_size,
-            name=name,
+            name=name, num_images=len(self.dataset.samples),
         )  # fmt: skip
-        self._note_engine(self.engine)
+        if fixed or made.get("device_type") == device.type:
+            engine = replace(engine, reason="as for the rows that are there")
+        self.engine = engine
+        self._note_engine(engine)
 
     def _note_engine(self, engine: Engine) -> None:
         """Say which engine it is, and note it for resuming and for provenance."""
@@ -155,12 +167,13 @@ class Production:
             worst, number = max(engine.parity), len(engine.parity)
             against = f"within {worst:.1e} of the eager fp32 network on {number} images"
         self.say(
-            f"Engine: {engine.name} {engine.precision} on {engine.device}, "
-            f"{engine.batch_size} images a batch, {against}."
+            f"Engine: {engine.name} {engine.precision} on {engine.device} ({engine.reason}), "
+            f"{engine.concurrency} x {engine.batch_size} images at once, {against}."
         )
         self.provenance = {
             **environment_facts(engine.device), "device_type": engine.device.type,
             "weights_source": self.recipe.backbone.weights_source, "engine": engine.name,
+            "engine_reason": engine.reason, "concurrency": engine.concurrency,
             "precision": engine.precision, "batch_size": engine.batch_size,
             "parity": [*self._old_parity, *engine.parity],
         }  # fmt: skip
@@ -172,30 +185,70 @@ class Production:
             self.provenance,
         )  # fmt: skip
 
-    def run(self, workers: int | str, *, progress: bool) -> None:
-        """Extract the pending images shard by shard; what is done survives any end."""
+    @property
+    def lane(self) -> Lane:
+        """What this cache wants of the pipeline."""
         assert self.engine is not None
-        rows_per_shard = self._rows_per_shard(self.engine)
-        rows: list[Outcome] = []
-        blocks: list[npt.NDArray[Any]] = []
-        begin = time.perf_counter()
-        try:
-            for batch in self._stream(workers, progress=progress):
-                good = [outcome for outcome in batch.outcomes if outcome.reason is None]
-                if good:
-                    blocks.append(self._stored(batch.features, good))
-                    rows += good
-                self._count_failures(batch)
-                if len(rows) >= rows_per_shard:
-                    self._flush(rows, blocks)
-        finally:
-            torch.set_num_threads(self._caller_threads)
-            self._flush(rows, blocks)  # also when interrupted: finished rows are kept
-            self.partial.stop()
-        seconds = time.perf_counter() - begin
+        return Lane(self.recipe, self.engine, frozenset(self.pending))
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows that fill a shard, at least a batch."""
+        assert self.engine is not None
+        row_bytes = self.recipe.backbone.num_features * self.dtype.itemsize
+        row_bytes *= self.recipe.view_rules.num_views
+        return max(self.engine.batch_size, SHARD_BYTES // row_bytes)
+
+    def take(
+        self, outcomes: Sequence[Outcome], features: Sequence[npt.NDArray[np.float32] | None],
+        timer: Timer,
+    ) -> None:  # fmt: skip
+        """Keep what the pipeline made of some images; whole shards go to the disk.
+
+        Args:
+            outcomes: Of images that this cache wants.
+            features: (V, D) of each, None where it failed.
+            timer: Adds up ``write``.
+
+        Raises:
+            DataError: If more images have failed than are allowed.
+            BackboneError: If features are not finite in the stored dtype.
+        """
+        for outcome, rows in zip(outcomes, features, strict=True):
+            if rows is not None:
+                self._blocks.append(self._stored(rows, outcome))
+                self._rows.append(outcome)
+            else:
+                self._count_failure(outcome)
+        if len(self._rows) >= self.rows_per_shard:
+            self.flush(timer)
+
+    def flush(self, timer: Timer) -> None:
+        """Write the rows that are in no shard yet into one."""
+        if not self._rows:
+            return
+        facts = [
+            {
+                "path": r.sample.path, "image_bytes": r.sample.image_bytes,
+                "mtime_ns": r.sample.mtime_ns, "image_sha256": r.sha256.hex(),
+                "truncated": r.truncated, "views": self._num_views(r.sample.split),
+            }
+            for r in self._rows
+        ]  # fmt: skip
+        with timer("write"):
+            self.partial.add_shard(np.concatenate(self._blocks), facts, self.known)
+        self.num_new += len(self._rows)
+        self._rows.clear()
+        self._blocks.clear()
+
+    def note_speed(self, seconds: float, timer: Timer) -> None:
+        """Record how fast it went, and check that the backbone is the one it was."""
         self.images_per_second = round(self.num_new / seconds, 2)
-        self.provenance["images_per_second"] = self.images_per_second
-        self.provenance["stage_seconds"] = {k: round(v, 3) for k, v in self.timer.seconds.items()}
+        self.provenance |= {
+            "images_per_second": self.images_per_second,
+            "stage_seconds": {k: round(v, 3) for k, v in sorted(timer.seconds.items())},
+            "bottleneck": find_bottleneck(timer.seconds),
+        }
         found = state_sha256(self.recipe.backbone.network)
         if found != self.recipe.backbone.weights_sha256:
             raise BackboneError(
@@ -204,82 +257,31 @@ class Production:
                 hint="Its forward pass changes its own state: make it stateless in eval mode",
             )  # fmt: skip
 
-    def _rows_per_shard(self, engine: Engine) -> int:
-        row_bytes = self.recipe.backbone.num_features * self.dtype.itemsize
-        row_bytes *= self.recipe.view_rules.num_views
-        return max(engine.batch_size, SHARD_BYTES // row_bytes)
-
-    def _stream(self, workers: int | str, *, progress: bool) -> Iterator[FeatureBatch]:
-        """Stream the pending images; those that a killed run may have died of decode isolated."""
-        assert self.engine is not None
-        pending, first = self.pending, 0
-        if self.partial.was_killed:
-            first = self._rows_per_shard(self.engine) + 4 * self.engine.batch_size
-        bar = tqdm(
-            total=len(pending), unit="img", desc="extract", smoothing=0.1, dynamic_ncols=True,
-            disable=None if progress else True,
-        )  # fmt: skip
-        with bar:
-            for part, isolate in ((pending[:first], True), (pending[first:], False)):
-                for batch in stream_features(
-                    self.dataset, part, self.engine, self.recipe.rules,
-                    view_rules=self.recipe.view_rules, workers=workers, timer=self.timer,
-                    isolate=isolate,
-                ):  # fmt: skip
-                    yield batch
-                    bar.update(len(batch.outcomes))
-
-    def _stored(
-        self, features: npt.NDArray[np.float32], good: Sequence[Outcome]
-    ) -> npt.NDArray[Any]:
+    def _stored(self, features: npt.NDArray[np.float32], outcome: Outcome) -> npt.NDArray[Any]:
         """Return features in the stored dtype, all finite."""
-        counts = [self._num_views(outcome.sample.split) for outcome in good]
         with np.errstate(over="ignore"):
             stored = features.astype(self.dtype)
-        bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
-        if bad.size:
+        if not np.isfinite(stored).all():
             raise BackboneError(
                 "features", expected=f"finite {self.dtype.name} values", found="NaN or infinity",
-                where=np.repeat([o.sample.path for o in good], counts)[bad[0]],
+                where=outcome.sample.path,
                 hint="Use --precision fp32 and --feature-dtype float32",
             )  # fmt: skip
         return stored
 
-    def _flush(self, rows: list[Outcome], blocks: list[npt.NDArray[Any]]) -> None:
-        if not rows:
-            return
-        facts = [
-            {
-                "path": r.sample.path, "image_bytes": r.sample.image_bytes,
-                "mtime_ns": r.sample.mtime_ns, "image_sha256": r.sha256.hex(),
-                "truncated": r.truncated, "views": self._num_views(r.sample.split),
-            }
-            for r in rows
-        ]  # fmt: skip
-        with self.timer("write"):
-            self.partial.add_shard(np.concatenate(blocks), facts, self.known)
-        self.num_new += len(rows)
-        rows.clear()
-        blocks.clear()
-
-    def _count_failures(self, batch: FeatureBatch) -> None:
-        for outcome in batch.outcomes:
-            if outcome.reason is None:
-                continue
-            s = outcome.sample
-            self.failures.append(
-                Failure(s.path, s.split, s.target, outcome.reason, s.image_bytes, s.mtime_ns)
-            )
-            failed = Counter((f.split, f.target) for f in self.failures)[s.split, s.target]
-            planned = self.planned[s.split, s.target]
-            if failed > _allowed_failures(self.allowed, planned):
-                where = "/".join([s.split, *([self._class(s.target)] if s.target >= 0 else [])])
-                limit = f"{self.allowed:.0%}" if isinstance(self.allowed, float) else self.allowed
-                raise DataError(
-                    "images", expected=f"at most {limit} of {planned} failed in {where}",
-                    found=f"{failed}, the last being {s.path}: {outcome.reason}",
-                    hint="Mend them or allow more with --max-errors; the same command then goes on",
-                )  # fmt: skip
+    def _count_failure(self, outcome: Outcome) -> None:
+        s, reason = outcome.sample, str(outcome.reason)
+        self.failures.append(Failure(s.path, s.split, s.target, reason, s.image_bytes, s.mtime_ns))
+        failed = sum((f.split, f.target) == (s.split, s.target) for f in self.failures)
+        planned = self.planned[s.split, s.target]
+        if failed > _allowed_failures(self.allowed, planned):
+            where = "/".join([s.split, *([self._class(s.target)] if s.target >= 0 else [])])
+            limit = f"{self.allowed:.0%}" if isinstance(self.allowed, float) else self.allowed
+            raise DataError(
+                "images", expected=f"at most {limit} of {planned} failed in {where}",
+                found=f"{failed}, the last being {s.path}: {reason}",
+                hint="Mend them or allow more with --max-errors; the same command then goes on",
+            )  # fmt: skip
 
     def _class(self, target: int) -> str:
         return self.dataset.classes[target]
@@ -333,6 +335,56 @@ class Production:
             image_bytes=np.array([s.image_bytes for s in samples], np.int64),
             mtime_ns=np.array([s.mtime_ns for s in samples], np.int64),
         )
+
+
+def produce(works: Sequence[Production], workers: int | str, *, progress: bool) -> None:
+    """Extract what is pending for some caches of the same images, each image decoded once.
+
+    What is in a shard survives any end; the rows at hand are put into one when it comes.
+
+    Args:
+        works: Productions over one data set, each with its engine chosen.
+        workers: Decoding threads, or ``auto``.
+        progress: Show a progress bar on standard error when that is a terminal.
+    """
+    timer, begin = Timer(), time.perf_counter()
+    lanes = [work.lane for work in works]
+    try:
+        for batch in _stream_pending(works, lanes, workers, timer, progress=progress):
+            for work, lane, features in zip(works, lanes, batch.features, strict=True):
+                both = zip(batch.outcomes, features, strict=True)
+                wanted = [(o, f) for o, f in both if o.sample in lane.pending]
+                work.take([o for o, _ in wanted], [f for _, f in wanted], timer)
+    finally:
+        for work in works:
+            work.flush(timer)  # also when interrupted: finished rows are kept
+            work.partial.stop()
+    for work in works:
+        work.note_speed(time.perf_counter() - begin, timer)
+
+
+def _stream_pending(
+    works: Sequence[Production], lanes: Sequence[Lane], workers: int | str, timer: Timer, *,
+    progress: bool,
+) -> Iterator[FeatureBatch]:  # fmt: skip
+    """Stream the pending images; those that a killed run may have died of decode isolated."""
+    dataset = works[0].dataset
+    pending = [s for s in dataset.samples if any(s in lane.pending for lane in lanes)]
+    first = 0
+    if any(work.partial.was_killed for work in works):
+        first = max(work.rows_per_shard for work in works) + images_under_way(lanes)
+    bar = tqdm(
+        total=len(pending), unit="img", desc="extract", smoothing=0.1, dynamic_ncols=True,
+        disable=None if progress else True,
+    )  # fmt: skip
+    with bar:
+        for part, isolate in ((pending[:first], True), (pending[first:], False)):
+            for batch in stream_features(
+                dataset, part, lanes, workers=workers, timer=timer, isolate=isolate
+            ):
+                yield batch
+                bar.set_postfix_str(f"waits for {find_bottleneck(timer.seconds)}", refresh=False)
+                bar.update(len(batch.outcomes))
 
 
 def _allowed_failures(allowed: int | float, planned: int) -> int:

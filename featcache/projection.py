@@ -12,8 +12,9 @@ import torch
 
 from featcache.dataset import ImageDataset
 from featcache.engine import build_engine
-from featcache.pipeline import stream_pixels
+from featcache.pipeline import stream_views
 from featcache.recipe import Recipe, decode_probes, sample_depths
+from featcache.views import training_split
 
 _NUM_DECODED = 64
 _ROW_OVERHEAD_BYTES = 160  # path, hash, size, time, target
@@ -30,6 +31,9 @@ class Projection:
         num_groups: Different groups, None without groups.
         num_ignored: Reason -> number of files that are not taken.
         identity: What the cache's identity will be.
+        engine: The engine chosen, and why.
+        decode_seconds: Expected time of decoding alone, an image, all workers together.
+        forward_seconds: Expected time of the network alone, an image.
         deepest: Largest value in a sample of images of more than 8 bits, None if there are none.
         num_decoded: Images decoded for this projection.
         failures: (path, reason) among them.
@@ -45,6 +49,9 @@ class Projection:
     num_groups: int | None
     num_ignored: dict[str, int]
     identity: dict[str, Any]
+    engine: str
+    decode_seconds: float
+    forward_seconds: float
     deepest: int | None
     num_decoded: int
     failures: tuple[tuple[str, str], ...]
@@ -76,32 +83,22 @@ def project(
     num_images = len(dataset.samples)
     chosen = random.Random(0).sample(dataset.samples, min(_NUM_DECODED, num_images))
     probes = decode_probes(dataset, chosen, recipe.rules)
+    num_train = len(dataset.split(training_split(dataset.splits) or ""))
+    num_views = num_images + (recipe.view_rules.num_views - 1) * num_train
     built = build_engine(
-        recipe.backbone, device, probes, precision=precision, batch_size=batch_size, name=engine
-    )
+        recipe.backbone, device, probes, precision=precision, batch_size=batch_size, name=engine,
+        num_images=num_images,
+    )  # fmt: skip
     start = time.perf_counter()
-    outcomes = [
-        outcome
-        for part, _ in stream_pixels(
-            dataset,
-            chosen,
-            recipe.rules,
-            built.batch_size,
-            view_rules=recipe.view_rules,
-            workers=workers,
-        )
-        for outcome in part
-    ]
+    decoded = stream_views(dataset, chosen, [recipe], 1, workers=workers)
+    outcomes = [outcome for part, _ in decoded for outcome in part]
     decode_seconds = (time.perf_counter() - start) / max(1, len(outcomes))
     side = recipe.rules.image_size
-    batch = np.zeros((built.batch_size, side, side, 3), np.uint8)
-    built.forward(batch)  # the first pass allocates
+    images = np.zeros((built.batch_size * built.concurrency, side, side, 3), np.uint8)
+    built.run(images)  # the first pass allocates
     start = time.perf_counter()
-    built.forward(batch)
-    forward_seconds = (time.perf_counter() - start) / built.batch_size
-    rules_of = {s: recipe.view_rules.for_split(s, dataset.splits) for s in dataset.splits}
-    num_views = sum(rules_of[sample.split].num_views for sample in dataset.samples)
-    forward_seconds *= num_views / max(1, num_images)  # an image's
+    built.run(images)
+    forward_seconds = (time.perf_counter() - start) / len(images) * num_views / num_images
     # On a CPU both share the cores; a GPU computes while the CPU decodes.
     both = decode_seconds, forward_seconds
     per_image = sum(both) if device.type == "cpu" else max(both)
@@ -116,6 +113,9 @@ def project(
         num_groups=None if None in groups else len(groups),
         num_ignored=dict(dataset.num_ignored),
         identity=recipe.identity,
+        engine=f"{built.name} ({built.reason})",
+        decode_seconds=round(decode_seconds, 5),
+        forward_seconds=round(forward_seconds, 5),
         deepest=max(sample_depths(dataset), default=None),
         num_decoded=len(outcomes),
         failures=tuple((o.sample.path, o.reason) for o in outcomes if o.reason is not None),

@@ -20,9 +20,9 @@ from featcache.backbone import Backbone, build_backbone
 from featcache.dataset import ImageDataset, Sample
 from featcache.errors import BackboneError, ConfigError, DataError
 from featcache.files import canonical_json
-from featcache.images import PixelRules, check_bit_depth, decode, deep_maximum
+from featcache.images import PixelRules, check_bit_depth, deep_maximum
 from featcache.isolation import IsolatedDecoder
-from featcache.views import PLAIN, ViewRules, training_split
+from featcache.views import PLAIN, ViewRules, render, training_split
 
 NUM_PROBES = 4
 """Real images that go through the plain network and the engine before a run."""
@@ -117,7 +117,7 @@ def sample_depths(dataset: ImageDataset) -> list[int]:
 
 def decode_probes(
     dataset: ImageDataset, samples: Sequence[Sample], rules: PixelRules, *, isolate: bool = False
-) -> npt.NDArray[np.uint8]:
+) -> list[npt.NDArray[np.uint8]]:
     """Decode the first good images, evenly spread over ``samples``, to check an engine with.
 
     Args:
@@ -127,21 +127,20 @@ def decode_probes(
         isolate: Decode in a child process: an earlier run was killed, perhaps by an image.
 
     Returns:
-        (n, S, S, 3) uint8, n at most ``NUM_PROBES``.
+        At most ``NUM_PROBES`` plain views, each (S, S) if the image is grey, else (S, S, 3), uint8.
     """
     probes: list[npt.NDArray[np.uint8]] = []
     step = max(1, len(samples) // NUM_PROBES)
     with IsolatedDecoder() as child:
-        decoder = child.decode if isolate else decode
+        renderer = child.render if isolate else render
         for sample in [*samples[::step], *samples]:
             if len(probes) == NUM_PROBES:
                 break
             try:
-                probes.append(decoder(dataset.read(sample), rules).pixels)
+                probes.append(renderer(dataset.read(sample), [(rules, PLAIN)], b"").views[0][0])
             except DataError:
                 continue
-    shape = (0, rules.image_size, rules.image_size, 3)
-    return np.stack(probes) if probes else np.zeros(shape, np.uint8)
+    return probes
 
 
 def recipe_from_identity(

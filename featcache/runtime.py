@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ Say = Callable[[str], None]
 
 _REPORTED_PACKAGES = (
     "featcache", "torch", "torchvision", "efficientnet_pytorch", "numpy", "h5py", "pillow",
-    "scikit-learn",
+    "onnxruntime",     "scikit-learn",
 )  # fmt: skip
 
 
@@ -52,25 +53,61 @@ def resolve_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+class _Arithmetic:
+    """Owns torch's fp32 precision settings, which are one set for all threads of the process.
+
+    The first block that is entered saves the caller's settings, the last one left restores them;
+    in between the block entered last rules. So blocks may nest, and threads may share a mode.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._modes: list[bool] = []
+        self._callers: list[str] = []
+        backends: Any = torch.backends
+        self._gpu = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        self._cpu = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+
+    def enter(self, *, tf32: bool) -> None:
+        with self._lock:
+            if not self._modes:
+                # By the names of torch 2.9: the older allow_tf32 raises when the caller used the
+                # newer ones.
+                self._callers = [setting.fp32_precision for setting in self._gpu + self._cpu]
+            self._modes.append(tf32)
+            self._apply()
+
+    def leave(self, *, tf32: bool) -> None:
+        with self._lock:
+            del self._modes[len(self._modes) - 1 - self._modes[::-1].index(tf32)]
+            self._apply()
+
+    def _apply(self) -> None:
+        if self._modes:
+            values = ["tf32" if self._modes[-1] else "ieee"] * len(self._gpu)
+            values += ["ieee"] * len(self._cpu)
+        else:
+            values = self._callers
+        for setting, value in zip(self._gpu + self._cpu, values, strict=True):
+            setting.fp32_precision = value
+
+
+_arithmetic = _Arithmetic()
+
+
 @contextlib.contextmanager
 def exact_fp32(*, tf32: bool = False) -> Iterator[None]:
     """Run with IEEE fp32 arithmetic (or TF32 where asked), then restore the caller's settings.
 
-    Convolutions use TF32 by default on CUDA, so "fp32" means nothing without this.
+    Convolutions use TF32 by default on CUDA, so "fp32" means nothing without this. Blocks may nest,
+    and several threads may be inside at once if they ask for the same arithmetic.
     """
-    backends: Any = torch.backends
-    gpu = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-    cpu = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-    # By the names of torch 2.9: the older allow_tf32 raises when the caller used the newer ones.
-    before = [setting.fp32_precision for setting in gpu + cpu]
-    for setting in gpu + cpu:
-        setting.fp32_precision = "tf32" if tf32 and setting in gpu else "ieee"
+    _arithmetic.enter(tf32=tf32)
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        for setting, value in zip(gpu + cpu, before, strict=True):
-            setting.fp32_precision = value
+        _arithmetic.leave(tf32=tf32)
 
 
 def environment_facts(device: torch.device | None = None) -> dict[str, Any]:
@@ -115,10 +152,14 @@ def device_name(device: torch.device) -> str:
 
 
 class Timer:
-    """Adds up wall seconds by name: ``with timer("forward"): ...``; then ``timer.seconds``."""
+    """Adds up wall seconds by name: ``with timer("forward"): ...``; then ``timer.seconds``.
+
+    Threads may share one; what they do at the same time counts for each of them.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -127,4 +168,6 @@ class Timer:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            with self._lock:
+                self.seconds[name] = self.seconds.get(name, 0.0) + elapsed

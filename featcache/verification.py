@@ -22,7 +22,7 @@ from featcache.dataset import ImageDataset, Sample, scan
 from featcache.engine import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS, build_engine, relative_errors
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.hdf5 import compare_with_hdf5
-from featcache.pipeline import stream_features
+from featcache.pipeline import Lane, stream_features
 from featcache.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.run import load_run
 from featcache.runtime import Say, resolve_device, silent
@@ -140,10 +140,8 @@ def _recompute(
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     probes = decode_probes(dataset, planned, recipe.rules)
     engine = build_engine(recipe.backbone, resolve_device(device), probes, name="eager")
-    for batch in stream_features(
-        dataset, planned, engine, recipe.rules, view_rules=recipe.view_rules
-    ):
-        for outcome, features in batch.per_image():
+    for batch in stream_features(dataset, planned, [Lane(recipe, engine, frozenset(planned))]):
+        for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
             sample = outcome.sample
             if features is None:
                 raise _untrue(cache, sample, "a readable image", str(outcome.reason))

@@ -17,6 +17,9 @@ def projection_lines(projection: Projection) -> Iterator[str]:
     yield f"sample: {len(projection.failures)} of {projection.num_decoded} images failed"
     if projection.deepest is not None:
         yield f"deep greyscale: values up to {projection.deepest:,} in the sample"
+    decode, forward = (1000 * s for s in (projection.decode_seconds, projection.forward_seconds))
+    yield f"engine: {projection.engine}"
+    yield f"an image: {decode:.1f} ms to decode, {forward:.1f} ms in the network"
     yield (
         f"expected: {projection.num_images:,} images at {projection.images_per_second:,} images/s "
         f"in {projection.seconds:,.0f} s"

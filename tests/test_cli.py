@@ -320,9 +320,9 @@ def test_interrupted_exits_and_keeps_what_is_done(
 ) -> None:
     slow = (
         "import time, featcache.pipeline as p, featcache.cli as c\n"
-        "inner = p.decode\n"
+        "inner = p.render\n"
         "def slow(*a):\n    time.sleep(0.1)\n    return inner(*a)\n"
-        "p.decode = slow\n"
+        "p.render = slow\n"
         "c.main(['extract', 'data', 'c.h5', '--backbone', 'python:tiny_network:build', "
         "'--batch-size', '2', '--workers', '1'])\n"
     )

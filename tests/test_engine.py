@@ -1,6 +1,5 @@
 """Engines against the libraries' plain networks, and what a row may depend on."""
 
-import copy
 import dataclasses
 import io
 import os
@@ -19,19 +18,19 @@ from torch import nn
 from torch.nn import functional
 from torchvision import transforms
 
-from featcache import engine as engine_module
+from featcache import forward as forward_module
 from featcache.backbone import build_backbone, state_sha256, wrap_backbone
 from featcache.engine import (
+    ENGINES,
     PARITY_BOUNDS,
     build_engine,
+    choose_batch_size,
     eager_features,
-    fold,
+    halve_until_it_fits,
     relative_errors,
-    resolve_batch_size,
-    run_padded,
 )
 from featcache.errors import BackboneError, ConfigError, FeatcacheWarning
-from featcache.images import PixelRules, decode
+from featcache.images import PixelRules, fit, load
 
 CPU = torch.device("cpu")
 NAMES = ["efficientnet-lite0", "efficientnet-b0", "torchvision:resnet18", "tiny"]
@@ -96,14 +95,14 @@ def plain_features(backbone, pixels):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_engines_equal_the_plain_network(backbones, name):
+def test_all_engines_equal_the_plain_network(backbones, name):
     backbone = backbones[name]
     pixels = pictures(2, backbone.image_size)
     truth = plain_features(backbone, pixels)
     assert worst(eager_features(backbone, pixels), truth) < 1e-5
-    for engine_name in ("folded", "eager"):
+    for engine_name in ENGINES:
         engine = build_engine(backbone, CPU, pixels, batch_size=2, name=engine_name)
-        features = run_padded(engine, pixels)
+        features = engine.run(pixels)
         assert engine.name == engine_name
         assert (features.shape, features.dtype) == ((2, backbone.num_features), np.float32)
         assert worst(features, truth) < 1e-5
@@ -130,11 +129,11 @@ def lite0_by_hand(images):
 
 def assert_equals_lite0_by_hand(backbone, files):
     rules = PixelRules(backbone.image_size)
-    pixels = np.stack([decode(data, rules).pixels for data in files])
+    pixels = [fit(load(data, rules).pixels, rules) for data in files]  # grey ones in one channel
     engine = build_engine(backbone, CPU, pixels[:1], batch_size=2)
-    assert engine.name == "folded"
+    assert engine.name == "onnx"
     truth = lite0_by_hand([Image.open(io.BytesIO(data)) for data in files])
-    assert worst(run_padded(engine, pixels), truth) < 1e-4
+    assert worst(engine.run(pixels), truth) < 1e-4
 
 
 def test_file_to_features_equals_torchvision_and_the_library(lite0):
@@ -159,40 +158,13 @@ def test_features_of_a_batch_are_told_apart(backbones):
     pixels = pictures(9, 32)
     engine = build_engine(backbone, CPU, pixels, batch_size=4)
     truth = plain_features(backbone, pixels)
-    features = run_padded(engine, pixels)
+    features = engine.run(pixels)
     for i, row in enumerate(features):
         assert np.argmin(np.linalg.norm(truth - row, axis=1)) == i
     assert worst(np.roll(features, 1, axis=0), truth) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------- folding
-
-
-def count(network, *names):
-    return sum(type(module).__name__ in names for module in network.modules())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_folding_leaves_no_batch_norm(backbones, name):
-    backbone = backbones[name]
-    network = copy.deepcopy(backbone.network)
-    assert count(network, "BatchNorm2d") > 0
-    folded = fold(network, backbone.image_size)
-    assert count(folded, "BatchNorm2d", "MemoryEfficientSwish", "Swish") == 0
-    for module in folded.modules():
-        if isinstance(module, nn.ZeroPad2d):  # what could not go into the convolution
-            left, right, top, bottom = module.padding
-            assert (left, top) != (right, bottom)
-    assert count(backbone.network, "BatchNorm2d") > 0
-
-
-def test_folding_reaches_the_padding_and_swish_of_b0(backbones):
-    network = backbones["efficientnet-b0"].network
-    folded = fold(copy.deepcopy(network), 64)
-    assert count(folded, "SiLU") == count(network, "MemoryEfficientSwish") > 10
-    # only stride 2 pads unevenly: stem and four of the blocks
-    assert count(network, "ZeroPad2d") == 17
-    assert count(folded, "ZeroPad2d") == 5
 
 
 class Branching(nn.Module):
@@ -250,16 +222,21 @@ def wrapped(network_type):
 def test_layers_that_are_shared_or_stand_apart_are_not_folded_wrongly(network_type):
     backbone, pixels = wrapped(network_type), pictures(3, 32)
     engine = build_engine(backbone, CPU, pixels, batch_size=4)  # a warning would be an error
-    assert engine.name == "folded"
-    assert worst(run_padded(engine, pixels), plain_features(backbone, pixels)) < 1e-5
+    assert engine.name == "onnx"  # it folds as ``folded`` does
+    assert worst(engine.run(pixels), plain_features(backbone, pixels)) < 1e-5
 
 
 def test_a_wrong_fold_is_seen_and_the_next_engine_taken():
     backbone, pixels = wrapped(Branching), pictures(3, 32)
-    with pytest.warns(FeatcacheWarning, match="engine folded at fp32 is off by"):
+    with pytest.warns(FeatcacheWarning, match="is off by") as warned:
         engine = build_engine(backbone, CPU, pixels, batch_size=4)
+    assert [str(w.message).split()[:4] for w in warned] == [
+        ["engine", "onnx", "at", "fp32"],
+        ["engine", "folded", "at", "fp32"],
+    ]
     assert engine.name == "eager"
-    assert worst(run_padded(engine, pixels), plain_features(backbone, pixels)) < 1e-5
+    assert "folded at fp32 is off by" in engine.reason
+    assert worst(engine.run(pixels), plain_features(backbone, pixels)) < 1e-5
     with (
         pytest.warns(FeatcacheWarning, match="folded"),
         pytest.raises(BackboneError, match="within 1e-04"),
@@ -272,7 +249,7 @@ def test_one_bad_image_among_the_probes_is_enough(monkeypatch, factor):
     """Off by three times the bound, on the brightest of the images only."""
     pixels = pictures(4, 32)
     pixels[2] = 255
-    real_fold = engine_module.fold
+    real_fold = forward_module.fold
 
     def broken_fold(network, image_size):
         folded = real_fold(network, image_size)
@@ -284,9 +261,10 @@ def test_one_bad_image_among_the_probes_is_enough(monkeypatch, factor):
         folded.register_forward_hook(spoil)
         return folded
 
-    monkeypatch.setattr(engine_module, "fold", broken_fold)
-    with pytest.warns(FeatcacheWarning, match="folded"):
+    monkeypatch.setattr(forward_module, "fold", broken_fold)
+    with pytest.warns(FeatcacheWarning, match="is off by") as warned:
         engine = build_engine(tiny_network.build(), CPU, pixels, batch_size=4)
+    assert len(warned) == 2
     assert engine.name == "eager"
 
 
@@ -306,14 +284,14 @@ def test_a_row_depends_on_its_image_alone(backbones, name, threads):
     backbone = backbones[name]
     pixels = pictures(4, backbone.image_size)
     engine = build_engine(backbone, CPU, pixels[:1], batch_size=4)
-    rows = run_padded(engine, pixels)
+    rows = engine.run(pixels)
     for i in (0, 3):
-        assert np.array_equal(run_padded(engine, pixels[i : i + 1])[0], rows[i])
-    assert np.array_equal(run_padded(engine, pixels[::-1]), rows[::-1])
+        assert np.array_equal(engine.run(pixels[i : i + 1])[0], rows[i])
+    assert np.array_equal(engine.run(pixels[::-1]), rows[::-1])
     others = pictures(4, backbone.image_size, seed=9)
     others[1] = pixels[2]
-    assert np.array_equal(run_padded(engine, others)[1], rows[2])
-    assert np.array_equal(run_padded(engine, pixels), rows)
+    assert np.array_equal(engine.run(others)[1], rows[2])
+    assert np.array_equal(engine.run(pixels), rows)
 
 
 def test_any_number_of_images_goes_through_batches_of_one_shape():
@@ -326,21 +304,75 @@ def test_any_number_of_images_goes_through_batches_of_one_shape():
 
     plain = tiny_engine()
     engine = dataclasses.replace(plain, forward=forward)
-    whole = run_padded(engine, pixels)
+    whole = engine.run(pixels)
     assert shapes == [(4, 32, 32, 3)] * 3
+    shapes.clear()
+    grey = engine.run(pixels[:, :, :, 0])
+    assert shapes == [(4, 32, 32, 1)] * 3
+    assert np.array_equal(grey, plain.run(np.repeat(pixels[:, :, :, :1], 3, axis=3)))
     for number in (0, 1, 4, 5):
-        part = run_padded(engine, pixels[:number])
+        part = engine.run(pixels[:number])
         assert part.shape == (number, 24)
         assert np.array_equal(part, whole[:number])
 
 
-def test_batch_size_is_by_device_or_as_asked():
-    assert resolve_batch_size("auto", CPU) == 6
-    assert resolve_batch_size("auto", torch.device("cuda")) == 256
-    assert resolve_batch_size(7, CPU) == 7
+def test_batch_size_of_a_cpu_is_the_engines_or_as_asked():
+    backbone, pixels = tiny_network.build(), pictures(2, 32)
+    for name, rows in (("onnx", 1), ("folded", 6), ("eager", 6)):
+        engine = build_engine(backbone, CPU, pixels, name=name)
+        assert (engine.batch_size, engine.reason) == (rows, "asked for")
+        assert build_engine(backbone, CPU, pixels, name=name, batch_size=7).batch_size == 7
     for wrong in (0, -1, 65537, 1.5, "32", None):
         with pytest.raises(ConfigError, match="--batch-size"):
-            resolve_batch_size(wrong, CPU)
+            build_engine(backbone, CPU, pixels, batch_size=wrong)
+
+
+def test_few_images_do_not_pay_for_an_export():
+    backbone, pixels = tiny_network.build(), pictures(2, 32)
+    assert build_engine(backbone, CPU, pixels, num_images=20).name == "folded"
+    assert build_engine(backbone, CPU, pixels, num_images=20_000).name == "onnx"
+    assert build_engine(backbone, CPU, pixels, num_images=20, name="onnx").name == "onnx"
+
+
+def device_with(memory, seconds):
+    """Return a ``seconds_of`` of a device that holds ``memory`` rows, and what it was asked."""
+    asked = []
+
+    def seconds_of(rows):
+        asked.append(rows)
+        if rows > memory:
+            raise torch.OutOfMemoryError
+        return seconds(rows)
+
+    return seconds_of, asked
+
+
+@pytest.mark.parametrize(
+    ("memory", "seconds", "num_images", "wanted"),
+    [
+        (10**6, lambda rows: 1 + rows, 10**6, 64),  # linear but for a little: 64 is near enough
+        (10**6, lambda rows: 100 + rows, 10**6, 512),  # the larger the better
+        (300, lambda rows: 100 + rows, 10**6, 256),  # as far as memory goes
+        (10**6, lambda rows: 100 + rows, 100, 128),  # no larger than there are images
+        (20, lambda rows: 1 + rows, 10**6, 16),  # not even the smallest of the usual fits
+        (10**6, lambda rows: rows**1.5, 10**6, 64),  # the smaller the better
+    ],
+)
+def test_batch_size_of_a_gpu_is_the_smallest_that_is_nearly_fastest(
+    memory, seconds, num_images, wanted
+):
+    seconds_of, asked = device_with(memory, seconds)
+    assert choose_batch_size(seconds_of, num_images) == wanted
+    assert max(asked) <= 512
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said():
+    seconds_of, asked = device_with(100, float)
+    with pytest.warns(FeatcacheWarning, match="batches of 1000 do not fit .* 62 are used"):
+        assert halve_until_it_fits(seconds_of, 1000) == 62
+    assert asked == [1000, 500, 250, 125, 62]
+    with pytest.raises(torch.OutOfMemoryError):
+        halve_until_it_fits(device_with(0, float)[0], 4)
 
 
 # -------------------------------------------------------------------------------------- precision
@@ -350,7 +382,7 @@ def test_batch_size_is_by_device_or_as_asked():
 def test_precisions_of_a_cpu_stay_within_their_bounds(precision):
     backbone, pixels = tiny_network.build(), pictures(5, 32)
     engine = build_engine(backbone, CPU, pixels, precision=precision, batch_size=4)
-    features = run_padded(engine, pixels)
+    features = engine.run(pixels)
     error = worst(features, plain_features(backbone, pixels))
     assert features.dtype == np.float32
     assert max(engine.parity) == pytest.approx(error, rel=0.5, abs=1e-6)
@@ -376,7 +408,8 @@ def test_a_network_whose_features_do_not_survive_fp16_is_refused_at_fp16():
     [
         ({"precision": "tf32"}, "CUDA"),
         ({"precision": "fp64"}, "fp32, tf32, fp16, bf16"),
-        ({"name": "onnx"}, "auto, folded, eager"),
+        ({"name": "openvino"}, "auto, onnx, folded, eager"),
+        ({"name": "onnx", "precision": "bf16"}, "a CPU at fp32"),
         ({"batch_size": 0}, "--batch-size"),
     ],
 )
@@ -394,7 +427,7 @@ def test_relative_errors_are_per_row_and_never_nan():
 def test_without_a_probe_there_is_no_parity():
     engine = build_engine(tiny_network.build(), CPU, pictures(0, 32), batch_size=4)
     assert engine.parity == ()
-    assert run_padded(engine, pictures(1, 32)).shape == (1, 24)
+    assert engine.run(pictures(1, 32)).shape == (1, 24)
 
 
 # ------------------------------------------------------------------------ the caller's own settings
@@ -406,7 +439,7 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 import tiny_network
 import torch
-from featcache.engine import build_engine, run_padded
+from featcache.engine import build_engine
 
 b = torch.backends
 readers = [
@@ -434,7 +467,7 @@ def check(setting):
     before = settings()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     backbone = tiny_network.build()
-    run_padded(build_engine(backbone, torch.device("cpu"), pixels, batch_size=4), pixels)
+    build_engine(backbone, torch.device("cpu"), pixels, batch_size=4).run(pixels)
     assert settings() == before, (setting, before, settings())
 
 failed = 0
@@ -475,7 +508,7 @@ def test_settings_are_restored_when_the_network_fails():
             return batch.mean((2, 3))
 
     backbone = wrap_backbone("fails", Fails(), image_size=32)
-    engine = build_engine(backbone, CPU, pictures(1, 32), batch_size=4)
+    engine = build_engine(backbone, CPU, pictures(1, 32), batch_size=4, name="folded")
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     try:
@@ -483,7 +516,7 @@ def test_settings_are_restored_when_the_network_fails():
         for allowed in (True, False):
             matmul.allow_tf32 = cudnn.allow_tf32 = allowed
             with pytest.raises(RuntimeError, match="out of memory"):
-                run_padded(engine, pictures(1, 32))
+                engine.run(pictures(1, 32))
             assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
@@ -491,10 +524,10 @@ def test_settings_are_restored_when_the_network_fails():
 
 def test_features_do_not_follow_the_callers_autocast():
     backbone, pixels = tiny_network.build(), pictures(3, 32)
-    truth = run_padded(build_engine(backbone, CPU, pixels, batch_size=4), pixels)
+    truth = build_engine(backbone, CPU, pixels, batch_size=4).run(pixels)
     with torch.autocast("cpu", torch.bfloat16):
         engine = build_engine(backbone, CPU, pixels, batch_size=4)
-        assert np.array_equal(run_padded(engine, pixels), truth)
+        assert np.array_equal(engine.run(pixels), truth)
         assert worst(eager_features(backbone, pixels), truth) < 1e-5
 
 
@@ -510,10 +543,10 @@ def test_the_network_stays_frozen_through_many_batches():
     truth = plain_features(backbone, pixels)
     backbone.network.train()
     engine = build_engine(backbone, CPU, pixels[:4], batch_size=4)
-    first = run_padded(engine, pixels)
+    first = engine.run(pixels)
     for _ in range(20):
         backbone.network.train()
-        assert np.array_equal(run_padded(engine, pixels), first)
+        assert np.array_equal(engine.run(pixels), first)
         assert worst(eager_features(backbone, pixels), truth) < 1e-5
     assert worst(first, truth) < 1e-5
     assert state_sha256(backbone.network) == before
@@ -522,7 +555,7 @@ def test_the_network_stays_frozen_through_many_batches():
 def test_rows_carry_no_gradient_and_grad_mode_stays_on():
     engine = tiny_engine()
     weight = torch.ones(24, requires_grad=True)
-    features = torch.from_numpy(run_padded(engine, pictures(2, 32)))
+    features = torch.from_numpy(engine.run(pictures(2, 32)))
     assert not features.requires_grad
     functional.relu(features * weight).sum().backward()  # a head trains on them
     assert torch.isfinite(weight.grad).all()
@@ -530,10 +563,10 @@ def test_rows_carry_no_gradient_and_grad_mode_stays_on():
 
 def test_two_threads_may_share_an_engine():
     engine, pixels = tiny_engine(), pictures(8, 32)
-    truth = run_padded(engine, pixels)
+    truth = engine.run(pixels)
     found = []
     threads = [
-        threading.Thread(target=lambda: found.extend(run_padded(engine, pixels) for _ in range(20)))
+        threading.Thread(target=lambda: found.extend(engine.run(pixels) for _ in range(20)))
         for _ in range(2)
     ]
     for thread in threads:
@@ -558,11 +591,11 @@ def test_cuda_is_within_the_bounds_of_the_plain_network_on_the_cpu(backbones, na
     pixels = pictures(4, backbone.image_size)
     cuda = torch.device("cuda")
     engine = build_engine(backbone, cuda, pixels, precision=precision, batch_size=8)
-    rows = run_padded(engine, pixels)
+    rows = engine.run(pixels)
     truth = plain_features(backbone, pixels)
     assert engine.name == "folded"
     assert worst(rows, truth) <= PARITY_BOUNDS[precision]
-    assert np.array_equal(run_padded(engine, pixels[::-1]), rows[::-1])
+    assert np.array_equal(engine.run(pixels[::-1]), rows[::-1])
     assert next(backbone.network.parameters()).device == CPU
 
 
@@ -576,7 +609,7 @@ def test_fp32_on_cuda_is_fp32_whatever_the_caller_has_set(backbones):
     try:
         matmul.allow_tf32 = cudnn.allow_tf32 = True
         engine = build_engine(backbone, torch.device("cuda"), pixels, batch_size=4)
-        assert worst(run_padded(engine, pixels), plain_features(backbone, pixels)) < 1e-5
+        assert worst(engine.run(pixels), plain_features(backbone, pixels)) < 1e-5
         assert (matmul.allow_tf32, cudnn.allow_tf32) == (True, True)
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -6,7 +6,9 @@ import hashlib
 import os
 import shutil
 import zipfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +17,13 @@ import torch
 from conftest import write_image, write_tree
 from PIL import Image
 
+from featcache import pipeline, production
 from featcache.backbone import Backbone, build_backbone, state_sha256, wrap_backbone
 from featcache.cache import Cache, open_cache
 from featcache.errors import BackboneError, CacheError, ConfigError, DataError, FeatcacheWarning
-from featcache.extraction import extract, parse_max_errors
+from featcache.extraction import extract, extract_caches, parse_max_errors
 from featcache.images import PixelRules
+from featcache.production import Production
 from featcache.views import ViewRules, render
 
 
@@ -502,3 +506,148 @@ def test_more_views_than_a_batch_holds(tree: Path, tmp_path: Path, tiny_backbone
     few, many = (open_cache(tmp_path / f"{n}.h5").splits["train"] for n in ("few", "many"))
     assert many.features.shape == (24, 11, 24)
     assert np.array_equal(few.features, many.features[:, :2])
+
+
+# ----------------------------------------------------------------- several backbones, workers
+
+
+def second_backbone() -> Backbone:
+    """Another network, another size, another normalization."""
+    return wrap_backbone(
+        "python:second:build",
+        tiny_network.network(),
+        image_size=48,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+
+
+@pytest.fixture
+def num_decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
+    """How often each image, by its sha256, was decoded by the pipeline."""
+    counts: Counter[bytes] = Counter()
+
+    def counting(data: bytes, recipes: Any, sha256: bytes) -> Any:
+        counts[sha256] += 1
+        return render(data, recipes, sha256)
+
+    monkeypatch.setattr(pipeline, "render", counting)
+    return counts
+
+
+@pytest.mark.parametrize("engine", ["folded", "onnx"])
+def test_several_backbones_share_one_decoding_and_equal_their_own_extractions(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, num_decoded: Counter[bytes], engine: str
+) -> None:
+    backbones = [tiny_backbone, second_backbone()]
+    options: dict[str, Any] = {"engine": engine, "views": 3, "augment": "crop"}
+    summaries = extract_caches(tree, tmp_path / "many", backbones=backbones, **options)
+    assert set(num_decoded.values()) == {1}
+    assert len(num_decoded) == 46
+    names = ["python-tiny_network-build.h5", "python-second-build.h5"]
+    assert [Path(s.cache).name for s in summaries] == names
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == sorted(names)
+    for i, (backbone, summary) in enumerate(zip(backbones, summaries, strict=True)):
+        alone = extract(tree, tmp_path / f"{i}.h5", backbone=backbone, **options)
+        assert summary.content_sha256 == alone.content_sha256
+        assert (summary.num_new, summary.num_known) == (46, 0)
+    again = extract_caches(tree, tmp_path / "many", backbones=backbones, **options)
+    assert [s.status for s in again] == ["up to date"] * 2
+
+
+def test_a_backbone_that_is_ahead_runs_nothing_again(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, num_decoded: Counter[bytes]
+) -> None:
+    """One knows the test split's images already; those of train are new to both."""
+    folder = tmp_path / "many"
+    backbones = [tiny_backbone, second_backbone()]
+    hidden = tmp_path / "hidden"
+    shutil.move(tree / "train", hidden)
+    (bad := tree / "test" / "covid" / "tec000_0.jpg").write_bytes(b"broken")
+    with pytest.warns(FeatcacheWarning, match="1 images could not be read"):
+        extract(tree, folder / "python-tiny_network-build.h5", backbone=tiny_backbone)
+    write_image(bad, 77)
+    shutil.move(hidden, tree / "train")
+    num_decoded.clear()
+    first, second = extract_caches(tree, folder, backbones=backbones)
+    assert set(num_decoded.values()) == {1}
+    assert (first.num_new, first.num_known) == (25, 21)
+    assert (second.num_new, second.num_known) == (46, 0)
+    for i, (backbone, summary) in enumerate(zip(backbones, (first, second), strict=True)):
+        alone = extract(tree, tmp_path / f"{i}.h5", backbone=backbone)
+        assert summary.content_sha256 == alone.content_sha256
+
+
+def test_an_interrupted_run_of_several_backbones_goes_on(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own shards; what one has lost, the other need not run again."""
+    monkeypatch.setattr(production, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
+    calls = Counter[str]()
+    inner = Production.take
+
+    def failing(self: Production, *arguments: Any) -> None:
+        calls[self.path.name] += 1
+        if calls["python-second-build.h5"] == 20:
+            raise KeyboardInterrupt
+        inner(self, *arguments)
+
+    monkeypatch.setattr(Production, "take", failing)
+    backbones = [tiny_backbone, second_backbone()]
+    with pytest.raises(KeyboardInterrupt):
+        extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
+    monkeypatch.setattr(Production, "take", inner)
+    first, second = extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
+    assert (first.num_known, second.num_known) == (20, 19)
+    for i, (backbone, summary) in enumerate(zip(backbones, (first, second), strict=True)):
+        alone = extract(tree, tmp_path / f"{i}.h5", backbone=backbone, batch_size=1)
+        assert summary.content_sha256 == alone.content_sha256
+
+
+def test_several_backbones_that_make_no_sense_are_refused(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match="different backbones"):
+        extract_caches(tree, tmp_path / "many", backbones=[tiny_backbone, tiny_backbone])
+    with pytest.raises(ConfigError, match="different backbones"):
+        extract_caches(tree, tmp_path / "many", backbones=[])
+    both = [tiny_backbone, second_backbone()]
+    with pytest.raises(ConfigError, match=r"--weights.*one backbone at a time"):
+        extract_caches(tree, tmp_path / "many", backbones=both, weights="file.pth")
+    with pytest.raises(ConfigError, match=r"a folder.*file"):
+        extract_caches(tree, tmp_path / "file", backbones=both)
+    with pytest.raises(ConfigError, match="outside the folder of images"):
+        extract_caches(tree, tree, backbones=both)
+    assert not (tmp_path / "many").exists()
+
+
+@pytest.mark.parametrize("engine", ["onnx", "folded"])
+def test_the_number_of_workers_and_the_order_of_their_work_change_nothing(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, engine: str
+) -> None:
+    found = {
+        extract(
+            tree, tmp_path / f"{workers}.h5", backbone=tiny_backbone, workers=workers, engine=engine
+        ).content_sha256
+        for workers in (1, 2, 4)
+    }
+    assert len(found) == 1
+
+
+def test_provenance_says_how_it_was_run_and_what_was_waited_for(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    lines: list[str] = []
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, engine="onnx", say=lines.append)
+    made = open_cache(tmp_path / "c.h5").provenance
+    assert (made["engine"], made["engine_reason"], made["batch_size"]) == ("onnx", "asked for", 1)
+    assert made["concurrency"] >= 1
+    assert len(made["parity"]) == 4
+    assert max(made["parity"]) < 1e-4
+    assert made["bottleneck"] in {"decode", "forward", "write"}
+    stages = {"decode", "forward", "write", "waiting for decode", "waiting for forward"}
+    assert made["stage_seconds"].keys() == stages
+    assert min(made["stage_seconds"].values()) >= 0
+    assert any(line.startswith("Time: decode ") for line in lines)
+    assert any("onnx fp32 on cpu (asked for)" in line for line in lines)

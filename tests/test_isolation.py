@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from featcache.errors import ConfigError, DataError
-from featcache.images import PixelRules, decode
+from featcache.images import DecodedImage, PixelRules, decode
 from featcache.isolation import IsolatedDecoder
+from featcache.views import PLAIN
 
 RULES = PixelRules(32)
 TIMEOUT = 60  # of anything that must not hang: a child takes most of a second to start
@@ -24,20 +25,20 @@ TIMEOUT = 60  # of anything that must not hang: a child takes most of a second t
 # crash the decoder of a child.
 FRAGILE = """
 import os, signal, time
-import featcache.images as images
+import featcache.views as views
 
-decode = images.decode
+render = views.render
 
-def fragile(data, rules):
+def fragile(data, recipes, sha256):
     if data.endswith(b"HANG"):
         time.sleep(600)
     if data.endswith(b"CRASH"):
         os.kill(os.getpid(), signal.SIGSEGV)
     if data.endswith(b"BUG"):
         raise MemoryError("too large")
-    return decode(data, rules)
+    return render(data, recipes, sha256)
 
-images.decode = fragile
+views.render = fragile
 """
 
 
@@ -56,9 +57,18 @@ def encoded(seed=0, side=40, kind="PNG"):
     return buffer.getvalue()
 
 
+def through(child, data, rules):
+    """Return what ``decode`` returns, by way of the child."""
+    rendering = child.render(data, [(rules, PLAIN)], bytes(32))
+    pixels = rendering.views[0][0]
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    return DecodedImage(pixels, rendering.truncated)
+
+
 def assert_decodes(child, seed):
     data = encoded(seed)
-    assert np.array_equal(child.decode(data, RULES).pixels, decode(data, RULES).pixels)
+    assert np.array_equal(through(child, data, RULES).pixels, decode(data, RULES).pixels)
 
 
 def process(child):
@@ -72,21 +82,21 @@ def test_pixels_are_those_of_decode():
             (encoded(2, kind="JPEG"), PixelRules(48, "center", "bicubic")),
             (encoded(3, side=3000, kind="BMP"), RULES),  # 27 MB through the pipe
         ):
-            found, truth = child.decode(data, rules), decode(data, rules)
+            found, truth = through(child, data, rules), decode(data, rules)
             assert np.array_equal(found.pixels, truth.pixels)
             assert found.truncated is truth.truncated is False
         first = process(child)
         assert first.poll() is None
         cut_off = encoded(4, kind="JPEG")[:-300]
         kept = PixelRules(32, truncated="keep")
-        assert child.decode(cut_off, kept).truncated
+        assert through(child, cut_off, kept).truncated
         assert process(child) is first  # one child for all
 
 
 def test_large_pixels_come_back():
     with IsolatedDecoder() as child:
         rules = PixelRules(4096)  # 50 MB
-        found = child.decode(encoded(5), rules)
+        found = through(child, encoded(5), rules)
         assert np.array_equal(found.pixels, decode(encoded(5), rules).pixels)
 
 
@@ -98,7 +108,7 @@ def test_a_bad_image_fails_with_decodes_own_error_and_the_child_goes_on(data):
         assert_decodes(child, 1)
         before = process(child)
         with pytest.raises(DataError) as there:
-            child.decode(data, RULES)
+            through(child, data, RULES)
         assert str(there.value) == str(here.value)
         assert there.value.found == here.value.found
         assert_decodes(child, 2)
@@ -110,7 +120,7 @@ def decode_meanwhile(child, data, action):
     timer = threading.Timer(0.3, lambda: action(process(child)))
     timer.start()
     try:
-        return child.decode(data, RULES)
+        return through(child, data, RULES)
     finally:
         timer.join()
 
@@ -140,7 +150,7 @@ def test_a_child_that_stands_still_costs_one_image():
         rescue.start()
         start = time.monotonic()
         with pytest.raises(DataError, match="hung for"):
-            child.decode(encoded(2), RULES)
+            through(child, encoded(2), RULES)
         rescue.cancel()
         assert 1 < time.monotonic() - start < 15
         assert first.poll() == -signal.SIGKILL
@@ -153,13 +163,13 @@ def test_each_way_to_fail_is_told_apart(fragile_children):
     with IsolatedDecoder(seconds=4) as child:
         assert_decodes(child, 1)
         with pytest.raises(DataError) as crashed:
-            child.decode(encoded() + b"CRASH", RULES)
+            through(child, encoded() + b"CRASH", RULES)
         assert_decodes(child, 2)
         with pytest.raises(DataError) as out_of_memory:
-            child.decode(encoded() + b"BUG", RULES)
+            through(child, encoded() + b"BUG", RULES)
         assert_decodes(child, 3)
         with pytest.raises(DataError) as hung:
-            child.decode(encoded() + b"HANG", RULES)
+            through(child, encoded() + b"HANG", RULES)
     assert crashed.value.found == out_of_memory.value.found == "it crashed"
     assert hung.value.found == "it hung for 4 s"
 
@@ -170,7 +180,7 @@ def test_threads_that_share_a_decoder_get_their_own_pixels():
     def work(seeds):
         for seed in seeds:
             data = encoded(seed)
-            if not np.array_equal(child.decode(data, RULES).pixels, decode(data, RULES).pixels):
+            if not np.array_equal(through(child, data, RULES).pixels, decode(data, RULES).pixels):
                 wrong.append(seed)
         wrong.append("done")
 
@@ -187,7 +197,7 @@ def test_a_wrong_request_is_not_taken_for_a_wrong_image():
     with pytest.raises(ConfigError):
         PixelRules(32, "fold")  # rules are checked where they are made, not in the child
     with IsolatedDecoder() as child, pytest.raises(DataError):
-        child.decode(b"", PixelRules(32))
+        through(child, b"", PixelRules(32))
 
 
 def test_the_child_ends_with_the_block_even_when_it_raises():
@@ -217,9 +227,10 @@ def test_the_child_ends_when_the_parent_is_killed():
 import sys, time
 from featcache.isolation import IsolatedDecoder
 from featcache.images import PixelRules
+from featcache.views import PLAIN
 child = IsolatedDecoder()
 try:
-    child.decode(b"", PixelRules(32))
+    child.render(b"", [(PixelRules(32), PLAIN)], bytes(32))
 except Exception:
     print(child._child.pid, flush=True)
 time.sleep(600)

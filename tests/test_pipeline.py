@@ -20,14 +20,24 @@ from test_isolation import FRAGILE
 
 from featcache import pipeline
 from featcache.dataset import scan
-from featcache.engine import build_engine, run_padded
+from featcache.engine import build_engine
 from featcache.errors import ConfigError, DataError
 from featcache.images import PixelRules, decode
 from featcache.isolation import IsolatedDecoder
-from featcache.pipeline import resolve_workers, stream_features, stream_pixels
+from featcache.pipeline import (
+    Lane,
+    find_bottleneck,
+    images_under_way,
+    resolve_workers,
+    stream_features,
+    stream_views,
+)
+from featcache.recipe import Recipe
 from featcache.runtime import Timer
+from featcache.views import render
 
 RULES = PixelRules(32)
+RECIPE = Recipe(tiny_network.build(), RULES, "float32")
 BATCH = 4
 TIMEOUT = 60
 
@@ -73,14 +83,20 @@ def wait_until(condition, seconds=10):
     return condition()
 
 
+def run(dataset, samples, engine, rules, **options):
+    lane = Lane(dataclasses.replace(RECIPE, rules=rules), engine, frozenset(samples))
+    return stream_features(dataset, samples, [lane], **options)
+
+
 def collect(stream):
     """Return {path: features} of what is good, and all outcomes in order."""
     rows, outcomes = {}, []
     for batch in stream:
-        good = [outcome for outcome in batch.outcomes if outcome.reason is None]
-        assert batch.features.shape == (len(good), 24)
-        assert batch.features.dtype == np.float32
-        rows.update(zip((o.sample.path for o in good), batch.features, strict=True))
+        for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
+            assert (features is None) == (outcome.reason is not None)
+            if features is not None:
+                assert (features.shape, features.dtype) == ((1, 24), np.float32)
+                rows[outcome.sample.path] = features[0]
         outcomes += batch.outcomes
     return rows, outcomes
 
@@ -93,7 +109,7 @@ def assert_same_rows(found, truth):
 def truth_of(dataset, samples, engine):
     """Return features by no pipeline at all: one image after the other."""
     pixels = {s.path: decode(dataset.read(s), RULES).pixels for s in samples}
-    return {path: run_padded(engine, image[None])[0] for path, image in pixels.items()}
+    return {path: engine.run(image[None])[0] for path, image in pixels.items()}
 
 
 # ----------------------------------------------------------------------------- the same, in order
@@ -103,7 +119,7 @@ def truth_of(dataset, samples, engine):
 def test_features_are_those_of_each_image_alone_in_order(folder, engine, workers):
     dataset = scan(folder)
     timer = Timer()
-    stream = stream_features(dataset, dataset.samples, engine, RULES, workers=workers, timer=timer)
+    stream = run(dataset, dataset.samples, engine, RULES, workers=workers, timer=timer)
     rows, outcomes = collect(stream)
     assert [outcome.sample for outcome in outcomes] == list(dataset.samples)
     assert_same_rows(rows, truth_of(dataset, dataset.samples, engine))
@@ -112,42 +128,89 @@ def test_features_are_those_of_each_image_alone_in_order(folder, engine, workers
         assert not outcome.truncated
         data = (folder / outcome.sample.path).read_bytes()
         assert outcome.sha256 == hashlib.sha256(data).digest()
-    assert timer.seconds.keys() == {"waiting", "forward"}
+    assert timer.seconds.keys() == {
+        "decode",
+        "forward",
+        "waiting for decode",
+        "waiting for forward",
+    }
     assert min(timer.seconds.values()) > 0
 
 
 def test_features_do_not_depend_on_neighbours_or_order(folder, engine):
     dataset = scan(folder)
-    truth, _ = collect(stream_features(dataset, dataset.samples, engine, RULES))
+    truth, _ = collect(run(dataset, dataset.samples, engine, RULES))
     shuffled = random.Random(1).sample(dataset.samples, len(dataset.samples))
-    rows, outcomes = collect(stream_features(dataset, shuffled, engine, RULES, workers=4))
+    rows, outcomes = collect(run(dataset, shuffled, engine, RULES, workers=4))
     assert [outcome.sample for outcome in outcomes] == shuffled
     assert_same_rows(rows, truth)
     few = shuffled[5:8]
-    rows, _ = collect(stream_features(dataset, few, engine, RULES))
+    rows, _ = collect(run(dataset, few, engine, RULES))
     assert_same_rows(rows, {sample.path: truth[sample.path] for sample in few})
 
 
-def test_batches_have_one_shape_and_zeros_where_there_is_no_image(folder):
+def test_views_are_those_of_each_image_and_nothing_where_there_is_none(folder):
     dataset = scan(folder)
     bad = dataset.samples[1]
     (folder / bad.path).write_bytes(b"not an image")
-    batches = list(stream_pixels(dataset, dataset.samples, RULES, BATCH))
-    assert [len(outcomes) for outcomes, _ in batches] == [4, 4, 4, 4, 4, 2]
-    for outcomes, pixels in batches:
-        assert (pixels.shape, pixels.dtype) == ((BATCH, 32, 32, 3), np.uint8)
-        for slot in range(BATCH):
-            if slot < len(outcomes) and outcomes[slot].sample != bad:
-                data = dataset.read(outcomes[slot].sample)
-                assert np.array_equal(pixels[slot], decode(data, RULES).pixels)
-            else:
-                assert not pixels[slot].any()
+    larger = dataclasses.replace(RECIPE, rules=PixelRules(48))
+    chunks = list(stream_views(dataset, dataset.samples, [RECIPE, larger, RECIPE], BATCH))
+    assert [len(outcomes) for outcomes, _ in chunks] == [4, 4, 4, 4, 4, 2]
+    for outcomes, views in chunks:
+        for outcome, of_image in zip(outcomes, views, strict=True):
+            if outcome.sample == bad:
+                assert of_image is None
+                continue
+            data = dataset.read(outcome.sample)
+            assert of_image[0] is of_image[2]  # made once for both
+            for found, side in ((of_image[0], 32), (of_image[1], 48)):
+                assert (found.shape, found.dtype) == ((1, side, side), np.uint8)  # these are grey
+                assert np.array_equal(found[0], decode(data, PixelRules(side)).pixels[:, :, 0])
+
+
+def test_lanes_get_what_they_want_of_one_decoding(folder, engine, monkeypatch):
+    """Two engines of other batch sizes, one wanting every third image only."""
+    num_decoded = Counter()
+
+    def counting(data, recipes, sha256):
+        num_decoded[sha256] += 1
+        return render(data, recipes, sha256)
+
+    monkeypatch.setattr(pipeline, "render", counting)
+    dataset = scan(folder)
+    (folder / dataset.samples[3].path).write_bytes(b"")
+    some = frozenset(dataset.samples[::3])
+    other = build_engine(tiny_network.build(), torch.device("cpu"), [], batch_size=3, name="onnx")
+    lanes = [
+        Lane(RECIPE, engine, frozenset(dataset.samples)),
+        Lane(dataclasses.replace(RECIPE, rules=PixelRules(32, "border")), other, some),
+    ]
+    found = [{}, {}]
+    for batch in stream_features(dataset, dataset.samples, lanes):
+        for rows, features in zip(found, batch.features, strict=True):
+            pairs = zip(batch.outcomes, features, strict=True)
+            rows.update({o.sample.path: f[0] for o, f in pairs if f is not None})
+    assert max(num_decoded.values()) == 1
+    good = [sample for i, sample in enumerate(dataset.samples) if i != 3]
+    assert_same_rows(found[0], truth_of(dataset, good, engine))
+    assert found[1].keys() == {sample.path for sample in good if sample in some}
+    for path, row in found[1].items():
+        data = (folder / path).read_bytes()
+        truth = other.run([decode(data, PixelRules(32, "border")).pixels])[0]
+        assert np.array_equal(row, truth)
+
+
+def test_a_bottleneck_is_what_is_waited_for():
+    waits = {"waiting for decode": 3.0, "waiting for forward": 1.0, "write": 2.0, "forward": 99.0}
+    assert find_bottleneck(waits) == "decode"
+    assert find_bottleneck(waits | {"write": 4.0}) == "write"
+    assert find_bottleneck({"waiting for forward": 0.1}) == "forward"
 
 
 @pytest.mark.parametrize("isolate", [False, True])
 def test_nothing_in_nothing_out(folder, engine, isolate):
     dataset = scan(folder)
-    assert list(stream_features(dataset, [], engine, RULES, isolate=isolate)) == []
+    assert list(run(dataset, [], engine, RULES, isolate=isolate)) == []
 
 
 def test_workers_are_counted():
@@ -178,9 +241,9 @@ def test_failed_images_are_listed_with_their_reasons_and_cost_only_themselves(fo
         return engine.forward(pixels)
 
     spied = dataclasses.replace(engine, forward=forward)
-    rows, outcomes = collect(stream_features(dataset, dataset.samples, spied, RULES))
+    rows, outcomes = collect(run(dataset, dataset.samples, spied, RULES))
     assert [outcome.sample for outcome in outcomes] == list(dataset.samples)
-    assert shapes == {(BATCH, 32, 32, 3)}  # also where images are missing, or rows would change
+    assert shapes == {(BATCH, 32, 32, 1)}  # also where images are missing, or rows would change
     failed = {outcome.sample: outcome for outcome in outcomes if outcome.reason is not None}
     assert failed.keys() == set(bad)
     for sample, outcome in failed.items():
@@ -205,7 +268,7 @@ def test_errors_of_the_system_fail_the_image_with_a_line(folder, engine, error, 
 
     real_read = type(dataset).read
     monkeypatch.setattr(type(dataset), "read", read)
-    rows, outcomes = collect(stream_features(dataset, dataset.samples, engine, RULES))
+    rows, outcomes = collect(run(dataset, dataset.samples, engine, RULES))
     assert len(rows) == 21
     assert outcomes[6].reason
     assert "\n" not in outcomes[6].reason
@@ -217,7 +280,7 @@ def test_images_that_were_filled_in_are_marked(folder, engine):
     whole = (folder / cut.path).read_bytes()
     (folder / cut.path).write_bytes(whole[: len(whole) * 2 // 3])
     rules = PixelRules(32, truncated="keep")
-    rows, outcomes = collect(stream_features(dataset, dataset.samples, engine, rules))
+    rows, outcomes = collect(run(dataset, dataset.samples, engine, rules))
     assert len(rows) == 22
     assert [o.sample for o in outcomes if o.truncated] == [cut]
 
@@ -238,12 +301,12 @@ def hanging_threads(monkeypatch):
     """Make decode hang in threads, on marked images, until the test ends."""
     released = threading.Event()
 
-    def hanging(data, rules):
+    def hanging(data, recipes, sha256):
         if data.endswith(b"HANG"):
             released.wait(TIMEOUT)
-        return decode(data, rules)
+        return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "decode", hanging)
+    monkeypatch.setattr(pipeline, "render", hanging)
     monkeypatch.setattr(pipeline, "DECODE_SECONDS", 1.0)
     yield released
     released.set()
@@ -265,16 +328,16 @@ def test_images_that_only_seem_to_hang_are_had_from_the_child(
     num_in_child = Counter()
 
     class Counting(IsolatedDecoder):
-        def decode(self, data, rules):
+        def render(self, data, recipes, sha256):
             num_in_child["images"] += 1
-            return super().decode(data, rules)
+            return super().render(data, recipes, sha256)
 
     monkeypatch.setattr(pipeline, "IsolatedDecoder", Counting)
     dataset = scan(folder)
     truth = truth_of(dataset, dataset.samples, engine)
     for index in (2, 3, 9):
         marked(folder, dataset, index, b"HANG")
-    stream = stream_features(dataset, dataset.samples, engine, RULES, workers=2)
+    stream = run(dataset, dataset.samples, engine, RULES, workers=2)
     rows, outcomes = collect(stream)
     assert [outcome.sample for outcome in outcomes] == list(dataset.samples)
     assert_same_rows(rows, truth)
@@ -290,7 +353,7 @@ def test_an_image_that_hangs_everywhere_costs_only_itself(
     dataset = scan(folder)
     truth = truth_of(dataset, dataset.samples, engine)
     bad = marked(folder, dataset, 7, b"HANG")
-    rows, outcomes = collect(stream_features(dataset, dataset.samples, engine, RULES, workers=1))
+    rows, outcomes = collect(run(dataset, dataset.samples, engine, RULES, workers=1))
     assert [(o.sample, o.reason) for o in outcomes if o.reason] == [(bad, "it hung for 3 s")]
     del truth[bad.path]
     assert_same_rows(rows, truth)
@@ -301,16 +364,19 @@ def test_the_process_can_end_though_a_thread_hangs(folder):
 import sys, time
 from featcache import pipeline
 from featcache.dataset import scan
-from featcache.images import PixelRules, decode
+from featcache.images import PixelRules
+from featcache.recipe import Recipe
+from featcache.views import render
 
-def hanging(data, rules):
+def hanging(data, recipes, sha256):
     if data.endswith(b"HANG"):
         time.sleep(600)
-    return decode(data, rules)
+    return render(data, recipes, sha256)
 
-pipeline.decode, pipeline.DECODE_SECONDS = hanging, 0.5
+pipeline.render, pipeline.DECODE_SECONDS = hanging, 0.5
 dataset = scan({str(folder)!r})
-stream = pipeline.stream_pixels(dataset, dataset.samples, PixelRules(32), {BATCH}, workers=2)
+recipe = Recipe(None, PixelRules(32), "float32")
+stream = pipeline.stream_views(dataset, dataset.samples, [recipe], {BATCH}, workers=2)
 print(sum(outcome.reason is None for outcomes, _ in stream for outcome in outcomes))
 """
     marked(folder, scan(folder), 3, b"HANG")
@@ -326,8 +392,8 @@ print(sum(outcome.reason is None for outcomes, _ in stream for outcome in outcom
 def test_isolated_decoding_gives_the_same_features(folder, engine):
     dataset = scan(folder)
     (folder / dataset.samples[4].path).write_bytes(b"GIF89a")
-    rows, outcomes = collect(stream_features(dataset, dataset.samples, engine, RULES))
-    isolated = stream_features(dataset, dataset.samples, engine, RULES, isolate=True)
+    rows, outcomes = collect(run(dataset, dataset.samples, engine, RULES))
+    isolated = run(dataset, dataset.samples, engine, RULES, isolate=True)
     isolated_rows, isolated_outcomes = collect(isolated)
     assert_same_rows(isolated_rows, rows)
     assert isolated_outcomes == outcomes
@@ -340,7 +406,7 @@ def test_images_that_crash_an_isolated_decoder_cost_only_themselves(
     dataset = scan(folder)
     truth = truth_of(dataset, dataset.samples, engine)
     bad = [marked(folder, dataset, index, b"CRASH") for index in (0, 8, 9)]
-    stream = stream_features(dataset, dataset.samples, engine, RULES, isolate=True)
+    stream = run(dataset, dataset.samples, engine, RULES, isolate=True)
     rows, outcomes = collect(stream)
     failed = [(o.sample, o.reason) for o in outcomes if o.reason]
     assert failed == [(sample, "it crashed") for sample in bad]
@@ -357,7 +423,7 @@ def test_an_image_that_hangs_an_isolated_decoder_costs_only_itself(
     dataset = scan(folder)
     truth = truth_of(dataset, dataset.samples, engine)
     bad = marked(folder, dataset, 1, b"HANG")
-    stream = stream_features(dataset, dataset.samples, engine, RULES, isolate=True)
+    stream = run(dataset, dataset.samples, engine, RULES, isolate=True)
     rows, outcomes = collect(stream)
     assert [(o.sample, o.reason) for o in outcomes if o.reason] == [(bad, "it hung for 3 s")]
     del truth[bad.path]
@@ -373,10 +439,11 @@ def test_a_consumer_may_stop_early(folder, engine, isolate):
     many = dataset.samples * 10
     children = []
     for num_batches in (0, 1, 3):
-        stream = stream_features(dataset, many, engine, RULES, workers=3, isolate=isolate)
+        stream = run(dataset, many, engine, RULES, workers=3, isolate=isolate)
         for _ in range(num_batches):
             next(stream)
-        children += [t for t in decoding_threads() if t not in children]
+        decoders = [t for t in decoding_threads() if t.name == "featcache-decode"]
+        children += [t for t in decoders if t not in children]
         stream.close()
         assert wait_until(lambda: not decoding_threads())
     assert len(children) == (2 if isolate else 6)  # none before the first batch is asked for
@@ -393,7 +460,7 @@ def test_an_error_of_the_network_ends_everything(folder, engine):
         return engine.forward(pixels)
 
     broken = dataclasses.replace(engine, forward=forward)
-    stream = stream_features(dataset, dataset.samples, broken, RULES)
+    stream = run(dataset, dataset.samples, broken, RULES)
     assert len([next(stream), next(stream)]) == 2
     with pytest.raises(RuntimeError, match="out of memory"):
         next(stream)
@@ -404,16 +471,15 @@ def test_a_bug_in_a_decoder_is_not_taken_for_a_bad_image(folder, engine, monkeyp
     dataset = scan(folder)
     marked(folder, dataset, 9, b"BUG")
 
-    def buggy(data, rules):
+    def buggy(data, recipes, sha256):
         if data.endswith(b"BUG"):
             raise IndexError("a bug")
-        return decode(data, rules)
+        return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "decode", buggy)
-    stream = stream_features(dataset, dataset.samples, engine, RULES)
-    assert len([next(stream), next(stream)]) == 2
+    monkeypatch.setattr(pipeline, "render", buggy)
+    stream = run(dataset, dataset.samples, engine, RULES)
     with pytest.raises(IndexError, match="a bug"):
-        next(stream)
+        list(stream)
     assert wait_until(lambda: not decoding_threads())
 
 
@@ -423,13 +489,13 @@ def test_no_more_than_the_stated_images_are_under_way(folder, monkeypatch):
     samples = dataset.samples * 8
     num_decoded = Counter()
 
-    def counting(data, rules):
-        image = decode(data, rules)
+    def counting(data, recipes, sha256):
+        rendering = render(data, recipes, sha256)
         num_decoded["images"] += 1
-        return image
+        return rendering
 
-    monkeypatch.setattr(pipeline, "decode", counting)
-    stream = stream_pixels(dataset, samples, RULES, BATCH, workers=1)
+    monkeypatch.setattr(pipeline, "render", counting)
+    stream = stream_views(dataset, samples, [RECIPE], BATCH, workers=1)
     for given, _batch in enumerate(stream, start=1):
         ahead = max(3, 32 // BATCH)  # batches: the bound of the module's docstring
         limit = min(len(samples), (given + ahead) * BATCH)
@@ -439,16 +505,37 @@ def test_no_more_than_the_stated_images_are_under_way(folder, monkeypatch):
     assert num_decoded["images"] == len(samples)
 
 
+def test_no_more_images_are_read_than_the_stated_number_under_way(folder, engine, monkeypatch):
+    """With a consumer that stands still; memory does not grow with the data set."""
+    dataset = scan(folder)
+    num_decoded = Counter()
+
+    def counting(data, recipes, sha256):
+        num_decoded["images"] += 1
+        return render(data, recipes, sha256)
+
+    monkeypatch.setattr(pipeline, "render", counting)
+    many = dataset.samples * 20
+    lane = Lane(RECIPE, engine, frozenset(many))
+    stream = stream_features(dataset, many, [lane], workers=4)
+    taken = len(next(stream).outcomes)
+    limit = taken + images_under_way([lane])
+    wait_until(lambda: num_decoded["images"] >= limit, seconds=2)
+    time.sleep(0.2)  # time to do too much
+    assert BATCH < num_decoded["images"] <= limit < len(many)
+    stream.close()
+
+
 def test_decoding_goes_on_while_the_network_runs(folder, engine, monkeypatch):
     """Twelve waits of 0.1 s by three threads, while the network takes its own 0.1 s a batch."""
     dataset = scan(folder)
     samples = dataset.samples[:12]
 
-    def slow(data, rules):
+    def slow(data, recipes, sha256):
         time.sleep(0.1)
-        return decode(data, rules)
+        return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "decode", slow)
+    monkeypatch.setattr(pipeline, "render", slow)
     together = Counter()
 
     def forward(pixels):
@@ -458,6 +545,6 @@ def test_decoding_goes_on_while_the_network_runs(folder, engine, monkeypatch):
 
     slow_engine = dataclasses.replace(engine, forward=forward)
     start = time.monotonic()
-    collect(stream_features(dataset, samples, slow_engine, RULES, workers=3))
+    collect(run(dataset, samples, slow_engine, RULES, workers=3))
     assert together["forward"] == 3
     assert time.monotonic() - start < 1.2  # one after the other it takes 1.5 s

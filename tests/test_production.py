@@ -37,17 +37,20 @@ def slow(*args, **options):
         time.sleep(0.03)
         yield batch
 production.stream_features = slow
-extract("data", "c.h5", backbone=tiny_network.build(), batch_size=2)
+extract("data", "c.h5", backbone=tiny_network.build(), batch_size=2, engine="ENGINE")
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("engine", ["folded", "onnx"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_extraction_goes_on_and_ends_equal(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone, number: signal.Signals
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, number: signal.Signals, engine: str
 ) -> None:
-    whole = extract(tree, tmp_path / "whole.h5", backbone=tiny_backbone, batch_size=2)
-    child = _child(_SLOW_EXTRACT, tmp_path)
+    whole = extract(
+        tree, tmp_path / "whole.h5", backbone=tiny_backbone, batch_size=2, engine=engine
+    )
+    child = _child(_SLOW_EXTRACT.replace("ENGINE", engine), tmp_path)
     shards = tmp_path / "c.h5.partial"
     deadline = time.monotonic() + 60
     while len(list(shards.glob("shard.*"))) < 3 and time.monotonic() < deadline:
@@ -67,7 +70,7 @@ def test_a_killed_extraction_goes_on_and_ends_equal(
 def test_the_second_writer_is_told_who_is_at_work(
     tree: Path, tmp_path: Path, tiny_backbone: Backbone
 ) -> None:
-    child = _child(_SLOW_EXTRACT, tmp_path)
+    child = _child(_SLOW_EXTRACT.replace("ENGINE", "auto"), tmp_path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "c.h5.partial" / "manifest.json").exists():
         assert time.monotonic() < deadline

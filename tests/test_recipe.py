@@ -206,16 +206,16 @@ def test_probes_are_good_images_spread_over_the_samples(tree, dataset):
     rules = PixelRules(32)
     probes = decode_probes(dataset, samples, rules)
     step = len(samples) // NUM_PROBES
-    truth = [decode(dataset.read(s), rules).pixels for s in samples[::step][:NUM_PROBES]]
-    assert np.array_equal(probes, np.stack(truth))
+    truth = [decode(dataset.read(s), rules).pixels[:, :, 0] for s in samples[::step][:NUM_PROBES]]
+    assert np.array_equal(np.stack(probes), np.stack(truth))  # these are grey
     for sample in samples[1:]:
         (tree / sample.path).write_bytes(b"broken")
     probes = decode_probes(dataset, samples, rules)
     assert 1 <= len(probes) <= NUM_PROBES
     assert all(np.array_equal(probe, truth[0]) for probe in probes)
     (tree / samples[0].path).unlink()
-    assert decode_probes(dataset, samples, rules).shape == (0, 32, 32, 3)
-    assert decode_probes(dataset, [], rules).dtype == np.uint8
+    assert decode_probes(dataset, samples, rules) == []
+    assert decode_probes(dataset, [], rules) == []
 
 
 # ------------------------------------------------------------------------------ identity to recipe

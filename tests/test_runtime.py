@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
@@ -149,6 +150,33 @@ def test_arithmetic_is_exact_inside_and_the_callers_again_outside(
     caller: str, caller_results: dict[str, str]
 ) -> None:
     assert caller_results[caller] == "fine"
+
+
+def test_threads_that_overlap_share_the_arithmetic_and_the_last_one_out_restores_it() -> None:
+    """The first thread leaves while the second is still inside: that one stays exact."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = "tf32"
+    try:
+        second_is_in, first_is_out = threading.Event(), threading.Event()
+        found = []
+
+        def second() -> None:
+            with exact_fp32():
+                second_is_in.set()
+                assert first_is_out.wait(10)
+                found.append(conv.fp32_precision)
+
+        thread = threading.Thread(target=second)
+        with exact_fp32():
+            thread.start()
+            assert second_is_in.wait(10)
+        first_is_out.set()
+        thread.join(10)
+        assert found == ["ieee"]
+        assert conv.fp32_precision == "tf32"
+    finally:
+        conv.fp32_precision = before
 
 
 @pytest.mark.gpu

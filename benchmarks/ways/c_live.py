@@ -14,8 +14,8 @@ from torch.nn import functional
 from featcache.backbone import build_backbone
 from featcache.dataset import Sample, scan
 from featcache.engine import build_engine
-from featcache.optimizer import FusedOptimizer
-from featcache.pipeline import stream_features
+from featcache.fit import TrainingConfig, _FusedOptimizer
+from featcache.pipeline import Lane, stream_features
 from featcache.recipe import decode_probes, make_recipe
 from featcache.runtime import resolve_device
 
@@ -24,20 +24,27 @@ torch.manual_seed(args.seed)
 device = resolve_device()
 dataset = scan(args.data)
 backbone = build_backbone(args.backbone, weights=args.weights, normalize="half")
-rules = make_recipe(backbone, dataset).rules
-engine = build_engine(backbone, device, decode_probes(dataset, dataset.samples, rules))
+recipe = make_recipe(backbone, dataset)
+engine = build_engine(backbone, device, decode_probes(dataset, dataset.samples, recipe.rules))
 
 
 def forward(samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield features (32, 1280) and targets of the samples, in their order."""
-    for batch in stream_features(dataset, samples, engine, rules):
-        good = [outcome.sample.target for outcome in batch.outcomes if outcome.reason is None]
-        features, targets = torch.from_numpy(batch.features).to(device), torch.tensor(good)
-        yield from zip(features.split(32), targets.to(device).split(32), strict=True)
+    rows, targets = [], []
+    for batch in stream_features(dataset, samples, [Lane(recipe, engine, frozenset(samples))]):
+        for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
+            if features is not None:
+                rows.append(torch.from_numpy(features[0]))
+                targets.append(outcome.sample.target)
+        while len(rows) >= 32:
+            yield torch.stack(rows[:32]).to(device), torch.tensor(targets[:32]).to(device)
+            del rows[:32], targets[:32]
+    if rows:
+        yield torch.stack(rows).to(device), torch.tensor(targets).to(device)
 
 
 head = build_head(len(dataset.classes)).to(device)
-optimizer = FusedOptimizer("adam", 0.0, list(head.parameters()))
+optimizer = _FusedOptimizer(TrainingConfig(), list(head.parameters()))
 train, valid, test = (dataset.split(name) for name in ("train", "valid", "test"))
 lowest_loss, best_state, epoch_seconds = float("inf"), head.state_dict(), []
 for _ in range(args.epochs):

@@ -1,0 +1,158 @@
+"""Forward passes: a network and its preprocessing as one function from a batch of pixels.
+
+By torch on any device, by ONNX Runtime on CPUs. The batch is uint8, as the decoder made it, and is
+normalized where the network runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from featcache.backbone import Backbone
+from featcache.folding import fold
+from featcache.runtime import exact_fp32
+
+Forward = Callable[[torch.Tensor], npt.NDArray[np.float32]]
+"""A batch (B, S, S, 1 or 3) uint8 in host memory -> (B, D) float32."""
+
+_DTYPES = {
+    "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
+_OPSET = 17
+
+
+class NotUsableError(Exception):
+    """This network cannot be run this way here; the message says why."""
+
+
+class _FromPixels(nn.Module):
+    """The network, fed with (B, S, S, 1 or 3) uint8 and normalizing them itself."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, backbone: Backbone, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        # (x / 255 - mean) / std in one multiply and one add.
+        scale = 1 / (255 * torch.tensor(backbone.std, dtype=torch.float64))
+        shift = -torch.tensor(backbone.mean, dtype=torch.float64) * 255 * scale
+        self.register_buffer("scale", scale.float().view(1, 3, 1, 1))
+        self.register_buffer("shift", shift.float().view(1, 3, 1, 1))
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return (B, 3, S, S) float32."""
+        return torch.addcmul(self.shift, pixels.permute(0, 3, 1, 2).float(), self.scale)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.network(self.normalize(pixels))
+        return features
+
+
+def _copy_network(backbone: Backbone, *, folded: bool) -> nn.Module:
+    network = copy.deepcopy(backbone.network).eval()
+    return fold(network, backbone.image_size) if folded else network
+
+
+def torch_forward(
+    backbone: Backbone, device: torch.device, precision: str, *, folded: bool
+) -> Forward:
+    """Return the network in torch, channels_last, at a precision.
+
+    Args:
+        backbone: What to run; a copy of its network goes to the device.
+        device: Where.
+        precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``; normalizing is fp32 in any case.
+        folded: As ``folding`` makes it, or as the library made it.
+    """
+    dtype = _DTYPES[precision]
+    network = _copy_network(backbone, folded=folded).to(device=device, dtype=dtype)
+    network = network.to(memory_format=torch.channels_last)
+    model = _FromPixels(backbone, network).to(device).eval()
+    streams = _Streams(device)
+
+    def forward(batch: torch.Tensor) -> npt.NDArray[np.float32]:
+        with streams.mine(), torch.inference_mode(), exact_fp32(tf32=precision == "tf32"):
+            pixels = batch.to(device, non_blocking=batch.is_pinned())
+            images = model.normalize(pixels).to(dtype)
+            features = network(images.contiguous(memory_format=torch.channels_last))
+            rows: npt.NDArray[np.float32] = features.float().cpu().numpy()
+        return rows
+
+    return forward
+
+
+class _Streams:
+    """Gives each thread its own CUDA stream, so that one's copies overlap another's kernels."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of_thread = threading.local()
+
+    @contextlib.contextmanager
+    def mine(self) -> Iterator[None]:
+        if self._device.type != "cuda":
+            yield
+            return
+        stream = getattr(self._of_thread, "stream", None)
+        if stream is None:
+            # The network's weights were sent to the device on the stream of another thread.
+            torch.cuda.synchronize(self._device)
+            stream = self._of_thread.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            yield
+
+
+def onnx_forward(backbone: Backbone, rows: int) -> Forward:
+    """Return the folded network as a session of ONNX Runtime that computes in the calling thread.
+
+    Raises:
+        NotUsableError: If the network cannot be exported, or there is no ONNX Runtime.
+    """
+    try:
+        import onnxruntime as ort
+
+        model = _FromPixels(backbone, _copy_network(backbone, folded=True)).eval()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors: they are raised as well
+        session = ort.InferenceSession(
+            _export(model, (rows, backbone.image_size, backbone.image_size, 3)), options,
+            providers=["CPUExecutionProvider"],
+        )  # fmt: skip
+    except Exception as error:  # the exporter raises anything at a network it does not understand
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NotUsableError(reason[:200]) from error
+
+    def forward(batch: torch.Tensor) -> npt.NDArray[np.float32]:
+        pixels = batch.expand(-1, -1, -1, 3).contiguous().numpy()
+        rows: npt.NDArray[np.float32] = session.run(None, {"pixels": pixels})[0]
+        return rows
+
+    return forward
+
+
+def _export(model: nn.Module, shape: tuple[int, ...]) -> bytes:
+    """Return the model for one input shape as ONNX.
+
+    By the exporter that traces (0.9 s for B0): the newer one takes 6 s and two more packages.
+    """
+    buffer: Any = io.BytesIO()
+    with warnings.catch_warnings(), torch.inference_mode(), exact_fp32():
+        warnings.simplefilter("ignore")  # of its deprecation, and of Python values it traces
+        torch.onnx.export(
+            model, (torch.zeros(shape, dtype=torch.uint8),), buffer, dynamo=False,
+            opset_version=_OPSET, input_names=["pixels"], output_names=["features"],
+        )  # fmt: skip
+    return bytes(buffer.getvalue())

@@ -1,0 +1,135 @@
+"""What an extraction says: what it found, what it chose, what it did."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from featcache.cache import Cache
+from featcache.dataset import ImageDataset
+from featcache.errors import FeatcacheWarning, printable
+from featcache.recipe import Recipe
+from featcache.runtime import Say
+
+_NUM_SHOWN_FAILURES = 5
+
+
+@dataclass(frozen=True)
+class ExtractionSummary:
+    """What an extraction did.
+
+    Attributes:
+        cache: The cache file.
+        status: ``extracted``, or ``up to date`` when there was nothing to do.
+        num_images: Rows in the cache.
+        num_new: Images that went through the network.
+        num_known: Images whose features were known, from an earlier run or an older cache.
+        num_failed: Images that could not be read; they are listed in the cache.
+        num_truncated: Cut-off images that were filled in (``--truncated keep``).
+        splits: Per split, rows per class (or ``unlabelled``).
+        engine: ``folded`` or ``eager``.
+        parity: Largest relative L2 error of a probed image against the eager fp32 forward.
+        seconds: Wall time of the whole call.
+        images_per_second: New images over the time of decoding and forward together.
+        fingerprint: Of the recipe.
+        content_sha256: Of the cache's content.
+    """
+
+    cache: str
+    status: str
+    num_images: int
+    num_new: int
+    num_known: int
+    num_failed: int
+    num_truncated: int
+    splits: dict[str, dict[str, int]]
+    engine: str
+    parity: float | None
+    seconds: float
+    images_per_second: float | None
+    fingerprint: str
+    content_sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return asdict(self)
+
+
+def describe_dataset(dataset: ImageDataset, say: Say) -> None:
+    """Say what was found: images by split and class, what is left alone, groups."""
+    for split, counts in dataset.count().items():
+        listed = ", ".join(f"{count:,} {printable(name)}" for name, count in counts.items())
+        say(f"{split:>6}: {listed}")
+    for reason, number in sorted(dataset.num_ignored.items()):
+        say(f"ignored: {number:,} ({reason})")
+    if dataset.num_grouped is not None:
+        groups = len({s.group for s in dataset.samples})
+        say(
+            f"groups: {groups:,}; {dataset.num_grouped:,} of {len(dataset.samples):,} names matched"
+        )
+
+
+def describe_recipe(recipe: Recipe, say: Say) -> None:
+    """Say what makes features of the images."""
+    backbone, rules = recipe.backbone, recipe.rules
+    say(f"Backbone: {backbone.name}, weights {backbone.weights_source}, {backbone.num_features}-d.")
+    mean, std = (" ".join(f"{v:g}" for v in values) for values in (backbone.mean, backbone.std))
+    say(
+        f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}, "
+        f"{rules.interpolation}, mean {mean}, std {std}."
+    )
+    views = recipe.view_rules
+    if views.augmentation is not None:
+        say(f"Views: {views.num_views} of every image to train on, {views.augmentation}.")
+
+
+def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
+    """Say what failed and what it took; a warning tells of images that are not in the cache."""
+    for failure in cache.failures[:_NUM_SHOWN_FAILURES]:
+        say(f"failed: {printable(failure.path)}: {printable(failure.reason)}")
+    if len(cache.failures) > _NUM_SHOWN_FAILURES:
+        more = len(cache.failures) - _NUM_SHOWN_FAILURES
+        say(f"failed: {more} more, listed by featcache info {printable(cache.path)}")
+    if cache.failures:
+        warnings.warn(
+            f"{len(cache.failures)} images could not be read and are not in the cache",
+            FeatcacheWarning, stacklevel=3,
+        )  # fmt: skip
+    rate = "" if summary.images_per_second is None else f", {summary.images_per_second:,} images/s"
+    say(
+        f"{cache.path}: {summary.num_images:,} images ({summary.num_new:,} new, "
+        f"{summary.num_known:,} known) in {summary.seconds:.1f} s{rate}."
+    )
+    stages = cache.provenance.get("stage_seconds")
+    if summary.num_new and isinstance(stages, dict):
+        decode, forward, write = (stages.get(k, 0.0) for k in ("decode", "forward", "write"))
+        say(
+            f"Time: decode {decode:.1f} s and forward {forward:.1f} s (all threads together), "
+            f"write {write:.1f} s; longest waited for: {cache.provenance.get('bottleneck')}."
+        )
+
+
+def summarise(
+    cache: Cache, status: str, start: float, *, num_new: int = 0, num_known: int,
+    images_per_second: float | None = None,
+) -> ExtractionSummary:  # fmt: skip
+    """Return the summary of a cache that is there; ``start`` is when the call began."""
+    splits: dict[str, dict[str, int]] = {}
+    for name, split in cache.splits.items():
+        counts = Counter(split.targets.tolist())
+        labels = {-1: "unlabelled", **dict(enumerate(cache.classes))}
+        splits[name] = {labels[t]: n for t, n in sorted(counts.items())}
+    parity = cache.provenance.get("parity")
+    return ExtractionSummary(
+        cache=cache.path.as_posix(), status=status,
+        num_images=sum(len(s) for s in cache.splits.values()), num_new=num_new,
+        num_known=num_known, num_failed=len(cache.failures),
+        num_truncated=len(cache.provenance.get("truncated", [])), splits=splits,
+        engine=str(cache.provenance.get("engine", "none")),
+        parity=max(parity) if parity else None,
+        seconds=round(time.perf_counter() - start, 3), images_per_second=images_per_second,
+        fingerprint=cache.fingerprint, content_sha256=cache.content_sha256,
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""The pool of daemon threads: results, errors, replacement, cancelling, and the process's end."""
+
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+
+from featcache.threads import Threads
+
+
+def test_results_and_errors_come_back_to_whoever_asked():
+    def divide(a, b):
+        return a / b
+
+    with Threads("test", 3) as threads:
+        good = [threads.submit(divide, i, 2) for i in range(50)]
+        bad = threads.submit(divide, 1, 0)
+        assert [future.result(10) for future in good] == [i / 2 for i in range(50)]
+        with pytest.raises(ZeroDivisionError):
+            bad.result(10)
+        assert threads.submit(divide, 4, 2).result(10) == 2  # the thread lived through it
+
+
+def test_as_many_run_at_once_as_there_are_threads():
+    together = threading.Barrier(3)
+    with Threads("test", 3) as threads:
+        for future in [threads.submit(together.wait, 10) for _ in range(3)]:
+            future.result(10)  # two threads would never meet a third
+
+
+def test_one_that_hangs_can_be_replaced_and_is_sent_home_when_it_comes_back():
+    released = threading.Event()
+    before = threading.active_count()
+    with Threads("test", 1) as threads:
+        hanging = threads.submit(released.wait, 30)
+        waiting = threads.submit(int)
+        time.sleep(0.05)
+        assert not waiting.done()
+        threads.replace_one()
+        assert waiting.result(10) == 0
+        released.set()
+        assert hanging.result(10)
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_leaving_cancels_what_has_not_begun():
+    released = threading.Event()
+    with Threads("test", 1) as threads:
+        first = threads.submit(released.wait, 30)
+        while not first.running():
+            time.sleep(0.001)
+        later = [threads.submit(int) for _ in range(5)]
+    assert all(future.cancelled() for future in later)
+    released.set()
+
+
+def test_a_task_that_is_done_keeps_nothing_alive():
+    class Large:
+        pass
+
+    def forget(_large):
+        return None
+
+    with Threads("test", 1) as threads:
+        large = Large()
+        watch = weakref.ref(large)
+        threads.submit(forget, large).result(10)
+        del large
+        deadline = time.monotonic() + 10
+        while watch() is not None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert watch() is None
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process_from_ending():
+    code = (
+        "import time\nfrom featcache.threads import Threads\n"
+        "with Threads('test', 1) as threads:\n    threads.submit(time.sleep, 600)\n"
+        "    time.sleep(0.1)\nprint('done')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("done\n", 0)
