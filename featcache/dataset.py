@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from featcache.archive import Member, list_entries, locate_members, read_member
@@ -90,7 +91,7 @@ class ImageDataset:
     num_grouped: int | None = None
     _members: dict[str, Member] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property  # asked for once an image: which views it gets depends on them
     def splits(self) -> tuple[str, ...]:
         """The splits there are, in the order train, valid, test, all."""
         present = {sample.split for sample in self.samples}

@@ -33,3 +33,11 @@ def test_a_plan_writes_nothing_and_projects_sizes(
     features = 46 * tiny_network.NUM_FEATURES * 4
     assert projection.working_bytes == projection.cache_bytes + features
     assert projection.cache_bytes <= actual + features
+
+
+def test_views_of_images_to_train_on_are_counted(tree: Path, tiny_backbone: Backbone) -> None:
+    plain = plan(tree, backbone=tiny_backbone)
+    projection = plan(tree, backbone=tiny_backbone, views=5, augment="xray")
+    assert projection.identity["views"] == 5
+    more = 24 * 4 * tiny_network.NUM_FEATURES * 4
+    assert projection.cache_bytes == plain.cache_bytes + more

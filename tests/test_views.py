@@ -154,8 +154,7 @@ def test_flip_is_the_mirror_image() -> None:
 def test_a_crop_is_a_part_of_the_picture_fitted_and_perhaps_flipped() -> None:
     data, height, width = GREY, 48, 60
     picture = load(data, RULES).pixels
-    number = views_of(data, "crop", 4)[1:]
-    for i, view in enumerate(number, start=1):
+    for i, view in enumerate(views_of(data, "crop", 64)[1:], start=1):
         draw = _draw("crop", i, hashlib.sha256(data).digest())
         part = _random_part(picture, draw[1:])
         assert part.shape[0] <= height
