@@ -22,6 +22,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional
 
+from featcache import acceleration
 from featcache.errors import DataError
 from featcache.images import PixelRules, decode
 from featcache.runtime import available_cores
@@ -43,6 +44,7 @@ INFLATERS: dict[str, Callable[[Any, bytes, int], Any]] = {
 def measure_decode(args: argparse.Namespace) -> dict[str, Any]:
     """Return times per kind of file and way, one thread and ``--workers``, and pixel checks."""
     workers = args.workers or max(2, available_cores())
+    acceleration.start()  # as in a job that is worth it
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)  # one image, one core: for torchvision's resize too
     try:
