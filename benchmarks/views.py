@@ -1,6 +1,6 @@
 """Does a head trained on cached augmented views predict better? Cross-validation, in pairs.
 
-    python benchmarks/views.py                             (about half an hour on two shared cores)
+    python benchmarks/views.py                               (about 10 minutes on two shared cores)
     python benchmarks/views.py --repeats 1 --limit 60 --out try                        (a try)
 
 Real X-rays, Lite0, folds that keep patients together, featcache's own head and training. In every
