@@ -34,6 +34,7 @@ class IsolatedDecoder:
         self._seconds = seconds
         self._child: subprocess.Popen[bytes] | None = None
         self._one_at_a_time = threading.Lock()
+        self._is_over = False
 
     def __enter__(self) -> IsolatedDecoder:
         return self
@@ -42,7 +43,13 @@ class IsolatedDecoder:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        self._stop()
+        # A thread may be waiting for an answer, or about to ask: its child is killed, it starts no
+        # other, and then the lock is free.
+        self._is_over = True
+        if (child := self._child) is not None:
+            child.kill()
+        with self._one_at_a_time:
+            self._stop()
 
     def render(
         self, data: bytes, recipes: Sequence[tuple[PixelRules, ViewRules]], sha256: bytes
@@ -57,6 +64,8 @@ class IsolatedDecoder:
 
     def _ask(self, *request: object) -> Rendering:
         child = self._start()
+        if self._is_over:
+            child.kill()  # then it has no answer
         timer = threading.Timer(self._seconds, child.kill)
         timer.start()
         try:

@@ -100,8 +100,8 @@ def resolve_workers(workers: int | str) -> int:
 
 
 def chunk_size(lanes: Sequence[Lane]) -> int:
-    """Return how many images travel together: as many as fill the largest lane's batch."""
-    return max(max(1, lane.engine.batch_size // lane.recipe.view_rules.num_views) for lane in lanes)
+    """Return how many views travel together: as many as the largest lane's batch holds."""
+    return max(lane.engine.batch_size for lane in lanes)
 
 
 def images_under_way(lanes: Sequence[Lane]) -> int:
@@ -201,19 +201,19 @@ def stream_views(
     timer: Timer | None = None,
     isolate: bool = False,
 ) -> Generator[tuple[tuple[Outcome, ...], tuple[Views | None, ...]], None, None]:
-    """Decode samples, ``size`` at a time; the next ones are decoded meanwhile.
+    """Decode samples, ``size`` views at a time; the next ones are decoded meanwhile.
 
     An image that has not come back after ``DECODE_SECONDS`` is tried again in a child process.
 
     Yields:
-        The outcomes of up to ``size`` samples, and per outcome its views by recipe, None where it
-        failed.
+        The outcomes of the samples that have up to ``size`` views for any recipe, one at least, and
+        per outcome its views by recipe, None where it failed.
     """
     clock = timer or Timer()
     acceleration.start_for(sum(sample.image_bytes for sample in samples))
-    starts = iter(range(0, len(samples), size))
     under_way: deque[list[tuple[Sample, Future[_Decoded]]]] = deque()
     job = _Job(dataset, recipes, clock)
+    chunks = _cut(samples, job, size)
     with (
         IsolatedDecoder() as child,
         Threads("decode", 1 if isolate else resolve_workers(workers)) as threads,
@@ -221,9 +221,7 @@ def stream_views(
         renderer: _Render = child.render if isolate else render
 
         def start_chunk() -> None:
-            start = next(starts, None)
-            if start is not None:
-                part = samples[start : start + size]
+            if part := next(chunks, None):
                 under_way.append([(s, threads.submit(job.decode, s, renderer)) for s in part])
 
         for _ in range(_num_ahead(size)):
@@ -243,6 +241,21 @@ def stream_views(
             yield outcomes, views
 
 
+def _cut(samples: Sequence[Sample], job: _Job, size: int) -> Iterator[list[Sample]]:
+    """Yield as many samples as have ``size`` views together, one at least."""
+    part: list[Sample] = []
+    num_views = 0
+    for sample in samples:
+        count = max(views.num_views for _, views in job.plans(sample))
+        if part and num_views + count > size:
+            yield part
+            part, num_views = [], 0
+        part.append(sample)
+        num_views += count
+    if part:
+        yield part
+
+
 _Decoded = tuple[Outcome, Views | None]
 
 
@@ -254,12 +267,15 @@ class _Job:
     recipes: Sequence[Recipe]
     clock: Timer
 
+    def plans(self, sample: Sample) -> list[tuple[PixelRules, ViewRules]]:
+        """Return what each recipe wants to see of a sample."""
+        splits = self.dataset.splits
+        return [(r.rules, r.view_rules.for_split(sample.split, splits)) for r in self.recipes]
+
     def decode(self, sample: Sample, renderer: _Render) -> _Decoded:
         """Read, hash and decode one image. The seam every decoder stands behind."""
         sha256 = bytes(32)
-        # Recipes that want the same views share them.
-        splits = self.dataset.splits
-        plans = [(r.rules, r.view_rules.for_split(sample.split, splits)) for r in self.recipes]
+        plans = self.plans(sample)  # recipes that want the same views share them
         different = list(dict.fromkeys(plans))
         try:
             with self.clock("decode"):

@@ -216,6 +216,36 @@ def test_the_child_ends_with_the_block_even_when_it_raises():
     assert last.stdout.closed
 
 
+def test_a_thread_that_asks_after_the_end_starts_nothing_that_stays():
+    with IsolatedDecoder() as child:
+        assert_decodes(child, 1)
+    with pytest.raises(DataError, match="crashed"):
+        through(child, encoded(2), RULES)
+    assert process(child) is None
+
+
+def test_leaving_while_a_thread_waits_ends_both(fragile_children):
+    """The thread holds the decoder's lock and its pipes; neither is pulled from under it."""
+    errors = []
+
+    def wait_for_ever(child):
+        try:
+            through(child, encoded() + b"HANG", RULES)
+        except DataError as error:
+            errors.append(error.found)
+
+    with IsolatedDecoder() as child:
+        assert_decodes(child, 1)
+        thread = threading.Thread(target=wait_for_ever, args=(child,))
+        thread.start()
+        time.sleep(0.3)
+        last = process(child)
+    thread.join(TIMEOUT)
+    assert errors == ["it crashed"]
+    assert last.poll() is not None
+    assert process(child) is None
+
+
 def test_nothing_starts_unless_it_is_needed():
     with IsolatedDecoder() as child:
         assert process(child) is None

@@ -34,7 +34,7 @@ from featcache.pipeline import (
 )
 from featcache.recipe import Recipe
 from featcache.runtime import Timer
-from featcache.views import render
+from featcache.views import ViewRules, render
 
 RULES = PixelRules(32)
 RECIPE = Recipe(tiny_network.build(), RULES, "float32")
@@ -166,6 +166,20 @@ def test_views_are_those_of_each_image_and_nothing_where_there_is_none(folder):
             for found, side in ((of_image[0], 32), (of_image[1], 48)):
                 assert (found.shape, found.dtype) == ((1, side, side), np.uint8)  # these are grey
                 assert np.array_equal(found[0], decode(data, PixelRules(side)).pixels[:, :, 0])
+
+
+def test_chunks_are_filled_by_views_so_that_plain_splits_travel_in_full_batches(tmp_path):
+    for split, number in (("train", 5), ("valid", 9)):
+        for i in range(number):
+            write_image(tmp_path / split / "covid" / f"{i}.png", i)
+    dataset = scan(tmp_path)
+    recipe = dataclasses.replace(RECIPE, view_rules=ViewRules(3, "crop"))
+    chunks = [outcomes for outcomes, _ in stream_views(dataset, dataset.samples, [recipe], 7)]
+    # two images of three views, then one of three with four plain ones, then five plain ones
+    assert [len(outcomes) for outcomes in chunks] == [2, 2, 5, 5]
+    assert [o.sample for outcomes in chunks for o in outcomes] == list(dataset.samples)
+    (alone, *_) = stream_views(dataset, dataset.samples, [recipe], 1)
+    assert len(alone[0]) == 1  # an image of more views than a batch travels alone
 
 
 def test_lanes_get_what_they_want_of_one_decoding(folder, engine, monkeypatch):
@@ -366,7 +380,7 @@ from featcache import acceleration, pipeline
 from featcache.dataset import scan
 from featcache.images import PixelRules
 from featcache.recipe import Recipe
-from featcache.views import render
+from featcache.views import ViewRules, render
 
 def hanging(data, recipes, sha256):
     if data.endswith(b"HANG"):
