@@ -473,7 +473,7 @@ def test_an_error_of_the_network_ends_everything(folder, engine):
             raise RuntimeError("out of memory")
         return engine.forward(pixels)
 
-    broken = dataclasses.replace(engine, forward=forward)
+    broken = dataclasses.replace(engine, forward=forward, concurrency=1)
     stream = run(dataset, dataset.samples, broken, RULES)
     assert len([next(stream), next(stream)]) == 2
     with pytest.raises(RuntimeError, match="out of memory"):
