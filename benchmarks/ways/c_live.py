@@ -14,7 +14,6 @@ from torch.nn import functional
 from featcache.backbone import build_backbone
 from featcache.dataset import Sample, scan
 from featcache.engine import build_engine
-from featcache.fit import TrainingConfig
 from featcache.optimizer import FusedOptimizer
 from featcache.pipeline import Lane, stream_features
 from featcache.recipe import decode_probes, make_recipe
@@ -45,7 +44,7 @@ def forward(samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Ten
 
 
 head = build_head(len(dataset.classes)).to(device)
-optimizer = FusedOptimizer(TrainingConfig(), list(head.parameters()))
+optimizer = FusedOptimizer("adam", 0.0, list(head.parameters()))
 train, valid, test = (dataset.split(name) for name in ("train", "valid", "test"))
 lowest_loss, best_state, epoch_seconds = float("inf"), head.state_dict(), []
 for _ in range(args.epochs):
