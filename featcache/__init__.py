@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         RunError,
     )
     from featcache.evaluation import evaluate
-    from featcache.extraction import extract, extract_caches, plan
+    from featcache.extraction import extract, extract_caches, plan, plan_caches
     from featcache.run import load_run
     from featcache.splitting import split
     from featcache.training import train
@@ -63,6 +63,7 @@ _MODULES = {
     "load_run": "run",
     "open_cache": "cache",
     "plan": "extraction",
+    "plan_caches": "extraction",
     "predict_cache": "classifier",
     "scan": "dataset",
     "split": "splitting",
@@ -76,8 +77,8 @@ __all__ = [
     "Backbone", "BackboneError", "Cache", "CacheError", "CacheSplit", "Classifier", "ConfigError",
     "DataError", "FeatcacheError", "FeatcacheWarning", "Predictions", "RunError", "build_backbone",
     "describe", "evaluate", "extract", "extract_caches", "load_classifier", "load_run",
-    "open_cache", "plan", "predict_cache", "scan", "split", "train", "verify", "wrap_backbone",
-    "write_cache",
+    "open_cache", "plan", "plan_caches", "predict_cache", "scan", "split", "train", "verify",
+    "wrap_backbone", "write_cache",
 ]  # fmt: skip
 
 

@@ -237,12 +237,12 @@ def extract(
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0
     """
-    from featcache.extraction import extract_caches, plan
+    from featcache.extraction import extract_caches, plan_caches
     from featcache.wording import projection_lines
 
     say = _say(as_json, quiet)
     if dry_run:
-        plans = [plan(data, backbone=name, say=say, **options) for name in backbone]
+        plans = plan_caches(data, cache, backbones=backbone, say=say, **options)
         lines = [line for projection in plans for line in projection_lines(projection)]
         _print(_one_or_all([p.as_json() for p in plans]), lines, as_json, quiet)
         return
@@ -476,7 +476,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         sys.stderr.close()  # nobody reads us any more: no second complaint at exit
         return 1
     except (MemoryError, RuntimeError) as error:
-        if type(error).__name__ not in {"MemoryError", "OutOfMemoryError"}:
+        from featcache.runtime import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         found = (str(error).splitlines() or ["none left"])[0]
         click.echo(f"error: memory: expected enough, found {found}. Lower --batch-size.", err=True)

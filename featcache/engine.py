@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,8 @@ import torch
 
 from featcache.backbone import Backbone
 from featcache.errors import BackboneError, ConfigError, FeatcacheWarning
-from featcache.forward import Forward, NotUsableError, onnx_forward, torch_forward
-from featcache.runtime import available_cores, exact_fp32
+from featcache.forward import Forward, IsFrozen, NotUsableError, onnx_forward, torch_forward
+from featcache.runtime import available_cores, exact_fp32, is_out_of_memory
 
 ENGINES = ("onnx", "folded", "eager")
 PARITY_BOUNDS = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 2e-2, "bf16": 2e-1}
@@ -61,6 +62,7 @@ class Engine:
         num_features: D.
         parity: Relative L2 error per probed image against the eager fp32 forward.
         forward: The forward pass of one whole batch.
+        is_frozen: Tells whether the network it runs is still the one it was.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Engine:
     num_features: int
     parity: tuple[float, ...]
     forward: Forward
+    is_frozen: IsFrozen
 
     def run(self, images: Images) -> npt.NDArray[np.float32]:
         """Return the features (n, D) float32 of any number of images, as fast as it can.
@@ -100,8 +103,9 @@ class Engine:
         grey = all(image.ndim == 2 for image in images)
         shape = (self.batch_size, *images[0].shape[:2], 1 if grey else 3)
         # Pinned memory, which torch keeps and reuses, goes to a GPU in the background.
-        batch = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         pixels = batch.numpy()
+        pixels[len(images) :] = 0
         for slot, image in zip(pixels, images, strict=False):
             slot[:] = image[:, :, None] if image.ndim == 2 else image
         return self.forward(batch)[: len(images)]
@@ -193,27 +197,34 @@ def _assemble(
     num_images: int | None,
 ) -> Engine:  # fmt: skip
     """Return the engine by its name, its batch size settled, its parity yet to be found."""
-
-    def engine(rows: int, forward: Forward, concurrency: int) -> Engine:
-        return Engine(
-            name, "", device, precision, rows, concurrency, backbone.num_features, (), forward
-        )
-
     rows = _CPU_BATCH[name] if batch_size == "auto" else int(batch_size)
+    is_frozen: IsFrozen = _always  # what is exported cannot change
+    concurrency = 1  # torch spreads one batch over a CPU's cores by itself
     if name == "onnx":
-        return engine(rows, onnx_forward(backbone, rows), available_cores())
-    forward = torch_forward(backbone, device, precision, folded=name == "folded")
+        forward, concurrency = onnx_forward(backbone, rows), available_cores()
+    else:
+        forward, is_frozen = torch_forward(backbone, device, precision, folded=name == "folded")
+    if device.type == "cuda":
+        concurrency = _GPU_STREAMS
+    engine = Engine(
+        name, "", device, precision, rows, concurrency, backbone.num_features, (), forward,
+        is_frozen,
+    )  # fmt: skip
     if device.type == "cpu":
-        return engine(rows, forward, 1)  # torch spreads one batch over the cores by itself
+        return engine
 
     def seconds_of(rows: int) -> float:
-        return _time_batch(forward, backbone.image_size, rows)
+        return _time_batch(replace(engine, batch_size=rows), backbone.image_size)
 
     if batch_size == "auto":
         rows = choose_batch_size(seconds_of, num_images or _GPU_BATCHES[-1])
     else:
-        rows = halve_until_it_fits(seconds_of, rows)
-    return engine(rows, forward, _GPU_STREAMS if device.type == "cuda" else 1)
+        rows = halve_until_it_fits(seconds_of, rows)[0]
+    return replace(engine, batch_size=rows)
+
+
+def _always() -> bool:
+    return True
 
 
 # ------------------------------------------------------------------------------------ batch size
@@ -223,52 +234,63 @@ def choose_batch_size(seconds_of: Callable[[int], float], num_images: int) -> in
     """Return the smallest of the usual sizes within 3 % of the best measured rate.
 
     Args:
-        seconds_of: Runs a batch of so many rows and returns its time; may raise
-            ``torch.OutOfMemoryError``.
+        seconds_of: Runs a batch of so many rows and returns its time; may run out of memory.
         num_images: No size beyond the first that holds them all is tried.
     """
-    smallest = halve_until_it_fits(seconds_of, _GPU_BATCHES[0], say=False)
-    rates: dict[int, float] = {}
-    for rows in (smallest,) if smallest < _GPU_BATCHES[0] else _GPU_BATCHES:
+    smallest, seconds = halve_until_it_fits(seconds_of, _GPU_BATCHES[0], say=False)
+    rates = {smallest: smallest / seconds}
+    larger = () if smallest < _GPU_BATCHES[0] else _GPU_BATCHES[1:]
+    for before, rows in pairwise((smallest, *larger)):
+        if before >= num_images:
+            break
         try:
             rates[rows] = rows / seconds_of(rows)
-        except torch.OutOfMemoryError:
-            break
-        if rows >= num_images:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             break
     return min(rows for rows, rate in rates.items() if rate >= 0.97 * max(rates.values()))
 
 
-def halve_until_it_fits(seconds_of: Callable[[int], float], rows: int, *, say: bool = True) -> int:
+def halve_until_it_fits(
+    seconds_of: Callable[[int], float], rows: int, *, say: bool = True
+) -> tuple[int, float]:
     """Return the largest of rows, rows / 2, rows / 4 ... that the device's memory holds.
 
+    Returns:
+        The rows, and the seconds of such a batch.
+
     Raises:
-        torch.OutOfMemoryError: If it does not hold a single row.
+        RuntimeError: torch's own, if it does not hold a single row.
     """
     asked = rows
     while True:
         try:
-            seconds_of(rows)
-        except torch.OutOfMemoryError:
-            if rows == 1:
+            seconds = seconds_of(rows)
+            break
+        except RuntimeError as error:
+            if rows == 1 or not is_out_of_memory(error):
                 raise
             rows //= 2
-        else:
-            break
     if rows < asked and say:
         message = f"batches of {asked} do not fit into the device's memory: {rows} are used"
         warnings.warn(message, FeatcacheWarning, stacklevel=2)
-    return rows
+    return rows, seconds
 
 
-def _time_batch(forward: Forward, image_size: int, rows: int) -> float:
-    """Return the shortest of three times of a batch, after one that allocates and chooses."""
-    batch = torch.zeros((rows, image_size, image_size, 3), dtype=torch.uint8)
+def _time_batch(engine: Engine, image_size: int) -> float:
+    """Return the shortest of three times of a batch, as many at once as there will be."""
+    num_rows = engine.batch_size * engine.concurrency
+    images = np.zeros((num_rows, image_size, image_size, 3), np.uint8)
     times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        forward(batch)
-        times.append(time.perf_counter() - start)
+    try:
+        for _ in range(4):  # the first one allocates and chooses
+            start = time.perf_counter()
+            engine.run(images)
+            times.append((time.perf_counter() - start) / engine.concurrency)
+    finally:
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()  # or other sizes' blocks would be in the way
     return min(times[1:])
 
 

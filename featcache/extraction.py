@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from featcache import acceleration
 from featcache.backbone import Backbone, build_backbone
 from featcache.cache import Cache, open_cache
 from featcache.container import MAX_USER_BLOCK_BYTES
@@ -86,7 +87,7 @@ def extract(
         augment: How the others are made: ``flip``, ``crop`` or ``xray`` (see module ``views``).
         precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``.
         feature_dtype: ``float32`` or ``float16``.
-        engine: ``auto``, ``folded`` or ``eager``.
+        engine: ``auto``, ``onnx``, ``folded`` or ``eager``.
         batch_size: Images a batch, or ``auto``.
         workers: Decoding threads, or ``auto``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
@@ -131,23 +132,29 @@ def extract_caches(
     """
     if len(backbones) == 1:
         return [extract(data, cache, backbone=backbones[0], **options)]
+    files = _name_caches(Path(cache), backbones, options.get("weights"))
+    return _extract(Path(data), list(zip(files, backbones, strict=True)), **options)
+
+
+def _name_caches(
+    folder: Path, backbones: Sequence[str | Backbone], weights: str | Path | None
+) -> list[Path]:
+    """Return the cache of each of several backbones."""
     names = [b if isinstance(b, str) else b.name for b in backbones]
     files = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".h5" for name in names]
     if len(set(files)) != len(files) or not files:
         raise ConfigError("--backbone", expected="different backbones", found=", ".join(names))
-    if options.get("weights") not in {None, "random"}:
+    if weights not in {None, "random"}:
         raise ConfigError(
-            "--weights", expected="random, or none with several backbones",
-            found=options["weights"], hint="Extract with one backbone at a time",
+            "--weights", expected="random, or none with several backbones", found=weights,
+            hint="Extract with one backbone at a time",
         )  # fmt: skip
-    folder = Path(cache)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(
             "CACHE", expected="a folder, for the caches of several backbones", found="a file",
             where=folder,
         )  # fmt: skip
-    jobs = list(zip((folder / file for file in files), backbones, strict=True))
-    return _extract(Path(data), jobs, **options)
+    return [folder / file for file in files]
 
 
 def _extract(
@@ -163,6 +170,8 @@ def _extract(
     for path, _ in jobs:
         _refuse_inside(path, data)
     dataset = _scan(data, group_by, limit, say)
+    if not all(path.exists() for path, _ in jobs):  # beside the building of backbone and engine
+        acceleration.start_for(sum(sample.image_bytes for sample in dataset.samples))
     done: dict[Path, ExtractionSummary] = {}
     works: dict[Path, tuple[Production, Cache | None]] = {}
     for path, backbone in jobs:
@@ -182,18 +191,30 @@ def _extract(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         for work, _ in works.values():
             stack.callback(work.abandon)
-        if works:
-            place = resolve_device(device)
-            for work, old in works.values():
-                work.find_known(old, place, precision=precision, rebuild=rebuild)
-            pending = [work for work, _ in works.values() if work.pending]
-            for work in pending:
-                work.choose_engine(place, precision=precision, batch_size=batch_size, name=engine)
-            if pending:
-                produce(pending, workers, progress=progress)
+        place = resolve_device(device if works else "cpu")  # nothing to run: any device will do
+        for work, old in works.values():
+            work.find_known(old, place, precision=precision, rebuild=rebuild)
+        pending = [work for work, _ in works.values() if work.pending]
+        for work in pending:
+            work.choose_engine(place, precision=precision, batch_size=batch_size, name=engine)
+        _check_threads(pending)
+        if pending:
+            produce(pending, workers, progress=progress)
         for path, (work, old) in works.items():
             done[path] = _finish(work, old, start, say)
     return [done[path] for path, _ in jobs]
+
+
+def _check_threads(works: Sequence[Production]) -> None:
+    """Refuse to resume caches together that were begun with other numbers of torch's threads."""
+    for work in works:
+        fixed = work.partial.engine
+        if fixed and fixed.num_threads != torch.get_num_threads():
+            raise CacheError(
+                "unfinished extraction", expected=f"{fixed.num_threads} threads, as it was begun",
+                found=f"{torch.get_num_threads()}, as another cache was", where=work.path,
+                hint="Finish one backbone at a time",
+            )  # fmt: skip
 
 
 def _finish(work: Production, old: Cache | None, start: float, say: Say) -> ExtractionSummary:
@@ -209,44 +230,57 @@ def _finish(work: Production, old: Cache | None, start: float, say: Say) -> Extr
     return summary
 
 
-def plan(
-    data: str | Path,
-    *,
-    backbone: str | Backbone,
-    precision: str = "fp32",
-    engine: str = "auto",
-    batch_size: int | str = "auto",
-    workers: int | str = "auto",
-    device: str = "auto",
-    group_by: str | None = None,
-    limit: int | None = None,
-    say: Say = silent,
-    **recipe_options: Any,
-) -> Projection:
+def plan(data: str | Path, *, backbone: str | Backbone, **options: Any) -> Projection:
     """Say what ``extract`` would do and take, without writing anything.
 
     Args:
         data: As for ``extract``, and so are all options.
         backbone: A name or a ready ``Backbone``.
-        precision: Of the forward pass.
-        engine: Of the forward pass.
-        batch_size: Of the forward pass.
-        workers: Decoding threads, or ``auto``.
-        device: Where the forward pass runs.
-        group_by: Regular expression on the file name.
-        limit: Take only that many images.
-        say: Where lines for people go.
-        **recipe_options: ``weights``, ``image_size``, ``crop_mode`` and so on.
+        **options: As for ``extract``, but those that are about writing.
 
     Raises:
         FeatcacheError: As ``extract`` would at its start.
     """
-    dataset = _scan(Path(data), group_by, limit, say)
-    recipe = _choose_recipe(dataset, backbone, say, **recipe_options)
-    return project(
-        dataset, recipe, resolve_device(device), precision=precision, engine=engine,
-        batch_size=batch_size, workers=workers,
-    )  # fmt: skip
+    return _plan(Path(data), [backbone], **options)[0]
+
+
+def plan_caches(
+    data: str | Path, cache: str | Path, *, backbones: Sequence[str | Backbone], **options: Any
+) -> list[Projection]:
+    """Say what ``extract_caches`` would do and take, without writing anything.
+
+    Args:
+        data: As for ``extract_caches``, and so are all options.
+        cache: Where they would be written.
+        backbones: Names or ready ones.
+        **options: As for ``plan``.
+
+    Returns:
+        One projection per backbone, in their order.
+
+    Raises:
+        FeatcacheError: As ``extract_caches`` would at its start.
+    """
+    if len(backbones) != 1:
+        _name_caches(Path(cache), backbones, options.get("weights"))
+    return _plan(Path(data), backbones, **options)
+
+
+def _plan(
+    data: Path, backbones: Sequence[str | Backbone], *, precision: str = "fp32",
+    engine: str = "auto", batch_size: int | str = "auto", workers: int | str = "auto",
+    device: str = "auto", group_by: str | None = None, limit: int | None = None, say: Say = silent,
+    **recipe_options: Any,
+) -> list[Projection]:  # fmt: skip
+    dataset = _scan(data, group_by, limit, say)
+    return [
+        project(
+            dataset, _choose_recipe(dataset, backbone, say, **recipe_options),
+            resolve_device(device), precision=precision, engine=engine, batch_size=batch_size,
+            workers=workers,
+        )
+        for backbone in backbones
+    ]  # fmt: skip
 
 
 def _scan(data: Path, group_by: str | None, limit: int | None, say: Say) -> ImageDataset:

@@ -57,7 +57,7 @@ def _find_pairs(network: nn.Module, image_size: int) -> list[tuple[nn.Conv2d, st
     def before_norm(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(module, nn.BatchNorm2d)
         uses[module] = uses.get(module, 0) + 1
-        if id(inputs[0]) in made_by:
+        if inputs and id(inputs[0]) in made_by:
             pairs.append((made_by[id(inputs[0])][0], names[module], module))
 
     handles = []

@@ -19,12 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from featcache.backbone import Backbone
+from featcache.backbone import Backbone, state_sha256
 from featcache.folding import fold
 from featcache.runtime import exact_fp32
 
 Forward = Callable[[torch.Tensor], npt.NDArray[np.float32]]
 """A batch (B, S, S, 1 or 3) uint8 in host memory -> (B, D) float32."""
+IsFrozen = Callable[[], bool]
+"""Whether the network's state is what it was when it was made."""
 
 _DTYPES = {
     "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
@@ -61,57 +63,65 @@ class _FromPixels(nn.Module):
 
 
 def _copy_network(backbone: Backbone, *, folded: bool) -> nn.Module:
-    network = copy.deepcopy(backbone.network).eval()
-    return fold(network, backbone.image_size) if folded else network
+    try:
+        network = copy.deepcopy(backbone.network).eval()
+        return fold(network, backbone.image_size) if folded else network
+    except Exception as error:  # people's networks do anything, also when they are watched
+        raise NotUsableError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def torch_forward(
     backbone: Backbone, device: torch.device, precision: str, *, folded: bool
-) -> Forward:
-    """Return the network in torch, channels_last, at a precision.
+) -> tuple[Forward, IsFrozen]:
+    """Return the network in torch, channels_last, at a precision, and whether it stays as it was.
 
     Args:
         backbone: What to run; a copy of its network goes to the device.
         device: Where.
         precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``; normalizing is fp32 in any case.
         folded: As ``folding`` makes it, or as the library made it.
+
+    Raises:
+        NotUsableError: If the network cannot be copied or folded.
     """
     dtype = _DTYPES[precision]
     network = _copy_network(backbone, folded=folded).to(device=device, dtype=dtype)
     network = network.to(memory_format=torch.channels_last)
     model = _FromPixels(backbone, network).to(device).eval()
-    streams = _Streams(device)
+    before = state_sha256(network)  # also waits until all of it is on the device
 
     def forward(batch: torch.Tensor) -> npt.NDArray[np.float32]:
-        with streams.mine(), torch.inference_mode(), exact_fp32(tf32=precision == "tf32"):
+        with _own_stream(device), torch.inference_mode(), exact_fp32(tf32=precision == "tf32"):
             pixels = batch.to(device, non_blocking=batch.is_pinned())
             images = model.normalize(pixels).to(dtype)
             features = network(images.contiguous(memory_format=torch.channels_last))
             rows: npt.NDArray[np.float32] = features.float().cpu().numpy()
         return rows
 
-    return forward
+    return forward, lambda: state_sha256(network) == before
 
 
-class _Streams:
-    """Gives each thread its own CUDA stream, so that one's copies overlap another's kernels."""
+_streams = threading.local()
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._of_thread = threading.local()
 
-    @contextlib.contextmanager
-    def mine(self) -> Iterator[None]:
-        if self._device.type != "cuda":
-            yield
-            return
-        stream = getattr(self._of_thread, "stream", None)
-        if stream is None:
-            # The network's weights were sent to the device on the stream of another thread.
-            torch.cuda.synchronize(self._device)
-            stream = self._of_thread.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            yield
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """Use the calling thread's own CUDA stream: its copies overlap other threads' kernels.
+
+    One a thread and device, for all networks: torch keeps freed memory apart by stream.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    mine: dict[torch.device, torch.cuda.Stream] = _streams.__dict__.setdefault("of_device", {})
+    if device not in mine:
+        mine[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(mine[device]):
+        yield
 
 
 def onnx_forward(backbone: Backbone, rows: int) -> Forward:
@@ -132,8 +142,7 @@ def onnx_forward(backbone: Backbone, rows: int) -> Forward:
             providers=["CPUExecutionProvider"],
         )  # fmt: skip
     except Exception as error:  # the exporter raises anything at a network it does not understand
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise NotUsableError(reason[:200]) from error
+        raise NotUsableError(_reason(error)) from error
 
     def forward(batch: torch.Tensor) -> npt.NDArray[np.float32]:
         pixels = batch.expand(-1, -1, -1, 3).contiguous().numpy()

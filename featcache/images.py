@@ -58,7 +58,7 @@ class PixelRules:
             raise ConfigError("--image-size", expected="1 to 4096 pixels", found=self.image_size)
         for option, value, choices in (
             ("--crop-mode", self.crop_mode, CROP_MODES),
-            ("--interpolation", self.interpolation, tuple(INTERPOLATIONS)),
+            ("--interpolation", self.interpolation, INTERPOLATIONS),
             ("--bit-depth", self.bit_depth, BIT_DEPTHS),
             ("--truncated", self.truncated, TRUNCATED_MODES),
         ):

@@ -145,7 +145,7 @@ def stream_features(
         dataset, samples, [lane.recipe for lane in lanes], chunk_size(lanes), workers=workers,
         timer=clock, isolate=isolate,
     )  # fmt: skip
-    with contextlib.closing(decoded), Threads("forward", concurrency) as threads:
+    with contextlib.closing(decoded), Threads("forward", concurrency, wait=True) as threads:
         for outcomes, views in decoded:
             under_way.append(threads.submit(_forward_chunk, lanes, outcomes, views, clock))
             if len(under_way) > 2 * concurrency:

@@ -5,6 +5,7 @@ Reads: images. Writes: ``CACHE.partial/`` while working, then ``CACHE``.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import time
 from collections import Counter
@@ -69,8 +70,9 @@ class Production:
         self.num_new = 0
         self.images_per_second: float | None = None
         self._old_parity: list[float] = []
-        self._rows: list[Outcome] = []  # done, but not in a shard yet
-        self._blocks: list[npt.NDArray[Any]] = []
+        self._failed = Counter[tuple[str, int]]()
+        # Done, but not in a shard yet; pairs, so that no interruption can part them.
+        self._rows: list[tuple[Outcome, npt.NDArray[Any]]] = []
 
     def find_known(
         self, old: Cache | None, device: torch.device, *, precision: str, rebuild: bool
@@ -95,7 +97,9 @@ class Production:
         self.pending = [s for s in self.dataset.samples if self._find(s) is None]
         if resumed:
             self.provenance = self.provenance or self.partial.provenance
-            self.say(f"Resuming: {resumed:,} images done, {len(self.pending):,} to go.")
+            self.say(
+                f"Resuming {self.path.name}: {resumed:,} images done, {len(self.pending):,} to go."
+            )
 
     def _num_views(self, split: str) -> int:
         return self.recipe.view_rules.for_split(split, self.dataset.splits).num_views
@@ -157,7 +161,14 @@ class Production:
         )  # fmt: skip
         if fixed or made.get("device_type") == device.type:
             engine = replace(engine, reason="as for the rows that are there")
+        if fixed and engine.batch_size != fixed.batch_size:
+            raise CacheError(
+                "unfinished extraction", expected=f"memory for batches of {fixed.batch_size}",
+                found=f"{engine.batch_size} at most", where=self.partial.folder,
+                hint="Finish it on the device it was begun on, or pass --rebuild",
+            )  # fmt: skip
         self.engine = engine
+        self.check_frozen()
         self._note_engine(engine)
 
     def _note_engine(self, engine: Engine) -> None:
@@ -167,8 +178,9 @@ class Production:
             worst, number = max(engine.parity), len(engine.parity)
             against = f"within {worst:.1e} of the eager fp32 network on {number} images"
         self.say(
-            f"Engine: {engine.name} {engine.precision} on {engine.device} ({engine.reason}), "
-            f"{engine.concurrency} x {engine.batch_size} images at once, {against}."
+            f"Engine: {self.recipe.backbone.name} by {engine.name} {engine.precision} on "
+            f"{engine.device} ({engine.reason}), {engine.concurrency} x {engine.batch_size} images "
+            f"at once, {against}."
         )
         self.provenance = {
             **environment_facts(engine.device), "device_type": engine.device.type,
@@ -216,8 +228,7 @@ class Production:
         """
         for outcome, rows in zip(outcomes, features, strict=True):
             if rows is not None:
-                self._blocks.append(self._stored(rows, outcome))
-                self._rows.append(outcome)
+                self._rows.append((outcome, self._stored(rows, outcome)))
             else:
                 self._count_failure(outcome)
         if len(self._rows) >= self.rows_per_shard:
@@ -233,27 +244,35 @@ class Production:
                 "mtime_ns": r.sample.mtime_ns, "image_sha256": r.sha256.hex(),
                 "truncated": r.truncated, "views": self._num_views(r.sample.split),
             }
-            for r in self._rows
+            for r, _ in self._rows
         ]  # fmt: skip
         with timer("write"):
-            self.partial.add_shard(np.concatenate(self._blocks), facts, self.known)
+            self.partial.add_shard(np.concatenate([f for _, f in self._rows]), facts, self.known)
         self.num_new += len(self._rows)
         self._rows.clear()
-        self._blocks.clear()
 
     def note_speed(self, seconds: float, timer: Timer) -> None:
-        """Record how fast it went, and check that the backbone is the one it was."""
+        """Record how fast it went."""
         self.images_per_second = round(self.num_new / seconds, 2)
         self.provenance |= {
             "images_per_second": self.images_per_second,
             "stage_seconds": {k: round(v, 3) for k, v in sorted(timer.seconds.items())},
             "bottleneck": find_bottleneck(timer.seconds),
         }
-        found = state_sha256(self.recipe.backbone.network)
-        if found != self.recipe.backbone.weights_sha256:
+
+    def check_frozen(self) -> None:
+        """Check that the backbone, and the copy of it that runs, are what they were.
+
+        Raises:
+            BackboneError: If not; the rows that it made are dropped.
+        """
+        assert self.engine is not None
+        backbone = self.recipe.backbone
+        if state_sha256(backbone.network) != backbone.weights_sha256 or not self.engine.is_frozen():
+            self.partial.clear()
             raise BackboneError(
-                "frozen backbone", expected=f"state {self.recipe.backbone.weights_sha256[:16]}...",
-                found=f"{found[:16]}... after the run", where=self.recipe.backbone.name,
+                "frozen backbone", expected=f"state {backbone.weights_sha256[:16]}...",
+                found="another one after a forward pass", where=backbone.name,
                 hint="Its forward pass changes its own state: make it stateless in eval mode",
             )  # fmt: skip
 
@@ -272,7 +291,8 @@ class Production:
     def _count_failure(self, outcome: Outcome) -> None:
         s, reason = outcome.sample, str(outcome.reason)
         self.failures.append(Failure(s.path, s.split, s.target, reason, s.image_bytes, s.mtime_ns))
-        failed = sum((f.split, f.target) == (s.split, s.target) for f in self.failures)
+        self._failed[s.split, s.target] += 1
+        failed = self._failed[s.split, s.target]
         planned = self.planned[s.split, s.target]
         if failed > _allowed_failures(self.allowed, planned):
             where = "/".join([s.split, *([self._class(s.target)] if s.target >= 0 else [])])
@@ -310,6 +330,8 @@ class Production:
         """Leave nothing behind when nothing was gained; what was extracted stays for resuming."""
         if self.partial.is_worthless:
             self.partial.remove()
+        elif self.partial.is_running:
+            self.partial.stop()
 
     def _refuse_empty(self, split: str, samples: Sequence[Sample]) -> None:
         left = {sample.target for sample in samples}
@@ -349,18 +371,18 @@ def produce(works: Sequence[Production], workers: int | str, *, progress: bool) 
     """
     timer, begin = Timer(), time.perf_counter()
     lanes = [work.lane for work in works]
-    try:
+    with contextlib.ExitStack() as stack:
+        for work in works:  # also when interrupted, and whatever becomes of the others
+            stack.callback(work.partial.stop)
+            stack.callback(work.flush, timer)
         for batch in _stream_pending(works, lanes, workers, timer, progress=progress):
             for work, lane, features in zip(works, lanes, batch.features, strict=True):
                 both = zip(batch.outcomes, features, strict=True)
                 wanted = [(o, f) for o, f in both if o.sample in lane.pending]
                 work.take([o for o, _ in wanted], [f for _, f in wanted], timer)
-    finally:
-        for work in works:
-            work.flush(timer)  # also when interrupted: finished rows are kept
-            work.partial.stop()
     for work in works:
         work.note_speed(time.perf_counter() - begin, timer)
+        work.check_frozen()
 
 
 def _stream_pending(

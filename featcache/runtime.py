@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import threading
@@ -131,10 +132,22 @@ def environment_facts(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def available_cores() -> int:
-    """Return how many processor cores this process may use."""
+    """Return how many processor cores this process may use, a container's share included."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit ("max")
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    return cores
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, on any device: only CUDA's allocator has a type for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = ("out of memory", "alloc_failed", "can't allocate memory", "bad allocation")
+    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
 
 
 def processor_name() -> str:

@@ -8,6 +8,7 @@ before the manifest lists it, so a kill at any instant loses only rows that were
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -142,6 +143,7 @@ class PartialCache:
         self.engine: EngineFacts | None = None
         self.provenance: dict[str, Any] = {}
         self.was_killed = False
+        self.is_running = False
 
     @property
     def is_worthless(self) -> bool:
@@ -216,8 +218,12 @@ class PartialCache:
         self._write_manifest(running=True)
 
     def stop(self) -> None:
-        """Note that the run ended by itself: nothing crashed the process."""
-        self._write_manifest(running=False)
+        """Note that the run ended by itself: nothing crashed the process.
+
+        On a full disk that cannot be noted, which only makes the next run decode more carefully.
+        """
+        with contextlib.suppress(OSError):
+            self._write_manifest(running=False)
 
     def add_shard(
         self, features: npt.NDArray[Any], rows: Sequence[Mapping[str, Any]], known: KnownRows
@@ -248,6 +254,7 @@ class PartialCache:
 
     def _write_manifest(self, *, running: bool) -> None:
         assert self.engine is not None
+        self.is_running = running
         manifest = {
             "format": _FORMAT,
             "format_version": _FORMAT_VERSION,
@@ -266,7 +273,7 @@ class PartialCache:
             shard.unlink()
         self._shards = []
         self.engine = None
-        self.was_killed = False
+        self.was_killed = self.is_running = False
 
     def remove(self) -> None:
         """Remove the folder: the cache is whole."""

@@ -30,10 +30,10 @@ class ExtractionSummary:
         num_failed: Images that could not be read; they are listed in the cache.
         num_truncated: Cut-off images that were filled in (``--truncated keep``).
         splits: Per split, rows per class (or ``unlabelled``).
-        engine: ``folded`` or ``eager``.
+        engine: ``onnx``, ``folded`` or ``eager``.
         parity: Largest relative L2 error of a probed image against the eager fp32 forward.
         seconds: Wall time of the whole call.
-        images_per_second: New images over the time of decoding and forward together.
+        images_per_second: New images over the time of producing their features.
         fingerprint: Of the recipe.
         content_sha256: Of the cache's content.
     """

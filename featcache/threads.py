@@ -1,4 +1,4 @@
-"""A pool of threads that never keeps a process from ending."""
+"""A pool of threads, of which one that hangs need not keep a process from ending."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ _Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 class Threads:
     """Daemon threads: unlike those of concurrent.futures, one that hangs does not stop exit.
 
-    Use as a context manager: on leaving, what has not begun is cancelled, and nobody is waited for.
+    Use as a context manager: on leaving, what has not begun is cancelled.
 
     Args:
         name: What they do; each is called ``featcache-NAME``.
         num_threads: How many.
+        wait: On leaving, wait for what has begun. For work that ends: a daemon thread that is in
+            C++ when the interpreter goes aborts the process (exit code 134 in place of 1).
     """
 
-    def __init__(self, name: str, num_threads: int) -> None:
-        self._name, self._num_threads = name, num_threads
+    def __init__(self, name: str, num_threads: int, *, wait: bool = False) -> None:
+        self._name, self._wait = name, wait
+        self._threads: list[threading.Thread] = []
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         for _ in range(num_threads):
             self._start()
 
     def _start(self) -> None:
-        threading.Thread(target=self._work, name=f"featcache-{self._name}", daemon=True).start()
+        thread = threading.Thread(target=self._work, name=f"featcache-{self._name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
@@ -50,7 +55,6 @@ class Threads:
 
     def replace_one(self) -> None:
         """Start a thread in place of one that hangs (and may yet come back)."""
-        self._num_threads += 1
         self._start()
 
     def __enter__(self) -> Threads:
@@ -64,5 +68,8 @@ class Threads:
                 break
             if task is not None:
                 task[0].cancel()
-        for _thread in range(self._num_threads):
+        for _thread in self._threads:
             self._tasks.put(None)
+        if self._wait:
+            for thread in self._threads:
+                thread.join()

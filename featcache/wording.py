@@ -12,6 +12,7 @@ from featcache.projection import Projection
 
 def projection_lines(projection: Projection) -> Iterator[str]:
     """Yield what an extraction would take."""
+    yield f"{printable(projection.identity['backbone'])}:"
     for path, reason in projection.failures:
         yield f"would fail: {printable(path)}: {printable(reason)}"
     yield f"sample: {len(projection.failures)} of {projection.num_decoded} images failed"

@@ -346,6 +346,16 @@ def test_interrupted_exits_and_keeps_what_is_done(
     assert facts["num_images"] == 46
 
 
+def test_an_error_while_the_network_runs_exits_1(tree: Path, tmp_path: Path) -> None:
+    """A thread that is inside the network when the process ends would abort it: 134."""
+    (tree / "train" / "covid" / "trc000_0.jpg").write_bytes(b"broken")
+    options = ["--backbone", "torchvision:resnet18", "--weights", "random", "--max-errors", "0"]
+    for engine in ("onnx", "folded"):
+        done = command("extract", "data", "c.h5", *options, "--engine", engine, cwd=tmp_path)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.startswith("error: images: expected at most 0")
+
+
 def test_json_has_no_nan_where_metrics_are_undefined(run: Any, tree: Path, tmp_path: Path) -> None:
     assert run("extract", "data", "c.h5", *TINY, "--quiet").code == 0
     assert run("train", "c.h5", "r", "--quiet").code == 0

@@ -334,14 +334,14 @@ def test_few_images_do_not_pay_for_an_export():
     assert build_engine(backbone, CPU, pixels, num_images=20, name="onnx").name == "onnx"
 
 
-def device_with(memory, seconds):
+def device_with(memory, seconds, error=torch.OutOfMemoryError):
     """Return a ``seconds_of`` of a device that holds ``memory`` rows, and what it was asked."""
     asked = []
 
     def seconds_of(rows):
         asked.append(rows)
         if rows > memory:
-            raise torch.OutOfMemoryError
+            raise error
         return seconds(rows)
 
     return seconds_of, asked
@@ -364,15 +364,21 @@ def test_batch_size_of_a_gpu_is_the_smallest_that_is_nearly_fastest(
     seconds_of, asked = device_with(memory, seconds)
     assert choose_batch_size(seconds_of, num_images) == wanted
     assert max(asked) <= 512
+    assert len(asked) == len(set(asked))  # no size twice
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_said():
     seconds_of, asked = device_with(100, float)
     with pytest.warns(FeatcacheWarning, match="batches of 1000 do not fit .* 62 are used"):
-        assert halve_until_it_fits(seconds_of, 1000) == 62
+        assert halve_until_it_fits(seconds_of, 1000) == (62, 62.0)
     assert asked == [1000, 500, 250, 125, 62]
     with pytest.raises(torch.OutOfMemoryError):
         halve_until_it_fits(device_with(0, float)[0], 4)
+    mps = RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")
+    with pytest.warns(FeatcacheWarning, match="4 are used"):
+        assert halve_until_it_fits(device_with(4, float, mps)[0], 8)[0] == 4
+    with pytest.raises(RuntimeError, match="another fault"):
+        halve_until_it_fits(device_with(4, float, RuntimeError("another fault"))[0], 8)
 
 
 # -------------------------------------------------------------------------------------- precision

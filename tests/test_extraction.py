@@ -308,7 +308,35 @@ def test_a_network_that_changes_itself_is_refused(tree: Path, tmp_path: Path) ->
     backbone = wrap_backbone("drifting", _Drifting(), image_size=32)
     with pytest.raises(BackboneError, match=r"frozen backbone"):
         extract(tree, tmp_path / "c.h5", backbone=backbone)
-    assert not (tmp_path / "c.h5").exists()
+    with pytest.raises(BackboneError, match=r"frozen backbone"):  # nor from what is left behind
+        extract(tree, tmp_path / "c.h5", backbone=backbone)
+    assert list(tmp_path.iterdir()) == [tree]
+
+
+def test_a_network_that_changes_itself_late_is_refused_again_and_again(
+    tree: Path, tmp_path: Path
+) -> None:
+    """After the probes, when rows have been made: they must not be found by the next run."""
+
+    class Late(torch.nn.Module):
+        calls: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.num_calls = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.num_calls += 1
+            if self.num_calls > 20:
+                self.calls += 1e-9
+            return images.mean((2, 3)) + self.calls
+
+    for _ in range(2):
+        backbone = wrap_backbone("late", Late(), image_size=32)
+        with pytest.raises(BackboneError, match=r"frozen backbone"):
+            extract(tree, tmp_path / "c.h5", backbone=backbone, engine="eager", batch_size=1)
+    assert list(tmp_path.iterdir()) == [tree]
 
 
 def test_features_that_overflow_float16_are_refused(tree: Path, tmp_path: Path) -> None:
@@ -650,4 +678,4 @@ def test_provenance_says_how_it_was_run_and_what_was_waited_for(
     assert made["stage_seconds"].keys() == stages
     assert min(made["stage_seconds"].values()) >= 0
     assert any(line.startswith("Time: decode ") for line in lines)
-    assert any("onnx fp32 on cpu (asked for)" in line for line in lines)
+    assert any("by onnx fp32 on cpu (asked for)" in line for line in lines)

@@ -9,6 +9,7 @@ import tiny_network
 import torch
 from torch import nn
 
+from featcache import forward as forward_module
 from featcache.backbone import wrap_backbone
 from featcache.forward import NotUsableError, onnx_forward, torch_forward
 
@@ -19,8 +20,8 @@ def passes():
     backbone = tiny_network.build()
     return {
         "onnx": onnx_forward(backbone, 4),
-        "folded": torch_forward(backbone, CPU, "fp32", folded=True),
-        "plain": torch_forward(backbone, CPU, "fp32", folded=False),
+        "folded": torch_forward(backbone, CPU, "fp32", folded=True)[0],
+        "plain": torch_forward(backbone, CPU, "fp32", folded=False)[0],
     }
 
 
@@ -93,3 +94,54 @@ def test_exporting_leaves_the_network_and_the_warnings_alone():
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert not backbone.network.training
+
+
+class Counting(nn.Module):
+    """Its state changes with every forward pass, in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images):
+        self.calls += 1
+        return images.mean((2, 3)) + self.calls
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_copy_that_changes_is_noticed(folded):
+    steady, is_frozen = torch_forward(tiny_network.build(), CPU, "fp32", folded=folded)
+    steady(batch())
+    assert is_frozen()
+    drifting, is_frozen = torch_forward(
+        wrap_backbone("counting", Counting(), image_size=32), CPU, "fp32", folded=folded
+    )
+    assert is_frozen()  # so far
+    drifting(batch())
+    assert not is_frozen()
+
+
+class ByKeyword(nn.Module):
+    """Feeds its batch norm by keyword: there is no positional input to watch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, images):
+        return self.norm(input=self.conv(images)).mean((2, 3))
+
+
+def test_a_batch_norm_fed_by_keyword_is_left_alone():
+    backbone = wrap_backbone("keyword", ByKeyword(), image_size=32)
+    folded, plain = (torch_forward(backbone, CPU, "fp32", folded=f)[0] for f in (True, False))
+    np.testing.assert_allclose(folded(batch()), plain(batch()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_failure_of_folding_is_no_traceback(monkeypatch):
+    def broken(network, image_size):
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr(forward_module, "fold", broken)
+    with pytest.raises(NotUsableError, match="tuple index"):
+        torch_forward(tiny_network.build(), CPU, "fp32", folded=True)

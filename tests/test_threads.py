@@ -60,6 +60,22 @@ def test_leaving_cancels_what_has_not_begun():
     released.set()
 
 
+def test_leaving_waits_for_what_has_begun_if_asked():
+    done = []
+
+    def work():
+        time.sleep(0.2)
+        done.append(1)
+
+    with Threads("test", 1, wait=True) as threads:
+        first = threads.submit(work)
+        while not first.running():
+            time.sleep(0.001)
+        later = threads.submit(work)
+    assert done == [1]
+    assert later.cancelled()
+
+
 def test_a_task_that_is_done_keeps_nothing_alive():
     class Large:
         pass
