@@ -35,7 +35,15 @@ from featcache.pipeline import (
 )
 from featcache.recipe import Recipe, decode_probes
 from featcache.runtime import Say, Timer, environment_facts
-from featcache.shards import SHARD_BYTES, EngineFacts, KnownRows, PartialCache, Row, partial_folder
+from featcache.shards import (
+    SHARD_BYTES,
+    SHARD_ROWS,
+    EngineFacts,
+    KnownRows,
+    PartialCache,
+    Row,
+    partial_folder,
+)
 
 
 class Production:
@@ -209,7 +217,7 @@ class Production:
         assert self.engine is not None
         row_bytes = self.recipe.backbone.num_features * self.dtype.itemsize
         row_bytes *= self.recipe.view_rules.num_views
-        return max(self.engine.batch_size, SHARD_BYTES // row_bytes)
+        return max(self.engine.batch_size, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
 
     def take(
         self, outcomes: Sequence[Outcome], features: Sequence[npt.NDArray[np.float32] | None],

@@ -22,10 +22,12 @@ import numpy.typing as npt
 
 from featcache.dataset import Sample
 from featcache.errors import CacheError
-from featcache.files import canonical_json, sha256_file, write_bytes
+from featcache.files import atomic_writer, canonical_json, sha256_file, write_bytes
 from featcache.hdf5 import disk_error
 
 SHARD_BYTES = 16 << 20
+SHARD_ROWS = 8192
+"""No shard has more, however narrow the features: rows wait in memory until their shard is full."""
 _FORMAT = "featcache-partial"
 _FORMAT_VERSION = 1
 
@@ -33,7 +35,7 @@ ImageKey = tuple[str, int, int]
 """Path, size in bytes and modification time in ns: an image believed unchanged."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A row whose features are known: where its vectors are, and of which image they are.
 
@@ -139,7 +141,9 @@ class PartialCache:
         self._fingerprint = fingerprint
         self._num_features = num_features
         self._dtype = dtype
-        self._shards: list[dict[str, Any]] = []
+        # Each as the JSON that the manifest holds of it: a fifth of the memory of dicts.
+        self._shards: list[bytes] = []
+        self._next_number = 0
         self.engine: EngineFacts | None = None
         self.provenance: dict[str, Any] = {}
         self.was_killed = False
@@ -186,8 +190,11 @@ class PartialCache:
                 hint="Repeat the command it was started with, or discard it with --rebuild",
             ) from None  # fmt: skip
         self.engine, self.was_killed, self.provenance = engine, was_killed, provenance
-        self._shards = [shard for shard in shards if self._add_shard(shard, known)]
-        return sum(len(shard["rows"]) for shard in self._shards)
+        whole = [shard for shard in shards if self._add_shard(shard, known)]
+        self._shards = [canonical_json(shard).encode() for shard in whole]
+        numbers = (int(shard["file"].split(".")[1]) for shard in whole)
+        self._next_number = 1 + max(numbers, default=-1)
+        return sum(len(shard["rows"]) for shard in whole)
 
     def _add_shard(self, shard: dict[str, Any], known: KnownRows) -> bool:
         """Add a listed shard's rows if its file is whole; a damaged one is extracted again."""
@@ -239,18 +246,17 @@ class PartialCache:
         Raises:
             CacheError: If the disk is full or the folder cannot be written.
         """
-        number = 1 + max((int(s["file"].split(".")[1]) for s in self._shards), default=-1)
-        path = self.folder / f"shard.{number:05d}"
+        path = self.folder / f"shard.{self._next_number:05d}"
         data = np.ascontiguousarray(features).tobytes()
         try:
             write_bytes(path, data)
-            self._shards.append(
-                {"file": path.name, "sha256": sha256_file(path), "rows": list(rows)}
-            )
+            shard = {"file": path.name, "sha256": sha256_file(path), "rows": list(rows)}
+            self._shards.append(canonical_json(shard).encode())
+            self._next_number += 1
             self._write_manifest(running=True)
         except OSError as error:
             raise disk_error(error, path, len(data)) from error
-        self._add_shard(self._shards[-1], known)
+        self._add_shard(shard, known)
 
     def _write_manifest(self, *, running: bool) -> None:
         assert self.engine is not None
@@ -262,16 +268,19 @@ class PartialCache:
             "engine": asdict(self.engine),
             "provenance": self.provenance,
             "running": running,
-            "shards": self._shards,
         }
-        write_bytes(self._manifest, canonical_json(manifest).encode())
+        with atomic_writer(self._manifest) as file:  # in pieces: it grows with the data set
+            file.write(canonical_json(manifest).removesuffix("}").encode() + b',"shards":[')
+            for number, shard in enumerate(self._shards):
+                file.write(b"," * (number > 0) + shard)
+            file.write(b"]}")
 
     def clear(self) -> None:
         """Forget an earlier run: remove its manifest first, then its shards; keep the lock."""
         self._manifest.unlink(missing_ok=True)
         for shard in self.folder.glob("shard.*"):
             shard.unlink()
-        self._shards = []
+        self._shards, self._next_number = [], 0
         self.engine = None
         self.was_killed = self.is_running = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from featcache.backbone import Backbone
 from featcache.cache import open_cache
 from featcache.errors import CacheError
 from featcache.extraction import extract
+from featcache.files import canonical_json
 
 TESTS = Path(__file__).parent
 
@@ -30,6 +32,7 @@ _SLOW_EXTRACT = """
 import time, tiny_network
 import featcache.production as production
 from featcache.extraction import extract
+from featcache.files import canonical_json
 production.SHARD_BYTES = 4 * 24 * 4  # four rows a shard
 inner = production.stream_features
 def slow(*args, **options):
@@ -107,6 +110,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_cache(tree: Path, tmp_path: Path)
 import resource, signal, sys, tiny_network
 from featcache.errors import FeatcacheError
 from featcache.extraction import extract
+from featcache.files import canonical_json
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 backbone = tiny_network.build()
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
@@ -182,3 +186,20 @@ def test_a_rebuild_at_another_precision_starts_afresh(
     summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, rebuild=True)
     assert (summary.num_new, summary.num_known) == (46, 0)
     assert open_cache(tmp_path / "c.h5").provenance["precision"] == "fp32"
+
+
+def test_a_shard_has_a_bounded_number_of_rows_however_narrow_they_are(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(featcache.production, "SHARD_ROWS", 10)
+    monkeypatch.setattr(featcache.production, "write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, batch_size=1)
+    manifest = json.loads((tmp_path / "c.h5.partial" / "manifest.json").read_text())
+    assert [len(shard["rows"]) for shard in manifest["shards"]] == [10, 10, 10, 10, 6]
+    assert (tmp_path / "c.h5.partial" / "manifest.json").read_text() == canonical_json(manifest)
+    monkeypatch.undo()
+    assert extract(tree, tmp_path / "c.h5", backbone=tiny_backbone).num_known == 46
