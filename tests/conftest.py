@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,48 @@ import tiny_network
 from PIL import Image
 
 from featcache.backbone import Backbone
+
+# --- torture: short in CI, long by scripts/torture.sh
+
+_TALLY = pytest.StashKey[dict[str, Counter[str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="tests/torture at its full numbers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_TALLY] = {}
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """``rounds(short, long)``: how often to try; the second number by scripts/torture.sh."""
+    return lambda short, long: long if request.config.getoption("--long") else short
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``tally(kind, outcome, number=1)``: counts what is printed as a table at the end."""
+
+    def count(kind: str, outcome: str, number: int = 1) -> None:
+        request.config.stash[_TALLY].setdefault(kind, Counter())[outcome] += number
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    kinds = terminalreporter.config.stash[_TALLY]
+    if not kinds:
+        return
+    terminalreporter.section("torture")
+    width = max(map(len, kinds))
+    for kind, outcomes in sorted(kinds.items()):
+        listed = ", ".join(f"{number:,} {outcome}" for outcome, number in outcomes.most_common())
+        terminalreporter.line(f"{kind:<{width}}  {outcomes.total():>7,}  {listed}")
+
+
+# --- images, a backbone, the X-rays
 
 XRAYS = Path(__file__).parents[2] / "shared" / "data" / "xray-raw"
 
