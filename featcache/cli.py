@@ -223,11 +223,14 @@ def split(
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many images, for a try.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and taken; write nothing.")
+@click.option(
+    "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
+)
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
 @_printing
 def extract(
     data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool, max_errors: str,
-    rebuild: bool, backbone: tuple[str, ...], **options: Any,
+    rehash: bool, rebuild: bool, backbone: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Run a frozen backbone once over the images in DATA and keep the features in CACHE.
 
@@ -247,8 +250,8 @@ def extract(
         _print(_one_or_all([p.as_json() for p in plans]), lines, as_json, quiet)
         return
     summaries = extract_caches(
-        data, cache, backbones=backbone, max_errors=max_errors, rebuild=rebuild, say=say,
-        progress=not quiet, **options,
+        data, cache, backbones=backbone, max_errors=max_errors, rehash=rehash, rebuild=rebuild,
+        say=say, progress=not quiet, **options,
     )  # fmt: skip
     lines = [
         f"{printable(s.cache)}: up to date, {s.num_images:,} images."
@@ -466,9 +469,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; what is whole is kept, the same command goes on", err=True)
-        return 130
+    except (KeyboardInterrupt, click.Abort) as stop:
+        reason = stop.__cause__ or stop  # click makes an Abort of a KeyboardInterrupt
+        told = "interrupted; what is whole is kept, the same command goes on"
+        click.echo(str(reason) or told, err=True)
+        return 128 + getattr(reason, "signal_number", signal.SIGINT)
     except FeatcacheError as error:
         click.echo(f"error: {error}", err=True)
         return 1

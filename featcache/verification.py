@@ -140,7 +140,7 @@ def _recompute(
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     probes = decode_probes(dataset, planned, recipe.rules)
     engine = build_engine(recipe.backbone, resolve_device(device), probes, name="eager")
-    for batch in stream_features(dataset, planned, [Lane(recipe, engine, frozenset(planned))]):
+    for batch in stream_features(dataset, planned, [Lane(recipe, engine)]):
         for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
             sample = outcome.sample
             if features is None:

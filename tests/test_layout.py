@@ -24,11 +24,23 @@ ROWS = [
     ["archive", "container", "folders", "stratification", "weights", "acceleration"],
     ["png", "resampling"],
     ["decoding"],
-    ["dataset", "images", "backbone", "folding", "head", "metrics", "figures", "hdf5", "optimizer"],
+    [
+        "dataset",
+        "images",
+        "backbone",
+        "folding",
+        "head",
+        "metrics",
+        "figures",
+        "hdf5",
+        "optimizer",
+        "contents",
+    ],
     ["cache", "forward", "run", "fit", "views", "shards"],
     ["engine", "isolation"],
-    ["cache_writer", "partition", "recipe"],
-    ["pipeline"],
+    ["cache_writer", "partition", "recipe", "inventory"],
+    ["pipeline", "update"],
+    ["intake"],
     ["production", "projection", "summary"],
     ["splitting", "extraction", "verification", "training", "evaluation", "classifier"],
     ["demo", "wording"],
@@ -58,7 +70,7 @@ OWNERS = {
 EVERYBODYS = {"numpy", "torch", "sklearn"}
 NO_TORCH = {"errors", "files", "container", "hdf5", "dataset", "images", "isolation", "metrics"}
 NO_TORCH |= {"figures", "shards", "cli", "views", "threads", "decoding", "resampling", "png"}
-NO_TORCH |= {"kernels", "acceleration"}
+NO_TORCH |= {"kernels", "acceleration", "contents"}
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
