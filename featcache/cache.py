@@ -72,6 +72,11 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
         """(N, D) or (N, V, D) float32 or float16, a read-only view of the file."""
         return self._map("features")
 
+    def map_vectors(self) -> npt.NDArray[Any]:
+        """Return (N * V, D), a view whose pages leave the memory with it."""
+        features = self._map("features")
+        return features.reshape(-1, features.shape[-1])
+
     @property
     def plain_features(self) -> npt.NDArray[Any]:
         """(N, D), view 0 of every row: the image as it is. A read-only view of the file."""

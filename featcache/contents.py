@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+Vectors = Callable[[], npt.NDArray[Any]]
+"""Opens (M, D) features, mapped: their pages leave the memory with the array."""
 
 _SHA256_BYTES = 32
 _UNKNOWN = bytes(_SHA256_BYTES)
@@ -28,7 +31,7 @@ class Contents:
     """
 
     def __init__(self) -> None:
-        self._vectors: list[npt.NDArray[Any]] = []
+        self._vectors: list[Vectors] = []
         self._sha256 = bytearray()
         self._truncated = bytearray()
         self._num_views = array("H")
@@ -43,13 +46,13 @@ class Contents:
         return len(self._source)
 
     def add(
-        self, vectors: npt.NDArray[Any], num_views: Sequence[int], sha256: Sequence[bytes],
+        self, vectors: Vectors, num_views: Sequence[int], sha256: Sequence[bytes],
         truncated: Sequence[bool],
     ) -> range:  # fmt: skip
         """Add contents whose features are there; return their numbers.
 
         Args:
-            vectors: (M, D), ``num_views[i]`` of each content, one after the other.
+            vectors: Opens (M, D), ``num_views[i]`` of each content, one after the other.
             num_views: V of each.
             sha256: Of each; 32 zero bytes if it is not known.
             truncated: Whether the image was cut off and has been filled in.
@@ -88,9 +91,7 @@ class Contents:
         """Return the number of the content that ``maker`` is at, or None."""
         return self._claims.get(maker)
 
-    def add_made(
-        self, vectors: npt.NDArray[Any], makers: Sequence[str], truncated: Sequence[bool]
-    ) -> None:
+    def add_made(self, vectors: Vectors, makers: Sequence[str], truncated: Sequence[bool]) -> None:
         """Note where the vectors of claimed contents are: one after the other in (M, D)."""
         with self._lock:
             source, start = self._add_vectors(vectors), 0
@@ -141,15 +142,18 @@ class Contents:
         for i in range(0, len(numbers), block_rows):
             part = numbers[i : i + block_rows]
             sources, starts = all_sources[part], all_starts[part]
-            first = self._vectors[sources[0]]
-            block = np.empty((len(part), num_views, first.shape[1]), first.dtype)
+            block: npt.NDArray[Any] | None = None
             for source in np.unique(sources):
+                vectors = self._vectors[source]()
+                if block is None:
+                    block = np.empty((len(part), num_views, vectors.shape[1]), vectors.dtype)
                 where = np.flatnonzero(sources == source)
-                vectors = starts[where, None] + np.arange(num_views)
-                block[where] = self._vectors[source][vectors]
+                block[where] = vectors[starts[where, None] + np.arange(num_views)]
+                del vectors
+            assert block is not None
             yield block[:, 0] if num_views == 1 else block
 
-    def _add_vectors(self, vectors: npt.NDArray[Any]) -> int:
+    def _add_vectors(self, vectors: Vectors) -> int:
         self._vectors.append(vectors)
         return len(self._vectors) - 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,8 @@ class Intake:
         """
         sample, contents = outcome.sample, self._inventory.contents
         number = contents.claimed_by(sample.path) if claimed else None
+        if number is not None and contents.sha256_of(number) != outcome.sha256:
+            features, outcome = None, replace(outcome, reason="it changed while it was read")
         if features is not None:
             assert number is not None
             self._done.append(_Done(position, outcome, self._stored(features, outcome), number))
@@ -100,6 +102,16 @@ class Intake:
             self._done.append(_Done(position, outcome, None, number))
         else:
             self._waiting.setdefault(number, []).append((position, outcome))
+
+    def close(self) -> None:
+        """Fail, when all images have come, those whose content nobody has made after all.
+
+        Their twin hung its decoder and came back too late to be taken; the next run tries again.
+        """
+        for repeated in self._waiting.values():
+            for _, outcome in repeated:
+                self._fail(outcome.sample, "an image of the same content hung its decoder")
+        self._waiting = {}
 
     def flush(self, timer: Timer, at_least: int = 1) -> None:
         """Write the images that are in no shard yet into one, if they are so many."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache import Cache
-from featcache.contents import Contents
+from featcache.contents import Contents, Vectors
 from featcache.dataset import ImageDataset, Sample
 
 ImageKey = tuple[str, int, int]
@@ -70,7 +70,7 @@ class Inventory:
         truncated = set(old.provenance.get("truncated", []))
         for split in old.splits.values():
             numbers = self.contents.add(
-                split.features.reshape(-1, old.num_features),
+                split.map_vectors,
                 [split.num_views] * len(split),
                 [row.tobytes() for row in split.image_sha256],
                 [path in truncated for path in split.paths],
@@ -81,7 +81,7 @@ class Inventory:
             self._note(keys, numbers)
         self._num_old = len(self.contents)
 
-    def resume(self, vectors: npt.NDArray[Any], rows: Sequence[Mapping[str, Any]]) -> int:
+    def resume(self, vectors: Vectors, rows: Sequence[Mapping[str, Any]]) -> int:
         """Add the rows of a shard (module ``shards``); return how many.
 
         A row without vectors of its own is of a content that stands elsewhere.

@@ -9,6 +9,7 @@ import contextlib
 import glob
 import time
 import warnings
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -329,10 +330,10 @@ def produce(works: Sequence[Production], workers: int | str, *, progress: bool) 
     timer, begin = Timer(), time.perf_counter()
     lanes = [work.make_lane(alone=len(works) == 1) for work in works]
     samples = works[0].dataset.samples
-    pending = [
+    pending = array("l", (
         position for position in range(len(samples))
         if any(work.inventory.is_pending(position) for work in works)
-    ]  # fmt: skip
+    ))  # fmt: skip
     streamed = iter(pending)
     try:
         with contextlib.ExitStack() as stack:
@@ -350,6 +351,8 @@ def produce(works: Sequence[Production], workers: int | str, *, progress: bool) 
                             work.intake.take(position, outcome, features, claimed=claimed)
                     work.intake.flush(timer, at_least=work.rows_per_shard)
                 check_signals()
+            for work in works:
+                work.intake.close()
     except Interrupted as stop:
         kept = "; ".join(work.describe_kept() for work in works)
         message = f"interrupted: {kept}; the same command goes on"

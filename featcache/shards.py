@@ -16,18 +16,20 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from featcache.contents import Vectors
 from featcache.errors import CacheError
 from featcache.files import canonical_json, sha256_file, write_bytes
 from featcache.hdf5 import disk_error
 
 SHARD_BYTES = 16 << 20
-SHARD_ROWS = 8192
+SHARD_ROWS = 4096
 """No shard has more, however narrow the features: rows wait in memory until their shard is full."""
 _FORMAT = "featcache-partial"
 _FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
@@ -120,8 +122,8 @@ class PartialCache:
         self._next_number = 1 + max((_number(line) for line in shards), default=-1)
         return True
 
-    def read_shards(self) -> Iterator[tuple[npt.NDArray[Any], list[dict[str, Any]]]]:
-        """Yield the vectors (M, D) and the table of every listed shard that is whole.
+    def read_shards(self) -> Iterator[tuple[Vectors, list[dict[str, Any]]]]:
+        """Yield what opens the vectors (M, D), and the table, of every listed shard that is whole.
 
         A damaged one is taken off the list: its images are extracted again.
         """
@@ -132,9 +134,7 @@ class PartialCache:
             else:
                 yield shard
 
-    def _read_shard(
-        self, line: Mapping[str, Any]
-    ) -> tuple[npt.NDArray[Any], list[dict[str, Any]]] | None:
+    def _read_shard(self, line: Mapping[str, Any]) -> tuple[Vectors, list[dict[str, Any]]] | None:
         path = self.folder / line["file"]
         num_bytes = line["num_vectors"] * self._num_features * self._dtype.itemsize
         if not path.is_file() or sha256_file(path) != line["sha256"]:
@@ -142,7 +142,7 @@ class PartialCache:
         with path.open("rb") as file:
             file.seek(num_bytes)
             rows = json.loads(file.read())
-        return self._map(path, line["num_vectors"]), rows
+        return partial(self._map, path, line["num_vectors"]), rows
 
     def _map(self, path: Path, num_vectors: int) -> npt.NDArray[Any]:
         shape = (num_vectors, self._num_features)
@@ -168,8 +168,8 @@ class PartialCache:
 
     def add_shard(
         self, features: Sequence[npt.NDArray[Any]], rows: Sequence[Mapping[str, Any]]
-    ) -> npt.NDArray[Any]:
-        """Write one shard, then list it in the manifest; return its vectors (M, D) from the file.
+    ) -> Vectors:
+        """Write one shard, then list it in the manifest; return what opens its vectors (M, D).
 
         Args:
             features: (V, D) each, in the stored dtype; M vectors together.
@@ -191,7 +191,7 @@ class PartialCache:
             self._write_manifest(running=True)
         except OSError as error:
             raise disk_error(error, path, len(data)) from error
-        return self._map(path, len(vectors))
+        return partial(self._map, path, len(vectors))
 
     def _write_manifest(self, *, running: bool) -> None:
         assert self.engine is not None

@@ -8,7 +8,11 @@ import threading
 import numpy as np
 import pytest
 
-from featcache.contents import Contents
+from featcache.contents import Contents, Vectors
+
+
+def held(array: np.ndarray) -> Vectors:
+    return lambda: array
 
 
 def sha(number: int) -> bytes:
@@ -25,11 +29,11 @@ def mixed() -> Contents:
     """0 to 5: one vector [n, n, n] each; then 6 and 8 of three views, 7 of one."""
     contents = Contents()
     plain = np.array([[n] * 3 for n in range(6)], np.float32)
-    assert contents.add(plain, [1] * 6, [sha(n) for n in range(6)], [False] * 6) == range(6)
+    assert contents.add(held(plain), [1] * 6, [sha(n) for n in range(6)], [False] * 6) == range(6)
     views = {6: 3, 7: 1, 8: 3}
     vectors = [[n + view / 10] * 3 for n, count in views.items() for view in range(count)]
     made = np.array(vectors, np.float32)
-    numbers = contents.add(made, [3, 1, 3], [sha(n) for n in views], [False, True, False])
+    numbers = contents.add(held(made), [3, 1, 3], [sha(n) for n in views], [False, True, False])
     assert numbers == range(6, 9)
     return contents
 
@@ -62,7 +66,7 @@ def test_a_content_of_too_few_views_is_not_known(mixed: Contents) -> None:
     assert mixed.claim(sha(7), 3, "seven")
     number = mixed.claimed_by("seven")
     assert number == 9
-    mixed.add_made(np.full((3, 3), 70, np.float32), ["seven"], [False])
+    mixed.add_made(held(np.full((3, 3), 70, np.float32)), ["seven"], [False])
     assert mixed.find(sha(7), 3) == mixed.find(sha(7)) == 9
     np.testing.assert_array_equal(gather(mixed, 9, num_views=3), np.full((1, 3, 3), 70))
     np.testing.assert_array_equal(gather(mixed, 7), [[7, 7, 7]])
@@ -80,7 +84,7 @@ def test_what_is_known_of_a_content(mixed: Contents) -> None:
 def test_an_unknown_hash_is_never_found() -> None:
     """Rows of ``write_cache`` have zeros for a hash: they are no copies of each other."""
     contents = Contents()
-    contents.add(np.zeros((2, 3), np.float32), [1, 1], [bytes(32), bytes(32)], [False, False])
+    contents.add(held(np.zeros((2, 3), np.float32)), [1, 1], [bytes(32), bytes(32)], [False, False])
     assert contents.find(bytes(32)) is None
 
 
@@ -103,7 +107,7 @@ def test_whoever_claims_first_makes_it_and_may_ask_again() -> None:
     assert contents.claim(sha(0), 1, "a")  # tried again, after a decoder that hung
     assert contents.claimed_by("b") is None
     assert not contents.is_made(0)
-    contents.add_made(np.ones((1, 3), np.float32), ["a"], [True])
+    contents.add_made(held(np.ones((1, 3), np.float32)), ["a"], [True])
     assert contents.is_made(0)
     assert contents.is_truncated(0)
     assert contents.claimed_by("a") is None
@@ -115,8 +119,8 @@ def test_a_claim_for_more_views_does_not_disturb_the_one_for_fewer() -> None:
     assert contents.claim(sha(0), 1, "valid")
     assert contents.claim(sha(0), 2, "train")
     assert not contents.claim(sha(0), 1, "test")
-    contents.add_made(np.full((1, 3), 1, np.float32), ["valid"], [False])
-    contents.add_made(np.full((2, 3), 2, np.float32), ["train"], [False])
+    contents.add_made(held(np.full((1, 3), 1, np.float32)), ["valid"], [False])
+    contents.add_made(held(np.full((2, 3), 2, np.float32)), ["train"], [False])
     np.testing.assert_array_equal(gather(contents, 0), np.full((1, 3), 1))
     np.testing.assert_array_equal(gather(contents, 1, num_views=2), np.full((1, 2, 3), 2))
 

@@ -21,7 +21,7 @@ MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("
 ROWS = [
     ["errors"],
     ["files", "runtime", "threads", "kernels"],
-    ["archive", "container", "folders", "stratification", "weights", "acceleration"],
+    ["archive", "container", "folders", "stratification", "weights", "acceleration", "contents"],
     ["png", "resampling"],
     ["decoding"],
     [
@@ -34,7 +34,6 @@ ROWS = [
         "figures",
         "hdf5",
         "optimizer",
-        "contents",
     ],
     ["cache", "forward", "run", "fit", "views", "shards"],
     ["engine", "isolation"],

@@ -36,8 +36,8 @@ def reopen(folder: Path) -> tuple[PartialCache, dict[str, np.ndarray]]:
     """Open what is there and return its rows by path."""
     partial, rows = new_partial(folder), {}
     assert partial.open()
-    for shard, table in partial.read_shards():
-        start = 0
+    for open_vectors, table in partial.read_shards():
+        shard, start = open_vectors(), 0
         for row in table:
             rows[row["path"]] = np.array(shard[start : start + row["views"]])
             start += row["views"]
@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
     partial.start(ENGINE, {"precision": "fp32"})
     partial.add_shard([vectors(n) for n in range(4)], [facts(n) for n in range(4)])
     made = partial.add_shard([vectors(4, 3)], [facts(4, 3), facts(5, 0)])
-    np.testing.assert_array_equal(made, vectors(4, 3))
+    np.testing.assert_array_equal(made(), vectors(4, 3))
     return tmp_path / "c.h5.partial"
 
 
@@ -72,7 +72,7 @@ def test_a_resumed_run_knows_every_listed_row(folder: Path) -> None:
 
 def test_a_shard_of_known_contents_alone_has_no_vectors(folder: Path) -> None:
     partial, _ = reopen(folder)
-    assert partial.add_shard([], [facts(7, 0), facts(8, 0)]).shape == (0, 3)
+    assert partial.add_shard([], [facts(7, 0), facts(8, 0)])().shape == (0, 3)
     _, rows = reopen(folder)
     assert rows[facts(8)["path"]].shape == (0, 3)
 
