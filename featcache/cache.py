@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -245,18 +245,19 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
     task = str(container.map("task").item().decode("utf-8", "replace"))
     if task not in TASKS:
         raise _damaged(container, "task", " or ".join(TASKS), task)
+    classes = tuple(_decode(container.map("classes")))
     cache = Cache(
         path=Path(path),
         identity=identity,
         provenance=_read_json(container, "provenance"),
-        classes=tuple(_decode(container.map("classes"))),
+        classes=classes,
         task=task,
         splits={
             s: CacheSplit(container, s)
             for s in SPLITS
             if f"splits/{s}/features" in container.arrays
         },
-        failures=tuple(_read_failures(container)),
+        failures=_read_failures(container, len(classes)),
         container=container,
     )
     _check_rows(cache)
@@ -268,6 +269,20 @@ def is_content(name: str) -> bool:
     return name in {"identity", "classes"} or (
         name.startswith("splits/") and name.endswith(("/features", "/targets", "/paths"))
     )
+
+
+def name_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str]:
+    """Return in which values two identities differ, the wanted and the found ones, for a message.
+
+    Example:
+        >>> name_differences({"image_size": 224, "views": 1}, {"image_size": 240, "views": 1})
+        ('image_size 224', 'image_size 240')
+    """
+    keys = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
+    wanted_text, found_text = (
+        ", ".join(f"{key} {side.get(key)!r:.40}" for key in keys) for side in (wanted, found)
+    )
+    return wanted_text, found_text
 
 
 def _check_kinds(container: Container) -> None:
@@ -344,17 +359,24 @@ def _read_json(container: Container, name: str) -> dict[str, Any]:
     return value
 
 
-def _read_failures(container: Container) -> Iterator[Failure]:
+def _read_failures(container: Container, num_classes: int) -> tuple[Failure, ...]:
     texts = [_decode(container.map(f"failures/{k}")) for k in ("paths", "splits", "reasons")]
     numbers = [
         [int(n) for n in container.map(f"failures/{k}")]
         for k in ("targets", "image_bytes", "mtime_ns")
     ]
-    try:
-        for path, split, reason, target, size, time in zip(*texts, *numbers, strict=True):
-            yield Failure(path, split, target, reason, size, time)
-    except ValueError as error:
-        raise _damaged(container, "failures", "arrays of one length", "several") from error
+    if len({*map(len, texts), *map(len, numbers)}) > 1:
+        raise _damaged(container, "failures", "arrays of one length", "several")
+    failures = tuple(
+        Failure(path, split, target, reason, size, time)
+        for path, split, reason, target, size, time in zip(*texts, *numbers, strict=True)
+    )
+    for failure in failures:
+        if failure.split not in SPLITS or not -1 <= failure.target < num_classes:
+            wanted = f"a split, and a target from -1 to {num_classes - 1}"
+            found = f"{failure.split!r:.40} and {failure.target}"
+            raise _damaged(container, "failures", wanted, found)
+    return failures
 
 
 def _decode(array: npt.NDArray[Any]) -> list[str]:
