@@ -37,11 +37,19 @@ ROWS = [
     ],
     ["cache", "forward", "run", "fit", "views", "shards"],
     ["engine", "isolation"],
-    ["cache_writer", "partition", "recipe", "inventory"],
-    ["pipeline", "update"],
+    ["cache_writer", "compatibility", "partition", "recipe", "inventory", "table"],
+    ["pipeline", "update", "rearrangement"],
     ["intake"],
     ["production", "projection", "summary"],
-    ["splitting", "extraction", "verification", "training", "evaluation", "classifier"],
+    [
+        "splitting",
+        "extraction",
+        "selection",
+        "verification",
+        "training",
+        "evaluation",
+        "classifier",
+    ],
     ["demo", "wording"],
     ["cli"],
 ]
@@ -213,7 +221,17 @@ def test_help_imports_no_torch() -> None:
     )
     text = run_python(code)
     assert "Usage: " in text
-    for command in ("demo", "split", "extract", "info", "verify", "train", "evaluate", "predict"):
+    for command in (
+        "demo",
+        "split",
+        "extract",
+        "select",
+        "info",
+        "verify",
+        "train",
+        "evaluate",
+        "predict",
+    ):
         assert command in text
 
 
@@ -287,6 +305,15 @@ def test_the_list_of_public_names_is_sorted_and_true() -> None:
 
 
 def test_every_verb_of_the_contract_is_there() -> None:
-    verbs = {"extract", "open_cache", "write_cache", "verify", "train", "evaluate", "split"}
+    verbs = {
+        "extract",
+        "open_cache",
+        "write_cache",
+        "select",
+        "verify",
+        "train",
+        "evaluate",
+        "split",
+    }
     assert verbs | {"load_classifier"} <= set(featcache.__all__)
     assert (PACKAGE / "py.typed").is_file()
