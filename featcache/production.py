@@ -6,7 +6,6 @@ Reads: images. Writes: ``CACHE.partial/`` while working, then ``CACHE``.
 from __future__ import annotations
 
 import contextlib
-import glob
 import time
 import warnings
 from array import array
@@ -28,6 +27,7 @@ from featcache.cache_writer import SplitRows, write_rows
 from featcache.dataset import ImageDataset, Sample
 from featcache.engine import PARITY_BOUNDS, Engine, build_engine
 from featcache.errors import BackboneError, CacheError, DataError, FeatcacheWarning, printable
+from featcache.files import remove_temporaries
 from featcache.intake import Intake
 from featcache.inventory import Inventory
 from featcache.pipeline import (
@@ -40,6 +40,9 @@ from featcache.pipeline import (
 from featcache.recipe import Recipe, decode_probes
 from featcache.runtime import Interrupted, Say, Timer, environment_facts, held_signals
 from featcache.shards import SHARD_BYTES, SHARD_ROWS, EngineFacts, PartialCache, partial_folder
+
+_KEPT_FACTS = ("selected_from", "origins")
+"""Of an updated cache's provenance: where rows came from that ``select`` put there."""
 
 
 class Production:
@@ -171,13 +174,14 @@ class Production:
             f"at once, {against}."
         )
         self._warn_of_two_precisions(engine)
-        made = str(self.provenance.get("precision", engine.precision))
+        precisions = {engine.precision, str(self.provenance.get("precision"))}
+        selected = {k: v for k, v in self.provenance.items() if k in _KEPT_FACTS}
         self.provenance = {
-            **environment_facts(engine.device), "device_type": engine.device.type,
+            **selected, **environment_facts(engine.device), "device_type": engine.device.type,
             "weights_source": self.recipe.backbone.weights_source, "engine": engine.name,
             "engine_reason": engine.reason, "concurrency": engine.concurrency,
             # of rows of two precisions, the one whose bound holds for all
-            "precision": max(made, engine.precision, key=PARITY_BOUNDS.__getitem__),
+            "precision": max(precisions & PARITY_BOUNDS.keys(), key=PARITY_BOUNDS.__getitem__),
             "batch_size": engine.batch_size,
             "parity": [*self._old_parity, *engine.parity],
         }  # fmt: skip
@@ -272,8 +276,7 @@ class Production:
             truncated += [s.path for s, n in zip(samples, numbers, strict=True) if is_truncated(n)]
             self._refuse_empty(name, samples)
             splits[name] = self._split_rows(samples, numbers, self._num_views(name))
-        for stale in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
-            stale.unlink(missing_ok=True)  # of a run killed while writing: the lock is ours now
+        remove_temporaries(self.path)  # of a run killed while writing: the lock is ours now
         cache = write_rows(
             self.path, splits, identity=self.recipe.identity,
             provenance={**self.provenance, "truncated": truncated},

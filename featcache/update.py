@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from featcache.cache import Cache, Failure, open_cache
-from featcache.container import MAX_USER_BLOCK_BYTES
+from featcache.cache import Cache, Failure, name_differences, open_cache
+from featcache.container import is_container
 from featcache.dataset import ImageDataset
 from featcache.errors import CacheError
 from featcache.inventory import Changes, image_key
@@ -25,30 +24,18 @@ def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
     try:
         old = open_cache(path)
     except CacheError:
-        if rebuild and _is_ours(path):
+        if rebuild and is_container(path):
             return None  # damaged, or of a newer version; other people's files stay
         raise
     if rebuild:
         return None
     if old.fingerprint != recipe.fingerprint:
+        wanted, found = name_differences(recipe.identity, old.identity)
         raise CacheError(
-            "cache identity", expected=_differences(recipe.identity, old.identity, 0),
-            found=_differences(recipe.identity, old.identity, 1), where=path,
+            "cache identity", expected=wanted, found=found, where=path,
             hint="Choose another file name, or replace it with --rebuild",
         )  # fmt: skip
     return old
-
-
-def _differences(wanted: dict[str, Any], found: dict[str, Any], side: int) -> str:
-    keys = [k for k in sorted(wanted | found) if wanted.get(k) != found.get(k)]
-    return ", ".join(f"{k} {(wanted, found)[side].get(k)!r:.40}" for k in keys)
-
-
-def _is_ours(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return b'"format":"featcache"' in file.read(MAX_USER_BLOCK_BYTES)
 
 
 def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:

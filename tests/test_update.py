@@ -20,6 +20,7 @@ from featcache.cache import open_cache
 from featcache.dataset import ImageDataset, Sample
 from featcache.errors import CacheError, FeatcacheWarning
 from featcache.extraction import extract, extract_caches
+from featcache.selection import select
 
 
 @pytest.fixture
@@ -370,3 +371,16 @@ def test_several_caches_are_updated_with_one_hashing(
     assert [(s.num_moved, s.num_new) for s in both] == [(5, 1), (5, 1)]
     assert passes == [1, 1]
     assert [hashed.count(path) for path in set(hashed) if "/x" in path] == [1] * 5
+
+
+def test_an_update_of_a_selection_still_says_where_its_rows_came_from(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    select([tmp_path / "c.h5"], tmp_path / "s.h5")
+    write_image(tree / "train" / "covid" / "new_0.png", 999, bright=True)
+    updated = extract(tree, tmp_path / "s.h5", backbone=tiny_backbone)
+    assert (updated.num_kept, updated.num_new) == (46, 1)
+    made = open_cache(tmp_path / "s.h5").provenance
+    assert made["selected_from"][0]["num_taken"] == 46
+    assert len(made["origins"]) == 1
