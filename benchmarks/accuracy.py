@@ -51,8 +51,9 @@ from ways.shared import build_head, build_network
 
 from featcache.cache import open_cache
 from featcache.extraction import extract
-from featcache.fit import TrainingConfig, fit_head, forward_head
+from featcache.fit import fit_head, forward_head
 from featcache.head import HeadConfig
+from featcache.jobs import TrainingConfig
 from featcache.runtime import environment_facts
 
 MARGIN = 0.02  # of balanced accuracy

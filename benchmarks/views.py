@@ -43,8 +43,9 @@ from sklearn.metrics import balanced_accuracy_score
 
 from featcache.cache import open_cache
 from featcache.extraction import extract
-from featcache.fit import TrainingConfig, fit_head, predict_probs
+from featcache.fit import fit_head, predict_probs
 from featcache.head import HeadConfig, build_head
+from featcache.jobs import TrainingConfig
 from featcache.runtime import environment_facts
 
 NUM_VIEWS = {"flip": 2, "crop": 8, "xray": 8}

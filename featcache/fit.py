@@ -7,122 +7,27 @@ batches are gathered by index, a step is one fused kernel, and the host waits on
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from featcache.errors import ConfigError, DataError
-from featcache.head import HeadConfig, build_head
-from featcache.optimizer import OPTIMIZERS, FusedOptimizer
-from featcache.runtime import exact_fp32
+from featcache.head import HeadConfig, state_layout
+from featcache.jobs import FitResult, HeadJob, TrainingConfig
+from featcache.runtime import available_cores, exact_fp32
+from featcache.stack import HeadStack
+from featcache.threads import Threads
+from featcache.trainer import FORWARD_ROWS, Draw, Rows, Trainer
 
-SCHEDULES = ("constant", "cosine")
-CLASS_WEIGHTS = ("none", "balanced")
-
-_FORWARD_ROWS, _ONE_THREAD_ROWS = 8192, 64
-_VIEWS_SEED = 1 << 62  # another stream than that of the order
-
-_Batch: TypeAlias = tuple[Tensor, ...]
-"""What indexes features: rows (n,), and views (n,) where there are any."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a head is trained. The defaults are the tutorial's.
-
-    Attributes:
-        learning_rate: Step size at the first epoch.
-        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw).
-        optimizer: ``adam``, ``adamw`` (betas 0.9 and 0.999) or ``sgd`` (momentum 0.9).
-        schedule: ``constant``, or ``cosine``: from epoch to epoch down half a cosine towards 0.
-        batch_size: Rows per step, two or more, or ``auto`` (see ``auto_batch_size``).
-        epochs: The most passes over the rows.
-        patience: Stop after this many epochs without a lower validation loss; None never does.
-        class_weights: ``balanced`` weighs a class with n of N rows N / (C * n) in the loss.
-        label_smoothing: Share in [0, 1) of each target spread evenly over all classes.
-    """
-
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.0
-    optimizer: str = "adam"
-    schedule: str = "constant"
-    batch_size: int | str = "auto"
-    epochs: int = 10
-    patience: int | None = None
-    class_weights: str = "none"
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raises: ConfigError: if a value has no meaning."""
-        rate, decay, smoothing = self.learning_rate, self.weight_decay, self.label_smoothing
-        weights, patience, size = self.class_weights, self.patience, self.batch_size
-        for option, value, fits, expected in (
-            ("--optimizer", self.optimizer, self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
-            ("--schedule", self.schedule, self.schedule in SCHEDULES, " or ".join(SCHEDULES)),
-            ("--class-weights", weights, weights in CLASS_WEIGHTS, " or ".join(CLASS_WEIGHTS)),
-            ("--learning-rate", rate, _is_finite(rate) and rate > 0, "a number above 0"),
-            ("--weight-decay", decay, _is_finite(decay) and decay >= 0, "a number from 0"),
-            ("--label-smoothing", smoothing, _is_finite(smoothing) and 0 <= smoothing < 1,
-             "a number from 0 to below 1"),
-            ("--epochs", self.epochs, _is_count(self.epochs, 1), "a whole number from 1"),
-            ("--patience", patience, patience is None or _is_count(patience, 1),
-             "a whole number from 1"),
-            ("--batch-size", size, size == "auto" or _is_count(size, 2),  # 1 has no variance
-             "auto or a whole number from 2"),
-        ):  # fmt: skip
-            if not fits:
-                raise ConfigError(option, expected=expected, found=repr(value))
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the configuration as a JSON object."""
-        return dataclasses.asdict(self)
-
-    def rows_per_step(self, num_rows: int) -> int:
-        """Return the batch size for ``num_rows`` training rows, ``auto`` worked out."""
-        size = self.batch_size
-        return size if isinstance(size, int) else auto_batch_size(num_rows)
-
-    def learning_rate_at(self, epoch: int) -> float:
-        """Return the step size of ``epoch``, counted from 1."""
-        if self.schedule == "constant":
-            return self.learning_rate
-        return self.learning_rate * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """A trained head.
-
-    Attributes:
-        state: The head's whole state dict (batch-norm statistics too) after the best epoch, on
-            the CPU.
-        history: One row per epoch: ``epoch`` (from 1), ``train_loss`` (the loss minimised, weights
-            and smoothing included), ``valid_loss`` (plain cross-entropy), ``valid_accuracy``, one
-            ``valid_recall_CLASS`` per class (None without rows of it), ``learning_rate``,
-            ``seconds``.
-        best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties.
-    """
-
-    state: dict[str, Tensor]
-    history: list[dict[str, Any]]
-    best_epoch: int
-
-
-def auto_batch_size(num_rows: int) -> int:
-    """Return the power of two nearest to 1 % of the rows, at least 32 and at most 4096.
-
-    32 up to about 4,500 rows: the steps per epoch, not the batch, then grow with the data.
-    """
-    return min(1 << max(round(math.log2(max(num_rows, 1) / 100)), 5), 4096)
+_ONE_THREAD_ROWS = 64
+_PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
 
 
 def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
@@ -146,10 +51,10 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     views, one view is drawn per row and epoch, uniformly and under a generator of its own: the
     order of the rows is that of rows without. Bit for bit repeatable on one machine; on the CPU
     with more than 64 rows per step, also for one number of threads. The caller's random state is
-    restored.
+    not touched.
 
     Args:
-        head_config: The shape of the head; D and C must be those of the arrays.
+        head_config: See ``HeadJob``, as for ``training`` and ``seed``.
         training: Optimizer, epochs and the rest.
         train_features: (N, D) or (N, V, D) float; float64 trains in float64, anything else in
             float32.
@@ -166,42 +71,167 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         DataError: If the arrays do not fit each other or the head.
         ConfigError: If the loss is no longer a finite number.
     """
-    views = train_features.ndim == 3
-    _check_rows(
-        "training rows", train_features, train_targets, head_config, at_least=2, views=views
-    )
-    _check_rows("validation rows", valid_features, valid_targets, head_config, at_least=1)
-    names = [str(i) for i in range(head_config.num_classes)] if classes is None else list(classes)
-    features = _to_tensor(train_features, device)
-    held_out = _to_tensor(valid_features, device).to(features.dtype)
-    draw = _Draw(features, data_seed)
-    batch_size = training.rows_per_step(len(features))
+    (result,) = fit_heads(
+        [HeadJob(head_config, training, seed)], train_features, train_targets, valid_features,
+        valid_targets, data_seed=data_seed, device=device, classes=classes,
+        on_epoch=None if on_epoch is None else lambda _, row: on_epoch(row),
+    )  # fmt: skip
+    if result.diverged_in is not None:
+        found, hint = f"none in epoch {result.diverged_in}", "Lower --learning-rate"
+        raise ConfigError("training", expected="a finite loss", found=found, hint=hint)
+    return result
 
-    history: list[dict[str, Any]] = []
-    state, best_epoch, lowest_loss = dict[str, Tensor](), 0, math.inf
-    with exact_fp32(), _own_random_state(seed, device), _few_threads(batch_size):
-        head = build_head(head_config).to(device, features.dtype)
-        weights = _class_weights(training, train_targets, head_config.num_classes, features)
-        trainer = _Trainer(head, training, features, train_targets, weights)
+
+def fit_heads(
+    jobs: Sequence[HeadJob],
+    train_features: npt.NDArray[Any],
+    train_targets: npt.NDArray[Any],
+    valid_features: npt.NDArray[Any],
+    valid_targets: npt.NDArray[Any],
+    *,
+    data_seed: int,
+    device: torch.device,
+    classes: Sequence[str] | None = None,
+    on_epoch: Callable[[int, dict[str, Any]], None] | None = None,
+) -> list[FitResult]:
+    """Train many heads on the same rows in the same order, each as ``fit_head`` would.
+
+    Heads of one shape, batch size, optimizer and number of epochs are trained as one stack (module
+    ``stack``). On a CPU the stacks are cut into passes that stay in the processor's cache, one a
+    core at a time: heads do not wait for each other.
+
+    Args:
+        jobs: The heads.
+        train_features: As for ``fit_head``, as are the four that follow.
+        train_targets: (N,).
+        valid_features: (M, D).
+        valid_targets: (M,).
+        data_seed: Of the order and the views.
+        device: Where the rows and the heads live.
+        classes: Names for the history's columns; None numbers them.
+        on_epoch: Called with the number of a job and each row of its history as it is made, from
+            one thread at a time.
+
+    Returns:
+        A result per job, in their order. One whose loss is no longer a finite number ends there.
+
+    Raises:
+        DataError: If the arrays do not fit each other or the heads.
+    """
+    views = train_features.ndim == 3
+    for head in dict.fromkeys(job.head for job in jobs):
+        _check_rows("training rows", train_features, train_targets, head, at_least=2, views=views)
+        _check_rows("validation rows", valid_features, valid_targets, head, at_least=1)
+    num_classes = jobs[0].head.num_classes if jobs else 0
+    names = [str(i) for i in range(num_classes)] if classes is None else list(classes)
+    features = _to_tensor(train_features, device)
+    rows = Rows(
+        features, torch.from_numpy(train_targets.astype(np.int64)).to(device),
+        _to_tensor(valid_features, device).to(features.dtype), valid_targets, names, data_seed,
+    )  # fmt: skip
+    results: dict[int, FitResult] = {}
+    lock = threading.Lock()
+
+    def tell(number: int, row: dict[str, Any]) -> None:
+        if on_epoch is not None:
+            with lock:
+                on_epoch(number, row)
+
+    passes = [part for group in _group(jobs, len(features)) for part in _cut(group, jobs, features)]
+    with exact_fp32():
+        num_threads = min(len(passes), available_cores()) if device.type == "cpu" else 1
+        if num_threads <= 1:
+            for part in passes:
+                results |= _fit_pass(part, jobs, rows, tell)
+        else:
+            with Threads("fit", num_threads, wait=True) as threads:
+                for future in [
+                    threads.submit(_fit_pass, part, jobs, rows, tell, 1) for part in passes
+                ]:
+                    results |= future.result()
+    return [results[number] for number in range(len(jobs))]
+
+
+def _group(jobs: Sequence[HeadJob], num_rows: int) -> list[list[int]]:
+    """Return the numbers of the jobs that can share batches and an optimizer."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, job in enumerate(jobs):
+        training = job.training
+        key = (
+            job.head.hidden, training.rows_per_step(num_rows), training.optimizer, training.epochs
+        )  # fmt: skip
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def _cut(group: list[int], jobs: Sequence[HeadJob], features: Tensor) -> list[list[int]]:
+    """Cut a stack into passes whose parameters, gradients and moments stay in the cache."""
+    size = len(group)
+    if features.device.type == "cpu":
+        shapes = state_layout(jobs[group[0]].head).values()
+        head_bytes = 4 * features.element_size() * sum(math.prod(shape) for _, shape in shapes)
+        size = max(1, min(_HEADS_PER_PASS, _PASS_BYTES // head_bytes))
+    return [group[i : i + size] for i in range(0, len(group), size)]
+
+
+class _Progress:
+    """How far one head is, and its best epoch so far."""
+
+    def __init__(self, number: int, training: TrainingConfig) -> None:
+        self.number, self.training = number, training
+        self.is_over = False
+        self._history: list[dict[str, Any]] = []
+        self._state: dict[str, Tensor] = {}
+        self._best_epoch, self._lowest_loss = 0, math.inf
+        self._diverged_in: int | None = None
+
+    def note(self, row: dict[str, Any], stack: HeadStack, place: int) -> bool:
+        """Take in an epoch; return whether its losses are finite. Keeps the state if it is best."""
+        epoch = row["epoch"]
+        if not math.isfinite(row["train_loss"] + row["valid_loss"]):
+            self.is_over, self._diverged_in = True, epoch
+            return False
+        self._history.append(row)
+        if row["valid_loss"] < self._lowest_loss:
+            self._best_epoch, self._lowest_loss = epoch, row["valid_loss"]
+            self._state = {name: value.cpu() for name, value in stack.state(place).items()}
+        patience = self.training.patience
+        self.is_over = patience is not None and epoch - self._best_epoch >= patience
+        return True
+
+    def result(self) -> FitResult:
+        return FitResult(self._state, self._history, self._best_epoch, self._diverged_in)
+
+
+def _fit_pass(
+    numbers: Sequence[int], jobs: Sequence[HeadJob], rows: Rows,
+    tell: Callable[[int, dict[str, Any]], None], num_threads: int | None = None,
+) -> dict[int, FitResult]:  # fmt: skip
+    """Train some heads that share batches and an optimizer; return their results by number."""
+    training = jobs[numbers[0]].training
+    batch_size = training.rows_per_step(len(rows.features))
+    with _few_threads(batch_size, num_threads):
+        draw = Draw(rows.features, rows.data_seed)
+        trainer = Trainer([jobs[number] for number in numbers], rows)
+        heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
         for epoch in range(1, training.epochs + 1):
             start = time.perf_counter()
-            rate = training.learning_rate_at(epoch)
-            batches = draw.epoch(batch_size)
-            row: dict[str, Any] = {"epoch": epoch, "train_loss": trainer.epoch(batches, rate)}
-            row |= _validate(head, held_out, valid_targets, names)
-            row |= {"learning_rate": rate, "seconds": time.perf_counter() - start}
-            if not math.isfinite(row["train_loss"] + row["valid_loss"]):
-                found, hint = f"none in epoch {epoch}", "Lower --learning-rate"
-                raise ConfigError("training", expected="a finite loss", found=found, hint=hint)
-            history.append(row)
-            if row["valid_loss"] < lowest_loss:
-                best_epoch, lowest_loss = epoch, row["valid_loss"]
-                state = {name: value.detach().clone() for name, value in head.state_dict().items()}
-            if on_epoch is not None:
-                on_epoch(row)
-            if training.patience is not None and epoch - best_epoch >= training.patience:
+            rates = [head.training.learning_rate_at(epoch) for head in heads]
+            losses = trainer.epoch(draw.epoch(batch_size), rates)
+            valid = trainer.validate()
+            seconds = time.perf_counter() - start
+            for place, (head, rate, loss) in enumerate(zip(heads, rates, losses, strict=True)):
+                row = {"epoch": epoch, "train_loss": loss, **valid[place]}
+                row |= {"learning_rate": rate, "seconds": seconds}
+                if head.note(row, trainer.stack, place):
+                    tell(head.number, row)
+            left = [place for place, head in enumerate(heads) if not head.is_over]
+            if not left:
                 break
-    return FitResult({name: value.cpu() for name, value in state.items()}, history, best_epoch)
+            if len(left) < len(heads):  # fewer heads, faster epochs
+                trainer.keep(left)
+                heads = [heads[place] for place in left]
+    return {head.number: head.result() for head in everyone}
 
 
 def forward_head(
@@ -213,8 +243,8 @@ def forward_head(
     """
     head = head.to(device).eval()
     logits = [
-        _logits(head, _to_tensor(features[i : i + _FORWARD_ROWS], device).float()).numpy()
-        for i in range(0, max(len(features), 1), _FORWARD_ROWS)
+        _logits(head, _to_tensor(features[i : i + FORWARD_ROWS], device).float()).numpy()
+        for i in range(0, max(len(features), 1), FORWARD_ROWS)
     ]
     return np.concatenate(logits)
 
@@ -230,80 +260,6 @@ def predict_probs(
     return np.asarray(logits.double().softmax(1))
 
 
-class _Trainer:
-    """A head, its training rows, its loss and its optimizer."""
-
-    def __init__(
-        self,
-        head: nn.Module,
-        training: TrainingConfig,
-        features: Tensor,
-        targets: npt.NDArray[Any],
-        weights: Tensor | None,
-    ) -> None:
-        self._head, self._features = head, features
-        self._targets = torch.from_numpy(targets.astype(np.int64)).to(features.device)
-        self._weights = weights
-        self._label_smoothing = training.label_smoothing
-        self._optimizer = FusedOptimizer(
-            training.optimizer, training.weight_decay, list(head.parameters())
-        )
-
-    def epoch(self, batches: list[_Batch], rate: float) -> float:
-        """Take one step per batch; return the mean of the batches' losses, weighed by rows."""
-        self._head.train()
-        total = self._features.new_zeros(())
-        for batch in batches:
-            rows = batch[0]
-            logits = self._head(self._features[batch])
-            loss = functional.cross_entropy(
-                logits, self._targets[rows], self._weights, label_smoothing=self._label_smoothing
-            )
-            self._optimizer.step(loss, rate)
-            total += loss.detach() * len(rows)
-        return total.item() / sum(len(batch[0]) for batch in batches)
-
-
-class _Draw:
-    """What an epoch consists of: all rows in a new order and, of rows with views, one view each."""
-
-    def __init__(self, features: Tensor, seed: int) -> None:
-        self._features = features
-        self._order = torch.Generator().manual_seed(seed)
-        self._views = torch.Generator().manual_seed(seed ^ _VIEWS_SEED)
-
-    def epoch(self, batch_size: int) -> list[_Batch]:
-        """Return the batches of the next epoch."""
-        num_rows, device = len(self._features), self._features.device
-        rows = torch.randperm(num_rows, generator=self._order).to(device)
-        parts = [torch.split(rows, batch_size)]
-        if self._features.ndim == 3:
-            shape, num_views = (num_rows,), self._features.shape[1]
-            views = torch.randint(num_views, shape, generator=self._views).to(device)
-            parts.append(torch.split(views, batch_size))
-        batches: list[_Batch] = list(zip(*parts, strict=True))
-        if len(batches[-1][0]) == 1:  # batch norm cannot train on one row (pytorch#4534)
-            batches.pop()
-        return batches
-
-
-def _validate(
-    head: nn.Module, features: Tensor, targets: npt.NDArray[Any], names: Sequence[str]
-) -> dict[str, Any]:
-    """Return the validation columns of a history row."""
-    head.eval()
-    logits = torch.cat(
-        [_logits(head, rows) for rows in torch.split(features, _FORWARD_ROWS)]
-    ).double()
-    loss = functional.cross_entropy(logits, torch.from_numpy(targets.astype(np.int64))).item()
-    right = logits.argmax(1).numpy() == targets
-    recalls = {
-        f"valid_recall_{name}": right[targets == i].mean().item() if (targets == i).any() else None
-        for i, name in enumerate(names)
-    }
-    return {"valid_loss": loss, "valid_accuracy": right.mean().item(), **recalls}
-
-
 @torch.inference_mode()
 def _logits(head: nn.Module, features: Tensor) -> Tensor:
     logits: Tensor = head(features).cpu()
@@ -311,51 +267,19 @@ def _logits(head: nn.Module, features: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the CPU's and the device's generator; put the caller's states back afterwards.
-
-    ``torch.manual_seed`` would also move the generators of devices that are not in use here.
-    """
-    gpus: list[int] = []
-    if device.type == "cuda":
-        gpus = [torch.cuda.current_device() if device.index is None else device.index]
-    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            torch.default_generator.manual_seed(seed)
-            if gpus:
-                torch.cuda.default_generators[gpus[0]].manual_seed(seed)
-            if mps_state is not None:
-                torch.mps.manual_seed(seed)
-            yield
-    finally:
-        if mps_state is not None:
-            torch.mps.set_rng_state(mps_state)
-
-
-@contextlib.contextmanager
-def _few_threads(batch_size: int) -> Iterator[None]:
-    """Take one thread for small batches, then give the caller its number back.
+def _few_threads(batch_size: int, num_threads: int | None) -> Iterator[None]:
+    """Take ``num_threads``, or one for small batches, then give the caller its number back.
 
     At 32 rows a second thread gains at most a fifth, and when anything else wants the cores its
     barriers cost all: ten epochs of 200 rows took 0.4 s with one, 3 to 9 s with two on two cores.
     """
     before = torch.get_num_threads()
-    if batch_size <= _ONE_THREAD_ROWS:
-        torch.set_num_threads(1)
+    if num_threads is not None or batch_size <= _ONE_THREAD_ROWS:
+        torch.set_num_threads(num_threads or 1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _class_weights(
-    training: TrainingConfig, targets: npt.NDArray[Any], num_classes: int, like: Tensor
-) -> Tensor | None:
-    if training.class_weights == "none":
-        return None
-    counts = np.maximum(np.bincount(targets, minlength=num_classes), 1)
-    return torch.from_numpy(len(targets) / (num_classes * counts)).to(like.dtype).to(like.device)
 
 
 def _to_tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -387,11 +311,3 @@ def _check_rows(
     if targets.min() < 0 or targets.max() > top:
         found = f"{targets.min()} to {targets.max()}"
         raise DataError(what, expected=f"targets from 0 to {top}", found=found)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-
-
-def _is_count(value: object, at_least: int) -> bool:
-    return type(value) is int and value >= at_least

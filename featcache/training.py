@@ -17,8 +17,9 @@ import numpy as np
 from featcache.cache import Cache, open_cache
 from featcache.errors import ConfigError, printable
 from featcache.files import new_folder, refuse_existing
-from featcache.fit import TrainingConfig, fit_head
+from featcache.fit import fit_head
 from featcache.head import HeadConfig
+from featcache.jobs import TrainingConfig
 from featcache.partition import Part, check_cache, choose_rows, warn_of_leaks
 from featcache.run import relative_path, write_run
 from featcache.runtime import Say, environment_facts, resolve_device, silent

@@ -13,16 +13,11 @@ import torch
 from torch import nn
 
 from featcache.errors import ConfigError, DataError
-from featcache.fit import (
-    FitResult,
-    TrainingConfig,
-    _Draw,
-    auto_batch_size,
-    fit_head,
-    forward_head,
-    predict_probs,
-)
+from featcache.fit import fit_head, forward_head, predict_probs
 from featcache.head import HeadConfig, build_head
+from featcache.jobs import FitResult, TrainingConfig, auto_batch_size
+from featcache.stack import HeadStack, SharedRows
+from featcache.trainer import Draw
 
 CPU = torch.device("cpu")
 
@@ -149,15 +144,13 @@ def test_every_option_equals_the_plain_loop(options: Any, plain: Any) -> None:
 
 def test_a_last_batch_of_one_row_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    forward = nn.BatchNorm1d.forward
+    backward = HeadStack.backward
 
-    def counting(self: nn.BatchNorm1d, rows: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            sizes.append(len(rows))
-        result: torch.Tensor = forward(self, rows)
-        return result
+    def counting(self: HeadStack, rows: SharedRows, wanted: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows.normalised))
+        return backward(self, rows, wanted)
 
-    monkeypatch.setattr(nn.BatchNorm1d, "forward", counting)
+    monkeypatch.setattr(HeadStack, "backward", counting)
     fit(65, head=HeadConfig(12, 2, hidden=()), epochs=2)
     assert sizes == [32, 32, 32, 32]
     sizes.clear()
@@ -224,7 +217,7 @@ def test_ties_keep_the_earliest_epoch_and_patience_counts_them(
 ) -> None:
     losses = iter([0.5, 0.4, 0.4, 0.4, 0.1])
     row = {"valid_accuracy": 0.5, "valid_recall_0": 0.5, "valid_recall_1": 0.5}
-    monkeypatch.setattr("featcache.fit._validate", lambda *_: {"valid_loss": next(losses), **row})
+    monkeypatch.setattr("featcache.trainer._judge", lambda *_: {"valid_loss": next(losses), **row})
     result = fit(epochs=5, patience=2)
     assert (result.best_epoch, len(result.history)) == (2, 4)
 
@@ -385,7 +378,7 @@ def test_each_epoch_trains_on_one_drawn_view_of_each_row() -> None:
 
 def test_the_draw_of_views_is_uniform_and_new_in_every_epoch() -> None:
     views = torch.arange(5.0).repeat(2000, 1)[:, :, None]  # a feature that tells its view
-    draw = _Draw(views, 3)
+    draw = Draw(views, 3)
     epochs = [torch.cat([views[batch] for batch in draw.epoch(32)]).long() for _ in range(4)]
     for epoch in epochs:
         counts = torch.bincount(epoch[:, 0], minlength=5)

@@ -13,8 +13,9 @@ import torch
 from featcache.cache import Cache, Failure, open_cache
 from featcache.cache_writer import SplitRows, write_cache, write_rows
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError
-from featcache.fit import TrainingConfig, fit_head
+from featcache.fit import fit_head
 from featcache.head import HeadConfig
+from featcache.jobs import TrainingConfig
 from featcache.partition import choose_rows
 from featcache.run import cache_path, load_run
 from featcache.training import train

@@ -14,7 +14,6 @@ from torch.nn import functional
 from featcache.backbone import build_backbone
 from featcache.dataset import Sample, scan
 from featcache.engine import build_engine
-from featcache.optimizer import FusedOptimizer
 from featcache.pipeline import Lane, stream_features
 from featcache.recipe import decode_probes, make_recipe
 from featcache.runtime import resolve_device
@@ -44,7 +43,7 @@ def forward(samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Ten
 
 
 head = build_head(len(dataset.classes)).to(device)
-optimizer = FusedOptimizer("adam", 0.0, list(head.parameters()))
+optimizer = torch.optim.Adam(head.parameters(), lr=5e-4, fused=True)
 train, valid, test = (dataset.split(name) for name in ("train", "valid", "test"))
 lowest_loss, best_state, epoch_seconds = float("inf"), head.state_dict(), []
 for _ in range(args.epochs):
@@ -52,7 +51,9 @@ for _ in range(args.epochs):
     head.train()
     for features, targets in forward([train[i] for i in torch.randperm(len(train)).tolist()]):
         if len(features) > 1:
-            optimizer.step(functional.cross_entropy(head(features), targets), 5e-4)
+            optimizer.zero_grad()
+            functional.cross_entropy(head(features), targets).backward()
+            optimizer.step()
     head.eval()
     with torch.inference_mode():
         losses = [

@@ -1,0 +1,132 @@
+"""What a head is trained by, and what comes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from featcache.errors import ConfigError
+from featcache.head import HeadConfig
+from featcache.optimizer import OPTIMIZERS
+
+SCHEDULES = ("constant", "cosine")
+CLASS_WEIGHTS = ("none", "balanced")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a head is trained. The defaults are the tutorial's.
+
+    Attributes:
+        learning_rate: Step size at the first epoch.
+        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw).
+        optimizer: ``adam``, ``adamw`` (betas 0.9 and 0.999) or ``sgd`` (momentum 0.9).
+        schedule: ``constant``, or ``cosine``: from epoch to epoch down half a cosine towards 0.
+        batch_size: Rows per step, two or more, or ``auto`` (see ``auto_batch_size``).
+        epochs: The most passes over the rows.
+        patience: Stop after this many epochs without a lower validation loss; None never does.
+        class_weights: ``balanced`` weighs a class with n of N rows N / (C * n) in the loss.
+        label_smoothing: Share in [0, 1) of each target spread evenly over all classes.
+    """
+
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    schedule: str = "constant"
+    batch_size: int | str = "auto"
+    epochs: int = 10
+    patience: int | None = None
+    class_weights: str = "none"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if a value has no meaning."""
+        rate, decay, smoothing = self.learning_rate, self.weight_decay, self.label_smoothing
+        weights, patience, size = self.class_weights, self.patience, self.batch_size
+        for option, value, fits, expected in (
+            ("--optimizer", self.optimizer, self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
+            ("--schedule", self.schedule, self.schedule in SCHEDULES, " or ".join(SCHEDULES)),
+            ("--class-weights", weights, weights in CLASS_WEIGHTS, " or ".join(CLASS_WEIGHTS)),
+            ("--learning-rate", rate, _is_finite(rate) and rate > 0, "a number above 0"),
+            ("--weight-decay", decay, _is_finite(decay) and decay >= 0, "a number from 0"),
+            ("--label-smoothing", smoothing, _is_finite(smoothing) and 0 <= smoothing < 1,
+             "a number from 0 to below 1"),
+            ("--epochs", self.epochs, _is_count(self.epochs, 1), "a whole number from 1"),
+            ("--patience", patience, patience is None or _is_count(patience, 1),
+             "a whole number from 1"),
+            ("--batch-size", size, size == "auto" or _is_count(size, 2),  # 1 has no variance
+             "auto or a whole number from 2"),
+        ):  # fmt: skip
+            if not fits:
+                raise ConfigError(option, expected=expected, found=repr(value))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the configuration as a JSON object."""
+        return dataclasses.asdict(self)
+
+    def rows_per_step(self, num_rows: int) -> int:
+        """Return the batch size for ``num_rows`` training rows, ``auto`` worked out."""
+        size = self.batch_size
+        return size if isinstance(size, int) else auto_batch_size(num_rows)
+
+    def learning_rate_at(self, epoch: int) -> float:
+        """Return the step size of ``epoch``, counted from 1."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A trained head.
+
+    Attributes:
+        state: The head's whole state dict (batch-norm statistics too) after the best epoch, on
+            the CPU.
+        history: One row per epoch: ``epoch`` (from 1), ``train_loss`` (the loss minimised, weights
+            and smoothing included), ``valid_loss`` (plain cross-entropy), ``valid_accuracy``, one
+            ``valid_recall_CLASS`` per class (None without rows of it), ``learning_rate``,
+            ``seconds``.
+        best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties.
+        diverged_in: The epoch in which the loss was no finite number; it is not in the history.
+    """
+
+    state: dict[str, Tensor]
+    history: list[dict[str, Any]]
+    best_epoch: int
+    diverged_in: int | None = None
+
+
+def auto_batch_size(num_rows: int) -> int:
+    """Return the power of two nearest to 1 % of the rows, at least 32 and at most 4096.
+
+    32 up to about 4,500 rows: the steps per epoch, not the batch, then grow with the data.
+    """
+    return min(1 << max(round(math.log2(max(num_rows, 1) / 100)), 5), 4096)
+
+
+@dataclass(frozen=True)
+class HeadJob:
+    """A head to train.
+
+    Attributes:
+        head: Its shape; D and C must be those of the arrays.
+        training: Optimizer, epochs and the rest.
+        seed: Decides the initial weights and dropout.
+    """
+
+    head: HeadConfig
+    training: TrainingConfig
+    seed: int
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def _is_count(value: object, at_least: int) -> bool:
+    return type(value) is int and value >= at_least

@@ -1,0 +1,144 @@
+"""A stack of heads on its rows: the draw of batches, the loss, the optimizer, validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from featcache.jobs import HeadJob
+from featcache.optimizer import StackOptimizer
+from featcache.stack import HeadStack, SharedRows
+
+FORWARD_ROWS = 8192
+"""Rows that go through a head at once when it is evaluated."""
+
+_VIEWS_SEED = 1 << 62  # another stream than that of the order
+
+_Batch: TypeAlias = tuple[Tensor, ...]
+"""What indexes features: rows (n,), and views (n,) where there are any."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What all heads are trained on and judged by."""
+
+    features: Tensor
+    targets: Tensor
+    valid_features: Tensor
+    valid_targets: npt.NDArray[Any]
+    names: Sequence[str]
+    data_seed: int
+
+
+class Trainer:
+    """A stack, its loss and its optimizer."""
+
+    def __init__(self, jobs: Sequence[HeadJob], rows: Rows) -> None:
+        self._rows, features = rows, rows.features
+        self.stack = HeadStack(
+            jobs[0].head, [job.head.dropout for job in jobs], [job.seed for job in jobs],
+            features.device, features.dtype,
+        )  # fmt: skip
+        self._optimizer = StackOptimizer(
+            jobs[0].training.optimizer, self.stack.params, self.stack.grads,
+            [job.training.weight_decay for job in jobs],
+        )  # fmt: skip
+        num_classes = jobs[0].head.num_classes
+        # Heads with one loss share what they want of a batch.
+        losses = [(job.training.class_weights, job.training.label_smoothing) for job in jobs]
+        self._losses = list(dict.fromkeys(losses))
+        self._loss_of = [self._losses.index(loss) for loss in losses]
+        self._weights = [
+            _class_weights(kind, rows.targets, num_classes, features.dtype)
+            for kind, _ in self._losses
+        ]
+        self._num_classes = num_classes
+
+    def keep(self, heads: Sequence[int]) -> None:
+        """Give up all but some heads."""
+        self.stack = self.stack.keep(heads)
+        self._optimizer.keep(heads, self.stack.params, self.stack.grads)
+        self._loss_of = [self._loss_of[head] for head in heads]
+
+    def epoch(self, batches: list[_Batch], rates: Sequence[float]) -> list[float]:
+        """Take one step per batch; return each head's mean loss, batches weighed by their rows."""
+        total = self._rows.features.new_zeros(len(self.stack))
+        for batch in batches:
+            shared = SharedRows.of(self._rows.features[batch])
+            losses = self.stack.backward(shared, self._wanted(self._rows.targets[batch[0]]))
+            self._optimizer.step(rates)
+            total.add_(losses, alpha=len(batch[0]))
+        means: list[float] = (total / sum(len(batch[0]) for batch in batches)).tolist()
+        return means
+
+    def _wanted(self, targets: Tensor) -> Tensor:
+        """Return by what each class' negative log-probability counts: see ``HeadStack.backward``.
+
+        As in ``torch.nn.functional.cross_entropy``: the mean is over the weights of the targets.
+        """
+        like = self._rows.features
+        one_hot = functional.one_hot(targets, self._num_classes).to(like.dtype)
+        wanted = []
+        for weights, (_, smoothing) in zip(self._weights, self._losses, strict=True):
+            of_rows = weights[targets]
+            part = (one_hot * (1 - smoothing)) * of_rows[:, None]
+            part += weights * (smoothing / self._num_classes)
+            wanted.append(part / of_rows.sum())
+        if len(wanted) == 1:
+            return wanted[0].expand(len(self.stack), *wanted[0].shape)
+        return torch.stack(wanted)[self._loss_of]
+
+    def validate(self) -> list[dict[str, Any]]:
+        """Return the validation columns of each head's history row."""
+        parts = torch.split(self._rows.valid_features, max(1, FORWARD_ROWS // len(self.stack)))
+        logits = torch.cat([self.stack.forward(part).cpu() for part in parts], 1)
+        return [_judge(of_head, self._rows.valid_targets, self._rows.names) for of_head in logits]
+
+
+def _judge(logits: Tensor, targets: npt.NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return the validation columns of a history row from logits (M, C)."""
+    logits = logits.double()
+    loss = functional.cross_entropy(logits, torch.from_numpy(targets.astype(np.int64))).item()
+    right = logits.argmax(1).numpy() == targets
+    recalls = {
+        f"valid_recall_{name}": right[targets == i].mean().item() if (targets == i).any() else None
+        for i, name in enumerate(names)
+    }
+    return {"valid_loss": loss, "valid_accuracy": right.mean().item(), **recalls}
+
+
+class Draw:
+    """What an epoch consists of: all rows in a new order and, of rows with views, one view each."""
+
+    def __init__(self, features: Tensor, seed: int) -> None:
+        self._features = features
+        self._order = torch.Generator().manual_seed(seed)
+        self._views = torch.Generator().manual_seed(seed ^ _VIEWS_SEED)
+
+    def epoch(self, batch_size: int) -> list[_Batch]:
+        """Return the batches of the next epoch."""
+        num_rows, device = len(self._features), self._features.device
+        rows = torch.randperm(num_rows, generator=self._order).to(device)
+        parts = [torch.split(rows, batch_size)]
+        if self._features.ndim == 3:
+            shape, num_views = (num_rows,), self._features.shape[1]
+            views = torch.randint(num_views, shape, generator=self._views).to(device)
+            parts.append(torch.split(views, batch_size))
+        batches: list[_Batch] = list(zip(*parts, strict=True))
+        if len(batches[-1][0]) == 1:  # batch norm cannot train on one row (pytorch#4534)
+            batches.pop()
+        return batches
+
+
+def _class_weights(kind: str, targets: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    if kind == "none":
+        return torch.ones(num_classes, dtype=dtype, device=targets.device)
+    counts = torch.bincount(targets, minlength=num_classes).clamp(min=1)
+    return (len(targets) / (num_classes * counts.double())).to(dtype)
