@@ -35,16 +35,19 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     training: TrainingConfig,
     train_features: npt.NDArray[Any],
     train_targets: npt.NDArray[Any],
-    valid_features: npt.NDArray[Any],
-    valid_targets: npt.NDArray[Any],
+    valid_features: npt.NDArray[Any] | None = None,
+    valid_targets: npt.NDArray[Any] | None = None,
     *,
     seed: int,
     data_seed: int,
     device: torch.device,
+    train_weights: npt.NDArray[Any] | None = None,
     classes: Sequence[str] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> FitResult:
     """Train a head and keep the epoch with the lowest cross-entropy on the validation rows.
+
+    Without validation rows the last epoch is kept.
 
     The same as a script that calls ``torch.manual_seed(seed)``, builds the head and loops, with
     the rows in the order of ``torch.randperm`` under a generator of ``data_seed``. Of rows with
@@ -59,22 +62,24 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         train_features: (N, D) or (N, V, D) float; float64 trains in float64, anything else in
             float32.
         train_targets: (N,) integers from 0 to C - 1.
-        valid_features: (M, D) float.
-        valid_targets: (M,) integers from 0 to C - 1.
+        valid_features: (M, D) float, or None.
+        valid_targets: (M,) integers from 0 to C - 1, or None.
         seed: Decides the initial weights and dropout.
         data_seed: Decides the order of the rows and their views.
         device: Where the rows and the head live.
+        train_weights: (N,) above 0, a weight per row, multiplied with that of its class: the loss
+            of a batch is the mean of its rows' so weighed. None weighs all rows alike.
         classes: Names for the history's columns; None numbers them.
         on_epoch: Called with each row of the history as it is made.
 
     Raises:
         DataError: If the arrays do not fit each other or the head.
-        ConfigError: If the loss is no longer a finite number.
+        ConfigError: If the loss is no longer a finite number, or class weights do not fit.
     """
     (result,) = fit_heads(
         [HeadJob(head_config, training, seed)], train_features, train_targets, valid_features,
-        valid_targets, data_seed=data_seed, device=device, classes=classes,
-        on_epoch=None if on_epoch is None else lambda _, row: on_epoch(row),
+        valid_targets, data_seed=data_seed, device=device, train_weights=train_weights,
+        classes=classes, on_epoch=None if on_epoch is None else lambda _, row: on_epoch(row),
     )  # fmt: skip
     if result.diverged_in is not None:
         found, hint = f"none in epoch {result.diverged_in}", "Lower --learning-rate"
@@ -86,11 +91,12 @@ def fit_heads(
     jobs: Sequence[HeadJob],
     train_features: npt.NDArray[Any],
     train_targets: npt.NDArray[Any],
-    valid_features: npt.NDArray[Any],
-    valid_targets: npt.NDArray[Any],
+    valid_features: npt.NDArray[Any] | None = None,
+    valid_targets: npt.NDArray[Any] | None = None,
     *,
     data_seed: int,
     device: torch.device,
+    train_weights: npt.NDArray[Any] | None = None,
     classes: Sequence[str] | None = None,
     on_epoch: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> list[FitResult]:
@@ -108,6 +114,7 @@ def fit_heads(
         valid_targets: (M,).
         data_seed: Of the order and the views.
         device: Where the rows and the heads live.
+        train_weights: (N,), as for ``fit_head``.
         classes: Names for the history's columns; None numbers them.
         on_epoch: Called with the number of a job and each row of its history as it is made, from
             one thread at a time.
@@ -121,13 +128,18 @@ def fit_heads(
     views = train_features.ndim == 3
     for head in dict.fromkeys(job.head for job in jobs):
         _check_rows("training rows", train_features, train_targets, head, at_least=2, views=views)
-        _check_rows("validation rows", valid_features, valid_targets, head, at_least=1)
+        if valid_features is not None and valid_targets is not None:
+            _check_rows("validation rows", valid_features, valid_targets, head, at_least=1)
+    if train_weights is not None:
+        _check_weights(train_weights, len(train_targets))
     num_classes = jobs[0].head.num_classes if jobs else 0
     names = [str(i) for i in range(num_classes)] if classes is None else list(classes)
     features = _to_tensor(train_features, device)
+    held_out = None if valid_features is None else _to_tensor(valid_features, device)
     rows = Rows(
         features, torch.from_numpy(train_targets.astype(np.int64)).to(device),
-        _to_tensor(valid_features, device).to(features.dtype), valid_targets, names, data_seed,
+        None if train_weights is None else torch.from_numpy(train_weights).to(features),
+        None if held_out is None else held_out.to(features.dtype), valid_targets, names, data_seed,
     )  # fmt: skip
     results: dict[int, FitResult] = {}
     lock = threading.Lock()
@@ -182,21 +194,23 @@ class _Progress:
         self.is_over = False
         self._history: list[dict[str, Any]] = []
         self._state: dict[str, Tensor] = {}
-        self._best_epoch, self._lowest_loss = 0, math.inf
+        self._best_epoch, self._lowest_epoch, self._lowest_loss = 0, 0, math.inf
         self._diverged_in: int | None = None
 
     def note(self, row: dict[str, Any], stack: HeadStack, place: int) -> bool:
         """Take in an epoch; return whether its losses are finite. Keeps the state if it is best."""
-        epoch = row["epoch"]
-        if not math.isfinite(row["train_loss"] + row["valid_loss"]):
+        epoch, loss = row["epoch"], row.get("valid_loss", row["train_loss"])
+        if not math.isfinite(row["train_loss"] + loss):
             self.is_over, self._diverged_in = True, epoch
             return False
         self._history.append(row)
-        if row["valid_loss"] < self._lowest_loss:
-            self._best_epoch, self._lowest_loss = epoch, row["valid_loss"]
+        if loss < self._lowest_loss:
+            self._lowest_epoch, self._lowest_loss = epoch, loss
+        if "valid_loss" not in row or epoch == self._lowest_epoch:
+            self._best_epoch = epoch
             self._state = {name: value.cpu() for name, value in stack.state(place).items()}
         patience = self.training.patience
-        self.is_over = patience is not None and epoch - self._best_epoch >= patience
+        self.is_over = patience is not None and epoch - self._lowest_epoch >= patience
         return True
 
     def result(self) -> FitResult:
@@ -236,14 +250,15 @@ def _fit_pass(
 
 def forward_head(
     head: nn.Module, features: npt.NDArray[Any], device: torch.device
-) -> npt.NDArray[np.float32]:
-    """Return logits (N, C) float32 of features (N, D), a few thousand rows at a time.
+) -> npt.NDArray[Any]:
+    """Return logits (N, C) of features (N, D) in the head's dtype, a few thousand rows at a time.
 
     Leaves the head in eval mode on ``device``.
     """
     head = head.to(device).eval()
+    dtype = next(head.parameters()).dtype
     logits = [
-        _logits(head, _to_tensor(features[i : i + FORWARD_ROWS], device).float()).numpy()
+        _logits(head, _to_tensor(features[i : i + FORWARD_ROWS], device).to(dtype)).numpy()
         for i in range(0, max(len(features), 1), FORWARD_ROWS)
     ]
     return np.concatenate(logits)
@@ -311,3 +326,10 @@ def _check_rows(
     if targets.min() < 0 or targets.max() > top:
         found = f"{targets.min()} to {targets.max()}"
         raise DataError(what, expected=f"targets from 0 to {top}", found=found)
+
+
+def _check_weights(weights: npt.NDArray[Any], num_rows: int) -> None:
+    if weights.shape != (num_rows,) or not (np.isfinite(weights) & (weights > 0)).all():
+        found = f"{weights.shape}, {weights.min(initial=np.inf)} to {weights.max(initial=-np.inf)}"
+        wanted = f"({num_rows},) finite numbers above 0"
+        raise DataError("weights of training rows", expected=wanted, found=found)

@@ -28,8 +28,9 @@ class TrainingConfig:
         schedule: ``constant``, or ``cosine``: from epoch to epoch down half a cosine towards 0.
         batch_size: Rows per step, two or more, or ``auto`` (see ``auto_batch_size``).
         epochs: The most passes over the rows.
-        patience: Stop after this many epochs without a lower validation loss; None never does.
-        class_weights: ``balanced`` weighs a class with n of N rows N / (C * n) in the loss.
+        patience: Stop after this many epochs without a lower validation loss (without validation
+            rows: training loss); None never does.
+        class_weights: In the loss: ``none``, ``balanced`` (N / (C * n) for n of N rows) or a tuple.
         label_smoothing: Share in [0, 1) of each target spread evenly over all classes.
     """
 
@@ -40,7 +41,7 @@ class TrainingConfig:
     batch_size: int | str = "auto"
     epochs: int = 10
     patience: int | None = None
-    class_weights: str = "none"
+    class_weights: str | tuple[float, ...] = "none"
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -50,7 +51,8 @@ class TrainingConfig:
         for option, value, fits, expected in (
             ("--optimizer", self.optimizer, self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
             ("--schedule", self.schedule, self.schedule in SCHEDULES, " or ".join(SCHEDULES)),
-            ("--class-weights", weights, weights in CLASS_WEIGHTS, " or ".join(CLASS_WEIGHTS)),
+            ("--class-weights", weights, _are_class_weights(weights),
+             " or ".join(CLASS_WEIGHTS) + " or a tuple of numbers from 0"),
             ("--learning-rate", rate, _is_finite(rate) and rate > 0, "a number above 0"),
             ("--weight-decay", decay, _is_finite(decay) and decay >= 0, "a number from 0"),
             ("--label-smoothing", smoothing, _is_finite(smoothing) and 0 <= smoothing < 1,
@@ -90,8 +92,9 @@ class FitResult:
         history: One row per epoch: ``epoch`` (from 1), ``train_loss`` (the loss minimised, weights
             and smoothing included), ``valid_loss`` (plain cross-entropy), ``valid_accuracy``, one
             ``valid_recall_CLASS`` per class (None without rows of it), ``learning_rate``,
-            ``seconds``.
-        best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties.
+            ``seconds``. Without validation rows there are no ``valid_`` columns.
+        best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties; without
+            validation rows the last.
         diverged_in: The epoch in which the loss was no finite number; it is not in the history.
     """
 
@@ -122,6 +125,12 @@ class HeadJob:
     head: HeadConfig
     training: TrainingConfig
     seed: int
+
+
+def _are_class_weights(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_finite(weight) and weight >= 0 for weight in value)
+    return value in CLASS_WEIGHTS
 
 
 def _is_finite(value: object) -> bool:

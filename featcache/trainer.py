@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from featcache.errors import ConfigError
 from featcache.jobs import HeadJob
 from featcache.optimizer import StackOptimizer
 from featcache.stack import HeadStack, SharedRows
@@ -27,12 +28,23 @@ _Batch: TypeAlias = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """What all heads are trained on and judged by."""
+    """What all heads are trained on and judged by.
+
+    Attributes:
+        features: (N, D) or (N, V, D).
+        targets: (N,) int64.
+        weights: (N,) of the rows, or None.
+        valid_features: (M, D), or None: there is nothing to judge by.
+        valid_targets: (M,), or None.
+        names: Of the classes, for the history's columns.
+        data_seed: Of the order and the views.
+    """
 
     features: Tensor
     targets: Tensor
-    valid_features: Tensor
-    valid_targets: npt.NDArray[Any]
+    weights: Tensor | None
+    valid_features: Tensor | None
+    valid_targets: npt.NDArray[Any] | None
     names: Sequence[str]
     data_seed: int
 
@@ -72,31 +84,36 @@ class Trainer:
         total = self._rows.features.new_zeros(len(self.stack))
         for batch in batches:
             shared = SharedRows.of(self._rows.features[batch])
-            losses = self.stack.backward(shared, self._wanted(self._rows.targets[batch[0]]))
+            losses = self.stack.backward(shared, self._wanted(batch[0]))
             self._optimizer.step(rates)
             total.add_(losses, alpha=len(batch[0]))
         means: list[float] = (total / sum(len(batch[0]) for batch in batches)).tolist()
         return means
 
-    def _wanted(self, targets: Tensor) -> Tensor:
+    def _wanted(self, rows: Tensor) -> Tensor:
         """Return by what each class' negative log-probability counts: see ``HeadStack.backward``.
 
         As in ``torch.nn.functional.cross_entropy``: the mean is over the weights of the targets.
         """
-        like = self._rows.features
+        like, targets = self._rows.features, self._rows.targets[rows]
         one_hot = functional.one_hot(targets, self._num_classes).to(like.dtype)
         wanted = []
         for weights, (_, smoothing) in zip(self._weights, self._losses, strict=True):
-            of_rows = weights[targets]
-            part = (one_hot * (1 - smoothing)) * of_rows[:, None]
+            of_targets = weights[targets]
+            part = (one_hot * (1 - smoothing)) * of_targets[:, None]
             part += weights * (smoothing / self._num_classes)
-            wanted.append(part / of_rows.sum())
+            if self._rows.weights is not None:
+                part *= self._rows.weights[rows][:, None]
+                of_targets = of_targets * self._rows.weights[rows]
+            wanted.append(part / of_targets.sum())
         if len(wanted) == 1:
             return wanted[0].expand(len(self.stack), *wanted[0].shape)
         return torch.stack(wanted)[self._loss_of]
 
     def validate(self) -> list[dict[str, Any]]:
-        """Return the validation columns of each head's history row."""
+        """Return the validation columns of each head's history row; none without such rows."""
+        if self._rows.valid_features is None or self._rows.valid_targets is None:
+            return [{} for _ in range(len(self.stack))]
         parts = torch.split(self._rows.valid_features, max(1, FORWARD_ROWS // len(self.stack)))
         logits = torch.cat([self.stack.forward(part).cpu() for part in parts], 1)
         return [_judge(of_head, self._rows.valid_targets, self._rows.names) for of_head in logits]
@@ -137,7 +154,14 @@ class Draw:
         return batches
 
 
-def _class_weights(kind: str, targets: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+def _class_weights(
+    kind: str | tuple[float, ...], targets: Tensor, num_classes: int, dtype: torch.dtype
+) -> Tensor:
+    if isinstance(kind, tuple):
+        if len(kind) != num_classes:
+            found = len(kind)
+            raise ConfigError("--class-weights", expected=f"{num_classes} numbers", found=found)
+        return torch.tensor(kind, dtype=dtype, device=targets.device)
     if kind == "none":
         return torch.ones(num_classes, dtype=dtype, device=targets.device)
     counts = torch.bincount(targets, minlength=num_classes).clamp(min=1)
