@@ -10,8 +10,11 @@ of these data sets, all contiguous and of fixed width:
   the first the plain one; splits may differ in V (only images to train on have views), not in D.
   ``targets`` (N,) int64 with -1 = unlabelled, or (N, C) float32 with NaN = unknown for
   ``multilabel``; ``paths`` (N,) bytes, ``/``-separated, sorted; ``groups`` (N,) bytes, optional;
-  ``image_sha256`` (N, 32) uint8; ``image_bytes`` and ``mtime_ns`` (N,) int64.
+  ``image_sha256`` (N, 32) uint8; ``image_bytes`` and ``mtime_ns`` (N,) int64; ``row_crc32`` (N,)
+  int64, optional: what a row's bytes add up to (module ``integrity``), so that damage is located.
 - ``/failures/{paths, splits, reasons}`` bytes, ``{targets, image_bytes, mtime_ns}`` int64.
+
+The table has the ``crc32`` of every data set outside ``/splits``, optionally.
 
 ``content_sha256`` is the sha256 of the canonical JSON list of [name, dtype, shape, sha256 of the
 bytes], sorted by name, over identity, classes and every split's features, targets and paths: two
@@ -112,6 +115,12 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
     def mtime_ns(self) -> npt.NDArray[np.int64]:
         """(N,) int64, modification times of the image files."""
         return self._map("mtime_ns")
+
+    @cached_property
+    def row_crc32(self) -> npt.NDArray[np.int64] | None:
+        """(N,) int64, a checksum of each row, or None when the cache has none."""
+        has_checksums = f"splits/{self.name}/row_crc32" in self._container.arrays
+        return self._map("row_crc32") if has_checksums else None
 
     def read_features(self) -> npt.NDArray[Any]:
         """Return the features as an array in memory, read at the speed of the disk."""
@@ -231,7 +240,15 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
         >>> cache.splits["train"].features.shape  # doctest: +SKIP
         (198, 1280)
     """
-    container = open_container(Path(path), verify=verify)
+    return read_cache(open_container(Path(path), verify=verify))
+
+
+def read_cache(container: Container) -> Cache:
+    """Return the cache in an open container.
+
+    Raises:
+        CacheError: If its small data sets or its table are not those of a cache.
+    """
     _check_kinds(container)
     identity = _read_json(container, "identity")
     text = container.map("identity").item()
@@ -241,7 +258,7 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
     if task not in TASKS:
         raise _damaged(container, "task", " or ".join(TASKS), task)
     cache = Cache(
-        path=Path(path),
+        path=container.path,
         identity=identity,
         provenance=_read_json(container, "provenance"),
         classes=tuple(_decode(container.map("classes"))),
@@ -304,6 +321,8 @@ def _check_rows(cache: Cache) -> None:
         }  # fmt: skip
         if prefix + "groups" in container.arrays:
             wanted["groups"] = ("S", ())
+        if prefix + "row_crc32" in container.arrays:
+            wanted["row_crc32"] = ("<i8", ())
         for key, (dtype, tail) in wanted.items():
             entry = container.arrays.get(prefix + key)
             if (

@@ -5,7 +5,7 @@ HDF5 reader skips. It holds one zero-padded JSON object: ``format``, ``format_ve
 ``user_block_bytes``, ``payload_bytes``, ``payload_sha256``, ``content_sha256``, ``fingerprint``,
 ``user_block_sha256`` (of the canonical JSON of the others: without it 35 of 2,000 random damages to
 the block itself renamed or moved an array unseen) and ``arrays``, the name, offset from the start
-of the file, shape and dtype of every data set. Behind it stands an ordinary HDF5 file of
+of the file, shape and dtype of every data set, and the ``crc32`` of some. Behind it stands an ordinary HDF5 file of
 contiguous, unfiltered, fixed-width data sets (module ``hdf5``).
 
 Reading follows nothing but the table, checked against the length of the file: of 39,000 damaged
@@ -55,6 +55,8 @@ class ArrayEntry:
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    crc32: int | None = None
+    """Of its bytes; None where the table has none."""
 
     @property
     def num_bytes(self) -> int:
@@ -148,8 +150,12 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
             hint="Make it with featcache extract",
         ) from error  # fmt: skip
     container = _parse(text, path, stamp)
-    if verify:
-        check_payload(container)
+    if verify and not is_payload_whole(container):
+        raise CacheError(
+            "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",
+            found="another", where=path,
+            hint="The file is damaged: copy it again; featcache verify says where and how to repair it",
+        )  # fmt: skip
     return container
 
 
@@ -163,19 +169,9 @@ def content_sha256(digests: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], s
     return hashlib.sha256(canonical_json(sorted(lines)).encode()).hexdigest()
 
 
-def check_payload(container: Container) -> None:
-    """Compare the bytes behind the user block with ``payload_sha256``.
-
-    Raises:
-        CacheError: If they differ: the file was damaged after it was written.
-    """
-    found = sha256_file(container.path, container.user_block_bytes)
-    if found != container.payload_sha256:
-        raise CacheError(
-            "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",
-            found=f"{found[:16]}...", where=container.path,
-            hint="The file is damaged: copy it again, or run featcache extract --rebuild",
-        )  # fmt: skip
+def is_payload_whole(container: Container) -> bool:
+    """Return whether the bytes behind the user block are those of ``payload_sha256``."""
+    return sha256_file(container.path, container.user_block_bytes) == container.payload_sha256
 
 
 def _read_user_block(file: Any, path: Path) -> str:
@@ -276,7 +272,10 @@ def _parse_entry(line: Any, start: int, size: int) -> ArrayEntry:
         raise ValueError(f"{name!r:.80} of dtype {dtype!r:.80}")
     if len(shape) > 3 or any(type(n) is not int or not 0 <= n <= size for n in shape):
         raise ValueError(f"{name} of shape {shape!r:.80}")
-    entry = ArrayEntry(name, offset, tuple(shape), np.dtype(dtype))
+    crc32 = line.get("crc32")
+    if crc32 is not None and (type(crc32) is not int or not 0 <= crc32 < 1 << 32):
+        raise ValueError(f"{name} of crc32 {crc32!r:.80}")
+    entry = ArrayEntry(name, offset, tuple(shape), np.dtype(dtype), crc32)
     if type(offset) is not int or offset < start or offset + entry.num_bytes > size:
         raise ValueError(f"{name} at {offset!r:.80}, outside the file")
     return entry

@@ -53,11 +53,13 @@ class ArraySource:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     blocks: Callable[[], Iterable[npt.NDArray[Any]]]
+    crc32: int | None = None
+    """For the table."""
 
     @classmethod
-    def of(cls, name: str, array: npt.NDArray[Any]) -> ArraySource:
+    def of(cls, name: str, array: npt.NDArray[Any], crc32: int | None = None) -> ArraySource:
         """Return the source of an array in memory."""
-        return cls(name, array.shape, array.dtype, lambda: [array])
+        return cls(name, array.shape, array.dtype, lambda: [array], crc32)
 
     @property
     def num_bytes(self) -> int:
@@ -129,6 +131,7 @@ def write_container(
             "user_block_sha256": "0" * 64,
             "arrays": [
                 {"name": e.name, "offset": e.offset, "shape": list(e.shape), "dtype": e.dtype.str}
+                | ({} if e.crc32 is None else {"crc32": e.crc32})
                 for e in entries
             ],
         }
@@ -201,7 +204,9 @@ def _make_skeleton(
                 file.id, source.name.encode(), dtype, space, dcpl=creation, lcpl=groups
             )
             offset = data.get_offset() if source.num_bytes else user_block_bytes
-            entries.append(ArrayEntry(source.name, offset, source.shape, source.dtype))
+            entries.append(
+                ArrayEntry(source.name, offset, source.shape, source.dtype, source.crc32)
+            )
     return skeleton, entries
 
 

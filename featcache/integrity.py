@@ -1,0 +1,157 @@
+"""The checksums inside a cache, and where it is damaged.
+
+``/splits/<split>/row_crc32`` holds for each row the CRC-32 (zlib's) of, one after the other and
+each as it is stored: ``/identity``, ``/classes``, ``/task``, then the row of ``features``,
+``targets``, ``paths``, ``groups`` where there are any, ``image_sha256``, ``image_bytes`` and
+``mtime_ns``. A row that bears out is the very one that was written, and so is what it means. The
+``crc32`` of the table stand for the data sets outside the splits. ``payload_sha256`` covers every
+byte and decides whether there is damage; these say where. Integrity, not authenticity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache import SPLITS
+from featcache.container import Container, is_payload_whole
+
+BLOCK_ROWS = 4096
+METADATA = "HDF5 metadata"
+COLUMNS = ("targets", "paths", "groups", "image_sha256", "image_bytes", "mtime_ns")
+_MEANING = ("identity", "classes", "task")
+_OUTSIDE = (*_MEANING, "provenance")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is damaged in a cache.
+
+    Attributes:
+        rows: Split -> the numbers of the rows that do not bear out; only splits with such rows.
+        parts: Data sets outside the splits, splits without checksums of their rows, and ``HDF5
+            metadata``, the bytes between data sets.
+        splits: The splits whose rows can be told apart.
+    """
+
+    rows: Mapping[str, npt.NDArray[np.int64]]
+    parts: tuple[str, ...]
+    splits: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.parts)
+
+    @property
+    def is_meaning_lost(self) -> bool:
+        """Whether it cannot be known what the rows mean."""
+        return any(part in _MEANING for part in self.parts)
+
+
+def array_crc32(array: npt.NDArray[Any], start: int = 0) -> int:
+    """Return the CRC-32 of an array's bytes, continued from ``start``."""
+    return zlib.crc32(_bytes_of(array), start)
+
+
+def meaning_crc32(
+    identity: npt.NDArray[Any], classes: npt.NDArray[Any], task: npt.NDArray[Any]
+) -> int:
+    """Return what the checksums of all rows begin with."""
+    return array_crc32(task, array_crc32(classes, array_crc32(identity)))
+
+
+def rows_crc32(
+    start: int, features: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]
+) -> npt.NDArray[np.int64]:
+    """Return the checksums of some rows.
+
+    0.34 s for (100000, 1280), four fifths of it in zlib: 7 % of writing them to a disk.
+
+    Args:
+        start: ``meaning_crc32``.
+        features: (n, D) or (n, V, D).
+        columns: ``COLUMNS`` of the same rows; ``groups`` may be missing.
+    """
+    num_rows = len(features)
+    if num_rows == 0:
+        return np.empty(0, np.int64)
+    parts = [columns[name] for name in COLUMNS if name in columns]
+    facts = np.concatenate([_bytes_of(part).reshape(num_rows, -1) for part in parts], axis=1)
+    size, width = features[0].nbytes, facts.shape[1]
+    vectors, others = memoryview(_bytes_of(features)), memoryview(_bytes_of(facts))
+    crc32 = zlib.crc32
+    return np.array([
+        crc32(others[i * width : (i + 1) * width], crc32(vectors[i * size : (i + 1) * size], start))
+        for i in range(num_rows)
+    ], np.int64)  # fmt: skip
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def find_damage(container: Container) -> Damage:
+    """Find out where a cache is damaged: which rows, or else which part.
+
+    Args:
+        container: Opened without checking its payload. Its user block bears its own hash, so the
+            table is what was written.
+    """
+    whole = is_payload_whole(container)
+    splits = tuple(s for s in SPLITS if _has_checksums(container, s))
+    parts = [name for name in container.arrays if _is_part_damaged(container, name)]
+    rows: dict[str, npt.NDArray[np.int64]] = {}
+    if not set(parts) & set(_MEANING):
+        start = meaning_crc32(*(container.map(name) for name in _MEANING))
+        found = {split: _find_rows(container, split, start) for split in splits}
+        rows = {split: numbers for split, numbers in found.items() if len(numbers)}
+    if not whole:
+        unknown = [s for s in SPLITS if f"splits/{s}/features" in container.arrays]
+        parts += [f"splits/{s}, whose rows have no checksums" for s in unknown if s not in splits]
+        if not rows and not parts:
+            parts = [METADATA]
+    return Damage(rows, tuple(parts), splits)
+
+
+def _has_checksums(container: Container, split: str) -> bool:
+    """Whether the rows of a split can be told apart: the columns are there and as long."""
+    arrays, prefix = container.arrays, f"splits/{split}/"
+    if prefix + "features" not in arrays or any(name not in arrays for name in _OUTSIDE):
+        return False
+    wanted = [prefix + name for name in (*COLUMNS, "row_crc32") if name != "groups"]
+    wanted += [prefix + "groups"] if prefix + "groups" in arrays else []
+    num_rows = arrays[prefix + "features"].shape[:1]
+    return (
+        all(name in arrays and arrays[name].shape[:1] == num_rows != () for name in wanted)
+        and arrays[prefix + "row_crc32"].dtype.str == "<i8"
+        and arrays[prefix + "row_crc32"].shape == num_rows
+    )
+
+
+def _is_part_damaged(container: Container, name: str) -> bool:
+    entry = container.arrays[name]
+    if name == "identity":
+        sha256 = hashlib.sha256(_bytes_of(container.map(name)).tobytes()).hexdigest()
+        return sha256 != container.fingerprint
+    return entry.crc32 is not None and array_crc32(container.map(name)) != entry.crc32
+
+
+def _find_rows(container: Container, split: str, start: int) -> npt.NDArray[np.int64]:
+    """Return the numbers of the rows of a split that do not bear out."""
+    prefix = f"splits/{split}/"
+    features, recorded = (container.map(prefix + name) for name in ("features", "row_crc32"))
+    columns = {
+        name: container.map(prefix + name) for name in COLUMNS if prefix + name in container.arrays
+    }
+    wrong = np.zeros(len(features), bool)
+    for i in range(0, len(features), BLOCK_ROWS):
+        rows = slice(i, i + BLOCK_ROWS)
+        found = rows_crc32(start, features[rows], {k: v[rows] for k, v in columns.items()})
+        wrong[rows] = found != recorded[rows]
+    numbers: npt.NDArray[np.int64] = np.flatnonzero(wrong)
+    return numbers
