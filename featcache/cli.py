@@ -285,6 +285,7 @@ def info(cache_or_run: Path, as_json: bool) -> None:
     "--samples", type=_OrWord(int, "all"), default=32, show_default=True,
     help="Rows to recompute.",
 )  # fmt: skip
+@click.option("--repair", is_flag=True, help="Write CACHE again without its bad rows.")
 @_TRUST
 @_WEIGHTS
 @_DEVICE
@@ -298,7 +299,12 @@ def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     from featcache.verification import verify as verify_cache
 
     result = verify_cache(cache, say=_say(as_json, quiet), **options)
-    judged = "good" if not (result.changed or result.vanished) else "whole, but its images are not"
+    judged = "good" if not result.vanished else "whole, but its images are not"
+    if result.repaired:
+        judged = (
+            f"repaired, {len(result.dropped):,} rows dropped, {result.num_rows:,} left. "
+            "Repeat the extract command: it makes what is missing"
+        )
     _print(result.as_json(), [f"{printable(result.cache)}: {judged}"], as_json, quiet)
 
 

@@ -5,8 +5,8 @@ HDF5 reader skips. It holds one zero-padded JSON object: ``format``, ``format_ve
 ``user_block_bytes``, ``payload_bytes``, ``payload_sha256``, ``content_sha256``, ``fingerprint``,
 ``user_block_sha256`` (of the canonical JSON of the others: without it 35 of 2,000 random damages to
 the block itself renamed or moved an array unseen) and ``arrays``, the name, offset from the start
-of the file, shape and dtype of every data set, and the ``crc32`` of some. Behind it stands an ordinary HDF5 file of
-contiguous, unfiltered, fixed-width data sets (module ``hdf5``).
+of the file, shape and dtype of every data set, and the ``crc32`` of some. Behind it stands an
+ordinary HDF5 file of contiguous, unfiltered, fixed-width data sets (module ``hdf5``).
 
 Reading follows nothing but the table, checked against the length of the file: of 39,000 damaged
 HDF5 files libhdf5 read 4,765 as other data without an error, hung on 8 and crashed on 2.
@@ -154,7 +154,7 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
         raise CacheError(
             "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",
             found="another", where=path,
-            hint="The file is damaged: copy it again; featcache verify says where and how to repair it",
+            hint="The file is damaged: copy it again, or featcache verify says where and how to go on",
         )  # fmt: skip
     return container
 

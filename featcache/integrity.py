@@ -30,19 +30,30 @@ _OUTSIDE = (*_MEANING, "provenance")
 
 
 @dataclass(frozen=True)
+class BadRow:
+    """A row that is not what it should be: where it is, what was expected, what was found."""
+
+    split: str
+    row: int
+    path: str
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True)
 class Damage:
     """What is damaged in a cache.
 
     Attributes:
-        rows: Split -> the numbers of the rows that do not bear out; only splits with such rows.
+        rows: Those that do not bear out.
         parts: Data sets outside the splits, splits without checksums of their rows, and ``HDF5
             metadata``, the bytes between data sets.
-        splits: The splits whose rows can be told apart.
+        unlocated: Damaged or not, the splits without checksums: their rows cannot be told apart.
     """
 
-    rows: Mapping[str, npt.NDArray[np.int64]]
+    rows: tuple[BadRow, ...]
     parts: tuple[str, ...]
-    splits: tuple[str, ...]
+    unlocated: tuple[str, ...]
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.parts)
@@ -55,7 +66,7 @@ class Damage:
 
 def array_crc32(array: npt.NDArray[Any], start: int = 0) -> int:
     """Return the CRC-32 of an array's bytes, continued from ``start``."""
-    return zlib.crc32(_bytes_of(array), start)
+    return zlib.crc32(_bytes_of(array).data, start)
 
 
 def meaning_crc32(
@@ -83,7 +94,7 @@ def rows_crc32(
     parts = [columns[name] for name in COLUMNS if name in columns]
     facts = np.concatenate([_bytes_of(part).reshape(num_rows, -1) for part in parts], axis=1)
     size, width = features[0].nbytes, facts.shape[1]
-    vectors, others = memoryview(_bytes_of(features)), memoryview(_bytes_of(facts))
+    vectors, others = _bytes_of(features).data, _bytes_of(facts).data
     crc32 = zlib.crc32
     return np.array([
         crc32(others[i * width : (i + 1) * width], crc32(vectors[i * size : (i + 1) * size], start))
@@ -103,19 +114,43 @@ def find_damage(container: Container) -> Damage:
             table is what was written.
     """
     whole = is_payload_whole(container)
-    splits = tuple(s for s in SPLITS if _has_checksums(container, s))
+    splits = [s for s in SPLITS if f"splits/{s}/features" in container.arrays]
+    unlocated = tuple(s for s in splits if not _has_checksums(container, s))
     parts = [name for name in container.arrays if _is_part_damaged(container, name)]
-    rows: dict[str, npt.NDArray[np.int64]] = {}
+    rows: list[BadRow] = []
     if not set(parts) & set(_MEANING):
-        start = meaning_crc32(*(container.map(name) for name in _MEANING))
-        found = {split: _find_rows(container, split, start) for split in splits}
-        rows = {split: numbers for split, numbers in found.items() if len(numbers)}
+        for split in splits:
+            if split not in unlocated:
+                rows += _find_rows(container, split)
     if not whole:
-        unknown = [s for s in SPLITS if f"splits/{s}/features" in container.arrays]
-        parts += [f"splits/{s}, whose rows have no checksums" for s in unknown if s not in splits]
+        parts += [f"splits/{split}" for split in unlocated]
         if not rows and not parts:
             parts = [METADATA]
-    return Damage(rows, tuple(parts), splits)
+    return Damage(tuple(rows), tuple(parts), unlocated)
+
+
+def find_infinite(container: Container) -> list[BadRow]:
+    """Return the rows with features that are NaN or infinite."""
+    bad = []
+    for split in SPLITS:
+        if f"splits/{split}/features" in container.arrays:
+            features = container.map(f"splits/{split}/features")
+            for i in range(0, len(features), BLOCK_ROWS):
+                block = features[i : i + BLOCK_ROWS]
+                finite = np.isfinite(block.reshape(len(block), -1)).all(axis=1)
+                numbers = (i + np.flatnonzero(~finite)).tolist()
+                bad += _name_rows(container, split, numbers, "finite values", "NaN or infinity")
+    return bad
+
+
+def _name_rows(
+    container: Container, split: str, numbers: list[int], expected: str, found: str
+) -> list[BadRow]:
+    if not numbers:
+        return []
+    paths = container.map(f"splits/{split}/paths")
+    texts = [paths[i].decode("utf-8", "surrogateescape") for i in numbers]
+    return [BadRow(split, i, t, expected, found) for i, t in zip(numbers, texts, strict=True)]
 
 
 def _has_checksums(container: Container, split: str) -> bool:
@@ -128,6 +163,7 @@ def _has_checksums(container: Container, split: str) -> bool:
     num_rows = arrays[prefix + "features"].shape[:1]
     return (
         all(name in arrays and arrays[name].shape[:1] == num_rows != () for name in wanted)
+        and arrays[prefix + "paths"].dtype.kind == "S"
         and arrays[prefix + "row_crc32"].dtype.str == "<i8"
         and arrays[prefix + "row_crc32"].shape == num_rows
     )
@@ -141,8 +177,9 @@ def _is_part_damaged(container: Container, name: str) -> bool:
     return entry.crc32 is not None and array_crc32(container.map(name)) != entry.crc32
 
 
-def _find_rows(container: Container, split: str, start: int) -> npt.NDArray[np.int64]:
-    """Return the numbers of the rows of a split that do not bear out."""
+def _find_rows(container: Container, split: str) -> list[BadRow]:
+    """Return the rows of a split that do not bear out."""
+    start = meaning_crc32(*(container.map(name) for name in _MEANING))
     prefix = f"splits/{split}/"
     features, recorded = (container.map(prefix + name) for name in ("features", "row_crc32"))
     columns = {
@@ -153,5 +190,5 @@ def _find_rows(container: Container, split: str, start: int) -> npt.NDArray[np.i
         rows = slice(i, i + BLOCK_ROWS)
         found = rows_crc32(start, features[rows], {k: v[rows] for k, v in columns.items()})
         wrong[rows] = found != recorded[rows]
-    numbers: npt.NDArray[np.int64] = np.flatnonzero(wrong)
-    return numbers
+    numbers = np.flatnonzero(wrong).tolist()
+    return _name_rows(container, split, numbers, "its recorded checksum", "another")

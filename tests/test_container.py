@@ -21,8 +21,8 @@ import pytest
 from featcache.container import (
     MAX_USER_BLOCK_BYTES,
     Container,
-    is_payload_whole,
     content_sha256,
+    is_payload_whole,
     open_container,
 )
 from featcache.errors import CacheError

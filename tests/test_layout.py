@@ -29,7 +29,7 @@ ROWS = [
     ["engine", "isolation", "integrity"],
     ["cache_writer", "partition", "recipe"],
     ["pipeline", "repair"],
-    ["production", "projection", "summary"],
+    ["production", "projection", "summary", "comparison"],
     ["splitting", "extraction", "verification", "training", "evaluation", "classifier"],
     ["demo", "wording"],
     ["cli"],
