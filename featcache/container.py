@@ -39,6 +39,7 @@ MIN_USER_BLOCK_BYTES = 4096
 MAX_USER_BLOCK_BYTES = 1 << 20
 
 _USER_BLOCK_SIZES = {1 << power for power in range(12, 21)}
+_UNREADABLE = "an unreadable user block"
 _KEYS = {
     "format", "format_version", "user_block_bytes", "payload_bytes", "payload_sha256",
     "content_sha256", "fingerprint", "arrays",
@@ -154,7 +155,7 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
         raise CacheError(
             "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",
             found="another", where=path,
-            hint="The file is damaged: copy it again, or featcache verify says where and how to go on",
+            hint="The file is damaged: copy it again, or let featcache verify say where",
         )  # fmt: skip
     return container
 
@@ -184,14 +185,14 @@ def _read_user_block(file: Any, path: Path) -> str:
     try:
         return str(head.split(b"\0", 1)[0].decode("ascii"))
     except UnicodeDecodeError as error:
-        raise _not_a_cache(path, "an unreadable user block") from error
+        raise _not_a_cache(path, _UNREADABLE) from error
 
 
 def _not_a_cache(path: Path, found: str) -> CacheError:
-    return CacheError(
-        "cache", expected="a featcache file", found=found, where=path,
-        hint="Caches are made by featcache extract or featcache.write_cache",
-    )  # fmt: skip
+    hint = "Caches are made by featcache extract or featcache.write_cache"
+    if found == _UNREADABLE:
+        hint = "If it was a cache, it is damaged: copy it again, or run featcache extract --rebuild"
+    return CacheError("cache", expected="a featcache file", found=found, where=path, hint=hint)
 
 
 def _stamp(handle: int) -> tuple[int, ...]:
@@ -228,7 +229,7 @@ def _parse(text: str, path: Path, stamp: tuple[int, ...]) -> Container:
     try:
         block = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _not_a_cache(path, "an unreadable user block") from error
+        raise _not_a_cache(path, _UNREADABLE) from error
     if not isinstance(block, dict) or block.get("format") != FORMAT:
         raise _not_a_cache(path, "another format")
     version = block.get("format_version")
