@@ -251,7 +251,7 @@ def predict_cache(run: str | Path, cache: str | Path, *, device: str = "auto") -
         CacheError: If the cache is not whole.
     """
     loaded, opened = load_run(run), open_cache(cache)
-    require_same_features(loaded.cache["identity"], opened.identity)
+    require_same_features(loaded.cache["identity"], opened.identity, opened.path)
     place = resolve_device(device)
     head = load_head(loaded).to(place)
     paths, probs = [], [np.empty((0, len(loaded.classes)))]

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -41,7 +42,10 @@ from featcache.errors import CacheError
 from featcache.files import atomic_writer, canonical_json, child_process
 
 _COPY_BYTES = 1 << 22
-_CHECK_SECONDS = 60
+_CHECK_SECONDS = 8  # of computing; a good file takes half a second, of which importing is most
+_CHECK_WAIT_SECONDS = 60  # a machine under load, a network
+_CHECK_BYTES = 1 << 30
+_MAX_OBJECTS = 1000
 _NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
 
@@ -272,18 +276,25 @@ def compare_with_hdf5(container: Container) -> list[str]:
     """Compare the table with what libhdf5 finds in the file; return the differences.
 
     libhdf5 runs in a child process with limits on memory and time: hostile files hang or crash it.
+    It does not lock the file, which network file systems may refuse: caches are replaced, never
+    changed. It loads no plugins, which the environment might name.
     """
     command, environment = child_process("featcache.hdf5")
+    environment |= {"HDF5_USE_FILE_LOCKING": "FALSE", "HDF5_PLUGIN_PRELOAD": "::"}
+    environment |= {"OPENBLAS_NUM_THREADS": "1"}  # each thread asks for memory that is never used
     try:
         done = subprocess.run(
             [*command, str(container.path)], env=environment, capture_output=True,
-            timeout=_CHECK_SECONDS, check=False,
+            timeout=_CHECK_WAIT_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return [f"libhdf5 did not answer within {_CHECK_SECONDS} s"]
+        return [f"no answer of libhdf5 within {_CHECK_WAIT_SECONDS} s"]
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        return [f"libhdf5 cannot read it (exit {done.returncode}): {lines[-1:] or 'no message'}"]
+        reason = lines[-1] if lines else "no message"
+        if -done.returncode in {getattr(signal, name, None) for name in ("SIGXCPU", "SIGKILL")}:
+            reason = f"no answer within {_CHECK_SECONDS} s of computing"
+        return [f"libhdf5 cannot read it (exit {done.returncode}): {reason:.200}"]
     seen = json.loads(done.stdout)
     table = {
         e.name: [e.offset if e.num_bytes else None, list(e.shape), e.dtype.str]
@@ -304,22 +315,36 @@ def compare_with_hdf5(container: Container) -> list[str]:
 
 
 def _hdf5_view(path: str) -> dict[str, Any]:
-    """Return what libhdf5 sees: the arrays' offsets, shapes, dtypes and the root's attributes."""
+    """Return what libhdf5 sees: the arrays' offsets, shapes, dtypes and the root's attributes.
+
+    Nothing is read but metadata, and no link is followed but hard ones, of which each object is
+    seen once. Of virtual data sets not even the shape is asked for: it may depend on other files.
+    """
     import h5py
 
     arrays: dict[str, Any] = {}
     with h5py.File(path, "r") as file:
         names: list[str] = []
-        file.visit(names.append)
+
+        def take(name: str) -> bool | None:
+            names.append(name)
+            return True if len(names) > _MAX_OBJECTS else None
+
+        if file.visit(take):
+            raise ValueError(f"more than {_MAX_OBJECTS:,} objects")
         for name in names:
             if file.get(name, getclass=True) is h5py.Dataset:
                 data = file[name]
-                plain = data.chunks is None and data.external is None and not data.is_virtual
+                layout = data.id.get_create_plist()
+                if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count():
+                    arrays[name] = "stored otherwise: in chunks, in other files or virtually"
+                    continue
                 offset = data.id.get_offset() if data.id.get_storage_size() else None
-                arrays[name] = [offset if plain else -1, list(data.shape), data.dtype.str]
+                arrays[name] = [offset, list(data.shape), data.dtype.str]
+        wanted = {key: file.attrs.get(key) for key in ("format", "fingerprint")}
         attributes = {
             key: value.decode() if isinstance(value, bytes) else str(value)
-            for key, value in file.attrs.items()
+            for key, value in wanted.items()
         }
     return {"arrays": arrays, "attributes": attributes}
 
@@ -328,7 +353,7 @@ def _limit_resources() -> None:
     with contextlib.suppress(ImportError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+        resource.setrlimit(resource.RLIMIT_AS, (_CHECK_BYTES, _CHECK_BYTES))
         resource.setrlimit(resource.RLIMIT_CPU, (_CHECK_SECONDS, _CHECK_SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

@@ -236,7 +236,7 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
 
 
 def _say_failures(cache: Cache, say: Say) -> None:
-    """Say how many images are not in the cache, and where: losing those of a class biases a head."""
+    """Say how many images are missing, and of what: without those of a class a head is biased."""
     if not cache.failures:
         return
     counts: Counter[str] = Counter()
