@@ -191,4 +191,4 @@ def _find_rows(container: Container, split: str) -> list[BadRow]:
         found = rows_crc32(start, features[rows], {k: v[rows] for k, v in columns.items()})
         wrong[rows] = found != recorded[rows]
     numbers = np.flatnonzero(wrong).tolist()
-    return _name_rows(container, split, numbers, "its recorded checksum", "another")
+    return _name_rows(container, split, numbers, "the bytes of its checksum", "others")

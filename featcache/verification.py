@@ -32,7 +32,7 @@ from featcache.shards import partial_folder
 
 _REBUILD = "Extract it again: featcache extract DATA CACHE --rebuild"
 _REPAIR = "Rewrite it with featcache verify CACHE --repair"
-_DROP = "Drop it with featcache verify CACHE{data} --repair, then repeat the extract command"
+_DROP = "Drop bad rows with featcache verify {path}{data} --repair, then extract what is missing"
 _UNDAMAGED = Damage((), (), ())
 
 
@@ -124,7 +124,7 @@ def verify(
     if data is None:
         return _result(opened, None)
     comparison = compare(opened, data, say=say, **how)  # type: ignore[arg-type]
-    _refuse_rows(path, comparison.bad_rows, " --data DATA --samples all")
+    _refuse_rows(path, comparison.bad_rows, f" --data {data} --samples all")
     return _result(opened, comparison)
 
 
@@ -187,10 +187,11 @@ def _refuse_rows(path: Path, bad_rows: Sequence[BadRow], data: str) -> None:
     if not bad_rows:
         return
     first, others = bad_rows[0], len(bad_rows) - 1
-    more = f", and {others:,} more bad rows" if others else ""
+    more = f" ({others:,} other rows are bad too)" if others > 1 else " (as is another row)"
+    more = more if others else ""
     raise CacheError(
         f"row {first.row} of {first.split}, {first.path}", expected=first.expected,
-        found=f"{first.found}{more}", where=path, hint=_DROP.format(data=data),
+        found=f"{first.found}{more}", where=path, hint=_DROP.format(path=path, data=data),
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_what_is_repaired_is_said_to_the_next_training(folder: Path, tmp_path: P
     flip(folder / "c.h5", "splits/train/features", 0)
     said: list[str] = []
     verify(folder / "c.h5", repair=True, say=said.append)
-    assert said == ["dropped: row 0 of train, train/covid/trc000_0.jpg: found another"]
+    assert said == ["dropped: row 0 of train, train/covid/trc000_0.jpg: found others"]
     summary = train(folder / "c.h5", tmp_path / "run", epochs=1, hidden=())
     assert summary.num_failed == 1
 

@@ -61,7 +61,9 @@ def test_one_flipped_bit_is_found(cache: Cache) -> None:
     cache.path.write_bytes(data)
     with pytest.raises(CacheError, match="payload sha256"):
         open_cache(cache.path)
-    with pytest.raises(CacheError, match=f"^row 0 of valid, {wrong}: .*checksum.*--repair"):
+    with pytest.raises(
+        CacheError, match=f"^row 0 of valid, {wrong}: .*checksum, found others .*--repair"
+    ):
         verify(cache.path)
 
 
