@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from featcache.evaluation import evaluate
     from featcache.extraction import extract, extract_caches, plan, plan_caches
     from featcache.run import load_run
+    from featcache.selection import select
     from featcache.splitting import split
     from featcache.training import train
     from featcache.verification import describe, verify
@@ -66,6 +67,7 @@ _MODULES = {
     "plan_caches": "extraction",
     "predict_cache": "classifier",
     "scan": "dataset",
+    "select": "selection",
     "split": "splitting",
     "train": "training",
     "verify": "verification",
@@ -77,8 +79,8 @@ __all__ = [
     "Backbone", "BackboneError", "Cache", "CacheError", "CacheSplit", "Classifier", "ConfigError",
     "DataError", "FeatcacheError", "FeatcacheWarning", "Predictions", "RunError", "build_backbone",
     "describe", "evaluate", "extract", "extract_caches", "load_classifier", "load_run",
-    "open_cache", "plan", "plan_caches", "predict_cache", "scan", "split", "train", "verify",
-    "wrap_backbone", "write_cache",
+    "open_cache", "plan", "plan_caches", "predict_cache", "scan", "select", "split", "train",
+    "verify", "wrap_backbone", "write_cache",
 ]  # fmt: skip
 
 

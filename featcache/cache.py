@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +74,11 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
     def features(self) -> npt.NDArray[Any]:
         """(N, D) or (N, V, D) float32 or float16, a read-only view of the file."""
         return self._map("features")
+
+    def map_vectors(self) -> npt.NDArray[Any]:
+        """Return (N * V, D), a view whose pages leave the memory with it."""
+        features = self._map("features")
+        return features.reshape(-1, features.shape[-1])
 
     @property
     def plain_features(self) -> npt.NDArray[Any]:
@@ -256,18 +261,19 @@ def read_cache(container: Container) -> Cache:
         raise _damaged(container, "identity", "the fingerprint's", "another")
     task = str(container.map("task").item().decode("utf-8", "replace"))
     check_table(container, task)
+    classes = tuple(decode_texts(container.map("classes")))
     cache = Cache(
         path=container.path,
         identity=identity,
         provenance=read_json(container, "provenance"),
-        classes=tuple(decode_texts(container.map("classes"))),
+        classes=classes,
         task=task,
         splits={
             s: CacheSplit(container, s)
             for s in SPLITS
             if f"splits/{s}/features" in container.arrays
         },
-        failures=tuple(read_failures(container)),
+        failures=read_failures(container, len(classes)),
         container=container,
     )
     _check_values(cache)
@@ -279,6 +285,20 @@ def is_content(name: str) -> bool:
     return name in {"identity", "classes"} or (
         name.startswith("splits/") and name.endswith(("/features", "/targets", "/paths"))
     )
+
+
+def name_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str]:
+    """Return in which values two identities differ, the wanted and the found ones, for a message.
+
+    Example:
+        >>> name_differences({"image_size": 224, "views": 1}, {"image_size": 240, "views": 1})
+        ('image_size 224', 'image_size 240')
+    """
+    keys = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
+    wanted_text, found_text = (
+        ", ".join(f"{key} {side.get(key)!r:.40}" for key in keys) for side in (wanted, found)
+    )
+    return wanted_text, found_text
 
 
 def _check_kinds(container: Container) -> None:
@@ -370,18 +390,25 @@ def read_json(container: Container, name: str) -> dict[str, Any]:
     return value
 
 
-def read_failures(container: Container) -> Iterator[Failure]:
-    """Yield the failures in a container, or raise ``CacheError``."""
+def read_failures(container: Container, num_classes: int) -> tuple[Failure, ...]:
+    """Return the failures in a container, or raise ``CacheError``."""
     texts = [decode_texts(container.map(f"failures/{k}")) for k in ("paths", "splits", "reasons")]
     numbers = [
         [int(n) for n in container.map(f"failures/{k}")]
         for k in ("targets", "image_bytes", "mtime_ns")
     ]
-    try:
-        for path, split, reason, target, size, time in zip(*texts, *numbers, strict=True):
-            yield Failure(path, split, target, reason, size, time)
-    except ValueError as error:
-        raise _damaged(container, "failures", "arrays of one length", "several") from error
+    if len({*map(len, texts), *map(len, numbers)}) > 1:
+        raise _damaged(container, "failures", "arrays of one length", "several")
+    failures = tuple(
+        Failure(path, split, target, reason, size, time)
+        for path, split, reason, target, size, time in zip(*texts, *numbers, strict=True)
+    )
+    for failure in failures:
+        if failure.split not in SPLITS or not -1 <= failure.target < num_classes:
+            wanted = f"a split, and a target from -1 to {num_classes - 1}"
+            found = f"{failure.split!r:.40} and {failure.target}"
+            raise _damaged(container, "failures", wanted, found)
+    return failures
 
 
 def decode_texts(array: npt.NDArray[Any]) -> list[str]:

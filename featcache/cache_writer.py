@@ -149,7 +149,7 @@ def write_cache(
     if unknown or not by_split:
         raise DataError("splits", expected=" or ".join(SPLITS), found=sorted(unknown), where=path)
     names = [str(name) for name in classes]
-    _check_names("classes", names)
+    check_names("classes", names)
     for what, value in (("targets", targets), ("paths", paths), ("groups", groups)):
         if isinstance(value, Mapping) and set(value) - set(by_split):
             found = ", ".join(sorted(map(str, set(value) - set(by_split))))
@@ -201,9 +201,9 @@ def _check_new_rows(
     if len(names) != num_rows or len(set(names)) != num_rows:
         found = f"{len(names)} paths, {len(set(names))} different"
         raise wrong("paths", f"{num_rows} different paths", found)
-    _check_names(f"paths of split {split}", names)
+    check_names(f"paths of split {split}", names)
     if groups is not None:
-        _check_names(f"groups of split {split}", list(dict.fromkeys(map(str, groups))))
+        check_names(f"groups of split {split}", list(dict.fromkeys(map(str, groups))))
     if groups is not None and len(groups) != num_rows:
         raise wrong("groups", f"{num_rows} groups", len(groups))
     if targets.ndim == 2:
@@ -233,8 +233,12 @@ def _check_new_rows(
     )  # fmt: skip
 
 
-def _check_names(what: str, names: Sequence[str]) -> None:
-    """Refuse names that fixed-width bytes cannot hold, and names that come twice."""
+def check_names(what: str, names: Sequence[str]) -> None:
+    """Refuse names that fixed-width bytes cannot hold, and names that come twice.
+
+    Raises:
+        DataError: If there is one.
+    """
     for name in names:
         try:
             os_bytes(name)

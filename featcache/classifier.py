@@ -103,7 +103,7 @@ class Classifier:
         )  # fmt: skip
         rows: list[npt.NDArray[np.float32]] = []
         paths, failures = [], []
-        for batch in stream_features(dataset, samples, [Lane(plain, engine, frozenset(samples))]):
+        for batch in stream_features(dataset, samples, [Lane(plain, engine)]):
             for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
                 if features is not None:
                     rows.append(features)

@@ -65,6 +65,20 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             return self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
 
 
+class _Renaming(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Two names: ``OLD=NEW``."""
+
+    name = "OLD=NEW"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        old, sign, new = value.partition("=")
+        return (
+            (old, new) if sign else self.fail(f"{value!r} is not of the form OLD=NEW", param, ctx)
+        )
+
+
 _AUTO_OR_NUMBER = _OrWord(int, "auto")
 _TRUST = click.option(
     "--backbone", metavar="NAME", help="Needed for python: backbones only: says you trust the code."
@@ -223,11 +237,14 @@ def split(
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many images, for a try.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and taken; write nothing.")
+@click.option(
+    "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
+)
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
 @_printing
 def extract(
     data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool, max_errors: str,
-    rebuild: bool, backbone: tuple[str, ...], **options: Any,
+    rehash: bool, rebuild: bool, backbone: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Run a frozen backbone once over the images in DATA and keep the features in CACHE.
 
@@ -247,8 +264,8 @@ def extract(
         _print(_one_or_all([p.as_json() for p in plans]), lines, as_json, quiet)
         return
     summaries = extract_caches(
-        data, cache, backbones=backbone, max_errors=max_errors, rebuild=rebuild, say=say,
-        progress=not quiet, **options,
+        data, cache, backbones=backbone, max_errors=max_errors, rehash=rehash, rebuild=rebuild,
+        say=say, progress=not quiet, **options,
     )  # fmt: skip
     lines = [
         f"{printable(s.cache)}: up to date, {s.num_images:,} images."
@@ -260,6 +277,44 @@ def extract(
 def _one_or_all(facts: list[dict[str, Any]]) -> dict[str, Any]:
     """One object in any case: of several backbones, their objects under ``caches``."""
     return facts[0] if len(facts) == 1 else {"caches": facts}
+
+
+@cli.command()
+@click.argument(
+    "caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option(
+    "--table", type=click.Path(path_type=Path),
+    help="CSV of path and, as wanted, target, split, group. Rows it does not name are left out.",
+)  # fmt: skip
+@click.option("--classes", metavar="A,B,...", help="Only these classes, and what is unlabelled.")
+@click.option(
+    "--rename", type=_Renaming(), multiple=True,
+    help="A class; may be given more than once. Classes of one new name become one.",
+)  # fmt: skip
+@click.option("--prefix", is_flag=True, help="Set each cache's name before its paths and groups.")
+@click.option("--rebuild", is_flag=True, help="Replace NEW if it is there.")
+@_printing
+def select(
+    caches: tuple[Path, ...], new: Path, classes: str | None, rename: tuple[tuple[str, str], ...],
+    as_json: bool, quiet: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Make a cache NEW of rows of other caches: join, re-split, relabel, leave out. No images.
+
+    \b
+    Example: featcache select covid.h5 resplit.h5 --table split2.csv
+             featcache select a.h5 b.h5 both.h5 --prefix --rename viral=pneumonia
+    """
+    from featcache.selection import select as select_rows
+
+    chosen = None if classes is None else [name.strip() for name in classes.split(",")]
+    if len(dict(rename)) < len(rename):
+        raise click.BadParameter("a class is renamed twice", param_hint="--rename")
+    summary = select_rows(
+        caches, new, classes=chosen, rename=dict(rename), say=_say(as_json, quiet), **options
+    )
+    _print(summary.as_json(), [], as_json, quiet)
 
 
 @cli.command()
@@ -472,9 +527,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; what is whole is kept, the same command goes on", err=True)
-        return 130
+    except (KeyboardInterrupt, click.Abort) as stop:
+        reason = stop.__cause__ or stop  # click makes an Abort of a KeyboardInterrupt
+        told = "interrupted; what is whole is kept, the same command goes on"
+        click.echo(str(reason) or told, err=True)
+        return 128 + getattr(reason, "signal_number", signal.SIGINT)
     except FeatcacheError as error:
         click.echo(f"error: {error}", err=True)
         return 1

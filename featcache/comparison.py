@@ -151,7 +151,7 @@ def _recompute(
         return
     probes = decode_probes(dataset, planned, recipe.rules)
     engine = build_engine(recipe.backbone, resolve_device(device), probes, name="eager")
-    for batch in stream_features(dataset, planned, [Lane(recipe, engine, frozenset(planned))]):
+    for batch in stream_features(dataset, planned, [Lane(recipe, engine)]):
         yield from zip(batch.outcomes, batch.features[0], strict=True)
 
 

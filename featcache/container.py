@@ -160,6 +160,14 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
     return container
 
 
+def is_container(path: Path) -> bool:
+    """Return whether ``path`` was written by featcache, whole or damaged, of any version."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'"format":"featcache"' in file.read(MAX_USER_BLOCK_BYTES)
+
+
 def content_sha256(digests: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], str]]) -> str:
     """Return one hash over arrays: of the list of [name, dtype, shape, sha256], sorted by name.
 

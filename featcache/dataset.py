@@ -38,7 +38,7 @@ from featcache.folders import (
 
 __all__ = [
     "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
-    "list_images", "scan",
+    "list_images", "read_table", "scan",
 ]  # fmt: skip
 
 UNLABELLED = -1
@@ -280,13 +280,9 @@ def _targets(classes: tuple[str, ...]) -> dict[str, int]:
 
 
 def _scan_csv(root: Path) -> ImageDataset:
-    rows = _read_csv(root)
+    rows = read_table(root)
     labels = [row["target"] for row in rows]
-    splits = [SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"] or "all") for row in rows]
-    unknown = sorted(set(splits) - set(SPLITS))
-    if unknown:
-        found = ", ".join(map(repr, unknown[:3]))
-        raise DataError("split column", expected="train, valid or test", found=found, where=root)
+    splits = [row["split"] or "all" for row in rows]
     classes_of: dict[str, set[str]] = {}
     for label, split in zip(labels, splits, strict=True):
         if label:
@@ -321,8 +317,14 @@ def _scan_csv(root: Path) -> ImageDataset:
     return ImageDataset(root, "csv", classes, _sorted(samples))
 
 
-def _read_csv(root: Path) -> list[dict[str, str]]:
-    """Return the rows with the keys path, target, split, group; "" for what is not there."""
+def read_table(root: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV with the keys path, target, split, group; "" for what is not there.
+
+    Splits are named as everywhere here: ``val`` is ``valid``.
+
+    Raises:
+        DataError: If it is no such CSV.
+    """
     try:
         reader = csv.reader(io.StringIO(root.read_bytes().decode("utf-8-sig"), newline=""))
         header, *lines = [(reader.line_num, cells) for cells in reader if cells] or [(0, [])]
@@ -343,7 +345,12 @@ def _read_csv(root: Path) -> list[dict[str, str]]:
                 f"CSV line {line}", expected=f"{len(names)} cells, the path not empty",
                 found=",".join(cells), where=root,
             )  # fmt: skip
-        rows.append(row | {key: _plain_cell(row[key]) for key in ("target", "group")})
+        row |= {key: _plain_cell(row[key]) for key in ("target", "group")}
+        rows.append(row | {"split": SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])})
+    unknown = sorted({row["split"] for row in rows} - {*SPLITS, ""})
+    if unknown:
+        found = ", ".join(map(repr, unknown[:3]))
+        raise DataError("split column", expected="train, valid or test", found=found, where=root)
     return rows
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,29 @@ import torch
 
 from featcache import acceleration
 from featcache.backbone import Backbone, build_backbone
-from featcache.cache import Cache, open_cache
-from featcache.container import MAX_USER_BLOCK_BYTES
+from featcache.cache import Cache
 from featcache.dataset import ImageDataset, scan
 from featcache.errors import CacheError, ConfigError
 from featcache.files import writer_lock
+from featcache.pipeline import hash_images
 from featcache.production import Production, produce
 from featcache.projection import Projection, project
 from featcache.recipe import Recipe, make_recipe
 from featcache.runtime import Say, resolve_device, silent
-from featcache.shards import image_key, partial_folder
+from featcache.shards import partial_folder
 from featcache.summary import (
     ExtractionSummary,
     describe_dataset,
     describe_recipe,
     describe_result,
     summarise,
+)
+from featcache.update import (
+    check_update,
+    holds,
+    is_unchanged,
+    open_existing,
+    refuse_other_images,
 )
 
 
@@ -60,6 +67,7 @@ def extract(
     group_by: str | None = None,
     max_errors: int | str = "5%",
     limit: int | None = None,
+    rehash: bool = False,
     rebuild: bool = False,
     say: Say = silent,
     progress: bool = False,
@@ -94,6 +102,7 @@ def extract(
         group_by: Regular expression on the file name; its first group is the group.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
         limit: Take only that many images, for a try.
+        rehash: Recognise unchanged images by their content, not by size and time.
         rebuild: Replace a cache, or discard an unfinished one, that was made with other settings.
         say: Where lines for people go.
         progress: Show a progress bar on standard error when that is a terminal.
@@ -107,7 +116,7 @@ def extract(
         bit_depth=bit_depth, truncated=truncated, views=views, augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
         workers=workers, device=device, group_by=group_by, max_errors=max_errors,
-        limit=limit, rebuild=rebuild, say=say, progress=progress,
+        limit=limit, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     return summary
 
@@ -161,8 +170,8 @@ def _extract(
     data: Path, jobs: Sequence[tuple[Path, str | Backbone]], *, precision: str = "fp32",
     engine: str = "auto", batch_size: int | str = "auto", workers: int | str = "auto",
     device: str = "auto", group_by: str | None = None, max_errors: int | str = "5%",
-    limit: int | None = None, rebuild: bool = False, say: Say = silent, progress: bool = False,
-    **recipe_options: Any,
+    limit: int | None = None, rehash: bool = False, rebuild: bool = False, say: Say = silent,
+    progress: bool = False, **recipe_options: Any,
 ) -> list[ExtractionSummary]:  # fmt: skip
     """Make the caches of some backbones from one pass over the images."""
     start = time.perf_counter()
@@ -176,11 +185,12 @@ def _extract(
     works: dict[Path, tuple[Production, Cache | None]] = {}
     for path, backbone in jobs:
         recipe = _choose_recipe(dataset, backbone, say, **recipe_options)
-        old = _open_existing(path, recipe, rebuild=rebuild)
+        old = open_existing(path, recipe, rebuild=rebuild)
         if old is not None:
-            _check_update(old, dataset, limit, say)
-        if old is not None and not old.failures and _holds(old, dataset, frozenset()):
-            done[path] = summarise(old, "up to date", start, num_known=len(dataset.samples))
+            check_update(old, dataset, limit)
+        up_to_date = old is not None and not old.failures and holds(old, dataset, frozenset())
+        if old is not None and up_to_date and not rehash:
+            done[path] = summarise(old, "up to date", start, num_kept=len(dataset.samples))
         else:
             works[path] = Production(path, dataset, recipe, allowed=allowed, say=say), old
     with contextlib.ExitStack() as stack:
@@ -192,8 +202,7 @@ def _extract(
         for work, _ in works.values():
             stack.callback(work.abandon)
         place = resolve_device(device if works else "cpu")  # nothing to run: any device will do
-        for work, old in works.values():
-            work.find_known(old, place, precision=precision, rebuild=rebuild)
+        _find_known(works, place, workers, say, precision=precision, rebuild=rebuild, rehash=rehash)
         pending = [work for work, _ in works.values() if work.pending]
         for work in pending:
             work.choose_engine(place, precision=precision, batch_size=batch_size, name=engine)
@@ -203,6 +212,30 @@ def _extract(
         for path, (work, old) in works.items():
             done[path] = _finish(work, old, start, say)
     return [done[path] for path, _ in jobs]
+
+
+def _find_known(
+    works: Mapping[Path, tuple[Production, Cache | None]], place: torch.device,
+    workers: int | str, say: Say, **how: Any,
+) -> None:  # fmt: skip
+    """Find what needs no forward pass; images whose content may be known are hashed once for all.
+
+    Raises:
+        CacheError: If an older cache knows none of the images, or an unfinished run is another's.
+    """
+    suspects = {work: work.find_known(old, place, **how) for work, old in works.values()}
+    positions = sorted(set().union(*suspects.values()))
+    if positions:
+        say(f"Hashing {len(positions):,} images whose content may be known.")
+        dataset = next(iter(suspects)).dataset
+        hashes = hash_images(dataset, [dataset.samples[p] for p in positions], workers)
+        for position, sha256 in zip(positions, hashes, strict=True):
+            for work in suspects:
+                if sha256 is not None and work.inventory.is_pending(position):
+                    work.inventory.recognise(position, sha256)
+    for work, old in works.values():
+        if old is not None:
+            refuse_other_images(old, work.inventory.compare())
 
 
 def _check_threads(works: Sequence[Production]) -> None:
@@ -218,12 +251,13 @@ def _check_threads(works: Sequence[Production]) -> None:
 
 
 def _finish(work: Production, old: Cache | None, start: float, say: Say) -> ExtractionSummary:
-    if old is not None and _is_unchanged(old, work):
-        return summarise(old, "up to date", start, num_known=len(work.dataset.samples))
+    changes = work.inventory.compare()
+    if old is not None and is_unchanged(old, work.dataset, work.failures, changes):
+        return summarise(old, "up to date", start, num_kept=changes.num_kept)
     cache = work.finish()
     summary = summarise(
-        cache, "extracted", start, num_new=work.num_new,
-        num_known=sum(len(s) for s in cache.splits.values()) - work.num_new,
+        cache, "extracted", start, num_new=work.intake.num_new, num_kept=changes.num_kept,
+        num_moved=changes.num_moved, num_gone=changes.num_gone,
         images_per_second=work.images_per_second,
     )  # fmt: skip
     describe_result(cache, summary, say)
@@ -321,43 +355,6 @@ def parse_max_errors(value: int | str) -> int | float:
     return number
 
 
-def _open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
-    """Open the cache that is there already, or return None where there is none to keep.
-
-    Raises:
-        CacheError: If the file is no cache, or one of another identity and ``rebuild`` is not set.
-    """
-    if not path.exists():
-        return None
-    try:
-        old = open_cache(path)
-    except CacheError:
-        if rebuild and _is_ours(path):
-            return None  # damaged, or of a newer version; other people's files stay
-        raise
-    if rebuild:
-        return None
-    if old.fingerprint != recipe.fingerprint:
-        raise CacheError(
-            "cache identity", expected=_differences(recipe.identity, old.identity, 0),
-            found=_differences(recipe.identity, old.identity, 1), where=path,
-            hint="Choose another file name, or replace it with --rebuild",
-        )  # fmt: skip
-    return old
-
-
-def _differences(wanted: dict[str, Any], found: dict[str, Any], side: int) -> str:
-    keys = [k for k in sorted(wanted | found) if wanted.get(k) != found.get(k)]
-    return ", ".join(f"{k} {(wanted, found)[side].get(k)!r:.40}" for k in keys)
-
-
-def _is_ours(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return b'"format":"featcache"' in file.read(MAX_USER_BLOCK_BYTES)
-
-
 def _refuse_inside(path: Path, data: Path) -> None:
     """Refuse a cache among the images: its folder of shards would look like a class."""
     if data.is_dir() and path.resolve().is_relative_to(data.resolve()):
@@ -365,54 +362,3 @@ def _refuse_inside(path: Path, data: Path) -> None:
             "CACHE", expected="a file outside the folder of images", found=path, where=data,
             hint="Name one beside it",
         )  # fmt: skip
-
-
-def _check_update(old: Cache, dataset: ImageDataset, limit: int | None, say: Say) -> None:
-    """Refuse an update that would throw away what the cache holds by mistake.
-
-    Raises:
-        CacheError: If no image of it is in ``dataset``, if a ``limit`` leaves images out, or if it
-            has groups and ``dataset`` has none.
-    """
-
-    def wrong(what: str, expected: str, found: str, hint: str) -> CacheError:
-        hint = f"{hint}, or replace it with --rebuild"
-        return CacheError(what, expected=expected, found=found, where=old.path, hint=hint)
-
-    known = {path for split in old.splits.values() for path in split.paths}
-    gone = known - {sample.path for sample in dataset.samples}
-    if gone and len(gone) == len(known):
-        found = f"none of its {len(known):,}"
-        raise wrong("update of the cache", "images it knows", found, "Check DATA")
-    if gone and limit is not None:
-        found = f"{len(known):,} images, not all among the first {limit:,}"
-        raise wrong("--limit", "a new cache", found, "Choose another file name for a try")
-    has_groups = any(split.groups is not None for split in old.splits.values())
-    if has_groups and all(sample.group is None for sample in dataset.samples):
-        raise wrong("update of the cache", "groups, as it has", "none", "Repeat --group-by")
-    if gone:
-        say(f"gone: {len(gone):,} images of the cache are no longer in DATA")
-
-
-def _is_unchanged(old: Cache, work: Production) -> bool:
-    """Whether a run gained nothing: it tried the failed images again, and they failed again."""
-    failed = frozenset(failure.path for failure in work.failures)
-    same = set(old.failures) == set(work.failures) and not work.num_new
-    return same and _holds(old, work.dataset, failed)
-
-
-def _holds(old: Cache, dataset: ImageDataset, failed: frozenset[str]) -> bool:
-    """Whether the cache holds exactly these images, but the failed, with targets and groups."""
-    if tuple(old.splits) != dataset.splits or old.classes != dataset.classes:
-        return False
-    for name, split in old.splits.items():
-        samples = [sample for sample in dataset.split(name) if sample.path not in failed]
-        sizes, times = split.image_bytes.tolist(), split.mtime_ns.tolist()
-        if list(map(image_key, samples)) != list(zip(split.paths, sizes, times, strict=True)):
-            return False
-        if [s.target for s in samples] != split.targets.tolist():
-            return False
-        groups = split.groups if split.groups is not None else [None] * len(samples)
-        if any(sample.group != group for sample, group in zip(samples, groups, strict=True)):
-            return False
-    return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -79,6 +80,12 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what writers of ``path`` that were killed left beside it; call it under their lock."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        stale.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -223,24 +230,49 @@ def writer_lock(path: Path, what: str) -> Iterator[None]:
             f"writing {what}", expected="a platform with flock (Linux, macOS)", found=sys.platform,
             hint="Extract on a Linux machine; reading and training work everywhere",
         ) from error  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read(500).decode(errors="replace").strip() or "an unknown process"
-            raise CacheError(
-                what, expected="no other writer", found=f"one at work: {holder}", where=path,
-                hint="Wait for it, or stop it",
-            ) from error  # fmt: skip
-        except OSError as error:
-            raise CacheError(
-                what, expected="a file system that can lock files", found=str(error.strerror),
-                where=path, hint="Write the cache to a local disk and copy it",
-            ) from error  # fmt: skip
-        file.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
-        file.flush()
-        yield
+            file = path.open("a+b")
+        except FileNotFoundError:  # another writer, done, has just removed the folder
+            continue
+        with file:
+            _lock(file, path, what, fcntl)
+            if _is_still(file, path):
+                file.truncate(0)
+                since = time.strftime("%Y-%m-%d %H:%M:%S")
+                file.write(
+                    f"process {os.getpid()} on {socket.gethostname()} since {since}".encode()
+                )
+                file.flush()
+                yield
+                return
+
+
+def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read(500).decode(errors="replace").strip() or "an unknown process"
+        raise CacheError(
+            what, expected="no other writer", found=f"one at work: {holder}", where=path,
+            hint="Wait for it, or stop it",
+        ) from error  # fmt: skip
+    except OSError as error:
+        raise CacheError(
+            what, expected="a file system that can lock files", found=str(error.strerror),
+            where=path, hint="Write the cache to a local disk and copy it",
+        ) from error  # fmt: skip
+
+
+def _is_still(file: BinaryIO, path: Path) -> bool:
+    """Whether the open file is the one under its name.
+
+    The writer before us may have removed it between our opening and locking it: then somebody else
+    can lock the next one, and two would write.
+    """
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -89,8 +89,9 @@ class IsolatedDecoder:
         if self._child is None:
             command, environment = child_process("featcache.isolation")
             self._child = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for us: we finish what is in hand
+            )  # fmt: skip
         return self._child
 
     def _stop(self) -> None:

@@ -47,12 +47,19 @@ class Lane:
     Attributes:
         recipe: What its features are made by.
         engine: The forward pass.
-        pending: The samples it wants features of.
+        pending: The samples it wants features of; None: all that are streamed.
+        claim: Asked in the decoding threads, by sample and sha256 of its bytes, whether features
+            of that content are to be made: known content is neither decoded nor run.
     """
 
     recipe: Recipe
     engine: Engine
-    pending: Collection[Sample]
+    pending: Collection[Sample] | None = None
+    claim: Callable[[Sample, bytes], bool] = lambda sample, sha256: True
+
+    def wants(self, sample: Sample) -> bool:
+        """Whether this lane has to hear of a sample."""
+        return self.pending is None or sample in self.pending
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,14 @@ class Outcome:
         sha256: Of the file's bytes; 32 zero bytes if it could not be read.
         reason: Why it failed, or None.
         truncated: It was cut off and has been filled in.
+        claims: Per lane, whether it claimed the content: there are features of it, or a reason.
     """
 
     sample: Sample
     sha256: bytes
     reason: str | None
     truncated: bool
+    claims: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class FeatureBatch:
     Attributes:
         outcomes: One per sample.
         features: Per lane, per outcome: (V, D) float32, or None where the image failed or the lane
-            does not want it.
+            did not claim it.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -141,9 +150,13 @@ def stream_features(
     clock = timer or Timer()
     concurrency = _concurrency(lanes)
     under_way: deque[Future[FeatureBatch]] = deque()
+
+    def claim(sample: Sample, sha256: bytes) -> tuple[bool, ...]:
+        return tuple(lane.wants(sample) and lane.claim(sample, sha256) for lane in lanes)
+
     decoded = stream_views(
         dataset, samples, [lane.recipe for lane in lanes], chunk_size(lanes), workers=workers,
-        timer=clock, isolate=isolate,
+        timer=clock, isolate=isolate, claim=claim,
     )  # fmt: skip
     with contextlib.closing(decoded), Threads("forward", concurrency, wait=True) as threads:
         for outcomes, views in decoded:
@@ -177,7 +190,7 @@ def _forward_chunk(
     with clock("forward"):
         for number, lane in enumerate(lanes):
             wanted = [
-                None if of_image is None or outcome.sample not in lane.pending else of_image[number]
+                of_image[number] if of_image is not None and outcome.claims[number] else None
                 for outcome, of_image in zip(outcomes, views, strict=True)
             ]
             images = [view for of_image in wanted if of_image is not None for view in of_image]
@@ -200,19 +213,21 @@ def stream_views(
     workers: int | str = "auto",
     timer: Timer | None = None,
     isolate: bool = False,
+    claim: Callable[[Sample, bytes], tuple[bool, ...]] | None = None,
 ) -> Generator[tuple[tuple[Outcome, ...], tuple[Views | None, ...]], None, None]:
     """Decode samples, ``size`` views at a time; the next ones are decoded meanwhile.
 
     An image that has not come back after ``DECODE_SECONDS`` is tried again in a child process.
+    One that ``claim`` says nobody claims is read and hashed, and not decoded.
 
     Yields:
         The outcomes of the samples that have up to ``size`` views for any recipe, one at least, and
-        per outcome its views by recipe, None where it failed.
+        per outcome its views by recipe, None where it failed or was not claimed.
     """
     clock = timer or Timer()
     acceleration.start_for(sum(sample.image_bytes for sample in samples))
     under_way: deque[list[tuple[Sample, Future[_Decoded]]]] = deque()
-    job = _Job(dataset, recipes, clock)
+    job = _Job(dataset, recipes, clock, claim or (lambda sample, sha256: (True,) * len(recipes)))
     chunks = _cut(samples, job, size)
     with (
         IsolatedDecoder() as child,
@@ -241,6 +256,27 @@ def stream_views(
             yield outcomes, views
 
 
+def hash_images(
+    dataset: ImageDataset, samples: Sequence[Sample], workers: int | str = "auto"
+) -> Iterator[bytes | None]:
+    """Yield the sha256 of every image, in order; None where it cannot be read."""
+
+    def digest(sample: Sample) -> bytes | None:
+        try:
+            return hashlib.sha256(dataset.read(sample)).digest()
+        except (DataError, OSError, MemoryError):
+            return None  # whoever decodes it will say why
+
+    under_way: deque[Future[bytes | None]] = deque()
+    with Threads("hash", resolve_workers(workers)) as threads:
+        for sample in samples:
+            under_way.append(threads.submit(digest, sample))
+            if len(under_way) > _AHEAD_IMAGES:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
 def _cut(samples: Sequence[Sample], job: _Job, size: int) -> Iterator[list[Sample]]:
     """Yield as many samples as have ``size`` views together, one at least."""
     part: list[Sample] = []
@@ -266,6 +302,7 @@ class _Job:
     dataset: ImageDataset
     recipes: Sequence[Recipe]
     clock: Timer
+    claim: Callable[[Sample, bytes], tuple[bool, ...]]
 
     def plans(self, sample: Sample) -> list[tuple[PixelRules, ViewRules]]:
         """Return what each recipe wants to see of a sample."""
@@ -275,17 +312,21 @@ class _Job:
     def decode(self, sample: Sample, renderer: _Render) -> _Decoded:
         """Read, hash and decode one image. The seam every decoder stands behind."""
         sha256 = bytes(32)
+        claims = (True,) * len(self.recipes)  # whoever wants it, if it cannot be read
         plans = self.plans(sample)  # recipes that want the same views share them
         different = list(dict.fromkeys(plans))
         try:
             with self.clock("decode"):
                 data = self.dataset.read(sample)
                 sha256 = hashlib.sha256(data).digest()
+                claims = self.claim(sample, sha256)
+                if not any(claims):
+                    return Outcome(sample, sha256, None, truncated=False, claims=claims), None
                 rendering = renderer(data, different, sha256)
         except DataError as error:
-            return Outcome(sample, sha256, str(error.found), truncated=False), None
+            return Outcome(sample, sha256, str(error.found), truncated=False, claims=claims), None
         except (OSError, MemoryError) as error:
             reason = printable(error) or type(error).__name__
-            return Outcome(sample, sha256, reason, truncated=False), None
+            return Outcome(sample, sha256, reason, truncated=False, claims=claims), None
         views = tuple(rendering.views[different.index(plan)] for plan in plans)
-        return Outcome(sample, sha256, None, rendering.truncated), views
+        return Outcome(sample, sha256, None, rendering.truncated, claims), views

@@ -1,4 +1,4 @@
-"""Produce a cache: known rows and pending images -> shards -> one file.
+"""Produce a cache: known contents and pending images -> shards -> one file.
 
 Reads: images. Writes: ``CACHE.partial/`` while working, then ``CACHE``.
 """
@@ -6,11 +6,13 @@ Reads: images. Writes: ``CACHE.partial/`` while working, then ``CACHE``.
 from __future__ import annotations
 
 import contextlib
-import glob
 import time
+import warnings
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +25,31 @@ from featcache.backbone import state_sha256
 from featcache.cache import Cache, Failure
 from featcache.cache_writer import SplitRows, write_rows
 from featcache.dataset import ImageDataset, Sample
-from featcache.engine import Engine, build_engine
-from featcache.errors import BackboneError, CacheError, DataError
+from featcache.engine import PARITY_BOUNDS, Engine, build_engine
+from featcache.errors import BackboneError, CacheError, DataError, FeatcacheWarning, printable
+from featcache.files import remove_temporaries
+from featcache.intake import Intake
+from featcache.inventory import Inventory
 from featcache.pipeline import (
     FeatureBatch,
     Lane,
-    Outcome,
     find_bottleneck,
     images_under_way,
     stream_features,
 )
 from featcache.recipe import Recipe, decode_probes
-from featcache.runtime import Say, Timer, environment_facts
-from featcache.shards import (
-    SHARD_BYTES,
-    SHARD_ROWS,
-    EngineFacts,
-    KnownRows,
-    PartialCache,
-    Row,
-    partial_folder,
-)
+from featcache.runtime import Interrupted, Say, Timer, environment_facts, held_signals
+from featcache.shards import SHARD_BYTES, SHARD_ROWS, EngineFacts, PartialCache, partial_folder
+
+_KEPT_FACTS = ("selected_from", "origins")
+"""Of an updated cache's provenance: where rows came from that ``select`` put there."""
 
 
 class Production:
     """One extraction under way: find what is known, run the rest, write the cache.
 
-    Use it while holding the lock of ``folder``, in this order: ``find_known``, then, if anything is
-    ``pending``, ``choose_engine`` and ``produce``, then ``finish``.
+    Use it while holding the lock of ``partial``, in this order: ``find_known``, then, if anything
+    is ``pending``, ``choose_engine`` and ``produce``, then ``finish``.
 
     Args:
         path: The cache to make.
@@ -69,66 +68,54 @@ class Production:
         self.partial = PartialCache(
             partial_folder(path), recipe.fingerprint, recipe.backbone.num_features, self.dtype
         )
-        self.known = KnownRows()
-        self.pending: list[Sample] = []
+        self.inventory = Inventory(dataset, self._num_views)
         self.failures: list[Failure] = []
         self.planned = Counter((s.split, s.target) for s in dataset.samples)
         self.engine: Engine | None = None
         self.provenance: dict[str, Any] = {}
-        self.num_new = 0
         self.images_per_second: float | None = None
         self._old_parity: list[float] = []
         self._failed = Counter[tuple[str, int]]()
-        # Done, but not in a shard yet; pairs, so that no interruption can part them.
-        self._rows: list[tuple[Outcome, npt.NDArray[Any]]] = []
+        self.intake = Intake(self.partial, self.inventory, self.dtype, self._count_failure)
 
     def find_known(
-        self, old: Cache | None, device: torch.device, *, precision: str, rebuild: bool
-    ) -> None:
-        """Collect what an older cache and an unfinished run know; the rest is pending.
+        self, old: Cache | None, device: torch.device, *, precision: str, rebuild: bool,
+        rehash: bool,
+    ) -> list[int]:  # fmt: skip
+        """Collect what an older cache and an unfinished run know.
+
+        Returns:
+            Positions of the images whose content may be known: see ``Inventory.match``.
 
         Raises:
             CacheError: If the unfinished run is one of another recipe, precision or kind of device,
                 and ``rebuild`` is not set.
         """
-        if old is not None:
-            self._adopt(old)
-        resumed = 0
         try:
-            resumed = self.partial.resume(self.known)
+            self.partial.open()
             self._check_unfinished(precision, device)
         except CacheError:
             if not rebuild:
                 raise
             self.partial.clear()
-            self.known, resumed = KnownRows(), 0
-        self.pending = [s for s in self.dataset.samples if self._find(s) is None]
+        if old is not None:
+            self.provenance = dict(old.provenance)
+            self._old_parity = list(old.provenance.get("parity", []))
+            self.inventory.adopt(old)
+        resumed = sum(self.inventory.resume(*shard) for shard in self.partial.read_shards())
         if resumed:
             self.provenance = self.provenance or self.partial.provenance
-            self.say(
-                f"Resuming {self.path.name}: {resumed:,} images done, {len(self.pending):,} to go."
-            )
+            self.say(f"Resuming {self.path.name}: {resumed:,} images are done.")
+        return self.inventory.match(rehash=rehash)
+
+    @property
+    def pending(self) -> list[Sample]:
+        """The images that have no features yet."""
+        samples = self.dataset.samples
+        return [s for position, s in enumerate(samples) if self.inventory.is_pending(position)]
 
     def _num_views(self, split: str) -> int:
         return self.recipe.view_rules.for_split(split, self.dataset.splits).num_views
-
-    def _find(self, sample: Sample) -> Row | None:
-        return self.known.find(sample, self._num_views(sample.split))
-
-    def _adopt(self, old: Cache) -> None:
-        """Take over the rows of an older cache, and how they were made."""
-        truncated = set(old.provenance.get("truncated", []))
-        self.provenance = dict(old.provenance)
-        self._old_parity = list(old.provenance.get("parity", []))
-        for split in old.splits.values():
-            keys = zip(split.paths, split.image_bytes, split.mtime_ns, strict=True)
-            self.known.add(
-                split.features.reshape(-1, old.num_features),
-                [split.num_views] * len(split),
-                [(path, int(size), int(mtime)) for path, size, mtime in keys],
-                [row.tobytes() for row in split.image_sha256],
-                [path in truncated for path in split.paths],
-            )
 
     def _check_unfinished(self, precision: str, device: torch.device) -> None:
         fixed = self.partial.engine
@@ -145,18 +132,14 @@ class Production:
         """Build the engine; the choices of the rows that are there already stand.
 
         Raises:
-            CacheError: If those were made at another precision.
+            CacheError: If those were made by batches that do not fit the memory here.
         """
         fixed, made = self.partial.engine, self.provenance
-        if made.get("precision", precision) != precision:
-            raise CacheError(
-                "update of the cache", expected=f"--precision {made['precision']}, as its rows",
-                found=precision, where=self.path, hint="Use the same, or pass --rebuild",
-            )  # fmt: skip
+        as_made = (made.get("device_type"), made.get("precision")) == (device.type, precision)
         if fixed:
             name, batch_size = fixed.engine, fixed.batch_size
             torch.set_num_threads(fixed.num_threads)
-        elif made.get("device_type") == device.type:
+        elif as_made:
             name, batch_size = str(made["engine"]), int(made["batch_size"])
             torch.set_num_threads(int(made["num_threads"]))
         probes = decode_probes(
@@ -167,7 +150,7 @@ class Production:
             self.recipe.backbone, device, probes, precision=precision, batch_size=batch_size,
             name=name, num_images=len(self.dataset.samples),
         )  # fmt: skip
-        if fixed or made.get("device_type") == device.type:
+        if fixed or as_made:
             engine = replace(engine, reason="as for the rows that are there")
         if fixed and engine.batch_size != fixed.batch_size:
             raise CacheError(
@@ -190,11 +173,16 @@ class Production:
             f"{engine.device} ({engine.reason}), {engine.concurrency} x {engine.batch_size} images "
             f"at once, {against}."
         )
+        self._warn_of_two_precisions(engine)
+        precisions = {engine.precision, str(self.provenance.get("precision"))}
+        selected = {k: v for k, v in self.provenance.items() if k in _KEPT_FACTS}
         self.provenance = {
-            **environment_facts(engine.device), "device_type": engine.device.type,
+            **selected, **environment_facts(engine.device), "device_type": engine.device.type,
             "weights_source": self.recipe.backbone.weights_source, "engine": engine.name,
             "engine_reason": engine.reason, "concurrency": engine.concurrency,
-            "precision": engine.precision, "batch_size": engine.batch_size,
+            # of rows of two precisions, the one whose bound holds for all
+            "precision": max(precisions & PARITY_BOUNDS.keys(), key=PARITY_BOUNDS.__getitem__),
+            "batch_size": engine.batch_size,
             "parity": [*self._old_parity, *engine.parity],
         }  # fmt: skip
         self.partial.start(
@@ -205,11 +193,22 @@ class Production:
             self.provenance,
         )  # fmt: skip
 
-    @property
-    def lane(self) -> Lane:
-        """What this cache wants of the pipeline."""
+    def _warn_of_two_precisions(self, engine: Engine) -> None:
+        """Rows of another precision are no other identity, but whoever mixes them should know."""
+        made = self.provenance.get("precision", engine.precision)
+        if made != engine.precision:
+            pairs = ((made, self._old_parity), (engine.precision, engine.parity))
+            old, new = (f"{p} (within {max(e, default=0):.1e})" for p, e in pairs)
+            warnings.warn(
+                f"{self.path.name}: its rows were made at {old} of the eager fp32 network, new "
+                f"ones will be at {new}", FeatcacheWarning, stacklevel=4,
+            )  # fmt: skip
+
+    def make_lane(self, *, alone: bool) -> Lane:
+        """Return what this cache wants of the pipeline; ``alone`` it gets what it wants only."""
         assert self.engine is not None
-        return Lane(self.recipe, self.engine, frozenset(self.pending))
+        pending = None if alone else frozenset(self.pending)
+        return Lane(self.recipe, self.engine, pending, self.inventory.claim)
 
     @property
     def rows_per_shard(self) -> int:
@@ -219,49 +218,15 @@ class Production:
         row_bytes *= self.recipe.view_rules.num_views
         return max(self.engine.batch_size, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
 
-    def take(
-        self, outcomes: Sequence[Outcome], features: Sequence[npt.NDArray[np.float32] | None],
-        timer: Timer,
-    ) -> None:  # fmt: skip
-        """Keep what the pipeline made of some images; whole shards go to the disk.
-
-        Args:
-            outcomes: Of images that this cache wants.
-            features: (V, D) of each, None where it failed.
-            timer: Adds up ``write``.
-
-        Raises:
-            DataError: If more images have failed than are allowed.
-            BackboneError: If features are not finite in the stored dtype.
-        """
-        for outcome, rows in zip(outcomes, features, strict=True):
-            if rows is not None:
-                self._rows.append((outcome, self._stored(rows, outcome)))
-            else:
-                self._count_failure(outcome)
-        if len(self._rows) >= self.rows_per_shard:
-            self.flush(timer)
-
-    def flush(self, timer: Timer) -> None:
-        """Write the rows that are in no shard yet into one."""
-        if not self._rows:
-            return
-        facts = [
-            {
-                "path": r.sample.path, "image_bytes": r.sample.image_bytes,
-                "mtime_ns": r.sample.mtime_ns, "image_sha256": r.sha256.hex(),
-                "truncated": r.truncated, "views": self._num_views(r.sample.split),
-            }
-            for r, _ in self._rows
-        ]  # fmt: skip
-        with timer("write"):
-            self.partial.add_shard(np.concatenate([f for _, f in self._rows]), facts, self.known)
-        self.num_new += len(self._rows)
-        self._rows.clear()
+    def describe_kept(self) -> str:
+        """Say how far an interrupted run got."""
+        num_images = len(self.dataset.samples)
+        num_kept = num_images - len(self.pending)
+        return f"{num_kept:,} of {num_images:,} images are kept in {printable(self.partial.folder)}"
 
     def note_speed(self, seconds: float, timer: Timer) -> None:
         """Record how fast it went."""
-        self.images_per_second = round(self.num_new / seconds, 2)
+        self.images_per_second = round(self.intake.num_new / seconds, 2)
         self.provenance |= {
             "images_per_second": self.images_per_second,
             "stage_seconds": {k: round(v, 3) for k, v in sorted(timer.seconds.items())},
@@ -284,20 +249,7 @@ class Production:
                 hint="Its forward pass changes its own state: make it stateless in eval mode",
             )  # fmt: skip
 
-    def _stored(self, features: npt.NDArray[np.float32], outcome: Outcome) -> npt.NDArray[Any]:
-        """Return features in the stored dtype, all finite."""
-        with np.errstate(over="ignore"):
-            stored = features.astype(self.dtype)
-        if not np.isfinite(stored).all():
-            raise BackboneError(
-                "features", expected=f"finite {self.dtype.name} values", found="NaN or infinity",
-                where=outcome.sample.path,
-                hint="Use --precision fp32 and --feature-dtype float32",
-            )  # fmt: skip
-        return stored
-
-    def _count_failure(self, outcome: Outcome) -> None:
-        s, reason = outcome.sample, str(outcome.reason)
+    def _count_failure(self, s: Sample, reason: str) -> None:
         self.failures.append(Failure(s.path, s.split, s.target, reason, s.image_bytes, s.mtime_ns))
         self._failed[s.split, s.target] += 1
         failed = self._failed[s.split, s.target]
@@ -319,13 +271,12 @@ class Production:
         splits: dict[str, SplitRows] = {}
         truncated: list[str] = []
         for name in self.dataset.splits:
-            found = [(s, row) for s in self.dataset.split(name) if (row := self._find(s))]
-            samples, rows = [s for s, _ in found], [row for _, row in found]
-            truncated += [s.path for s, row in found if row.truncated]
+            samples, numbers = self.inventory.rows_of(name)
+            is_truncated = self.inventory.contents.is_truncated
+            truncated += [s.path for s, n in zip(samples, numbers, strict=True) if is_truncated(n)]
             self._refuse_empty(name, samples)
-            splits[name] = self._split_rows(samples, rows, self._num_views(name))
-        for stale in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
-            stale.unlink(missing_ok=True)  # of a run killed while writing: the lock is ours now
+            splits[name] = self._split_rows(samples, numbers, self._num_views(name))
+        remove_temporaries(self.path)  # of a run killed while writing: the lock is ours now
         cache = write_rows(
             self.path, splits, identity=self.recipe.identity,
             provenance={**self.provenance, "truncated": truncated},
@@ -351,17 +302,19 @@ class Production:
                     found=f"none of {planned}", hint="Mend the images named above",
                 )  # fmt: skip
 
-    def _split_rows(self, samples: list[Sample], rows: list[Row], num_views: int) -> SplitRows:
-        views = () if num_views == 1 else (num_views,)
+    def _split_rows(
+        self, samples: list[Sample], numbers: npt.NDArray[np.int64], num_views: int
+    ) -> SplitRows:
+        views, contents = () if num_views == 1 else (num_views,), self.inventory.contents
         grouped = bool(samples) and samples[0].group is not None
         return SplitRows(
-            shape=(len(rows), *views, self.recipe.backbone.num_features),
+            shape=(len(samples), *views, self.recipe.backbone.num_features),
             dtype=self.dtype,
-            feature_blocks=lambda: self.known.blocks(rows, num_views),
+            feature_blocks=lambda: contents.blocks(numbers, num_views),
             targets=np.array([s.target for s in samples], np.int64),
             paths=[s.path for s in samples],
             groups=[str(s.group) for s in samples] if grouped else None,
-            image_sha256=np.frombuffer(b"".join(r.sha256 for r in rows), np.uint8).reshape(-1, 32),
+            image_sha256=contents.sha256(numbers),
             image_bytes=np.array([s.image_bytes for s in samples], np.int64),
             mtime_ns=np.array([s.mtime_ns for s in samples], np.int64),
         )
@@ -378,28 +331,46 @@ def produce(works: Sequence[Production], workers: int | str, *, progress: bool) 
         progress: Show a progress bar on standard error when that is a terminal.
     """
     timer, begin = Timer(), time.perf_counter()
-    lanes = [work.lane for work in works]
-    with contextlib.ExitStack() as stack:
-        for work in works:  # also when interrupted, and whatever becomes of the others
-            stack.callback(work.partial.stop)
-            stack.callback(work.flush, timer)
-        for batch in _stream_pending(works, lanes, workers, timer, progress=progress):
-            for work, lane, features in zip(works, lanes, batch.features, strict=True):
-                both = zip(batch.outcomes, features, strict=True)
-                wanted = [(o, f) for o, f in both if o.sample in lane.pending]
-                work.take([o for o, _ in wanted], [f for _, f in wanted], timer)
+    lanes = [work.make_lane(alone=len(works) == 1) for work in works]
+    samples = works[0].dataset.samples
+    pending = array("l", (
+        position for position in range(len(samples))
+        if any(work.inventory.is_pending(position) for work in works)
+    ))  # fmt: skip
+    streamed = iter(pending)
+    try:
+        with contextlib.ExitStack() as stack:
+            check_signals = stack.enter_context(held_signals())
+            for work in works:  # also when interrupted, and whatever becomes of the others
+                stack.callback(work.partial.stop)
+                stack.callback(work.intake.flush, timer)
+            for batch in _stream_pending(works, lanes, pending, workers, timer, progress=progress):
+                positions = list(islice(streamed, len(batch.outcomes)))
+                for number, (work, lane) in enumerate(zip(works, lanes, strict=True)):
+                    rows = zip(positions, batch.outcomes, batch.features[number], strict=True)
+                    for position, outcome, features in rows:
+                        if lane.wants(outcome.sample):
+                            claimed = outcome.claims[number]
+                            work.intake.take(position, outcome, features, claimed=claimed)
+                    work.intake.flush(timer, at_least=work.rows_per_shard)
+                check_signals()
+            for work in works:
+                work.intake.close()
+    except Interrupted as stop:
+        kept = "; ".join(work.describe_kept() for work in works)
+        message = f"interrupted: {kept}; the same command goes on"
+        raise Interrupted(stop.signal_number, message) from None
     for work in works:
         work.note_speed(time.perf_counter() - begin, timer)
         work.check_frozen()
 
 
 def _stream_pending(
-    works: Sequence[Production], lanes: Sequence[Lane], workers: int | str, timer: Timer, *,
-    progress: bool,
+    works: Sequence[Production], lanes: Sequence[Lane], pending: Sequence[int], workers: int | str,
+    timer: Timer, *, progress: bool,
 ) -> Iterator[FeatureBatch]:  # fmt: skip
     """Stream the pending images; those that a killed run may have died of decode isolated."""
     dataset = works[0].dataset
-    pending = [s for s in dataset.samples if any(s in lane.pending for lane in lanes)]
     first = 0
     if any(work.partial.was_killed for work in works):
         first = max(work.rows_per_shard for work in works) + images_under_way(lanes)
@@ -409,8 +380,9 @@ def _stream_pending(
     )  # fmt: skip
     with bar:
         for part, isolate in ((pending[:first], True), (pending[first:], False)):
+            samples = [dataset.samples[position] for position in part]
             for batch in stream_features(
-                dataset, part, lanes, workers=workers, timer=timer, isolate=isolate
+                dataset, samples, lanes, workers=workers, timer=timer, isolate=isolate
             ):
                 yield batch
                 bar.set_postfix_str(f"waits for {find_bottleneck(timer.seconds)}", refresh=False)

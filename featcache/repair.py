@@ -75,9 +75,9 @@ def write_without(
     bad: dict[str, list[int]] = {split: [] for split in splits}
     for row in bad_rows:
         bad[row.split].append(row.row)
-    lost = any(part.startswith("failures/") for part in damage.parts)
-    failures = [] if lost else [f for f in read_failures(container) if f.split in SPLITS]
     classes = decode_texts(container.map("classes"))
+    lost = any(part.startswith("failures/") for part in damage.parts)
+    failures = [] if lost else list(read_failures(container, len(classes)))
     failures += [_as_failure(container, row, len(classes)) for row in bad_rows]
     provenance: dict[str, Any] = {"lost": "damaged, and dropped by featcache verify --repair"}
     if "provenance" not in damage.parts:

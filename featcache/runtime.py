@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import platform
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,6 +141,53 @@ def available_cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
     return cores
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user or the system asked us to end, and what was in hand has been finished.
+
+    Attributes:
+        signal_number: Of the signal that asked.
+    """
+
+    def __init__(self, signal_number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[Callable[[], None]]:
+    """Hold SIGINT and SIGTERM back inside, until the function that is given is called.
+
+    It raises ``Interrupted`` if one has come. A second one acts at once, as if not held. Where
+    handlers cannot be set (any thread but the main one) nothing is held.
+    """
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    def hold(number: int, frame: object) -> None:
+        if came:
+            restore()
+            signal.raise_signal(number)
+        came.append(number)
+
+    def check() -> None:
+        if came:
+            raise Interrupted(came[0])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in {signal.SIG_IGN, None}:  # None: not Python's
+                before[number] = signal.signal(number, hold)
+    try:
+        yield check
+    finally:
+        restore()
+    check()  # one that came in the last moment
 
 
 def is_out_of_memory(error: BaseException) -> bool:

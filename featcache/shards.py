@@ -1,57 +1,38 @@
 """A cache in the making: ``CACHE.partial/{lock, manifest.json, shard.00000, ...}``.
 
-A shard is the raw features of some rows: one vector of each image, or V of an image to train on.
-The manifest alone says what is done: each shard's sha256, and of each row the image's path, size,
-time and hash, and how many vectors it has. A shard is written and fsynced
-before the manifest lists it, so a kill at any instant loses only rows that were not listed yet.
+A shard is the raw features of some images, one vector of each or V of an image to train on, and
+behind them a table in JSON: of each image the path, size, time and hash, and how many vectors it
+has (0: those of the same content elsewhere). The manifest alone says what is done: it lists every
+shard with its sha256. A shard is written and fsynced before the manifest lists it, so a kill at any
+instant loses only rows that were not listed yet.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.dataset import Sample
+from featcache.contents import Vectors
 from featcache.errors import CacheError
-from featcache.files import atomic_writer, canonical_json, sha256_file, write_bytes
+from featcache.files import canonical_json, sha256_file, write_bytes
 from featcache.hdf5 import disk_error
 
 SHARD_BYTES = 16 << 20
-SHARD_ROWS = 8192
+SHARD_ROWS = 4096
 """No shard has more, however narrow the features: rows wait in memory until their shard is full."""
 _FORMAT = "featcache-partial"
-_FORMAT_VERSION = 1
-
-ImageKey = tuple[str, int, int]
-"""Path, size in bytes and modification time in ns: an image believed unchanged."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row whose features are known: where its vectors are, and of which image they are.
-
-    Attributes:
-        source: Which array holds them.
-        start: The first one's number in it; view 0.
-        num_views: How many there are, one after the other.
-        sha256: Of the image file.
-        truncated: It was cut off and has been filled in.
-    """
-
-    source: int
-    start: int
-    num_views: int
-    sha256: bytes
-    truncated: bool
+_FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
 
 
 @dataclass(frozen=True)
@@ -65,63 +46,9 @@ class EngineFacts:
     device_type: str
 
 
-class KnownRows:
-    """Features of images that need no forward pass: from shards, or from an older cache."""
-
-    def __init__(self) -> None:
-        self._sources: list[npt.NDArray[Any]] = []
-        self._rows: dict[ImageKey, Row] = {}
-
-    def add(
-        self, vectors: npt.NDArray[Any], num_views: Sequence[int], keys: Sequence[ImageKey],
-        sha256: Sequence[bytes], truncated: Sequence[bool],
-    ) -> None:  # fmt: skip
-        """Add an array (M, D) of the vectors of ``keys``, ``num_views[i]`` of each, in order."""
-        source, start = len(self._sources), 0
-        self._sources.append(vectors)
-        for i, key in enumerate(keys):
-            self._rows[key] = Row(source, start, num_views[i], sha256[i], truncated[i])
-            start += num_views[i]
-
-    def find(self, sample: Sample, num_views: int = 1) -> Row | None:
-        """Return the row of an image, or None if it must be extracted.
-
-        A row of fewer views than are wanted (``valid`` has become ``train``) is none; of more,
-        the first are taken (``train`` has become ``valid``).
-        """
-        row = self._rows.get(image_key(sample))
-        return row if row is not None and row.num_views >= num_views else None
-
-    def blocks(
-        self, rows: Sequence[Row], num_views: int = 1, block_vectors: int = 4096
-    ) -> Iterator[npt.NDArray[Any]]:
-        """Gather the features of ``rows`` in their order, a block at a time.
-
-        Yields:
-            (n, D) if ``num_views`` is 1, else (n, num_views, D).
-        """
-        block_rows = max(1, block_vectors // num_views)
-        for i in range(0, len(rows), block_rows):
-            part = rows[i : i + block_rows]
-            first = self._sources[part[0].source]
-            block = np.empty((len(part), num_views, first.shape[1]), first.dtype)
-            sources = np.array([row.source for row in part])
-            starts = np.array([row.start for row in part])
-            for source in np.unique(sources):
-                where = np.flatnonzero(sources == source)
-                vectors = starts[where, None] + np.arange(num_views)
-                block[where] = self._sources[source][vectors]
-            yield block[:, 0] if num_views == 1 else block
-
-
 def partial_folder(cache: Path) -> Path:
     """Return the folder in which a cache is made."""
     return cache.with_name(cache.name + ".partial")
-
-
-def image_key(sample: Sample) -> ImageKey:
-    """Return what an unchanged image is recognised by."""
-    return (sample.path, sample.image_bytes, sample.mtime_ns)
 
 
 class PartialCache:
@@ -141,8 +68,7 @@ class PartialCache:
         self._fingerprint = fingerprint
         self._num_features = num_features
         self._dtype = dtype
-        # Each as the JSON that the manifest holds of it: a fifth of the memory of dicts.
-        self._shards: list[bytes] = []
+        self._shards: list[dict[str, Any]] = []
         self._next_number = 0
         self.engine: EngineFacts | None = None
         self.provenance: dict[str, Any] = {}
@@ -161,24 +87,26 @@ class PartialCache:
     def _manifest(self) -> Path:
         return self.folder / "manifest.json"
 
-    def resume(self, known: KnownRows) -> int:
-        """Add the rows of an earlier, unfinished run to ``known``; return how many.
+    def open(self) -> bool:
+        """Read the manifest of an earlier, unfinished run; return whether there is one.
 
         Raises:
-            CacheError: If the folder holds rows of another recipe.
+            CacheError: If it cannot be read, or lists shards of another recipe.
         """
         if not self._manifest.exists():
-            return 0
+            return False
         try:
             manifest = json.loads(self._manifest.read_bytes())
+            if manifest.pop("sha256") != _sha256(manifest):
+                raise ValueError("one whose sha256 is another")
             fingerprint = manifest["fingerprint"]
             if manifest["format"] != _FORMAT or manifest["format_version"] != _FORMAT_VERSION:
-                raise ValueError(manifest["format_version"])
+                raise ValueError(f"format version {manifest['format_version']}")
             engine = EngineFacts(**manifest["engine"])
             was_killed = bool(manifest["running"])
             provenance = dict(manifest["provenance"])
-            shards = list(manifest["shards"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            shards = [_check_line(line) for line in manifest["shards"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(
                 "unfinished extraction", expected="a readable manifest", found=error,
                 where=self._manifest, hint="Start afresh with --rebuild",
@@ -190,31 +118,37 @@ class PartialCache:
                 hint="Repeat the command it was started with, or discard it with --rebuild",
             ) from None  # fmt: skip
         self.engine, self.was_killed, self.provenance = engine, was_killed, provenance
-        whole = [shard for shard in shards if self._add_shard(shard, known)]
-        self._shards = [canonical_json(shard).encode() for shard in whole]
-        numbers = (int(shard["file"].split(".")[1]) for shard in whole)
-        self._next_number = 1 + max(numbers, default=-1)
-        return sum(len(shard["rows"]) for shard in whole)
-
-    def _add_shard(self, shard: dict[str, Any], known: KnownRows) -> bool:
-        """Add a listed shard's rows if its file is whole; a damaged one is extracted again."""
-        path = self.folder / shard["file"]
-        rows = shard["rows"]
-        num_views = [int(row.get("views", 1)) for row in rows]  # none: from before there were any
-        shape = (sum(num_views), self._num_features)
-        wanted_bytes = math.prod(shape) * self._dtype.itemsize
-        if not path.is_file() or path.stat().st_size != wanted_bytes:
-            return False
-        if sha256_file(path) != shard["sha256"]:
-            return False
-        known.add(
-            np.memmap(path, self._dtype, "r", shape=shape),
-            num_views,
-            [(row["path"], row["image_bytes"], row["mtime_ns"]) for row in rows],
-            [bytes.fromhex(row["image_sha256"]) for row in rows],
-            [row["truncated"] for row in rows],
-        )
+        self._shards = shards
+        self._next_number = 1 + max((_number(line) for line in shards), default=-1)
         return True
+
+    def read_shards(self) -> Iterator[tuple[Vectors, list[dict[str, Any]]]]:
+        """Yield what opens the vectors (M, D), and the table, of every listed shard that is whole.
+
+        A damaged one is taken off the list: its images are extracted again.
+        """
+        for line in list(self._shards):
+            shard = self._read_shard(line)
+            if shard is None:
+                self._shards.remove(line)
+            else:
+                yield shard
+
+    def _read_shard(self, line: Mapping[str, Any]) -> tuple[Vectors, list[dict[str, Any]]] | None:
+        path = self.folder / line["file"]
+        num_bytes = line["num_vectors"] * self._num_features * self._dtype.itemsize
+        if not path.is_file() or sha256_file(path) != line["sha256"]:
+            return None
+        with path.open("rb") as file:
+            file.seek(num_bytes)
+            rows = json.loads(file.read())
+        return partial(self._map, path, line["num_vectors"]), rows
+
+    def _map(self, path: Path, num_vectors: int) -> npt.NDArray[Any]:
+        shape = (num_vectors, self._num_features)
+        if num_vectors == 0:  # a file of a table alone cannot be mapped as an array
+            return np.empty(shape, self._dtype)
+        return np.memmap(path, self._dtype, "r", shape=shape)
 
     def start(self, engine: EngineFacts, provenance: dict[str, Any]) -> None:
         """Fix the engine for all shards to come and note that a run is under way.
@@ -233,30 +167,31 @@ class PartialCache:
             self._write_manifest(running=False)
 
     def add_shard(
-        self, features: npt.NDArray[Any], rows: Sequence[Mapping[str, Any]], known: KnownRows
-    ) -> None:
-        """Write one shard, then list it in the manifest, then add it to ``known``.
+        self, features: Sequence[npt.NDArray[Any]], rows: Sequence[Mapping[str, Any]]
+    ) -> Vectors:
+        """Write one shard, then list it in the manifest; return what opens its vectors (M, D).
 
         Args:
-            features: (M, D), in the stored dtype: the vectors of all rows, one after the other.
-            rows: Dicts of ``path, image_bytes, mtime_ns, image_sha256 (hex), truncated, views``;
-                the views of all rows are M.
-            known: Where the rows can be found from now on.
+            features: (V, D) each, in the stored dtype; M vectors together.
+            rows: Dicts of ``path, image_bytes, mtime_ns, image_sha256 (hex), truncated, views``,
+                in the order of ``features``; of a row with 0 views there are none.
 
         Raises:
             CacheError: If the disk is full or the folder cannot be written.
         """
         path = self.folder / f"shard.{self._next_number:05d}"
-        data = np.ascontiguousarray(features).tobytes()
+        empty = np.empty((0, self._num_features), self._dtype)
+        vectors = np.concatenate([empty, *features])
+        data = vectors.tobytes() + canonical_json(list(rows)).encode()
+        line = {"file": path.name, "num_rows": len(rows), "num_vectors": len(vectors)}
         try:
             write_bytes(path, data)
-            shard = {"file": path.name, "sha256": sha256_file(path), "rows": list(rows)}
-            self._shards.append(canonical_json(shard).encode())
+            self._shards.append(line | {"sha256": sha256_file(path)})
             self._next_number += 1
             self._write_manifest(running=True)
         except OSError as error:
             raise disk_error(error, path, len(data)) from error
-        self._add_shard(shard, known)
+        return partial(self._map, path, len(vectors))
 
     def _write_manifest(self, *, running: bool) -> None:
         assert self.engine is not None
@@ -268,12 +203,10 @@ class PartialCache:
             "engine": asdict(self.engine),
             "provenance": self.provenance,
             "running": running,
+            "shards": self._shards,
         }
-        with atomic_writer(self._manifest) as file:  # in pieces: it grows with the data set
-            file.write(canonical_json(manifest).removesuffix("}").encode() + b',"shards":[')
-            for number, shard in enumerate(self._shards):
-                file.write(b"," * (number > 0) + shard)
-            file.write(b"]}")
+        signed = manifest | {"sha256": _sha256(manifest)}
+        write_bytes(self._manifest, canonical_json(signed).encode())
 
     def clear(self) -> None:
         """Forget an earlier run: remove its manifest first, then its shards; keep the lock."""
@@ -287,3 +220,20 @@ class PartialCache:
     def remove(self) -> None:
         """Remove the folder: the cache is whole."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _sha256(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
+
+
+def _number(line: Mapping[str, Any]) -> int:
+    return int(line["file"].removeprefix("shard."))
+
+
+def _check_line(line: Any) -> dict[str, Any]:
+    """Return a shard's line of the manifest if it names a file of this folder and its sizes."""
+    if not re.fullmatch(r"shard\.[0-9]+", line["file"]) or not isinstance(line["sha256"], str):
+        raise ValueError(f"{line['file']!r:.80}")
+    if any(type(line[key]) is not int or line[key] < 0 for key in ("num_rows", "num_vectors")):
+        raise ValueError(f"sizes of {line['file']}")
+    return dict(line)

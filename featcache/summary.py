@@ -26,7 +26,11 @@ class ExtractionSummary:
         status: ``extracted``, or ``up to date`` when there was nothing to do.
         num_images: Rows in the cache.
         num_new: Images that went through the network.
-        num_known: Images whose features were known, from an earlier run or an older cache.
+        num_known: Images whose features were known: from an older cache, an interrupted run, or
+            another image of the same content.
+        num_kept: Of those, images of the older cache of the same path and content.
+        num_moved: Of those, contents of the older cache under another path.
+        num_gone: Rows of the older cache whose images are no longer there.
         num_failed: Images that could not be read; they are listed in the cache.
         num_truncated: Cut-off images that were filled in (``--truncated keep``).
         splits: Per split, rows per class (or ``unlabelled``).
@@ -43,6 +47,9 @@ class ExtractionSummary:
     num_images: int
     num_new: int
     num_known: int
+    num_kept: int
+    num_moved: int
+    num_gone: int
     num_failed: int
     num_truncated: int
     splits: dict[str, dict[str, int]]
@@ -98,10 +105,16 @@ def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
             f"{len(cache.failures)} images could not be read and are not in the cache",
             FeatcacheWarning, stacklevel=3,
         )  # fmt: skip
+    counts = {
+        "new": summary.num_new, "kept": summary.num_kept, "moved": summary.num_moved,
+        "known": summary.num_known - summary.num_kept - summary.num_moved,
+        "gone": summary.num_gone,
+    }  # fmt: skip
+    listed = ", ".join(f"{n:,} {word}" for word, n in counts.items() if n or word == "new")
     rate = "" if summary.images_per_second is None else f", {summary.images_per_second:,} images/s"
     say(
-        f"{cache.path}: {summary.num_images:,} images ({summary.num_new:,} new, "
-        f"{summary.num_known:,} known) in {summary.seconds:.1f} s{rate}."
+        f"{printable(cache.path)}: {summary.num_images:,} images ({listed}) in "
+        f"{summary.seconds:.1f} s{rate}."
     )
     stages = cache.provenance.get("stage_seconds")
     if summary.num_new and isinstance(stages, dict):
@@ -113,8 +126,8 @@ def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
 
 
 def summarise(
-    cache: Cache, status: str, start: float, *, num_new: int = 0, num_known: int,
-    images_per_second: float | None = None,
+    cache: Cache, status: str, start: float, *, num_new: int = 0, num_kept: int,
+    num_moved: int = 0, num_gone: int = 0, images_per_second: float | None = None,
 ) -> ExtractionSummary:  # fmt: skip
     """Return the summary of a cache that is there; ``start`` is when the call began."""
     splits: dict[str, dict[str, int]] = {}
@@ -123,10 +136,11 @@ def summarise(
         labels = {-1: "unlabelled", **dict(enumerate(cache.classes))}
         splits[name] = {labels[t]: n for t, n in sorted(counts.items())}
     parity = cache.provenance.get("parity")
+    num_images = sum(len(s) for s in cache.splits.values())
     return ExtractionSummary(
         cache=cache.path.as_posix(), status=status,
-        num_images=sum(len(s) for s in cache.splits.values()), num_new=num_new,
-        num_known=num_known, num_failed=len(cache.failures),
+        num_images=num_images, num_new=num_new, num_known=num_images - num_new,
+        num_kept=num_kept, num_moved=num_moved, num_gone=num_gone, num_failed=len(cache.failures),
         num_truncated=len(cache.provenance.get("truncated", [])), splits=splits,
         engine=str(cache.provenance.get("engine", "none")),
         parity=max(parity) if parity else None,

@@ -152,13 +152,13 @@ def _refuse_unfinished(path: Path) -> None:
         return
     try:
         shards = json.loads((folder / "manifest.json").read_bytes())["shards"]
-        sizes = [s["num_rows"] if "num_rows" in s else len(s["rows"]) for s in shards]
+        num_images = sum(int(shard["num_rows"]) for shard in shards)
         names = [Path(s["file"]).name for s in shards]
         damaged = [
             name for name, shard in zip(names, shards, strict=True)
             if not (folder / name).is_file() or sha256_file(folder / name) != shard["sha256"]
         ]  # fmt: skip
-        found = f"an unfinished extraction, {sum(sizes):,} images in {len(names)} shards"
+        found = f"an unfinished extraction, {num_images:,} images in {len(names)} shards"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         damaged, found = [], "an unfinished extraction, whose manifest cannot be read"
     hint = "Repeat the extract command it was begun with: it goes on from there"

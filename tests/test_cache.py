@@ -363,7 +363,7 @@ def container_of(path: Path, **change: np.ndarray | None) -> Path:
         "splits/train/image_bytes": np.zeros(3, "<i8"),
         "splits/train/mtime_ns": np.zeros(3, "<i8"),
     }  # fmt: skip
-    arrays |= {f"failures/{k}": np.array([b"f"]) for k in ("paths", "splits", "reasons")}
+    arrays |= {f"failures/{k}": np.array([b"train"]) for k in ("paths", "splits", "reasons")}
     arrays |= {f"failures/{k}": np.zeros(1, "<i8") for k in ("targets", "image_bytes", "mtime_ns")}
     arrays |= change
     text = arrays["identity"]
@@ -408,6 +408,9 @@ BROKEN: dict[str, dict[str, np.ndarray | None]] = {
     "failures names for numbers": {"failures/targets": np.array([b"f"])},
     "failures scalar": {"failures/targets": np.array(1)},
     "failures a table": {"failures/image_bytes": np.zeros((1, 1), "<i8")},
+    "failures of no split": {"failures/splits": np.array([b"dev"])},
+    "failures of no class": {"failures/targets": np.array([2])},
+    "failures below -1": {"failures/targets": np.array([-2])},
     "failures NaN": {"failures/mtime_ns": np.array([np.nan], "<f4")},
 }
 

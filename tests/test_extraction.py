@@ -23,7 +23,7 @@ from featcache.cache import Cache, open_cache
 from featcache.errors import BackboneError, CacheError, ConfigError, DataError, FeatcacheWarning
 from featcache.extraction import extract, extract_caches, parse_max_errors
 from featcache.images import PixelRules
-from featcache.production import Production
+from featcache.intake import Intake
 from featcache.views import ViewRules, render
 
 
@@ -96,37 +96,6 @@ def test_every_layout_gives_the_same_features(
     unlabelled = open_cache(tmp_path / "covid.h5")
     assert unlabelled.classes == ()
     assert set(unlabelled.splits["all"].targets.tolist()) == {-1}
-
-
-def test_an_unchanged_cache_is_up_to_date_and_two_extractions_are_equal(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone
-) -> None:
-    first = extract(tree, tmp_path / "a.h5", backbone=tiny_backbone)
-    before = (tmp_path / "a.h5").stat().st_mtime_ns
-    again = extract(tree, tmp_path / "a.h5", backbone=tiny_backbone)
-    assert again.status == "up to date"
-    assert again.num_new == 0
-    assert (tmp_path / "a.h5").stat().st_mtime_ns == before
-    second = extract(tree, tmp_path / "b.h5", backbone=tiny_backbone)
-    assert second.content_sha256 == first.content_sha256
-
-
-def test_an_update_runs_only_new_images_and_equals_a_rebuild(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone
-) -> None:
-    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, limit=20, batch_size=8)
-    write_image(tree / "train" / "covid" / "new_0.png", 999, bright=True)
-    updated = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
-    assert updated.num_images == 47
-    assert (updated.num_new, updated.num_known) == (27, 20)
-    made = open_cache(tmp_path / "c.h5").provenance
-    assert made["batch_size"] == 8  # the choices of the first run stand
-    assert len(made["parity"]) == 8
-    rebuilt = extract(tree, tmp_path / "d.h5", backbone=tiny_backbone, batch_size=8)
-    assert updated.content_sha256 == rebuilt.content_sha256
-    (tree / "train" / "covid" / "new_0.png").unlink()
-    smaller = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
-    assert (smaller.num_images, smaller.num_new) == (46, 0)
 
 
 def test_another_identity_is_refused_and_rebuilt_on_request(
@@ -349,59 +318,6 @@ def test_features_that_overflow_float16_are_refused(tree: Path, tmp_path: Path) 
         extract(tree, tmp_path / "c.h5", backbone=backbone, feature_dtype="float16")
 
 
-# ------------------------------------------------------------------- what an update must not lose
-
-
-def test_an_update_that_would_lose_rows_by_mistake_is_refused(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone
-) -> None:
-    groups = r"^(\w+)_"
-    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, group_by=groups)
-    before = (tmp_path / "c.h5").read_bytes()
-    other = write_tree(tmp_path / "other", {"train": 2, "test": 2})
-    for file in sorted(other.rglob("*.*g")):
-        file.rename(file.with_name("other" + file.name))
-    for data, options, said in (
-        (tree, {"limit": 10, "group_by": groups}, "--limit"),
-        (other, {"group_by": groups}, "none of its 46"),
-        (tree, {}, "--group-by"),
-    ):
-        with pytest.raises(CacheError, match=said):
-            extract(data, tmp_path / "c.h5", backbone=tiny_backbone, **options)
-    assert (tmp_path / "c.h5").read_bytes() == before
-    assert not (tmp_path / "c.h5.partial").exists()
-
-
-def test_an_image_that_fails_again_changes_nothing(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone
-) -> None:
-    sorted((tree / "train" / "covid").iterdir())[0].write_bytes(b"broken")
-    with pytest.warns(FeatcacheWarning):
-        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
-    before = (tmp_path / "c.h5").read_bytes()
-    again = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
-    assert (again.status, again.num_failed) == ("up to date", 1)
-    assert (tmp_path / "c.h5").read_bytes() == before
-    assert not (tmp_path / "c.h5.partial").exists()
-
-
-def test_an_update_keeps_one_precision_and_the_count_of_truncated(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone
-) -> None:
-    first = sorted((tree / "train" / "covid").iterdir())[0]
-    whole = first.read_bytes()
-    first.write_bytes(whole[: len(whole) * 3 // 4])
-    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, truncated="keep", precision="bf16")
-    write_image(tree / "train" / "covid" / "new_0.png", 999, bright=True)
-    with pytest.raises(CacheError, match=r"--precision bf16, as its rows"):
-        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, truncated="keep")
-    updated = extract(
-        tree, tmp_path / "c.h5", backbone=tiny_backbone, truncated="keep", precision="bf16"
-    )
-    assert (updated.num_new, updated.num_truncated) == (1, 1)
-    assert open_cache(tmp_path / "c.h5").provenance["precision"] == "bf16"
-
-
 def test_rebuild_leaves_json_files_alone(
     tree: Path, tmp_path: Path, tiny_backbone: Backbone
 ) -> None:
@@ -611,22 +527,22 @@ def test_an_interrupted_run_of_several_backbones_goes_on(
 ) -> None:
     """Each has its own shards; what one has lost, the other need not run again."""
     monkeypatch.setattr(production, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
-    calls = Counter[str]()
-    inner = Production.take
+    calls = Counter[int]()
+    inner = Intake.flush
 
-    def failing(self: Production, *arguments: Any) -> None:
-        calls[self.path.name] += 1
-        if calls["python-second-build.h5"] == 20:
+    def failing(self: Intake, *arguments: Any, **options: Any) -> None:
+        calls[id(self)] += 1
+        if len(calls) == 2 and min(calls.values()) == 20:  # the second cache's
             raise KeyboardInterrupt
-        inner(self, *arguments)
+        inner(self, *arguments, **options)
 
-    monkeypatch.setattr(Production, "take", failing)
+    monkeypatch.setattr(Intake, "flush", failing)
     backbones = [tiny_backbone, second_backbone()]
     with pytest.raises(KeyboardInterrupt):
         extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
-    monkeypatch.setattr(Production, "take", inner)
+    monkeypatch.setattr(Intake, "flush", inner)
     first, second = extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
-    assert (first.num_known, second.num_known) == (20, 19)
+    assert (first.num_known, second.num_known) == (20, 16)  # whole shards
     for i, (backbone, summary) in enumerate(zip(backbones, (first, second), strict=True)):
         alone = extract(tree, tmp_path / f"{i}.h5", backbone=backbone, batch_size=1)
         assert summary.content_sha256 == alone.content_sha256

@@ -21,16 +21,35 @@ MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("
 ROWS = [
     ["errors"],
     ["files", "runtime", "threads", "kernels"],
-    ["archive", "container", "folders", "stratification", "weights", "acceleration"],
+    ["archive", "container", "folders", "stratification", "weights", "acceleration", "contents"],
     ["png", "resampling"],
     ["decoding"],
-    ["dataset", "images", "backbone", "folding", "head", "metrics", "figures", "hdf5", "optimizer"],
+    [
+        "dataset",
+        "images",
+        "backbone",
+        "folding",
+        "head",
+        "metrics",
+        "figures",
+        "hdf5",
+        "optimizer",
+    ],
     ["cache", "forward", "run", "fit", "views", "shards"],
     ["engine", "isolation", "integrity"],
-    ["cache_writer", "partition", "recipe"],
-    ["pipeline", "repair"],
+    ["cache_writer", "compatibility", "partition", "recipe", "inventory", "table"],
+    ["pipeline", "update", "rearrangement", "repair"],
+    ["intake"],
     ["production", "projection", "summary", "comparison"],
-    ["splitting", "extraction", "verification", "training", "evaluation", "classifier"],
+    [
+        "splitting",
+        "extraction",
+        "selection",
+        "verification",
+        "training",
+        "evaluation",
+        "classifier",
+    ],
     ["demo", "wording"],
     ["cli"],
 ]
@@ -58,7 +77,7 @@ OWNERS = {
 EVERYBODYS = {"numpy", "torch", "sklearn"}
 NO_TORCH = {"errors", "files", "container", "hdf5", "dataset", "images", "isolation", "metrics"}
 NO_TORCH |= {"figures", "shards", "cli", "views", "threads", "decoding", "resampling", "png"}
-NO_TORCH |= {"kernels", "acceleration"}
+NO_TORCH |= {"kernels", "acceleration", "contents"}
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
@@ -202,7 +221,17 @@ def test_help_imports_no_torch() -> None:
     )
     text = run_python(code)
     assert "Usage: " in text
-    for command in ("demo", "split", "extract", "info", "verify", "train", "evaluate", "predict"):
+    for command in (
+        "demo",
+        "split",
+        "extract",
+        "select",
+        "info",
+        "verify",
+        "train",
+        "evaluate",
+        "predict",
+    ):
         assert command in text
 
 
@@ -276,6 +305,15 @@ def test_the_list_of_public_names_is_sorted_and_true() -> None:
 
 
 def test_every_verb_of_the_contract_is_there() -> None:
-    verbs = {"extract", "open_cache", "write_cache", "verify", "train", "evaluate", "split"}
+    verbs = {
+        "extract",
+        "open_cache",
+        "write_cache",
+        "select",
+        "verify",
+        "train",
+        "evaluate",
+        "split",
+    }
     assert verbs | {"load_classifier"} <= set(featcache.__all__)
     assert (PACKAGE / "py.typed").is_file()

@@ -199,7 +199,7 @@ def test_a_shard_has_a_bounded_number_of_rows_however_narrow_they_are(
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, batch_size=1)
     manifest = json.loads((tmp_path / "c.h5.partial" / "manifest.json").read_text())
-    assert [len(shard["rows"]) for shard in manifest["shards"]] == [10, 10, 10, 10, 6]
+    assert [shard["num_rows"] for shard in manifest["shards"]] == [10, 10, 10, 10, 6]
     assert (tmp_path / "c.h5.partial" / "manifest.json").read_text() == canonical_json(manifest)
     monkeypatch.undo()
     assert extract(tree, tmp_path / "c.h5", backbone=tiny_backbone).num_known == 46

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from featcache.runtime import (
     available_cores,
     environment_facts,
     exact_fp32,
+    held_signals,
     processor_name,
     resolve_device,
     silent,
@@ -244,3 +246,79 @@ def test_a_timer_adds_up_by_name_also_when_the_work_fails() -> None:
 def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
     silent("a line")
     assert capsys.readouterr() == ("", "")
+
+
+# --- signals
+
+_HELD = """
+import signal, sys, time
+from featcache.runtime import Interrupted, held_signals
+number = signal.{name}
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+try:
+    with held_signals() as check:
+        check()
+        signal.raise_signal(number)
+        print("went on")
+        {then}
+        print("checked")
+except Interrupted as stop:
+    print("interrupted by", int(stop.signal_number))
+except KeyboardInterrupt:
+    print("at once")
+except SystemExit as stop:
+    print("exit", stop.code)
+try:
+    signal.raise_signal(number)
+except BaseException as stop:
+    print("as before:", type(stop).__name__)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize(
+    ("name", "then", "lines"),
+    [
+        ("SIGINT", "check()", ["went on", "interrupted by 2", "as before: KeyboardInterrupt"]),
+        ("SIGTERM", "check()", ["went on", "interrupted by 15", "as before: SystemExit"]),
+        ("SIGINT", "pass", ["went on", "checked", "interrupted by 2", "as before: Keyb"]),
+        ("SIGINT", "signal.raise_signal(number)", ["went on", "at once", "as before: Keyb"]),
+        ("SIGTERM", "signal.raise_signal(number)", ["went on", "exit 143", "as before: Syst"]),
+    ],
+)
+def test_a_signal_waits_until_it_is_asked_for_and_a_second_one_does_not(
+    name: str, then: str, lines: list[str]
+) -> None:
+    code = _HELD.format(name=name, then=then)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    found = done.stdout.splitlines()
+    assert len(found) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(found, lines, strict=True))
+
+
+def test_outside_the_main_thread_nothing_is_held() -> None:
+    failed: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with held_signals() as check:
+                check()
+        except BaseException as error:  # noqa: BLE001
+            failed.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert failed == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As under nohup: then Ctrl-C is not ours to hear."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with held_signals() as check:
+            signal.raise_signal(signal.SIGINT)
+            check()
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -2,171 +2,161 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from featcache.dataset import Sample
 from featcache.errors import CacheError
-from featcache.shards import EngineFacts, KnownRows, PartialCache, image_key
+from featcache.shards import EngineFacts, PartialCache
 
 FINGERPRINT = "a" * 64
 ENGINE = EngineFacts("eager", "fp32", 4, 2, "cpu")
 
 
-def sample(number: int) -> Sample:
-    return Sample(f"train/covid/{number:03d}.png", 0, "train", None, 100 + number, 5_000 + number)
-
-
-def facts(number: int) -> dict[str, object]:
-    one = sample(number)
+def facts(number: int, views: int = 1) -> dict[str, Any]:
     return {
-        "path": one.path, "image_bytes": one.image_bytes, "mtime_ns": one.mtime_ns,
-        "image_sha256": bytes([number]).hex() * 32, "truncated": number % 2 == 1,
-        "views": 1,
+        "path": f"train/covid/{number:03d}.png", "image_bytes": 100 + number,
+        "mtime_ns": 5_000 + number, "image_sha256": bytes([number]).hex() * 32,
+        "truncated": number % 2 == 1, "views": views,
     }  # fmt: skip
+
+
+def vectors(number: int, views: int = 1) -> np.ndarray:
+    return np.array([[number + view / 10] * 3 for view in range(views)], np.float32)
 
 
 def new_partial(folder: Path, fingerprint: str = FINGERPRINT) -> PartialCache:
     return PartialCache(folder, fingerprint, 3, np.dtype("<f4"))
 
 
+def reopen(folder: Path) -> tuple[PartialCache, dict[str, np.ndarray]]:
+    """Open what is there and return its rows by path."""
+    partial, rows = new_partial(folder), {}
+    assert partial.open()
+    for open_vectors, table in partial.read_shards():
+        shard, start = open_vectors(), 0
+        for row in table:
+            rows[row["path"]] = np.array(shard[start : start + row["views"]])
+            start += row["views"]
+        assert start == len(shard)
+    return partial, rows
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A partial cache of two shards: rows 0 to 3 and 4 to 5."""
+    """A partial cache of two shards: rows 0 to 3 and 4 to 5, row 4 of three views, 5 of none."""
     (tmp_path / "c.h5.partial").mkdir()
     partial = new_partial(tmp_path / "c.h5.partial")
+    assert not partial.open()
     partial.start(ENGINE, {"precision": "fp32"})
-    known = KnownRows()
-    for numbers in (range(4), range(4, 6)):
-        rows = np.array([[n, n, n] for n in numbers], np.float32)
-        partial.add_shard(rows, [facts(n) for n in numbers], known)
+    partial.add_shard([vectors(n) for n in range(4)], [facts(n) for n in range(4)])
+    made = partial.add_shard([vectors(4, 3)], [facts(4, 3), facts(5, 0)])
+    np.testing.assert_array_equal(made(), vectors(4, 3))
     return tmp_path / "c.h5.partial"
 
 
 def test_a_resumed_run_knows_every_listed_row(folder: Path) -> None:
-    partial, known = new_partial(folder), KnownRows()
-    assert partial.resume(known) == 6
+    partial, rows = reopen(folder)
     assert partial.engine == ENGINE
     assert partial.provenance == {"precision": "fp32"}
     assert partial.was_killed  # nobody called stop()
-    rows = [known.find(sample(n)) for n in (5, 0, 4, 3)]
-    assert all(row is not None for row in rows)
-    gathered = np.concatenate(list(known.blocks([r for r in rows if r], block_vectors=3)))
-    np.testing.assert_array_equal(gathered[:, 0], [5, 0, 4, 3])
-    assert rows[0] is not None
-    assert rows[0].sha256 == bytes([5]) * 32
-    assert rows[0].truncated
+    assert list(rows) == [facts(n)["path"] for n in range(6)]
+    for number, views in enumerate((1, 1, 1, 1, 3, 0)):
+        np.testing.assert_array_equal(
+            rows[facts(number)["path"]], vectors(number, views).reshape(views, 3)
+        )
 
 
-@pytest.fixture
-def mixed(folder: Path) -> KnownRows:
-    """Rows 0 to 5 of one vector [n, n, n], rows 6 and 8 of three views, row 7 of one, resumed."""
-    partial, known = new_partial(folder), KnownRows()
-    partial.resume(known)
-    views = {6: 3, 7: 1, 8: 3}
-    vectors = [[n + view / 10] * 3 for n, count in views.items() for view in range(count)]
-    rows = [facts(n) | {"views": count} for n, count in views.items()]
-    partial.add_shard(np.array(vectors, np.float32), rows, known)
-    again = KnownRows()
-    assert new_partial(folder).resume(again) == 9
-    return again
+def test_a_shard_of_known_contents_alone_has_no_vectors(folder: Path) -> None:
+    partial, _ = reopen(folder)
+    assert partial.add_shard([], [facts(7, 0), facts(8, 0)])().shape == (0, 3)
+    _, rows = reopen(folder)
+    assert rows[facts(8)["path"]].shape == (0, 3)
 
 
-def test_rows_of_several_views_and_of_one_share_a_shard(mixed: KnownRows) -> None:
-    rows = [mixed.find(sample(n), 3) for n in (8, 6)]
-    gathered = np.concatenate(list(mixed.blocks([r for r in rows if r], 3, block_vectors=4)))
-    expected = [[8, 8.1, 8.2], [6, 6.1, 6.2]]
-    np.testing.assert_array_equal(gathered, np.repeat(np.float32(expected)[..., None], 3, 2))
+def test_the_table_comes_back_as_it_was(folder: Path) -> None:
+    partial = new_partial(folder)
+    partial.open()
+    tables = [table for _, table in partial.read_shards()]
+    assert tables == [[facts(n) for n in range(4)], [facts(4, 3), facts(5, 0)]]
 
 
-def test_a_row_of_too_few_views_is_not_known(mixed: KnownRows) -> None:
-    """``valid`` has become ``train``."""
-    assert [mixed.find(sample(n), 3) is not None for n in (0, 6, 7, 8)] == [
-        False,
-        True,
-        False,
-        True,
-    ]
-    assert mixed.find(sample(6), 4) is None
-
-
-def test_of_more_views_than_wanted_the_first_are_taken(mixed: KnownRows) -> None:
-    """``train`` has become ``valid``."""
-    rows = [mixed.find(sample(n)) for n in (8, 0, 7, 6)]
-    gathered = np.concatenate(list(mixed.blocks([r for r in rows if r])))
-    np.testing.assert_array_equal(gathered, np.repeat([[8.0], [0], [7], [6]], 3, 1))
-    pairs = [r for r in (rows[0], rows[3]) if r]
-    np.testing.assert_array_equal(
-        next(mixed.blocks(pairs, 2))[..., 0], np.float32([[8, 8.1], [6, 6.1]])
-    )
-
-
-def test_an_image_extracted_again_has_its_new_views(mixed: KnownRows) -> None:
-    key = image_key(sample(7))
-    mixed.add(np.full((3, 3), 70, np.float32), [3], [key], [bytes(32)], [False])
-    row = mixed.find(sample(7), 3)
-    assert row is not None
-    np.testing.assert_array_equal(next(mixed.blocks([row], 3)), np.full((1, 3, 3), 70))
-
-
-def test_a_changed_image_is_not_known(folder: Path) -> None:
-    known = KnownRows()
-    new_partial(folder).resume(known)
-    path, size, time = image_key(sample(2))
-    for changed in ((path, size + 1, time), (path, size, time + 1), (path + "x", size, time)):
-        assert known.find(Sample(changed[0], 0, "train", None, *changed[1:])) is None
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+@pytest.mark.parametrize("damage", ["flip", "flip the table", "cut", "remove"])
 def test_a_damaged_shard_is_extracted_again(folder: Path, damage: str) -> None:
     shard = folder / "shard.00000"
     data = bytearray(shard.read_bytes())
-    if damage == "flip":
-        data[7] ^= 1
+    if damage.startswith("flip"):
+        data[7 if damage == "flip" else -7] ^= 1
         shard.write_bytes(data)
     elif damage == "cut":
         shard.write_bytes(data[:-1])
     else:
         shard.unlink()
-    known = KnownRows()
-    assert new_partial(folder).resume(known) == 2
-    assert known.find(sample(0)) is None
-    assert known.find(sample(4)) is not None
+    partial, rows = reopen(folder)
+    assert list(rows) == [facts(n)["path"] for n in (4, 5)]
+    partial.add_shard([vectors(9)], [facts(9)])  # and the damaged one is off the list
+    assert len(json.loads((folder / "manifest.json").read_bytes())["shards"]) == 2
 
 
 def test_a_shard_nobody_listed_does_not_count(folder: Path) -> None:
     (folder / "shard.00002").write_bytes(bytes(12))
-    partial, known = new_partial(folder), KnownRows()
-    assert partial.resume(known) == 6
-    partial.add_shard(np.full((1, 3), 9, np.float32), [facts(9)], known)
-    again = KnownRows()
-    assert new_partial(folder).resume(again) == 7
-    row = again.find(sample(9))
-    assert row is not None
-    np.testing.assert_array_equal(next(again.blocks([row])), [[9, 9, 9]])
+    partial, rows = reopen(folder)
+    assert len(rows) == 6
+    partial.add_shard([vectors(9)], [facts(9)])
+    _, rows = reopen(folder)
+    np.testing.assert_array_equal(rows[facts(9)["path"]], [[9, 9, 9]])
 
 
 def test_rows_of_another_recipe_never_mix_in(folder: Path) -> None:
     with pytest.raises(CacheError, match=r"made with other settings.*--rebuild"):
-        new_partial(folder, "b" * 64).resume(KnownRows())
+        new_partial(folder, "b" * 64).open()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": "featcache-partial"}'])
 def test_an_unreadable_manifest_is_said(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(CacheError, match="readable manifest"):
-        new_partial(folder).resume(KnownRows())
+        new_partial(folder).open()
+
+
+@pytest.mark.parametrize(
+    "change", [('batch_size":4', 'batch_size":5'), ("shard.00001", "shard.00000")]
+)
+def test_a_manifest_that_was_changed_is_not_believed(folder: Path, change: tuple[str, str]) -> None:
+    manifest = folder / "manifest.json"
+    text = manifest.read_text()
+    assert change[0] in text
+    manifest.write_text(text.replace(*change))
+    with pytest.raises(CacheError, match="sha256 is another"):
+        new_partial(folder).open()
+
+
+@pytest.mark.parametrize("name", ["../secret", "shard.1/../../x", "lock"])
+def test_a_manifest_names_shards_of_its_folder_only(folder: Path, name: str) -> None:
+    partial = new_partial(folder)
+    partial.open()
+    partial._shards[0]["file"] = name
+    partial.stop()
+    with pytest.raises(CacheError, match="readable manifest"):
+        new_partial(folder).open()
+
+
+def test_the_manifest_does_not_grow_with_the_rows(folder: Path) -> None:
+    partial, _ = reopen(folder)
+    before = (folder / "manifest.json").stat().st_size
+    rows = [facts(n % 256) for n in range(2_000)]
+    partial.add_shard([vectors(n) for n in range(2_000)], rows)
+    assert (folder / "manifest.json").stat().st_size < before + 200
 
 
 def test_stop_and_clear(folder: Path) -> None:
-    partial = new_partial(folder)
-    partial.resume(KnownRows())
+    partial, _ = reopen(folder)
     partial.stop()
-    stopped = new_partial(folder)
-    stopped.resume(KnownRows())
+    stopped, _ = reopen(folder)
     assert not stopped.was_killed
     stopped.clear()
-    assert new_partial(folder).resume(KnownRows()) == 0
+    assert not new_partial(folder).open()
     assert list(folder.glob("shard.*")) == []

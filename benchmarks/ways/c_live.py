@@ -31,7 +31,7 @@ engine = build_engine(backbone, device, decode_probes(dataset, dataset.samples, 
 def forward(samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield features (32, 1280) and targets of the samples, in their order."""
     rows, targets = [], []
-    for batch in stream_features(dataset, samples, [Lane(recipe, engine, frozenset(samples))]):
+    for batch in stream_features(dataset, samples, [Lane(recipe, engine)]):
         for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
             if features is not None:
                 rows.append(torch.from_numpy(features[0]))
