@@ -81,7 +81,7 @@ def rows_crc32(
 ) -> npt.NDArray[np.int64]:
     """Return the checksums of some rows.
 
-    0.3 s for (100000, 1280), two thirds of it in zlib, of the 2.5 s of computing that writing takes.
+    0.3 s for (100000, 1280), two thirds of it in zlib, of the 2.5 s of computing that writing is.
 
     Args:
         start: ``meaning_crc32``.

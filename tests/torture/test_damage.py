@@ -34,7 +34,11 @@ GOLDEN = Path(__file__).parents[1] / "data" / "format_v1.h5"
 
 
 def damage(raw: bytes, rng: random.Random) -> bytes:
-    """Return other bytes: 1 to 8 of them changed, a cut, or two blocks in each other's place."""
+    """Return other bytes: 1 to 8 of them changed, a cut, or two blocks in each other's place.
+
+    Half of the changes are single bits, half of them in the text before the first zero, if there is
+    one: a user block of which a digit is another one is the damage that is hardest to see.
+    """
     data, kind = bytearray(raw), rng.random()
     if kind < 0.1:
         return bytes(data[: rng.randrange(len(data))])
@@ -43,8 +47,12 @@ def damage(raw: bytes, rng: random.Random) -> bytes:
         one, two = data[first : first + BLOCK_BYTES], data[second : second + BLOCK_BYTES]
         data[first : first + BLOCK_BYTES], data[second : second + BLOCK_BYTES] = two, one
         return bytes(data)
-    for _ in range(rng.randint(1, 8)):
-        data[rng.randrange(len(data))] = rng.randrange(256)
+    text = raw.find(b"\0") if raw.startswith(b"{") else -1
+    reach = text if text > 0 and rng.random() < 0.5 else len(data)
+    one_bit = rng.random() < 0.5
+    for _ in range(1 if one_bit else rng.randint(1, 8)):
+        place = rng.randrange(reach)
+        data[place] = data[place] ^ 1 << rng.randrange(8) if one_bit else rng.randrange(256)
     return bytes(data)
 
 
@@ -104,7 +112,7 @@ def test_repair_of_damaged_caches_keeps_only_true_rows(
     ).path.read_bytes()  # fmt: skip
     path = tmp_path / "c.h5"
     true = rows_of(open_cache(path))
-    for number in range(rounds(6, 200)):
+    for number in range(rounds(12, 200)):
         damaged = damage(raw, rng)
         path.write_bytes(damaged)
         try:
