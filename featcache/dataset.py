@@ -22,6 +22,7 @@ from pathlib import Path
 
 from featcache.archive import Member, list_entries, locate_members, read_member
 from featcache.errors import ConfigError, DataError, FeatcacheWarning
+from featcache.files import read_regular
 from featcache.folders import (
     IMAGE_SUFFIXES,
     SPLIT_OF_FOLDER,
@@ -127,7 +128,7 @@ class ImageDataset:
             if self.layout == "zip":
                 return read_member(self.root, self._members[sample.path])
             folder = self.root.parent if self.layout == "csv" else self.root
-            return _read_file(folder / sample.path)
+            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
@@ -393,15 +394,3 @@ def _scan_zip(root: Path) -> ImageDataset:
         ImageFile(path, member.num_bytes, member.mtime_ns) for path, member in members.items()
     ]
     return replace(_arrange(root, images, folders, ignored), layout="zip", _members=members)
-
-
-def _read_file(path: Path) -> bytes:
-    # Without O_NONBLOCK a pipe that took the file's place would block for ever.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        if status.st_size > MAX_IMAGE_BYTES:
-            raise ValueError(f"{status.st_size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
-        return file.read()

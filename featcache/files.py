@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import glob
 import hashlib
 import io
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -50,6 +52,23 @@ def sha256_file(path: Path, offset: int = 0) -> str:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_regular(path: Path, *, max_bytes: int) -> bytes:
+    """Return the bytes of a regular file: pipes do not block, devices do not flood.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file, or is larger than ``max_bytes``.
+    """
+    # Without O_NONBLOCK a pipe that took the file's place would block for ever.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than {max_bytes:,}")
+        return file.read()
 
 
 def sync_folder(folder: Path) -> None:

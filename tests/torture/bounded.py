@@ -34,8 +34,8 @@ WARM = [
     "featcache.evaluation", "featcache.classifier", "featcache.splitting", "featcache.wording",
     "onnxruntime", "torch.hub", "torchvision", "sklearn.metrics", "pytest", "safetensors.torch",
 ]  # fmt: skip
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(WARM)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(WARM)
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def run_bounded(
     Raises:
         AssertionError: If the child hung, died, or raised what is no error of featcache.
     """
-    receiver, sender = _CONTEXT.Pipe(duplex=False)
-    child = _CONTEXT.Process(target=_call, args=(sender, function, arguments, gib))
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    child = CONTEXT.Process(target=_call, args=(sender, function, arguments, gib))
     child.start()
     sender.close()
     try:
@@ -125,14 +125,15 @@ class Printed:
 def command(folder: Path, *arguments: object, **limits: float) -> Printed:
     """Run a ``featcache`` command in ``folder``, in a child; standard output is no terminal."""
     texts = [os.fspath(a) if isinstance(a, os.PathLike) else str(a) for a in arguments]
-    ended = run_bounded(_run_command, folder, texts, **limits)
+    ended = run_bounded(run_here, folder, texts, **limits)
     assert ended.peak_bytes < GIB, f"{ended.peak_bytes:,} bytes"
     printed = ended.value
     assert isinstance(printed, Printed)
     return printed
 
 
-def _run_command(folder: Path, arguments: list[str]) -> Printed:
+def run_here(folder: Path, arguments: list[str]) -> Printed:
+    """Do what the command line does, in this process (a child, by its streams and folder)."""
     from featcache import cli
 
     os.chdir(folder)
