@@ -481,7 +481,12 @@ def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) ->
 
 
 def _say(as_json: bool, quiet: bool) -> Callable[[str], None]:
-    return (lambda line: None) if as_json or quiet else click.echo
+    return (lambda line: None) if as_json or quiet else _echo_line
+
+
+def _echo_line(line: str) -> None:
+    """Print a line that holds names of strangers: no terminal command, no second line."""
+    click.echo(printable(line))
 
 
 def _print(facts: dict[str, Any], lines: Iterable[str], as_json: bool, quiet: bool) -> None:
@@ -490,7 +495,7 @@ def _print(facts: dict[str, Any], lines: Iterable[str], as_json: bool, quiet: bo
         click.echo(json.dumps(facts, allow_nan=False, default=_as_text))
     elif not quiet:
         for line in lines:
-            click.echo(line)
+            _echo_line(line)
 
 
 def _as_text(value: Any) -> str:
@@ -519,6 +524,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except click.exceptions.Exit as stop:
         return int(stop.exit_code)
     except click.ClickException as error:
+        error.message = printable(error.message)
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort) as stop:
@@ -542,7 +548,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 1
     except OSError as error:
         place = f" ({printable(error.filename)})" if error.filename else ""
-        click.echo(f"error: {error.strerror or error}{place}", err=True)
+        click.echo(f"error: {printable(error.strerror or error)}{place}", err=True)
         return 1
     return 0
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from featcache.archive import Member, list_entries, locate_members, read_member
 from featcache.errors import ConfigError, DataError, FeatcacheWarning
-from featcache.files import read_regular
+from featcache.files import plain_cell, read_regular
 from featcache.folders import (
     IMAGE_SUFFIXES,
     SPLIT_OF_FOLDER,
@@ -321,7 +321,8 @@ def _scan_csv(root: Path) -> ImageDataset:
 def read_table(root: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV with the keys path, target, split, group; "" for what is not there.
 
-    Splits are named as everywhere here: ``val`` is ``valid``.
+    Splits are named as everywhere here: ``val`` is ``valid``. What ``files.csv_text`` has escaped
+    is undone.
 
     Raises:
         DataError: If it is no such CSV.
@@ -341,24 +342,18 @@ def read_table(root: Path) -> list[dict[str, str]]:
     rows = []
     for line, cells in lines:
         row = {"target": "", "split": "", "group": ""} | dict(zip(names, cells, strict=False))
-        if len(cells) != len(names) or not row["path"]:
+        if len(cells) != len(names) or not row["path"] or "\0" in "".join(cells):
             raise DataError(
-                f"CSV line {line}", expected=f"{len(names)} cells, the path not empty",
+                f"CSV line {line}", expected=f"{len(names)} cells without NUL, the path not empty",
                 found=",".join(cells), where=root,
             )  # fmt: skip
-        row |= {key: _plain_cell(row[key]) for key in ("target", "group")}
+        row |= {key: plain_cell(row[key]) for key in ("path", "target", "group")}
         rows.append(row | {"split": SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])})
     unknown = sorted({row["split"] for row in rows} - {*SPLITS, ""})
     if unknown:
         found = ", ".join(map(repr, unknown[:3]))
         raise DataError("split column", expected="train, valid or test", found=found, where=root)
     return rows
-
-
-def _plain_cell(cell: str) -> str:
-    """Undo the apostrophe that ``files.csv_text`` sets before what looks like a formula."""
-    formula = cell[1:].lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r"))
-    return cell[1:] if cell.startswith("'") and formula else cell
 
 
 def _scan_zip(root: Path) -> ImageDataset:

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -123,6 +124,7 @@ def csv_text(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
     Cells that begin with one of ``= + - @`` TAB or CR get a leading apostrophe (OWASP, CSV
     injection); numbers are left alone. Undecodable bytes of file names become ``\udcNN``.
+    ``plain_cell`` gives back what was there.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer)  # CR LF ends a row (RFC 4180), so cells that hold either are quoted
@@ -133,13 +135,34 @@ def csv_text(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+# an undecodable byte, or what is written for one, and the backslashes before it
+_BYTE = re.compile("(\\\\*)([\udc80-\udcff])|(\\\\+)(?=udc[89a-f][0-9a-f])")
+_WRITTEN_BYTE = re.compile(r"(\\+)udc([89a-f][0-9a-f])")
 
 
 def _safe_cell(cell: object) -> object:
     if not isinstance(cell, str):
         return cell
-    text = cell.encode("utf-8", "backslashreplace").decode()
-    return "'" + text if text.lstrip(" \u00a0").startswith(_FORMULA_STARTS) else text
+    # backslashes are doubled where they stand before such a byte, or would pass for one
+    text = _BYTE.sub(lambda m: (m[1] or m[3] or "") * 2 + (m[2] or ""), cell)
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "'" + text if _is_formula(text) else text
+
+
+def _is_formula(text: str) -> bool:
+    """Also behind apostrophes, so that one more can be told from the name's own."""
+    return text.lstrip("'").lstrip(" \u00a0").startswith(_FORMULA_STARTS)
+
+
+def plain_cell(cell: str) -> str:
+    """Return what ``csv_text`` was given for a cell of its text."""
+
+    def undo(match: re.Match[str]) -> str:
+        backslashes, odd = divmod(len(match[1]), 2)
+        return "\\" * backslashes + (chr(0xDC00 + int(match[2], 16)) if odd else match[0][-5:])
+
+    cell = cell[1:] if cell.startswith("'") and _is_formula(cell[1:]) else cell
+    return _WRITTEN_BYTE.sub(undo, cell)
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

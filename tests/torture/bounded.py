@@ -33,6 +33,7 @@ WARM = [
     "featcache.cli", "featcache.extraction", "featcache.verification", "featcache.training",
     "featcache.evaluation", "featcache.classifier", "featcache.splitting", "featcache.wording",
     "onnxruntime", "torch.hub", "torchvision", "sklearn.metrics", "pytest", "safetensors.torch",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "featcache.kernels", "numba",
 ]  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(WARM)
