@@ -289,6 +289,7 @@ def test_errors_and_usage_are_clean(folder: Path, tally: Any) -> None:
 
     worst = NAMES["terminal commands"]
     tried = [*commands(worst), ["info", f"--{worst}"], [worst]]
+    tried += [["info", "c.h5", name] for name in (worst, NAMES["newline"])]
     tried += [commands(name)[i % 8] for i, name in enumerate(NAMES.values())]
     for arguments in tried:
         done = command(folder, *arguments)
