@@ -524,8 +524,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except click.exceptions.Exit as stop:
         return int(stop.exit_code)
     except click.ClickException as error:
-        error.message = printable(error.message)
-        error.show()
+        text = printable(error.format_message())  # as a shell's * may name any file
+        click.UsageError(text, getattr(error, "ctx", None)).show()
         return 2
     except (KeyboardInterrupt, click.Abort) as stop:
         reason = stop.__cause__ or stop  # click makes an Abort of a KeyboardInterrupt

@@ -145,7 +145,11 @@ def exif(orientation: int) -> bytes:
 def text_bomb(kind: bytes) -> bytes:
     """Return a PNG with 20 MB of text packed into 20 kB."""
     packed = zlib.compress(bytes(2 * 10**7), 9)
-    body = {b"zTXt": b"k\0\0" + packed, b"iTXt": b"k\0\1\0\0\0" + packed, b"iCCP": b"k\0\0" + packed}
+    body = {
+        b"zTXt": b"k\0\0" + packed,
+        b"iTXt": b"k\0\1\0\0\0" + packed,
+        b"iCCP": b"k\0\0" + packed,
+    }
     return png(44, 40, 8, 0, rows(GREY), chunk(kind, body[kind]))
 
 
@@ -344,7 +348,7 @@ def test_pillows_own(source_package: Path, tmp_path: Path, tally: Any) -> None:
     data.mkdir()
     with tarfile.open(source_package) as archive:
         for member in archive:
-            folder, _, name = member.name.partition("/Tests/images/")
+            _, _, name = member.name.partition("/Tests/images/")
             if not name or not member.isfile():
                 continue
             file = archive.extractfile(member)

@@ -10,8 +10,9 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +66,9 @@ def _class(dataset: ImageDataset, target: int) -> str:
     return dataset.classes[target] if target >= 0 else ""
 
 
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
 class Hazard(NamedTuple):
     """A folder, and what is right.
 
@@ -81,10 +85,10 @@ class Hazard(NamedTuple):
 
     build: Callable[[Path], object]
     found: dict[str, str] | str
-    ignored: dict[str, int] = {}
+    ignored: Mapping[str, int] = NONE
     warning: str = ""
     change: Callable[[Path], None] | None = None
-    failed: dict[str, str] = {}
+    failed: Mapping[str, str] = NONE
     user: int | None = None
     bare: bool = False
 
@@ -151,6 +155,7 @@ def many_classes(root: Path) -> None:
 NOT_UTF8 = "bad\udcff\udcfe"
 LONG = "x" * 251
 SPLITS = ("train/a/1.png", "train/b/2.png", "test/a/3.png", "test/b/4.png")
+VALIDATION = ("validation/a/5.png", "validation/b/6.png")
 HAZARDS: dict[str, Hazard] = {
     "link in a circle": Hazard(link("a/loop.png", "loop.png"), GOOD, {"link to nothing": 1}),
     "folder in a circle": Hazard(link("a/loop", "../a"), GOOD, {"link to a folder": 1}),
@@ -193,8 +198,7 @@ HAZARDS: dict[str, Hazard] = {
         names(*SPLITS, "val/a/1.png", "valid/a/1.png"), "one valid, found val and valid", bare=True
     ),
     "validation": Hazard(
-        names(*SPLITS, "validation/a/5.png", "validation/b/6.png"),
-        {path: path.split("/")[1] for path in (*SPLITS, "validation/a/5.png", "validation/b/6.png")},
+        names(*SPLITS, *VALIDATION), {path: path.split("/")[1] for path in SPLITS + VALIDATION},
         bare=True,
     ),
     "splits beside classes": Hazard(names("train/a/3.png"), "no others, found 'a', 'b'"),

@@ -296,9 +296,7 @@ def test_a_hundred_thousand_members(tmp_path: Path, tally: Any) -> None:
 
 def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
     bomb(tmp_path)
-    done = command(
-        tmp_path, "extract", "z.zip", "c.h5", "--backbone", "python:tiny_network:build"
-    )
+    done = command(tmp_path, "extract", "z.zip", "c.h5", "--backbone", "python:tiny_network:build")
     assert (done.code, done.out) == (1, "")
     assert len(done.err.splitlines()) == 1
     assert "decompression bomb" in done.err
