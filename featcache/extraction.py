@@ -6,7 +6,6 @@ Reads: images, and the cache that is there already. Writes: ``CACHE`` (module ``
 from __future__ import annotations
 
 import contextlib
-import glob
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from featcache.backbone import Backbone, build_backbone
 from featcache.cache import Cache
 from featcache.dataset import ImageDataset, scan
 from featcache.errors import CacheError, ConfigError
-from featcache.files import writer_lock
+from featcache.files import remove_temporaries, writer_lock
 from featcache.pipeline import hash_images
 from featcache.production import Production, produce
 from featcache.projection import Projection, project
@@ -274,8 +273,7 @@ def _remove_leftovers(path: Path, cache: Cache) -> None:
         # Of another recipe, or in use: somebody's work.
         with contextlib.suppress(CacheError), writer_lock(folder / "lock", f"cache {path.name}"):
             partial.open()
-            for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-                stale.unlink(missing_ok=True)
+            remove_temporaries(path)
             partial.remove()
 
 
