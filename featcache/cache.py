@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.container import Container, open_container
+from featcache.container import Container, check_payload, open_container
 from featcache.errors import CacheError
 
 SPLITS = ("train", "valid", "test", "all")
@@ -236,7 +236,20 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
         >>> cache.splits["train"].features.shape  # doctest: +SKIP
         (198, 1280)
     """
-    container = open_container(Path(path), verify=verify)
+    for num_tries_left in range(9, -1, -1):
+        container = open_container(Path(path), verify=False)
+        try:
+            return _open(container, verify=verify)
+        except CacheError:
+            # An update may have renamed a new file into its place: what was read is of two then.
+            if container.is_current() or not num_tries_left:
+                raise
+    raise AssertionError
+
+
+def _open(container: Container, *, verify: bool) -> Cache:
+    if verify:
+        check_payload(container)
     _check_kinds(container)
     identity = _read_json(container, "identity")
     text = container.map("identity").item()
@@ -247,7 +260,7 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
         raise _damaged(container, "task", " or ".join(TASKS), task)
     classes = tuple(_decode(container.map("classes")))
     cache = Cache(
-        path=Path(path),
+        path=container.path,
         identity=identity,
         provenance=_read_json(container, "provenance"),
         classes=classes,

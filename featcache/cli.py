@@ -538,10 +538,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads us any more: no second complaint at exit
         return 1
-    except (MemoryError, RuntimeError) as error:
-        from featcache.runtime import is_out_of_memory
-
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not _is_out_of_memory(error):
             raise
         found = (str(error).splitlines() or ["none left"])[0]
         click.echo(f"error: memory: expected enough, found {found}. Lower --batch-size.", err=True)
@@ -551,6 +549,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         click.echo(f"error: {printable(error.strerror or error)}{place}", err=True)
         return 1
     return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, ImportError):  # torch may be what could not be loaded: do not ask it
+        return "failed to map segment" in str(error) or "annot allocate memory" in str(error)
+    from featcache.runtime import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -14,6 +14,7 @@ HDF5 files libhdf5 read 4,765 as other data without an error, hung on 8 and cras
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import CacheError
-from featcache.files import canonical_json, sha256_file
+from featcache.files import canonical_json, sha256_stream
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
@@ -120,6 +121,13 @@ class Container:
             )  # fmt: skip
         return self.arrays[name]
 
+    def is_current(self) -> bool:
+        """Whether the file under the name is still the one that was opened."""
+        with contextlib.suppress(CacheError):
+            self._reopen().close()
+            return True
+        return False
+
     def _changed(self) -> CacheError:
         return CacheError(
             "cache", expected="the file that was opened", found="another one under its name",
@@ -177,7 +185,9 @@ def check_payload(container: Container) -> None:
     Raises:
         CacheError: If they differ: the file was damaged after it was written.
     """
-    found = sha256_file(container.path, container.user_block_bytes)
+    with container._reopen() as file:  # an update may have renamed a new file into its place
+        file.seek(container.user_block_bytes)
+        found = sha256_stream(file)
     if found != container.payload_sha256:
         raise CacheError(
             "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 from featcache.errors import CacheError, ConfigError, RunError
 
 _HASH_BLOCK_BYTES = 1 << 20
+_NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
 
 def canonical_json(value: Any) -> str:
@@ -47,11 +48,16 @@ def readable_json(value: Any) -> str:
 
 def sha256_file(path: Path, offset: int = 0) -> str:
     """Return the sha256 (64 hex digits) of the file from byte ``offset`` to its end."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(offset)
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
+        return sha256_stream(file)
+
+
+def sha256_stream(file: BinaryIO | io.FileIO) -> str:
+    """Return the sha256 (64 hex digits) of what is left to read of an open file."""
+    digest = hashlib.sha256()
+    while block := file.read(_HASH_BLOCK_BYTES):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -108,10 +114,33 @@ def remove_temporaries(path: Path) -> None:
         stale.unlink(missing_ok=True)
 
 
+def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
+    """Turn an ``OSError`` met while writing into the one line a user can act on."""
+    if error.errno in _NO_SPACE:
+        free = shutil.disk_usage(path.parent).free
+        return CacheError(
+            "disk space", expected=f"{wanted_bytes:,} bytes", found=f"{free:,} bytes free",
+            where=path.parent, hint="Make room and run the same command again",
+        )  # fmt: skip
+    return CacheError(
+        "writing", expected="a writable folder", found=str(error.strerror or error),
+        where=path, hint="Check the folder and its permissions",
+    )  # fmt: skip
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, whole or not at all."""
-    with atomic_writer(path) as file:
-        file.write(data)
+    """Write ``data`` to ``path``, whole or not at all.
+
+    Raises:
+        CacheError: If the disk is full; says how much is needed and how much is free.
+    """
+    try:
+        with atomic_writer(path) as file:
+            file.write(data)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise disk_error(error, path, len(data)) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -273,32 +302,61 @@ def writer_lock(path: Path, what: str) -> Iterator[None]:
             hint="Extract on a Linux machine; reading and training work everywhere",
         ) from error  # fmt: skip
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("a+b")
-        except FileNotFoundError:  # another writer, done, has just removed the folder
+        file = _open_lock(path, what)
+        if file is None:  # another writer, done, has just removed the folder
             continue
         with file:
             _lock(file, path, what, fcntl)
             if _is_still(file, path):
-                file.truncate(0)
-                since = time.strftime("%Y-%m-%d %H:%M:%S")
-                file.write(
-                    f"process {os.getpid()} on {socket.gethostname()} since {since}".encode()
-                )
-                file.flush()
+                _sign(file)
                 yield
                 return
+
+
+_LOCK_SIGN = b"process "
+_LOCK_BYTES = 4096  # a folder and a file of few bytes: what a full disk lacks
+
+
+def _open_lock(path: Path, what: str) -> BinaryIO | None:
+    """Open the lock file, made if missing; None if its folder was removed meanwhile."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sync_folder(path.parent.parent)  # what is written into it must not vanish with it
+    except OSError as error:
+        raise disk_error(error, path.parent, _LOCK_BYTES) from error
+    try:
+        # Not through a link, and not waiting for whoever may open a pipe's other end.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise disk_error(error, path, _LOCK_BYTES) from error
+        raise _not_ours(path, what, str(error.strerror)) from error
+    file = open(handle, "r+b", buffering=0)  # noqa: PTH123, SIM115 (the caller closes it)
+    kind = os.fstat(handle).st_mode
+    if not stat.S_ISREG(kind):
+        file.close()
+        raise _not_ours(path, what, "a pipe or a device")
+    if file.read(len(_LOCK_SIGN)) not in {b"", _LOCK_SIGN}:
+        file.close()
+        raise _not_ours(path, what, "another file")
+    return file
+
+
+def _not_ours(path: Path, what: str, found: str) -> CacheError:
+    return CacheError(
+        f"lock of {what}", expected="a file of ours that can be written", found=found, where=path,
+        hint="Remove it, or choose another name for the cache",
+    )  # fmt: skip
 
 
 def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read(500).decode(errors="replace").strip() or "an unknown process"
         raise CacheError(
-            what, expected="no other writer", found=f"one at work: {holder}", where=path,
+            what, expected="no other writer", found=f"one at work: {_read_sign(file)}", where=path,
             hint="Wait for it, or stop it",
         ) from error  # fmt: skip
     except OSError as error:
@@ -306,6 +364,25 @@ def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
             what, expected="a file system that can lock files", found=str(error.strerror),
             where=path, hint="Write the cache to a local disk and copy it",
         ) from error  # fmt: skip
+
+
+def _sign(file: BinaryIO) -> None:
+    """Note who holds the lock. On a full disk that cannot be: the lock holds all the same."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.truncate(0)
+    file.seek(0)
+    with contextlib.suppress(OSError):
+        file.write(_LOCK_SIGN + f"{os.getpid()} on {socket.gethostname()} since {since}".encode())
+
+
+def _read_sign(file: BinaryIO) -> str:
+    """Return who holds the lock. It is signed just after it was taken, so wait a little."""
+    for _ in range(20):
+        time.sleep(0.05)
+        file.seek(0)
+        if holder := file.read(500).decode(errors="replace").strip():
+            return holder
+    return "an unknown process"
 
 
 def _is_still(file: BinaryIO, path: Path) -> bool:

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -37,12 +36,10 @@ from featcache.container import (
     open_container,
     user_block_sha256,
 )
-from featcache.errors import CacheError
-from featcache.files import atomic_writer, canonical_json, child_process
+from featcache.files import atomic_writer, canonical_json, child_process, disk_error
 
 _COPY_BYTES = 1 << 22
 _CHECK_SECONDS = 60
-_NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
 
 @dataclass(frozen=True)
@@ -154,20 +151,6 @@ def write_container(
     return open_container(path, verify=False)
 
 
-def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
-    """Turn an ``OSError`` met while writing into the one line a user can act on."""
-    if error.errno in _NO_SPACE:
-        free = shutil.disk_usage(path.parent).free
-        return CacheError(
-            "disk space", expected=f"{wanted_bytes:,} bytes", found=f"{free:,} bytes free",
-            where=path.parent, hint="Make room and run the same command again",
-        )  # fmt: skip
-    return CacheError(
-        "writing", expected="a writable folder", found=str(error.strerror or error),
-        where=path, hint="Check the folder and its permissions",
-    )  # fmt: skip
-
-
 def _make_skeleton(
     sources: Sequence[ArraySource], fingerprint: str, user_block_bytes: int
 ) -> tuple[_SparseFile, list[ArrayEntry]]:
@@ -269,6 +252,8 @@ def compare_with_hdf5(container: Container) -> list[str]:
     libhdf5 runs in a child process with limits on memory and time: hostile files hang or crash it.
     """
     command, environment = child_process("featcache.hdf5")
+    # A finished cache does not change, and a file system that cannot lock is no damage.
+    environment["HDF5_USE_FILE_LOCKING"] = "FALSE"
     try:
         done = subprocess.run(
             [*command, str(container.path)], env=environment, capture_output=True,

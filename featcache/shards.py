@@ -25,8 +25,7 @@ import numpy.typing as npt
 
 from featcache.contents import Vectors
 from featcache.errors import CacheError
-from featcache.files import canonical_json, sha256_file, write_bytes
-from featcache.hdf5 import disk_error
+from featcache.files import canonical_json, disk_error, sha256_file, write_bytes
 
 SHARD_BYTES = 16 << 20
 SHARD_ROWS = 4096
@@ -181,7 +180,7 @@ class PartialCache:
 
         On a full disk that cannot be noted, which only makes the next run decode more carefully.
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, CacheError):
             self._write_manifest(running=False)
 
     def add_shard(
