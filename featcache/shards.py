@@ -236,7 +236,9 @@ class PartialCache:
         self.was_killed = self.is_running = False
 
     def remove(self) -> None:
-        """Remove the folder: the cache is whole."""
+        """Remove the folder, the lock last: until then the next writer has to wait."""
+        with contextlib.suppress(OSError):
+            self.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
