@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.container import Container, open_container
+from featcache.container import Container, check_payload, open_container
 from featcache.errors import CacheError
 
 SPLITS = ("train", "valid", "test", "all")
@@ -245,7 +245,17 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
         >>> cache.splits["train"].features.shape  # doctest: +SKIP
         (198, 1280)
     """
-    return read_cache(open_container(Path(path), verify=verify))
+    for num_tries_left in range(9, -1, -1):
+        container = open_container(Path(path), verify=False)
+        try:
+            if verify:
+                check_payload(container)
+            return read_cache(container)
+        except CacheError:
+            # An update may have renamed a new file into its place: what was read is of two then.
+            if container.is_current() or not num_tries_left:
+                raise
+    raise AssertionError
 
 
 def read_cache(container: Container) -> Cache:

@@ -151,8 +151,13 @@ class Classifier:
         buffer = io.BytesIO()
         torch.save(network.state_dict(), buffer)
         facts = self._export_facts(hashlib.sha256(buffer.getvalue()).hexdigest())
-        write_bytes(path.with_name(path.name + ".json"), readable_json(facts).encode())
-        write_bytes(path, buffer.getvalue())
+        beside = path.with_name(path.name + ".json")
+        write_bytes(beside, readable_json(facts).encode())
+        try:
+            write_bytes(path, buffer.getvalue())
+        except BaseException:  # or the next try would be refused: the file exists
+            beside.unlink(missing_ok=True)
+            raise
         return facts
 
     def _check_network(self, network: nn.Module) -> None:

@@ -14,6 +14,7 @@ HDF5 files libhdf5 read 4,765 as other data without an error, hung on 8 and cras
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import CacheError
-from featcache.files import canonical_json, sha256_file
+from featcache.files import canonical_json, sha256_stream
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
@@ -123,6 +124,13 @@ class Container:
             )  # fmt: skip
         return self.arrays[name]
 
+    def is_current(self) -> bool:
+        """Whether the file under the name is still the one that was opened."""
+        with contextlib.suppress(CacheError):
+            self._reopen().close()
+            return True
+        return False
+
     def _changed(self) -> CacheError:
         return CacheError(
             "cache", expected="the file that was opened", found="another one under its name",
@@ -151,12 +159,8 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
             hint="Make it with featcache extract",
         ) from error  # fmt: skip
     container = _parse(text, path, stamp)
-    if verify and not is_payload_whole(container):
-        raise CacheError(
-            "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",
-            found="another", where=path,
-            hint="The file is damaged: copy it again, or let featcache verify say where",
-        )  # fmt: skip
+    if verify:
+        check_payload(container)
     return container
 
 
@@ -180,7 +184,23 @@ def content_sha256(digests: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], s
 
 def is_payload_whole(container: Container) -> bool:
     """Return whether the bytes behind the user block are those of ``payload_sha256``."""
-    return sha256_file(container.path, container.user_block_bytes) == container.payload_sha256
+    with container._reopen() as file:  # an update may have renamed a new file into its place
+        file.seek(container.user_block_bytes)
+        return sha256_stream(file) == container.payload_sha256
+
+
+def check_payload(container: Container) -> None:
+    """Insist on ``is_payload_whole``.
+
+    Raises:
+        CacheError: If it is not: the file was damaged after it was written.
+    """
+    if not is_payload_whole(container):
+        raise CacheError(
+            "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",
+            found="another", where=container.path,
+            hint="The file is damaged: copy it again, or let featcache verify say where",
+        )  # fmt: skip
 
 
 def _read_user_block(file: Any, path: Path) -> str:

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,15 +37,13 @@ from featcache.container import (
     open_container,
     user_block_sha256,
 )
-from featcache.errors import CacheError
-from featcache.files import atomic_writer, canonical_json, child_process
+from featcache.files import atomic_writer, canonical_json, child_process, disk_error
 
 _COPY_BYTES = 1 << 22
 _CHECK_SECONDS = 8  # of computing; a good file takes half a second, of which importing is most
 _CHECK_WAIT_SECONDS = 60  # a machine under load, a network
 _CHECK_BYTES = 1 << 30
 _MAX_OBJECTS = 1000
-_NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
 
 @dataclass(frozen=True)
@@ -159,20 +156,6 @@ def write_container(
     except OSError as error:
         raise disk_error(error, path, skeleton.length) from error
     return open_container(path, verify=False)
-
-
-def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
-    """Turn an ``OSError`` met while writing into the one line a user can act on."""
-    if error.errno in _NO_SPACE:
-        free = shutil.disk_usage(path.parent).free
-        return CacheError(
-            "disk space", expected=f"{wanted_bytes:,} bytes", found=f"{free:,} bytes free",
-            where=path.parent, hint="Make room and run the same command again",
-        )  # fmt: skip
-    return CacheError(
-        "writing", expected="a writable folder", found=str(error.strerror or error),
-        where=path, hint="Check the folder and its permissions",
-    )  # fmt: skip
 
 
 def _make_skeleton(

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from featcache.errors import ConfigError, FeatcacheWarning, RunError, printable
-from featcache.files import canonical_json, write_bytes, write_csv, write_json
+from featcache.files import canonical_json, read_regular, write_bytes, write_csv, write_json
 from featcache.head import HeadConfig, build_head, state_layout
 
 FORMAT = "featcache-run"
@@ -37,6 +37,8 @@ _KEYS = {
     "format", "format_version", "head", "training", "seed", "data_seed", "classes", "cache",
     "weights_sha256",
 }  # fmt: skip
+_MAX_JSON_BYTES = 2**28
+_MAX_WEIGHTS_BYTES = 2**31
 _MAY_DIFFER = ("views", "augmentation", "feature_dtype")
 _DAMAGED = "The run is damaged or was edited: copy it again, or train it again"
 
@@ -237,7 +239,7 @@ def _brief(value: object) -> str:
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((folder / "run.json").read_bytes())
+        facts = json.loads(read_regular(folder / "run.json", max_bytes=_MAX_JSON_BYTES))
     except OSError as error:
         raise RunError(
             "run", expected="a folder with run.json", found=error.strerror, where=folder,
@@ -294,7 +296,7 @@ def _read_weights(
     folder: Path, sha256: str, head: HeadConfig, classes: Sequence[str]
 ) -> dict[str, Tensor]:
     try:
-        data = (folder / WEIGHTS_NAME).read_bytes()
+        data = read_regular(folder / WEIGHTS_NAME, max_bytes=_MAX_WEIGHTS_BYTES)
     except OSError as error:
         raise _damaged(folder, WEIGHTS_NAME, "a readable file", error.strerror) from error
     found = hashlib.sha256(data).hexdigest()

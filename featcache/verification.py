@@ -22,8 +22,8 @@ from featcache.cache import Cache, CacheSplit, is_content, open_cache, read_cach
 from featcache.comparison import Comparison, compare
 from featcache.container import content_sha256, open_container
 from featcache.errors import CacheError, printable
-from featcache.files import sha256_file, sync_folder, writer_lock
-from featcache.hdf5 import compare_with_hdf5, disk_error
+from featcache.files import disk_error, sha256_file, sync_folder, writer_lock
+from featcache.hdf5 import compare_with_hdf5
 from featcache.integrity import METADATA, BadRow, Damage, find_damage, find_infinite
 from featcache.repair import find_bad_rows, write_without
 from featcache.run import load_run

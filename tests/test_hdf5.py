@@ -33,8 +33,8 @@ from test_container import (
 from featcache import hdf5
 from featcache.container import Container, open_container
 from featcache.errors import CacheError
-from featcache.files import sha256_file
-from featcache.hdf5 import ArraySource, compare_with_hdf5, disk_error, write_container
+from featcache.files import disk_error, sha256_file
+from featcache.hdf5 import ArraySource, compare_with_hdf5, write_container
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
