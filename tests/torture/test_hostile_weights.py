@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 from featcache.errors import FeatcacheError
+from featcache.files import canonical_json
 from featcache.head import HeadConfig, build_head
 from featcache.run import load_run, write_run
 from featcache.weights import download_state
@@ -237,6 +238,8 @@ def with_its_hash(data: bytes) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         facts = json.loads((folder / "run.json").read_text("utf-8"))
         facts["weights_sha256"] = hashlib.sha256(data).hexdigest()
+        del facts["sha256"]  # the attacker signs again
+        facts["sha256"] = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
         (folder / "run.json").write_text(json.dumps(facts), "utf-8")
         (folder / "head.safetensors").write_bytes(data)
 
