@@ -318,5 +318,5 @@ def test_every_verb_of_the_contract_is_there() -> None:
         "evaluate",
         "split",
     }
-    assert verbs | {"load_classifier"} <= set(featcache.__all__)
+    assert verbs | {"load_classifier", "HeadClassifier"} <= set(featcache.__all__)
     assert (PACKAGE / "py.typed").is_file()
