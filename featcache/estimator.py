@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -30,13 +31,10 @@ from featcache.head import HeadConfig, build_head
 from featcache.runtime import resolve_device
 
 _PARAMETERS = {
-    "--hidden": "hidden_layer_sizes", "--dropout": "dropout", "--optimizer": "solver",
-    "--learning-rate": "learning_rate", "--weight-decay": "weight_decay",
-    "--schedule": "schedule", "--batch-size": "batch_size", "--epochs": "max_epochs",
+    "--hidden": "hidden_layer_sizes", "--optimizer": "solver", "--epochs": "max_epochs",
     "--patience": "n_iter_no_change", "--class-weights": "class_weight",
-    "--label-smoothing": "label_smoothing", "--device": "device",
 }  # fmt: skip
-"""The parameter for each option of the command line that an error may name."""
+"""Options whose parameter here has scikit-learn's name; the others differ by the dashes."""
 
 _Forward: TypeAlias = Callable[[torch.nn.Module, npt.NDArray[Any], torch.device], npt.NDArray[Any]]
 
@@ -300,10 +298,11 @@ def _errors_of_scikit_learn() -> Iterator[None]:
     try:
         yield
     except FeatcacheError as error:
-        text = str(error)
-        for option, parameter in _PARAMETERS.items():
-            text = text.replace(option, parameter)
-        raise ValueError(text) from error
+
+        def name(option: re.Match[str]) -> str:
+            return _PARAMETERS.get(option[0], option[0].strip("-").replace("-", "_"))
+
+        raise ValueError(re.sub(r"--[a-z-]+", name, str(error))) from error
 
 
 def _plain(value: Any) -> Any:

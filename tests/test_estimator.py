@@ -404,7 +404,9 @@ def test_names_of_columns_are_kept_and_checked() -> None:
     ],
 )  # fmt: skip
 def test_parameters_without_meaning_are_refused_by_name(name: str, value: Any) -> None:
-    words = "cannot be used to seed|Seed must be" if name == "random_state" else name
+    words = f"^{name}: expected"
+    if name == "random_state":  # scikit-learn's or NumPy's words
+        words = "cannot be used to seed|Seed must be"
     with pytest.raises(ValueError, match=words):
         small(**{name: value}).fit(*blobs())
 
