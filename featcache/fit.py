@@ -46,8 +46,9 @@ class TrainingConfig:
         schedule: ``constant``, or ``cosine``: from epoch to epoch down half a cosine towards 0.
         batch_size: Rows per step, two or more, or ``auto`` (see ``auto_batch_size``).
         epochs: The most passes over the rows.
-        patience: Stop after this many epochs without a lower validation loss; None never does.
-        class_weights: ``balanced`` weighs a class with n of N rows N / (C * n) in the loss.
+        patience: Stop after this many epochs without a lower validation loss (without validation
+            rows: training loss); None never does.
+        class_weights: In the loss: ``none``, ``balanced`` (N / (C * n) for n of N rows) or a tuple.
         label_smoothing: Share in [0, 1) of each target spread evenly over all classes.
     """
 
@@ -58,7 +59,7 @@ class TrainingConfig:
     batch_size: int | str = "auto"
     epochs: int = 10
     patience: int | None = None
-    class_weights: str = "none"
+    class_weights: str | tuple[float, ...] = "none"
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -68,7 +69,8 @@ class TrainingConfig:
         for option, value, fits, expected in (
             ("--optimizer", self.optimizer, self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
             ("--schedule", self.schedule, self.schedule in SCHEDULES, " or ".join(SCHEDULES)),
-            ("--class-weights", weights, weights in CLASS_WEIGHTS, " or ".join(CLASS_WEIGHTS)),
+            ("--class-weights", weights, _are_class_weights(weights),
+             " or ".join(CLASS_WEIGHTS) + " or a tuple of numbers from 0"),
             ("--learning-rate", rate, _is_finite(rate) and rate > 0, "a number above 0"),
             ("--weight-decay", decay, _is_finite(decay) and decay >= 0, "a number from 0"),
             ("--label-smoothing", smoothing, _is_finite(smoothing) and 0 <= smoothing < 1,
@@ -108,8 +110,9 @@ class FitResult:
         history: One row per epoch: ``epoch`` (from 1), ``train_loss`` (the loss minimised, weights
             and smoothing included), ``valid_loss`` (plain cross-entropy), ``valid_accuracy``, one
             ``valid_recall_CLASS`` per class (None without rows of it), ``learning_rate``,
-            ``seconds``.
-        best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties.
+            ``seconds``. Without validation rows there are no ``valid_`` columns.
+        best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties; without
+            validation rows the last.
     """
 
     state: dict[str, Tensor]
@@ -130,16 +133,19 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     training: TrainingConfig,
     train_features: npt.NDArray[Any],
     train_targets: npt.NDArray[Any],
-    valid_features: npt.NDArray[Any],
-    valid_targets: npt.NDArray[Any],
+    valid_features: npt.NDArray[Any] | None = None,
+    valid_targets: npt.NDArray[Any] | None = None,
     *,
     seed: int,
     data_seed: int,
     device: torch.device,
+    train_weights: npt.NDArray[Any] | None = None,
     classes: Sequence[str] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> FitResult:
     """Train a head and keep the epoch with the lowest cross-entropy on the validation rows.
+
+    Without validation rows the last epoch is kept.
 
     The same as a script that calls ``torch.manual_seed(seed)``, builds the head and loops, with
     the rows in the order of ``torch.randperm`` under a generator of ``data_seed``. Of rows with
@@ -154,66 +160,81 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         train_features: (N, D) or (N, V, D) float; float64 trains in float64, anything else in
             float32.
         train_targets: (N,) integers from 0 to C - 1.
-        valid_features: (M, D) float.
-        valid_targets: (M,) integers from 0 to C - 1.
+        valid_features: (M, D) float, or None.
+        valid_targets: (M,) integers from 0 to C - 1, or None.
         seed: Decides the initial weights and dropout.
         data_seed: Decides the order of the rows and their views.
         device: Where the rows and the head live.
+        train_weights: (N,) above 0, a weight per row, multiplied with that of its class: the loss
+            of a batch is the mean of its rows' so weighed. None weighs all rows alike.
         classes: Names for the history's columns; None numbers them.
         on_epoch: Called with each row of the history as it is made.
 
     Raises:
         DataError: If the arrays do not fit each other or the head.
-        ConfigError: If the loss is no longer a finite number.
+        ConfigError: If the loss is no longer a finite number, or class weights do not fit.
     """
     views = train_features.ndim == 3
     _check_rows(
         "training rows", train_features, train_targets, head_config, at_least=2, views=views
     )
-    _check_rows("validation rows", valid_features, valid_targets, head_config, at_least=1)
+    if train_weights is not None:
+        _check_weights(train_weights, len(train_targets))
+    if valid_features is not None and valid_targets is not None:
+        _check_rows("validation rows", valid_features, valid_targets, head_config, at_least=1)
     names = [str(i) for i in range(head_config.num_classes)] if classes is None else list(classes)
     features = _to_tensor(train_features, device)
-    held_out = _to_tensor(valid_features, device).to(features.dtype)
+    held_out = None
+    if valid_features is not None:
+        held_out = _to_tensor(valid_features, device).to(features.dtype)
     draw = _Draw(features, data_seed)
     batch_size = training.rows_per_step(len(features))
 
     history: list[dict[str, Any]] = []
-    state, best_epoch, lowest_loss = dict[str, Tensor](), 0, math.inf
+    state, best_epoch, lowest_epoch, lowest_loss = dict[str, Tensor](), 0, 0, math.inf
     with exact_fp32(), _own_random_state(seed, device), _few_threads(batch_size):
         head = build_head(head_config).to(device, features.dtype)
         weights = _class_weights(training, train_targets, head_config.num_classes, features)
-        trainer = _Trainer(head, training, features, train_targets, weights)
+        trainer = _Trainer(
+            head, training, features, train_targets, class_weights=weights,
+            row_weights=train_weights,
+        )  # fmt: skip
         for epoch in range(1, training.epochs + 1):
             start = time.perf_counter()
             rate = training.learning_rate_at(epoch)
             batches = draw.epoch(batch_size)
             row: dict[str, Any] = {"epoch": epoch, "train_loss": trainer.epoch(batches, rate)}
-            row |= _validate(head, held_out, valid_targets, names)
+            if held_out is not None and valid_targets is not None:
+                row |= _validate(head, held_out, valid_targets, names)
             row |= {"learning_rate": rate, "seconds": time.perf_counter() - start}
-            if not math.isfinite(row["train_loss"] + row["valid_loss"]):
+            loss = row.get("valid_loss", row["train_loss"])
+            if not math.isfinite(row["train_loss"] + loss):
                 found, hint = f"none in epoch {epoch}", "Lower --learning-rate"
                 raise ConfigError("training", expected="a finite loss", found=found, hint=hint)
             history.append(row)
-            if row["valid_loss"] < lowest_loss:
-                best_epoch, lowest_loss = epoch, row["valid_loss"]
+            if loss < lowest_loss:
+                lowest_epoch, lowest_loss = epoch, loss
+            if held_out is None or epoch == lowest_epoch:
+                best_epoch = epoch
                 state = {name: value.detach().clone() for name, value in head.state_dict().items()}
             if on_epoch is not None:
                 on_epoch(row)
-            if training.patience is not None and epoch - best_epoch >= training.patience:
+            if training.patience is not None and epoch - lowest_epoch >= training.patience:
                 break
     return FitResult({name: value.cpu() for name, value in state.items()}, history, best_epoch)
 
 
 def forward_head(
     head: nn.Module, features: npt.NDArray[Any], device: torch.device
-) -> npt.NDArray[np.float32]:
-    """Return logits (N, C) float32 of features (N, D), a few thousand rows at a time.
+) -> npt.NDArray[Any]:
+    """Return logits (N, C) of features (N, D) in the head's dtype, a few thousand rows at a time.
 
     Leaves the head in eval mode on ``device``.
     """
     head = head.to(device).eval()
+    dtype = next(head.parameters()).dtype
     logits = [
-        _logits(head, _to_tensor(features[i : i + _FORWARD_ROWS], device).float()).numpy()
+        _logits(head, _to_tensor(features[i : i + _FORWARD_ROWS], device).to(dtype)).numpy()
         for i in range(0, max(len(features), 1), _FORWARD_ROWS)
     ]
     return np.concatenate(logits)
@@ -239,11 +260,15 @@ class _Trainer:
         training: TrainingConfig,
         features: Tensor,
         targets: npt.NDArray[Any],
-        weights: Tensor | None,
+        *,
+        class_weights: Tensor | None,
+        row_weights: npt.NDArray[Any] | None,
     ) -> None:
         self._head, self._features = head, features
         self._targets = torch.from_numpy(targets.astype(np.int64)).to(features.device)
-        self._weights = weights
+        self._class_weights, self._row_weights = class_weights, None
+        if row_weights is not None:
+            self._row_weights = torch.from_numpy(row_weights).to(features)
         self._label_smoothing = training.label_smoothing
         self._optimizer = FusedOptimizer(
             training.optimizer, training.weight_decay, list(head.parameters())
@@ -255,13 +280,23 @@ class _Trainer:
         total = self._features.new_zeros(())
         for batch in batches:
             rows = batch[0]
-            logits = self._head(self._features[batch])
-            loss = functional.cross_entropy(
-                logits, self._targets[rows], self._weights, label_smoothing=self._label_smoothing
-            )
+            loss = self._loss(self._head(self._features[batch]), rows)
             self._optimizer.step(loss, rate)
             total += loss.detach() * len(rows)
         return total.item() / sum(len(batch[0]) for batch in batches)
+
+    def _loss(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Return the mean cross-entropy, weighed by the rows' weights times their classes'."""
+        targets = self._targets[rows]
+        loss = functional.cross_entropy(
+            logits, targets, self._class_weights, label_smoothing=self._label_smoothing,
+            reduction="mean" if self._row_weights is None else "none",
+        )  # fmt: skip
+        if self._row_weights is None:
+            return loss
+        weights = self._row_weights[rows]
+        total = weights if self._class_weights is None else weights * self._class_weights[targets]
+        return (loss * weights).sum() / total.sum()
 
 
 class _Draw:
@@ -354,6 +389,10 @@ def _class_weights(
 ) -> Tensor | None:
     if training.class_weights == "none":
         return None
+    if isinstance(training.class_weights, tuple):
+        if (found := len(training.class_weights)) != num_classes:
+            raise ConfigError("--class-weights", expected=f"{num_classes} numbers", found=found)
+        return like.new_tensor(training.class_weights)
     counts = np.maximum(np.bincount(targets, minlength=num_classes), 1)
     return torch.from_numpy(len(targets) / (num_classes * counts)).to(like.dtype).to(like.device)
 
@@ -387,6 +426,19 @@ def _check_rows(
     if targets.min() < 0 or targets.max() > top:
         found = f"{targets.min()} to {targets.max()}"
         raise DataError(what, expected=f"targets from 0 to {top}", found=found)
+
+
+def _check_weights(weights: npt.NDArray[Any], num_rows: int) -> None:
+    if weights.shape != (num_rows,) or not (np.isfinite(weights) & (weights > 0)).all():
+        found = f"{weights.shape}, {weights.min(initial=np.inf)} to {weights.max(initial=-np.inf)}"
+        wanted = f"({num_rows},) finite numbers above 0"
+        raise DataError("weights of training rows", expected=wanted, found=found)
+
+
+def _are_class_weights(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_finite(weight) and weight >= 0 for weight in value)
+    return value in CLASS_WEIGHTS
 
 
 def _is_finite(value: object) -> bool:

@@ -141,6 +141,9 @@ def test_fit_ends_at_the_weights_of_a_plain_loop(
         ({"label_smoothing": 0.2}, {"criterion": nn.CrossEntropyLoss(label_smoothing=0.2)}),
         ({"num_rows": 65}, {"num_rows": 65}),
         ({"learning_rate": 0.2, "epochs": 7}, {"lr": 0.2, "epochs": 7}),
+        ({"class_weights": (0.5, 3.0), "label_smoothing": 0.2},
+         {"criterion": nn.CrossEntropyLoss(torch.tensor([0.5, 3.0]).double(),
+                                           label_smoothing=0.2)}),
     ],
 )  # fmt: skip
 def test_every_option_equals_the_plain_loop(options: Any, plain: Any) -> None:
@@ -303,7 +306,8 @@ def test_automatic_batch_size(rows: int, size: int) -> None:
         {"learning_rate": 0}, {"learning_rate": float("nan")}, {"learning_rate": "1"},
         {"weight_decay": -1}, {"optimizer": "lbfgs"}, {"schedule": "step"}, {"batch_size": 1},
         {"batch_size": "large"}, {"epochs": 0}, {"epochs": 1.5}, {"epochs": True}, {"patience": 0},
-        {"class_weights": "some"}, {"label_smoothing": 1.0},
+        {"class_weights": "some"}, {"class_weights": (1.0, -1.0)}, {"class_weights": (1.0, None)},
+        {"class_weights": [1.0, 1.0]}, {"label_smoothing": 1.0},
     ],
 )  # fmt: skip
 def test_options_without_meaning_are_refused_by_name(change: dict[str, Any]) -> None:
@@ -334,6 +338,92 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         fit_head(head, training, features, targets, features[:, None], targets, **options)
     with pytest.raises(DataError, match="validation rows: expected at least 1, found 0"):
         fit_head(head, training, features, targets, features[:0], targets[:0], **options)
+
+
+# --- rows with weights; no validation rows
+
+
+@pytest.mark.parametrize("class_weights", ["none", (0.5, 3.0)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_rows_with_weights_equal_the_plain_loop(class_weights: Any, smoothing: float) -> None:
+    features, targets = blobs(70, 2, "f8")
+    weights = np.random.default_rng(0).uniform(0.1, 4, 70)
+    result = fit_head(
+        HeadConfig(12, 2, hidden=(), dropout=0.0),
+        TrainingConfig(
+            epochs=4, learning_rate=0.01, class_weights=class_weights, label_smoothing=smoothing
+        ),
+        features, targets, seed=5, data_seed=6, device=CPU, train_weights=weights,
+    )  # fmt: skip
+    x, y, w = (torch.from_numpy(array) for array in (features, targets, weights))
+    per_class = None if class_weights == "none" else torch.tensor(class_weights).double()
+    torch.manual_seed(5)
+    head = nn.Sequential(nn.BatchNorm1d(12), nn.Dropout(0.0), nn.Linear(12, 2)).double()
+    stepper = torch.optim.Adam(head.parameters(), lr=0.01)
+    order = torch.Generator().manual_seed(6)
+    for _ in range(4):
+        for batch in torch.randperm(70, generator=order).split(32):
+            losses = nn.functional.cross_entropy(
+                head(x[batch]), y[batch], per_class, reduction="none", label_smoothing=smoothing
+            )
+            total = w[batch] if per_class is None else w[batch] * per_class[y[batch]]
+            loss = (losses * w[batch]).sum() / total.sum()
+            stepper.zero_grad()
+            loss.backward()
+            stepper.step()
+    for name, value in head.state_dict().items():
+        torch.testing.assert_close(result.state[name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    features, targets = blobs(10)
+    options: dict[str, Any] = {"seed": 0, "data_seed": 0, "device": CPU}
+    for weights in (np.ones(9), np.ones((10, 1)), np.r_[0.0, np.ones(9)], np.full(10, np.nan)):
+        with pytest.raises(DataError, match=r"weights of training rows: expected \(10,\) finite"):
+            fit_head(
+                HeadConfig(12, 2), TrainingConfig(), features, targets, train_weights=weights,
+                **options,
+            )  # fmt: skip
+    with pytest.raises(ConfigError, match="--class-weights: expected 2 numbers, found 3"):
+        fit_head(
+            HeadConfig(12, 2), TrainingConfig(class_weights=(1, 1, 1)), features, targets, **options
+        )
+
+
+def fit_all(num_rows: int = 70, **options: Any) -> FitResult:
+    return fit_head(
+        HeadConfig(12, 2, hidden=(8,), dropout=0.0), TrainingConfig(**options), *blobs(num_rows),
+        seed=5, data_seed=6, device=CPU,
+    )  # fmt: skip
+
+
+def test_without_validation_rows_the_last_epoch_is_kept() -> None:
+    options: dict[str, Any] = {"epochs": 4, "learning_rate": 0.01}
+    with_rows, without = fit(**options), fit_all(**options)
+    assert with_rows.best_epoch == without.best_epoch == 4  # or the next line shows nothing
+    assert same_states(with_rows, without)
+    assert list(without.history[0]) == ["epoch", "train_loss", "learning_rate", "seconds"]
+    wanted = [row["train_loss"] for row in with_rows.history]
+    assert [row["train_loss"] for row in without.history] == wanted
+
+
+def test_without_validation_rows_patience_watches_the_training_loss() -> None:
+    options: dict[str, Any] = {"learning_rate": 3.0, "optimizer": "sgd"}
+    result = fit_all(epochs=60, patience=2, **options)
+    losses = [row["train_loss"] for row in result.history]
+    assert len(losses) == 1 + int(np.argmin(losses)) + 2 < 60
+    assert result.best_epoch == len(losses)
+    assert same_states(result, fit_all(epochs=len(losses), **options))
+
+
+def test_logits_are_computed_in_the_dtype_of_the_head() -> None:
+    features, _ = blobs(20)
+    head = build_head(HeadConfig(12, 3, hidden=(8,)), seed=0).double()
+    logits = forward_head(head, features, CPU)
+    assert logits.dtype == np.float64
+    with torch.no_grad():
+        wanted = head(torch.from_numpy(features).double()).numpy()
+    np.testing.assert_allclose(logits, wanted, rtol=1e-12)
 
 
 # --- views
