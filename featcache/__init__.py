@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         FeatcacheWarning,
         RunError,
     )
+    from featcache.estimator import HeadClassifier
     from featcache.evaluation import evaluate
     from featcache.extraction import extract, extract_caches, plan, plan_caches
     from featcache.run import load_run
@@ -53,6 +54,7 @@ _MODULES = {
     "DataError": "errors",
     "FeatcacheError": "errors",
     "FeatcacheWarning": "errors",
+    "HeadClassifier": "estimator",
     "Predictions": "classifier",
     "RunError": "errors",
     "build_backbone": "backbone",
@@ -77,10 +79,10 @@ _MODULES = {
 
 __all__ = [
     "Backbone", "BackboneError", "Cache", "CacheError", "CacheSplit", "Classifier", "ConfigError",
-    "DataError", "FeatcacheError", "FeatcacheWarning", "Predictions", "RunError", "build_backbone",
-    "describe", "evaluate", "extract", "extract_caches", "load_classifier", "load_run",
-    "open_cache", "plan", "plan_caches", "predict_cache", "scan", "select", "split", "train",
-    "verify", "wrap_backbone", "write_cache",
+    "DataError", "FeatcacheError", "FeatcacheWarning", "HeadClassifier", "Predictions", "RunError",
+    "build_backbone", "describe", "evaluate", "extract", "extract_caches", "load_classifier",
+    "load_run", "open_cache", "plan", "plan_caches", "predict_cache", "scan", "select", "split",
+    "train", "verify", "wrap_backbone", "write_cache",
 ]  # fmt: skip
 
 

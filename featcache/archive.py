@@ -24,6 +24,7 @@ from featcache.errors import DataError
 _MAX_MEMBERS = 2_000_000
 _MAX_RATIO = 200  # deflate cannot exceed 1032; a 16-bit TIFF of a black image reaches ~100
 _RATIO_FREE_BYTES = 2**24  # members this small may have any ratio
+_HEADER_BYTES = 30  # before a member's name and its bytes
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 
@@ -100,7 +101,8 @@ def locate_members(root: Path, entries: Iterable[Entry], *, max_bytes: int) -> d
 
     Raises:
         DataError: If one is encrypted, packed by a method we do not read, there twice, above
-            ``max_bytes``, or if one or all unpack to far more than they take in the zip.
+            ``max_bytes``, or if one or all unpack to far more than they take in the zip, or if
+            some are the same bytes.
     """
     members: dict[str, Member] = {}
     for path, _, info in entries:
@@ -114,6 +116,7 @@ def locate_members(root: Path, entries: Iterable[Entry], *, max_bytes: int) -> d
             info.file_size, _mtime_ns(info), info.header_offset, info.compress_type,
             info.compress_size, info.CRC,
         )  # fmt: skip
+    _check_apart(members, root)
     num_bytes = sum(member.num_bytes for member in members.values())
     _check_ratio(num_bytes, root.stat().st_size, f"{root}: all images")
     return members
@@ -134,6 +137,18 @@ def _check(info: zipfile.ZipInfo, root: Path, max_bytes: int) -> None:
         expected = f"at most {max_bytes:,} bytes"
         raise DataError("zip member", expected=expected, found=found, where=where)
     _check_ratio(info.file_size, info.compress_size, where)
+
+
+def _check_apart(members: dict[str, Member], root: Path) -> None:
+    """Refuse members that overlap: that is how 42 kB become 5 GB under any ratio (Fifield)."""
+    end, before = 0, ""
+    for path, member in sorted(members.items(), key=lambda item: item[1].offset):
+        if member.offset < end:
+            raise DataError(
+                "zip members", expected="apart from each other", found="two that overlap",
+                where=f"{root}: {before}, {path}", hint="Do not trust this zip",
+            )  # fmt: skip
+        end, before = member.offset + _HEADER_BYTES + member.packed_bytes, path
 
 
 def _check_ratio(num_bytes: int, packed_bytes: int, where: str) -> None:
@@ -165,8 +180,8 @@ def read_member(root: Path, member: Member) -> bytes:
     """
     with root.open("rb") as file:
         file.seek(member.offset)
-        header = file.read(30)
-        if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+        header = file.read(_HEADER_BYTES)
+        if len(header) < _HEADER_BYTES or not header.startswith(b"PK\x03\x04"):
             raise ValueError("no zip member where one was")
         file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
         data = file.read(member.packed_bytes)

@@ -10,8 +10,11 @@ of these data sets, all contiguous and of fixed width:
   the first the plain one; splits may differ in V (only images to train on have views), not in D.
   ``targets`` (N,) int64 with -1 = unlabelled, or (N, C) float32 with NaN = unknown for
   ``multilabel``; ``paths`` (N,) bytes, ``/``-separated, sorted; ``groups`` (N,) bytes, optional;
-  ``image_sha256`` (N, 32) uint8; ``image_bytes`` and ``mtime_ns`` (N,) int64.
+  ``image_sha256`` (N, 32) uint8; ``image_bytes`` and ``mtime_ns`` (N,) int64; ``row_crc32`` (N,)
+  int64, optional: what a row's bytes add up to (module ``integrity``), so that damage is located.
 - ``/failures/{paths, splits, reasons}`` bytes, ``{targets, image_bytes, mtime_ns}`` int64.
+
+The table has the ``crc32`` of every data set outside ``/splits``, optionally.
 
 ``content_sha256`` is the sha256 of the canonical JSON list of [name, dtype, shape, sha256 of the
 bytes], sorted by name, over identity, classes and every split's features, targets and paths: two
@@ -34,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.container import Container, open_container
+from featcache.container import Container, check_payload, open_container
 from featcache.errors import CacheError
 
 SPLITS = ("train", "valid", "test", "all")
@@ -95,13 +98,13 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
     @cached_property
     def paths(self) -> list[str]:
         """N strings, ``/``-separated; bytes that are not UTF-8 are surrogate-escaped."""
-        return _decode(self._map("paths"))
+        return decode_texts(self._map("paths"))
 
     @cached_property
     def groups(self) -> list[str] | None:
         """N strings, or None when the cache has no groups."""
         has_groups = f"splits/{self.name}/groups" in self._container.arrays
-        return _decode(self._map("groups")) if has_groups else None
+        return decode_texts(self._map("groups")) if has_groups else None
 
     @cached_property
     def image_sha256(self) -> npt.NDArray[np.uint8]:
@@ -117,6 +120,12 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
     def mtime_ns(self) -> npt.NDArray[np.int64]:
         """(N,) int64, modification times of the image files."""
         return self._map("mtime_ns")
+
+    @cached_property
+    def row_crc32(self) -> npt.NDArray[np.int64] | None:
+        """(N,) int64, a checksum of each row, or None when the cache has none."""
+        has_checksums = f"splits/{self.name}/row_crc32" in self._container.arrays
+        return self._map("row_crc32") if has_checksums else None
 
     def read_features(self) -> npt.NDArray[Any]:
         """Return the features as an array in memory, read at the speed of the disk."""
@@ -236,20 +245,37 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
         >>> cache.splits["train"].features.shape  # doctest: +SKIP
         (198, 1280)
     """
-    container = open_container(Path(path), verify=verify)
+    for num_tries_left in range(9, -1, -1):
+        container = open_container(Path(path), verify=False)
+        try:
+            if verify:
+                check_payload(container)
+            return read_cache(container)
+        except CacheError:
+            # An update may have renamed a new file into its place: what was read is of two then.
+            if container.is_current() or not num_tries_left:
+                raise
+    raise AssertionError
+
+
+def read_cache(container: Container) -> Cache:
+    """Return the cache in an open container.
+
+    Raises:
+        CacheError: If its small data sets or its table are not those of a cache.
+    """
     _check_kinds(container)
-    identity = _read_json(container, "identity")
+    identity = read_json(container, "identity")
     text = container.map("identity").item()
     if hashlib.sha256(text).hexdigest() != container.fingerprint:
         raise _damaged(container, "identity", "the fingerprint's", "another")
     task = str(container.map("task").item().decode("utf-8", "replace"))
-    if task not in TASKS:
-        raise _damaged(container, "task", " or ".join(TASKS), task)
-    classes = tuple(_decode(container.map("classes")))
+    check_table(container, task)
+    classes = tuple(decode_texts(container.map("classes")))
     cache = Cache(
-        path=Path(path),
+        path=container.path,
         identity=identity,
-        provenance=_read_json(container, "provenance"),
+        provenance=read_json(container, "provenance"),
         classes=classes,
         task=task,
         splits={
@@ -257,10 +283,10 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
             for s in SPLITS
             if f"splits/{s}/features" in container.arrays
         },
-        failures=_read_failures(container, len(classes)),
+        failures=read_failures(container, len(classes)),
         container=container,
     )
-    _check_rows(cache)
+    _check_values(cache)
     return cache
 
 
@@ -297,15 +323,20 @@ def _check_kinds(container: Container) -> None:
             raise _damaged(container, name, wanted, f"{entry.dtype.str} {entry.shape}")
 
 
-def _check_rows(cache: Cache) -> None:
-    """Refuse a file whose arrays do not fit each other or whose targets are no classes."""
-    container = cache.container
-    if not cache.splits:
+def check_table(container: Container, task: str) -> None:
+    """Refuse a file whose arrays, by the table alone, do not fit each other.
+
+    Raises:
+        CacheError: If so, or if there is no such task.
+    """
+    if task not in TASKS:
+        raise _damaged(container, "task", " or ".join(TASKS), task)
+    num_classes = container.entry("classes").shape[0]
+    splits = [s for s in SPLITS if f"splits/{s}/features" in container.arrays]
+    if not splits:
         raise _damaged(container, "splits", "at least one", "none")
-    if len(set(cache.classes)) != len(cache.classes):
-        raise _damaged(container, "classes", "different names", "a name twice")
     widths = set()
-    for name, split in cache.splits.items():
+    for name in splits:
         prefix = f"splits/{name}/"
         features = container.arrays[prefix + "features"]
         if (
@@ -316,30 +347,39 @@ def _check_rows(cache: Cache) -> None:
             wanted_shape = "(N, D) or (N, V, D) floats"
             raise _damaged(container, prefix + "features", wanted_shape, features.shape)
         widths.add(features.shape[-1])
-        multilabel = cache.task == "multilabel"
         wanted: dict[str, tuple[str, tuple[int, ...]]] = {
-            "targets": ("<f4", (len(cache.classes),)) if multilabel else ("<i8", ()),
+            "targets": ("<f4", (num_classes,)) if task == "multilabel" else ("<i8", ()),
             "image_sha256": ("|u1", (32,)), "image_bytes": ("<i8", ()), "mtime_ns": ("<i8", ()),
             "paths": ("S", ()),
         }  # fmt: skip
         if prefix + "groups" in container.arrays:
             wanted["groups"] = ("S", ())
+        if prefix + "row_crc32" in container.arrays:
+            wanted["row_crc32"] = ("<i8", ())
         for key, (dtype, tail) in wanted.items():
             entry = container.arrays.get(prefix + key)
             if (
                 entry is None
-                or entry.shape != (len(split), *tail)
+                or entry.shape != (features.shape[0], *tail)
                 or (entry.dtype.kind if dtype == "S" else entry.dtype.str) != dtype
             ):
                 found = "none" if entry is None else f"{entry.dtype.str} {entry.shape}"
-                raise _damaged(container, prefix + key, f"{dtype} {(len(split), *tail)}", found)
+                wanted_shape = f"{dtype} {(features.shape[0], *tail)}"
+                raise _damaged(container, prefix + key, wanted_shape, found)
+    if len(widths) > 1:
+        raise _damaged(container, "splits", "features of one width", sorted(widths))
+
+
+def _check_values(cache: Cache) -> None:
+    """Refuse a file whose classes are not different or whose targets are no classes."""
+    if len(set(cache.classes)) != len(cache.classes):
+        raise _damaged(cache.container, "classes", "different names", "a name twice")
+    for name, split in cache.splits.items():
         if cache.task == "multiclass" and len(split):
             low, high = int(split.targets.min()), int(split.targets.max())
             if low < -1 or high >= len(cache.classes):
-                wanted_range = f"targets from -1 to {len(cache.classes) - 1}"
-                raise _damaged(container, prefix + "targets", wanted_range, f"{low} to {high}")
-    if len(widths) > 1:
-        raise _damaged(container, "splits", "features of one width", sorted(widths))
+                wanted, found = f"targets from -1 to {len(cache.classes) - 1}", f"{low} to {high}"
+                raise _damaged(cache.container, f"splits/{name}/targets", wanted, found)
 
 
 def _damaged(container: Container, what: str, expected: object, found: object) -> CacheError:
@@ -349,7 +389,8 @@ def _damaged(container: Container, what: str, expected: object, found: object) -
     )  # fmt: skip
 
 
-def _read_json(container: Container, name: str) -> dict[str, Any]:
+def read_json(container: Container, name: str) -> dict[str, Any]:
+    """Return the JSON object in a scalar data set, or raise ``CacheError``."""
     try:
         value = json.loads(container.map(name).item())
     except (ValueError, AttributeError, RecursionError) as error:
@@ -359,8 +400,9 @@ def _read_json(container: Container, name: str) -> dict[str, Any]:
     return value
 
 
-def _read_failures(container: Container, num_classes: int) -> tuple[Failure, ...]:
-    texts = [_decode(container.map(f"failures/{k}")) for k in ("paths", "splits", "reasons")]
+def read_failures(container: Container, num_classes: int) -> tuple[Failure, ...]:
+    """Return the failures in a container, or raise ``CacheError``."""
+    texts = [decode_texts(container.map(f"failures/{k}")) for k in ("paths", "splits", "reasons")]
     numbers = [
         [int(n) for n in container.map(f"failures/{k}")]
         for k in ("targets", "image_bytes", "mtime_ns")
@@ -379,5 +421,6 @@ def _read_failures(container: Container, num_classes: int) -> tuple[Failure, ...
     return failures
 
 
-def _decode(array: npt.NDArray[Any]) -> list[str]:
+def decode_texts(array: npt.NDArray[Any]) -> list[str]:
+    """Return fixed-width bytes as strings; what is not UTF-8 is surrogate-escaped."""
     return [value.decode("utf-8", "surrogateescape") for value in array.tolist()]

@@ -6,8 +6,9 @@ Writes: caches (format in module ``cache``), whole or not at all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from featcache.cache import SPLITS, Cache, Failure, is_content, open_cache
 from featcache.errors import DataError
 from featcache.files import canonical_json
 from featcache.hdf5 import ArraySource, write_container
+from featcache.integrity import array_crc32, meaning_crc32, rows_crc32
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,10 @@ def write_rows(
         "classes": _encode(classes),
         "task": np.array(task.encode()),
     }
-    sources = [ArraySource.of(name, array) for name, array in arrays.items()]
+    sources = [_checked(name, array) for name, array in arrays.items()]
+    start = meaning_crc32(arrays["identity"], arrays["classes"], arrays["task"])
     for name in (s for s in SPLITS if s in splits):
         rows, prefix = splits[name], f"splits/{name}/"
-        sources.append(
-            ArraySource(prefix + "features", rows.shape, rows.dtype, rows.feature_blocks)
-        )
         columns: dict[str, npt.NDArray[Any]] = {
             "targets": rows.targets,
             "paths": _encode(rows.paths),
@@ -71,19 +71,40 @@ def write_rows(
         }
         if rows.groups is not None:
             columns["groups"] = _encode(rows.groups)
+        checksums = np.zeros(rows.shape[0], "<i8")  # as the features pass, before it is written
+        blocks = partial(_check_rows, rows.feature_blocks, columns, start, checksums)
+        sources.append(ArraySource(prefix + "features", rows.shape, rows.dtype, blocks))
+        columns = columns | {"row_crc32": checksums}
         sources += [ArraySource.of(prefix + key, array) for key, array in columns.items()]
     failed = sorted(failures, key=lambda f: (SPLITS.index(f.split), os_bytes(f.path)))
     texts = {"paths": "path", "splits": "split", "reasons": "reason"}
     numbers = {"targets": "target", "image_bytes": "image_bytes", "mtime_ns": "mtime_ns"}
     for key, attribute in texts.items():
         values = _encode([getattr(f, attribute) for f in failed])
-        sources.append(ArraySource.of(f"failures/{key}", values))
+        sources.append(_checked(f"failures/{key}", values))
     for key, attribute in numbers.items():
         integers = np.array([getattr(f, attribute) for f in failed], dtype=np.int64)
-        sources.append(ArraySource.of(f"failures/{key}", integers))
+        sources.append(_checked(f"failures/{key}", integers))
     content = [source.name for source in sources if is_content(source.name)]
     write_container(path, sources, hashlib.sha256(identity_text).hexdigest(), content)
     return open_cache(path, verify=False)
+
+
+def _checked(name: str, array: npt.NDArray[Any]) -> ArraySource:
+    return ArraySource.of(name, array, array_crc32(array))
+
+
+def _check_rows(
+    feature_blocks: Callable[[], Iterable[npt.NDArray[Any]]],
+    columns: Mapping[str, npt.NDArray[Any]], start: int, checksums: npt.NDArray[np.int64],
+) -> Iterator[npt.NDArray[Any]]:  # fmt: skip
+    """Yield the blocks of features, and note the checksums of their rows."""
+    position = 0
+    for block in feature_blocks():
+        rows = slice(position, position + len(block))
+        checksums[rows] = rows_crc32(start, block, {k: v[rows] for k, v in columns.items()})
+        position += len(block)
+        yield block
 
 
 def os_bytes(path: str) -> bytes:

@@ -151,8 +151,13 @@ class Classifier:
         buffer = io.BytesIO()
         torch.save(network.state_dict(), buffer)
         facts = self._export_facts(hashlib.sha256(buffer.getvalue()).hexdigest())
-        write_bytes(path.with_name(path.name + ".json"), readable_json(facts).encode())
-        write_bytes(path, buffer.getvalue())
+        beside = path.with_name(path.name + ".json")
+        write_bytes(beside, readable_json(facts).encode())
+        try:
+            write_bytes(path, buffer.getvalue())
+        except BaseException:  # or the next try would be refused: the file exists
+            beside.unlink(missing_ok=True)
+            raise
         return facts
 
     def _check_network(self, network: nn.Module) -> None:
@@ -251,7 +256,7 @@ def predict_cache(run: str | Path, cache: str | Path, *, device: str = "auto") -
         CacheError: If the cache is not whole.
     """
     loaded, opened = load_run(run), open_cache(cache)
-    require_same_features(loaded.cache["identity"], opened.identity)
+    require_same_features(loaded.cache["identity"], opened.identity, opened.path)
     place = resolve_device(device)
     head = load_head(loaded).to(place)
     paths, probs = [], [np.empty((0, len(loaded.classes)))]

@@ -340,6 +340,7 @@ def info(cache_or_run: Path, as_json: bool) -> None:
     "--samples", type=_OrWord(int, "all"), default=32, show_default=True,
     help="Rows to recompute.",
 )  # fmt: skip
+@click.option("--repair", is_flag=True, help="Write CACHE again without its bad rows.")
 @_TRUST
 @_WEIGHTS
 @_DEVICE
@@ -353,7 +354,12 @@ def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     from featcache.verification import verify as verify_cache
 
     result = verify_cache(cache, say=_say(as_json, quiet), **options)
-    judged = "good" if not (result.changed or result.vanished) else "whole, but its images are not"
+    judged = "good" if not result.vanished else "whole, but its images are not"
+    if result.repaired:
+        judged = (
+            f"repaired, {len(result.dropped):,} rows dropped, {result.num_rows:,} left. "
+            "Repeat the extract command: it makes what is missing"
+        )
     _print(result.as_json(), [f"{printable(result.cache)}: {judged}"], as_json, quiet)
 
 
@@ -481,7 +487,12 @@ def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) ->
 
 
 def _say(as_json: bool, quiet: bool) -> Callable[[str], None]:
-    return (lambda line: None) if as_json or quiet else click.echo
+    return (lambda line: None) if as_json or quiet else _echo_line
+
+
+def _echo_line(line: str) -> None:
+    """Print a line that holds names of strangers: no terminal command, no second line."""
+    click.echo(printable(line))
 
 
 def _print(facts: dict[str, Any], lines: Iterable[str], as_json: bool, quiet: bool) -> None:
@@ -490,7 +501,7 @@ def _print(facts: dict[str, Any], lines: Iterable[str], as_json: bool, quiet: bo
         click.echo(json.dumps(facts, allow_nan=False, default=_as_text))
     elif not quiet:
         for line in lines:
-            click.echo(line)
+            _echo_line(line)
 
 
 def _as_text(value: Any) -> str:
@@ -519,7 +530,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except click.exceptions.Exit as stop:
         return int(stop.exit_code)
     except click.ClickException as error:
-        error.show()
+        text = printable(error.format_message())  # as a shell's * may name any file
+        click.UsageError(text, getattr(error, "ctx", None)).show()
         return 2
     except (KeyboardInterrupt, click.Abort) as stop:
         reason = stop.__cause__ or stop  # click makes an Abort of a KeyboardInterrupt
@@ -532,19 +544,25 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads us any more: no second complaint at exit
         return 1
-    except (MemoryError, RuntimeError) as error:
-        from featcache.runtime import is_out_of_memory
-
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not _is_out_of_memory(error):
             raise
         found = (str(error).splitlines() or ["none left"])[0]
         click.echo(f"error: memory: expected enough, found {found}. Lower --batch-size.", err=True)
         return 1
     except OSError as error:
         place = f" ({printable(error.filename)})" if error.filename else ""
-        click.echo(f"error: {error.strerror or error}{place}", err=True)
+        click.echo(f"error: {printable(error.strerror or error)}{place}", err=True)
         return 1
     return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, ImportError):  # torch may be what could not be loaded: do not ask it
+        return "failed to map segment" in str(error) or "annot allocate memory" in str(error)
+    from featcache.runtime import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _terminate(number: int, frame: object) -> None:

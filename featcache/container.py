@@ -5,8 +5,8 @@ HDF5 reader skips. It holds one zero-padded JSON object: ``format``, ``format_ve
 ``user_block_bytes``, ``payload_bytes``, ``payload_sha256``, ``content_sha256``, ``fingerprint``,
 ``user_block_sha256`` (of the canonical JSON of the others: without it 35 of 2,000 random damages to
 the block itself renamed or moved an array unseen) and ``arrays``, the name, offset from the start
-of the file, shape and dtype of every data set. Behind it stands an ordinary HDF5 file of
-contiguous, unfiltered, fixed-width data sets (module ``hdf5``).
+of the file, shape and dtype of every data set, and the ``crc32`` of some. Behind it stands an
+ordinary HDF5 file of contiguous, unfiltered, fixed-width data sets (module ``hdf5``).
 
 Reading follows nothing but the table, checked against the length of the file: of 39,000 damaged
 HDF5 files libhdf5 read 4,765 as other data without an error, hung on 8 and crashed on 2.
@@ -14,6 +14,7 @@ HDF5 files libhdf5 read 4,765 as other data without an error, hung on 8 and cras
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import CacheError
-from featcache.files import canonical_json, sha256_file
+from featcache.files import canonical_json, sha256_stream
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
@@ -39,6 +40,7 @@ MIN_USER_BLOCK_BYTES = 4096
 MAX_USER_BLOCK_BYTES = 1 << 20
 
 _USER_BLOCK_SIZES = {1 << power for power in range(12, 21)}
+_UNREADABLE = "an unreadable user block"
 _KEYS = {
     "format", "format_version", "user_block_bytes", "payload_bytes", "payload_sha256",
     "content_sha256", "fingerprint", "arrays",
@@ -55,6 +57,8 @@ class ArrayEntry:
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    crc32: int | None = None
+    """Of its bytes; None where the table has none."""
 
     @property
     def num_bytes(self) -> int:
@@ -120,6 +124,13 @@ class Container:
             )  # fmt: skip
         return self.arrays[name]
 
+    def is_current(self) -> bool:
+        """Whether the file under the name is still the one that was opened."""
+        with contextlib.suppress(CacheError):
+            self._reopen().close()
+            return True
+        return False
+
     def _changed(self) -> CacheError:
         return CacheError(
             "cache", expected="the file that was opened", found="another one under its name",
@@ -171,18 +182,24 @@ def content_sha256(digests: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], s
     return hashlib.sha256(canonical_json(sorted(lines)).encode()).hexdigest()
 
 
+def is_payload_whole(container: Container) -> bool:
+    """Return whether the bytes behind the user block are those of ``payload_sha256``."""
+    with container._reopen() as file:  # an update may have renamed a new file into its place
+        file.seek(container.user_block_bytes)
+        return sha256_stream(file) == container.payload_sha256
+
+
 def check_payload(container: Container) -> None:
-    """Compare the bytes behind the user block with ``payload_sha256``.
+    """Insist on ``is_payload_whole``.
 
     Raises:
-        CacheError: If they differ: the file was damaged after it was written.
+        CacheError: If it is not: the file was damaged after it was written.
     """
-    found = sha256_file(container.path, container.user_block_bytes)
-    if found != container.payload_sha256:
+    if not is_payload_whole(container):
         raise CacheError(
             "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",
-            found=f"{found[:16]}...", where=container.path,
-            hint="The file is damaged: copy it again, or run featcache extract --rebuild",
+            found="another", where=container.path,
+            hint="The file is damaged: copy it again, or let featcache verify say where",
         )  # fmt: skip
 
 
@@ -196,14 +213,14 @@ def _read_user_block(file: Any, path: Path) -> str:
     try:
         return str(head.split(b"\0", 1)[0].decode("ascii"))
     except UnicodeDecodeError as error:
-        raise _not_a_cache(path, "an unreadable user block") from error
+        raise _not_a_cache(path, _UNREADABLE) from error
 
 
 def _not_a_cache(path: Path, found: str) -> CacheError:
-    return CacheError(
-        "cache", expected="a featcache file", found=found, where=path,
-        hint="Caches are made by featcache extract or featcache.write_cache",
-    )  # fmt: skip
+    hint = "Caches are made by featcache extract or featcache.write_cache"
+    if found == _UNREADABLE:
+        hint = "If it was a cache, it is damaged: copy it again, or run featcache extract --rebuild"
+    return CacheError("cache", expected="a featcache file", found=found, where=path, hint=hint)
 
 
 def _stamp(handle: int) -> tuple[int, ...]:
@@ -240,7 +257,7 @@ def _parse(text: str, path: Path, stamp: tuple[int, ...]) -> Container:
     try:
         block = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _not_a_cache(path, "an unreadable user block") from error
+        raise _not_a_cache(path, _UNREADABLE) from error
     if not isinstance(block, dict) or block.get("format") != FORMAT:
         raise _not_a_cache(path, "another format")
     version = block.get("format_version")
@@ -284,7 +301,10 @@ def _parse_entry(line: Any, start: int, size: int) -> ArrayEntry:
         raise ValueError(f"{name!r:.80} of dtype {dtype!r:.80}")
     if len(shape) > 3 or any(type(n) is not int or not 0 <= n <= size for n in shape):
         raise ValueError(f"{name} of shape {shape!r:.80}")
-    entry = ArrayEntry(name, offset, tuple(shape), np.dtype(dtype))
+    crc32 = line.get("crc32")
+    if crc32 is not None and (type(crc32) is not int or not 0 <= crc32 < 1 << 32):
+        raise ValueError(f"{name} of crc32 {crc32!r:.80}")
+    entry = ArrayEntry(name, offset, tuple(shape), np.dtype(dtype), crc32)
     if type(offset) is not int or offset < start or offset + entry.num_bytes > size:
         raise ValueError(f"{name} at {offset!r:.80}, outside the file")
     return entry

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from featcache.archive import Member, list_entries, locate_members, read_member
 from featcache.errors import ConfigError, DataError, FeatcacheWarning
+from featcache.files import plain_cell, read_regular
 from featcache.folders import (
     IMAGE_SUFFIXES,
     SPLIT_OF_FOLDER,
@@ -127,7 +128,7 @@ class ImageDataset:
             if self.layout == "zip":
                 return read_member(self.root, self._members[sample.path])
             folder = self.root.parent if self.layout == "csv" else self.root
-            return _read_file(folder / sample.path)
+            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
@@ -320,7 +321,8 @@ def _scan_csv(root: Path) -> ImageDataset:
 def read_table(root: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV with the keys path, target, split, group; "" for what is not there.
 
-    Splits are named as everywhere here: ``val`` is ``valid``.
+    Splits are named as everywhere here: ``val`` is ``valid``. What ``files.csv_text`` has escaped
+    is undone.
 
     Raises:
         DataError: If it is no such CSV.
@@ -340,24 +342,18 @@ def read_table(root: Path) -> list[dict[str, str]]:
     rows = []
     for line, cells in lines:
         row = {"target": "", "split": "", "group": ""} | dict(zip(names, cells, strict=False))
-        if len(cells) != len(names) or not row["path"]:
+        if len(cells) != len(names) or not row["path"] or "\0" in "".join(cells):
             raise DataError(
-                f"CSV line {line}", expected=f"{len(names)} cells, the path not empty",
+                f"CSV line {line}", expected=f"{len(names)} cells without NUL, the path not empty",
                 found=",".join(cells), where=root,
             )  # fmt: skip
-        row |= {key: _plain_cell(row[key]) for key in ("target", "group")}
+        row |= {key: plain_cell(row[key]) for key in ("path", "target", "group")}
         rows.append(row | {"split": SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])})
     unknown = sorted({row["split"] for row in rows} - {*SPLITS, ""})
     if unknown:
         found = ", ".join(map(repr, unknown[:3]))
         raise DataError("split column", expected="train, valid or test", found=found, where=root)
     return rows
-
-
-def _plain_cell(cell: str) -> str:
-    """Undo the apostrophe that ``files.csv_text`` sets before what looks like a formula."""
-    formula = cell[1:].lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r"))
-    return cell[1:] if cell.startswith("'") and formula else cell
 
 
 def _scan_zip(root: Path) -> ImageDataset:
@@ -393,15 +389,3 @@ def _scan_zip(root: Path) -> ImageDataset:
         ImageFile(path, member.num_bytes, member.mtime_ns) for path, member in members.items()
     ]
     return replace(_arrange(root, images, folders, ignored), layout="zip", _members=members)
-
-
-def _read_file(path: Path) -> bytes:
-    # Without O_NONBLOCK a pipe that took the file's place would block for ever.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        if status.st_size > MAX_IMAGE_BYTES:
-            raise ValueError(f"{status.st_size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
-        return file.read()

@@ -22,7 +22,14 @@ from featcache.figures import write_confusion_figure
 from featcache.files import require_folder, write_csv, write_json
 from featcache.fit import predict_probs
 from featcache.metrics import compute_metrics
-from featcache.run import Run, cache_path, load_head, load_run, require_same_features
+from featcache.run import (
+    Run,
+    cache_path,
+    load_head,
+    load_run,
+    require_own_cache,
+    require_same_features,
+)
 from featcache.runtime import Say, silent
 
 _MISTAKES_SAID = 10
@@ -140,12 +147,7 @@ def _open_own_cache(run: Run) -> Cache:
             where=path, hint=hint,
         )  # fmt: skip
     cache = open_cache(path)
-    if cache.fingerprint != run.cache["fingerprint"]:
-        raise RunError(
-            "the run's cache", expected=f"fingerprint {run.cache['fingerprint'][:16]}...",
-            found=f"{cache.fingerprint[:16]}...: it was rebuilt since the training", where=path,
-            hint=hint,
-        )  # fmt: skip
+    require_own_cache(run, cache.identity, path)
     if cache.payload_sha256 != run.cache.get("payload_sha256"):
         message = f"{path} has changed since the training: its rows may have been trained on"
         warnings.warn(printable(message), FeatcacheWarning, stacklevel=3)
@@ -154,7 +156,7 @@ def _open_own_cache(run: Run) -> Cache:
 
 def _open_other_cache(run: Run, path: Path) -> Cache:
     cache = open_cache(path)
-    require_same_features(run.cache["identity"], cache.identity)
+    require_same_features(run.cache["identity"], cache.identity, path)
     return cache
 
 

@@ -19,13 +19,13 @@ from featcache.backbone import Backbone, build_backbone
 from featcache.cache import Cache
 from featcache.dataset import ImageDataset, scan
 from featcache.errors import CacheError, ConfigError
-from featcache.files import writer_lock
+from featcache.files import remove_temporaries, writer_lock
 from featcache.pipeline import hash_images
 from featcache.production import Production, produce
 from featcache.projection import Projection, project
 from featcache.recipe import Recipe, make_recipe
 from featcache.runtime import Say, resolve_device, silent
-from featcache.shards import partial_folder
+from featcache.shards import PartialCache, partial_folder
 from featcache.summary import (
     ExtractionSummary,
     describe_dataset,
@@ -190,6 +190,7 @@ def _extract(
             check_update(old, dataset, limit)
         up_to_date = old is not None and not old.failures and holds(old, dataset, frozenset())
         if old is not None and up_to_date and not rehash:
+            _remove_leftovers(path, old)
             done[path] = summarise(old, "up to date", start, num_kept=len(dataset.samples))
         else:
             works[path] = Production(path, dataset, recipe, allowed=allowed, say=say), old
@@ -197,6 +198,10 @@ def _extract(
         for path in works:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(writer_lock(partial_folder(path) / "lock", f"cache {path.name}"))
+        works = {
+            path: (work, _look_again(old, work, rebuild=rebuild))
+            for path, (work, old) in works.items()
+        }
         # Undone whatever happens, and before the locks are: an engine changes torch's threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         for work, _ in works.values():
@@ -250,9 +255,32 @@ def _check_threads(works: Sequence[Production]) -> None:
             )  # fmt: skip
 
 
+def _look_again(old: Cache | None, work: Production, *, rebuild: bool) -> Cache | None:
+    """Return the cache that is there now that nobody else can write it; ``old`` was before."""
+    if old is None and work.path.exists():
+        return open_existing(work.path, work.recipe, rebuild=rebuild)
+    if old is not None and not old.container.is_current():
+        return open_existing(work.path, work.recipe, rebuild=rebuild)
+    return old
+
+
+def _remove_leftovers(path: Path, cache: Cache) -> None:
+    """Remove what a run left that was killed between publishing its cache and its own end."""
+    folder = partial_folder(path)
+    if folder.exists():
+        dtype = next(iter(cache.splits.values())).features.dtype
+        partial = PartialCache(folder, cache.fingerprint, cache.num_features, dtype)
+        # Of another recipe, or in use: somebody's work.
+        with contextlib.suppress(CacheError), writer_lock(folder / "lock", f"cache {path.name}"):
+            partial.open()
+            remove_temporaries(path)
+            partial.remove()
+
+
 def _finish(work: Production, old: Cache | None, start: float, say: Say) -> ExtractionSummary:
     changes = work.inventory.compare()
     if old is not None and is_unchanged(old, work.dataset, work.failures, changes):
+        work.partial.remove()
         return summarise(old, "up to date", start, num_kept=changes.num_kept)
     cache = work.finish()
     summary = summarise(

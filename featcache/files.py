@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import glob
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -24,6 +27,7 @@ from typing import Any, BinaryIO
 from featcache.errors import CacheError, ConfigError, RunError
 
 _HASH_BLOCK_BYTES = 1 << 20
+_NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
 
 def canonical_json(value: Any) -> str:
@@ -44,12 +48,34 @@ def readable_json(value: Any) -> str:
 
 def sha256_file(path: Path, offset: int = 0) -> str:
     """Return the sha256 (64 hex digits) of the file from byte ``offset`` to its end."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(offset)
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
+        return sha256_stream(file)
+
+
+def sha256_stream(file: BinaryIO | io.FileIO) -> str:
+    """Return the sha256 (64 hex digits) of what is left to read of an open file."""
+    digest = hashlib.sha256()
+    while block := file.read(_HASH_BLOCK_BYTES):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def read_regular(path: Path, *, max_bytes: int) -> bytes:
+    """Return the bytes of a regular file: pipes do not block, devices do not flood.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file, or is larger than ``max_bytes``.
+    """
+    # Without O_NONBLOCK a pipe that took the file's place would block for ever.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than {max_bytes:,}")
+        return file.read()
 
 
 def sync_folder(folder: Path) -> None:
@@ -88,10 +114,33 @@ def remove_temporaries(path: Path) -> None:
         stale.unlink(missing_ok=True)
 
 
+def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
+    """Turn an ``OSError`` met while writing into the one line a user can act on."""
+    if error.errno in _NO_SPACE:
+        free = shutil.disk_usage(path.parent).free
+        return CacheError(
+            "disk space", expected=f"{wanted_bytes:,} bytes", found=f"{free:,} bytes free",
+            where=path.parent, hint="Make room and run the same command again",
+        )  # fmt: skip
+    return CacheError(
+        "writing", expected="a writable folder", found=str(error.strerror or error),
+        where=path, hint="Check the folder and its permissions",
+    )  # fmt: skip
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, whole or not at all."""
-    with atomic_writer(path) as file:
-        file.write(data)
+    """Write ``data`` to ``path``, whole or not at all.
+
+    Raises:
+        CacheError: If the disk is full; says how much is needed and how much is free.
+    """
+    try:
+        with atomic_writer(path) as file:
+            file.write(data)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise disk_error(error, path, len(data)) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -104,6 +153,7 @@ def csv_text(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
     Cells that begin with one of ``= + - @`` TAB or CR get a leading apostrophe (OWASP, CSV
     injection); numbers are left alone. Undecodable bytes of file names become ``\udcNN``.
+    ``plain_cell`` gives back what was there.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer)  # CR LF ends a row (RFC 4180), so cells that hold either are quoted
@@ -114,13 +164,34 @@ def csv_text(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+# an undecodable byte, or what is written for one, and the backslashes before it
+_BYTE = re.compile("(\\\\*)([\udc80-\udcff])|(\\\\+)(?=udc[89a-f][0-9a-f])")
+_WRITTEN_BYTE = re.compile(r"(\\+)udc([89a-f][0-9a-f])")
 
 
 def _safe_cell(cell: object) -> object:
     if not isinstance(cell, str):
         return cell
-    text = cell.encode("utf-8", "backslashreplace").decode()
-    return "'" + text if text.lstrip(" \u00a0").startswith(_FORMULA_STARTS) else text
+    # backslashes are doubled where they stand before such a byte, or would pass for one
+    text = _BYTE.sub(lambda m: (m[1] or m[3] or "") * 2 + (m[2] or ""), cell)
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "'" + text if _is_formula(text) else text
+
+
+def _is_formula(text: str) -> bool:
+    """Also behind apostrophes, so that one more can be told from the name's own."""
+    return text.lstrip("'").lstrip(" \u00a0").startswith(_FORMULA_STARTS)
+
+
+def plain_cell(cell: str) -> str:
+    """Return what ``csv_text`` was given for a cell of its text."""
+
+    def undo(match: re.Match[str]) -> str:
+        backslashes, odd = divmod(len(match[1]), 2)
+        return "\\" * backslashes + (chr(0xDC00 + int(match[2], 16)) if odd else match[0][-5:])
+
+    cell = cell[1:] if cell.startswith("'") and _is_formula(cell[1:]) else cell
+    return _WRITTEN_BYTE.sub(undo, cell)
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
@@ -231,32 +302,61 @@ def writer_lock(path: Path, what: str) -> Iterator[None]:
             hint="Extract on a Linux machine; reading and training work everywhere",
         ) from error  # fmt: skip
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("a+b")
-        except FileNotFoundError:  # another writer, done, has just removed the folder
+        file = _open_lock(path, what)
+        if file is None:  # another writer, done, has just removed the folder
             continue
         with file:
             _lock(file, path, what, fcntl)
             if _is_still(file, path):
-                file.truncate(0)
-                since = time.strftime("%Y-%m-%d %H:%M:%S")
-                file.write(
-                    f"process {os.getpid()} on {socket.gethostname()} since {since}".encode()
-                )
-                file.flush()
+                _sign(file)
                 yield
                 return
+
+
+_LOCK_SIGN = b"process "
+_LOCK_BYTES = 4096  # a folder and a file of few bytes: what a full disk lacks
+
+
+def _open_lock(path: Path, what: str) -> BinaryIO | None:
+    """Open the lock file, made if missing; None if its folder was removed meanwhile."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sync_folder(path.parent.parent)  # what is written into it must not vanish with it
+    except OSError as error:
+        raise disk_error(error, path.parent, _LOCK_BYTES) from error
+    try:
+        # Not through a link, and not waiting for whoever may open a pipe's other end.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise disk_error(error, path, _LOCK_BYTES) from error
+        raise _not_ours(path, what, str(error.strerror)) from error
+    file = open(handle, "r+b", buffering=0)  # noqa: PTH123, SIM115 (the caller closes it)
+    kind = os.fstat(handle).st_mode
+    if not stat.S_ISREG(kind):
+        file.close()
+        raise _not_ours(path, what, "a pipe or a device")
+    if file.read(len(_LOCK_SIGN)) not in {b"", _LOCK_SIGN}:
+        file.close()
+        raise _not_ours(path, what, "another file")
+    return file
+
+
+def _not_ours(path: Path, what: str, found: str) -> CacheError:
+    return CacheError(
+        f"lock of {what}", expected="a file of ours that can be written", found=found, where=path,
+        hint="Remove it, or choose another name for the cache",
+    )  # fmt: skip
 
 
 def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read(500).decode(errors="replace").strip() or "an unknown process"
         raise CacheError(
-            what, expected="no other writer", found=f"one at work: {holder}", where=path,
+            what, expected="no other writer", found=f"one at work: {_read_sign(file)}", where=path,
             hint="Wait for it, or stop it",
         ) from error  # fmt: skip
     except OSError as error:
@@ -264,6 +364,25 @@ def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
             what, expected="a file system that can lock files", found=str(error.strerror),
             where=path, hint="Write the cache to a local disk and copy it",
         ) from error  # fmt: skip
+
+
+def _sign(file: BinaryIO) -> None:
+    """Note who holds the lock. On a full disk that cannot be: the lock holds all the same."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.truncate(0)
+    file.seek(0)
+    with contextlib.suppress(OSError):
+        file.write(_LOCK_SIGN + f"{os.getpid()} on {socket.gethostname()} since {since}".encode())
+
+
+def _read_sign(file: BinaryIO) -> str:
+    """Return who holds the lock. It is signed just after it was taken, so wait a little."""
+    for _ in range(20):
+        time.sleep(0.05)
+        file.seek(0)
+        if holder := file.read(500).decode(errors="replace").strip():
+            return holder
+    return "an unknown process"
 
 
 def _is_still(file: BinaryIO, path: Path) -> bool:

@@ -14,7 +14,7 @@ import io
 import json
 import math
 import os
-import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -37,12 +37,13 @@ from featcache.container import (
     open_container,
     user_block_sha256,
 )
-from featcache.errors import CacheError
-from featcache.files import atomic_writer, canonical_json, child_process
+from featcache.files import atomic_writer, canonical_json, child_process, disk_error
 
 _COPY_BYTES = 1 << 22
-_CHECK_SECONDS = 60
-_NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
+_CHECK_SECONDS = 8  # of computing; a good file takes half a second, of which importing is most
+_CHECK_WAIT_SECONDS = 60  # a machine under load, a network
+_CHECK_BYTES = 1 << 30
+_MAX_OBJECTS = 1000
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class ArraySource:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     blocks: Callable[[], Iterable[npt.NDArray[Any]]]
+    crc32: int | None = None
+    """For the table."""
 
     @classmethod
-    def of(cls, name: str, array: npt.NDArray[Any]) -> ArraySource:
+    def of(cls, name: str, array: npt.NDArray[Any], crc32: int | None = None) -> ArraySource:
         """Return the source of an array in memory."""
-        return cls(name, array.shape, array.dtype, lambda: [array])
+        return cls(name, array.shape, array.dtype, lambda: [array], crc32)
 
     @property
     def num_bytes(self) -> int:
@@ -129,6 +132,7 @@ def write_container(
             "user_block_sha256": "0" * 64,
             "arrays": [
                 {"name": e.name, "offset": e.offset, "shape": list(e.shape), "dtype": e.dtype.str}
+                | ({} if e.crc32 is None else {"crc32": e.crc32})
                 for e in entries
             ],
         }
@@ -152,20 +156,6 @@ def write_container(
     except OSError as error:
         raise disk_error(error, path, skeleton.length) from error
     return open_container(path, verify=False)
-
-
-def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
-    """Turn an ``OSError`` met while writing into the one line a user can act on."""
-    if error.errno in _NO_SPACE:
-        free = shutil.disk_usage(path.parent).free
-        return CacheError(
-            "disk space", expected=f"{wanted_bytes:,} bytes", found=f"{free:,} bytes free",
-            where=path.parent, hint="Make room and run the same command again",
-        )  # fmt: skip
-    return CacheError(
-        "writing", expected="a writable folder", found=str(error.strerror or error),
-        where=path, hint="Check the folder and its permissions",
-    )  # fmt: skip
 
 
 def _make_skeleton(
@@ -201,7 +191,9 @@ def _make_skeleton(
                 file.id, source.name.encode(), dtype, space, dcpl=creation, lcpl=groups
             )
             offset = data.get_offset() if source.num_bytes else user_block_bytes
-            entries.append(ArrayEntry(source.name, offset, source.shape, source.dtype))
+            entries.append(
+                ArrayEntry(source.name, offset, source.shape, source.dtype, source.crc32)
+            )
     return skeleton, entries
 
 
@@ -267,18 +259,25 @@ def compare_with_hdf5(container: Container) -> list[str]:
     """Compare the table with what libhdf5 finds in the file; return the differences.
 
     libhdf5 runs in a child process with limits on memory and time: hostile files hang or crash it.
+    It does not lock the file, which network file systems may refuse: caches are replaced, never
+    changed. It loads no plugins, which the environment might name.
     """
     command, environment = child_process("featcache.hdf5")
+    environment |= {"HDF5_USE_FILE_LOCKING": "FALSE", "HDF5_PLUGIN_PRELOAD": "::"}
+    environment |= {"OPENBLAS_NUM_THREADS": "1"}  # each thread asks for memory that is never used
     try:
         done = subprocess.run(
             [*command, str(container.path)], env=environment, capture_output=True,
-            timeout=_CHECK_SECONDS, check=False,
+            timeout=_CHECK_WAIT_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return [f"libhdf5 did not answer within {_CHECK_SECONDS} s"]
+        return [f"no answer of libhdf5 within {_CHECK_WAIT_SECONDS} s"]
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        return [f"libhdf5 cannot read it (exit {done.returncode}): {lines[-1:] or 'no message'}"]
+        reason = lines[-1] if lines else "no message"
+        if -done.returncode in {getattr(signal, name, None) for name in ("SIGXCPU", "SIGKILL")}:
+            reason = f"no answer within {_CHECK_SECONDS} s of computing"
+        return [f"libhdf5 cannot read it (exit {done.returncode}): {reason:.200}"]
     seen = json.loads(done.stdout)
     table = {
         e.name: [e.offset if e.num_bytes else None, list(e.shape), e.dtype.str]
@@ -299,22 +298,36 @@ def compare_with_hdf5(container: Container) -> list[str]:
 
 
 def _hdf5_view(path: str) -> dict[str, Any]:
-    """Return what libhdf5 sees: the arrays' offsets, shapes, dtypes and the root's attributes."""
+    """Return what libhdf5 sees: the arrays' offsets, shapes, dtypes and the root's attributes.
+
+    Nothing is read but metadata, and no link is followed but hard ones, of which each object is
+    seen once. Of virtual data sets not even the shape is asked for: it may depend on other files.
+    """
     import h5py
 
     arrays: dict[str, Any] = {}
     with h5py.File(path, "r") as file:
         names: list[str] = []
-        file.visit(names.append)
+
+        def take(name: str) -> bool | None:
+            names.append(name)
+            return True if len(names) > _MAX_OBJECTS else None
+
+        if file.visit(take):
+            raise ValueError(f"more than {_MAX_OBJECTS:,} objects")
         for name in names:
             if file.get(name, getclass=True) is h5py.Dataset:
                 data = file[name]
-                plain = data.chunks is None and data.external is None and not data.is_virtual
+                layout = data.id.get_create_plist()
+                if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count():
+                    arrays[name] = "stored otherwise: in chunks, in other files or virtually"
+                    continue
                 offset = data.id.get_offset() if data.id.get_storage_size() else None
-                arrays[name] = [offset if plain else -1, list(data.shape), data.dtype.str]
+                arrays[name] = [offset, list(data.shape), data.dtype.str]
+        wanted = {key: file.attrs.get(key) for key in ("format", "fingerprint")}
         attributes = {
             key: value.decode() if isinstance(value, bytes) else str(value)
-            for key, value in file.attrs.items()
+            for key, value in wanted.items()
         }
     return {"arrays": arrays, "attributes": attributes}
 
@@ -323,7 +336,7 @@ def _limit_resources() -> None:
     with contextlib.suppress(ImportError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+        resource.setrlimit(resource.RLIMIT_AS, (_CHECK_BYTES, _CHECK_BYTES))
         resource.setrlimit(resource.RLIMIT_CPU, (_CHECK_SECONDS, _CHECK_SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

@@ -142,9 +142,11 @@ class Production:
         elif as_made:
             name, batch_size = str(made["engine"]), int(made["batch_size"])
             torch.set_num_threads(int(made["num_threads"]))
-        probes = decode_probes(
-            self.dataset, self.dataset.samples, self.recipe.rules, isolate=self.partial.was_killed
-        )
+        with self.partial.probing():
+            probes = decode_probes(
+                self.dataset, self.dataset.samples, self.recipe.rules,
+                isolate=self.partial.was_killed,
+            )  # fmt: skip
         # Chosen by the number of images, not of views: view 0 equals a cache without views.
         engine = build_engine(
             self.recipe.backbone, device, probes, precision=precision, batch_size=batch_size,

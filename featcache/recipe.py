@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from featcache.dataset import ImageDataset, Sample
 from featcache.errors import BackboneError, ConfigError, DataError
 from featcache.files import canonical_json
 from featcache.images import PixelRules, check_bit_depth, deep_maximum
-from featcache.isolation import IsolatedDecoder
+from featcache.isolation import DECODE_SECONDS, IsolatedDecoder
+from featcache.threads import Threads
 from featcache.views import PLAIN, ViewRules, render, training_split
 
 NUM_PROBES = 4
@@ -120,6 +122,8 @@ def decode_probes(
 ) -> list[npt.NDArray[np.uint8]]:
     """Decode the first good images, evenly spread over ``samples``, to check an engine with.
 
+    One that a decoder hangs on is no good one.
+
     Args:
         dataset: Where they are read from.
         samples: What to choose from.
@@ -131,15 +135,20 @@ def decode_probes(
     """
     probes: list[npt.NDArray[np.uint8]] = []
     step = max(1, len(samples) // NUM_PROBES)
-    with IsolatedDecoder() as child:
+    with IsolatedDecoder() as child, Threads("probe", 1) as threads:
         renderer = child.render if isolate else render
         for sample in [*samples[::step], *samples]:
             if len(probes) == NUM_PROBES:
                 break
             try:
-                probes.append(renderer(dataset.read(sample), [(rules, PLAIN)], b"").views[0][0])
+                data = dataset.read(sample)
+                rendering = threads.submit(renderer, data, [(rules, PLAIN)], b"")
+                # an isolated decoder keeps the time itself
+                probes.append(rendering.result(None if isolate else DECODE_SECONDS).views[0][0])
             except DataError:
                 continue
+            except FutureTimeoutError:
+                threads.replace_one()
     return probes
 
 

@@ -2,8 +2,11 @@
 
 ``RUN/run.json`` holds the configuration, the classes and the cache's fingerprint and identity;
 ``head.safetensors`` the weights; ``history.csv`` a row per epoch; ``environment.json`` the machine.
-Everything but the weights is text. The weights' sha256 stands in ``run.json``, and the weights
-carry head and classes with them, so neither file can be changed alone without being noticed.
+Everything but the weights is text. The weights' sha256 stands in ``run.json``, the weights carry
+head and classes with them, and ``run.json`` bears its own hash, ``sha256`` of the canonical JSON of
+its other keys: a changed mean or image size would only show as wrong predictions. Nothing that
+featcache does depends on ``history.csv``, ``environment.json`` or ``evaluation/``, which are for
+people: they are not checked.
 """
 
 from __future__ import annotations
@@ -23,13 +26,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from featcache.errors import ConfigError, FeatcacheWarning, RunError, printable
-from featcache.files import canonical_json, write_bytes, write_csv, write_json
+from featcache.files import canonical_json, read_regular, write_bytes, write_csv, write_json
 from featcache.head import HeadConfig, build_head, state_layout
 
 FORMAT = "featcache-run"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "head.safetensors"
 
+_KEYS = {
+    "format", "format_version", "head", "training", "seed", "data_seed", "classes", "cache",
+    "weights_sha256",
+}  # fmt: skip
+_MAX_JSON_BYTES = 2**28
+_MAX_WEIGHTS_BYTES = 2**31
 _MAY_DIFFER = ("views", "augmentation", "feature_dtype")
 _DAMAGED = "The run is damaged or was edited: copy it again, or train it again"
 
@@ -111,7 +120,7 @@ def write_run(
         "cache": dict(cache),
         "weights_sha256": weights_sha256,
     }
-    write_json(folder / "run.json", facts)
+    write_json(folder / "run.json", facts | {"sha256": _facts_sha256(facts)})
     return weights_sha256
 
 
@@ -168,7 +177,9 @@ def cache_path(run: Run) -> Path:
     return (run.path.resolve() / str(run.cache["path"])).resolve()
 
 
-def require_same_features(run_identity: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def require_same_features(
+    run_identity: Mapping[str, Any], identity: Mapping[str, Any], where: Path | None = None
+) -> None:
     """Insist that features were made as those the head was trained on.
 
     Number of views and stored dtype may differ, with a warning.
@@ -176,29 +187,49 @@ def require_same_features(run_identity: Mapping[str, Any], identity: Mapping[str
     Args:
         run_identity: The identity of the cache the run was trained on.
         identity: The identity of the features at hand.
+        where: The file they are in, for the message.
 
     Raises:
         RunError: If backbone, weights or preprocessing differ; one line says in what.
     """
-    keys = sorted({*run_identity, *identity})
-    differing = [key for key in keys if run_identity.get(key) != identity.get(key)]
+    differing = _differing_keys(run_identity, identity)
     blocking = [key for key in differing if key not in _MAY_DIFFER]
-
-    def listed(side: Mapping[str, Any], names: Sequence[str]) -> str:
-        return ", ".join(f"{key} {_brief(side.get(key))}" for key in names)
-
     if blocking:
         raise RunError(
-            "features", expected="those the head was trained on, " + listed(run_identity, blocking),
-            found=listed(identity, blocking),
+            "features", found=_listed(identity, blocking), where=where,
+            expected="those the head was trained on, " + _listed(run_identity, blocking),
             hint="Extract the images again with the run's backbone and options, or train on these",
         )  # fmt: skip
     if differing:
         message = (
-            f"the head was trained on {listed(run_identity, differing)}; "
-            f"these features have {listed(identity, differing)}"
+            f"the head was trained on {_listed(run_identity, differing)}; "
+            f"these features have {_listed(identity, differing)}"
         )
         warnings.warn(printable(message), FeatcacheWarning, stacklevel=2)
+
+
+def require_own_cache(run: Run, cache_identity: Mapping[str, Any], where: Path) -> None:
+    """Insist that the cache a run was trained on has still the identity it had.
+
+    Raises:
+        RunError: If it was rebuilt with other settings; one line says in what they differ.
+    """
+    trained_on = run.cache["identity"]
+    keys = _differing_keys(trained_on, cache_identity)
+    if keys:
+        raise RunError(
+            "the run's cache, rebuilt since the training", expected=_listed(trained_on, keys),
+            found=_listed(cache_identity, keys), where=where,
+            hint="Train again on it, or name a cache like the old one with --cache",
+        )  # fmt: skip
+
+
+def _differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
+
+
+def _listed(identity: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {_brief(identity.get(key))}" for key in keys)
 
 
 def _brief(value: object) -> str:
@@ -208,7 +239,7 @@ def _brief(value: object) -> str:
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((folder / "run.json").read_bytes())
+        facts = json.loads(read_regular(folder / "run.json", max_bytes=_MAX_JSON_BYTES))
     except OSError as error:
         raise RunError(
             "run", expected="a folder with run.json", found=error.strerror, where=folder,
@@ -226,6 +257,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
             "run", expected=f"format version {FORMAT_VERSION}", found=f"version {version}",
             where=folder, hint="A newer featcache wrote it: upgrade with pip install -U featcache",
         )  # fmt: skip
+    if not _is_as_written(facts):
+        raise _damaged(folder, "run.json", "its own sha256", "another")
     kinds = {
         "head": dict, "training": dict, "seed": int, "data_seed": int, "classes": list,
         "cache": dict, "weights_sha256": str,
@@ -240,11 +273,30 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def _facts_sha256(facts: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+
+
+def _is_as_written(facts: Mapping[str, Any]) -> bool:
+    """Whether run.json bears its own hash; the first runs had none, only the fingerprint."""
+    if set(facts) != _KEYS:
+        try:
+            return _facts_sha256(facts) == facts.get("sha256")
+        except ValueError:  # NaN
+            return False
+    cache = facts["cache"]
+    identity, fingerprint = (
+        (cache.get("identity"), cache.get("fingerprint")) if isinstance(cache, dict) else (0, 0)
+    )
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest() == fingerprint
+
+
 def _read_weights(
     folder: Path, sha256: str, head: HeadConfig, classes: Sequence[str]
 ) -> dict[str, Tensor]:
     try:
-        data = (folder / WEIGHTS_NAME).read_bytes()
+        data = read_regular(folder / WEIGHTS_NAME, max_bytes=_MAX_WEIGHTS_BYTES)
     except OSError as error:
         raise _damaged(folder, WEIGHTS_NAME, "a readable file", error.strerror) from error
     found = hashlib.sha256(data).hexdigest()

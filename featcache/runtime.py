@@ -194,7 +194,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, on any device: only CUDA's allocator has a type for it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    words = ("out of memory", "alloc_failed", "can't allocate memory", "bad allocation")
+    words = (
+        "out of memory", "alloc_failed", "can't allocate memory", "bad allocation",
+        "can't start new thread", "could not create a primitive",  # under ulimit -v
+    )  # fmt: skip
     return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
 
 

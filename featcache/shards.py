@@ -25,8 +25,7 @@ import numpy.typing as npt
 
 from featcache.contents import Vectors
 from featcache.errors import CacheError
-from featcache.files import canonical_json, sha256_file, write_bytes
-from featcache.hdf5 import disk_error
+from featcache.files import canonical_json, disk_error, sha256_file, write_bytes
 
 SHARD_BYTES = 16 << 20
 SHARD_ROWS = 4096
@@ -87,12 +86,30 @@ class PartialCache:
     def _manifest(self) -> Path:
         return self.folder / "manifest.json"
 
+    @property
+    def _probing(self) -> Path:
+        return self.folder / "probing"
+
+    @contextlib.contextmanager
+    def probing(self) -> Iterator[None]:
+        """Leave a mark while images are decoded before ``start``: an image may kill the process.
+
+        On a full disk there is none, which only means that such an image kills the next run too.
+        """
+        with contextlib.suppress(OSError):
+            self._probing.touch()
+        try:
+            yield
+        finally:
+            self._probing.unlink(missing_ok=True)
+
     def open(self) -> bool:
         """Read the manifest of an earlier, unfinished run; return whether there is one.
 
         Raises:
             CacheError: If it cannot be read, or lists shards of another recipe.
         """
+        self.was_killed = self._probing.exists()
         if not self._manifest.exists():
             return False
         try:
@@ -103,7 +120,7 @@ class PartialCache:
             if manifest["format"] != _FORMAT or manifest["format_version"] != _FORMAT_VERSION:
                 raise ValueError(f"format version {manifest['format_version']}")
             engine = EngineFacts(**manifest["engine"])
-            was_killed = bool(manifest["running"])
+            was_killed = bool(manifest["running"]) or self.was_killed
             provenance = dict(manifest["provenance"])
             shards = [_check_line(line) for line in manifest["shards"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -163,7 +180,7 @@ class PartialCache:
 
         On a full disk that cannot be noted, which only makes the next run decode more carefully.
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, CacheError):
             self._write_manifest(running=False)
 
     def add_shard(
@@ -211,6 +228,7 @@ class PartialCache:
     def clear(self) -> None:
         """Forget an earlier run: remove its manifest first, then its shards; keep the lock."""
         self._manifest.unlink(missing_ok=True)
+        self._probing.unlink(missing_ok=True)
         for shard in self.folder.glob("shard.*"):
             shard.unlink()
         self._shards, self._next_number = [], 0
@@ -218,7 +236,9 @@ class PartialCache:
         self.was_killed = self.is_running = False
 
     def remove(self) -> None:
-        """Remove the folder: the cache is whole."""
+        """Remove the folder, the lock last: until then the next writer has to wait."""
+        with contextlib.suppress(OSError):
+            self.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -274,15 +274,8 @@ def _write_manifest(dataset: ImageDataset, assigned: list[str], destination: Pat
             path_text = Path(os.path.relpath(path, folder)).as_posix()
         except ValueError:  # Windows: on another drive
             path_text = path.as_posix()
-        try:
-            path_text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                "file name", expected="UTF-8 for a CSV", found="other bytes", where=path_text,
-                hint="Rename it, or split into a folder",
-            ) from error  # fmt: skip
         if path_text.lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r")):
-            path_text = "./" + path_text  # or files.csv_text would set an apostrophe before it
+            path_text = "./" + path_text  # or csv_text would set an apostrophe before it
         group = sample.group or ""
         rows.append((path_text, dataset.classes[sample.target], name, group))
     rows.sort(key=lambda row: (SPLITS.index(row[2]), row[0]))

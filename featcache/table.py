@@ -37,7 +37,7 @@ class Table:
     def __init__(self, file: Path, known: Iterable[str], say: Say) -> None:
         lines = read_table(file)
         names = [posixpath.normpath(line["path"]) for line in lines]
-        keys = {_key(path) for path in known}
+        keys = {posixpath.normpath(path) for path in known}
         self._leaves_split_out = False
         for folder, leaves_split_out in _readings(names, keys):
             shorter = [name.removeprefix(folder) for name in names]
@@ -64,7 +64,7 @@ class Table:
 
     def find(self, path: str) -> dict[str, str] | None:
         """Return the line of a row's path, None if the table does not name it."""
-        key = _key(path)
+        key = posixpath.normpath(path)
         return self._lines.get(_without_split(key) if self._leaves_split_out else key)
 
 
@@ -93,8 +93,3 @@ def _readings(names: list[str], keys: set[str]) -> Iterator[tuple[str, bool]]:
 def _without_split(key: str) -> str:
     first, _, rest = key.partition("/")
     return rest if first.casefold() in SPLIT_OF_FOLDER and rest else key
-
-
-def _key(path: str) -> str:
-    r"""Return what a CSV calls a path: bytes that are not UTF-8 are ``\udcNN`` there."""
-    return posixpath.normpath(path.encode("utf-8", "backslashreplace").decode())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class TrainSummary:
         num_train: Labelled rows trained on.
         num_valid: Labelled rows the epoch was chosen by.
         num_unlabelled: Rows left out for want of a target.
+        num_failed: Images that failed and are therefore not in the cache, over all splits.
         num_views: Views of each row trained on, of which an epoch sees one.
         num_epochs: Epochs run.
         best_epoch: The epoch kept; loss, accuracy and recalls (None without rows) are its own.
@@ -53,6 +55,7 @@ class TrainSummary:
     num_train: int
     num_valid: int
     num_unlabelled: int
+    num_failed: int
     num_views: int
     num_epochs: int
     best_epoch: int
@@ -170,7 +173,7 @@ def train(
     summary = TrainSummary(
         run=folder, classes=opened.classes, num_train=num_train, num_valid=num_valid,
         num_unlabelled=sum(part.num_unlabelled for part in parts),
-        num_views=parts[0].split.num_views,
+        num_failed=len(opened.failures), num_views=parts[0].split.num_views,
         num_epochs=len(result.history), best_epoch=result.best_epoch,
         valid_loss=kept["valid_loss"], valid_accuracy=kept["valid_accuracy"],
         valid_recall={name: kept[f"valid_recall_{name}"] for name in opened.classes},
@@ -219,6 +222,7 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
     say(f"{'class':<{width}}  " + "  ".join(f"{part.name:>7}" for part in parts))
     for name, line in zip(names, lines, strict=True):
         say(f"{name:<{width}}  " + "  ".join(f"{count:>7,}" for count in line[1:]))
+    _say_failures(cache, say)
     num_views = parts[0].split.num_views
     if num_views > 1:
         how = printable(cache.identity.get("augmentation") or "of unknown making")
@@ -230,6 +234,18 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
             f"hint: the largest class of train is {counts[0].max() / counts[0].min():.1f} times "
             "the smallest; try --class-weights balanced"
         )
+
+
+def _say_failures(cache: Cache, say: Say) -> None:
+    """Say how many images are missing, and of what: without those of a class a head is biased."""
+    if not cache.failures:
+        return
+    counts: Counter[str] = Counter()
+    for failure in cache.failures:
+        known = 0 <= failure.target < len(cache.classes)
+        counts[f"{failure.split}/{cache.classes[failure.target]}" if known else failure.split] += 1
+    listed = ", ".join(f"{number:,} of {printable(name)}" for name, number in counts.items())
+    say(f"not in this cache: {len(cache.failures):,} failed images ({listed}); see featcache info")
 
 
 def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]], None]:

@@ -1,39 +1,44 @@
 """Verify: is this cache whole, and is it true? And describe what a cache or a run holds.
 
-Reads: caches, runs, images. Writes: nothing.
+Reads: caches, runs, images. Writes: nothing, or a cache again without its bad rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import random
+import json
+import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featcache.backbone import Backbone
-from featcache.cache import Cache, CacheSplit, is_content, open_cache
-from featcache.container import content_sha256
-from featcache.dataset import ImageDataset, Sample, scan
-from featcache.engine import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS, build_engine, relative_errors
-from featcache.errors import CacheError, ConfigError, printable
+from featcache.cache import Cache, CacheSplit, is_content, open_cache, read_cache
+from featcache.comparison import Comparison, compare
+from featcache.container import content_sha256, open_container
+from featcache.errors import CacheError, printable
+from featcache.files import disk_error, sha256_file, sync_folder, writer_lock
 from featcache.hdf5 import compare_with_hdf5
-from featcache.pipeline import Lane, stream_features
-from featcache.recipe import Recipe, decode_probes, recipe_from_identity
+from featcache.integrity import METADATA, BadRow, Damage, find_damage, find_infinite
+from featcache.repair import find_bad_rows, write_without
 from featcache.run import load_run
-from featcache.runtime import Say, resolve_device, silent
+from featcache.runtime import Say, silent
+from featcache.shards import partial_folder
 
-_BLOCK_ROWS = 8192
-_REPAIR = "Extract it again: featcache extract DATA CACHE --rebuild"
+_REBUILD = "Extract it again: featcache extract DATA CACHE --rebuild"
+_REPAIR = "Rewrite it with featcache verify CACHE --repair"
+_DROP = "Drop bad rows with featcache verify {path}{data} --repair, then extract what is missing"
+_UNDAMAGED = Damage((), (), ())
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, all of it good: anything bad is an error.
+    """What was checked, all of it good: anything bad is an error, or was dropped.
 
     Attributes:
         cache: The file.
@@ -43,21 +48,25 @@ class Verification:
         num_compared: Rows whose features were recomputed from their images.
         largest_error: Their largest relative L2 error, None without ``data``.
         bound: What it had to stay under, None without ``data``.
-        changed: Paths whose image is another one now.
+        changed: Paths whose image is another one now; with ``repair`` only, their rows are dropped.
         vanished: Paths whose image is gone.
         appeared: Paths of images that the cache does not know.
+        repaired: Whether the file was written again.
+        dropped: Paths of the rows that were dropped, as they were found.
     """
 
     cache: str
     num_rows: int
     payload_sha256: str
     content_sha256: str
-    num_compared: int
-    largest_error: float | None
-    bound: float | None
-    changed: tuple[str, ...]
-    vanished: tuple[str, ...]
-    appeared: tuple[str, ...]
+    num_compared: int = 0
+    largest_error: float | None = None
+    bound: float | None = None
+    changed: tuple[str, ...] = ()
+    vanished: tuple[str, ...] = ()
+    appeared: tuple[str, ...] = ()
+    repaired: bool = False
+    dropped: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the verification as JSON values."""
@@ -72,6 +81,7 @@ def verify(
     weights: str | Path | None = None,
     backbone: Backbone | str | None = None,
     device: str = "auto",
+    repair: bool = False,
     say: Say = silent,
 ) -> Verification:
     """Check that a cache is whole, and with ``data`` that its features are those of the images.
@@ -79,7 +89,7 @@ def verify(
     Whole: lengths, checksums, the table against libhdf5's view (in a child process), finite
     features, sorted paths. True: features of a seeded sample, with all its views, are recomputed
     from the images by the plain network in fp32, and stay within the precision's bound of the
-    cached ones.
+    cached ones; the images are those the rows were made of.
 
     Args:
         cache: The file.
@@ -89,92 +99,120 @@ def verify(
         backbone: The backbone itself, if it was made in Python; its name, if a ``python:`` function
             makes it.
         device: Where to recompute.
+        repair: Write the file again without the rows that are damaged, not finite or, of those
+            compared with ``data``, of another image or not true. They are listed among the
+            failures, and the next extraction makes them again. A row that cannot be vouched for is
+            never kept, and the old file stays if anything goes wrong.
         say: Where lines for people go.
 
     Raises:
-        CacheError: At the first thing that is not right, naming it and the repair.
+        CacheError: At the first row or part that is not right, naming it and the repair; with
+            ``repair``, if there is nothing left to build on.
         BackboneError: If the backbone cannot be built.
     """
-    opened = open_cache(cache, verify=True)
-    say(f"payload sha256 {opened.payload_sha256}: as recorded")
+    path = Path(cache)
+    _refuse_unfinished(path)
+    how = {"samples": samples, "weights": weights, "backbone": backbone, "device": device}
+    if repair:
+        return _repair(path, data, how, say)
+    container = open_container(path, verify=False)
+    _refuse_damaged(path, find_damage(container))
+    say(f"payload sha256 {container.payload_sha256}: as recorded")
+    opened = read_cache(container)
     _check_whole(opened)
-    say("table, HDF5 view, content sha256, finite features, order of paths: good")
-    num_rows = sum(len(split) for split in opened.splits.values())
+    say("table, HDF5 view, content sha256, checksums of rows, finite features, order: good")
     if data is None:
-        return Verification(
-            opened.path.as_posix(), num_rows, opened.payload_sha256, opened.content_sha256,
-            0, None, None, (), (), (),
-        )  # fmt: skip
-    recipe = recipe_from_identity(opened.identity, weights=weights, backbone=backbone)
-    dataset = scan(data)
-    comparison = _compare_names(opened, dataset)
-    for word in ("changed", "vanished", "appeared"):
-        paths = comparison[word]
-        if paths:
-            say(f"{word}: {len(paths):,} images, such as {printable(paths[0])}")
-    chosen = _choose_rows(comparison["same"], samples)
-    if num_rows and not chosen:
-        raise CacheError(
-            "images of the cache", expected="those it was made of", where=data,
-            found=f"none of {num_rows:,} with the same name and size", hint="Check --data",
-        )  # fmt: skip
-    bound = PARITY_BOUNDS[str(opened.provenance.get("precision", "fp32"))]
-    if opened.identity.get("feature_dtype") == "float16":
-        bound += FLOAT16_STORAGE_ERROR
-    planned = [sample for sample in dataset.samples if (sample.split, sample.path) in chosen]
-    errors = list(_recompute(opened, dataset, planned, recipe, device=device, bound=bound))
-    largest = max(errors, default=0.0)
-    say(f"{len(errors):,} rows recomputed: largest relative error {largest:.1e}, bound {bound:.0e}")
-    return Verification(
-        opened.path.as_posix(), num_rows, opened.payload_sha256, opened.content_sha256,
-        len(errors), largest, bound, tuple(comparison["changed"]),
-        tuple(comparison["vanished"]), tuple(comparison["appeared"]),
+        return _result(opened, None)
+    comparison = compare(opened, data, say=say, **how)  # type: ignore[arg-type]
+    _refuse_rows(path, comparison.bad_rows, f" --data {data} --samples all")
+    return _result(opened, comparison)
+
+
+def _result(cache: Cache, comparison: Comparison | None) -> Verification:
+    num_rows = sum(len(split) for split in cache.splits.values())
+    result = Verification(
+        cache.path.as_posix(), num_rows, cache.payload_sha256, cache.content_sha256
+    )
+    if comparison is None:
+        return result
+    return replace(
+        result, num_compared=comparison.num_compared, largest_error=comparison.largest_error,
+        bound=comparison.bound, changed=comparison.changed, vanished=comparison.vanished,
+        appeared=comparison.appeared,
     )  # fmt: skip
 
 
-def _recompute(
-    cache: Cache, dataset: ImageDataset, planned: list[Sample], recipe: Recipe, *,
-    device: str, bound: float,
-) -> Iterator[float]:  # fmt: skip
-    """Yield the largest relative error of each planned row's views; raise at an untrue one."""
-    rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
-    probes = decode_probes(dataset, planned, recipe.rules)
-    engine = build_engine(recipe.backbone, resolve_device(device), probes, name="eager")
-    for batch in stream_features(dataset, planned, [Lane(recipe, engine)]):
-        for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
-            sample = outcome.sample
-            if features is None:
-                raise _untrue(cache, sample, "a readable image", str(outcome.reason))
-            split, i = cache.splits[sample.split], rows[sample.split, sample.path]
-            if split.image_sha256[i].tobytes() != outcome.sha256:
-                raise _untrue(cache, sample, "the image it was made of", "another one")
-            if len(features) != split.num_views:
-                raise _untrue(cache, sample, f"{len(features)} views", str(split.num_views))
-            cached = split.features[i].astype(np.float32).reshape(features.shape)
-            errors = relative_errors(cached, features)
-            error, view = max((error, view) for view, error in enumerate(errors))
-            if error > bound:
-                found = f"an error of {error:.1e}" + (f" in view {view}" if view else "")
-                raise _untrue(cache, sample, f"features within {bound:.0e}", found)
-            yield error
+# ------------------------------------------------------------------------------------------ whole
 
 
-def _untrue(cache: Cache, sample: Sample, expected: str, found: str) -> CacheError:
-    where = f"{sample.split}: {sample.path}"
-    return CacheError(
-        f"row of {cache.path.name}", expected=expected, found=found, where=where, hint=_REPAIR
-    )
+def _refuse_unfinished(path: Path) -> None:
+    """Say how far an extraction has come whose cache is not there yet."""
+    folder = partial_folder(path)
+    if path.exists() or not (folder / "manifest.json").is_file():
+        return
+    try:
+        shards = json.loads((folder / "manifest.json").read_bytes())["shards"]
+        num_images = sum(int(shard["num_rows"]) for shard in shards)
+        names = [Path(s["file"]).name for s in shards]
+        damaged = [
+            name for name, shard in zip(names, shards, strict=True)
+            if not (folder / name).is_file() or sha256_file(folder / name) != shard["sha256"]
+        ]  # fmt: skip
+        found = f"an unfinished extraction, {num_images:,} images in {len(names)} shards"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        damaged, found = [], "an unfinished extraction, whose manifest cannot be read"
+    hint = "Repeat the extract command it was begun with: it goes on from there"
+    if damaged:
+        found += f", {len(damaged)} of them damaged: {', '.join(damaged[:5])}"
+        hint += ", and makes damaged shards again"
+    raise CacheError("cache", expected="a finished file", found=found, where=folder, hint=hint)
+
+
+def _refuse_damaged(path: Path, damage: Damage) -> None:
+    """Raise at the first damaged row, or else part."""
+    _refuse_rows(path, damage.rows, "")
+    if damage.parts:
+        hint = _REPAIR
+        if damage.is_meaning_lost or any(part.startswith("splits/") for part in damage.parts):
+            hint = f"Copy it again. {_REBUILD}"
+        what = "HDF5 metadata" if damage.parts == (METADATA,) else damage.parts[0]
+        raise CacheError(
+            f"cache, {what}", expected="what was written (payload sha256)", found="damage",
+            where=path, hint=hint,
+        )  # fmt: skip
+
+
+def _refuse_rows(path: Path, bad_rows: Sequence[BadRow], data: str) -> None:
+    """Raise at the first of some bad rows."""
+    if not bad_rows:
+        return
+    first, others = bad_rows[0], len(bad_rows) - 1
+    more = f" ({others:,} other rows are bad too)" if others > 1 else " (as is another row)"
+    more = more if others else ""
+    raise CacheError(
+        f"row {first.row} of {first.split}, {first.path}", expected=first.expected,
+        found=f"{first.found}{more}", where=path, hint=_DROP.format(path=path, data=data),
+    )  # fmt: skip
 
 
 def _check_whole(cache: Cache) -> None:
-    """Check what opening does not: HDF5's view, the content hash, values and order."""
-
-    def wrong(what: str, expected: object, found: object) -> CacheError:
-        return CacheError(what, expected=expected, found=found, where=cache.path, hint=_REPAIR)
-
+    """Check what its checksums do not: HDF5's view, the content hash, values and order."""
+    _check_content(cache)
+    _refuse_rows(cache.path, find_infinite(cache.container), "")
     differences = compare_with_hdf5(cache.container)
     if differences:
-        raise wrong("HDF5 view of the cache", "what the table says", differences[0])
+        raise CacheError(
+            "HDF5 view of the cache", expected="what the table says", found=differences[0],
+            where=cache.path, hint=_REPAIR,
+        )  # fmt: skip
+
+
+def _check_content(cache: Cache) -> None:
+    """Check what no repair can mend in a file that is as it was written."""
+
+    def wrong(what: str, expected: object, found: object) -> CacheError:
+        return CacheError(what, expected=expected, found=found, where=cache.path, hint=_REBUILD)
+
     digests = {
         name: (entry.dtype, entry.shape, _array_sha256(cache, name))
         for name, entry in cache.container.arrays.items()
@@ -182,14 +220,7 @@ def _check_whole(cache: Cache) -> None:
     }
     if content_sha256(digests) != cache.content_sha256:
         raise wrong("content sha256", cache.content_sha256, content_sha256(digests))
-    for name, split in cache.splits.items():
-        for start in range(0, len(split), _BLOCK_ROWS):
-            block = split.features[start : start + _BLOCK_ROWS]
-            finite = np.isfinite(block.reshape(len(block), -1)).all(axis=1)
-            if not finite.all():
-                row = start + int(np.flatnonzero(~finite)[0])
-                place = f"row {row}, {printable(split.paths[row])}"
-                raise wrong(f"features of {name}", "finite values", f"NaN or infinity in {place}")
+    for name in cache.splits:
         stored = cache.container.map(f"splits/{name}/paths").tolist()
         if stored != sorted(set(stored)):
             raise wrong(f"paths of {name}", "each once, sorted by their bytes", "another order")
@@ -200,31 +231,73 @@ def _array_sha256(cache: Cache, name: str) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _compare_names(cache: Cache, dataset: ImageDataset) -> dict[str, Any]:
-    """Compare the cache's images with those on the disk by name, size and time."""
-    now = {(s.split, s.path): (s.image_bytes, s.mtime_ns) for s in dataset.samples}
-    failed = {(f.split, f.path) for f in cache.failures}
-    then = {
-        (name, path): (int(split.image_bytes[i]), int(split.mtime_ns[i]))
-        for name, split in cache.splits.items()
-        for i, path in enumerate(split.paths)
-    }
-    # The same bytes may have another time (a copy); those of another size are another image.
-    same = sorted(key for key in then.keys() & now.keys() if then[key][0] == now[key][0])
-    return {
-        "same": same,
-        "changed": sorted(p for s, p in (then.keys() & now.keys()) - set(same)),
-        "vanished": sorted(p for s, p in then.keys() - now.keys()),
-        "appeared": sorted(p for s, p in now.keys() - then.keys() - failed),
-    }
+# ----------------------------------------------------------------------------------------- repair
 
 
-def _choose_rows(same: list[tuple[str, str]], samples: int | str) -> set[tuple[str, str]]:
-    if samples == "all":
-        return set(same)
-    if not isinstance(samples, int) or samples < 1:
-        raise ConfigError("--samples", expected="all, or a number from 1", found=samples)
-    return set(random.Random(0).sample(same, min(samples, len(same))))
+def _repair(path: Path, data: str | Path | None, how: dict[str, Any], say: Say) -> Verification:
+    """Write the cache again without its bad rows; publish it once it is known to be good."""
+    with _work_folder(path) as folder:
+        container = open_container(path, verify=False)
+        damage = find_damage(container)
+        bad_rows = find_bad_rows(container, damage)
+        if not damage:
+            opened = read_cache(container)
+            _check_content(opened)
+        if damage or bad_rows or compare_with_hdf5(container):
+            opened = write_without(container, bad_rows, damage, folder / "whole")
+            _check_repaired(opened)
+        comparison = None
+        if data is not None:
+            comparison = compare(opened, data, say=say, **how)
+            if comparison.bad_rows:
+                opened = write_without(
+                    opened.container, comparison.bad_rows, _UNDAMAGED, folder / "true"
+                )
+                _check_repaired(opened)
+                bad_rows = [*bad_rows, *comparison.bad_rows]
+        repaired = opened.path != path
+        if repaired:
+            opened.path.replace(path)
+            sync_folder(path.parent)
+            opened = open_cache(path, verify=False)
+    if not repaired:
+        say("nothing to repair")
+    _say_repair(damage, bad_rows, say)
+    result = _result(opened, comparison)
+    return replace(result, repaired=repaired, dropped=tuple(row.path for row in bad_rows))
+
+
+@contextlib.contextmanager
+def _work_folder(path: Path) -> Iterator[Path]:
+    """Hold the writer's lock of a cache; yield its folder, and leave nothing of ours in it."""
+    folder = partial_folder(path)
+    open_container(path, verify=False)  # a file that is none of ours gets no folder beside it
+    try:
+        with writer_lock(folder / "lock", f"cache {path.name}"):
+            try:
+                yield folder
+            finally:
+                for name in ("whole", "true"):
+                    (folder / name).unlink(missing_ok=True)
+                if [file.name for file in folder.iterdir()] == ["lock"]:
+                    shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise disk_error(error, path, path.stat().st_size) from error
+
+
+def _check_repaired(cache: Cache) -> None:
+    """Insist that a repaired cache passes what it will be judged by."""
+    _refuse_damaged(cache.path, find_damage(cache.container))
+    _check_whole(read_cache(cache.container))
+
+
+def _say_repair(damage: Damage, bad_rows: Sequence[BadRow], say: Say) -> None:
+    for row in bad_rows[:20]:
+        say(printable(f"dropped: row {row.row} of {row.split}, {row.path}: found {row.found}"))
+    if len(bad_rows) > 20:
+        say(f"dropped: and {len(bad_rows) - 20:,} more rows, see featcache info")
+    for part in damage.parts:
+        say(f"damaged and written again: {part}")
 
 
 # ------------------------------------------------------------------------------------------- info

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import urllib.error
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from featcache.errors import BackboneError
+from featcache.files import sha256_file
 
 
 def read_state(file: Path) -> dict[str, torch.Tensor]:
@@ -23,30 +26,46 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         BackboneError: If the file is missing, damaged or holds anything but tensors.
     """
+    if not file.is_file():  # a pipe would block for ever
+        raise _no_state(file, "no regular file" if file.exists() else "no such file")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(file)
         else:
+            _refuse_bomb(file)
             # weights_only explicitly: an environment variable turns torch's default off.
             state = torch.load(file, map_location="cpu", weights_only=True)
+    except BackboneError:
+        raise
     except Exception as error:  # damaged pickles raise a dozen unrelated kinds
-        missing = isinstance(error, FileNotFoundError)
-        found = "no such file" if missing else f"an unreadable one ({type(error).__name__})"
-        raise BackboneError(
-            "weights", expected="a state dict of tensors", found=found, where=file,
-            hint="Save it with torch.save(model.state_dict(), file)",
-        ) from error  # fmt: skip
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"an unreadable one ({type(error).__name__})"
+        raise _no_state(file, f"one that calls {called[1]}" if called else found) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise BackboneError(
-            "weights", expected="a state dict of tensors", found=type(state).__name__, where=file,
-            hint="Save it with torch.save(model.state_dict(), file)",
-        )  # fmt: skip
+        raise _no_state(file, type(state).__name__)
     return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def _no_state(file: Path, found: str) -> BackboneError:
+    return BackboneError(
+        "weights", expected="a state dict of tensors", found=found, where=file,
+        hint="Save it with torch.save(model.state_dict(), file)",
+    )  # fmt: skip
+
+
+def _refuse_bomb(file: Path) -> None:
+    """Refuse a zip of more than its own size: torch stores, and would inflate 1.5 MB to 1.5 GB."""
+    with file.open("rb") as opened:
+        if opened.read(4) != b"PK\x03\x04":
+            return
+        num_bytes = sum(info.file_size for info in zipfile.ZipFile(opened).infolist())
+    if num_bytes > file.stat().st_size:
+        raise _no_state(file, f"{num_bytes:,} bytes packed into {file.stat().st_size:,}")
 
 
 def load_state(
@@ -69,14 +88,9 @@ def load_state(
     ]
     problems += [f"{name} unknown" for name in given.keys() - wanted.keys()]
     problems += [
-        f"{name} of shape {tuple(given[name].shape)}"
+        f"{name} {misfit}"
         for name in wanted.keys() & given.keys()
-        if given[name].shape != wanted[name].shape
-    ]
-    problems += [
-        f"{name} not finite"
-        for name in wanted.keys() & given.keys()
-        if given[name].is_floating_point() and not torch.isfinite(given[name]).all()
+        if (misfit := _find_misfit(given[name], wanted[name]))
     ]
     if problems:
         shown = ", ".join(sorted(problems)[:3])
@@ -89,6 +103,23 @@ def load_state(
     network.load_state_dict({**own, **given})
 
 
+def _find_misfit(given: torch.Tensor, wanted: torch.Tensor) -> str:
+    """Return why a tensor cannot take the place of another; "" if it can.
+
+    Its values are looked at last: 1.5 kB can hold a tensor that claims 4 TiB.
+    """
+    plain = given.layout == torch.strided and not given.is_quantized and not given.is_nested
+    if not plain or given.is_meta:
+        return "not a plain tensor"
+    if given.shape != wanted.shape:
+        return f"of shape {tuple(given.shape)}"
+    if not wanted.is_floating_point():
+        return ""
+    if not given.is_floating_point():
+        return f"of {given.dtype}"
+    return "" if torch.isfinite(given.to(wanted.dtype)).all() else "not finite"
+
+
 def download_state(url: str) -> tuple[Mapping[str, Any], str]:
     """Fetch a library's weights once into torch's cache, checking the hash in the file's name.
 
@@ -99,15 +130,30 @@ def download_state(url: str) -> tuple[Mapping[str, Any], str]:
         BackboneError: If it cannot be had, or the hash differs.
     """
     file_name = url.rsplit("/", 1)[-1]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / file_name
+    _check_downloaded(file)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # torch says "Downloading" on stdout
             state = torch.hub.load_state_dict_from_url(
                 url, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
     except Exception as error:  # the network, the disk, the hash, the pickle
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise unreachable(url, f"{folder / file_name}", error) from error
+        raise unreachable(url, f"{file}", error) from error
     return state, file_name
+
+
+def _check_downloaded(file: Path) -> None:
+    """Check the hash in the name of a file that is there; torch does so only on the way in."""
+    if not file.exists():
+        return
+    named = re.search(r"-([a-f0-9]{8,})\.", file.name)
+    expected = f"sha256 {named[1]}..." if named else "a regular file"
+    found = f"sha256 {sha256_file(file)[:16]}..." if file.is_file() else "no regular file"
+    if not file.is_file() or (named and not found.startswith(expected[:-3])):
+        raise BackboneError(
+            "downloaded weights", expected=expected, found=found, where=file,
+            hint="Remove it, and it will be fetched again",
+        )  # fmt: skip
 
 
 def unreachable(url: str, place: str, error: Exception) -> BackboneError:

@@ -169,6 +169,27 @@ def test_the_whole_way_with_json(run: Any, tree: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out.pt.json").is_file()
 
 
+def test_verify_names_the_damage_and_repairs_it(run: Any, tree: Path) -> None:
+    run("extract", "data", "c.h5", *TINY)
+    raw = bytearray(Path("c.h5").read_bytes())
+    cache = featcache.open_cache("c.h5")
+    entry = cache.container.arrays["splits/test/features"]
+    for row in (3, 5):
+        raw[entry.offset + row * entry.num_bytes // 12] ^= 1
+    wrong = cache.splits["test"].paths[3]
+    Path("c.h5").write_bytes(raw)
+    assert_one_line_error(
+        run("verify", "c.h5"), f"row 3 of test, {wrong}", "another row", "c.h5 --repair"
+    )
+    result = run("verify", "c.h5", "--repair", "--json")
+    facts = json.loads(result.out)
+    assert result.code == 0
+    assert (facts["repaired"], facts["num_rows"], facts["dropped"][0]) == (True, 44, wrong)
+    assert "nothing to repair" in run("verify", "c.h5", "--repair").out
+    assert json.loads(run("extract", "data", "c.h5", *TINY, "--json").out)["num_new"] == 2
+    assert run("verify", "c.h5").code == 0
+
+
 def test_lines_for_people_and_quiet(run: Any, tree: Path) -> None:
     result = run("extract", "data", "c.h5", *TINY)
     assert result.code == 0

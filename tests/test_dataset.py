@@ -331,7 +331,7 @@ def test_csv_may_leave_targets_open(tmp_path):
         ("path\ni/1.png\n./i/../i/1.png\n", "twice"),
         ("path\ni/1.png\nx.png\ny.png\nz.png\nw.png\n", "4 of 5 missing: x.png, y.png, z.png"),
         ("path\ni\n", "1 of 1 missing: i"),
-        ("path\n\0\n", "missing|line contains NUL"),
+        ("path\n\0\n", "CSV line 2: .* without NUL"),
         ("path,target\ni/1.png\n", "CSV line 2: expected 2 cells.* found i/1.png"),
         ("path,target\n,a\n", "CSV line 2"),
         ("path,split\ni/1.png,dev\n", "expected train, valid or test, found 'dev'"),

@@ -246,7 +246,7 @@ def test_a_missing_split_names_those_that_exist(run: Path) -> None:
 def test_a_cache_that_is_gone_or_of_another_identity_is_refused(run: Path, tmp_path: Path) -> None:
     splits = {"train": [0, 1] * 60, "valid": [0, 1] * 20, "test": [0, 1] * 20}
     make_cache(tmp_path / "c.h5", splits, identity=IDENTITY | {"image_size": 64})
-    with pytest.raises(RunError, match=r"rebuilt since the training .*c\.h5.*--cache"):
+    with pytest.raises(RunError, match=r"rebuilt since .* image_size 64 .*c\.h5.*--cache"):
         evaluate(run)
     (tmp_path / "c.h5").rename(tmp_path / "moved.h5")
     with pytest.raises(RunError, match=r"found no such file .*c\.h5.*--cache"):

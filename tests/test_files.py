@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from featcache.errors import ConfigError, FeatcacheError, RunError
 from featcache.files import (
@@ -22,6 +24,7 @@ from featcache.files import (
     canonical_json,
     csv_text,
     new_folder,
+    plain_cell,
     readable_json,
     refuse_existing,
     sha256_file,
@@ -201,6 +204,17 @@ def test_no_cell_is_a_formula_for_a_spreadsheet(cell: str) -> None:
 def test_any_other_text_comes_back_as_it_was_in_one_row(cell: str) -> None:
     """Also with CR or LF in it: a file name must not be able to begin a row of its own."""
     assert read_back(csv_text(["a", "b"], [[cell, "end"]])) == [["a", "b"], [cell, "end"]]
+
+
+_PARTS = [*"'=+-@\t\r\n \u00a0\\x", "udcff", "udc80", "\udcff", "\udc80"]
+
+
+@given(st.lists(st.sampled_from(_PARTS), max_size=8).map("".join))
+def test_what_a_cell_was_comes_back_exactly(text: str) -> None:
+    """Apostrophes, backslashes and bytes that are not UTF-8 among each other."""
+    _, (cell,) = read_back(csv_text(["a"], [[text + "x"]]))
+    assert not cell.lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    assert plain_cell(cell) == text + "x"
 
 
 def test_numbers_are_left_alone() -> None:

@@ -33,8 +33,8 @@ from test_container import (
 from featcache import hdf5
 from featcache.container import Container, open_container
 from featcache.errors import CacheError
-from featcache.files import sha256_file
-from featcache.hdf5 import ArraySource, compare_with_hdf5, disk_error, write_container
+from featcache.files import disk_error, sha256_file
+from featcache.hdf5 import ArraySource, compare_with_hdf5, write_container
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
@@ -395,7 +395,6 @@ def test_files_that_hang_or_crash_libhdf5_cost_a_child_process(
 ) -> None:
     if sample is None:
         pytest.skip("the hostile samples of ../shared/research are not here")
-    monkeypatch.setattr(hdf5, "_CHECK_SECONDS", 2)
     start = time.monotonic()
     container = write(tmp_path / "c", some_arrays())
     found = compare_with_hdf5(dataclasses.replace(container, path=sample))
@@ -407,7 +406,11 @@ def test_files_that_hang_or_crash_libhdf5_cost_a_child_process(
 @pytest.mark.parametrize(
     ("code", "wanted"),
     [
-        ("import time; time.sleep(60)", "did not answer within 1 s"),
+        ("import time; time.sleep(60)", "no answer of libhdf5 within 1 s"),
+        (
+            "import resource as r; r.setrlimit(r.RLIMIT_CPU, (1, 2)); any(iter(int, 1))",
+            "no answer within 8 s of computing",
+        ),
         ("import os; os.kill(os.getpid(), 11)", "cannot read it (exit -11)"),
         ("import sys; sys.exit('no such thing')", "no such thing"),
     ],
@@ -420,9 +423,32 @@ def test_a_child_that_hangs_crashes_or_fails_is_an_answer(
     child.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}"\n')
     child.chmod(0o755)
     monkeypatch.setattr(hdf5.sys, "executable", str(child))
-    monkeypatch.setattr(hdf5, "_CHECK_SECONDS", 1 if "sleep" in code else 60)
+    monkeypatch.setattr(hdf5, "_CHECK_WAIT_SECONDS", 1 if "sleep" in code else 60)
     (found,) = compare_with_hdf5(container)
     assert wanted in found
+
+
+@needs_linux
+def test_a_file_that_hdf5_could_not_lock_is_compared_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on network file systems: here another process holds the lock that HDF5 would take."""
+    import fcntl
+
+    container = write(tmp_path / "c", some_arrays())
+    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "TRUE")
+    with (tmp_path / "c").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert compare_with_hdf5(container) == []
+
+
+def test_a_payload_of_too_many_objects_is_a_difference(tmp_path: Path) -> None:
+    def crowd(file: h5py.File) -> None:
+        for i in range(1001):
+            file.create_group(f"g{i}")
+
+    (found,) = compare_with_hdf5(wrap(tmp_path / "c.h5", crowd))
+    assert "more than 1,000 objects" in found
 
 
 def test_the_child_limits_its_memory_and_its_time() -> None:
@@ -433,7 +459,7 @@ def test_the_child_limits_its_memory_and_its_time() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     memory, seconds = json.loads(done.stdout)
-    assert 0 < memory <= 4 << 30
+    assert 0 < memory <= 1 << 30
     assert 0 < seconds <= hdf5._CHECK_SECONDS
     with contextlib.suppress(ValueError):
         assert resource.getrlimit(resource.RLIMIT_AS)[0] != memory

@@ -38,17 +38,18 @@ ROWS = [
     ["cache", "forward", "run", "jobs", "stack", "views", "shards"],
     ["trainer"],
     ["fit"],
-    ["engine", "isolation"],
+    ["engine", "isolation", "integrity"],
     ["cache_writer", "compatibility", "partition", "recipe", "inventory", "table"],
-    ["pipeline", "update", "rearrangement"],
+    ["pipeline", "update", "rearrangement", "repair"],
     ["intake"],
-    ["production", "projection", "summary"],
+    ["production", "projection", "summary", "comparison"],
     [
         "splitting",
         "extraction",
         "selection",
         "verification",
         "training",
+        "estimator",
         "evaluation",
         "classifier",
     ],
@@ -162,7 +163,9 @@ def test_slow_libraries_are_imported_late(module: str) -> None:
     early = {name.split(".")[0] for node in top for name in imports(node)}
     late = {"sklearn", "matplotlib", "h5py", "torchvision", "timm", "efficientnet_pytorch"}
     late |= {"numba"}  # kernels is what is imported late
-    assert early & late == ({"numba"} if module == "kernels" else set())
+    # estimator's classes are scikit-learn's; featcache imports it when its name is used
+    allowed = {"kernels": {"numba"}, "estimator": {"sklearn"}}
+    assert early & late == allowed.get(module, set())
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -171,7 +174,7 @@ def test_only_the_command_line_prints(module: str) -> None:
     printed = [
         node.lineno for node in calls if ast.unparse(node.func) in {"print", "builtins.print"}
     ]
-    assert printed == []
+    assert len(printed) == (module == "estimator")  # verbose: scikit-learn's estimators print
     if module not in {"cli", "hdf5", "isolation"}:  # the last two answer as child processes
         assert "sys.stdout" not in ast.unparse(tree(module))
 
@@ -317,5 +320,5 @@ def test_every_verb_of_the_contract_is_there() -> None:
         "evaluate",
         "split",
     }
-    assert verbs | {"load_classifier"} <= set(featcache.__all__)
+    assert verbs | {"load_classifier", "HeadClassifier"} <= set(featcache.__all__)
     assert (PACKAGE / "py.typed").is_file()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from featcache.errors import FeatcacheWarning, RunError
+from featcache.files import canonical_json
 from featcache.head import HeadConfig, build_head
 from featcache.run import (
     cache_path,
@@ -45,9 +47,14 @@ def make_run(folder: Path, **change: Any) -> Path:
     return folder
 
 
-def edit(folder: Path, **change: Any) -> Path:
+def edit(folder: Path, *, signed: bool = True, **change: Any) -> Path:
+    """Change run.json, by somebody who keeps the hash over it right or does not know of it."""
     file = folder / "run.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    facts = json.loads(file.read_text()) | change
+    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    if signed:
+        facts["sha256"] = hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+    file.write_text(json.dumps(facts))
     return folder
 
 
@@ -71,7 +78,7 @@ def test_files_are_text_but_the_weights_and_have_the_contracts_keys(tmp_path: Pa
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert set(facts) == {
         "format", "format_version", "head", "training", "seed", "data_seed", "classes", "cache",
-        "weights_sha256",
+        "weights_sha256", "sha256",
     }  # fmt: skip
     with (folder / "history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -123,6 +130,31 @@ def test_an_edited_run_is_refused(tmp_path: Path, change: dict[str, Any], what: 
     folder = edit(make_run(tmp_path / "r"), **change)
     with pytest.raises(RunError, match=what):
         load_run(folder)
+
+
+@pytest.mark.parametrize("change", [
+    {"seed": 3}, {"training": {"epochs": 3}}, {"note": "mine"}, {"sha256": "0" * 64},
+    {"cache": {"path": "../c.h5", "fingerprint": "f" * 64, "identity": IDENTITY | {"mean": 0}}},
+    {"training": {"loss": float("nan")}},
+])  # fmt: skip
+def test_any_unsigned_edit_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = edit(make_run(tmp_path / "r"), signed=False, **change)
+    with pytest.raises(RunError, match=r"run\.json: expected its own sha256"):
+        load_run(folder)
+
+
+def test_a_run_from_before_run_json_was_signed_loads(tmp_path: Path) -> None:
+    fingerprint = hashlib.sha256(canonical_json(IDENTITY).encode()).hexdigest()
+    cache = {"path": "../c.h5", "fingerprint": fingerprint, "identity": IDENTITY}
+    file = make_run(tmp_path / "r", cache=cache) / "run.json"
+    facts = json.loads(file.read_text())
+    del facts["sha256"]
+    file.write_text(json.dumps(facts))
+    assert load_run(tmp_path / "r").cache == cache
+    facts["cache"]["identity"] = IDENTITY | {"image_size": 225}
+    file.write_text(json.dumps(facts))
+    with pytest.raises(RunError, match="its own sha256"):
+        load_run(tmp_path / "r")
 
 
 def test_weights_of_another_head_are_refused_even_with_their_hash(tmp_path: Path) -> None:

@@ -95,6 +95,24 @@ def test_run_holds_the_head_that_fit_head_gives(tmp_path: Path) -> None:
     assert no_leftovers(tmp_path / "runs", "r")
 
 
+def test_failed_images_of_the_cache_are_repeated(tmp_path: Path) -> None:
+    failures = [
+        Failure("train/x.png", "train", 0, "cut short", 5, 5),
+        Failure("train/y.png", "train", 0, "cut short", 5, 5),
+        Failure("valid/z.png", "valid", -1, "empty", 0, 5),
+    ]
+    cache = make_cache(tmp_path / "c.h5", failures=failures)
+    said: list[str] = []
+    summary = train(cache.path, tmp_path / "r", say=said.append, **SMALL)
+    assert summary.num_failed == summary.as_json()["num_failed"] == 3
+    wanted = f"not in this cache: 3 failed images (2 of train/{CLASSES[0]}, 1 of valid)"
+    assert [line for line in said if line.startswith("not in")] == [f"{wanted}; see featcache info"]
+    none = make_cache(tmp_path / "d.h5")
+    said.clear()
+    assert train(none.path, tmp_path / "s", say=said.append, **SMALL).num_failed == 0
+    assert not any(line.startswith("not in this cache") for line in said)
+
+
 def test_summary_is_json_and_counts(tmp_path: Path) -> None:
     splits = {"train": [0, 1] * 20 + [-1] * 3, "valid": [0] * 5 + [-1]}
     cache = make_cache(tmp_path / "c.h5", **splits)
