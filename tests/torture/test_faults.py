@@ -1,0 +1,378 @@
+"""Every file-system call fails once, the process is killed or the power cut between any two.
+
+The real code writes a real folder through ``model_disk``. Whatever is left of it, the same command
+again must end with exactly what an uninterrupted run gives, and nothing may lie in the meantime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featcache import files, pipeline, production, recipe, shards
+from featcache.backbone import Backbone
+from featcache.cache import open_cache
+from featcache.engine import build_engine
+from featcache.errors import FeatcacheError
+from featcache.extraction import extract
+from featcache.files import new_folder, write_json
+from featcache.shards import PartialCache
+from featcache.views import render
+
+fcntl = pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")
+
+from model_disk import FAULTS, Disk, Files, read_files, suits, write_files  # noqa: E402
+
+NUM_IMAGES = 8
+
+
+class InPlace:
+    """Stands for ``IsolatedDecoder``: these images are good, and a child takes 0.3 s to start."""
+
+    def __enter__(self) -> InPlace:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    render = staticmethod(render)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast() -> Iterator[None]:
+    """What touches no file of the cache is done once: engines, forwards, versions, skeletons."""
+    facts = production.environment_facts()
+    engines: dict[int, Any] = {}
+    known: dict[bytes, Any] = {}
+
+    def prepared(backbone: Backbone, device: Any, *_: object, **options: Any) -> Any:
+        if id(backbone) not in engines:
+            engine = build_engine(backbone, device, [], **options)
+            forward = engine.forward
+
+            def remembering(batch: Any) -> Any:
+                pixels = batch.numpy().tobytes()
+                if pixels not in known:
+                    known[pixels] = forward(batch)
+                return known[pixels]
+
+            object.__setattr__(engine, "forward", remembering)
+            engines[id(backbone)] = engine
+        return engines[id(backbone)]
+
+    with contextlib.ExitStack() as patches:
+        for owner, name, value in (
+            (production, "environment_facts", lambda *_: dict(facts)),
+            (production, "build_engine", prepared),
+            (production, "decode_probes", lambda *_, **__: []),
+            (production, "SHARD_ROWS", 3),
+            (pipeline, "IsolatedDecoder", InPlace),
+            (recipe, "IsolatedDecoder", InPlace),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+# ------------------------------------------------------------------------------------ scenarios
+
+Content = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Something that writes: what is there before, what it does, what must come out."""
+
+    name: str
+    start: Files
+    run: Callable[[Path], int]  # returns how much work it did
+    read: Callable[[Path], Content | None]  # what stands under the final name
+    old: Content | None
+    new: Content
+    work: int
+    is_refused: Callable[[FeatcacheError], bool] = lambda _: False
+    may_be_away: bool = False  # between the two renames that replace a folder
+
+
+def read_cache(root: Path) -> Content | None:
+    path = root / "c.h5"
+    if not path.exists():
+        return None
+    cache = open_cache(path)
+    arrays = cache.container.arrays
+    return {name: cache.container.read(name).tobytes() for name in arrays if name != "provenance"}
+
+
+def read_run(root: Path) -> Content | None:
+    folder = root / "run"
+    return {k: v or b"" for k, v in read_files(folder).items()} if folder.exists() else None
+
+
+def save_image(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 255, (20, 24), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    import tiny_network
+
+    return tiny_network.build()
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[str, Scenario]:
+    base = tmp_path_factory.mktemp("faults")
+    data = base / "data"
+    for i in range(NUM_IMAGES):
+        save_image(data / ("train" if i < 5 else "valid") / "ab"[i % 2] / f"{i}.png", i)
+    less = base / "less"
+    shutil.copytree(data, less)
+    for gone in ("train/a/0.png", "valid/a/6.png"):
+        (less / gone).rename(less / gone.replace(".png", "_other.png"))
+    save_image(less / "train" / "b" / "1.png", 99)
+
+    def extract_to(root: Path, source: Path = data) -> int:
+        summary = extract(
+            source, root / "c.h5", backbone=backbone, engine="folded", batch_size=1, workers=1
+        )
+        return summary.num_new
+
+    def start_of(name: str, run: Callable[[Path], object]) -> Files:
+        root = write_files(base / name, {})
+        run(root)
+        return read_files(root)
+
+    def killed_after_two_shards() -> Files:
+        with Disk(write_files(base / "killed", {})) as disk, promises(disk):
+            extract_to(disk.root)
+        return disk.after_kill(disk.marks[1][0])
+
+    def write_run(root: Path, text: str, *, overwrite: bool) -> int:
+        with new_folder(root / "run", overwrite=overwrite) as folder:
+            (folder / "head.bin").write_bytes(text.encode() * 3000)
+            (folder / "evaluation").mkdir()
+            write_json(folder / "evaluation" / "test.json", {"is": text})
+            write_json(folder / "run.json", {"is": text})
+        return 0
+
+    def cached(name: str, start: Files) -> Scenario:
+        root = write_files(base / f"{name} old", start)
+        old = read_cache(root)
+        work = extract_to(root)
+        new = read_cache(root)
+        assert new is not None
+        return Scenario(name, start, extract_to, read_cache, old, new, work)
+
+    def trained(name: str, start: Files, *, overwrite: bool) -> Scenario:
+        def run(root: Path) -> int:
+            return write_run(root, "new", overwrite=overwrite)
+
+        root = write_files(base / f"{name} old", start)
+        old = read_run(root)
+        run(root)
+        new = read_run(root)
+        assert new is not None
+        return Scenario(
+            name, start, run, read_run, old, new, 0, may_be_away=True,
+            is_refused=lambda error: not overwrite and "--overwrite" in str(error),
+        )  # fmt: skip
+
+    older = start_of("an older run", lambda root: write_run(root, "old", overwrite=False))
+    made = [
+        cached("first run", {}),
+        cached("resumed run", killed_after_two_shards()),
+        cached("update", start_of("an older cache", lambda root: extract_to(root, less))),
+        trained("run folder", {}, overwrite=False),
+        trained("run overwritten", older, overwrite=True),
+    ]
+    assert [scenario.work for scenario in made] == [8, 2, 3, 0, 0]
+    return {scenario.name: scenario for scenario in made}
+
+
+@contextlib.contextmanager
+def promises(disk: Disk) -> Iterator[None]:
+    """Note on the disk how many rows a shard that was acknowledged has."""
+    add_shard = PartialCache.add_shard
+
+    def add(self: PartialCache, features: Any, rows: Any, *more: Any, **options: Any) -> Any:
+        result = add_shard(self, features, rows, *more, **options)
+        disk.mark(len(rows))
+        return result
+
+    with mock.patch.object(PartialCache, "add_shard", add):
+        yield
+
+
+# ---------------------------------------------------------------------------------------- sweep
+
+
+class Sweep:
+    """Runs a scenario to every end it can come to, and on from there; collects what is wrong."""
+
+    def __init__(self, scenario: Scenario, folder: Path, count: Callable[..., None]) -> None:
+        self.scenario, self.folder, self.count = scenario, folder, count
+        self.violations: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self._number = 0
+        self._known: dict[str, list[str]] = {}
+
+    def _fresh(self, state: Files) -> Path:
+        self._number += 1
+        return write_files(self.folder / str(self._number), state)
+
+    def watch(self, fail_at: int | None = None, fault: str = "") -> tuple[Disk, str, Files]:
+        """Run the scenario once; return the log, how it ended, and what lies there then."""
+        root = self._fresh(self.scenario.start)
+        end = "done"
+        with Disk(root, fail_at, fault) as disk, promises(disk):
+            try:
+                self.scenario.run(root)
+            except KeyboardInterrupt:
+                end = "interrupted"
+            except (FeatcacheError, OSError) as error:  # the command line makes one line of both
+                end = f"{type(error).__name__}"
+        left = read_files(root)
+        assert disk.complete() == left, "the model disk missed a call"
+        shutil.rmtree(root)
+        return disk, end, left
+
+    def crash_everywhere(self, seeds: range) -> None:
+        """Kill, and cut the power, before every call and after the last."""
+        disk, end, _ = self.watch()
+        assert end == "done"
+        for call in range(len(disk.calls) + 1):
+            self.check("killed", disk, call, disk.after_kill(call))
+            if disk.calls[call : call + 1] == ["write"]:
+                self.check("killed", disk, call, disk.after_kill(call, half=True))
+            for seed in seeds:
+                rng = random.Random(f"{seed} {call}")
+                self.check("power cut", disk, call, disk.after_power_cut(call, rng))
+
+    def fail_everywhere(self, seeds: range, *, all_faults: bool) -> None:
+        """Let every call fail; then end there, or be killed or lose power on the way out."""
+        calls = self.watch()[0].calls
+        for call, kind in enumerate(calls):
+            faults = [fault for fault in FAULTS if suits(fault, kind)]
+            for seed in seeds:
+                first = call + seed
+                for fault in faults if all_faults else [faults[first % len(faults)]]:
+                    self.fail(call, fault, random.Random(f"{seed} {call} {fault}"))
+
+    def fail(self, call: int, fault: str, rng: random.Random) -> None:
+        disk, end, left = self.watch(call, fault)
+        if not disk.has_failed:
+            return
+        if end == "done" and fault.startswith("Ctrl-C"):
+            self.violations[f"{fault}: not heard"] += 1
+            self.examples[f"{fault}: not heard"] = f"call {call}: {disk.calls[call]}"
+        last = len(disk.calls)
+        is_done = end == "done"
+        self.check(fault, disk, last, left, is_done=is_done)
+        on_the_way = rng.randint(call + 1, last)
+        self.check(fault, disk, on_the_way, disk.after_kill(on_the_way))
+        cut = rng.choice([last, on_the_way])
+        state = disk.after_power_cut(cut, rng)
+        self.check(fault, disk, cut, state, is_done=is_done and cut == last)
+
+    def check(
+        self, how: str, disk: Disk, call: int, state: Files, *, is_done: bool | None = None
+    ) -> None:
+        """Check what is left after some calls of a run, and what the same command makes of it."""
+        if is_done is None:  # only a run without faults is sure to be done at its last call
+            is_done = call == len(disk.calls) and not disk.has_failed
+        promised = sum(rows for number, rows in disk.marks if number <= call)
+        removing = any(
+            name.startswith(("shard.", "manifest.")) and inode is None and len(change.names) == 1
+            for change in disk.changes
+            if change.call < call
+            for _, name, inode in change.names
+        )
+        key = hashlib.sha256(
+            repr((sorted(state.items()), is_done, promised, removing)).encode()
+        ).hexdigest()
+        if key not in self._known:
+            self._known[key] = list(self._wrong(state, promised, is_done, removing))
+        for wrong in self._known[key]:
+            self.violations[f"{how}: {wrong}"] += 1
+            calls = " ".join(disk.calls[max(0, call - 3) : call])
+            self.examples.setdefault(f"{how}: {wrong}", f"call {disk.fail_at}, after {call}: {calls}")
+        outcome = "violations" if self._known[key] else "right afterwards"
+        self.count(f"fault: {how}", outcome)
+
+    def _wrong(self, state: Files, promised: int, is_done: bool, removing: bool) -> Iterator[str]:
+        scenario = self.scenario
+        root = self._fresh(state)
+        try:
+            found = scenario.read(root)
+        except FeatcacheError as error:
+            yield f"a final name that is refused: {error.what}"
+            found = None
+        if found is None and scenario.old is not None and not scenario.may_be_away:
+            yield "what was there is gone"
+        if found not in (None, scenario.old, scenario.new):
+            yield "neither what was there nor what was made"
+        if is_done and found != scenario.new:
+            yield "a false done"
+        if not removing:
+            yield from _broken_promises(state)
+        try:
+            with mock.patch.object(os, "fsync"), mock.patch.object(os, "getpid", lambda: 2000):
+                work = scenario.run(root)
+        except FeatcacheError as error:
+            if not scenario.is_refused(error) or found != scenario.new:
+                yield f"the same command again is refused: {error}"
+            return
+        if scenario.read(root) != scenario.new:
+            yield "the same command again ends otherwise"
+        if work > scenario.work - promised:
+            yield "promised work was lost"
+        left = {name for name in read_files(root) if "/" not in name}
+        if left - {"c.h5", "run"}:
+            yield f"left behind: {sorted(name.split('.')[-1] for name in left - {'c.h5', 'run'})}"
+        shutil.rmtree(root)
+
+
+def _broken_promises(state: Files) -> Iterator[str]:
+    """Whatever a manifest lists is there, whole."""
+    text = state.get("c.h5.partial/manifest.json")
+    if text is None:
+        return
+    for shard in json.loads(text)["shards"]:
+        data = state.get(f"c.h5.partial/{shard['file']}")
+        if data is None or hashlib.sha256(data).hexdigest() != shard["sha256"]:
+            yield "the manifest lists a shard that is not whole"
+
+
+NAMES = ["first run", "resumed run", "update", "run folder", "run overwritten"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_fails_the_same_command_again_ends_right(
+    name: str,
+    scenarios: dict[str, Scenario],
+    tmp_path: Path,
+    tally: Callable[..., None],
+    rounds: Callable[[int, int], int],
+) -> None:
+    sweep = Sweep(scenarios[name], tmp_path, tally)
+    seeds = range(rounds(1, 4))
+    sweep.crash_everywhere(seeds)
+    sweep.fail_everywhere(seeds, all_faults=len(seeds) > 1)
+    found = [f"{number} x {what} ({sweep.examples[what]})"
+             for what, number in sweep.violations.most_common()]
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
