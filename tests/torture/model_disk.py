@@ -338,7 +338,6 @@ class Disk:
         return self.after_kill(len(self.calls))
 
 
-
 class _File(io.FileIO):
     """A file whose reads and writes are calls of the disk."""
 

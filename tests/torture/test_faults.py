@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache import files, pipeline, production, recipe, shards
+from featcache import files, hdf5, pipeline, production, recipe
 from featcache.backbone import Backbone
 from featcache.cache import open_cache
 from featcache.engine import build_engine
@@ -141,9 +141,10 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> d
         save_image(data / ("train" if i < 5 else "valid") / "ab"[i % 2] / f"{i}.png", i)
     less = base / "less"
     shutil.copytree(data, less)
-    for gone in ("train/a/0.png", "valid/a/6.png"):
-        (less / gone).rename(less / gone.replace(".png", "_other.png"))
-    save_image(less / "train" / "b" / "1.png", 99)
+    for other in ("train/a/0", "train/b/1", "train/a/2", "valid/b/5"):
+        save_image(less / f"{other}.png", 99 + len(other) + int(other[-1]))
+    (less / "valid" / "a" / "6.png").rename(less / "train" / "b" / "moved.png")
+    save_image(less / "valid" / "a" / "gone.png", 111)
 
     def extract_to(root: Path, source: Path = data) -> int:
         summary = extract(
@@ -199,7 +200,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> d
         trained("run folder", {}, overwrite=False),
         trained("run overwritten", older, overwrite=True),
     ]
-    assert [scenario.work for scenario in made] == [8, 2, 3, 0, 0]
+    assert [scenario.work for scenario in made] == [8, 2, 4, 0, 0]
     return {scenario.name: scenario for scenario in made}
 
 
@@ -220,13 +221,19 @@ def promises(disk: Disk) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------- sweep
 
 
+class CaughtError(Exception):
+    """The violation that a sweep was to find."""
+
+
 class Sweep:
     """Runs a scenario to every end it can come to, and on from there; collects what is wrong."""
 
-    def __init__(self, scenario: Scenario, folder: Path, count: Callable[..., None]) -> None:
-        self.scenario, self.folder, self.count = scenario, folder, count
+    def __init__(
+        self, scenario: Scenario, folder: Path, count: Callable[..., None], until: str | None = None
+    ) -> None:
+        self.scenario, self.folder, self.count, self.until = scenario, folder, count, until
         self.violations: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
+        self._examples: dict[str, str] = {}
         self._number = 0
         self._known: dict[str, list[str]] = {}
 
@@ -244,7 +251,9 @@ class Sweep:
             except KeyboardInterrupt:
                 end = "interrupted"
             except (FeatcacheError, OSError) as error:  # the command line makes one line of both
-                end = f"{type(error).__name__}"
+                end = type(error).__name__
+            except Exception as error:  # noqa: BLE001 (whatever it is, people would see it)
+                end = f"a traceback of {type(error).__name__}"
         left = read_files(root)
         assert disk.complete() == left, "the model disk missed a call"
         shutil.rmtree(root)
@@ -262,14 +271,17 @@ class Sweep:
                 rng = random.Random(f"{seed} {call}")
                 self.check("power cut", disk, call, disk.after_power_cut(call, rng))
 
-    def fail_everywhere(self, seeds: range, *, all_faults: bool) -> None:
+    def fail_everywhere(
+        self, seeds: range, *, all_faults: bool, among: Sequence[str] = FAULTS
+    ) -> None:
         """Let every call fail; then end there, or be killed or lose power on the way out."""
         calls = self.watch()[0].calls
         for call, kind in enumerate(calls):
-            faults = [fault for fault in FAULTS if suits(fault, kind)]
+            faults = [fault for fault in among if suits(fault, kind)]
+            if not all_faults:
+                faults = faults[call % len(faults) :][:1] if faults else []
             for seed in seeds:
-                first = call + seed
-                for fault in faults if all_faults else [faults[first % len(faults)]]:
+                for fault in faults:
                     self.fail(call, fault, random.Random(f"{seed} {call} {fault}"))
 
     def fail(self, call: int, fault: str, rng: random.Random) -> None:
@@ -277,8 +289,9 @@ class Sweep:
         if not disk.has_failed:
             return
         if end == "done" and fault.startswith("Ctrl-C"):
-            self.violations[f"{fault}: not heard"] += 1
-            self.examples[f"{fault}: not heard"] = f"call {call}: {disk.calls[call]}"
+            self._note(f"{fault}: not heard", disk, call + 1)
+        if end.startswith("a traceback"):
+            self._note(f"{fault}: {end}", disk, call + 1)
         last = len(disk.calls)
         is_done = end == "done"
         self.check(fault, disk, last, left, is_done=is_done)
@@ -307,11 +320,22 @@ class Sweep:
         if key not in self._known:
             self._known[key] = list(self._wrong(state, promised, is_done, removing))
         for wrong in self._known[key]:
-            self.violations[f"{how}: {wrong}"] += 1
-            calls = " ".join(disk.calls[max(0, call - 3) : call])
-            self.examples.setdefault(f"{how}: {wrong}", f"call {disk.fail_at}, after {call}: {calls}")
+            self._note(f"{how}: {wrong}", disk, call)
         outcome = "violations" if self._known[key] else "right afterwards"
         self.count(f"fault: {how}", outcome)
+
+    def _note(self, what: str, disk: Disk, call: int) -> None:
+        self.violations[what] += 1
+        fault = "" if disk.fail_at is None else f"{disk.fault} at call {disk.fail_at}, "
+        last = " ".join(disk.calls[max(0, call - 3) : call])
+        self._examples.setdefault(what, f"{fault}then after call {call}: {last}")
+        if self.until is not None and self.until in what:
+            raise CaughtError
+
+    def describe(self) -> str:
+        """Return a line per kind of violation, with the first place it was seen at."""
+        found = self.violations.most_common()
+        return "\n".join(f"{n} x {what} ({self._examples[what]})" for what, n in found)
 
     def _wrong(self, state: Files, promised: int, is_done: bool, removing: bool) -> Iterator[str]:
         scenario = self.scenario
@@ -330,11 +354,14 @@ class Sweep:
         if not removing:
             yield from _broken_promises(state)
         try:
-            with mock.patch.object(os, "fsync"), mock.patch.object(os, "getpid", lambda: 2000):
+            with mock.patch.object(os, "fsync"), mock.patch.object(os, "getpid", return_value=2000):
                 work = scenario.run(root)
         except FeatcacheError as error:
             if not scenario.is_refused(error) or found != scenario.new:
                 yield f"the same command again is refused: {error}"
+            return
+        except Exception as error:  # noqa: BLE001 (so it is here)
+            yield f"the same command again ends with a traceback of {type(error).__name__}"
             return
         if scenario.read(root) != scenario.new:
             yield "the same command again ends otherwise"
@@ -351,7 +378,12 @@ def _broken_promises(state: Files) -> Iterator[str]:
     text = state.get("c.h5.partial/manifest.json")
     if text is None:
         return
-    for shard in json.loads(text)["shards"]:
+    try:
+        listed = json.loads(text)["shards"]
+    except ValueError:
+        yield "a manifest that cannot be read"
+        return
+    for shard in listed:
         data = state.get(f"c.h5.partial/{shard['file']}")
         if data is None or hashlib.sha256(data).hexdigest() != shard["sha256"]:
             yield "the manifest lists a shard that is not whole"
@@ -372,7 +404,105 @@ def test_whatever_fails_the_same_command_again_ends_right(
     seeds = range(rounds(1, 4))
     sweep.crash_everywhere(seeds)
     sweep.fail_everywhere(seeds, all_faults=len(seeds) > 1)
-    found = [f"{number} x {what} ({sweep.examples[what]})"
-             for what, number in sweep.violations.most_common()]
-    if found:
-        pytest.fail("\n".join(found), pytrace=False)
+    if sweep.violations:
+        pytest.fail(sweep.describe(), pytrace=False)
+
+
+# ------------------------------------------------------------------- careless code must be caught
+
+
+def careless_writer(
+    *, sync: bool = True, sync_folder: bool = True, rename: bool = True, buffering: int = -1
+) -> Callable[[Path], Any]:
+    """Return an ``atomic_writer`` that forgets something."""
+
+    @contextlib.contextmanager
+    def writer(path: Path) -> Iterator[Any]:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp") if rename else path
+        try:
+            with temporary.open("wb", buffering) as file:
+                yield file
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            if rename:
+                temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if sync_folder:
+            files.sync_folder(path.parent)
+
+    return writer
+
+
+def add_shard_late(self: PartialCache, features: Any, rows: Any) -> Any:
+    """Do what ``add_shard`` does, in the wrong order."""
+    path = self.folder / f"shard.{self._next_number:05d}"
+    vectors = np.concatenate([np.empty((0, self._num_features), self._dtype), *features])
+    data = vectors.tobytes() + json.dumps(list(rows)).encode()
+    line = {"file": path.name, "num_rows": len(rows), "num_vectors": len(vectors)}
+    self._shards.append(line | {"sha256": hashlib.sha256(data).hexdigest()})
+    self._next_number += 1
+    self._write_manifest(running=True)
+    files.write_bytes(path, data)
+    return self._map(path, len(vectors))
+
+
+def writer_is(writer: Callable[[Path], Any]) -> list[tuple[Any, str, Any]]:
+    return [(files, "atomic_writer", writer), (hdf5, "atomic_writer", writer)]
+
+
+MUTANTS: dict[str, tuple[str, list[tuple[Any, str, Any]], str]] = {
+    "no fsync of a file": (
+        "first run", writer_is(careless_writer(sync=False)),
+        "power cut: a final name that is refused",
+    ),
+    "no fsync of a folder": (
+        "first run", writer_is(careless_writer(sync_folder=False)), "power cut: a false done"
+    ),
+    "no fsync of the folder that a folder is made in": (
+        "first run", [(files, "sync_folder", lambda _: None)], "power cut: promised work was lost"
+    ),
+    "a shard that is listed before it is there": (
+        "first run", [(PartialCache, "add_shard", add_shard_late)],
+        "killed: the manifest lists a shard that is not whole",
+    ),
+    "a short write that is believed": (
+        "first run", writer_is(careless_writer(buffering=0)), "short: "
+    ),
+    "a file written under its final name": (
+        "update", writer_is(careless_writer(rename=False)), "killed: a final name that is refused"
+    ),
+    "work thrown away when resuming fails": (
+        "resumed run", [(PartialCache, "is_worthless", True)], "EIO: promised work was lost"
+    ),
+    "a run's folder without fsync": (
+        "run folder", [(files, "sync_folder", lambda _: None)], "power cut: a false done"
+    ),
+    "an old run that stays": (
+        "run overwritten", [(files.glob, "escape", lambda _: "another")], "killed: left behind"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_careless_code_is_caught(
+    mutant: str, scenarios: dict[str, Scenario], tmp_path: Path, tally: Callable[..., None]
+) -> None:
+    name, patches, expected = MUTANTS[mutant]
+    sweep = Sweep(scenarios[name], tmp_path, lambda *_: None, until=expected)
+    found = False
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, value in patches:
+            stack.enter_context(mock.patch.object(owner, attribute, value))
+        try:
+            fault = expected.partition(":")[0]
+            if fault in FAULTS:
+                sweep.fail_everywhere(range(1), all_faults=True, among=[fault])
+            else:
+                sweep.crash_everywhere(range(1))
+        except CaughtError:
+            found = True
+    tally("fault: careless code", "caught" if found else "missed")
+    assert found, f"expected {expected}, found {sweep.describe() or 'nothing'}"
