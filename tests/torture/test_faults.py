@@ -23,66 +23,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache import files, hdf5, pipeline, production, recipe
+from featcache import files, hdf5
 from featcache.backbone import Backbone
 from featcache.cache import open_cache
-from featcache.engine import build_engine
 from featcache.errors import FeatcacheError
 from featcache.extraction import extract
 from featcache.files import new_folder, write_json
 from featcache.shards import PartialCache
-from featcache.views import render
 
 fcntl = pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")
 
 from model_disk import FAULTS, Disk, Files, read_files, suits, write_files  # noqa: E402
+from shortcuts import take_shortcuts  # noqa: E402
 
 NUM_IMAGES = 8
 
 
-class InPlace:
-    """Stands for ``IsolatedDecoder``: these images are good, and a child takes 0.3 s to start."""
-
-    def __enter__(self) -> InPlace:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    render = staticmethod(render)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def fast() -> Iterator[None]:
-    """What touches no file of the cache is done once: engines, forwards, versions, skeletons."""
-    facts = production.environment_facts()
-    engines: dict[int, Any] = {}
-    known: dict[bytes, Any] = {}
-
-    def prepared(backbone: Backbone, device: Any, *_: object, **options: Any) -> Any:
-        if id(backbone) not in engines:
-            engine = build_engine(backbone, device, [], **options)
-            forward = engine.forward
-
-            def remembering(batch: Any) -> Any:
-                pixels = batch.numpy().tobytes()
-                if pixels not in known:
-                    known[pixels] = forward(batch)
-                return known[pixels]
-
-            object.__setattr__(engine, "forward", remembering)
-            engines[id(backbone)] = engine
-        return engines[id(backbone)]
-
-    with contextlib.ExitStack() as patches:
-        for owner, name, value in (
-            (production, "environment_facts", lambda *_: dict(facts)),
-            (production, "build_engine", prepared),
-            (production, "decode_probes", lambda *_, **__: []),
-            (production, "SHARD_ROWS", 3),
-            (pipeline, "IsolatedDecoder", InPlace),
-            (recipe, "IsolatedDecoder", InPlace),
-        ):
-            patches.enter_context(mock.patch.object(owner, name, value))
+    with take_shortcuts(rows_per_shard=3):
         yield
 
 
