@@ -1,8 +1,8 @@
 """What makes an extraction of a few tiny images take 10 ms: all that touches no file of a cache.
 
 Engines are built once per backbone and remember what they made of which pixels (the first forward
-in a new thread takes 7 ms), libhdf5 lays out each shape of file once (4 ms); versions are read once (13 ms); images that a killed run may have died
-of are decoded in this process (a child takes 0.3 s to start).
+in a new thread takes 7 ms). libhdf5 lays out each shape of file once (4 ms), versions are read once
+(13 ms). Images that a killed run may have died of are decoded here (a child takes 0.3 s to start).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -41,12 +41,16 @@ from hypothesis.stateful import (
 )
 from PIL import Image
 
-from featcache import extraction, production
+from featcache import extraction, inventory, pipeline, production, update
 from featcache.backbone import Backbone, wrap_backbone
 from featcache.cache import Cache, open_cache
 from featcache.dataset import ImageDataset, Sample
-from featcache.errors import FeatcacheError, FeatcacheWarning
+from featcache.errors import DataError, FeatcacheError, FeatcacheWarning
+from featcache.intake import Intake
+from featcache.inventory import Inventory
 from featcache.recipe import make_recipe
+from featcache.shards import PartialCache
+from featcache.views import Rendering
 
 pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")
 
@@ -308,9 +312,15 @@ class Machine(RuleBasedStateMachine):
             self._note_seen()
 
     @rule(how=st.sampled_from(["Ctrl-C before", "Ctrl-C after", "kill", "power cut", "batch"]),
-          call=st.integers(0, 130), rehash=seldom_, rebuild=seldom_)  # fmt: skip
-    def crash(self, how: str, call: int, rehash: bool, rebuild: bool) -> None:
-        """Extract, and be stopped at any call or batch: the cache is as it was, or right."""
+          call=st.integers(0, 130), rehash=seldom_, rebuild=seldom_,
+          then=st.sampled_from([None, None, None, *RECIPES]))  # fmt: skip
+    def crash(
+        self, how: str, call: int, rehash: bool, rebuild: bool, then: Settings | None
+    ) -> None:  # fmt: skip
+        """Extract, and be stopped at any call or batch: the cache is as it was, or right.
+
+        People may then go on with other settings.
+        """
         before = read_files(self.out)
         excuse = self._excuse(before, rebuild=rebuild)
         self._note_seen()
@@ -332,6 +342,7 @@ class Machine(RuleBasedStateMachine):
             write_files(self.out, left)
         if self.path.exists() and self.path.read_bytes() != before.get("c.h5"):
             self._check(is_exact=rehash)
+        self.recipe = then or self.recipe
 
     @contextlib.contextmanager
     def _dying(self, how: str, call: int) -> Iterator[None]:
@@ -361,12 +372,14 @@ class Machine(RuleBasedStateMachine):
         self.damaged = True
         self.counts["damaged"] += 1
 
-    @precondition(lambda self: self.damaged)
-    @rule()
-    def start_over(self) -> None:
-        shutil.rmtree(self.out)
-        self.out.mkdir()
-        self.damaged = False
+    @rule(what=st.sampled_from(["cache", "all"]))
+    def lose(self, what: str) -> None:
+        """Somebody removes the cache, or what was begun of one as well."""
+        self.path.unlink(missing_ok=True)
+        if what == "all":
+            shutil.rmtree(self.out)
+            self.out.mkdir()
+            self.damaged = False
 
     # ------------------------------------------------------------------------------ what is right
 
@@ -527,3 +540,115 @@ def test_a_cache_is_what_its_images_are_now_or_refused(
         tally("state machine", outcome, count)
     assert counts["extracted"] > counts["machines"], "the machine idles"
     assert min(counts[what] for what in ("refused", "crashed", "damaged", "up to date")) > 20
+
+
+# ----------------------------------------------------------------- planted bugs, that must be found
+
+
+def note_paths_only(self: Inventory, keys: Any, numbers: Any) -> None:
+    NOTE(self, [(path, 0, 0) for path, _, _ in keys], numbers)
+
+
+def read_without_checksum(self: PartialCache, line: Any) -> Any:
+    path, num_vectors = self.folder / line["file"], line["num_vectors"]
+    data = path.read_bytes()[num_vectors * self._num_features * self._dtype.itemsize :]
+    return self._map(path, num_vectors), json.loads(data)
+
+
+def open_of_any_recipe(self: PartialCache) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        self._fingerprint = json.loads((self.folder / "manifest.json").read_bytes())["fingerprint"]
+    return OPEN(self)
+
+
+def render_black(data: bytes, recipes: Any, sha256: bytes) -> Rendering:
+    try:
+        return RENDER(data, recipes, sha256)
+    except DataError:
+        sides = [(views.num_views, *2 * (rules.image_size,)) for rules, views in recipes]
+        return Rendering(tuple(np.zeros(side, np.uint8) for side in sides), truncated=False)
+
+
+def write_old_targets(path: Path, splits: Any, **facts: Any) -> Cache:
+    """A content keeps the target it had, wherever it was moved."""
+    if path.exists():
+        with contextlib.suppress(FeatcacheError):
+            had = {
+                row.tobytes(): int(target)
+                for split in open_cache(path).splits.values()
+                for row, target in zip(split.image_sha256, split.targets, strict=True)
+            }
+            for rows in splits.values():
+                for i, row in enumerate(rows.image_sha256):
+                    rows.targets[i] = had.get(row.tobytes(), rows.targets[i])
+    return WRITE_ROWS(path, splits, **facts)
+
+
+def write_new_rows_last(path: Path, splits: Any, **facts: Any) -> Cache:
+    """Rows that were there stay where they were, new ones come behind them."""
+    with contextlib.suppress(FeatcacheError):
+        old = open_cache(path).splits
+        for name in old.keys() & splits.keys():
+            rows, had = splits[name], set(old[name].paths)
+            order = sorted(range(len(rows.paths)), key=lambda i: rows.paths[i] not in had)
+            features = np.concatenate(list(rows.feature_blocks()))[order]
+            splits[name] = replace(
+                rows, paths=[rows.paths[i] for i in order], groups=[rows.groups[i] for i in order],
+                feature_blocks=lambda features=features: [features],
+                **{k: getattr(rows, k)[order] for k in ("targets", *FACTS)},
+            )  # fmt: skip
+    return WRITE_ROWS(path, splits, **facts)
+
+
+def match_by_time(self: Inventory, *, rehash: bool) -> list[int]:  # noqa: ARG001
+    return MATCH(self)
+
+
+def drop_repeated(self: Intake, position: int, outcome: Any) -> None:
+    """The second image of a content is lost."""
+
+
+FACTS = ("image_sha256", "image_bytes", "mtime_ns")
+NOTE, OPEN, RENDER = Inventory._note, PartialCache.open, pipeline.render
+WRITE_ROWS, MATCH, HOLDS = production.write_rows, Inventory.match, extraction.holds
+
+BUGS: dict[str, list[tuple[Any, str, Any]]] = {
+    "an image is known by its path alone": [
+        (Inventory, "_note", note_paths_only),
+        (inventory, "image_key", lambda sample: (sample.path, 0, 0)),
+        (update, "image_key", lambda sample: (sample.path, 0, 0)),
+    ],
+    "a moved image keeps its old target": [(production, "write_rows", write_old_targets)],
+    "a shard is believed without its checksum": [
+        (PartialCache, "_read_shard", read_without_checksum)
+    ],
+    "another recipe's shards are mixed in": [(PartialCache, "open", open_of_any_recipe)],
+    "a broken image is taken for a black one": [(pipeline, "render", render_black)],
+    "of images with one content one is lost": [(Intake, "_take_repeated", drop_repeated)],
+    "new rows are written behind the old ones": [(production, "write_rows", write_new_rows_last)],
+    "--rehash believes size and time": [
+        (Inventory, "match", match_by_time)
+    ],
+    "an update that only removes images is none": [
+        (extraction, "holds", lambda old, dataset, failed: HOLDS(old, dataset, failed) or {
+            sample.path for sample in dataset.samples
+        } <= {path for split in old.splits.values() for path in split.paths})
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(
+    bug: str, tmp_path: Path, shortcuts: Shortcuts, tally: Callable[..., None]
+) -> None:
+    counts: Counter[str] = Counter()
+    BITS.clear()  # another bug may have written wrong ones
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in BUGS[bug]:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        with pytest.raises(Exception) as found:  # noqa: PT011 (an AssertionError, or its own crash)
+            run_machines(300, counts, tmp_path, shortcuts)
+    assert not type(found.value).__module__.startswith("hypothesis"), found.value
+    tally("state machine: planted bugs", "found")
+    if os.environ.get("SHOW"):
+        print(bug, counts["machines"], str(found.value)[:100])
