@@ -197,7 +197,7 @@ class Disk:
     def _open(
         self, path: Any, mode: str = "r", buffering: int = -1, *arguments: Any, **options: Any
     ) -> Any:
-        if self._relative(path) is None:
+        if self._relative(path) is None and path not in self._handles:
             return _real.open(path, mode, buffering, *arguments, **options)
         raw = _File(self, path, mode.replace("b", "").replace("t", ""))
         if buffering == 0:
@@ -210,10 +210,16 @@ class Disk:
         name = self._relative(path)
         if name is None:
             return int(_real.os_open(path, flags, *arguments, **options))
-        assert not flags & (os.O_WRONLY | os.O_RDWR), "not watched"
-        with self._call("open"):
-            handle = int(_real.os_open(path, flags, *arguments, **options))
-            self._handles[handle] = self._inode(name)
+        is_new = bool(flags & os.O_CREAT) and not os.path.lexists(path)
+        handle = -1
+        try:
+            with self._call("create" if is_new else "open"):
+                handle = int(_real.os_open(path, flags, *arguments, **options))
+                self._handles[handle] = self._add(name, None) if is_new else self._inode(name)
+        except KeyboardInterrupt:  # nobody has the handle
+            if handle >= 0:
+                self._os_close(handle)
+            raise
         return handle
 
     def _os_close(self, handle: int) -> None:
@@ -342,9 +348,13 @@ class _File(io.FileIO):
     """A file whose reads and writes are calls of the disk."""
 
     def __init__(self, disk: Disk, path: Any, mode: str) -> None:
+        self._disk, self._appends = disk, "a" in mode
+        if path in disk._handles:  # opened by os.open
+            super().__init__(path, mode)
+            self._inode = disk._handles[path]
+            return
         name = disk._relative(path)
         assert name is not None
-        self._disk, self._appends = disk, "a" in mode
         is_new = not os.path.lexists(path)
         try:
             with disk._call("create" if is_new and "r" not in mode else "open"):
