@@ -329,7 +329,7 @@ _LOCK_BYTES = 4096  # a folder and a file of few bytes: what a full disk lacks
 def _open_lock(path: Path, what: str) -> BinaryIO | None:
     """Open the lock file, made if missing; None if its folder was removed meanwhile."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         sync_folder(path.parent.parent)  # what is written into it must not vanish with it
     except OSError as error:
         raise disk_error(error, path.parent, _LOCK_BYTES) from error
@@ -347,7 +347,9 @@ def _open_lock(path: Path, what: str) -> BinaryIO | None:
     if not stat.S_ISREG(kind):
         file.close()
         raise _not_ours(path, what, "a pipe or a device")
-    if file.read(len(_LOCK_SIGN)) not in {b"", _LOCK_SIGN}:
+    # Nobody syncs it: a power cut may leave nothing, a part or zeros.
+    head = zip(file.read(len(_LOCK_SIGN)), _LOCK_SIGN, strict=False)
+    if any(byte not in {0, wanted} for byte, wanted in head):
         file.close()
         raise _not_ours(path, what, "another file")
     return file

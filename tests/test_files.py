@@ -388,6 +388,15 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 
 # --- the writer's lock
 
+
+@needs_posix
+@pytest.mark.parametrize("left", [b"", b"proc", bytes(60), bytes(3) + b"cess 12" + bytes(50)])
+def test_a_lock_that_a_power_cut_tore_can_be_taken(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "lock").write_bytes(left)
+    with writer_lock(tmp_path / "lock", "cache"):
+        assert (tmp_path / "lock").read_bytes().startswith(f"process {os.getpid()} ".encode())
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

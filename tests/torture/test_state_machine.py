@@ -397,10 +397,16 @@ class Machine(RuleBasedStateMachine):
     def _extract(self, *, rehash: bool, rebuild: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FeatcacheWarning)  # failed images: compared below
-            return extraction.extract(
-                self.data, self.path, **self.recipe.options(), engine="folded", batch_size=1,
-                workers=1, group_by=r"^(p\d)_", max_errors="100%", rehash=rehash, rebuild=rebuild,
-            )  # fmt: skip
+            try:
+                return extraction.extract(
+                    self.data, self.path, **self.recipe.options(), engine="folded", batch_size=1,
+                    workers=1, group_by=r"^(p\d)_", max_errors="100%", rehash=rehash,
+                    rebuild=rebuild,
+                )  # fmt: skip
+            except FeatcacheError:
+                raise
+            except Exception as error:
+                raise AssertionError(f"a traceback: {error!r}") from error
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.data).as_posix()
