@@ -329,7 +329,7 @@ _LOCK_BYTES = 4096  # a folder and a file of few bytes: what a full disk lacks
 def _open_lock(path: Path, what: str) -> BinaryIO | None:
     """Open the lock file, made if missing; None if its folder was removed meanwhile."""
     try:
-        make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         sync_folder(path.parent.parent)  # what is written into it must not vanish with it
     except OSError as error:
         raise disk_error(error, path.parent, _LOCK_BYTES) from error
