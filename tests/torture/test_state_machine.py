@@ -557,7 +557,7 @@ def test_a_cache_is_what_its_images_are_now_or_refused(
     run_machines(rounds(300, 5000), rounds(8, 14), counts, tmp_path, shortcuts)
     for outcome, count in counts.items():
         tally("state machine", outcome, count)
-    assert counts["extracted"] > counts["machines"], "the machine idles"
+    assert counts["extracted"] > counts["machines"] // 2, "the machine idles"
     assert min(counts[what] for what in ("refused", "crashed", "damaged", "up to date")) > 20
 
 
