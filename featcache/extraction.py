@@ -19,7 +19,7 @@ from featcache.backbone import Backbone, build_backbone
 from featcache.cache import Cache
 from featcache.dataset import ImageDataset, scan
 from featcache.errors import CacheError, ConfigError
-from featcache.files import remove_temporaries, writer_lock
+from featcache.files import make_folder, remove_temporaries, writer_lock
 from featcache.pipeline import hash_images
 from featcache.production import Production, produce
 from featcache.projection import Projection, project
@@ -196,7 +196,7 @@ def _extract(
             works[path] = Production(path, dataset, recipe, allowed=allowed, say=say), old
     with contextlib.ExitStack() as stack:
         for path in works:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             stack.enter_context(writer_lock(partial_folder(path) / "lock", f"cache {path.name}"))
         works = {
             path: (work, _look_again(old, work, rebuild=rebuild))
@@ -280,6 +280,7 @@ def _remove_leftovers(path: Path, cache: Cache) -> None:
 def _finish(work: Production, old: Cache | None, start: float, say: Say) -> ExtractionSummary:
     changes = work.inventory.compare()
     if old is not None and is_unchanged(old, work.dataset, work.failures, changes):
+        remove_temporaries(work.path)
         work.partial.remove()
         return summarise(old, "up to date", start, num_kept=changes.num_kept)
     cache = work.finish()

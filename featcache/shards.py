@@ -203,7 +203,7 @@ class PartialCache:
         line = {"file": path.name, "num_rows": len(rows), "num_vectors": len(vectors)}
         try:
             write_bytes(path, data)
-            self._shards.append(line | {"sha256": sha256_file(path)})
+            self._shards.append(line | {"sha256": hashlib.sha256(data).hexdigest()})
             self._next_number += 1
             self._write_manifest(running=True)
         except OSError as error:
