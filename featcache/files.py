@@ -89,6 +89,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def follow_link(path: Path) -> Path:
+    """Return the file that a link leads to: that one is to be replaced, and not the link."""
+    return path.resolve() if path.is_symlink() else path
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, that survive a power cut; nothing if it is there."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
