@@ -213,6 +213,13 @@ class Cache:
         """D, the number of features of a row."""
         return int(next(iter(self.splits.values())).features.shape[-1])
 
+    @property
+    def parity(self) -> list[float]:
+        """Relative L2 errors of the engine on probed images, as far as provenance tells."""
+        told = self.provenance.get("parity")
+        numbers = told if isinstance(told, list) else []
+        return [float(number) for number in numbers if type(number) in {int, float}]
+
     def split(self, name: str) -> CacheSplit:
         """Return a split by name.
 

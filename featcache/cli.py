@@ -354,7 +354,9 @@ def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     from featcache.verification import verify as verify_cache
 
     result = verify_cache(cache, say=_say(as_json, quiet), **options)
-    judged = "good" if not result.vanished else "whole, but its images are not"
+    judged = "good"
+    if result.vanished or result.relabelled:
+        judged = "whole, but no longer what its images are: extract again"
     if result.repaired:
         judged = (
             f"repaired, {len(result.dropped):,} rows dropped, {result.num_rows:,} left. "

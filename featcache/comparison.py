@@ -19,7 +19,7 @@ from featcache.dataset import ImageDataset, Sample, scan
 from featcache.engine import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS, build_engine, relative_errors
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.integrity import BadRow
-from featcache.pipeline import Lane, Outcome, stream_features
+from featcache.pipeline import Lane, Outcome, hash_images, stream_features
 from featcache.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.runtime import Say, resolve_device
 
@@ -39,6 +39,7 @@ class Comparison:
         changed: Paths of the former.
         vanished: Paths whose image is gone; their rows cannot be judged.
         appeared: Paths of images that the cache does not know.
+        relabelled: Paths of images of another class than the cache says; extracting again mends it.
         num_compared: Rows whose features were recomputed.
         largest_error: The largest relative L2 error among those of unchanged images.
         bound: What it has to stay under.
@@ -48,6 +49,7 @@ class Comparison:
     changed: tuple[str, ...]
     vanished: tuple[str, ...]
     appeared: tuple[str, ...]
+    relabelled: tuple[str, ...]
     num_compared: int
     largest_error: float
     bound: float
@@ -91,6 +93,15 @@ def compare(
             found=f"none of {len(rows):,} with the same name", hint="Check --data",
         )  # fmt: skip
     chosen = _choose_rows(same, samples)
+    touched = [
+        now[key] for key in same
+        if key not in chosen and cache.splits[key[0]].mtime_ns[rows[key]] != now[key].mtime_ns
+    ]  # fmt: skip
+    for sample, sha256 in zip(touched, hash_images(dataset, touched), strict=True):
+        key = sample.split, sample.path
+        if sha256 != cache.splits[sample.split].image_sha256[rows[key]].tobytes():
+            what = "an unreadable one" if sha256 is None else "another one"
+            changed.append(_bad_row(key, rows, "the image it was made of", what))
     planned = [sample for key, sample in now.items() if key in chosen]
     untrue, errors = [], []
     for outcome, features in _recompute(dataset, planned, recipe, device):
@@ -113,10 +124,19 @@ def compare(
         appeared=tuple(sorted(
             key[1] for key in now.keys() - rows.keys() if failed.get(key) != now[key].image_bytes
         )),
+        relabelled=tuple(
+            key[1] for key in sorted(rows.keys() & now.keys())
+            if _class_of(cache, key[0], rows[key]) != dataset.class_of(now[key])
+        ),
         num_compared=len(errors), largest_error=max(errors, default=0.0), bound=bound,
     )  # fmt: skip
     _say_comparison(comparison, say)
     return comparison
+
+
+def _class_of(cache: Cache, split: str, row: int) -> str:
+    target = cache.splits[split].targets[row]
+    return cache.classes[target] if target.ndim == 0 and target >= 0 else ""
 
 
 def _bound(cache: Cache) -> float:
@@ -182,7 +202,7 @@ def _measure(
 
 
 def _say_comparison(comparison: Comparison, say: Say) -> None:
-    for word in ("changed", "vanished", "appeared"):
+    for word in ("changed", "vanished", "appeared", "relabelled"):
         paths = getattr(comparison, word)
         for path in paths[:_LINES_SAID]:
             say(f"{word}: {printable(path)}")

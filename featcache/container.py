@@ -39,6 +39,7 @@ FORMAT_VERSION = 1
 MIN_USER_BLOCK_BYTES = 4096
 MAX_USER_BLOCK_BYTES = 1 << 20
 
+_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _USER_BLOCK_SIZES = {1 << power for power in range(12, 21)}
 _UNREADABLE = "an unreadable user block"
 _KEYS = {
@@ -169,7 +170,9 @@ def is_container(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return b'"format":"featcache"' in file.read(MAX_USER_BLOCK_BYTES)
+        head = file.read(MAX_USER_BLOCK_BYTES + len(_HDF5_SIGNATURE))
+    is_hdf5 = any(head.startswith(_HDF5_SIGNATURE, size) for size in _USER_BLOCK_SIZES)
+    return is_hdf5 and b'"format":"featcache"' in head
 
 
 def content_sha256(digests: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], str]]) -> str:

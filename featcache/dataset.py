@@ -45,6 +45,7 @@ __all__ = [
 UNLABELLED = -1
 """The target of a sample whose class is not known."""
 
+_MAX_CSV_BYTES = 2**32
 MAX_IMAGE_BYTES = 2**31
 """Larger files are no images: 2**28 pixels of four bytes are half of it."""
 
@@ -108,6 +109,10 @@ class ImageDataset:
             expected = "one of " + ", ".join(self.splits)
             raise DataError("split", expected=expected, found=name, where=self.root)
         return tuple(sample for sample in self.samples if sample.split == name)
+
+    def class_of(self, sample: Sample) -> str:
+        """Return the name of a sample's class, "" if it is not labelled."""
+        return self.classes[sample.target] if sample.target != UNLABELLED else ""
 
     def count(self) -> dict[str, dict[str, int]]:
         """Return split -> class -> number of samples, "unlabelled" first where there are some."""
@@ -328,9 +333,13 @@ def read_table(root: Path) -> list[dict[str, str]]:
         DataError: If it is no such CSV.
     """
     try:
-        reader = csv.reader(io.StringIO(root.read_bytes().decode("utf-8-sig"), newline=""))
+        text = read_regular(root, max_bytes=_MAX_CSV_BYTES).decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""))
         header, *lines = [(reader.line_num, cells) for cells in reader if cells] or [(0, [])]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise DataError("CSV", expected="a readable file", found=found, where=root) from error
+    except (UnicodeDecodeError, csv.Error) as error:
         found = str(error)
         raise DataError("CSV", expected="UTF-8 text", found=found, where=root) from error
     names = [name.strip() for name in header[1]]

@@ -19,8 +19,8 @@ from featcache.backbone import Backbone, build_backbone
 from featcache.cache import Cache
 from featcache.dataset import ImageDataset, scan
 from featcache.errors import CacheError, ConfigError
-from featcache.files import remove_temporaries, writer_lock
-from featcache.pipeline import hash_images
+from featcache.files import follow_link, make_folder, remove_temporaries, writer_lock
+from featcache.pipeline import hash_images, resolve_workers
 from featcache.production import Production, produce
 from featcache.projection import Projection, project
 from featcache.recipe import Recipe, make_recipe
@@ -176,6 +176,8 @@ def _extract(
     """Make the caches of some backbones from one pass over the images."""
     start = time.perf_counter()
     allowed = parse_max_errors(max_errors)
+    jobs = [(follow_link(path), backbone) for path, backbone in jobs]
+    resolve_workers(workers)  # a bad number is told before a backbone is built
     for path, _ in jobs:
         _refuse_inside(path, data)
     dataset = _scan(data, group_by, limit, say)
@@ -196,10 +198,10 @@ def _extract(
             works[path] = Production(path, dataset, recipe, allowed=allowed, say=say), old
     with contextlib.ExitStack() as stack:
         for path in works:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             stack.enter_context(writer_lock(partial_folder(path) / "lock", f"cache {path.name}"))
         works = {
-            path: (work, _look_again(old, work, rebuild=rebuild))
+            path: (work, _look_again(old, work, limit, rebuild=rebuild))
             for path, (work, old) in works.items()
         }
         # Undone whatever happens, and before the locks are: an engine changes torch's threads.
@@ -255,13 +257,16 @@ def _check_threads(works: Sequence[Production]) -> None:
             )  # fmt: skip
 
 
-def _look_again(old: Cache | None, work: Production, *, rebuild: bool) -> Cache | None:
+def _look_again(
+    old: Cache | None, work: Production, limit: int | None, *, rebuild: bool
+) -> Cache | None:
     """Return the cache that is there now that nobody else can write it; ``old`` was before."""
-    if old is None and work.path.exists():
-        return open_existing(work.path, work.recipe, rebuild=rebuild)
-    if old is not None and not old.container.is_current():
-        return open_existing(work.path, work.recipe, rebuild=rebuild)
-    return old
+    if old.container.is_current() if old is not None else not work.path.exists():
+        return old
+    new = open_existing(work.path, work.recipe, rebuild=rebuild)
+    if new is not None:
+        check_update(new, work.dataset, limit)
+    return new
 
 
 def _remove_leftovers(path: Path, cache: Cache) -> None:
@@ -280,6 +285,7 @@ def _remove_leftovers(path: Path, cache: Cache) -> None:
 def _finish(work: Production, old: Cache | None, start: float, say: Say) -> ExtractionSummary:
     changes = work.inventory.compare()
     if old is not None and is_unchanged(old, work.dataset, work.failures, changes):
+        remove_temporaries(work.path)
         work.partial.remove()
         return summarise(old, "up to date", start, num_kept=changes.num_kept)
     cache = work.finish()

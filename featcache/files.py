@@ -89,6 +89,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def follow_link(path: Path) -> Path:
+    """Return the file that a link leads to: that one is to be replaced, and not the link."""
+    return path.resolve() if path.is_symlink() else path
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, that survive a power cut; nothing if it is there."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; on leaving, publish it under that name.
@@ -213,7 +226,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     refuse_existing(path, overwrite=overwrite)
     path = path.absolute()  # "." has no name to put .partial behind
     partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -226,16 +239,17 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 sync_folder(file)
         sync_folder(partial)
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             partial.rename(path)
-        except OSError:
-            if old.exists():
+        except BaseException:  # Ctrl-C between the two would hide the old run for good
+            if old.exists() and not path.exists():
                 old.rename(path)
             raise
         sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.old"):  # of killed runs too
+            shutil.rmtree(stale, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -338,7 +352,9 @@ def _open_lock(path: Path, what: str) -> BinaryIO | None:
     if not stat.S_ISREG(kind):
         file.close()
         raise _not_ours(path, what, "a pipe or a device")
-    if file.read(len(_LOCK_SIGN)) not in {b"", _LOCK_SIGN}:
+    # Nobody syncs it: a power cut may leave nothing, a part or zeros.
+    head = zip(file.read(len(_LOCK_SIGN)), _LOCK_SIGN, strict=False)
+    if any(byte not in {0, wanted} for byte, wanted in head):
         file.close()
         raise _not_ours(path, what, "another file")
     return file

@@ -130,13 +130,13 @@ class Intake:
         ]  # fmt: skip
         with timer("write"):
             vectors = self._partial.add_shard([features for _, features in own], rows)
+        self._done, self._in_hand = [], set()  # listed: an interruption must not write them again
         self._inventory.contents.add_made(
             vectors, [o.sample.path for o, _ in own], [o.truncated for o, _ in own]
         )
         for d in done:
             self._inventory.set_content(d.position, d.number)
         self.num_new += len(own)
-        self._done, self._in_hand = [], set()
 
     def _stored(self, features: npt.NDArray[np.float32], outcome: Outcome) -> npt.NDArray[Any]:
         """Return features in the stored dtype, all finite."""

@@ -36,7 +36,7 @@ class Changes:
 
     Attributes:
         num_kept: Images of the same path and content.
-        num_moved: Known content under another path.
+        num_moved: Content whose old path is no longer there, under another path.
         num_gone: Rows whose path is no longer there, and which did not move.
     """
 
@@ -59,7 +59,6 @@ class Inventory:
         self._num_views = num_views
         self._content_of = array("i", [_NONE]) * len(dataset.samples)
         self._old: Cache | None = None
-        self._num_old = 0
         # Until ``match``: what unchanged images are recognised by, and the sizes of known contents.
         self._keys: dict[ImageKey, int] = {}
         self._sizes: set[int] = set()
@@ -67,7 +66,8 @@ class Inventory:
     def adopt(self, old: Cache) -> None:
         """Add the rows of an older cache; before any others."""
         self._old = old
-        truncated = set(old.provenance.get("truncated", []))
+        listed = old.provenance.get("truncated")
+        truncated = {p for p in listed if isinstance(p, str)} if isinstance(listed, list) else set()
         for split in old.splits.values():
             numbers = self.contents.add(
                 split.map_vectors,
@@ -79,7 +79,6 @@ class Inventory:
                 split.paths, split.image_bytes.tolist(), split.mtime_ns.tolist(), strict=True
             )
             self._note(keys, numbers)
-        self._num_old = len(self.contents)
 
     def resume(self, vectors: Vectors, rows: Sequence[Mapping[str, Any]]) -> int:
         """Add the rows of a shard (module ``shards``); return how many.
@@ -175,7 +174,7 @@ class Inventory:
             sha256 = self.contents.sha256_of(number)
             if before.get(self.samples[position].path) == sha256:
                 num_kept += 1
-            elif number < self._num_old:
+            elif missing[sha256] > 0:
                 num_moved += 1
-                missing[sha256] -= missing[sha256] > 0
+                missing[sha256] -= 1
         return Changes(num_kept, num_moved, missing.total())

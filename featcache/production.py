@@ -10,8 +10,8 @@ import time
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,11 @@ class Production:
             self.partial.clear()
         if old is not None:
             self.provenance = dict(old.provenance)
-            self._old_parity = list(old.provenance.get("parity", []))
+            self._old_parity = old.parity
             self.inventory.adopt(old)
         resumed = sum(self.inventory.resume(*shard) for shard in self.partial.read_shards())
         if resumed:
-            self.provenance = self.provenance or self.partial.provenance
+            self.provenance = self.partial.provenance or self.provenance
             self.say(f"Resuming {self.path.name}: {resumed:,} images are done.")
         return self.inventory.match(rehash=rehash)
 
@@ -134,14 +134,14 @@ class Production:
         Raises:
             CacheError: If those were made by batches that do not fit the memory here.
         """
-        fixed, made = self.partial.engine, self.provenance
-        as_made = (made.get("device_type"), made.get("precision")) == (device.type, precision)
-        if fixed:
-            name, batch_size = fixed.engine, fixed.batch_size
-            torch.set_num_threads(fixed.num_threads)
-        elif as_made:
-            name, batch_size = str(made["engine"]), int(made["batch_size"])
-            torch.set_num_threads(int(made["num_threads"]))
+        fixed, made = self.partial.engine, _engine_facts(self.provenance)
+        as_made = made is not None and (made.device_type, made.precision) == (
+            device.type, precision,
+        )  # fmt: skip
+        as_before = fixed or (made if as_made else None)
+        if as_before:
+            name, batch_size = as_before.engine, as_before.batch_size
+            torch.set_num_threads(as_before.num_threads)
         with self.partial.probing():
             probes = decode_probes(
                 self.dataset, self.dataset.samples, self.recipe.rules,
@@ -152,7 +152,7 @@ class Production:
             self.recipe.backbone, device, probes, precision=precision, batch_size=batch_size,
             name=name, num_images=len(self.dataset.samples),
         )  # fmt: skip
-        if fixed or as_made:
+        if as_before and engine.batch_size == as_before.batch_size:
             engine = replace(engine, reason="as for the rows that are there")
         if fixed and engine.batch_size != fixed.batch_size:
             raise CacheError(
@@ -320,6 +320,14 @@ class Production:
             image_bytes=np.array([s.image_bytes for s in samples], np.int64),
             mtime_ns=np.array([s.mtime_ns for s in samples], np.int64),
         )
+
+
+def _engine_facts(provenance: Mapping[str, Any]) -> EngineFacts | None:
+    """Return how rows were made, None where a cache does not say it all."""
+    kinds = {field.name: field.type for field in fields(EngineFacts)}
+    values: dict[str, Any] = {name: provenance.get(name) for name in kinds}
+    fits = all(type(values[name]).__name__ == kind for name, kind in kinds.items())
+    return EngineFacts(**values) if fits else None
 
 
 def produce(works: Sequence[Production], workers: int | str, *, progress: bool) -> None:

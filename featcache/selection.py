@@ -5,7 +5,6 @@ Reads: caches, and a table (CSV). Writes: ``NEW``.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from featcache.files import remove_temporaries, writer_lock
 from featcache.partition import warn_of_leaks
 from featcache.rearrangement import Rearrangement, Row, gather
 from featcache.runtime import Say, environment_facts, silent
-from featcache.shards import partial_folder
+from featcache.shards import partial_folder, remove_partial
 from featcache.views import ViewRules, training_split
 
 _BLOCK_BYTES = 4 << 20
@@ -136,7 +135,7 @@ def select(
             unfinished = False  # of what was refused without ``rebuild``
         finally:
             if not unfinished:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_partial(folder)
     warn_of_leaks(written)
     return _summarise(written, chosen, start, say)
 

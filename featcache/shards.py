@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from featcache.files import canonical_json, disk_error, sha256_file, write_bytes
 SHARD_BYTES = 16 << 20
 SHARD_ROWS = 4096
 """No shard has more, however narrow the features: rows wait in memory until their shard is full."""
+_OWN_FILES = ("probing", "shard.*", ".*.tmp")
 _FORMAT = "featcache-partial"
 _FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
 
@@ -48,6 +48,20 @@ class EngineFacts:
 def partial_folder(cache: Path) -> Path:
     """Return the folder in which a cache is made."""
     return cache.with_name(cache.name + ".partial")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what is ours in the folder of a cache in the making, its lock last, then the folder.
+
+    Files of other people stay, and the folder with them.
+    """
+    with contextlib.suppress(OSError):
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for pattern in _OWN_FILES:
+            for file in folder.glob(pattern):
+                file.unlink(missing_ok=True)
+        (folder / "lock").unlink(missing_ok=True)
+        folder.rmdir()
 
 
 class PartialCache:
@@ -73,6 +87,7 @@ class PartialCache:
         self.provenance: dict[str, Any] = {}
         self.was_killed = False
         self.is_running = False
+        self._is_removed = False
 
     @property
     def is_worthless(self) -> bool:
@@ -80,6 +95,8 @@ class PartialCache:
 
         A manifest that could not be read or is of another recipe is somebody's work.
         """
+        if self._is_removed:  # what is there by now is the next writer's
+            return False
         return not self._manifest.exists() or (self.engine is not None and not self._shards)
 
     @property
@@ -203,7 +220,7 @@ class PartialCache:
         line = {"file": path.name, "num_rows": len(rows), "num_vectors": len(vectors)}
         try:
             write_bytes(path, data)
-            self._shards.append(line | {"sha256": sha256_file(path)})
+            self._shards.append(line | {"sha256": hashlib.sha256(data).hexdigest()})
             self._next_number += 1
             self._write_manifest(running=True)
         except OSError as error:
@@ -237,9 +254,8 @@ class PartialCache:
 
     def remove(self) -> None:
         """Remove the folder, the lock last: until then the next writer has to wait."""
-        with contextlib.suppress(OSError):
-            self.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._is_removed = True
+        remove_partial(self.folder)
 
 
 def _sha256(manifest: Mapping[str, Any]) -> str:

@@ -135,15 +135,15 @@ def summarise(
         counts = Counter(split.targets.tolist())
         labels = {-1: "unlabelled", **dict(enumerate(cache.classes))}
         splits[name] = {labels[t]: n for t, n in sorted(counts.items())}
-    parity = cache.provenance.get("parity")
     num_images = sum(len(s) for s in cache.splits.values())
+    truncated = cache.provenance.get("truncated")
     return ExtractionSummary(
         cache=cache.path.as_posix(), status=status,
         num_images=num_images, num_new=num_new, num_known=num_images - num_new,
         num_kept=num_kept, num_moved=num_moved, num_gone=num_gone, num_failed=len(cache.failures),
-        num_truncated=len(cache.provenance.get("truncated", [])), splits=splits,
+        num_truncated=len(truncated) if isinstance(truncated, list) else 0, splits=splits,
         engine=str(cache.provenance.get("engine", "none")),
-        parity=max(parity) if parity else None,
+        parity=max(cache.parity, default=None),
         seconds=round(time.perf_counter() - start, 3), images_per_second=images_per_second,
         fingerprint=cache.fingerprint, content_sha256=cache.content_sha256,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from featcache.cache import Cache, Failure, name_differences, open_cache
 from featcache.container import is_container
 from featcache.dataset import ImageDataset
-from featcache.errors import CacheError
+from featcache.errors import CacheError, ConfigError
 from featcache.inventory import Changes, image_key
 from featcache.recipe import Recipe
 
@@ -21,6 +21,10 @@ def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
     """
     if not path.exists():
         return None
+    if path.is_dir():
+        raise ConfigError(
+            "CACHE", expected="a file", found="a folder", where=path, hint="Choose another name"
+        )
     try:
         old = open_cache(path)
     except CacheError:
@@ -42,8 +46,8 @@ def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:
     """Refuse an update that would throw away what the cache holds by mistake.
 
     Raises:
-        CacheError: If a ``limit`` leaves images of it out, or if it has groups and ``dataset`` has
-            none.
+        CacheError: If a ``limit`` leaves images of it out, if it has groups and ``dataset`` has
+            none, or if it was rearranged by ``select`` and ``dataset`` is not.
     """
     known = {path for split in old.splits.values() for path in split.paths}
     if limit is not None and known - {sample.path for sample in dataset.samples}:
@@ -54,6 +58,23 @@ def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:
         raise _wrong_update(
             old, "update of the cache", "groups, as it has", "none", "Repeat --group-by"
         )
+    if "selected_from" in old.provenance:
+        _refuse_undoing(old, dataset)
+
+
+def _refuse_undoing(old: Cache, dataset: ImageDataset) -> None:
+    """Refuse to bring back the splits and classes that ``select`` has replaced."""
+    there = {s.path: (s.split, dataset.class_of(s)) for s in dataset.samples}
+    for name, split in old.splits.items():
+        for path, target in zip(split.paths, split.targets, strict=True):
+            chosen = name, old.classes[target] if target >= 0 else ""
+            found = there.get(path, chosen)
+            if found != chosen:
+                raise _wrong_update(
+                    old, "update of what featcache select made",
+                    f"{path} in {'/'.join(filter(None, chosen))}, as selected",
+                    "/".join(filter(None, found)), "Update its source and select again",
+                )  # fmt: skip
 
 
 def refuse_other_images(old: Cache, changes: Changes) -> None:

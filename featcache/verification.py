@@ -51,6 +51,7 @@ class Verification:
         changed: Paths whose image is another one now; with ``repair`` only, their rows are dropped.
         vanished: Paths whose image is gone.
         appeared: Paths of images that the cache does not know.
+        relabelled: Paths of images of another class than the cache says.
         repaired: Whether the file was written again.
         dropped: Paths of the rows that were dropped, as they were found.
     """
@@ -65,6 +66,7 @@ class Verification:
     changed: tuple[str, ...] = ()
     vanished: tuple[str, ...] = ()
     appeared: tuple[str, ...] = ()
+    relabelled: tuple[str, ...] = ()
     repaired: bool = False
     dropped: tuple[str, ...] = ()
 
@@ -138,7 +140,7 @@ def _result(cache: Cache, comparison: Comparison | None) -> Verification:
     return replace(
         result, num_compared=comparison.num_compared, largest_error=comparison.largest_error,
         bound=comparison.bound, changed=comparison.changed, vanished=comparison.vanished,
-        appeared=comparison.appeared,
+        appeared=comparison.appeared, relabelled=comparison.relabelled,
     )  # fmt: skip
 
 

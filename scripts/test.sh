@@ -8,4 +8,5 @@ cd "$root"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 "$python" -m mypy
-"$python" -m pytest "$@"
+# A file's tests stay in one process: they share what is slow to make.
+"$python" -m pytest --numprocesses auto --dist loadfile "$@"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A job in the background of a shell ignores Ctrl-C, and so would every child of the tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_TALLY] = {}
 
 
@@ -40,6 +44,19 @@ def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
         request.config.stash[_TALLY].setdefault(kind, Counter())[outcome] += number
 
     return count
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the tally of a worker of pytest-xdist to whoever prints it."""
+    if hasattr(session.config, "workeroutput"):
+        kinds = session.config.stash[_TALLY].items()
+        session.config.workeroutput["tally"] = {kind: dict(counts) for kind, counts in kinds}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for kind, counts in getattr(node, "workeroutput", {}).get("tally", {}).items():
+        node.config.stash[_TALLY].setdefault(kind, Counter()).update(counts)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -18,11 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from featcache import files
 from featcache.errors import ConfigError, FeatcacheError, RunError
 from featcache.files import (
     atomic_writer,
     canonical_json,
     csv_text,
+    make_folder,
     new_folder,
     plain_cell,
     readable_json,
@@ -289,6 +291,46 @@ def test_a_rename_that_fails_while_overwriting_keeps_the_old_run(
     assert names(tmp_path) == ["run"]
 
 
+def test_an_interruption_between_the_renames_keeps_the_old_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_run(tmp_path / "run", "old")
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        renamed = rename(self, target)
+        if self == path:
+            raise KeyboardInterrupt
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_folder(path, overwrite=True) as partial:
+        (partial / "run.json").write_text("new")
+    assert (path / "run.json").read_text() == "old"
+    assert names(tmp_path) == ["run"]
+
+
+def test_the_old_run_of_a_killed_overwriting_is_cleared_away(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", "old")
+    path.rename(tmp_path / ".run.4242.old")
+    make_run(path, "new")
+    assert names(tmp_path) == ["run"]
+    assert (path / "run.json").read_text() == "new"
+
+
+@needs_posix
+def test_folders_that_are_made_survive_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    assert set(synced) == {tmp_path, tmp_path / "a"}
+    synced.clear()
+    make_folder(tmp_path / "a" / "b")
+    assert synced == []
+
+
 def test_overwriting_replaces_a_run_and_nothing_of_it_stays(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", "old")
     with new_folder(path, overwrite=True) as partial:
@@ -345,6 +387,15 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 
 
 # --- the writer's lock
+
+
+@needs_posix
+@pytest.mark.parametrize("left", [b"", b"proc", bytes(60), bytes(3) + b"cess 12" + bytes(50)])
+def test_a_lock_that_a_power_cut_tore_can_be_taken(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "lock").write_bytes(left)
+    with writer_lock(tmp_path / "lock", "cache"):
+        assert (tmp_path / "lock").read_bytes().startswith(f"process {os.getpid()} ".encode())
+
 
 HOLD = """
 import sys, time

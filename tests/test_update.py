@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from conftest import write_image, write_tree
 from featcache import extraction, pipeline
 from featcache.backbone import Backbone, wrap_backbone
 from featcache.cache import open_cache
+from featcache.cache_writer import write_cache
 from featcache.dataset import ImageDataset, Sample
 from featcache.errors import CacheError, FeatcacheWarning
 from featcache.extraction import extract, extract_caches
+from featcache.files import writer_lock
 from featcache.selection import select
 
 
@@ -162,7 +166,8 @@ def test_renamed_moved_copied_and_removed_images_cost_no_forward_pass(
     updated = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     assert passes == [1]
     counts = (updated.num_kept, updated.num_moved, updated.num_new, updated.num_gone)
-    assert counts == (46 - 4, 4, 1, 1)
+    assert counts == (46 - 4, 3, 1, 1)
+    assert updated.num_known == 46  # the copy's too
     assert equals_a_rebuild(tree, tmp_path / "c.h5", tiny_backbone)
 
 
@@ -328,7 +333,7 @@ def test_two_images_that_changed_places_are_found_by_rehash(
     restore_time(two, after)
     passes.clear()
     found = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, rehash=True)
-    assert (found.status, found.num_moved, found.num_gone, passes) == ("extracted", 2, 0, [])
+    assert (found.status, found.num_known, found.num_gone, passes) == ("extracted", 46, 0, [])
     assert equals_a_rebuild(tree, tmp_path / "c.h5", tiny_backbone)
 
 
@@ -384,3 +389,104 @@ def test_an_update_of_a_selection_still_says_where_its_rows_came_from(
     made = open_cache(tmp_path / "s.h5").provenance
     assert made["selected_from"][0]["num_taken"] == 46
     assert len(made["origins"]) == 1
+
+
+# ----------------------------------------------------------------- what an independent review found
+
+
+def test_an_interrupted_update_at_another_precision_keeps_the_wider_bound(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    write_image(tree / "train" / "covid" / "new_0.png", 999, bright=True)
+    with monkeypatch.context() as dying:
+        dying.delattr("featcache.production.write_rows")
+        with (
+            pytest.warns(FeatcacheWarning, match="new ones will be at bf16"),
+            pytest.raises(NameError),
+        ):
+            extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
+    made = open_cache(tmp_path / "c.h5").provenance
+    assert (made["precision"], len(made["parity"])) == ("bf16", 8)
+
+
+def test_a_selection_is_not_undone_unasked(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    select([tmp_path / "c.h5"], tmp_path / "s.h5", rename={"covid": "sars"})
+    before = (tmp_path / "s.h5").read_bytes()
+    with pytest.raises(CacheError, match=r"featcache select made.*sars, as selected.*covid"):
+        extract(tree, tmp_path / "s.h5", backbone=tiny_backbone)
+    assert (tmp_path / "s.h5").read_bytes() == before
+
+
+def test_the_next_writers_folder_is_left_alone(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that has published cleans up once, not again when the next one is at work."""
+    lock = tmp_path / "c.h5.partial" / "lock"
+    with contextlib.ExitStack() as next_writer:
+
+        def begin(*_: object) -> None:
+            next_writer.enter_context(writer_lock(lock, "cache c.h5"))
+
+        monkeypatch.setattr(extraction, "describe_result", begin)
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+        assert lock.exists()
+
+
+def test_other_peoples_files_in_the_folder_of_shards_stay(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    notes = tmp_path / "c.h5.partial" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    with pytest.raises(CacheError):
+        select([tmp_path / "none.h5"], tmp_path / "c.h5", rebuild=True)
+    assert [p.name for p in notes.parent.iterdir()] == ["notes.txt"]
+
+
+def test_a_linked_cache_is_updated_where_it_lies(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    (tmp_path / "big").mkdir()
+    link, real = tmp_path / "c.h5", tmp_path / "big" / "real.h5"
+    extract(tree, real, backbone=tiny_backbone)
+    link.symlink_to(real)
+    write_image(tree / "train" / "covid" / "new_0.png", 999, bright=True)
+    extract(tree, link, backbone=tiny_backbone)
+    assert link.is_symlink()
+    assert sum(len(split) for split in open_cache(real).splits.values()) == 47
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"batch_size": "x"}, {"device_type": "cpu", "precision": "fp32"}, {"truncated": [[1]]},
+     {"truncated": 3}, {"parity": 5}, {"parity": ["a"]}, {"precision": ["fp32"]}],
+)  # fmt: skip
+def test_a_cache_of_odd_provenance_is_updated(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, odd: dict[str, Any]
+) -> None:
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    cache = open_cache(tmp_path / "c.h5")
+    splits = cache.splits.items()
+    write_cache(
+        tmp_path / "c.h5", {n: np.array(s.features) for n, s in splits},
+        {n: np.array(s.targets) for n, s in splits}, {n: s.paths for n, s in splits},
+        classes=cache.classes, identity=cache.identity, provenance=odd,
+    )  # fmt: skip
+    with warnings.catch_warnings():  # of a precision that is none
+        warnings.simplefilter("ignore", FeatcacheWarning)
+        assert extract(tree, tmp_path / "c.h5", backbone=tiny_backbone).num_images == 46
+
+
+def test_rebuild_leaves_files_alone_that_only_name_the_format(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    (tmp_path / "notes.json").write_text('{"note":1,"format":"featcache"}')
+    with pytest.raises(CacheError):
+        extract(tree, tmp_path / "notes.json", backbone=tiny_backbone, rebuild=True)
+    assert (tmp_path / "notes.json").read_text() == '{"note":1,"format":"featcache"}'
