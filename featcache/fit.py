@@ -98,7 +98,7 @@ def fit_heads(
     device: torch.device,
     train_weights: npt.NDArray[Any] | None = None,
     classes: Sequence[str] | None = None,
-    on_epoch: Callable[[int, dict[str, Any]], None] | None = None,
+    on_epoch: Callable[[int, dict[str, Any]], bool | None] | None = None,
 ) -> list[FitResult]:
     """Train many heads on the same rows in the same order, each as ``fit_head`` would.
 
@@ -117,7 +117,8 @@ def fit_heads(
         train_weights: (N,), as for ``fit_head``.
         classes: Names for the history's columns; None numbers them.
         on_epoch: Called with the number of a job and each row of its history as it is made, from
-            one thread at a time.
+            one thread at a time. Where it answers True, the job is given up: it ends there, and
+            the others of its stack go on the faster.
 
     Returns:
         A result per job, in their order. One whose loss is no longer a finite number ends there.
@@ -144,10 +145,11 @@ def fit_heads(
     results: dict[int, FitResult] = {}
     lock = threading.Lock()
 
-    def tell(number: int, row: dict[str, Any]) -> None:
-        if on_epoch is not None:
-            with lock:
-                on_epoch(number, row)
+    def tell(number: int, row: dict[str, Any]) -> bool:
+        if on_epoch is None:
+            return False
+        with lock:
+            return bool(on_epoch(number, row))
 
     passes = [part for group in _group(jobs, len(features)) for part in _cut(group, jobs, features)]
     with exact_fp32():
@@ -219,7 +221,7 @@ class _Progress:
 
 def _fit_pass(
     numbers: Sequence[int], jobs: Sequence[HeadJob], rows: Rows,
-    tell: Callable[[int, dict[str, Any]], None], num_threads: int | None = None,
+    tell: Callable[[int, dict[str, Any]], bool], num_threads: int | None = None,
 ) -> dict[int, FitResult]:  # fmt: skip
     """Train some heads that share batches and an optimizer; return their results by number."""
     training = jobs[numbers[0]].training
@@ -237,8 +239,8 @@ def _fit_pass(
             for place, (head, rate, loss) in enumerate(zip(heads, rates, losses, strict=True)):
                 row = {"epoch": epoch, "train_loss": loss, **valid[place]}
                 row |= {"learning_rate": rate, "seconds": seconds}
-                if head.note(row, trainer.stack, place):
-                    tell(head.number, row)
+                if head.note(row, trainer.stack, place) and tell(head.number, row):
+                    head.is_over = True
             left = [place for place, head in enumerate(heads) if not head.is_over]
             if not left:
                 break
