@@ -76,7 +76,7 @@ def decide(scores: Scores, sign: int, ratio: float, select: str) -> Decision:
         select: ``safe``, or ``best``: the highest mean is kept, whatever the interval.
     """
     finalists = [number for number in scores if number not in {"0", _PRIOR}]
-    best = max(finalists, key=lambda n: sign * statistics.fmean(scores[n]))
+    best = max(finalists, key=lambda n: (sign * statistics.fmean(scores[n]), -int(n)))
 
     def compare(other: str) -> tuple[float, float, float]:
         pairs = zip(scores[best], scores[other], strict=True)

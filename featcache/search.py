@@ -143,7 +143,8 @@ class Search:
             self._judge, params, arrays, self._trials, seed=self._plan.seed, on_epoch=on_epoch
         )
         self._journal.append({"trials": [trial.as_json() for trial in done]})
-        self._trials += done
+        # As a sweep that was killed would read them.
+        self._trials += map(Trial.from_json, self._journal.entries[-1]["trials"])
         bar.update(before + len(done) - bar.n)  # those that ended early
 
     def _repeat(self, finalists: Sequence[Trial]) -> Decision | None:
@@ -151,17 +152,13 @@ class Search:
         plan = {0: Params()} | {trial.number: trial.params for trial in finalists}
         with self._bar("repeat", len(self._again), len(self._repeats)) as bar:
             for seed, pairs in self._again[len(self._repeats) :]:
-                scores: dict[str, list[float | None]] = {
-                    key: [] for key in (*map(str, plan), "prior")
-                }
-                for pair in pairs:
-                    for key, score in self._score_again(plan, pair, seed, bar).items():
-                        scores[key].append(score)
-                self._journal.append({"repeat": scores})
-                self._repeats.append(scores)
+                found = [self._score_again(plan, pair, seed, bar) for pair in pairs]
+                repeat = {key: [scores[key] for scores in found] for key in found[0]}
+                self._journal.append({"repeat": repeat})
+                self._repeats.append(repeat)
                 bar.update()
         joined = {key: [x for one in self._repeats for x in one[key]] for key in self._repeats[0]}
-        scores = {
+        scores: dict[str, list[float]] = {
             key: [x for x in values if x is not None]
             for key, values in joined.items() if None not in values
         }  # fmt: skip

@@ -181,6 +181,7 @@ def read_space(file: Path) -> Space:
         raise ConfigError(
             "space", expected="an option of several values", found=found_text, where=file
         )
+    dimensions.sort(key=lambda dimension: list(DEFAULTS).index(dimension.name))
     return Space(tuple(dimensions), fixed)
 
 
@@ -198,8 +199,9 @@ def build_configs(
 
 
 def params_from_json(params: Mapping[str, Any]) -> Params:
-    """Return options that went through JSON, which has no tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
+    """Return options that went through JSON, which has no tuples and may lose the order."""
+    known = {name: params[name] for name in DEFAULTS if name in params}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
 
 
 def _read_dimension(name: str, value: Any, file: Path) -> Dimension:
