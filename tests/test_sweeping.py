@@ -14,22 +14,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 from test_training import CLASSES, array_of, edited, make_cache, rows_of
 
 import featcache
+from featcache import cli
 from featcache.cache import Cache
 from featcache.cache_writer import SplitRows
 from featcache.errors import CacheError, ConfigError, RunError
 from featcache.folds import Pool
+from featcache.metrics import METRICS
 from featcache.partition import choose_rows
 from featcache.run import load_run
 from featcache.runtime import silent
 from featcache.search import Plan
 from featcache.space import DEFAULTS, Dimension, Space
-from featcache.sweeping import SweepSummary, _propose, sweep
+from featcache.sweeping import SAMPLERS, SELECTIONS, SweepSummary, _propose, sweep
 from featcache.training import train
 from featcache.trials import Judge, Trial, fit_trials
 
@@ -477,12 +480,49 @@ def test_a_cache_without_valid_holds_a_part_out(tmp_path: Path) -> None:
     assert kept.weights_sha256 == plain.weights_sha256
 
 
-def test_the_command_line(tmp_path: Path, go: Callable[..., SweepSummary]) -> None:
-    arguments = ["--trials", 4, "--space", "s.toml", "--device", "cpu", "--repeats", 2, "--json"]
-    child = process(tmp_path, *arguments)
-    out, err = child.communicate(timeout=120)
-    assert child.returncode == 0, err
-    facts = json.loads(out)
+def test_the_command_line(
+    tmp_path: Path, go: Callable[..., SweepSummary], capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "sweep",
+        "c.h5",
+        "r",
+        "--trials",
+        "4",
+        "--space",
+        "s.toml",
+        "--device",
+        "cpu",
+        "--repeats",
+        "2",
+        "--json",
+    ]
+    cli.cli.main(arguments, standalone_mode=False)
+    facts = json.loads(capfd.readouterr().out)
     assert (facts["num_trials"], facts["chosen"], facts["run"]) == (4, 0, "r")
     assert facts["decision"]["method"].startswith("corrected resampled t interval")
     assert len(facts["top"]) == 4
+    assert facts["weights_sha256"] == go("other", trials=4).weights_sha256
+    choices = {
+        parameter.name: tuple(parameter.type.choices)
+        for parameter in cli.cli.commands["sweep"].params
+        if isinstance(parameter.type, click.Choice)
+    }
+    assert choices == {"sampler": SAMPLERS, "metric": METRICS, "select": SELECTIONS}
+
+
+def test_progress_shows_trials_and_steps_on_standard_error(
+    go: Callable[..., SweepSummary], capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    summary = go(progress=True)
+    out, err = capfd.readouterr()
+    assert "8/8" in err
+    assert "head-steps/s" in err
+    assert out == ""
+    assert summary.num_head_steps > 8 * 2
+    go("quiet")
+    assert capfd.readouterr().err == ""
