@@ -26,13 +26,13 @@ class Journal:
 
     Args:
         path: The file.
-        work: What the work is, a JSON object: all that decides the entries.
+        work: What the work is, a JSON object: ``format``, and all that decides the entries.
 
     Attributes:
         entries: Those that are there, in order.
 
     Raises:
-        ConfigError: If the file tells of other work (says of which), or is no journal.
+        ConfigError: If the file has entries of other work (says of which), or is no journal.
     """
 
     def __init__(self, path: Path, work: Mapping[str, Any]) -> None:
@@ -46,7 +46,12 @@ class Journal:
             found, *self.entries = [json.loads(line) for line in lines]
         except (ValueError, RecursionError) as error:
             raise _damaged(path) from error
-        _compare(path, json.loads(canonical_json(work)), found)
+        if not isinstance(found, dict) or found.get("format") != work.get("format"):
+            raise _damaged(path)
+        if self.entries:
+            _compare(path, json.loads(canonical_json(work)), found)
+        else:  # nothing would be lost
+            write_bytes(path, _line(work))
 
     def append(self, entry: Any) -> None:
         """Add an entry; it is there for good when this returns.
@@ -86,9 +91,7 @@ def _line(value: Any) -> bytes:
     return canonical_json(value).encode() + b"\n"
 
 
-def _compare(path: Path, work: Any, found: Any) -> None:
-    if not isinstance(found, dict):
-        raise _damaged(path)
+def _compare(path: Path, work: Any, found: dict[str, Any]) -> None:
     keys = [key for key in sorted({*work, *found}) if work.get(key) != found.get(key)]
     if keys:
         begun, now = (

@@ -84,7 +84,6 @@ class Search:
         plan: What is asked.
         judge: How heads are trained and judged.
         pool: The rows.
-        journal: What is done already.
         propose: Makes the rounds of a sampler that learns; None for the others.
         progress: Show a bar on a terminal.
 
@@ -93,16 +92,11 @@ class Search:
     """
 
     def __init__(
-        self, plan: Plan, judge: Judge, pool: Pool, journal: Journal, propose: Propose | None,
-        *, progress: bool,
-    ) -> None:  # fmt: skip
-        self._plan, self._judge, self._pool, self._journal = plan, judge, pool, journal
+        self, plan: Plan, judge: Judge, pool: Pool, propose: Propose | None, *, progress: bool
+    ) -> None:
+        self._plan, self._judge, self._pool = plan, judge, pool
         self._propose, self._progress = propose, progress
         self._num_head_steps, self._start = 0, time.perf_counter()
-        self._trials = [
-            Trial.from_json(trial) for entry in journal.entries for trial in entry.get("trials", [])
-        ]
-        self._repeats = [entry["repeat"] for entry in journal.entries if "repeat" in entry]
         # Both before any trial: what cannot be parted is said at once.
         number, seed = plan.num_folds, plan.seed
         self._folds = [pool.pair] if number is None else pool.make_folds(number, seed)
@@ -111,8 +105,13 @@ class Search:
             (s, [pool.hold_out(s)] if number is None else pool.make_folds(number, s)) for s in seeds
         ]
 
-    def search(self) -> Found:
-        """Do what is left, and return all."""
+    def search(self, journal: Journal) -> Found:
+        """Do what the journal does not have, note it there, and return all."""
+        self._journal = journal
+        self._trials = [
+            Trial.from_json(trial) for entry in journal.entries for trial in entry.get("trials", [])
+        ]
+        self._repeats = [entry["repeat"] for entry in journal.entries if "repeat" in entry]
         rounds = [] if self._propose else list(plan_rounds(self._plan))
         num_trials = sum(map(len, rounds)) or self._plan.num_trials
         num_done = sum("trials" in entry for entry in self._journal.entries)

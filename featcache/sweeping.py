@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shutil
 import sys
 import time
 import warnings
@@ -24,7 +23,14 @@ from typing import Any
 
 from featcache.cache import open_cache
 from featcache.errors import ConfigError, printable
-from featcache.files import new_folder, refuse_existing, write_csv, write_json, writer_lock
+from featcache.files import (
+    new_folder,
+    refuse_existing,
+    remove_temporaries,
+    write_csv,
+    write_json,
+    writer_lock,
+)
 from featcache.fit import fit_head
 from featcache.folds import Pool
 from featcache.journal import Journal
@@ -41,6 +47,7 @@ SAMPLERS = ("random", "grid", "tpe")
 SELECTIONS = ("safe", "best")
 _TPE_TRIALS = 16  # of a round, between which it learns
 _MAX_TRIALS = 1_000_000
+_JOURNAL_NAME, _LOCK_NAME = "journal.jsonl", "lock"
 _SHOWN = 10
 
 
@@ -178,18 +185,17 @@ def sweep(
         "prune": prune, "valid_fraction": valid_fraction, "seed": seed,
         "device": torch_device.type,
     }  # fmt: skip
+    propose = functools.partial(_propose, plan, judge.sign) if sampler == "tpe" else None
+    search = Search(plan, judge, pool, propose, progress=progress)
     _say_plan(plan, judge, pool, say)
     journal_folder = folder.absolute().with_name(folder.absolute().name + ".sweep")
     with _locked(journal_folder, folder):
-        journal = Journal(journal_folder / "journal.jsonl", work)
+        journal = Journal(journal_folder / _JOURNAL_NAME, work)
         if journal.entries:
             say(f"going on with what {printable(journal_folder.as_posix())} has")
-        propose = None
-        if sampler == "tpe":
-            propose = functools.partial(_propose, plan, judge.sign)
-        found = Search(plan, judge, pool, journal, propose, progress=progress).search()
+        found = search.search(journal)
         summary = _write(folder, found, pool, judge, work, start=start, overwrite=overwrite)
-        shutil.rmtree(journal_folder, ignore_errors=True)
+        _remove_journal(journal_folder)
     _say_result(summary, found, judge, say)
     return summary
 
@@ -269,7 +275,16 @@ def _locked(journal_folder: Path, run: Path) -> contextlib.AbstractContextManage
     if sys.platform == "win32":  # has no flock
         journal_folder.mkdir(parents=True, exist_ok=True)
         return contextlib.nullcontext()
-    return writer_lock(journal_folder / "lock", f"sweep {run}")
+    return writer_lock(journal_folder / _LOCK_NAME, f"sweep {run}")
+
+
+def _remove_journal(folder: Path) -> None:
+    """Remove what is ours, under its lock; the lock last."""
+    remove_temporaries(folder / _JOURNAL_NAME)
+    for name in (_JOURNAL_NAME, _LOCK_NAME):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # others' files stay
+        folder.rmdir()
 
 
 def _write(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def test_draws_lie_inside_and_fill_the_space() -> None:
             low, high = np.log(ends) if dimension.log else ends
             quarters = np.histogram(shares, bins=4, range=(low, high))[0]
             assert quarters.min() > 60
+    pairs = [(draw["dropout"], math.log(draw["learning_rate"])) for draw in draws]
+    assert abs(np.corrcoef(np.array(pairs).T)[0, 1]) < 0.15, "options are drawn independently"
     for draw in draws:
         build_configs(draw, 5, 2)
 

@@ -25,6 +25,7 @@ from featcache import cli
 from featcache.cache import Cache
 from featcache.cache_writer import SplitRows
 from featcache.errors import CacheError, ConfigError, RunError
+from featcache.files import writer_lock
 from featcache.folds import Pool
 from featcache.metrics import METRICS
 from featcache.partition import choose_rows
@@ -310,7 +311,7 @@ def test_too_few_groups_are_told_before_anything_is_trained(tmp_path: Path) -> N
     cache = make_cache(tmp_path / "c.h5", **rows)
     with pytest.raises(CacheError, match=r"--folds: expected class .* in each of 5 parts"):
         sweep(cache.path, tmp_path / "r", trials=3, folds=5, device="cpu")
-    assert sorted(p.name for p in tmp_path.glob("r*")) in ([], ["r.sweep"])
+    assert [p.name for p in tmp_path.iterdir()] == ["c.h5"]
 
 
 def test_rows_with_views_are_judged_as_they_are(tmp_path: Path) -> None:
@@ -396,6 +397,24 @@ def test_killed_and_gone_on_with_it_ends_as_if_not(
     assert [int(row["trial"]) for row in read_trials(tmp_path / "r")] == list(range(36))
     assert run_files(tmp_path / "r") == run_files(tmp_path / "whole")
     assert not (tmp_path / "r.sweep").exists()
+
+
+def test_other_files_beside_the_journal_stay(
+    tmp_path: Path, go: Callable[..., SweepSummary]
+) -> None:
+    (tmp_path / "r.sweep").mkdir()
+    (tmp_path / "r.sweep" / "mine.txt").write_text("mine")
+    go(trials=2)
+    assert [p.name for p in (tmp_path / "r.sweep").iterdir()] == ["mine.txt"]
+
+
+def test_two_at_once_are_refused(tmp_path: Path, go: Callable[..., SweepSummary]) -> None:
+    pytest.importorskip("fcntl")
+    with (
+        writer_lock(tmp_path / "r.sweep" / "lock", "sweep"),
+        pytest.raises(CacheError, match="expected no other writer"),
+    ):
+        go()
 
 
 def test_another_command_is_refused_by_what_differs(
