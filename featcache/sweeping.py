@@ -17,10 +17,10 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from featcache import __version__
 from featcache.cache import open_cache
 from featcache.errors import ConfigError, printable
 from featcache.files import (
@@ -178,7 +178,7 @@ def sweep(
     judge = Judge(metric, positive, opened.classes, torch_device, prune)
     _check_metric_is_known(judge, pool)
     work = {
-        "format": "featcache-sweep", "version": metadata.version("featcache"),
+        "format": "featcache-sweep", "version": __version__,
         "cache": opened.fingerprint, "payload": opened.payload_sha256, "trials": trials,
         "sampler": sampler, "space": chosen_space.as_json(), "metric": metric,
         "positive": positive, "folds": folds, "repeats": repeats, "select": select,
