@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from featcache.run import load_run
     from featcache.selection import select
     from featcache.splitting import split
+    from featcache.sweeping import sweep
     from featcache.training import train
     from featcache.verification import describe, verify
 
@@ -71,6 +72,7 @@ _MODULES = {
     "scan": "dataset",
     "select": "selection",
     "split": "splitting",
+    "sweep": "sweeping",
     "train": "training",
     "verify": "verification",
     "wrap_backbone": "backbone",
@@ -82,7 +84,7 @@ __all__ = [
     "DataError", "FeatcacheError", "FeatcacheWarning", "HeadClassifier", "Predictions", "RunError",
     "build_backbone", "describe", "evaluate", "extract", "extract_caches", "load_classifier",
     "load_run", "open_cache", "plan", "plan_caches", "predict_cache", "scan", "select", "split",
-    "train", "verify", "wrap_backbone", "write_cache",
+    "sweep", "train", "verify", "wrap_backbone", "write_cache",
 ]  # fmt: skip
 
 

@@ -409,6 +409,70 @@ def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 
 
 @cli.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--trials", type=click.IntRange(min=2), required=True, help="The default head is one of them."
+)
+@click.option(
+    "--sampler", type=click.Choice(["random", "grid", "tpe"]), default="random", show_default=True,
+    help="tpe learns from earlier trials (pip install 'featcache[sweep]').",
+)  # fmt: skip
+@click.option(
+    "--space", type=click.Path(path_type=Path), metavar="FILE.toml",
+    help="What to search, instead of the default space: see below.",
+)  # fmt: skip
+@click.option(
+    "--metric", default="loss", show_default=True,
+    type=click.Choice(
+        ["loss", "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1"]
+    ),
+    help="Of valid, to choose by; the last three are means over the classes, or of --positive.",
+)  # fmt: skip
+@click.option("--positive", metavar="CLASS", help="The class that --metric looks for.")
+@click.option(
+    "--folds", type=click.IntRange(min=2), help="Cross-validate over train and valid, by groups."
+)
+@click.option(
+    "--repeats", type=click.IntRange(min=2), default=5, show_default=True,
+    help="New hold-outs and seeds on which the best few and the default are compared.",
+)  # fmt: skip
+@click.option(
+    "--select", type=click.Choice(["safe", "best"]), default="safe", show_default=True,
+    help="Keep the default unless the best is better beyond doubt, or the best anyway.",
+)  # fmt: skip
+@click.option(
+    "--prune/--no-prune", default=True, show_default=True, help="Give up hopeless trials early."
+)
+@click.option("--valid-fraction", type=float, help="Hold out part of train, by groups.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn.")
+@_DEVICE
+@click.option("--overwrite", is_flag=True, help="Replace an existing run.")
+@_printing
+def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Try many heads on CACHE and write the best to RUN, if it is better than the default.
+
+    \b
+    Example: featcache sweep covid.h5 best --trials 200 --metric roc_auc --positive covid
+
+    FILE.toml has a line per option of train that is to vary; the others stay as they are there:
+
+    \b
+      hidden = [[512, 128], [256], []]
+      learning_rate = { low = 1e-5, high = 1e-2, log = true }
+      dropout = { low = 0.0, high = 0.6, num = 4 }      # num: values in a grid
+      epochs = 20
+
+    Killed, the same command goes on where it stopped.
+    """
+    from featcache.sweeping import sweep as sweep_heads
+
+    say = _say(as_json, quiet)
+    summary = sweep_heads(cache, run, say=say, progress=not quiet, **options)
+    _print(summary.as_json(), [], as_json, quiet)
+
+
+@cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--cache", type=click.Path(path_type=Path), help="Another cache than the run's.")
 @click.option("--split", default="test", show_default=True)

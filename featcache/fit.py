@@ -29,6 +29,10 @@ from featcache.trainer import FORWARD_ROWS, Draw, Rows, Trainer
 _ONE_THREAD_ROWS = 64
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
 
+_SEEDING = threading.Lock()
+"""Held while heads are built: initial weights are drawn from torch's generator, of which there is
+one for all threads."""
+
 
 def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     head_config: HeadConfig,
@@ -98,7 +102,7 @@ def fit_heads(
     device: torch.device,
     train_weights: npt.NDArray[Any] | None = None,
     classes: Sequence[str] | None = None,
-    on_epoch: Callable[[int, dict[str, Any]], None] | None = None,
+    on_epoch: Callable[[int, dict[str, Any]], bool | None] | None = None,
 ) -> list[FitResult]:
     """Train many heads on the same rows in the same order, each as ``fit_head`` would.
 
@@ -117,7 +121,8 @@ def fit_heads(
         train_weights: (N,), as for ``fit_head``.
         classes: Names for the history's columns; None numbers them.
         on_epoch: Called with the number of a job and each row of its history as it is made, from
-            one thread at a time.
+            one thread at a time. Where it answers True, the job is given up: it ends there, and
+            the others of its stack go on the faster.
 
     Returns:
         A result per job, in their order. One whose loss is no longer a finite number ends there.
@@ -144,10 +149,11 @@ def fit_heads(
     results: dict[int, FitResult] = {}
     lock = threading.Lock()
 
-    def tell(number: int, row: dict[str, Any]) -> None:
-        if on_epoch is not None:
-            with lock:
-                on_epoch(number, row)
+    def tell(number: int, row: dict[str, Any]) -> bool:
+        if on_epoch is None:
+            return False
+        with lock:
+            return bool(on_epoch(number, row))
 
     passes = [part for group in _group(jobs, len(features)) for part in _cut(group, jobs, features)]
     with exact_fp32():
@@ -219,14 +225,15 @@ class _Progress:
 
 def _fit_pass(
     numbers: Sequence[int], jobs: Sequence[HeadJob], rows: Rows,
-    tell: Callable[[int, dict[str, Any]], None], num_threads: int | None = None,
+    tell: Callable[[int, dict[str, Any]], bool], num_threads: int | None = None,
 ) -> dict[int, FitResult]:  # fmt: skip
     """Train some heads that share batches and an optimizer; return their results by number."""
     training = jobs[numbers[0]].training
     batch_size = training.rows_per_step(len(rows.features))
     with _few_threads(batch_size, num_threads):
         draw = Draw(rows.features, rows.data_seed)
-        trainer = Trainer([jobs[number] for number in numbers], rows)
+        with _SEEDING:
+            trainer = Trainer([jobs[number] for number in numbers], rows)
         heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
         for epoch in range(1, training.epochs + 1):
             start = time.perf_counter()
@@ -237,8 +244,8 @@ def _fit_pass(
             for place, (head, rate, loss) in enumerate(zip(heads, rates, losses, strict=True)):
                 row = {"epoch": epoch, "train_loss": loss, **valid[place]}
                 row |= {"learning_rate": rate, "seconds": seconds}
-                if head.note(row, trainer.stack, place):
-                    tell(head.number, row)
+                if head.note(row, trainer.stack, place) and tell(head.number, row):
+                    head.is_over = True
             left = [place for place, head in enumerate(heads) if not head.is_over]
             if not left:
                 break

@@ -76,6 +76,111 @@ def compute_metrics(
     }
 
 
+METRICS = ("loss", "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1")
+"""What heads can be chosen by; of ``loss`` less is better."""
+
+_OF_CLASSES = ("roc_auc", "average_precision", "f1")
+
+
+def check_metric(metric: str, positive: str | None, classes: Sequence[str]) -> None:
+    """Refuse what ``compute_score`` could not compute.
+
+    Raises:
+        ConfigError: If there is no such metric or class, or the metric looks for no class.
+    """
+    if metric not in METRICS:
+        raise ConfigError("--metric", expected="one of " + ", ".join(METRICS), found=metric)
+    if positive is not None and metric not in _OF_CLASSES:
+        wanted = "a --metric of one class: " + ", ".join(_OF_CLASSES)
+        raise ConfigError("--positive", expected=wanted, found=f"--metric {metric}")
+    if positive is not None and positive not in classes:
+        raise ConfigError("--positive", expected="one of " + ", ".join(classes), found=positive)
+
+
+def describe_metric(metric: str, positive: str | None) -> str:
+    """Return the metric with its averaging: ``f1 (macro mean over the classes)``."""
+    if metric == "loss":
+        return "loss (mean cross-entropy)"
+    if metric == "balanced_accuracy":
+        return "balanced_accuracy (mean recall over the classes)"
+    if metric not in _OF_CLASSES:
+        return metric
+    mean = "macro mean over the classes" + (", each against the rest" if metric != "f1" else "")
+    return f"{metric} ({mean if positive is None else f'of {positive}, against the rest'})"
+
+
+def compute_score(
+    metric: str,
+    targets: npt.NDArray[Any],
+    probs: npt.NDArray[Any],
+    classes: Sequence[str],
+    positive: str | None = None,
+) -> float | None:
+    """Return one figure, None where it is undefined.
+
+    Args:
+        metric: One of ``METRICS``: ``loss`` is the mean cross-entropy; ``roc_auc``,
+            ``average_precision`` and ``f1`` are macro means over the classes, or those of the
+            positive class.
+        targets: As for ``compute_metrics``, as are the three that follow.
+        probs: (N, C).
+        classes: C names.
+        positive: The class that is looked for.
+
+    Raises:
+        DataError: If the arrays are empty, do not fit each other or hold NaN.
+        ConfigError: If there is no such metric or class, or the metric looks for no class.
+    """
+    check_metric(metric, positive, classes)
+    _check(targets, probs, classes, positive)
+    from sklearn import metrics
+
+    if metric == "loss":
+        of_targets = probs[np.arange(len(targets)), targets].astype(np.float64)
+        return _mean((-np.log(np.maximum(of_targets, np.finfo(np.float64).tiny))).tolist())
+    if metric in {"accuracy", "balanced_accuracy"}:
+        right = probs.argmax(axis=1) == targets
+        if metric == "accuracy":
+            return float(right.mean())
+        return _mean([float(right[targets == i].mean()) for i in np.unique(targets)])
+    wanted = range(len(classes)) if positive is None else [list(classes).index(positive)]
+    if metric == "f1":
+        scores = metrics.f1_score(
+            targets, probs.argmax(axis=1), labels=list(wanted), average=None, zero_division=np.nan
+        )
+        return _number(scores.mean())
+    score = metrics.roc_auc_score if metric == "roc_auc" else metrics.average_precision_score
+    if positive is None:
+        return _one_vs_rest(score, targets, probs)
+    is_class = targets == wanted[0]
+    known = is_class.any() and not is_class.all()
+    return float(score(is_class, probs[:, wanted[0]])) if known else None
+
+
+def paired_interval(
+    differences: Sequence[float], ratio: float, num_compared: int = 1
+) -> tuple[float, float, float]:
+    """Return the mean difference of two heads over splits, and its 95 % interval.
+
+    The corrected resampled t interval (Nadeau and Bengio, 2003; over repeated folds: Bouckaert and
+    Frank, 2004): splits of one data set overlap, which a plain t interval would take for
+    independent evidence.
+
+    Args:
+        differences: One per split, two or more.
+        ratio: Rows judged by over rows trained on.
+        num_compared: Heads of which the best is the one compared: the interval holds for all of
+            them at once (Bonferroni).
+    """
+    from scipy import stats
+
+    number, mean = len(differences), _mean(list(differences))
+    variance = math.fsum((x - mean) ** 2 for x in differences) / (number - 1)
+    quantile = float(stats.t.ppf(1 - 0.05 / (2 * num_compared), number - 1))
+    half = quantile * math.sqrt((1 / number + ratio) * variance)
+    return mean, mean - half, mean + half
+
+
 def _one_vs_rest(score: Any, targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> float | None:
     """Return the mean over the classes of ``score``, each against the rest."""
     values = []

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from featcache.cache import Cache, open_cache
-from featcache.errors import ConfigError, printable
+from featcache.errors import printable
 from featcache.files import new_folder, refuse_existing
 from featcache.fit import fit_head
 from featcache.head import HeadConfig
 from featcache.jobs import TrainingConfig
 from featcache.partition import Part, check_cache, choose_rows, warn_of_leaks
-from featcache.run import relative_path, write_run
-from featcache.runtime import Say, environment_facts, resolve_device, silent
+from featcache.recording import check_seed, check_valid_fraction, record_fit
+from featcache.runtime import Say, resolve_device, silent
 
 _IMBALANCE = 5  # beyond 1:5 the loss of the rare class is easily drowned
 _RECALLS_WIDTH = 52  # with what stands before them: lines of up to 96 characters
@@ -140,7 +140,9 @@ def train(
         class_weights, label_smoothing,
     )  # fmt: skip
     order_seed = seed if data_seed is None else data_seed
-    _check_options(valid_fraction, seed, order_seed)
+    check_seed("--seed", seed)
+    check_seed("--data-seed", order_seed)
+    check_valid_fraction(valid_fraction)
     HeadConfig(1, 2, tuple(hidden), dropout)  # a bad --hidden is told before the cache is read
     torch_device = resolve_device(device)
     opened = open_cache(cache)
@@ -158,16 +160,10 @@ def train(
         )  # fmt: skip
         fit_seconds = time.perf_counter() - fit_start
         num_train, num_valid = (len(part.rows) for part in parts)
-        details = {
-            "batch_size": training.rows_per_step(num_train),
-            "valid_fraction": valid_fraction,
-            "best_epoch": result.best_epoch,
-        }
-        weights_sha256 = write_run(
-            partial, head=head, state=result.state, training=training.as_json() | details,
-            seed=seed, data_seed=order_seed, classes=opened.classes,
-            cache=_cache_facts(opened, folder), history=result.history,
-            environment=environment_facts(torch_device),
+        weights_sha256 = record_fit(
+            partial, folder, opened, head=head, training=training, result=result, seed=seed,
+            data_seed=order_seed, device=torch_device, num_train=num_train,
+            valid_fraction=valid_fraction,
         )  # fmt: skip
     kept = result.history[result.best_epoch - 1]
     summary = TrainSummary(
@@ -186,28 +182,6 @@ def train(
         f"{summary.device}, written to {printable(folder.as_posix())}"
     )
     return summary
-
-
-def _cache_facts(cache: Cache, folder: Path) -> dict[str, Any]:
-    return {
-        "path": relative_path(cache.path, folder),
-        "fingerprint": cache.fingerprint,
-        "identity": cache.identity,
-        "payload_sha256": cache.payload_sha256,
-        "num_failed": len(cache.failures),
-    }
-
-
-def _check_options(valid_fraction: Any, seed: object, data_seed: object) -> None:
-    for option, value in (("--seed", seed), ("--data-seed", data_seed)):
-        if type(value) is not int or not 0 <= value < 1 << 63:
-            raise ConfigError(option, expected="a whole number from 0", found=repr(value))
-    if valid_fraction is not None and not (
-        isinstance(valid_fraction, int | float) and 0 < valid_fraction < 1
-    ):
-        raise ConfigError(
-            "--valid-fraction", expected="a number between 0 and 1", found=repr(valid_fraction)
-        )
 
 
 def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, say: Say) -> None:

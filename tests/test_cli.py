@@ -85,8 +85,8 @@ def assert_one_line_error(result: Result | subprocess.CompletedProcess[str], *pa
 
 def test_every_command_has_help_with_an_example_and_contract_options(run: Any) -> None:
     assert list(cli.cli.commands) == [
-        "demo", "split", "extract", "select", "info", "verify", "train", "evaluate", "predict",
-        "export",
+        "demo", "split", "extract", "select", "info", "verify", "train", "sweep", "evaluate",
+        "predict", "export",
     ]  # fmt: skip
     for name, made in cli.cli.commands.items():
         result = run(name, "--help")

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from featcache.errors import ConfigError, DataError
-from featcache.fit import fit_head, forward_head, predict_probs
+from featcache.fit import fit_head, fit_heads, forward_head, predict_probs
 from featcache.head import HeadConfig, build_head
-from featcache.jobs import FitResult, TrainingConfig, auto_batch_size
+from featcache.jobs import FitResult, HeadJob, TrainingConfig, auto_batch_size
 from featcache.stack import HeadStack, SharedRows
 from featcache.trainer import Draw
 
@@ -546,3 +546,17 @@ def test_cuda_equals_cpu_and_repeats() -> None:
     for name, value in cpu.state.items():
         assert torch.equal(gpu[0].state[name], gpu[1].state[name])
         torch.testing.assert_close(gpu[0].state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_of_passes_side_by_side_get_their_own_initial_weights() -> None:
+    """torch has one generator for all threads: nobody may seed it while another draws."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 64)), np.array([0, 1] * 4)
+    training = TrainingConfig(epochs=1, learning_rate=1e-12)
+    heads = [HeadConfig(64, 2, (width,)) for width in range(100, 140)]  # a pass each
+    jobs = [HeadJob(head, training, seed) for seed, head in enumerate(heads)]
+    for _ in range(3):
+        results = fit_heads(jobs, x, y, data_seed=0, device=CPU)
+        for job, result in zip(jobs, results, strict=True):
+            wanted = build_head(job.head, job.seed).state_dict()["1.weight"].double()
+            assert torch.allclose(result.state["1.weight"], wanted, atol=1e-9)

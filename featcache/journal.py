@@ -1,0 +1,115 @@
+"""A journal: what was done so far, one JSON object a line, so that a killed program can go on.
+
+The first line says what the work is; every other is an entry, synced before it counts. A kill can
+only tear the last line, which is then left out. Preferred to a data base: an entry is one write,
+and nothing in it is ever half done.
+
+Reads and writes: a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import ConfigError
+from featcache.files import canonical_json, disk_error, read_regular, sync_folder, write_bytes
+
+_MAX_BYTES = 1 << 30
+
+
+class Journal:
+    """A journal, opened to be gone on with, or begun.
+
+    Args:
+        path: The file.
+        work: What the work is, a JSON object: ``format``, and all that decides the entries.
+
+    Attributes:
+        entries: Those that are there, in order.
+
+    Raises:
+        ConfigError: If the file has entries of other work (says of which), or is no journal.
+    """
+
+    def __init__(self, path: Path, work: Mapping[str, Any]) -> None:
+        self._path = path
+        self.entries: list[Any] = []
+        lines = _read_lines(path)
+        if not lines:
+            write_bytes(path, _line(work))
+            return
+        try:
+            found, *self.entries = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path) from error
+        if not isinstance(found, dict) or found.get("format") != work.get("format"):
+            raise _damaged(path)
+        if self.entries:
+            _compare(path, json.loads(canonical_json(work)), found)
+        else:  # nothing would be lost
+            write_bytes(path, _line(work))
+
+    def append(self, entry: Any) -> None:
+        """Add an entry; it is there for good when this returns.
+
+        Raises:
+            CacheError: If the disk is full.
+        """
+        line = _line(entry)
+        try:
+            with self._path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise disk_error(error, self._path, len(line)) from error
+        self.entries.append(json.loads(line))
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    """Return the whole lines; what a kill left behind them is cut off."""
+    try:
+        data = read_regular(path, max_bytes=_MAX_BYTES)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _damaged(path) from error
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+            os.fsync(file.fileno())
+        sync_folder(path.parent)
+    return whole.splitlines()
+
+
+def _line(value: Any) -> bytes:
+    return canonical_json(value).encode() + b"\n"
+
+
+def _compare(path: Path, work: Any, found: dict[str, Any]) -> None:
+    keys = [key for key in sorted({*work, *found}) if work.get(key) != found.get(key)]
+    if keys:
+        begun, now = (
+            ", ".join(f"{key} {_brief(side.get(key))}" for key in keys) for side in (found, work)
+        )
+        raise ConfigError(
+            "an unfinished sweep", expected=f"the command that began it: {begun}", found=now,
+            where=path, hint="Repeat that command, or remove this folder to begin anew",
+        )  # fmt: skip
+
+
+def _brief(value: object) -> str:
+    text = value if isinstance(value, str) else canonical_json(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _damaged(path: Path) -> ConfigError:
+    return ConfigError(
+        "an unfinished sweep", expected="its journal", found="another file, or a damaged one",
+        where=path, hint="Remove this folder to begin anew",
+    )  # fmt: skip
