@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import traceback
 import urllib.error
 import zipfile
 from collections.abc import Mapping
@@ -138,6 +139,9 @@ def download_state(url: str) -> tuple[Mapping[str, Any], str]:
                 url, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
     except Exception as error:  # the network, the disk, the hash, the pickle
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        traceback.clear_frames(error.__traceback__)  # torch leaves its connection to the collector
         raise unreachable(url, f"{file}", error) from error
     return state, file_name
 
