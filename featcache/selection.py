@@ -26,7 +26,7 @@ from featcache.compatibility import (
 from featcache.container import is_container
 from featcache.dataset import UNLABELLED
 from featcache.errors import CacheError, ConfigError, printable
-from featcache.files import remove_temporaries, writer_lock
+from featcache.files import make_folder, remove_temporaries, writer_lock
 from featcache.partition import warn_of_leaks
 from featcache.rearrangement import Rearrangement, Row, gather
 from featcache.runtime import Say, environment_facts, silent
@@ -114,7 +114,7 @@ def select(
     path = Path(new)
     sources = [Path(p) for p in ([caches] if isinstance(caches, str | Path) else caches)]
     _check_names_of_caches(sources, path, prefix=prefix)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     folder = partial_folder(path)
     with writer_lock(folder / "lock", f"cache {path.name}"):
         unfinished = (folder / "manifest.json").exists()
