@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from featcache.compiled_stack import WORTH_PARAM_STEPS, load_kernels, one_blas_thread
 from featcache.errors import ConfigError, DataError
 from featcache.head import HeadConfig, state_layout
 from featcache.jobs import FitResult, HeadJob, TrainingConfig
@@ -156,18 +158,37 @@ def fit_heads(
             return bool(on_epoch(number, row))
 
     passes = [part for group in _group(jobs, len(features)) for part in _cut(group, jobs, features)]
-    with exact_fp32():
+    kernels = _kernels_for(jobs, features)
+    blas = one_blas_thread() if kernels is not None else contextlib.nullcontext()
+    with exact_fp32(), blas:
         num_threads = min(len(passes), available_cores()) if device.type == "cpu" else 1
         if num_threads <= 1:
             for part in passes:
-                results |= _fit_pass(part, jobs, rows, tell)
+                results |= _fit_pass(part, jobs, rows, tell, kernels)
         else:
             with Threads("fit", num_threads, wait=True) as threads:
                 for future in [
-                    threads.submit(_fit_pass, part, jobs, rows, tell, 1) for part in passes
+                    threads.submit(_fit_pass, part, jobs, rows, tell, kernels, 1) for part in passes
                 ]:
                     results |= future.result()
     return [results[number] for number in range(len(jobs))]
+
+
+def _kernels_for(jobs: Sequence[HeadJob], features: Tensor) -> ModuleType | None:
+    """Return compiled code if it can train on the features and is worth being loaded."""
+    if features.device.type != "cpu" or features.dtype != torch.float32:
+        return None
+    work = 0
+    for job in jobs:
+        num_steps = job.training.epochs * math.ceil(
+            len(features) / job.training.rows_per_step(len(features))
+        )
+        work += num_steps * _num_params(job.head)
+    return load_kernels() if work >= WORTH_PARAM_STEPS else None
+
+
+def _num_params(head: HeadConfig) -> int:
+    return sum(math.prod(shape) for _, shape in state_layout(head).values())
 
 
 def _group(jobs: Sequence[HeadJob], num_rows: int) -> list[list[int]]:
@@ -186,8 +207,7 @@ def _cut(group: list[int], jobs: Sequence[HeadJob], features: Tensor) -> list[li
     """Cut a stack into passes whose parameters, gradients and moments stay in the cache."""
     size = len(group)
     if features.device.type == "cpu":
-        shapes = state_layout(jobs[group[0]].head).values()
-        head_bytes = 4 * features.element_size() * sum(math.prod(shape) for _, shape in shapes)
+        head_bytes = 4 * features.element_size() * _num_params(jobs[group[0]].head)
         size = max(1, min(_HEADS_PER_PASS, _PASS_BYTES // head_bytes))
     return [group[i : i + size] for i in range(0, len(group), size)]
 
@@ -225,7 +245,8 @@ class _Progress:
 
 def _fit_pass(
     numbers: Sequence[int], jobs: Sequence[HeadJob], rows: Rows,
-    tell: Callable[[int, dict[str, Any]], bool], num_threads: int | None = None,
+    tell: Callable[[int, dict[str, Any]], bool], kernels: ModuleType | None,
+    num_threads: int | None = None,
 ) -> dict[int, FitResult]:  # fmt: skip
     """Train some heads that share batches and an optimizer; return their results by number."""
     training = jobs[numbers[0]].training
@@ -233,7 +254,7 @@ def _fit_pass(
     with _few_threads(batch_size, num_threads):
         draw = Draw(rows.features, rows.data_seed)
         with _SEEDING:
-            trainer = Trainer([jobs[number] for number in numbers], rows)
+            trainer = Trainer([jobs[number] for number in numbers], rows, kernels)
         heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
         for epoch in range(1, training.epochs + 1):
             start = time.perf_counter()

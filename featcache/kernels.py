@@ -12,14 +12,11 @@ Reads: arrays. Writes: the array given last. Raises ``ImportError`` where there 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
-import numba
 import numpy as np
 import numpy.typing as npt
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+from featcache.compiling import compiled, part
+
 _Bytes = npt.NDArray[np.uint8]
 
 WEIGHT_BITS = 22
@@ -28,27 +25,10 @@ WEIGHT_BITS = 22
 _HALF = 1 << (WEIGHT_BITS - 1)
 
 
-def _compiled(signature: str) -> Callable[[_Function], _Function]:
-    """Compile now, for one signature, and keep it on the disk if there is a place for it."""
-
-    def compile_now(function: _Function) -> _Function:
-        try:  # beside this file, else in NUMBA_CACHE_DIR or the user's cache folder
-            return cast(_Function, numba.njit(signature, nogil=True, cache=True)(function))
-        except (OSError, RuntimeError):  # none of them can be written to
-            return cast(_Function, numba.njit(signature, nogil=True)(function))
-
-    return compile_now
-
-
-def _part(function: _Function) -> _Function:
-    """Compile with the kernel that calls it."""
-    return cast(_Function, numba.njit(nogil=True)(function))
-
-
 # --- PNG's row filters. ``step`` is the number of bytes from a pixel to the next.
 
 
-@_part
+@part
 def _add_left(source: _Bytes, step: int, row: _Bytes) -> None:
     for channel in range(step):
         value = np.uint8(0)
@@ -57,7 +37,7 @@ def _add_left(source: _Bytes, step: int, row: _Bytes) -> None:
             row[x] = value
 
 
-@_part
+@part
 def _add_average(above: _Bytes, source: _Bytes, step: int, row: _Bytes) -> None:
     for channel in range(step):
         left = 0
@@ -66,7 +46,7 @@ def _add_average(above: _Bytes, source: _Bytes, step: int, row: _Bytes) -> None:
             row[x] = left
 
 
-@_part
+@part
 def _paeth(left: Any, above: Any, corner: Any) -> Any:
     """Return the one of three int64 neighbours that is closest to left + above - corner."""
     to_left, to_above = above - corner, left - corner
@@ -76,7 +56,7 @@ def _paeth(left: Any, above: Any, corner: Any) -> Any:
     return left if to_left <= min(to_above, to_corner) else other
 
 
-@_part
+@part
 def _add_paeth(above: _Bytes, source: _Bytes, step: int, row: _Bytes) -> None:
     for channel in range(step):
         left = corner = np.int64(0)
@@ -87,7 +67,7 @@ def _add_paeth(above: _Bytes, source: _Bytes, step: int, row: _Bytes) -> None:
             corner = upper
 
 
-@_part
+@part
 def _add_paeth_twice(above: _Bytes, sources: _Bytes, step: int, rows: _Bytes) -> None:
     """Undo two rows together, the second one pixel behind: each waits while the other computes."""
     source, next_source, row, next_row = sources[0, 1:], sources[1, 1:], rows[0], rows[1]
@@ -108,7 +88,7 @@ def _add_paeth_twice(above: _Bytes, sources: _Bytes, step: int, rows: _Bytes) ->
         next_row[last] = next_source[last] + _paeth(next_left, left, next_corner)
 
 
-@_compiled("boolean(Array(uint8, 2, 'C', readonly=True), int64, uint8[:, ::1])")
+@compiled("boolean(Array(uint8, 2, 'C', readonly=True), int64, uint8[:, ::1])")
 def unfilter(rows: _Bytes, step: int, out: _Bytes) -> bool:
     """Undo the row filters of a PNG.
 
@@ -153,7 +133,7 @@ def unfilter(rows: _Bytes, step: int, out: _Bytes) -> bool:
 # --- Deep greyscale
 
 
-@_compiled(
+@compiled(
     "void(Array(uint16, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True), u1[::1])"
 )
 def look_up(values: npt.NDArray[np.uint16], table: _Bytes, out: _Bytes) -> None:
@@ -165,12 +145,12 @@ def look_up(values: npt.NDArray[np.uint16], table: _Bytes, out: _Bytes) -> None:
 # --- Resampling. A plane is one channel of one row; the planes of an image are counted through.
 
 
-@_part
+@part
 def _to_byte(total: Any) -> Any:
     return min(max(total >> WEIGHT_BITS, 0), 255)
 
 
-@_part
+@part
 def _take_three(source: _Bytes, channels: int, number: int, planes: _Bytes) -> None:
     """Copy three planes: a row's three channels, or three rows of grey (the last again at the end).
 
@@ -189,7 +169,7 @@ def _take_three(source: _Bytes, channels: int, number: int, planes: _Bytes) -> N
                 planes[i, x] = row[x]
 
 
-@_part
+@part
 def _narrow_three(
     planes: _Bytes, starts: npt.NDArray[np.int64], weights: npt.NDArray[np.int32], narrow: _Bytes
 ) -> None:
@@ -210,7 +190,7 @@ def _narrow_three(
         narrow[2, x] = _to_byte(sum_2)
 
 
-@_compiled(
+@compiled(
     "void(Array(uint8, 2, 'C', readonly=True), int64, Array(int64, 1, 'C', readonly=True),"
     " Array(int32, 2, 'C', readonly=True), Array(int64, 1, 'C', readonly=True),"
     " Array(int32, 2, 'C', readonly=True), uint8[:, ::1])"

@@ -15,7 +15,12 @@ _ADAM_BETAS, _ADAM_EPS, _SGD_MOMENTUM = (0.9, 0.999), 1e-8, 0.9  # Adam's: torch
 class StackOptimizer:
     """Adam, AdamW or SGD with momentum for K heads: the kernels of torch.optim's ``fused=True``.
 
-    They are called directly because constructing any ``torch.optim.Optimizer`` imports
+    Attributes:
+        kind: One of ``OPTIMIZERS``.
+        first: (K, P), first moments; of SGD the momentum.
+        second: (K, P), second moments.
+
+    The kernels are called directly because constructing any ``torch.optim.Optimizer`` imports
     ``torch._dynamo``: 2.2 s of a cold process, more than the whole training of a head. A kernel
     passes over parameters, gradients and moments once, 28 bytes a parameter.
 
@@ -30,22 +35,37 @@ class StackOptimizer:
     def __init__(
         self, kind: str, params: Tensor, grads: Tensor, weight_decays: Sequence[float]
     ) -> None:
-        self._kind, self._weight_decays = kind, list(weight_decays)
-        self._first = torch.zeros_like(params)
-        self._second = torch.zeros_like(params) if kind != "sgd" else self._first
+        self.kind, self._weight_decays = kind, list(weight_decays)
+        self.first = torch.zeros_like(params)
+        self.second = torch.zeros_like(params) if kind != "sgd" else self.first
         self._step = torch.zeros((), device=params.device)
         self._bind(params, grads)
 
     def _bind(self, params: Tensor, grads: Tensor) -> None:
-        self._rows = list(zip(params, grads, self._first, self._second, strict=True))
+        self._rows = list(zip(params, grads, self.first, self.second, strict=True))
 
     def keep(self, heads: Sequence[int], params: Tensor, grads: Tensor) -> None:
         """Give up all but some heads, whose parameters and gradients now lie elsewhere."""
         index = torch.tensor(heads, device=params.device)
-        self._first = self._first[index]
-        self._second = self._second[index] if self._kind != "sgd" else self._first
+        self.first = self.first[index]
+        self.second = self.second[index] if self.kind != "sgd" else self.first
         self._weight_decays = [self._weight_decays[head] for head in heads]
         self._bind(params, grads)
+
+    def next_settings(self, rates: Sequence[float]) -> Tensor:
+        """Count a step that compiled code takes; return what it needs to know.
+
+        Returns:
+            (K, 4): learning rate, weight decay, and Adam's two corrections, 1 - beta ** steps.
+        """
+        self._step += 1
+        corrections = [1 - beta ** self._step.item() for beta in _ADAM_BETAS]
+        return torch.tensor(
+            [
+                [rate, decay, *corrections]
+                for rate, decay in zip(rates, self._weight_decays, strict=True)
+            ]
+        )
 
     def step(self, rates: Sequence[float]) -> None:
         """Move every head against its gradient, each at its own rate."""
@@ -53,14 +73,14 @@ class StackOptimizer:
         for (param, grad, first, second), rate, decay in zip(
             self._rows, rates, self._weight_decays, strict=True
         ):
-            if self._kind == "sgd":
+            if self.kind == "sgd":
                 torch._fused_sgd_(
                     [param], [grad], [first], lr=rate, weight_decay=decay,
                     momentum=_SGD_MOMENTUM, dampening=0.0, nesterov=False, maximize=False,
                     is_first_step=False,  # the momentum is there, and zero
                 )  # fmt: skip
             else:
-                kernel = torch._fused_adam_ if self._kind == "adam" else torch._fused_adamw_
+                kernel = torch._fused_adam_ if self.kind == "adam" else torch._fused_adamw_
                 kernel(
                     [param], [grad], [first], [second], [], [self._step], lr=rate,
                     beta1=_ADAM_BETAS[0], beta2=_ADAM_BETAS[1], weight_decay=decay,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,8 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featcache.errors import ConfigError
+from featcache.compiled_stack import CompiledSteps
 from featcache.jobs import HeadJob
+from featcache.loss import (
+    binary_cross_entropy,
+    cross_entropy,
+    want_classes,
+    want_labels,
+    weigh_classes,
+)
 from featcache.optimizer import StackOptimizer
 from featcache.stack import HeadStack, SharedRows
 
@@ -32,10 +40,10 @@ class Rows:
 
     Attributes:
         features: (N, D) or (N, V, D).
-        targets: (N,) int64.
+        targets: (N,) int64, or (N, C) of 0, 1 and NaN = unknown: several labels a row.
         weights: (N,) of the rows, or None.
         valid_features: (M, D), or None: there is nothing to judge by.
-        valid_targets: (M,), or None.
+        valid_targets: (M,) or (M, C), or None.
         names: Of the classes, for the history's columns.
         data_seed: Of the order and the views.
     """
@@ -50,13 +58,23 @@ class Rows:
 
 
 class Trainer:
-    """A stack, its loss and its optimizer."""
+    """A stack, its loss and its optimizer.
 
-    def __init__(self, jobs: Sequence[HeadJob], rows: Rows) -> None:
+    Args:
+        jobs: The heads; they share batches and an optimizer.
+        rows: What they are trained on.
+        kernels: Take the steps by compiled code, from ``compiled_stack.load_kernels``.
+    """
+
+    def __init__(
+        self, jobs: Sequence[HeadJob], rows: Rows, kernels: ModuleType | None = None
+    ) -> None:
         self._rows, features = rows, rows.features
+        has_labels = rows.targets.ndim == 2
+        self._want = want_labels if has_labels else want_classes
         self.stack = HeadStack(
             jobs[0].head, [job.head.dropout for job in jobs], [job.seed for job in jobs],
-            features.device, features.dtype,
+            features.device, features.dtype, binary_cross_entropy if has_labels else cross_entropy,
         )  # fmt: skip
         self._optimizer = StackOptimizer(
             jobs[0].training.optimizer, self.stack.params, self.stack.grads,
@@ -68,44 +86,53 @@ class Trainer:
         self._losses = list(dict.fromkeys(losses))
         self._loss_of = [self._losses.index(loss) for loss in losses]
         self._weights = [
-            _class_weights(kind, rows.targets, num_classes, features.dtype)
+            weigh_classes(kind, rows.targets, num_classes, features.dtype)
             for kind, _ in self._losses
         ]
-        self._num_classes = num_classes
+        self._kernels = kernels
+        self._bind()
+
+    def _bind(self) -> None:
+        """Choose what takes the steps."""
+        self._compiled = (
+            None
+            if self._kernels is None
+            else CompiledSteps(self._kernels, self.stack, self._optimizer)
+        )
 
     def keep(self, heads: Sequence[int]) -> None:
         """Give up all but some heads."""
         self.stack = self.stack.keep(heads)
         self._optimizer.keep(heads, self.stack.params, self.stack.grads)
         self._loss_of = [self._loss_of[head] for head in heads]
+        self._bind()
 
     def epoch(self, batches: list[_Batch], rates: Sequence[float]) -> list[float]:
         """Take one step per batch; return each head's mean loss, batches weighed by their rows."""
         total = self._rows.features.new_zeros(len(self.stack))
         for batch in batches:
-            shared = SharedRows.of(self._rows.features[batch])
-            losses = self.stack.backward(shared, self._wanted(batch[0]))
-            self._optimizer.step(rates)
+            losses = self._step(self._rows.features[batch], self._wanted(batch[0]), rates)
             total.add_(losses, alpha=len(batch[0]))
         means: list[float] = (total / sum(len(batch[0]) for batch in batches)).tolist()
         return means
 
-    def _wanted(self, rows: Tensor) -> Tensor:
-        """Return by what each class' negative log-probability counts: see ``HeadStack.backward``.
+    def _step(self, rows: Tensor, wanted: Tensor, rates: Sequence[float]) -> Tensor:
+        """Move the heads against their losses (K,), which are returned."""
+        if self._compiled is not None:
+            return self._compiled.step(rows, wanted, rates)
+        losses = self.stack.backward(SharedRows.of(rows), wanted)
+        self._optimizer.step(rates)
+        return losses
 
-        As in ``torch.nn.functional.cross_entropy``: the mean is over the weights of the targets.
-        """
-        like, targets = self._rows.features, self._rows.targets[rows]
-        one_hot = functional.one_hot(targets, self._num_classes).to(like.dtype)
-        wanted = []
-        for weights, (_, smoothing) in zip(self._weights, self._losses, strict=True):
-            of_targets = weights[targets]
-            part = (one_hot * (1 - smoothing)) * of_targets[:, None]
-            part += weights * (smoothing / self._num_classes)
-            if self._rows.weights is not None:
-                part *= self._rows.weights[rows][:, None]
-                of_targets = of_targets * self._rows.weights[rows]
-            wanted.append(part / of_targets.sum())
+    def _wanted(self, rows: Tensor) -> Tensor:
+        """Return what each head's loss wants of a batch: see module ``loss``."""
+        targets, row_weights = self._rows.targets[rows], self._rows.weights
+        if row_weights is not None:
+            row_weights = row_weights[rows]
+        wanted = [
+            self._want(targets, weights, smoothing, row_weights)
+            for weights, (_, smoothing) in zip(self._weights, self._losses, strict=True)
+        ]
         if len(wanted) == 1:
             return wanted[0].expand(len(self.stack), *wanted[0].shape)
         return torch.stack(wanted)[self._loss_of]
@@ -122,6 +149,8 @@ class Trainer:
 def _judge(logits: Tensor, targets: npt.NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
     """Return the validation columns of a history row from logits (M, C)."""
     logits = logits.double()
+    if targets.ndim == 2:
+        return _judge_labels(logits, targets, names)
     loss = functional.cross_entropy(logits, torch.from_numpy(targets.astype(np.int64))).item()
     right = logits.argmax(1).numpy() == targets
     recalls = {
@@ -129,6 +158,23 @@ def _judge(logits: Tensor, targets: npt.NDArray[Any], names: Sequence[str]) -> d
         for i, name in enumerate(names)
     }
     return {"valid_loss": loss, "valid_accuracy": right.mean().item(), **recalls}
+
+
+def _judge_labels(
+    logits: Tensor, targets: npt.NDArray[Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """As ``_judge``, over the known targets; above 0.5 is a yes."""
+    wanted = torch.from_numpy(targets.astype(np.float64))
+    known = ~wanted.isnan()
+    loss = functional.binary_cross_entropy_with_logits(logits[known], wanted[known]).item()
+    right = (logits > 0) == (wanted == 1)
+    recalls = {
+        f"valid_recall_{name}": right[:, i][is_one].double().mean().item() if is_one.any() else None
+        for i, (name, is_one) in enumerate(zip(names, (wanted == 1).T, strict=True))
+    }
+    return {
+        "valid_loss": loss, "valid_accuracy": right[known].double().mean().item(), **recalls,
+    }  # fmt: skip
 
 
 class Draw:
@@ -152,17 +198,3 @@ class Draw:
         if len(batches[-1][0]) == 1:  # batch norm cannot train on one row (pytorch#4534)
             batches.pop()
         return batches
-
-
-def _class_weights(
-    kind: str | tuple[float, ...], targets: Tensor, num_classes: int, dtype: torch.dtype
-) -> Tensor:
-    if isinstance(kind, tuple):
-        if len(kind) != num_classes:
-            found = len(kind)
-            raise ConfigError("--class-weights", expected=f"{num_classes} numbers", found=found)
-        return torch.tensor(kind, dtype=dtype, device=targets.device)
-    if kind == "none":
-        return torch.ones(num_classes, dtype=dtype, device=targets.device)
-    counts = torch.bincount(targets, minlength=num_classes).clamp(min=1)
-    return (len(targets) / (num_classes * counts.double())).to(dtype)

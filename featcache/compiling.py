@@ -1,0 +1,32 @@
+"""Functions compiled by Numba, with one rule for where the result is kept. They release the GIL.
+
+Reads, writes: Numba's cache, beside the package or in the user's cache folder. Raises
+``ImportError`` where there is no Numba.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def compiled(signature: str) -> Callable[[_Function], _Function]:
+    """Compile now, for one signature, and keep it on the disk if there is a place for it."""
+
+    def compile_now(function: _Function) -> _Function:
+        options = {"nogil": True, "error_model": "numpy"}
+        try:  # beside its file, else in NUMBA_CACHE_DIR or the user's cache folder
+            return cast(_Function, numba.njit(signature, cache=True, **options)(function))
+        except (OSError, RuntimeError):  # none of them can be written to
+            return cast(_Function, numba.njit(signature, **options)(function))
+
+    return compile_now
+
+
+def part(function: _Function) -> _Function:
+    """Compile with the kernel that calls it."""
+    return cast(_Function, numba.njit(nogil=True, error_model="numpy")(function))
