@@ -119,7 +119,7 @@ def _linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None
     """Return a layer as ``nn.Linear`` makes it, but drawn from ``generator``."""
     if generator is None:
         return nn.Linear(num_inputs, num_outputs)
-    layer = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs)
+    layer = nn.Linear(num_inputs, num_outputs, device="meta").to_empty(device="cpu")
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(num_inputs)
     nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
