@@ -46,7 +46,9 @@ class Journal:
             found, *self.entries = [json.loads(line) for line in lines]
         except (ValueError, RecursionError) as error:
             raise _damaged(path) from error
-        if not isinstance(found, dict) or found.get("format") != work.get("format"):
+        if not all(isinstance(line, dict) for line in (found, *self.entries)):
+            raise _damaged(path)
+        if found.get("format") != work.get("format"):
             raise _damaged(path)
         if self.entries:
             _compare(path, json.loads(canonical_json(work)), found)
