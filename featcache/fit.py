@@ -31,10 +31,6 @@ from featcache.trainer import FORWARD_ROWS, Draw, Rows, Trainer
 _ONE_THREAD_ROWS = 64
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
 
-_SEEDING = threading.Lock()
-"""Held while heads are built: initial weights are drawn from torch's generator, of which there is
-one for all threads."""
-
 
 def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     head_config: HeadConfig,
@@ -253,8 +249,7 @@ def _fit_pass(
     batch_size = training.rows_per_step(len(rows.features))
     with _few_threads(batch_size, num_threads):
         draw = Draw(rows.features, rows.data_seed)
-        with _SEEDING:
-            trainer = Trainer([jobs[number] for number in numbers], rows, kernels)
+        trainer = Trainer([jobs[number] for number in numbers], rows, kernels)
         heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
         for epoch in range(1, training.epochs + 1):
             start = time.perf_counter()

@@ -10,6 +10,7 @@ the head of the tutorial this project grew from, so its state dict fits wherever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,34 +86,44 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def build_head(config: HeadConfig, seed: int | None = None) -> nn.Sequential:
+def build_head(config: HeadConfig, seed: int | torch.Generator | None = None) -> nn.Sequential:
     """Return an untrained head on the CPU, in train mode, mapping (B, D) to logits (B, C).
 
     Args:
         config: The shape of the head.
-        seed: Gives the same initial weights every time and leaves the caller's random state
-            alone; the weights are those of ``torch.manual_seed(seed)`` and the layers built by
-            hand. None draws from torch's global generator.
+        seed: Gives the same initial weights every time: those of ``torch.manual_seed(seed)`` and
+            the layers built by hand. torch's global generator, of which there is one for all
+            threads, is neither used nor touched. A generator on the CPU is drawn from as it
+            stands. None draws from torch's global generator.
     """
-    if seed is None:
-        return nn.Sequential(*_layers(config))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return nn.Sequential(*_layers(config))
+    if seed is not None and not isinstance(seed, torch.Generator):
+        seed = torch.Generator().manual_seed(seed)
+    return nn.Sequential(*_layers(config, seed))
 
 
-def _layers(config: HeadConfig) -> list[nn.Module]:
+def _layers(config: HeadConfig, generator: torch.Generator | None = None) -> list[nn.Module]:
     layers: list[nn.Module] = []
     width = config.num_features
     for next_width in config.hidden:
-        layers += [nn.BatchNorm1d(width), nn.Linear(width, next_width), nn.ReLU()]
+        layers += [nn.BatchNorm1d(width), _linear(width, next_width, generator), nn.ReLU()]
         width = next_width
     return [
         *layers,
         nn.BatchNorm1d(width),
         nn.Dropout(config.dropout),
-        nn.Linear(width, config.num_classes),
+        _linear(width, config.num_classes, generator),
     ]
+
+
+def _linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None) -> nn.Linear:
+    """Return a layer as ``nn.Linear`` makes it, but drawn from ``generator``."""
+    if generator is None:
+        return nn.Linear(num_inputs, num_outputs)
+    layer = nn.Linear(num_inputs, num_outputs, device="meta").to_empty(device="cpu")
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    bound = 1 / math.sqrt(num_inputs)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    return layer
 
 
 def state_layout(config: HeadConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

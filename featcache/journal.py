@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, printable
 from featcache.files import canonical_json, disk_error, read_regular, sync_folder, write_bytes
 
 _MAX_BYTES = 1 << 30
@@ -46,7 +46,9 @@ class Journal:
             found, *self.entries = [json.loads(line) for line in lines]
         except (ValueError, RecursionError) as error:
             raise _damaged(path) from error
-        if not isinstance(found, dict) or found.get("format") != work.get("format"):
+        if not all(isinstance(line, dict) for line in (found, *self.entries)):
+            raise _damaged(path)
+        if found.get("format") != work.get("format"):
             raise _damaged(path)
         if self.entries:
             _compare(path, json.loads(canonical_json(work)), found)
@@ -99,7 +101,7 @@ def _compare(path: Path, work: Any, found: dict[str, Any]) -> None:
         )
         raise ConfigError(
             "an unfinished sweep", expected=f"the command that began it: {begun}", found=now,
-            where=path, hint="Repeat that command, or remove this folder to begin anew",
+            where=path, hint=f"Repeat that command; {_begin_anew(path)}",
         )  # fmt: skip
 
 
@@ -111,5 +113,9 @@ def _brief(value: object) -> str:
 def _damaged(path: Path) -> ConfigError:
     return ConfigError(
         "an unfinished sweep", expected="its journal", found="another file, or a damaged one",
-        where=path, hint="Remove this folder to begin anew",
+        where=path, hint=f"It cannot be gone on with; {_begin_anew(path)}",
     )  # fmt: skip
+
+
+def _begin_anew(path: Path) -> str:
+    return f"to begin anew, remove the folder {printable(path.parent.name)}"

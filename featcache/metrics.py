@@ -145,6 +145,8 @@ def compute_score(
         return _mean([float(right[targets == i].mean()) for i in np.unique(targets)])
     wanted = range(len(classes)) if positive is None else [list(classes).index(positive)]
     if metric == "f1":
+        if not np.isin(wanted, targets).all():  # 0 or undefined, as the predictions happen to be
+            return None
         scores = metrics.f1_score(
             targets, probs.argmax(axis=1), labels=list(wanted), average=None, zero_division=np.nan
         )

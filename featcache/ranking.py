@@ -101,9 +101,10 @@ def decide(scores: Scores, sign: int, ratio: float, select: str) -> Decision:
 
 def ranking_lines(ranked: Sequence[Trial], metric: str) -> Iterator[str]:
     """Yield a table of trials, best first."""
-    yield f"{'trial':>5}  {metric:>10}  options (trial 0 is the default head)"
+    width = max(len(metric), 8)
+    yield f"{'trial':>5}  {metric:>{width}}  options (trial 0 is the default head)"
     for trial in ranked:
-        yield f"{trial.number:>5}  {trial.score:>10.4f}  {options_text(trial.params)}"
+        yield f"{trial.number:>5}  {trial.score:>{width}.4f}  {options_text(trial.params)}"
 
 
 def decision_lines(decision: Decision, metric: str, sign: int) -> Iterator[str]:

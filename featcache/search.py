@@ -116,17 +116,20 @@ class Search:
         num_trials = sum(map(len, rounds)) or self._plan.num_trials
         num_done = sum("trials" in entry for entry in self._journal.entries)
         with self._bar("trial", num_trials, len(self._trials)) as bar:
-            while len(self._trials) < num_trials:
+            while len(self._trials) < num_trials and not self._default_has_failed():
                 propose = self._propose
                 self._round(propose(self._trials, num_done) if propose else rounds[num_done], bar)
                 num_done += 1
-        self._trials.sort(key=lambda trial: trial.number)
-        if self._trials[0].state == "failed":
+        if self._default_has_failed():
             raise _default_failed()
+        self._trials.sort(key=lambda trial: trial.number)
         ranked = rank(self._trials, self._judge.sign)
         finalists = [trial for trial in ranked if trial.number][:NUM_FINALISTS]
         decision = self._repeat(finalists) if finalists else None
         return Found(self._trials, ranked, decision, self._num_head_steps)
+
+    def _default_has_failed(self) -> bool:
+        return any(trial.state == "failed" for trial in self._trials[:1])  # it comes first
 
     def _round(self, params: Mapping[int, Params], bar: Any) -> None:
         before, unfinished = bar.n, {number: len(self._folds) for number in params}

@@ -323,12 +323,8 @@ def _initialise(
     config: HeadConfig, seed: int, device: torch.device
 ) -> tuple[dict[str, Tensor], torch.Generator]:
     """Return the initial state of a head on the CPU, and what its dropout masks are drawn by."""
-    generator = torch.Generator(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        state = build_head(config).state_dict()
-        if device.type == "cpu":  # the same stream goes on
-            generator.set_state(torch.default_generator.get_state())
-        else:
-            generator.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    state = build_head(config, generator).state_dict()
+    if device.type != "cpu":  # on a CPU the same stream goes on
+        generator = torch.Generator(device).manual_seed(seed)
     return state, generator

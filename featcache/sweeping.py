@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import sys
 import time
 import warnings
@@ -22,9 +23,11 @@ from typing import Any
 
 from featcache import __version__
 from featcache.cache import open_cache
-from featcache.errors import ConfigError, printable
+from featcache.errors import ConfigError, RunError, printable
 from featcache.files import (
+    canonical_json,
     new_folder,
+    read_regular,
     refuse_existing,
     remove_temporaries,
     write_csv,
@@ -47,7 +50,8 @@ SAMPLERS = ("random", "grid", "tpe")
 SELECTIONS = ("safe", "best")
 _TPE_TRIALS = 16  # of a round, between which it learns
 _MAX_TRIALS = 1_000_000
-_JOURNAL_NAME, _LOCK_NAME = "journal.jsonl", "lock"
+_JOURNAL_NAME, _LOCK_NAME, _ANSWER_NAME = "journal.jsonl", "lock", "sweep.json"
+_MAX_ANSWER_BYTES = 1 << 24
 _SHOWN = 10
 
 
@@ -160,7 +164,9 @@ def sweep(
         >>> featcache.sweep("covid.h5", "runs/best", trials=200)  # doctest: +SKIP
     """
     start, folder = time.perf_counter(), Path(run)
-    refuse_existing(folder, overwrite=overwrite)
+    journal_folder = folder.absolute().with_name(folder.absolute().name + ".sweep")
+    if not (journal_folder / _JOURNAL_NAME).exists():
+        refuse_existing(folder, overwrite=overwrite)
     _check_options(trials, sampler, folds, repeats, select)
     check_seed("--seed", seed)
     check_valid_fraction(valid_fraction)
@@ -176,10 +182,12 @@ def sweep(
         check_grid(chosen_space, trials)
     plan = Plan(trials, sampler, chosen_space, folds, repeats, select, seed)
     judge = Judge(metric, positive, opened.classes, torch_device, prune)
-    _check_metric_is_known(judge, pool)
+    if folds is None:  # every fold has rows of every class, as has every hold-out
+        _check_metric_is_known(judge, pool)
     work = {
         "format": "featcache-sweep", "version": __version__,
-        "cache": opened.fingerprint, "payload": opened.payload_sha256, "trials": trials,
+        "cache_fingerprint": opened.fingerprint, "cache_sha256": opened.payload_sha256,
+        "trials": trials,
         "sampler": sampler, "space": chosen_space.as_json(), "metric": metric,
         "positive": positive, "folds": folds, "repeats": repeats, "select": select,
         "prune": prune, "valid_fraction": valid_fraction, "seed": seed,
@@ -188,8 +196,8 @@ def sweep(
     propose = functools.partial(_propose, plan, judge.sign) if sampler == "tpe" else None
     search = Search(plan, judge, pool, propose, progress=progress)
     _say_plan(plan, judge, pool, say)
-    journal_folder = folder.absolute().with_name(folder.absolute().name + ".sweep")
     with _locked(journal_folder, folder):
+        overwrite = _may_replace(folder, journal_folder, work, overwrite=overwrite)
         journal = Journal(journal_folder / _JOURNAL_NAME, work)
         if journal.entries:
             say(f"going on with what {printable(journal_folder.as_posix())} has")
@@ -278,6 +286,37 @@ def _locked(journal_folder: Path, run: Path) -> contextlib.AbstractContextManage
     return writer_lock(journal_folder / _LOCK_NAME, f"sweep {run}")
 
 
+def _may_replace(
+    folder: Path, journal_folder: Path, work: Mapping[str, Any], *, overwrite: bool
+) -> bool:
+    """Return whether a run that is there may be replaced, now that no other sweep can make one.
+
+    A sweep that was killed between writing its run and removing its journal writes it once more.
+
+    Raises:
+        RunError: If one is there that may not: another sweep's that ended before the lock was ours.
+    """
+    has_journal = (journal_folder / _JOURNAL_NAME).exists()
+    if has_journal and _read_work(folder) == json.loads(canonical_json(work)):
+        return True
+    try:
+        refuse_existing(folder, overwrite=overwrite)
+    except RunError:
+        if not has_journal:
+            _remove_journal(journal_folder)
+        raise
+    return overwrite
+
+
+def _read_work(run: Path) -> Any:
+    """Return what the sweep that wrote a run was asked, None if no sweep did."""
+    try:
+        data = read_regular(run / _ANSWER_NAME, max_bytes=_MAX_ANSWER_BYTES)
+        return json.loads(data)["sweep"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def _remove_journal(folder: Path) -> None:
     """Remove what is ours, under its lock; the lock last."""
     remove_temporaries(folder / _JOURNAL_NAME)
@@ -308,7 +347,7 @@ def _write(
             details={"sweep": {"trial": found.chosen, "trials": len(found.trials)}},
         )  # fmt: skip
         write_csv(partial / "trials.csv", *trial_rows(found.trials))
-        write_json(partial / "sweep.json", {"sweep": dict(work), "decision": decision})
+        write_json(partial / _ANSWER_NAME, {"sweep": dict(work), "decision": decision})
     kept = result.history[result.best_epoch - 1]
     return SweepSummary(
         run=folder, num_trials=len(found.trials),
@@ -366,7 +405,9 @@ def _say_result(summary: SweepSummary, found: Found, judge: Judge, say: Say) -> 
     if summary.failed:
         numbers = ", ".join(map(str, summary.failed[:20]))
         say(f"failed, for the loss was no number: {summary.num_failed:,} trials ({numbers})")
-    if found.decision is not None:
+    if found.decision is None:
+        say("kept: the default head: no other trial is left to compare it with")
+    else:
         for line in decision_lines(found.decision, judge.metric, judge.sign):
             say(line)
     say(

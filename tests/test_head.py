@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,36 @@ def test_seed_gives_the_weights_of_a_plain_script_and_leaves_the_random_state_al
     )
     other = build_head(HeadConfig(6, 2, hidden=(4,), dropout=0.2), seed=12)
     assert not torch.equal(other[1].weight, head[1].weight)
+
+
+def test_heads_built_on_several_threads_are_those_built_alone() -> None:
+    """torch has one generator for all threads: a seeded head may not draw from it."""
+    config, seeds = HeadConfig(300, 2, hidden=(200,)), range(40)
+    wanted = [build_head(config, seed).state_dict() for seed in seeds]
+    torch.manual_seed(1)
+    numbers = torch.rand(5000)
+    torch.manual_seed(1)
+    drawn = []
+    with ThreadPoolExecutor(4) as pool:
+        heads = [pool.submit(build_head, config, seed) for seed in seeds]
+        while len(drawn) < 5000:  # the caller goes on with the global one meanwhile
+            drawn.append(torch.rand(1))
+    for head, state in zip(heads, wanted, strict=True):
+        found = head.result().state_dict()
+        assert all(torch.equal(found[name], value) for name, value in state.items())
+    assert torch.equal(torch.cat(drawn), numbers)
+
+
+def test_a_generator_goes_on_as_the_global_one_would() -> None:
+    config = HeadConfig(6, 2, hidden=(4, 3))
+    torch.manual_seed(11)
+    plain, following = build_head(config), torch.rand(3)
+    generator = torch.Generator().manual_seed(11)
+    head = build_head(config, generator)
+    assert torch.equal(torch.rand(3, generator=generator), following)
+    assert all(
+        torch.equal(a, b) for a, b in zip(head.parameters(), plain.parameters(), strict=True)
+    )
 
 
 def test_configuration_survives_json() -> None:

@@ -53,3 +53,11 @@ def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "j").write_bytes(data)
     with pytest.raises(ConfigError, match="unfinished sweep: expected"):
         Journal(tmp_path / "j", WORK)
+
+
+def test_an_entry_that_is_none_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path / "j", WORK)
+    with (tmp_path / "j").open("ab") as file:
+        file.write(b"[1]\n")
+    with pytest.raises(ConfigError, match=r"expected its journal, .*remove the folder"):
+        Journal(tmp_path / "j", WORK)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from featcache.errors import ConfigError, DataError
-from featcache.metrics import compute_metrics
+from featcache.metrics import compute_metrics, compute_score
 
 
 def random_case(seed: int, num_rows: int, num_classes: int, digits: int) -> tuple[Any, Any]:
@@ -125,3 +125,12 @@ def test_arrays_that_do_not_fit_are_refused(targets: list[int], probs: Any, what
 def test_unknown_positive_class_is_refused_with_the_classes() -> None:
     with pytest.raises(ConfigError, match="expected one of covid, normal, found COVID"):
         compute_metrics(np.array([0, 1]), np.eye(2), ["covid", "normal"], "COVID")
+
+
+def test_f1_of_a_class_without_rows_is_undefined_whatever_is_predicted() -> None:
+    """It was 0 for a head that predicts the class, and None for one that does not."""
+    targets = np.ones(4, int)
+    for probs in (np.tile([0.9, 0.1], (4, 1)), np.tile([0.1, 0.9], (4, 1))):
+        assert compute_score("f1", targets, probs, ["a", "b"]) is None
+        assert compute_score("f1", targets, probs, ["a", "b"], "a") is None
+    assert compute_score("f1", targets, probs, ["a", "b"], "b") == 1.0

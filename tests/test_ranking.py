@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featcache.metrics import METRICS, compute_score, describe_metric, paired_interval
-from featcache.ranking import decide, rank, trial_rows
+from featcache.ranking import decide, rank, ranking_lines, trial_rows
 from featcache.trials import Trial
 
 
@@ -110,3 +110,11 @@ def test_averaging_and_class_are_named() -> None:
     named = {metric: describe_metric(metric, None) for metric in METRICS}
     assert all("macro mean" in named[m] for m in ("roc_auc", "average_precision", "f1"))
     assert describe_metric("f1", "covid") == "f1 (of covid, against the rest)"
+
+
+def test_scores_stand_under_their_metric() -> None:
+    trials = [Trial(0, {}, "done", 0.5, [[0.6]], [1]), Trial(11, {}, "done", 0.25, [[0.6]], [1])]
+    for metric in METRICS:
+        header, *lines = ranking_lines(trials, metric)
+        end = header.index(metric) + len(metric)
+        assert [line[:end].split() for line in lines] == [["0", "0.5000"], ["11", "0.2500"]]

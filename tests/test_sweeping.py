@@ -1,15 +1,12 @@
-"""Sweeps over real caches, in real processes where they are killed."""
+"""Sweeps over real caches: the answer, the options, the command line."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,7 @@ import featcache
 from featcache import cli
 from featcache.cache import Cache
 from featcache.cache_writer import SplitRows
-from featcache.errors import CacheError, ConfigError, RunError
-from featcache.files import writer_lock
+from featcache.errors import CacheError, ConfigError
 from featcache.folds import Pool
 from featcache.metrics import METRICS
 from featcache.partition import choose_rows
@@ -35,7 +31,7 @@ from featcache.search import Plan
 from featcache.space import DEFAULTS, Dimension, Space
 from featcache.sweeping import SAMPLERS, SELECTIONS, SweepSummary, _propose, sweep
 from featcache.training import train
-from featcache.trials import Judge, Trial, fit_trials
+from featcache.trials import Judge, Trial
 
 SPACE = """
 hidden = [[8], [4], []]
@@ -46,24 +42,30 @@ epochs = 4
 """
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
+def small_cache(folder: Path) -> Cache:
+    """Make ``c.h5``, and beside it ``s.toml``, a small space."""
+    (folder / "s.toml").write_text(SPACE, "utf-8")
     splits = {"train": [0, 1] * 30, "valid": [0, 1] * 12, "test": [0, 1] * 5}
     return make_cache(
-        tmp_path / "c.h5", **{k: rows_of(k, v, width=16) for k, v in splits.items()}
+        folder / "c.h5", **{k: rows_of(k, v, width=16) for k, v in splits.items()}
     )  # fmt: skip
+
+
+def sweep_small(folder: Path, name: str = "r", **options: Any) -> SweepSummary:
+    """Sweep ``c.h5`` by ``s.toml``."""
+    given = {"trials": 8, "space": folder / "s.toml", "repeats": 2, "device": "cpu"}
+    return sweep(folder / "c.h5", folder / name, **(given | options))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return small_cache(tmp_path)
 
 
 @pytest.fixture
 def go(tmp_path: Path, cache: Cache) -> Callable[..., SweepSummary]:
     """Sweep the cache by a small space."""
-    (tmp_path / "s.toml").write_text(SPACE, "utf-8")
-
-    def call(name: str = "r", **options: Any) -> SweepSummary:
-        given = {"trials": 8, "space": tmp_path / "s.toml", "repeats": 2, "device": "cpu"}
-        return sweep(cache.path, tmp_path / name, **(given | options))
-
-    return call
+    return functools.partial(sweep_small, tmp_path)
 
 
 def read_trials(run: Path) -> list[dict[str, str]]:
@@ -89,16 +91,6 @@ def test_the_run_is_what_train_makes_of_the_options(
     assert load_run(tmp_path / "kept").training["sweep"] == {"trial": 0, "trials": 8}
 
 
-def test_trial_0_is_the_default_head(tmp_path: Path, go: Callable[..., SweepSummary]) -> None:
-    for sampler in ("random", "tpe"):
-        go(sampler, sampler=sampler)
-        first = read_trials(tmp_path / sampler)[0]
-        assert (first["trial"], first["state"]) == ("0", "done")
-        defaults = {k: "512,128" if k == "hidden" else str(v or "") for k, v in DEFAULTS.items()}
-        found = {k: first[k] if first[k] != "0.0" else "" for k in DEFAULTS}
-        assert found == {k: "" if v == "0.0" else v for k, v in defaults.items()}
-
-
 @pytest.mark.parametrize("sampler", ["random", "grid", "tpe"])
 def test_every_trial_once_and_the_same_twice(
     tmp_path: Path, go: Callable[..., SweepSummary], sampler: str
@@ -109,6 +101,10 @@ def test_every_trial_once_and_the_same_twice(
     made = [go(name, sampler=sampler, trials=20) for name in ("a", "b")]
     rows = read_trials(tmp_path / "a")
     assert [int(row["trial"]) for row in rows] == list(range(number))
+    assert rows[0]["state"] == "done"
+    for name, value in DEFAULTS.items():  # trial 0 is the default head
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert rows[0][name] == ("" if value is None else text)
     assert made[0].num_trials == number
     tried = [(row["hidden"], row["learning_rate"]) for row in rows]
     assert len(set(tried)) == number
@@ -170,6 +166,18 @@ def test_the_test_split_does_not_matter(tmp_path: Path, go: Callable[..., SweepS
     make_cache(tmp_path / "c.h5", **rows, test=bad)
     assert go("b").weights_sha256 == first.weights_sha256
     assert (tmp_path / "a/trials.csv").read_bytes() == (tmp_path / "b/trials.csv").read_bytes()
+
+
+def test_where_every_other_trial_fails_it_says_that_the_default_is_kept(
+    tmp_path: Path, go: Callable[..., SweepSummary]
+) -> None:
+    (tmp_path / "s.toml").write_text(
+        'optimizer = "sgd"\nhidden = [[]]\nlearning_rate = [1e35, 1e36]\nepochs = 4\n', "utf-8"
+    )
+    said: list[str] = []
+    summary = go(sampler="grid", trials=3, say=said.append)
+    assert (summary.failed, summary.decision, summary.chosen) == ([1, 2], None, 0)
+    assert "kept: the default head: no other trial is left to compare it with" in said
 
 
 def test_a_trial_that_diverges_is_listed(tmp_path: Path, go: Callable[..., SweepSummary]) -> None:
@@ -256,39 +264,6 @@ def test_tpe_learns_from_earlier_trials(tmp_path: Path) -> None:
 # --- folds
 
 
-def grouped(path: Path, num_groups: int = 24) -> Cache:
-    """Rows whose groups run through ``train`` and ``valid``, and some copies of one image."""
-    rows = {}
-    for name, number in (("train", 60), ("valid", 24)):
-        part = rows_of(name, [0, 1] * (number // 2), width=16)
-        groups = [f"g{i % num_groups}" for i in range(number)]
-        hashes = part.image_sha256.copy()
-        hashes[5] = hashes[11] = 7
-        rows[name] = edited(part, groups=groups, image_sha256=hashes)
-    return make_cache(path, **rows)
-
-
-@pytest.mark.filterwarnings("ignore::featcache.errors.FeatcacheWarning")
-def test_no_group_or_image_stands_on_both_sides(tmp_path: Path) -> None:
-    cache = grouped(tmp_path / "c.h5")
-    pool = Pool.of(cache, choose_rows(cache, None, 0, silent))
-    groups = np.array([*cache.split("train").groups, *cache.split("valid").groups])
-    images = np.concatenate([cache.split(n).image_sha256 for n in ("train", "valid")])
-    keys = np.array([image.tobytes().hex() for image in images])
-    seen: set[tuple[int, ...]] = set()
-    for seed in range(5):
-        folds = pool.make_folds(4, seed)
-        judged = np.concatenate([valid for _, valid in folds])
-        assert sorted(judged.tolist()) == list(range(84))
-        for rows, valid in [*folds, pool.hold_out(seed)]:
-            assert sorted([*rows, *valid]) == list(range(84))
-            assert set(groups[rows]).isdisjoint(groups[valid])
-            assert set(keys[rows]).isdisjoint(keys[valid])
-            assert set(pool.targets[valid]) == set(pool.targets[rows]) == {0, 1}
-            seen.add(tuple(valid.tolist()))
-    assert len(seen) == 25, "another seed, other folds"
-
-
 def test_folds_judge_each_trial_by_their_mean(
     tmp_path: Path, cache: Cache, go: Callable[..., SweepSummary]
 ) -> None:
@@ -312,137 +287,6 @@ def test_too_few_groups_are_told_before_anything_is_trained(tmp_path: Path) -> N
     with pytest.raises(CacheError, match=r"--folds: expected class .* in each of 5 parts"):
         sweep(cache.path, tmp_path / "r", trials=3, folds=5, device="cpu")
     assert [p.name for p in tmp_path.iterdir()] == ["c.h5"]
-
-
-def test_rows_with_views_are_judged_as_they_are(tmp_path: Path) -> None:
-    part = rows_of("train", [0, 1] * 20)
-    views = np.random.default_rng(1).normal(size=(40, 3, 10)).astype("<f4")
-    views[:, 0] = array_of(part)
-    cache = make_cache(tmp_path / "c.h5", train=edited(part, features=views), valid=[0, 1] * 10)
-    pool = Pool.of(cache, choose_rows(cache, None, 0, silent))
-    valid = cache.split("valid").features
-    assert np.array_equal(pool.plain, np.concatenate([views[:, 0], valid]))
-    assert np.array_equal(pool.features[40:], np.repeat(valid[:, None], 3, axis=1))
-    sweep(cache.path, tmp_path / "r", trials=2, repeats=2, device="cpu")
-
-
-# --- giving up
-
-
-def test_the_worse_half_is_given_up_at_a_rung(cache: Cache) -> None:
-    pool = Pool.of(cache, choose_rows(cache, None, 0, silent))
-    judge = Judge("loss", None, CLASSES, torch.device("cpu"))
-    fast = {"hidden": (8,), "learning_rate": 0.02, "epochs": 8}
-    slow = fast | {"learning_rate": 1e-6}
-    plan = {0: slow, 1: slow, 2: fast}
-    steps: list[tuple[int, bool]] = []
-
-    def fit(earlier: list[Trial]) -> list[Trial]:
-        return fit_trials(
-            judge, plan, [pool.take(pool.pair)], earlier, seed=0,
-            on_epoch=lambda number, _, is_last: steps.append((number, is_last)),
-        )  # fmt: skip
-
-    whole = fit([])
-    assert [trial.state for trial in whole] == ["done"] * 3
-    middling = (whole[1].losses[0][1] + whole[2].losses[0][1]) / 2
-    reference = [Trial(i, {}, "done", 1.0, [[middling] * 8], [1]) for i in range(8)]
-    assert [trial.state for trial in fit(reference[:7])] == ["done"] * 3, "too few to go by"
-    steps.clear()
-    zero, given_up, kept = fit(reference)
-    assert (zero.state, given_up.state, kept.state) == ("done", "pruned", "done")
-    assert len(given_up.losses[0]) == 2
-    assert given_up.score is None
-    assert given_up.losses[0] == pytest.approx(whole[1].losses[0][:2], rel=1e-4)
-    assert len(zero.losses[0]) == 8, "the default is never given up"
-    assert [number for number, is_last in steps if is_last and number == 1] == [1]
-    assert sum(number == 1 for number, _ in steps) == 2
-
-
-# --- killed and gone on with
-
-
-def process(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "featcache", "sweep", "c.h5", "r", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_killed_and_gone_on_with_it_ends_as_if_not(
-    tmp_path: Path, go: Callable[..., SweepSummary], sampler: str
-) -> None:
-    options = {"sampler": sampler, "trials": 36, "repeats": 2}
-    go("whole", **options)
-    arguments = ["--space", "s.toml", "--device", "cpu", "--quiet"]
-    arguments += [f"--{name}={value}" for name, value in options.items()]
-    journal, rng, kills = tmp_path / "r.sweep" / "journal.jsonl", np.random.default_rng(7), 0
-    # As soon as so many lines are there, and then somewhere in a round.
-    for num_lines in (1, 3) if sampler == "random" else (3,):
-        child = process(tmp_path, *arguments)
-        while child.poll() is None:
-            if journal.exists() and journal.read_bytes().count(b"\n") >= num_lines:
-                time.sleep(rng.uniform(0, 0.05))
-                child.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        child.communicate(timeout=60)
-        kills += child.returncode == -signal.SIGKILL
-        assert (tmp_path / "r").exists() == (child.returncode == 0)
-    assert kills >= 1, "it was never killed"
-    if not (tmp_path / "r").exists():
-        go("r", **options)
-    assert [int(row["trial"]) for row in read_trials(tmp_path / "r")] == list(range(36))
-    assert run_files(tmp_path / "r") == run_files(tmp_path / "whole")
-    assert not (tmp_path / "r.sweep").exists()
-
-
-def test_other_files_beside_the_journal_stay(
-    tmp_path: Path, go: Callable[..., SweepSummary]
-) -> None:
-    (tmp_path / "r.sweep").mkdir()
-    (tmp_path / "r.sweep" / "mine.txt").write_text("mine")
-    go(trials=2)
-    assert [p.name for p in (tmp_path / "r.sweep").iterdir()] == ["mine.txt"]
-
-
-def test_two_at_once_are_refused(tmp_path: Path, go: Callable[..., SweepSummary]) -> None:
-    pytest.importorskip("fcntl")
-    with (
-        writer_lock(tmp_path / "r.sweep" / "lock", "sweep"),
-        pytest.raises(CacheError, match="expected no other writer"),
-    ):
-        go()
-
-
-def test_another_command_is_refused_by_what_differs(
-    tmp_path: Path, go: Callable[..., SweepSummary], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("featcache.search.Search._repeat", stop)
-        with pytest.raises(KeyboardInterrupt):
-            go()
-    for options, found in (
-        ({"trials": 9}, "trials 8, found trials 9"), ({"seed": 1}, "seed 0, found seed 1"),
-        ({"metric": "accuracy"}, "metric loss, found metric accuracy"),
-        ({"folds": 3}, "folds null, found folds 3"),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError, match=f"expected the command that began it: {found}"):
-            go(**options)
-    (tmp_path / "s.toml").write_text(SPACE.replace("0.7", "0.6"), "utf-8")
-    with pytest.raises(ConfigError, match=r"began it: space .*found space"):
-        go()
-    (tmp_path / "s.toml").write_text("# the same\n" + SPACE, "utf-8")
-    said: list[str] = []
-    assert go(say=said.append).num_trials == 8
-    assert any(line.startswith("going on with what") for line in said)
-    with pytest.raises(RunError, match="output folder"):
-        go()
 
 
 # --- options
@@ -472,11 +316,22 @@ def test_bad_options_are_one_line(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5", "s.toml"]
 
 
-def test_a_metric_that_valid_cannot_give_is_refused(tmp_path: Path) -> None:
-    make_cache(tmp_path / "c.h5", train=[0, 1] * 10, valid=[0] * 5)
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_metric_that_valid_cannot_give_is_refused(tmp_path: Path, only: int) -> None:
+    make_cache(tmp_path / "c.h5", train=[0, 1] * 10, valid=[only] * 5)
     for metric in ("roc_auc", "average_precision", "f1"):
         with pytest.raises(ConfigError, match="expected rows of every class in valid"):
             sweep(tmp_path / "c.h5", tmp_path / "r", trials=2, metric=metric, device="cpu")
+
+
+def test_folds_can_give_a_metric_that_valid_alone_cannot(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.h5", train=[0, 1] * 10, valid=[1] * 6)
+    (tmp_path / "s.toml").write_text("dropout = [0.1, 0.2]\nepochs = 2\n", "utf-8")
+    options: Any = {"trials": 2, "folds": 2, "repeats": 2, "device": "cpu"}
+    found = sweep(
+        cache.path, tmp_path / "r", metric="roc_auc", space=tmp_path / "s.toml", **options
+    )  # fmt: skip
+    assert [0 <= trial["score"] <= 1 for trial in found.top] == [True, True]
 
 
 def test_without_optuna_the_extra_is_named(
@@ -485,7 +340,7 @@ def test_without_optuna_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install 'featcache\[sweep\]'"):
         go(sampler="tpe")
-    assert go("random").num_trials == 8
+    assert go("random", trials=2).num_trials == 2
 
 
 def test_a_cache_without_valid_holds_a_part_out(tmp_path: Path) -> None:
@@ -504,21 +359,8 @@ def test_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    arguments = [
-        "sweep",
-        "c.h5",
-        "r",
-        "--trials",
-        "4",
-        "--space",
-        "s.toml",
-        "--device",
-        "cpu",
-        "--repeats",
-        "2",
-        "--json",
-    ]
-    cli.cli.main(arguments, standalone_mode=False)
+    arguments = "sweep c.h5 r --trials 4 --space s.toml --device cpu --repeats 2 --json"
+    cli.cli.main(arguments.split(), standalone_mode=False)
     facts = json.loads(capfd.readouterr().out)
     assert (facts["num_trials"], facts["chosen"], facts["run"]) == (4, 0, "r")
     assert facts["decision"]["method"].startswith("corrected resampled t interval")
@@ -543,5 +385,5 @@ def test_progress_shows_trials_and_steps_on_standard_error(
     assert "head-steps/s" in err
     assert out == ""
     assert summary.num_head_steps > 8 * 2
-    go("quiet")
+    go("quiet", trials=2)
     assert capfd.readouterr().err == ""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +97,52 @@ def test_cached_features_agree_with_an_independent_computation(place: Path) -> N
             wanted = feature_map.mean((2, 3))[0].numpy()
             error = np.linalg.norm(split.features[i] - wanted) / np.linalg.norm(wanted)
             assert error < 1e-4, split.paths[i]
+
+
+def start_sweep(folder: Path, run: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "featcache", "sweep", "c.h5", run, "--sampler", "tpe",
+         "--repeats", "2", "--device", "cpu", *map(str, arguments)],
+        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_a_tpe_sweep_killed_on_its_way_tries_every_trial_once(
+    place: Path, rounds: Callable[[int, int], int], tally: Callable[..., None]
+) -> None:
+    num_trials, num_kills = rounds(17, 200), rounds(1, 6)
+    arguments: list[object] = ["--trials", num_trials]
+    if not rounds(0, 1):  # small heads, two rounds; else the default space
+        space = "hidden = [[32], []]\nlearning_rate = { low = 1e-4, high = 1e-2, log = true }\n"
+        (place / "s.toml").write_text(space, "utf-8")
+        arguments += ["--space", "s.toml"]
+    journal, rng = place / "best.sweep" / "journal.jsonl", random.Random(0)
+
+    def num_lines() -> int:
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    for _ in range(num_kills):
+        child, wanted = start_sweep(place, "best", *arguments), max(num_lines(), 1) + 1
+        while num_lines() < wanted and child.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))  # somewhere in the next round or repeat
+        child.kill()
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == -signal.SIGKILL, (out, err)
+        tally("sweep of X-rays killed", f"after {num_lines() - 1} rounds")
+        assert not (place / "best").exists()
+    last = start_sweep(place, "best", *arguments)
+    out, err = last.communicate()
+    assert last.returncode == 0, err
+    assert "going on with what" in out
+    with (place / "best" / "trials.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["trial"]) for row in rows] == list(range(num_trials))
+    assert len({row["learning_rate"] for row in rows}) == num_trials, "one was tried twice"
+    assert {row["state"] for row in rows} <= {"done", "pruned"}
+    assert not (place / "best.sweep").exists()
+    if rounds(0, 1):
+        whole = start_sweep(place, "whole", *arguments)
+        assert whole.communicate()[1] == err == ""
+        for name in ("trials.csv", "sweep.json", "head.safetensors"):
+            assert (place / "best" / name).read_bytes() == (place / "whole" / name).read_bytes()

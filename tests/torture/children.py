@@ -414,7 +414,7 @@ def _serve() -> None:
 
     for name in ("cli", *featcache._MODULES.values(), "wording", "isolation"):
         importlib.import_module(f"featcache.{name}")
-    for name in ("sklearn.metrics", "safetensors.torch", "matplotlib.figure", "h5py"):
+    for name in ("sklearn.metrics", "safetensors.torch", "matplotlib.figure", "h5py", "optuna"):
         importlib.import_module(name)
     Image.init()
     torch.set_num_threads(1)
