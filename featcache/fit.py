@@ -1,4 +1,4 @@
-"""Arrays in, trained head out. All rows live on the device; there is no DataLoader.
+"""Features in, trained head out. All rows that fit live on the device; there is no DataLoader.
 
 A default head on 200 rows takes milliseconds per epoch, so what surrounds the arithmetic decides:
 batches are gathered by index, a step is one fused kernel, and the host waits once per epoch.
@@ -11,23 +11,27 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from featcache.draw import Draw
 from featcache.errors import ConfigError, DataError
 from featcache.head import HeadConfig, state_layout
 from featcache.jobs import FitResult, HeadJob, TrainingConfig
 from featcache.runtime import available_cores, exact_fp32
 from featcache.stack import HeadStack
+from featcache.streaming import StoredFeatures
 from featcache.threads import Threads
-from featcache.trainer import FORWARD_ROWS, Draw, Rows, Trainer
+from featcache.trainer import FORWARD_ROWS, Rows, Trainer
 
 _ONE_THREAD_ROWS = 64
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
+
+Features: TypeAlias = npt.NDArray[Any] | StoredFeatures
 
 _SEEDING = threading.Lock()
 """Held while heads are built: initial weights are drawn from torch's generator, of which there is
@@ -37,9 +41,9 @@ one for all threads."""
 def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     head_config: HeadConfig,
     training: TrainingConfig,
-    train_features: npt.NDArray[Any],
+    train_features: Features,
     train_targets: npt.NDArray[Any],
-    valid_features: npt.NDArray[Any] | None = None,
+    valid_features: Features | None = None,
     valid_targets: npt.NDArray[Any] | None = None,
     *,
     seed: int,
@@ -64,13 +68,14 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         head_config: See ``HeadJob``, as for ``training`` and ``seed``.
         training: Optimizer, epochs and the rest.
         train_features: (N, D) or (N, V, D) float; float64 trains in float64, anything else in
-            float32.
+            float32. Those that stay in their file are read in shuffled blocks, each epoch anew: in
+            another order than from memory.
         train_targets: (N,) integers from 0 to C - 1.
         valid_features: (M, D) float, or None.
         valid_targets: (M,) integers from 0 to C - 1, or None.
         seed: Decides the initial weights and dropout.
         data_seed: Decides the order of the rows and their views.
-        device: Where the rows and the head live.
+        device: Where the rows (or a block of them) and the head live.
         train_weights: (N,) above 0, a weight per row, multiplied with that of its class: the loss
             of a batch is the mean of its rows' so weighed. None weighs all rows alike.
         classes: Names for the history's columns; None numbers them.
@@ -93,9 +98,9 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
 
 def fit_heads(
     jobs: Sequence[HeadJob],
-    train_features: npt.NDArray[Any],
+    train_features: Features,
     train_targets: npt.NDArray[Any],
-    valid_features: npt.NDArray[Any] | None = None,
+    valid_features: Features | None = None,
     valid_targets: npt.NDArray[Any] | None = None,
     *,
     data_seed: int,
@@ -139,12 +144,13 @@ def fit_heads(
         _check_weights(train_weights, len(train_targets))
     num_classes = jobs[0].head.num_classes if jobs else 0
     names = [str(i) for i in range(num_classes)] if classes is None else list(classes)
-    features = _to_tensor(train_features, device)
-    held_out = None if valid_features is None else _to_tensor(valid_features, device)
+    dtype = torch.float64 if train_features.dtype == np.float64 else torch.float32
     rows = Rows(
-        features, torch.from_numpy(train_targets.astype(np.int64)).to(device),
-        None if train_weights is None else torch.from_numpy(train_weights).to(features),
-        None if held_out is None else held_out.to(features.dtype), valid_targets, names, data_seed,
+        _place(train_features, device, dtype),
+        torch.from_numpy(train_targets.astype(np.int64)).to(device),
+        None if train_weights is None else torch.from_numpy(train_weights).to(device, dtype),
+        None if valid_features is None else _place(valid_features, device, dtype), valid_targets,
+        names, data_seed, dtype,
     )  # fmt: skip
     results: dict[int, FitResult] = {}
     lock = threading.Lock()
@@ -155,7 +161,7 @@ def fit_heads(
         with lock:
             return bool(on_epoch(number, row))
 
-    passes = [part for group in _group(jobs, len(features)) for part in _cut(group, jobs, features)]
+    passes = [part for group in _group(jobs, len(rows.targets)) for part in _cut(group, jobs, rows)]
     with exact_fp32():
         num_threads = min(len(passes), available_cores()) if device.type == "cpu" else 1
         if num_threads <= 1:
@@ -182,12 +188,12 @@ def _group(jobs: Sequence[HeadJob], num_rows: int) -> list[list[int]]:
     return list(groups.values())
 
 
-def _cut(group: list[int], jobs: Sequence[HeadJob], features: Tensor) -> list[list[int]]:
+def _cut(group: list[int], jobs: Sequence[HeadJob], rows: Rows) -> list[list[int]]:
     """Cut a stack into passes whose parameters, gradients and moments stay in the cache."""
     size = len(group)
-    if features.device.type == "cpu":
+    if rows.device.type == "cpu":
         shapes = state_layout(jobs[group[0]].head).values()
-        head_bytes = 4 * features.element_size() * sum(math.prod(shape) for _, shape in shapes)
+        head_bytes = 4 * rows.dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
         size = max(1, min(_HEADS_PER_PASS, _PASS_BYTES // head_bytes))
     return [group[i : i + size] for i in range(0, len(group), size)]
 
@@ -229,9 +235,9 @@ def _fit_pass(
 ) -> dict[int, FitResult]:  # fmt: skip
     """Train some heads that share batches and an optimizer; return their results by number."""
     training = jobs[numbers[0]].training
-    batch_size = training.rows_per_step(len(rows.features))
+    batch_size = training.rows_per_step(len(rows.targets))
     with _few_threads(batch_size, num_threads):
-        draw = Draw(rows.features, rows.data_seed)
+        draw = Draw(rows.features, rows.data_seed, rows.device, rows.dtype)
         with _SEEDING:
             trainer = Trainer([jobs[number] for number in numbers], rows)
         heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
@@ -255,9 +261,7 @@ def _fit_pass(
     return {head.number: head.result() for head in everyone}
 
 
-def forward_head(
-    head: nn.Module, features: npt.NDArray[Any], device: torch.device
-) -> npt.NDArray[Any]:
+def forward_head(head: nn.Module, features: Features, device: torch.device) -> npt.NDArray[Any]:
     """Return logits (N, C) of features (N, D) in the head's dtype, a few thousand rows at a time.
 
     Leaves the head in eval mode on ``device``.
@@ -272,7 +276,7 @@ def forward_head(
 
 
 def predict_probs(
-    head: nn.Module, features: npt.NDArray[Any], device: torch.device
+    head: nn.Module, features: Features, device: torch.device
 ) -> npt.NDArray[np.float64]:
     """Return probs (N, C) float64, the softmax of ``forward_head``.
 
@@ -304,7 +308,15 @@ def _few_threads(batch_size: int, num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _to_tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+def _place(features: Features, device: torch.device, dtype: torch.dtype) -> Tensor | StoredFeatures:
+    """Return arrays as a tensor on the device, and what stays in its file as it is."""
+    if isinstance(features, StoredFeatures):
+        return features
+    return _to_tensor(features, device).to(dtype)
+
+
+def _to_tensor(features: Features, device: torch.device) -> Tensor:
+    array = features.load() if isinstance(features, StoredFeatures) else features
     dtype = np.float64 if array.dtype == np.float64 else np.float32
     if array.dtype != dtype or not array.flags.writeable:  # a tensor may not share a mapped file
         array = array.astype(dtype)
@@ -313,7 +325,7 @@ def _to_tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 def _check_rows(
     what: str,
-    features: npt.NDArray[Any],
+    features: Features,
     targets: npt.NDArray[Any],
     head: HeadConfig,
     *,

@@ -170,7 +170,7 @@ def sweep(
     check_cache(opened)
     check_metric(metric, positive, opened.classes)
     warn_of_leaks(opened)
-    pool = Pool.of(opened, choose_rows(opened, valid_fraction, seed, say))
+    pool = Pool.of(opened, choose_rows(opened, valid_fraction, seed, say), torch_device, say)
     chosen_space = read or default_space(len(pool.pair[0]))
     if sampler == "grid":
         check_grid(chosen_space, trials)
