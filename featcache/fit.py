@@ -22,13 +22,14 @@ from featcache.draw import Draw
 from featcache.errors import ConfigError, DataError
 from featcache.head import HeadConfig, state_layout
 from featcache.jobs import FitResult, HeadJob, TrainingConfig
-from featcache.runtime import available_cores, exact_fp32
+from featcache.runtime import Say, available_cores, available_memory, exact_fp32, silent
 from featcache.stack import HeadStack
 from featcache.streaming import StoredFeatures
 from featcache.threads import Threads
 from featcache.trainer import FORWARD_ROWS, Rows, Trainer
 
 _ONE_THREAD_ROWS = 64
+_HEADS_SHARE = 0.75  # of the memory that is left
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
 
 Features: TypeAlias = npt.NDArray[Any] | StoredFeatures
@@ -108,6 +109,7 @@ def fit_heads(
     train_weights: npt.NDArray[Any] | None = None,
     classes: Sequence[str] | None = None,
     on_epoch: Callable[[int, dict[str, Any]], bool | None] | None = None,
+    say: Say = silent,
 ) -> list[FitResult]:
     """Train many heads on the same rows in the same order, each as ``fit_head`` would.
 
@@ -128,6 +130,7 @@ def fit_heads(
         on_epoch: Called with the number of a job and each row of its history as it is made, from
             one thread at a time. Where it answers True, the job is given up: it ends there, and
             the others of its stack go on the faster.
+        say: Told when memory has room for fewer heads at once than there would be.
 
     Returns:
         A result per job, in their order. One whose loss is no longer a finite number ends there.
@@ -162,8 +165,8 @@ def fit_heads(
             return bool(on_epoch(number, row))
 
     passes = [part for group in _group(jobs, len(rows.targets)) for part in _cut(group, jobs, rows)]
+    passes, num_threads = _cut_to_memory(passes, jobs, rows, say)
     with exact_fp32():
-        num_threads = min(len(passes), available_cores()) if device.type == "cpu" else 1
         if num_threads <= 1:
             for part in passes:
                 results |= _fit_pass(part, jobs, rows, tell)
@@ -196,6 +199,42 @@ def _cut(group: list[int], jobs: Sequence[HeadJob], rows: Rows) -> list[list[int
         head_bytes = 4 * rows.dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
         size = max(1, min(_HEADS_PER_PASS, _PASS_BYTES // head_bytes))
     return [group[i : i + size] for i in range(0, len(group), size)]
+
+
+def _cut_to_memory(
+    passes: list[list[int]], jobs: Sequence[HeadJob], rows: Rows, say: Say
+) -> tuple[list[list[int]], int]:
+    """Return passes that memory has room for, and how many to run at once."""
+    memory = _HEADS_SHARE * available_memory(rows.device)
+    cut, largest = list[list[int]](), 1
+    for part in passes:
+        of_head, of_pass = _count_bytes(jobs[part[0]], rows)
+        size = max(1, int(min((memory - of_pass) / of_head, len(part))))
+        cut += [part[i : i + size] for i in range(0, len(part), size)]
+        largest = max(largest, size * of_head + of_pass)
+    wanted = available_cores() if rows.device.type == "cpu" else 1
+    num_threads = max(1, int(min(wanted, memory / largest)))
+    if len(cut) > len(passes) or num_threads < min(wanted, len(passes)):
+        at_once = min(len(jobs), num_threads * max(map(len, cut)))
+        say(
+            f"heads: {len(jobs):,}, memory for them: {memory / 1e9:,.3g} GB; training "
+            f"{at_once:,} at a time"
+        )
+    return cut, min(num_threads, len(cut))
+
+
+def _count_bytes(job: HeadJob, rows: Rows) -> tuple[int, int]:
+    """Return about what a head takes while it is trained, and what a pass takes besides."""
+    num_values = sum(math.prod(shape) for _, shape in state_layout(job.head).values())
+    widths = job.head.num_features + sum(job.head.hidden) + job.head.num_classes
+    batch = job.training.rows_per_step(len(rows.targets))
+    num_judged = 0 if rows.valid_targets is None else len(rows.valid_targets)
+    # Parameters, gradients, two moments and copies while heads are given up; of each layer, what
+    # the backward pass needs; logits to judge by.
+    of_head = 8 * num_values + 8 * batch * (widths + job.head.num_features)
+    of_head += 3 * num_judged * job.head.num_classes
+    of_pass = 3 * min(FORWARD_ROWS, max(num_judged, batch)) * widths
+    return of_head * rows.dtype.itemsize, of_pass * rows.dtype.itemsize
 
 
 class _Progress:

@@ -175,7 +175,7 @@ def sweep(
     if sampler == "grid":
         check_grid(chosen_space, trials)
     plan = Plan(trials, sampler, chosen_space, folds, repeats, select, seed)
-    judge = Judge(metric, positive, opened.classes, torch_device, prune)
+    judge = Judge(metric, positive, opened.classes, torch_device, prune, _say_once(say))
     _check_metric_is_known(judge, pool)
     work = {
         "format": "featcache-sweep", "version": __version__,
@@ -348,6 +348,18 @@ def _check_metric_is_known(judge: Judge, pool: Pool) -> None:
             f"--metric {judge.metric}", expected="rows of every class in valid",
             found="none of some class", where=pool.cache.path, hint="Take --metric loss",
         )  # fmt: skip
+
+
+def _say_once(say: Say) -> Say:
+    """Say the first line only: each round of trials has the same to say."""
+    said = list[str]()
+
+    def once(line: str) -> None:
+        if not said:
+            said.append(line)
+            say(line)
+
+    return once
 
 
 def _say_plan(plan: Plan, judge: Judge, pool: Pool, say: Say) -> None:
