@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -74,13 +75,14 @@ class Draw:
         The next block is read into the memory of the last.
         """
         chunks = features.chunks()
-        sizes = np.array([len(chunk) for chunk in chunks])
-        drawn = torch.randperm(len(chunks), generator=self._chunks).numpy()
-        block_of = np.empty(len(chunks), np.int64)
-        block_of[drawn] = (sizes[drawn].cumsum() - 1) // features.block_rows
+        num_blocks = math.ceil(len(features) / features.block_rows)
+        # Of each stretch of the file every block gets a chunk: its share of each class. Of chunks
+        # drawn at random, 64 a block, the classes varied so much that the loss was 0.003 higher.
+        shape = math.ceil(len(chunks) / num_blocks), num_blocks
+        block_of = torch.rand(shape, generator=self._chunks).argsort(1).flatten()[: len(chunks)]
         blocks = [
-            np.concatenate([chunks[i] for i in np.flatnonzero(block_of == number)])
-            for number in np.unique(block_of)
+            np.concatenate([chunks[i] for i in np.flatnonzero(block_of.numpy() == number)])
+            for number in block_of.unique().tolist()
         ]
         memory = np.empty((max(map(len, blocks)), features.shape[-1]), features.dtype)
         for place, numbers in enumerate(blocks):

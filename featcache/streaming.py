@@ -1,10 +1,10 @@
 """Features that stay in their file: for caches larger than memory.
 
 Rows lie in the order of their paths, and that is by class, so an epoch cannot read a file from
-front to back. It reads chunks of rows that lie side by side: random ones make up a block, so many
-that each block has about the classes of the whole, and the rows of a block are shuffled. Chunks of
-256 KiB are read as fast as the whole file in one piece (0.8 GB/s from the disk, 9 GB/s from the
-system's memory, from where single rows of 5 KiB come at 2 GB/s).
+front to back. It reads chunks of rows that lie side by side: random ones of all stretches of the
+file make up a block, which has the classes of the whole, and the rows of a block are shuffled.
+Chunks of 256 KiB are read as fast as the whole file in one piece (0.8 GB/s from the disk, 9 GB/s
+from the system's memory, from where single rows of 5 KiB come at 2 GB/s).
 
 Reads: caches. Writes: nothing.
 """
@@ -27,7 +27,7 @@ BLOCK_BYTES = 128 << 20
 """What a block takes where there is memory: 512 chunks."""
 
 _CHUNK_BYTES = 256 << 10
-_CHUNKS_PER_BLOCK = 64  # or more: of two classes, a block then has 50 % each, give or take 6
+_CHUNKS_PER_BLOCK = 64  # or more: a block then has its share of each class to 1 of 64
 _LOAD_BYTES = 8 << 20
 
 _Numbers = npt.NDArray[np.int64]
