@@ -70,7 +70,7 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         training: Optimizer, epochs and the rest.
         train_features: (N, D) or (N, V, D) float; float64 trains in float64, anything else in
             float32. Those that stay in their file are read in shuffled blocks, each epoch anew: in
-            another order than from memory.
+            another order than from memory, which hangs on the size of the blocks too.
         train_targets: (N,) integers from 0 to C - 1.
         valid_features: (M, D) float, or None.
         valid_targets: (M,) integers from 0 to C - 1, or None.
