@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.container import Container, check_payload, open_container
+from featcache.container import ArrayReader, Container, check_payload, open_container
 from featcache.errors import CacheError
 
 SPLITS = ("train", "valid", "test", "all")
@@ -88,7 +88,8 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
     @property
     def num_views(self) -> int:
         """V, 1 where every row is one vector."""
-        return 1 if self.features.ndim == 2 else self.features.shape[1]
+        shape = self._container.arrays[f"splits/{self.name}/features"].shape
+        return 1 if len(shape) == 2 else shape[1]
 
     @cached_property
     def targets(self) -> npt.NDArray[Any]:
@@ -130,6 +131,10 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
     def read_features(self) -> npt.NDArray[Any]:
         """Return the features as an array in memory, read at the speed of the disk."""
         return self._container.read(f"splits/{self.name}/features")
+
+    def open_features(self) -> ArrayReader:
+        """Return what reads the features row by row, for those larger than memory."""
+        return ArrayReader(self._container, f"splits/{self.name}/features")
 
     def read_plain_features(self) -> npt.NDArray[Any]:
         """Return view 0 of every row, (N, D), as an array in memory."""
@@ -211,7 +216,7 @@ class Cache:
     @property
     def num_features(self) -> int:
         """D, the number of features of a row."""
-        return int(next(iter(self.splits.values())).features.shape[-1])
+        return self.container.arrays[f"splits/{next(iter(self.splits))}/features"].shape[-1]
 
     @property
     def parity(self) -> list[float]:

@@ -6,6 +6,7 @@ Reads, writes: Numba's cache, beside the package or in the user's cache folder. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -18,11 +19,11 @@ def compiled(signature: str) -> Callable[[_Function], _Function]:
     """Compile now, for one signature, and keep it on the disk if there is a place for it."""
 
     def compile_now(function: _Function) -> _Function:
-        options = {"nogil": True, "error_model": "numpy"}
+        jit = functools.partial(numba.njit, signature, nogil=True, error_model="numpy")
         try:  # beside its file, else in NUMBA_CACHE_DIR or the user's cache folder
-            return cast(_Function, numba.njit(signature, cache=True, **options)(function))
+            return cast(_Function, jit(cache=True)(function))
         except (OSError, RuntimeError):  # none of them can be written to
-            return cast(_Function, numba.njit(signature, **options)(function))
+            return cast(_Function, jit()(function))
 
     return compile_now
 

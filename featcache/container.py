@@ -22,6 +22,8 @@ import math
 import mmap
 import os
 import re
+import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -67,6 +69,43 @@ class ArrayEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class ArrayReader:
+    """Rows of one array, read as they are asked for; threads may share it.
+
+    The file stays open as long as this lives: one that is replaced meanwhile is read on. Nothing is
+    mapped, so that ``ulimit -v`` may be less than the array.
+
+    Args:
+        container: The open container.
+        name: Of the array.
+    """
+
+    def __init__(self, container: Container, name: str) -> None:
+        self._container, self._entry = container, container.entry(name)
+        self.shape, self.dtype, self.path = self._entry.shape, self._entry.dtype, container.path
+        self._lock, self._file = threading.Lock(), container._reopen()
+        weakref.finalize(self, self._file.close)
+
+    def read_into(self, array: npt.NDArray[Any], first: int = 0) -> None:
+        """Fill an array, contiguous and of the right dtype, with the rows from ``first`` on."""
+        size = self._entry.num_bytes // self._entry.shape[0] if self._entry.shape else 0
+        target = array.reshape(-1).view(np.uint8).data
+        with self._lock:
+            self._file.seek(self._entry.offset + first * size)
+            while target:
+                count = self._file.readinto(target)
+                if not count:
+                    raise self._container._changed()
+                target = target[count:]
+
+    def expect(self, first: int, num_rows: int) -> None:
+        """Let the system fetch rows while others are worked on, where it can."""
+        if hasattr(os, "posix_fadvise"):
+            size = self._entry.num_bytes // self._entry.shape[0]
+            where = self._entry.offset + first * size, num_rows * size
+            os.posix_fadvise(self._file.fileno(), *where, os.POSIX_FADV_WILLNEED)
+
+
 @dataclass(frozen=True)
 class Container:
     """An open container: the user block's facts and the table. Holds no file handle."""
@@ -86,9 +125,12 @@ class Container:
         entry = self.entry(name)
         if entry.num_bytes == 0:
             return np.empty(entry.shape, entry.dtype)
+        # Only the array's own pages: a map of the whole file counts whole under ulimit -v.
+        start = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
+        size = entry.offset - start + entry.num_bytes
         with self._reopen() as file:
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        flat = np.frombuffer(view, entry.dtype, math.prod(entry.shape), entry.offset)
+            view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=start)
+        flat = np.frombuffer(view, entry.dtype, math.prod(entry.shape), entry.offset - start)
         return flat.reshape(entry.shape)
 
     def read(self, name: str) -> npt.NDArray[Any]:
@@ -96,14 +138,7 @@ class Container:
         entry = self.entry(name)
         array: npt.NDArray[Any] = np.empty(entry.shape, entry.dtype)
         if entry.num_bytes:
-            with self._reopen() as file:
-                file.seek(entry.offset)
-                target = array.reshape(-1).view(np.uint8).data
-                while target:
-                    count = file.readinto(target)
-                    if not count:
-                        raise self._changed()
-                    target = target[count:]
+            ArrayReader(self, name).read_into(array)
         return array
 
     def _reopen(self) -> io.FileIO:

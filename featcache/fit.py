@@ -1,4 +1,4 @@
-"""Arrays in, trained head out. All rows live on the device; there is no DataLoader.
+"""Features in, trained head out. All rows that fit live on the device; there is no DataLoader.
 
 A default head on 200 rows takes milliseconds per epoch, so what surrounds the arithmetic decides:
 batches are gathered by index, a step is one fused kernel, and the host waits once per epoch.
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +20,29 @@ import torch
 from torch import Tensor, nn
 
 from featcache.compiled_stack import WORTH_PARAM_STEPS, load_kernels, one_blas_thread
+from featcache.draw import Draw
 from featcache.errors import ConfigError, DataError
 from featcache.head import HeadConfig, state_layout
 from featcache.jobs import FitResult, HeadJob, TrainingConfig
-from featcache.runtime import available_cores, exact_fp32
+from featcache.runtime import Say, available_cores, available_memory, exact_fp32, silent
 from featcache.stack import HeadStack
+from featcache.streaming import StoredFeatures
 from featcache.threads import Threads
-from featcache.trainer import FORWARD_ROWS, Draw, Rows, Trainer
+from featcache.trainer import FORWARD_ROWS, Rows, Trainer
 
 _ONE_THREAD_ROWS = 64
+_HEADS_SHARE = 0.75  # of the memory that is left
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
+
+Features: TypeAlias = npt.NDArray[Any] | StoredFeatures
 
 
 def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     head_config: HeadConfig,
     training: TrainingConfig,
-    train_features: npt.NDArray[Any],
+    train_features: Features,
     train_targets: npt.NDArray[Any],
-    valid_features: npt.NDArray[Any] | None = None,
+    valid_features: Features | None = None,
     valid_targets: npt.NDArray[Any] | None = None,
     *,
     seed: int,
@@ -62,13 +67,14 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         head_config: See ``HeadJob``, as for ``training`` and ``seed``.
         training: Optimizer, epochs and the rest.
         train_features: (N, D) or (N, V, D) float; float64 trains in float64, anything else in
-            float32.
+            float32. Those that stay in their file are read in shuffled blocks, each epoch anew: in
+            another order than from memory, which hangs on the size of the blocks too.
         train_targets: (N,) integers from 0 to C - 1.
         valid_features: (M, D) float, or None.
         valid_targets: (M,) integers from 0 to C - 1, or None.
         seed: Decides the initial weights and dropout.
         data_seed: Decides the order of the rows and their views.
-        device: Where the rows and the head live.
+        device: Where the rows (or a block of them) and the head live.
         train_weights: (N,) above 0, a weight per row, multiplied with that of its class: the loss
             of a batch is the mean of its rows' so weighed. None weighs all rows alike.
         classes: Names for the history's columns; None numbers them.
@@ -91,9 +97,9 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
 
 def fit_heads(
     jobs: Sequence[HeadJob],
-    train_features: npt.NDArray[Any],
+    train_features: Features,
     train_targets: npt.NDArray[Any],
-    valid_features: npt.NDArray[Any] | None = None,
+    valid_features: Features | None = None,
     valid_targets: npt.NDArray[Any] | None = None,
     *,
     data_seed: int,
@@ -101,6 +107,7 @@ def fit_heads(
     train_weights: npt.NDArray[Any] | None = None,
     classes: Sequence[str] | None = None,
     on_epoch: Callable[[int, dict[str, Any]], bool | None] | None = None,
+    say: Say = silent,
 ) -> list[FitResult]:
     """Train many heads on the same rows in the same order, each as ``fit_head`` would.
 
@@ -121,6 +128,7 @@ def fit_heads(
         on_epoch: Called with the number of a job and each row of its history as it is made, from
             one thread at a time. Where it answers True, the job is given up: it ends there, and
             the others of its stack go on the faster.
+        say: Told when memory has room for fewer heads at once than there would be.
 
     Returns:
         A result per job, in their order. One whose loss is no longer a finite number ends there.
@@ -137,12 +145,13 @@ def fit_heads(
         _check_weights(train_weights, len(train_targets))
     num_classes = jobs[0].head.num_classes if jobs else 0
     names = [str(i) for i in range(num_classes)] if classes is None else list(classes)
-    features = _to_tensor(train_features, device)
-    held_out = None if valid_features is None else _to_tensor(valid_features, device)
+    dtype = torch.float64 if train_features.dtype == np.float64 else torch.float32
     rows = Rows(
-        features, torch.from_numpy(train_targets.astype(np.int64)).to(device),
-        None if train_weights is None else torch.from_numpy(train_weights).to(features),
-        None if held_out is None else held_out.to(features.dtype), valid_targets, names, data_seed,
+        _place(train_features, device, dtype),
+        torch.from_numpy(train_targets.astype(np.int64)).to(device),
+        None if train_weights is None else torch.from_numpy(train_weights).to(device, dtype),
+        None if valid_features is None else _place(valid_features, device, dtype), valid_targets,
+        names, data_seed, dtype,
     )  # fmt: skip
     results: dict[int, FitResult] = {}
     lock = threading.Lock()
@@ -153,11 +162,11 @@ def fit_heads(
         with lock:
             return bool(on_epoch(number, row))
 
-    passes = [part for group in _group(jobs, len(features)) for part in _cut(group, jobs, features)]
-    kernels = _kernels_for(jobs, features)
+    passes = [part for group in _group(jobs, len(rows.targets)) for part in _cut(group, jobs, rows)]
+    passes, num_threads = _cut_to_memory(passes, jobs, rows, say)
+    kernels = _kernels_for(jobs, rows)
     blas = one_blas_thread() if kernels is not None else contextlib.nullcontext()
     with exact_fp32(), blas:
-        num_threads = min(len(passes), available_cores()) if device.type == "cpu" else 1
         if num_threads <= 1:
             for part in passes:
                 results |= _fit_pass(part, jobs, rows, tell, kernels)
@@ -170,16 +179,14 @@ def fit_heads(
     return [results[number] for number in range(len(jobs))]
 
 
-def _kernels_for(jobs: Sequence[HeadJob], features: Tensor) -> ModuleType | None:
+def _kernels_for(jobs: Sequence[HeadJob], rows: Rows) -> ModuleType | None:
     """Return compiled code if it can train on the features and is worth being loaded."""
-    if features.device.type != "cpu" or features.dtype != torch.float32:
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
         return None
-    work = 0
+    num_rows, work = len(rows.targets), 0
     for job in jobs:
-        num_steps = job.training.epochs * math.ceil(
-            len(features) / job.training.rows_per_step(len(features))
-        )
-        work += num_steps * _num_params(job.head)
+        num_steps = math.ceil(num_rows / job.training.rows_per_step(num_rows))
+        work += job.training.epochs * num_steps * _num_params(job.head)
     return load_kernels() if work >= WORTH_PARAM_STEPS else None
 
 
@@ -199,13 +206,49 @@ def _group(jobs: Sequence[HeadJob], num_rows: int) -> list[list[int]]:
     return list(groups.values())
 
 
-def _cut(group: list[int], jobs: Sequence[HeadJob], features: Tensor) -> list[list[int]]:
+def _cut(group: list[int], jobs: Sequence[HeadJob], rows: Rows) -> list[list[int]]:
     """Cut a stack into passes whose parameters, gradients and moments stay in the cache."""
     size = len(group)
-    if features.device.type == "cpu":
-        head_bytes = 4 * features.element_size() * _num_params(jobs[group[0]].head)
+    if rows.device.type == "cpu":
+        head_bytes = 4 * rows.dtype.itemsize * _num_params(jobs[group[0]].head)
         size = max(1, min(_HEADS_PER_PASS, _PASS_BYTES // head_bytes))
     return [group[i : i + size] for i in range(0, len(group), size)]
+
+
+def _cut_to_memory(
+    passes: list[list[int]], jobs: Sequence[HeadJob], rows: Rows, say: Say
+) -> tuple[list[list[int]], int]:
+    """Return passes that memory has room for, and how many to run at once."""
+    memory = _HEADS_SHARE * available_memory(rows.device)
+    cut, largest = list[list[int]](), 1
+    for part in passes:
+        of_head, of_pass = _count_bytes(jobs[part[0]], rows)
+        size = max(1, int(min((memory - of_pass) / of_head, len(part))))
+        cut += [part[i : i + size] for i in range(0, len(part), size)]
+        largest = max(largest, size * of_head + of_pass)
+    wanted = available_cores() if rows.device.type == "cpu" else 1
+    num_threads = max(1, int(min(wanted, memory / largest)))
+    if len(cut) > len(passes) or num_threads < min(wanted, len(passes)):
+        at_once = min(len(jobs), num_threads * max(map(len, cut)))
+        say(
+            f"heads: {len(jobs):,}, memory for them: {memory / 1e9:,.3g} GB; training "
+            f"{at_once:,} at a time"
+        )
+    return cut, min(num_threads, len(cut))
+
+
+def _count_bytes(job: HeadJob, rows: Rows) -> tuple[int, int]:
+    """Return about what a head takes while it is trained, and what a pass takes besides."""
+    num_values = sum(math.prod(shape) for _, shape in state_layout(job.head).values())
+    widths = job.head.num_features + sum(job.head.hidden) + job.head.num_classes
+    batch = job.training.rows_per_step(len(rows.targets))
+    num_judged = 0 if rows.valid_targets is None else len(rows.valid_targets)
+    # Parameters, gradients, two moments and copies while heads are given up; of each layer, what
+    # the backward pass needs; logits to judge by.
+    of_head = 8 * num_values + 8 * batch * (widths + job.head.num_features)
+    of_head += 3 * num_judged * job.head.num_classes
+    of_pass = 3 * min(FORWARD_ROWS, max(num_judged, batch)) * widths
+    return of_head * rows.dtype.itemsize, of_pass * rows.dtype.itemsize
 
 
 class _Progress:
@@ -239,16 +282,16 @@ class _Progress:
         return FitResult(self._state, self._history, self._best_epoch, self._diverged_in)
 
 
-def _fit_pass(
+def _fit_pass(  # noqa: PLR0917
     numbers: Sequence[int], jobs: Sequence[HeadJob], rows: Rows,
     tell: Callable[[int, dict[str, Any]], bool], kernels: ModuleType | None,
     num_threads: int | None = None,
 ) -> dict[int, FitResult]:  # fmt: skip
     """Train some heads that share batches and an optimizer; return their results by number."""
     training = jobs[numbers[0]].training
-    batch_size = training.rows_per_step(len(rows.features))
+    batch_size = training.rows_per_step(len(rows.targets))
     with _few_threads(batch_size, num_threads):
-        draw = Draw(rows.features, rows.data_seed)
+        draw = Draw(rows.features, rows.data_seed, rows.device, rows.dtype)
         trainer = Trainer([jobs[number] for number in numbers], rows, kernels)
         heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
         for epoch in range(1, training.epochs + 1):
@@ -271,9 +314,7 @@ def _fit_pass(
     return {head.number: head.result() for head in everyone}
 
 
-def forward_head(
-    head: nn.Module, features: npt.NDArray[Any], device: torch.device
-) -> npt.NDArray[Any]:
+def forward_head(head: nn.Module, features: Features, device: torch.device) -> npt.NDArray[Any]:
     """Return logits (N, C) of features (N, D) in the head's dtype, a few thousand rows at a time.
 
     Leaves the head in eval mode on ``device``.
@@ -288,7 +329,7 @@ def forward_head(
 
 
 def predict_probs(
-    head: nn.Module, features: npt.NDArray[Any], device: torch.device
+    head: nn.Module, features: Features, device: torch.device
 ) -> npt.NDArray[np.float64]:
     """Return probs (N, C) float64, the softmax of ``forward_head``.
 
@@ -320,7 +361,15 @@ def _few_threads(batch_size: int, num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _to_tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+def _place(features: Features, device: torch.device, dtype: torch.dtype) -> Tensor | StoredFeatures:
+    """Return arrays as a tensor on the device, and what stays in its file as it is."""
+    if isinstance(features, StoredFeatures):
+        return features
+    return _to_tensor(features, device).to(dtype)
+
+
+def _to_tensor(features: Features, device: torch.device) -> Tensor:
+    array = features.load() if isinstance(features, StoredFeatures) else features
     dtype = np.float64 if array.dtype == np.float64 else np.float32
     if array.dtype != dtype or not array.flags.writeable:  # a tensor may not share a mapped file
         array = array.astype(dtype)
@@ -329,7 +378,7 @@ def _to_tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 def _check_rows(
     what: str,
-    features: npt.NDArray[Any],
+    features: Features,
     targets: npt.NDArray[Any],
     head: HeadConfig,
     *,

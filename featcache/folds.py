@@ -13,16 +13,23 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from featcache.cache import Cache
 from featcache.errors import CacheError, DataError
-from featcache.partition import Part, Rows
+from featcache.partition import Part, Rows, read_rows
+from featcache.runtime import Say, available_cores, silent
 from featcache.stratification import assign_units, build_units
+from featcache.streaming import StoredFeatures
+
+_CPU = torch.device("cpu")
 
 Pair: TypeAlias = tuple[Rows, Rows]
 """Numbers of rows to train on and to judge by."""
 
-Arrays: TypeAlias = tuple[npt.NDArray[Any], Rows, npt.NDArray[Any], Rows]
+Features: TypeAlias = npt.NDArray[Any] | StoredFeatures
+
+Arrays: TypeAlias = tuple[Features, Rows, Features, Rows]
 """Features and targets to train on, features and targets to judge by."""
 
 
@@ -41,8 +48,8 @@ class Pool:
         cache: Only for messages.
     """
 
-    features: npt.NDArray[Any]
-    plain: npt.NDArray[Any]
+    features: Features
+    plain: Features
     targets: Rows
     pair: Pair
     units: list[list[int]]
@@ -51,17 +58,22 @@ class Pool:
     cache: Cache
 
     @classmethod
-    def of(cls, cache: Cache, parts: tuple[Part, Part]) -> Pool:
-        """Read the rows of a cache.
+    def of(
+        cls, cache: Cache, parts: tuple[Part, Part], device: torch.device = _CPU, say: Say = silent
+    ) -> Pool:
+        """Read the rows of a cache, or leave them in their file where memory has no room for them.
+
+        Args:
+            cache: The cache.
+            parts: Rows to train on and to choose by.
+            device: Where they will be worked on.
+            say: Where lines for people go.
 
         Raises:
             CacheError: If a feature is not finite.
         """
-        (train, train_targets), (valid, valid_targets) = (part.arrays(cache) for part in parts)
-        features, plain = valid, train
-        if train.ndim == 3:
-            features = np.broadcast_to(valid[:, None], (len(valid), *train.shape[1:]))
-            plain = train[:, 0]
+        num_readers = available_cores() if device.type == "cpu" else 1
+        features, plain = _join(*read_rows(parts, device, say, copies=2, readers=num_readers))
         groups, images, names = [], [], []
         for part in parts:
             split, rows = part.split, part.rows.tolist()
@@ -69,10 +81,9 @@ class Pool:
             hashes = split.image_sha256[part.rows]
             images += [image.tobytes() if image.any() else None for image in hashes]
             names += [f"{split.name}/{split.paths[row]}" for row in rows]
-        num_train, num_rows = len(train), len(train) + len(valid)
+        num_train, num_rows = len(parts[0].rows), len(features)
         return cls(
-            np.concatenate([train, features]), np.concatenate([plain, valid]),
-            np.concatenate([train_targets, valid_targets]),
+            features, plain, np.concatenate([part.targets for part in parts]),
             (np.arange(num_train), np.arange(num_train, num_rows)),
             build_units(groups, images), names, cache.classes, cache,
         )  # fmt: skip
@@ -124,3 +135,17 @@ class Pool:
                 found="its images in too few groups to part them", where=self.cache.path,
                 hint="Lower --folds" if option == "--folds" else "Add images of other groups",
             ) from error  # fmt: skip
+
+
+def _join(train: Features, valid: Features) -> tuple[Features, Features]:
+    """Return the features of both, and of both the images as they are."""
+    if isinstance(train, StoredFeatures) and isinstance(valid, StoredFeatures):
+        joined = StoredFeatures.join([train, valid])
+        return joined, joined.plain()
+    assert not isinstance(train, StoredFeatures)
+    assert not isinstance(valid, StoredFeatures)
+    if train.ndim == 2:
+        features = np.concatenate([train, valid])
+        return features, features
+    plain, same = np.concatenate([train[:, 0], valid]), (len(valid), *train.shape[1:])
+    return np.concatenate([train, np.broadcast_to(valid[:, None], same)]), plain

@@ -1,10 +1,10 @@
-"""A training step of one head on the CPU, compiled by Numba. Import it late: ``compiled_stack`` does.
+"""A training step of one head on the CPU, compiled by Numba. Imported late, by ``compiled_stack``.
 
-A step is two calls, ``forward`` and ``backward``, between which the caller makes the loss, the same
-on every device; what they share is kept in one array. The optimizer moves a layer as soon as its
-gradient is there, while both are in the core's own cache: of the 20 MB that Adam moves for a head
-of 0.7 M parameters, the gradient's 6 never leave it. Products are calls of SciPy's OpenBLAS: 75
-GFLOP/s on a Zen 3 core at these shapes, where torch's MKL reaches 57.
+A step is two calls, ``forward`` and ``backward``, between which the caller makes the loss, the
+same on every device; what they share is kept in one array. The optimizer moves a layer as soon as
+its gradient is there, while both are in the core's own cache: of the 20 MB that Adam moves for a
+head of 0.7 M parameters, the gradient's 6 never leave it. Products are calls of SciPy's OpenBLAS:
+75 GFLOP/s on a Zen 3 core at these shapes, where torch's MKL reaches 57.
 
 A head is the flat arrays of ``stack.HeadStack``: parameters in the order of its state dict (of each
 layer: batch norm's weight and bias, then the linear layer's), running statistics likewise (of each
@@ -127,7 +127,7 @@ def normalise(rows: _Floats, normed: _Floats, mean: _Floats, variance: _Floats) 
     "void(int64[::1], float32[::1], float32[::1], float32[:, ::1], float32[::1], float32[::1],"
     "float32[:, ::1], float32[::1], float32[:, ::1])"
 )
-def forward(  # noqa: PLR0917
+def forward(
     widths: _Ints, params: _Floats, stats: _Floats, rows: _Floats, mean: _Floats,
     variance: _Floats, mask: _Floats, kept: _Floats, logits: _Floats,
 ) -> None:  # fmt: skip
@@ -241,7 +241,7 @@ def _move_weights(
     kind: int, at: int, params: _Floats, first: _Floats, second: _Floats, settings: _Floats,
     grad: _Floats, shown: _Floats, tile: _Floats,
 ) -> None:  # fmt: skip
-    """Move the weights (H, W) that begin at ``at`` by the gradients (H, B) and the inputs (B, W)."""
+    """Move the weights (H, W) that begin at ``at``, by gradients (H, B) and inputs (B, W)."""
     wide = shown.shape[1]
     for start in range(0, len(grad), _TILE_ROWS):
         num = min(_TILE_ROWS, len(grad) - start)
@@ -271,7 +271,7 @@ def _through_norm(
     "void(int64, int64[::1], float32[::1], float32[::1], float32[::1], float32[::1],"
     "float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[::1])"
 )
-def backward(  # noqa: PLR0917
+def backward(
     kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats, settings: _Floats,
     rows: _Floats, mask: _Floats, grad: _Floats, kept: _Floats,
 ) -> None:  # fmt: skip

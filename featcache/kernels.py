@@ -12,6 +12,8 @@ Reads: arrays. Writes: the array given last. Raises ``ImportError`` where there 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 

@@ -6,21 +6,26 @@ Reads: a cache. Writes: nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from featcache.cache import Cache, CacheSplit
 from featcache.dataset import UNLABELLED
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, printable
-from featcache.runtime import Say
+from featcache.runtime import Say, available_memory
 from featcache.stratification import assign_units, build_units
+from featcache.streaming import BLOCK_BYTES, StoredFeatures
 from featcache.views import training_split
 
-_CHECK_ROWS = 8192
+_MEMORY_SHARE = 0.75  # of what is left: heads, activations and others want some too
+_LEAST_BLOCK_BYTES = 1 << 20
 
 Rows = npt.NDArray[np.int64]
 
@@ -47,36 +52,49 @@ class Part:
         targets: Rows = self.split.targets[self.rows]
         return targets
 
-    def arrays(self, cache: Cache) -> tuple[npt.NDArray[Any], Rows]:
-        """Return features and targets (n,) in memory.
+    @property
+    def features(self) -> StoredFeatures:
+        """Features (n, D), or (n, V, D) of rows with views to train on: see ``read_rows``.
 
-        The features are (n, D), or (n, V, D) of rows with views to train on: the epoch is chosen
-        by images as they are.
-
-        Args:
-            cache: Only for messages.
-
-        Raises:
-            CacheError: If a feature is not finite.
+        The epoch is chosen by images as they are.
         """
-        split, everything = self.split, len(self.rows) == len(self.split)
-        if self.name == "train":
-            features = split.read_features() if everything else split.features[self.rows]
-        else:
-            features = (
-                split.read_plain_features() if everything else split.plain_features[self.rows]
-            )
-        for i in range(0, len(features), _CHECK_ROWS):
-            block = features[i : i + _CHECK_ROWS]
-            finite = np.isfinite(block.reshape(len(block), -1)).all(axis=1)
-            if not finite.all():
-                row = int(self.rows[i + int(finite.argmin())])
-                raise CacheError(
-                    f"features of split {split.name}", expected="finite numbers",
-                    found=f"NaN or infinity in row {row}, {split.paths[row]}",
-                    where=cache.path, hint="Extract the images again, at --precision fp32",
-                )  # fmt: skip
-        return features, self.targets
+        return StoredFeatures(self.split, self.rows, plain=self.name != "train")
+
+
+def read_rows(
+    parts: Sequence[Part], device: torch.device, say: Say, *, copies: int = 1, readers: int = 1
+) -> list[npt.NDArray[Any] | StoredFeatures]:
+    """Return the features of parts: arrays where memory has room for all, else as they are stored.
+
+    Args:
+        parts: The rows.
+        device: Where they will be worked on.
+        say: Told when there is no room.
+        copies: How many of each array will be made.
+        readers: How many will read blocks at once.
+
+    Raises:
+        CacheError: If a feature is not finite.
+    """
+    stored = [part.features for part in parts]
+    as_float32 = sum(4 * math.prod(features.shape) for features in stored)
+    # A float16 array is there beside its float32 copy.
+    beside = sum(f.num_bytes for f in stored if f.dtype != np.float32)
+    room = _MEMORY_SHARE * available_memory(torch.device("cpu"))
+    fits = copies * (as_float32 + beside) <= room
+    if device.type == "cuda":
+        on_device = _MEMORY_SHARE * available_memory(device)
+        fits, room = fits and as_float32 <= on_device, min(room, on_device)
+    if fits:
+        return [features.load() for features in stored]
+    # A power of two: the order of the rows hangs on the block, and memory left varies a little.
+    block_bytes = 1 << int(math.log2(max(room / (4 * readers), _LEAST_BLOCK_BYTES)))
+    blocks = [features.in_blocks(min(block_bytes, BLOCK_BYTES)) for features in stored]
+    say(
+        f"features: {as_float32 / 1e9:,.3g} GB, memory for them: {room / 1e9:,.3g} GB; streaming "
+        f"in blocks of {blocks[0].block_rows:,} rows from the file"
+    )
+    return [*blocks]
 
 
 def check_cache(cache: Cache) -> None:

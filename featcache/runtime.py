@@ -143,6 +143,63 @@ def available_cores() -> int:
     return cores
 
 
+def available_memory(device: torch.device) -> float:
+    """Return how many bytes this process may still take on a device.
+
+    On a CPU the least of what the system has, the control groups allow (file pages that can be
+    dropped are not counted as used) and ``ulimit -v`` and ``ulimit -d`` leave; infinity where the
+    system does not tell (it is read from Linux's ``/proc``).
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    limits = [*_limits_of_process(), *_limits_of_groups()]
+    facts = _read_counts(Path("/proc/meminfo"))
+    if "MemAvailable" in facts:
+        limits.append(facts["MemAvailable"] << 10)
+    return max(0, min(limits, default=math.inf))
+
+
+def _limits_of_process() -> Iterator[int]:
+    facts = _read_counts(Path("/proc/self/status"))
+    if "VmSize" in facts:
+        import resource  # not on Windows
+
+        for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+            allowed = resource.getrlimit(limit)[0]
+            if allowed != resource.RLIM_INFINITY:
+                yield allowed - (facts[used] << 10)
+
+
+def _limits_of_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Yield what each control group that this process is in has left, of version 2 and 1."""
+    groups = []
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        top, names = root, ("memory.max", "memory.current")
+        if "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        elif controllers:
+            continue
+        folder = top / path.strip("/")  # in a container not there, but the top is its own
+        for place in (folder, *folder.parents[: len(folder.parts) - len(top.parts)]):
+            with contextlib.suppress(OSError, ValueError):  # none, or no limit ("max")
+                allowed, used = (int((place / name).read_text(encoding="ascii")) for name in names)
+                facts = _read_counts(place / "memory.stat")
+                kinds = ("inactive_file", "active_file")
+                yield allowed - used + sum(facts.get(f"total_{k}", facts.get(k, 0)) for k in kinds)
+
+
+def _read_counts(path: Path) -> dict[str, int]:
+    """Return the numbers of a file of names and numbers; none where there is no such file."""
+    with contextlib.suppress(OSError):
+        lines = map(str.split, path.read_text(encoding="utf-8", errors="replace").splitlines())
+        return {w[0].rstrip(":"): int(w[1]) for w in lines if len(w) > 1 and w[1].isdecimal()}
+    return {}
+
+
 class Interrupted(KeyboardInterrupt):
     """The user or the system asked us to end, and what was in hand has been finished.
 

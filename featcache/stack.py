@@ -82,7 +82,7 @@ class HeadStack:
         loss: What is minimised.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self, config: HeadConfig, dropouts: Sequence[float], seeds: Sequence[int],
         device: torch.device, dtype: torch.dtype, loss: Loss = cross_entropy,
     ) -> None:  # fmt: skip

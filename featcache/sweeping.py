@@ -176,12 +176,12 @@ def sweep(
     check_cache(opened)
     check_metric(metric, positive, opened.classes)
     warn_of_leaks(opened)
-    pool = Pool.of(opened, choose_rows(opened, valid_fraction, seed, say))
+    pool = Pool.of(opened, choose_rows(opened, valid_fraction, seed, say), torch_device, say)
     chosen_space = read or default_space(len(pool.pair[0]))
     if sampler == "grid":
         check_grid(chosen_space, trials)
     plan = Plan(trials, sampler, chosen_space, folds, repeats, select, seed)
-    judge = Judge(metric, positive, opened.classes, torch_device, prune)
+    judge = Judge(metric, positive, opened.classes, torch_device, prune, _say_once(say))
     if folds is None:  # every fold has rows of every class, as has every hold-out
         _check_metric_is_known(judge, pool)
     work = {
@@ -387,6 +387,18 @@ def _check_metric_is_known(judge: Judge, pool: Pool) -> None:
             f"--metric {judge.metric}", expected="rows of every class in valid",
             found="none of some class", where=pool.cache.path, hint="Take --metric loss",
         )  # fmt: skip
+
+
+def _say_once(say: Say) -> Say:
+    """Say the first line only: each round of trials has the same to say."""
+    said = list[str]()
+
+    def once(line: str) -> None:
+        if not said:
+            said.append(line)
+            say(line)
+
+    return once
 
 
 def _say_plan(plan: Plan, judge: Judge, pool: Pool, say: Say) -> None:

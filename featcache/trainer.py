@@ -1,11 +1,11 @@
-"""A stack of heads on its rows: the draw of batches, the loss, the optimizer, validation."""
+"""A stack of heads on its rows: the loss, the optimizer, validation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featcache.compiled_stack import CompiledSteps
+from featcache.draw import Batch
 from featcache.jobs import HeadJob
 from featcache.loss import (
     binary_cross_entropy,
@@ -24,14 +25,10 @@ from featcache.loss import (
 )
 from featcache.optimizer import StackOptimizer
 from featcache.stack import HeadStack, SharedRows
+from featcache.streaming import StoredFeatures
 
 FORWARD_ROWS = 8192
 """Rows that go through a head at once when it is evaluated."""
-
-_VIEWS_SEED = 1 << 62  # another stream than that of the order
-
-_Batch: TypeAlias = tuple[Tensor, ...]
-"""What indexes features: rows (n,), and views (n,) where there are any."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +36,30 @@ class Rows:
     """What all heads are trained on and judged by.
 
     Attributes:
-        features: (N, D) or (N, V, D).
-        targets: (N,) int64, or (N, C) of 0, 1 and NaN = unknown: several labels a row.
+        features: (N, D) or (N, V, D), on the device or in the file.
+        targets: (N,) int64, or (N, C) of 0, 1 and NaN = unknown: several labels a row; on the
+            device.
         weights: (N,) of the rows, or None.
         valid_features: (M, D), or None: there is nothing to judge by.
         valid_targets: (M,) or (M, C), or None.
         names: Of the classes, for the history's columns.
         data_seed: Of the order and the views.
+        dtype: What is computed in.
     """
 
-    features: Tensor
+    features: Tensor | StoredFeatures
     targets: Tensor
     weights: Tensor | None
-    valid_features: Tensor | None
+    valid_features: Tensor | StoredFeatures | None
     valid_targets: npt.NDArray[Any] | None
     names: Sequence[str]
     data_seed: int
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where is computed."""
+        return self.targets.device
 
 
 class Trainer:
@@ -69,12 +74,12 @@ class Trainer:
     def __init__(
         self, jobs: Sequence[HeadJob], rows: Rows, kernels: ModuleType | None = None
     ) -> None:
-        self._rows, features = rows, rows.features
+        self._rows = rows
         has_labels = rows.targets.ndim == 2
         self._want = want_labels if has_labels else want_classes
         self.stack = HeadStack(
             jobs[0].head, [job.head.dropout for job in jobs], [job.seed for job in jobs],
-            features.device, features.dtype, binary_cross_entropy if has_labels else cross_entropy,
+            rows.device, rows.dtype, binary_cross_entropy if has_labels else cross_entropy,
         )  # fmt: skip
         self._optimizer = StackOptimizer(
             jobs[0].training.optimizer, self.stack.params, self.stack.grads,
@@ -86,8 +91,7 @@ class Trainer:
         self._losses = list(dict.fromkeys(losses))
         self._loss_of = [self._losses.index(loss) for loss in losses]
         self._weights = [
-            weigh_classes(kind, rows.targets, num_classes, features.dtype)
-            for kind, _ in self._losses
+            weigh_classes(kind, rows.targets, num_classes, rows.dtype) for kind, _ in self._losses
         ]
         self._kernels = kernels
         self._bind()
@@ -107,13 +111,15 @@ class Trainer:
         self._loss_of = [self._loss_of[head] for head in heads]
         self._bind()
 
-    def epoch(self, batches: list[_Batch], rates: Sequence[float]) -> list[float]:
+    def epoch(self, batches: Iterable[Batch], rates: Sequence[float]) -> list[float]:
         """Take one step per batch; return each head's mean loss, batches weighed by their rows."""
-        total = self._rows.features.new_zeros(len(self.stack))
-        for batch in batches:
-            losses = self._step(self._rows.features[batch], self._wanted(batch[0]), rates)
-            total.add_(losses, alpha=len(batch[0]))
-        means: list[float] = (total / sum(len(batch[0]) for batch in batches)).tolist()
+        total = torch.zeros(len(self.stack), dtype=self._rows.dtype, device=self._rows.device)
+        num_rows = 0
+        for rows, features in batches:
+            losses = self._step(features, self._wanted(rows), rates)
+            total.add_(losses, alpha=len(rows))
+            num_rows += len(rows)
+        means: list[float] = (total / num_rows).tolist()
         return means
 
     def _step(self, rows: Tensor, wanted: Tensor, rates: Sequence[float]) -> Tensor:
@@ -141,9 +147,23 @@ class Trainer:
         """Return the validation columns of each head's history row; none without such rows."""
         if self._rows.valid_features is None or self._rows.valid_targets is None:
             return [{} for _ in range(len(self.stack))]
-        parts = torch.split(self._rows.valid_features, max(1, FORWARD_ROWS // len(self.stack)))
-        logits = torch.cat([self.stack.forward(part).cpu() for part in parts], 1)
+        size = max(1, FORWARD_ROWS // len(self.stack))
+        parts = (
+            part
+            for block in _blocks(self._rows.valid_features)
+            for part in torch.split(block, size)
+        )
+        like = self.stack.params
+        logits = torch.cat([self.stack.forward(part.to(like)).cpu() for part in parts], 1)
         return [_judge(of_head, self._rows.valid_targets, self._rows.names) for of_head in logits]
+
+
+def _blocks(features: Tensor | StoredFeatures) -> Iterator[Tensor]:
+    if isinstance(features, Tensor):
+        yield features
+        return
+    for i in range(0, len(features), features.block_rows):
+        yield torch.from_numpy(features[i : i + features.block_rows].load())
 
 
 def _judge(logits: Tensor, targets: npt.NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
@@ -175,26 +195,3 @@ def _judge_labels(
     return {
         "valid_loss": loss, "valid_accuracy": right[known].double().mean().item(), **recalls,
     }  # fmt: skip
-
-
-class Draw:
-    """What an epoch consists of: all rows in a new order and, of rows with views, one view each."""
-
-    def __init__(self, features: Tensor, seed: int) -> None:
-        self._features = features
-        self._order = torch.Generator().manual_seed(seed)
-        self._views = torch.Generator().manual_seed(seed ^ _VIEWS_SEED)
-
-    def epoch(self, batch_size: int) -> list[_Batch]:
-        """Return the batches of the next epoch."""
-        num_rows, device = len(self._features), self._features.device
-        rows = torch.randperm(num_rows, generator=self._order).to(device)
-        parts = [torch.split(rows, batch_size)]
-        if self._features.ndim == 3:
-            shape, num_views = (num_rows,), self._features.shape[1]
-            views = torch.randint(num_views, shape, generator=self._views).to(device)
-            parts.append(torch.split(views, batch_size))
-        batches: list[_Batch] = list(zip(*parts, strict=True))
-        if len(batches[-1][0]) == 1:  # batch norm cannot train on one row (pytorch#4534)
-            batches.pop()
-        return batches

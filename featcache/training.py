@@ -21,7 +21,7 @@ from featcache.files import new_folder, refuse_existing
 from featcache.fit import fit_head
 from featcache.head import HeadConfig
 from featcache.jobs import TrainingConfig
-from featcache.partition import Part, check_cache, choose_rows, warn_of_leaks
+from featcache.partition import Part, check_cache, choose_rows, read_rows, warn_of_leaks
 from featcache.recording import check_seed, check_valid_fraction, record_fit
 from featcache.runtime import Say, resolve_device, silent
 
@@ -153,8 +153,9 @@ def train(
     head = HeadConfig(opened.num_features, len(opened.classes), tuple(hidden), dropout)
     with new_folder(folder, overwrite=overwrite) as partial:
         fit_start = time.perf_counter()
+        features, valid_features = read_rows(parts, torch_device, say)
         result = fit_head(
-            head, training, *parts[0].arrays(opened), *parts[1].arrays(opened), seed=seed,
+            head, training, features, parts[0].targets, valid_features, parts[1].targets, seed=seed,
             data_seed=order_seed, device=torch_device, classes=opened.classes,
             on_epoch=_epoch_lines(opened.classes, say),
         )  # fmt: skip

@@ -25,6 +25,7 @@ from featcache.folds import Arrays
 from featcache.head import HeadConfig, build_head
 from featcache.jobs import FitResult, HeadJob
 from featcache.metrics import compute_score
+from featcache.runtime import Say, silent
 from featcache.space import Params, build_configs, params_from_json
 
 _LEAST_REFERENCE = 8  # trials: the median of fewer says little
@@ -73,6 +74,7 @@ class Judge:
         classes: Names.
         device: Where to compute.
         prunes: Whether hopeless trials are given up.
+        say: Where lines for people go.
     """
 
     metric: str
@@ -80,6 +82,7 @@ class Judge:
     classes: Sequence[str]
     device: torch.device
     prunes: bool = True
+    say: Say = silent
 
     @property
     def sign(self) -> int:
@@ -118,7 +121,7 @@ class Judge:
         results = fit_heads(
             [HeadJob(head, training, seed) for head, training in configs], *arrays, data_seed=seed,
             device=self.device, classes=self.classes,
-            on_epoch=lambda place, row: on_epoch(numbers[place], row),
+            on_epoch=lambda place, row: on_epoch(numbers[place], row), say=self.say,
         )  # fmt: skip
         heads = [head for head, _ in configs]
         return dict(zip(numbers, zip(heads, results, strict=True), strict=True))

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from featcache.draw import Draw
 from featcache.errors import ConfigError, DataError
 from featcache.fit import fit_head, fit_heads, forward_head, predict_probs
 from featcache.head import HeadConfig, build_head
 from featcache.jobs import FitResult, HeadJob, TrainingConfig, auto_batch_size
 from featcache.stack import HeadStack, SharedRows
-from featcache.trainer import Draw
 
 CPU = torch.device("cpu")
 
@@ -468,8 +468,8 @@ def test_each_epoch_trains_on_one_drawn_view_of_each_row() -> None:
 
 def test_the_draw_of_views_is_uniform_and_new_in_every_epoch() -> None:
     views = torch.arange(5.0).repeat(2000, 1)[:, :, None]  # a feature that tells its view
-    draw = Draw(views, 3)
-    epochs = [torch.cat([views[batch] for batch in draw.epoch(32)]).long() for _ in range(4)]
+    draw = Draw(views, 3, CPU, torch.float32)
+    epochs = [torch.cat([rows for _, rows in draw.epoch(32)]).long() for _ in range(4)]
     for epoch in epochs:
         counts = torch.bincount(epoch[:, 0], minlength=5)
         assert counts.sum() == 2000

@@ -283,8 +283,8 @@ def test_a_held_out_part_of_rows_with_views_is_seen_as_it_is(tmp_path: Path) -> 
     rows = with_views("all", [0, 1] * 40)
     cache = make_cache(tmp_path / "c.h5", all=rows)
     train_part, valid_part = choose_rows(cache, 0.3, 0, lambda _: None)
-    assert np.array_equal(train_part.arrays(cache)[0], array_of(rows)[train_part.rows])
-    assert np.array_equal(valid_part.arrays(cache)[0], array_of(rows)[valid_part.rows, 0])
+    assert np.array_equal(train_part.features.load(), array_of(rows)[train_part.rows])
+    assert np.array_equal(valid_part.features.load(), array_of(rows)[valid_part.rows, 0])
     summary = train(cache.path, tmp_path / "r", valid_fraction=0.3, **SMALL)
     assert (summary.num_views, summary.num_train) == (4, len(train_part.rows))
 
