@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.ticker import LogLocator, NullFormatter
 from measuring import describe_machine, number
 
 _COLOURS = {
@@ -36,7 +37,9 @@ def draw_head(path: Path, report: dict[str, Any], rows: list[dict[str, Any]]) ->
     left.set_title(
         f"one head, {task['num_rows']:,} rows, {task['epochs']} epochs", fontsize=10, loc="left"
     )
-    right.set_title("validation loss, seed 0", fontsize=10, loc="left")
+    right.set_title(
+        "validation loss after each epoch, seed 0; colours as on the left", fontsize=10, loc="left"
+    )
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(describe_machine(report), fontsize=8, color="#555555", x=0.01, ha="left")
@@ -71,16 +74,19 @@ def _draw_losses(axis: Any, rows: list[dict[str, Any]], same_loss: float | None)
         curve = row["samples"][0]["curve"]
         axis.plot(
             [point["seconds"] for point in curve], [point["valid_loss"] for point in curve],
-            "o-", color=_COLOURS[row["way"]], markersize=3.5, linewidth=1.6, label=row["way"],
+            "o-", color=_COLOURS[row["way"]], markersize=3.5, linewidth=1.6,
         )  # fmt: skip
     if same_loss is not None:
-        axis.axhline(same_loss, color="#555555", linewidth=1, linestyle="--", label="the same loss")
+        axis.axhline(same_loss, color="#555555", linewidth=1, linestyle="--", zorder=1)
+        axis.annotate(
+            "the same loss", (1, same_loss), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", ha="right", color="#555555", fontsize=8,
+        )  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter(NullFormatter())
     axis.set_xlabel("seconds")
     axis.set_ylabel("cross-entropy")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(which="both", labelsize=8)
-    axis.legend(frameon=False, fontsize=8)

@@ -22,10 +22,10 @@ the validations too. Peers are measured with one thread and with one a core: the
 are kept. Round r has seed r: the first three ways begin with the same weights, and featcache and
 the tensor-indexed loop see the same batches too.
 
-Same loss: the highest of the final validation losses of the tensor-indexed loop over five seeds,
-the loss that it reaches for certain. Parity, declared beforehand: over the same five seeds, the
-median final loss of featcache and of the DataLoader loop lies within the tensor-indexed loop's
-lowest and highest. Otherwise the exit status is 1.
+Same loss: the highest of the final validation losses of the tensor-indexed loop over ten seeds,
+the loss that it reaches for certain. Parity, declared beforehand: over the same ten seeds, the
+median final loss of featcache lies within the tensor-indexed loop's lowest and highest (of two
+equal ways one in thirty would not). Otherwise the exit status is 1.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ from featcache.jobs import HeadJob
 from featcache.runtime import available_cores, resolve_device
 
 FEATCACHE, LOADER, INDEXED = "featcache", "DataLoader loop", "tensor-indexed loop"
-NUM_SEEDS = 5
+NUM_SEEDS = 10
 
 Sample = dict[str, Any]
 
@@ -235,7 +235,7 @@ def _summarise(samples: list[Any], name: str, task: Task) -> dict[str, Any]:
 
 
 def check_parity(best: dict[str, dict[str, Any]], task: Task) -> dict[str, Any]:
-    """Return final losses over five seeds, those beyond the rounds trained now, and the verdict."""
+    """Return final losses over ten seeds, those beyond the rounds trained now, and the verdict."""
     losses: dict[str, list[float]] = {}
     for name in (INDEXED, LOADER, FEATCACHE):
         if name not in best:
@@ -366,8 +366,8 @@ def main() -> None:
     lines = [describe_machine(report), "", *describe_head(report)]
     write_report(args.out, stem, report, "\n".join(lines) + "\n")
     draw_head(args.out / f"{stem}.png", report, list(best.values()))
-    if not all(parity.get("within_spread", {}).values()):
-        sys.exit("the final losses are not the same: see the table")
+    if not parity.get("within_spread", {}).get(FEATCACHE, True):
+        sys.exit("featcache's final losses are not those of the tensor-indexed loop: see the table")
 
 
 if __name__ == "__main__":
