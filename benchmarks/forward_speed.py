@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from decode_speed import RULES
 from make_images import KINDS, encode_image
-from measuring import as_table, measure_in_turn, median, number
-from peers import Job, NotHere, Runner, Way, build, list_ways
+from measuring import NotHere, as_table, measure_in_turn, median, number
+from peers import Job, Runner, Way, build, list_ways
 
 from featcache.engine import eager_features, relative_errors
 from featcache.images import decode

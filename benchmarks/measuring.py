@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import statistics
@@ -9,8 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +23,24 @@ from featcache.runtime import environment_facts
 
 HERE = Path(__file__).resolve().parent
 QUIET_LOAD = 0.5  # a busier machine is reported as such
+
+_T = TypeVar("_T")
+
+
+class NotHere(Exception):  # noqa: N818 (a state, not a fault)
+    """Why a way cannot be measured on this machine."""
+
+
+def import_peer(name: str) -> Any:
+    """Return an optional module.
+
+    Raises:
+        NotHere: If it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise NotHere("not installed") from error
 
 
 def run_cold(
@@ -38,6 +61,31 @@ def run_cold(
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))}\nfailed:\n{output}\n{errors}")
     return {"seconds": seconds, "output": output}
+
+
+def call_apart(function: Callable[..., _T], *arguments: Any) -> _T:
+    """Call a function in a new process, so that thread pools, memory and its peak are its own.
+
+    Raises:
+        NotHere: If that process dies: killed for its memory, as a rule.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise NotHere("its process died") from error
+
+
+def peak_memory() -> int | None:
+    """Return the most memory in bytes that this process had so far, None where it is not known.
+
+    The kernel's high-water mark of this very process: ``ru_maxrss`` may be its parent's.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def read_commit() -> str:
@@ -62,12 +110,12 @@ def current_load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
-def measure_in_turn(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def measure_in_turn(ways: Mapping[str, Callable[[], _T]], rounds: int) -> dict[str, list[_T]]:
     """Call every way once a round and keep what it returns; who begins changes from round to round.
 
     What disturbs the machine for a while thereby disturbs all ways alike.
     """
-    samples: dict[str, list[float]] = {name: [] for name in ways}
+    samples: dict[str, list[_T]] = {name: [] for name in ways}
     names = list(ways)
     for number in range(rounds):
         shift = number % max(1, len(names))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import io
 import os
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import NotHere, import_peer
 
 from featcache import engine as featcache_engine
 from featcache.backbone import Backbone, build_backbone
@@ -32,10 +32,6 @@ from featcache.runtime import exact_fp32
 PRECISIONS = ("fp32", "default", "tf32", "fp16", "bf16")
 """``fp32`` is IEEE everywhere; ``default`` leaves torch alone: TF32 convolutions on CUDA."""
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class NotHere(Exception):  # noqa: N818 (a state, not a fault)
-    """Why a way cannot be measured on this machine."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +214,7 @@ def _torch_runner(
 def _onnxruntime(backbone: Backbone, job: Job, choice: dict[str, Any]) -> Runner:
     if job.device.type != "cpu" or job.precision != "fp32":
         raise NotHere("measured on the CPU at fp32 only")
-    onnxruntime = _import("onnxruntime")
+    onnxruntime = import_peer("onnxruntime")
     session = onnxruntime.InferenceSession(exported(backbone), providers=["CPUExecutionProvider"])
     floats, size = normalized(backbone, job.pixels), choice["batch_size"]
     batch = np.resize(floats, (size, *floats.shape[1:]))
@@ -232,7 +228,7 @@ def _onnxruntime(backbone: Backbone, job: Job, choice: dict[str, Any]) -> Runner
 def _openvino(backbone: Backbone, job: Job, choice: dict[str, Any]) -> Runner:
     if job.device.type != "cpu" or job.precision not in {"fp32", "bf16"}:
         raise NotHere("measured on the CPU at fp32 and bf16 only")
-    openvino = _import("openvino")
+    openvino = import_peer("openvino")
     core, size = openvino.Core(), choice["batch_size"]
     model = core.read_model(exported(backbone))
     model.reshape([size, 3, backbone.image_size, backbone.image_size])
@@ -288,7 +284,7 @@ def exported(backbone: Backbone) -> bytes:
     Raises:
         NotHere: If onnx is not installed.
     """
-    _import("onnx")
+    import_peer("onnx")
     network = copy.deepcopy(backbone.network).eval()
     if hasattr(network, "set_swish"):
         from efficientnet_pytorch.utils import MemoryEfficientSwish
@@ -305,13 +301,6 @@ def exported(backbone: Backbone) -> bytes:
                 output_names=["features"], dynamic_axes={"images": {0: "n"}, "features": {0: "n"}},
             )  # fmt: skip
         return path.read_bytes()
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise NotHere("not installed") from error
 
 
 def _in_batches(
