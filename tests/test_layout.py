@@ -67,7 +67,8 @@ ROWS = [
         "evaluation",
         "classifier",
     ],
-    ["demo", "wording"],
+    ["demo", "wording", "options"],
+    ["cache_commands"],
     ["cli"],
 ]
 STAGES = next(row for row in ROWS if "extraction" in row)
@@ -75,7 +76,7 @@ STAGES = next(row for row in ROWS if "extraction" in row)
 # Who may import a library, at any depth of the file.
 OWNERS = {
     "h5py": {"hdf5"},
-    "click": {"cli"},
+    "click": {"cli", "cache_commands", "options"},
     "PIL": {"decoding", "resampling", "demo"},
     "simplejpeg": {"decoding"},
     "isal": {"png"},
@@ -97,10 +98,10 @@ EVERYBODYS = {"numpy", "torch", "sklearn"}
 NO_TORCH = {"errors", "files", "container", "hdf5", "dataset", "images", "isolation", "metrics"}
 NO_TORCH |= {"figures", "shards", "cli", "views", "threads", "decoding", "resampling", "png"}
 NO_TORCH |= {"kernels", "head_kernels", "compiling", "acceleration", "contents", "journal"}
+NO_TORCH |= {"options", "cache_commands"}
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
-LONG_FILES = {"cli"}  # asking to be two; take a name out when it is
 LONG_FUNCTIONS: set[str] = set()
 
 
@@ -207,7 +208,7 @@ def test_modules_and_public_names_are_different_words() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_stay_short(module: str) -> None:
     num_lines = len((PACKAGE / f"{module}.py").read_text("utf-8").splitlines())
-    assert num_lines <= MAX_FILE_LINES or module in LONG_FILES
+    assert num_lines <= MAX_FILE_LINES
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     functions = [node for node in ast.walk(tree(module)) if isinstance(node, kinds)]
     long = {f"{module}.{node.name}": num_body_lines(node) for node in functions}

@@ -7,6 +7,7 @@ the first ten steps are compared to 1e-4, and final losses by how much the seed 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 from torch import nn
 
+from featcache import fit
+from featcache.compiled_stack import load_kernels
 from featcache.fit import fit_heads, forward_head
 from featcache.head import HeadConfig, build_head
 from featcache.jobs import FitResult, HeadJob, TrainingConfig
@@ -44,9 +47,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["torch"], autouse=True)
-def path(request: pytest.FixtureRequest) -> str:
-    """By what a stack computes. Each test runs by each: a way that is new is forced here."""
+@pytest.fixture(params=["torch", "compiled"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By what a stack computes, whatever its size."""
+    if request.param == "compiled":
+        assert load_kernels() is not None
+    worth = {"torch": math.inf, "compiled": 0}[request.param]
+    monkeypatch.setattr(fit, "WORTH_PARAM_STEPS", worth)
     return str(request.param)
 
 

@@ -1,0 +1,112 @@
+"""Option types, options that several commands share, and printing: facts as JSON or as lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from featcache.errors import printable
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class OrWord(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A number, or one of some words: ``auto|N``."""
+
+    def __init__(self, kind: type[int], *words: str) -> None:
+        self._kind, self._words = kind, words
+        self.name = "|".join([*words, "N"])
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """Return the word or the number, or fail as click wants it."""
+        if value in self._words or isinstance(value, int):
+            return value  # type: ignore[no-any-return]
+        try:
+            return self._kind(value)
+        except ValueError:
+            return self.fail(f"{value!r} is neither a whole number nor {self._words}", param, ctx)
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Comma-separated numbers: ``0.7,0.15,0.15``."""
+
+    def __init__(self, kind: type[int] | type[float], name: str, *, none: bool = False) -> None:
+        self._kind, self.name, self._none = kind, name, none
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int | float, ...]:
+        """Return the numbers, or fail as click wants it."""
+        if not isinstance(value, str):
+            return tuple(value)
+        if self._none and value == "none":
+            return ()
+        try:
+            return tuple(self._kind(part) for part in value.split(","))
+        except ValueError:
+            return self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
+
+
+class Renaming(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Two names: ``OLD=NEW``."""
+
+    name = "OLD=NEW"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """Return both names, or fail as click wants it."""
+        old, sign, new = value.partition("=")
+        return (
+            (old, new) if sign else self.fail(f"{value!r} is not of the form OLD=NEW", param, ctx)
+        )
+
+
+AUTO_OR_NUMBER = OrWord(int, "auto")
+TRUST = click.option(
+    "--backbone", metavar="NAME", help="Needed for python: backbones only: says you trust the code."
+)
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps",
+    help="Where to compute.",
+)  # fmt: skip
+WEIGHTS = click.option(
+    "--weights", metavar="FILE|random", help="Backbone weights; default: the library's pretrained."
+)
+
+
+def printing(command: _F) -> _F:
+    """Add --json and --quiet: facts as one JSON object, or no lines at all."""
+    command = click.option("--quiet", is_flag=True, help="No progress, no lines.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def make_say(as_json: bool, quiet: bool) -> Callable[[str], None]:
+    """Return what prints a line while a command works, or nothing if facts or nothing are asked."""
+    return (lambda line: None) if as_json or quiet else _echo_line
+
+
+def _echo_line(line: str) -> None:
+    """Print a line that holds names of strangers: no terminal command, no second line."""
+    click.echo(printable(line))
+
+
+def print_facts(facts: dict[str, Any], lines: Iterable[str], as_json: bool, quiet: bool) -> None:
+    """Print facts as one JSON object, or as lines for people."""
+    if as_json:
+        click.echo(json.dumps(facts, allow_nan=False, default=_as_text))
+    elif not quiet:
+        for line in lines:
+            _echo_line(line)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return value.as_posix()
+    raise TypeError(type(value).__name__)
