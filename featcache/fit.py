@@ -54,7 +54,9 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
 ) -> FitResult:
     """Train a head and keep the epoch with the lowest cross-entropy on the validation rows.
 
-    Without validation rows the last epoch is kept.
+    Without validation rows the last epoch is kept. Targets (N, C) are several labels a row: the
+    loss is then a binary cross-entropy per class, its mean over the known targets (module
+    ``loss``).
 
     The same as a script that calls ``torch.manual_seed(seed)``, builds the head and loops, with
     the rows in the order of ``torch.randperm`` under a generator of ``data_seed``. Of rows with
@@ -69,14 +71,16 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         train_features: (N, D) or (N, V, D) float; float64 trains in float64, anything else in
             float32. Those that stay in their file are read in shuffled blocks, each epoch anew: in
             another order than from memory, which hangs on the size of the blocks too.
-        train_targets: (N,) integers from 0 to C - 1.
+        train_targets: (N,) integers from 0 to C - 1; or (N, C) floats of 0, 1 and NaN = unknown,
+            of each row at least one known.
         valid_features: (M, D) float, or None.
-        valid_targets: (M,) integers from 0 to C - 1, or None.
+        valid_targets: (M,) or (M, C) alike, or None.
         seed: Decides the initial weights and dropout.
         data_seed: Decides the order of the rows and their views.
         device: Where the rows (or a block of them) and the head live.
         train_weights: (N,) above 0, a weight per row, multiplied with that of its class: the loss
-            of a batch is the mean of its rows' so weighed. None weighs all rows alike.
+            of a batch is the mean of its rows' (of their known targets') so weighed. None weighs
+            all rows alike.
         classes: Names for the history's columns; None numbers them.
         on_epoch: Called with each row of the history as it is made.
 
@@ -118,9 +122,9 @@ def fit_heads(
     Args:
         jobs: The heads.
         train_features: As for ``fit_head``, as are the four that follow.
-        train_targets: (N,).
+        train_targets: (N,) or (N, C).
         valid_features: (M, D).
-        valid_targets: (M,).
+        valid_targets: (M,) or (M, C).
         data_seed: Of the order and the views.
         device: Where the rows and the heads live.
         train_weights: (N,), as for ``fit_head``.
@@ -136,11 +140,13 @@ def fit_heads(
     Raises:
         DataError: If the arrays do not fit each other or the heads.
     """
-    views = train_features.ndim == 3
+    views, rank = train_features.ndim == 3, train_targets.ndim
     for head in dict.fromkeys(job.head for job in jobs):
-        _check_rows("training rows", train_features, train_targets, head, at_least=2, views=views)
+        pair = train_features, train_targets
+        _check_rows("training rows", *pair, head, rank=rank, at_least=2, views=views)
         if valid_features is not None and valid_targets is not None:
-            _check_rows("validation rows", valid_features, valid_targets, head, at_least=1)
+            pair = valid_features, valid_targets
+            _check_rows("validation rows", *pair, head, rank=rank, at_least=1)
     if train_weights is not None:
         _check_weights(train_weights, len(train_targets))
     num_classes = jobs[0].head.num_classes if jobs else 0
@@ -148,7 +154,7 @@ def fit_heads(
     dtype = torch.float64 if train_features.dtype == np.float64 else torch.float32
     rows = Rows(
         _place(train_features, device, dtype),
-        torch.from_numpy(train_targets.astype(np.int64)).to(device),
+        _to_targets(train_targets, device, dtype),
         None if train_weights is None else torch.from_numpy(train_weights).to(device, dtype),
         None if valid_features is None else _place(valid_features, device, dtype), valid_targets,
         names, data_seed, dtype,
@@ -329,14 +335,14 @@ def forward_head(head: nn.Module, features: Features, device: torch.device) -> n
 
 
 def predict_probs(
-    head: nn.Module, features: Features, device: torch.device
+    head: nn.Module, features: Features, device: torch.device, task: str = "multiclass"
 ) -> npt.NDArray[np.float64]:
-    """Return probs (N, C) float64, the softmax of ``forward_head``.
+    """Return probs (N, C) float64: of ``forward_head`` the softmax, for ``multilabel`` the sigmoid.
 
     float64, so that a very sure head still ranks its rows instead of calling them all 1.
     """
-    logits = torch.from_numpy(forward_head(head, features, device))
-    return np.asarray(logits.double().softmax(1))
+    logits = torch.from_numpy(forward_head(head, features, device)).double()
+    return np.asarray(logits.sigmoid() if task == "multilabel" else logits.softmax(1))
 
 
 @torch.inference_mode()
@@ -376,26 +382,45 @@ def _to_tensor(features: Features, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
+def _to_targets(array: npt.NDArray[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return targets as the loss takes them: int64, or ``dtype`` for several labels a row."""
+    if array.ndim == 2:
+        return torch.from_numpy(array.astype(np.float32)).to(device, dtype)
+    return torch.from_numpy(array.astype(np.int64)).to(device)
+
+
 def _check_rows(
     what: str,
     features: Features,
     targets: npt.NDArray[Any],
     head: HeadConfig,
     *,
+    rank: int,
     at_least: int,
     views: bool = False,
 ) -> None:
     found, top = f"features {features.shape}, targets {targets.shape}", head.num_classes - 1
     shape = (*features.shape[:1], *features.shape[2:]) if views else features.shape
-    if shape != (len(targets), head.num_features) or targets.dtype.kind not in "iu":
+    has_labels = rank == 2
+    of_targets = (len(targets), head.num_classes) if has_labels else (len(targets),)
+    if (
+        (shape, targets.shape) != ((len(targets), head.num_features), of_targets)
+        or targets.dtype.kind not in ("f" if has_labels else "iu")
+    ):  # fmt: skip
         kind = f"(N, V, {head.num_features})" if views else f"(N, {head.num_features})"
-        wanted = f"features {kind} and targets (N,) of whole numbers"
+        kinds = f"(N, {head.num_classes}) of floats" if has_labels else "(N,) of whole numbers"
+        wanted = f"features {kind} and targets {kinds}"
         raise DataError(what, expected=wanted, found=found)
     if 0 in features.shape[1:]:
         raise DataError(what, expected="at least one view", found=found)
     if len(targets) < at_least:
         raise DataError(what, expected=f"at least {at_least}", found=len(targets))
-    if targets.min() < 0 or targets.max() > top:
+    if has_labels:
+        known = ~np.isnan(targets)
+        if not np.isin(targets[known], (0, 1)).all() or not known.any(axis=1).all():
+            found = "a row without a known one" if not known.any(axis=1).all() else "other numbers"
+            raise DataError(what, expected="targets of 0, 1 and NaN, some known", found=found)
+    elif targets.min() < 0 or targets.max() > top:
         found = f"{targets.min()} to {targets.max()}"
         raise DataError(what, expected=f"targets from 0 to {top}", found=found)
 

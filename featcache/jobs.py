@@ -31,7 +31,10 @@ class TrainingConfig:
         patience: Stop after this many epochs without a lower validation loss (without validation
             rows: training loss); None never does.
         class_weights: In the loss: ``none``, ``balanced`` (N / (C * n) for n of N rows) or a tuple.
-        label_smoothing: Share in [0, 1) of each target spread evenly over all classes.
+            Of several labels a row, by what a class' positives count, ``balanced`` being its known
+            negatives over its known positives (1 where it has none of either).
+        label_smoothing: Share in [0, 1) of each target spread evenly over all classes; of several
+            labels a row, over yes and no.
     """
 
     learning_rate: float = 5e-4
@@ -92,7 +95,8 @@ class FitResult:
         history: One row per epoch: ``epoch`` (from 1), ``train_loss`` (the loss minimised, weights
             and smoothing included), ``valid_loss`` (plain cross-entropy), ``valid_accuracy``, one
             ``valid_recall_CLASS`` per class (None without rows of it), ``learning_rate``,
-            ``seconds``. Without validation rows there are no ``valid_`` columns.
+            ``seconds``. Without validation rows there are no ``valid_`` columns. Of several labels
+            a row, loss and accuracy are means over the known targets, a yes being above 0.5.
         best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties; without
             validation rows the last.
         diverged_in: The epoch in which the loss was no finite number; it is not in the history.
