@@ -8,6 +8,7 @@ steps where they go in step. What was measured is in the result.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -157,6 +158,7 @@ def fit_by_processes(jobs: Sequence[HeadJob], rows: Rows, plan: Plan) -> Result:
         start = time.perf_counter()
         found = parallel(fit(job, rows, plan.device) for job in some)
         seconds = (time.perf_counter() - start) * len(jobs) / len(some)
+    joblib.externals.loky.get_reusable_executor(reuse=True).shutdown()  # or we would not end
     peaks = {process: peak for _, process, peak in found}  # the last of each is its highest
     return {
         "seconds": seconds, "measured_heads": len(some), "num_threads": 1,
@@ -245,7 +247,7 @@ def fit_by_vmap(jobs: Sequence[HeadJob], rows: Rows, plan: Plan) -> Result:
     for job in jobs:
         torch.manual_seed(job.seed)
         heads.append(_PlainHead(job.head))
-    head = heads[0].to("meta")
+    head = copy.deepcopy(heads[0]).to("meta")
     params, _ = stack_module_state(heads)
     del heads
     params = {name: value.detach().to(device) for name, value in params.items()}
