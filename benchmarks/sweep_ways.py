@@ -345,7 +345,7 @@ def _run_in_step(
         step_seconds += trained - begin
         validate()
         checks.append(finish() - trained)
-    seconds = built + step_seconds * total / steps + median(checks) * task.epochs
+    seconds = built + step_seconds * (total - 1) / steps + median(checks) * task.epochs
     return {
         "seconds": seconds, "measured_heads": num_heads, "measured_steps": steps,
         "num_threads": num_threads, "valid_losses": None,
