@@ -55,7 +55,7 @@ class Plan:
 
 Result = dict[str, Any]
 """``seconds`` of the whole job, ``measured_heads``, ``measured_steps`` each, ``num_threads``, and
-the heads' last ``valid_losses`` where they were trained to the end."""
+their ``valid_losses`` in the end."""
 
 
 def draw_jobs(task: Task, num_heads: int) -> list[HeadJob]:
@@ -207,10 +207,10 @@ def fit_by_summed_losses(jobs: Sequence[HeadJob], rows: Rows, plan: Plan) -> Res
         torch.stack(losses).sum().backward()
         optimizer.step()
 
-    def validate() -> None:
-        for head in heads.values():
-            judge(head, valid_features, valid_targets)
+    def validate() -> list[float]:
+        losses = [judge(head, valid_features, valid_targets)[0] for head in heads.values()]
         heads.train()
+        return losses
 
     return _run_in_step(step, validate, len(jobs), plan, start)
 
@@ -265,14 +265,17 @@ def fit_by_vmap(jobs: Sequence[HeadJob], rows: Rows, plan: Plan) -> Result:
     def step(batch: Tensor) -> None:
         adam.step(gradient(params, dropouts, features[batch], targets[batch]))
 
-    def validate() -> None:
+    def validate() -> list[float]:
+        losses: list[float] = []
         with torch.no_grad():
             for first in range(0, len(jobs), 8):  # (8, M, 512) at a time
                 part = {name: value[first : first + 8] for name, value in params.items()}
                 logits = evaluate(part, valid_features)
                 wanted = valid_targets.expand(len(logits), -1)
-                functional.cross_entropy(logits.mT, wanted, reduction="none").mean(1).tolist()
+                of_rows = functional.cross_entropy(logits.mT, wanted, reduction="none")
+                losses += of_rows.mean(1).tolist()
                 (logits.argmax(2) == wanted).float().mean(1).tolist()
+        return losses
 
     return _run_in_step(step, validate, len(jobs), plan, start)
 
@@ -303,14 +306,14 @@ class _StackedAdam:
 
 
 def _run_in_step(
-    step: Callable[[Tensor], None], validate: Callable[[], None], num_heads: int, plan: Plan,
+    step: Callable[[Tensor], None], validate: Callable[[], list[float]], num_heads: int, plan: Plan,
     start: float,
 ) -> Result:  # fmt: skip
     """Run the steps that are allowed, at the better number of threads; reckon the whole job.
 
     Args:
         step: Trains all heads on the rows of a batch.
-        validate: Judges all heads, and waits for the result.
+        validate: Returns all heads' validation losses.
         num_heads: K.
         plan: What is trained on, where, and for how many steps.
         start: When building began.
@@ -335,7 +338,7 @@ def _run_in_step(
     if device.type == "cpu":
         num_threads = _choose_threads(lambda: step(batches[0]), finish)
     total, steps, step_seconds, checks = task.num_steps * task.epochs, 0, 0.0, list[float]()
-    allowed = min(total, plan.steps)
+    allowed, losses = min(total, plan.steps), list[float]()
     while steps < allowed:
         begin = finish()
         for batch in draw()[: allowed - steps]:
@@ -343,12 +346,12 @@ def _run_in_step(
             steps += 1
         trained = finish()
         step_seconds += trained - begin
-        validate()
+        losses = validate()
         checks.append(finish() - trained)
     seconds = built + step_seconds * (total - 1) / steps + median(checks) * task.epochs
     return {
         "seconds": seconds, "measured_heads": num_heads, "measured_steps": steps,
-        "num_threads": num_threads, "valid_losses": None,
+        "num_threads": num_threads, "valid_losses": losses,
     }  # fmt: skip
 
 
