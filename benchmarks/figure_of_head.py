@@ -37,9 +37,7 @@ def draw_head(path: Path, report: dict[str, Any], rows: list[dict[str, Any]]) ->
     left.set_title(
         f"one head, {task['num_rows']:,} rows, {task['epochs']} epochs", fontsize=10, loc="left"
     )
-    right.set_title(
-        "validation loss after each epoch, seed 0; colours as on the left", fontsize=10, loc="left"
-    )
+    right.set_title("validation loss, seed 0; colours as on the left", fontsize=10, loc="left")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(describe_machine(report), fontsize=8, color="#555555", x=0.01, ha="left")
@@ -79,8 +77,8 @@ def _draw_losses(axis: Any, rows: list[dict[str, Any]], same_loss: float | None)
     if same_loss is not None:
         axis.axhline(same_loss, color="#555555", linewidth=1, linestyle="--", zorder=1)
         axis.annotate(
-            "the same loss", (1, same_loss), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", ha="right", color="#555555", fontsize=8,
+            "the same loss", (0, same_loss), xycoords=("axes fraction", "data"), xytext=(4, 3),
+            textcoords="offset points", color="#555555", fontsize=8,
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")

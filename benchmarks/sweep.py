@@ -25,8 +25,9 @@ of it. Heads trained one by one: ``--peer-heads`` of them are, the others taken 
 Heads trained in step: as many steps as ``--head-steps`` allow, the others taken to last as long.
 JSON and table say what was measured. Heads a minute are of ``--epochs`` epochs, at that rate.
 
-The machine's bound (``machine_bound.py``) is measured in every round, in turn with the ways. Each
-sample is a process of its own, warmed up with a few steps.
+The machine's bound (``machine_bound.py``) is measured in every round, in turn with the ways, and
+the best round counts; of the ways it is the median. Each sample is a process of its own, warmed up
+with a few steps.
 
 Parity, declared beforehand: eight heads for ``--epochs`` epochs by the tensor-indexed loop, by
 featcache, and by the loop again with other seeds. The mean of ln(featcache's final validation loss
@@ -191,7 +192,7 @@ def describe_sweep(report: dict[str, Any]) -> list[str]:
                 continue
             rate, peak = row["head_steps_per_second"], row["peak_bytes"]
             what = "all" if not row["extrapolated"] else (
-                f"{row['measured_heads']:,} heads, {row['measured_steps']:,} steps"
+                f"heads: {row['measured_heads']:,}, steps: {row['measured_steps']:,}"
             )  # fmt: skip
             cells.append((
                 f"{table['num_heads']:,}", row["way"], what, number(rate),

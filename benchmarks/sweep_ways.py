@@ -8,6 +8,7 @@ steps where they go in step. What was measured is in the result.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -54,7 +55,7 @@ class Plan:
 
 Result = dict[str, Any]
 """``seconds`` of the whole job, ``measured_heads``, ``measured_steps`` each, ``num_threads``, and
-the heads' last ``valid_losses`` where they were trained to the end."""
+their ``valid_losses`` in the end."""
 
 
 def draw_jobs(task: Task, num_heads: int) -> list[HeadJob]:
@@ -157,6 +158,7 @@ def fit_by_processes(jobs: Sequence[HeadJob], rows: Rows, plan: Plan) -> Result:
         start = time.perf_counter()
         found = parallel(fit(job, rows, plan.device) for job in some)
         seconds = (time.perf_counter() - start) * len(jobs) / len(some)
+    joblib.externals.loky.get_reusable_executor(reuse=True).shutdown()  # or we would not end
     peaks = {process: peak for _, process, peak in found}  # the last of each is its highest
     return {
         "seconds": seconds, "measured_heads": len(some), "num_threads": 1,
@@ -205,10 +207,10 @@ def fit_by_summed_losses(jobs: Sequence[HeadJob], rows: Rows, plan: Plan) -> Res
         torch.stack(losses).sum().backward()
         optimizer.step()
 
-    def validate() -> None:
-        for head in heads.values():
-            judge(head, valid_features, valid_targets)
+    def validate() -> list[float]:
+        losses = [judge(head, valid_features, valid_targets)[0] for head in heads.values()]
         heads.train()
+        return losses
 
     return _run_in_step(step, validate, len(jobs), plan, start)
 
@@ -245,7 +247,7 @@ def fit_by_vmap(jobs: Sequence[HeadJob], rows: Rows, plan: Plan) -> Result:
     for job in jobs:
         torch.manual_seed(job.seed)
         heads.append(_PlainHead(job.head))
-    head = heads[0].to("meta")
+    head = copy.deepcopy(heads[0]).to("meta")
     params, _ = stack_module_state(heads)
     del heads
     params = {name: value.detach().to(device) for name, value in params.items()}
@@ -263,14 +265,17 @@ def fit_by_vmap(jobs: Sequence[HeadJob], rows: Rows, plan: Plan) -> Result:
     def step(batch: Tensor) -> None:
         adam.step(gradient(params, dropouts, features[batch], targets[batch]))
 
-    def validate() -> None:
+    def validate() -> list[float]:
+        losses: list[float] = []
         with torch.no_grad():
             for first in range(0, len(jobs), 8):  # (8, M, 512) at a time
                 part = {name: value[first : first + 8] for name, value in params.items()}
                 logits = evaluate(part, valid_features)
                 wanted = valid_targets.expand(len(logits), -1)
-                functional.cross_entropy(logits.mT, wanted, reduction="none").mean(1).tolist()
+                of_rows = functional.cross_entropy(logits.mT, wanted, reduction="none")
+                losses += of_rows.mean(1).tolist()
                 (logits.argmax(2) == wanted).float().mean(1).tolist()
+        return losses
 
     return _run_in_step(step, validate, len(jobs), plan, start)
 
@@ -301,14 +306,14 @@ class _StackedAdam:
 
 
 def _run_in_step(
-    step: Callable[[Tensor], None], validate: Callable[[], None], num_heads: int, plan: Plan,
+    step: Callable[[Tensor], None], validate: Callable[[], list[float]], num_heads: int, plan: Plan,
     start: float,
 ) -> Result:  # fmt: skip
     """Run the steps that are allowed, at the better number of threads; reckon the whole job.
 
     Args:
         step: Trains all heads on the rows of a batch.
-        validate: Judges all heads, and waits for the result.
+        validate: Returns all heads' validation losses.
         num_heads: K.
         plan: What is trained on, where, and for how many steps.
         start: When building began.
@@ -333,7 +338,7 @@ def _run_in_step(
     if device.type == "cpu":
         num_threads = _choose_threads(lambda: step(batches[0]), finish)
     total, steps, step_seconds, checks = task.num_steps * task.epochs, 0, 0.0, list[float]()
-    allowed = min(total, plan.steps)
+    allowed, losses = min(total, plan.steps), list[float]()
     while steps < allowed:
         begin = finish()
         for batch in draw()[: allowed - steps]:
@@ -341,12 +346,12 @@ def _run_in_step(
             steps += 1
         trained = finish()
         step_seconds += trained - begin
-        validate()
+        losses = validate()
         checks.append(finish() - trained)
-    seconds = built + step_seconds * total / steps + median(checks) * task.epochs
+    seconds = built + step_seconds * (total - 1) / steps + median(checks) * task.epochs
     return {
         "seconds": seconds, "measured_heads": num_heads, "measured_steps": steps,
-        "num_threads": num_threads, "valid_losses": None,
+        "num_threads": num_threads, "valid_losses": losses,
     }  # fmt: skip
 
 
