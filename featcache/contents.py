@@ -105,6 +105,11 @@ class Contents:
         with self._lock:
             self._reasons[self._claims.pop(maker)] = reason
 
+    def release(self, maker: str) -> None:
+        """Forget a claim: whoever comes with the content next makes its features."""
+        with self._lock:
+            self._num_views[self._claims.pop(maker)] = 0  # found by nobody
+
     def failure(self, number: int) -> str | None:
         """Return why a content has no features, or None."""
         return self._reasons.get(number)

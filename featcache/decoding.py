@@ -26,7 +26,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from featcache import acceleration, png
-from featcache.errors import DataError, printable
+from featcache.errors import DataError, TransientError, printable
 
 try:
     import simplejpeg
@@ -183,7 +183,8 @@ def failure(reason: str, error: Exception | None = None) -> DataError:
         text = " ".join(printable(error).split()).partition(" <_io.")[0]
         reason += f": {text[:200] or type(error).__name__}"
     expected = "a readable JPEG, PNG, BMP, TIFF, WebP or PPM image"
-    return DataError("image", expected=expected, found=reason)
+    kind = TransientError if isinstance(error, MemoryError) else DataError
+    return kind("image", expected=expected, found=reason)
 
 
 def _refuse_bomb(name: str, image: ImageFile.ImageFile) -> None:

@@ -2,6 +2,7 @@
 
 FeatcacheError
 ├── DataError        what the user handed us: folders, CSV, zip, images
+│   └── TransientError   of one image this once, whatever is in it: no memory, a dead decoder
 ├── BackboneError    a backbone's name, weights or output
 ├── CacheError       a cache file that is not whole, not ours, or does not fit
 ├── RunError         a run folder that is not whole, or does not fit
@@ -70,6 +71,10 @@ def _rebuild(kind: type[FeatcacheError], what: str, details: dict[str, object]) 
 
 class DataError(FeatcacheError):
     """The images, folders, CSV or zip handed to featcache cannot be used as they are."""
+
+
+class TransientError(DataError):
+    """An image could not be read this once, which says nothing of the same bytes next time."""
 
 
 class BackboneError(FeatcacheError):

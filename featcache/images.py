@@ -18,7 +18,7 @@ import numpy as np
 
 from featcache import acceleration
 from featcache.decoding import MAX_PIXELS, failure, open_unread, read
-from featcache.errors import ConfigError, DataError
+from featcache.errors import ConfigError, DataError, TransientError
 from featcache.resampling import INTERPOLATIONS, resize
 
 CROP_MODES = ("squash", "center", "border")
@@ -130,7 +130,7 @@ def load(data: bytes, rules: PixelRules) -> Picture:
     try:
         loaded = read(data, fill=False)
     except DataError as strict:
-        if rules.truncated == "skip":
+        if rules.truncated == "skip" or isinstance(strict, TransientError):
             raise
         try:
             loaded = read(data, fill=True)

@@ -55,6 +55,7 @@ class Intake:
         self._in_hand: set[int] = set()  # contents whose features are among them
         # Images of a content that another image has claimed and that is still under way.
         self._waiting: dict[int, list[tuple[int, Outcome]]] = {}
+        self._unsettled: list[int] = []  # positions of those it has failed, to be run themselves
 
     def take(
         self, position: int, outcome: Outcome, features: npt.NDArray[np.float32] | None, *,
@@ -75,13 +76,17 @@ class Intake:
         sample, contents = outcome.sample, self._inventory.contents
         number = contents.claimed_by(sample.path) if claimed else None
         if number is not None and contents.sha256_of(number) != outcome.sha256:
-            features, outcome = None, replace(outcome, reason="it changed while it was read")
+            reason = "it changed while it was read"
+            features, outcome = None, replace(outcome, reason=reason, is_transient=True)
         if features is not None:
             assert number is not None
             self._done.append(_Done(position, outcome, self._stored(features, outcome), number))
             self._in_hand.add(number)
         elif number is not None:
-            contents.fail(sample.path, str(outcome.reason))
+            if outcome.is_transient:
+                contents.release(sample.path)
+            else:
+                contents.fail(sample.path, str(outcome.reason))
             self._fail(sample, str(outcome.reason))
         elif outcome.reason is not None:  # it could not even be read
             self._fail(sample, str(outcome.reason))
@@ -95,13 +100,19 @@ class Intake:
         """Give an image the features of the same content elsewhere, as soon as there are any."""
         contents = self._inventory.contents
         number = self._inventory.find(outcome.sample, outcome.sha256)
-        assert number is not None
-        if (reason := contents.failure(number)) is not None:
+        if number is None:  # the image that claimed it failed by an accident of its own
+            self._unsettled.append(position)
+        elif (reason := contents.failure(number)) is not None:
             self._fail(outcome.sample, reason)
         elif contents.is_made(number) or number in self._in_hand:
             self._done.append(_Done(position, outcome, None, number))
         else:
             self._waiting.setdefault(number, []).append((position, outcome))
+
+    def pop_unsettled(self) -> list[int]:
+        """Return, once, the positions of images that have to be run themselves after all."""
+        unsettled, self._unsettled = self._unsettled, []
+        return unsettled
 
     def close(self) -> None:
         """Fail, when all images have come, those whose content nobody has made after all.
@@ -112,6 +123,10 @@ class Intake:
             for _, outcome in repeated:
                 self._fail(outcome.sample, "an image of the same content hung its decoder")
         self._waiting = {}
+
+    def __len__(self) -> int:
+        """Return how many images have features but are in no shard yet."""
+        return len(self._done)
 
     def flush(self, timer: Timer, at_least: int = 1) -> None:
         """Write the images that are in no shard yet into one, if they are so many."""

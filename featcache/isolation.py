@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import IO, Any
 
-from featcache.errors import DataError
+from featcache.errors import DataError, TransientError
 from featcache.files import child_process
 from featcache.images import PixelRules
 from featcache.views import Rendering, ViewRules, render
@@ -57,7 +57,8 @@ class IsolatedDecoder:
         """Do what ``views.render`` does.
 
         Raises:
-            DataError: If the image is bad, or the decoder hung or crashed on it.
+            DataError: If the image is bad, or the decoder hung on it.
+            TransientError: If the decoder's process died.
         """
         with self._one_at_a_time:
             return self._ask(data, list(recipes), sha256)
@@ -77,7 +78,8 @@ class IsolatedDecoder:
             hung = not timer.is_alive()
             self._stop()
             reason = f"it hung for {self._seconds:.0f} s" if hung else "it crashed"
-            raise DataError("image", expected="a decoder that ends", found=reason) from error
+            kind = DataError if hung else TransientError  # perhaps the system was out of memory
+            raise kind("image", expected="a decoder that ends", found=reason) from error
         finally:
             timer.cancel()
         if isinstance(answer, DataError):

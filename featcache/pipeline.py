@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from featcache import acceleration
 from featcache.dataset import ImageDataset, Sample
 from featcache.engine import Engine
-from featcache.errors import ConfigError, DataError, printable
+from featcache.errors import ConfigError, DataError, TransientError, printable
 from featcache.images import PixelRules
 from featcache.isolation import DECODE_SECONDS, IsolatedDecoder
 from featcache.recipe import Recipe
@@ -72,6 +72,7 @@ class Outcome:
         reason: Why it failed, or None.
         truncated: It was cut off and has been filled in.
         claims: Per lane, whether it claimed the content: there are features of it, or a reason.
+        is_transient: The reason says nothing of other images of the same content.
     """
 
     sample: Sample
@@ -79,6 +80,7 @@ class Outcome:
     reason: str | None
     truncated: bool
     claims: tuple[bool, ...] = ()
+    is_transient: bool = False
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,9 @@ def stream_views(
                         decoded.append(future.result(None if isolate else DECODE_SECONDS))
                     except FutureTimeoutError:
                         threads.replace_one()
-                        decoded.append(job.decode(sample, child.render))
+                        outcome, of_image = job.decode(sample, child.render)
+                        # twice is no accident: each of its copies would hang too
+                        decoded.append((replace(outcome, is_transient=False), of_image))
             start_chunk()
             outcomes, views = zip(*decoded, strict=True)
             yield outcomes, views
@@ -324,9 +328,13 @@ class _Job:
                     return Outcome(sample, sha256, None, truncated=False, claims=claims), None
                 rendering = renderer(data, different, sha256)
         except DataError as error:
-            return Outcome(sample, sha256, str(error.found), truncated=False, claims=claims), None
+            reason, is_transient = str(error.found), isinstance(error, TransientError)
         except (OSError, MemoryError) as error:
-            reason = printable(error) or type(error).__name__
-            return Outcome(sample, sha256, reason, truncated=False, claims=claims), None
-        views = tuple(rendering.views[different.index(plan)] for plan in plans)
-        return Outcome(sample, sha256, None, rendering.truncated, claims), views
+            reason, is_transient = printable(error) or type(error).__name__, True
+        else:
+            views = tuple(rendering.views[different.index(plan)] for plan in plans)
+            return Outcome(sample, sha256, None, rendering.truncated, claims), views
+        failed = Outcome(
+            sample, sha256, reason, truncated=False, claims=claims, is_transient=is_transient
+        )  # fmt: skip
+        return failed, None

@@ -197,6 +197,8 @@ class PartialCache:
 
         On a full disk that cannot be noted, which only makes the next run decode more carefully.
         """
+        if self.engine is None:  # cleared: there is nothing to note it of
+            return
         with contextlib.suppress(OSError, CacheError):
             self._write_manifest(running=False)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
+import sys
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from featcache.errors import BackboneError, CacheError, ConfigError, DataError, 
 from featcache.extraction import extract, extract_caches, parse_max_errors
 from featcache.images import PixelRules
 from featcache.intake import Intake
+from featcache.shards import PartialCache
 from featcache.views import ViewRules, render
 
 
@@ -305,6 +309,59 @@ def test_a_network_that_changes_itself_late_is_refused_again_and_again(
         backbone = wrap_backbone("late", Late(), image_size=32)
         with pytest.raises(BackboneError, match=r"frozen backbone"):
             extract(tree, tmp_path / "c.h5", backbone=backbone, engine="eager", batch_size=1)
+    assert list(tmp_path.iterdir()) == [tree]
+
+
+class _Drifts(torch.nn.Module):
+    """Adds 1,000 to every feature after so many calls; calls ``then`` a little later."""
+
+    shift: torch.Tensor
+
+    def __init__(self, steady: int, then: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(()))
+        self.steady, self.then, self.num_calls = steady, then, 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        if self.num_calls > self.steady:
+            self.shift.fill_(1000.0)
+        if self.num_calls == self.steady + 3 and self.then is not None:
+            self.then()
+        return images.mean((2, 3)) + self.shift
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_an_interrupted_run_keeps_no_rows_of_a_network_that_changed(
+    tree: Path, tmp_path: Path
+) -> None:
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    backbone = wrap_backbone("drifts", _Drifts(20, interrupt), image_size=32)
+    with pytest.raises((BackboneError, KeyboardInterrupt), match=r"frozen backbone"):
+        extract(tree, tmp_path / "c.h5", backbone=backbone, engine="eager", batch_size=1)
+    assert list(tmp_path.iterdir()) == [tree]
+
+
+def test_no_shard_of_a_network_that_changed_is_ever_listed(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a kill after it would leave rows behind that the next run takes for good."""
+    listed: list[float] = []
+    inner = PartialCache.add_shard
+
+    def add_shard(self: PartialCache, features: Any, rows: Any) -> Any:
+        listed.extend(float(np.abs(part).max()) for part in features)
+        return inner(self, features, rows)
+
+    monkeypatch.setattr(PartialCache, "add_shard", add_shard)
+    monkeypatch.setattr(production, "SHARD_BYTES", 4 * 3 * 4)  # four rows a shard
+    backbone = wrap_backbone("drifts", _Drifts(20), image_size=32)
+    with pytest.raises(BackboneError, match=r"frozen backbone"):
+        extract(tree, tmp_path / "c.h5", backbone=backbone, engine="eager", batch_size=1)
+    assert listed
+    assert max(listed) < 100
     assert list(tmp_path.iterdir()) == [tree]
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 from torchvision.transforms import functional
 
 from featcache import decoding, images
-from featcache.errors import ConfigError, DataError
+from featcache.errors import ConfigError, DataError, TransientError
 from featcache.images import PixelRules, check_bit_depth, decode, deep_maximum
 
 XRAYS = Path(__file__).resolve().parents[2] / "shared" / "data" / "xray-raw"
@@ -531,6 +531,23 @@ def test_no_memory_for_an_image_costs_that_image(monkeypatch):
 
     monkeypatch.setattr(images, "_resize", fail)
     assert "MemoryError" in reason(PLAIN["rgb png"])
+    with pytest.raises(TransientError):  # not the image's fault: its copies are tried themselves
+        decode(PLAIN["rgb png"], PixelRules(32))
+
+
+def test_no_memory_makes_no_image_a_cut_off_one(monkeypatch):
+    """With ``--truncated keep`` an image that could not be read is read again, and filled in."""
+    real, tries = images.read, []
+
+    def read(data, *, fill):
+        tries.append(fill)
+        if len(tries) == 1:
+            raise decoding.failure("a broken PNG file", MemoryError())
+        return real(data, fill=fill)
+
+    monkeypatch.setattr(images, "read", read)
+    with pytest.raises(TransientError, match="MemoryError"):
+        decode(PLAIN["rgb png"], PixelRules(32, truncated="keep"))
 
 
 def test_large_images_are_read_whatever_pillows_limit_is(monkeypatch):

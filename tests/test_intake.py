@@ -36,12 +36,13 @@ class Bench:
         )  # fmt: skip
 
     def take(
-        self, number: int, sha256: bytes = SHA, *, reason: str | None = None, value: float = 1
-    ) -> None:
+        self, number: int, sha256: bytes = SHA, *, reason: str | None = None, value: float = 1,
+        is_transient: bool = False,
+    ) -> None:  # fmt: skip
         sample = SAMPLES[number]
         claimed = self.inventory.contents.claimed_by(sample.path) is not None
         features = np.full((1, 3), value, np.float32) if claimed and reason is None else None
-        outcome = Outcome(sample, sha256, reason, truncated=False)
+        outcome = Outcome(sample, sha256, reason, truncated=False, is_transient=is_transient)
         self.intake.take(number, outcome, features, claimed=claimed)
 
 
@@ -74,10 +75,41 @@ def test_a_copy_of_what_failed_fails_for_the_same_reason(bench: Bench) -> None:
     assert bench.failed == [(SAMPLES[n].path, "broken") for n in (1, 0, 2)]
 
 
+def test_an_accident_of_one_image_is_not_its_copies(bench: Bench) -> None:
+    assert bench.inventory.claim(SAMPLES[1], SHA)
+    assert not bench.inventory.claim(SAMPLES[0], SHA)
+    bench.take(0)  # waits
+    bench.take(1, reason="no memory", is_transient=True)
+    bench.take(2)  # comes later, and was not claimed either
+    assert bench.failed == [(SAMPLES[1].path, "no memory")]
+    assert sorted(bench.intake.pop_unsettled()) == [0, 2]
+    assert bench.intake.pop_unsettled() == []
+    assert bench.inventory.claim(SAMPLES[2], SHA)
+    bench.take(2)
+    bench.take(0)
+    bench.intake.flush(Timer())
+    assert [bench.inventory.is_pending(n) for n in range(3)] == [False, True, False]
+    assert bench.failed == [(SAMPLES[1].path, "no memory")]
+    assert bench.intake.num_new == 1
+
+
+def test_a_copy_that_was_under_way_meanwhile_takes_the_claim_over(bench: Bench) -> None:
+    assert bench.inventory.claim(SAMPLES[1], SHA)
+    bench.take(1, reason="no memory", is_transient=True)
+    assert bench.inventory.claim(SAMPLES[2], SHA)
+    bench.take(0)  # waits for that one
+    bench.take(2)
+    bench.intake.flush(Timer())
+    assert bench.intake.pop_unsettled() == []
+    assert not bench.inventory.is_pending(0)
+
+
 def test_an_image_that_changed_between_two_readings_fails(bench: Bench) -> None:
     assert bench.inventory.claim(SAMPLES[0], SHA)
     assert bench.inventory.claim(SAMPLES[0], OTHER)  # read again after its decoder hung
+    bench.take(1)  # of the bytes that are gone, and good
     bench.take(0, OTHER)
+    assert bench.intake.pop_unsettled() == [1]
     assert bench.failed == [(SAMPLES[0].path, "it changed while it was read")]
     bench.intake.flush(Timer())
     assert bench.inventory.is_pending(0)

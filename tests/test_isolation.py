@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.errors import ConfigError, DataError
+from featcache.errors import ConfigError, DataError, TransientError
 from featcache.images import DecodedImage, PixelRules, decode
 from featcache.isolation import IsolatedDecoder
 from featcache.views import PLAIN
@@ -172,6 +172,9 @@ def test_each_way_to_fail_is_told_apart(fragile_children):
             through(child, encoded() + b"HANG", RULES)
     assert crashed.value.found == out_of_memory.value.found == "it crashed"
     assert hung.value.found == "it hung for 4 s"
+    # the system may have killed it for want of memory; who hangs once hangs again
+    kinds = [type(failed.value) for failed in (crashed, out_of_memory, hung)]
+    assert kinds == [TransientError, TransientError, DataError]
 
 
 def test_threads_that_share_a_decoder_get_their_own_pixels():

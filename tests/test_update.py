@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import os
 import shutil
 import warnings
@@ -16,7 +17,7 @@ import pytest
 import tiny_network
 from conftest import write_image, write_tree
 
-from featcache import extraction, pipeline
+from featcache import extraction, pipeline, views
 from featcache.backbone import Backbone, wrap_backbone
 from featcache.cache import open_cache
 from featcache.cache_writer import write_cache
@@ -25,6 +26,7 @@ from featcache.errors import CacheError, FeatcacheWarning
 from featcache.extraction import extract, extract_caches
 from featcache.files import writer_lock
 from featcache.selection import select
+from featcache.views import Rendering
 
 
 @pytest.fixture
@@ -239,6 +241,45 @@ def test_a_bad_image_under_several_names_fails_under_each(
     assert (made.num_images, made.num_failed) == (46, 4)
     reasons = {failure.reason for failure in open_cache(tmp_path / "c.h5").failures}
     assert len(reasons) == 1
+
+
+def test_an_accident_of_one_image_leaves_its_copies_alone(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out on the first of five identical images: the others have their rows."""
+    first = sorted((tree / "train" / "covid").iterdir())[0]
+    for number in range(4):
+        shutil.copy(first, tree / "train" / "covid" / f"copy{number}.jpg")
+    unlucky, tries = hashlib.sha256(first.read_bytes()).digest(), []
+
+    def render(data: bytes, recipes: Any, sha256: bytes) -> Rendering:
+        if sha256 == unlucky:
+            tries.append(sha256)
+            if len(tries) == 1:
+                raise MemoryError
+        return views.render(data, recipes, sha256)
+
+    monkeypatch.setattr(pipeline, "render", render)
+    backbones = [
+        tiny_backbone, wrap_backbone("second", tiny_network.network(), image_size=48),
+    ]  # fmt: skip
+    with pytest.warns(FeatcacheWarning, match="1 image"):
+        made = extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
+    for summary in made:
+        assert (summary.num_images, summary.num_failed) == (49, 1)
+        cache = open_cache(Path(summary.cache))
+        (failed,) = cache.failures
+        assert failed.reason == "MemoryError"
+        names = {first.name, *(f"copy{number}.jpg" for number in range(4))}
+        split = cache.splits["train"]
+        rows = [
+            split.features[split.paths.index(f"train/covid/{name}")]
+            for name in names - {Path(failed.path).name}
+        ]
+        assert all(np.array_equal(row, rows[0]) for row in rows)
+    monkeypatch.undo()
+    again = extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
+    assert [(s.num_images, s.num_failed, s.num_new) for s in again] == [(50, 0, 0)] * 2
 
 
 def test_copies_in_several_splits_have_the_views_of_their_split(
