@@ -1,0 +1,153 @@
+"""Compiled steps against those of torch: the same parameters, moments and statistics."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import threadpoolctl
+import torch
+
+from featcache import compiled_stack, fit
+from featcache.compiled_stack import CompiledSteps, load_kernels, one_blas_thread
+from featcache.fit import fit_heads
+from featcache.head import HeadConfig
+from featcache.jobs import HeadJob, TrainingConfig
+from featcache.loss import (
+    binary_cross_entropy,
+    cross_entropy,
+    want_classes,
+    want_labels,
+)
+from featcache.optimizer import OPTIMIZERS, StackOptimizer
+from featcache.stack import HeadStack, SharedRows
+
+CPU = torch.device("cpu")
+TILES = (150, 70)
+"""Hidden widths of which a layer's gradient is made in three tiles and in two, the last cut."""
+
+
+def make_wanted(generator: torch.Generator, num_rows: int, has_labels: bool) -> Any:
+    if has_labels:
+        answers = torch.tensor([0.0, 1.0, torch.nan])
+        targets = answers[torch.randint(3, (num_rows, 3), generator=generator)]
+        targets[0, 0] = 1
+        return want_labels(targets, torch.tensor([1.0, 2, 0.5]), 0.1, None)
+    targets = torch.randint(3, (num_rows,), generator=generator)
+    return want_classes(targets, torch.tensor([1.0, 2, 0.5]), 0.1, None)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("hidden", [(), (9,), TILES, (6, 5, 4)])
+@pytest.mark.parametrize("has_labels", [False, True])
+def test_steps_equal_those_of_torch(
+    has_labels: bool, hidden: tuple[int, ...], optimizer: str
+) -> None:
+    """Two heads of other rates, decays and dropout; batches of other sizes, down to two rows."""
+    kernels = load_kernels()
+    assert kernels is not None
+    config, dropouts, decays, rates = HeadConfig(17, 3, hidden), [0.0, 0.5], [0.0, 0.1], [1e-3, 0.1]
+    loss = binary_cross_entropy if has_labels else cross_entropy
+    stacks = [HeadStack(config, dropouts, [1, 2], CPU, torch.float32, loss) for _ in range(2)]
+    optimizers = [StackOptimizer(optimizer, s.params, s.grads, decays) for s in stacks]
+    compiled = CompiledSteps(kernels, stacks[0], optimizers[0])
+    generator = torch.Generator().manual_seed(3)
+    for num_rows in (32, 32, 31, 2, 8):
+        # The second is set to the first before each step: what differs is this step's own.
+        stacks[1].params.copy_(stacks[0].params)
+        for name in ("first", "second"):
+            getattr(optimizers[1], name).copy_(getattr(optimizers[0], name))
+        rows = torch.randn((num_rows, 17), generator=generator) * 5 + 3
+        wanted = make_wanted(generator, num_rows, has_labels).expand(2, num_rows, -1)
+        losses = compiled.step(rows, wanted, rates)
+        expected = stacks[1].backward(SharedRows.of(rows), wanted)
+        optimizers[1].step(rates)
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(stacks[0].stats, stacks[1].stats, rtol=1e-5, atol=1e-5)
+        if num_rows == 2:  # two normalised rows are 1 and -1: all gradient is rounding
+            continue
+        scale = float(stacks[1].grads.abs().max())
+        torch.testing.assert_close(
+            optimizers[0].first, optimizers[1].first, rtol=1e-4, atol=1e-4 * scale
+        )
+        torch.testing.assert_close(
+            optimizers[0].second, optimizers[1].second, rtol=1e-3, atol=1e-4 * scale**2
+        )
+        # Adam moves by the sign of a gradient that is zero but for rounding; all others agree.
+        apart = (stacks[0].params - stacks[1].params).abs() > 1e-5
+        assert apart.float().mean() < 0.02
+        assert (stacks[0].params - stacks[1].params).abs().max() < 0.25
+    assert [s.num_batches for s in stacks] == [5, 5]
+
+
+def train_some(num_heads: int = 3) -> list[Any]:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(90, 12)).astype("f4"), np.arange(90) % 3
+    jobs = [
+        HeadJob(HeadConfig(12, 3, (8,)), TrainingConfig(epochs=3, learning_rate=10.0**-k), k)
+        for k in range(1, num_heads + 1)
+    ]
+    return fit_heads(jobs, x, y, x, y, data_seed=4, device=CPU)
+
+
+def assert_equal_states(left: list[Any], right: list[Any]) -> None:
+    for one, other in zip(left, right, strict=True):
+        for name, value in one.state.items():
+            assert torch.equal(value, other.state[name]), name
+
+
+def test_repeats_bit_for_bit_alone_or_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "WORTH_PARAM_STEPS", 0)
+    results = train_some()
+    assert_equal_states(results, train_some())
+    assert_equal_states(results[:1], train_some(1))
+    monkeypatch.setattr(fit, "_PASS_BYTES", 1)  # a thread for each
+    assert_equal_states(results, train_some())
+
+
+def test_without_numba_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = train_some()
+    monkeypatch.setattr(fit, "WORTH_PARAM_STEPS", 0)
+    compiled = train_some()
+    monkeypatch.setitem(sys.modules, "featcache.head_kernels", None)
+    monkeypatch.delattr("featcache.head_kernels", raising=False)
+    assert load_kernels() is None
+    assert_equal_states(plain, train_some())
+    with pytest.raises(AssertionError):  # another order of summation: it was taken before
+        assert_equal_states(plain, compiled)
+
+
+def test_a_small_training_does_not_load_numba() -> None:
+    code = (
+        "import sys, numpy as np, torch\n"
+        "sys.path.insert(0, 'tests')\n"
+        "from test_compiled_stack import train_some\n"
+        "train_some(); assert 'numba' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_products_stay_on_their_thread_and_the_callers_number_comes_back() -> None:
+    def threads() -> list[int]:
+        pools = threadpoolctl.threadpool_info()
+        return [pool["num_threads"] for pool in pools if pool["internal_api"] == "openblas"]
+
+    before = threads()
+    assert before, "NumPy and SciPy come with OpenBLAS"
+    with one_blas_thread():
+        assert set(threads()) == {1}
+    assert threads() == before
+
+
+def test_what_is_worth_it_is_decided_by_size_alone() -> None:
+    assert compiled_stack.WORTH_PARAM_STEPS > 1e8
+    jobs = [HeadJob(HeadConfig(1280, 2), TrainingConfig(epochs=10, batch_size=32), 0)]
+    rows = fit.Rows(
+        torch.zeros(1), torch.zeros(3200, dtype=torch.int64), None, None, None, ["a", "b"], 0,
+        torch.float32,
+    )  # fmt: skip
+    assert fit._kernels_for(jobs, rows) is not None
+    assert fit._kernels_for(jobs[:0], rows) is None
