@@ -159,15 +159,23 @@ def fit(pixels: _Pixels, rules: PixelRules) -> _Pixels:
         raise failure("an image that cannot be resized", error) from error
 
 
+def may_be_deep(data: bytes) -> bool:
+    """Return whether an image's header promises integer greyscale of more than 8 bits."""
+    try:
+        return open_unread(data)[1].mode[0] == "I"
+    except DataError:
+        return False
+
+
 def deep_maximum(data: bytes) -> int | None:
     """Return the largest stored value of an integer greyscale image of more than 8 bits.
 
     None for everything whose range is known or that ``decode`` will fail anyway: 8-bit images,
     files that state their own range (12-bit TIFF, PGM), float images, damaged files.
     """
+    if not may_be_deep(data):
+        return None
     try:
-        if open_unread(data)[1].mode[0] != "I":
-            return None
         loaded = read(data, fill=False)
     except DataError:
         return None

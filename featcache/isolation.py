@@ -11,13 +11,13 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import IO, Any
 
 from featcache.errors import DataError, TransientError
 from featcache.files import child_process
-from featcache.images import PixelRules
+from featcache.images import PixelRules, deep_maximum
 from featcache.views import Rendering, ViewRules, render
 
 DECODE_SECONDS = 60.0
@@ -60,10 +60,26 @@ class IsolatedDecoder:
             DataError: If the image is bad, or the decoder hung on it.
             TransientError: If the decoder's process died.
         """
-        with self._one_at_a_time:
-            return self._ask(data, list(recipes), sha256)
+        rendering = self._ask("render", data, list(recipes), sha256)
+        assert isinstance(rendering, Rendering)
+        return rendering
 
-    def _ask(self, *request: object) -> Rendering:
+    def deep_maximum(self, data: bytes) -> int | None:
+        """Do what ``images.deep_maximum`` does.
+
+        Raises:
+            DataError: If the decoder hung on it.
+            TransientError: If the decoder's process died.
+        """
+        maximum = self._ask("deep_maximum", data)
+        assert maximum is None or isinstance(maximum, int)
+        return maximum
+
+    def _ask(self, *request: object) -> object:
+        with self._one_at_a_time:
+            return self._ask_child(request)
+
+    def _ask_child(self, request: tuple[object, ...]) -> object:
         child = self._start()
         if self._is_over:
             child.kill()  # then it has no answer
@@ -84,7 +100,6 @@ class IsolatedDecoder:
             timer.cancel()
         if isinstance(answer, DataError):
             raise answer
-        assert isinstance(answer, Rendering)
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -121,14 +136,15 @@ def _receive(stream: IO[bytes]) -> object:
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer (bytes, recipes, sha256) with a Rendering or a DataError until the parent is gone."""
+    """Answer (name of a function, its arguments) by what it does until the parent is gone."""
+    functions: dict[str, Callable[..., object]] = {"render": render, "deep_maximum": deep_maximum}
     while True:
         try:
             request: Any = _receive(requests)
         except EOFError:
             return
         try:
-            answer: object = render(*request)
+            answer = functions[request[0]](*request[1:])
         except DataError as error:
             answer = error
         _send(answers, answer)

@@ -21,7 +21,7 @@ from featcache.backbone import Backbone, build_backbone
 from featcache.dataset import ImageDataset, Sample
 from featcache.errors import BackboneError, ConfigError, DataError
 from featcache.files import canonical_json
-from featcache.images import PixelRules, check_bit_depth, deep_maximum
+from featcache.images import PixelRules, check_bit_depth, may_be_deep
 from featcache.isolation import DECODE_SECONDS, IsolatedDecoder
 from featcache.threads import Threads
 from featcache.views import PLAIN, ViewRules, render, training_split
@@ -104,16 +104,21 @@ def make_recipe(
 
 
 def sample_depths(dataset: ImageDataset) -> list[int]:
-    """Return the largest value of each image of more than 8 bits in a seeded sample of 32."""
+    """Return the largest value of each image of more than 8 bits in a seeded sample of 32.
+
+    Those are decoded in a child process: nothing is known yet of who they may hang or crash.
+    """
     chosen = random.Random(0).sample(dataset.samples, min(_NUM_DEPTH_SAMPLES, len(dataset.samples)))
     maxima = []
-    for sample in chosen:
-        try:
-            maximum = deep_maximum(dataset.read(sample))
-        except DataError:
-            continue  # it will fail, with its reason, when its turn comes
-        if maximum is not None:
-            maxima.append(maximum)
+    with IsolatedDecoder() as child:  # no process until it is asked
+        for sample in chosen:
+            try:
+                data = dataset.read(sample)
+                maximum = child.deep_maximum(data) if may_be_deep(data) else None
+            except DataError:
+                continue  # it will fail, with its reason, when its turn comes
+            if maximum is not None:
+                maxima.append(maximum)
     return maxima
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import sys
 
@@ -14,6 +15,7 @@ from conftest import write_image
 from efficientnet_pytorch.utils import url_map
 from PIL import Image
 
+from featcache import isolation
 from featcache.backbone import Backbone, wrap_backbone
 from featcache.dataset import scan
 from featcache.errors import BackboneError, ConfigError, DataError
@@ -187,6 +189,31 @@ def test_auto_bit_depth_takes_images_that_use_their_bits_and_8_bit_images(tmp_pa
     deep = scan(tmp_path / "deep")
     assert sorted(sample_depths(deep)) == [900, 4095, 65535]
     assert make_recipe(tiny_network.build(), deep).rules.bit_depth == 16
+
+
+def test_the_sample_of_depths_is_taken_in_another_process(tmp_path, monkeypatch):
+    """An image that takes a decoder down is left out; without deep ones no process is started."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os, signal\nimport featcache.images as images\nreal = images.deep_maximum\n"
+        "def fragile(data):\n"
+        "    if data.endswith(b'CRASH'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(data)\n"
+        "images.deep_maximum = fragile\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+    for i in range(3):
+        write_deep(tmp_path / "deep" / f"{i}.png", 900 + i)
+    with (tmp_path / "deep" / "1.png").open("ab") as file:
+        file.write(b"CRASH")
+    assert sorted(sample_depths(scan(tmp_path / "deep"))) == [900, 902]
+    write_image(tmp_path / "plain" / "a.png", 1)
+
+    def fail(*_, **__):
+        raise AssertionError("a process")
+
+    monkeypatch.setattr(isolation.subprocess, "Popen", fail)
+    assert sample_depths(scan(tmp_path / "plain")) == []
 
 
 def test_the_sample_of_depths_is_bounded_spread_and_the_same_every_time(tmp_path):
