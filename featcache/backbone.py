@@ -24,6 +24,7 @@ from torch import nn
 
 from featcache.errors import BackboneError, ConfigError, FeatcacheError
 from featcache.files import canonical_json
+from featcache.runtime import is_out_of_memory
 from featcache.weights import download_state, load_state, read_state, unreachable
 
 NORMALIZATIONS = {
@@ -333,6 +334,8 @@ def _guarded(name: str, call: Callable[[], Any]) -> Any:
     except FeatcacheError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):  # nothing is wrong with the network
+            raise
         found = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise BackboneError(
             f"backbone {name}", expected="a network that can be built and run", found=found,

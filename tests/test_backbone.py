@@ -460,3 +460,16 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
         build_backbone(name, weights="random")
     assert package in str(caught.value)
     assert f"pip install '{install}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("could not create a primitive")])
+def test_no_memory_is_not_the_networks_fault(error):
+    """oneDNN's words under ``ulimit -v``: the command line tells both as want of memory."""
+
+    class Large(torch.nn.Module):
+        def forward(self, images):
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        wrap_backbone("large", Large(), image_size=32)
+    assert raised.value is error
