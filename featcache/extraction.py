@@ -251,9 +251,12 @@ def _check_threads(works: Sequence[Production]) -> None:
         fixed = work.partial.engine
         if fixed and fixed.num_threads != torch.get_num_threads():
             raise CacheError(
-                "unfinished extraction", expected=f"{fixed.num_threads} threads, as it was begun",
-                found=f"{torch.get_num_threads()}, as another cache was", where=work.path,
-                hint="Finish one backbone at a time",
+                "unfinished extraction",
+                expected=f"{fixed.num_threads} torch threads, with which it was begun",
+                found=f"{torch.get_num_threads()}, with which another backbone's rows were made",
+                where=work.path,
+                hint=f"Finish it by itself: featcache extract DATA {work.path.as_posix()} "
+                f"--backbone {work.recipe.backbone.name}",
             )  # fmt: skip
 
 

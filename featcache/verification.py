@@ -259,8 +259,7 @@ def _repair(path: Path, data: str | Path | None, how: dict[str, Any], say: Say) 
                 bad_rows = [*bad_rows, *comparison.bad_rows]
         repaired = opened.path != path
         if repaired:
-            opened.path.replace(path)
-            sync_folder(path.parent)
+            _publish(opened.path, path)
             opened = open_cache(path, verify=False)
     if not repaired:
         say("nothing to repair")
@@ -274,17 +273,23 @@ def _work_folder(path: Path) -> Iterator[Path]:
     """Hold the writer's lock of a cache; yield its folder, and leave nothing of ours in it."""
     folder = partial_folder(path)
     open_container(path, verify=False)  # a file that is none of ours gets no folder beside it
+    with writer_lock(folder / "lock", f"cache {path.name}"):
+        try:
+            yield folder
+        finally:
+            for name in ("whole", "true"):
+                (folder / name).unlink(missing_ok=True)
+            if [file.name for file in folder.iterdir()] == ["lock"]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(new: Path, path: Path) -> None:
+    """Put a repaired cache in the place of the old one."""
     try:
-        with writer_lock(folder / "lock", f"cache {path.name}"):
-            try:
-                yield folder
-            finally:
-                for name in ("whole", "true"):
-                    (folder / name).unlink(missing_ok=True)
-                if [file.name for file in folder.iterdir()] == ["lock"]:
-                    shutil.rmtree(folder, ignore_errors=True)
+        new.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
-        raise disk_error(error, path, path.stat().st_size) from error
+        raise disk_error(error, path, 4096) from error  # a folder's block
 
 
 def _check_repaired(cache: Cache) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -27,7 +28,7 @@ from featcache.errors import BackboneError, CacheError, ConfigError, DataError, 
 from featcache.extraction import extract, extract_caches, parse_max_errors
 from featcache.images import PixelRules
 from featcache.intake import Intake
-from featcache.shards import PartialCache
+from featcache.shards import PartialCache, partial_folder
 from featcache.views import ViewRules, render
 
 
@@ -603,6 +604,41 @@ def test_an_interrupted_run_of_several_backbones_goes_on(
     for i, (backbone, summary) in enumerate(zip(backbones, (first, second), strict=True)):
         alone = extract(tree, tmp_path / f"{i}.h5", backbone=backbone, batch_size=1)
         assert summary.content_sha256 == alone.content_sha256
+
+
+def test_backbones_begun_with_other_threads_are_finished_one_by_one(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over other threads have other bits: rows of one cache are of one number of them."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    backbones, threads = [tiny_backbone, second_backbone()], torch.get_num_threads()
+    files = [
+        tmp_path / "many" / (backbone.name.replace(":", "-") + ".h5") for backbone in backbones
+    ]
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr(production, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
+            broken.setattr(production, "held_signals", lambda: contextlib.nullcontext(stop))
+            for number, (file, backbone) in enumerate(zip(files, backbones, strict=True)):
+                torch.set_num_threads(1 + number)
+                with pytest.raises(KeyboardInterrupt):
+                    extract(tree, file, backbone=backbone, batch_size=1)
+                assert partial_folder(file).exists()
+    finally:
+        torch.set_num_threads(threads)
+    with pytest.raises(CacheError) as refused:
+        extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
+    assert str(refused.value) == (
+        "unfinished extraction: expected 1 torch threads, with which it was begun, found 2, with "
+        f"which another backbone's rows were made ({files[0]}). Finish it by itself: featcache "
+        f"extract DATA {files[0]} --backbone {tiny_backbone.name}."
+    )
+    for file, backbone in zip(files, backbones, strict=True):
+        assert extract(tree, file, backbone=backbone).num_images == 46
+    assert torch.get_num_threads() == threads
 
 
 def test_several_backbones_that_make_no_sense_are_refused(
