@@ -223,7 +223,8 @@ class Cache:
         """Relative L2 errors of the engine on probed images, as far as provenance tells."""
         told = self.provenance.get("parity")
         numbers = told if isinstance(told, list) else []
-        return [float(number) for number in numbers if type(number) in {int, float}]
+        numbers = [n for n in numbers if type(n) in {int, float} and 0 <= n < 1e9]
+        return [float(number) for number in numbers]
 
     def split(self, name: str) -> CacheSplit:
         """Return a split by name.

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from featcache.backbone import Backbone
 from featcache.cache import Cache
+from featcache.compatibility import error_bound, known_precision
 from featcache.dataset import ImageDataset, Sample, scan
-from featcache.engine import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS, build_engine, relative_errors
+from featcache.engine import build_engine, relative_errors
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.integrity import BadRow
 from featcache.pipeline import Lane, Outcome, hash_images, stream_features
@@ -74,7 +75,10 @@ def compare(
         CacheError: If ``data`` has none of the images.
         BackboneError: If the backbone cannot be built.
     """
-    bound = _bound(cache)
+    bound = error_bound(cache)
+    wanted = f"features within {bound:.0e}"
+    if known_precision(cache) is None:
+        wanted += ", as at fp32, since nobody knows their precision"
     recipe = recipe_from_identity(cache.identity, weights=weights, backbone=backbone)
     dataset = scan(data)
     now = {(s.split, s.path): s for s in dataset.samples}
@@ -113,7 +117,7 @@ def compare(
         error, found = _measure(cache, rows[key], outcome.sample.split, features, bound)
         errors.append(error)
         if found is not None:
-            untrue.append(_bad_row(key, rows, f"features within {bound:.0e}", found))
+            untrue.append(_bad_row(key, rows, wanted, found))
     order = {split: number for number, split in enumerate(cache.splits)}
     bad_rows = sorted([*changed, *untrue], key=lambda bad: (order[bad.split], bad.row))
     failed = {(f.split, f.path): f.image_bytes for f in cache.failures}
@@ -137,18 +141,6 @@ def compare(
 def _class_of(cache: Cache, split: str, row: int) -> str:
     target = cache.splits[split].targets[row]
     return cache.classes[target] if target.ndim == 0 and target >= 0 else ""
-
-
-def _bound(cache: Cache) -> float:
-    """Return what errors have to stay under; where nobody says how it was made, the strictest."""
-    precision = cache.provenance.get("precision", "fp32")
-    if precision not in PARITY_BOUNDS:
-        raise CacheError(
-            "precision of the cache", expected=" or ".join(PARITY_BOUNDS), found=precision,
-            where=cache.path, hint="It was not made by this version of featcache extract",
-        )  # fmt: skip
-    narrow = cache.identity.get("feature_dtype") == "float16"
-    return PARITY_BOUNDS[precision] + (FLOAT16_STORAGE_ERROR if narrow else 0)
 
 
 def _bad_row(key: _Key, rows: dict[_Key, int], expected: str, found: str) -> BadRow:

@@ -6,17 +6,21 @@ Reads: open caches. Writes: nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featcache.cache import Cache, name_differences
-from featcache.engine import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS
+from featcache.engine import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS, Engine
 from featcache.errors import CacheError, FeatcacheWarning, printable
 from featcache.files import canonical_json
+from featcache.runtime import environment_facts
 
 # Copied only where all caches agree: with them an update goes on as its rows were made.
 _ENGINE_FACTS = ("engine", "precision", "batch_size", "num_threads", "device_type")
 _OTHER_FACTS = ("device", "concurrency", "weights_source")
+# What ``select`` and ``verify --repair`` said of the rows holds also after an update.
+_KEPT_FACTS = ("selected_from", "origins", "lost")
+_MAX_PARITY = 8  # errors that are kept: the largest says it all
 _ORIGIN_FACTS = ("date", "versions", "device", "engine", "precision", "parity")
 
 
@@ -73,9 +77,9 @@ def warn_of_precisions(caches: Sequence[Cache]) -> None:
     """
     seen: dict[str, str] = {}
     for cache in caches:
-        precision, parity = str(cache.provenance.get("precision")), _parity(cache)
-        if precision not in PARITY_BOUNDS:
-            continue  # features made elsewhere: nothing is known
+        precision, parity = known_precision(cache), _parity(cache)
+        if precision is None:
+            continue
         worst = max(parity, default=0.0)
         if worst > PARITY_BOUNDS[precision]:
             raise CacheError(
@@ -104,10 +108,32 @@ def _parity(cache: Cache) -> list[float]:
     return [float(error) for error in parity]
 
 
+def known_precision(cache: Cache) -> str | None:
+    """Return the precision whose bound holds for all rows, None where nobody knows.
+
+    Features made elsewhere have none, and of rows that a repair kept it may be lost.
+    """
+    precision = str(cache.provenance.get("precision"))
+    return precision if precision in PARITY_BOUNDS and "lost" not in cache.provenance else None
+
+
 def error_bound(cache: Cache) -> float:
-    """Return how far, relative L2, a row may be from the eager fp32 network's features."""
-    bound = PARITY_BOUNDS.get(str(cache.provenance.get("precision")), PARITY_BOUNDS["fp32"])
-    return bound + FLOAT16_STORAGE_ERROR * (cache.identity.get("feature_dtype") == "float16")
+    """Return how far, relative L2, a row may be from the eager fp32 network's features.
+
+    Where nobody says how it was made, that is the strictest bound.
+
+    Raises:
+        CacheError: If it was made at a precision that is none of ours.
+    """
+    precision = known_precision(cache)
+    stated = cache.provenance.get("precision")
+    if precision is None and stated is not None and "lost" not in cache.provenance:
+        raise CacheError(
+            "precision of the cache", expected=" or ".join(PARITY_BOUNDS), found=stated,
+            where=cache.path, hint="It was not made by this version of featcache extract",
+        )  # fmt: skip
+    narrow = cache.identity.get("feature_dtype") == "float16"
+    return PARITY_BOUNDS[precision or "fp32"] + (FLOAT16_STORAGE_ERROR if narrow else 0)
 
 
 def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
@@ -127,8 +153,54 @@ def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
         known = [name for name in precisions if name in PARITY_BOUNDS]
         if known:
             joined["precision"] = max(known, key=PARITY_BOUNDS.__getitem__)
-    parity = list(dict.fromkeys(error for cache in caches for error in _parity(cache)))
+    joined |= next(({"lost": p["lost"]} for p in made if "lost" in p), {})
+    parity = sorted({error for cache in caches for error in _parity(cache)})[-_MAX_PARITY:]
     return joined | ({"parity": parity} if parity else {})
+
+
+def warn_of_update(
+    name: str, provenance: Mapping[str, Any], parity: Sequence[float], engine: Engine
+) -> None:
+    """Warn where an engine adds rows to those of another precision, or of one that is lost.
+
+    Another precision is no other identity, but whoever mixes them should know.
+
+    Args:
+        name: Of the cache.
+        provenance: Of the rows that are there.
+        parity: Of the engine that made them.
+        engine: What makes the new ones.
+    """
+    made = provenance.get("precision", engine.precision)
+    if "lost" in provenance:
+        old = "nobody knows how its rows were made, since its provenance was damaged"
+        new = engine.precision
+    elif made != engine.precision:
+        pairs = ((made, parity), (engine.precision, engine.parity))
+        old, new = (f"{p} (within {max(e, default=0):.1e})" for p, e in pairs)
+        old = f"its rows were made at {old} of the eager fp32 network"
+    else:
+        return
+    text = f"{name}: {old}, new ones will be at {new}"
+    warnings.warn(text, FeatcacheWarning, stacklevel=4)
+
+
+def extend_provenance(
+    provenance: Mapping[str, Any], parity: Sequence[float], engine: Engine, weights_source: str
+) -> dict[str, Any]:
+    """Return how the rows were made when an engine has added its own: arguments as above."""
+    precisions = {engine.precision, str(provenance.get("precision"))}
+    return {
+        **{key: provenance[key] for key in _KEPT_FACTS if key in provenance},
+        **environment_facts(engine.device), "device_type": engine.device.type,
+        "weights_source": weights_source, "engine": engine.name,
+        "engine_reason": engine.reason, "concurrency": engine.concurrency,
+        # of rows of two precisions, the one whose bound holds for all
+        "precision": max(precisions & PARITY_BOUNDS.keys(), key=PARITY_BOUNDS.__getitem__),
+        "batch_size": engine.batch_size,
+        # of older engines the worst: an update a night would else add to it for ever
+        "parity": [*sorted(parity)[-_MAX_PARITY:], *engine.parity],
+    }  # fmt: skip
 
 
 def list_origins(caches: Sequence[Cache]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +23,10 @@ from tqdm import tqdm
 from featcache.backbone import state_sha256
 from featcache.cache import Cache, Failure
 from featcache.cache_writer import SplitRows, write_rows
+from featcache.compatibility import extend_provenance, warn_of_update
 from featcache.dataset import ImageDataset, Sample
-from featcache.engine import PARITY_BOUNDS, Engine, build_engine
-from featcache.errors import BackboneError, CacheError, DataError, FeatcacheWarning, printable
+from featcache.engine import Engine, build_engine
+from featcache.errors import BackboneError, CacheError, DataError, printable
 from featcache.files import remove_temporaries
 from featcache.intake import Intake
 from featcache.inventory import Inventory
@@ -38,11 +38,8 @@ from featcache.pipeline import (
     stream_features,
 )
 from featcache.recipe import Recipe, decode_probes
-from featcache.runtime import Interrupted, Say, Timer, environment_facts, held_signals
+from featcache.runtime import Interrupted, Say, Timer, held_signals
 from featcache.shards import SHARD_BYTES, SHARD_ROWS, EngineFacts, PartialCache, partial_folder
-
-_KEPT_FACTS = ("selected_from", "origins")
-"""Of an updated cache's provenance: where rows came from that ``select`` put there."""
 
 
 class Production:
@@ -175,18 +172,10 @@ class Production:
             f"{engine.device} ({engine.reason}), {engine.concurrency} x {engine.batch_size} images "
             f"at once, {against}."
         )
-        self._warn_of_two_precisions(engine)
-        precisions = {engine.precision, str(self.provenance.get("precision"))}
-        selected = {k: v for k, v in self.provenance.items() if k in _KEPT_FACTS}
-        self.provenance = {
-            **selected, **environment_facts(engine.device), "device_type": engine.device.type,
-            "weights_source": self.recipe.backbone.weights_source, "engine": engine.name,
-            "engine_reason": engine.reason, "concurrency": engine.concurrency,
-            # of rows of two precisions, the one whose bound holds for all
-            "precision": max(precisions & PARITY_BOUNDS.keys(), key=PARITY_BOUNDS.__getitem__),
-            "batch_size": engine.batch_size,
-            "parity": [*self._old_parity, *engine.parity],
-        }  # fmt: skip
+        warn_of_update(self.path.name, self.provenance, self._old_parity, engine)
+        self.provenance = extend_provenance(
+            self.provenance, self._old_parity, engine, self.recipe.backbone.weights_source
+        )
         self.partial.start(
             EngineFacts(
                 engine.name, engine.precision, engine.batch_size, torch.get_num_threads(),
@@ -194,17 +183,6 @@ class Production:
             ),
             self.provenance,
         )  # fmt: skip
-
-    def _warn_of_two_precisions(self, engine: Engine) -> None:
-        """Rows of another precision are no other identity, but whoever mixes them should know."""
-        made = self.provenance.get("precision", engine.precision)
-        if made != engine.precision:
-            pairs = ((made, self._old_parity), (engine.precision, engine.parity))
-            old, new = (f"{p} (within {max(e, default=0):.1e})" for p, e in pairs)
-            warnings.warn(
-                f"{self.path.name}: its rows were made at {old} of the eager fp32 network, new "
-                f"ones will be at {new}", FeatcacheWarning, stacklevel=4,
-            )  # fmt: skip
 
     def flush(self, timer: Timer, at_least: int = 1) -> None:
         """Write a shard of the rows at hand, if they are so many.

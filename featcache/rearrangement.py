@@ -340,7 +340,7 @@ def _check_pairs(caches: Sequence[Cache], pairs: Sequence[tuple[Row, Row]]) -> N
     Raises:
         CacheError: If two are further apart than the bounds of both allow.
     """
-    bounds = [error_bound(cache) for cache in caches]
+    bounds = [error_bound(cache) for cache in caches] if pairs else []
     for i in range(0, len(pairs), 1024):
         part = pairs[i : i + 1024]
         a, b = (

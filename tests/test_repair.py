@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import shutil
@@ -14,12 +15,13 @@ import tiny_network
 from conftest import write_image, write_tree
 from test_verification import TINY, rewrite
 
-from featcache import repair
+from featcache import repair, verification
 from featcache.backbone import Backbone
 from featcache.cache import Cache, open_cache
 from featcache.cache_writer import write_cache
 from featcache.errors import CacheError, FeatcacheWarning
 from featcache.extraction import extract
+from featcache.selection import select
 from featcache.shards import partial_folder
 from featcache.training import train
 from featcache.verification import describe, verify
@@ -112,6 +114,59 @@ def test_damage_outside_the_rows_costs_no_row(folder: Path, part: str) -> None:
     assert len(again.failures) == (part == "provenance")  # tried again by the next extraction
     assert ("lost" in again.provenance) == (part == "provenance")
     verify(path)
+
+
+def test_a_precision_that_was_lost_is_never_made_up(
+    folder: Path, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    """Rows made at bf16 are not taken for untrue ones of fp32 without a word, nor for true ones."""
+    path = folder / "c.h5"
+    path.unlink()
+    extract(folder / "data", path, backbone=tiny_backbone, precision="bf16")
+    flip(path, "provenance", 0)
+    verify(path, repair=True)
+    unknown = "expected features within 1e-04, as at fp32, since nobody knows their precision"
+    with pytest.raises(CacheError, match=unknown):
+        verify(path, data=folder / "data", samples="all", backbone=TINY, device="cpu")
+    write_image(folder / "data" / "train" / "covid" / "zz.png", 999, bright=True)
+    with pytest.warns(FeatcacheWarning, match="nobody knows how its rows were made"):
+        assert extract(folder / "data", path, backbone=tiny_backbone).num_new == 1
+    with pytest.raises(CacheError, match=unknown):
+        verify(path, data=folder / "data", samples="all", backbone=TINY, device="cpu")
+    select([path], tmp_path / "new.h5")
+    assert "lost" in open_cache(tmp_path / "new.h5").provenance
+
+
+def test_images_that_cannot_be_read_are_no_trouble_with_writing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "data/x.png")
+
+    monkeypatch.setattr(verification, "compare", fail)
+    with pytest.raises(PermissionError, match=r"data/x\.png"):
+        verify(folder / "c.h5", repair=True, data=folder / "data")
+
+
+def test_a_repaired_file_that_cannot_be_put_in_place_leaves_the_old_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "c.h5"
+    flip(path, "splits/train/features", 5)
+    before = path.read_bytes()
+
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if target == path:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(CacheError, match=r"^writing: expected a writable folder, found Read-only"):
+        verify(path, repair=True)
+    assert path.read_bytes() == before
+    assert not partial_folder(path).exists()
 
 
 def test_damaged_hdf5_metadata_is_made_again(folder: Path) -> None:
