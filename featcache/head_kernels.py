@@ -61,13 +61,6 @@ def _multiply(values: _Floats, factors: _Floats) -> None:
 
 
 @part
-def _add_bias(values: _Floats, bias: _Floats) -> None:
-    for row in range(values.shape[0]):
-        for j in range(values.shape[1]):
-            values[row, j] += bias[j]
-
-
-@part
 def _sum_rows(values: _Floats, sums: _Floats) -> None:
     sums[:] = np.float32(0)
     for row in range(values.shape[0]):
@@ -162,16 +155,18 @@ def forward(
             if mask.size:
                 _multiply(shown, mask)
             np.dot(shown, weights.T, logits)
-            _add_bias(logits, bias)
+            for row in range(num_rows):
+                for j in range(narrow):
+                    logits[row, j] += bias[j]
             return
         out = _matrix(kept, place, num_rows, narrow)
         normed = _matrix(kept, place + num_rows * narrow, num_rows, narrow)
         place += 2 * num_rows * narrow
         inverse = kept[place : place + narrow]
-        np.dot(shown, weights.T, out)
+        flipped = np.dot(weights, shown.T)  # 0.39 ms at 512 x 1280; the other way round 0.60
         for row in range(num_rows):
             for j in range(narrow):
-                out[row, j] = max(out[row, j] + bias[j], np.float32(0))
+                out[row, j] = max(flipped[j, row] + bias[j], np.float32(0))
         means = np.empty(narrow, np.float32)
         _normalise_rows(out, normed, means, inverse)
         _track(stats[at_stats : at_stats + narrow], means, _ONE)
@@ -208,6 +203,23 @@ def _move(
 
 
 @part
+def _add_products(left: _Floats, right: _Floats, sums: _Floats) -> None:
+    """Add the column sums of products; four rows at a time, or the sums' traffic would be all."""
+    whole = left.shape[0] // 4 * 4
+    for row in range(0, whole, 4):
+        for j in range(left.shape[1]):
+            sums[j] += (
+                left[row, j] * right[row, j]
+                + left[row + 1, j] * right[row + 1, j]
+                + left[row + 2, j] * right[row + 2, j]
+                + left[row + 3, j] * right[row + 3, j]
+            )
+    for row in range(whole, left.shape[0]):
+        for j in range(left.shape[1]):
+            sums[j] += left[row, j] * right[row, j]
+
+
+@part
 def _move_first_layer(
     kind: int, wide: int, params: _Floats, first: _Floats, second: _Floats, settings: _Floats,
     grad: _Floats, sums: _Floats, rows: _Floats, tile: _Floats,
@@ -223,16 +235,16 @@ def _move_first_layer(
         num = min(_TILE_ROWS, len(grad) - start)
         products = _matrix(tile, 0, num, wide)
         np.dot(grad[start : start + num], rows, products)
+        weights = _matrix(params, 2 * wide + start * wide, num, wide)
+        totals = sums[start : start + num]
+        shift_grad += np.dot(totals, weights)
+        _add_products(weights, products, scale_grad)
         for row in range(num):
-            at = 2 * wide + (start + row) * wide
-            weights, product, total = params[at : at + wide], products[row], sums[start + row]
-            for j in range(wide):
-                scale_grad[j] += weights[j] * product[j]
-            for j in range(wide):
-                shift_grad[j] += weights[j] * total
+            product, total, at = products[row], totals[row], 2 * wide + (start + row) * wide
             for j in range(wide):
                 product[j] = product[j] * scale[j] + total * shift[j]
-            _move(kind, weights, product, first[at : at + wide], second[at : at + wide], settings)
+            _move(kind, weights[row], product, first[at : at + wide], second[at : at + wide],
+                  settings)  # fmt: skip
     _move(kind, params[: 2 * wide], norm_grads, first[: 2 * wide], second[: 2 * wide], settings)
 
 
