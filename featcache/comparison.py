@@ -75,10 +75,8 @@ def compare(
         CacheError: If ``data`` has none of the images.
         BackboneError: If the backbone cannot be built.
     """
-    bound = error_bound(cache)
-    wanted = f"features within {bound:.0e}"
-    if known_precision(cache) is None:
-        wanted += ", as at fp32, since nobody knows their precision"
+    bound, unknown = error_bound(cache), known_precision(cache) is None
+    judged = ", as at fp32, since nobody knows their precision" if unknown else ""
     recipe = recipe_from_identity(cache.identity, weights=weights, backbone=backbone)
     dataset = scan(data)
     now = {(s.split, s.path): s for s in dataset.samples}
@@ -117,7 +115,7 @@ def compare(
         error, found = _measure(cache, rows[key], outcome.sample.split, features, bound)
         errors.append(error)
         if found is not None:
-            untrue.append(_bad_row(key, rows, wanted, found))
+            untrue.append(_bad_row(key, rows, f"features within {bound:.0e}{judged}", found))
     order = {split: number for number, split in enumerate(cache.splits)}
     bad_rows = sorted([*changed, *untrue], key=lambda bad: (order[bad.split], bad.row))
     failed = {(f.split, f.path): f.image_bytes for f in cache.failures}

@@ -21,7 +21,7 @@ _OTHER_FACTS = ("device", "concurrency", "weights_source")
 # What ``select`` and ``verify --repair`` said of the rows holds also after an update.
 _KEPT_FACTS = ("selected_from", "origins", "lost")
 _MAX_PARITY = 8  # errors that are kept: the largest says it all
-_ORIGIN_FACTS = ("date", "versions", "device", "engine", "precision", "parity")
+_ORIGIN_FACTS = ("date", "versions", "device", "engine", "precision", "parity", "lost")
 
 
 def check_alike(caches: Sequence[Cache]) -> None:

@@ -414,7 +414,16 @@ def _serve() -> None:
 
     for name in ("cli", *featcache._MODULES.values(), "wording", "isolation"):
         importlib.import_module(f"featcache.{name}")
-    for name in ("sklearn.metrics", "safetensors.torch", "matplotlib.figure", "h5py", "optuna"):
+    # What is imported late, also of the standard library: a child that has become nobody may not.
+    for name in (
+        "sklearn.metrics",
+        "safetensors.torch",
+        "matplotlib.figure",
+        "h5py",
+        "optuna",
+        "resource",
+        "encodings.ascii",
+    ):
         importlib.import_module(name)
     Image.init()
     torch.set_num_threads(1)

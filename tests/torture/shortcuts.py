@@ -16,9 +16,10 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from featcache import hdf5, pipeline, production, recipe
+from featcache import compatibility, hdf5, pipeline, production, recipe
 from featcache.backbone import Backbone
 from featcache.engine import Engine, build_engine
+from featcache.images import deep_maximum
 from featcache.views import render
 
 
@@ -31,6 +32,7 @@ class _InPlace:
     def __exit__(self, *_: object) -> None: ...
 
     render = staticmethod(render)
+    deep_maximum = staticmethod(deep_maximum)
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Shortcuts:
 @contextlib.contextmanager
 def take_shortcuts(rows_per_shard: int) -> Iterator[Shortcuts]:
     """Take them, and write shards of so many rows."""
-    facts = production.environment_facts()
+    facts = compatibility.environment_facts()
     engines: dict[int, tuple[Backbone, Engine]] = {}  # with the backbone: its id stays its own
     shortcuts = Shortcuts()
 
@@ -73,7 +75,7 @@ def take_shortcuts(rows_per_shard: int) -> Iterator[Shortcuts]:
 
     with contextlib.ExitStack() as patches:
         for owner, name, value in (
-            (production, "environment_facts", lambda *_: dict(facts)),
+            (compatibility, "environment_facts", lambda *_: dict(facts)),
             (production, "build_engine", prepare),
             (production, "decode_probes", lambda *_, **__: []),
             (production, "SHARD_ROWS", rows_per_shard),
