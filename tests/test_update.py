@@ -7,6 +7,7 @@ import csv
 import hashlib
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from featcache.dataset import ImageDataset, Sample
 from featcache.errors import CacheError, FeatcacheWarning
 from featcache.extraction import extract, extract_caches
 from featcache.files import writer_lock
+from featcache.inventory import Inventory
 from featcache.selection import select
 from featcache.views import Rendering
 
@@ -251,15 +253,24 @@ def test_an_accident_of_one_image_leaves_its_copies_alone(
     for number in range(4):
         shutil.copy(first, tree / "train" / "covid" / f"copy{number}.jpg")
     unlucky, tries = hashlib.sha256(first.read_bytes()).digest(), []
+    claim, asked = Inventory.claim, threading.Semaphore(0)
+
+    def noting_claim(self: Inventory, sample: Sample, sha256: bytes) -> bool:
+        answer = claim(self, sample, sha256)
+        if sha256 == unlucky:
+            asked.release()
+        return answer
 
     def render(data: bytes, recipes: Any, sha256: bytes) -> Rendering:
         if sha256 == unlucky:
             tries.append(sha256)
-            if len(tries) == 1:
+            if len(tries) == 1:  # when both caches have been told that the others are its copies
+                assert all(asked.acquire(timeout=60) for _ in range(10))
                 raise MemoryError
         return views.render(data, recipes, sha256)
 
     monkeypatch.setattr(pipeline, "render", render)
+    monkeypatch.setattr(Inventory, "claim", noting_claim)
     backbones = [
         tiny_backbone, wrap_backbone("second", tiny_network.network(), image_size=48),
     ]  # fmt: skip
