@@ -17,7 +17,7 @@ batches of 32, 10 epochs, a validation after each. The ways:
 
 skorch is optional (``pip install skorch``) and reported as not installed where it is missing.
 
-Every sample is a process of its own, warmed up with a few steps; its clock covers the whole fit,
+Every sample is a process of its own, warm (a few steps, libraries and compiled code loaded); its clock covers the whole fit,
 the validations too. Peers are measured with one thread and with one a core: the faster counts, both
 are kept. Round r has seed r: the first three ways begin with the same weights, and featcache and
 the tensor-indexed loop see the same batches too.
@@ -68,6 +68,7 @@ from plain_loops import (
     warm_up_rows,
 )
 
+from featcache.compiled_stack import load_kernels
 from featcache.fit import fit_head
 from featcache.head import build_head
 from featcache.jobs import HeadJob
@@ -181,6 +182,7 @@ def measure_sample(name: str, num_threads: int | None, task: Task, seed: int) ->
     with threadpool_limits(num_threads):
         few, short = warm_up_rows(rows, task)
         WAYS[name](short.job(seed), few, device, seed, Curve())
+        load_kernels()  # the warm-up is too short to: 0.7 s, where torch.optim's import takes 2.2
         start = time.perf_counter()
         curve = Curve()
         WAYS[name](task.job(seed), rows, device, seed, curve)

@@ -26,6 +26,7 @@ from plain_loops import Curve, Rows, Task, judge, make_rows, train_by_index, war
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featcache.compiled_stack import load_kernels
 from featcache.fit import fit_heads
 from featcache.head import HeadConfig, build_head
 from featcache.jobs import HeadJob, TrainingConfig
@@ -91,6 +92,7 @@ def measure_way(name: str, task: Task, num_heads: int, heads: int, steps: int) -
     way, device, rows = WAYS[name], resolve_device(task.device), make_rows(task)
     few, short = warm_up_rows(rows, task)
     way(draw_jobs(short, min(num_heads, 2)), few, Plan(short, device, heads, steps))
+    load_kernels()  # the warm-up is too short to: 0.7 s, where torch.optim's import takes 2.2
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     result = way(draw_jobs(task, num_heads), rows, Plan(task, device, heads, steps))

@@ -93,7 +93,7 @@ class CompiledSteps:
                 logits[head].numpy(),
             )  # fmt: skip
         losses, grads = stack.loss(logits, wanted)
-        settings, kind = self._optimizer.next_settings(rates).numpy(), self._optimizer.kind
+        settings, kind = self._optimizer.next_settings(rates), self._optimizer.kind
         for head, (params, _, first, second) in enumerate(self._heads):
             kernels.backward(
                 OPTIMIZERS.index(kind), widths, params, first, second, settings[head], normed,

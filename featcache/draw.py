@@ -56,10 +56,13 @@ class Draw:
         for i in range(0, len(rows), batch_size):
             batch = rows[i : i + batch_size]
             if len(batch) > 1:
-                yield (
-                    batch,
-                    features[batch if views is None else (batch, views[i : i + len(batch)])],
+                # index_select takes half the time of features[batch]
+                found = (
+                    features.index_select(0, batch)
+                    if views is None
+                    else features[batch, views[i : i + len(batch)]]
                 )
+                yield batch, found
 
     def _draw(self, num_rows: int) -> tuple[Tensor, Tensor | None]:
         """Return an order of rows, and the view of each in that order where there are any."""

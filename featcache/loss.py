@@ -67,10 +67,12 @@ def want_classes(
         smoothing: Share of each target that is spread evenly over all classes.
         row_weights: (B,), or None.
     """
-    one_hot = functional.one_hot(targets, len(weights)).to(weights.dtype)
     of_targets = weights[targets]
-    wanted = (one_hot * (1 - smoothing)) * of_targets[:, None]
-    wanted += weights * (smoothing / len(weights))
+    # A comparison, as torch's one_hot looks for the largest target first: 0.1 ms of a step of 4.
+    wanted = (targets[:, None] == torch.arange(len(weights), device=targets.device)).to(weights)
+    wanted *= of_targets[:, None] * (1 - smoothing)
+    if smoothing:
+        wanted += weights * (smoothing / len(weights))
     if row_weights is not None:
         wanted *= row_weights[:, None]
         of_targets = of_targets * row_weights

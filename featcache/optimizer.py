@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ class StackOptimizer:
         self._weight_decays = [self._weight_decays[head] for head in heads]
         self._bind(params, grads)
 
-    def next_settings(self, rates: Sequence[float]) -> Tensor:
+    def next_settings(self, rates: Sequence[float]) -> npt.NDArray[np.float32]:
         """Count a step that compiled code takes; return what it needs to know.
 
         Returns:
@@ -60,11 +62,12 @@ class StackOptimizer:
         """
         self._step += 1
         corrections = [1 - beta ** self._step.item() for beta in _ADAM_BETAS]
-        return torch.tensor(
+        return np.array(
             [
-                [rate, decay, *corrections]
+                (rate, decay, *corrections)
                 for rate, decay in zip(rates, self._weight_decays, strict=True)
-            ]
+            ],
+            np.float32,
         )
 
     def step(self, rates: Sequence[float]) -> None:
