@@ -18,8 +18,8 @@ batches of 32, 10 epochs, a validation after each. The ways:
 skorch is optional (``pip install skorch``) and reported as not installed where it is missing.
 
 Every sample is a process of its own, warm (a few steps, libraries and compiled code loaded); its
-clock covers the whole fit, the validations too. Peers are measured with one thread and with one a core: the faster counts, both
-are kept. Round r has seed r: the first three ways begin with the same weights, and featcache and
+clock covers the whole fit, the validations too. Peers are measured with one thread and with one a
+core: the faster counts, both are kept. Round r has seed r: the first three ways begin with the same weights, and featcache and
 the tensor-indexed loop see the same batches too.
 
 Same loss: the highest of the final validation losses of the tensor-indexed loop over ten seeds,
