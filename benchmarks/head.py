@@ -19,8 +19,8 @@ skorch is optional (``pip install skorch``) and reported as not installed where 
 
 Every sample is a process of its own, warm (a few steps, libraries and compiled code loaded); its
 clock covers the whole fit, the validations too. Peers are measured with one thread and with one a
-core: the faster counts, both are kept. Round r has seed r: the first three ways begin with the same weights, and featcache and
-the tensor-indexed loop see the same batches too.
+core: the faster counts, both are kept. Round r has seed r: the first three ways begin with the same
+weights, and featcache and the tensor-indexed loop see the same batches too.
 
 Same loss: the highest of the final validation losses of the tensor-indexed loop over ten seeds,
 the loss that it reaches for certain. Parity, declared beforehand: over the same ten seeds, the
