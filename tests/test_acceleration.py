@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import pytest
 
-from featcache import acceleration, kernels
+from featcache import acceleration, compiling
 
 WITHOUT = """
 import importlib.abc, io, sys
@@ -92,4 +92,4 @@ def test_what_cannot_be_kept_on_the_disk_is_compiled_all_the_same():
     exec("def double(x): return 2 * x", space)
     with pytest.raises(RuntimeError, match="no locator"):
         numba.njit("int64(int64)", cache=True)(space["double"])
-    assert kernels._compiled("int64(int64)")(space["double"])(21) == 42
+    assert compiling.compiled("int64(int64)")(space["double"])(21) == 42
