@@ -245,7 +245,7 @@ def _cut_to_memory(
 
 def _count_bytes(job: HeadJob, rows: Rows) -> tuple[int, int]:
     """Return about what a head takes while it is trained, and what a pass takes besides."""
-    num_values = sum(math.prod(shape) for _, shape in state_layout(job.head).values())
+    num_values = _num_params(job.head)
     widths = job.head.num_features + sum(job.head.hidden) + job.head.num_classes
     batch = job.training.rows_per_step(len(rows.targets))
     num_judged = 0 if rows.valid_targets is None else len(rows.valid_targets)

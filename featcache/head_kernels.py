@@ -69,11 +69,26 @@ def _sum_rows(values: _Floats, sums: _Floats) -> None:
 
 
 @part
-def _sum_products(left: _Floats, right: _Floats, sums: _Floats) -> None:
-    sums[:] = np.float32(0)
-    for row in range(left.shape[0]):
+def _add_products(left: _Floats, right: _Floats, sums: _Floats) -> None:
+    """Add the column sums of products; four rows at a time, or the sums' traffic would be all."""
+    whole = left.shape[0] // 4 * 4
+    for row in range(0, whole, 4):
+        for j in range(left.shape[1]):
+            sums[j] += (
+                left[row, j] * right[row, j]
+                + left[row + 1, j] * right[row + 1, j]
+                + left[row + 2, j] * right[row + 2, j]
+                + left[row + 3, j] * right[row + 3, j]
+            )
+    for row in range(whole, left.shape[0]):
         for j in range(left.shape[1]):
             sums[j] += left[row, j] * right[row, j]
+
+
+@part
+def _sum_products(left: _Floats, right: _Floats, sums: _Floats) -> None:
+    sums[:] = np.float32(0)
+    _add_products(left, right, sums)
 
 
 @part
@@ -200,23 +215,6 @@ def _move(
         first[j] += (_ONE - _BETA_1) * (grad[j] - first[j])
         second[j] = _BETA_2 * second[j] + (_ONE - _BETA_2) * grad[j] * grad[j]
         param[j] -= step * first[j] / (np.sqrt(second[j]) * root + _ADAM_EPS)
-
-
-@part
-def _add_products(left: _Floats, right: _Floats, sums: _Floats) -> None:
-    """Add the column sums of products; four rows at a time, or the sums' traffic would be all."""
-    whole = left.shape[0] // 4 * 4
-    for row in range(0, whole, 4):
-        for j in range(left.shape[1]):
-            sums[j] += (
-                left[row, j] * right[row, j]
-                + left[row + 1, j] * right[row + 1, j]
-                + left[row + 2, j] * right[row + 2, j]
-                + left[row + 3, j] * right[row + 3, j]
-            )
-    for row in range(whole, left.shape[0]):
-        for j in range(left.shape[1]):
-            sums[j] += left[row, j] * right[row, j]
 
 
 @part
