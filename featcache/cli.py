@@ -84,13 +84,22 @@ for made in (split, extract, select, info, verify):
 )  # fmt: skip
 @click.option("--dropout", type=float, default=0.4, show_default=True)
 @click.option("--learning-rate", type=float, default=5e-4, show_default=True)
-@click.option("--weight-decay", type=float, default=0.0, show_default=True)
 @click.option(
-    "--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", show_default=True
-)
+    "--weight-decay", type=float, default=0.0, show_default=True,
+    help="With lbfgs, solve for this one strength.",
+)  # fmt: skip
+@click.option(
+    "--optimizer", type=click.Choice(["adam", "adamw", "sgd", "lbfgs"]), default="adam",
+    show_default=True,
+    help="lbfgs, with --hidden none, solves for a path of regularisation strengths.",
+)  # fmt: skip
 @click.option(
     "--schedule", type=click.Choice(["constant", "cosine"]), default="constant", show_default=True
 )
+@click.option(
+    "--warmup", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Epochs in which the learning rate rises from 0.",
+)  # fmt: skip
 @click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
 @click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many without gain.")

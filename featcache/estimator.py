@@ -56,7 +56,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Args:
         hidden_layer_sizes: Width of each hidden layer; ``()`` for a linear head.
         dropout: Chance in [0, 1) before the last layer.
-        learning_rate: Step size at the first epoch.
+        learning_rate: Step size at the first epoch after the warm-up.
         batch_size: Rows per step, two or more, or ``auto``: about 1 % of the rows, 32 to 4096.
         max_epochs: The most passes over the rows.
         validation_fraction: Share of the rows held out, stratified, to keep the epoch with the
@@ -66,10 +66,15 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             validation rows: training loss); None never does.
         class_weight: ``balanced`` (by the rows' number in each class), or a dict of class to
             weight; classes it does not name weigh 1.
-        solver: ``adam``, ``adamw`` or ``sgd``.
+        solver: ``adam``, ``adamw`` or ``sgd``; or ``lbfgs``, which solves for a linear head
+            (``hidden_layer_sizes=()``) and uses of the other parameters ``weight_decay``,
+            ``class_weight`` and ``label_smoothing`` alone.
         schedule: ``constant`` or ``cosine``.
-        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw).
+        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw). Of lbfgs
+            the strength of regularisation; 0 chooses it from a path by the validation rows, and
+            without those is 1 / N, scikit-learn's C = 1.
         label_smoothing: Share in [0, 1) of each target spread evenly over all classes.
+        warmup: Epochs in which the learning rate rises from 0, step by step.
         random_state: An int decides initial weights, dropout and order as ``seed`` of
             ``featcache.train`` does; None or a ``RandomState`` draws such a seed.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
@@ -80,9 +85,10 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_features_in_: D.
         feature_names_in_: Of a data frame whose columns are strings.
         head_: The trained ``torch.nn.Sequential``, on the CPU, in eval mode.
-        history_: One dict per epoch: losses, validation accuracy and recalls, learning rate.
-        best_epoch_: The epoch kept, from 1.
-        n_iter_: How many epochs were run.
+        history_: One dict per epoch: losses, validation accuracy and recalls, learning rate. Of
+            lbfgs one per strength, the strongest first.
+        best_epoch_: The epoch kept, from 1; of lbfgs the strength.
+        n_iter_: How many epochs were run, or strengths solved for.
 
     Example:
         >>> from sklearn.model_selection import cross_val_score  # doctest: +SKIP
@@ -107,6 +113,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         schedule: str = "constant",
         weight_decay: float = 0.0,
         label_smoothing: float = 0.0,
+        warmup: int = 0,
     ) -> None:
         self.hidden_layer_sizes = hidden_layer_sizes
         self.dropout = dropout
@@ -123,6 +130,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.schedule = schedule
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
+        self.warmup = warmup
 
     def fit(
         self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None
@@ -218,6 +226,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             patience=_plain(self.n_iter_no_change),
             class_weights=class_weights,
             label_smoothing=_plain(self.label_smoothing),
+            warmup=_plain(self.warmup),
         )
 
     def _seed(self) -> int:
@@ -319,7 +328,8 @@ def _to_numpy(value: Any) -> Any:
 
 
 def _print_epoch(row: dict[str, Any]) -> None:
-    line = f"epoch {row['epoch']:>3}  train loss {row['train_loss']:.4f}"
+    number = f"epoch {row['epoch']:>3}" if "epoch" in row else f"strength {row['strength']:.2e}"
+    line = f"{number}  train loss {row['train_loss']:.4f}"
     if "valid_loss" in row:
         line += f"  valid loss {row['valid_loss']:.4f}  accuracy {row['valid_accuracy']:.3f}"
     print(line)  # noqa: T201 (what verbose means in scikit-learn)

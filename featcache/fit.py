@@ -7,6 +7,7 @@ batches are gathered by index, a step is one fused kernel, and the host waits on
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
@@ -23,7 +24,8 @@ from featcache.compiled_stack import WORTH_PARAM_STEPS, load_kernels, one_blas_t
 from featcache.draw import Draw
 from featcache.errors import ConfigError, DataError
 from featcache.head import HeadConfig, state_layout
-from featcache.jobs import FitResult, HeadJob, TrainingConfig
+from featcache.jobs import LBFGS, FitResult, HeadJob, TrainingConfig
+from featcache.linear_probe import fit_linear_probe
 from featcache.runtime import Say, available_cores, available_memory, exact_fp32, silent
 from featcache.stack import HeadStack
 from featcache.streaming import StoredFeatures
@@ -56,7 +58,7 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
 
     Without validation rows the last epoch is kept. Targets (N, C) are several labels a row: the
     loss is then a binary cross-entropy per class, its mean over the known targets (module
-    ``loss``).
+    ``loss``). A head whose optimizer is ``lbfgs`` is solved for instead (module ``linear_probe``).
 
     The same as a script that calls ``torch.manual_seed(seed)``, builds the head and loops, with
     the rows in the order of ``torch.randperm`` under a generator of ``data_seed``. Of rows with
@@ -191,6 +193,8 @@ def _kernels_for(jobs: Sequence[HeadJob], rows: Rows) -> ModuleType | None:
         return None
     num_rows, work = len(rows.targets), 0
     for job in jobs:
+        if job.training.optimizer == LBFGS:
+            continue
         num_steps = math.ceil(num_rows / job.training.rows_per_step(num_rows))
         work += job.training.epochs * num_steps * _num_params(job.head)
     return load_kernels() if work >= WORTH_PARAM_STEPS else None
@@ -295,18 +299,28 @@ def _fit_pass(  # noqa: PLR0917
 ) -> dict[int, FitResult]:  # fmt: skip
     """Train some heads that share batches and an optimizer; return their results by number."""
     training = jobs[numbers[0]].training
+    if training.optimizer == LBFGS:
+        with _few_threads(len(rows.targets), num_threads):
+            return {
+                number: fit_linear_probe(jobs[number], rows, functools.partial(tell, number))
+                for number in numbers
+            }
     batch_size = training.rows_per_step(len(rows.targets))
+    num_steps = training.steps_per_epoch(len(rows.targets))
     with _few_threads(batch_size, num_threads):
         draw = Draw(rows.features, rows.data_seed, rows.device, rows.dtype)
         trainer = Trainer([jobs[number] for number in numbers], rows, kernels)
         heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
         for epoch in range(1, training.epochs + 1):
             start = time.perf_counter()
-            rates = [head.training.learning_rate_at(epoch) for head in heads]
+            rates = [
+                [head.training.learning_rate_at(epoch, step / num_steps) for head in heads]
+                for step in range(1, num_steps + 1)
+            ]
             losses = trainer.epoch(draw.epoch(batch_size), rates)
             valid = trainer.validate()
             seconds = time.perf_counter() - start
-            for place, (head, rate, loss) in enumerate(zip(heads, rates, losses, strict=True)):
+            for place, (head, rate, loss) in enumerate(zip(heads, rates[-1], losses, strict=True)):
                 row = {"epoch": epoch, "train_loss": loss, **valid[place]}
                 row |= {"learning_rate": rate, "seconds": seconds}
                 if head.note(row, trainer.stack, place) and tell(head.number, row):

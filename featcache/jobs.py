@@ -15,6 +15,11 @@ from featcache.optimizer import OPTIMIZERS
 
 SCHEDULES = ("constant", "cosine")
 CLASS_WEIGHTS = ("none", "balanced")
+LBFGS = "lbfgs"
+"""The optimizer of heads without hidden layers that solves for them: module ``linear_probe``."""
+
+USED_BY_LBFGS = ("optimizer", "weight_decay", "class_weights", "label_smoothing")
+"""What else a training has, L-BFGS has no use for."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,12 @@ class TrainingConfig:
     """How a head is trained. The defaults are the tutorial's.
 
     Attributes:
-        learning_rate: Step size at the first epoch.
-        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw).
-        optimizer: ``adam``, ``adamw`` (betas 0.9 and 0.999) or ``sgd`` (momentum 0.9).
+        learning_rate: Step size at the first epoch after the warm-up.
+        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw). Of lbfgs,
+            the one strength of regularisation; 0 chooses one from a path.
+        optimizer: ``adam``, ``adamw`` (betas 0.9 and 0.999) or ``sgd`` (momentum 0.9); ``lbfgs``
+            for heads without hidden layers, which has no use for learning rate, schedule, batch
+            size, epochs, patience and warm-up.
         schedule: ``constant``, or ``cosine``: from epoch to epoch down half a cosine towards 0.
         batch_size: Rows per step, two or more, or ``auto`` (see ``auto_batch_size``).
         epochs: The most passes over the rows.
@@ -35,6 +43,8 @@ class TrainingConfig:
             negatives over its known positives (1 where it has none of either).
         label_smoothing: Share in [0, 1) of each target spread evenly over all classes; of several
             labels a row, over yes and no.
+        warmup: Epochs, fewer than all, in which the step size rises from step to step in a line
+            from 0; the cosine begins after them.
     """
 
     learning_rate: float = 5e-4
@@ -46,13 +56,15 @@ class TrainingConfig:
     patience: int | None = None
     class_weights: str | tuple[float, ...] = "none"
     label_smoothing: float = 0.0
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: if a value has no meaning."""
         rate, decay, smoothing = self.learning_rate, self.weight_decay, self.label_smoothing
         weights, patience, size = self.class_weights, self.patience, self.batch_size
+        optimizers = (*OPTIMIZERS, LBFGS)
         for option, value, fits, expected in (
-            ("--optimizer", self.optimizer, self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
+            ("--optimizer", self.optimizer, self.optimizer in optimizers, " or ".join(optimizers)),
             ("--schedule", self.schedule, self.schedule in SCHEDULES, " or ".join(SCHEDULES)),
             ("--class-weights", weights, _are_class_weights(weights),
              " or ".join(CLASS_WEIGHTS) + " or a tuple of numbers from 0"),
@@ -65,24 +77,41 @@ class TrainingConfig:
              "a whole number from 1"),
             ("--batch-size", size, size == "auto" or _is_count(size, 2),  # 1 has no variance
              "auto or a whole number from 2"),
+            ("--warmup", self.warmup, _is_count(self.warmup, 0), "a whole number from 0"),
+            ("--warmup", self.warmup, self.warmup < self.epochs,
+             f"fewer than the {self.epochs} epochs"),
         ):  # fmt: skip
             if not fits:
                 raise ConfigError(option, expected=expected, found=repr(value))
 
     def as_json(self) -> dict[str, Any]:
-        """Return the configuration as a JSON object."""
-        return dataclasses.asdict(self)
+        """Return the configuration as a JSON object, without what its optimizer does not use."""
+        facts = dataclasses.asdict(self)
+        return {k: facts[k] for k in USED_BY_LBFGS} if self.optimizer == LBFGS else facts
 
     def rows_per_step(self, num_rows: int) -> int:
         """Return the batch size for ``num_rows`` training rows, ``auto`` worked out."""
         size = self.batch_size
         return size if isinstance(size, int) else auto_batch_size(num_rows)
 
-    def learning_rate_at(self, epoch: int) -> float:
-        """Return the step size of ``epoch``, counted from 1."""
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Return the batches of an epoch; a last one of a single row is left out."""
+        size = self.rows_per_step(num_rows)
+        return num_rows // size + (num_rows % size > 1)
+
+    def learning_rate_at(self, epoch: int, share: float = 1.0) -> float:
+        """Return the step size of ``epoch``, counted from 1.
+
+        Args:
+            epoch: Which.
+            share: How far it has come when the step is taken, above 0: matters in the warm-up.
+        """
+        if epoch <= self.warmup:
+            return self.learning_rate * (epoch - 1 + share) / self.warmup
         if self.schedule == "constant":
             return self.learning_rate
-        return self.learning_rate * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
+        way = (epoch - 1 - self.warmup) / (self.epochs - self.warmup)
+        return self.learning_rate * (1 + math.cos(math.pi * way)) / 2
 
 
 @dataclass(frozen=True)
@@ -96,9 +125,12 @@ class FitResult:
             and smoothing included), ``valid_loss`` (plain cross-entropy), ``valid_accuracy``, one
             ``valid_recall_CLASS`` per class (None without rows of it), ``learning_rate``,
             ``seconds``. Without validation rows there are no ``valid_`` columns. Of several labels
-            a row, loss and accuracy are means over the known targets, a yes being above 0.5.
+            a row, loss and accuracy are means over the known targets, a yes being above 0.5. Of
+            lbfgs one row per strength of regularisation, the strongest first: ``strength`` in
+            place of ``epoch``, ``train_loss`` without the regularisation, and in place of
+            ``learning_rate`` ``num_iterations`` and ``converged``.
         best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties; without
-            validation rows the last.
+            validation rows the last. Of lbfgs the number of the strength, likewise.
         diverged_in: The epoch in which the loss was no finite number; it is not in the history.
     """
 
@@ -129,6 +161,15 @@ class HeadJob:
     head: HeadConfig
     training: TrainingConfig
     seed: int
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if the optimizer is not one for such a head."""
+        if self.training.optimizer == LBFGS and self.head.hidden:
+            hidden = ",".join(map(str, self.head.hidden))
+            raise ConfigError(
+                "--optimizer", expected=" or ".join(OPTIMIZERS) + f" for hidden layers {hidden}",
+                found=LBFGS, hint="lbfgs solves for linear heads: --hidden none",
+            )  # fmt: skip
 
 
 def _are_class_weights(value: object) -> bool:

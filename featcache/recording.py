@@ -14,7 +14,7 @@ import torch
 from featcache.cache import Cache
 from featcache.errors import ConfigError
 from featcache.head import HeadConfig
-from featcache.jobs import FitResult, TrainingConfig
+from featcache.jobs import LBFGS, FitResult, TrainingConfig
 from featcache.run import relative_path, write_run
 from featcache.runtime import environment_facts
 
@@ -72,11 +72,13 @@ def record_fit(
         valid_fraction: Share that was held out, if any.
         details: Further facts for ``training`` in ``run.json``.
     """
-    facts = {
-        "batch_size": training.rows_per_step(num_train),
-        "valid_fraction": valid_fraction,
-        "best_epoch": result.best_epoch,
-    }
+    facts: dict[str, Any] = {"valid_fraction": valid_fraction}
+    if training.optimizer == LBFGS:
+        strengths = [row["strength"] for row in result.history]
+        facts |= {"strength": strengths[result.best_epoch - 1], "strengths": strengths}
+    else:
+        facts["batch_size"] = training.rows_per_step(num_train)
+        facts["best_epoch"] = result.best_epoch
     return write_run(
         partial, head=head, state=result.state,
         training=training.as_json() | facts | dict(details or {}),

@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ import numpy as np
 from featcache.errors import ConfigError
 from featcache.files import read_regular
 from featcache.head import HeadConfig
-from featcache.jobs import TrainingConfig, auto_batch_size
+from featcache.jobs import LBFGS, USED_BY_LBFGS, TrainingConfig, auto_batch_size
 
 Params = dict[str, Any]
 """Options of ``train`` by name; what is missing has its default."""
 
 _HEAD = ("hidden", "dropout")
-_WHOLE = ("batch_size", "epochs", "patience")
+_WHOLE = ("batch_size", "epochs", "patience", "warmup")
 _RANGED = ("dropout", "learning_rate", "weight_decay", "label_smoothing", *_WHOLE)
 _RANGE_KEYS = {"low", "high", "log", "num"}
 _MAX_BYTES = 1 << 20
@@ -181,6 +181,7 @@ def read_space(file: Path) -> Space:
         raise ConfigError(
             "space", expected="an option of several values", found=found_text, where=file
         )
+    _check_together(dimensions, fixed, file)
     dimensions.sort(key=lambda dimension: list(DEFAULTS).index(dimension.name))
     return Space(tuple(dimensions), fixed)
 
@@ -202,6 +203,27 @@ def params_from_json(params: Mapping[str, Any]) -> Params:
     """Return options that went through JSON, which has no tuples and may lose the order."""
     known = {name: params[name] for name in DEFAULTS if name in params}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+
+
+def _check_together(dimensions: Sequence[Dimension], fixed: Params, file: Path) -> None:
+    """Refuse options of which some trial could not have both."""
+    of = {dimension.name: dimension for dimension in dimensions}
+
+    def ends(name: str) -> list[Any]:
+        return of[name].grid() if name in of else [fixed.get(name, DEFAULTS[name])]
+
+    if LBFGS in ends("optimizer"):
+        if ends("hidden") != [()]:
+            wanted, found = "[[]] with optimizer lbfgs", ends("hidden")
+            raise ConfigError("hidden in the space", expected=wanted, found=found, where=file)
+        unused = [n for n in (*of, *fixed) if n not in {"hidden", *USED_BY_LBFGS}]
+        if unused:
+            wanted = "no option that lbfgs, one of the optimizers, has no use for"
+            raise ConfigError("space", expected=wanted, found=", ".join(unused), where=file)
+    most, epochs = max(ends("warmup")), min(ends("epochs"))
+    if most >= epochs:
+        wanted = f"fewer than the {epochs} epochs of some trial"
+        raise ConfigError("warmup in the space", expected=wanted, found=most, where=file)
 
 
 def _read_dimension(name: str, value: Any, file: Path) -> Dimension:

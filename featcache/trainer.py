@@ -111,12 +111,17 @@ class Trainer:
         self._loss_of = [self._loss_of[head] for head in heads]
         self._bind()
 
-    def epoch(self, batches: Iterable[Batch], rates: Sequence[float]) -> list[float]:
-        """Take one step per batch; return each head's mean loss, batches weighed by their rows."""
+    def epoch(self, batches: Iterable[Batch], rates: Sequence[Sequence[float]]) -> list[float]:
+        """Take one step per batch; return each head's mean loss, batches weighed by their rows.
+
+        Args:
+            batches: As drawn.
+            rates: For each batch, the step size of each head.
+        """
         total = torch.zeros(len(self.stack), dtype=self._rows.dtype, device=self._rows.device)
         num_rows = 0
-        for rows, features in batches:
-            losses = self._step(features, self._wanted(rows), rates)
+        for (rows, features), of_heads in zip(batches, rates, strict=True):
+            losses = self._step(features, self._wanted(rows), of_heads)
             total.add_(losses, alpha=len(rows))
             num_rows += len(rows)
         means: list[float] = (total / num_rows).tolist()
@@ -155,7 +160,9 @@ class Trainer:
         )
         like = self.stack.params
         logits = torch.cat([self.stack.forward(part.to(like)).cpu() for part in parts], 1)
-        return [_judge(of_head, self._rows.valid_targets, self._rows.names) for of_head in logits]
+        return [
+            judge_logits(of_head, self._rows.valid_targets, self._rows.names) for of_head in logits
+        ]
 
 
 def _blocks(features: Tensor | StoredFeatures) -> Iterator[Tensor]:
@@ -166,7 +173,7 @@ def _blocks(features: Tensor | StoredFeatures) -> Iterator[Tensor]:
         yield torch.from_numpy(features[i : i + features.block_rows].load())
 
 
-def _judge(logits: Tensor, targets: npt.NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
+def judge_logits(logits: Tensor, targets: npt.NDArray[Any], names: Sequence[str]) -> dict[str, Any]:
     """Return the validation columns of a history row from logits (M, C)."""
     logits = logits.double()
     if targets.ndim == 2:
@@ -183,7 +190,7 @@ def _judge(logits: Tensor, targets: npt.NDArray[Any], names: Sequence[str]) -> d
 def _judge_labels(
     logits: Tensor, targets: npt.NDArray[Any], names: Sequence[str]
 ) -> dict[str, Any]:
-    """As ``_judge``, over the known targets; above 0.5 is a yes."""
+    """As ``judge_logits``, over the known targets; above 0.5 is a yes."""
     wanted = torch.from_numpy(targets.astype(np.float64))
     known = ~wanted.isnan()
     loss = functional.binary_cross_entropy_with_logits(logits[known], wanted[known]).item()

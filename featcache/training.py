@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from featcache.cache import Cache, open_cache
-from featcache.errors import printable
+from featcache.errors import ConfigError, printable
 from featcache.files import new_folder, refuse_existing
 from featcache.fit import fit_head
 from featcache.head import HeadConfig
-from featcache.jobs import TrainingConfig
+from featcache.jobs import LBFGS, USED_BY_LBFGS, FitResult, HeadJob, TrainingConfig
 from featcache.partition import Part, check_cache, choose_rows, read_rows, warn_of_leaks
 from featcache.recording import check_seed, check_valid_fraction, record_fit
 from featcache.runtime import Say, resolve_device, silent
+from featcache.softmax_regression import MAX_ITERATIONS
 
 _IMBALANCE = 5  # beyond 1:5 the loss of the rare class is easily drowned
 _RECALLS_WIDTH = 52  # with what stands before them: lines of up to 96 characters
@@ -40,9 +41,11 @@ class TrainSummary:
         num_valid: Labelled rows the epoch was chosen by.
         num_unlabelled: Rows left out for want of a target.
         num_failed: Images that failed and are therefore not in the cache, over all splits.
-        num_views: Views of each row trained on, of which an epoch sees one.
-        num_epochs: Epochs run.
-        best_epoch: The epoch kept; loss, accuracy and recalls (None without rows) are its own.
+        num_views: Views of each row trained on, of which an epoch sees one, lbfgs all.
+        num_epochs: Epochs run; with lbfgs, strengths of regularisation solved for.
+        best_epoch: The epoch (strength) kept, from 1; loss, accuracy and recalls (None without
+            rows) are its own.
+        strength: Of the regularisation, with lbfgs.
         fit_seconds: Wall time of the fitting alone.
         total_seconds: Wall time from opening the cache to the finished folder.
         device: Where it ran.
@@ -59,6 +62,7 @@ class TrainSummary:
     num_views: int
     num_epochs: int
     best_epoch: int
+    strength: float | None
     valid_loss: float
     valid_accuracy: float
     valid_recall: dict[str, float | None]
@@ -88,6 +92,7 @@ def train(
     patience: int | None = None,
     class_weights: str = "none",
     label_smoothing: float = 0.0,
+    warmup: int = 0,
     valid_fraction: float | None = None,
     seed: int = 0,
     data_seed: int | None = None,
@@ -99,21 +104,25 @@ def train(
 
     Kept is the epoch with the lowest plain cross-entropy on ``valid``, the earliest on ties. Of
     images with views, each epoch trains on one view drawn at random, and ``valid`` is seen as is.
+    With ``optimizer="lbfgs"`` a linear head is solved for at 65 strengths of regularisation, and
+    kept is the one with the lowest cross-entropy on ``valid``, the strongest on ties.
 
     Args:
         cache: The cache.
         run: The folder to make.
         hidden: Width of each hidden layer; empty for a linear head.
         dropout: Before the last layer, in [0, 1).
-        learning_rate: See ``fit.TrainingConfig``, as for the next eight.
-        weight_decay: For adam and sgd added to the gradient, for adamw taken off the weights.
-        optimizer: ``adam``, ``adamw`` or ``sgd``.
+        learning_rate: See ``fit.TrainingConfig``, as for the next nine.
+        weight_decay: For adam and sgd added to the gradient, for adamw taken off the weights; for
+            lbfgs the one strength to solve for.
+        optimizer: ``adam``, ``adamw``, ``sgd``, or ``lbfgs`` with ``hidden=()``.
         schedule: ``constant`` or ``cosine``.
         batch_size: Rows per step, or ``auto``: about 1 % of the rows, 32 to 4096.
         epochs: The most passes over the rows.
         patience: Stop after this many epochs without a lower validation loss.
         class_weights: ``none`` or ``balanced``.
         label_smoothing: In [0, 1).
+        warmup: Epochs in which the learning rate rises from 0, step by step.
         valid_fraction: Share of ``train`` (or of ``all``) held out as ``valid``, stratified, with
             groups and identical images kept together; for caches without ``valid``.
         seed: Decides the initial weights and dropout.
@@ -137,13 +146,15 @@ def train(
     refuse_existing(folder, overwrite=overwrite)
     training = TrainingConfig(
         learning_rate, weight_decay, optimizer, schedule, batch_size, epochs, patience,
-        class_weights, label_smoothing,
+        class_weights, label_smoothing, warmup,
     )  # fmt: skip
+    _refuse_unused(training)
     order_seed = seed if data_seed is None else data_seed
     check_seed("--seed", seed)
     check_seed("--data-seed", order_seed)
     check_valid_fraction(valid_fraction)
-    HeadConfig(1, 2, tuple(hidden), dropout)  # a bad --hidden is told before the cache is read
+    # What does not fit is told before the cache is read.
+    HeadJob(HeadConfig(1, 2, tuple(hidden), dropout), training, seed)
     torch_device = resolve_device(device)
     opened = open_cache(cache)
     check_cache(opened)
@@ -171,18 +182,49 @@ def train(
         run=folder, classes=opened.classes, num_train=num_train, num_valid=num_valid,
         num_unlabelled=sum(part.num_unlabelled for part in parts),
         num_failed=len(opened.failures), num_views=parts[0].split.num_views,
-        num_epochs=len(result.history), best_epoch=result.best_epoch,
+        num_epochs=len(result.history), best_epoch=result.best_epoch, strength=kept.get("strength"),
         valid_loss=kept["valid_loss"], valid_accuracy=kept["valid_accuracy"],
         valid_recall={name: kept[f"valid_recall_{name}"] for name in opened.classes},
         fit_seconds=fit_seconds, total_seconds=time.perf_counter() - start,
         device=str(torch_device), fingerprint=opened.fingerprint, weights_sha256=weights_sha256,
     )  # fmt: skip
-    say(
-        f"kept epoch {summary.best_epoch}: valid loss {summary.valid_loss:.4f}, accuracy "
-        f"{summary.valid_accuracy:.3f}; {summary.num_epochs} epochs in {fit_seconds:.1f} s on "
-        f"{summary.device}, written to {printable(folder.as_posix())}"
-    )
+    _say_kept(summary, result, say)
     return summary
+
+
+def _refuse_unused(training: TrainingConfig) -> None:
+    """Refuse options that L-BFGS has no use for: whoever gives them expects them to do something.
+
+    Raises:
+        ConfigError: If there is one that is not as it comes.
+    """
+    if training.optimizer != LBFGS:
+        return
+    for field in dataclasses.fields(training):
+        value = getattr(training, field.name)
+        if field.name not in USED_BY_LBFGS and value != field.default:
+            raise ConfigError(
+                "--" + field.name.replace("_", "-"), found=repr(value),
+                expected="none with --optimizer lbfgs, which has no use for it",
+                hint="Leave it out, or take another optimizer",
+            )  # fmt: skip
+
+
+def _say_kept(summary: TrainSummary, result: FitResult, say: Say) -> None:
+    kept, many = f"epoch {summary.best_epoch}", f"{summary.num_epochs} epochs"
+    if summary.strength is not None:
+        kept, many = f"strength {summary.strength:.2e}", f"{summary.num_epochs} strengths"
+        unsolved = sum(not row["converged"] for row in result.history)
+        if unsolved:
+            say(
+                f"{unsolved} of {many} had not converged after {MAX_ITERATIONS:,} iterations: at "
+                "so little regularisation the weights of classes that a plane parts keep growing"
+            )
+    say(
+        f"kept {kept}: valid loss {summary.valid_loss:.4f}, accuracy "
+        f"{summary.valid_accuracy:.3f}; {many} in {summary.fit_seconds:.1f} s on "
+        f"{summary.device}, written to {printable(summary.run.as_posix())}"
+    )
 
 
 def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, say: Say) -> None:
@@ -201,7 +243,8 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
     num_views = parts[0].split.num_views
     if num_views > 1:
         how = printable(cache.identity.get("augmentation") or "of unknown making")
-        say(f"views: {num_views} of each training image ({how}), each epoch draws one of them")
+        used = "all count" if training.optimizer == LBFGS else "each epoch draws one of them"
+        say(f"views: {num_views} of each training image ({how}), {used}")
     if "test" in cache.splits:
         say(f"the {len(cache.splits['test']):,} rows of test are not touched")
     if training.class_weights == "none" and counts[0].max() > _IMBALANCE * counts[0].min():
@@ -209,6 +252,8 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
             f"hint: the largest class of train is {counts[0].max() / counts[0].min():.1f} times "
             "the smallest; try --class-weights balanced"
         )
+    if training.optimizer == LBFGS:
+        say("lbfgs: solved for, without dropout; strengths are of L2 on standardised features")
 
 
 def _say_failures(cache: Cache, say: Say) -> None:
@@ -224,7 +269,7 @@ def _say_failures(cache: Cache, say: Say) -> None:
 
 
 def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]], None]:
-    """Return what says a line per epoch: losses, accuracy, recall per class on ``valid``.
+    """Return what says a line per epoch or strength: losses, accuracy, recall per class of valid.
 
     Where the classes do not fit side by side, the lowest recall and its class stand instead.
     """
@@ -232,12 +277,14 @@ def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]],
     while sum(widths) + 2 * len(widths) > _RECALLS_WIDTH and max(widths) > 6:
         widths[widths.index(max(widths))] -= 1
     fits = sum(widths) + 2 * len(widths) <= _RECALLS_WIDTH
-    head = "epoch  train loss  valid loss  accuracy  "
-    lowest = float("inf")
+    lowest, is_first = float("inf"), True
 
     def line(row: dict[str, Any]) -> None:
-        nonlocal lowest
-        if row["epoch"] == 1:
+        nonlocal lowest, is_first
+        if is_first:
+            is_first = False
+            first = f"{'epoch':>5}" if "epoch" in row else f"{'strength':>8}"
+            head = f"{first}  train loss  valid loss  accuracy  "
             names = (f"{_cut(printable(n), w):>{w}}" for n, w in zip(classes, widths, strict=True))
             say(f"{'(* = lowest valid loss so far)':<{len(head)}}recall on valid")
             say(head + ("  ".join(names) if fits else "lowest of the classes"))
@@ -252,8 +299,9 @@ def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]],
             )
         mark = "  *" if row["valid_loss"] < lowest else ""
         lowest = min(lowest, row["valid_loss"])
+        number = f"{row['epoch']:>5}" if "epoch" in row else f"{row['strength']:.2e}"
         say(
-            f"{row['epoch']:>5}  {row['train_loss']:>10.4f}  {row['valid_loss']:>10.4f}  "
+            f"{number}  {row['train_loss']:>10.4f}  {row['valid_loss']:>10.4f}  "
             f"{row['valid_accuracy']:>8.3f}  {shown}{mark}"
         )
 

@@ -23,7 +23,8 @@ import torch
 from featcache.fit import fit_heads, predict_probs
 from featcache.folds import Arrays
 from featcache.head import HeadConfig, build_head
-from featcache.jobs import FitResult, HeadJob
+from featcache.jobs import LBFGS, FitResult, HeadJob
+from featcache.linear_probe import choose_strengths
 from featcache.metrics import compute_score
 from featcache.runtime import Say, silent
 from featcache.space import Params, build_configs, params_from_json
@@ -180,8 +181,18 @@ def fit_trials(
 
 
 def count_steps(params: Params, num_rows: int) -> int:
-    """Return the optimizer steps of an epoch."""
+    """Return the optimizer steps of an epoch; of lbfgs, a strength counts as one."""
+    if params.get("optimizer") == LBFGS:
+        return 1
     return math.ceil(num_rows / build_configs(params, 1, 2)[1].rows_per_step(num_rows))
+
+
+def count_epochs(params: Params) -> int:
+    """Return the epochs of a trial, or with lbfgs the strengths."""
+    training = build_configs(params, 1, 2)[1]
+    if training.optimizer == LBFGS:
+        return len(choose_strengths(training, 1, has_valid=True))
+    return training.epochs
 
 
 class _Watch:
@@ -193,14 +204,15 @@ class _Watch:
     ) -> None:  # fmt: skip
         self._halving, self._on_epoch = halving, on_epoch
         self._steps = {number: count_steps(params, num_rows) for number, params in plan.items()}
-        self._epochs = {number: build_configs(p, 1, 2)[1].epochs for number, p in plan.items()}
+        self._epochs = {number: count_epochs(params) for number, params in plan.items()}
         self.losses: dict[int, list[float]] = {number: [] for number in plan}
         self.given_up: set[int] = set()
 
     def __call__(self, number: int, row: dict[str, Any]) -> bool:
         losses, epochs = self.losses[number], self._epochs[number]
         losses.append(row["valid_loss"])
-        if number and self._halving and self._halving.is_hopeless(losses, epochs):
+        of_epochs = "epoch" in row  # a path of strengths has no hopeless beginning
+        if number and of_epochs and self._halving and self._halving.is_hopeless(losses, epochs):
             self.given_up.add(number)
         is_over = number in self.given_up
         self._on_epoch(number, self._steps[number], is_over or len(losses) == epochs)
@@ -211,7 +223,10 @@ class _Halving:
     """What trials of earlier rounds had in a fold, rung by rung."""
 
     def __init__(self, earlier: Sequence[Trial], fold: int) -> None:
-        self._losses = [t.losses[fold] for t in earlier if len(t.losses) > fold]
+        self._losses = [
+            trial.losses[fold] for trial in earlier
+            if len(trial.losses) > fold and trial.params.get("optimizer") != LBFGS
+        ]  # fmt: skip
         self._medians: dict[int, float | None] = {}
 
     def is_hopeless(self, losses: Sequence[float], epochs: int) -> bool:

@@ -220,7 +220,9 @@ def test_ties_keep_the_earliest_epoch_and_patience_counts_them(
 ) -> None:
     losses = iter([0.5, 0.4, 0.4, 0.4, 0.1])
     row = {"valid_accuracy": 0.5, "valid_recall_0": 0.5, "valid_recall_1": 0.5}
-    monkeypatch.setattr("featcache.trainer._judge", lambda *_: {"valid_loss": next(losses), **row})
+    monkeypatch.setattr(
+        "featcache.trainer.judge_logits", lambda *_: {"valid_loss": next(losses), **row}
+    )
     result = fit(epochs=5, patience=2)
     assert (result.best_epoch, len(result.history)) == (2, 4)
 
@@ -297,10 +299,11 @@ def test_automatic_batch_size(rows: int, size: int) -> None:
     "change",
     [
         {"learning_rate": 0}, {"learning_rate": float("nan")}, {"learning_rate": "1"},
-        {"weight_decay": -1}, {"optimizer": "lbfgs"}, {"schedule": "step"}, {"batch_size": 1},
+        {"weight_decay": -1}, {"optimizer": "rmsprop"}, {"schedule": "step"}, {"batch_size": 1},
         {"batch_size": "large"}, {"epochs": 0}, {"epochs": 1.5}, {"epochs": True}, {"patience": 0},
         {"class_weights": "some"}, {"class_weights": (1.0, -1.0)}, {"class_weights": (1.0, None)},
-        {"class_weights": [1.0, 1.0]}, {"label_smoothing": 1.0},
+        {"class_weights": [1.0, 1.0]}, {"label_smoothing": 1.0}, {"warmup": -1}, {"warmup": 10},
+        {"warmup": 0.5},
     ],
 )  # fmt: skip
 def test_options_without_meaning_are_refused_by_name(change: dict[str, Any]) -> None:
