@@ -44,12 +44,14 @@ class Predictions:
         paths: N paths, in the order of ``probs``.
         probs: (N, C) softmax probabilities.
         failures: (path, reason) of images that could not be read.
+        average_views: Whether a row of several views has the mean of their probabilities.
     """
 
     classes: tuple[str, ...]
     paths: tuple[str, ...]
     probs: npt.NDArray[np.float64]
     failures: tuple[tuple[str, str], ...]
+    average_views: bool = False
 
     @property
     def preds(self) -> tuple[str, ...]:
@@ -65,6 +67,7 @@ class Predictions:
                 for path, pred, row in zip(self.paths, self.preds, self.probs, strict=True)
             ],
             "failures": [{"path": path, "reason": reason} for path, reason in self.failures],
+            "average_views": self.average_views,
         }
 
 
@@ -248,15 +251,29 @@ def load_classifier(
     return Classifier(loaded, recipe, load_head(loaded).to(place), place, batch_size)
 
 
-def predict_cache(run: str | Path, cache: str | Path, *, device: str = "auto") -> Predictions:
-    """Classify every row of a cache: no images and no backbone needed.
+def predict_cache(
+    run: str | Path, cache: str | Path, *, device: str = "auto", average_views: bool = False
+) -> Predictions:
+    """Classify every row of a cache, by view 0: no images and no backbone needed.
+
+    Args:
+        run: The run folder.
+        cache: The cache.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        average_views: Classify rows of several views by the mean of their views' probabilities.
 
     Raises:
+        ConfigError: If there are to be views averaged, and no split has several.
         RunError: If the run is not whole, or the cache's features were made otherwise.
         CacheError: If the cache is not whole.
     """
     loaded, opened = load_run(run), open_cache(cache)
     require_same_features(loaded.cache["identity"], opened.identity, opened.path)
+    if average_views and all(split.num_views == 1 for split in opened.splits.values()):
+        raise ConfigError(
+            "--average-views", expected="several views of a row", found="one in every split",
+            where=opened.path, hint="Extract the images with --views",
+        )  # fmt: skip
     place = resolve_device(device)
     head = load_head(loaded).to(place)
     paths, probs = [], [np.empty((0, len(loaded.classes)))]
@@ -266,10 +283,11 @@ def predict_cache(run: str | Path, cache: str | Path, *, device: str = "auto") -
                 "features", expected=f"{loaded.head.num_features} a row",
                 found=opened.num_features, where=cache, hint="Use the cache it was trained on",
             )  # fmt: skip
-        probs.append(predict_probs(head, np.asarray(split.plain_features), place))
+        features = split.features if average_views else split.plain_features
+        probs.append(predict_probs(head, np.asarray(features), place))
         paths += split.paths
     failures = tuple((f.path, f.reason) for f in opened.failures)
-    return Predictions(loaded.classes, tuple(paths), np.concatenate(probs), failures)
+    return Predictions(loaded.classes, tuple(paths), np.concatenate(probs), failures, average_views)
 
 
 def write_predictions(file: str | Path, predictions: Predictions) -> None:

@@ -197,6 +197,7 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 @click.option("--split", default="test", show_default=True)
 @click.option("--positive", metavar="CLASS", help="Of two classes, the one not to be missed.")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
+@click.option("--average-views", is_flag=True, help="Mean of a row's views, not view 0 alone.")
 @printing
 def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure RUN on a split it was not trained on.
@@ -218,10 +219,11 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
 @DEVICE
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
+@click.option("--average-views", is_flag=True, help="With --cache: mean of a row's views.")
 @printing
 def predict(
     run: Path, images: tuple[Path, ...], cache: Path | None, csv: Path | None, as_json: bool,
-    quiet: bool, device: str, **options: Any,
+    quiet: bool, device: str, average_views: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Classify IMAGES, files or folders, with the head in RUN.
 
@@ -234,10 +236,12 @@ def predict(
 
     if (cache is None) == (not images):
         raise click.UsageError("Name images or folders, or a --cache, and not both.")
+    if average_views and cache is None:
+        raise click.UsageError("--average-views goes with --cache: images have no views.")
     if csv is not None:
         require_folder(csv, "--csv")
     if cache is not None:
-        predictions = predict_cache(run, cache, device=device)
+        predictions = predict_cache(run, cache, device=device, average_views=average_views)
     else:
         predictions = load_classifier(run, device=device, **options).predict(images)
     if csv is not None:

@@ -42,9 +42,10 @@ def evaluate(
     split: str = "test",
     positive: str | None = None,
     csv: str | Path | None = None,
+    average_views: bool = False,
     say: Say = silent,
 ) -> dict[str, Any]:
-    """Measure a run's head on the labelled rows of a split, of rows with views on view 0.
+    """Measure a run's head on the labelled rows of a split, of rows with views on view 0 alone.
 
     Args:
         run: The run folder.
@@ -55,6 +56,7 @@ def evaluate(
         positive: The class that is looked for; never guessed. With two classes it gives
             sensitivity, specificity and the list of false negatives.
         csv: A file for path, group, target, prediction and probabilities of every labelled row.
+        average_views: Predict a row by the mean of its views' probabilities.
         say: Receives the lines for people.
 
     Returns:
@@ -62,13 +64,15 @@ def evaluate(
         ``split``, ``num_samples``,
         ``classes``, the figures of ``metrics.compute_metrics``, ``false_negatives`` [path] or None,
         ``mistakes`` [{path, target, pred, prob}] with the surest first, ``num_failed`` (images of
-        the split that could not be read) and ``fingerprint``.
+        the split that could not be read), ``num_views`` (how many of a row were averaged; 1 is
+        view 0 alone) and ``fingerprint``.
 
     Raises:
         RunError: If the run is damaged, its cache is gone or changed, or features or classes are
             not those it was trained on.
         CacheError: If the cache is damaged, lacks the split or has no labelled rows in it.
-        ConfigError: If ``positive`` is not a class or ``csv`` cannot be written.
+        ConfigError: If ``positive`` is not a class, ``csv`` cannot be written, or there are no
+            views to average.
 
     Example:
         >>> featcache.evaluate("runs/covid", positive="covid")["sensitivity"]  # doctest: +SKIP
@@ -83,7 +87,7 @@ def evaluate(
     opened = _open_own_cache(loaded) if cache is None else _open_other_cache(loaded, Path(cache))
     if cache is None:
         _warn_of_training_rows(loaded, split)
-    rows = _predict_rows(loaded, opened, split, say)
+    rows = _predict_rows(loaded, opened, split, say, average_views=average_views)
     result = {
         "split": split,
         "num_samples": len(rows.targets),
@@ -92,6 +96,7 @@ def evaluate(
         "false_negatives": _false_negatives(rows, positive),
         "mistakes": _mistakes(rows),
         "num_failed": sum(failure.split == split for failure in opened.failures),
+        "num_views": opened.split(split).num_views if average_views else 1,
         "fingerprint": opened.fingerprint,
     }
     if csv is not None:
@@ -160,7 +165,9 @@ def _open_other_cache(run: Run, path: Path) -> Cache:
     return cache
 
 
-def _predict_rows(run: Run, cache: Cache, split_name: str, say: Say) -> _Rows:
+def _predict_rows(
+    run: Run, cache: Cache, split_name: str, say: Say, *, average_views: bool
+) -> _Rows:
     """Return the labelled rows of a split with the head's probabilities."""
     split = cache.split(split_name)
     to_run = _match_classes(run, cache, say)
@@ -173,9 +180,16 @@ def _predict_rows(run: Run, cache: Cache, split_name: str, say: Say) -> _Rows:
         )  # fmt: skip
     if len(labelled) < len(split):
         say(f"{len(split) - len(labelled):,} unlabelled rows left out")
-    everything = len(labelled) == len(split)
-    features = split.read_plain_features() if everything else split.plain_features[labelled]
-    finite = np.isfinite(features).all(axis=1)
+    if average_views and split.num_views == 1:
+        raise ConfigError(
+            "--average-views", expected="several views of a row", found=f"one in {split_name}",
+            where=cache.path, hint="Views are of train, and of folders without splits (split all)",
+        )  # fmt: skip
+    if len(labelled) < len(split):
+        features = (split.features if average_views else split.plain_features)[labelled]
+    else:
+        features = split.read_features() if average_views else split.read_plain_features()
+    finite = np.isfinite(features.reshape(len(features), -1)).all(axis=1)
     if not finite.all():
         row = int(labelled[finite.argmin()])
         raise CacheError(
@@ -266,7 +280,8 @@ def _say_result(result: dict[str, Any], say: Say) -> None:
         return "undefined" if value is None else f"{value:.3f}"
 
     failed = f", {result['num_failed']} more could not be read" if result["num_failed"] else ""
-    say(f"{result['num_samples']:,} images of {result['split']}{failed}")
+    views = f", mean of {result['num_views']} views each" if result["num_views"] > 1 else ""
+    say(f"{result['num_samples']:,} images of {result['split']}{views}{failed}")
     for key in ("accuracy", "balanced_accuracy", "roc_auc", "average_precision"):
         say(f"  {key.replace('_', ' '):<18} {shown(result[key])}")
     if result["sensitivity"] is not None or result["specificity"] is not None:

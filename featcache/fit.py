@@ -32,7 +32,7 @@ from featcache.streaming import StoredFeatures
 from featcache.threads import Threads
 from featcache.trainer import FORWARD_ROWS, Rows, Trainer
 
-_ONE_THREAD_ROWS = 64
+_ONE_THREAD_ROWS, _ONE_THREAD_VALUES = 64, 1 << 24  # of a batch; of all features, times classes
 _HEADS_SHARE = 0.75  # of the memory that is left
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
 
@@ -300,14 +300,15 @@ def _fit_pass(  # noqa: PLR0917
     """Train some heads that share batches and an optimizer; return their results by number."""
     training = jobs[numbers[0]].training
     if training.optimizer == LBFGS:
-        with _few_threads(len(rows.targets), num_threads):
+        work = math.prod(rows.features.shape) * len(rows.names)
+        with _few_threads(num_threads, small=work < _ONE_THREAD_VALUES):
             return {
                 number: fit_linear_probe(jobs[number], rows, functools.partial(tell, number))
                 for number in numbers
             }
     batch_size = training.rows_per_step(len(rows.targets))
     num_steps = training.steps_per_epoch(len(rows.targets))
-    with _few_threads(batch_size, num_threads):
+    with _few_threads(num_threads, small=batch_size <= _ONE_THREAD_ROWS):
         draw = Draw(rows.features, rows.data_seed, rows.device, rows.dtype)
         trainer = Trainer([jobs[number] for number in numbers], rows, kernels)
         heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
@@ -353,8 +354,12 @@ def predict_probs(
 ) -> npt.NDArray[np.float64]:
     """Return probs (N, C) float64: of ``forward_head`` the softmax, for ``multilabel`` the sigmoid.
 
-    float64, so that a very sure head still ranks its rows instead of calling them all 1.
+    Of an array with views (N, V, D), the mean of the probs of a row's views. float64, so that a
+    very sure head still ranks its rows instead of calling them all 1.
     """
+    if features.ndim == 3 and not isinstance(features, StoredFeatures):
+        of_views = (predict_probs(head, view, device, task) for view in features.swapaxes(0, 1))
+        return np.asarray(sum(of_views) / features.shape[1])
     logits = torch.from_numpy(forward_head(head, features, device)).double()
     return np.asarray(logits.sigmoid() if task == "multilabel" else logits.softmax(1))
 
@@ -366,14 +371,15 @@ def _logits(head: nn.Module, features: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _few_threads(batch_size: int, num_threads: int | None) -> Iterator[None]:
-    """Take ``num_threads``, or one for small batches, then give the caller its number back.
+def _few_threads(num_threads: int | None, *, small: bool) -> Iterator[None]:
+    """Take ``num_threads``, or one for small steps, then give the caller its number back.
 
     At 32 rows a second thread gains at most a fifth, and when anything else wants the cores its
-    barriers cost all: ten epochs of 200 rows took 0.4 s with one, 3 to 9 s with two on two cores.
+    barriers cost all: ten epochs of 200 rows took 0.4 s with one, 3 to 9 s with two on two cores, a
+    path of L-BFGS over 300 rows x 1280 1 s with one, 5 to 43 s with two.
     """
     before = torch.get_num_threads()
-    if num_threads is not None or batch_size <= _ONE_THREAD_ROWS:
+    if num_threads is not None or small:
         torch.set_num_threads(num_threads or 1)
     try:
         yield

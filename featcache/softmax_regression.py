@@ -21,7 +21,7 @@ MAX_ITERATIONS = 1000
 """Of a block of strengths, CLIP's: for classes that a plane parts, at next to no strength."""
 
 _TOLERANCE = 1e-9  # of the objective
-_MEMORY = 10  # steps that L-BFGS remembers
+_MEMORY = 20  # steps that L-BFGS remembers
 _SUFFICIENT, _HALVINGS = 1e-4, 40
 
 

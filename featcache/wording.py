@@ -58,7 +58,8 @@ def prediction_lines(predictions: Predictions) -> Iterator[str]:
         yield f"failed: {printable(path)}: {printable(reason)}"
     counts = [f"{predictions.preds.count(c):,} {printable(c)}" for c in predictions.classes]
     failed = f", {len(predictions.failures):,} failed" if predictions.failures else ""
-    yield f"{len(predictions.paths):,} images: {', '.join(counts)}{failed}"
+    views = ", by the mean of their views" if predictions.average_views else ""
+    yield f"{len(predictions.paths):,} images{views}: {', '.join(counts)}{failed}"
 
 
 def in_bytes(number: float) -> str:

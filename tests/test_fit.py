@@ -65,6 +65,7 @@ def plain_loop(
     dtype: str = "f4",
     optimizer: Any = torch.optim.Adam,
     schedule: bool = False,
+    warmup: int = 0,
     criterion: nn.Module | None = None,
     dropout: float = 0.0,
     epochs: int = 4,
@@ -81,10 +82,13 @@ def plain_loop(
         nn.Linear(8, 2),
     ).to(features.dtype)  # fmt: skip
     stepper = optimizer(head.parameters(), lr=lr, **options)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(stepper, epochs) if schedule else None
+    schedules = torch.optim.lr_scheduler
+    steps = warmup * (num_rows // batch_size + (num_rows % batch_size > 1))
+    rising = schedules.LinearLR(stepper, 1 / steps, 1, steps - 1) if warmup else None
+    cosine = schedules.CosineAnnealingLR(stepper, epochs - warmup) if schedule else None
     order = torch.Generator().manual_seed(6)
     states, losses = [], []
-    for _ in range(epochs):
+    for epoch in range(epochs):
         head.train()
         rows = torch.randperm(num_rows, generator=order)
         for start in range(0, num_rows, batch_size):
@@ -94,7 +98,9 @@ def plain_loop(
                 stepper.zero_grad()
                 loss.backward()
                 stepper.step()
-        if cosine is not None:
+                if rising is not None and epoch < warmup:
+                    rising.step()
+        if cosine is not None and epoch >= warmup:
             cosine.step()
         head.eval()
         with torch.no_grad():
@@ -132,6 +138,10 @@ def test_fit_ends_at_the_weights_of_a_plain_loop(
         ({"optimizer": "sgd", "weight_decay": 0.1},
          {"optimizer": torch.optim.SGD, "momentum": 0.9, "weight_decay": 0.1}),
         ({"schedule": "cosine"}, {"schedule": True}),
+        ({"warmup": 1}, {"warmup": 1}),
+        ({"warmup": 2, "epochs": 5, "num_rows": 65}, {"warmup": 2, "epochs": 5, "num_rows": 65}),
+        ({"schedule": "cosine", "warmup": 2, "epochs": 6},
+         {"schedule": True, "warmup": 2, "epochs": 6}),
         ({"batch_size": 7}, {"batch_size": 7}),
         ({"label_smoothing": 0.2}, {"criterion": nn.CrossEntropyLoss(label_smoothing=0.2)}),
         ({"num_rows": 65}, {"num_rows": 65}),
@@ -159,6 +169,16 @@ def test_a_last_batch_of_one_row_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
     sizes.clear()
     fit(66, head=HeadConfig(12, 2, hidden=()), epochs=1)
     assert sizes == [32, 32, 2]
+
+
+def test_the_rate_rises_in_the_warm_up_and_then_falls() -> None:
+    training = TrainingConfig(learning_rate=0.8, warmup=2, epochs=4, schedule="cosine")
+    rates = [training.learning_rate_at(1 + i // 4, (i % 4 + 1) / 4) for i in range(16)]
+    assert rates[:8] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    assert rates[8:] == pytest.approx([0.8] * 4 + [0.4] * 4)
+    assert [row["learning_rate"] for row in fit(warmup=2).history] == pytest.approx(
+        [0.005, 0.01, 0.01, 0.01]
+    )
 
 
 def test_balanced_weights_are_n_over_classes_times_count() -> None:
