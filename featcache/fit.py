@@ -302,10 +302,7 @@ def _fit_pass(  # noqa: PLR0917
     if training.optimizer == LBFGS:
         work = math.prod(rows.features.shape) * len(rows.names)
         with _few_threads(num_threads, small=work < _ONE_THREAD_VALUES):
-            return {
-                number: fit_linear_probe(jobs[number], rows, functools.partial(tell, number))
-                for number in numbers
-            }
+            return {n: fit_linear_probe(jobs[n], rows, functools.partial(tell, n)) for n in numbers}
     batch_size = training.rows_per_step(len(rows.targets))
     num_steps = training.steps_per_epoch(len(rows.targets))
     with _few_threads(num_threads, small=batch_size <= _ONE_THREAD_ROWS):

@@ -26,6 +26,8 @@ from featcache.backbone import build_backbone
 from featcache.cache import open_cache
 from featcache.engine import ENGINES, PARITY_BOUNDS
 from featcache.images import CROP_MODES, INTERPOLATIONS, TRUNCATED_MODES
+from featcache.jobs import LBFGS
+from featcache.optimizer import OPTIMIZERS
 from featcache.views import AUGMENTATIONS
 
 TESTS = Path(__file__).parent
@@ -109,6 +111,9 @@ def test_choices_are_those_of_the_library() -> None:
     assert choices["precision"] == tuple(PARITY_BOUNDS)
     assert choices["engine"] == ("auto", *ENGINES)
     assert choices["augment"] == tuple(AUGMENTATIONS)
+    (optimizer,) = (p for p in cli.cli.commands["train"].params if p.name == "optimizer")
+    assert isinstance(optimizer.type, click.Choice)
+    assert tuple(optimizer.type.choices) == (*OPTIMIZERS, LBFGS)
 
 
 def test_version_and_wrong_usage(run: Any) -> None:
@@ -436,3 +441,41 @@ def test_views_that_make_no_sense_are_refused(run: Any, tree: Path) -> None:
     ):
         result = run("extract", "data", "c.h5", *TINY, *options)
         assert (result.code, wanted in result.err) == (code, True), result.err
+
+
+def test_linear_probes_and_warm_up(run: Any, tree: Path) -> None:
+    assert run("extract", "data", "c.h5", *TINY).code == 0
+    solved = run("train", "c.h5", "run", "--hidden", "none", "--optimizer", "lbfgs", "--json")
+    facts = json.loads(solved.out)
+    assert (facts["num_epochs"], 1e-6 <= facts["strength"] <= 100) == (65, True)
+    assert json.loads(run("evaluate", "run", "--json").out)["num_views"] == 1
+    again = run(
+        "train", "c.h5", "one", "--hidden", "none", "--optimizer", "lbfgs", "--weight-decay", "0.1"
+    )
+    assert (again.code, "kept strength 1.00e-01" in again.out) == (0, True)
+    assert_one_line_error(run("train", "c.h5", "x", "--optimizer", "lbfgs"), "--hidden none")
+    assert_one_line_error(
+        run("train", "c.h5", "x", "--hidden", "none", "--optimizer", "lbfgs", "--epochs", "3"),
+        "--epochs: expected none with --optimizer lbfgs", "found 3",
+    )  # fmt: skip
+    warm = run("train", "c.h5", "w", "--warmup", "2", "--epochs", "4", "--schedule", "cosine")
+    assert warm.code == 0, warm.err
+    assert_one_line_error(run("train", "c.h5", "x", "--warmup", "10"), "--warmup")
+    assert run("train", "c.h5", "x", "--warmup", "-1").code == 2
+    assert not Path("x").exists()
+
+
+def test_views_are_averaged_when_asked(run: Any, tree: Path) -> None:
+    made = run("extract", "data/test", "v.h5", *TINY, "--views", "2", "--augment", "flip")
+    assert made.code == 0, made.err
+    assert run("extract", "data", "c.h5", *TINY).code == 0
+    assert run("train", "c.h5", "run", "--hidden", "none", "--epochs", "2").code == 0
+    on_views = ("evaluate", "run", "--cache", "v.h5", "--split", "all", "--json")
+    assert json.loads(run(*on_views, "--average-views").out)["num_views"] == 2
+    assert json.loads(run(*on_views).out)["num_views"] == 1
+    predicted = run("predict", "run", "--cache", "v.h5", "--average-views", "--json")
+    assert json.loads(predicted.out)["average_views"] is True
+    said = run("predict", "run", "--cache", "v.h5", "--average-views").out
+    assert "12 images, by the mean of their views:" in said
+    assert_one_line_error(run("evaluate", "run", "--average-views"), "--average-views")
+    assert run("predict", "run", "data/test", *TINY, "--average-views").code == 2

@@ -70,7 +70,8 @@ def test_result_is_the_contracts_object_and_true(run: Path) -> None:
     assert list(result) == [
         "split", "num_samples", "classes", "accuracy", "balanced_accuracy", "roc_auc",
         "average_precision", "per_class", "confusion_matrix", "positive", "sensitivity",
-        "specificity", "false_negatives", "mistakes", "num_failed", "fingerprint",
+        "specificity", "false_negatives", "mistakes", "num_failed", "num_views",
+        "fingerprint",
     ]  # fmt: skip
     features, targets, paths = arrays([0, 1] * 20, 2)
     probs = probs_of(run, features)
@@ -339,3 +340,52 @@ def test_evaluating_imports_neither_dynamo_nor_a_backbone(run: Path) -> None:
         "assert not [name for name in heavy if name in sys.modules], sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(run)], check=True, timeout=120)
+
+
+def with_views(path: Path, splits: dict[str, Any], num_views: int) -> dict[str, Any]:
+    """Write a cache whose rows have views; return the views (N, V, D) of each split."""
+    views, columns = {}, [dict[str, Any](), dict[str, Any](), dict[str, Any]()]
+    for name, targets in splits.items():
+        parts = [arrays(targets, seed) for seed in range(5, 5 + num_views)]
+        views[name] = np.stack([part[0] for part in parts], 1)
+        for column, value in zip(columns, (views[name], parts[0][1], parts[0][2]), strict=True):
+            column[name] = value
+    columns[2] = {name: [f"{name}/{path}" for path in paths] for name, paths in columns[2].items()}
+    write_cache(path, *columns, classes=CLASSES, identity=IDENTITY)
+    return views
+
+
+def test_views_are_averaged_when_asked(run: Path, tmp_path: Path) -> None:
+    targets = [0, 1, 1, -1] * 15
+    views = with_views(tmp_path / "v.h5", {"all": targets}, 3)["all"]
+    of_views = np.stack([probs_of(run, views[:, i]) for i in range(3)])
+    labelled = np.array(targets) >= 0
+    means = of_views.mean(0)
+    assert (means.argmax(1) != of_views[0].argmax(1)).any()  # or this test shows nothing
+    said: list[str] = []
+    for average, probs, number in ((True, means, 3), (False, of_views[0], 1)):
+        said.clear()
+        csv_file = tmp_path / f"{average}.csv"
+        result = evaluate(
+            run, cache=tmp_path / "v.h5", split="all", average_views=average, csv=csv_file,
+            say=said.append,
+        )  # fmt: skip
+        assert result["num_views"] == number
+        right = probs.argmax(1)[labelled] == np.array(targets)[labelled]
+        assert result["accuracy"] == pytest.approx(right.mean())
+        assert any("mean of 3 views each" in line for line in said) == average
+        with csv_file.open(newline="") as file:
+            found = [[float(row["prob_covid"]), float(row["prob_normal"])]
+                     for row in csv.DictReader(file)]  # fmt: skip
+        np.testing.assert_allclose(found, probs[labelled], atol=1e-6)
+        predictions = predict_cache(run, tmp_path / "v.h5", average_views=average)
+        np.testing.assert_allclose(predictions.probs, probs, atol=1e-6)
+        assert predictions.as_json()["average_views"] is average
+
+
+def test_without_views_there_is_nothing_to_average(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--average-views: expected several .* one in test"):
+        evaluate(run, average_views=True)
+    with pytest.raises(ConfigError, match=r"--average-views: .* found one in every split"):
+        predict_cache(run, tmp_path / "c.h5", average_views=True)
+    assert not (run / "evaluation").exists()
