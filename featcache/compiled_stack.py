@@ -1,6 +1,7 @@
 """Training steps of a stack by compiled code: float32 on the CPU, when they are many.
 
-The formulas are those of ``HeadStack.backward`` and ``StackOptimizer``, which all else takes.
+The formulas are those of ``HeadStack.backward``, ``loss`` and ``StackOptimizer``, which all else
+takes.
 Whether a training is worth it depends on its size alone, never on time: the same training takes the
 same steps every time, to the last bit.
 """
@@ -38,6 +39,10 @@ def load_kernels() -> ModuleType | None:
     return head_kernels
 
 
+_NO_CLASSES, _NO_LABELS = torch.empty(0, dtype=torch.int64), torch.empty((0, 0))
+_NO_WEIGHTS, _NO_MASKS = torch.empty(0), torch.empty((0, 0, 0))
+
+
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Keep the compiled steps' matrix products on the thread that asks for them."""
@@ -52,52 +57,44 @@ class CompiledSteps:
         kernels: From ``load_kernels``.
         stack: Whose parameters and statistics it moves; float32, on the CPU.
         optimizer: Whose moments it moves.
+        class_weights: (K, C) float32: of each head's loss, as is the next.
+        smoothing: K numbers.
     """
 
-    def __init__(self, kernels: ModuleType, stack: HeadStack, optimizer: StackOptimizer) -> None:
+    def __init__(
+        self, kernels: ModuleType, stack: HeadStack, optimizer: StackOptimizer,
+        class_weights: Tensor, smoothing: Sequence[float],
+    ) -> None:  # fmt: skip
         self._kernels, self._stack, self._optimizer = kernels, stack, optimizer
-        config = stack.config
+        self._kind, config = OPTIMIZERS.index(optimizer.kind), stack.config
         self._widths = np.array(
             [config.num_features, *config.hidden, config.num_classes], dtype=np.int64
         )
-        self._heads = [
-            tuple(tensor[head].numpy() for tensor in
-                  (stack.params, stack.stats, optimizer.first, optimizer.second))
-            for head in range(len(stack))
+        self._moved = [
+            tensor.numpy() for tensor in
+            (stack.params, stack.stats, optimizer.first, optimizer.second)
         ]  # fmt: skip
-        self._kept = np.empty((len(stack), 0), np.float32)
+        self._of_loss = class_weights.numpy(), np.array(smoothing, dtype=np.float32)
 
-    def step(self, rows: Tensor, wanted: Tensor, rates: Sequence[float]) -> Tensor:
+    def step(
+        self, rows: Tensor, targets: Tensor, row_weights: Tensor | None, rates: Sequence[float]
+    ) -> Tensor:
         """Move every head against its loss on a batch; return the losses (K,).
 
         Args:
             rows: (B, D), two or more.
-            wanted: See ``HeadStack.backward``.
+            targets: (B,) int64, or (B, C) of 0, 1 and NaN.
+            row_weights: (B,), or None.
             rates: Learning rate of each head.
         """
-        kernels, widths, stack, (num_rows, num_features) = (
-            self._kernels, self._widths, self._stack, rows.shape,
+        stack, losses = self._stack, torch.empty(len(self._stack))
+        masks = stack.draw_masks(torch.empty((len(stack), len(rows), int(self._widths[-2]))))
+        classes, labels = (_NO_CLASSES, targets) if targets.ndim == 2 else (targets, _NO_LABELS)
+        self._kernels.step(
+            self._kind, self._widths, *self._moved, self._optimizer.next_settings(rates),
+            rows.numpy(), classes.numpy(), labels.numpy(),
+            (_NO_WEIGHTS if row_weights is None else row_weights).numpy(), *self._of_loss,
+            (_NO_MASKS if masks is None else masks).numpy(), losses.numpy(),
         )  # fmt: skip
-        normed = np.empty((num_rows, num_features), np.float32)
-        mean, variance = np.empty((2, num_features), np.float32)
-        kernels.normalise(rows.numpy(), normed, mean, variance)
-        size = kernels.kept_size(widths, num_rows)
-        if self._kept.shape[1] != size:
-            self._kept = np.empty((len(stack), size), np.float32)
-        logits = torch.empty((len(stack), num_rows, int(widths[-1])))
-        masks = stack.draw_masks(torch.empty((len(stack), num_rows, int(widths[-2]))))
-        factors = [np.empty((0, 0), np.float32)] * len(stack) if masks is None else masks.numpy()
-        for head, (params, stats, _, _) in enumerate(self._heads):
-            kernels.forward(
-                widths, params, stats, normed, mean, variance, factors[head], self._kept[head],
-                logits[head].numpy(),
-            )  # fmt: skip
-        losses, grads = stack.loss(logits, wanted)
-        settings, kind = self._optimizer.next_settings(rates), self._optimizer.kind
-        for head, (params, _, first, second) in enumerate(self._heads):
-            kernels.backward(
-                OPTIMIZERS.index(kind), widths, params, first, second, settings[head], normed,
-                factors[head], grads[head].numpy(), self._kept[head],
-            )  # fmt: skip
         stack.num_batches += 1
         return losses

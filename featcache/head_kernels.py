@@ -1,14 +1,14 @@
 """A training step of one head on the CPU, compiled by Numba. Imported late, by ``compiled_stack``.
 
-A step is two calls, ``forward`` and ``backward``, between which the caller makes the loss, the
-same on every device; what they share is kept in one array. The optimizer moves a layer as soon as
-its gradient is there, while both are in the core's own cache: of the 20 MB that Adam moves for a
-head of 0.7 M parameters, the gradient's 6 never leave it. Products are calls of SciPy's OpenBLAS:
-75 GFLOP/s on a Zen 3 core at these shapes, where torch's MKL reaches 57.
+A step is one call: forward, loss, backward and optimizer, head after head. The optimizer moves a
+layer as soon as its gradient is there, while both are in the core's own cache: of the 20 MB that
+Adam moves for a head of 0.7 M parameters, the gradient's 6 never leave it. Products are calls of
+SciPy's OpenBLAS: 75 GFLOP/s on a Zen 3 core at these shapes, where torch's MKL reaches 57.
 
 A head is the flat arrays of ``stack.HeadStack``: parameters in the order of its state dict (of each
 layer: batch norm's weight and bias, then the linear layer's), running statistics likewise (of each
-layer: mean, variance). ``widths`` is D, the hidden widths, C. The formulas are ``stack``'s.
+layer: mean, variance). ``widths`` is D, the hidden widths, C. The formulas are those of ``stack``
+and ``loss``.
 
 Numba shapes the code. One number of float64 makes a whole loop float64, so all are cast. LLVM gives
 up on a loop that writes to several arrays, as each may overlap the others: a row is worked through
@@ -27,18 +27,13 @@ from featcache.compiling import compiled, part
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
-ADAM, ADAMW, SGD = 0, 1, 2  # ``kind`` of ``backward``
+ADAM, ADAMW, SGD = 0, 1, 2  # ``kind`` of ``step``
 
 _TILE_ROWS = 64  # 64 x 1280 of float32 lie in a second-level cache beside what they are added to
-_ONE, _BATCH_NORM_EPS, _BATCH_NORM_MOMENTUM = np.float32(1), np.float32(1e-5), np.float32(0.1)
+_ONE, _HALF = np.float32(1), np.float32(0.5)
+_BATCH_NORM_EPS, _BATCH_NORM_MOMENTUM = np.float32(1e-5), np.float32(0.1)
 _BETA_1, _BETA_2, _ADAM_EPS = np.float32(0.9), np.float32(0.999), np.float32(1e-8)
 _SGD_MOMENTUM = np.float32(0.9)
-
-
-def kept_size(widths: _Ints, num_rows: int) -> int:
-    """Return how many float32 ``forward`` keeps of ``num_rows`` rows for ``backward``."""
-    hidden = widths[1:-1].sum()
-    return int(hidden * (2 * num_rows + 1) + widths[-2] * num_rows)
 
 
 @part
@@ -115,42 +110,14 @@ def _normalise_rows(values: _Floats, normed: _Floats, mean: _Floats, variance: _
             normed[row, j] *= _ONE / np.sqrt(variance[j] + _BATCH_NORM_EPS)
 
 
-@compiled("void(float32[:, ::1], float32[:, ::1], float32[::1], float32[::1])")
-def normalise(rows: _Floats, normed: _Floats, mean: _Floats, variance: _Floats) -> None:
-    """Normalise a batch: what all heads that see it share.
-
-    Args:
-        rows: (B, D), two rows or more.
-        normed: (B, D), written: columns of mean 0 and variance 1.
-        mean: (D,), written.
-        variance: (D,), written; with Bessel's correction, as running statistics take it.
-    """
-    _normalise_rows(rows, normed, mean, variance)
-    correction = np.float32(rows.shape[0] / (rows.shape[0] - 1))
-    for j in range(len(variance)):
-        variance[j] *= correction
-
-
-@compiled(
-    "void(int64[::1], float32[::1], float32[::1], float32[:, ::1], float32[::1], float32[::1],"
-    "float32[:, ::1], float32[::1], float32[:, ::1])"
-)
-def forward(
+@part
+def _forward(
     widths: _Ints, params: _Floats, stats: _Floats, rows: _Floats, mean: _Floats,
     variance: _Floats, mask: _Floats, kept: _Floats, logits: _Floats,
 ) -> None:  # fmt: skip
-    """Run a batch through a head that is being trained.
+    """Run normalised rows through a head; move its statistics; keep what ``_backward`` needs.
 
-    Args:
-        widths: D, the hidden widths, C.
-        params: (P,) of the head.
-        stats: (S,) of the head, written: they move a tenth of the way.
-        rows: (B, D), from ``normalise``.
-        mean: (D,), of ``normalise``.
-        variance: (D,), of ``normalise``.
-        mask: (B, last width) to multiply the last layer's input by, or (0, 0): no dropout.
-        kept: Of ``kept_size``, written: what ``backward`` needs.
-        logits: (B, C), written.
+    ``variance`` is with Bessel's correction, as running statistics take it.
     """
     num_rows, last = rows.shape[0], len(widths) - 2
     correction = np.float32(num_rows / (num_rows - 1))
@@ -191,6 +158,68 @@ def forward(
         at = at_bias + narrow
         place += narrow
         at_stats += 2 * narrow
+
+
+@part
+def _cross_entropy(
+    logits: _Floats, classes: _Ints, row_weights: _Floats, weights: _Floats, smoothing: np.float32,
+    grad: _Floats,
+) -> np.float32:  # fmt: skip
+    """Return the loss of a batch and set its gradient, both (B, C): one class a row."""
+    num_rows, num_classes = logits.shape
+    total, sum_of_weights = np.float32(0), np.float32(0)
+    for j in range(num_classes):
+        sum_of_weights += weights[j]
+    for row in range(num_rows):
+        of_row = row_weights[row] if row_weights.size else _ONE
+        total += weights[classes[row]] * of_row
+    loss = np.float32(0)
+    for row in range(num_rows):
+        of_row = (row_weights[row] if row_weights.size else _ONE) / total
+        shared = smoothing / np.float32(num_classes) * of_row
+        own = weights[classes[row]] * (_ONE - smoothing) * of_row
+        top, norm = logits[row].max(), np.float32(0)
+        for j in range(num_classes):
+            grad[row, j] = np.exp(logits[row, j] - top)
+            norm += grad[row, j]
+        log_norm, counted = top + np.log(norm), own + shared * sum_of_weights
+        for j in range(num_classes):
+            wanted = shared * weights[j]
+            if j == classes[row]:
+                wanted += own
+            loss += wanted * (log_norm - logits[row, j])
+            grad[row, j] = grad[row, j] / norm * counted - wanted
+    return loss
+
+
+@part
+def _binary_cross_entropy(
+    logits: _Floats, labels: _Floats, row_weights: _Floats, weights: _Floats,
+    smoothing: np.float32, grad: _Floats,
+) -> np.float32:  # fmt: skip
+    """Return the loss of a batch and set its gradient, both (B, C): several labels a row."""
+    num_rows, num_classes = logits.shape
+    total = np.float32(0)
+    for row in range(num_rows):
+        of_row = row_weights[row] if row_weights.size else _ONE
+        for j in range(num_classes):
+            if not np.isnan(labels[row, j]):
+                total += of_row
+    loss = np.float32(0)
+    for row in range(num_rows):
+        of_row = (row_weights[row] if row_weights.size else _ONE) / total
+        for j in range(num_classes):
+            if np.isnan(labels[row, j]):
+                grad[row, j] = np.float32(0)
+                continue
+            logit, share = logits[row, j], labels[row, j] * (_ONE - smoothing) + smoothing * _HALF
+            yes, no = share * weights[j] * of_row, (_ONE - share) * of_row
+            small = np.exp(-abs(logit))
+            log_prob = min(logit, np.float32(0)) - np.log1p(small)
+            loss += no * logit - (yes + no) * log_prob
+            prob = (_ONE if logit > 0 else small) / (_ONE + small)
+            grad[row, j] = prob * (yes + no) - yes
+    return loss
 
 
 @part
@@ -277,28 +306,12 @@ def _through_norm(
             grad[row, j] = value if out[row, j] > 0 else np.float32(0)
 
 
-@compiled(
-    "void(int64, int64[::1], float32[::1], float32[::1], float32[::1], float32[::1],"
-    "float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[::1])"
-)
-def backward(
+@part
+def _backward(
     kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats, settings: _Floats,
     rows: _Floats, mask: _Floats, grad: _Floats, kept: _Floats,
 ) -> None:  # fmt: skip
-    """Move a head against its gradient on the batch that ``forward`` saw.
-
-    Args:
-        kind: ``ADAM``, ``ADAMW`` or ``SGD``.
-        widths: D, the hidden widths, C.
-        params: (P,) of the head, written.
-        first: (P,) moments, written; of SGD the momentum.
-        second: (P,) moments, written; not looked at with SGD.
-        settings: Learning rate, weight decay and, of Adam, 1 - beta ** step for both betas.
-        rows: (B, D), from ``normalise``.
-        mask: As ``forward`` got it.
-        grad: (B, C), the loss's gradient by the logits.
-        kept: As ``forward`` left it.
-    """
+    """Move a head against ``grad`` (B, C), its loss's gradient by the logits."""
     num_rows, last = rows.shape[0], len(widths) - 2
     tile = np.empty(_TILE_ROWS * widths[:-1].max(), np.float32)
     at, place = len(params), len(kept)
@@ -343,3 +356,58 @@ def backward(
             grad = below
         _move(kind, params[at_bias : at_bias + narrow], sums, first[at_bias : at_bias + narrow],
               second[at_bias : at_bias + narrow], settings)  # fmt: skip
+
+
+@compiled(
+    "void(int64, int64[::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1],"
+    "float32[:, ::1], float32[:, ::1], int64[::1], float32[:, ::1], float32[::1], float32[:, ::1],"
+    "float32[::1], float32[:, :, ::1], float32[::1])"
+)
+def step(
+    kind: int, widths: _Ints, params: _Floats, stats: _Floats, first: _Floats, second: _Floats,
+    settings: _Floats, rows: _Floats, classes: _Ints, labels: _Floats, row_weights: _Floats,
+    class_weights: _Floats, smoothing: _Floats, masks: _Floats, losses: _Floats,
+) -> None:  # fmt: skip
+    """Move K heads against their losses on a batch.
+
+    Args:
+        kind: ``ADAM``, ``ADAMW`` or ``SGD``.
+        widths: D, the hidden widths, C.
+        params: (K, P), written.
+        stats: (K, S), written: they move a tenth of the way.
+        first: (K, P) moments, written; of SGD the momentum.
+        second: (K, P) moments, written; not looked at with SGD.
+        settings: (K, 4): learning rate, weight decay and Adam's corrections, 1 - beta ** steps.
+        rows: (B, D), two or more.
+        classes: (B,) from 0 to C - 1; not looked at where there are labels.
+        labels: (B, C) of 0, 1 and NaN, or (0, 0): one class a row.
+        row_weights: (B,), or (0,): all count alike.
+        class_weights: (K, C).
+        smoothing: (K,).
+        masks: (K, B, last width) to multiply the last layer's input by, or (0, 0, 0): no dropout.
+        losses: (K,), written.
+    """
+    (num_rows, num_features), num_classes = rows.shape, widths[-1]
+    normed = np.empty((num_rows, num_features), np.float32)
+    mean, variance = np.empty(num_features, np.float32), np.empty(num_features, np.float32)
+    _normalise_rows(rows, normed, mean, variance)
+    correction = np.float32(num_rows / (num_rows - 1))
+    for j in range(num_features):
+        variance[j] *= correction
+    hidden = widths[1:-1].sum()
+    kept = np.empty(hidden * (2 * num_rows + 1) + widths[-2] * num_rows, np.float32)
+    logits = np.empty((num_rows, num_classes), np.float32)
+    grad = np.empty((num_rows, num_classes), np.float32)
+    mask = np.empty((0, 0), np.float32)
+    for head in range(len(params)):
+        if masks.size:
+            mask = masks[head]
+        _forward(widths, params[head], stats[head], normed, mean, variance, mask, kept, logits)
+        weights, smooth = class_weights[head], smoothing[head]
+        if labels.size:
+            loss = _binary_cross_entropy(logits, labels, row_weights, weights, smooth, grad)
+        else:
+            loss = _cross_entropy(logits, classes, row_weights, weights, smooth, grad)
+        losses[head] = loss
+        _backward(kind, widths, params[head], first[head], second[head], settings[head], normed,
+                  mask, grad, kept)  # fmt: skip

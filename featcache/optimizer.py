@@ -40,7 +40,7 @@ class StackOptimizer:
         self.kind, self._weight_decays = kind, list(weight_decays)
         self.first = torch.zeros_like(params)
         self.second = torch.zeros_like(params) if kind != "sgd" else self.first
-        self._step = torch.zeros((), device=params.device)
+        self._num_steps, self._step = 0, torch.zeros((), device=params.device)
         self._bind(params, grads)
 
     def _bind(self, params: Tensor, grads: Tensor) -> None:
@@ -60,19 +60,16 @@ class StackOptimizer:
         Returns:
             (K, 4): learning rate, weight decay, and Adam's two corrections, 1 - beta ** steps.
         """
-        self._step += 1
-        corrections = [1 - beta ** self._step.item() for beta in _ADAM_BETAS]
-        return np.array(
-            [
-                (rate, decay, *corrections)
-                for rate, decay in zip(rates, self._weight_decays, strict=True)
-            ],
-            np.float32,
-        )
+        self._num_steps += 1
+        settings = np.empty((len(self._weight_decays), 4), np.float32)
+        settings[:, 0], settings[:, 1] = rates, self._weight_decays
+        settings[:, 2:] = [1 - beta**self._num_steps for beta in _ADAM_BETAS]
+        return settings
 
     def step(self, rates: Sequence[float]) -> None:
         """Move every head against its gradient, each at its own rate."""
-        self._step += 1
+        self._num_steps += 1
+        self._step.fill_(self._num_steps)
         for (param, grad, first, second), rate, decay in zip(
             self._rows, rates, self._weight_decays, strict=True
         ):

@@ -190,7 +190,7 @@ class HeadStack:
             inverses.append(inverse)
         norm, linear = self._norms[-1], self._linears[-1]
         last = torch.addcmul(norm.bias[:, None], normed[-1], norm.weight[:, None])
-        mask = self.draw_masks(last)
+        mask = self.draw_masks(torch.empty_like(last))
         if mask is not None:
             last = last * mask
         logits = torch.baddbmm(linear.bias[:, None], last, linear.weight.mT)
@@ -227,17 +227,18 @@ class HeadStack:
                 values = values.relu_()
         return values
 
-    def draw_masks(self, like: Tensor) -> Tensor | None:
-        """Return what the inputs (K, B, W) of the last layer are multiplied by, if any dropout is.
+    def draw_masks(self, masks: Tensor) -> Tensor | None:
+        """Set masks (K, B, W), by which the last layer's inputs are multiplied, if any dropout is.
 
         Drawn as ``nn.Dropout`` draws: a head gets the masks that it would get alone.
         """
         if not any(self.dropouts):
             return None
-        masks = torch.ones_like(like)
         for mask, chance, generator in zip(masks, self.dropouts, self._generators, strict=True):
             if chance:
                 mask.bernoulli_(1 - chance, generator=generator).div_(1 - chance)
+            else:
+                mask.fill_(1)
         return masks
 
 

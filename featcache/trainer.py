@@ -98,11 +98,13 @@ class Trainer:
 
     def _bind(self) -> None:
         """Choose what takes the steps."""
-        self._compiled = (
-            None
-            if self._kernels is None
-            else CompiledSteps(self._kernels, self.stack, self._optimizer)
-        )
+        self._compiled = None
+        if self._kernels is not None:
+            weights = torch.stack([self._weights[number] for number in self._loss_of])
+            smoothing = [self._losses[number][1] for number in self._loss_of]
+            self._compiled = CompiledSteps(
+                self._kernels, self.stack, self._optimizer, weights, smoothing
+            )
 
     def keep(self, heads: Sequence[int]) -> None:
         """Give up all but some heads."""
@@ -121,25 +123,26 @@ class Trainer:
         total = torch.zeros(len(self.stack), dtype=self._rows.dtype, device=self._rows.device)
         num_rows = 0
         for (rows, features), of_heads in zip(batches, rates, strict=True):
-            losses = self._step(features, self._wanted(rows), of_heads)
+            losses = self._step(rows, features, of_heads)
             total.add_(losses, alpha=len(rows))
             num_rows += len(rows)
         means: list[float] = (total / num_rows).tolist()
         return means
 
-    def _step(self, rows: Tensor, wanted: Tensor, rates: Sequence[float]) -> Tensor:
+    def _step(self, rows: Tensor, features: Tensor, rates: Sequence[float]) -> Tensor:
         """Move the heads against their losses (K,), which are returned."""
-        if self._compiled is not None:
-            return self._compiled.step(rows, wanted, rates)
-        losses = self.stack.backward(SharedRows.of(rows), wanted)
-        self._optimizer.step(rates)
-        return losses
-
-    def _wanted(self, rows: Tensor) -> Tensor:
-        """Return what each head's loss wants of a batch: see module ``loss``."""
         targets, row_weights = self._rows.targets[rows], self._rows.weights
         if row_weights is not None:
             row_weights = row_weights[rows]
+        if self._compiled is not None:
+            return self._compiled.step(features, targets, row_weights, rates)
+        wanted = self._wanted(targets, row_weights)
+        losses = self.stack.backward(SharedRows.of(features), wanted)
+        self._optimizer.step(rates)
+        return losses
+
+    def _wanted(self, targets: Tensor, row_weights: Tensor | None) -> Tensor:
+        """Return what each head's loss wants of a batch: see module ``loss``."""
         wanted = [
             self._want(targets, weights, smoothing, row_weights)
             for weights, (_, smoothing) in zip(self._weights, self._losses, strict=True)

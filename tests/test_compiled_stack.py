@@ -30,14 +30,14 @@ TILES = (150, 70)
 """Hidden widths of which a layer's gradient is made in three tiles and in two, the last cut."""
 
 
-def make_wanted(generator: torch.Generator, num_rows: int, has_labels: bool) -> Any:
-    if has_labels:
-        answers = torch.tensor([0.0, 1.0, torch.nan])
-        targets = answers[torch.randint(3, (num_rows, 3), generator=generator)]
-        targets[0, 0] = 1
-        return want_labels(targets, torch.tensor([1.0, 2, 0.5]), 0.1, None)
+def make_targets(generator: torch.Generator, num_rows: int, has_labels: bool) -> torch.Tensor:
     targets = torch.randint(3, (num_rows,), generator=generator)
-    return want_classes(targets, torch.tensor([1.0, 2, 0.5]), 0.1, None)
+    if not has_labels:
+        return targets
+    answers = torch.tensor([0.0, 1.0, torch.nan])
+    labels = answers[torch.randint(3, (num_rows, 3), generator=generator)]
+    labels[0, 0] = 1
+    return labels
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -46,14 +46,15 @@ def make_wanted(generator: torch.Generator, num_rows: int, has_labels: bool) -> 
 def test_steps_equal_those_of_torch(
     has_labels: bool, hidden: tuple[int, ...], optimizer: str
 ) -> None:
-    """Two heads of other rates, decays and dropout; batches of other sizes, down to two rows."""
+    """Two heads unlike in everything that may be; batches of other sizes, down to two rows."""
     kernels = load_kernels()
     assert kernels is not None
     config, dropouts, decays, rates = HeadConfig(17, 3, hidden), [0.0, 0.5], [0.0, 0.1], [1e-3, 0.1]
     loss = binary_cross_entropy if has_labels else cross_entropy
     stacks = [HeadStack(config, dropouts, [1, 2], CPU, torch.float32, loss) for _ in range(2)]
     optimizers = [StackOptimizer(optimizer, s.params, s.grads, decays) for s in stacks]
-    compiled = CompiledSteps(kernels, stacks[0], optimizers[0])
+    class_weights, smoothing = torch.tensor([[1.0, 2, 0.5], [1, 1, 1]]), [0.1, 0.0]
+    compiled = CompiledSteps(kernels, stacks[0], optimizers[0], class_weights, smoothing)
     generator = torch.Generator().manual_seed(3)
     for num_rows in (32, 32, 31, 2, 8):
         # The second is set to the first before each step: what differs is this step's own.
@@ -61,8 +62,17 @@ def test_steps_equal_those_of_torch(
         for name in ("first", "second"):
             getattr(optimizers[1], name).copy_(getattr(optimizers[0], name))
         rows = torch.randn((num_rows, 17), generator=generator) * 5 + 3
-        wanted = make_wanted(generator, num_rows, has_labels).expand(2, num_rows, -1)
-        losses = compiled.step(rows, wanted, rates)
+        targets = make_targets(generator, num_rows, has_labels)
+        # Of some batches the rows count alike.
+        weights = torch.rand(num_rows, generator=generator) + 0.5 if num_rows % 2 else None
+        losses = compiled.step(rows, targets, weights, rates)
+        want = want_labels if has_labels else want_classes
+        wanted = torch.stack(
+            [
+                want(targets, *of_head, weights)
+                for of_head in zip(class_weights, smoothing, strict=True)
+            ]
+        )
         expected = stacks[1].backward(SharedRows.of(rows), wanted)
         optimizers[1].step(rates)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
