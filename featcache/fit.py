@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from featcache.compiled_stack import WORTH_PARAM_STEPS, load_kernels, one_blas_thread
+from featcache.compiled_stack import kernels_for, one_blas_thread, partner_for
 from featcache.draw import Draw
 from featcache.errors import ConfigError, DataError
-from featcache.head import HeadConfig, state_layout
+from featcache.head import HeadConfig, count_values
 from featcache.jobs import LBFGS, FitResult, HeadJob, TrainingConfig
 from featcache.linear_probe import fit_linear_probe
 from featcache.runtime import Say, available_cores, available_memory, exact_fp32, silent
@@ -172,12 +172,14 @@ def fit_heads(
 
     passes = [part for group in _group(jobs, len(rows.targets)) for part in _cut(group, jobs, rows)]
     passes, num_threads = _cut_to_memory(passes, jobs, rows, say)
-    kernels = _kernels_for(jobs, rows)
+    kernels = kernels_for(jobs, len(rows.targets), device, dtype)
     blas = one_blas_thread() if kernels is not None else contextlib.nullcontext()
     with exact_fp32(), blas:
         if num_threads <= 1:
-            for part in passes:
-                results |= _fit_pass(part, jobs, rows, tell, kernels)
+            helping = partner_for(jobs) if kernels is not None else contextlib.nullcontext()
+            with helping as partner:
+                for part in passes:
+                    results |= _fit_pass(part, jobs, rows, tell, kernels, partner=partner)
         else:
             with Threads("fit", num_threads, wait=True) as threads:
                 for future in [
@@ -185,23 +187,6 @@ def fit_heads(
                 ]:
                     results |= future.result()
     return [results[number] for number in range(len(jobs))]
-
-
-def _kernels_for(jobs: Sequence[HeadJob], rows: Rows) -> ModuleType | None:
-    """Return compiled code if it can train on the features and is worth being loaded."""
-    if rows.device.type != "cpu" or rows.dtype != torch.float32:
-        return None
-    num_rows, work = len(rows.targets), 0
-    for job in jobs:
-        if job.training.optimizer == LBFGS:
-            continue
-        num_steps = math.ceil(num_rows / job.training.rows_per_step(num_rows))
-        work += job.training.epochs * num_steps * _num_params(job.head)
-    return load_kernels() if work >= WORTH_PARAM_STEPS else None
-
-
-def _num_params(head: HeadConfig) -> int:
-    return sum(math.prod(shape) for _, shape in state_layout(head).values())
 
 
 def _group(jobs: Sequence[HeadJob], num_rows: int) -> list[list[int]]:
@@ -220,7 +205,7 @@ def _cut(group: list[int], jobs: Sequence[HeadJob], rows: Rows) -> list[list[int
     """Cut a stack into passes whose parameters, gradients and moments stay in the cache."""
     size = len(group)
     if rows.device.type == "cpu":
-        head_bytes = 4 * rows.dtype.itemsize * _num_params(jobs[group[0]].head)
+        head_bytes = 4 * rows.dtype.itemsize * count_values(jobs[group[0]].head)
         size = max(1, min(_HEADS_PER_PASS, _PASS_BYTES // head_bytes))
     return [group[i : i + size] for i in range(0, len(group), size)]
 
@@ -249,7 +234,7 @@ def _cut_to_memory(
 
 def _count_bytes(job: HeadJob, rows: Rows) -> tuple[int, int]:
     """Return about what a head takes while it is trained, and what a pass takes besides."""
-    num_values = _num_params(job.head)
+    num_values = count_values(job.head)
     widths = job.head.num_features + sum(job.head.hidden) + job.head.num_classes
     batch = job.training.rows_per_step(len(rows.targets))
     num_judged = 0 if rows.valid_targets is None else len(rows.valid_targets)
@@ -295,7 +280,7 @@ class _Progress:
 def _fit_pass(  # noqa: PLR0917
     numbers: Sequence[int], jobs: Sequence[HeadJob], rows: Rows,
     tell: Callable[[int, dict[str, Any]], bool], kernels: ModuleType | None,
-    num_threads: int | None = None,
+    num_threads: int | None = None, partner: Threads | None = None,
 ) -> dict[int, FitResult]:  # fmt: skip
     """Train some heads that share batches and an optimizer; return their results by number."""
     training = jobs[numbers[0]].training
@@ -307,7 +292,7 @@ def _fit_pass(  # noqa: PLR0917
     num_steps = training.steps_per_epoch(len(rows.targets))
     with _few_threads(num_threads, small=batch_size <= _ONE_THREAD_ROWS):
         draw = Draw(rows.features, rows.data_seed, rows.device, rows.dtype)
-        trainer = Trainer([jobs[number] for number in numbers], rows, kernels)
+        trainer = Trainer([jobs[number] for number in numbers], rows, kernels, partner)
         heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
         for epoch in range(1, training.epochs + 1):
             start = time.perf_counter()

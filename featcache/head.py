@@ -129,6 +129,11 @@ def _linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None
     return layer
 
 
+def count_values(config: HeadConfig) -> int:
+    """Return the number of values in a head's state dict."""
+    return sum(math.prod(shape) for _, shape in state_layout(config).values())
+
+
 def state_layout(config: HeadConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of every entry of the head's state dict, without allocating it."""
     with torch.device("meta"):

@@ -1,14 +1,19 @@
-"""A training step of one head on the CPU, compiled by Numba. Imported late, by ``compiled_stack``.
+"""A training step of heads on the CPU, compiled by Numba. Imported late, by ``compiled_stack``.
 
-A step is one call: forward, loss, backward and optimizer, head after head. The optimizer moves a
-layer as soon as its gradient is there, while both are in the core's own cache: of the 20 MB that
-Adam moves for a head of 0.7 M parameters, the gradient's 6 never leave it. Products are calls of
-SciPy's OpenBLAS: 75 GFLOP/s on a Zen 3 core at these shapes, where torch's MKL reaches 57.
+A step is forward, loss, backward and optimizer, head after head. The optimizer moves a layer as
+soon as its gradient is there, while both are in the core's own cache: of the 20 MB that Adam moves
+for a head of 0.7 M parameters, the gradient's 6 never leave it. Products are calls of SciPy's
+OpenBLAS: 75 GFLOP/s on a Zen 3 core at these shapes, where torch's MKL reaches 57.
 
 A head is the flat arrays of ``stack.HeadStack``: parameters in the order of its state dict (of each
 layer: batch norm's weight and bias, then the linear layer's), running statistics likewise (of each
 layer: mean, variance). ``widths`` is D, the hidden widths, C. The formulas are those of ``stack``
-and ``loss``.
+and ``loss``. Rows (B, D) come as they are; what layers put out is turned, (width, B), so that a
+batch norm works through one unit after the other.
+
+The first layer is nearly all of a head. Its units are cut into two halves, which one thread works
+through in turn or two at the same time; the sums over both are made per half either way, so the
+result is the same to the last bit.
 
 Numba shapes the code. One number of float64 makes a whole loop float64, so all are cast. LLVM gives
 up on a loop that writes to several arrays, as each may overlap the others: a row is worked through
@@ -22,12 +27,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from featcache.compiling import compiled, part
+from featcache.compiling import compiled, part, summing
 
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
 ADAM, ADAMW, SGD = 0, 1, 2  # ``kind`` of ``step``
+WHOLE, BEGIN, UNITS, MIDDLE, WEIGHTS, END = range(6)  # ``phase`` of ``step``
 
 _TILE_ROWS = 64  # 64 x 1280 of float32 lie in a second-level cache beside what they are added to
 _ONE, _HALF = np.float32(1), np.float32(0.5)
@@ -36,31 +42,102 @@ _BETA_1, _BETA_2, _ADAM_EPS = np.float32(0.9), np.float32(0.999), np.float32(1e-
 _SGD_MOMENTUM = np.float32(0.9)
 
 
+# --- Where things lie in ``space``, which a step works in
+
+
+def space_size(widths: _Ints, num_rows: int) -> int:
+    """Return how many float32 a step of ``num_rows`` rows works in."""
+    return _at_layer(widths, num_rows, len(widths) - 1)
+
+
+@part
+def _at_layer(widths: _Ints, num_rows: int, layer: int) -> int:
+    """Return where the outputs of a layer begin.
+
+    Of each: what it puts out, that normalised (both (width, B)), its gradient, 1 / deviations.
+    Before them: the rows normalised and as the first layer sees them (both (B, D)), their means
+    and variances; and for both halves a tile and the gradients of the first batch norm.
+    """
+    wide = int(widths[0])
+    start = 2 * (num_rows + 1) * wide + 2 * (_TILE_ROWS + 2) * wide
+    for i in range(1, layer + 1):
+        start += int(widths[i]) * (3 * num_rows + 1)
+    return start
+
+
 @part
 def _matrix(flat: _Floats, start: int, rows: int, columns: int) -> _Floats:
     return flat[start : start + rows * columns].reshape(rows, columns)
 
 
 @part
-def _scale_and_shift(values: _Floats, scale: _Floats, shift: _Floats, out: _Floats) -> None:
-    for row in range(values.shape[0]):
-        for j in range(values.shape[1]):
-            out[row, j] = values[row, j] * scale[j] + shift[j]
+def _of_rows(
+    widths: _Ints, num_rows: int, space: _Floats
+) -> tuple[_Floats, _Floats, _Floats, _Floats]:
+    """Return the rows normalised, as the first layer sees them, their means and variances."""
+    wide = widths[0]
+    size = num_rows * wide
+    return (
+        _matrix(space, 0, num_rows, wide), _matrix(space, size, num_rows, wide),
+        space[2 * size :][:wide], space[2 * size + wide :][:wide],
+    )  # fmt: skip
 
 
 @part
-def _multiply(values: _Floats, factors: _Floats) -> None:
-    for row in range(values.shape[0]):
-        for j in range(values.shape[1]):
-            values[row, j] *= factors[row, j]
+def _of_half(
+    widths: _Ints, num_rows: int, half: int, space: _Floats
+) -> tuple[_Floats, _Floats, _Floats]:
+    """Return a tile, flat, and the gradients of the first batch norm's weight and bias."""
+    wide = widths[0]
+    start = 2 * (num_rows + 1) * wide + half * (_TILE_ROWS + 2) * wide
+    size = _TILE_ROWS * wide
+    return space[start:][:size], space[start + size :][:wide], space[start + size + wide :][:wide]
 
 
 @part
-def _sum_rows(values: _Floats, sums: _Floats) -> None:
-    sums[:] = np.float32(0)
-    for row in range(values.shape[0]):
-        for j in range(values.shape[1]):
-            sums[j] += values[row, j]
+def _outputs(
+    widths: _Ints, num_rows: int, layer: int, space: _Floats
+) -> tuple[_Floats, _Floats, _Floats, _Floats]:
+    """Return a layer's outputs, those normalised, its gradient and 1 / deviations."""
+    at, wide = _at_layer(widths, num_rows, layer), widths[layer + 1]
+    size = wide * num_rows
+    return (
+        _matrix(space, at, wide, num_rows), _matrix(space, at + size, wide, num_rows),
+        _matrix(space, at + 2 * size, wide, num_rows), space[at + 3 * size :][:wide],
+    )  # fmt: skip
+
+
+@part
+def _at_params(widths: _Ints, layer: int) -> int:
+    at = 0
+    for i in range(layer):
+        at += 2 * widths[i] + widths[i + 1] * (widths[i] + 1)
+    return at
+
+
+@part
+def _half_of_units(widths: _Ints, half: int) -> tuple[int, int]:
+    cut = (widths[1] + 1) // 2
+    return (0, cut) if half == 0 else (cut, widths[1])
+
+
+# --- Loops
+
+
+@summing
+def _sum(values: _Floats) -> np.float32:
+    total = np.float32(0)
+    for j in range(len(values)):
+        total += values[j]
+    return total
+
+
+@summing
+def _sum_products(left: _Floats, right: _Floats) -> np.float32:
+    total = np.float32(0)
+    for j in range(len(left)):
+        total += left[j] * right[j]
+    return total
 
 
 @part
@@ -81,83 +158,145 @@ def _add_products(left: _Floats, right: _Floats, sums: _Floats) -> None:
 
 
 @part
-def _sum_products(left: _Floats, right: _Floats, sums: _Floats) -> None:
-    sums[:] = np.float32(0)
-    _add_products(left, right, sums)
+def _scale_and_shift(values: _Floats, scale: np.float32, shift: np.float32, out: _Floats) -> None:
+    for j in range(len(values)):
+        out[j] = values[j] * scale + shift
 
 
 @part
-def _track(running: _Floats, current: _Floats, factor: np.float32) -> None:
-    for j in range(len(running)):
-        running[j] += _BATCH_NORM_MOMENTUM * (current[j] * factor - running[j])
+def _mask_units(values: _Floats, mask: _Floats) -> None:
+    """Multiply (W, B) by a mask (B, W), if there is one."""
+    if mask.size:
+        for row in range(mask.shape[0]):
+            for j in range(mask.shape[1]):
+                values[j, row] *= mask[row, j]
 
 
 @part
-def _normalise_rows(values: _Floats, normed: _Floats, mean: _Floats, variance: _Floats) -> None:
-    """Subtract each column's mean and divide by its deviation; set mean and variance (biased)."""
-    share = _ONE / np.float32(values.shape[0])
-    _sum_rows(values, mean)
-    for j in range(len(mean)):
+def _track(running: _Floats, j: int, current: np.float32) -> None:
+    running[j] += _BATCH_NORM_MOMENTUM * (current - running[j])
+
+
+# --- Forward
+
+
+@part
+def _normalise_rows(rows: _Floats, normed: _Floats, mean: _Floats, variance: _Floats) -> None:
+    """Normalise columns; set their means, and variances with Bessel's correction."""
+    num_rows, wide = rows.shape
+    share, inverse = _ONE / np.float32(num_rows), np.empty(wide, np.float32)
+    mean[:], variance[:] = np.float32(0), np.float32(0)
+    for row in range(num_rows):
+        for j in range(wide):
+            mean[j] += rows[row, j]
+    for j in range(wide):
         mean[j] *= share
-    for row in range(values.shape[0]):
-        for j in range(values.shape[1]):
-            normed[row, j] = values[row, j] - mean[j]
-    _sum_products(normed, normed, variance)
-    for j in range(len(variance)):
-        variance[j] *= share
-    for row in range(values.shape[0]):
-        for j in range(values.shape[1]):
-            normed[row, j] *= _ONE / np.sqrt(variance[j] + _BATCH_NORM_EPS)
+    for row in range(num_rows):
+        for j in range(wide):
+            normed[row, j] = rows[row, j] - mean[j]
+    _add_products(normed, normed, variance)
+    for j in range(wide):
+        inverse[j] = _ONE / np.sqrt(variance[j] * share + _BATCH_NORM_EPS)
+    for row in range(num_rows):
+        for j in range(wide):
+            normed[row, j] *= inverse[j]
+    correction = np.float32(1 / (num_rows - 1))
+    for j in range(wide):
+        variance[j] *= correction
 
 
 @part
-def _forward(
-    widths: _Ints, params: _Floats, stats: _Floats, rows: _Floats, mean: _Floats,
-    variance: _Floats, mask: _Floats, kept: _Floats, logits: _Floats,
-) -> None:  # fmt: skip
-    """Run normalised rows through a head; move its statistics; keep what ``_backward`` needs.
-
-    ``variance`` is with Bessel's correction, as running statistics take it.
-    """
-    num_rows, last = rows.shape[0], len(widths) - 2
-    correction = np.float32(num_rows / (num_rows - 1))
-    _track(stats[: widths[0]], mean, _ONE)
-    _track(stats[widths[0] : 2 * widths[0]], variance, _ONE)
-    at, place, at_stats, normed = 0, 0, 2 * widths[0], rows
-    for layer in range(last + 1):
-        wide, narrow = widths[layer], widths[layer + 1]
-        weights = _matrix(params, at + 2 * wide, narrow, wide)
-        at_bias = at + 2 * wide + narrow * wide
-        bias = params[at_bias : at_bias + narrow]
-        shown = np.empty((num_rows, wide), np.float32)
-        if layer == last:
-            shown = _matrix(kept, place, num_rows, wide)
-        _scale_and_shift(normed, params[at : at + wide], params[at + wide : at + 2 * wide], shown)
-        if layer == last:
-            if mask.size:
-                _multiply(shown, mask)
-            np.dot(shown, weights.T, logits)
-            for row in range(num_rows):
-                for j in range(narrow):
-                    logits[row, j] += bias[j]
-            return
-        out = _matrix(kept, place, num_rows, narrow)
-        normed = _matrix(kept, place + num_rows * narrow, num_rows, narrow)
-        place += 2 * num_rows * narrow
-        inverse = kept[place : place + narrow]
-        flipped = np.dot(weights, shown.T)  # 0.39 ms at 512 x 1280; the other way round 0.60
+def _begin(
+    widths: _Ints, params: _Floats, stats: _Floats, num_rows: int, mask: _Floats, space: _Floats
+) -> None:
+    """Track the rows' statistics and put the rows through the first batch norm."""
+    normed, shown, mean, variance = _of_rows(widths, num_rows, space)
+    wide = widths[0]
+    for j in range(wide):
+        _track(stats, j, mean[j])
+        _track(stats, wide + j, variance[j])
+    scale, shift = params[:wide], params[wide : 2 * wide]
+    for row in range(num_rows):
+        for j in range(wide):
+            shown[row, j] = normed[row, j] * scale[j] + shift[j]
+    if len(widths) == 2 and mask.size:
         for row in range(num_rows):
-            for j in range(narrow):
-                out[row, j] = max(flipped[j, row] + bias[j], np.float32(0))
-        means = np.empty(narrow, np.float32)
-        _normalise_rows(out, normed, means, inverse)
-        _track(stats[at_stats : at_stats + narrow], means, _ONE)
-        _track(stats[at_stats + narrow : at_stats + 2 * narrow], inverse, correction)
-        for j in range(narrow):
-            inverse[j] = _ONE / np.sqrt(inverse[j] + _BATCH_NORM_EPS)
-        at = at_bias + narrow
-        place += narrow
-        at_stats += 2 * narrow
+            for j in range(wide):
+                shown[row, j] *= mask[row, j]
+
+
+@part
+def _activate(
+    layer: int, lowest: int, end: int, widths: _Ints, params: _Floats, stats: _Floats,
+    num_rows: int, space: _Floats,
+) -> None:  # fmt: skip
+    """Add biases to some units of a layer and, but for logits, put them through ReLU and norm."""
+    out, normed, _, inverse = _outputs(widths, num_rows, layer, space)
+    narrow = widths[layer + 1]
+    bias = params[_at_params(widths, layer + 1) - narrow :]
+    at_stats = 2 * widths[: layer + 1].sum()
+    share = _ONE / np.float32(num_rows)
+    correction = np.float32(num_rows / (num_rows - 1))
+    for unit in range(lowest, end):
+        values, centred = out[unit], normed[unit]
+        if layer == len(widths) - 2:
+            _scale_and_shift(values, _ONE, bias[unit], values)
+            continue
+        for row in range(num_rows):
+            values[row] = max(values[row] + bias[unit], np.float32(0))
+        mean = _sum(values) * share
+        _scale_and_shift(values, _ONE, -mean, centred)
+        variance = _sum_products(centred, centred) * share
+        inverse[unit] = _ONE / np.sqrt(variance + _BATCH_NORM_EPS)
+        _scale_and_shift(centred, inverse[unit], np.float32(0), centred)
+        _track(stats, at_stats + unit, mean)
+        _track(stats, at_stats + narrow + unit, variance * correction)
+
+
+@part
+def _forward_units(
+    half: int, widths: _Ints, params: _Floats, stats: _Floats, num_rows: int, space: _Floats
+) -> None:
+    """Run the rows through half of the first layer."""
+    lowest, end = _half_of_units(widths, half)
+    if lowest == end:
+        return
+    wide = widths[0]
+    shown, out = _of_rows(widths, num_rows, space)[1], _outputs(widths, num_rows, 0, space)[0]
+    weights = _matrix(params, 2 * wide, widths[1], wide)
+    np.dot(weights[lowest:end], shown.T, out[lowest:end])
+    _activate(0, lowest, end, widths, params, stats, num_rows, space)
+
+
+@part
+def _show(
+    layer: int, widths: _Ints, params: _Floats, num_rows: int, mask: _Floats, space: _Floats
+) -> _Floats:
+    """Return what a layer but the first sees, (width, B): batch norm, then dropout."""
+    wide, at = widths[layer], _at_params(widths, layer)
+    normed = _outputs(widths, num_rows, layer - 1, space)[1]
+    shown = np.empty((wide, num_rows), np.float32)
+    for unit in range(wide):
+        _scale_and_shift(normed[unit], params[at + unit], params[at + wide + unit], shown[unit])
+    if layer == len(widths) - 2:
+        _mask_units(shown, mask)
+    return shown
+
+
+@part
+def _forward_rest(
+    widths: _Ints, params: _Floats, stats: _Floats, num_rows: int, mask: _Floats, space: _Floats
+) -> None:
+    """Run all layers but the first."""
+    for layer in range(1, len(widths) - 1):
+        wide, narrow = widths[layer], widths[layer + 1]
+        weights = _matrix(params, _at_params(widths, layer) + 2 * wide, narrow, wide)
+        shown = _show(layer, widths, params, num_rows, mask, space)
+        np.dot(weights, shown, _outputs(widths, num_rows, layer, space)[0])
+        _activate(layer, 0, narrow, widths, params, stats, num_rows, space)
+
+
+# --- Loss
 
 
 @part
@@ -165,8 +304,8 @@ def _cross_entropy(
     logits: _Floats, classes: _Ints, row_weights: _Floats, weights: _Floats, smoothing: np.float32,
     grad: _Floats,
 ) -> np.float32:  # fmt: skip
-    """Return the loss of a batch and set its gradient, both (B, C): one class a row."""
-    num_rows, num_classes = logits.shape
+    """Return the loss of a batch and set its gradient, both (C, B): one class a row."""
+    num_classes, num_rows = logits.shape
     total, sum_of_weights = np.float32(0), np.float32(0)
     for j in range(num_classes):
         sum_of_weights += weights[j]
@@ -178,17 +317,17 @@ def _cross_entropy(
         of_row = (row_weights[row] if row_weights.size else _ONE) / total
         shared = smoothing / np.float32(num_classes) * of_row
         own = weights[classes[row]] * (_ONE - smoothing) * of_row
-        top, norm = logits[row].max(), np.float32(0)
+        top, norm = logits[:, row].max(), np.float32(0)
         for j in range(num_classes):
-            grad[row, j] = np.exp(logits[row, j] - top)
-            norm += grad[row, j]
+            grad[j, row] = np.exp(logits[j, row] - top)
+            norm += grad[j, row]
         log_norm, counted = top + np.log(norm), own + shared * sum_of_weights
         for j in range(num_classes):
             wanted = shared * weights[j]
             if j == classes[row]:
                 wanted += own
-            loss += wanted * (log_norm - logits[row, j])
-            grad[row, j] = grad[row, j] / norm * counted - wanted
+            loss += wanted * (log_norm - logits[j, row])
+            grad[j, row] = grad[j, row] / norm * counted - wanted
     return loss
 
 
@@ -197,8 +336,8 @@ def _binary_cross_entropy(
     logits: _Floats, labels: _Floats, row_weights: _Floats, weights: _Floats,
     smoothing: np.float32, grad: _Floats,
 ) -> np.float32:  # fmt: skip
-    """Return the loss of a batch and set its gradient, both (B, C): several labels a row."""
-    num_rows, num_classes = logits.shape
+    """Return the loss of a batch and set its gradient, both (C, B): several labels a row."""
+    num_classes, num_rows = logits.shape
     total = np.float32(0)
     for row in range(num_rows):
         of_row = row_weights[row] if row_weights.size else _ONE
@@ -210,16 +349,19 @@ def _binary_cross_entropy(
         of_row = (row_weights[row] if row_weights.size else _ONE) / total
         for j in range(num_classes):
             if np.isnan(labels[row, j]):
-                grad[row, j] = np.float32(0)
+                grad[j, row] = np.float32(0)
                 continue
-            logit, share = logits[row, j], labels[row, j] * (_ONE - smoothing) + smoothing * _HALF
+            logit, share = logits[j, row], labels[row, j] * (_ONE - smoothing) + smoothing * _HALF
             yes, no = share * weights[j] * of_row, (_ONE - share) * of_row
             small = np.exp(-abs(logit))
             log_prob = min(logit, np.float32(0)) - np.log1p(small)
             loss += no * logit - (yes + no) * log_prob
             prob = (_ONE if logit > 0 else small) / (_ONE + small)
-            grad[row, j] = prob * (yes + no) - yes
+            grad[j, row] = prob * (yes + no) - yes
     return loss
+
+
+# --- Backward
 
 
 @part
@@ -247,130 +389,149 @@ def _move(
 
 
 @part
-def _move_first_layer(
-    kind: int, wide: int, params: _Floats, first: _Floats, second: _Floats, settings: _Floats,
-    grad: _Floats, sums: _Floats, rows: _Floats, tile: _Floats,
-) -> None:  # fmt: skip
-    """Move the first layer's weights and the batch norm before it: see ``stack``'s docstring.
-
-    ``grad`` is (H, B), the gradient of what the layer puts out, and ``sums`` (H,) its row sums.
-    """
-    scale, shift = params[:wide], params[wide : 2 * wide]
-    norm_grads = np.zeros(2 * wide, np.float32)
-    scale_grad, shift_grad = norm_grads[:wide], norm_grads[wide:]
-    for start in range(0, len(grad), _TILE_ROWS):
-        num = min(_TILE_ROWS, len(grad) - start)
-        products = _matrix(tile, 0, num, wide)
-        np.dot(grad[start : start + num], rows, products)
-        weights = _matrix(params, 2 * wide + start * wide, num, wide)
-        totals = sums[start : start + num]
-        shift_grad += np.dot(totals, weights)
-        _add_products(weights, products, scale_grad)
-        for row in range(num):
-            product, total, at = products[row], totals[row], 2 * wide + (start + row) * wide
-            for j in range(wide):
-                product[j] = product[j] * scale[j] + total * shift[j]
-            _move(kind, weights[row], product, first[at : at + wide], second[at : at + wide],
-                  settings)  # fmt: skip
-    _move(kind, params[: 2 * wide], norm_grads, first[: 2 * wide], second[: 2 * wide], settings)
-
-
-@part
 def _move_weights(
     kind: int, at: int, params: _Floats, first: _Floats, second: _Floats, settings: _Floats,
-    grad: _Floats, shown: _Floats, tile: _Floats,
+    grad: _Floats, shown: _Floats,
 ) -> None:  # fmt: skip
-    """Move the weights (H, W) that begin at ``at``, by gradients (H, B) and inputs (B, W)."""
-    wide = shown.shape[1]
+    """Move the weights (H, W) that begin at ``at``, by gradients (H, B) and inputs (W, B)."""
+    wide = shown.shape[0]
+    tile = np.empty(min(_TILE_ROWS, len(grad)) * wide, np.float32)
     for start in range(0, len(grad), _TILE_ROWS):
         num = min(_TILE_ROWS, len(grad) - start)
-        products = _matrix(tile, 0, num, wide)
-        np.dot(grad[start : start + num], shown, products)
+        np.dot(grad[start : start + num], shown.T, _matrix(tile, 0, num, wide))
         begin, end = at + start * wide, at + (start + num) * wide
         _move(kind, params[begin:end], tile[: num * wide], first[begin:end], second[begin:end],
               settings)  # fmt: skip
 
 
 @part
-def _through_norm(
-    grad: _Floats, normed: _Floats, scale: _Floats, inverse: _Floats, norm_grads: _Floats,
-    out: _Floats,
-) -> None:  # fmt: skip
-    """Turn the gradient (B, W) of a batch norm's output into that of a ReLU's input before it."""
-    wide, share = grad.shape[1], _ONE / np.float32(grad.shape[0])
-    scale_grad, shift_grad = norm_grads[:wide], norm_grads[wide : 2 * wide]
-    for row in range(grad.shape[0]):
-        for j in range(wide):
-            value = grad[row, j] - share * (shift_grad[j] + normed[row, j] * scale_grad[j])
-            value *= scale[j] * inverse[j]
-            grad[row, j] = value if out[row, j] > 0 else np.float32(0)
+def _move_biases(
+    kind: int, at: int, params: _Floats, first: _Floats, second: _Floats, settings: _Floats,
+    grad: _Floats,
+) -> _Floats:  # fmt: skip
+    """Move the biases (H,) that begin at ``at``; return the row sums of the gradient (H, B)."""
+    sums, moved_by = np.empty(len(grad), np.float32), np.empty(len(grad), np.float32)
+    for unit in range(len(grad)):
+        sums[unit] = moved_by[unit] = _sum(grad[unit])
+    end = at + len(grad)
+    _move(kind, params[at:end], moved_by, first[at:end], second[at:end], settings)
+    return sums
 
 
 @part
-def _backward(
-    kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats, settings: _Floats,
-    rows: _Floats, mask: _Floats, grad: _Floats, kept: _Floats,
+def _backward_rest(
+    kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats,
+    settings: _Floats, num_rows: int, mask: _Floats, space: _Floats,
 ) -> None:  # fmt: skip
-    """Move a head against ``grad`` (B, C), its loss's gradient by the logits."""
-    num_rows, last = rows.shape[0], len(widths) - 2
-    tile = np.empty(_TILE_ROWS * widths[:-1].max(), np.float32)
-    at, place = len(params), len(kept)
-    for layer in range(last, -1, -1):
-        wide, narrow = widths[layer], widths[layer + 1]
-        at -= 2 * wide + narrow * wide + narrow
-        at_weights, at_bias = at + 2 * wide, at + 2 * wide + narrow * wide
-        flipped, sums = np.empty((narrow, num_rows), np.float32), np.empty(narrow, np.float32)
-        flipped[:] = grad.T
-        _sum_rows(grad, sums)
-        if layer == 0 < last:
-            _move_first_layer(
-                kind, wide, params, first, second, settings, flipped, sums, rows, tile
-            )
+    """Move all layers but the first; set the gradient of what that puts out."""
+    share = _ONE / np.float32(num_rows)
+    for layer in range(len(widths) - 2, 0, -1):
+        wide, narrow, at = widths[layer], widths[layer + 1], _at_params(widths, layer)
+        grad = _outputs(widths, num_rows, layer, space)[2]
+        out, normed, below, inverse = _outputs(widths, num_rows, layer - 1, space)
+        shown = _show(layer, widths, params, num_rows, mask, space)
+        np.dot(_matrix(params, at + 2 * wide, narrow, wide).T, grad, below)
+        if layer == len(widths) - 2:
+            _mask_units(below, mask)
+        at_bias = at + 2 * wide + narrow * wide
+        _move_biases(kind, at_bias, params, first, second, settings, grad)
+        _move_weights(kind, at + 2 * wide, params, first, second, settings, grad, shown)
+        norm_grads = np.empty(2 * wide, np.float32)
+        for unit in range(wide):
+            values, units = below[unit], normed[unit]
+            by_scale, by_shift = _sum_products(values, units), _sum(values)
+            norm_grads[unit], norm_grads[wide + unit] = by_scale, by_shift
+            factor = params[at + unit] * inverse[unit]
+            for row in range(num_rows):
+                value = factor * (values[row] - share * (by_shift + units[row] * by_scale))
+                values[row] = value if out[unit, row] > 0 else np.float32(0)
+        end = at + 2 * wide
+        _move(kind, params[at:end], norm_grads, first[at:end], second[at:end], settings)
+
+
+@part
+def _move_first_weights(
+    half: int, kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats,
+    settings: _Floats, num_rows: int, mask: _Floats, space: _Floats,
+) -> None:  # fmt: skip
+    """Move half of the first layer; set the half's gradients of the batch norm before it.
+
+    See ``stack``'s docstring. A linear head has dropout between the two: what multiplies beta is
+    then not the sums of ``grad`` but its products with the mask.
+    """
+    lowest, end = _half_of_units(widths, half)
+    wide, narrow = widths[0], widths[1]
+    rows, grad = _of_rows(widths, num_rows, space)[0], _outputs(widths, num_rows, 0, space)[2]
+    tile, scale_grad, shift_grad = _of_half(widths, num_rows, half, space)
+    scale_grad[:], shift_grad[:] = np.float32(0), np.float32(0)
+    if lowest == end:
+        return
+    has_mask = len(widths) == 2 and mask.size > 0
+    if has_mask:
+        rows = rows * mask
+    scale, shift = params[:wide], params[wide : 2 * wide]
+    at_bias = 2 * wide + narrow * wide + lowest
+    sums = _move_biases(kind, at_bias, params, first, second, settings, grad[lowest:end])
+    for start in range(lowest, end, _TILE_ROWS):
+        num = min(_TILE_ROWS, end - start)
+        products = _matrix(tile, 0, num, wide)
+        np.dot(grad[start : start + num], rows, products)
+        weights = _matrix(params, 2 * wide + start * wide, num, wide)
+        _add_products(weights, products, scale_grad)
+        totals = sums[start - lowest :][:num]
+        if has_mask:
+            masked = np.dot(grad[start : start + num], mask)
+            _add_products(weights, masked, shift_grad)
+            for row in range(num):
+                for j in range(wide):
+                    products[row, j] = products[row, j] * scale[j] + masked[row, j] * shift[j]
         else:
-            below = np.dot(grad, _matrix(params, at_weights, narrow, wide))
-            scale, shift = params[at : at + wide], params[at + wide : at_weights]
-            normed, shown = rows, np.empty((num_rows, wide), np.float32)
-            if layer > 0:
-                begin = (
-                    place - (num_rows if layer == last else 0) * wide - (2 * num_rows + 1) * wide
-                )
-                normed = _matrix(kept, begin + num_rows * wide, num_rows, wide)
-            if layer == last:
-                place -= num_rows * wide
-                shown = _matrix(kept, place, num_rows, wide)
-                if mask.size:
-                    _multiply(below, mask)
-            else:
-                _scale_and_shift(normed, scale, shift, shown)
-            _move_weights(kind, at_weights, params, first, second, settings, flipped, shown, tile)
-            norm_grads = np.empty(2 * wide, np.float32)
-            _sum_products(below, normed, norm_grads[:wide])
-            _sum_rows(below, norm_grads[wide:])
-            if layer > 0:
-                place -= (2 * num_rows + 1) * wide
-                out = _matrix(kept, place, num_rows, wide)
-                inverse = kept[place + 2 * num_rows * wide :][:wide]
-                _through_norm(below, normed, scale, inverse, norm_grads, out)
-            _move(kind, params[at:at_weights], norm_grads, first[at:at_weights],
-                  second[at:at_weights], settings)  # fmt: skip
-            grad = below
-        _move(kind, params[at_bias : at_bias + narrow], sums, first[at_bias : at_bias + narrow],
-              second[at_bias : at_bias + narrow], settings)  # fmt: skip
+            shift_grad += np.dot(totals, weights)
+            for row in range(num):
+                for j in range(wide):
+                    products[row, j] = products[row, j] * scale[j] + totals[row] * shift[j]
+        for row in range(num):
+            at = 2 * wide + (start + row) * wide
+            _move(kind, weights[row], products[row], first[at : at + wide], second[at : at + wide],
+                  settings)  # fmt: skip
+
+
+@part
+def _end(
+    kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats,
+    settings: _Floats, num_rows: int, space: _Floats,
+) -> None:  # fmt: skip
+    """Move the first batch norm by the gradients of both halves."""
+    wide = widths[0]
+    norm_grads = np.empty(2 * wide, np.float32)
+    for place in range(2):
+        one = _of_half(widths, num_rows, 0, space)[1 + place]
+        other = _of_half(widths, num_rows, 1, space)[1 + place]
+        for j in range(wide):
+            norm_grads[place * wide + j] = one[j] + other[j]
+    _move(kind, params[: 2 * wide], norm_grads, first[: 2 * wide], second[: 2 * wide], settings)
+
+
+# --- The step
 
 
 @compiled(
-    "void(int64, int64[::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1],"
-    "float32[:, ::1], float32[:, ::1], int64[::1], float32[:, ::1], float32[::1], float32[:, ::1],"
-    "float32[::1], float32[:, :, ::1], float32[::1])"
+    "void(int64, int64, int64, int64[::1], float32[:, ::1], float32[:, ::1], float32[:, ::1],"
+    "float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[::1], float32[:, ::1], float32[::1],"
+    "float32[:, ::1], float32[::1], float32[:, :, ::1], float32[::1], float32[::1])"
 )
 def step(
-    kind: int, widths: _Ints, params: _Floats, stats: _Floats, first: _Floats, second: _Floats,
-    settings: _Floats, rows: _Floats, classes: _Ints, labels: _Floats, row_weights: _Floats,
-    class_weights: _Floats, smoothing: _Floats, masks: _Floats, losses: _Floats,
+    phase: int, half: int, kind: int, widths: _Ints, params: _Floats, stats: _Floats,
+    first: _Floats, second: _Floats, settings: _Floats, rows: _Floats, classes: _Ints,
+    labels: _Floats, row_weights: _Floats, class_weights: _Floats, smoothing: _Floats,
+    masks: _Floats, space: _Floats, losses: _Floats,
 ) -> None:  # fmt: skip
     """Move K heads against their losses on a batch.
 
     Args:
+        phase: ``WHOLE``; or of a step of one head its phases in order, ``UNITS`` and ``WEIGHTS``
+            of both halves each, which may run at the same time.
+        half: 0 or 1, of those two.
         kind: ``ADAM``, ``ADAMW`` or ``SGD``.
         widths: D, the hidden widths, C.
         params: (K, P), written.
@@ -385,29 +546,38 @@ def step(
         class_weights: (K, C).
         smoothing: (K,).
         masks: (K, B, last width) to multiply the last layer's input by, or (0, 0, 0): no dropout.
+        space: Of ``space_size``, written; from phase to phase the same.
         losses: (K,), written.
     """
-    (num_rows, num_features), num_classes = rows.shape, widths[-1]
-    normed = np.empty((num_rows, num_features), np.float32)
-    mean, variance = np.empty(num_features, np.float32), np.empty(num_features, np.float32)
-    _normalise_rows(rows, normed, mean, variance)
-    correction = np.float32(num_rows / (num_rows - 1))
-    for j in range(num_features):
-        variance[j] *= correction
-    hidden = widths[1:-1].sum()
-    kept = np.empty(hidden * (2 * num_rows + 1) + widths[-2] * num_rows, np.float32)
-    logits = np.empty((num_rows, num_classes), np.float32)
-    grad = np.empty((num_rows, num_classes), np.float32)
+    num_rows, last = len(rows), len(widths) - 2
+    if phase in (WHOLE, BEGIN):
+        normed, _, mean, variance = _of_rows(widths, num_rows, space)
+        _normalise_rows(rows, normed, mean, variance)
     mask = np.empty((0, 0), np.float32)
     for head in range(len(params)):
+        of_head, moments, squares = params[head], first[head], second[head]
         if masks.size:
             mask = masks[head]
-        _forward(widths, params[head], stats[head], normed, mean, variance, mask, kept, logits)
-        weights, smooth = class_weights[head], smoothing[head]
-        if labels.size:
-            loss = _binary_cross_entropy(logits, labels, row_weights, weights, smooth, grad)
-        else:
-            loss = _cross_entropy(logits, classes, row_weights, weights, smooth, grad)
-        losses[head] = loss
-        _backward(kind, widths, params[head], first[head], second[head], settings[head], normed,
-                  mask, grad, kept)  # fmt: skip
+        if phase in (WHOLE, BEGIN):
+            _begin(widths, of_head, stats[head], num_rows, mask, space)
+        for place in range(2):
+            if phase == WHOLE or (phase == UNITS and half == place):
+                _forward_units(place, widths, of_head, stats[head], num_rows, space)
+        if phase in (WHOLE, MIDDLE):
+            _forward_rest(widths, of_head, stats[head], num_rows, mask, space)
+            logits, _, grad, _ = _outputs(widths, num_rows, last, space)
+            weights, smooth = class_weights[head], smoothing[head]
+            if labels.size:
+                loss = _binary_cross_entropy(logits, labels, row_weights, weights, smooth, grad)
+            else:
+                loss = _cross_entropy(logits, classes, row_weights, weights, smooth, grad)
+            losses[head] = loss
+            _backward_rest(
+                kind, widths, of_head, moments, squares, settings[head], num_rows, mask, space
+            )
+        for place in range(2):
+            if phase == WHOLE or (phase == WEIGHTS and half == place):
+                _move_first_weights(place, kind, widths, of_head, moments, squares, settings[head],
+                                    num_rows, mask, space)  # fmt: skip
+        if phase in (WHOLE, END):
+            _end(kind, widths, of_head, moments, squares, settings[head], num_rows, space)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featcache.compiled_stack import CompiledSteps
+from featcache.compiled_stack import CompiledSteps, StepBatch
 from featcache.draw import Batch
 from featcache.jobs import HeadJob
 from featcache.loss import (
@@ -26,6 +27,7 @@ from featcache.loss import (
 from featcache.optimizer import StackOptimizer
 from featcache.stack import HeadStack, SharedRows
 from featcache.streaming import StoredFeatures
+from featcache.threads import Threads
 
 FORWARD_ROWS = 8192
 """Rows that go through a head at once when it is evaluated."""
@@ -69,11 +71,13 @@ class Trainer:
         jobs: The heads; they share batches and an optimizer.
         rows: What they are trained on.
         kernels: Take the steps by compiled code, from ``compiled_stack.load_kernels``.
+        partner: See ``CompiledSteps``.
     """
 
     def __init__(
-        self, jobs: Sequence[HeadJob], rows: Rows, kernels: ModuleType | None = None
-    ) -> None:
+        self, jobs: Sequence[HeadJob], rows: Rows, kernels: ModuleType | None = None,
+        partner: Threads | None = None,
+    ) -> None:  # fmt: skip
         self._rows = rows
         has_labels = rows.targets.ndim == 2
         self._want = want_labels if has_labels else want_classes
@@ -93,7 +97,7 @@ class Trainer:
         self._weights = [
             weigh_classes(kind, rows.targets, num_classes, rows.dtype) for kind, _ in self._losses
         ]
-        self._kernels = kernels
+        self._kernels, self._partner = kernels, partner
         self._bind()
 
     def _bind(self) -> None:
@@ -103,7 +107,7 @@ class Trainer:
             weights = torch.stack([self._weights[number] for number in self._loss_of])
             smoothing = [self._losses[number][1] for number in self._loss_of]
             self._compiled = CompiledSteps(
-                self._kernels, self.stack, self._optimizer, weights, smoothing
+                self._kernels, self.stack, self._optimizer, weights, smoothing, self._partner
             )
 
     def keep(self, heads: Sequence[int]) -> None:
@@ -121,24 +125,37 @@ class Trainer:
             rates: For each batch, the step size of each head.
         """
         total = torch.zeros(len(self.stack), dtype=self._rows.dtype, device=self._rows.device)
-        num_rows = 0
-        for (rows, features), of_heads in zip(batches, rates, strict=True):
-            losses = self._step(rows, features, of_heads)
-            total.add_(losses, alpha=len(rows))
-            num_rows += len(rows)
+        num_rows, order = 0, iter(batches)
+        ahead = [self._draw(order)]  # the batch after this one: drawn while it is trained on
+        for of_heads in rates:
+            batch = ahead.pop()
+            assert batch is not None, "a rate for each batch"
+            losses = self._step(batch, of_heads, lambda: ahead.append(self._draw(order)))
+            total.add_(losses, alpha=len(batch.rows))
+            num_rows += len(batch.rows)
         means: list[float] = (total / num_rows).tolist()
         return means
 
-    def _step(self, rows: Tensor, features: Tensor, rates: Sequence[float]) -> Tensor:
+    def _draw(self, batches: Iterator[Batch]) -> StepBatch | None:
+        """Return the next batch with all that a step takes, None at the end of the epoch."""
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        numbers, rows = batch
+        row_weights = None if self._rows.weights is None else self._rows.weights[numbers]
+        masks = None if self._compiled is None else self._compiled.draw_masks(len(rows))
+        return StepBatch(rows, self._rows.targets[numbers], row_weights, masks)
+
+    def _step(
+        self, batch: StepBatch, rates: Sequence[float], meanwhile: Callable[[], None]
+    ) -> Tensor:
         """Move the heads against their losses (K,), which are returned."""
-        targets, row_weights = self._rows.targets[rows], self._rows.weights
-        if row_weights is not None:
-            row_weights = row_weights[rows]
         if self._compiled is not None:
-            return self._compiled.step(features, targets, row_weights, rates)
-        wanted = self._wanted(targets, row_weights)
-        losses = self.stack.backward(SharedRows.of(features), wanted)
+            return self._compiled.step(batch, rates, meanwhile)
+        wanted = self._wanted(batch.targets, batch.row_weights)
+        losses = self.stack.backward(SharedRows.of(batch.rows), wanted)
         self._optimizer.step(rates)
+        meanwhile()
         return losses
 
     def _wanted(self, targets: Tensor, row_weights: Tensor | None) -> Tensor:
@@ -155,17 +172,33 @@ class Trainer:
         """Return the validation columns of each head's history row; none without such rows."""
         if self._rows.valid_features is None or self._rows.valid_targets is None:
             return [{} for _ in range(len(self.stack))]
-        size = max(1, FORWARD_ROWS // len(self.stack))
-        parts = (
-            part
-            for block in _blocks(self._rows.valid_features)
-            for part in torch.split(block, size)
+        logits = torch.cat(
+            [part for block in _blocks(self._rows.valid_features) for part in self._forward(block)],
+            1,
         )
-        like = self.stack.params
-        logits = torch.cat([self.stack.forward(part.to(like)).cpu() for part in parts], 1)
         return [
             judge_logits(of_head, self._rows.valid_targets, self._rows.names) for of_head in logits
         ]
+
+    def _forward(self, block: Tensor) -> list[Tensor]:
+        """Return logits (K, n, C) of parts of a block, by the partner too if there is one.
+
+        Two parts at least, for a cut may change the last bit, and who computes must not.
+        """
+        size = max(1, min(FORWARD_ROWS // len(self.stack), math.ceil(len(block) / 2)))
+        like = self.stack.params
+
+        def forward(part: Tensor) -> Tensor:
+            return self.stack.forward(part.to(like)).cpu()
+
+        parts = torch.split(block, size)
+        if self._partner is None:
+            return [forward(part) for part in parts]
+        others = [self._partner.submit(forward, part) for part in parts[1::2]]
+        logits = [forward(part) for part in parts[::2]]
+        for place, other in enumerate(others):
+            logits.insert(2 * place + 1, other.result())
+        return logits
 
 
 def _blocks(features: Tensor | StoredFeatures) -> Iterator[Tensor]:

@@ -12,7 +12,13 @@ import threadpoolctl
 import torch
 
 from featcache import compiled_stack, fit
-from featcache.compiled_stack import CompiledSteps, load_kernels, one_blas_thread
+from featcache.compiled_stack import (
+    CompiledSteps,
+    StepBatch,
+    kernels_for,
+    load_kernels,
+    one_blas_thread,
+)
 from featcache.fit import fit_heads
 from featcache.head import HeadConfig
 from featcache.jobs import HeadJob, TrainingConfig
@@ -24,6 +30,7 @@ from featcache.loss import (
 )
 from featcache.optimizer import OPTIMIZERS, StackOptimizer
 from featcache.stack import HeadStack, SharedRows
+from featcache.threads import Threads
 
 CPU = torch.device("cpu")
 TILES = (150, 70)
@@ -65,7 +72,8 @@ def test_steps_equal_those_of_torch(
         targets = make_targets(generator, num_rows, has_labels)
         # Of some batches the rows count alike.
         weights = torch.rand(num_rows, generator=generator) + 0.5 if num_rows % 2 else None
-        losses = compiled.step(rows, targets, weights, rates)
+        batch = StepBatch(rows, targets, weights, compiled.draw_masks(num_rows))
+        losses = compiled.step(batch, rates, lambda: None)
         want = want_labels if has_labels else want_classes
         wanted = torch.stack(
             [
@@ -110,17 +118,31 @@ def assert_equal_states(left: list[Any], right: list[Any]) -> None:
 
 
 def test_repeats_bit_for_bit_alone_or_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "WORTH_PARAM_STEPS", 0)
+    monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", 0)
     results = train_some()
     assert_equal_states(results, train_some())
     assert_equal_states(results[:1], train_some(1))
+    monkeypatch.setattr(compiled_stack, "WORTH_HALVES", 0)
+    monkeypatch.setattr(compiled_stack, "available_cores", lambda: 2)
+    taken = list[int]()
+    submit = Threads.submit
+
+    def note(self: Threads, function: Any, *arguments: Any) -> Any:
+        if len(arguments) > 1:
+            taken.append(arguments[1])
+        return submit(self, function, *arguments)
+
+    monkeypatch.setattr(Threads, "submit", note)
+    assert_equal_states(results[:1], train_some(1))  # a thread for each half of the first layer
+    assert set(taken) == {1}
+    monkeypatch.setattr(Threads, "submit", submit)
     monkeypatch.setattr(fit, "_PASS_BYTES", 1)  # a thread for each
     assert_equal_states(results, train_some())
 
 
 def test_without_numba_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train_some()
-    monkeypatch.setattr(fit, "WORTH_PARAM_STEPS", 0)
+    monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", 0)
     compiled = train_some()
     monkeypatch.setitem(sys.modules, "featcache.head_kernels", None)
     monkeypatch.delattr("featcache.head_kernels", raising=False)
@@ -155,9 +177,7 @@ def test_products_stay_on_their_thread_and_the_callers_number_comes_back() -> No
 def test_what_is_worth_it_is_decided_by_size_alone() -> None:
     assert compiled_stack.WORTH_PARAM_STEPS > 1e8
     jobs = [HeadJob(HeadConfig(1280, 2), TrainingConfig(epochs=10, batch_size=32), 0)]
-    rows = fit.Rows(
-        torch.zeros(1), torch.zeros(3200, dtype=torch.int64), None, None, None, ["a", "b"], 0,
-        torch.float32,
-    )  # fmt: skip
-    assert fit._kernels_for(jobs, rows) is not None
-    assert fit._kernels_for(jobs[:0], rows) is None
+    assert kernels_for(jobs, 3200, CPU, torch.float32) is not None
+    assert kernels_for(jobs, 3200, CPU, torch.float64) is None
+    assert kernels_for(jobs, 320, CPU, torch.float32) is None
+    assert kernels_for([], 3200, CPU, torch.float32) is None

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from featcache import fit
+from featcache import compiled_stack
 from featcache.compiled_stack import load_kernels
 from featcache.fit import fit_heads, forward_head
 from featcache.head import HeadConfig, build_head
@@ -49,11 +49,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=["torch", "compiled"], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """By what a stack computes, whatever its size."""
+    """By what a stack computes, whatever its size; compiled, one head alone by two threads."""
     if request.param == "compiled":
         assert load_kernels() is not None
     worth = {"torch": math.inf, "compiled": 0}[request.param]
-    monkeypatch.setattr(fit, "WORTH_PARAM_STEPS", worth)
+    monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", worth)
+    monkeypatch.setattr(compiled_stack, "WORTH_HALVES", 0)
+    monkeypatch.setattr(compiled_stack, "available_cores", lambda: 2)
     return str(request.param)
 
 
