@@ -7,7 +7,11 @@ Reads, writes: Numba's cache, beside the package or in the user's cache folder. 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numba
@@ -15,17 +19,31 @@ import numba
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def compiled(signature: str) -> Callable[[_Function], _Function]:
-    """Compile now, for one signature, and keep it on the disk if there is a place for it."""
+def compiled(signature: str, *modules: ModuleType) -> Callable[[_Function], _Function]:
+    """Compile now, for one signature, and keep it on the disk if there is a place for it.
+
+    Numba takes what it has kept for the same when time and size of the function's own file are:
+    those of an installed file may be, of another version. So the name has a hash of the sources.
+
+    Args:
+        signature: Numba's.
+        modules: That the function's parts come from, other than its own.
+    """
 
     def compile_now(function: _Function) -> _Function:
         jit = functools.partial(numba.njit, signature, nogil=True, error_model="numpy")
         try:  # beside its file, else in NUMBA_CACHE_DIR or the user's cache folder
+            function.__qualname__ += "_" + _hash_sources(function, modules)
             return cast(_Function, jit(cache=True)(function))
         except (OSError, RuntimeError):  # none of them can be written to
             return cast(_Function, jit()(function))
 
     return compile_now
+
+
+def _hash_sources(function: Callable[..., Any], modules: Sequence[ModuleType]) -> str:
+    files = [function.__code__.co_filename, *map(inspect.getfile, modules)]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
 
 
 def part(function: _Function) -> _Function:

@@ -368,11 +368,17 @@ def _not_ours(path: Path, what: str, found: str) -> CacheError:
 
 
 def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
+    how = fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, how)
+        except BlockingIOError:
+            # Twice, and reading takes some time: after one of 900 kills the lock was not yet free.
+            holder = _read_sign(file)
+            fcntl.flock(file, how)
     except BlockingIOError as error:
         raise CacheError(
-            what, expected="no other writer", found=f"one at work: {_read_sign(file)}", where=path,
+            what, expected="no other writer", found=f"one at work: {holder}", where=path,
             hint="Wait for it, or stop it",
         ) from error  # fmt: skip
     except OSError as error:

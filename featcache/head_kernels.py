@@ -27,98 +27,27 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from featcache import head_space, loss_kernels, optimizer_kernels
 from featcache.compiling import compiled, part, summing
+from featcache.head_space import (
+    TILE_ROWS,
+    at_params,
+    half_of_units,
+    matrix,
+    of_half,
+    of_rows,
+    outputs,
+)
+from featcache.loss_kernels import binary_cross_entropy, cross_entropy
+from featcache.optimizer_kernels import move
 
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
-ADAM, ADAMW, SGD = 0, 1, 2  # ``kind`` of ``step``
 WHOLE, BEGIN, UNITS, MIDDLE, WEIGHTS, END = range(6)  # ``phase`` of ``step``
 
-_TILE_ROWS = 64  # 64 x 1280 of float32 lie in a second-level cache beside what they are added to
-_ONE, _HALF = np.float32(1), np.float32(0.5)
+_ONE = np.float32(1)
 _BATCH_NORM_EPS, _BATCH_NORM_MOMENTUM = np.float32(1e-5), np.float32(0.1)
-_BETA_1, _BETA_2, _ADAM_EPS = np.float32(0.9), np.float32(0.999), np.float32(1e-8)
-_SGD_MOMENTUM = np.float32(0.9)
-
-
-# --- Where things lie in ``space``, which a step works in
-
-
-def space_size(widths: _Ints, num_rows: int) -> int:
-    """Return how many float32 a step of ``num_rows`` rows works in."""
-    return _at_layer(widths, num_rows, len(widths) - 1)
-
-
-@part
-def _at_layer(widths: _Ints, num_rows: int, layer: int) -> int:
-    """Return where the outputs of a layer begin.
-
-    Of each: what it puts out, that normalised (both (width, B)), its gradient, 1 / deviations.
-    Before them: the rows normalised and as the first layer sees them (both (B, D)), their means
-    and variances; and for both halves a tile and the gradients of the first batch norm.
-    """
-    wide = int(widths[0])
-    start = 2 * (num_rows + 1) * wide + 2 * (_TILE_ROWS + 2) * wide
-    for i in range(1, layer + 1):
-        start += int(widths[i]) * (3 * num_rows + 1)
-    return start
-
-
-@part
-def _matrix(flat: _Floats, start: int, rows: int, columns: int) -> _Floats:
-    return flat[start : start + rows * columns].reshape(rows, columns)
-
-
-@part
-def _of_rows(
-    widths: _Ints, num_rows: int, space: _Floats
-) -> tuple[_Floats, _Floats, _Floats, _Floats]:
-    """Return the rows normalised, as the first layer sees them, their means and variances."""
-    wide = widths[0]
-    size = num_rows * wide
-    return (
-        _matrix(space, 0, num_rows, wide), _matrix(space, size, num_rows, wide),
-        space[2 * size :][:wide], space[2 * size + wide :][:wide],
-    )  # fmt: skip
-
-
-@part
-def _of_half(
-    widths: _Ints, num_rows: int, half: int, space: _Floats
-) -> tuple[_Floats, _Floats, _Floats]:
-    """Return a tile, flat, and the gradients of the first batch norm's weight and bias."""
-    wide = widths[0]
-    start = 2 * (num_rows + 1) * wide + half * (_TILE_ROWS + 2) * wide
-    size = _TILE_ROWS * wide
-    return space[start:][:size], space[start + size :][:wide], space[start + size + wide :][:wide]
-
-
-@part
-def _outputs(
-    widths: _Ints, num_rows: int, layer: int, space: _Floats
-) -> tuple[_Floats, _Floats, _Floats, _Floats]:
-    """Return a layer's outputs, those normalised, its gradient and 1 / deviations."""
-    at, wide = _at_layer(widths, num_rows, layer), widths[layer + 1]
-    size = wide * num_rows
-    return (
-        _matrix(space, at, wide, num_rows), _matrix(space, at + size, wide, num_rows),
-        _matrix(space, at + 2 * size, wide, num_rows), space[at + 3 * size :][:wide],
-    )  # fmt: skip
-
-
-@part
-def _at_params(widths: _Ints, layer: int) -> int:
-    at = 0
-    for i in range(layer):
-        at += 2 * widths[i] + widths[i + 1] * (widths[i] + 1)
-    return at
-
-
-@part
-def _half_of_units(widths: _Ints, half: int) -> tuple[int, int]:
-    cut = (widths[1] + 1) // 2
-    return (0, cut) if half == 0 else (cut, widths[1])
 
 
 # --- Loops
@@ -210,7 +139,7 @@ def _begin(
     widths: _Ints, params: _Floats, stats: _Floats, num_rows: int, mask: _Floats, space: _Floats
 ) -> None:
     """Track the rows' statistics and put the rows through the first batch norm."""
-    normed, shown, mean, variance = _of_rows(widths, num_rows, space)
+    normed, shown, mean, variance = of_rows(widths, num_rows, space)
     wide = widths[0]
     for j in range(wide):
         _track(stats, j, mean[j])
@@ -231,9 +160,9 @@ def _activate(
     num_rows: int, space: _Floats,
 ) -> None:  # fmt: skip
     """Add biases to some units of a layer and, but for logits, put them through ReLU and norm."""
-    out, normed, _, inverse = _outputs(widths, num_rows, layer, space)
+    out, normed, _, inverse = outputs(widths, num_rows, layer, space)
     narrow = widths[layer + 1]
-    bias = params[_at_params(widths, layer + 1) - narrow :]
+    bias = params[at_params(widths, layer + 1) - narrow :]
     at_stats = 2 * widths[: layer + 1].sum()
     share = _ONE / np.float32(num_rows)
     correction = np.float32(num_rows / (num_rows - 1))
@@ -258,12 +187,12 @@ def _forward_units(
     half: int, widths: _Ints, params: _Floats, stats: _Floats, num_rows: int, space: _Floats
 ) -> None:
     """Run the rows through half of the first layer."""
-    lowest, end = _half_of_units(widths, half)
+    lowest, end = half_of_units(widths, half)
     if lowest == end:
         return
     wide = widths[0]
-    shown, out = _of_rows(widths, num_rows, space)[1], _outputs(widths, num_rows, 0, space)[0]
-    weights = _matrix(params, 2 * wide, widths[1], wide)
+    shown, out = of_rows(widths, num_rows, space)[1], outputs(widths, num_rows, 0, space)[0]
+    weights = matrix(params, 2 * wide, widths[1], wide)
     np.dot(weights[lowest:end], shown.T, out[lowest:end])
     _activate(0, lowest, end, widths, params, stats, num_rows, space)
 
@@ -273,8 +202,8 @@ def _show(
     layer: int, widths: _Ints, params: _Floats, num_rows: int, mask: _Floats, space: _Floats
 ) -> _Floats:
     """Return what a layer but the first sees, (width, B): batch norm, then dropout."""
-    wide, at = widths[layer], _at_params(widths, layer)
-    normed = _outputs(widths, num_rows, layer - 1, space)[1]
+    wide, at = widths[layer], at_params(widths, layer)
+    normed = outputs(widths, num_rows, layer - 1, space)[1]
     shown = np.empty((wide, num_rows), np.float32)
     for unit in range(wide):
         _scale_and_shift(normed[unit], params[at + unit], params[at + wide + unit], shown[unit])
@@ -290,102 +219,13 @@ def _forward_rest(
     """Run all layers but the first."""
     for layer in range(1, len(widths) - 1):
         wide, narrow = widths[layer], widths[layer + 1]
-        weights = _matrix(params, _at_params(widths, layer) + 2 * wide, narrow, wide)
+        weights = matrix(params, at_params(widths, layer) + 2 * wide, narrow, wide)
         shown = _show(layer, widths, params, num_rows, mask, space)
-        np.dot(weights, shown, _outputs(widths, num_rows, layer, space)[0])
+        np.dot(weights, shown, outputs(widths, num_rows, layer, space)[0])
         _activate(layer, 0, narrow, widths, params, stats, num_rows, space)
 
 
-# --- Loss
-
-
-@part
-def _cross_entropy(
-    logits: _Floats, classes: _Ints, row_weights: _Floats, weights: _Floats, smoothing: np.float32,
-    grad: _Floats,
-) -> np.float32:  # fmt: skip
-    """Return the loss of a batch and set its gradient, both (C, B): one class a row."""
-    num_classes, num_rows = logits.shape
-    total, sum_of_weights = np.float32(0), np.float32(0)
-    for j in range(num_classes):
-        sum_of_weights += weights[j]
-    for row in range(num_rows):
-        of_row = row_weights[row] if row_weights.size else _ONE
-        total += weights[classes[row]] * of_row
-    loss = np.float32(0)
-    for row in range(num_rows):
-        of_row = (row_weights[row] if row_weights.size else _ONE) / total
-        shared = smoothing / np.float32(num_classes) * of_row
-        own = weights[classes[row]] * (_ONE - smoothing) * of_row
-        top, norm = logits[:, row].max(), np.float32(0)
-        for j in range(num_classes):
-            grad[j, row] = np.exp(logits[j, row] - top)
-            norm += grad[j, row]
-        log_norm, counted = top + np.log(norm), own + shared * sum_of_weights
-        for j in range(num_classes):
-            wanted = shared * weights[j]
-            if j == classes[row]:
-                wanted += own
-            loss += wanted * (log_norm - logits[j, row])
-            grad[j, row] = grad[j, row] / norm * counted - wanted
-    return loss
-
-
-@part
-def _binary_cross_entropy(
-    logits: _Floats, labels: _Floats, row_weights: _Floats, weights: _Floats,
-    smoothing: np.float32, grad: _Floats,
-) -> np.float32:  # fmt: skip
-    """Return the loss of a batch and set its gradient, both (C, B): several labels a row."""
-    num_classes, num_rows = logits.shape
-    total = np.float32(0)
-    for row in range(num_rows):
-        of_row = row_weights[row] if row_weights.size else _ONE
-        for j in range(num_classes):
-            if not np.isnan(labels[row, j]):
-                total += of_row
-    loss = np.float32(0)
-    for row in range(num_rows):
-        of_row = (row_weights[row] if row_weights.size else _ONE) / total
-        for j in range(num_classes):
-            if np.isnan(labels[row, j]):
-                grad[j, row] = np.float32(0)
-                continue
-            logit, share = logits[j, row], labels[row, j] * (_ONE - smoothing) + smoothing * _HALF
-            yes, no = share * weights[j] * of_row, (_ONE - share) * of_row
-            small = np.exp(-abs(logit))
-            log_prob = min(logit, np.float32(0)) - np.log1p(small)
-            loss += no * logit - (yes + no) * log_prob
-            prob = (_ONE if logit > 0 else small) / (_ONE + small)
-            grad[j, row] = prob * (yes + no) - yes
-    return loss
-
-
 # --- Backward
-
-
-@part
-def _move(
-    kind: int, param: _Floats, grad: _Floats, first: _Floats, second: _Floats, settings: _Floats
-) -> None:
-    """Move some parameters against their gradient, which is overwritten."""
-    rate, decay = settings[0], settings[1]
-    if decay != 0 and kind == ADAMW:
-        for j in range(len(param)):
-            param[j] -= rate * decay * param[j]
-    elif decay != 0:
-        for j in range(len(param)):
-            grad[j] += decay * param[j]
-    if kind == SGD:
-        for j in range(len(param)):
-            first[j] = _SGD_MOMENTUM * first[j] + grad[j]
-            param[j] -= rate * first[j]
-        return
-    step, root = rate / settings[2], _ONE / np.sqrt(settings[3])
-    for j in range(len(param)):
-        first[j] += (_ONE - _BETA_1) * (grad[j] - first[j])
-        second[j] = _BETA_2 * second[j] + (_ONE - _BETA_2) * grad[j] * grad[j]
-        param[j] -= step * first[j] / (np.sqrt(second[j]) * root + _ADAM_EPS)
 
 
 @part
@@ -395,12 +235,12 @@ def _move_weights(
 ) -> None:  # fmt: skip
     """Move the weights (H, W) that begin at ``at``, by gradients (H, B) and inputs (W, B)."""
     wide = shown.shape[0]
-    tile = np.empty(min(_TILE_ROWS, len(grad)) * wide, np.float32)
-    for start in range(0, len(grad), _TILE_ROWS):
-        num = min(_TILE_ROWS, len(grad) - start)
-        np.dot(grad[start : start + num], shown.T, _matrix(tile, 0, num, wide))
+    tile = np.empty(min(TILE_ROWS, len(grad)) * wide, np.float32)
+    for start in range(0, len(grad), TILE_ROWS):
+        num = min(TILE_ROWS, len(grad) - start)
+        np.dot(grad[start : start + num], shown.T, matrix(tile, 0, num, wide))
         begin, end = at + start * wide, at + (start + num) * wide
-        _move(kind, params[begin:end], tile[: num * wide], first[begin:end], second[begin:end],
+        move(kind, params[begin:end], tile[: num * wide], first[begin:end], second[begin:end],
               settings)  # fmt: skip
 
 
@@ -414,7 +254,7 @@ def _move_biases(
     for unit in range(len(grad)):
         sums[unit] = moved_by[unit] = _sum(grad[unit])
     end = at + len(grad)
-    _move(kind, params[at:end], moved_by, first[at:end], second[at:end], settings)
+    move(kind, params[at:end], moved_by, first[at:end], second[at:end], settings)
     return sums
 
 
@@ -426,11 +266,11 @@ def _backward_rest(
     """Move all layers but the first; set the gradient of what that puts out."""
     share = _ONE / np.float32(num_rows)
     for layer in range(len(widths) - 2, 0, -1):
-        wide, narrow, at = widths[layer], widths[layer + 1], _at_params(widths, layer)
-        grad = _outputs(widths, num_rows, layer, space)[2]
-        out, normed, below, inverse = _outputs(widths, num_rows, layer - 1, space)
+        wide, narrow, at = widths[layer], widths[layer + 1], at_params(widths, layer)
+        grad = outputs(widths, num_rows, layer, space)[2]
+        out, normed, below, inverse = outputs(widths, num_rows, layer - 1, space)
         shown = _show(layer, widths, params, num_rows, mask, space)
-        np.dot(_matrix(params, at + 2 * wide, narrow, wide).T, grad, below)
+        np.dot(matrix(params, at + 2 * wide, narrow, wide).T, grad, below)
         if layer == len(widths) - 2:
             _mask_units(below, mask)
         at_bias = at + 2 * wide + narrow * wide
@@ -446,7 +286,7 @@ def _backward_rest(
                 value = factor * (values[row] - share * (by_shift + units[row] * by_scale))
                 values[row] = value if out[unit, row] > 0 else np.float32(0)
         end = at + 2 * wide
-        _move(kind, params[at:end], norm_grads, first[at:end], second[at:end], settings)
+        move(kind, params[at:end], norm_grads, first[at:end], second[at:end], settings)
 
 
 @part
@@ -459,10 +299,10 @@ def _move_first_weights(
     See ``stack``'s docstring. A linear head has dropout between the two: what multiplies beta is
     then not the sums of ``grad`` but its products with the mask.
     """
-    lowest, end = _half_of_units(widths, half)
+    lowest, end = half_of_units(widths, half)
     wide, narrow = widths[0], widths[1]
-    rows, grad = _of_rows(widths, num_rows, space)[0], _outputs(widths, num_rows, 0, space)[2]
-    tile, scale_grad, shift_grad = _of_half(widths, num_rows, half, space)
+    rows, grad = of_rows(widths, num_rows, space)[0], outputs(widths, num_rows, 0, space)[2]
+    tile, scale_grad, shift_grad = of_half(widths, num_rows, half, space)
     scale_grad[:], shift_grad[:] = np.float32(0), np.float32(0)
     if lowest == end:
         return
@@ -472,11 +312,11 @@ def _move_first_weights(
     scale, shift = params[:wide], params[wide : 2 * wide]
     at_bias = 2 * wide + narrow * wide + lowest
     sums = _move_biases(kind, at_bias, params, first, second, settings, grad[lowest:end])
-    for start in range(lowest, end, _TILE_ROWS):
-        num = min(_TILE_ROWS, end - start)
-        products = _matrix(tile, 0, num, wide)
+    for start in range(lowest, end, TILE_ROWS):
+        num = min(TILE_ROWS, end - start)
+        products = matrix(tile, 0, num, wide)
         np.dot(grad[start : start + num], rows, products)
-        weights = _matrix(params, 2 * wide + start * wide, num, wide)
+        weights = matrix(params, 2 * wide + start * wide, num, wide)
         _add_products(weights, products, scale_grad)
         totals = sums[start - lowest :][:num]
         if has_mask:
@@ -492,7 +332,7 @@ def _move_first_weights(
                     products[row, j] = products[row, j] * scale[j] + totals[row] * shift[j]
         for row in range(num):
             at = 2 * wide + (start + row) * wide
-            _move(kind, weights[row], products[row], first[at : at + wide], second[at : at + wide],
+            move(kind, weights[row], products[row], first[at : at + wide], second[at : at + wide],
                   settings)  # fmt: skip
 
 
@@ -505,11 +345,11 @@ def _end(
     wide = widths[0]
     norm_grads = np.empty(2 * wide, np.float32)
     for place in range(2):
-        one = _of_half(widths, num_rows, 0, space)[1 + place]
-        other = _of_half(widths, num_rows, 1, space)[1 + place]
+        one = of_half(widths, num_rows, 0, space)[1 + place]
+        other = of_half(widths, num_rows, 1, space)[1 + place]
         for j in range(wide):
             norm_grads[place * wide + j] = one[j] + other[j]
-    _move(kind, params[: 2 * wide], norm_grads, first[: 2 * wide], second[: 2 * wide], settings)
+    move(kind, params[: 2 * wide], norm_grads, first[: 2 * wide], second[: 2 * wide], settings)
 
 
 # --- The step
@@ -518,8 +358,9 @@ def _end(
 @compiled(
     "void(int64, int64, int64, int64[::1], float32[:, ::1], float32[:, ::1], float32[:, ::1],"
     "float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[::1], float32[:, ::1], float32[::1],"
-    "float32[:, ::1], float32[::1], float32[:, :, ::1], float32[::1], float32[::1])"
-)
+    "float32[:, ::1], float32[::1], float32[:, :, ::1], float32[::1], float32[::1])",
+    head_space, loss_kernels, optimizer_kernels,
+)  # fmt: skip
 def step(
     phase: int, half: int, kind: int, widths: _Ints, params: _Floats, stats: _Floats,
     first: _Floats, second: _Floats, settings: _Floats, rows: _Floats, classes: _Ints,
@@ -532,7 +373,7 @@ def step(
         phase: ``WHOLE``; or of a step of one head its phases in order, ``UNITS`` and ``WEIGHTS``
             of both halves each, which may run at the same time.
         half: 0 or 1, of those two.
-        kind: ``ADAM``, ``ADAMW`` or ``SGD``.
+        kind: See ``optimizer_kernels``.
         widths: D, the hidden widths, C.
         params: (K, P), written.
         stats: (K, S), written: they move a tenth of the way.
@@ -551,7 +392,7 @@ def step(
     """
     num_rows, last = len(rows), len(widths) - 2
     if phase in (WHOLE, BEGIN):
-        normed, _, mean, variance = _of_rows(widths, num_rows, space)
+        normed, _, mean, variance = of_rows(widths, num_rows, space)
         _normalise_rows(rows, normed, mean, variance)
     mask = np.empty((0, 0), np.float32)
     for head in range(len(params)):
@@ -565,12 +406,12 @@ def step(
                 _forward_units(place, widths, of_head, stats[head], num_rows, space)
         if phase in (WHOLE, MIDDLE):
             _forward_rest(widths, of_head, stats[head], num_rows, mask, space)
-            logits, _, grad, _ = _outputs(widths, num_rows, last, space)
+            logits, _, grad, _ = outputs(widths, num_rows, last, space)
             weights, smooth = class_weights[head], smoothing[head]
             if labels.size:
-                loss = _binary_cross_entropy(logits, labels, row_weights, weights, smooth, grad)
+                loss = binary_cross_entropy(logits, labels, row_weights, weights, smooth, grad)
             else:
-                loss = _cross_entropy(logits, classes, row_weights, weights, smooth, grad)
+                loss = cross_entropy(logits, classes, row_weights, weights, smooth, grad)
             losses[head] = loss
             _backward_rest(
                 kind, widths, of_head, moments, squares, settings[head], num_rows, mask, space

@@ -5,10 +5,9 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import pytest
 
-from featcache import acceleration, compiling
+from featcache import acceleration
 
 WITHOUT = """
 import importlib.abc, io, sys
@@ -84,12 +83,3 @@ def test_without_a_library_the_pixels_are_the_same(missing):
     assert done.returncode == 0, done.stderr
     present = [name for name in ("isal", "numba", "simplejpeg") if name not in missing]
     assert done.stdout.split() == [str("numba" in present), *present]
-
-
-def test_what_cannot_be_kept_on_the_disk_is_compiled_all_the_same():
-    """Numba finds no place for what has no file, as it finds none without a cache folder."""
-    space = {}
-    exec("def double(x): return 2 * x", space)
-    with pytest.raises(RuntimeError, match="no locator"):
-        numba.njit("int64(int64)", cache=True)(space["double"])
-    assert compiling.compiled("int64(int64)")(space["double"])(21) == 42

@@ -21,7 +21,8 @@ MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("
 ROWS = [
     ["errors"],
     ["files", "runtime", "threads", "compiling"],
-    ["kernels", "head_kernels"],
+    ["kernels", "head_space", "loss_kernels", "optimizer_kernels"],
+    ["head_kernels"],
     [
         "archive",
         "acceleration",
@@ -98,7 +99,16 @@ OWNERS = {
 EVERYBODYS = {"numpy", "torch", "sklearn"}
 NO_TORCH = {"errors", "files", "container", "hdf5", "dataset", "images", "isolation", "metrics"}
 NO_TORCH |= {"figures", "shards", "cli", "views", "threads", "decoding", "resampling", "png"}
-NO_TORCH |= {"kernels", "head_kernels", "compiling", "acceleration", "contents", "journal"}
+NO_TORCH |= {
+    "kernels",
+    "head_space",
+    "loss_kernels",
+    "head_kernels",
+    "compiling",
+    "acceleration",
+    "contents",
+    "journal",
+}
 NO_TORCH |= {"options", "cache_commands"}
 
 MAX_FILE_LINES = 450
