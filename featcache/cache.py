@@ -388,11 +388,15 @@ def _check_values(cache: Cache) -> None:
     if len(set(cache.classes)) != len(cache.classes):
         raise _damaged(cache.container, "classes", "different names", "a name twice")
     for name, split in cache.splits.items():
-        if cache.task == "multiclass" and len(split):
-            low, high = int(split.targets.min()), int(split.targets.max())
-            if low < -1 or high >= len(cache.classes):
-                wanted, found = f"targets from -1 to {len(cache.classes) - 1}", f"{low} to {high}"
-                raise _damaged(cache.container, f"splits/{name}/targets", wanted, found)
+        targets, wanted, found = split.targets, "", ""
+        if cache.task == "multilabel":
+            odd = targets[~((targets == 0) | (targets == 1) | np.isnan(targets))]
+            wanted, found = "targets of 0, 1 and NaN", ", ".join(map(str, odd[:1].tolist()))
+        elif len(split) and (targets.min() < -1 or targets.max() >= len(cache.classes)):
+            wanted = f"targets from -1 to {len(cache.classes) - 1}"
+            found = f"{targets.min()} to {targets.max()}"
+        if found:
+            raise _damaged(cache.container, f"splits/{name}/targets", wanted, found)
 
 
 def _damaged(container: Container, what: str, expected: object, found: object) -> CacheError:

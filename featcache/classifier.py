@@ -24,7 +24,7 @@ from featcache.cache import open_cache
 from featcache.dataset import ImageDataset, list_images
 from featcache.engine import build_engine, eager_features, relative_errors
 from featcache.errors import ConfigError, RunError
-from featcache.files import readable_json, write_bytes, write_csv
+from featcache.files import join_names, readable_json, write_bytes, write_csv
 from featcache.fit import predict_probs
 from featcache.pipeline import Lane, stream_features
 from featcache.recipe import Recipe, decode_probes, recipe_from_identity
@@ -32,6 +32,10 @@ from featcache.run import Run, load_head, load_run, require_same_features
 from featcache.runtime import resolve_device
 from featcache.views import PLAIN
 
+_OUTPUTS = {
+    "multiclass": "logits (B, C); softmax gives the probabilities of the classes in order",
+    "multilabel": "logits (B, C); sigmoid gives the probability of each class in order, one by one",
+}
 _EXPORT_TOLERANCE = 1e-4  # relative, on logits: another summation order, nothing more
 
 
@@ -42,9 +46,11 @@ class Predictions:
     Attributes:
         classes: C class names.
         paths: N paths, in the order of ``probs``.
-        probs: (N, C) softmax probabilities.
+        probs: (N, C) probabilities: of one class an image the softmax, of several labels the
+            sigmoid.
         failures: (path, reason) of images that could not be read.
         average_views: Whether a row of several views has the mean of their probabilities.
+        task: ``multiclass``, or ``multilabel``: several labels an image.
     """
 
     classes: tuple[str, ...]
@@ -52,20 +58,30 @@ class Predictions:
     probs: npt.NDArray[np.float64]
     failures: tuple[tuple[str, str], ...]
     average_views: bool = False
+    task: str = "multiclass"
 
     @property
-    def preds(self) -> tuple[str, ...]:
-        """The class of each image: the one of the largest probability."""
+    def preds(self) -> tuple[Any, ...]:
+        """The class of each image: the one of the largest probability.
+
+        Of several labels, a tuple of those above 0.5.
+        """
+        if self.task == "multilabel":
+            return tuple(
+                tuple(self.classes[i] for i in np.flatnonzero(row > 0.5)) for row in self.probs
+            )
         return tuple(self.classes[i] for i in self.probs.argmax(axis=1)) if len(self.probs) else ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the predictions as JSON values."""
+        has_labels, rows = self.task == "multilabel", []
+        for path, pred, row in zip(self.paths, self.preds, self.probs, strict=True):
+            called = {"preds": [*pred]} if has_labels else {"pred": pred, "prob": float(row.max())}
+            rows.append({"path": path, **called, "probs": row.tolist()})
         return {
             "classes": list(self.classes),
-            "predictions": [
-                {"path": path, "pred": pred, "prob": float(row.max()), "probs": row.tolist()}
-                for path, pred, row in zip(self.paths, self.preds, self.probs, strict=True)
-            ],
+            "task": self.task,
+            "predictions": rows,
             "failures": [{"path": path, "reason": reason} for path, reason in self.failures],
             "average_views": self.average_views,
         }
@@ -114,8 +130,10 @@ class Classifier:
                 else:
                     failures.append((outcome.sample.path, str(outcome.reason)))
         features = np.concatenate([np.empty((0, engine.num_features), np.float32), *rows])
-        probs = predict_probs(self.head, features, self.device)
-        return Predictions(self.run.classes, tuple(paths), probs, tuple(failures))
+        probs = predict_probs(self.head, features, self.device, self.run.task)
+        return Predictions(
+            self.run.classes, tuple(paths), probs, tuple(failures), task=self.run.task
+        )
 
     def as_network(self) -> nn.Module:
         """Return backbone and head as one module, (B, 3, S, S) normalized pixels to logits (B, C).
@@ -190,12 +208,13 @@ class Classifier:
             "backbone": backbone.name,
             "classifier_name": backbone.classifier_name,
             "head": {**self.run.head.as_json(), "layers": [str(layer) for layer in self.head]},
+            "task": self.run.task,
             "classes": list(self.run.classes),
             "preprocessing": {
                 **rules.as_identity(), "mean": list(backbone.mean), "std": list(backbone.std),
                 "input": "RGB, (B, 3, S, S) float32, (pixels / 255 - mean) / std",
             },
-            "output": "logits (B, C); softmax gives the probabilities of the classes in order",
+            "output": _OUTPUTS[self.run.task],
             "fingerprint": self.run.cache["fingerprint"],
             "head_sha256": self.run.weights_sha256,
         }  # fmt: skip
@@ -284,21 +303,28 @@ def predict_cache(
                 found=opened.num_features, where=cache, hint="Use the cache it was trained on",
             )  # fmt: skip
         features = split.features if average_views else split.plain_features
-        probs.append(predict_probs(head, np.asarray(features), place))
+        probs.append(predict_probs(head, np.asarray(features), place, loaded.task))
         paths += split.paths
     failures = tuple((f.path, f.reason) for f in opened.failures)
-    return Predictions(loaded.classes, tuple(paths), np.concatenate(probs), failures, average_views)
+    return Predictions(
+        loaded.classes, tuple(paths), np.concatenate(probs), failures, average_views, loaded.task
+    )
 
 
 def write_predictions(file: str | Path, predictions: Predictions) -> None:
-    """Write a CSV with path, pred, prob and the probability of each class; failures come last."""
-    header = ["path", "pred", "prob", *(f"prob_{name}" for name in predictions.classes), "failure"]
-    rows: list[list[object]] = [
-        [path, pred, float(probs.max()), *map(float, probs), ""]
-        for path, pred, probs in zip(
-            predictions.paths, predictions.preds, predictions.probs, strict=True
-        )
-    ]
-    blank = [""] * (2 + len(predictions.classes))
+    """Write a CSV with path, pred, prob and the probability of each class; failures come last.
+
+    Of several labels an image ``preds``, the names joined by ``|``, stands for pred and prob.
+    """
+    has_labels = predictions.task == "multilabel"
+    called = ["preds"] if has_labels else ["pred", "prob"]
+    header = ["path", *called, *(f"prob_{name}" for name in predictions.classes), "failure"]
+    rows: list[list[object]] = []
+    for path, pred, probs in zip(
+        predictions.paths, predictions.preds, predictions.probs, strict=True
+    ):
+        cells = [join_names(pred)] if has_labels else [pred, float(probs.max())]
+        rows.append([path, *cells, *map(float, probs), ""])
+    blank = [""] * (len(header) - 2)
     rows += [[path, *blank, reason] for path, reason in predictions.failures]
     write_csv(Path(file), header, rows)

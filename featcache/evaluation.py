@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from featcache.answers import Answers
 from featcache.cache import Cache, CacheSplit, open_cache
-from featcache.dataset import UNLABELLED
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError, printable
 from featcache.figures import write_confusion_figure
-from featcache.files import require_folder, write_csv, write_json
+from featcache.files import require_folder, write_json
 from featcache.fit import predict_probs
 from featcache.metrics import compute_metrics
+from featcache.partition import find_labelled
 from featcache.run import (
     Run,
     cache_path,
@@ -53,19 +53,21 @@ def evaluate(
             must still be the same. Classes of another cache are matched by name; it may have some
             of them only.
         split: ``test`` unless told otherwise.
-        positive: The class that is looked for; never guessed. With two classes it gives
-            sensitivity, specificity and the list of false negatives.
-        csv: A file for path, group, target, prediction and probabilities of every labelled row.
+        positive: The class that is looked for; never guessed. With two classes, or several labels
+            an image, it gives sensitivity, specificity and the list of false negatives.
+        csv: A file for path, group, target, prediction and probabilities of every labelled row. Of
+            several labels, targets, unknown and predictions are names joined by ``|``.
         average_views: Predict a row by the mean of its views' probabilities.
         say: Receives the lines for people.
 
     Returns:
         A JSON object, for the run's own cache also written to ``RUN/evaluation/SPLIT.json``:
-        ``split``, ``num_samples``,
+        ``split``, ``task``, ``num_samples``,
         ``classes``, the figures of ``metrics.compute_metrics``, ``false_negatives`` [path] or None,
-        ``mistakes`` [{path, target, pred, prob}] with the surest first, ``num_failed`` (images of
-        the split that could not be read), ``num_views`` (how many of a row were averaged; 1 is
-        view 0 alone) and ``fingerprint``.
+        ``mistakes`` [{path, target, pred, prob}] with the surest first (of several labels [{path,
+        class, target, pred, prob}], a wrong answer each, ``prob`` that of the class),
+        ``num_failed`` (images of the split that could not be read), ``num_views`` (how many of a
+        row were averaged; 1 is view 0 alone) and ``fingerprint``.
 
     Raises:
         RunError: If the run is damaged, its cache is gone or changed, or features or classes are
@@ -90,17 +92,18 @@ def evaluate(
     rows = _predict_rows(loaded, opened, split, say, average_views=average_views)
     result = {
         "split": split,
+        "task": loaded.task,
         "num_samples": len(rows.targets),
         "classes": list(loaded.classes),
         **compute_metrics(rows.targets, rows.probs, loaded.classes, positive),
-        "false_negatives": _false_negatives(rows, positive),
-        "mistakes": _mistakes(rows),
+        "false_negatives": rows.false_negatives(positive),
+        "mistakes": rows.mistakes(),
         "num_failed": sum(failure.split == split for failure in opened.failures),
         "num_views": opened.split(split).num_views if average_views else 1,
         "fingerprint": opened.fingerprint,
     }
     if csv is not None:
-        _write_rows(Path(csv), rows)
+        rows.write(Path(csv))
     _say_result(result, say)
     if cache is None:
         _keep(loaded, split, result, say)
@@ -114,6 +117,9 @@ def _keep(run: Run, split: str, result: dict[str, Any], say: Say) -> None:
     folder = run.path / "evaluation"
     folder.mkdir(exist_ok=True)
     write_json(folder / f"{split}.json", result)
+    if result["confusion_matrix"] is None:
+        say(f"written to {printable(folder.as_posix())}/{split}.json")
+        return
     title = f"{run.path.resolve().name} on {split}, accuracy {result['accuracy']:.3f}"
     confusion = np.array(result["confusion_matrix"])
     write_confusion_figure(folder / f"{split}_confusion.png", confusion, run.classes, title)
@@ -126,22 +132,6 @@ def _warn_of_training_rows(run: Run, split: str) -> None:
             f"the head was trained on rows of {split}: these figures flatter it",
             FeatcacheWarning, stacklevel=3,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Labelled rows of a split: targets (n,) and probs (n, C) in the run's order of classes."""
-
-    classes: tuple[str, ...]
-    paths: list[str]
-    groups: list[str]
-    targets: npt.NDArray[np.int64]
-    probs: npt.NDArray[np.float64]
-
-    @property
-    def preds(self) -> npt.NDArray[np.int64]:
-        preds: npt.NDArray[np.int64] = self.probs.argmax(axis=1)
-        return preds
 
 
 def _open_own_cache(run: Run) -> Cache:
@@ -167,12 +157,12 @@ def _open_other_cache(run: Run, path: Path) -> Cache:
 
 def _predict_rows(
     run: Run, cache: Cache, split_name: str, say: Say, *, average_views: bool
-) -> _Rows:
+) -> Answers:
     """Return the labelled rows of a split with the head's probabilities."""
     split = cache.split(split_name)
     to_run = _match_classes(run, cache, say)
     _check_features(run, cache, split)
-    labelled = np.flatnonzero(split.targets != UNLABELLED)
+    labelled = find_labelled(split.targets)
     if not len(labelled):
         raise CacheError(
             f"split {split_name}", expected="labelled rows", found="none", where=cache.path,
@@ -198,21 +188,34 @@ def _predict_rows(
             hint="Extract the images again, at --precision fp32",
         )  # fmt: skip
     groups = split.groups or [""] * len(split)
-    return _Rows(
+    return Answers(
         classes=run.classes,
         paths=[split.paths[i] for i in labelled],
         groups=[groups[i] for i in labelled],
-        targets=to_run[split.targets[labelled]],
-        probs=predict_probs(load_head(run), features, torch.device("cpu")),
+        targets=_to_classes_of(run, to_run, split.targets[labelled]),
+        probs=predict_probs(load_head(run), features, torch.device("cpu"), run.task),
     )
+
+
+def _to_classes_of(
+    run: Run, to_run: npt.NDArray[np.int64], targets: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """Return the targets by the run's classes, several labels of those not there being unknown."""
+    if targets.ndim == 1:
+        of_run: npt.NDArray[Any] = to_run[targets]
+        return of_run
+    matched = np.full((len(targets), len(run.classes)), np.nan, np.float32)
+    matched[:, to_run] = targets
+    return matched
 
 
 def _match_classes(run: Run, cache: Cache, say: Say) -> npt.NDArray[np.int64]:
     """Return the run's index of each of the cache's classes."""
-    if cache.task != "multiclass":
+    if cache.task != run.task:
         raise CacheError(
-            "cache", expected="one class per image", found=f"a {cache.task} cache",
-            where=cache.path, hint="Heads for several labels per image cannot be evaluated yet",
+            "cache", expected=f"a {run.task} cache, as the run was trained on",
+            found=f"a {cache.task} one", where=cache.path,
+            hint="Evaluate on another cache, or train a head on this one",
         )  # fmt: skip
     unknown = [name for name in cache.classes if name not in run.classes]
     if unknown:
@@ -236,43 +239,6 @@ def _check_features(run: Run, cache: Cache, split: CacheSplit) -> None:
         )  # fmt: skip
 
 
-def _false_negatives(rows: _Rows, positive: str | None) -> list[str] | None:
-    if positive is None or len(rows.classes) != 2:
-        return None
-    index = rows.classes.index(positive)
-    missed = np.flatnonzero((rows.targets == index) & (rows.preds != index))
-    return [rows.paths[i] for i in missed]
-
-
-def _mistakes(rows: _Rows) -> list[dict[str, Any]]:
-    """Return the wrong rows, the surest first."""
-    preds = rows.preds
-    wrong = np.flatnonzero(preds != rows.targets)
-    surest_first = sorted(wrong, key=lambda i: (-rows.probs[i, preds[i]], rows.paths[i]))
-    return [
-        {
-            "path": rows.paths[i],
-            "target": rows.classes[rows.targets[i]],
-            "pred": rows.classes[preds[i]],
-            "prob": float(rows.probs[i, preds[i]]),
-        }
-        for i in surest_first
-    ]
-
-
-def _write_rows(path: Path, rows: _Rows) -> None:
-    header = ["path", "group", "target", "pred", *(f"prob_{printable(c)}" for c in rows.classes)]
-    names = (rows.paths, rows.groups, rows.targets, rows.preds, rows.probs.tolist())
-    write_csv(
-        path,
-        header,
-        (
-            [name, group, rows.classes[target], rows.classes[pred], *probs]
-            for name, group, target, pred, probs in zip(*names, strict=True)
-        ),
-    )
-
-
 def _say_result(result: dict[str, Any], say: Say) -> None:
     """Say the figures in a few lines, and the surest mistakes."""
 
@@ -282,7 +248,9 @@ def _say_result(result: dict[str, Any], say: Say) -> None:
     failed = f", {result['num_failed']} more could not be read" if result["num_failed"] else ""
     views = f", mean of {result['num_views']} views each" if result["num_views"] > 1 else ""
     say(f"{result['num_samples']:,} images of {result['split']}{views}{failed}")
-    for key in ("accuracy", "balanced_accuracy", "roc_auc", "average_precision"):
+    has_labels = result["task"] == "multilabel"
+    keys = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision")
+    for key in keys if not has_labels else (keys[0], *keys[2:]):
         say(f"  {key.replace('_', ' '):<18} {shown(result[key])}")
     if result["sensitivity"] is not None or result["specificity"] is not None:
         say(printable(f"  positive class     {result['positive']}"))
@@ -290,24 +258,36 @@ def _say_result(result: dict[str, Any], say: Say) -> None:
         say(f"  specificity        {shown(result['specificity'])}")
         say(f"  false negatives    {len(result['false_negatives'])}")
     _say_classes(result["classes"], result["per_class"], shown, say)
-    _say_confusion(result["classes"], result["confusion_matrix"], say)
-    mistakes = result["mistakes"]
+    if not has_labels:
+        _say_confusion(result["classes"], result["confusion_matrix"], say)
+    mistakes, what = result["mistakes"], "wrong answers" if has_labels else "mistakes"
     if mistakes:
         most = min(len(mistakes), _MISTAKES_SAID)
-        say(
-            f"{len(mistakes)} mistakes" + (f", the {most} surest:" if len(mistakes) > most else ":")
-        )
+        say(f"{len(mistakes)} {what}" + (f", the {most} surest:" if len(mistakes) > most else ":"))
     for row in mistakes[:_MISTAKES_SAID]:
-        say(printable(f"  {row['prob']:.3f} {row['pred']}, is {row['target']}: {row['path']}"))
+        called, is_what = row.get("class", row["pred"]), row["target"]
+        if has_labels:
+            is_what = "one" if row["target"] else "none"
+        say(printable(f"  {row['prob']:.3f} {called}, is {is_what}: {row['path']}"))
 
 
 def _say_classes(classes: Sequence[str], per_class: dict[str, Any], shown: Any, say: Say) -> None:
-    width = max(len(name) for name in [*map(printable, classes), "class"])
-    say(f"{'class':<{width}}  images  precision     recall         f1")
+    """Say a line per class: how many images, and how well they were told."""
+    columns = {"images": "num_samples"}
+    if "num_positive" in per_class[classes[0]]:
+        columns = {"yes": "num_positive", "no": "num_negative", "unknown": "num_unknown"}
+        columns |= {"roc auc": "roc_auc", "avg. prec.": "average_precision"}
+    columns |= {key: key for key in ("precision", "recall", "f1")}
+    widths = [max(len(head), 6 if key[:4] == "num_" else 9) for head, key in columns.items()]
+    first = max(len(name) for name in [*map(printable, classes), "class"])
+    lines = [("class", [*columns])]
     for name in classes:
-        row = per_class[name]
-        figures = "".join(f"  {shown(row[key]):>9}" for key in ("precision", "recall", "f1"))
-        say(f"{printable(name):<{width}}  {row['num_samples']:>6,}{figures}")
+        values = [per_class[name][key] for key in columns.values()]
+        cells = [f"{value:,}" if type(value) is int else shown(value) for value in values]
+        lines.append((printable(name), cells))
+    for name, cells in lines:
+        line = (f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        say(f"{name:<{first}}" + "".join(line))
 
 
 def _say_confusion(classes: Sequence[str], confusion: list[list[int]], say: Say) -> None:

@@ -176,6 +176,14 @@ def csv_text(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return buffer.getvalue()
 
 
+def join_names(names: Iterable[str]) -> str:
+    r"""Return names as one cell, joined by ``|``.
+
+    A ``|`` or ``\`` of a name's own has a ``\`` before it.
+    """
+    return "|".join(re.sub(r"([\\|])", r"\\\1", name) for name in names)
+
+
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 # an undecodable byte, or what is written for one, and the backslashes before it
 _BYTE = re.compile("(\\\\*)([\udc80-\udcff])|(\\\\+)(?=udc[89a-f][0-9a-f])")

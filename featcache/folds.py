@@ -1,7 +1,7 @@
 """Rows -> pairs of rows to train on and rows to judge by, again and again.
 
 What belongs together (a group, copies of one image) never stands on both sides of a pair, and
-every class stands on both.
+every class stands on both. Of several labels a row the classes are those it is stratified by.
 
 Reads: a cache. Writes: nothing.
 """
@@ -17,7 +17,7 @@ import torch
 
 from featcache.cache import Cache
 from featcache.errors import CacheError, DataError
-from featcache.partition import Part, Rows, read_rows
+from featcache.partition import Part, Rows, Targets, name_strata, read_rows
 from featcache.runtime import Say, available_cores, silent
 from featcache.stratification import assign_units, build_units
 from featcache.streaming import StoredFeatures
@@ -29,7 +29,7 @@ Pair: TypeAlias = tuple[Rows, Rows]
 
 Features: TypeAlias = npt.NDArray[Any] | StoredFeatures
 
-Arrays: TypeAlias = tuple[Features, Rows, Features, Rows]
+Arrays: TypeAlias = tuple[Features, Targets, Features, Targets]
 """Features and targets to train on, features and targets to judge by."""
 
 
@@ -40,7 +40,7 @@ class Pool:
     Attributes:
         features: (N, D), or (N, V, D) of rows with views. Rows to choose by have but one, V times.
         plain: (N, D), the images as they are.
-        targets: (N,) int64.
+        targets: (N,) int64, or (N, C) of several labels a row.
         pair: The cache's own rows to train on and to choose by.
         units: Rows of each unit that stays together.
         names: Of the rows, which decide with the seed what goes where.
@@ -50,7 +50,7 @@ class Pool:
 
     features: Features
     plain: Features
-    targets: Rows
+    targets: Targets
     pair: Pair
     units: list[list[int]]
     names: list[str]
@@ -126,7 +126,7 @@ class Pool:
         return np.flatnonzero(parts == "train"), np.flatnonzero(parts == "valid")
 
     def _assign(self, shares: dict[str, float], seed: int, option: str) -> npt.NDArray[Any]:
-        labels = [self.classes[target] for target in self.targets]
+        labels = name_strata(self.targets, self.classes, self.units, len(shares))
         try:
             return np.array(assign_units(self.units, labels, self.names, shares, seed=seed))
         except DataError as error:

@@ -1,9 +1,13 @@
-"""How good are these probabilities? Figures by scikit-learn, null where they are undefined."""
+"""How good are these probabilities? Figures by scikit-learn, null where they are undefined.
+
+Targets (N,) are one class a row. Targets (N, C) of 0, 1 and NaN are several labels a row: each
+class is a question of its own, asked of the rows where its answer is known.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +28,10 @@ def compute_metrics(
     precision without predictions of it, an area under a curve without rows on both sides.
 
     Args:
-        targets: (N,) integers from 0 to C - 1, N >= 1; unlabelled rows must be left out.
-        probs: (N, C) finite floats; the prediction is the largest, the first on ties.
+        targets: (N,) integers from 0 to C - 1, N >= 1; unlabelled rows must be left out. Or (N, C)
+            of 0, 1 and NaN = unknown, some known.
+        probs: (N, C) finite floats; the prediction is the largest, the first on ties. Of several
+            labels, each above 0.5.
         classes: C names.
         positive: The class that is looked for, or None.
 
@@ -37,11 +43,20 @@ def compute_metrics(
         ``specificity`` (recall of the positive and of the other class; None without ``positive``
         or with more than two classes).
 
+        Of several labels a row: ``accuracy`` over the known targets; ``roc_auc`` and
+        ``average_precision``, macro means over the classes that have both answers, None without
+        one; ``per_class`` {class: precision, recall, f1, roc_auc, average_precision, num_positive,
+        num_negative, num_unknown, confusion_matrix (rows = no, yes)}; ``sensitivity`` and
+        ``specificity`` of the positive class. ``balanced_accuracy`` and ``confusion_matrix`` are
+        None.
+
     Raises:
         DataError: If the arrays are empty, do not fit each other or hold NaN.
         ConfigError: If ``positive`` is not a class.
     """
     _check(targets, probs, classes, positive)
+    if targets.ndim == 2:
+        return _compute_label_metrics(targets, probs, classes, positive)
     from sklearn import metrics
 
     indices = list(range(len(classes)))
@@ -76,20 +91,93 @@ def compute_metrics(
     }
 
 
+def _compute_label_metrics(
+    targets: npt.NDArray[Any], probs: npt.NDArray[Any], classes: Sequence[str], positive: str | None
+) -> dict[str, Any]:
+    per_class = {name: _measure_label(targets[:, i], probs[:, i]) for i, name in enumerate(classes)}
+    sensitivity = specificity = None
+    if positive is not None:
+        (no_no, no_yes), _ = per_class[positive]["confusion_matrix"]
+        sensitivity = per_class[positive]["recall"]
+        specificity = no_no / (no_no + no_yes) if no_no + no_yes else None
+    return {
+        "accuracy": _accuracy_of_labels(targets, probs),
+        "balanced_accuracy": None,
+        "roc_auc": _mean_of_known(row["roc_auc"] for row in per_class.values()),
+        "average_precision": _mean_of_known(row["average_precision"] for row in per_class.values()),
+        "per_class": per_class,
+        "confusion_matrix": None,
+        "positive": positive,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+    }
+
+
+def _measure_label(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> dict[str, Any]:
+    """Return the figures of one class, over the rows where it is known."""
+    from sklearn import metrics
+
+    known = ~np.isnan(targets)
+    is_yes, probs = targets[known] == 1, probs[known]
+    says_yes = probs > 0.5
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        is_yes, says_yes, labels=[True], zero_division=np.nan
+    )
+    has_both = is_yes.any() and not is_yes.all()
+    return {
+        "precision": _number(precision[0]),
+        "recall": _number(recall[0]),
+        "f1": _number(f1[0]),
+        "roc_auc": float(metrics.roc_auc_score(is_yes, probs)) if has_both else None,
+        "average_precision": (
+            float(metrics.average_precision_score(is_yes, probs)) if has_both else None
+        ),
+        "num_positive": int(is_yes.sum()),
+        "num_negative": int((~is_yes).sum()),
+        "num_unknown": int((~known).sum()),
+        "confusion_matrix": [
+            [int((~is_yes & ~says_yes).sum()), int((~is_yes & says_yes).sum())],
+            [int((is_yes & ~says_yes).sum()), int((is_yes & says_yes).sum())],
+        ],
+    }
+
+
+def _accuracy_of_labels(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> float:
+    known = ~np.isnan(targets)
+    return float(((probs > 0.5) == (targets == 1))[known].mean())
+
+
+def _mean_of_known(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _mean(known) if known else None
+
+
 METRICS = ("loss", "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1")
 """What heads can be chosen by; of ``loss`` less is better."""
 
 _OF_CLASSES = ("roc_auc", "average_precision", "f1")
+_OF_LABELS = ("loss", "accuracy", *_OF_CLASSES)
 
 
-def check_metric(metric: str, positive: str | None, classes: Sequence[str]) -> None:
+def check_metric(
+    metric: str, positive: str | None, classes: Sequence[str], *, has_labels: bool = False
+) -> None:
     """Refuse what ``compute_score`` could not compute.
+
+    Args:
+        metric: What is asked for.
+        positive: The class that is looked for.
+        classes: Those there are.
+        has_labels: Whether a row has several labels.
 
     Raises:
         ConfigError: If there is no such metric or class, or the metric looks for no class.
     """
     if metric not in METRICS:
         raise ConfigError("--metric", expected="one of " + ", ".join(METRICS), found=metric)
+    if has_labels and metric not in _OF_LABELS:
+        wanted = "for several labels per image one of " + ", ".join(_OF_LABELS)
+        raise ConfigError("--metric", expected=wanted, found=metric)
     if positive is not None and metric not in _OF_CLASSES:
         wanted = "a --metric of one class: " + ", ".join(_OF_CLASSES)
         raise ConfigError("--positive", expected=wanted, found=f"--metric {metric}")
@@ -97,8 +185,14 @@ def check_metric(metric: str, positive: str | None, classes: Sequence[str]) -> N
         raise ConfigError("--positive", expected="one of " + ", ".join(classes), found=positive)
 
 
-def describe_metric(metric: str, positive: str | None) -> str:
+def describe_metric(metric: str, positive: str | None, *, has_labels: bool = False) -> str:
     """Return the metric with its averaging: ``f1 (macro mean over the classes)``."""
+    if has_labels:
+        if metric in _OF_CLASSES:
+            mean = "macro mean over the classes with both answers"
+            return f"{metric} ({mean if positive is None else f'of {positive}'})"
+        of_what = "mean binary cross-entropy" if metric == "loss" else "share of right answers"
+        return f"{metric} ({of_what} over the known targets)"
     if metric == "loss":
         return "loss (mean cross-entropy)"
     if metric == "balanced_accuracy":
@@ -121,7 +215,8 @@ def compute_score(
     Args:
         metric: One of ``METRICS``: ``loss`` is the mean cross-entropy; ``roc_auc``,
             ``average_precision`` and ``f1`` are macro means over the classes, or those of the
-            positive class.
+            positive class. Of several labels a row, ``loss`` and ``accuracy`` are over the known
+            targets, and the means over the classes with both answers.
         targets: As for ``compute_metrics``, as are the three that follow.
         probs: (N, C).
         classes: C names.
@@ -131,8 +226,10 @@ def compute_score(
         DataError: If the arrays are empty, do not fit each other or hold NaN.
         ConfigError: If there is no such metric or class, or the metric looks for no class.
     """
-    check_metric(metric, positive, classes)
+    check_metric(metric, positive, classes, has_labels=targets.ndim == 2)
     _check(targets, probs, classes, positive)
+    if targets.ndim == 2:
+        return _score_labels(metric, targets, probs, classes, positive)
     from sklearn import metrics
 
     if metric == "loss":
@@ -157,6 +254,22 @@ def compute_score(
     is_class = targets == wanted[0]
     known = is_class.any() and not is_class.all()
     return float(score(is_class, probs[:, wanted[0]])) if known else None
+
+
+def _score_labels(
+    metric: str, targets: npt.NDArray[Any], probs: npt.NDArray[Any], classes: Sequence[str],
+    positive: str | None,
+) -> float | None:  # fmt: skip
+    if metric == "accuracy":
+        return _accuracy_of_labels(targets, probs)
+    if metric == "loss":
+        of_targets = np.where(targets == 1, probs, 1 - probs)[~np.isnan(targets)]
+        return _mean((-np.log(np.maximum(of_targets, np.finfo(np.float64).tiny))).tolist())
+    wanted = range(len(classes)) if positive is None else [list(classes).index(positive)]
+    rows = (_measure_label(targets[:, i], probs[:, i]) for i in wanted)
+    return _mean_of_known(
+        row[metric] for row in rows if row["num_positive"] and row["num_negative"]
+    )
 
 
 def paired_interval(
@@ -215,10 +328,21 @@ def _check(
         )  # fmt: skip
     if not len(targets):
         raise DataError("rows to measure", expected="one or more", found="none")
-    if targets.min() < 0 or targets.max() >= len(classes):
+    if targets.ndim == 2:
+        _check_labels(targets, probs)
+    elif targets.min() < 0 or targets.max() >= len(classes):
         raise DataError(
             "targets", expected=f"numbers from 0 to {len(classes) - 1}",
             found=f"{targets.min()} to {targets.max()}",
         )  # fmt: skip
     if positive is not None and positive not in classes:
         raise ConfigError("--positive", expected="one of " + ", ".join(classes), found=positive)
+
+
+def _check_labels(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> None:
+    known = ~np.isnan(targets) if targets.shape == probs.shape else np.zeros(1, bool)
+    if not known.any() or not np.isin(targets[known], (0, 1)).all():
+        raise DataError(
+            "targets", expected=f"0, 1 and NaN of shape {probs.shape}, some known",
+            found=f"shape {targets.shape}, {int(known.sum())} known",
+        )  # fmt: skip

@@ -20,7 +20,7 @@ from featcache.cache import Cache, CacheSplit
 from featcache.dataset import UNLABELLED
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, printable
 from featcache.runtime import Say, available_memory
-from featcache.stratification import assign_units, build_units
+from featcache.stratification import assign_units, build_units, choose_strata
 from featcache.streaming import BLOCK_BYTES, StoredFeatures
 from featcache.views import training_split
 
@@ -28,6 +28,8 @@ _MEMORY_SHARE = 0.75  # of what is left: heads, activations and others want some
 _LEAST_BLOCK_BYTES = 1 << 20
 
 Rows = npt.NDArray[np.int64]
+Targets = npt.NDArray[Any]
+"""(N,) int64; or (N, C) float32 of 0, 1 and NaN = unknown: several labels a row."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Part:
         name: ``train`` or ``valid``.
         split: Where they are.
         rows: Their numbers (n,) in the split, ascending.
-        num_unlabelled: Rows of the split left out for want of a target.
+        num_unlabelled: Rows of the split left out for want of a target; of several labels, of any.
     """
 
     name: str
@@ -47,9 +49,9 @@ class Part:
     num_unlabelled: int = 0
 
     @property
-    def targets(self) -> Rows:
-        """Targets (n,) int64."""
-        targets: Rows = self.split.targets[self.rows]
+    def targets(self) -> Targets:
+        """Targets of the rows."""
+        targets: Targets = self.split.targets[self.rows]
         return targets
 
     @property
@@ -101,17 +103,15 @@ def check_cache(cache: Cache) -> None:
     """Refuse caches that no head can be trained on.
 
     Raises:
-        CacheError: If it has several labels per image, or fewer than two classes.
+        CacheError: If it has fewer than two classes.
     """
-    if cache.task != "multiclass":
-        raise CacheError(
-            "cache", expected="one class per image", found=f"a {cache.task} cache",
-            where=cache.path, hint="Heads for several labels per image cannot be trained yet",
-        )  # fmt: skip
     if len(cache.classes) < 2:
+        hint = "Extract images that lie in one folder per class"
+        if cache.task == "multilabel":
+            hint = "Write yes and no as two classes of one target a row: featcache.write_cache"
         raise CacheError(
             "classes", expected="two or more", found=", ".join(cache.classes) or "none",
-            where=cache.path, hint="Extract images that lie in one folder per class",
+            where=cache.path, hint=hint,
         )  # fmt: skip
 
 
@@ -145,13 +145,16 @@ def choose_rows(
 
     Args:
         cache: One with ``train`` (or ``all``) and, without ``valid_fraction``, ``valid``.
-        valid_fraction: Share of ``train`` (or of ``all``) to hold out: stratified, groups and
-            identical images together; None takes ``valid``.
+        valid_fraction: Share of ``train`` (or of ``all``) to hold out: stratified (of several
+            labels a row, by its rarest positive one), groups and identical images together; None
+            takes ``valid``.
         seed: Another seed, another hold-out.
         say: Where lines for people go.
 
     Raises:
-        CacheError: If a split is missing or a class lacks rows.
+        CacheError: If a split is missing or a class lacks rows; of several labels, if a class is
+            unknown in all rows to train on. One that is never positive, or never negative, there is
+            warned of.
         ConfigError: If there is a ``valid`` already.
     """
     source = training_split(cache.splits)
@@ -175,11 +178,15 @@ def choose_rows(
     if valid_fraction is None:
         parts = train_part, _labelled(cache, "valid", "valid")
     else:
-        _check_classes(cache, train_part, at_least=2)
+        if cache.task == "multiclass":
+            _check_classes(cache, train_part, at_least=2)
         parts = _hold_out(cache, train_part, valid_fraction, seed)
         if train_part.split.groups is None:
             say("this cache has no groups: images of one patient may be in both train and valid")
-    _check_classes(cache, parts[0], at_least=1)
+    if cache.task == "multilabel":
+        _check_labels(cache, parts[0])
+    else:
+        _check_classes(cache, parts[0], at_least=1)
     if not len(parts[1].rows):
         raise CacheError(
             "split valid", expected="labelled rows", found="none", where=cache.path,
@@ -190,8 +197,36 @@ def choose_rows(
 
 def _labelled(cache: Cache, split_name: str, name: str) -> Part:
     split = cache.split(split_name)
-    rows: Rows = np.flatnonzero(split.targets != UNLABELLED)
+    rows = find_labelled(split.targets)
     return Part(name, split, rows, len(split) - len(rows))
+
+
+def find_labelled(targets: Targets) -> Rows:
+    """Return the numbers of the rows that have a target; of several labels, any known one."""
+    has_target = ~np.isnan(targets).all(axis=1) if targets.ndim == 2 else targets != UNLABELLED
+    rows: Rows = np.flatnonzero(has_target)
+    return rows
+
+
+def _check_labels(cache: Cache, part: Part) -> None:
+    """Refuse a class that is unknown in all rows; warn of one that has but one answer."""
+    targets = part.targets
+    has_yes, has_no = (targets == 1).any(axis=0), (targets == 0).any(axis=0)
+    is_known = (has_yes | has_no).tolist()
+    unknown = [name for name, known in zip(cache.classes, is_known, strict=True) if not known]
+    if unknown:
+        raise CacheError(
+            f"split {part.split.name}", expected="known targets of each class to train on",
+            found="none of " + ", ".join(unknown), where=cache.path,
+            hint="Leave that class out: featcache select --classes takes the others",
+        )  # fmt: skip
+    one_sided = [
+        f"{name} (never {'negative' if yes else 'positive'})"
+        for name, yes, no in zip(cache.classes, has_yes, has_no, strict=True) if not (yes and no)
+    ]  # fmt: skip
+    if one_sided:
+        message = f"cannot be learned from these rows to train on: {', '.join(one_sided)}"
+        warnings.warn(printable(message), FeatcacheWarning, stacklevel=4)
 
 
 def _check_classes(cache: Cache, part: Part, *, at_least: int) -> None:
@@ -205,16 +240,26 @@ def _check_classes(cache: Cache, part: Part, *, at_least: int) -> None:
         )  # fmt: skip
 
 
+def name_strata(
+    targets: Targets, classes: Sequence[str], units: Sequence[Sequence[int]], num_parts: int
+) -> list[str]:
+    """Return the class that each row is shared out by: see ``stratification.choose_strata``."""
+    if targets.ndim == 1:
+        return [classes[target] for target in targets]
+    names = [*classes, "of rows without any other"]
+    return [names[i] for i in choose_strata(targets == 1, units, num_parts)]
+
+
 def _hold_out(cache: Cache, part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
     """Split off about ``fraction`` of each class, groups and copies of one image together."""
     split, rows = part.split, part.rows.tolist()
     groups = [split.groups[row] if split.groups else None for row in rows]
     images = [image.tobytes() if image.any() else None for image in split.image_sha256[part.rows]]
-    labels = [cache.classes[target] for target in part.targets]
-    paths = [split.paths[row] for row in rows]
+    units, paths = build_units(groups, images), [split.paths[row] for row in rows]
     shares = {"train": 1 - fraction, "valid": fraction}
+    labels = name_strata(part.targets, cache.classes, units, len(shares))
     try:
-        names = assign_units(build_units(groups, images), labels, paths, shares, seed=seed)
+        names = assign_units(units, labels, paths, shares, seed=seed)
     except DataError as error:
         raise CacheError(
             "--valid-fraction", expected=f"{error.what} on both sides",

@@ -83,7 +83,7 @@ def record_fit(
         partial, head=head, state=result.state,
         training=training.as_json() | facts | dict(details or {}),
         seed=seed, data_seed=data_seed, classes=cache.classes, cache=_cache_facts(cache, folder),
-        history=result.history, environment=environment_facts(device),
+        history=result.history, environment=environment_facts(device), task=cache.task,
     )  # fmt: skip
 
 

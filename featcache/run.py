@@ -32,6 +32,7 @@ from featcache.head import HeadConfig, build_head, state_layout
 FORMAT = "featcache-run"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "head.safetensors"
+TASKS = ("multiclass", "multilabel")
 
 _KEYS = {
     "format", "format_version", "head", "training", "seed", "data_seed", "classes", "cache",
@@ -55,6 +56,7 @@ class Run:
         seed: Decided the initial weights and dropout.
         data_seed: Decided the order of the rows, and the hold-out if there was one.
         classes: Names of the head's outputs, in order.
+        task: ``multiclass``, or ``multilabel``: an output per class is a question of its own.
         cache: ``path`` (relative to the folder where possible), ``fingerprint``, ``identity``,
             ``payload_sha256`` and ``num_failed`` of the cache it was trained on.
         weights_sha256: sha256 of ``head.safetensors``.
@@ -69,6 +71,7 @@ class Run:
     classes: tuple[str, ...]
     cache: dict[str, Any]
     weights_sha256: str
+    task: str = "multiclass"
 
 
 def write_run(
@@ -83,6 +86,7 @@ def write_run(
     cache: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
     environment: Mapping[str, Any],
+    task: str = "multiclass",
 ) -> str:
     """Write the files of a run into ``folder`` and return the sha256 of its weights.
 
@@ -97,9 +101,10 @@ def write_run(
         cache: See ``Run.cache``; ``relative_path`` makes its ``path``.
         history: A row per epoch, all with the same keys.
         environment: A JSON object: ``runtime.environment_facts``.
+        task: ``multiclass`` or ``multilabel``.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    weights = safetensors.torch.save(tensors, _weights_metadata(head, classes))
+    weights = safetensors.torch.save(tensors, _weights_metadata(head, classes, task))
     weights_sha256 = hashlib.sha256(weights).hexdigest()
     write_bytes(folder / WEIGHTS_NAME, weights)
     columns = list(history[0])
@@ -117,6 +122,7 @@ def write_run(
         "seed": seed,
         "data_seed": data_seed,
         "classes": list(classes),
+        "task": task,
         "cache": dict(cache),
         "weights_sha256": weights_sha256,
     }
@@ -140,16 +146,20 @@ def load_run(path: str | Path) -> Run:
     named = all(isinstance(name, str) for name in classes) and len(set(classes)) == len(classes)
     if not named or len(classes) != head.num_classes:
         raise _damaged(folder, "classes", f"{head.num_classes} different names", classes)
+    task = facts.get("task", "multiclass")  # the first runs do not say
+    if task not in TASKS:
+        raise _damaged(folder, "task", " or ".join(TASKS), task)
     return Run(
         path=folder,
         head=head,
-        state=_read_weights(folder, facts["weights_sha256"], head, classes),
+        state=_read_weights(folder, facts["weights_sha256"], head, classes, task),
         training=facts["training"],
         seed=facts["seed"],
         data_seed=facts["data_seed"],
         classes=tuple(classes),
         cache=facts["cache"],
         weights_sha256=facts["weights_sha256"],
+        task=task,
     )
 
 
@@ -293,7 +303,7 @@ def _is_as_written(facts: Mapping[str, Any]) -> bool:
 
 
 def _read_weights(
-    folder: Path, sha256: str, head: HeadConfig, classes: Sequence[str]
+    folder: Path, sha256: str, head: HeadConfig, classes: Sequence[str], task: str
 ) -> dict[str, Tensor]:
     try:
         data = read_regular(folder / WEIGHTS_NAME, max_bytes=_MAX_WEIGHTS_BYTES)
@@ -307,9 +317,9 @@ def _read_weights(
     except SafetensorError as error:
         raise _damaged(folder, WEIGHTS_NAME, "a safetensors file", error) from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    if header.get("__metadata__") != _weights_metadata(head, classes):
+    if header.get("__metadata__") != _weights_metadata(head, classes, task):
         found = "others in run.json"
-        raise _damaged(folder, WEIGHTS_NAME, "the head and classes it was saved with", found)
+        raise _damaged(folder, WEIGHTS_NAME, "the head, classes and task it was saved with", found)
     layout = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()}
     if layout != state_layout(head):
         raise _damaged(folder, WEIGHTS_NAME, "the entries of the head in run.json", "others")
@@ -318,9 +328,16 @@ def _read_weights(
     return state
 
 
-def _weights_metadata(head: HeadConfig, classes: Sequence[str]) -> dict[str, str]:
-    """One key only: safetensors writes several in no fixed order, and the bytes are hashed."""
-    return {"featcache": canonical_json({"head": head.as_json(), "classes": list(classes)})}
+def _weights_metadata(head: HeadConfig, classes: Sequence[str], task: str) -> dict[str, str]:
+    """One key only: safetensors writes several in no fixed order, and the bytes are hashed.
+
+    The task stands there if it is not ``multiclass``: a featcache from before there were tasks
+    reads the other heads as ever, and refuses these.
+    """
+    facts: dict[str, Any] = {"head": head.as_json(), "classes": list(classes)}
+    if task != "multiclass":
+        facts["task"] = task
+    return {"featcache": canonical_json(facts)}
 
 
 def _damaged(folder: Path, what: str, expected: object, found: object) -> RunError:

@@ -105,6 +105,11 @@ class Search:
             (s, [pool.hold_out(s)] if number is None else pool.make_folds(number, s)) for s in seeds
         ]
 
+    @property
+    def pairs(self) -> list[Pair]:
+        """All rows to train on and to judge by, of the trials and of the repeats."""
+        return self._folds + [pair for _, pairs in self._again for pair in pairs]
+
     def search(self, journal: Journal) -> Found:
         """Do what the journal does not have, note it there, and return all."""
         self._journal = journal
@@ -187,7 +192,7 @@ class Search:
             self._count(steps[number], bar)
 
         results = judge.fit(plan, arrays, seed=seed, on_epoch=on_epoch)
-        scores = {"prior": judge.score_prior(arrays)}
+        scores = {"prior": judge.score_prior(arrays[1], arrays[3])}
         for number, (head, result) in results.items():
             diverged = result.diverged_in is not None
             scores[str(number)] = None if diverged else judge.score(head, result, arrays)

@@ -14,6 +14,9 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from featcache.errors import DataError
 
 
@@ -46,6 +49,39 @@ def build_units(
     for row in range(len(groups)):
         units[find(row)].append(row)
     return list(units.values())
+
+
+def choose_strata(
+    is_positive: npt.NDArray[np.bool_], units: Sequence[Sequence[int]], num_parts: int
+) -> list[int]:
+    """Return one class for each row of several labels, for ``assign_units`` to go by.
+
+    It is the rarest class that the row is positive for and that can reach every part: one whose
+    rows, without those of rarer classes, stand in as many units as there are parts. All other rows
+    make one stratum more; where it is too small itself, they go with the largest.
+
+    Args:
+        is_positive: (N, C).
+        units: The rows of each unit.
+        num_parts: How many parts there are to reach.
+
+    Returns:
+        The number of the class of each row, C for none.
+    """
+    num_rows, num_classes = is_positive.shape
+    unit_of = np.empty(num_rows, np.int64)
+    for number, unit in enumerate(units):
+        unit_of[list(unit)] = number
+    strata = np.full(num_rows, num_classes)
+    for index in np.argsort(is_positive.sum(0), kind="stable"):
+        rows = is_positive[:, index] & (strata == num_classes)
+        if len(np.unique(unit_of[rows])) >= num_parts:
+            strata[rows] = index
+    others = strata == num_classes
+    if not others.all() and len(np.unique(unit_of[others])) < num_parts:
+        strata[others] = np.bincount(strata[~others]).argmax()
+    chosen: list[int] = strata.tolist()
+    return chosen
 
 
 def assign_units(

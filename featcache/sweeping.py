@@ -37,7 +37,7 @@ from featcache.files import (
 from featcache.fit import fit_head
 from featcache.folds import Pool
 from featcache.journal import Journal
-from featcache.metrics import check_metric, describe_metric
+from featcache.metrics import check_metric
 from featcache.partition import check_cache, choose_rows, warn_of_leaks
 from featcache.ranking import Decision, decision_lines, ranking_lines, trial_rows
 from featcache.recording import check_seed, check_valid_fraction, record_fit
@@ -140,7 +140,8 @@ def sweep(
         sampler: ``random``, ``grid`` or ``tpe`` (Optuna's, 16 trials a round).
         space: A TOML file (see module ``space``); None is the default space.
         metric: ``loss``, ``accuracy``, ``balanced_accuracy``, ``roc_auc``, ``average_precision`` or
-            ``f1``; the last three are macro means unless ``positive`` is given.
+            ``f1``; the last three are macro means unless ``positive`` is given. Of several labels
+            an image all but ``balanced_accuracy``, over the known targets.
         positive: The class that those three look for.
         folds: Judge trials by cross-validation over ``train`` and ``valid`` instead, groups and
             identical images together.
@@ -174,16 +175,17 @@ def sweep(
     torch_device = resolve_device(device)
     opened = open_cache(cache)
     check_cache(opened)
-    check_metric(metric, positive, opened.classes)
+    has_labels = opened.task == "multilabel"
+    check_metric(metric, positive, opened.classes, has_labels=has_labels)
     warn_of_leaks(opened)
     pool = Pool.of(opened, choose_rows(opened, valid_fraction, seed, say), torch_device, say)
     chosen_space = read or default_space(len(pool.pair[0]))
     if sampler == "grid":
         check_grid(chosen_space, trials)
     plan = Plan(trials, sampler, chosen_space, folds, repeats, select, seed)
-    judge = Judge(metric, positive, opened.classes, torch_device, prune, _say_once(say))
-    if folds is None:  # every fold has rows of every class, as has every hold-out
-        _check_metric_is_known(judge, pool)
+    judge = Judge(
+        metric, positive, opened.classes, torch_device, prune, _say_once(say), opened.task
+    )
     work = {
         "format": "featcache-sweep", "version": __version__,
         "cache_fingerprint": opened.fingerprint, "cache_sha256": opened.payload_sha256,
@@ -195,6 +197,7 @@ def sweep(
     }  # fmt: skip
     propose = functools.partial(_propose, plan, judge.sign) if sampler == "tpe" else None
     search = Search(plan, judge, pool, propose, progress=progress)
+    _check_metric_is_known(judge, pool, search)
     _say_plan(plan, judge, pool, say)
     with _locked(journal_folder, folder):
         overwrite = _may_replace(folder, journal_folder, work, overwrite=overwrite)
@@ -352,7 +355,7 @@ def _write(
     return SweepSummary(
         run=folder, num_trials=len(found.trials),
         num_pruned=sum(trial.state == "pruned" for trial in found.trials),
-        num_failed=len(found.failed), metric=describe_metric(judge.metric, judge.positive),
+        num_failed=len(found.failed), metric=judge.description,
         top=[
             {"trial": t.number, "score": t.score, "options": t.params}
             for t in found.ranked[:_SHOWN]
@@ -381,12 +384,23 @@ def _check_options(trials: Any, sampler: Any, folds: Any, repeats: Any, select: 
         _import_optuna()
 
 
-def _check_metric_is_known(judge: Judge, pool: Pool) -> None:
-    if judge.score_prior(pool.take(pool.pair)) is None:
-        raise ConfigError(
-            f"--metric {judge.metric}", expected="rows of every class in valid",
-            found="none of some class", where=pool.cache.path, hint="Take --metric loss",
-        )  # fmt: skip
+def _check_metric_is_known(judge: Judge, pool: Pool, search: Search) -> None:
+    """Refuse a metric that some rows to judge by do not define: no head would have a score there.
+
+    Of one class a row, new hold-outs and folds have rows of every class.
+    """
+    has_labels = judge.task == "multilabel"
+    for train, valid in search.pairs if has_labels else search.pairs[:1]:
+        if judge.score_prior(pool.targets[train], pool.targets[valid]) is None:
+            wanted, found = "rows of every class in valid", "none of some class"
+            if has_labels:
+                of_class = "of a class" if judge.positive is None else f"of {judge.positive}"
+                wanted = f"positive and negative rows {of_class} in whatever is judged by"
+                found = "one answer only"
+            raise ConfigError(
+                f"--metric {judge.metric}", expected=wanted, found=found, where=pool.cache.path,
+                hint="Take --metric loss",
+            )  # fmt: skip
 
 
 def _say_once(say: Say) -> Say:
@@ -403,7 +417,7 @@ def _say_once(say: Say) -> Say:
 
 def _say_plan(plan: Plan, judge: Judge, pool: Pool, say: Say) -> None:
     names = ", ".join(d.name for d in plan.space.dimensions)
-    say(printable(f"searching {names} by {describe_metric(judge.metric, judge.positive)}"))
+    say(printable(f"searching {names} by {judge.description}"))
     num_train, num_valid = map(len, pool.pair)
     how = "to choose by" if plan.num_folds is None else f"in valid, in {plan.num_folds} folds"
     say(f"{num_train:,} rows to train on, {num_valid:,} {how}")

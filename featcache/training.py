@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from featcache.cache import Cache, open_cache
 from featcache.errors import ConfigError, printable
@@ -21,7 +22,14 @@ from featcache.files import new_folder, refuse_existing
 from featcache.fit import fit_head
 from featcache.head import HeadConfig
 from featcache.jobs import LBFGS, USED_BY_LBFGS, FitResult, HeadJob, TrainingConfig
-from featcache.partition import Part, check_cache, choose_rows, read_rows, warn_of_leaks
+from featcache.partition import (
+    Part,
+    Targets,
+    check_cache,
+    choose_rows,
+    read_rows,
+    warn_of_leaks,
+)
 from featcache.recording import check_seed, check_valid_fraction, record_fit
 from featcache.runtime import Say, resolve_device, silent
 from featcache.softmax_regression import MAX_ITERATIONS
@@ -37,9 +45,10 @@ class TrainSummary:
     Attributes:
         run: The run folder.
         classes: Class names.
+        task: ``multiclass``, or ``multilabel``: several labels an image.
         num_train: Labelled rows trained on.
         num_valid: Labelled rows the epoch was chosen by.
-        num_unlabelled: Rows left out for want of a target.
+        num_unlabelled: Rows left out for want of a target; of several labels, of any known one.
         num_failed: Images that failed and are therefore not in the cache, over all splits.
         num_views: Views of each row trained on, of which an epoch sees one, lbfgs all.
         num_epochs: Epochs run; with lbfgs, strengths of regularisation solved for.
@@ -55,6 +64,7 @@ class TrainSummary:
 
     run: Path
     classes: tuple[str, ...]
+    task: str
     num_train: int
     num_valid: int
     num_unlabelled: int
@@ -104,8 +114,10 @@ def train(
 
     Kept is the epoch with the lowest plain cross-entropy on ``valid``, the earliest on ties. Of
     images with views, each epoch trains on one view drawn at random, and ``valid`` is seen as is.
-    With ``optimizer="lbfgs"`` a linear head is solved for at 65 strengths of regularisation, and
-    kept is the one with the lowest cross-entropy on ``valid``, the strongest on ties.
+    Of a ``multilabel`` cache the loss is a binary cross-entropy per class, its mean over the known
+    targets. With ``optimizer="lbfgs"`` a linear head is solved for at 65 strengths of
+    regularisation, and kept is the one with the lowest cross-entropy on ``valid``, the strongest on
+    ties.
 
     Args:
         cache: The cache.
@@ -120,11 +132,12 @@ def train(
         batch_size: Rows per step, or ``auto``: about 1 % of the rows, 32 to 4096.
         epochs: The most passes over the rows.
         patience: Stop after this many epochs without a lower validation loss.
-        class_weights: ``none`` or ``balanced``.
+        class_weights: ``none`` or ``balanced``; of several labels, of the positives of a class.
         label_smoothing: In [0, 1).
         warmup: Epochs in which the learning rate rises from 0, step by step.
-        valid_fraction: Share of ``train`` (or of ``all``) held out as ``valid``, stratified, with
-            groups and identical images kept together; for caches without ``valid``.
+        valid_fraction: Share of ``train`` (or of ``all``) held out as ``valid``, stratified (of
+            several labels, by the rarest positive one of a row), with groups and identical images
+            kept together; for caches without ``valid``.
         seed: Decides the initial weights and dropout.
         data_seed: Decides the order of the rows, their views and the hold-out; None takes ``seed``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
@@ -179,7 +192,8 @@ def train(
         )  # fmt: skip
     kept = result.history[result.best_epoch - 1]
     summary = TrainSummary(
-        run=folder, classes=opened.classes, num_train=num_train, num_valid=num_valid,
+        run=folder, classes=opened.classes, task=opened.task, num_train=num_train,
+        num_valid=num_valid,
         num_unlabelled=sum(part.num_unlabelled for part in parts),
         num_failed=len(opened.failures), num_views=parts[0].split.num_views,
         num_epochs=len(result.history), best_epoch=result.best_epoch, strength=kept.get("strength"),
@@ -228,17 +242,24 @@ def _say_kept(summary: TrainSummary, result: FitResult, say: Say) -> None:
 
 
 def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, say: Say) -> None:
-    """Say how many rows of each class each part has."""
-    counts = [np.bincount(part.targets, minlength=len(cache.classes)) for part in parts]
-    lines = [(name, *column) for name, *column in zip(cache.classes, *counts, strict=True)]
-    if any(part.num_unlabelled for part in parts):
-        lines.append(("(unlabelled, left out)", *(part.num_unlabelled for part in parts)))
-    lines.append(("total", *(len(part.rows) for part in parts)))
-    names = [_cut(printable(line[0]), 40) for line in lines]
-    width = max(len(name) for name in [*names, "class"])
-    say(f"{'class':<{width}}  " + "  ".join(f"{part.name:>7}" for part in parts))
-    for name, line in zip(names, lines, strict=True):
-        say(f"{name:<{width}}  " + "  ".join(f"{count:>7,}" for count in line[1:]))
+    """Say how many rows of each class each part has, and what is left out or lopsided."""
+    counts = [_count_answers(part.targets, len(cache.classes)) for part in parts]
+    heads = ("{}",) if cache.task == "multiclass" else ("{}: yes", "no", "unknown")
+    names = ["class", *cache.classes, "(unlabelled, left out)", "total"]
+    columns = [[_cut(printable(name), 40) for name in names]]
+    for part, of_part in zip(parts, counts, strict=True):
+        below = [f"{part.num_unlabelled:,}", f"{len(part.rows):,}"]
+        for head, column in zip(heads, of_part.T.tolist(), strict=True):
+            columns.append([head.format(part.name), *(f"{n:,}" for n in column), *below])
+            below = ["", ""]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        [f"{cell:>{max(w, 7)}}" for cell, w in zip(line[1:], widths[1:], strict=True)]
+        for line in zip(*columns, strict=True)
+    ]
+    for i, (name, line) in enumerate(zip(columns[0], lines, strict=True)):
+        if i != len(lines) - 2 or any(part.num_unlabelled for part in parts):
+            say(f"{name:<{widths[0]}}  {'  '.join(line)}".rstrip())
     _say_failures(cache, say)
     num_views = parts[0].split.num_views
     if num_views > 1:
@@ -247,13 +268,30 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
         say(f"views: {num_views} of each training image ({how}), {used}")
     if "test" in cache.splits:
         say(f"the {len(cache.splits['test']):,} rows of test are not touched")
-    if training.class_weights == "none" and counts[0].max() > _IMBALANCE * counts[0].min():
-        say(
-            f"hint: the largest class of train is {counts[0].max() / counts[0].min():.1f} times "
-            "the smallest; try --class-weights balanced"
-        )
+    if training.class_weights == "none":
+        _say_imbalance(cache, counts[0], say)
     if training.optimizer == LBFGS:
         say("lbfgs: solved for, without dropout; strengths are of L2 on standardised features")
+
+
+def _count_answers(targets: Targets, num_classes: int) -> npt.NDArray[np.int64]:
+    """Return the rows of each class, (C, 1); of several labels yes, no and unknown, (C, 3)."""
+    if targets.ndim == 1:
+        return np.bincount(targets, minlength=num_classes)[:, None]
+    return np.stack([(targets == 1).sum(0), (targets == 0).sum(0), np.isnan(targets).sum(0)], 1)
+
+
+def _say_imbalance(cache: Cache, counts: npt.NDArray[np.int64], say: Say) -> None:
+    if cache.task == "multiclass":
+        ratio = counts.max() / counts.min()
+        found = f"the largest class of train is {ratio:.1f} times the smallest"
+    else:
+        answers = counts[:, :2]
+        ratios = np.where(answers.all(1), answers.max(1) / answers.min(1).clip(min=1), 1)
+        ratio, name = ratios.max(), printable(cache.classes[ratios.argmax()])
+        found = f"in train one answer to {name} is {ratio:.1f} times as frequent as the other"
+    if ratio > _IMBALANCE:
+        say(f"hint: {found}; try --class-weights balanced")
 
 
 def _say_failures(cache: Cache, say: Say) -> None:
@@ -290,8 +328,8 @@ def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]],
             say(head + ("  ".join(names) if fits else "lowest of the classes"))
         recalls = [(row[f"valid_recall_{name}"], printable(name)) for name in classes]
         if not fits:
-            recall, name = min(pair for pair in recalls if pair[0] is not None)
-            shown = f"{recall:.3f} {_cut(name, 30)}"
+            recall, name = min((p for p in recalls if p[0] is not None), default=(None, ""))
+            shown = "-" if recall is None else f"{recall:.3f} {_cut(name, 30)}"
         else:
             shown = "  ".join(
                 f"{'-' if recall is None else f'{recall:.3f}':>{w}}"

@@ -25,7 +25,8 @@ from featcache.folds import Arrays
 from featcache.head import HeadConfig, build_head
 from featcache.jobs import LBFGS, FitResult, HeadJob
 from featcache.linear_probe import choose_strengths
-from featcache.metrics import compute_score
+from featcache.metrics import compute_score, describe_metric
+from featcache.partition import Targets
 from featcache.runtime import Say, silent
 from featcache.space import Params, build_configs, params_from_json
 
@@ -76,6 +77,7 @@ class Judge:
         device: Where to compute.
         prunes: Whether hopeless trials are given up.
         say: Where lines for people go.
+        task: ``multiclass`` or ``multilabel``.
     """
 
     metric: str
@@ -84,16 +86,30 @@ class Judge:
     device: torch.device
     prunes: bool = True
     say: Say = silent
+    task: str = "multiclass"
 
     @property
     def sign(self) -> int:
         """1 where more is better, -1 where less is."""
         return -1 if self.metric == "loss" else 1
 
-    def score_prior(self, arrays: Arrays) -> float | None:
-        """Return what is got without looking: by the shares of the classes to train on."""
-        _, train_targets, _, targets = arrays
-        shares = np.bincount(train_targets, minlength=len(self.classes)) / len(train_targets)
+    @property
+    def description(self) -> str:
+        """The metric with its averaging."""
+        has_labels = self.task == "multilabel"
+        return describe_metric(self.metric, self.positive, has_labels=has_labels)
+
+    def score_prior(self, train_targets: Targets, targets: Targets) -> float | None:
+        """Return what is got without looking: by the shares of the classes to train on.
+
+        Of several labels, the share of yes among the known answers of a class, each answer being
+        seen once more than it was (Laplace's rule): one that was never seen does not cost all.
+        """
+        if targets.ndim == 2:
+            num_yes, num_no = ((train_targets == answer).sum(0) for answer in (1, 0))
+            shares = (num_yes + 1) / (num_yes + num_no + 2)
+        else:
+            shares = np.bincount(train_targets, minlength=len(self.classes)) / len(train_targets)
         probs = np.tile(shares, (len(targets), 1))
         return compute_score(self.metric, targets, probs, self.classes, self.positive)
 
@@ -103,7 +119,7 @@ class Judge:
             return float(result.history[result.best_epoch - 1][f"valid_{self.metric}"])
         built = build_head(head, seed=0)
         built.load_state_dict(result.state)
-        probs = predict_probs(built, arrays[2], self.device)
+        probs = predict_probs(built, arrays[2], self.device, self.task)
         score = compute_score(self.metric, arrays[3], probs, self.classes, self.positive)
         assert score is not None  # of the prior it was not
         return score

@@ -324,7 +324,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     if place.is_dir():
         run = load_run(place)
         return {
-            "kind": "run", "path": place.as_posix(), "classes": list(run.classes),
+            "kind": "run", "path": place.as_posix(), "task": run.task,
+            "classes": list(run.classes),
             "head": run.head.as_json(), "training": run.training, "seed": run.seed,
             "data_seed": run.data_seed, "cache": run.cache, "weights_sha256": run.weights_sha256,
             "evaluations": sorted(p.stem for p in place.glob("evaluation/*.json")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,12 +52,19 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
 def prediction_lines(predictions: Predictions) -> Iterator[str]:
     """Yield a line per image, then the counts."""
     width = max((len(printable(name)) for name in predictions.classes), default=0)
+    has_labels, counted = predictions.task == "multilabel", Counter[str]()
     rows = zip(predictions.paths, predictions.preds, predictions.probs, strict=True)
     for path, pred, probs in rows:
-        yield f"{printable(pred):<{width}}  {probs.max():6.1%}  {printable(path)}"
+        counted.update(pred if has_labels else [pred])
+        if has_labels:
+            sure = dict(zip(predictions.classes, probs, strict=True))
+            listed = ", ".join(f"{printable(name)} {sure[name]:.1%}" for name in pred)
+            yield f"{printable(path)}: {listed or 'none'}"
+        else:
+            yield f"{printable(pred):<{width}}  {probs.max():6.1%}  {printable(path)}"
     for path, reason in predictions.failures:
         yield f"failed: {printable(path)}: {printable(reason)}"
-    counts = [f"{predictions.preds.count(c):,} {printable(c)}" for c in predictions.classes]
+    counts = [f"{counted[c]:,} {printable(c)}" for c in predictions.classes]
     failed = f", {len(predictions.failures):,} failed" if predictions.failures else ""
     views = ", by the mean of their views" if predictions.average_views else ""
     yield f"{len(predictions.paths):,} images{views}: {', '.join(counts)}{failed}"

@@ -393,6 +393,13 @@ BROKEN: dict[str, dict[str, np.ndarray | None]] = {
     "a target too low": {"splits/train/targets": np.array([0, 1, -2])},
     "targets of another length": {"splits/train/targets": np.array([0, 1])},
     "targets floats": {"splits/train/targets": np.zeros(3, "<f4")},
+    **{
+        f"a label of {value}": {
+            "task": np.array(b"multilabel"),
+            "splits/train/targets": np.array([[0, 1], [np.nan, value], [0, 0]], "<f4"),
+        }
+        for value in (2, -1, 0.5, np.inf, 1e-45)
+    },
     "targets for several labels": {"splits/train/targets": np.zeros((3, 2), "<f4")},
     "features whole numbers": {"splits/train/features": np.ones((3, 4), "<i8")},
     "features flat": {"splits/train/features": np.ones(3, "<f4")},

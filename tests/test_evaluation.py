@@ -68,7 +68,7 @@ def probs_of(run: Path, features: Any) -> Any:
 def test_result_is_the_contracts_object_and_true(run: Path) -> None:
     result = evaluate(run)
     assert list(result) == [
-        "split", "num_samples", "classes", "accuracy", "balanced_accuracy", "roc_auc",
+        "split", "task", "num_samples", "classes", "accuracy", "balanced_accuracy", "roc_auc",
         "average_precision", "per_class", "confusion_matrix", "positive", "sensitivity",
         "specificity", "false_negatives", "mistakes", "num_failed", "num_views",
         "fingerprint",
@@ -235,7 +235,7 @@ def test_rows_of_another_shape_are_refused(run: Path, tmp_path: Path) -> None:
     write_cache(
         tmp_path / "m.h5", features[:, :10], labels, paths, classes=CLASSES, identity=IDENTITY
     )
-    with pytest.raises(CacheError, match="found a multilabel cache"):
+    with pytest.raises(CacheError, match="expected a multiclass cache.* found a multilabel one"):
         evaluate(run, cache=tmp_path / "m.h5", split="all")
 
 

@@ -53,7 +53,7 @@ ROWS = [
     ["linear_probe"],
     ["fit"],
     ["engine", "isolation", "integrity"],
-    ["cache_writer", "compatibility", "partition", "recipe", "inventory", "table"],
+    ["cache_writer", "compatibility", "partition", "recipe", "inventory", "table", "answers"],
     ["pipeline", "update", "rearrangement", "repair", "folds", "recording"],
     ["intake", "trials"],
     ["production", "projection", "summary", "comparison", "ranking"],

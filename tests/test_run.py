@@ -77,8 +77,8 @@ def test_files_are_text_but_the_weights_and_have_the_contracts_keys(tmp_path: Pa
     }  # fmt: skip
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert set(facts) == {
-        "format", "format_version", "head", "training", "seed", "data_seed", "classes", "cache",
-        "weights_sha256", "sha256",
+        "format", "format_version", "head", "training", "seed", "data_seed", "classes", "task",
+        "cache", "weights_sha256", "sha256",
     }  # fmt: skip
     with (folder / "history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -116,11 +116,15 @@ def test_every_flipped_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
         ({"classes": ["covid", "normal", "pneumonia"]}, "expected 2 different names"),
         ({"classes": ["covid", "covid"]}, "expected 2 different names"),
         ({"classes": ["covid", 1]}, "expected 2 different names"),
-        ({"classes": ["normal", "covid"]}, "the head and classes it was saved with"),
+        ({"classes": ["normal", "covid"]}, "the head, classes and task it was saved with"),
         ({"classes": None}, "run, classes: expected a JSON list"),
-        ({"head": {**HEAD.as_json(), "hidden": [5]}}, "the head and classes it was saved with"),
+        ({"head": {**HEAD.as_json(), "hidden": [5]}}, "the head, classes and task it was saved with"),
         ({"head": {**HEAD.as_json(), "num_classes": 0}}, "run, head"),
         ({"head": {"hidden": []}}, "run, head"),
+        ({"task": "multilabel"}, "the head, classes and task it was saved with"),
+        ({"task": "regression"}, "expected multiclass or multilabel, found regression"),
+        ({"task": ["multiclass"]}, "expected multiclass or multilabel"),
+        ({"task": None}, "expected multiclass or multilabel"),
         ({"cache": {}}, r"cache\.path"),
         ({"seed": "0"}, "run, seed"),
         ({"weights_sha256": "0" * 64}, "expected sha256 0000"),
@@ -133,7 +137,7 @@ def test_an_edited_run_is_refused(tmp_path: Path, change: dict[str, Any], what: 
 
 
 @pytest.mark.parametrize("change", [
-    {"seed": 3}, {"training": {"epochs": 3}}, {"note": "mine"}, {"sha256": "0" * 64},
+    {"seed": 3}, {"task": "multilabel"}, {"training": {"epochs": 3}}, {"note": "mine"}, {"sha256": "0" * 64},
     {"cache": {"path": "../c.h5", "fingerprint": "f" * 64, "identity": IDENTITY | {"mean": 0}}},
     {"training": {"loss": float("nan")}},
 ])  # fmt: skip
@@ -148,13 +152,38 @@ def test_a_run_from_before_run_json_was_signed_loads(tmp_path: Path) -> None:
     cache = {"path": "../c.h5", "fingerprint": fingerprint, "identity": IDENTITY}
     file = make_run(tmp_path / "r", cache=cache) / "run.json"
     facts = json.loads(file.read_text())
-    del facts["sha256"]
+    del facts["sha256"], facts["task"]
     file.write_text(json.dumps(facts))
     assert load_run(tmp_path / "r").cache == cache
     facts["cache"]["identity"] = IDENTITY | {"image_size": 225}
     file.write_text(json.dumps(facts))
     with pytest.raises(RunError, match="its own sha256"):
         load_run(tmp_path / "r")
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_a_run_without_a_task_has_one_class_a_row(tmp_path: Path, task: str) -> None:
+    """Runs of before there were tasks load; one whose task was taken out does not."""
+    folder = make_run(tmp_path / "r", task=task)
+    assert load_run(folder).task == task
+    facts = json.loads((folder / "run.json").read_text())
+    del facts["task"], facts["sha256"]
+    facts["sha256"] = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+    (folder / "run.json").write_text(json.dumps(facts))
+    if task == "multiclass":
+        assert load_run(folder).task == "multiclass"
+    else:
+        with pytest.raises(RunError, match="the head, classes and task it was saved with"):
+            load_run(folder)
+
+
+def test_weights_of_one_class_a_row_have_the_metadata_they_always_had(tmp_path: Path) -> None:
+    """So that an older featcache reads them, and refuses those of several labels."""
+    for task, more in (("multiclass", {}), ("multilabel", {"task": "multilabel"})):
+        data = (make_run(tmp_path / task, task=task) / "head.safetensors").read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        facts = {"head": HEAD.as_json(), "classes": list(CLASSES)}
+        assert json.loads(header["__metadata__"]["featcache"]) == facts | more
 
 
 def test_weights_of_another_head_are_refused_even_with_their_hash(tmp_path: Path) -> None:

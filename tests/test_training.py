@@ -242,13 +242,6 @@ def test_one_class_or_none_is_refused(tmp_path: Path) -> None:
             train(tmp_path / "c.h5", tmp_path / "r", **SMALL)
 
 
-def test_several_labels_are_refused(tmp_path: Path) -> None:
-    x, names = np.ones((4, 5), np.float32), [f"{i}.png" for i in range(4)]
-    write_cache(tmp_path / "m.h5", x, np.eye(4)[:, :2], names, classes=CLASSES)
-    with pytest.raises(CacheError, match="found a multilabel cache"):
-        train(tmp_path / "m.h5", tmp_path / "r", valid_fraction=0.5, **SMALL)
-
-
 # --- views
 
 
