@@ -267,7 +267,7 @@ def _say_result(result: dict[str, Any], say: Say) -> None:
     for row in mistakes[:_MISTAKES_SAID]:
         called, is_what = row.get("class", row["pred"]), row["target"]
         if has_labels:
-            is_what = "one" if row["target"] else "none"
+            is_what = "yes" if row["target"] else "no"
         say(printable(f"  {row['prob']:.3f} {called}, is {is_what}: {row['path']}"))
 
 

@@ -99,7 +99,7 @@ def _compute_label_metrics(
     if positive is not None:
         (no_no, no_yes), _ = per_class[positive]["confusion_matrix"]
         sensitivity = per_class[positive]["recall"]
-        specificity = no_no / (no_no + no_yes) if no_no + no_yes else None
+        specificity = _ratio(no_no, no_no + no_yes)
     return {
         "accuracy": _accuracy_of_labels(targets, probs),
         "balanced_accuracy": None,
@@ -120,26 +120,28 @@ def _measure_label(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> dict[s
     known = ~np.isnan(targets)
     is_yes, probs = targets[known] == 1, probs[known]
     says_yes = probs > 0.5
-    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-        is_yes, says_yes, labels=[True], zero_division=np.nan
-    )
+    no_no, no_yes, yes_no, yes_yes = (
+        int(((is_yes == of_target) & (says_yes == of_pred)).sum())
+        for of_target in (False, True) for of_pred in (False, True)
+    )  # fmt: skip
     has_both = is_yes.any() and not is_yes.all()
     return {
-        "precision": _number(precision[0]),
-        "recall": _number(recall[0]),
-        "f1": _number(f1[0]),
+        "precision": _ratio(yes_yes, no_yes + yes_yes),
+        "recall": _ratio(yes_yes, yes_no + yes_yes),
+        "f1": _ratio(2 * yes_yes, no_yes + yes_no + 2 * yes_yes),
         "roc_auc": float(metrics.roc_auc_score(is_yes, probs)) if has_both else None,
         "average_precision": (
             float(metrics.average_precision_score(is_yes, probs)) if has_both else None
         ),
-        "num_positive": int(is_yes.sum()),
-        "num_negative": int((~is_yes).sum()),
-        "num_unknown": int((~known).sum()),
-        "confusion_matrix": [
-            [int((~is_yes & ~says_yes).sum()), int((~is_yes & says_yes).sum())],
-            [int((is_yes & ~says_yes).sum()), int((is_yes & says_yes).sum())],
-        ],
+        "num_positive": yes_no + yes_yes,
+        "num_negative": no_no + no_yes,
+        "num_unknown": len(targets) - len(is_yes),
+        "confusion_matrix": [[no_no, no_yes], [yes_no, yes_yes]],
     }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def _accuracy_of_labels(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> float:

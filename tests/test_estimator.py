@@ -341,6 +341,14 @@ def test_targets_of_any_kind_and_their_order(names: Any) -> None:
     np.testing.assert_allclose(probs[:, 1], 1 / (1 + np.exp(-margins)), rtol=1e-9)
 
 
+def test_several_labels_a_row_are_refused_as_scikit_learn_does() -> None:
+    features, targets = blobs()
+    with pytest.raises(
+        ValueError, match=r"y should be a 1d array, got an array of shape \(70, 2\)"
+    ):
+        small().fit(features, np.eye(2)[targets])
+
+
 def test_three_classes_have_three_logits() -> None:
     features, targets = blobs(70, 3)
     fitted = small().fit(features, targets)

@@ -235,7 +235,7 @@ def test_rows_of_another_shape_are_refused(run: Path, tmp_path: Path) -> None:
     write_cache(
         tmp_path / "m.h5", features[:, :10], labels, paths, classes=CLASSES, identity=IDENTITY
     )
-    with pytest.raises(CacheError, match="expected a multiclass cache.* found a multilabel one"):
+    with pytest.raises(CacheError, match=r"expected a multiclass cache.* found a multilabel one"):
         evaluate(run, cache=tmp_path / "m.h5", split="all")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from featcache.cache import Cache, Failure, open_cache
-from featcache.cache_writer import SplitRows, write_cache, write_rows
+from featcache.cache_writer import SplitRows, write_rows
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError
 from featcache.fit import fit_head
 from featcache.head import HeadConfig
