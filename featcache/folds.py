@@ -17,9 +17,9 @@ import torch
 
 from featcache.cache import Cache
 from featcache.errors import CacheError, DataError
-from featcache.partition import Part, Rows, Targets, name_strata, read_rows
+from featcache.partition import Part, Rows, Targets, read_rows, share_out
 from featcache.runtime import Say, available_cores, silent
-from featcache.stratification import assign_units, build_units
+from featcache.stratification import build_units
 from featcache.streaming import StoredFeatures
 
 _CPU = torch.device("cpu")
@@ -126,9 +126,8 @@ class Pool:
         return np.flatnonzero(parts == "train"), np.flatnonzero(parts == "valid")
 
     def _assign(self, shares: dict[str, float], seed: int, option: str) -> npt.NDArray[Any]:
-        labels = name_strata(self.targets, self.classes, self.units, len(shares))
         try:
-            return np.array(assign_units(self.units, labels, self.names, shares, seed=seed))
+            return share_out(self.targets, self.classes, self.units, self.names, shares, seed)
         except DataError as error:
             raise CacheError(
                 option, expected=f"{error.what} in each of {len(shares)} parts",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from featcache.cache import Cache, CacheSplit
 from featcache.dataset import UNLABELLED
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, printable
 from featcache.runtime import Say, available_memory
-from featcache.stratification import assign_units, build_units, choose_strata
+from featcache.stratification import assign_labelled_units, assign_units, build_units
 from featcache.streaming import BLOCK_BYTES, StoredFeatures
 from featcache.views import training_split
 
@@ -240,14 +240,19 @@ def _check_classes(cache: Cache, part: Part, *, at_least: int) -> None:
         )  # fmt: skip
 
 
-def name_strata(
-    targets: Targets, classes: Sequence[str], units: Sequence[Sequence[int]], num_parts: int
-) -> list[str]:
-    """Return the class that each row is shared out by: see ``stratification.choose_strata``."""
-    if targets.ndim == 1:
-        return [classes[target] for target in targets]
-    names = [*classes, "of rows without any other"]
-    return [names[i] for i in choose_strata(targets == 1, units, num_parts)]
+def share_out(  # noqa: PLR0917
+    targets: Targets, classes: Sequence[str], units: Sequence[Sequence[int]], names: Sequence[str],
+    shares: Mapping[str, float], seed: int,
+) -> npt.NDArray[Any]:  # fmt: skip
+    """Return the part of each row: see ``stratification``.
+
+    Raises:
+        DataError: If a class, or any row of several labels, does not reach every part.
+    """
+    if targets.ndim == 2:
+        return np.array(assign_labelled_units(units, targets == 1, names, shares, seed=seed))
+    labels = [classes[target] for target in targets]
+    return np.array(assign_units(units, labels, names, shares, seed=seed))
 
 
 def _hold_out(cache: Cache, part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
@@ -257,16 +262,15 @@ def _hold_out(cache: Cache, part: Part, fraction: float, seed: int) -> tuple[Par
     images = [image.tobytes() if image.any() else None for image in split.image_sha256[part.rows]]
     units, paths = build_units(groups, images), [split.paths[row] for row in rows]
     shares = {"train": 1 - fraction, "valid": fraction}
-    labels = name_strata(part.targets, cache.classes, units, len(shares))
     try:
-        names = assign_units(units, labels, paths, shares, seed=seed)
+        names = share_out(part.targets, cache.classes, units, paths, shares, seed)
     except DataError as error:
         raise CacheError(
             "--valid-fraction", expected=f"{error.what} on both sides",
             found="its images in too few groups to part them", where=cache.path,
             hint="Split the images yourself: featcache split",
         ) from error  # fmt: skip
-    is_held = np.array(names) == "valid"
+    is_held = names == "valid"
     return (
         dataclasses.replace(part, rows=part.rows[~is_held]),
         Part("valid", split, part.rows[is_held]),

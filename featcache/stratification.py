@@ -13,11 +13,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import DataError
+
+_ANY = "any"
 
 
 def build_units(
@@ -49,39 +52,6 @@ def build_units(
     for row in range(len(groups)):
         units[find(row)].append(row)
     return list(units.values())
-
-
-def choose_strata(
-    is_positive: npt.NDArray[np.bool_], units: Sequence[Sequence[int]], num_parts: int
-) -> list[int]:
-    """Return one class for each row of several labels, for ``assign_units`` to go by.
-
-    It is the rarest class that the row is positive for and that can reach every part: one whose
-    rows, without those of rarer classes, stand in as many units as there are parts. All other rows
-    make one stratum more; where it is too small itself, they go with the largest.
-
-    Args:
-        is_positive: (N, C).
-        units: The rows of each unit.
-        num_parts: How many parts there are to reach.
-
-    Returns:
-        The number of the class of each row, C for none.
-    """
-    num_rows, num_classes = is_positive.shape
-    unit_of = np.empty(num_rows, np.int64)
-    for number, unit in enumerate(units):
-        unit_of[list(unit)] = number
-    strata = np.full(num_rows, num_classes)
-    for index in np.argsort(is_positive.sum(0), kind="stable"):
-        rows = is_positive[:, index] & (strata == num_classes)
-        if len(np.unique(unit_of[rows])) >= num_parts:
-            strata[rows] = index
-    others = strata == num_classes
-    if not others.all() and len(np.unique(unit_of[others])) < num_parts:
-        strata[others] = np.bincount(strata[~others]).argmax()
-    chosen: list[int] = strata.tolist()
-    return chosen
 
 
 def assign_units(
@@ -143,6 +113,66 @@ def assign_units(
     reached = {label: len(fractions) - len(unreached) for label, unreached in missing.items()}
     _refuse_small_classes(reached, fractions)
     return parts
+
+
+def assign_labelled_units(
+    units: Sequence[Sequence[int]],
+    is_positive: npt.NDArray[np.bool_],
+    names: Sequence[str],
+    fractions: Mapping[str, float],
+    *,
+    seed: int,
+) -> list[str]:
+    """Share units out as ``assign_units`` does, of rows that have several labels each.
+
+    A row goes by the rarest class that it is positive for and that can reach every part: one whose
+    rows, without those of rarer classes, stand in as many units as there are parts. All other rows
+    make one class more; where that is too small, they go by the largest. Classes whose units hang
+    together so that not all of them reach every part are given up, the smallest first.
+
+    Args:
+        units: As for ``assign_units``, as are the three that follow ``is_positive``.
+        is_positive: (N, C).
+        names: What tells the rows apart.
+        fractions: Part -> its share.
+        seed: Another seed, another order.
+
+    Returns:
+        The part of each row.
+
+    Raises:
+        DataError: If there are fewer units than parts.
+    """
+    unit_of = np.empty(len(names), np.int64)
+    for number, unit in enumerate(units):
+        unit_of[list(unit)] = number
+    candidates = list(np.argsort(is_positive.sum(0), kind="stable"))
+    while True:
+        labels = _choose_labels(is_positive, candidates, unit_of, len(fractions))
+        try:
+            return assign_units(units, labels.tolist(), names, fractions, seed=seed)
+        except DataError:
+            tried, counts = np.unique(labels[labels != _ANY], return_counts=True)
+            if not len(tried):
+                raise
+            candidates.remove(int(tried[counts.argmin()]))
+
+
+def _choose_labels(
+    is_positive: npt.NDArray[np.bool_], candidates: Sequence[int], unit_of: npt.NDArray[np.int64],
+    num_parts: int,
+) -> npt.NDArray[Any]:  # fmt: skip
+    """Return the class that each row goes by: its number as text, or ``_ANY``."""
+    labels = np.full(len(unit_of), _ANY, object)
+    for index in candidates:
+        rows = is_positive[:, index] & (labels == _ANY)
+        if len(np.unique(unit_of[rows])) >= num_parts:
+            labels[rows] = str(index)
+    others = labels == _ANY
+    if not others.all() and len(np.unique(unit_of[others])) < num_parts:
+        found, counts = np.unique(labels[~others], return_counts=True)
+        labels[others] = found[counts.argmax()]
+    return labels
 
 
 def _best_part(

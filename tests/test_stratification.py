@@ -3,10 +3,11 @@
 import random
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 
 from featcache.errors import DataError
-from featcache.stratification import assign_units, build_units
+from featcache.stratification import assign_labelled_units, assign_units, build_units
 
 SHARES = {"train": 0.7, "valid": 0.15, "test": 0.15}
 FOLDS = {f"fold {number}": 0.2 for number in range(5)}
@@ -194,3 +195,54 @@ def test_classes_that_hang_together_in_a_ring_are_refused():
     units, labels = [[0, 1], [2, 3], [4, 5]], list("abacbc")
     with pytest.raises(DataError, match=r"class \w: .* found enough for 1"):
         assign_units(units, labels, list("012345"), {"x": 0.5, "y": 0.5}, seed=0)
+
+
+# Several labels ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rows_of_several_labels_reach_every_part_whatever_hangs_together(seed):
+    generator = np.random.default_rng(seed)
+    num_rows, num_classes, num_parts = (
+        int(generator.integers(*x)) for x in ((12, 200), (2, 15), (2, 6))
+    )
+    chances = generator.choice([0.02, 0.05, 0.2, 0.5], num_classes)
+    is_positive = generator.random((num_rows, num_classes)) < chances
+    groups = [f"g{g}" for g in generator.integers(0, max(2 * num_parts, num_rows // 4), num_rows)]
+    units = build_units(groups, [None] * num_rows)
+    shares = {f"fold {i}": 1 / num_parts for i in range(num_parts)}
+    names = [f"{row:05}" for row in range(num_rows)]
+    parts = assign_labelled_units(units, is_positive, names, shares, seed=seed)
+    assert set(parts) == set(shares)
+    assert all(len({parts[row] for row in unit}) == 1 for unit in units)
+    again = assign_labelled_units(units, is_positive, names, shares, seed=seed)
+    assert parts == again
+
+
+def test_a_ring_of_labels_gives_its_smallest_class_up():
+    """As below with one class a row, where it is refused: three units, each of two classes."""
+    is_positive = np.zeros((7, 3), bool)
+    for row, label in enumerate([0, 1, 1, 2, 2, 0, 0]):
+        is_positive[row, label] = True
+    units, names = [[0, 1], [2, 3], [4, 5, 6]], [f"{row}" for row in range(7)]
+    parts = assign_labelled_units(units, is_positive, names, {"a": 0.5, "b": 0.5}, seed=0)
+    assert set(parts) == {"a", "b"}
+    with pytest.raises(DataError, match="class any"):
+        assign_labelled_units([list(range(7))], is_positive, names, {"a": 0.5, "b": 0.5}, seed=0)
+
+
+def test_the_rarest_label_decides_where_a_row_goes():
+    """Each class comes near its fraction, the rare ones too, though most rows have the common."""
+    generator = np.random.default_rng(3)
+    is_positive = generator.random((600, 4)) < [0.8, 0.3, 0.05, 0.02]
+    is_positive[:, 3] &= is_positive[:, 0]
+    names = [f"{row:05}" for row in range(600)]
+    parts = assign_labelled_units([[row] for row in range(600)], is_positive, names, SHARES, seed=1)
+    for index in range(4):
+        found = Counter(np.array(parts)[is_positive[:, index]].tolist())
+        total = sum(found.values())
+        for part, fraction in SHARES.items():
+            # those of rarer labels than its own are shared out by chance
+            assert abs(found[part] - fraction * total) <= 1 + 0.1 * total, (index, part)
+        if index == 3:
+            assert all(abs(found[p] - f * total) <= 1 for p, f in SHARES.items())
