@@ -104,7 +104,11 @@ for made in (split, extract, select, info, verify):
 @click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many without gain.")
 @click.option(
-    "--class-weights", type=click.Choice(["none", "balanced"]), default="none", show_default=True
+    "--class-weights",
+    type=click.Choice(["none", "balanced"]),
+    default="none",
+    show_default=True,
+    help="balanced: rare classes (of several labels an image, rare answers) count more.",
 )
 @click.option("--label-smoothing", type=float, default=0.0, show_default=True)
 @click.option("--valid-fraction", type=float, help="Hold out part of train, by groups.")
@@ -146,7 +150,8 @@ def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
     type=click.Choice(
         ["loss", "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1"]
     ),
-    help="Of valid, to choose by; the last three are means over the classes, or of --positive.",
+    help="Of valid, to choose by; the last three are means over the classes, or of --positive. "
+    "balanced_accuracy is not for caches of several labels an image.",
 )  # fmt: skip
 @click.option("--positive", metavar="CLASS", help="The class that --metric looks for.")
 @click.option(
@@ -195,7 +200,9 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--cache", type=click.Path(path_type=Path), help="Another cache than the run's.")
 @click.option("--split", default="test", show_default=True)
-@click.option("--positive", metavar="CLASS", help="Of two classes, the one not to be missed.")
+@click.option(
+    "--positive", metavar="CLASS", help="The class not to be missed, of two or of several labels."
+)
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
 @click.option("--average-views", is_flag=True, help="Mean of a row's views, not view 0 alone.")
 @printing

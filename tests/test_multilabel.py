@@ -435,15 +435,17 @@ def test_images_are_classified_and_the_network_is_exported(
 ) -> None:
     """Labels of one's own beside features that were extracted, as README shows."""
     tree = write_tree(tmp_path / "data")
-    extracted = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    extracted = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, group_by=r"^(\w+)_")
     cache, rng = open_cache(extracted.cache), np.random.default_rng(0)
-    targets = {
-        name: rng.choice([0, 1, np.nan], (len(split), 3)) for name, split in cache.splits.items()
-    }
+    features, paths, groups = (
+        {name: getattr(split, column) for name, split in cache.splits.items()}
+        for column in ("features", "paths", "groups")
+    )
+    targets = {name: rng.choice([0, 1, np.nan], (len(paths[name]), 3)) for name in paths}
+    classes = ["edema", "effusion", "mass"]
     write_cache(
-        tmp_path / "labels.h5", {name: split.features for name, split in cache.splits.items()},
-        targets, {name: split.paths for name, split in cache.splits.items()},
-        classes=["edema", "effusion", "mass"], identity=cache.identity,
+        tmp_path / "labels.h5", features, targets, paths, classes=classes, groups=groups,
+        identity=cache.identity,
     )  # fmt: skip
     train(tmp_path / "labels.h5", tmp_path / "run", **SMALL)
     classifier = load_classifier(tmp_path / "run", backbone=tiny_backbone)
@@ -558,6 +560,16 @@ def test_metrics_without_a_meaning_are_refused(tmp_path: Path, space: Path) -> N
     said = refused(metric="roc_auc", positive="=rare")
     assert "positive and negative rows of =rare in whatever is judged by, found one answer" in said
     sweep(cache.path, tmp_path / "r", metric="roc_auc", **options)  # of the other three
+    # the one positive row of a class is in valid, but not in every new hold-out
+    targets["train"][:, 3] = 0
+    targets["valid"][:, 3] = [1, *[0] * 39]
+    cache = make_cache(tmp_path / "d.h5", SIZES, targets=targets)
+    with (
+        pytest.warns(FeatcacheWarning, match="=rare .never positive"),
+        pytest.raises(ConfigError, match="in whatever is judged by"),
+    ):
+        sweep(cache.path, tmp_path / "s", metric="f1", positive="=rare", **options)
+    assert not (tmp_path / "s.sweep").exists()
 
 
 def test_guessing_by_the_shares_of_the_known_answers(tmp_path: Path) -> None:

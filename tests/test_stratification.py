@@ -220,7 +220,7 @@ def test_rows_of_several_labels_reach_every_part_whatever_hangs_together(seed):
 
 
 def test_a_ring_of_labels_gives_its_smallest_class_up():
-    """As below with one class a row, where it is refused: three units, each of two classes."""
+    """Three units of two classes each: with one class a row that is refused, as above."""
     is_positive = np.zeros((7, 3), bool)
     for row, label in enumerate([0, 1, 1, 2, 2, 0, 0]):
         is_positive[row, label] = True
