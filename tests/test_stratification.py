@@ -225,10 +225,25 @@ def test_a_ring_of_labels_gives_its_smallest_class_up():
     for row, label in enumerate([0, 1, 1, 2, 2, 0, 0]):
         is_positive[row, label] = True
     units, names = [[0, 1], [2, 3], [4, 5, 6]], [f"{row}" for row in range(7)]
+    with pytest.raises(DataError, match="class"):
+        assign_units(units, list("0112200"), names, {"a": 0.5, "b": 0.5}, seed=0)
     parts = assign_labelled_units(units, is_positive, names, {"a": 0.5, "b": 0.5}, seed=0)
     assert set(parts) == {"a", "b"}
     with pytest.raises(DataError, match="class any"):
         assign_labelled_units([list(range(7))], is_positive, names, {"a": 0.5, "b": 0.5}, seed=0)
+
+
+def test_one_row_without_any_label_spoils_nothing():
+    """It goes with the rows of the largest class: alone it could not reach both parts."""
+    is_positive = np.zeros((101, 2), bool)
+    is_positive[1:, 0] = True
+    is_positive[1:21, 1] = True
+    names = [f"{row:05}" for row in range(101)]
+    for seed in range(8):
+        parts = assign_labelled_units(
+            [[row] for row in range(101)], is_positive, names, {"a": 0.5, "b": 0.5}, seed=seed
+        )
+        assert Counter(parts[1:21]) == {"a": 10, "b": 10}
 
 
 def test_the_rarest_label_decides_where_a_row_goes():
