@@ -115,29 +115,44 @@ def _compute_label_metrics(
 
 def _measure_label(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> dict[str, Any]:
     """Return the figures of one class, over the rows where it is known."""
-    from sklearn import metrics
-
-    known = ~np.isnan(targets)
-    is_yes, probs = targets[known] == 1, probs[known]
+    is_yes, probs = _known_answers(targets, probs)
     says_yes = probs > 0.5
     no_no, no_yes, yes_no, yes_yes = (
         int(((is_yes == of_target) & (says_yes == of_pred)).sum())
         for of_target in (False, True) for of_pred in (False, True)
     )  # fmt: skip
+    areas = ("roc_auc", "average_precision")
     has_both = is_yes.any() and not is_yes.all()
     return {
         "precision": _ratio(yes_yes, no_yes + yes_yes),
         "recall": _ratio(yes_yes, yes_no + yes_yes),
-        "f1": _ratio(2 * yes_yes, no_yes + yes_no + 2 * yes_yes),
-        "roc_auc": float(metrics.roc_auc_score(is_yes, probs)) if has_both else None,
-        "average_precision": (
-            float(metrics.average_precision_score(is_yes, probs)) if has_both else None
-        ),
+        "f1": _score_label("f1", is_yes, probs),
+        **{name: _score_label(name, is_yes, probs) if has_both else None for name in areas},
         "num_positive": yes_no + yes_yes,
         "num_negative": no_no + no_yes,
         "num_unknown": len(targets) - len(is_yes),
         "confusion_matrix": [[no_no, no_yes], [yes_no, yes_yes]],
     }
+
+
+def _known_answers(
+    targets: npt.NDArray[Any], probs: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[Any]]:
+    """Return where a class is positive, and its probabilities, of the rows where it is known."""
+    known = ~np.isnan(targets)
+    return targets[known] == 1, probs[known]
+
+
+def _score_label(
+    metric: str, is_yes: npt.NDArray[np.bool_], probs: npt.NDArray[Any]
+) -> float | None:
+    from sklearn import metrics
+
+    if metric == "f1":
+        says_yes = probs > 0.5
+        return _ratio(2 * int((is_yes & says_yes).sum()), int(is_yes.sum() + says_yes.sum()))
+    score = metrics.roc_auc_score if metric == "roc_auc" else metrics.average_precision_score
+    return float(score(is_yes, probs))
 
 
 def _ratio(part: int, whole: int) -> float | None:
@@ -268,9 +283,11 @@ def _score_labels(
         of_targets = np.where(targets == 1, probs, 1 - probs)[~np.isnan(targets)]
         return _mean((-np.log(np.maximum(of_targets, np.finfo(np.float64).tiny))).tolist())
     wanted = range(len(classes)) if positive is None else [list(classes).index(positive)]
-    rows = (_measure_label(targets[:, i], probs[:, i]) for i in wanted)
+    answers = (_known_answers(targets[:, i], probs[:, i]) for i in wanted)
     return _mean_of_known(
-        row[metric] for row in rows if row["num_positive"] and row["num_negative"]
+        _score_label(metric, is_yes, of_class)
+        for is_yes, of_class in answers
+        if is_yes.any() and not is_yes.all()
     )
 
 
