@@ -17,7 +17,8 @@ def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
     """Open the cache that is there already, or return None where there is none to keep.
 
     Raises:
-        CacheError: If the file is no cache, or one of another identity and ``rebuild`` is not set.
+        CacheError: If the file is no cache; or if ``rebuild`` is not set and it is one of another
+            identity, or of several labels an image, which are not in the images' folders.
     """
     if not path.exists():
         return None
@@ -33,6 +34,12 @@ def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
         raise
     if rebuild:
         return None
+    if old.task == "multilabel":
+        raise CacheError(
+            "cache", expected="one class per image, as extract makes them",
+            found="several labels per image", where=path,
+            hint="Choose another file name, or replace it and its labels with --rebuild",
+        )  # fmt: skip
     if old.fingerprint != recipe.fingerprint:
         wanted, found = name_differences(recipe.identity, old.identity)
         raise CacheError(

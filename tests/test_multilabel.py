@@ -19,7 +19,7 @@ import torch
 from conftest import write_tree
 from sklearn import metrics
 
-from featcache import cli
+from featcache import cli, partition
 from featcache.backbone import Backbone
 from featcache.cache import Cache, open_cache
 from featcache.cache_writer import write_cache
@@ -178,6 +178,28 @@ def test_the_run_holds_the_head_of_the_rows_with_a_known_target(tmp_path: Path) 
     assert summary.valid_accuracy == pytest.approx(figures["accuracy"])
     for name, row in figures["per_class"].items():
         assert summary.valid_recall[name] == pytest.approx(row["recall"])
+
+
+def test_features_that_stay_in_their_file_keep_their_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shuffled blocks of a file meet the targets of their own rows: the head learns them."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(400, 10)).astype("<f4")
+    targets = np.where(rng.random((400, 4)) < 0.3, np.nan, features[:, :4] > 0)
+    parts = {"train": slice(300), "valid": slice(300, 400)}
+    columns = [{name: column[rows] for name, rows in parts.items()} for column in
+               (features, targets, [f"{i:04d}" for i in range(400)])]  # fmt: skip
+    cache = write_cache(tmp_path / "c.h5", *columns, classes=CLASSES)
+    monkeypatch.setattr(partition, "available_memory", lambda _: 1)
+    said: list[str] = []
+    options: dict[str, Any] = {"hidden": (), "dropout": 0, "learning_rate": 0.05, "epochs": 20}
+    summary = train(cache.path, tmp_path / "r", device="cpu", say=said.append, **options)
+    assert any("streaming in blocks of" in line for line in said)
+    valid, known, _ = known_rows(cache, "valid")
+    figures = by_scikit_learn(known, probs_of(load_run(tmp_path / "r").state, valid))
+    assert summary.valid_loss == pytest.approx(figures["loss"], abs=1e-6)
+    assert figures["accuracy"] > 0.9
 
 
 def test_counts_of_every_answer_are_said(tmp_path: Path) -> None:
@@ -447,6 +469,10 @@ def test_images_are_classified_and_the_network_is_exported(
         tmp_path / "labels.h5", features, targets, paths, classes=classes, groups=groups,
         identity=cache.identity,
     )  # fmt: skip
+    before = (tmp_path / "labels.h5").read_bytes()
+    with pytest.raises(CacheError, match=r"found several labels per image.* another file name"):
+        extract(tree, tmp_path / "labels.h5", backbone=tiny_backbone, group_by=r"^(\w+)_")
+    assert (tmp_path / "labels.h5").read_bytes() == before
     train(tmp_path / "labels.h5", tmp_path / "run", **SMALL)
     classifier = load_classifier(tmp_path / "run", backbone=tiny_backbone)
     found = classifier.predict([tree / "test"])
