@@ -9,6 +9,7 @@ same steps every time, to the last bit.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from featcache.head import count_values
 from featcache.jobs import LBFGS, HeadJob
 from featcache.optimizer import OPTIMIZERS, StackOptimizer
-from featcache.runtime import available_cores
+from featcache.runtime import Say, available_cores, silent
 from featcache.stack import HeadStack
 from featcache.threads import Threads
 
@@ -37,21 +38,31 @@ WORTH_HALVES = 2e5
 of a millisecond a step, of the 2.3 that a head of 0.7 M parameters takes alone."""
 
 
-def load_kernels() -> ModuleType | None:
+_LONG_SECONDS = 3.0
+
+
+def load_kernels(say: Say = silent) -> ModuleType | None:
     """Return the compiled functions, or None where they cannot be had.
 
-    The first time on a machine they are compiled, which takes some ten seconds.
+    The first time on a machine they are compiled, which takes half a minute: that is said.
     """
+    line = "compiling the training step, once on this machine: about half a minute"
+    timer = threading.Timer(_LONG_SECONDS, say, [line])
+    timer.daemon = True
+    timer.start()
     try:
         from featcache import head_kernels
     except Exception:  # noqa: BLE001 (a Python too new for Numba, a compiler that fails: do without)
         return None
+    finally:
+        timer.cancel()
     return head_kernels
 
 
 def kernels_for(
-    jobs: Sequence[HeadJob], num_rows: int, device: torch.device, dtype: torch.dtype
-) -> ModuleType | None:
+    jobs: Sequence[HeadJob], num_rows: int, device: torch.device, dtype: torch.dtype,
+    say: Say = silent,
+) -> ModuleType | None:  # fmt: skip
     """Return compiled code if it can train the heads on so many rows and is worth being loaded."""
     if device.type != "cpu" or dtype != torch.float32:
         return None
@@ -60,7 +71,7 @@ def kernels_for(
         for job in jobs
         if job.training.optimizer != LBFGS
     )
-    return load_kernels() if work >= WORTH_PARAM_STEPS else None
+    return load_kernels(say) if work >= WORTH_PARAM_STEPS else None
 
 
 def partner_for(jobs: Sequence[HeadJob]) -> contextlib.AbstractContextManager[Threads | None]:

@@ -53,6 +53,7 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     train_weights: npt.NDArray[Any] | None = None,
     classes: Sequence[str] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    say: Say = silent,
 ) -> FitResult:
     """Train a head and keep the epoch with the lowest cross-entropy on the validation rows.
 
@@ -85,6 +86,7 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
             all rows alike.
         classes: Names for the history's columns; None numbers them.
         on_epoch: Called with each row of the history as it is made.
+        say: As for ``fit_heads``.
 
     Raises:
         DataError: If the arrays do not fit each other or the head.
@@ -94,9 +96,12 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         [HeadJob(head_config, training, seed)], train_features, train_targets, valid_features,
         valid_targets, data_seed=data_seed, device=device, train_weights=train_weights,
         classes=classes, on_epoch=None if on_epoch is None else lambda _, row: on_epoch(row),
+        say=say,
     )  # fmt: skip
     if result.diverged_in is not None:
         found, hint = f"none in epoch {result.diverged_in}", "Lower --learning-rate"
+        if training.optimizer == LBFGS:
+            found, hint = f"none at strength {result.diverged_in}", "Raise --weight-decay"
         raise ConfigError("training", expected="a finite loss", found=found, hint=hint)
     return result
 
@@ -134,7 +139,8 @@ def fit_heads(
         on_epoch: Called with the number of a job and each row of its history as it is made, from
             one thread at a time. Where it answers True, the job is given up: it ends there, and
             the others of its stack go on the faster.
-        say: Told when memory has room for fewer heads at once than there would be.
+        say: Told when memory has room for fewer heads at once than there would be, and when code
+            is compiled.
 
     Returns:
         A result per job, in their order. One whose loss is no longer a finite number ends there.
@@ -172,7 +178,7 @@ def fit_heads(
 
     passes = [part for group in _group(jobs, len(rows.targets)) for part in _cut(group, jobs, rows)]
     passes, num_threads = _cut_to_memory(passes, jobs, rows, say)
-    kernels = kernels_for(jobs, len(rows.targets), device, dtype)
+    kernels = kernels_for(jobs, len(rows.targets), device, dtype, say)
     blas = one_blas_thread() if kernels is not None else contextlib.nullcontext()
     with exact_fp32(), blas:
         if num_threads <= 1:

@@ -181,7 +181,7 @@ def train(
         result = fit_head(
             head, training, features, parts[0].targets, valid_features, parts[1].targets, seed=seed,
             data_seed=order_seed, device=torch_device, classes=opened.classes,
-            on_epoch=_epoch_lines(opened.classes, say),
+            on_epoch=_epoch_lines(opened.classes, say), say=say,
         )  # fmt: skip
         fit_seconds = time.perf_counter() - fit_start
         num_train, num_valid = (len(part.rows) for part in parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,30 @@ def test_a_small_training_does_not_load_numba() -> None:
         "train_some(); assert 'numba' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_long_compilation_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowFinder:
+        """Finds nothing, after a while."""
+
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "featcache.head_kernels":
+                assert heard.wait(30)
+
+    heard, lines = threading.Event(), list[str]()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        heard.set()
+
+    assert load_kernels(say) is not None  # there already
+    monkeypatch.setattr(compiled_stack, "_LONG_SECONDS", 0.01)
+    monkeypatch.delitem(sys.modules, "featcache.head_kernels")
+    monkeypatch.delattr("featcache.head_kernels")
+    monkeypatch.setattr(sys, "meta_path", [SlowFinder, *sys.meta_path])
+    assert load_kernels(say) is not None
+    assert lines == ["compiling the training step, once on this machine: about half a minute"]
 
 
 def test_products_stay_on_their_thread_and_the_callers_number_comes_back() -> None:
