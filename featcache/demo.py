@@ -120,7 +120,8 @@ def run_demo(folder: Path | str, *, device: str = "auto", say: Say = silent) -> 
         device=device_name(resolve_device(device)),
         **{f"{stage}_seconds": round(seconds, 3) for stage, seconds in timer.seconds.items()},
     )
-    say(_describe(summary))
+    for line in _describe(summary).split("\n"):
+        say(line)
     return summary
 
 
