@@ -1,9 +1,8 @@
 """Training steps of a stack by compiled code: float32 on the CPU, when they are many.
 
 The formulas are those of ``HeadStack.backward``, ``loss`` and ``StackOptimizer``, which all else
-takes.
-Whether a training is worth it depends on its size alone, never on time: the same training takes the
-same steps every time, to the last bit.
+takes. Whether a training is worth it depends on its size alone, never on time: the same training
+takes the same steps every time, to the last bit.
 """
 
 from __future__ import annotations
@@ -32,11 +31,9 @@ if TYPE_CHECKING:
 WORTH_PARAM_STEPS = 5e8
 """Parameters times steps from which compiled steps pay for being loaded (0.7 s)."""
 
-
 WORTH_HALVES = 2e5
 """Parameters from which two threads are worth it for one head: waiting for each other takes a tenth
 of a millisecond a step, of the 2.3 that a head of 0.7 M parameters takes alone."""
-
 
 _LONG_SECONDS = 3.0
 

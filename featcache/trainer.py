@@ -129,10 +129,11 @@ class Trainer:
         ahead = [self._draw(order)]  # the batch after this one: drawn while it is trained on
         for of_heads in rates:
             batch = ahead.pop()
-            assert batch is not None, "a rate for each batch"
+            assert batch is not None, "a batch for each rate"
             losses = self._step(batch, of_heads, lambda: ahead.append(self._draw(order)))
             total.add_(losses, alpha=len(batch.rows))
             num_rows += len(batch.rows)
+        assert ahead == [None], "a rate for each batch"
         means: list[float] = (total / num_rows).tolist()
         return means
 
