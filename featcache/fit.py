@@ -100,8 +100,6 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     )  # fmt: skip
     if result.diverged_in is not None:
         found, hint = f"none in epoch {result.diverged_in}", "Lower --learning-rate"
-        if training.optimizer == LBFGS:
-            found, hint = f"none at strength {result.diverged_in}", "Raise --weight-decay"
         raise ConfigError("training", expected="a finite loss", found=found, hint=hint)
     return result
 

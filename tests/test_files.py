@@ -435,6 +435,25 @@ def test_a_second_writer_is_told_who_the_first_is_and_a_kill_frees_the_lock(tmp_
             assert f"process {os.getpid()} on " in path.read_text()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs flock")
+def test_a_lock_that_is_free_a_moment_later_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    path = tmp_path / "lock"
+    with path.open("wb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+
+        def read_sign(_: object) -> str:
+            holder.close()  # as the system does when a killed process has ended at last
+            return "a process that was killed"
+
+        monkeypatch.setattr(files, "_read_sign", read_sign)
+        with writer_lock(path, "cache"):
+            assert path.read_bytes().startswith(b"process ")
+
+
 @needs_posix
 def test_a_lock_that_was_removed_before_it_was_held_is_not_taken_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
