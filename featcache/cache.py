@@ -136,11 +136,6 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
         """Return what reads the features row by row, for those larger than memory."""
         return ArrayReader(self._container, f"splits/{self.name}/features")
 
-    def read_plain_features(self) -> npt.NDArray[Any]:
-        """Return view 0 of every row, (N, D), as an array in memory."""
-        alone = self.features.ndim == 2
-        return self.read_features() if alone else np.ascontiguousarray(self.plain_features)
-
     def __len__(self) -> int:
         return self._container.arrays[f"splits/{self.name}/features"].shape[0]
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from featcache.answers import Answers
-from featcache.cache import Cache, CacheSplit, open_cache
+from featcache.cache import Cache, open_cache
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError, printable
 from featcache.figures import write_confusion_figure
 from featcache.files import require_folder, write_json
@@ -31,6 +31,7 @@ from featcache.run import (
     require_same_features,
 )
 from featcache.runtime import Say, silent
+from featcache.streaming import StoredFeatures
 
 _MISTAKES_SAID = 10
 
@@ -161,7 +162,7 @@ def _predict_rows(
     """Return the labelled rows of a split with the head's probabilities."""
     split = cache.split(split_name)
     to_run = _match_classes(run, cache, say)
-    _check_features(run, cache, split)
+    _check_features(run, cache)
     labelled = find_labelled(split.targets)
     if not len(labelled):
         raise CacheError(
@@ -175,18 +176,7 @@ def _predict_rows(
             "--average-views", expected="several views of a row", found=f"one in {split_name}",
             where=cache.path, hint="Views are of train, and of folders without splits (split all)",
         )  # fmt: skip
-    if len(labelled) < len(split):
-        features = (split.features if average_views else split.plain_features)[labelled]
-    else:
-        features = split.read_features() if average_views else split.read_plain_features()
-    finite = np.isfinite(features.reshape(len(features), -1)).all(axis=1)
-    if not finite.all():
-        row = int(labelled[finite.argmin()])
-        raise CacheError(
-            f"features of split {split_name}", expected="finite numbers",
-            found=f"NaN or infinity in row {row}, {split.paths[row]}", where=cache.path,
-            hint="Extract the images again, at --precision fp32",
-        )  # fmt: skip
+    features = StoredFeatures(split, labelled, plain=not average_views)
     groups = split.groups or [""] * len(split)
     return Answers(
         classes=run.classes,
@@ -230,8 +220,8 @@ def _match_classes(run: Run, cache: Cache, say: Say) -> npt.NDArray[np.int64]:
     return np.array([run.classes.index(name) for name in cache.classes], np.int64)
 
 
-def _check_features(run: Run, cache: Cache, split: CacheSplit) -> None:
-    found = split.features.shape[-1]
+def _check_features(run: Run, cache: Cache) -> None:
+    found = cache.num_features
     if found != run.head.num_features:
         raise RunError(
             "features", expected=f"{run.head.num_features} per image", found=found,

@@ -32,6 +32,7 @@ from featcache.streaming import StoredFeatures
 from featcache.threads import Threads
 from featcache.trainer import FORWARD_ROWS, Rows, Trainer
 
+_ROWS_AT_ONCE = 2048  # go through a head that is used: 10 MB of 1280 features
 _ONE_THREAD_ROWS, _ONE_THREAD_VALUES = 64, 1 << 24  # of a batch; of all features, times classes
 _HEADS_SHARE = 0.75  # of the memory that is left
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
@@ -329,8 +330,8 @@ def forward_head(head: nn.Module, features: Features, device: torch.device) -> n
     head = head.to(device).eval()
     dtype = next(head.parameters()).dtype
     logits = [
-        _logits(head, _to_tensor(features[i : i + FORWARD_ROWS], device).to(dtype)).numpy()
-        for i in range(0, max(len(features), 1), FORWARD_ROWS)
+        _logits(head, _to_tensor(features[i : i + _ROWS_AT_ONCE], device).to(dtype)).numpy()
+        for i in range(0, max(len(features), 1), _ROWS_AT_ONCE)
     ]
     return np.concatenate(logits)
 
@@ -340,14 +341,23 @@ def predict_probs(
 ) -> npt.NDArray[np.float64]:
     """Return probs (N, C) float64: of ``forward_head`` the softmax, for ``multilabel`` the sigmoid.
 
-    Of an array with views (N, V, D), the mean of the probs of a row's views. float64, so that a
+    Of features with views (N, V, D), the mean of the probs of a row's views. float64, so that a
     very sure head still ranks its rows instead of calling them all 1.
     """
-    if features.ndim == 3 and not isinstance(features, StoredFeatures):
-        of_views = (predict_probs(head, view, device, task) for view in features.swapaxes(0, 1))
-        return np.asarray(sum(of_views) / features.shape[1])
+    if features.ndim == 3:
+        size = max(1, _ROWS_AT_ONCE // features.shape[1])
+        parts = [features[i : i + size] for i in range(0, max(len(features), 1), size)]
+        return np.concatenate([_average_views(head, part, device, task) for part in parts])
     logits = torch.from_numpy(forward_head(head, features, device)).double()
     return np.asarray(logits.sigmoid() if task == "multilabel" else logits.softmax(1))
+
+
+def _average_views(
+    head: nn.Module, features: Features, device: torch.device, task: str
+) -> npt.NDArray[np.float64]:
+    array = features.load() if isinstance(features, StoredFeatures) else features
+    of_views = predict_probs(head, array.reshape(-1, array.shape[-1]), device, task)
+    return np.asarray(of_views.reshape(*array.shape[:2], -1).mean(axis=1))
 
 
 @torch.inference_mode()

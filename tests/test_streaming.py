@@ -20,6 +20,7 @@ from featcache.cache import Cache, open_cache
 from featcache.cache_writer import write_cache
 from featcache.draw import Draw
 from featcache.errors import CacheError
+from featcache.evaluation import evaluate
 from featcache.fit import fit_head, fit_heads, predict_probs
 from featcache.folds import Pool
 from featcache.head import HeadConfig, build_head
@@ -249,10 +250,18 @@ def test_limits_of_control_groups_are_read(tmp_path: Path) -> None:
     assert list(_limits_of_groups(tmp_path)) == []
 
 
-def _train_limited(path: Path, more_bytes: int | None, seed: int, results: Any) -> None:
-    """Train, in a process of its own, with so much more address space than it has."""
+def _limit_memory(more_bytes: int) -> None:
+    """Allow this process so much more address space than it has."""
     import resource
 
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    assert available_memory(CPU) <= more_bytes
+
+
+def _train_limited(path: Path, more_bytes: int | None, seed: int, results: Any) -> None:
+    """Train, in a process of its own, with so much more address space than it has."""
     torch.set_num_threads(1)
     # What the first training takes anyway: libraries and compiled kernels.
     fit_head(
@@ -260,10 +269,7 @@ def _train_limited(path: Path, more_bytes: int | None, seed: int, results: Any) 
         np.ones((512, 4), "f4"), np.arange(512) % 2, seed=0, data_seed=0, device=CPU,
     )  # fmt: skip
     if more_bytes is not None:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        assert available_memory(CPU) <= more_bytes
+        _limit_memory(more_bytes)
     said: list[str] = []
     summary = train(
         path, path.with_name(f"run-{more_bytes}-{seed}"), hidden=(16,), epochs=3, batch_size=256,
@@ -272,29 +278,42 @@ def _train_limited(path: Path, more_bytes: int | None, seed: int, results: Any) 
     results.put((summary.valid_loss, [line for line in said if line.startswith("features:")]))
 
 
+def _evaluate_limited(path: Path, more_bytes: int, run: Path, results: Any) -> None:
+    """As ``_train_limited``; names the run's own cache, or matplotlib would be loaded for it."""
+    torch.set_num_threads(1)
+    _limit_memory(more_bytes)
+    results.put(evaluate(run, cache=path, split="train")["num_samples"])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
-def test_a_cache_twice_the_memory_trains_to_the_same_loss(
+def test_a_cache_twice_the_memory_trains_to_the_same_loss_and_is_evaluated(
     tmp_path: Path, rounds: Callable[[int, int], int]
 ) -> None:
     width, megabytes = 1280, rounds(80, 640)
     num_rows = (megabytes << 20) // (width * 4) * 4 // 5
     cache = make_cache(tmp_path / "c.h5", num_rows, width=width, signal=0.05)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["featcache.training", "featcache.recording"])
+    modules = ["featcache.training", "featcache.evaluation", "sklearn.metrics"]
+    context.set_forkserver_preload(modules)
     limit = cache.path.stat().st_size // 2
     losses: dict[bool, list[float]] = {False: [], True: []}
+
+    def call(function: Callable[..., None], *arguments: Any) -> Any:
+        results = context.SimpleQueue()
+        child = context.Process(target=function, args=(cache.path, *arguments, results))
+        child.start()
+        child.join(240)
+        assert child.exitcode == 0
+        answer = results.get()
+        results.close()
+        return answer
+
     for is_limited, found in losses.items():
         for seed in range(3):
-            results = context.SimpleQueue()
-            arguments = (cache.path, limit if is_limited else None, seed, results)
-            child = context.Process(target=_train_limited, args=arguments)
-            child.start()
-            child.join(240)
-            assert child.exitcode == 0
-            loss, lines = results.get()
+            loss, lines = call(_train_limited, limit if is_limited else None, seed)
             found.append(loss)
             assert len(lines) == is_limited
-            results.close()
     spread = np.ptp(losses[False])
     assert abs(np.mean(losses[True]) - np.mean(losses[False])) < spread, losses
     assert max(map(max, losses.values())) < 0.9 * np.log(NUM_CLASSES)
+    assert call(_evaluate_limited, limit, tmp_path / f"run-{limit}-0") == num_rows
