@@ -30,6 +30,7 @@ from featcache.pipeline import Lane, stream_features
 from featcache.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.run import Run, load_head, load_run, require_same_features
 from featcache.runtime import resolve_device
+from featcache.streaming import StoredFeatures
 from featcache.views import PLAIN
 
 _OUTPUTS = {
@@ -302,8 +303,8 @@ def predict_cache(
                 "features", expected=f"{loaded.head.num_features} a row",
                 found=opened.num_features, where=cache, hint="Use the cache it was trained on",
             )  # fmt: skip
-        features = split.features if average_views else split.plain_features
-        probs.append(predict_probs(head, np.asarray(features), place, loaded.task))
+        features = StoredFeatures(split, np.arange(len(split)), plain=not average_views)
+        probs.append(predict_probs(head, features, place, loaded.task))
         paths += split.paths
     failures = tuple((f.path, f.reason) for f in opened.failures)
     return Predictions(
