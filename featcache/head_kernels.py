@@ -11,9 +11,9 @@ layer: mean, variance). ``widths`` is D, the hidden widths, C. The formulas are 
 and ``loss``. Rows (B, D) come as they are; what layers put out is turned, (width, B), so that a
 batch norm works through one unit after the other.
 
-The first layer is nearly all of a head. Its units are cut into two halves, which one thread works
-through in turn or two at the same time; the sums over both are made per half either way, so the
-result is the same to the last bit.
+A step's work is cut into pieces, the same for every number of threads: each half of the first
+layer's forward pass, then each tile of the weights of all layers. What is summed over pieces is
+summed in their order, so the result is the same to the last bit, whoever takes which.
 
 Numba shapes the code. One number of float64 makes a whole loop float64, so all are cast. LLVM gives
 up on a loop that writes to several arrays, as each may overlap the others: a row is worked through
@@ -27,24 +27,29 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from featcache import head_space, loss_kernels, optimizer_kernels
+from featcache import atomics, head_space, loss_kernels, optimizer_kernels, tickets
 from featcache.compiling import compiled, part, summing
 from featcache.head_space import (
     TILE_ROWS,
     at_params,
+    count_tiles,
     half_of_units,
     matrix,
-    of_half,
+    norm_grads_of,
     of_rows,
+    of_thread,
     outputs,
+    tiles_of,
 )
 from featcache.loss_kernels import binary_cross_entropy, cross_entropy
 from featcache.optimizer_kernels import move
+from featcache.tickets import await_all, await_piece, end_piece, open_pieces, take_piece
 
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
-WHOLE, BEGIN, UNITS, MIDDLE, WEIGHTS, END = range(6)  # ``phase`` of ``step``
+LEADER, HELPER = 0, 1  # ``thread`` of ``step``
+FORWARD_PIECES = 2
 
 _ONE = np.float32(1)
 _BATCH_NORM_EPS, _BATCH_NORM_MOMENTUM = np.float32(1e-5), np.float32(0.1)
@@ -160,7 +165,7 @@ def _activate(
     num_rows: int, space: _Floats,
 ) -> None:  # fmt: skip
     """Add biases to some units of a layer and, but for logits, put them through ReLU and norm."""
-    out, normed, _, inverse = outputs(widths, num_rows, layer, space)
+    out, normed, _, _, inverse = outputs(widths, num_rows, layer, space)
     narrow = widths[layer + 1]
     bias = params[at_params(widths, layer + 1) - narrow :]
     at_stats = 2 * widths[: layer + 1].sum()
@@ -198,50 +203,23 @@ def _forward_units(
 
 
 @part
-def _show(
-    layer: int, widths: _Ints, params: _Floats, num_rows: int, mask: _Floats, space: _Floats
-) -> _Floats:
-    """Return what a layer but the first sees, (width, B): batch norm, then dropout."""
-    wide, at = widths[layer], at_params(widths, layer)
-    normed = outputs(widths, num_rows, layer - 1, space)[1]
-    shown = np.empty((wide, num_rows), np.float32)
-    for unit in range(wide):
-        _scale_and_shift(normed[unit], params[at + unit], params[at + wide + unit], shown[unit])
-    if layer == len(widths) - 2:
-        _mask_units(shown, mask)
-    return shown
-
-
-@part
 def _forward_rest(
     widths: _Ints, params: _Floats, stats: _Floats, num_rows: int, mask: _Floats, space: _Floats
 ) -> None:
     """Run all layers but the first."""
     for layer in range(1, len(widths) - 1):
-        wide, narrow = widths[layer], widths[layer + 1]
-        weights = matrix(params, at_params(widths, layer) + 2 * wide, narrow, wide)
-        shown = _show(layer, widths, params, num_rows, mask, space)
+        wide, narrow, at = widths[layer], widths[layer + 1], at_params(widths, layer)
+        _, normed, shown, _, _ = outputs(widths, num_rows, layer - 1, space)
+        for unit in range(wide):
+            _scale_and_shift(normed[unit], params[at + unit], params[at + wide + unit], shown[unit])
+        if layer == len(widths) - 2:
+            _mask_units(shown, mask)
+        weights = matrix(params, at + 2 * wide, narrow, wide)
         np.dot(weights, shown, outputs(widths, num_rows, layer, space)[0])
         _activate(layer, 0, narrow, widths, params, stats, num_rows, space)
 
 
 # --- Backward
-
-
-@part
-def _move_weights(
-    kind: int, at: int, params: _Floats, first: _Floats, second: _Floats, settings: _Floats,
-    grad: _Floats, shown: _Floats,
-) -> None:  # fmt: skip
-    """Move the weights (H, W) that begin at ``at``, by gradients (H, B) and inputs (W, B)."""
-    wide = shown.shape[0]
-    tile = np.empty(min(TILE_ROWS, len(grad)) * wide, np.float32)
-    for start in range(0, len(grad), TILE_ROWS):
-        num = min(TILE_ROWS, len(grad) - start)
-        np.dot(grad[start : start + num], shown.T, matrix(tile, 0, num, wide))
-        begin, end = at + start * wide, at + (start + num) * wide
-        move(kind, params[begin:end], tile[: num * wide], first[begin:end], second[begin:end],
-              settings)  # fmt: skip
 
 
 @part
@@ -263,19 +241,15 @@ def _backward_rest(
     kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats,
     settings: _Floats, num_rows: int, mask: _Floats, space: _Floats,
 ) -> None:  # fmt: skip
-    """Move all layers but the first; set the gradient of what that puts out."""
+    """Set the gradients of what all layers but the last put out; move the batch norms between."""
     share = _ONE / np.float32(num_rows)
     for layer in range(len(widths) - 2, 0, -1):
         wide, narrow, at = widths[layer], widths[layer + 1], at_params(widths, layer)
-        grad = outputs(widths, num_rows, layer, space)[2]
-        out, normed, below, inverse = outputs(widths, num_rows, layer - 1, space)
-        shown = _show(layer, widths, params, num_rows, mask, space)
+        grad = outputs(widths, num_rows, layer, space)[3]
+        out, normed, _, below, inverse = outputs(widths, num_rows, layer - 1, space)
         np.dot(matrix(params, at + 2 * wide, narrow, wide).T, grad, below)
         if layer == len(widths) - 2:
             _mask_units(below, mask)
-        at_bias = at + 2 * wide + narrow * wide
-        _move_biases(kind, at_bias, params, first, second, settings, grad)
-        _move_weights(kind, at + 2 * wide, params, first, second, settings, grad, shown)
         norm_grads = np.empty(2 * wide, np.float32)
         for unit in range(wide):
             values, units = below[unit], normed[unit]
@@ -290,50 +264,64 @@ def _backward_rest(
 
 
 @part
-def _move_first_weights(
-    half: int, kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats,
-    settings: _Floats, num_rows: int, mask: _Floats, space: _Floats,
+def _move_tile(
+    tile: int, thread: int, kind: int, widths: _Ints, params: _Floats, first: _Floats,
+    second: _Floats, settings: _Floats, num_rows: int, mask: _Floats, space: _Floats,
 ) -> None:  # fmt: skip
-    """Move half of the first layer; set the half's gradients of the batch norm before it.
+    """Move a tile of some layer's weights and its biases."""
+    layer, place = 0, tile
+    while place >= tiles_of(widths, layer):
+        place -= tiles_of(widths, layer)
+        layer += 1
+    wide, narrow, at = widths[layer], widths[layer + 1], at_params(widths, layer)
+    start = place * TILE_ROWS
+    num = min(TILE_ROWS, narrow - start)
+    grad = outputs(widths, num_rows, layer, space)[3][start : start + num]
+    at_bias = at + 2 * wide + narrow * wide + start
+    sums = _move_biases(kind, at_bias, params, first, second, settings, grad)
+    if layer == 0:
+        products = matrix(of_thread(widths, num_rows, thread, space), 0, num, wide)
+        _grade_first(place, start, widths, params, grad, sums, num_rows, mask, products, space)
+    else:
+        products = np.empty((num, wide), np.float32)
+        np.dot(grad, outputs(widths, num_rows, layer - 1, space)[2].T, products)
+    for row in range(num):
+        begin = at + 2 * wide + (start + row) * wide
+        end = begin + wide
+        move(kind, params[begin:end], products[row], first[begin:end], second[begin:end], settings)
+
+
+@part
+def _grade_first(
+    tile: int, start: int, widths: _Ints, params: _Floats, grad: _Floats, sums: _Floats,
+    num_rows: int, mask: _Floats, products: _Floats, space: _Floats,
+) -> None:  # fmt: skip
+    """Set the gradients of a tile of the first layer, and its share of the batch norm's before it.
 
     See ``stack``'s docstring. A linear head has dropout between the two: what multiplies beta is
     then not the sums of ``grad`` but its products with the mask.
     """
-    lowest, end = half_of_units(widths, half)
-    wide, narrow = widths[0], widths[1]
-    rows, grad = of_rows(widths, num_rows, space)[0], outputs(widths, num_rows, 0, space)[2]
-    tile, scale_grad, shift_grad = of_half(widths, num_rows, half, space)
-    scale_grad[:], shift_grad[:] = np.float32(0), np.float32(0)
-    if lowest == end:
-        return
-    has_mask = len(widths) == 2 and mask.size > 0
-    if has_mask:
-        rows = rows * mask
+    wide, num = widths[0], len(grad)
+    rows = of_rows(widths, num_rows, space)[0]
+    norm_grads = norm_grads_of(widths, num_rows, tile, space)
+    norm_grads[:] = np.float32(0)
     scale, shift = params[:wide], params[wide : 2 * wide]
-    at_bias = 2 * wide + narrow * wide + lowest
-    sums = _move_biases(kind, at_bias, params, first, second, settings, grad[lowest:end])
-    for start in range(lowest, end, TILE_ROWS):
-        num = min(TILE_ROWS, end - start)
-        products = matrix(tile, 0, num, wide)
-        np.dot(grad[start : start + num], rows, products)
-        weights = matrix(params, 2 * wide + start * wide, num, wide)
-        _add_products(weights, products, scale_grad)
-        totals = sums[start - lowest :][:num]
-        if has_mask:
-            masked = np.dot(grad[start : start + num], mask)
-            _add_products(weights, masked, shift_grad)
-            for row in range(num):
-                for j in range(wide):
-                    products[row, j] = products[row, j] * scale[j] + masked[row, j] * shift[j]
-        else:
-            shift_grad += np.dot(totals, weights)
-            for row in range(num):
-                for j in range(wide):
-                    products[row, j] = products[row, j] * scale[j] + totals[row] * shift[j]
+    weights = matrix(params, 2 * wide + start * wide, num, wide)
+    if len(widths) == 2 and mask.size:
+        np.dot(grad, rows * mask, products)
+        masked = np.dot(grad, mask)
+        _add_products(weights, products, norm_grads[0])
+        _add_products(weights, masked, norm_grads[1])
         for row in range(num):
-            at = 2 * wide + (start + row) * wide
-            move(kind, weights[row], products[row], first[at : at + wide], second[at : at + wide],
-                  settings)  # fmt: skip
+            for j in range(wide):
+                products[row, j] = products[row, j] * scale[j] + masked[row, j] * shift[j]
+        return
+    np.dot(grad, rows, products)
+    _add_products(weights, products, norm_grads[0])
+    np.dot(sums, weights, norm_grads[1])
+    for row in range(num):
+        for j in range(wide):
+            products[row, j] = products[row, j] * scale[j] + sums[row] * shift[j]
 
 
 @part
@@ -341,38 +329,71 @@ def _end(
     kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats,
     settings: _Floats, num_rows: int, space: _Floats,
 ) -> None:  # fmt: skip
-    """Move the first batch norm by the gradients of both halves."""
+    """Move the first batch norm by the gradients of all tiles."""
     wide = widths[0]
-    norm_grads = np.empty(2 * wide, np.float32)
-    for place in range(2):
-        one = of_half(widths, num_rows, 0, space)[1 + place]
-        other = of_half(widths, num_rows, 1, space)[1 + place]
-        for j in range(wide):
-            norm_grads[place * wide + j] = one[j] + other[j]
+    norm_grads = np.zeros(2 * wide, np.float32)
+    for tile in range(tiles_of(widths, 0)):
+        of_tile = norm_grads_of(widths, num_rows, tile, space).reshape(2 * wide)
+        for j in range(2 * wide):
+            norm_grads[j] += of_tile[j]
     move(kind, params[: 2 * wide], norm_grads, first[: 2 * wide], second[: 2 * wide], settings)
 
 
 # --- The step
 
 
+@part
+def count_pieces(widths: _Ints) -> int:
+    """Return in how many pieces the work of a head's step is cut."""
+    return FORWARD_PIECES + count_tiles(widths)
+
+
+@part
+def _work(
+    end: int, thread: int, state: _Ints, kind: int, widths: _Ints, params: _Floats,
+    stats: _Floats, first: _Floats, second: _Floats, settings: _Floats, num_rows: int,
+    masks: _Floats, space: _Floats,
+) -> None:  # fmt: skip
+    """Do pieces before ``end`` until none is left; the helper waits for more to be opened."""
+    per_head, mask = count_pieces(widths), np.empty((0, 0), np.float32)
+    while True:
+        piece = take_piece(state, end) if thread == LEADER else await_piece(state, end)
+        if piece < 0:
+            return
+        head, place = piece // per_head, piece % per_head
+        if place < FORWARD_PIECES:
+            _forward_units(place, widths, params[head], stats[head], num_rows, space)
+        else:
+            if masks.size:
+                mask = masks[head]
+            _move_tile(
+                place - FORWARD_PIECES, thread, kind, widths, params[head], first[head],
+                second[head], settings[head], num_rows, mask, space,
+            )  # fmt: skip
+        end_piece(state)
+
+
 @compiled(
-    "void(int64, int64, int64, int64[::1], float32[:, ::1], float32[:, ::1], float32[:, ::1],"
-    "float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[::1], float32[:, ::1], float32[::1],"
-    "float32[:, ::1], float32[::1], float32[:, :, ::1], float32[::1], float32[::1])",
-    head_space, loss_kernels, optimizer_kernels,
+    "void(int64, int64, int64[::1], int64, int64[::1], float32[:, ::1], float32[:, ::1],"
+    "float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[::1],"
+    "float32[:, ::1], float32[::1], float32[:, ::1], float32[::1], float32[:, :, ::1],"
+    "float32[::1], float32[::1])",
+    atomics, head_space, loss_kernels, optimizer_kernels, tickets,
 )  # fmt: skip
 def step(
-    phase: int, half: int, kind: int, widths: _Ints, params: _Floats, stats: _Floats,
-    first: _Floats, second: _Floats, settings: _Floats, rows: _Floats, classes: _Ints,
-    labels: _Floats, row_weights: _Floats, class_weights: _Floats, smoothing: _Floats,
-    masks: _Floats, space: _Floats, losses: _Floats,
+    thread: int, end: int, state: _Ints, kind: int, widths: _Ints, params: _Floats,
+    stats: _Floats, first: _Floats, second: _Floats, settings: _Floats, rows: _Floats,
+    classes: _Ints, labels: _Floats, row_weights: _Floats, class_weights: _Floats,
+    smoothing: _Floats, masks: _Floats, space: _Floats, losses: _Floats,
 ) -> None:  # fmt: skip
     """Move K heads against their losses on a batch.
 
     Args:
-        phase: ``WHOLE``; or of a step of one head its phases in order, ``UNITS`` and ``WEIGHTS``
-            of both halves each, which may run at the same time.
-        half: 0 or 1, of those two.
+        thread: ``LEADER``; or ``HELPER``, which takes pieces of a step that another thread leads
+            with the same arrays, until they come to ``end`` or none is opened for a while.
+        end: Number of a piece, of the helper: those of head k begin at k times ``count_pieces``,
+            ``FORWARD_PIECES`` of the forward pass first.
+        state: (``tickets.STATE_SIZE``,) zeros as the step begins, written.
         kind: See ``optimizer_kernels``.
         widths: D, the hidden widths, C.
         params: (K, P), written.
@@ -387,38 +408,39 @@ def step(
         class_weights: (K, C).
         smoothing: (K,).
         masks: (K, B, last width) to multiply the last layer's input by, or (0, 0, 0): no dropout.
-        space: Of ``space_size``, written; from phase to phase the same.
+        space: Of ``space_size``, written.
         losses: (K,), written.
     """
     num_rows, last = len(rows), len(widths) - 2
-    if phase in (WHOLE, BEGIN):
-        normed, _, mean, variance = of_rows(widths, num_rows, space)
-        _normalise_rows(rows, normed, mean, variance)
+    if thread == HELPER:
+        _work(end, thread, state, kind, widths, params, stats, first, second, settings, num_rows,
+              masks, space)  # fmt: skip
+        return
+    normed, _, mean, variance = of_rows(widths, num_rows, space)
+    _normalise_rows(rows, normed, mean, variance)
     mask = np.empty((0, 0), np.float32)
     for head in range(len(params)):
         of_head, moments, squares = params[head], first[head], second[head]
         if masks.size:
             mask = masks[head]
-        if phase in (WHOLE, BEGIN):
-            _begin(widths, of_head, stats[head], num_rows, mask, space)
-        for place in range(2):
-            if phase == WHOLE or (phase == UNITS and half == place):
-                _forward_units(place, widths, of_head, stats[head], num_rows, space)
-        if phase in (WHOLE, MIDDLE):
-            _forward_rest(widths, of_head, stats[head], num_rows, mask, space)
-            logits, _, grad, _ = outputs(widths, num_rows, last, space)
-            weights, smooth = class_weights[head], smoothing[head]
-            if labels.size:
-                loss = binary_cross_entropy(logits, labels, row_weights, weights, smooth, grad)
-            else:
-                loss = cross_entropy(logits, classes, row_weights, weights, smooth, grad)
-            losses[head] = loss
-            _backward_rest(
-                kind, widths, of_head, moments, squares, settings[head], num_rows, mask, space
-            )
-        for place in range(2):
-            if phase == WHOLE or (phase == WEIGHTS and half == place):
-                _move_first_weights(place, kind, widths, of_head, moments, squares, settings[head],
-                                    num_rows, mask, space)  # fmt: skip
-        if phase in (WHOLE, END):
-            _end(kind, widths, of_head, moments, squares, settings[head], num_rows, space)
+        _begin(widths, of_head, stats[head], num_rows, mask, space)
+        stop = open_pieces(state, FORWARD_PIECES)
+        _work(stop, thread, state, kind, widths, params, stats, first, second, settings, num_rows,
+              masks, space)  # fmt: skip
+        await_all(state, stop)
+        _forward_rest(widths, of_head, stats[head], num_rows, mask, space)
+        logits, _, _, grad, _ = outputs(widths, num_rows, last, space)
+        weights, smooth = class_weights[head], smoothing[head]
+        if labels.size:
+            loss = binary_cross_entropy(logits, labels, row_weights, weights, smooth, grad)
+        else:
+            loss = cross_entropy(logits, classes, row_weights, weights, smooth, grad)
+        losses[head] = loss
+        _backward_rest(
+            kind, widths, of_head, moments, squares, settings[head], num_rows, mask, space
+        )
+        stop = open_pieces(state, count_tiles(widths))
+        _work(stop, thread, state, kind, widths, params, stats, first, second, settings, num_rows,
+              masks, space)  # fmt: skip
+        await_all(state, stop)
+        _end(kind, widths, of_head, moments, squares, settings[head], num_rows, space)

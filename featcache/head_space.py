@@ -1,7 +1,10 @@
 """Where a compiled step keeps what, and where a head's parameters lie: for ``head_kernels``.
 
-All that a step works in is one array, ``space``, the same from phase to phase: first what concerns
-the rows, then what concerns each half of the first layer, then layer after layer.
+All that a step works in is one array, ``space``, which all threads share: first what concerns the
+rows, then a tile for each thread, then the tiles' gradients of the first batch norm, then layer
+after layer.
+
+A layer's weights are worked on in tiles of units: their gradient is used while it is in the cache.
 
 Reads: nothing. Raises ``ImportError`` where there is no Numba.
 """
@@ -16,6 +19,7 @@ from featcache.compiling import part
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
+THREADS = 2  # that may work on a step
 TILE_ROWS = 64  # 64 x 1280 of float32 lie in a second-level cache beside what they are added to
 
 
@@ -26,16 +30,11 @@ def space_size(widths: _Ints, num_rows: int) -> int:
 
 @part
 def at_layer(widths: _Ints, num_rows: int, layer: int) -> int:
-    """Return where the outputs of a layer begin.
-
-    Of each: what it puts out, that normalised (both (width, B)), its gradient, 1 / deviations.
-    Before them: the rows normalised and as the first layer sees them (both (B, D)), their means
-    and variances; and for both halves a tile and the gradients of the first batch norm.
-    """
+    """Return where the outputs of a layer begin."""
     wide = int(widths[0])
-    start = 2 * (num_rows + 1) * wide + 2 * (TILE_ROWS + 2) * wide
+    start = 2 * (num_rows + 1) * wide + THREADS * TILE_ROWS * wide + 2 * tiles_of(widths, 0) * wide
     for i in range(1, layer + 1):
-        start += int(widths[i]) * (3 * num_rows + 1)
+        start += int(widths[i]) * (4 * num_rows + 1)
     return start
 
 
@@ -59,26 +58,34 @@ def of_rows(
 
 
 @part
-def of_half(
-    widths: _Ints, num_rows: int, half: int, space: _Floats
-) -> tuple[_Floats, _Floats, _Floats]:
-    """Return a tile, flat, and the gradients of the first batch norm's weight and bias."""
+def of_thread(widths: _Ints, num_rows: int, thread: int, space: _Floats) -> _Floats:
+    """Return a thread's tile of gradients, flat."""
+    size = TILE_ROWS * widths[0]
+    return space[2 * (num_rows + 1) * widths[0] + thread * size :][:size]
+
+
+@part
+def norm_grads_of(widths: _Ints, num_rows: int, tile: int, space: _Floats) -> _Floats:
+    """Return a tile's share (2, D) of the gradients of the first batch norm's weight and bias."""
     wide = widths[0]
-    start = 2 * (num_rows + 1) * wide + half * (TILE_ROWS + 2) * wide
-    size = TILE_ROWS * wide
-    return space[start:][:size], space[start + size :][:wide], space[start + size + wide :][:wide]
+    start = 2 * (num_rows + 1) * wide + THREADS * TILE_ROWS * wide + 2 * tile * wide
+    return matrix(space, start, 2, wide)
 
 
 @part
 def outputs(
     widths: _Ints, num_rows: int, layer: int, space: _Floats
-) -> tuple[_Floats, _Floats, _Floats, _Floats]:
-    """Return a layer's outputs, those normalised, its gradient and 1 / deviations."""
+) -> tuple[_Floats, _Floats, _Floats, _Floats, _Floats]:
+    """Return what a layer puts out, that normalised, and as the next layer sees it.
+
+    Then the gradient of what it puts out, all of them (width, B), and 1 / deviations (width,).
+    """
     at, wide = at_layer(widths, num_rows, layer), widths[layer + 1]
     size = wide * num_rows
     return (
         matrix(space, at, wide, num_rows), matrix(space, at + size, wide, num_rows),
-        matrix(space, at + 2 * size, wide, num_rows), space[at + 3 * size :][:wide],
+        matrix(space, at + 2 * size, wide, num_rows), matrix(space, at + 3 * size, wide, num_rows),
+        space[at + 4 * size :][:wide],
     )  # fmt: skip
 
 
@@ -89,6 +96,21 @@ def at_params(widths: _Ints, layer: int) -> int:
     for i in range(layer):
         at += 2 * widths[i] + widths[i + 1] * (widths[i] + 1)
     return at
+
+
+@part
+def tiles_of(widths: _Ints, layer: int) -> int:
+    """Return in how many tiles a layer's weights are moved."""
+    return (int(widths[layer + 1]) + TILE_ROWS - 1) // TILE_ROWS
+
+
+@part
+def count_tiles(widths: _Ints) -> int:
+    """Return in how many tiles the weights of all layers are moved."""
+    count = 0
+    for layer in range(len(widths) - 1):
+        count += tiles_of(widths, layer)
+    return count
 
 
 @part

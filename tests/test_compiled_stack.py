@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import threading
@@ -102,11 +103,11 @@ def test_steps_equal_those_of_torch(
     assert [s.num_batches for s in stacks] == [5, 5]
 
 
-def train_some(num_heads: int = 3) -> list[Any]:
+def train_some(num_heads: int = 3, width: int = 12, hidden: tuple[int, ...] = (8,)) -> list[Any]:
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(90, 12)).astype("f4"), np.arange(90) % 3
+    x, y = rng.normal(size=(90, width)).astype("f4"), np.arange(90) % 3
     jobs = [
-        HeadJob(HeadConfig(12, 3, (8,)), TrainingConfig(epochs=3, learning_rate=10.0**-k), k)
+        HeadJob(HeadConfig(width, 3, hidden), TrainingConfig(epochs=3, learning_rate=10.0**-k), k)
         for k in range(1, num_heads + 1)
     ]
     return fit_heads(jobs, x, y, x, y, data_seed=4, device=CPU)
@@ -123,22 +124,46 @@ def test_repeats_bit_for_bit_alone_or_beside_others(monkeypatch: pytest.MonkeyPa
     results = train_some()
     assert_equal_states(results, train_some())
     assert_equal_states(results[:1], train_some(1))
-    monkeypatch.setattr(compiled_stack, "WORTH_HALVES", 0)
-    monkeypatch.setattr(compiled_stack, "available_cores", lambda: 2)
-    taken = list[int]()
-    submit = Threads.submit
-
-    def note(self: Threads, function: Any, *arguments: Any) -> Any:
-        if len(arguments) > 1:
-            taken.append(arguments[1])
-        return submit(self, function, *arguments)
-
-    monkeypatch.setattr(Threads, "submit", note)
-    assert_equal_states(results[:1], train_some(1))  # a thread for each half of the first layer
-    assert set(taken) == {1}
-    monkeypatch.setattr(Threads, "submit", submit)
     monkeypatch.setattr(fit, "_PASS_BYTES", 1)  # a thread for each
     assert_equal_states(results, train_some())
+
+
+@pytest.mark.parametrize("hidden", [(), (8,), (400, 70)])
+def test_a_helper_changes_no_bit(monkeypatch: pytest.MonkeyPatch, hidden: tuple[int, ...]) -> None:
+    monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", 0)
+    monkeypatch.setattr(compiled_stack, "available_cores", lambda: 2)
+    results = []
+    for worth in (1e18, 0):
+        monkeypatch.setattr(compiled_stack, "WORTH_HELPER", worth)
+        results.append(train_some(1, 300, hidden))
+    assert_equal_states(*results)
+
+
+def test_a_helper_that_comes_late_finds_all_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine whose other core is taken: the leader must not wait for it."""
+    monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", 0)
+    alone = train_some(1)
+    monkeypatch.setattr(compiled_stack, "WORTH_HELPER", 0)
+    monkeypatch.setattr(compiled_stack, "available_cores", lambda: 2)
+
+    class Late:
+        """What ``submit`` returns; begins when it is waited for."""
+
+        def __init__(self, function: Any, arguments: tuple[Any, ...]) -> None:
+            self.call = functools.partial(function, *arguments)
+
+        def result(self) -> Any:
+            return self.call()
+
+    helped = list[str]()
+
+    def submit(_: Threads, function: Any, *arguments: Any) -> Late:
+        helped.append(function.__name__)
+        return Late(function, arguments)
+
+    monkeypatch.setattr(Threads, "submit", submit)
+    assert_equal_states(alone, train_some(1))
+    assert helped.count("_help") == 9
 
 
 def test_without_numba_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:

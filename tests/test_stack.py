@@ -54,7 +54,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         assert load_kernels() is not None
     worth = {"torch": math.inf, "compiled": 0}[request.param]
     monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", worth)
-    monkeypatch.setattr(compiled_stack, "WORTH_HALVES", 0)
+    monkeypatch.setattr(compiled_stack, "WORTH_HELPER", 0)
     monkeypatch.setattr(compiled_stack, "available_cores", lambda: 2)
     return str(request.param)
 
