@@ -154,7 +154,7 @@ class CompiledSteps:
             meanwhile: Called once, by the partner when it would have nothing to do.
         """
         kernels, stack, losses = self._kernels, self._stack, torch.empty(len(self._stack))
-        size = kernels.head_space.space_size(self._widths, len(batch.rows))
+        size = kernels.space_size(self._widths, len(batch.rows))
         if len(self._space) != size:
             self._space = np.empty(size, np.float32)
         targets, row_weights = batch.targets, batch.row_weights

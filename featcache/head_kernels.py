@@ -27,10 +27,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from featcache import atomics, head_space, loss_kernels, optimizer_kernels, tickets
-from featcache.compiling import compiled, part, summing
+from featcache import atomics, head_space, loops, loss_kernels, optimizer_kernels, tickets
+from featcache.compiling import compiled, part
 from featcache.head_space import (
     TILE_ROWS,
+    at_layer,
     at_params,
     count_tiles,
     half_of_units,
@@ -40,6 +41,13 @@ from featcache.head_space import (
     of_thread,
     outputs,
     tiles_of,
+)
+from featcache.loops import (
+    add_products,
+    mask_units,
+    scale_and_shift,
+    sum_of,
+    sum_of_products,
 )
 from featcache.loss_kernels import binary_cross_entropy, cross_entropy
 from featcache.optimizer_kernels import move
@@ -53,57 +61,6 @@ FORWARD_PIECES = 2
 
 _ONE = np.float32(1)
 _BATCH_NORM_EPS, _BATCH_NORM_MOMENTUM = np.float32(1e-5), np.float32(0.1)
-
-
-# --- Loops
-
-
-@summing
-def _sum(values: _Floats) -> np.float32:
-    total = np.float32(0)
-    for j in range(len(values)):
-        total += values[j]
-    return total
-
-
-@summing
-def _sum_products(left: _Floats, right: _Floats) -> np.float32:
-    total = np.float32(0)
-    for j in range(len(left)):
-        total += left[j] * right[j]
-    return total
-
-
-@part
-def _add_products(left: _Floats, right: _Floats, sums: _Floats) -> None:
-    """Add the column sums of products; four rows at a time, or the sums' traffic would be all."""
-    whole = left.shape[0] // 4 * 4
-    for row in range(0, whole, 4):
-        for j in range(left.shape[1]):
-            sums[j] += (
-                left[row, j] * right[row, j]
-                + left[row + 1, j] * right[row + 1, j]
-                + left[row + 2, j] * right[row + 2, j]
-                + left[row + 3, j] * right[row + 3, j]
-            )
-    for row in range(whole, left.shape[0]):
-        for j in range(left.shape[1]):
-            sums[j] += left[row, j] * right[row, j]
-
-
-@part
-def _scale_and_shift(values: _Floats, scale: np.float32, shift: np.float32, out: _Floats) -> None:
-    for j in range(len(values)):
-        out[j] = values[j] * scale + shift
-
-
-@part
-def _mask_units(values: _Floats, mask: _Floats) -> None:
-    """Multiply (W, B) by a mask (B, W), if there is one."""
-    if mask.size:
-        for row in range(mask.shape[0]):
-            for j in range(mask.shape[1]):
-                values[j, row] *= mask[row, j]
 
 
 @part
@@ -128,7 +85,7 @@ def _normalise_rows(rows: _Floats, normed: _Floats, mean: _Floats, variance: _Fl
     for row in range(num_rows):
         for j in range(wide):
             normed[row, j] = rows[row, j] - mean[j]
-    _add_products(normed, normed, variance)
+    add_products(normed, normed, variance)
     for j in range(wide):
         inverse[j] = _ONE / np.sqrt(variance[j] * share + _BATCH_NORM_EPS)
     for row in range(num_rows):
@@ -174,15 +131,15 @@ def _activate(
     for unit in range(lowest, end):
         values, centred = out[unit], normed[unit]
         if layer == len(widths) - 2:
-            _scale_and_shift(values, _ONE, bias[unit], values)
+            scale_and_shift(values, _ONE, bias[unit], values)
             continue
         for row in range(num_rows):
             values[row] = max(values[row] + bias[unit], np.float32(0))
-        mean = _sum(values) * share
-        _scale_and_shift(values, _ONE, -mean, centred)
-        variance = _sum_products(centred, centred) * share
+        mean = sum_of(values) * share
+        scale_and_shift(values, _ONE, -mean, centred)
+        variance = sum_of_products(centred, centred) * share
         inverse[unit] = _ONE / np.sqrt(variance + _BATCH_NORM_EPS)
-        _scale_and_shift(centred, inverse[unit], np.float32(0), centred)
+        scale_and_shift(centred, inverse[unit], np.float32(0), centred)
         _track(stats, at_stats + unit, mean)
         _track(stats, at_stats + narrow + unit, variance * correction)
 
@@ -211,9 +168,9 @@ def _forward_rest(
         wide, narrow, at = widths[layer], widths[layer + 1], at_params(widths, layer)
         _, normed, shown, _, _ = outputs(widths, num_rows, layer - 1, space)
         for unit in range(wide):
-            _scale_and_shift(normed[unit], params[at + unit], params[at + wide + unit], shown[unit])
+            scale_and_shift(normed[unit], params[at + unit], params[at + wide + unit], shown[unit])
         if layer == len(widths) - 2:
-            _mask_units(shown, mask)
+            mask_units(shown, mask)
         weights = matrix(params, at + 2 * wide, narrow, wide)
         np.dot(weights, shown, outputs(widths, num_rows, layer, space)[0])
         _activate(layer, 0, narrow, widths, params, stats, num_rows, space)
@@ -230,7 +187,7 @@ def _move_biases(
     """Move the biases (H,) that begin at ``at``; return the row sums of the gradient (H, B)."""
     sums, moved_by = np.empty(len(grad), np.float32), np.empty(len(grad), np.float32)
     for unit in range(len(grad)):
-        sums[unit] = moved_by[unit] = _sum(grad[unit])
+        sums[unit] = moved_by[unit] = sum_of(grad[unit])
     end = at + len(grad)
     move(kind, params[at:end], moved_by, first[at:end], second[at:end], settings)
     return sums
@@ -249,11 +206,11 @@ def _backward_rest(
         out, normed, _, below, inverse = outputs(widths, num_rows, layer - 1, space)
         np.dot(matrix(params, at + 2 * wide, narrow, wide).T, grad, below)
         if layer == len(widths) - 2:
-            _mask_units(below, mask)
+            mask_units(below, mask)
         norm_grads = np.empty(2 * wide, np.float32)
         for unit in range(wide):
             values, units = below[unit], normed[unit]
-            by_scale, by_shift = _sum_products(values, units), _sum(values)
+            by_scale, by_shift = sum_of_products(values, units), sum_of(values)
             norm_grads[unit], norm_grads[wide + unit] = by_scale, by_shift
             factor = params[at + unit] * inverse[unit]
             for row in range(num_rows):
@@ -310,14 +267,14 @@ def _grade_first(
     if len(widths) == 2 and mask.size:
         np.dot(grad, rows * mask, products)
         masked = np.dot(grad, mask)
-        _add_products(weights, products, norm_grads[0])
-        _add_products(weights, masked, norm_grads[1])
+        add_products(weights, products, norm_grads[0])
+        add_products(weights, masked, norm_grads[1])
         for row in range(num):
             for j in range(wide):
                 products[row, j] = products[row, j] * scale[j] + masked[row, j] * shift[j]
         return
     np.dot(grad, rows, products)
-    _add_products(weights, products, norm_grads[0])
+    add_products(weights, products, norm_grads[0])
     np.dot(sums, weights, norm_grads[1])
     for row in range(num):
         for j in range(wide):
@@ -342,10 +299,16 @@ def _end(
 # --- The step
 
 
-@part
+@compiled("int64(int64[::1])", head_space)
 def count_pieces(widths: _Ints) -> int:
     """Return in how many pieces the work of a head's step is cut."""
     return FORWARD_PIECES + count_tiles(widths)
+
+
+@compiled("int64(int64[::1], int64)", head_space)
+def space_size(widths: _Ints, num_rows: int) -> int:
+    """Return how many float32 a step of ``num_rows`` rows works in."""
+    return at_layer(widths, num_rows, len(widths) - 1)
 
 
 @part
@@ -378,7 +341,7 @@ def _work(
     "float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[::1],"
     "float32[:, ::1], float32[::1], float32[:, ::1], float32[::1], float32[:, :, ::1],"
     "float32[::1], float32[::1])",
-    atomics, head_space, loss_kernels, optimizer_kernels, tickets,
+    atomics, head_space, loops, loss_kernels, optimizer_kernels, tickets,
 )  # fmt: skip
 def step(
     thread: int, end: int, state: _Ints, kind: int, widths: _Ints, params: _Floats,

@@ -23,11 +23,6 @@ THREADS = 2  # that may work on a step
 TILE_ROWS = 64  # 64 x 1280 of float32 lie in a second-level cache beside what they are added to
 
 
-def space_size(widths: _Ints, num_rows: int) -> int:
-    """Return how many float32 a step of ``num_rows`` rows works in."""
-    return at_layer(widths, num_rows, len(widths) - 1)
-
-
 @part
 def at_layer(widths: _Ints, num_rows: int, layer: int) -> int:
     """Return where the outputs of a layer begin."""

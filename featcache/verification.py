@@ -347,9 +347,17 @@ def _describe_split(cache: Cache, split: CacheSplit) -> dict[str, Any]:
     groups = split.groups
     return {
         "num_samples": len(split), "features": [*split.features.shape, split.features.dtype.name],
-        "num_views": split.num_views, "num_per_class": labels,
+        "num_views": split.num_views, "num_per_class": labels, **_count_known(cache, split),
         "num_groups": None if groups is None else len(set(groups)),
     }  # fmt: skip
+
+
+def _count_known(cache: Cache, split: CacheSplit) -> dict[str, dict[str, int]]:
+    """Return, of several labels an image, how many targets of each class are known."""
+    if cache.task != "multilabel":
+        return {}
+    known = (~np.isnan(split.targets)).sum(axis=0).tolist()
+    return {"num_known_per_class": dict(zip(cache.classes, known, strict=True))}
 
 
 def _count_targets(cache: Cache, split: CacheSplit) -> Iterator[tuple[str, int]]:

@@ -82,7 +82,11 @@ def in_bytes(number: float) -> str:
 
 def _split_text(split: dict[str, Any]) -> str:
     *shape, dtype = split["features"]
-    counts = ", ".join(f"{n:,} {printable(name)}" for name, n in split["num_per_class"].items())
+    known = {n: f" of {k:,} known" for n, k in split.get("num_known_per_class", {}).items()}
+    counts = ", ".join(
+        f"{n:,}{known.get(name, '')} {printable(name)}"
+        for name, n in split["num_per_class"].items()
+    )
     groups = "" if split["num_groups"] is None else f"; {split['num_groups']:,} groups"
     views = "" if split["num_views"] == 1 else f", {split['num_views']} views"
     return f"{' x '.join(map(str, shape))} {dtype}{views}; {counts}{groups}"

@@ -8,5 +8,5 @@ cd "$root"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 "$python" -m mypy
-# A file's tests stay in one process: they share what is slow to make.
-"$python" -m pytest --numprocesses auto --dist loadfile "$@"
+# A file's tests stay in one process: they share what is slow to make. Files in the order of conftest.
+"$python" -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

@@ -188,6 +188,23 @@ def test_a_small_training_does_not_load_numba() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_nothing_is_compiled_once_the_kernels_are_loaded() -> None:
+    """A helper of the kernels that is called from Python would be, in each process: 0.4 s."""
+    assert load_kernels() is not None  # or the other process would compile them, parts and all
+    code = (
+        "import sys, numba.core.event\n"
+        "sys.path.insert(0, 'tests')\n"
+        "from featcache import compiled_stack\n"
+        "from test_compiled_stack import train_some\n"
+        "compiled_stack.WORTH_PARAM_STEPS = compiled_stack.WORTH_HELPER = 0\n"
+        "assert compiled_stack.load_kernels() is not None\n"
+        "with numba.core.event.install_recorder('numba:compile') as recorder:\n"
+        "    train_some(1), train_some(3)\n"
+        "assert not recorder.buffer, recorder.buffer\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_a_long_compilation_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     class SlowFinder:
         """Finds nothing, after a while."""

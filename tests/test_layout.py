@@ -21,7 +21,7 @@ MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("
 ROWS = [
     ["errors"],
     ["files", "runtime", "threads", "compiling", "atomics"],
-    ["kernels", "head_space", "loss_kernels", "optimizer_kernels", "tickets"],
+    ["kernels", "head_space", "loss_kernels", "optimizer_kernels", "tickets", "loops"],
     ["head_kernels"],
     [
         "archive",
@@ -108,6 +108,7 @@ NO_TORCH |= {
     "compiling",
     "atomics",
     "tickets",
+    "loops",
     "acceleration",
     "contents",
     "journal",

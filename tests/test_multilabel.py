@@ -449,7 +449,11 @@ def test_a_cache_is_classified_by_every_label(
     )
     for thing in (run, tmp_path / "c.h5"):
         call("info", thing)
-        assert "task: multilabel" in capsys.readouterr().out
+        assert "task: multilabel" in (said := capsys.readouterr().out)
+    targets = cache.splits["train"].targets
+    for i, name in enumerate(CLASSES):
+        num_known = (~np.isnan(targets[:, i])).sum()
+        assert f"{(targets[:, i] == 1).sum():,} of {num_known:,} known {name}" in said
 
 
 def test_images_are_classified_and_the_network_is_exported(
