@@ -48,7 +48,8 @@ def measure_bound(
         seconds: Of each measurement.
     """
     device = resolve_device(task.device)
-    num_threads = min(num_heads, available_cores()) if device.type == "cpu" else 1
+    # One head too is trained by two threads.
+    num_threads = min(max(2, num_heads), available_cores()) if device.type == "cpu" else 1
     products = {}
     with exact_fp32():
         for at_once in _HEADS_AT_ONCE[device.type]:
