@@ -32,7 +32,7 @@ from featcache.streaming import StoredFeatures
 from featcache.threads import Threads
 from featcache.trainer import FORWARD_ROWS, Rows, Trainer
 
-_ROWS_AT_ONCE = 2048  # go through a head that is used: 10 MB of 1280 features
+_ROWS_AT_ONCE = 512  # go through a head that is used: 3 MB of 1280 features
 _ONE_THREAD_ROWS, _ONE_THREAD_VALUES = 64, 1 << 24  # of a batch; of all features, times classes
 _HEADS_SHARE = 0.75  # of the memory that is left
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache

@@ -316,4 +316,7 @@ def test_a_cache_twice_the_memory_trains_to_the_same_loss_and_is_evaluated(
     spread = np.ptp(losses[False])
     assert abs(np.mean(losses[True]) - np.mean(losses[False])) < spread, losses
     assert max(map(max, losses.values())) < 0.9 * np.log(NUM_CLASSES)
-    assert call(_evaluate_limited, limit, tmp_path / f"run-{limit}-0") == num_rows
+    # More than for the training, as libraries take what they take; less than the split alone is.
+    room = limit * 3 // 2
+    assert room < num_rows * width * 4
+    assert call(_evaluate_limited, room, tmp_path / f"run-{limit}-0") == num_rows
