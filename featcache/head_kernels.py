@@ -336,6 +336,19 @@ def _work(
         end_piece(state)
 
 
+@part
+def _share(
+    count: int, state: _Ints, kind: int, widths: _Ints, params: _Floats, stats: _Floats,
+    first: _Floats, second: _Floats, settings: _Floats, num_rows: int, masks: _Floats,
+    space: _Floats,
+) -> None:  # fmt: skip
+    """Open the next pieces, take what no helper takes, and wait until all are done."""
+    end = open_pieces(state, count)
+    _work(end, LEADER, state, kind, widths, params, stats, first, second, settings, num_rows,
+          masks, space)  # fmt: skip
+    await_all(state, end)
+
+
 @compiled(
     "void(int64, int64, int64[::1], int64, int64[::1], float32[:, ::1], float32[:, ::1],"
     "float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[::1],"
@@ -387,10 +400,8 @@ def step(
         if masks.size:
             mask = masks[head]
         _begin(widths, of_head, stats[head], num_rows, mask, space)
-        stop = open_pieces(state, FORWARD_PIECES)
-        _work(stop, thread, state, kind, widths, params, stats, first, second, settings, num_rows,
-              masks, space)  # fmt: skip
-        await_all(state, stop)
+        _share(FORWARD_PIECES, state, kind, widths, params, stats, first, second, settings,
+               num_rows, masks, space)  # fmt: skip
         _forward_rest(widths, of_head, stats[head], num_rows, mask, space)
         logits, _, _, grad, _ = outputs(widths, num_rows, last, space)
         weights, smooth = class_weights[head], smoothing[head]
@@ -402,8 +413,6 @@ def step(
         _backward_rest(
             kind, widths, of_head, moments, squares, settings[head], num_rows, mask, space
         )
-        stop = open_pieces(state, count_tiles(widths))
-        _work(stop, thread, state, kind, widths, params, stats, first, second, settings, num_rows,
-              masks, space)  # fmt: skip
-        await_all(state, stop)
+        _share(count_tiles(widths), state, kind, widths, params, stats, first, second, settings,
+               num_rows, masks, space)  # fmt: skip
         _end(kind, widths, of_head, moments, squares, settings[head], num_rows, space)

@@ -24,10 +24,19 @@ TILE_ROWS = 64  # 64 x 1280 of float32 lie in a second-level cache beside what t
 
 
 @part
+def _at_tiles(widths: _Ints, num_rows: int) -> int:
+    return 2 * (num_rows + 1) * int(widths[0])
+
+
+@part
+def _at_norm_grads(widths: _Ints, num_rows: int) -> int:
+    return _at_tiles(widths, num_rows) + THREADS * TILE_ROWS * int(widths[0])
+
+
+@part
 def at_layer(widths: _Ints, num_rows: int, layer: int) -> int:
     """Return where the outputs of a layer begin."""
-    wide = int(widths[0])
-    start = 2 * (num_rows + 1) * wide + THREADS * TILE_ROWS * wide + 2 * tiles_of(widths, 0) * wide
+    start = _at_norm_grads(widths, num_rows) + 2 * tiles_of(widths, 0) * int(widths[0])
     for i in range(1, layer + 1):
         start += int(widths[i]) * (4 * num_rows + 1)
     return start
@@ -56,15 +65,14 @@ def of_rows(
 def of_thread(widths: _Ints, num_rows: int, thread: int, space: _Floats) -> _Floats:
     """Return a thread's tile of gradients, flat."""
     size = TILE_ROWS * widths[0]
-    return space[2 * (num_rows + 1) * widths[0] + thread * size :][:size]
+    return space[_at_tiles(widths, num_rows) + thread * size :][:size]
 
 
 @part
 def norm_grads_of(widths: _Ints, num_rows: int, tile: int, space: _Floats) -> _Floats:
     """Return a tile's share (2, D) of the gradients of the first batch norm's weight and bias."""
     wide = widths[0]
-    start = 2 * (num_rows + 1) * wide + THREADS * TILE_ROWS * wide + 2 * tile * wide
-    return matrix(space, start, 2, wide)
+    return matrix(space, _at_norm_grads(widths, num_rows) + 2 * tile * wide, 2, wide)
 
 
 @part

@@ -307,6 +307,8 @@ def test_rows_that_cannot_be_measured_are_refused(run: Path, tmp_path: Path) -> 
     broken = write_test(tmp_path / "n.h5", rows([-1] + [0, 1] * 19 + [0], features))
     with pytest.raises(CacheError, match=r"NaN or infinity in row 7, 2/0007\.png"):
         evaluate(run, cache=broken)
+    with pytest.raises(CacheError, match=r"NaN or infinity in row 7, 2/0007\.png"):
+        predict_cache(run, broken)
 
 
 def test_a_damaged_run_is_refused(run: Path) -> None:

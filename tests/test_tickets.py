@@ -57,7 +57,11 @@ def follow(state: _Array, work: _Array, end: int) -> int:
 
 
 def follow_and_tell(state: _Array, work: _Array, end: int, taken: list[int]) -> None:
-    taken.append(follow(state, work, end))
+    """Help until all pieces are taken: one who came too early, or was stopped, comes again."""
+    num_taken = 0
+    while state[tickets._TAKEN] < end:
+        num_taken += follow(state, work, end)
+    taken.append(num_taken)
 
 
 @numba.njit(nogil=True)
