@@ -1,4 +1,4 @@
-"""Batches of an epoch: every row once in a new order and, of rows with views, one view each."""
+"""Rows of an epoch, some batches at once: each in a new order and, if it has views, one of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from featcache.streaming import StoredFeatures
 
 _VIEWS_SEED, _CHUNKS_SEED = 1 << 62, 1 << 61  # other streams than that of the order
 
-Batch: TypeAlias = tuple[Tensor, Tensor]
-"""Numbers of rows (n,) and their features (n, D)."""
+Drawn: TypeAlias = tuple[Tensor, Tensor]
+"""Numbers of rows (n,) and their features (n, D): some batches, one after the other."""
+
+ROWS_AT_ONCE = 256
+"""Rows that are drawn at once, if a batch is smaller: eight batches of 32."""
 
 
 class Draw:
@@ -39,30 +42,29 @@ class Draw:
         self._views = torch.Generator().manual_seed(seed ^ _VIEWS_SEED)
         self._chunks = torch.Generator().manual_seed(seed ^ _CHUNKS_SEED)
 
-    def epoch(self, batch_size: int) -> Iterator[Batch]:
-        """Yield the batches of the next epoch, to be read to the end.
+    def epoch(self, batch_size: int) -> Iterator[Drawn]:
+        """Yield the batches of the next epoch, some at once, to be read to the end.
 
-        One row that would be left is not: batch norm cannot train on one (pytorch#4534).
+        The features stay until those after the next are drawn: their memory is used again. One row
+        that would be left is not drawn: batch norm cannot train on one (pytorch#4534).
         """
         if isinstance(self._features, Tensor):
             return self._gather(self._features, batch_size)
         return self._cut(self._blocks(self._features), batch_size)
 
-    def _gather(self, features: Tensor, batch_size: int) -> Iterator[Batch]:
+    def _gather(self, features: Tensor, batch_size: int) -> Iterator[Drawn]:
         order, views = self._draw(len(features))
-        rows = order.to(self._device)
-        if views is not None:
-            views = views.to(self._device)
-        for i in range(0, len(rows), batch_size):
-            batch = rows[i : i + batch_size]
-            if len(batch) > 1:
-                # index_select takes half the time of features[batch]
-                found = (
-                    features.index_select(0, batch)
-                    if views is None
-                    else features[batch, views[i : i + len(batch)]]
-                )
-                yield batch, found
+        order = _without_last_alone(order, batch_size).to(self._device)
+        size = min(rows_at_once(batch_size), len(order))
+        # New memory each time would be asked of the system, and given back.
+        memory = [features.new_empty(size, features.shape[-1]) for _ in range(2)]
+        for number, rows in enumerate(torch.split(order, size)):
+            if views is not None:
+                of_rows = views[number * size :][: len(rows)].to(self._device)
+                yield rows, features[rows, of_rows]
+                continue
+            # index_select takes half the time of features[rows]
+            yield rows, torch.index_select(features, 0, rows, out=memory[number % 2][: len(rows)])
 
     def _draw(self, num_rows: int) -> tuple[Tensor, Tensor | None]:
         """Return an order of rows, and the view of each in that order where there are any."""
@@ -103,24 +105,35 @@ class Draw:
 
     def _cut(
         self, blocks: Iterator[tuple[Tensor, Tensor, Tensor]], batch_size: int
-    ) -> Iterator[Batch]:
-        """Cut blocks into batches; what is left of one goes into the first batch of the next."""
-        parts = list[Batch]()
-        missing = batch_size
+    ) -> Iterator[Drawn]:
+        """Cut blocks into batches; what is left of one goes into the first batches of the next."""
+        parts = list[Drawn]()
+        size = missing = rows_at_once(batch_size)
         for numbers, block, order in blocks:
-            for picked in (order[:missing], *torch.split(order[missing:], batch_size)):
+            for picked in (order[:missing], *torch.split(order[missing:], size)):
                 # Features are copied here: the block's memory is used again.
                 if len(picked):
                     parts.append((numbers[picked], block[picked].to(self._dtype)))
                 missing -= len(picked)
                 if not missing:
                     yield _join(parts)
-                    parts, missing = [], batch_size
-        if batch_size - missing > 1:
-            yield _join(parts)
+                    parts, missing = [], size
+        if parts:
+            rows, features = (_without_last_alone(part, batch_size) for part in _join(parts))
+            if len(rows):
+                yield rows, features
 
 
-def _join(parts: list[Batch]) -> Batch:
+def rows_at_once(batch_size: int) -> int:
+    """Return how many rows are drawn at once."""
+    return max(1, ROWS_AT_ONCE // batch_size) * batch_size
+
+
+def _without_last_alone(rows: Tensor, batch_size: int) -> Tensor:
+    return rows[:-1] if len(rows) % batch_size == 1 else rows
+
+
+def _join(parts: list[Drawn]) -> Drawn:
     if len(parts) == 1:
         return parts[0]
     rows, features = zip(*parts, strict=True)

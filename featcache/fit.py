@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from featcache.compiled_stack import kernels_for, one_blas_thread, partner_for
-from featcache.draw import Draw
+from featcache.compiled_stack import kernels_for, partner_for
+from featcache.draw import Draw, rows_at_once
 from featcache.errors import ConfigError, DataError
 from featcache.head import HeadConfig, count_values
 from featcache.jobs import LBFGS, FitResult, HeadJob, TrainingConfig
@@ -178,8 +178,7 @@ def fit_heads(
     passes = [part for group in _group(jobs, len(rows.targets)) for part in _cut(group, jobs, rows)]
     passes, num_threads = _cut_to_memory(passes, jobs, rows, say)
     kernels = kernels_for(jobs, len(rows.targets), device, dtype, say)
-    blas = one_blas_thread() if kernels is not None else contextlib.nullcontext()
-    with exact_fp32(), blas:
+    with exact_fp32():
         if num_threads <= 1:
             helping = partner_for(jobs) if kernels is not None else contextlib.nullcontext()
             with helping as partner:
@@ -248,6 +247,7 @@ def _count_bytes(job: HeadJob, rows: Rows) -> tuple[int, int]:
     of_head = 8 * num_values + 8 * batch * (widths + job.head.num_features)
     of_head += 3 * num_judged * job.head.num_classes
     of_pass = 3 * min(FORWARD_ROWS, max(num_judged, batch)) * widths
+    of_pass += 3 * rows_at_once(batch) * job.head.num_features
     return of_head * rows.dtype.itemsize, of_pass * rows.dtype.itemsize
 
 
@@ -305,7 +305,7 @@ def _fit_pass(  # noqa: PLR0917
                 [head.training.learning_rate_at(epoch, step / num_steps) for head in heads]
                 for step in range(1, num_steps + 1)
             ]
-            losses = trainer.epoch(draw.epoch(batch_size), rates)
+            losses = trainer.epoch(draw.epoch(batch_size), batch_size, rates)
             valid = trainer.validate()
             seconds = time.perf_counter() - start
             for place, (head, rate, loss) in enumerate(zip(heads, rates[-1], losses, strict=True)):

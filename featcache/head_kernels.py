@@ -1,9 +1,7 @@
-"""A training step of heads on the CPU, compiled by Numba. Imported late, by ``compiled_stack``.
+"""Training steps of heads on the CPU, compiled by Numba. Imported late, by ``compiled_stack``.
 
 A step is forward, loss, backward and optimizer, head after head. The optimizer moves a layer as
-soon as its gradient is there, while both are in the core's own cache: of the 20 MB that Adam moves
-for a head of 0.7 M parameters, the gradient's 6 never leave it. Products are calls of SciPy's
-OpenBLAS: 75 GFLOP/s on a Zen 3 core at these shapes, where torch's MKL reaches 57.
+soon as its gradient is there: see ``weight_kernels``.
 
 A head is the flat arrays of ``stack.HeadStack``: parameters in the order of its state dict (of each
 layer: batch norm's weight and bias, then the linear layer's), running statistics likewise (of each
@@ -27,7 +25,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from featcache import atomics, head_space, loops, loss_kernels, optimizer_kernels, tickets
+from featcache import (
+    atomics,
+    head_space,
+    loops,
+    loss_kernels,
+    optimizer_kernels,
+    products,
+    tickets,
+    vectors,
+    weight_kernels,
+)
 from featcache.compiling import compiled, part
 from featcache.head_space import (
     TILE_ROWS,
@@ -38,7 +46,6 @@ from featcache.head_space import (
     matrix,
     norm_grads_of,
     of_rows,
-    of_thread,
     outputs,
     tiles_of,
 )
@@ -48,15 +55,18 @@ from featcache.loops import (
     scale_and_shift,
     sum_of,
     sum_of_products,
+    turn,
 )
 from featcache.loss_kernels import binary_cross_entropy, cross_entropy
 from featcache.optimizer_kernels import move
+from featcache.products import multiply
 from featcache.tickets import await_all, await_piece, end_piece, open_pieces, take_piece
+from featcache.weight_kernels import move_weights
 
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
-LEADER, HELPER = 0, 1  # ``thread`` of ``step``
+LEADER, HELPER = 0, 1  # ``thread`` of ``steps``
 FORWARD_PIECES = 2
 
 _ONE = np.float32(1)
@@ -72,7 +82,9 @@ def _track(running: _Floats, j: int, current: np.float32) -> None:
 
 
 @part
-def _normalise_rows(rows: _Floats, normed: _Floats, mean: _Floats, variance: _Floats) -> None:
+def _normalise_rows(
+    rows: _Floats, normed: _Floats, turned: _Floats, mean: _Floats, variance: _Floats
+) -> None:
     """Normalise columns; set their means, and variances with Bessel's correction."""
     num_rows, wide = rows.shape
     share, inverse = _ONE / np.float32(num_rows), np.empty(wide, np.float32)
@@ -91,6 +103,7 @@ def _normalise_rows(rows: _Floats, normed: _Floats, mean: _Floats, variance: _Fl
     for row in range(num_rows):
         for j in range(wide):
             normed[row, j] *= inverse[j]
+    turn(normed, turned)
     correction = np.float32(1 / (num_rows - 1))
     for j in range(wide):
         variance[j] *= correction
@@ -101,19 +114,15 @@ def _begin(
     widths: _Ints, params: _Floats, stats: _Floats, num_rows: int, mask: _Floats, space: _Floats
 ) -> None:
     """Track the rows' statistics and put the rows through the first batch norm."""
-    normed, shown, mean, variance = of_rows(widths, num_rows, space)
+    _, turned, shown, again, mean, variance = of_rows(widths, num_rows, space)
     wide = widths[0]
     for j in range(wide):
         _track(stats, j, mean[j])
         _track(stats, wide + j, variance[j])
-    scale, shift = params[:wide], params[wide : 2 * wide]
-    for row in range(num_rows):
-        for j in range(wide):
-            shown[row, j] = normed[row, j] * scale[j] + shift[j]
-    if len(widths) == 2 and mask.size:
-        for row in range(num_rows):
-            for j in range(wide):
-                shown[row, j] *= mask[row, j]
+        scale_and_shift(turned[j], params[j], params[wide + j], shown[j])
+    if len(widths) == 2:
+        mask_units(shown, mask)
+        turn(shown, again)
 
 
 @part
@@ -122,7 +131,7 @@ def _activate(
     num_rows: int, space: _Floats,
 ) -> None:  # fmt: skip
     """Add biases to some units of a layer and, but for logits, put them through ReLU and norm."""
-    out, normed, _, _, inverse = outputs(widths, num_rows, layer, space)
+    out, normed, _, _, _, inverse = outputs(widths, num_rows, layer, space)
     narrow = widths[layer + 1]
     bias = params[at_params(widths, layer + 1) - narrow :]
     at_stats = 2 * widths[: layer + 1].sum()
@@ -153,9 +162,9 @@ def _forward_units(
     if lowest == end:
         return
     wide = widths[0]
-    shown, out = of_rows(widths, num_rows, space)[1], outputs(widths, num_rows, 0, space)[0]
+    shown, out = of_rows(widths, num_rows, space)[2], outputs(widths, num_rows, 0, space)[0]
     weights = matrix(params, 2 * wide, widths[1], wide)
-    np.dot(weights[lowest:end], shown.T, out[lowest:end])
+    multiply(weights[lowest:end], shown, out[lowest:end])
     _activate(0, lowest, end, widths, params, stats, num_rows, space)
 
 
@@ -166,13 +175,14 @@ def _forward_rest(
     """Run all layers but the first."""
     for layer in range(1, len(widths) - 1):
         wide, narrow, at = widths[layer], widths[layer + 1], at_params(widths, layer)
-        _, normed, shown, _, _ = outputs(widths, num_rows, layer - 1, space)
+        _, normed, shown, _, turned, _ = outputs(widths, num_rows, layer - 1, space)
         for unit in range(wide):
             scale_and_shift(normed[unit], params[at + unit], params[at + wide + unit], shown[unit])
         if layer == len(widths) - 2:
             mask_units(shown, mask)
+        turn(shown, turned)
         weights = matrix(params, at + 2 * wide, narrow, wide)
-        np.dot(weights, shown, outputs(widths, num_rows, layer, space)[0])
+        multiply(weights, shown, outputs(widths, num_rows, layer, space)[0])
         _activate(layer, 0, narrow, widths, params, stats, num_rows, space)
 
 
@@ -203,8 +213,8 @@ def _backward_rest(
     for layer in range(len(widths) - 2, 0, -1):
         wide, narrow, at = widths[layer], widths[layer + 1], at_params(widths, layer)
         grad = outputs(widths, num_rows, layer, space)[3]
-        out, normed, _, below, inverse = outputs(widths, num_rows, layer - 1, space)
-        np.dot(matrix(params, at + 2 * wide, narrow, wide).T, grad, below)
+        out, normed, _, below, _, inverse = outputs(widths, num_rows, layer - 1, space)
+        multiply(matrix(params, at + 2 * wide, narrow, wide).T, grad, below)
         if layer == len(widths) - 2:
             mask_units(below, mask)
         norm_grads = np.empty(2 * wide, np.float32)
@@ -221,11 +231,32 @@ def _backward_rest(
 
 
 @part
+def _grade_rows(
+    widths: _Ints, params: _Floats, num_rows: int, mask: _Floats, space: _Floats
+) -> None:
+    """Set the gradients of a linear head's batch norm, which dropout divides from its weights."""
+    wide, narrow = widths[0], widths[1]
+    _, turned, below, _, _, _ = of_rows(widths, num_rows, space)  # of the forward pass no more
+    grad = outputs(widths, num_rows, 0, space)[3]
+    multiply(matrix(params, 2 * wide, narrow, wide).T, grad, below)
+    mask_units(below, mask)
+    for tile in range(tiles_of(widths, 0)):
+        norm_grads_of(widths, num_rows, tile, space)[:] = np.float32(0)
+    by_scale, by_shift = norm_grads_of(widths, num_rows, 0, space)
+    for j in range(wide):
+        by_scale[j], by_shift[j] = sum_of_products(below[j], turned[j]), sum_of(below[j])
+
+
+@part
 def _move_tile(
-    tile: int, thread: int, kind: int, widths: _Ints, params: _Floats, first: _Floats,
-    second: _Floats, settings: _Floats, num_rows: int, mask: _Floats, space: _Floats,
+    tile: int, kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats,
+    settings: _Floats, num_rows: int, space: _Floats,
 ) -> None:  # fmt: skip
-    """Move a tile of some layer's weights and its biases."""
+    """Move a tile of some layer's weights and its biases.
+
+    The first layer's input is the normalised rows, scaled and shifted: the gradients of that batch
+    norm come with those of the weights (see ``stack``'s docstring). Other layers' are at hand.
+    """
     layer, place = 0, tile
     while place >= tiles_of(widths, layer):
         place -= tiles_of(widths, layer)
@@ -236,49 +267,25 @@ def _move_tile(
     grad = outputs(widths, num_rows, layer, space)[3][start : start + num]
     at_bias = at + 2 * wide + narrow * wide + start
     sums = _move_biases(kind, at_bias, params, first, second, settings, grad)
-    if layer == 0:
-        products = matrix(of_thread(widths, num_rows, thread, space), 0, num, wide)
-        _grade_first(place, start, widths, params, grad, sums, num_rows, mask, products, space)
+    scale, shift = np.ones(wide, np.float32), np.zeros(wide, np.float32)
+    norm_grads = np.zeros((2, wide), np.float32)
+    if layer > 0:
+        rows = outputs(widths, num_rows, layer - 1, space)[4]
+    elif len(widths) == 2:
+        rows = of_rows(widths, num_rows, space)[3]
     else:
-        products = np.empty((num, wide), np.float32)
-        np.dot(grad, outputs(widths, num_rows, layer - 1, space)[2].T, products)
-    for row in range(num):
-        begin = at + 2 * wide + (start + row) * wide
-        end = begin + wide
-        move(kind, params[begin:end], products[row], first[begin:end], second[begin:end], settings)
-
-
-@part
-def _grade_first(
-    tile: int, start: int, widths: _Ints, params: _Floats, grad: _Floats, sums: _Floats,
-    num_rows: int, mask: _Floats, products: _Floats, space: _Floats,
-) -> None:  # fmt: skip
-    """Set the gradients of a tile of the first layer, and its share of the batch norm's before it.
-
-    See ``stack``'s docstring. A linear head has dropout between the two: what multiplies beta is
-    then not the sums of ``grad`` but its products with the mask.
-    """
-    wide, num = widths[0], len(grad)
-    rows = of_rows(widths, num_rows, space)[0]
-    norm_grads = norm_grads_of(widths, num_rows, tile, space)
-    norm_grads[:] = np.float32(0)
-    scale, shift = params[:wide], params[wide : 2 * wide]
-    weights = matrix(params, 2 * wide + start * wide, num, wide)
-    if len(widths) == 2 and mask.size:
-        np.dot(grad, rows * mask, products)
-        masked = np.dot(grad, mask)
-        add_products(weights, products, norm_grads[0])
-        add_products(weights, masked, norm_grads[1])
-        for row in range(num):
-            for j in range(wide):
-                products[row, j] = products[row, j] * scale[j] + masked[row, j] * shift[j]
-        return
-    np.dot(grad, rows, products)
-    add_products(weights, products, norm_grads[0])
-    np.dot(sums, weights, norm_grads[1])
-    for row in range(num):
-        for j in range(wide):
-            products[row, j] = products[row, j] * scale[j] + sums[row] * shift[j]
+        rows, scale, shift = (
+            of_rows(widths, num_rows, space)[0],
+            params[:wide],
+            params[wide:][:wide],
+        )
+        norm_grads = norm_grads_of(widths, num_rows, place, space)
+        norm_grads[:] = np.float32(0)
+    begin = at + 2 * wide + start * wide
+    move_weights(
+        kind, grad, rows, sums, scale, shift, norm_grads, matrix(params, begin, num, wide),
+        matrix(first, begin, num, wide), matrix(second, begin, num, wide), settings,
+    )  # fmt: skip
 
 
 @part
@@ -296,7 +303,31 @@ def _end(
     move(kind, params[: 2 * wide], norm_grads, first[: 2 * wide], second[: 2 * wide], settings)
 
 
-# --- The step
+# --- The steps
+
+
+@part
+def _mask_of(
+    masks: _Floats, start: int, end: int, head: int, num_heads: int, widths: _Ints
+) -> _Floats:
+    """Return the dropout mask (B, last width) of a batch and a head, or an empty one."""
+    wide, num_rows = widths[len(widths) - 2], end - start
+    if not masks.size:
+        return matrix(masks, 0, 0, 0)
+    return matrix(masks, (start * num_heads + head * num_rows) * wide, num_rows, wide)
+
+
+@part
+def _judge(
+    start: int, end: int, widths: _Ints, classes: _Ints, labels: _Floats, row_weights: _Floats,
+    weights: _Floats, smoothing: np.float32, space: _Floats,
+) -> np.float32:  # fmt: skip
+    """Return a head's loss on a batch and set the gradient of its logits."""
+    logits, _, _, grad, _, _ = outputs(widths, end - start, len(widths) - 2, space)
+    of_rows = row_weights[start:end]
+    if labels.size:
+        return binary_cross_entropy(logits, labels[start:end], of_rows, weights, smoothing, grad)
+    return cross_entropy(logits, classes[start:end], of_rows, weights, smoothing, grad)
 
 
 @compiled("int64(int64[::1])", head_space)
@@ -314,24 +345,23 @@ def space_size(widths: _Ints, num_rows: int) -> int:
 @part
 def _work(
     end: int, thread: int, state: _Ints, kind: int, widths: _Ints, params: _Floats,
-    stats: _Floats, first: _Floats, second: _Floats, settings: _Floats, num_rows: int,
-    masks: _Floats, space: _Floats,
+    stats: _Floats, first: _Floats, second: _Floats, settings: _Floats, ends: _Ints, space: _Floats,
 ) -> None:  # fmt: skip
     """Do pieces before ``end`` until none is left; the helper waits for more to be opened."""
-    per_head, mask = count_pieces(widths), np.empty((0, 0), np.float32)
+    per_head = count_pieces(widths)
     while True:
         piece = take_piece(state, end) if thread == LEADER else await_piece(state, end)
         if piece < 0:
             return
-        head, place = piece // per_head, piece % per_head
+        number, place = piece // per_head, piece % per_head
+        batch, head = number // len(params), number % len(params)
+        num_rows = ends[batch] - (ends[batch - 1] if batch else 0)
         if place < FORWARD_PIECES:
             _forward_units(place, widths, params[head], stats[head], num_rows, space)
         else:
-            if masks.size:
-                mask = masks[head]
             _move_tile(
-                place - FORWARD_PIECES, thread, kind, widths, params[head], first[head],
-                second[head], settings[head], num_rows, mask, space,
+                place - FORWARD_PIECES, kind, widths, params[head], first[head], second[head],
+                settings[batch, head], num_rows, space,
             )  # fmt: skip
         end_piece(state)
 
@@ -339,80 +369,78 @@ def _work(
 @part
 def _share(
     count: int, state: _Ints, kind: int, widths: _Ints, params: _Floats, stats: _Floats,
-    first: _Floats, second: _Floats, settings: _Floats, num_rows: int, masks: _Floats,
-    space: _Floats,
+    first: _Floats, second: _Floats, settings: _Floats, ends: _Ints, space: _Floats,
 ) -> None:  # fmt: skip
     """Open the next pieces, take what no helper takes, and wait until all are done."""
     end = open_pieces(state, count)
-    _work(end, LEADER, state, kind, widths, params, stats, first, second, settings, num_rows,
-          masks, space)  # fmt: skip
+    _work(end, LEADER, state, kind, widths, params, stats, first, second, settings, ends, space)
     await_all(state, end)
 
 
 @compiled(
-    "void(int64, int64, int64[::1], int64, int64[::1], float32[:, ::1], float32[:, ::1],"
-    "float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[::1],"
-    "float32[:, ::1], float32[::1], float32[:, ::1], float32[::1], float32[:, :, ::1],"
-    "float32[::1], float32[::1])",
-    atomics, head_space, loops, loss_kernels, optimizer_kernels, tickets,
+    "void(int64, int64[::1], int64, int64[::1], float32[:, ::1], float32[:, ::1],"
+    "float32[:, ::1], float32[:, ::1], float32[:, :, ::1], int64[::1], float32[:, ::1],"
+    "int64[::1], float32[:, ::1], float32[::1], float32[:, ::1], float32[::1], float32[::1],"
+    "float32[::1], float32[:, ::1])",
+    atomics, head_space, loops, loss_kernels, optimizer_kernels, products, tickets, vectors,
+    weight_kernels,
 )  # fmt: skip
-def step(
-    thread: int, end: int, state: _Ints, kind: int, widths: _Ints, params: _Floats,
-    stats: _Floats, first: _Floats, second: _Floats, settings: _Floats, rows: _Floats,
+def steps(
+    thread: int, state: _Ints, kind: int, widths: _Ints, params: _Floats, stats: _Floats,
+    first: _Floats, second: _Floats, settings: _Floats, ends: _Ints, rows: _Floats,
     classes: _Ints, labels: _Floats, row_weights: _Floats, class_weights: _Floats,
     smoothing: _Floats, masks: _Floats, space: _Floats, losses: _Floats,
 ) -> None:  # fmt: skip
-    """Move K heads against their losses on a batch.
+    """Move K heads against their losses on S batches, one after the other, of N rows in all.
 
     Args:
-        thread: ``LEADER``; or ``HELPER``, which takes pieces of a step that another thread leads
-            with the same arrays, until they come to ``end`` or none is opened for a while.
-        end: Number of a piece, of the helper: those of head k begin at k times ``count_pieces``,
-            ``FORWARD_PIECES`` of the forward pass first.
-        state: (``tickets.STATE_SIZE``,) zeros as the step begins, written.
+        thread: ``LEADER``; or ``HELPER``, which takes pieces of steps that another thread leads
+            with the same arrays, until they are done or none is opened for long.
+        state: (``tickets.STATE_SIZE``,) zeros as the steps begin, written.
         kind: See ``optimizer_kernels``.
         widths: D, the hidden widths, C.
         params: (K, P), written.
         stats: (K, S), written: they move a tenth of the way.
         first: (K, P) moments, written; of SGD the momentum.
         second: (K, P) moments, written; not looked at with SGD.
-        settings: (K, 4): learning rate, weight decay and Adam's corrections, 1 - beta ** steps.
-        rows: (B, D), two or more.
-        classes: (B,) from 0 to C - 1; not looked at where there are labels.
-        labels: (B, C) of 0, 1 and NaN, or (0, 0): one class a row.
-        row_weights: (B,), or (0,): all count alike.
+        settings: (S, K, 4): learning rate, weight decay and Adam's corrections, 1 - beta ** steps.
+        ends: (S,) where each batch ends; two rows or more are in each.
+        rows: (N, D).
+        classes: (N,) from 0 to C - 1; not looked at where there are labels.
+        labels: (N, C) of 0, 1 and NaN, or (0, 0): one class a row.
+        row_weights: (N,), or (0,): all count alike.
         class_weights: (K, C).
         smoothing: (K,).
-        masks: (K, B, last width) to multiply the last layer's input by, or (0, 0, 0): no dropout.
-        space: Of ``space_size``, written.
-        losses: (K,), written.
+        masks: To multiply the last layer's input by: (K, B, last width) of each batch, flat one
+            after the other, or (0,): no dropout.
+        space: Of ``space_size`` for the largest batch, written.
+        losses: (S, K), written.
     """
-    num_rows, last = len(rows), len(widths) - 2
     if thread == HELPER:
-        _work(end, thread, state, kind, widths, params, stats, first, second, settings, num_rows,
-              masks, space)  # fmt: skip
+        end = len(ends) * len(params) * count_pieces(widths)
+        _work(end, thread, state, kind, widths, params, stats, first, second, settings, ends, space)
         return
-    normed, _, mean, variance = of_rows(widths, num_rows, space)
-    _normalise_rows(rows, normed, mean, variance)
-    mask = np.empty((0, 0), np.float32)
-    for head in range(len(params)):
-        of_head, moments, squares = params[head], first[head], second[head]
-        if masks.size:
-            mask = masks[head]
-        _begin(widths, of_head, stats[head], num_rows, mask, space)
-        _share(FORWARD_PIECES, state, kind, widths, params, stats, first, second, settings,
-               num_rows, masks, space)  # fmt: skip
-        _forward_rest(widths, of_head, stats[head], num_rows, mask, space)
-        logits, _, _, grad, _ = outputs(widths, num_rows, last, space)
-        weights, smooth = class_weights[head], smoothing[head]
-        if labels.size:
-            loss = binary_cross_entropy(logits, labels, row_weights, weights, smooth, grad)
-        else:
-            loss = cross_entropy(logits, classes, row_weights, weights, smooth, grad)
-        losses[head] = loss
-        _backward_rest(
-            kind, widths, of_head, moments, squares, settings[head], num_rows, mask, space
-        )
-        _share(count_tiles(widths), state, kind, widths, params, stats, first, second, settings,
-               num_rows, masks, space)  # fmt: skip
-        _end(kind, widths, of_head, moments, squares, settings[head], num_rows, space)
+    start = 0
+    for batch in range(len(ends)):
+        end = ends[batch]
+        normed, turned, _, _, mean, variance = of_rows(widths, end - start, space)
+        _normalise_rows(rows[start:end], normed, turned, mean, variance)
+        for head in range(len(params)):
+            mask = _mask_of(masks, start, end, head, len(params), widths)
+            of_head, moments, squares = params[head], first[head], second[head]
+            pace = settings[batch, head]
+            _begin(widths, of_head, stats[head], end - start, mask, space)
+            _share(FORWARD_PIECES, state, kind, widths, params, stats, first, second, settings,
+                   ends, space)  # fmt: skip
+            _forward_rest(widths, of_head, stats[head], end - start, mask, space)
+            losses[batch, head] = _judge(
+                start, end, widths, classes, labels, row_weights, class_weights[head],
+                smoothing[head], space,
+            )  # fmt: skip
+            if len(widths) == 2:
+                _grade_rows(widths, of_head, end - start, mask, space)
+            _backward_rest(kind, widths, of_head, moments, squares, pace, end - start, mask, space)
+            _share(count_tiles(widths), state, kind, widths, params, stats, first, second, settings,
+                   ends, space)  # fmt: skip
+            _end(kind, widths, of_head, moments, squares, pace, end - start, space)
+        start = end

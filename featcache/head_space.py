@@ -1,10 +1,8 @@
 """Where a compiled step keeps what, and where a head's parameters lie: for ``head_kernels``.
 
 All that a step works in is one array, ``space``, which all threads share: first what concerns the
-rows, then a tile for each thread, then the tiles' gradients of the first batch norm, then layer
-after layer.
-
-A layer's weights are worked on in tiles of units: their gradient is used while it is in the cache.
+rows, then the tiles' gradients of the first batch norm, then layer after layer. A layer's weights
+are worked on in tiles of units.
 
 Reads: nothing. Raises ``ImportError`` where there is no Numba.
 """
@@ -19,18 +17,12 @@ from featcache.compiling import part
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
-THREADS = 2  # that may work on a step
-TILE_ROWS = 64  # 64 x 1280 of float32 lie in a second-level cache beside what they are added to
-
-
-@part
-def _at_tiles(widths: _Ints, num_rows: int) -> int:
-    return 2 * (num_rows + 1) * int(widths[0])
+TILE_ROWS = 64  # units: so few that two threads end together, so many that taking them is free
 
 
 @part
 def _at_norm_grads(widths: _Ints, num_rows: int) -> int:
-    return _at_tiles(widths, num_rows) + THREADS * TILE_ROWS * int(widths[0])
+    return (4 * num_rows + 2) * int(widths[0])
 
 
 @part
@@ -38,7 +30,7 @@ def at_layer(widths: _Ints, num_rows: int, layer: int) -> int:
     """Return where the outputs of a layer begin."""
     start = _at_norm_grads(widths, num_rows) + 2 * tiles_of(widths, 0) * int(widths[0])
     for i in range(1, layer + 1):
-        start += int(widths[i]) * (4 * num_rows + 1)
+        start += int(widths[i]) * (5 * num_rows + 1)
     return start
 
 
@@ -51,21 +43,18 @@ def matrix(flat: _Floats, start: int, rows: int, columns: int) -> _Floats:
 @part
 def of_rows(
     widths: _Ints, num_rows: int, space: _Floats
-) -> tuple[_Floats, _Floats, _Floats, _Floats]:
-    """Return the rows normalised, as the first layer sees them, their means and variances."""
+) -> tuple[_Floats, _Floats, _Floats, _Floats, _Floats, _Floats]:
+    """Return the rows normalised, (B, D) and turned, (D, B); as the first layer sees them, turned.
+
+    Then those once more (B, D), which linear heads need; the rows' means and variances (D,).
+    """
     wide = widths[0]
     size = num_rows * wide
     return (
-        matrix(space, 0, num_rows, wide), matrix(space, size, num_rows, wide),
-        space[2 * size :][:wide], space[2 * size + wide :][:wide],
+        matrix(space, 0, num_rows, wide), matrix(space, size, wide, num_rows),
+        matrix(space, 2 * size, wide, num_rows), matrix(space, 3 * size, num_rows, wide),
+        space[4 * size :][:wide], space[4 * size + wide :][:wide],
     )  # fmt: skip
-
-
-@part
-def of_thread(widths: _Ints, num_rows: int, thread: int, space: _Floats) -> _Floats:
-    """Return a thread's tile of gradients, flat."""
-    size = TILE_ROWS * widths[0]
-    return space[_at_tiles(widths, num_rows) + thread * size :][:size]
 
 
 @part
@@ -78,17 +67,18 @@ def norm_grads_of(widths: _Ints, num_rows: int, tile: int, space: _Floats) -> _F
 @part
 def outputs(
     widths: _Ints, num_rows: int, layer: int, space: _Floats
-) -> tuple[_Floats, _Floats, _Floats, _Floats, _Floats]:
+) -> tuple[_Floats, _Floats, _Floats, _Floats, _Floats, _Floats]:
     """Return what a layer puts out, that normalised, and as the next layer sees it.
 
-    Then the gradient of what it puts out, all of them (width, B), and 1 / deviations (width,).
+    Then the gradient of what it puts out, all of them (width, B); what the next layer sees once
+    more, (B, width); and 1 / deviations (width,).
     """
     at, wide = at_layer(widths, num_rows, layer), widths[layer + 1]
     size = wide * num_rows
     return (
         matrix(space, at, wide, num_rows), matrix(space, at + size, wide, num_rows),
         matrix(space, at + 2 * size, wide, num_rows), matrix(space, at + 3 * size, wide, num_rows),
-        space[at + 4 * size :][:wide],
+        matrix(space, at + 4 * size, num_rows, wide), space[at + 5 * size :][:wide],
     )  # fmt: skip
 
 

@@ -59,6 +59,14 @@ def scale_and_shift(values: _Floats, scale: np.float32, shift: np.float32, out: 
 
 
 @part
+def turn(values: _Floats, out: _Floats) -> None:
+    """Set ``out`` (m, n) to values (n, m), turned."""
+    for j in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            out[j, i] = values[i, j]
+
+
+@part
 def mask_units(values: _Floats, mask: _Floats) -> None:
     """Multiply (W, B) by a mask (B, W), if there is one."""
     if mask.size:

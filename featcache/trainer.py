@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featcache.compiled_stack import CompiledSteps, StepBatch
-from featcache.draw import Batch
+from featcache.compiled_stack import Batches, CompiledSteps
+from featcache.draw import Drawn
 from featcache.jobs import HeadJob
 from featcache.loss import (
     binary_cross_entropy,
@@ -117,45 +117,57 @@ class Trainer:
         self._loss_of = [self._loss_of[head] for head in heads]
         self._bind()
 
-    def epoch(self, batches: Iterable[Batch], rates: Sequence[Sequence[float]]) -> list[float]:
+    def epoch(
+        self, drawn: Iterable[Drawn], batch_size: int, rates: Sequence[Sequence[float]]
+    ) -> list[float]:
         """Take one step per batch; return each head's mean loss, batches weighed by their rows.
 
         Args:
-            batches: As drawn.
+            drawn: Some batches at once.
+            batch_size: Of all but the last.
             rates: For each batch, the step size of each head.
         """
         total = torch.zeros(len(self.stack), dtype=self._rows.dtype, device=self._rows.device)
-        num_rows, order = 0, iter(batches)
-        ahead = [self._draw(order)]  # the batch after this one: drawn while it is trained on
-        for of_heads in rates:
-            batch = ahead.pop()
-            assert batch is not None, "a batch for each rate"
-            losses = self._step(batch, of_heads, lambda: ahead.append(self._draw(order)))
-            total.add_(losses, alpha=len(batch.rows))
-            num_rows += len(batch.rows)
-        assert ahead == [None], "a rate for each batch"
+        num_steps, num_rows, order = 0, 0, iter(drawn)
+        # Those after these: drawn while these are trained on.
+        ahead = [self._draw(order, batch_size)]
+        while (batches := ahead.pop()) is not None:
+            sizes = np.diff(batches.ends, prepend=0).tolist()
+            of_steps = rates[num_steps : num_steps + len(sizes)]
+            losses = self._take(
+                batches, of_steps, lambda: ahead.append(self._draw(order, batch_size))
+            )
+            for of_heads, size in zip(losses, sizes, strict=True):
+                total.add_(of_heads, alpha=size)
+            num_steps, num_rows = num_steps + len(sizes), num_rows + sum(sizes)
+        assert num_steps == len(rates), "a rate for each batch"
         means: list[float] = (total / num_rows).tolist()
         return means
 
-    def _draw(self, batches: Iterator[Batch]) -> StepBatch | None:
-        """Return the next batch with all that a step takes, None at the end of the epoch."""
-        batch = next(batches, None)
-        if batch is None:
+    def _draw(self, order: Iterator[Drawn], batch_size: int) -> Batches | None:
+        """Return the next batches with all that steps take, None at the end of the epoch."""
+        drawn = next(order, None)
+        if drawn is None:
             return None
-        numbers, rows = batch
+        numbers, rows = drawn
+        ends = np.append(np.arange(batch_size, len(rows), batch_size), len(rows))
         row_weights = None if self._rows.weights is None else self._rows.weights[numbers]
-        masks = None if self._compiled is None else self._compiled.draw_masks(len(rows))
-        return StepBatch(rows, self._rows.targets[numbers], row_weights, masks)
+        masks = None if self._compiled is None else self._compiled.draw_masks(ends)
+        return Batches(ends, rows, self._rows.targets[numbers], row_weights, masks)
 
-    def _step(
-        self, batch: StepBatch, rates: Sequence[float], meanwhile: Callable[[], None]
-    ) -> Tensor:
-        """Move the heads against their losses (K,), which are returned."""
+    def _take(
+        self, batches: Batches, rates: Sequence[Sequence[float]], meanwhile: Callable[[], None]
+    ) -> Sequence[Tensor]:
+        """Move the heads against their losses on some batches; return those (K,) of each."""
         if self._compiled is not None:
-            return self._compiled.step(batch, rates, meanwhile)
-        wanted = self._wanted(batch.targets, batch.row_weights)
-        losses = self.stack.backward(SharedRows.of(batch.rows), wanted)
-        self._optimizer.step(rates)
+            return list(self._compiled.take(batches, rates, meanwhile))
+        losses, start = list[Tensor](), 0
+        for end, of_heads in zip(batches.ends.tolist(), rates, strict=True):
+            weights = None if batches.row_weights is None else batches.row_weights[start:end]
+            wanted = self._wanted(batches.targets[start:end], weights)
+            losses.append(self.stack.backward(SharedRows.of(batches.rows[start:end]), wanted))
+            self._optimizer.step(of_heads)
+            start = end
         meanwhile()
         return losses
 

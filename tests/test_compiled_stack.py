@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import threadpoolctl
 import torch
 
 from featcache import compiled_stack, fit
 from featcache.compiled_stack import (
+    Batches,
     CompiledSteps,
-    StepBatch,
     kernels_for,
     load_kernels,
-    one_blas_thread,
 )
 from featcache.fit import fit_heads
 from featcache.head import HeadConfig
@@ -74,8 +72,9 @@ def test_steps_equal_those_of_torch(
         targets = make_targets(generator, num_rows, has_labels)
         # Of some batches the rows count alike.
         weights = torch.rand(num_rows, generator=generator) + 0.5 if num_rows % 2 else None
-        batch = StepBatch(rows, targets, weights, compiled.draw_masks(num_rows))
-        losses = compiled.step(batch, rates, lambda: None)
+        ends = np.array([num_rows])
+        batch = Batches(ends, rows, targets, weights, compiled.draw_masks(ends))
+        (losses,) = compiled.take(batch, [rates], lambda: None)
         want = want_labels if has_labels else want_classes
         wanted = torch.stack(
             [
@@ -101,6 +100,37 @@ def test_steps_equal_those_of_torch(
         assert apart.float().mean() < 0.02
         assert (stacks[0].params - stacks[1].params).abs().max() < 0.25
     assert [s.num_batches for s in stacks] == [5, 5]
+
+
+@pytest.mark.parametrize("hidden", [(), (9,)])
+def test_batches_at_once_are_taken_one_after_the_other(hidden: tuple[int, ...]) -> None:
+    """To the last bit as in a call for each: their rows, targets, weights, masks and rates."""
+    kernels, ends = load_kernels(), np.array([32, 64, 91, 93])
+    assert kernels is not None
+    results = []
+    for at_once in (True, False):
+        stack = HeadStack(HeadConfig(17, 3, hidden), [0.2, 0.5], [1, 2], CPU, torch.float32)
+        optimizer = StackOptimizer("adam", stack.params, stack.grads, [0.0, 0.1])
+        steps = CompiledSteps(kernels, stack, optimizer, torch.ones(2, 3), [0.1, 0.0])
+        generator = torch.Generator().manual_seed(3)
+        rows, weights = torch.randn((93, 17), generator=generator), torch.ones(93)
+        weights[::3] = 2
+        targets, rates = make_targets(generator, 93, has_labels=False), [[0.1, 0.01], [0.05, 1]] * 2
+        if at_once:
+            masks = steps.draw_masks(ends)
+            losses = steps.take(Batches(ends, rows, targets, weights, masks), rates, lambda: None)
+        else:
+            losses = torch.cat([
+                steps.take(
+                    Batches(size, rows[part], targets[part], weights[part], steps.draw_masks(size)),
+                    [of_step], lambda: None,
+                )
+                for start, end, of_step in zip([0, *ends[:-1]], ends, rates, strict=True)
+                for part, size in [(slice(start, end), np.array([end - start]))]
+            ])  # fmt: skip
+        results.append([losses, stack.params, stack.stats, optimizer.first, optimizer.second])
+        assert stack.num_batches == 4
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def train_some(num_heads: int = 3, width: int = 12, hidden: tuple[int, ...] = (8,)) -> list[Any]:
@@ -163,7 +193,7 @@ def test_a_helper_that_comes_late_finds_all_done(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Threads, "submit", submit)
     assert_equal_states(alone, train_some(1))
-    assert helped.count("_help") == 9
+    assert helped.count("<lambda>") == helped.count("steps") == 3  # 90 rows at a time
 
 
 def test_without_numba_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,18 +257,6 @@ def test_a_long_compilation_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [SlowFinder, *sys.meta_path])
     assert load_kernels(say) is not None
     assert lines == ["compiling the training step, once on this machine: about half a minute"]
-
-
-def test_products_stay_on_their_thread_and_the_callers_number_comes_back() -> None:
-    def threads() -> list[int]:
-        pools = threadpoolctl.threadpool_info()
-        return [pool["num_threads"] for pool in pools if pool["internal_api"] == "openblas"]
-
-    before = threads()
-    assert before, "NumPy and SciPy come with OpenBLAS"
-    with one_blas_thread():
-        assert set(threads()) == {1}
-    assert threads() == before
 
 
 def test_what_is_worth_it_is_decided_by_size_alone() -> None:

@@ -139,6 +139,21 @@ def test_the_leader_waits_for_a_piece_in_other_hands() -> None:
     assert not waiting.is_alive()
 
 
+def test_a_helper_that_kept_the_leader_waiting_for_long_is_sent_away() -> None:
+    state, work = np.zeros(STATE_SIZE, np.int64), np.zeros(2, np.int64)
+    wait_for(state, 0)
+    assert (open_some(state, 1), take_one(state, 2)) == (1, 0)
+    waiting = threading.Thread(target=wait_for, args=(state, 1))
+    waiting.start()
+    time.sleep(0.2)  # as one that has lost its core
+    end_one(state)
+    waiting.join(10)
+    assert state[tickets._CLOSED]
+    assert open_some(state, 1) == 2
+    assert follow(state, work, 2) == 0
+    assert take_one(state, 2) == 1  # by the leader
+
+
 def test_entries_are_changed_one_thread_at_a_time() -> None:
     @numba.njit(nogil=True)
     def count(array: _Array, times: int) -> None:
@@ -171,5 +186,5 @@ def test_an_exchange_that_comes_too_late_changes_nothing() -> None:
 
 
 def test_counters_lie_in_cache_lines_of_their_own() -> None:
-    places = sorted({tickets._OPENED, tickets._TAKEN, tickets._DONE})
+    places = sorted({tickets._OPENED, tickets._TAKEN, tickets._DONE, tickets._CLOSED})
     assert all(b - a >= 8 for a, b in zip(places, [*places[1:], STATE_SIZE], strict=True))
