@@ -163,11 +163,8 @@ class CompiledSteps:
             rates: Of each step the learning rate of each head.
             meanwhile: Called once; by the partner if there is one, which then helps.
         """
-        kernels, stack, losses = (
-            self._kernels,
-            self._stack,
-            torch.empty(len(rates), len(self._stack)),
-        )
+        kernels, stack = self._kernels, self._stack
+        losses = torch.empty(len(rates), len(stack))
         largest = int(np.diff(batches.ends, prepend=0).max())
         size = kernels.space_size(self._widths, largest)
         if len(self._space) < size:

@@ -234,7 +234,7 @@ def _backward_rest(
 def _grade_rows(
     widths: _Ints, params: _Floats, num_rows: int, mask: _Floats, space: _Floats
 ) -> None:
-    """Set the gradients of a linear head's batch norm, which dropout divides from its weights."""
+    """Set the gradients of a linear head's batch norm: dropout is between it and the weights."""
     wide, narrow = widths[0], widths[1]
     _, turned, below, _, _, _ = of_rows(widths, num_rows, space)  # of the forward pass no more
     grad = outputs(widths, num_rows, 0, space)[3]
@@ -274,11 +274,8 @@ def _move_tile(
     elif len(widths) == 2:
         rows = of_rows(widths, num_rows, space)[3]
     else:
-        rows, scale, shift = (
-            of_rows(widths, num_rows, space)[0],
-            params[:wide],
-            params[wide:][:wide],
-        )
+        rows = of_rows(widths, num_rows, space)[0]
+        scale, shift = params[:wide], params[wide : 2 * wide]
         norm_grads = norm_grads_of(widths, num_rows, place, space)
         norm_grads[:] = np.float32(0)
     begin = at + 2 * wide + start * wide
@@ -428,7 +425,7 @@ def steps(
         for head in range(len(params)):
             mask = _mask_of(masks, start, end, head, len(params), widths)
             of_head, moments, squares = params[head], first[head], second[head]
-            pace = settings[batch, head]
+            of_step = settings[batch, head]
             _begin(widths, of_head, stats[head], end - start, mask, space)
             _share(FORWARD_PIECES, state, kind, widths, params, stats, first, second, settings,
                    ends, space)  # fmt: skip
@@ -439,8 +436,8 @@ def steps(
             )  # fmt: skip
             if len(widths) == 2:
                 _grade_rows(widths, of_head, end - start, mask, space)
-            _backward_rest(kind, widths, of_head, moments, squares, pace, end - start, mask, space)
+            _backward_rest(kind, widths, of_head, moments, squares, of_step, end - start, mask, space)
             _share(count_tiles(widths), state, kind, widths, params, stats, first, second, settings,
                    ends, space)  # fmt: skip
-            _end(kind, widths, of_head, moments, squares, pace, end - start, space)
+            _end(kind, widths, of_head, moments, squares, of_step, end - start, space)
         start = end

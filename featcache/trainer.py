@@ -150,7 +150,7 @@ class Trainer:
         if drawn is None:
             return None
         numbers, rows = drawn
-        ends = np.append(np.arange(batch_size, len(rows), batch_size), len(rows))
+        ends = np.array([*range(batch_size, len(rows), batch_size), len(rows)], np.int64)
         row_weights = None if self._rows.weights is None else self._rows.weights[numbers]
         masks = None if self._compiled is None else self._compiled.draw_masks(ends)
         return Batches(ends, rows, self._rows.targets[numbers], row_weights, masks)

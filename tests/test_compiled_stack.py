@@ -133,9 +133,11 @@ def test_batches_at_once_are_taken_one_after_the_other(hidden: tuple[int, ...]) 
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def train_some(num_heads: int = 3, width: int = 12, hidden: tuple[int, ...] = (8,)) -> list[Any]:
+def train_some(
+    num_heads: int = 3, width: int = 12, hidden: tuple[int, ...] = (8,), num_rows: int = 90
+) -> list[Any]:
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(90, width)).astype("f4"), np.arange(90) % 3
+    x, y = rng.normal(size=(num_rows, width)).astype("f4"), np.arange(num_rows) % 3
     jobs = [
         HeadJob(HeadConfig(width, 3, hidden), TrainingConfig(epochs=3, learning_rate=10.0**-k), k)
         for k in range(1, num_heads + 1)
@@ -160,12 +162,13 @@ def test_repeats_bit_for_bit_alone_or_beside_others(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("hidden", [(), (8,), (400, 70)])
 def test_a_helper_changes_no_bit(monkeypatch: pytest.MonkeyPatch, hidden: tuple[int, ...]) -> None:
+    """It also draws rows, into memory that is used again, while others are trained on."""
     monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", 0)
     monkeypatch.setattr(compiled_stack, "available_cores", lambda: 2)
     results = []
     for worth in (1e18, 0):
         monkeypatch.setattr(compiled_stack, "WORTH_HELPER", worth)
-        results.append(train_some(1, 300, hidden))
+        results.append(train_some(1, 300, hidden, num_rows=900))
     assert_equal_states(*results)
 
 
