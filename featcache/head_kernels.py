@@ -436,7 +436,9 @@ def steps(
             )  # fmt: skip
             if len(widths) == 2:
                 _grade_rows(widths, of_head, end - start, mask, space)
-            _backward_rest(kind, widths, of_head, moments, squares, of_step, end - start, mask, space)
+            _backward_rest(
+                kind, widths, of_head, moments, squares, of_step, end - start, mask, space
+            )
             _share(count_tiles(widths), state, kind, widths, params, stats, first, second, settings,
                    ends, space)  # fmt: skip
             _end(kind, widths, of_head, moments, squares, of_step, end - start, space)
