@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 WORTH_PARAM_STEPS = 5e8
-"""Parameters times steps from which compiled steps pay for being loaded (0.7 s)."""
+"""Parameters times steps from which compiled steps pay for being loaded (0.5 to 0.7 s)."""
 
-WORTH_HELPER = 2e5
-"""Parameters from which two threads are worth it for one head. On two Sapphire Rapids cores a step
-took 1.3 ms for 2.1 with 0.73 M parameters, 0.8 for 1.1 with 0.33 M, 0.6 for 0.67 with 0.17 M."""
+WORTH_HELPER = 1e5
+"""Parameters from which two threads are worth it for one head. On two Granite Rapids cores a step
+took 0.8 ms for 1.2 with 0.73 M parameters, 0.45 for 0.65 with 0.33 M, 0.32 for 0.39 with 0.17 M."""
 
 _LONG_SECONDS = 3.0
 _LINE = 64  # bytes
@@ -163,6 +163,7 @@ class CompiledSteps:
             rates: Of each step the learning rate of each head.
             meanwhile: Called once; by the partner if there is one, which then helps.
         """
+        assert len(rates) == len(batches.ends), "rates for each batch"
         kernels, stack = self._kernels, self._stack
         losses = torch.empty(len(rates), len(stack))
         largest = int(np.diff(batches.ends, prepend=0).max())

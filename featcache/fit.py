@@ -246,6 +246,8 @@ def _count_bytes(job: HeadJob, rows: Rows) -> tuple[int, int]:
     # the backward pass needs; logits to judge by.
     of_head = 8 * num_values + 8 * batch * (widths + job.head.num_features)
     of_head += 3 * num_judged * job.head.num_classes
+    if job.head.dropout:  # masks, drawn ahead
+        of_head += 2 * rows_at_once(batch) * (job.head.hidden or (job.head.num_features,))[-1]
     of_pass = 3 * min(FORWARD_ROWS, max(num_judged, batch)) * widths
     of_pass += 3 * rows_at_once(batch) * job.head.num_features
     return of_head * rows.dtype.itemsize, of_pass * rows.dtype.itemsize

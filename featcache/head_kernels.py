@@ -9,9 +9,9 @@ layer: mean, variance). ``widths`` is D, the hidden widths, C. The formulas are 
 and ``loss``. Rows (B, D) come as they are; what layers put out is turned, (width, B), so that a
 batch norm works through one unit after the other.
 
-A step's work is cut into pieces, the same for every number of threads: each half of the first
-layer's forward pass, then each tile of the weights of all layers. What is summed over pieces is
-summed in their order, so the result is the same to the last bit, whoever takes which.
+A step's work is cut into pieces, the same for every number of threads: the first layer's forward
+pass for some of its units, then each tile of the weights of all layers. What is summed over pieces
+is summed in their order, so the result is the same to the last bit, whoever takes which.
 
 Numba shapes the code. One number of float64 makes a whole loop float64, so all are cast. LLVM gives
 up on a loop that writes to several arrays, as each may overlap the others: a row is worked through
@@ -30,6 +30,7 @@ from featcache import (
     head_space,
     loops,
     loss_kernels,
+    norm_kernels,
     optimizer_kernels,
     products,
     tickets,
@@ -38,11 +39,12 @@ from featcache import (
 )
 from featcache.compiling import compiled, part
 from featcache.head_space import (
+    FORWARD_UNITS,
     TILE_ROWS,
     at_layer,
     at_params,
+    count_forward,
     count_tiles,
-    half_of_units,
     matrix,
     norm_grads_of,
     of_rows,
@@ -58,55 +60,21 @@ from featcache.loops import (
     turn,
 )
 from featcache.loss_kernels import binary_cross_entropy, cross_entropy
+from featcache.norm_kernels import BATCH_NORM_EPS, normalise_rows, track
 from featcache.optimizer_kernels import move
 from featcache.products import multiply
-from featcache.tickets import await_all, await_piece, end_piece, open_pieces, take_piece
+from featcache.tickets import PATIENCE, await_all, await_piece, end_piece, open_pieces, take_piece
 from featcache.weight_kernels import move_weights
 
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
 LEADER, HELPER = 0, 1  # ``thread`` of ``steps``
-FORWARD_PIECES = 2
 
 _ONE = np.float32(1)
-_BATCH_NORM_EPS, _BATCH_NORM_MOMENTUM = np.float32(1e-5), np.float32(0.1)
-
-
-@part
-def _track(running: _Floats, j: int, current: np.float32) -> None:
-    running[j] += _BATCH_NORM_MOMENTUM * (current - running[j])
 
 
 # --- Forward
-
-
-@part
-def _normalise_rows(
-    rows: _Floats, normed: _Floats, turned: _Floats, mean: _Floats, variance: _Floats
-) -> None:
-    """Normalise columns; set their means, and variances with Bessel's correction."""
-    num_rows, wide = rows.shape
-    share, inverse = _ONE / np.float32(num_rows), np.empty(wide, np.float32)
-    mean[:], variance[:] = np.float32(0), np.float32(0)
-    for row in range(num_rows):
-        for j in range(wide):
-            mean[j] += rows[row, j]
-    for j in range(wide):
-        mean[j] *= share
-    for row in range(num_rows):
-        for j in range(wide):
-            normed[row, j] = rows[row, j] - mean[j]
-    add_products(normed, normed, variance)
-    for j in range(wide):
-        inverse[j] = _ONE / np.sqrt(variance[j] * share + _BATCH_NORM_EPS)
-    for row in range(num_rows):
-        for j in range(wide):
-            normed[row, j] *= inverse[j]
-    turn(normed, turned)
-    correction = np.float32(1 / (num_rows - 1))
-    for j in range(wide):
-        variance[j] *= correction
 
 
 @part
@@ -114,15 +82,18 @@ def _begin(
     widths: _Ints, params: _Floats, stats: _Floats, num_rows: int, mask: _Floats, space: _Floats
 ) -> None:
     """Track the rows' statistics and put the rows through the first batch norm."""
-    _, turned, shown, again, mean, variance = of_rows(widths, num_rows, space)
+    normed, turned, shown, again, mean, variance = of_rows(widths, num_rows, space)
     wide = widths[0]
     for j in range(wide):
-        _track(stats, j, mean[j])
-        _track(stats, wide + j, variance[j])
+        track(stats, j, mean[j])
+        track(stats, wide + j, variance[j])
         scale_and_shift(turned[j], params[j], params[wide + j], shown[j])
-    if len(widths) == 2:
-        mask_units(shown, mask)
-        turn(shown, again)
+    if len(widths) == 2 and mask.size:
+        scale, shift = params[:wide], params[wide : 2 * wide]
+        for row in range(num_rows):
+            for j in range(wide):
+                again[row, j] = (normed[row, j] * scale[j] + shift[j]) * mask[row, j]
+        turn(again, shown)
 
 
 @part
@@ -147,24 +118,22 @@ def _activate(
         mean = sum_of(values) * share
         scale_and_shift(values, _ONE, -mean, centred)
         variance = sum_of_products(centred, centred) * share
-        inverse[unit] = _ONE / np.sqrt(variance + _BATCH_NORM_EPS)
+        inverse[unit] = _ONE / np.sqrt(variance + BATCH_NORM_EPS)
         scale_and_shift(centred, inverse[unit], np.float32(0), centred)
-        _track(stats, at_stats + unit, mean)
-        _track(stats, at_stats + narrow + unit, variance * correction)
+        track(stats, at_stats + unit, mean)
+        track(stats, at_stats + narrow + unit, variance * correction)
 
 
 @part
 def _forward_units(
-    half: int, widths: _Ints, params: _Floats, stats: _Floats, num_rows: int, space: _Floats
+    piece: int, widths: _Ints, params: _Floats, stats: _Floats, num_rows: int, space: _Floats
 ) -> None:
-    """Run the rows through half of the first layer."""
-    lowest, end = half_of_units(widths, half)
-    if lowest == end:
-        return
-    wide = widths[0]
+    """Run the rows through some units of the first layer."""
+    wide, lowest = widths[0], piece * FORWARD_UNITS
+    end = min(lowest + FORWARD_UNITS, widths[1])
     shown, out = of_rows(widths, num_rows, space)[2], outputs(widths, num_rows, 0, space)[0]
     weights = matrix(params, 2 * wide, widths[1], wide)
-    multiply(weights[lowest:end], shown, out[lowest:end])
+    multiply(weights[lowest:end], shown, wide, out[lowest:end])
     _activate(0, lowest, end, widths, params, stats, num_rows, space)
 
 
@@ -182,7 +151,7 @@ def _forward_rest(
             mask_units(shown, mask)
         turn(shown, turned)
         weights = matrix(params, at + 2 * wide, narrow, wide)
-        multiply(weights, shown, outputs(widths, num_rows, layer, space)[0])
+        multiply(weights, shown, wide, outputs(widths, num_rows, layer, space)[0])
         _activate(layer, 0, narrow, widths, params, stats, num_rows, space)
 
 
@@ -214,7 +183,7 @@ def _backward_rest(
         wide, narrow, at = widths[layer], widths[layer + 1], at_params(widths, layer)
         grad = outputs(widths, num_rows, layer, space)[3]
         out, normed, _, below, _, inverse = outputs(widths, num_rows, layer - 1, space)
-        multiply(matrix(params, at + 2 * wide, narrow, wide).T, grad, below)
+        multiply(matrix(params, at + 2 * wide, narrow, wide).T, grad, narrow, below)
         if layer == len(widths) - 2:
             mask_units(below, mask)
         norm_grads = np.empty(2 * wide, np.float32)
@@ -234,28 +203,32 @@ def _backward_rest(
 def _grade_rows(
     widths: _Ints, params: _Floats, num_rows: int, mask: _Floats, space: _Floats
 ) -> None:
-    """Set the gradients of a linear head's batch norm: dropout is between it and the weights."""
+    """Set the gradients of a linear head's batch norm, with dropout between it and the weights."""
     wide, narrow = widths[0], widths[1]
-    _, turned, below, _, _, _ = of_rows(widths, num_rows, space)  # of the forward pass no more
+    normed, _, shown, _, _, _ = of_rows(widths, num_rows, space)
     grad = outputs(widths, num_rows, 0, space)[3]
-    multiply(matrix(params, 2 * wide, narrow, wide).T, grad, below)
-    mask_units(below, mask)
+    below = shown.reshape(num_rows, wide)  # of the forward pass no more
+    multiply(grad.T, matrix(params, 2 * wide, narrow, wide), narrow, below)
     for tile in range(tiles_of(widths, 0)):
         norm_grads_of(widths, num_rows, tile, space)[:] = np.float32(0)
     by_scale, by_shift = norm_grads_of(widths, num_rows, 0, space)
-    for j in range(wide):
-        by_scale[j], by_shift[j] = sum_of_products(below[j], turned[j]), sum_of(below[j])
+    add_products(below, mask, by_shift)
+    for row in range(num_rows):
+        for j in range(wide):
+            below[row, j] *= mask[row, j]
+    add_products(below, normed, by_scale)
 
 
 @part
 def _move_tile(
     tile: int, kind: int, widths: _Ints, params: _Floats, first: _Floats, second: _Floats,
-    settings: _Floats, num_rows: int, space: _Floats,
+    settings: _Floats, num_rows: int, masks: _Floats, space: _Floats,
 ) -> None:  # fmt: skip
     """Move a tile of some layer's weights and its biases.
 
     The first layer's input is the normalised rows, scaled and shifted: the gradients of that batch
-    norm come with those of the weights (see ``stack``'s docstring). Other layers' are at hand.
+    norm come with those of the weights (see ``stack``'s docstring), unless dropout is in between.
+    Other layers' input, and such rows, are at hand.
     """
     layer, place = 0, tile
     while place >= tiles_of(widths, layer):
@@ -271,7 +244,7 @@ def _move_tile(
     norm_grads = np.zeros((2, wide), np.float32)
     if layer > 0:
         rows = outputs(widths, num_rows, layer - 1, space)[4]
-    elif len(widths) == 2:
+    elif len(widths) == 2 and masks.size:
         rows = of_rows(widths, num_rows, space)[3]
     else:
         rows = of_rows(widths, num_rows, space)[0]
@@ -304,6 +277,18 @@ def _end(
 
 
 @part
+def _patience(widths: _Ints, ends: _Ints) -> int:
+    """Return how often is looked for a piece to end: twice as long as the largest should take.
+
+    2 x ``FORWARD_UNITS`` x D x B operations at 100 GFLOP/s, and a look takes 20 ns.
+    """
+    largest = int(ends[0])
+    for batch in range(1, len(ends)):
+        largest = max(largest, int(ends[batch] - ends[batch - 1]))
+    return PATIENCE + FORWARD_UNITS * int(widths[0]) * largest // 500
+
+
+@part
 def _mask_of(
     masks: _Floats, start: int, end: int, head: int, num_heads: int, widths: _Ints
 ) -> _Floats:
@@ -330,7 +315,7 @@ def _judge(
 @compiled("int64(int64[::1])", head_space)
 def count_pieces(widths: _Ints) -> int:
     """Return in how many pieces the work of a head's step is cut."""
-    return FORWARD_PIECES + count_tiles(widths)
+    return count_forward(widths) + count_tiles(widths)
 
 
 @compiled("int64(int64[::1], int64)", head_space)
@@ -342,23 +327,24 @@ def space_size(widths: _Ints, num_rows: int) -> int:
 @part
 def _work(
     end: int, thread: int, state: _Ints, kind: int, widths: _Ints, params: _Floats,
-    stats: _Floats, first: _Floats, second: _Floats, settings: _Floats, ends: _Ints, space: _Floats,
+    stats: _Floats, first: _Floats, second: _Floats, settings: _Floats, ends: _Ints, masks: _Floats,
+    patience: int, space: _Floats,
 ) -> None:  # fmt: skip
     """Do pieces before ``end`` until none is left; the helper waits for more to be opened."""
-    per_head = count_pieces(widths)
+    per_head, num_forward = count_pieces(widths), count_forward(widths)
     while True:
-        piece = take_piece(state, end) if thread == LEADER else await_piece(state, end)
+        piece = take_piece(state, end) if thread == LEADER else await_piece(state, end, patience)
         if piece < 0:
             return
         number, place = piece // per_head, piece % per_head
         batch, head = number // len(params), number % len(params)
         num_rows = ends[batch] - (ends[batch - 1] if batch else 0)
-        if place < FORWARD_PIECES:
+        if place < num_forward:
             _forward_units(place, widths, params[head], stats[head], num_rows, space)
         else:
             _move_tile(
-                place - FORWARD_PIECES, kind, widths, params[head], first[head], second[head],
-                settings[batch, head], num_rows, space,
+                place - num_forward, kind, widths, params[head], first[head], second[head],
+                settings[batch, head], num_rows, masks, space,
             )  # fmt: skip
         end_piece(state)
 
@@ -366,12 +352,14 @@ def _work(
 @part
 def _share(
     count: int, state: _Ints, kind: int, widths: _Ints, params: _Floats, stats: _Floats,
-    first: _Floats, second: _Floats, settings: _Floats, ends: _Ints, space: _Floats,
+    first: _Floats, second: _Floats, settings: _Floats, ends: _Ints, masks: _Floats,
+    patience: int, space: _Floats,
 ) -> None:  # fmt: skip
     """Open the next pieces, take what no helper takes, and wait until all are done."""
     end = open_pieces(state, count)
-    _work(end, LEADER, state, kind, widths, params, stats, first, second, settings, ends, space)
-    await_all(state, end)
+    _work(end, LEADER, state, kind, widths, params, stats, first, second, settings, ends, masks,
+          patience, space)  # fmt: skip
+    await_all(state, end, patience)
 
 
 @compiled(
@@ -379,8 +367,8 @@ def _share(
     "float32[:, ::1], float32[:, ::1], float32[:, :, ::1], int64[::1], float32[:, ::1],"
     "int64[::1], float32[:, ::1], float32[::1], float32[:, ::1], float32[::1], float32[::1],"
     "float32[::1], float32[:, ::1])",
-    atomics, head_space, loops, loss_kernels, optimizer_kernels, products, tickets, vectors,
-    weight_kernels,
+    atomics, head_space, loops, loss_kernels, norm_kernels, optimizer_kernels, products, tickets,
+    vectors, weight_kernels,
 )  # fmt: skip
 def steps(
     thread: int, state: _Ints, kind: int, widths: _Ints, params: _Floats, stats: _Floats,
@@ -413,33 +401,35 @@ def steps(
         space: Of ``space_size`` for the largest batch, written.
         losses: (S, K), written.
     """
+    patience = _patience(widths, ends)
     if thread == HELPER:
         end = len(ends) * len(params) * count_pieces(widths)
-        _work(end, thread, state, kind, widths, params, stats, first, second, settings, ends, space)
+        _work(end, thread, state, kind, widths, params, stats, first, second, settings, ends,
+              masks, patience, space)  # fmt: skip
         return
     start = 0
     for batch in range(len(ends)):
         end = ends[batch]
         normed, turned, _, _, mean, variance = of_rows(widths, end - start, space)
-        _normalise_rows(rows[start:end], normed, turned, mean, variance)
+        normalise_rows(rows[start:end], normed, turned, mean, variance)
         for head in range(len(params)):
             mask = _mask_of(masks, start, end, head, len(params), widths)
             of_head, moments, squares = params[head], first[head], second[head]
             of_step = settings[batch, head]
             _begin(widths, of_head, stats[head], end - start, mask, space)
-            _share(FORWARD_PIECES, state, kind, widths, params, stats, first, second, settings,
-                   ends, space)  # fmt: skip
+            _share(count_forward(widths), state, kind, widths, params, stats, first, second,
+                   settings, ends, masks, patience, space)  # fmt: skip
             _forward_rest(widths, of_head, stats[head], end - start, mask, space)
             losses[batch, head] = _judge(
                 start, end, widths, classes, labels, row_weights, class_weights[head],
                 smoothing[head], space,
             )  # fmt: skip
-            if len(widths) == 2:
+            if len(widths) == 2 and masks.size:
                 _grade_rows(widths, of_head, end - start, mask, space)
             _backward_rest(
                 kind, widths, of_head, moments, squares, of_step, end - start, mask, space
             )
             _share(count_tiles(widths), state, kind, widths, params, stats, first, second, settings,
-                   ends, space)  # fmt: skip
+                   ends, masks, patience, space)  # fmt: skip
             _end(kind, widths, of_head, moments, squares, of_step, end - start, space)
         start = end

@@ -17,6 +17,7 @@ from featcache.compiling import part
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
+FORWARD_UNITS = 128  # of the first layer, in a piece of the forward pass
 TILE_ROWS = 64  # units: so few that two threads end together, so many that taking them is free
 
 
@@ -107,7 +108,6 @@ def count_tiles(widths: _Ints) -> int:
 
 
 @part
-def half_of_units(widths: _Ints, half: int) -> tuple[int, int]:
-    """Return the first unit of half of the first layer, and the one after its last."""
-    cut = (widths[1] + 1) // 2
-    return (0, cut) if half == 0 else (cut, widths[1])
+def count_forward(widths: _Ints) -> int:
+    """Return in how many pieces the first layer's forward pass is cut."""
+    return (int(widths[1]) + FORWARD_UNITS - 1) // FORWARD_UNITS

@@ -74,7 +74,8 @@ def write_move(
             moments[0].append(fma(code.all(1 - _BETA_1), build.fsub(slope, first), first))
             moments[1].append(fma(code.all(_BETA_2), second, square))
         low, high = (fma(code.root(v), root, code.all(_ADAM_EPS)) for v in moments[1])
-        # One division for two: a core has a single divider, which they would wait for.
+        # One division for two: a core has a single divider, which they would wait for. (Where a
+        # second moment is infinite, after gradients of 1e19, both become NaN: torch stands still.)
         share = build.fdiv(step, build.fmul(low, high))
         by = [
             build.fmul(build.fmul(first, other), share)

@@ -22,11 +22,15 @@ _State = npt.NDArray[np.int64]
 _OPENED, _TAKEN, _DONE, _CLOSED = 0, 8, 16, 24  # 64 bytes apart: cache lines of their own
 STATE_SIZE = 32
 
-_PATIENCE = 25_000
-"""Times that is looked before another is given up: half a millisecond. A helper that finds no piece
-for so long goes. One that the leader had to wait for so long is sent away: where others want the
-cores too, the scheduler stops who is busy, with a piece in its hands. Beside one busy process on
-two Xeon cores a head trains in 1.5 s, as by one thread; alone in 0.8 and 1.3."""
+PATIENCE = 25_000
+"""Times that a leader looks whether a helper has ended its piece, beside what that should take: for
+half a millisecond. One that takes longer is sent away then: where others want the cores too, the
+scheduler stops who is busy, with a piece in its hands. Beside one busy process on two Xeon cores a
+head trains in 1.5 s, as by one thread; alone in 0.8 and 1.3."""
+
+_HELPERS = 20
+"""Times that patience that a helper has while no piece is open: for ever would be too long if there
+is no leader any more."""
 
 
 @part
@@ -48,9 +52,9 @@ def take_piece(state: _State, end: int) -> int:
 
 
 @part
-def await_piece(state: _State, end: int) -> int:
+def await_piece(state: _State, end: int, patience: int) -> int:
     """As ``take_piece``, but wait a while for pieces before ``end`` to be opened."""
-    for _ in range(_PATIENCE):
+    for _ in range(_HELPERS * patience):
         if look(state, _CLOSED):
             return -1
         piece = take_piece(state, end)
@@ -67,11 +71,11 @@ def end_piece(state: _State) -> None:
 
 
 @part
-def await_all(state: _State, end: int) -> None:
+def await_all(state: _State, end: int, patience: int) -> None:
     """Wait until all pieces before ``end`` are done; if that is long, do without a helper then."""
     looks = 0
     while look(state, _DONE) < end:
         looks += 1
         pause()
-    if looks > _PATIENCE:
+    if looks > patience:
         add(state, _CLOSED, 1)

@@ -29,9 +29,9 @@ LANES = 16 if "+avx512f" in FEATURES else 8 if "+avx2" in FEATURES else 4
 PANEL = 2 * LANES
 """Columns that are worked on at once."""
 UNITS = 4 if LANES == 8 else 8
-"""Rows that are worked on at once: sums of ``UNITS`` x ``PANEL`` in registers, of which AVX has 16
-and the others 32. Fewer than 8 sums would wait for one another, a sum taking 4 cycles and two
-being begun in each."""
+"""Rows that are worked on at once: ``UNITS`` x ``PANEL`` sums in registers, of which there are 32
+with AVX-512 and on ARM, 16 with AVX2. Fewer than 8 vectors of sums would wait for one another: a
+sum takes 4 cycles, and two are begun in each."""
 
 _FLOAT, _INT, _INT32, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 VECTOR = ir.VectorType(_FLOAT, LANES)

@@ -33,34 +33,40 @@ from featcache.stack import HeadStack, SharedRows
 from featcache.threads import Threads
 
 CPU = torch.device("cpu")
-TILES = (150, 70)
+TILES = (150, 70)  # of more units than are worked on at once, as 70 classes are
 """Hidden widths of which a layer's gradient is made in three tiles and in two, the last cut."""
 
 
-def make_targets(generator: torch.Generator, num_rows: int, has_labels: bool) -> torch.Tensor:
-    targets = torch.randint(3, (num_rows,), generator=generator)
+def make_targets(
+    generator: torch.Generator, num_rows: int, has_labels: bool, num_classes: int = 3
+) -> torch.Tensor:
+    targets = torch.randint(num_classes, (num_rows,), generator=generator)
     if not has_labels:
         return targets
     answers = torch.tensor([0.0, 1.0, torch.nan])
-    labels = answers[torch.randint(3, (num_rows, 3), generator=generator)]
+    labels = answers[torch.randint(3, (num_rows, num_classes), generator=generator)]
     labels[0, 0] = 1
     return labels
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("hidden", [(), (9,), TILES, (6, 5, 4)])
+@pytest.mark.parametrize(("hidden", "num_classes"), [
+    ((), 3), ((), 70), ((9,), 3), (TILES, 3), ((6, 5, 4), 3),
+])  # fmt: skip
 @pytest.mark.parametrize("has_labels", [False, True])
 def test_steps_equal_those_of_torch(
-    has_labels: bool, hidden: tuple[int, ...], optimizer: str
+    has_labels: bool, hidden: tuple[int, ...], num_classes: int, optimizer: str
 ) -> None:
     """Two heads unlike in everything that may be; batches of other sizes, down to two rows."""
     kernels = load_kernels()
     assert kernels is not None
-    config, dropouts, decays, rates = HeadConfig(17, 3, hidden), [0.0, 0.5], [0.0, 0.1], [1e-3, 0.1]
+    config = HeadConfig(17, num_classes, hidden)
+    dropouts, decays, rates = [0.0, 0.5], [0.0, 0.1], [1e-3, 0.1]
     loss = binary_cross_entropy if has_labels else cross_entropy
     stacks = [HeadStack(config, dropouts, [1, 2], CPU, torch.float32, loss) for _ in range(2)]
     optimizers = [StackOptimizer(optimizer, s.params, s.grads, decays) for s in stacks]
-    class_weights, smoothing = torch.tensor([[1.0, 2, 0.5], [1, 1, 1]]), [0.1, 0.0]
+    class_weights, smoothing = torch.ones(2, num_classes), [0.1, 0.0]
+    class_weights[0, :3] = torch.tensor([1, 2, 0.5])
     compiled = CompiledSteps(kernels, stacks[0], optimizers[0], class_weights, smoothing)
     generator = torch.Generator().manual_seed(3)
     for num_rows in (32, 32, 31, 2, 8):
@@ -69,7 +75,7 @@ def test_steps_equal_those_of_torch(
         for name in ("first", "second"):
             getattr(optimizers[1], name).copy_(getattr(optimizers[0], name))
         rows = torch.randn((num_rows, 17), generator=generator) * 5 + 3
-        targets = make_targets(generator, num_rows, has_labels)
+        targets = make_targets(generator, num_rows, has_labels, num_classes)
         # Of some batches the rows count alike.
         weights = torch.rand(num_rows, generator=generator) + 0.5 if num_rows % 2 else None
         ends = np.array([num_rows])
@@ -199,6 +205,22 @@ def test_a_helper_that_comes_late_finds_all_done(monkeypatch: pytest.MonkeyPatch
     assert helped.count("<lambda>") == helped.count("steps") == 3  # 90 rows at a time
 
 
+def test_what_fails_while_the_partner_draws_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", 0)
+    monkeypatch.setattr(compiled_stack, "WORTH_HELPER", 0)
+    monkeypatch.setattr(compiled_stack, "available_cores", lambda: 2)
+    drawing = CompiledSteps.draw_masks
+
+    def draw_masks(steps: CompiledSteps, ends: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError("the file is gone")
+        return drawing(steps, ends)
+
+    monkeypatch.setattr(CompiledSteps, "draw_masks", draw_masks)
+    with pytest.raises(OSError, match="the file is gone"):
+        train_some(1, num_rows=600)
+
+
 def test_without_numba_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train_some()
     monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", 0)
@@ -209,6 +231,12 @@ def test_without_numba_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) ->
     assert_equal_states(plain, train_some())
     with pytest.raises(AssertionError):  # another order of summation: it was taken before
         assert_equal_states(plain, compiled)
+
+
+def test_work_space_begins_with_a_cache_line() -> None:
+    for size in range(1, 200, 7):
+        space = compiled_stack._aligned(size)
+        assert (len(space), space.ctypes.data % 64) == (size, 0)
 
 
 def test_a_small_training_does_not_load_numba() -> None:

@@ -22,7 +22,7 @@ ROWS = [
     ["errors"],
     ["files", "runtime", "threads", "compiling", "atomics", "vectors"],
     ["kernels", "head_space", "loss_kernels", "optimizer_kernels", "products", "tickets", "loops"],
-    ["weight_kernels"],
+    ["weight_kernels", "norm_kernels"],
     ["head_kernels"],
     [
         "archive",
@@ -106,6 +106,7 @@ NO_TORCH |= {
     "loss_kernels",
     "optimizer_kernels",
     "weight_kernels",
+    "norm_kernels",
     "products",
     "vectors",
     "head_kernels",

@@ -25,7 +25,7 @@ COLUMNS = [1, PANEL - 1, PANEL, 2 * PANEL + 5]
 
 @numba.njit
 def multiply_now(left: _Floats, right: _Floats, out: _Floats) -> None:
-    multiply(left, right, out)
+    multiply(left, right, left.shape[1], out)
 
 
 def within(values: _Floats) -> tuple[_Floats, _Floats]:
@@ -37,7 +37,7 @@ def within(values: _Floats) -> tuple[_Floats, _Floats]:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("depth", [1, 2, products._DEPTH, 2 * products._DEPTH + 7])
+@pytest.mark.parametrize("depth", [1, 2, products.DEPTH, 2 * products.DEPTH + 7])
 def test_products_equal_those_of_numpy(depth: int, turned: bool) -> None:
     """NaN around each matrix: none of it is read into the product, none of it is written over."""
     rng = np.random.default_rng(depth)

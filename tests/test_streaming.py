@@ -28,6 +28,7 @@ from featcache.jobs import FitResult, HeadJob, TrainingConfig
 from featcache.partition import choose_rows, read_rows
 from featcache.runtime import _limits_of_groups, available_memory, silent
 from featcache.streaming import StoredFeatures
+from featcache.trainer import Rows
 from featcache.training import train
 
 CPU = torch.device("cpu")
@@ -234,6 +235,17 @@ def test_heads_are_cut_to_memory_and_end_the_same(
     for one, two in zip(wanted, found, strict=True):
         for name in one.state:
             torch.testing.assert_close(one.state[name], two.state[name], rtol=1e-3, atol=1e-4)
+
+
+def test_rows_and_masks_that_are_drawn_ahead_are_counted() -> None:
+    """256 rows twice, however few are in a batch."""
+    rows = Rows(torch.zeros(4, 1280), torch.zeros(4, dtype=torch.int64), None, None, None, [], 0,
+                torch.float32)  # fmt: skip
+    training, drawn = TrainingConfig(batch_size=2), 2 * 256 * 1280 * 4
+    heads = [HeadConfig(1280, 2, (), dropout=dropout) for dropout in (0.0, 0.5)]
+    counts = [fit_module._count_bytes(HeadJob(head, training, 0), rows) for head in heads]
+    assert counts[1][0] - counts[0][0] >= drawn
+    assert counts[0][1] >= drawn
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")

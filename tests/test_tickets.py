@@ -37,7 +37,7 @@ def lead(state: _Array, work: _Array, sums: _Array) -> int:
             num_taken += 1
             end_piece(state)
             piece = take_piece(state, end)
-        await_all(state, end)
+        await_all(state, end, tickets.PATIENCE)
         for piece in range(end - PIECES, end):
             sums[phase] += work[piece]
     return num_taken
@@ -47,12 +47,12 @@ def lead(state: _Array, work: _Array, sums: _Array) -> int:
 def follow(state: _Array, work: _Array, end: int) -> int:
     """Take pieces before ``end`` as a helper does; return how many."""
     num_taken = 0
-    piece = await_piece(state, end)
+    piece = await_piece(state, end, tickets.PATIENCE)
     while piece >= 0:
         work[piece] += piece
         num_taken += 1
         end_piece(state)
-        piece = await_piece(state, end)
+        piece = await_piece(state, end, tickets.PATIENCE)
     return num_taken
 
 
@@ -81,7 +81,7 @@ def end_one(state: _Array) -> None:
 
 @numba.njit(nogil=True)
 def wait_for(state: _Array, end: int) -> None:
-    await_all(state, end)
+    await_all(state, end, tickets.PATIENCE)
 
 
 def test_each_piece_is_taken_once_and_its_result_is_seen() -> None:

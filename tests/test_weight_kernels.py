@@ -12,6 +12,7 @@ import torch
 
 from featcache.optimizer import OPTIMIZERS
 from featcache.optimizer_kernels import move
+from featcache.products import DEPTH
 from featcache.vectors import PANEL, UNITS
 from featcache.weight_kernels import move_weights
 
@@ -84,7 +85,7 @@ def test_weights_move_as_by_torch_and_the_norm_before_gets_its_gradients(
     second = np.zeros_like(weights) if name != "sgd" else first
     param = torch.from_numpy(weights.copy())
     optimizer = optimizer_of(name, param)
-    for step, num_rows in enumerate((5, 32, 1), 1):
+    for step, num_rows in enumerate((5, 32, 1, DEPTH, 2 * DEPTH + 3), 1):
         rows, grad = draw(num_rows, wide), draw(num, num_rows)
         leaves = [torch.from_numpy(a).double().requires_grad_() for a in (weights, scale, shift)]
         seen = torch.from_numpy(rows).double() * leaves[1] + leaves[2]
@@ -100,5 +101,5 @@ def test_weights_move_as_by_torch_and_the_norm_before_gets_its_gradients(
             settings_at(step),
         )  # fmt: skip
         expected = torch.stack([of_scale, of_shift]).numpy()
-        np.testing.assert_allclose(norm_grads - before, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(norm_grads - before, expected, rtol=1e-4, atol=1e-3)
         np.testing.assert_allclose(weights, param.numpy(), rtol=2e-5, atol=2e-5)
