@@ -9,21 +9,20 @@ Reads, writes: arrays. Raises ``ImportError`` where there is no Numba.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from typing import Any
 
-import numba.extending
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-_intrinsic: Callable[[Any], Any] = numba.extending.intrinsic
+from featcache.compiling import intrinsic
+
 _utils: Any = cgutils
 _BYTES = 8
 _IS_X86 = platform.machine() in {"x86_64", "AMD64"}
 
 
-@_intrinsic
+@intrinsic
 def look(_: Any, array: Any, index: Any) -> Any:
     """Return an entry."""
 
@@ -35,7 +34,7 @@ def look(_: Any, array: Any, index: Any) -> Any:
     return types.int64(array, types.intp), generate
 
 
-@_intrinsic
+@intrinsic
 def add(_: Any, array: Any, index: Any, amount: Any) -> Any:
     """Add to an entry; return what it was."""
 
@@ -46,7 +45,7 @@ def add(_: Any, array: Any, index: Any, amount: Any) -> Any:
     return types.int64(array, types.intp, types.int64), generate
 
 
-@_intrinsic
+@intrinsic
 def exchange(_: Any, array: Any, index: Any, expected: Any, value: Any) -> Any:
     """Set an entry if it is as expected; return whether it was."""
 
@@ -58,7 +57,7 @@ def exchange(_: Any, array: Any, index: Any, expected: Any, value: Any) -> Any:
     return types.boolean(array, types.intp, types.int64, types.int64), generate
 
 
-@_intrinsic
+@intrinsic
 def pause(_: Any) -> Any:
     """Leave the core to its other hardware thread for some nanoseconds; nothing but on x86."""
 

@@ -15,8 +15,12 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numba
+import numba.extending
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+intrinsic: Callable[[Any], Any] = numba.extending.intrinsic
+"""Decorates what writes code, by llvmlite, into compiled functions that call it."""
 
 
 def compiled(signature: str, *modules: ModuleType) -> Callable[[_Function], _Function]:

@@ -17,7 +17,7 @@ _VIEWS_SEED, _CHUNKS_SEED = 1 << 62, 1 << 61  # other streams than that of the o
 Drawn: TypeAlias = tuple[Tensor, Tensor]
 """Numbers of rows (n,) and their features (n, D): some batches, one after the other."""
 
-ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 256
 """Rows that are drawn at once, if a batch is smaller: eight batches of 32."""
 
 
@@ -54,17 +54,16 @@ class Draw:
 
     def _gather(self, features: Tensor, batch_size: int) -> Iterator[Drawn]:
         order, views = self._draw(len(features))
-        order = _without_last_alone(order, batch_size).to(self._device)
+        order = _without_last_alone(order, batch_size)
+        places = order if views is None else order * features.shape[1] + views[: len(order)]
         size = min(rows_at_once(batch_size), len(order))
         # New memory each time would be asked of the system, and given back.
         memory = [features.new_empty(size, features.shape[-1]) for _ in range(2)]
-        for number, rows in enumerate(torch.split(order, size)):
-            if views is not None:
-                of_rows = views[number * size :][: len(rows)].to(self._device)
-                yield rows, features[rows, of_rows]
-                continue
-            # index_select takes half the time of features[rows]
-            yield rows, torch.index_select(features, 0, rows, out=memory[number % 2][: len(rows)])
+        flat = features.flatten(0, -2)
+        parts = [torch.split(numbers.to(self._device), size) for numbers in (order, places)]
+        for number, (rows, of_rows) in enumerate(zip(*parts, strict=True)):
+            # index_select takes half the time of flat[of_rows]
+            yield rows, torch.index_select(flat, 0, of_rows, out=memory[number % 2][: len(rows)])
 
     def _draw(self, num_rows: int) -> tuple[Tensor, Tensor | None]:
         """Return an order of rows, and the view of each in that order where there are any."""
@@ -126,7 +125,7 @@ class Draw:
 
 def rows_at_once(batch_size: int) -> int:
     """Return how many rows are drawn at once."""
-    return max(1, ROWS_AT_ONCE // batch_size) * batch_size
+    return max(1, _ROWS_AT_ONCE // batch_size) * batch_size
 
 
 def _without_last_alone(rows: Tensor, batch_size: int) -> Tensor:

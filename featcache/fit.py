@@ -249,7 +249,7 @@ def _count_bytes(job: HeadJob, rows: Rows) -> tuple[int, int]:
     if job.head.dropout:  # masks, drawn ahead
         of_head += 2 * rows_at_once(batch) * (job.head.hidden or (job.head.num_features,))[-1]
     of_pass = 3 * min(FORWARD_ROWS, max(num_judged, batch)) * widths
-    of_pass += 3 * rows_at_once(batch) * job.head.num_features
+    of_pass += 3 * rows_at_once(batch) * job.head.num_features  # drawn ahead; joined of blocks
     return of_head * rows.dtype.itemsize, of_pass * rows.dtype.itemsize
 
 

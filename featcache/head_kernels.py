@@ -164,11 +164,11 @@ def _move_biases(
     grad: _Floats,
 ) -> _Floats:  # fmt: skip
     """Move the biases (H,) that begin at ``at``; return the row sums of the gradient (H, B)."""
-    sums, moved_by = np.empty(len(grad), np.float32), np.empty(len(grad), np.float32)
+    sums = np.empty(len(grad), np.float32)
     for unit in range(len(grad)):
-        sums[unit] = moved_by[unit] = sum_of(grad[unit])
+        sums[unit] = sum_of(grad[unit])
     end = at + len(grad)
-    move(kind, params[at:end], moved_by, first[at:end], second[at:end], settings)
+    move(kind, params[at:end], sums, first[at:end], second[at:end], settings)
     return sums
 
 
@@ -312,8 +312,8 @@ def _judge(
     return cross_entropy(logits, classes[start:end], of_rows, weights, smoothing, grad)
 
 
-@compiled("int64(int64[::1])", head_space)
-def count_pieces(widths: _Ints) -> int:
+@part
+def _count_pieces(widths: _Ints) -> int:
     """Return in how many pieces the work of a head's step is cut."""
     return count_forward(widths) + count_tiles(widths)
 
@@ -331,7 +331,7 @@ def _work(
     patience: int, space: _Floats,
 ) -> None:  # fmt: skip
     """Do pieces before ``end`` until none is left; the helper waits for more to be opened."""
-    per_head, num_forward = count_pieces(widths), count_forward(widths)
+    per_head, num_forward = _count_pieces(widths), count_forward(widths)
     while True:
         piece = take_piece(state, end) if thread == LEADER else await_piece(state, end, patience)
         if piece < 0:
@@ -403,7 +403,7 @@ def steps(
     """
     patience = _patience(widths, ends)
     if thread == HELPER:
-        end = len(ends) * len(params) * count_pieces(widths)
+        end = len(ends) * len(params) * _count_pieces(widths)
         _work(end, thread, state, kind, widths, params, stats, first, second, settings, ends,
               masks, patience, space)  # fmt: skip
         return

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.compiling import part
-from featcache.vectors import INDEX, NOTHING, PANEL, UNITS, Code, intrinsic
+from featcache.compiling import intrinsic, part
+from featcache.vectors import INDEX, NOTHING, PANEL, UNITS, Code
 
 _Floats = npt.NDArray[np.float32]
 

@@ -9,16 +9,14 @@ Reads, writes: arrays, where they are told to. Raises ``ImportError`` where ther
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numba.extending
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-intrinsic: Callable[[Any], Any] = numba.extending.intrinsic
 INDEX, NOTHING = types.intp, types.void
 
 _utils: Any = cgutils

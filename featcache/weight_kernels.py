@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.compiling import part
+from featcache.compiling import intrinsic, part
 from featcache.optimizer_kernels import ADAM, NUM_MOVED, SGD, pace_of, write_move
 from featcache.products import DEPTH, multiply
-from featcache.vectors import INDEX, NOTHING, PANEL, UNITS, Code, intrinsic
+from featcache.vectors import INDEX, NOTHING, PANEL, UNITS, Code
 
 _Floats = npt.NDArray[np.float32]
 

@@ -33,8 +33,9 @@ from featcache.stack import HeadStack, SharedRows
 from featcache.threads import Threads
 
 CPU = torch.device("cpu")
-TILES = (150, 70)  # of more units than are worked on at once, as 70 classes are
-"""Hidden widths of which a layer's gradient is made in three tiles and in two, the last cut."""
+TILES = (150, 70)
+"""Hidden widths of which a layer's gradient is made in three tiles and in two, the last cut.
+Of the first, the forward pass is cut in two."""
 
 
 def make_targets(
