@@ -6,7 +6,7 @@
 Real X-rays, Lite0, folds that keep patients together. In every fold three heads are trained on the
 same rows with the same seed:
 
-    cached    features from a featcache cache, head by featcache.fit.fit_head
+    cached    features from a featcache cache, head by featcache.heads.fit.fit_head
     live      features by torchvision's Resize, ToTensor, Normalize and eager
               efficientnet_lite_pytorch in eval mode, head by a stock torch loop. (A backbone in
               eval mode gives the same features in every epoch, so they are computed once.)
@@ -49,11 +49,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from ways.shared import build_head, build_network
 
-from featcache.cache import open_cache
-from featcache.extraction import extract
-from featcache.fit import fit_head, forward_head
-from featcache.head import HeadConfig
-from featcache.jobs import TrainingConfig
+from featcache.cache.reading import open_cache
+from featcache.extraction.extraction import extract
+from featcache.heads.config import TrainingConfig
+from featcache.heads.fit import fit_head, forward_head
+from featcache.heads.head import HeadConfig
 from featcache.runtime import environment_facts
 
 MARGIN = 0.02  # of balanced accuracy

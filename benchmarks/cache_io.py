@@ -43,8 +43,8 @@ from measuring import (
     write_report,
 )
 
-from featcache.cache import open_cache
-from featcache.cache_writer import write_cache
+from featcache.cache.reading import open_cache
+from featcache.cache.writing import write_cache
 
 NUM_RANDOM = 32
 BLOCK = 512  # rows of an append, a batch of an extractor

@@ -22,9 +22,9 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional
 
-from featcache import acceleration
 from featcache.errors import DataError
-from featcache.images import PixelRules, decode
+from featcache.pixels import acceleration
+from featcache.pixels.images import PixelRules, decode
 from featcache.runtime import available_cores
 
 SIDE = 224

@@ -33,10 +33,10 @@ import torch
 from figures_of_ways import describe, draw, summarise
 from measuring import HERE, current_load, read_commit, run_cold
 
-from featcache.cache import open_cache
-from featcache.dataset import scan
+from featcache.cache.reading import open_cache
+from featcache.data.dataset import scan
+from featcache.data.splitting import split
 from featcache.runtime import environment_facts, resolve_device
-from featcache.splitting import split
 
 SCRIPTS = {"a": "a_tutorial.py", "b": "b_tuned.py", "c": "c_live.py", "d": "d_twenty_lines.py"}
 BACKBONES = ("efficientnet-lite0", "efficientnet-b0")

@@ -22,8 +22,8 @@ from make_images import KINDS, encode_image
 from measuring import NotHere, as_table, measure_in_turn, median, number
 from peers import Job, Runner, Way, build, list_ways
 
-from featcache.engine import eager_features, relative_errors
-from featcache.images import decode
+from featcache.backbones.engine import eager_features, relative_errors
+from featcache.pixels.images import decode
 
 BASELINE = "stock eager, batch 32"
 FEATCACHE = "featcache"

@@ -68,10 +68,10 @@ from plain_loops import (
     warm_up_rows,
 )
 
-from featcache.compiled_stack import load_kernels
-from featcache.fit import fit_head
-from featcache.head import build_head
-from featcache.jobs import HeadJob
+from featcache.heads.compiled_stack import load_kernels
+from featcache.heads.config import HeadJob
+from featcache.heads.fit import fit_head
+from featcache.heads.head import build_head
 from featcache.runtime import available_cores, resolve_device
 
 FEATCACHE, LOADER, INDEXED = "featcache", "DataLoader loop", "tensor-indexed loop"

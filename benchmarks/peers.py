@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from measuring import NotHere, import_peer
 
-from featcache import engine as featcache_engine
-from featcache.backbone import Backbone, build_backbone
-from featcache.engine import build_engine
+from featcache.backbones import engine as featcache_engine
+from featcache.backbones.backbone import Backbone, build_backbone
+from featcache.backbones.engine import build_engine
 from featcache.runtime import exact_fp32
 
 PRECISIONS = ("fp32", "default", "tf32", "fp16", "bf16")

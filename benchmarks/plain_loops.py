@@ -1,8 +1,8 @@
 """What ``head.py`` and ``sweep.py`` share: synthetic rows, and the loops people write by hand.
 
-Both loops train what ``featcache.fit.fit_head`` trains: the same head from the same seed, batches
-of as many rows, validation after every epoch. They take their rows as arrays in main memory and
-bring them to the device themselves, as ``fit_head`` does.
+Both loops train what ``featcache.heads.fit.fit_head`` trains: the same head from the same seed,
+batches of as many rows, validation after every epoch. They take their rows as arrays in main memory
+and bring them to the device themselves, as ``fit_head`` does.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from featcache.head import HeadConfig, build_head
-from featcache.jobs import HeadJob, TrainingConfig
+from featcache.heads.config import HeadJob, TrainingConfig
+from featcache.heads.head import HeadConfig, build_head
 
 _ROWS_SEED = 0
 _NUM_CAUSES, _NUM_UNITS, _MARGIN, _NOISE = 8, 16, 0.2, 0.5

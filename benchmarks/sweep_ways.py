@@ -26,10 +26,10 @@ from plain_loops import Curve, Rows, Task, judge, make_rows, train_by_index, war
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featcache.compiled_stack import load_kernels
-from featcache.fit import fit_heads
-from featcache.head import HeadConfig, build_head
-from featcache.jobs import HeadJob, TrainingConfig
+from featcache.heads.compiled_stack import load_kernels
+from featcache.heads.config import HeadJob, TrainingConfig
+from featcache.heads.fit import fit_heads
+from featcache.heads.head import HeadConfig, build_head
 from featcache.runtime import available_cores, resolve_device
 
 DATA_SEED = 0

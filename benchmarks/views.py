@@ -41,11 +41,11 @@ from accuracy import BACKBONE, GROUP_BY, NUM_FOLDS, TASKS, Fold, compare, make_f
 from end_to_end import read_commit
 from sklearn.metrics import balanced_accuracy_score
 
-from featcache.cache import open_cache
-from featcache.extraction import extract
-from featcache.fit import fit_head, predict_probs
-from featcache.head import HeadConfig, build_head
-from featcache.jobs import TrainingConfig
+from featcache.cache.reading import open_cache
+from featcache.extraction.extraction import extract
+from featcache.heads.config import TrainingConfig
+from featcache.heads.fit import fit_head, predict_probs
+from featcache.heads.head import HeadConfig, build_head
 from featcache.runtime import environment_facts
 
 NUM_VIEWS = {"flip": 2, "crop": 8, "xray": 8}

@@ -18,11 +18,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featcache.backbone import Backbone, build_backbone, wrap_backbone
-    from featcache.cache import Cache, CacheSplit, open_cache
-    from featcache.cache_writer import write_cache
-    from featcache.classifier import Classifier, Predictions, load_classifier, predict_cache
-    from featcache.dataset import scan
+    from featcache.backbones.backbone import Backbone, build_backbone, wrap_backbone
+    from featcache.cache.reading import Cache, CacheSplit, open_cache
+    from featcache.cache.selection import select
+    from featcache.cache.writing import write_cache
+    from featcache.data.dataset import scan
+    from featcache.data.splitting import split
+    from featcache.deployment.classifier import (
+        Classifier,
+        Predictions,
+        load_classifier,
+        predict_cache,
+    )
     from featcache.errors import (
         BackboneError,
         CacheError,
@@ -32,51 +39,49 @@ if TYPE_CHECKING:
         FeatcacheWarning,
         RunError,
     )
-    from featcache.estimator import HeadClassifier
-    from featcache.evaluation import evaluate
-    from featcache.extraction import extract, extract_caches, plan, plan_caches
-    from featcache.run import load_run
-    from featcache.selection import select
-    from featcache.splitting import split
-    from featcache.sweeping import sweep
-    from featcache.training import train
-    from featcache.verification import describe, verify
+    from featcache.evaluation.evaluation import evaluate
+    from featcache.extraction.extraction import extract, extract_caches, plan, plan_caches
+    from featcache.extraction.verification import describe, verify
+    from featcache.heads.estimator import HeadClassifier
+    from featcache.heads.run import load_run
+    from featcache.heads.training import train
+    from featcache.sweeps.sweeping import sweep
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Backbone": "backbone",
+    "Backbone": "backbones.backbone",
     "BackboneError": "errors",
-    "Cache": "cache",
+    "Cache": "cache.reading",
     "CacheError": "errors",
-    "CacheSplit": "cache",
-    "Classifier": "classifier",
+    "CacheSplit": "cache.reading",
+    "Classifier": "deployment.classifier",
     "ConfigError": "errors",
     "DataError": "errors",
     "FeatcacheError": "errors",
     "FeatcacheWarning": "errors",
-    "HeadClassifier": "estimator",
-    "Predictions": "classifier",
+    "HeadClassifier": "heads.estimator",
+    "Predictions": "deployment.classifier",
     "RunError": "errors",
-    "build_backbone": "backbone",
-    "describe": "verification",
-    "evaluate": "evaluation",
-    "extract": "extraction",
-    "extract_caches": "extraction",
-    "load_classifier": "classifier",
-    "load_run": "run",
-    "open_cache": "cache",
-    "plan": "extraction",
-    "plan_caches": "extraction",
-    "predict_cache": "classifier",
-    "scan": "dataset",
-    "select": "selection",
-    "split": "splitting",
-    "sweep": "sweeping",
-    "train": "training",
-    "verify": "verification",
-    "wrap_backbone": "backbone",
-    "write_cache": "cache_writer",
+    "build_backbone": "backbones.backbone",
+    "describe": "extraction.verification",
+    "evaluate": "evaluation.evaluation",
+    "extract": "extraction.extraction",
+    "extract_caches": "extraction.extraction",
+    "load_classifier": "deployment.classifier",
+    "load_run": "heads.run",
+    "open_cache": "cache.reading",
+    "plan": "extraction.extraction",
+    "plan_caches": "extraction.extraction",
+    "predict_cache": "deployment.classifier",
+    "scan": "data.dataset",
+    "select": "cache.selection",
+    "split": "data.splitting",
+    "sweep": "sweeps.sweeping",
+    "train": "heads.training",
+    "verify": "extraction.verification",
+    "wrap_backbone": "backbones.backbone",
+    "write_cache": "cache.writing",
 }
 
 __all__ = [

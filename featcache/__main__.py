@@ -1,6 +1,6 @@
 """``python -m featcache``."""
 
-from featcache.cli import main
+from featcache.cli.main import main
 
 if __name__ == "__main__":
     main()

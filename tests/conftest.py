@@ -13,7 +13,7 @@ import pytest
 import tiny_network
 from PIL import Image
 
-from featcache.backbone import Backbone
+from featcache.backbones.backbone import Backbone
 
 # --- torture: short in CI, long by scripts/torture.sh
 

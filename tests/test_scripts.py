@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from featcache.images import PixelRules, decode
+from featcache.pixels.images import PixelRules, decode
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL = [

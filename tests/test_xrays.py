@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featcache.cache import open_cache
+from featcache.cache.reading import open_cache
 
 pytestmark = pytest.mark.xray
 

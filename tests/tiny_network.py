@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from featcache.backbone import Backbone, wrap_backbone
+from featcache.backbones.backbone import Backbone, wrap_backbone
 
 IMAGE_SIZE = 32
 NUM_FEATURES = 24

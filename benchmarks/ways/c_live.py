@@ -11,11 +11,11 @@ import torch
 from shared import build_head, parse_args, report
 from torch.nn import functional
 
-from featcache.backbone import build_backbone
-from featcache.dataset import Sample, scan
-from featcache.engine import build_engine
-from featcache.pipeline import Lane, stream_features
-from featcache.recipe import decode_probes, make_recipe
+from featcache.backbones.backbone import build_backbone
+from featcache.backbones.engine import build_engine
+from featcache.data.dataset import Sample, scan
+from featcache.extraction.pipeline import Lane, stream_features
+from featcache.extraction.recipe import decode_probes, make_recipe
 from featcache.runtime import resolve_device
 
 args = parse_args()

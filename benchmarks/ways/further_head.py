@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from featcache.training import train
+from featcache.heads.training import train
 
 cache, folder, epochs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 seconds = []

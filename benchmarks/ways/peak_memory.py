@@ -20,6 +20,6 @@ def write_peak() -> None:
 
 atexit.register(write_peak)
 
-from featcache.cli import main  # noqa: E402
+from featcache.cli.main import main  # noqa: E402
 
 main(sys.argv[2:])

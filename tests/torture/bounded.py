@@ -30,10 +30,12 @@ import resource
 
 GIB = 2**30
 WARM = [
-    "featcache.cli", "featcache.extraction", "featcache.verification", "featcache.training",
-    "featcache.evaluation", "featcache.classifier", "featcache.splitting", "featcache.wording",
+    "featcache.cli.main", "featcache.extraction.extraction", "featcache.extraction.verification",
+    "featcache.heads.training",
+    "featcache.evaluation.evaluation", "featcache.deployment.classifier",
+    "featcache.data.splitting", "featcache.cli.wording",
     "onnxruntime", "torch.hub", "torchvision", "sklearn.metrics", "pytest", "safetensors.torch",
-    "matplotlib.figure", "matplotlib.backends.backend_agg", "featcache.kernels", "numba",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "featcache.pixels.kernels", "numba",
 ]  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(WARM)
@@ -135,7 +137,7 @@ def command(folder: Path, *arguments: object, **limits: float) -> Printed:
 
 def run_here(folder: Path, arguments: list[str]) -> Printed:
     """Do what the command line does, in this process (a child, by its streams and folder)."""
-    from featcache import cli
+    from featcache.cli import main as cli
 
     os.chdir(folder)
     streams = []

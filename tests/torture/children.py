@@ -1,6 +1,7 @@
 """The command line in children forked from one warm process: an import costs 3 s, a fork 10 ms.
 
-A child is the real command: ``featcache.cli.main`` with its own exit through the interpreter's end.
+A child is the real command: ``featcache.cli.main.main`` with its own exit, through the
+interpreter's end.
 Before it starts, a test may have it prepared (``before=``, see ``_PREPARATIONS``): a limit, another
 user, small shards, a kill at its n-th file-system call, notes of how far it got.
 """
@@ -173,7 +174,7 @@ def noted_rows(notes: Path, word: str) -> int:
 
 def all_arrays(path: Path) -> dict[str, str]:
     """Return the sha256 of every array of a cache but its provenance, the whole file checked."""
-    from featcache.cache import open_cache
+    from featcache.cache.reading import open_cache
 
     container = open_cache(path).container
     return {
@@ -199,14 +200,14 @@ def wait_for(condition: Callable[[], object], child: Child | None) -> bool:
 
 def _small_shards(rows: int) -> None:
     """Let a shard hold so many rows of the tiny backbone."""
-    from featcache import production
+    from featcache.extraction import production
 
     production.SHARD_BYTES = rows * 24 * 4
 
 
 def _slow(seconds: float) -> None:
     """Wait so long before each batch is taken."""
-    from featcache import production
+    from featcache.extraction import production
 
     inner = production.stream_features
 
@@ -220,7 +221,7 @@ def _slow(seconds: float) -> None:
 
 def _gate(file: str) -> None:
     """Take no batch before a file is there; make another when it is waited for."""
-    from featcache import production
+    from featcache.extraction import production
 
     inner = production.stream_features
 
@@ -236,8 +237,8 @@ def _gate(file: str) -> None:
 
 def _note(file: str) -> None:
     """Append a line for every batch that was taken and every shard that was acknowledged."""
-    from featcache import production
-    from featcache.shards import PartialCache
+    from featcache.extraction import production
+    from featcache.extraction.shards import PartialCache
 
     notes = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     stream, add_shard = production.stream_features, PartialCache.add_shard
@@ -382,7 +383,7 @@ _PREPARATIONS: dict[str, Callable[..., None]] = {
 
 
 def _command(arguments: list[str]) -> NoReturn:
-    from featcache.cli import main
+    from featcache.cli.main import main
 
     code: Any = 1
     try:
@@ -412,7 +413,7 @@ def _serve() -> None:
 
     import featcache
 
-    for name in ("cli", *featcache._MODULES.values(), "wording", "isolation"):
+    for name in ("cli.main", *featcache._MODULES.values(), "cli.wording", "pixels.isolation"):
         importlib.import_module(f"featcache.{name}")
     # What is imported late, also of the standard library: a child that has become nobody may not.
     for name in (

@@ -16,11 +16,13 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from featcache import compatibility, hdf5, pipeline, production, recipe
-from featcache.backbone import Backbone
-from featcache.engine import Engine, build_engine
-from featcache.images import deep_maximum
-from featcache.views import render
+from featcache.backbones.backbone import Backbone
+from featcache.backbones.engine import Engine, build_engine
+from featcache.cache import hdf5
+from featcache.cache import provenance as compatibility
+from featcache.extraction import pipeline, production, recipe
+from featcache.pixels.images import deep_maximum
+from featcache.pixels.views import render
 
 
 class _InPlace:

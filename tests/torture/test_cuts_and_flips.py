@@ -15,11 +15,11 @@ import pytest
 from bounded import GIB, run_bounded
 from PIL import Image
 
-from featcache.cache import open_cache
+from featcache.cache.reading import open_cache
 from featcache.errors import CacheError
-from featcache.extraction import ExtractionSummary, extract
-from featcache.images import PixelRules, decode
-from featcache.verification import verify
+from featcache.extraction.extraction import ExtractionSummary, extract
+from featcache.extraction.verification import verify
+from featcache.pixels.images import PixelRules, decode
 
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "jpg": ("JPEG", {"quality": 90}),

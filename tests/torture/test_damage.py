@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 from conftest import write_tree
 
-from featcache.backbone import Backbone
-from featcache.cache import Cache, open_cache
-from featcache.cache_writer import write_cache
-from featcache.classifier import predict_cache
+from featcache.backbones.backbone import Backbone
+from featcache.cache.reading import Cache, open_cache
+from featcache.cache.writing import write_cache
+from featcache.deployment.classifier import predict_cache
 from featcache.errors import CacheError, DataError, FeatcacheError
-from featcache.evaluation import evaluate
-from featcache.extraction import extract
-from featcache.run import load_run
-from featcache.shards import partial_folder
-from featcache.training import train
-from featcache.verification import verify
+from featcache.evaluation.evaluation import evaluate
+from featcache.extraction.extraction import extract
+from featcache.extraction.shards import partial_folder
+from featcache.extraction.verification import verify
+from featcache.heads.run import load_run
+from featcache.heads.training import train
 
 BLOCK_BYTES = 4096
 GOLDEN = Path(__file__).parents[1] / "data" / "format_v1.h5"

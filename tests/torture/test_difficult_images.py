@@ -25,9 +25,9 @@ import pytest
 from bounded import GIB, run_bounded
 from PIL import Image, PngImagePlugin
 
-from featcache.cache import open_cache
-from featcache.dataset import IMAGE_SUFFIXES
-from featcache.extraction import extract
+from featcache.cache.reading import open_cache
+from featcache.data.dataset import IMAGE_SUFFIXES
+from featcache.extraction.extraction import extract
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (40, 44), np.uint8)

@@ -23,13 +23,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache import files, hdf5, shards
-from featcache.backbone import Backbone
-from featcache.cache import open_cache
+from featcache import files
+from featcache.backbones.backbone import Backbone
+from featcache.cache import hdf5
+from featcache.cache.reading import open_cache
 from featcache.errors import FeatcacheError
-from featcache.extraction import extract
+from featcache.extraction import shards
+from featcache.extraction.extraction import extract
+from featcache.extraction.shards import PartialCache
 from featcache.files import new_folder, write_json
-from featcache.shards import PartialCache
 
 fcntl = pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")
 

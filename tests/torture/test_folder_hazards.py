@@ -20,7 +20,7 @@ import pytest
 from bounded import GIB, command, run_bounded
 from PIL import Image
 
-from featcache.dataset import ImageDataset, scan
+from featcache.data.dataset import ImageDataset, scan
 from featcache.errors import DataError
 from featcache.files import plain_cell
 
@@ -337,7 +337,7 @@ def extract_changing(folder: Path) -> None:
     """Extract, and change files once all have been scanned."""
     import tiny_network
 
-    from featcache.extraction import extract
+    from featcache.extraction.extraction import extract
 
     def change(line: str) -> None:
         if line.startswith("Backbone:") and (folder / "data/03.png").exists():

@@ -20,9 +20,9 @@ import pytest
 from bounded import GIB, command, run_bounded
 from PIL import Image
 
-from featcache.dataset import scan
+from featcache.data.dataset import scan
 from featcache.errors import DataError
-from featcache.images import PixelRules, decode
+from featcache.pixels.images import PixelRules, decode
 
 SECRET = b"the secret beside the zip"
 

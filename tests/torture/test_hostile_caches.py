@@ -22,13 +22,13 @@ import numpy as np
 import pytest
 
 import featcache
-from featcache.cache import is_content, open_cache
-from featcache.cache_writer import write_cache
-from featcache.container import content_sha256, user_block_sha256
+from featcache.cache.container import content_sha256, user_block_sha256
+from featcache.cache.reading import is_content, open_cache
+from featcache.cache.writing import write_cache
 from featcache.errors import FeatcacheError
+from featcache.extraction.verification import verify
 from featcache.files import canonical_json
-from featcache.training import train
-from featcache.verification import verify
+from featcache.heads.training import train
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and limits on memory")
 ROOT = Path(featcache.__file__).parents[1]

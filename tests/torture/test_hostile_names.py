@@ -19,7 +19,7 @@ import pytest
 from bounded import command
 from PIL import Image
 
-from featcache.dataset import scan
+from featcache.data.dataset import scan
 from featcache.errors import DataError
 from featcache.files import plain_cell
 

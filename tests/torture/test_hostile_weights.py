@@ -27,11 +27,11 @@ from bounded import CONTEXT, GIB, Printed, command, run_bounded, run_here
 from PIL import Image
 from safetensors.torch import save, save_file
 
+from featcache.backbones.weights import download_state
 from featcache.errors import FeatcacheError
 from featcache.files import canonical_json
-from featcache.head import HeadConfig, build_head
-from featcache.run import load_run, write_run
-from featcache.weights import download_state
+from featcache.heads.head import HeadConfig, build_head
+from featcache.heads.run import load_run, write_run
 
 TINY = ["--backbone", "python:tiny_network:network", "--image-size", "32"]
 

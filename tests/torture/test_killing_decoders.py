@@ -16,13 +16,13 @@ import pytest
 from bounded import CONTEXT, run_bounded
 from PIL import Image
 
-from featcache.cache import open_cache
-from featcache.extraction import extract
-from featcache.recipe import NUM_PROBES
+from featcache.cache.reading import open_cache
+from featcache.extraction.extraction import extract
+from featcache.extraction.recipe import NUM_PROBES
 
 FRAGILE = """
 import os, signal, time
-import featcache.images as images
+import featcache.pixels.images as images
 
 read = images.read
 
@@ -57,7 +57,8 @@ def run_fragile(root: Path, seconds: float = 60) -> None:
     """Extract with the fragile decoder, here and in the processes that are started."""
     import tiny_network
 
-    from featcache import isolation, pipeline, recipe
+    from featcache.extraction import pipeline, recipe
+    from featcache.pixels import isolation
 
     exec(FRAGILE, {})
     before = os.environ.get("PYTHONPATH")

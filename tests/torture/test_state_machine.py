@@ -41,16 +41,16 @@ from hypothesis.stateful import (
 )
 from PIL import Image
 
-from featcache import extraction, inventory, pipeline, production, shards, update
-from featcache.backbone import Backbone, wrap_backbone
-from featcache.cache import Cache, open_cache
-from featcache.dataset import ImageDataset, Sample
+from featcache.backbones.backbone import Backbone, wrap_backbone
+from featcache.cache.reading import Cache, open_cache
+from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError, FeatcacheError, FeatcacheWarning
-from featcache.intake import Intake
-from featcache.inventory import Inventory
-from featcache.recipe import make_recipe
-from featcache.shards import PartialCache
-from featcache.views import Rendering
+from featcache.extraction import extraction, inventory, pipeline, production, shards, update
+from featcache.extraction.intake import Intake
+from featcache.extraction.inventory import Inventory
+from featcache.extraction.recipe import make_recipe
+from featcache.extraction.shards import PartialCache
+from featcache.pixels.views import Rendering
 
 pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")
 

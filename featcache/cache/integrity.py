@@ -1,0 +1,194 @@
+"""The checksums inside a cache, and where it is damaged.
+
+``/splits/<split>/row_crc32`` holds for each row the CRC-32 (zlib's) of, one after the other and
+each as it is stored: ``/identity``, ``/classes``, ``/task``, then the row of ``features``,
+``targets``, ``paths``, ``groups`` where there are any, ``image_sha256``, ``image_bytes`` and
+``mtime_ns``. A row that bears out is the very one that was written, and so is what it means. The
+``crc32`` of the table stand for the data sets outside the splits. ``payload_sha256`` covers every
+byte and decides whether there is damage; these say where. Integrity, not authenticity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.container import Container, is_payload_whole
+from featcache.cache.reading import SPLITS
+
+BLOCK_ROWS = 4096
+METADATA = "HDF5 metadata"
+COLUMNS = ("targets", "paths", "groups", "image_sha256", "image_bytes", "mtime_ns")
+_MEANING = ("identity", "classes", "task")
+_OUTSIDE = (*_MEANING, "provenance")
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is not what it should be: where it is, what was expected, what was found."""
+
+    split: str
+    row: int
+    path: str
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is damaged in a cache.
+
+    Attributes:
+        rows: Those that do not bear out.
+        parts: Data sets outside the splits, splits without checksums of their rows, and ``HDF5
+            metadata``, the bytes between data sets.
+        unlocated: Damaged or not, the splits without checksums: their rows cannot be told apart.
+    """
+
+    rows: tuple[BadRow, ...]
+    parts: tuple[str, ...]
+    unlocated: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.parts)
+
+    @property
+    def is_meaning_lost(self) -> bool:
+        """Whether it cannot be known what the rows mean."""
+        return any(part in _MEANING for part in self.parts)
+
+
+def array_crc32(array: npt.NDArray[Any], start: int = 0) -> int:
+    """Return the CRC-32 of an array's bytes, continued from ``start``."""
+    return zlib.crc32(_bytes_of(array).data, start)
+
+
+def meaning_crc32(
+    identity: npt.NDArray[Any], classes: npt.NDArray[Any], task: npt.NDArray[Any]
+) -> int:
+    """Return what the checksums of all rows begin with."""
+    return array_crc32(task, array_crc32(classes, array_crc32(identity)))
+
+
+def rows_crc32(
+    start: int, features: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]
+) -> npt.NDArray[np.int64]:
+    """Return the checksums of some rows.
+
+    0.3 s for (100000, 1280), two thirds of it in zlib, of the 2.5 s of computing that writing is.
+
+    Args:
+        start: ``meaning_crc32``.
+        features: (n, D) or (n, V, D).
+        columns: ``COLUMNS`` of the same rows; ``groups`` may be missing.
+    """
+    num_rows = len(features)
+    if num_rows == 0:
+        return np.empty(0, np.int64)
+    parts = [columns[name] for name in COLUMNS if name in columns]
+    facts = np.concatenate([_bytes_of(part).reshape(num_rows, -1) for part in parts], axis=1)
+    size, width = features[0].nbytes, facts.shape[1]
+    vectors, others = _bytes_of(features).data, _bytes_of(facts).data
+    crc32 = zlib.crc32
+    return np.array([
+        crc32(others[i * width : (i + 1) * width], crc32(vectors[i * size : (i + 1) * size], start))
+        for i in range(num_rows)
+    ], np.int64)  # fmt: skip
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def find_damage(container: Container) -> Damage:
+    """Find out where a cache is damaged: which rows, or else which part.
+
+    Args:
+        container: Opened without checking its payload. Its user block bears its own hash, so the
+            table is what was written.
+    """
+    whole = is_payload_whole(container)
+    splits = [s for s in SPLITS if f"splits/{s}/features" in container.arrays]
+    unlocated = tuple(s for s in splits if not _has_checksums(container, s))
+    parts = [name for name in container.arrays if _is_part_damaged(container, name)]
+    rows: list[BadRow] = []
+    if not set(parts) & set(_MEANING):
+        for split in splits:
+            if split not in unlocated:
+                rows += _find_rows(container, split)
+    if not whole:
+        parts += [f"splits/{split}" for split in unlocated]
+        if not rows and not parts:
+            parts = [METADATA]
+    return Damage(tuple(rows), tuple(parts), unlocated)
+
+
+def find_infinite(container: Container) -> list[BadRow]:
+    """Return the rows with features that are NaN or infinite."""
+    bad = []
+    for split in SPLITS:
+        if f"splits/{split}/features" in container.arrays:
+            features = container.map(f"splits/{split}/features")
+            for i in range(0, len(features), BLOCK_ROWS):
+                block = features[i : i + BLOCK_ROWS]
+                finite = np.isfinite(block.reshape(len(block), -1)).all(axis=1)
+                numbers = (i + np.flatnonzero(~finite)).tolist()
+                bad += _name_rows(container, split, numbers, "finite values", "NaN or infinity")
+    return bad
+
+
+def _name_rows(
+    container: Container, split: str, numbers: list[int], expected: str, found: str
+) -> list[BadRow]:
+    if not numbers:
+        return []
+    paths = container.map(f"splits/{split}/paths")
+    texts = [paths[i].decode("utf-8", "surrogateescape") for i in numbers]
+    return [BadRow(split, i, t, expected, found) for i, t in zip(numbers, texts, strict=True)]
+
+
+def _has_checksums(container: Container, split: str) -> bool:
+    """Whether the rows of a split can be told apart: the columns are there and as long."""
+    arrays, prefix = container.arrays, f"splits/{split}/"
+    if prefix + "features" not in arrays or any(name not in arrays for name in _OUTSIDE):
+        return False
+    wanted = [prefix + name for name in (*COLUMNS, "row_crc32") if name != "groups"]
+    wanted += [prefix + "groups"] if prefix + "groups" in arrays else []
+    num_rows = arrays[prefix + "features"].shape[:1]
+    return (
+        all(name in arrays and arrays[name].shape[:1] == num_rows != () for name in wanted)
+        and arrays[prefix + "paths"].dtype.kind == "S"
+        and arrays[prefix + "row_crc32"].dtype.str == "<i8"
+        and arrays[prefix + "row_crc32"].shape == num_rows
+    )
+
+
+def _is_part_damaged(container: Container, name: str) -> bool:
+    entry = container.arrays[name]
+    if name == "identity":
+        sha256 = hashlib.sha256(_bytes_of(container.map(name)).tobytes()).hexdigest()
+        return sha256 != container.fingerprint
+    return entry.crc32 is not None and array_crc32(container.map(name)) != entry.crc32
+
+
+def _find_rows(container: Container, split: str) -> list[BadRow]:
+    """Return the rows of a split that do not bear out."""
+    start = meaning_crc32(*(container.map(name) for name in _MEANING))
+    prefix = f"splits/{split}/"
+    features, recorded = (container.map(prefix + name) for name in ("features", "row_crc32"))
+    columns = {
+        name: container.map(prefix + name) for name in COLUMNS if prefix + name in container.arrays
+    }
+    wrong = np.zeros(len(features), bool)
+    for i in range(0, len(features), BLOCK_ROWS):
+        rows = slice(i, i + BLOCK_ROWS)
+        found = rows_crc32(start, features[rows], {k: v[rows] for k, v in columns.items()})
+        wrong[rows] = found != recorded[rows]
+    numbers = np.flatnonzero(wrong).tolist()
+    return _name_rows(container, split, numbers, "the bytes of its checksum", "others")

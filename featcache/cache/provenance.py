@@ -1,0 +1,221 @@
+"""May the rows of these caches stand in one cache, and how were they made, all together?
+
+Reads: open caches. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from featcache.backbones.engine import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS, Engine
+from featcache.cache.reading import Cache, name_differences
+from featcache.errors import CacheError, FeatcacheWarning, printable
+from featcache.files import canonical_json
+from featcache.runtime import environment_facts
+
+# Copied only where all caches agree: with them an update goes on as its rows were made.
+_ENGINE_FACTS = ("engine", "precision", "batch_size", "num_threads", "device_type")
+_OTHER_FACTS = ("device", "concurrency", "weights_source")
+# What ``select`` and ``verify --repair`` said of the rows holds also after an update.
+_KEPT_FACTS = ("selected_from", "origins", "lost")
+_MAX_PARITY = 8  # errors that are kept: the largest says it all
+_ORIGIN_FACTS = ("date", "versions", "device", "engine", "precision", "parity", "lost")
+
+
+def check_alike(caches: Sequence[Cache]) -> None:
+    """Refuse caches whose rows do not belong into one cache.
+
+    Raises:
+        CacheError: If identity, task, or width or dtype of features differ; one line says in what.
+    """
+    first = caches[0]
+
+    example = f"as {first.path.as_posix()} has"
+
+    def wrong(what: str, expected: object, cache: Cache, found: object, hint: str) -> CacheError:
+        return CacheError(what, expected=expected, found=found, where=cache.path, hint=hint)
+
+    for cache in caches:
+        if cache.fingerprint != first.fingerprint:
+            wanted, found = name_differences(first.identity, cache.identity)
+            hint = "Extract both with the same backbone and options"
+            raise wrong("cache identity", f"{wanted}, {example}", cache, found, hint)
+        if cache.task != first.task:
+            raise wrong(
+                "cache",
+                f"a {first.task} task, {example}",
+                cache,
+                cache.task,
+                "Select from one kind",
+            )
+        kinds = [first, cache]
+        wanted_kind, *others = {
+            f"{split.features.shape[-1]} x {split.features.dtype.name}": None
+            for c in kinds
+            for split in c.splits.values()
+        }
+        if others:
+            raise wrong(
+                "features", f"{wanted_kind}, {example}", cache, others[0], "Extract them alike"
+            )
+        try:
+            text = canonical_json(cache.identity).encode()
+            canonical_json(cache.provenance)
+        except (ValueError, RecursionError) as error:
+            raise wrong("cache", "plain JSON", cache, error, "Extract it again") from error
+        if text != cache.container.map("identity").item():  # NEW would have another fingerprint
+            raise wrong("cache identity", "canonical JSON", cache, "other", "Extract it again")
+
+
+def warn_of_precisions(caches: Sequence[Cache]) -> None:
+    """Warn of caches of different precision; refuse one whose own parity is out of bounds.
+
+    Raises:
+        CacheError: If there is one.
+    """
+    seen: dict[str, str] = {}
+    for cache in caches:
+        precision, parity = known_precision(cache), _parity(cache)
+        if precision is None:
+            continue
+        worst = max(parity, default=0.0)
+        if worst > PARITY_BOUNDS[precision]:
+            raise CacheError(
+                "parity of the cache",
+                expected=f"at most {PARITY_BOUNDS[precision]:.0e} at {precision}",
+                found=f"{worst:.1e}", where=cache.path, hint="Extract it again",
+            )  # fmt: skip
+        known = f"parity {worst:.1e}" if parity else "parity unknown"
+        seen.setdefault(precision, f"{cache.path.as_posix()} {precision} ({known})")
+    if len(seen) > 1:
+        warnings.warn(
+            printable("features were made at different precision: " + ", ".join(seen.values())),
+            FeatcacheWarning, stacklevel=3,
+        )  # fmt: skip
+
+
+def _parity(cache: Cache) -> list[float]:
+    parity = cache.provenance.get("parity") or []
+    if not isinstance(parity, list) or not all(
+        type(error) in {int, float} and 0 <= error < 1e9 for error in parity
+    ):
+        raise CacheError(
+            "provenance of the cache", expected="a list of numbers as parity",
+            found=f"{parity!r:.40}", where=cache.path, hint="Extract it again",
+        )  # fmt: skip
+    return [float(error) for error in parity]
+
+
+def known_precision(cache: Cache) -> str | None:
+    """Return the precision whose bound holds for all rows, None where nobody knows.
+
+    Features made elsewhere have none, and of rows that a repair kept it may be lost.
+    """
+    precision = str(cache.provenance.get("precision"))
+    return precision if precision in PARITY_BOUNDS and "lost" not in cache.provenance else None
+
+
+def error_bound(cache: Cache) -> float:
+    """Return how far, relative L2, a row may be from the eager fp32 network's features.
+
+    Where nobody says how it was made, that is the strictest bound.
+
+    Raises:
+        CacheError: If it was made at a precision that is none of ours.
+    """
+    precision = known_precision(cache)
+    stated = cache.provenance.get("precision")
+    if precision is None and stated is not None and "lost" not in cache.provenance:
+        raise CacheError(
+            "precision of the cache", expected=" or ".join(PARITY_BOUNDS), found=stated,
+            where=cache.path, hint="It was not made by this version of featcache extract",
+        )  # fmt: skip
+    narrow = cache.identity.get("feature_dtype") == "float16"
+    return PARITY_BOUNDS[precision or "fp32"] + (FLOAT16_STORAGE_ERROR if narrow else 0)
+
+
+def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
+    """Return how the rows of several caches were made: what is common, the loosest precision."""
+    made = [cache.provenance for cache in caches]
+
+    def common(keys: Sequence[str]) -> dict[str, Any]:
+        return {k: made[0][k] for k in keys if all(p.get(k, made) == made[0].get(k) for p in made)}
+
+    joined = common(_OTHER_FACTS)
+    engine = common(_ENGINE_FACTS)
+    if set(engine) == {key for p in made for key in p if key in _ENGINE_FACTS}:
+        joined |= engine  # else another engine, or another batch shape, for some rows
+    else:
+        joined["engine"] = ", ".join(sorted({str(p.get("engine", "unknown")) for p in made}))
+        precisions = [str(p.get("precision")) for p in made]
+        known = [name for name in precisions if name in PARITY_BOUNDS]
+        if known:
+            joined["precision"] = max(known, key=PARITY_BOUNDS.__getitem__)
+    joined |= next(({"lost": p["lost"]} for p in made if "lost" in p), {})
+    parity = sorted({error for cache in caches for error in _parity(cache)})[-_MAX_PARITY:]
+    return joined | ({"parity": parity} if parity else {})
+
+
+def warn_of_update(
+    name: str, provenance: Mapping[str, Any], parity: Sequence[float], engine: Engine
+) -> None:
+    """Warn where an engine adds rows to those of another precision, or of one that is lost.
+
+    Another precision is no other identity, but whoever mixes them should know.
+
+    Args:
+        name: Of the cache.
+        provenance: Of the rows that are there.
+        parity: Of the engine that made them.
+        engine: What makes the new ones.
+    """
+    made = provenance.get("precision", engine.precision)
+    if "lost" in provenance:
+        old = "nobody knows how its rows were made, since its provenance was damaged"
+        new = engine.precision
+    elif made != engine.precision:
+        pairs = ((made, parity), (engine.precision, engine.parity))
+        old, new = (f"{p} (within {max(e, default=0):.1e})" for p, e in pairs)
+        old = f"its rows were made at {old} of the eager fp32 network"
+    else:
+        return
+    text = f"{name}: {old}, new ones will be at {new}"
+    warnings.warn(text, FeatcacheWarning, stacklevel=4)
+
+
+def extend_provenance(
+    provenance: Mapping[str, Any], parity: Sequence[float], engine: Engine, weights_source: str
+) -> dict[str, Any]:
+    """Return how the rows were made when an engine has added its own: arguments as above."""
+    precisions = {engine.precision, str(provenance.get("precision"))}
+    return {
+        **{key: provenance[key] for key in _KEPT_FACTS if key in provenance},
+        **environment_facts(engine.device), "device_type": engine.device.type,
+        "weights_source": weights_source, "engine": engine.name,
+        "engine_reason": engine.reason, "concurrency": engine.concurrency,
+        # of rows of two precisions, the one whose bound holds for all
+        "precision": max(precisions & PARITY_BOUNDS.keys(), key=PARITY_BOUNDS.__getitem__),
+        "batch_size": engine.batch_size,
+        # of older engines the worst: an update a night would else add to it for ever
+        "parity": [*sorted(parity)[-_MAX_PARITY:], *engine.parity],
+    }  # fmt: skip
+
+
+def list_origins(caches: Sequence[Cache]) -> list[dict[str, Any]]:
+    """Return the caches that the rows were extracted into, each once.
+
+    A flat list: caches selected from each other every night would else nest without end.
+    """
+    origins: dict[str, dict[str, Any]] = {}
+    for cache in caches:
+        own = {
+            "path": cache.path.as_posix(), "payload_sha256": cache.payload_sha256,
+            "content_sha256": cache.content_sha256, "fingerprint": cache.fingerprint,
+        }  # fmt: skip
+        own |= {key: cache.provenance[key] for key in _ORIGIN_FACTS if key in cache.provenance}
+        earlier = cache.provenance.get("origins")
+        for origin in earlier if isinstance(earlier, list) and earlier else [own]:
+            origins[canonical_json(origin)] = origin
+    return list(origins.values())

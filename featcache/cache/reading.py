@@ -1,0 +1,438 @@
+"""The cache: one file with the features of a data set, and everything needed to trust them.
+
+Format version 1. The file is a container (module ``container``: user block, table, HDF5 behind it)
+of these data sets, all contiguous and of fixed width:
+
+- ``/identity`` scalar bytes: canonical JSON of what decides the features' values; its sha256 is the
+  ``fingerprint``. ``/provenance`` scalar bytes: JSON of how they were made. ``/classes`` (C,)
+  bytes. ``/task`` scalar bytes: ``multiclass`` or ``multilabel``.
+- ``/splits/<split>/features`` (N, D) float32 or float16, or (N, V, D) with V views of each image,
+  the first the plain one; splits may differ in V (only images to train on have views), not in D.
+  ``targets`` (N,) int64 with -1 = unlabelled, or (N, C) float32 with NaN = unknown for
+  ``multilabel``; ``paths`` (N,) bytes, ``/``-separated, sorted; ``groups`` (N,) bytes, optional;
+  ``image_sha256`` (N, 32) uint8; ``image_bytes`` and ``mtime_ns`` (N,) int64; ``row_crc32`` (N,)
+  int64, optional: what a row's bytes add up to (module ``integrity``), so that damage is located.
+- ``/failures/{paths, splits, reasons}`` bytes, ``{targets, image_bytes, mtime_ns}`` int64.
+
+The table has the ``crc32`` of every data set outside ``/splits``, optionally.
+
+``content_sha256`` is the sha256 of the canonical JSON list of [name, dtype, shape, sha256 of the
+bytes], sorted by name, over identity, classes and every split's features, targets and paths: two
+people compare one line.
+
+Reads: caches. Module ``cache_writer`` writes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from featcache.cache.container import ArrayReader, Container, check_payload, open_container
+from featcache.errors import CacheError
+
+SPLITS = ("train", "valid", "test", "all")
+TASKS = ("multiclass", "multilabel")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be read, and why. Every ``extract`` tries it again."""
+
+    path: str
+    split: str
+    target: int
+    reason: str
+    image_bytes: int
+    mtime_ns: int
+
+
+class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
+    """One split of an open cache: a map-style torch ``Dataset`` that also gives its arrays whole.
+
+    Survives pickling, fork and spawn: a copy reopens the file by name and insists that it is
+    still the same one.
+    """
+
+    def __init__(self, container: Container, name: str) -> None:
+        self.name = name
+        self._container = container
+
+    def _map(self, name: str) -> npt.NDArray[Any]:
+        return self._container.map(f"splits/{self.name}/{name}")
+
+    @cached_property
+    def features(self) -> npt.NDArray[Any]:
+        """(N, D) or (N, V, D) float32 or float16, a read-only view of the file."""
+        return self._map("features")
+
+    def map_vectors(self) -> npt.NDArray[Any]:
+        """Return (N * V, D), a view whose pages leave the memory with it."""
+        features = self._map("features")
+        return features.reshape(-1, features.shape[-1])
+
+    @property
+    def plain_features(self) -> npt.NDArray[Any]:
+        """(N, D), view 0 of every row: the image as it is. A read-only view of the file."""
+        return self.features if self.features.ndim == 2 else self.features[:, 0]
+
+    @property
+    def num_views(self) -> int:
+        """V, 1 where every row is one vector."""
+        shape = self._container.arrays[f"splits/{self.name}/features"].shape
+        return 1 if len(shape) == 2 else shape[1]
+
+    @cached_property
+    def targets(self) -> npt.NDArray[Any]:
+        """(N,) int64, -1 = unlabelled; (N, C) float32 for ``multilabel``, NaN = unknown."""
+        return self._map("targets")
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """N strings, ``/``-separated; bytes that are not UTF-8 are surrogate-escaped."""
+        return decode_texts(self._map("paths"))
+
+    @cached_property
+    def groups(self) -> list[str] | None:
+        """N strings, or None when the cache has no groups."""
+        has_groups = f"splits/{self.name}/groups" in self._container.arrays
+        return decode_texts(self._map("groups")) if has_groups else None
+
+    @cached_property
+    def image_sha256(self) -> npt.NDArray[np.uint8]:
+        """(N, 32) uint8, zeros where unknown."""
+        return self._map("image_sha256")
+
+    @cached_property
+    def image_bytes(self) -> npt.NDArray[np.int64]:
+        """(N,) int64, sizes of the image files."""
+        return self._map("image_bytes")
+
+    @cached_property
+    def mtime_ns(self) -> npt.NDArray[np.int64]:
+        """(N,) int64, modification times of the image files."""
+        return self._map("mtime_ns")
+
+    @cached_property
+    def row_crc32(self) -> npt.NDArray[np.int64] | None:
+        """(N,) int64, a checksum of each row, or None when the cache has none."""
+        has_checksums = f"splits/{self.name}/row_crc32" in self._container.arrays
+        return self._map("row_crc32") if has_checksums else None
+
+    def read_features(self) -> npt.NDArray[Any]:
+        """Return the features as an array in memory, read at the speed of the disk."""
+        return self._container.read(f"splits/{self.name}/features")
+
+    def open_features(self) -> ArrayReader:
+        """Return what reads the features row by row, for those larger than memory."""
+        return ArrayReader(self._container, f"splits/{self.name}/features")
+
+    def __len__(self) -> int:
+        return self._container.arrays[f"splits/{self.name}/features"].shape[0]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        """Return (features (D,) or (V, D) float32, target) of one row."""
+        target = self.targets[index]
+        return torch.from_numpy(self.features[index].astype(np.float32)), (
+            int(target) if target.ndim == 0 else torch.from_numpy(target.copy())
+        )
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, Any]]:
+        """Return several rows with one gather: what a torch ``DataLoader`` calls."""
+        features = torch.from_numpy(self.features[list(indices)].astype(np.float32, copy=False))
+        targets = torch.from_numpy(self.targets[list(indices)])
+        return [
+            (row, int(target) if target.ndim == 0 else target)
+            for row, target in zip(features, targets, strict=True)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "container": self._container}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        container: Container = state["container"]
+        again = open_container(container.path, verify=False)
+        if again.payload_sha256 != container.payload_sha256:
+            raise CacheError(
+                "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",
+                found=f"{again.payload_sha256[:16]}...", where=container.path,
+                hint="It was replaced while in use: open it again",
+            )  # fmt: skip
+        self.__init__(again, state["name"])  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An open cache. Nothing but the user block and the small data sets has been read.
+
+    Attributes:
+        path: The file.
+        identity: What decides the features' values.
+        provenance: How they were made: versions, device, engine, precision, parity.
+        classes: Class names; a target is an index into them. Empty when unlabelled.
+        task: ``multiclass`` or ``multilabel``.
+        splits: The splits in the order train, valid, test, all.
+        failures: Images that could not be read.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
+    classes: tuple[str, ...]
+    task: str
+    splits: dict[str, CacheSplit]
+    failures: tuple[Failure, ...]
+    container: Container = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the identity, 64 hex digits."""
+        return self.container.fingerprint
+
+    @property
+    def payload_sha256(self) -> str:
+        """sha256 of every byte behind the user block."""
+        return self.container.payload_sha256
+
+    @property
+    def content_sha256(self) -> str:
+        """sha256 over identity, classes, features, targets and paths."""
+        return self.container.content_sha256
+
+    @property
+    def num_features(self) -> int:
+        """D, the number of features of a row."""
+        return self.container.arrays[f"splits/{next(iter(self.splits))}/features"].shape[-1]
+
+    @property
+    def parity(self) -> list[float]:
+        """Relative L2 errors of the engine on probed images, as far as provenance tells."""
+        told = self.provenance.get("parity")
+        numbers = told if isinstance(told, list) else []
+        numbers = [n for n in numbers if type(n) in {int, float} and 0 <= n < 1e9]
+        return [float(number) for number in numbers]
+
+    def split(self, name: str) -> CacheSplit:
+        """Return a split by name.
+
+        Raises:
+            CacheError: If the cache has no such split.
+        """
+        if name not in self.splits:
+            raise CacheError(
+                "split", expected=f"one of {', '.join(self.splits)}", found=name, where=self.path,
+                hint="Name a split of this cache with --split",
+            )  # fmt: skip
+        return self.splits[name]
+
+
+def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
+    """Open a cache for reading.
+
+    Args:
+        path: The file.
+        verify: Check the whole file against its sha256 first (about 1 GB a second).
+
+    Returns:
+        The cache; its arrays are mapped and read on use.
+
+    Raises:
+        CacheError: If the file is missing, not a cache, of a newer version, cut or damaged.
+
+    Example:
+        >>> cache = open_cache("covid.h5")  # doctest: +SKIP
+        >>> cache.splits["train"].features.shape  # doctest: +SKIP
+        (198, 1280)
+    """
+    for num_tries_left in range(9, -1, -1):
+        container = open_container(Path(path), verify=False)
+        try:
+            if verify:
+                check_payload(container)
+            return read_cache(container)
+        except CacheError:
+            # An update may have renamed a new file into its place: what was read is of two then.
+            if container.is_current() or not num_tries_left:
+                raise
+    raise AssertionError
+
+
+def read_cache(container: Container) -> Cache:
+    """Return the cache in an open container.
+
+    Raises:
+        CacheError: If its small data sets or its table are not those of a cache.
+    """
+    _check_kinds(container)
+    identity = read_json(container, "identity")
+    text = container.map("identity").item()
+    if hashlib.sha256(text).hexdigest() != container.fingerprint:
+        raise _damaged(container, "identity", "the fingerprint's", "another")
+    task = str(container.map("task").item().decode("utf-8", "replace"))
+    check_table(container, task)
+    classes = tuple(decode_texts(container.map("classes")))
+    cache = Cache(
+        path=container.path,
+        identity=identity,
+        provenance=read_json(container, "provenance"),
+        classes=classes,
+        task=task,
+        splits={
+            s: CacheSplit(container, s)
+            for s in SPLITS
+            if f"splits/{s}/features" in container.arrays
+        },
+        failures=read_failures(container, len(classes)),
+        container=container,
+    )
+    _check_values(cache)
+    return cache
+
+
+def is_content(name: str) -> bool:
+    """Whether ``content_sha256`` covers the array of this name."""
+    return name in {"identity", "classes"} or (
+        name.startswith("splits/") and name.endswith(("/features", "/targets", "/paths"))
+    )
+
+
+def name_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str]:
+    """Return in which values two identities differ, the wanted and the found ones, for a message.
+
+    Example:
+        >>> name_differences({"image_size": 224, "views": 1}, {"image_size": 240, "views": 1})
+        ('image_size 224', 'image_size 240')
+    """
+    keys = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
+    wanted_text, found_text = (
+        ", ".join(f"{key} {side.get(key)!r:.40}" for key in keys) for side in (wanted, found)
+    )
+    return wanted_text, found_text
+
+
+def _check_kinds(container: Container) -> None:
+    """Refuse a file whose small data sets are not bytes or whole numbers of the right rank."""
+    kinds = {"identity": ("S", 0), "provenance": ("S", 0), "task": ("S", 0), "classes": ("S", 1)}
+    kinds |= {f"failures/{key}": ("S", 1) for key in ("paths", "splits", "reasons")}
+    kinds |= {f"failures/{key}": ("i", 1) for key in ("targets", "image_bytes", "mtime_ns")}
+    for name, (kind, rank) in kinds.items():
+        entry = container.entry(name)
+        if (entry.dtype.kind, len(entry.shape)) != (kind, rank):
+            wanted = f"{'bytes' if kind == 'S' else 'whole numbers'} of rank {rank}"
+            raise _damaged(container, name, wanted, f"{entry.dtype.str} {entry.shape}")
+
+
+def check_table(container: Container, task: str) -> None:
+    """Refuse a file whose arrays, by the table alone, do not fit each other.
+
+    Raises:
+        CacheError: If so, or if there is no such task.
+    """
+    if task not in TASKS:
+        raise _damaged(container, "task", " or ".join(TASKS), task)
+    num_classes = container.entry("classes").shape[0]
+    splits = [s for s in SPLITS if f"splits/{s}/features" in container.arrays]
+    if not splits:
+        raise _damaged(container, "splits", "at least one", "none")
+    widths = set()
+    for name in splits:
+        prefix = f"splits/{name}/"
+        features = container.arrays[prefix + "features"]
+        if (
+            features.dtype.kind != "f"
+            or len(features.shape) not in {2, 3}
+            or 0 in features.shape[1:]
+        ):
+            wanted_shape = "(N, D) or (N, V, D) floats"
+            raise _damaged(container, prefix + "features", wanted_shape, features.shape)
+        widths.add(features.shape[-1])
+        wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+            "targets": ("<f4", (num_classes,)) if task == "multilabel" else ("<i8", ()),
+            "image_sha256": ("|u1", (32,)), "image_bytes": ("<i8", ()), "mtime_ns": ("<i8", ()),
+            "paths": ("S", ()),
+        }  # fmt: skip
+        if prefix + "groups" in container.arrays:
+            wanted["groups"] = ("S", ())
+        if prefix + "row_crc32" in container.arrays:
+            wanted["row_crc32"] = ("<i8", ())
+        for key, (dtype, tail) in wanted.items():
+            entry = container.arrays.get(prefix + key)
+            if (
+                entry is None
+                or entry.shape != (features.shape[0], *tail)
+                or (entry.dtype.kind if dtype == "S" else entry.dtype.str) != dtype
+            ):
+                found = "none" if entry is None else f"{entry.dtype.str} {entry.shape}"
+                wanted_shape = f"{dtype} {(features.shape[0], *tail)}"
+                raise _damaged(container, prefix + key, wanted_shape, found)
+    if len(widths) > 1:
+        raise _damaged(container, "splits", "features of one width", sorted(widths))
+
+
+def _check_values(cache: Cache) -> None:
+    """Refuse a file whose classes are not different or whose targets are no classes."""
+    if len(set(cache.classes)) != len(cache.classes):
+        raise _damaged(cache.container, "classes", "different names", "a name twice")
+    for name, split in cache.splits.items():
+        targets, wanted, found = split.targets, "", ""
+        if cache.task == "multilabel":
+            odd = targets[~((targets == 0) | (targets == 1) | np.isnan(targets))]
+            wanted, found = "targets of 0, 1 and NaN", ", ".join(map(str, odd[:1].tolist()))
+        elif len(split) and (targets.min() < -1 or targets.max() >= len(cache.classes)):
+            wanted = f"targets from -1 to {len(cache.classes) - 1}"
+            found = f"{targets.min()} to {targets.max()}"
+        if found:
+            raise _damaged(cache.container, f"splits/{name}/targets", wanted, found)
+
+
+def _damaged(container: Container, what: str, expected: object, found: object) -> CacheError:
+    return CacheError(
+        f"cache, {what}", expected=expected, found=found, where=container.path,
+        hint="The file is damaged or was not made by featcache: extract it again",
+    )  # fmt: skip
+
+
+def read_json(container: Container, name: str) -> dict[str, Any]:
+    """Return the JSON object in a scalar data set, or raise ``CacheError``."""
+    try:
+        value = json.loads(container.map(name).item())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(container, name, "JSON", "something else") from error
+    if not isinstance(value, dict):
+        raise _damaged(container, name, "a JSON object", type(value).__name__)
+    return value
+
+
+def read_failures(container: Container, num_classes: int) -> tuple[Failure, ...]:
+    """Return the failures in a container, or raise ``CacheError``."""
+    texts = [decode_texts(container.map(f"failures/{k}")) for k in ("paths", "splits", "reasons")]
+    numbers = [
+        [int(n) for n in container.map(f"failures/{k}")]
+        for k in ("targets", "image_bytes", "mtime_ns")
+    ]
+    if len({*map(len, texts), *map(len, numbers)}) > 1:
+        raise _damaged(container, "failures", "arrays of one length", "several")
+    failures = tuple(
+        Failure(path, split, target, reason, size, time)
+        for path, split, reason, target, size, time in zip(*texts, *numbers, strict=True)
+    )
+    for failure in failures:
+        if failure.split not in SPLITS or not -1 <= failure.target < num_classes:
+            wanted = f"a split, and a target from -1 to {num_classes - 1}"
+            found = f"{failure.split!r:.40} and {failure.target}"
+            raise _damaged(container, "failures", wanted, found)
+    return failures
+
+
+def decode_texts(array: npt.NDArray[Any]) -> list[str]:
+    """Return fixed-width bytes as strings; what is not UTF-8 is surrogate-escaped."""
+    return [value.decode("utf-8", "surrogateescape") for value in array.tolist()]

@@ -1,0 +1,412 @@
+"""Rows of caches -> rows of a new one: which are taken, and with what split, class and group.
+
+Reads: open caches and a table (CSV). Writes: nothing, and touches no features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.backbones.engine import relative_errors
+from featcache.cache.provenance import error_bound
+from featcache.cache.reading import SPLITS, Cache, CacheSplit
+from featcache.cache.table import Table
+from featcache.cache.writing import check_names, os_bytes
+from featcache.data.dataset import UNLABELLED
+from featcache.data.folders import agree_on_classes
+from featcache.errors import CacheError, ConfigError, FeatcacheWarning, printable
+from featcache.runtime import Say
+
+_NUM_SHOWN = 5
+
+_Integers = npt.NDArray[np.int64]
+
+
+class Row(NamedTuple):
+    """A row (or a failed image) of a cache, and what it is to be in the new one.
+
+    Attributes:
+        cache: Which of the caches it comes from.
+        source: Its split there; "" of a failed image.
+        number: Its number there.
+        path: In the new cache; so are split, label and group.
+        split: ``train``, ``valid``, ``test`` or ``all``.
+        label: Class name; None for unlabelled, and in ``multilabel`` caches.
+        group: None if it has none.
+    """
+
+    cache: int
+    source: str
+    number: int
+    path: str
+    split: str
+    label: str | None
+    group: str | None
+
+
+class Rearrangement:
+    """The rows taken of some caches, with splits, classes and groups of their own.
+
+    Use it in this order: ``apply_table`` where there is one, ``choose_classes``, ``settle_rows``.
+
+    Args:
+        caches: Caches of one kind (see module ``compatibility``).
+        prefix: Set each cache's file name before its paths and groups.
+        say: Where lines for people go.
+    """
+
+    def __init__(self, caches: Sequence[Cache], *, prefix: bool, say: Say) -> None:
+        self.caches, self.say = caches, say
+        self.prefixes = [f"{cache.path.stem}/" if prefix else "" for cache in caches]
+        self.rows, self.failed = _collect_rows(caches, self.prefixes)
+        self.classes: tuple[str, ...] = ()
+        self.num_unnamed = self.num_other_classes = self.num_merged = 0
+        self.names_without_row: list[str] = []
+        self._names: list[list[str]] = []  # of each cache's classes, after renaming
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether the caches have several labels a row."""
+        return self.caches[0].task == "multilabel"
+
+    def apply_table(self, file: Path) -> None:
+        """Take the rows the table names, as it has them; say what it does not name or misses.
+
+        Raises:
+            DataError: If it is no table, or names none of the rows.
+            ConfigError: If it has targets for caches of several labels a row.
+        """
+        table = Table(file, [row.path for row in (*self.rows, *self.failed)], self.say)
+        if self.is_multilabel and "target" in table.columns:
+            raise ConfigError(
+                "--table", expected="no targets for caches of several labels per image",
+                found="a column target", where=file, hint="Leave the column out",
+            )  # fmt: skip
+        taken = list(_arrange(self.rows, table))
+        self.num_unnamed = len(self.rows) - len(taken)
+        if self.num_unnamed:
+            example = next(row.path for row in self.rows if table.find(row.path) is None)
+            self.say(
+                f"left out: {self.num_unnamed:,} rows that the table does not name, such as "
+                f"{printable(example)}"
+            )
+        self.names_without_row = table.without_row
+        if table.without_row:
+            shown = ", ".join(map(printable, table.without_row[:_NUM_SHOWN]))
+            number = len(table.without_row)
+            more = ", ..." if number > _NUM_SHOWN else ""
+            warnings.warn(
+                f"{number:,} paths of the table have no row: {shown}{more}",
+                FeatcacheWarning, stacklevel=3,
+            )  # fmt: skip
+        self.rows, self.failed = taken, list(_arrange(self.failed, table))
+
+    def choose_classes(
+        self, rename: Mapping[str, str], wanted: Sequence[str] | None, where: Path
+    ) -> None:
+        """Rename classes and keep the wanted ones.
+
+        Args:
+            rename: Old -> new name.
+            wanted: New names; None for all.
+            where: Only for messages.
+
+        Raises:
+            ConfigError: If a name is none of the classes.
+            DataError: If a split would lack a class, or two classes are hard to tell apart.
+            CacheError: If no row is left.
+        """
+        self._rename(rename)
+        present = {row.label for row in self.rows if row.label is not None}
+        if self.is_multilabel:
+            present = {name for names in self._names for name in names}
+        if wanted is not None:
+            unknown = [name for name in wanted if name not in present]
+            if unknown or not wanted:
+                raise ConfigError(
+                    "--classes", expected="some of " + ", ".join(sorted(present)),
+                    found=", ".join(unknown) or "none",
+                )  # fmt: skip
+            present &= set(wanted)
+        kept = [row for row in self.rows if row.label is None or row.label in present]
+        self.num_other_classes, self.rows = len(self.rows) - len(kept), kept
+        if not self.rows:
+            raise CacheError("selection", expected="at least one row", found="none", where=where)
+        labels: dict[str, set[str]] = {}
+        for row in self.rows:
+            if row.label is not None:
+                labels.setdefault(row.split, set()).add(row.label)
+        self.classes = agree_on_classes({"all": present} if self.is_multilabel else labels, where)
+        check_names("classes", self.classes)
+        if {cache.classes for cache in self.caches} != {self.classes}:
+            for cache in self.caches:
+                self.say(f"classes of {printable(cache.path.as_posix())}: {_listed(cache.classes)}")
+            self.say(f"classes now: {_listed(self.classes)}")
+
+    def _rename(self, names: Mapping[str, str]) -> None:
+        known = {row.label for row in self.rows if row.label is not None}
+        known |= {name for cache in self.caches for name in cache.classes}
+        for old, new in names.items():
+            if old not in known or not new:
+                raise ConfigError(
+                    "--rename", expected="OLD=NEW, OLD one of " + ", ".join(sorted(known)),
+                    found=f"{old}={new}",
+                )  # fmt: skip
+        self.rows, self.failed = _rename_rows(self.rows, names), _rename_rows(self.failed, names)
+        self._names = [[names.get(n, n) for n in cache.classes] for cache in self.caches]
+
+    def settle_rows(self) -> None:
+        """Make rows of one image one, give each a group if any has one, and sort them.
+
+        Raises:
+            CacheError: If one path is that of two images, or two caches contradict each other.
+        """
+        self.rows, pairs = _merge_same_images(self.caches, self.rows, self._have_equal_labels)
+        self.num_merged = len(pairs)
+        if pairs:
+            _check_pairs(self.caches, pairs)
+            self.say(f"kept once: {len(pairs):,} rows that are the same image under the same path")
+        num_without = sum(row.group is None for row in self.rows)
+        if 0 < num_without < len(self.rows):
+            self.rows = [row._replace(group=row.group or row.path) for row in self.rows]
+            self.say(f"groups: {num_without:,} rows have none and are a group each")
+        check_names("groups", list({row.group or "" for row in self.rows}))
+        _say_shared_groups(self.rows, self.say)
+        if not self.is_multilabel:
+            _warn_of_contradictions(self.caches, self.rows)
+        self.rows.sort(key=lambda row: (SPLITS.index(row.split), os_bytes(row.path)))
+        if {row.split for row in self.rows} > {"all"}:
+            warnings.warn(
+                "some rows are in split all, others in train, valid or test: heads are trained on "
+                "train alone; name the rows' splits in a --table of path,split",
+                FeatcacheWarning, stacklevel=3,
+            )  # fmt: skip
+
+    def _have_equal_labels(self, a: Row, b: Row) -> bool:
+        if self.is_multilabel:
+            return np.array_equal(self.targets([a]), self.targets([b]), equal_nan=True)
+        return a.label == b.label
+
+    def targets(self, rows: Sequence[Row]) -> npt.NDArray[Any]:
+        """Return the targets of some rows: (n,) integers, or (n, C) floats for ``multilabel``."""
+        if self.is_multilabel:
+            return gather(
+                self.caches, rows,
+                lambda c, split, n: _merge_labels(split.targets[n], self._names[c], self.classes),
+            )  # fmt: skip
+        numbers: dict[str | None, int] = {name: i for i, name in enumerate(self.classes)}
+        return np.array([numbers.get(row.label, UNLABELLED) for row in rows], np.int64)
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return ", ".join(map(printable, classes)) or "none"
+
+
+def _arrange(rows: Iterable[Row], table: Table) -> Iterator[Row]:
+    """Yield the rows that a table names, with its split, target and group."""
+    for row in rows:
+        line = table.find(row.path)
+        if line is not None:
+            yield Row(
+                *row[:4],
+                split=(line["split"] or "all") if "split" in table.columns else row.split,
+                label=(line["target"] or None) if "target" in table.columns else row.label,
+                group=(line["group"] or row.path) if "group" in table.columns else row.group,
+            )
+
+
+def _collect_rows(caches: Sequence[Cache], prefixes: Sequence[str]) -> tuple[list[Row], list[Row]]:
+    """Return all rows and all failed images of some caches, as they are.
+
+    Args:
+        caches: The caches.
+        prefixes: What is set before the paths and groups of each, "" for nothing.
+    """
+    rows: list[Row] = []
+    failed: list[Row] = []
+    for c, (cache, prefix) in enumerate(zip(caches, prefixes, strict=True)):
+        labels: list[str | None] = [*cache.classes, None]  # -1 is the last
+        for name, split in cache.splits.items():
+            multiclass = cache.task == "multiclass"
+            targets = split.targets.tolist() if multiclass else [UNLABELLED] * len(split)
+            groups = split.groups if split.groups is not None else [None] * len(split)
+            for number, (path, target, group) in enumerate(
+                zip(split.paths, targets, groups, strict=True)
+            ):
+                whole = group if group is None else prefix + group
+                rows.append(Row(c, name, number, prefix + path, name, labels[target], whole))
+        for number, failure in enumerate(cache.failures):
+            label = labels[failure.target]
+            failed.append(Row(c, "", number, prefix + failure.path, failure.split, label, None))
+    return rows, failed
+
+
+def _rename_rows(rows: Iterable[Row], names: Mapping[str, str]) -> list[Row]:
+    new: dict[str | None, str] = dict(names.items())
+    return [row._replace(label=new[row.label]) if row.label in new else row for row in rows]
+
+
+def _merge_labels(
+    targets: npt.NDArray[Any], sources: Sequence[str], classes: Sequence[str]
+) -> npt.NDArray[np.float32]:
+    """Return ``multilabel`` targets (N, C) for other classes, those not known of being NaN.
+
+    Args:
+        targets: (N, S) of 0, 1 and NaN.
+        sources: S class names, after renaming: several may have become one. It is 1 where any is
+            1, else unknown where any is unknown.
+        classes: C class names.
+    """
+    merged = np.full((len(targets), len(classes)), np.nan, np.dtype("<f4"))
+    for column, name in enumerate(classes):
+        part = targets[:, [i for i, source in enumerate(sources) if source == name]]
+        if part.shape[1]:
+            merged[:, column] = np.where((part == 1).any(axis=1), 1, part.max(axis=1))
+    return merged
+
+
+# ------------------------------------------------------------------------ the same path, and rows
+
+
+def _merge_same_images(
+    caches: Sequence[Cache], rows: Iterable[Row],
+    have_equal_labels: Callable[[Row, Row], bool],
+) -> tuple[list[Row], list[tuple[Row, Row]]]:  # fmt: skip
+    """Keep one of the rows that are one image under one path; refuse other rows of equal path.
+
+    The row of the most views is kept, of the first cache on ties, with the group that is known.
+
+    Returns:
+        The rows, and the pairs (one row, the other) that have become one.
+
+    Raises:
+        CacheError: If a path is that of two images, or one image has two classes, splits, groups.
+    """
+    kept: dict[str, list[Row]] = {}
+    pairs = []
+    for row in rows:
+        others = kept.setdefault(row.path, [])
+        twin = next((o for o in others if o.split == row.split), None)
+        # One path in two splits of one cache is that cache's affair.
+        twin = twin or next((o for o in others if o.cache != row.cache), None)
+        if twin is None:
+            others.append(row)
+            continue
+        _require_same_image(caches, twin, row, have_equal_labels)
+        group = row.group if twin.group is None else twin.group
+        best = max(twin, row, key=lambda r: caches[r.cache].splits[r.source].num_views)
+        others[others.index(twin)] = best._replace(group=group)
+        pairs.append((twin, row))
+    return [row for others in kept.values() for row in others], pairs
+
+
+def _require_same_image(
+    caches: Sequence[Cache], a: Row, b: Row, have_equal_labels: Callable[[Row, Row], bool]
+) -> None:
+    def wrong(expected: str, of_a: object, of_b: object, hint: str) -> CacheError:
+        places = [f"{caches[r.cache].path.as_posix()}, {r.source}" for r in (a, b)]
+        return CacheError(
+            f"path {a.path}", expected=expected,
+            found=f"{of_a} in {places[0]} and {of_b} in {places[1]}", hint=hint,
+        )  # fmt: skip
+
+    hashes = [caches[r.cache].splits[r.source].image_sha256[r.number] for r in (a, b)]
+    if not hashes[0].any() or (hashes[0] != hashes[1]).any():
+        known = [f"sha256 {h.tobytes().hex()[:8]}..." if h.any() else "one" for h in hashes]
+        raise wrong(
+            "one image",
+            known[0],
+            known[1],
+            "Tell the caches' images apart with --prefix, or leave rows out",
+        )
+    if not have_equal_labels(a, b):
+        labels = [str(r.label or "unlabelled or of other labels") for r in (a, b)]
+        raise wrong("one class", labels[0], labels[1], "Say which in a --table of path,target")
+    if a.split != b.split:
+        raise wrong("one split", a.split, b.split, "Say which in a --table of path,split")
+    if None not in {a.group, b.group} and a.group != b.group:
+        raise wrong("one group", a.group, b.group, "Say which in a --table of path,group")
+
+
+def _check_pairs(caches: Sequence[Cache], pairs: Sequence[tuple[Row, Row]]) -> None:
+    """Refuse caches that have other features for one image: one of them is not true.
+
+    Raises:
+        CacheError: If two are further apart than the bounds of both allow.
+    """
+    bounds = [error_bound(cache) for cache in caches] if pairs else []
+    for i in range(0, len(pairs), 1024):
+        part = pairs[i : i + 1024]
+        a, b = (
+            gather(caches, rows, lambda _, split, n: split.plain_features[n].astype(np.float32))
+            for rows in zip(*part, strict=True)
+        )
+        for (x, y), error in zip(part, relative_errors(a, b), strict=True):
+            if error > bounds[x.cache] + bounds[y.cache]:
+                raise CacheError(
+                    f"features of {x.path}", where=caches[y.cache].path,
+                    expected=f"those of {caches[x.cache].path.as_posix()}, the same image",
+                    found=f"others, by {error:.1e}",
+                    hint="Find the untrue cache with featcache verify CACHE --data DATA",
+                )  # fmt: skip
+
+
+def _warn_of_contradictions(caches: Sequence[Cache], rows: Sequence[Row]) -> None:
+    """Warn of images that stand in two classes: under other paths that is not refused."""
+    hashes = gather(caches, rows, lambda _, split, n: split.image_sha256[n])
+    first: dict[bytes, Row] = {}
+    torn: dict[bytes, str] = {}
+    for row, digest in zip(rows, map(bytes, hashes), strict=True):
+        if not any(digest) or row.label is None:
+            continue
+        other = first.setdefault(digest, row)
+        if row.label != other.label:
+            torn.setdefault(digest, f"{other.path} = {row.path}")
+    if torn:
+        example = printable(next(iter(torn.values())))
+        warnings.warn(
+            f"{len(torn):,} images stand in two classes, byte for byte; one is {example}",
+            FeatcacheWarning, stacklevel=4,
+        )  # fmt: skip
+
+
+def _say_shared_groups(rows: Sequence[Row], say: Say) -> None:
+    """Say which groups have rows in several caches: they are taken for the same."""
+    owner: dict[str, int] = {}
+    shared = {
+        row.group: None
+        for row in rows
+        if row.group is not None and owner.setdefault(row.group, row.cache) != row.cache
+    }
+    if shared:
+        example = printable(next(iter(shared)))
+        say(f"groups: {len(shared):,} stand in several caches, such as {example}, taken for one")
+
+
+def gather(
+    caches: Sequence[Cache], rows: Sequence[Row],
+    take: Callable[[int, CacheSplit, _Integers], npt.NDArray[Any]],
+) -> npt.NDArray[Any]:  # fmt: skip
+    """Return what ``take`` gives for the rows, in their order.
+
+    Args:
+        caches: The caches.
+        rows: At least one.
+        take: Gives an array (n, ...) for which cache, its split and n row numbers in it; of one
+            dtype and shape but n for all.
+    """
+    numbers = np.array([row.number for row in rows])
+    places: dict[tuple[int, str], list[int]] = {}
+    for position, row in enumerate(rows):
+        places.setdefault((row.cache, row.source), []).append(position)
+    parts = [take(c, caches[c].splits[name], numbers[at]) for (c, name), at in places.items()]
+    gathered = np.empty((len(rows), *parts[0].shape[1:]), parts[0].dtype)
+    for positions, part in zip(places.values(), parts, strict=True):
+        gathered[positions] = part
+    return gathered

@@ -1,0 +1,137 @@
+"""Repair: write a cache again without the rows that nobody can vouch for.
+
+Reads: a cache, damaged or not. Writes: the file it is told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.container import Container
+from featcache.cache.integrity import BLOCK_ROWS, BadRow, Damage, find_infinite
+from featcache.cache.reading import (
+    SPLITS,
+    Cache,
+    Failure,
+    check_table,
+    decode_texts,
+    read_failures,
+    read_json,
+)
+from featcache.cache.writing import SplitRows, write_rows
+from featcache.errors import CacheError
+
+_REASON = "row dropped by featcache verify --repair"
+
+
+def find_bad_rows(container: Container, damage: Damage) -> list[BadRow]:
+    """Return the damaged rows, and those that are not finite.
+
+    Raises:
+        CacheError: If what the rows mean is lost, or if damaged rows cannot be told from others.
+    """
+    if damage.is_meaning_lost:
+        raise _hopeless(
+            container, "repair", "an undamaged identity, task and list of classes",
+            f"damage in {', '.join(damage.parts)}",
+        )  # fmt: skip
+    if any(part.startswith("splits/") for part in damage.parts):
+        found = f"damage, and none in {', '.join(damage.unlocated)}"
+        raise _hopeless(container, "repair", "checksums of the rows to find it by", found)
+    check_table(container, container.map("task").item().decode("utf-8", "replace"))
+    damaged = {(row.split, row.row) for row in damage.rows}
+    others = [row for row in find_infinite(container) if (row.split, row.row) not in damaged]
+    return [*damage.rows, *others]
+
+
+def write_without(
+    container: Container, bad_rows: Sequence[BadRow], damage: Damage, path: Path
+) -> Cache:
+    """Write a cache with the rows of another one that are not bad, which become failures.
+
+    What a failure tells of a damaged row may be damaged too; the next extraction forgets it.
+    Damaged failures are dropped, since every extraction tries them again, and so is a damaged
+    provenance.
+
+    Args:
+        container: The cache.
+        bad_rows: The rows to leave out, each once.
+        damage: What is damaged in it, as ``find_bad_rows`` accepted it.
+        path: The file to write.
+
+    Raises:
+        CacheError: If no row would be left, or if the disk is full.
+    """
+    splits = [s for s in SPLITS if f"splits/{s}/features" in container.arrays]
+    num_rows = sum(container.arrays[f"splits/{s}/features"].shape[0] for s in splits)
+    if num_rows and len(bad_rows) == num_rows:
+        raise _hopeless(container, "repair", "a row that bears out", f"none of {num_rows:,}")
+    bad: dict[str, list[int]] = {split: [] for split in splits}
+    for row in bad_rows:
+        bad[row.split].append(row.row)
+    classes = decode_texts(container.map("classes"))
+    lost = any(part.startswith("failures/") for part in damage.parts)
+    failures = [] if lost else list(read_failures(container, len(classes)))
+    failures += [_as_failure(container, row, len(classes)) for row in bad_rows]
+    provenance: dict[str, Any] = {"lost": "damaged, and dropped by featcache verify --repair"}
+    if "provenance" not in damage.parts:
+        provenance = read_json(container, "provenance")
+    cache = write_rows(
+        path, {split: _without(container, split, bad[split]) for split in splits},
+        identity=read_json(container, "identity"), provenance=provenance, classes=classes,
+        task=container.map("task").item().decode(), failures=failures,
+    )  # fmt: skip
+    if cache.fingerprint != container.fingerprint:  # an identity in other than canonical JSON
+        raise _hopeless(container, "identity", "JSON as featcache writes it", "other JSON")
+    return cache
+
+
+def _hopeless(container: Container, what: str, expected: str, found: str) -> CacheError:
+    return CacheError(
+        what, expected=expected, found=found, where=container.path,
+        hint="Nothing in it can be vouched for: featcache extract DATA CACHE --rebuild",
+    )  # fmt: skip
+
+
+def _without(container: Container, split: str, bad: list[int]) -> SplitRows:
+    def column(name: str) -> npt.NDArray[Any]:
+        return container.map(f"splits/{split}/{name}")
+
+    features = column("features")
+    rows = np.delete(np.arange(len(features)), bad)
+    has_groups = f"splits/{split}/groups" in container.arrays
+    return SplitRows(
+        shape=(len(rows), *features.shape[1:]),
+        dtype=features.dtype,
+        feature_blocks=partial(_blocks, features, rows),
+        targets=column("targets")[rows],
+        paths=decode_texts(column("paths")[rows]),
+        groups=decode_texts(column("groups")[rows]) if has_groups else None,
+        image_sha256=column("image_sha256")[rows],
+        image_bytes=column("image_bytes")[rows],
+        mtime_ns=column("mtime_ns")[rows],
+    )
+
+
+def _blocks(features: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[Any]]:
+    for i in range(0, len(rows), BLOCK_ROWS):
+        yield features[rows[i : i + BLOCK_ROWS]]
+
+
+def _as_failure(container: Container, row: BadRow, num_classes: int) -> Failure:
+    def value(name: str) -> Any:
+        return container.map(f"splits/{row.split}/{name}")[row.row]
+
+    target = value("targets")
+    known = target.ndim == 0 and 0 <= target < num_classes
+    reason = f"{_REASON}: expected {row.expected}, found {row.found}"
+    return Failure(
+        row.path, row.split, int(target) if known else -1, reason,
+        int(value("image_bytes")), int(value("mtime_ns")),
+    )  # fmt: skip

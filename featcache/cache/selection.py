@@ -1,0 +1,323 @@
+"""Select: rows of caches -> a new cache, without the images: join, re-split, relabel, leave out.
+
+Reads: caches, and a table (CSV). Writes: ``NEW``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.container import is_container
+from featcache.cache.provenance import (
+    check_alike,
+    join_provenances,
+    list_origins,
+    warn_of_precisions,
+)
+from featcache.cache.reading import SPLITS, Cache, Failure, open_cache
+from featcache.cache.rearrangement import Rearrangement, Row, gather
+from featcache.cache.writing import SplitRows, write_rows
+from featcache.data.dataset import UNLABELLED
+from featcache.errors import CacheError, ConfigError, printable
+from featcache.extraction.shards import partial_folder, remove_partial
+from featcache.files import make_folder, remove_temporaries, writer_lock
+from featcache.heads.rows import warn_of_leaks
+from featcache.pixels.views import ViewRules, training_split
+from featcache.runtime import Say, environment_facts, silent
+
+_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class SelectionSummary:
+    """What a selection did.
+
+    Attributes:
+        cache: The new cache.
+        num_images: Its rows.
+        splits: Per split, rows per class (or ``unlabelled``).
+        sources: Per cache: ``path``, ``num_images`` in it and ``num_taken`` of them.
+        num_unnamed: Rows left out because the table does not name them.
+        num_other_classes: Rows left out because their class is not wanted.
+        num_merged: Rows that were the same image under the same path as another.
+        names_without_row: Paths of the table that no cache has.
+        num_failed: Images that could not be read, carried over.
+        seconds: Wall time of the whole call.
+        fingerprint: Of the caches' identity.
+        content_sha256: Of the new cache's content.
+    """
+
+    cache: str
+    num_images: int
+    splits: dict[str, dict[str, int]]
+    sources: tuple[dict[str, Any], ...]
+    num_unnamed: int
+    num_other_classes: int
+    num_merged: int
+    names_without_row: tuple[str, ...]
+    num_failed: int
+    seconds: float
+    fingerprint: str
+    content_sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return asdict(self)
+
+
+def select(
+    caches: str | Path | Sequence[str | Path],
+    new: str | Path,
+    *,
+    table: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    prefix: bool = False,
+    rebuild: bool = False,
+    say: Say = silent,
+) -> SelectionSummary:
+    """Make a cache of rows of other caches, without their images and without a backbone.
+
+    Joins caches of one identity, re-splits and relabels by a table, drops and renames classes. The
+    arrays equal those that extracting the images so arranged would give.
+
+    Args:
+        caches: One or more caches whose features were made alike.
+        new: The cache to make.
+        table: A CSV of ``path`` and, as far as wanted, ``target``, ``split``, ``group``. Rows that
+            it does not name are left out; a column that is missing or empty changes nothing.
+        classes: Keep these classes only, and what is unlabelled.
+        rename: Old -> new class name. Two classes of one new name become one.
+        prefix: Set each cache's file name before its paths and groups: for caches that call
+            different images, or different patients, alike.
+        rebuild: Replace ``new`` if it is there.
+        say: Where lines for people go.
+
+    Raises:
+        CacheError: If a cache is damaged, the caches do not fit each other, one path means two
+            images, or the disk is full. Nothing is left half-written.
+        DataError: If the table is none, or a split would lack a class.
+        ConfigError: If an option has no meaning.
+
+    Example:
+        >>> featcache.select(["a.h5", "b.h5"], "both.h5", prefix=True)  # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    path = Path(new)
+    sources = [Path(p) for p in ([caches] if isinstance(caches, str | Path) else caches)]
+    _check_names_of_caches(sources, path, prefix=prefix)
+    make_folder(path.parent)
+    folder = partial_folder(path)
+    with writer_lock(folder / "lock", f"cache {path.name}"):
+        unfinished = (folder / "manifest.json").exists()
+        try:
+            _refuse_existing(path, unfinished=unfinished, rebuild=rebuild)
+            opened = [open_cache(source) for source in sources]
+            check_alike(opened)
+            warn_of_precisions(opened)
+            chosen = Rearrangement(opened, prefix=prefix, say=say)
+            if table is not None:
+                chosen.apply_table(Path(table))
+            chosen.choose_classes(
+                rename or {}, classes, sources[0] if table is None else Path(table)
+            )
+            chosen.settle_rows()
+            remove_temporaries(path)
+            written = _write(path, chosen)
+            unfinished = False  # of what was refused without ``rebuild``
+        finally:
+            if not unfinished:
+                remove_partial(folder)
+    warn_of_leaks(written)
+    return _summarise(written, chosen, start, say)
+
+
+def _check_names_of_caches(sources: Sequence[Path], new: Path, *, prefix: bool) -> None:
+    if not sources:
+        raise ConfigError("CACHE", expected="one or more", found="none")
+    if new.resolve() in {source.resolve() for source in sources}:
+        raise ConfigError(
+            "NEW", expected="another file than the caches that are read", found=new,
+            hint="Choose another name",
+        )  # fmt: skip
+    twice = [stem for stem, n in Counter(source.stem for source in sources).items() if n > 1]
+    if prefix and twice:
+        raise ConfigError(
+            "--prefix", expected="caches of different file names", found=f"{twice[0]} twice",
+            hint="Rename one of them",
+        )  # fmt: skip
+
+
+def _refuse_existing(path: Path, *, unfinished: bool, rebuild: bool) -> None:
+    if path.exists() and not (rebuild and is_container(path)):
+        ours = is_container(path)
+        raise CacheError(
+            "NEW", expected="a new file", where=path,
+            found="a cache that is there already" if ours else "something that is no cache",
+            hint="Choose another name" + (", or replace it with --rebuild" if ours else ""),
+        )  # fmt: skip
+    if unfinished and not rebuild:
+        raise CacheError(
+            "NEW", expected="a new file", found="an unfinished extraction of that name",
+            where=partial_folder(path), hint="Finish it, or discard it with --rebuild",
+        )  # fmt: skip
+
+
+def _write(path: Path, chosen: Rearrangement) -> Cache:
+    """Write the rows, whole or not at all, and return the cache opened."""
+    by_split = {
+        name: [row for row in chosen.rows if row.split == name]
+        for name in SPLITS
+        if any(row.split == name for row in chosen.rows)
+    }
+    return write_rows(
+        path, {name: _split_rows(chosen, name, by_split) for name in by_split},
+        identity=chosen.caches[0].identity, provenance=_provenance(chosen), classes=chosen.classes,
+        task=chosen.caches[0].task, failures=_failures(chosen),
+    )  # fmt: skip
+
+
+def _split_rows(
+    chosen: Rearrangement, name: str, by_split: Mapping[str, Sequence[Row]]
+) -> SplitRows:
+    rows = by_split[name]
+    num_views = _num_views(chosen.caches, name, by_split)
+    first = next(iter(chosen.caches[0].splits.values())).features
+    views = () if num_views == 1 else (num_views,)
+    block_rows = max(1, _BLOCK_BYTES // (first.shape[-1] * first.itemsize * num_views))
+
+    def blocks() -> Iterator[npt.NDArray[Any]]:
+        for i in range(0, len(rows), block_rows):
+            part = rows[i : i + block_rows]
+            block = gather(
+                chosen.caches, part,
+                lambda _, split, n: (
+                    split.plain_features[n] if num_views == 1 else split.features[n, :num_views]
+                ),
+            )  # fmt: skip
+            finite = np.isfinite(block.reshape(len(part), -1)).all(axis=1)
+            if not finite.all():
+                row = part[int(finite.argmin())]
+                raise CacheError(
+                    f"features of {row.path}", expected="finite numbers", found="NaN or infinity",
+                    where=chosen.caches[row.cache].path, hint="Extract it again",
+                )  # fmt: skip
+            yield block
+
+    return SplitRows(
+        (len(rows), *views, first.shape[-1]), first.dtype, blocks,
+        targets=chosen.targets(rows), paths=[row.path for row in rows],
+        groups=[str(row.group) for row in rows] if rows[0].group is not None else None,
+        image_sha256=gather(chosen.caches, rows, lambda _, split, n: split.image_sha256[n]),
+        image_bytes=gather(chosen.caches, rows, lambda _, split, n: split.image_bytes[n]),
+        mtime_ns=gather(chosen.caches, rows, lambda _, split, n: split.mtime_ns[n]),
+    )  # fmt: skip
+
+
+def _num_views(caches: Sequence[Cache], name: str, by_split: Mapping[str, Sequence[Row]]) -> int:
+    """Return V of a split: as ``extract`` would have it, further views being left out."""
+    identity = caches[0].identity
+    views = {(c, s): x.num_views for c, k in enumerate(caches) for s, x in k.splits.items()}
+    of_rows = [views[row.cache, row.source] for row in by_split[name]]
+    if "views" in identity:
+        wanted = ViewRules.from_identity(identity).for_split(name, by_split).num_views
+    else:  # features made elsewhere
+        wanted = max(of_rows) if name == training_split(by_split) else min(of_rows)
+    lacking = [row for row, v in zip(by_split[name], of_rows, strict=True) if v < wanted]
+    if lacking:
+        row = lacking[0]
+        raise CacheError(
+            f"views of split {name}", expected=f"{wanted} of each row",
+            found=f"{views[row.cache, row.source]} of {len(lacking):,}, such as {row.path}",
+            where=caches[row.cache].path,
+            hint="Only images to train on have views: leave these out, or extract them anew",
+        )  # fmt: skip
+    return wanted
+
+
+def _failures(chosen: Rearrangement) -> list[Failure]:
+    """Return the failed images taken, once each, without those that another cache has read."""
+    read = {row.path for row in chosen.rows}
+    numbers = {name: i for i, name in enumerate(chosen.classes)}
+    failures: dict[tuple[str, str], Failure] = {}
+    for row in chosen.failed:
+        if row.path not in read and (row.label is None or row.label in numbers):
+            old = chosen.caches[row.cache].failures[row.number]
+            target = UNLABELLED if row.label is None else numbers[row.label]
+            failures.setdefault(
+                (row.split, row.path),
+                replace(old, path=row.path, split=row.split, target=target),
+            )
+    return list(failures.values())
+
+
+def _provenance(chosen: Rearrangement) -> dict[str, Any]:
+    facts = environment_facts()  # of this process, which ran no network
+    truncated = [cache.provenance.get("truncated") or [] for cache in chosen.caches]
+    known = [set(map(str, paths)) if isinstance(paths, list) else set() for paths in truncated]
+    return {
+        "date": facts["date"],
+        "versions": facts["versions"],
+        **join_provenances(chosen.caches),
+        "truncated": [
+            row.path
+            for row in chosen.rows
+            if row.path.removeprefix(chosen.prefixes[row.cache]) in known[row.cache]
+        ],
+        "selected_from": [
+            {
+                "path": cache.path.as_posix(), "payload_sha256": cache.payload_sha256,
+                "content_sha256": cache.content_sha256, "fingerprint": cache.fingerprint,
+                "num_taken": sum(row.cache == c for row in chosen.rows),
+            }
+            for c, cache in enumerate(chosen.caches)
+        ],
+        "origins": list_origins(chosen.caches),
+    }  # fmt: skip
+
+
+def _summarise(written: Cache, chosen: Rearrangement, start: float, say: Say) -> SelectionSummary:
+    """Say and return what was done; ``start`` is when the call began."""
+    counts: dict[str, dict[str, int]] = {}
+    for name, split in written.splits.items():
+        if chosen.is_multilabel:
+            positive = (split.targets == 1).sum(axis=0).tolist()
+            counts[name] = dict(zip(written.classes, positive, strict=True))
+        else:
+            labels = [*written.classes, "unlabelled"]
+            found = sorted(Counter(split.targets.tolist()).items())
+            counts[name] = {labels[target]: number for target, number in found}
+        listed = ", ".join(f"{n:,} {printable(label)}" for label, n in counts[name].items())
+        say(f"{name:>6}: {listed}")
+    summary = SelectionSummary(
+        cache=written.path.as_posix(), num_images=len(chosen.rows), splits=counts,
+        sources=tuple(
+            {
+                "path": cache.path.as_posix(),
+                "num_images": sum(len(split) for split in cache.splits.values()),
+                "num_taken": sum(row.cache == c for row in chosen.rows),
+            }
+            for c, cache in enumerate(chosen.caches)
+        ),
+        num_unnamed=chosen.num_unnamed, num_other_classes=chosen.num_other_classes,
+        num_merged=chosen.num_merged, names_without_row=tuple(chosen.names_without_row),
+        num_failed=len(written.failures), seconds=round(time.perf_counter() - start, 3),
+        fingerprint=written.fingerprint, content_sha256=written.content_sha256,
+    )  # fmt: skip
+    taken = ", ".join(
+        f"{s['num_taken']:,} of {s['num_images']:,} of {printable(s['path'])}"
+        for s in summary.sources
+    )
+    say(
+        f"{printable(summary.cache)}: {summary.num_images:,} images ({taken}) in "
+        f"{summary.seconds:.1f} s."
+    )
+    return summary

@@ -1,0 +1,95 @@
+"""A table: a CSV that names rows of caches, and what they are to be.
+
+Reads: CSV files. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from featcache.data.dataset import read_table
+from featcache.data.folders import SPLIT_OF_FOLDER
+from featcache.errors import DataError, printable
+from featcache.runtime import Say
+
+
+class Table:
+    """A CSV of ``path``, and as far as known ``target``, ``split`` and ``group``.
+
+    A column that is missing or wholly empty leaves what the rows have. In the others an empty cell
+    means what it means to ``extract``: unlabelled, split ``all``, a group of its own. Where no path
+    is one of the caches', folders that all its paths begin with, and the folders of splits in the
+    caches' paths, are left out of the comparison; that is said.
+
+    Args:
+        file: The CSV.
+        known: Paths of all rows and failed images.
+        say: Where lines for people go.
+
+    Raises:
+        DataError: If it is no such CSV, names a path twice, or none of those that are known.
+    """
+
+    def __init__(self, file: Path, known: Iterable[str], say: Say) -> None:
+        lines = read_table(file)
+        names = [posixpath.normpath(line["path"]) for line in lines]
+        keys = {posixpath.normpath(path) for path in known}
+        self._leaves_split_out = False
+        for folder, leaves_split_out in _readings(names, keys):
+            shorter = [name.removeprefix(folder) for name in names]
+            fitting = {_without_split(key) for key in keys} if leaves_split_out else keys
+            if not fitting.isdisjoint(shorter):
+                names, keys, self._leaves_split_out = shorter, fitting, leaves_split_out
+                if folder:
+                    say(f"table: its paths are read without {printable(folder)}")
+                if leaves_split_out:
+                    say("table: the caches' paths are read without train/, valid/, test/")
+                break
+        self._lines = dict(zip(names, lines, strict=True))
+        if len(self._lines) < len(names):
+            twice = Counter(names).most_common(1)[0][0]
+            raise DataError("table", expected="every path once", found=f"{twice} twice", where=file)
+        if keys.isdisjoint(names):
+            found = f"none, but such as {names[0]}" if names else "no lines"
+            raise DataError(
+                "table", expected=f"paths of the caches, such as {min(keys, default='none')}",
+                found=found, where=file, hint="Write paths as the caches have them",
+            )  # fmt: skip
+        self.columns = {c for c in ("target", "split", "group") if any(line[c] for line in lines)}
+        self.without_row = [name for name in self._lines if name not in keys]
+
+    def find(self, path: str) -> dict[str, str] | None:
+        """Return the line of a row's path, None if the table does not name it."""
+        key = posixpath.normpath(path)
+        return self._lines.get(_without_split(key) if self._leaves_split_out else key)
+
+
+def _readings(names: list[str], keys: set[str]) -> Iterator[tuple[str, bool]]:
+    """Yield how paths of a table and of caches may be meant, as they are written first.
+
+    ``featcache split raw split.csv`` writes ``raw/covid/1.png``, which is ``covid/1.png`` in the
+    cache of ``raw``, and ``train/covid/1.png`` in the cache of a tree made of ``raw``.
+
+    Yields:
+        What to leave out at the beginning of the table's paths, and whether to leave the split's
+        folder out of the caches'.
+    """
+    yield "", False
+    folders = [""]
+    with contextlib.suppress(ValueError):  # no names, or both absolute and relative ones
+        for part in posixpath.commonpath([posixpath.dirname(name) for name in names]).split("/"):
+            if part.casefold() in SPLIT_OF_FOLDER:
+                break  # test/covid/1.png need not be train/covid/1.png
+            folders.append(f"{folders[-1]}{part}/")
+    yield from ((folder, False) for folder in folders[1:])
+    if len({_without_split(key) for key in keys}) == len(keys):
+        yield from ((folder, True) for folder in folders)
+
+
+def _without_split(key: str) -> str:
+    first, _, rest = key.partition("/")
+    return rest if first.casefold() in SPLIT_OF_FOLDER and rest else key

@@ -1,0 +1,256 @@
+"""Write caches: prepared rows from an extraction, or features made elsewhere.
+
+Writes: caches (format in module ``cache``), whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.hdf5 import ArraySource, write_container
+from featcache.cache.integrity import array_crc32, meaning_crc32, rows_crc32
+from featcache.cache.reading import SPLITS, Cache, Failure, is_content, open_cache
+from featcache.errors import DataError
+from featcache.files import canonical_json
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of one split about to be written, sorted by the bytes of their path.
+
+    ``feature_blocks`` gives (n, D) or (n, V, D) arrays that make up ``shape`` together, so that a
+    cache larger than memory can be written.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    feature_blocks: Callable[[], Iterable[npt.NDArray[Any]]]
+    targets: npt.NDArray[Any]
+    paths: Sequence[str]
+    groups: Sequence[str] | None
+    image_sha256: npt.NDArray[np.uint8]
+    image_bytes: npt.NDArray[np.int64]
+    mtime_ns: npt.NDArray[np.int64]
+
+
+def write_rows(
+    path: Path, splits: Mapping[str, SplitRows], *, identity: Mapping[str, Any],
+    provenance: Mapping[str, Any], classes: Sequence[str], task: str,
+    failures: Sequence[Failure] = (),
+) -> Cache:  # fmt: skip
+    """Write a cache from prepared rows, whole or not at all, and return it opened.
+
+    Raises:
+        CacheError: If the disk is full or the folder cannot be written.
+    """
+    identity_text = canonical_json(identity).encode()
+    arrays = {
+        "identity": np.array(identity_text),
+        "provenance": np.array(canonical_json(provenance).encode()),
+        "classes": _encode(classes),
+        "task": np.array(task.encode()),
+    }
+    sources = [_checked(name, array) for name, array in arrays.items()]
+    start = meaning_crc32(arrays["identity"], arrays["classes"], arrays["task"])
+    for name in (s for s in SPLITS if s in splits):
+        rows, prefix = splits[name], f"splits/{name}/"
+        columns: dict[str, npt.NDArray[Any]] = {
+            "targets": rows.targets,
+            "paths": _encode(rows.paths),
+            "image_sha256": rows.image_sha256,
+            "image_bytes": rows.image_bytes,
+            "mtime_ns": rows.mtime_ns,
+        }
+        if rows.groups is not None:
+            columns["groups"] = _encode(rows.groups)
+        checksums = np.zeros(rows.shape[0], "<i8")  # as the features pass, before it is written
+        blocks = partial(_check_rows, rows.feature_blocks, columns, start, checksums)
+        sources.append(ArraySource(prefix + "features", rows.shape, rows.dtype, blocks))
+        columns = columns | {"row_crc32": checksums}
+        sources += [ArraySource.of(prefix + key, array) for key, array in columns.items()]
+    failed = sorted(failures, key=lambda f: (SPLITS.index(f.split), os_bytes(f.path)))
+    texts = {"paths": "path", "splits": "split", "reasons": "reason"}
+    numbers = {"targets": "target", "image_bytes": "image_bytes", "mtime_ns": "mtime_ns"}
+    for key, attribute in texts.items():
+        values = _encode([getattr(f, attribute) for f in failed])
+        sources.append(_checked(f"failures/{key}", values))
+    for key, attribute in numbers.items():
+        integers = np.array([getattr(f, attribute) for f in failed], dtype=np.int64)
+        sources.append(_checked(f"failures/{key}", integers))
+    content = [source.name for source in sources if is_content(source.name)]
+    write_container(path, sources, hashlib.sha256(identity_text).hexdigest(), content)
+    return open_cache(path, verify=False)
+
+
+def _checked(name: str, array: npt.NDArray[Any]) -> ArraySource:
+    return ArraySource.of(name, array, array_crc32(array))
+
+
+def _check_rows(
+    feature_blocks: Callable[[], Iterable[npt.NDArray[Any]]],
+    columns: Mapping[str, npt.NDArray[Any]], start: int, checksums: npt.NDArray[np.int64],
+) -> Iterator[npt.NDArray[Any]]:  # fmt: skip
+    """Yield the blocks of features, and note the checksums of their rows."""
+    position = 0
+    for block in feature_blocks():
+        rows = slice(position, position + len(block))
+        checksums[rows] = rows_crc32(start, block, {k: v[rows] for k, v in columns.items()})
+        position += len(block)
+        yield block
+
+
+def os_bytes(path: str) -> bytes:
+    """Return a path's own bytes: what rows are sorted by."""
+    return path.encode("utf-8", "surrogateescape")
+
+
+def write_cache(
+    path: str | Path, features: Any, targets: Any, paths: Any, *, classes: Sequence[str],
+    groups: Any = None, identity: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Cache:  # fmt: skip
+    """Write features made elsewhere into a cache, whole or not at all.
+
+    Args:
+        path: The file to write; an existing one is replaced.
+        features: (N, D) or (N, V, D) float32 or float16, or a dict of such arrays by split
+            (``train``, ``valid``, ``test``, ``all``). One array alone becomes the split ``all``.
+            Of V views of a row, the first is the plain one: what it is evaluated by.
+        targets: (N,) integers in [0, C), -1 = unlabelled; or (N, C) floats of 0, 1 and NaN =
+            unknown for several labels a row; or a dict by split.
+        paths: N different strings naming the rows, or a dict by split. Rows are sorted by them.
+        classes: C class names.
+        groups: N strings, say patients, or a dict by split; optional.
+        identity: What decides the features' values. Runs refuse caches of another identity, so
+            say which backbone, weights and preprocessing made them.
+        provenance: Anything worth knowing about how they were made.
+
+    Returns:
+        The cache, opened.
+
+    Raises:
+        DataError: If arrays do not fit each other, or hold NaN or infinities.
+        CacheError: If the disk is full or the folder cannot be written.
+    """
+    by_split = features if isinstance(features, Mapping) else {"all": features}
+
+    def of(value: Any, split: str) -> Any:
+        return value.get(split) if isinstance(value, Mapping) else value
+
+    unknown = set(by_split) - set(SPLITS)
+    if unknown or not by_split:
+        raise DataError("splits", expected=" or ".join(SPLITS), found=sorted(unknown), where=path)
+    names = [str(name) for name in classes]
+    check_names("classes", names)
+    for what, value in (("targets", targets), ("paths", paths), ("groups", groups)):
+        if isinstance(value, Mapping) and set(value) - set(by_split):
+            found = ", ".join(sorted(map(str, set(value) - set(by_split))))
+            raise DataError(f"splits of {what}", expected=sorted(by_split), found=found)
+    rows = {
+        split: _check_new_rows(
+            split, np.asarray(array), np.asarray(of(targets, split)), of(paths, split),
+            groups=of(groups, split), num_classes=len(names),
+        )
+        for split, array in by_split.items()
+    }  # fmt: skip
+    kinds = {(r.shape[-1], r.dtype.name, r.targets.ndim) for r in rows.values()}
+    if len(kinds) > 1:
+        expected = "one D and dtype, and targets of one rank, in all splits"
+        raise DataError("features", expected=expected, found=sorted(kinds))
+    first = next(iter(rows.values()))
+    facts: dict[str, Any] = dict(identity) if identity is not None else {"backbone": "unknown"}
+    for what, value in (("identity", facts), ("provenance", provenance or {})):
+        try:
+            canonical_json(value)
+        except (TypeError, ValueError) as error:
+            raise DataError(what, expected="what JSON can hold", found=error) from error
+    facts.setdefault("num_features", first.shape[-1])
+    facts.setdefault("feature_dtype", first.dtype.name)
+    task = "multilabel" if first.targets.ndim == 2 else "multiclass"
+    return write_rows(
+        Path(path), rows, identity=facts, provenance=provenance or {}, classes=names, task=task
+    )
+
+
+def _check_new_rows(
+    split: str, features: npt.NDArray[Any], targets: npt.NDArray[Any], paths: Any, *,
+    groups: Any, num_classes: int,
+) -> SplitRows:  # fmt: skip
+    """Check one split's arrays against each other and sort them by path."""
+
+    def wrong(what: str, expected: object, found: object) -> DataError:
+        return DataError(f"{what} of split {split}", expected=expected, found=found)
+
+    if (
+        features.ndim not in {2, 3}
+        or 0 in features.shape[1:]
+        or features.dtype not in (np.float32, np.float16)
+    ):
+        found = f"{features.dtype} {features.shape}"
+        raise wrong("features", "(N, D) or (N, V, D) float32 or float16", found)
+    num_rows = len(features)
+    names = [] if paths is None else [str(p) for p in paths]
+    if len(names) != num_rows or len(set(names)) != num_rows:
+        found = f"{len(names)} paths, {len(set(names))} different"
+        raise wrong("paths", f"{num_rows} different paths", found)
+    check_names(f"paths of split {split}", names)
+    if groups is not None:
+        check_names(f"groups of split {split}", list(dict.fromkeys(map(str, groups))))
+    if groups is not None and len(groups) != num_rows:
+        raise wrong("groups", f"{num_rows} groups", len(groups))
+    if targets.ndim == 2:
+        targets = targets.astype("<f4")
+        known = targets[~np.isnan(targets)]
+        if targets.shape != (num_rows, num_classes) or not np.isin(known, (0, 1)).all():
+            odd = [float(v) for v in known if v not in (0, 1)][:1]
+            found = f"{targets.shape}" + "".join(f" with {v}" for v in odd)
+            raise wrong("targets", f"0, 1 or NaN, {(num_rows, num_classes)}", found)
+    else:
+        if targets.shape != (num_rows,) or targets.dtype.kind not in "iu":
+            raise wrong("targets", f"{num_rows} integers", f"{targets.dtype} {targets.shape}")
+        if num_rows and not (targets.min() >= -1 and targets.max() < num_classes):
+            found = f"{targets.min()} to {targets.max()}"
+            raise wrong("targets", f"-1 to {num_classes - 1}", found)
+        targets = targets.astype("<i8")
+    if not np.isfinite(features).all():
+        row = int(np.flatnonzero(~np.isfinite(features).reshape(num_rows, -1).all(axis=1))[0])
+        raise wrong("features", "finite values", f"NaN or infinity in row {row}")
+    order = sorted(range(num_rows), key=lambda i: os_bytes(names[i]))
+    features = features[order].astype(features.dtype.newbyteorder("<"), copy=False)
+    return SplitRows(
+        features.shape, features.dtype, lambda: [features], targets[order],
+        [names[i] for i in order], None if groups is None else [str(groups[i]) for i in order],
+        np.zeros((num_rows, 32), np.uint8), np.zeros(num_rows, np.int64),
+        np.zeros(num_rows, np.int64),
+    )  # fmt: skip
+
+
+def check_names(what: str, names: Sequence[str]) -> None:
+    """Refuse names that fixed-width bytes cannot hold, and names that come twice.
+
+    Raises:
+        DataError: If there is one.
+    """
+    for name in names:
+        try:
+            os_bytes(name)
+        except UnicodeEncodeError as error:
+            raise DataError(what, expected="text", found=f"a lone surrogate in {name}") from error
+        if "\0" in name:
+            raise DataError(what, expected="names without NUL", found=name)
+    if len(set(names)) != len(names):
+        raise DataError(what, expected="different names", found="a name twice")
+
+
+def _encode(texts: Iterable[str]) -> npt.NDArray[Any]:
+    """Return strings as fixed-width bytes; ``|S1`` when there are none or all are empty."""
+    array = np.array([text.encode("utf-8", "surrogateescape") for text in texts], dtype=bytes)
+    return array.astype("S1") if array.dtype.itemsize == 0 or not array.size else array

@@ -1,0 +1,257 @@
+"""The commands from images to a cache, and between caches: parse, one call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featcache.cli.options import (
+    AUTO_OR_NUMBER,
+    DEVICE,
+    TRUST,
+    WEIGHTS,
+    Numbers,
+    OrWord,
+    Renaming,
+    make_say,
+    print_facts,
+    printing,
+)
+from featcache.errors import printable
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--classes", metavar="A,B,...", help="Only these class folders. Default: all.")
+@click.option(
+    "--fractions", type=Numbers(float, "F,F,F"), default="0.7,0.15,0.15", show_default=True,
+    help="Shares of train, valid and test.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Another seed, another split.")
+@click.option(
+    "--group-by", metavar="REGEX",
+    help="What its first group matches in a file name (a patient, say) is kept together.",
+)  # fmt: skip
+@click.option(
+    "--mode", type=click.Choice(["copy", "symlink", "hardlink"]), default="copy",
+    show_default=True, help="How a tree gets its files.",
+)  # fmt: skip
+@printing
+def split(
+    source: Path, destination: Path, classes: str | None, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Split the class folders in SOURCE into train, valid and test.
+
+    DESTINATION ending in .csv becomes a manifest and nothing moves; else it becomes a tree
+    DESTINATION/{train,valid,test}/{class}/.
+
+    \b
+    Example: featcache split raw data --classes covid,normal --group-by '^(\\d{8})_'
+    """
+    from featcache.data.splitting import split as split_images
+
+    chosen = None if classes is None else [name.strip() for name in classes.split(",")]
+    summary = split_images(
+        source, destination, classes=chosen, say=make_say(as_json, quiet), **options
+    )
+    print_facts(summary.as_json(), [], as_json, quiet)
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option(
+    "--backbone", required=True, metavar="NAME", multiple=True,
+    help="efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, "
+    "python:package.module:function. More than once: CACHE is a folder and gets a cache of each, "
+    "every image being decoded once.",
+)  # fmt: skip
+@WEIGHTS
+@click.option(
+    "--image-size", type=AUTO_OR_NUMBER, default="auto", show_default=True,
+    help="Side of the input in pixels; auto is the backbone's own.",
+)  # fmt: skip
+@click.option(
+    "--crop-mode", type=click.Choice(["squash", "center", "border"]), default="squash",
+    show_default=True, help="Squash, centre crop, or pad to a square.",
+)  # fmt: skip
+@click.option(
+    "--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear",
+    show_default=True,
+)  # fmt: skip
+@click.option(
+    "--normalize", type=click.Choice(["auto", "imagenet", "half"]), default="auto",
+    show_default=True, help="Mean and std; auto is the backbone's own, half is the tutorial's.",
+)  # fmt: skip
+@click.option("--mean", type=Numbers(float, "R,G,B"), help="For pixels in [0, 1]; with --std.")
+@click.option("--std", type=Numbers(float, "R,G,B"), help="For pixels in [0, 1]; with --mean.")
+@click.option(
+    "--bit-depth", type=OrWord(int, "auto", "minmax"), default="auto", show_default=True,
+    help="Of greyscale deeper than 8 bits: 12, 14, 16 or minmax; auto looks at a sample.",
+)  # fmt: skip
+@click.option(
+    "--truncated", type=click.Choice(["skip", "keep"]), default="skip", show_default=True,
+    help="Cut-off images: fail them, or fill them in.",
+)  # fmt: skip
+@click.option(
+    "--views", type=click.IntRange(1, 64), default=1, show_default=True,
+    help="Views of every image to train on: the plain one, and others by --augment.",
+)  # fmt: skip
+@click.option(
+    "--augment", type=click.Choice(["flip", "crop", "xray"]),
+    help="How they are made; xray turns, shifts and exposes a little, and never flips.",
+)  # fmt: skip
+@click.option(
+    "--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16"]), default="fp32",
+    show_default=True, help="Of the forward pass; checked on your images first.",
+)  # fmt: skip
+@click.option(
+    "--feature-dtype", type=click.Choice(["float32", "float16"]), default="float32",
+    show_default=True, help="Of the features in the cache.",
+)  # fmt: skip
+@click.option(
+    "--engine", type=click.Choice(["auto", "onnx", "folded", "eager"]), default="auto",
+    show_default=True,
+    help="How the network is run; auto takes the fastest that agrees with the plain one.",
+)  # fmt: skip
+@click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
+@click.option(
+    "--workers", type=AUTO_OR_NUMBER, default="auto", show_default=True, help="Decoding threads."
+)
+@DEVICE
+@click.option("--group-by", metavar="REGEX", help="First group in the file name, a patient, say.")
+@click.option(
+    "--max-errors", default="5%", show_default=True, metavar="N|P%",
+    help="Images that may fail, per split and class.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many images, for a try.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and taken; write nothing.")
+@click.option(
+    "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
+)
+@click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
+@printing
+def extract(
+    data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool, max_errors: str,
+    rehash: bool, rebuild: bool, backbone: tuple[str, ...], **options: Any,
+) -> None:  # fmt: skip
+    """Run a frozen backbone once over the images in DATA and keep the features in CACHE.
+
+    DATA holds split folders of class folders, or class folders, or images; or it is a CSV
+    (path,target,split,group) or a zip. Run again, it goes on where it stopped, or updates.
+
+    \b
+    Example: featcache extract data covid.h5 --backbone efficientnet-b0
+    """
+    from featcache.cli.wording import projection_lines
+    from featcache.extraction.extraction import extract_caches, plan_caches
+
+    say = make_say(as_json, quiet)
+    if dry_run:
+        plans = plan_caches(data, cache, backbones=backbone, say=say, **options)
+        lines = [line for projection in plans for line in projection_lines(projection)]
+        print_facts(_one_or_all([p.as_json() for p in plans]), lines, as_json, quiet)
+        return
+    summaries = extract_caches(
+        data, cache, backbones=backbone, max_errors=max_errors, rehash=rehash, rebuild=rebuild,
+        say=say, progress=not quiet, **options,
+    )  # fmt: skip
+    lines = [
+        f"{printable(s.cache)}: up to date, {s.num_images:,} images."
+        for s in summaries if s.status == "up to date"
+    ]  # fmt: skip
+    print_facts(_one_or_all([s.as_json() for s in summaries]), lines, as_json, quiet)
+
+
+def _one_or_all(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One object in any case: of several backbones, their objects under ``caches``."""
+    return facts[0] if len(facts) == 1 else {"caches": facts}
+
+
+@click.command()
+@click.argument(
+    "caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option(
+    "--table", type=click.Path(path_type=Path),
+    help="CSV of path and, as wanted, target, split, group. Rows it does not name are left out.",
+)  # fmt: skip
+@click.option("--classes", metavar="A,B,...", help="Only these classes, and what is unlabelled.")
+@click.option(
+    "--rename", type=Renaming(), multiple=True,
+    help="A class; may be given more than once. Classes of one new name become one.",
+)  # fmt: skip
+@click.option("--prefix", is_flag=True, help="Set each cache's name before its paths and groups.")
+@click.option("--rebuild", is_flag=True, help="Replace NEW if it is there.")
+@printing
+def select(
+    caches: tuple[Path, ...], new: Path, classes: str | None, rename: tuple[tuple[str, str], ...],
+    as_json: bool, quiet: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Make a cache NEW of rows of other caches: join, re-split, relabel, leave out. No images.
+
+    \b
+    Example: featcache select covid.h5 resplit.h5 --table split2.csv
+             featcache select a.h5 b.h5 both.h5 --prefix --rename viral=pneumonia
+    """
+    from featcache.cache.selection import select as select_rows
+
+    chosen = None if classes is None else [name.strip() for name in classes.split(",")]
+    if len(dict(rename)) < len(rename):
+        raise click.BadParameter("a class is renamed twice", param_hint="--rename")
+    summary = select_rows(
+        caches, new, classes=chosen, rename=dict(rename), say=make_say(as_json, quiet), **options
+    )
+    print_facts(summary.as_json(), [], as_json, quiet)
+
+
+@click.command()
+@click.argument("cache_or_run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(cache_or_run: Path, as_json: bool) -> None:
+    """Show what a cache or a run holds. Reads no features and hashes nothing.
+
+    \b
+    Example: featcache info covid.h5
+    """
+    from featcache.cli.wording import facts_lines
+    from featcache.extraction.verification import describe
+
+    facts = describe(cache_or_run)
+    print_facts(facts, facts_lines(facts), as_json, False)
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), help="Recompute features from these.")
+@click.option(
+    "--samples", type=OrWord(int, "all"), default=32, show_default=True,
+    help="Rows to recompute.",
+)  # fmt: skip
+@click.option("--repair", is_flag=True, help="Write CACHE again without its bad rows.")
+@TRUST
+@WEIGHTS
+@DEVICE
+@printing
+def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Check that CACHE is whole, and with --data that its features are true.
+
+    \b
+    Example: featcache verify covid.h5 --data data --samples all
+    """
+    from featcache.extraction.verification import verify as verify_cache
+
+    result = verify_cache(cache, say=make_say(as_json, quiet), **options)
+    judged = "good"
+    if result.vanished or result.relabelled:
+        judged = "whole, but no longer what its images are: extract again"
+    if result.repaired:
+        judged = (
+            f"repaired, {len(result.dropped):,} rows dropped, {result.num_rows:,} left. "
+            "Repeat the extract command: it makes what is missing"
+        )
+    print_facts(result.as_json(), [f"{printable(result.cache)}: {judged}"], as_json, quiet)

@@ -1,0 +1,347 @@
+"""The command line: parse, one call of the library, print. Nothing is decided here.
+
+The commands that make and check caches are in ``cache_commands``. Only click and the error tree are
+imported at the top: ``featcache --help`` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featcache import __version__
+from featcache.cli.cache_commands import extract, info, select, split, verify
+from featcache.cli.options import (
+    AUTO_OR_NUMBER,
+    DEVICE,
+    TRUST,
+    WEIGHTS,
+    Numbers,
+    make_say,
+    print_facts,
+    printing,
+)
+from featcache.errors import FeatcacheError, FeatcacheWarning, printable
+
+
+class _InOrder(click.Group):
+    """Lists the commands in the order of the data's way, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_InOrder,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Try it without any data: featcache demo",
+)
+@click.version_option(__version__, prog_name="featcache")
+def cli() -> None:
+    """Run a frozen vision backbone once, keep its features, fit small heads in seconds.
+
+    \b
+    featcache split raw data --classes covid,normal
+    featcache extract data covid.h5 --backbone efficientnet-b0
+    featcache train covid.h5 run
+    featcache evaluate run --positive covid
+    featcache predict run new.png
+    """
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), default="demo")
+@DEVICE
+@printing
+def demo(folder: Path, device: str, as_json: bool, quiet: bool) -> None:
+    """Go the whole way on phantom X-rays, drawn into FOLDER (default: demo).
+
+    \b
+    Example: featcache demo
+    """
+    from featcache.cli.demo import run_demo
+
+    summary = run_demo(folder, device=device, say=make_say(as_json, quiet))
+    print_facts(summary.as_json(), [], as_json, quiet)
+
+
+for made in (split, extract, select, info, verify):
+    cli.add_command(made)
+
+
+@cli.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--hidden", type=Numbers(int, "N,N|none", none=True), default="512,128", show_default=True,
+    help="Widths of the hidden layers, or none.",
+)  # fmt: skip
+@click.option("--dropout", type=float, default=0.4, show_default=True)
+@click.option("--learning-rate", type=float, default=5e-4, show_default=True)
+@click.option(
+    "--weight-decay", type=float, default=0.0, show_default=True,
+    help="With lbfgs, solve for this one strength.",
+)  # fmt: skip
+@click.option(
+    "--optimizer", type=click.Choice(["adam", "adamw", "sgd", "lbfgs"]), default="adam",
+    show_default=True,
+    help="lbfgs, with --hidden none, solves for a path of regularisation strengths.",
+)  # fmt: skip
+@click.option(
+    "--schedule", type=click.Choice(["constant", "cosine"]), default="constant", show_default=True
+)
+@click.option(
+    "--warmup", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Epochs in which the learning rate rises from 0.",
+)  # fmt: skip
+@click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option("--patience", type=click.IntRange(min=1), help="Stop after so many without gain.")
+@click.option(
+    "--class-weights",
+    type=click.Choice(["none", "balanced"]),
+    default="none",
+    show_default=True,
+    help="balanced: rare classes (of several labels an image, rare answers) count more.",
+)
+@click.option("--label-smoothing", type=float, default=0.0, show_default=True)
+@click.option("--valid-fraction", type=float, help="Hold out part of train, by groups.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of initialisation and dropout."
+)
+@click.option("--data-seed", type=int, help="Of the order of the rows; default: --seed.")
+@DEVICE
+@click.option("--overwrite", is_flag=True, help="Replace an existing run.")
+@printing
+def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Train a head on CACHE and write it, with all that is needed to trust it, to RUN.
+
+    \b
+    Example: featcache train covid.h5 run --class-weights balanced
+    """
+    from featcache.heads.training import train as train_head
+
+    summary = train_head(cache, run, say=make_say(as_json, quiet), **options)
+    print_facts(summary.as_json(), [], as_json, quiet)
+
+
+@cli.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--trials", type=click.IntRange(min=2), required=True, help="The default head is one of them."
+)
+@click.option(
+    "--sampler", type=click.Choice(["random", "grid", "tpe"]), default="random", show_default=True,
+    help="tpe learns from earlier trials (pip install 'featcache[sweep]').",
+)  # fmt: skip
+@click.option(
+    "--space", type=click.Path(path_type=Path), metavar="FILE.toml",
+    help="What to search, instead of the default space: see below.",
+)  # fmt: skip
+@click.option(
+    "--metric", default="loss", show_default=True,
+    type=click.Choice(
+        ["loss", "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1"]
+    ),
+    help="Of valid, to choose by; the last three are means over the classes, or of --positive. "
+    "balanced_accuracy is not for caches of several labels an image.",
+)  # fmt: skip
+@click.option("--positive", metavar="CLASS", help="The class that --metric looks for.")
+@click.option(
+    "--folds", type=click.IntRange(min=2), help="Cross-validate over train and valid, by groups."
+)
+@click.option(
+    "--repeats", type=click.IntRange(min=2), default=5, show_default=True,
+    help="New hold-outs and seeds on which the best few and the default are compared.",
+)  # fmt: skip
+@click.option(
+    "--select", type=click.Choice(["safe", "best"]), default="safe", show_default=True,
+    help="Keep the default unless the best is better beyond doubt, or the best anyway.",
+)  # fmt: skip
+@click.option(
+    "--prune/--no-prune", default=True, show_default=True, help="Give up hopeless trials early."
+)
+@click.option("--valid-fraction", type=float, help="Hold out part of train, by groups.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn.")
+@DEVICE
+@click.option("--overwrite", is_flag=True, help="Replace an existing run.")
+@printing
+def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Try many heads on CACHE and write the best to RUN, if it is better than the default.
+
+    \b
+    Example: featcache sweep covid.h5 best --trials 200 --metric roc_auc --positive covid
+
+    FILE.toml has a line per option of train that is to vary; the others stay as they are there:
+
+    \b
+      hidden = [[512, 128], [256], []]
+      learning_rate = { low = 1e-5, high = 1e-2, log = true }
+      dropout = { low = 0.0, high = 0.6, num = 4 }      # num: values in a grid
+      epochs = 20
+
+    Killed, the same command goes on where it stopped.
+    """
+    from featcache.sweeps.sweeping import sweep as sweep_heads
+
+    say = make_say(as_json, quiet)
+    summary = sweep_heads(cache, run, say=say, progress=not quiet, **options)
+    print_facts(summary.as_json(), [], as_json, quiet)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--cache", type=click.Path(path_type=Path), help="Another cache than the run's.")
+@click.option("--split", default="test", show_default=True)
+@click.option(
+    "--positive", metavar="CLASS", help="The class not to be missed, of two or of several labels."
+)
+@click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
+@click.option("--average-views", is_flag=True, help="Mean of a row's views, not view 0 alone.")
+@printing
+def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure RUN on a split it was not trained on.
+
+    \b
+    Example: featcache evaluate run --positive covid --csv test.csv
+    """
+    from featcache.evaluation.evaluation import evaluate as evaluate_run
+
+    print_facts(evaluate_run(run, say=make_say(as_json, quiet), **options), [], as_json, quiet)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--cache", type=click.Path(path_type=Path), help="Classify a cache's rows instead.")
+@TRUST
+@WEIGHTS
+@click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
+@DEVICE
+@click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
+@click.option("--average-views", is_flag=True, help="With --cache: mean of a row's views.")
+@printing
+def predict(
+    run: Path, images: tuple[Path, ...], cache: Path | None, csv: Path | None, as_json: bool,
+    quiet: bool, device: str, average_views: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Classify IMAGES, files or folders, with the head in RUN.
+
+    \b
+    Example: featcache predict run new.png --csv predictions.csv
+    """
+    from featcache.cli.wording import prediction_lines
+    from featcache.deployment.classifier import load_classifier, predict_cache, write_predictions
+    from featcache.files import require_folder
+
+    if (cache is None) == (not images):
+        raise click.UsageError("Name images or folders, or a --cache, and not both.")
+    if average_views and cache is None:
+        raise click.UsageError("--average-views goes with --cache: images have no views.")
+    if csv is not None:
+        require_folder(csv, "--csv")
+    if cache is not None:
+        predictions = predict_cache(run, cache, device=device, average_views=average_views)
+    else:
+        predictions = load_classifier(run, device=device, **options).predict(images)
+    if csv is not None:
+        write_predictions(csv, predictions)
+    print_facts(predictions.as_json(), prediction_lines(predictions), as_json, quiet)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+@TRUST
+@WEIGHTS
+@printing
+def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write backbone and head in RUN as one state dict to FILE (.pt), and FILE.json beside it.
+
+    \b
+    Example: featcache export run covid.pt
+    """
+    from featcache.deployment.classifier import check_export_path, load_classifier
+
+    check_export_path(file)
+    facts = load_classifier(run, device="cpu", **options).export(file)
+    lines = [
+        f"{printable(file)}: {facts['backbone']} with its head, sha256 {facts['sha256'][:16]}...",
+        f"{printable(file)}.json: classes and preprocessing",
+    ]
+    print_facts(facts, lines, as_json, quiet)
+
+
+# ----------------------------------------------------------------------------------------- the door
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 error, 2 wrong usage, 130 or 143 interrupted."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("always", FeatcacheWarning)
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        cli.main(args=arguments, prog_name="featcache", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return int(stop.exit_code)
+    except click.ClickException as error:
+        text = printable(error.format_message())  # as a shell's * may name any file
+        click.UsageError(text, getattr(error, "ctx", None)).show()
+        return 2
+    except (KeyboardInterrupt, click.Abort) as stop:
+        reason = stop.__cause__ or stop  # click makes an Abort of a KeyboardInterrupt
+        told = "interrupted; what is whole is kept, the same command goes on"
+        click.echo(str(reason) or told, err=True)
+        return 128 + getattr(reason, "signal_number", signal.SIGINT)
+    except FeatcacheError as error:
+        click.echo(f"error: {error}", err=True)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads us any more: no second complaint at exit
+        return 1
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        found = (str(error).splitlines() or ["none left"])[0]
+        click.echo(f"error: memory: expected enough, found {found}. Lower --batch-size.", err=True)
+        return 1
+    except OSError as error:
+        place = f" ({printable(error.filename)})" if error.filename else ""
+        click.echo(f"error: {printable(error.strerror or error)}{place}", err=True)
+        return 1
+    return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, ImportError):  # torch may be what could not be loaded: do not ask it
+        return "failed to map segment" in str(error) or "annot allocate memory" in str(error)
+    from featcache.runtime import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: Any = None, line: str | None = None,
+) -> None:  # fmt: skip
+    """Print our own warnings as one line; other libraries' are not for our users."""
+    if issubclass(category, FeatcacheWarning):
+        click.echo(f"warning: {printable(message)}", err=True)

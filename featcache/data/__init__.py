@@ -1,0 +1,5 @@
+"""Data: what lies on the disk -> samples with classes, splits and groups.
+
+In: folders, zip files and CSVs. Out: an ``ImageDataset`` of ``Sample``s, or a new split of them.
+Begin with ``dataset.scan``; ``splitting.split`` makes train, valid and test.
+"""

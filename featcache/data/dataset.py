@@ -1,0 +1,400 @@
+"""What lies on the disk -> samples, classes, splits and groups. Decides targets, reads no pixels.
+
+Reads: split folders, class folders, folders of images, CSV manifests, zip files of folders.
+Writes: nothing.
+
+What is seen and not taken (see ``folders``) is counted in ``num_ignored``; so are images lying
+loose beside class folders, with a warning.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from featcache.data.archive import Member, list_entries, locate_members, read_member
+from featcache.data.folders import (
+    IMAGE_SUFFIXES,
+    SPLIT_OF_FOLDER,
+    SPLITS,
+    ImageFile,
+    agree_on_classes,
+    compile_group,
+    find_group,
+    find_layout,
+    has_image_ending,
+    is_hidden,
+    walk_folder,
+)
+from featcache.errors import ConfigError, DataError, FeatcacheWarning
+from featcache.files import plain_cell, read_regular
+
+__all__ = [
+    "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
+    "list_images", "read_table", "scan",
+]  # fmt: skip
+
+UNLABELLED = -1
+"""The target of a sample whose class is not known."""
+
+_MAX_CSV_BYTES = 2**32
+MAX_IMAGE_BYTES = 2**31
+"""Larger files are no images: 2**28 pixels of four bytes are half of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image: where it is, what it is, which split and group it belongs to.
+
+    Args:
+        path: ``/``-separated, relative to the root; of a CSV as written there. Bytes that are not
+            UTF-8 are surrogate-escaped.
+        target: Index into the classes, or ``UNLABELLED``.
+        split: ``train``, ``valid``, ``test`` or ``all``.
+        group: What must not be torn apart by a split; None when no groups are known.
+        image_bytes: Size of the file.
+        mtime_ns: Time of its last change, in ns. (Zip: see ``archive.Member``.)
+    """
+
+    path: str
+    target: int
+    split: str
+    group: str | None
+    image_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """The samples of a data set, sorted by split and by the bytes of their path. Picklable.
+
+    Args:
+        root: Folder, CSV or zip it was scanned from.
+        layout: ``splits``, ``classes``, ``images``, ``csv`` or ``zip``.
+        classes: Class names, sorted as strings; empty when nothing is labelled.
+        samples: All samples.
+        num_ignored: Reason -> number of things seen and not taken.
+        num_grouped: How many samples ``group_by`` matched; None without it.
+    """
+
+    root: Path
+    layout: str
+    classes: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    num_ignored: dict[str, int] = field(default_factory=dict)
+    num_grouped: int | None = None
+    _members: dict[str, Member] = field(default_factory=dict, repr=False)
+
+    @cached_property  # asked for once an image: which views it gets depends on them
+    def splits(self) -> tuple[str, ...]:
+        """The splits there are, in the order train, valid, test, all."""
+        present = {sample.split for sample in self.samples}
+        return tuple(name for name in SPLITS if name in present)
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        """Return the samples of one split.
+
+        Raises:
+            DataError: If there is no such split.
+        """
+        if name not in self.splits:
+            expected = "one of " + ", ".join(self.splits)
+            raise DataError("split", expected=expected, found=name, where=self.root)
+        return tuple(sample for sample in self.samples if sample.split == name)
+
+    def class_of(self, sample: Sample) -> str:
+        """Return the name of a sample's class, "" if it is not labelled."""
+        return self.classes[sample.target] if sample.target != UNLABELLED else ""
+
+    def count(self) -> dict[str, dict[str, int]]:
+        """Return split -> class -> number of samples, "unlabelled" first where there are some."""
+        names = {UNLABELLED: "unlabelled"} | dict(enumerate(self.classes))
+        counts: dict[str, dict[str, int]] = {split: {} for split in self.splits}
+        cells = Counter((sample.split, sample.target) for sample in self.samples)
+        for (split, target), number in sorted(cells.items()):
+            counts[split][names[target]] = counts[split].get(names[target], 0) + number
+        return counts
+
+    def read(self, sample: Sample) -> bytes:
+        """Return the bytes of one image file. Keeps nothing open; safe in threads and processes.
+
+        Raises:
+            DataError: If it cannot be read (any more), or is not a regular file (any more).
+        """
+        try:
+            if self.layout == "zip":
+                return read_member(self.root, self._members[sample.path])
+            folder = self.root.parent if self.layout == "csv" else self.root
+            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
+        except (OSError, ValueError, KeyError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(
+                "image file", expected="the file that was scanned", found=reason,
+                where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
+            ) from error  # fmt: skip
+
+
+def scan(
+    data: str | Path, *, group_by: str | None = None, limit: int | None = None
+) -> ImageDataset:
+    """Find the images of a data set, their targets, splits and groups.
+
+    Args:
+        data: A folder of split folders of class folders; a folder of class folders (split
+            ``all``); a folder of images; a ``.csv`` with the columns path and optionally target,
+            split, group; a ``.zip`` of such folders (one top folder is skipped).
+        group_by: Regular expression searched in every file name; its first group is the sample's
+            group. What does not match is its own group. Goes before the group column of a CSV.
+        limit: Take at most so many images, spread evenly over splits and classes.
+
+    Raises:
+        DataError: If the data is not there, is empty, or its classes and splits contradict.
+        ConfigError: If ``group_by`` is no regular expression with a group, or ``limit`` < 1.
+    """
+    pattern = compile_group(group_by)
+    if limit is not None and limit < 1:
+        raise ConfigError("--limit", expected="at least 1", found=limit)
+    root = Path(data)
+    if root.is_dir():
+        dataset = _scan_folder(root)
+    elif root.is_file() and root.suffix.lower() == ".csv":
+        dataset = _scan_csv(root)
+    elif root.is_file() and root.suffix.lower() == ".zip":
+        dataset = _scan_zip(root)
+    else:
+        found = "another kind of file" if root.exists() else "nothing there"
+        raise DataError("data", expected="a folder, .csv or .zip", found=found, where=root)
+    if not dataset.samples:
+        raise DataError(
+            "data", expected="at least one image", found=_counts(dataset.num_ignored), where=root,
+            hint="Images end in " + ", ".join(sorted(IMAGE_SUFFIXES)),
+        )  # fmt: skip
+    samples, num_grouped = _spread(dataset.samples, limit), None
+    if pattern is not None:
+        matches = [find_group(pattern, sample.path) for sample in samples]
+        num_grouped = sum(group is not None for group in matches)
+        samples = tuple(
+            replace(sample, group=group or sample.path)
+            for sample, group in zip(samples, matches, strict=True)
+        )
+    return replace(dataset, samples=samples, num_grouped=num_grouped)
+
+
+def list_images(paths: Iterable[str | Path]) -> ImageDataset:
+    """Find the images of files and folders (with all folders in them), unlabelled, once each.
+
+    A file named outright is taken whatever its ending. Paths are relative to where we are.
+
+    Raises:
+        DataError: If a path leads nowhere, or a folder holds no image.
+    """
+    ignored: Counter[str] = Counter()
+    samples: dict[str, Sample] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            prefix = "" if path == Path() else path.as_posix().rstrip("/") + "/"
+            images = [i._replace(path=prefix + i.path) for i in walk_folder(path, ignored, set())]
+        elif path.is_file():
+            status = path.stat()
+            images = [ImageFile(path.as_posix(), status.st_size, status.st_mtime_ns)]
+        else:
+            found = "no regular file" if path.exists() else "nothing there"
+            raise DataError("image", expected="a file or folder", found=found, where=path)
+        if not images:
+            raise DataError("folder", expected="images", found=_counts(ignored), where=path)
+        samples.update((i.path, _sample(i, UNLABELLED, "all")) for i in images)
+    return ImageDataset(Path(), "images", (), _sorted(samples.values()), dict(ignored))
+
+
+def _scan_folder(root: Path) -> ImageDataset:
+    ignored: Counter[str] = Counter()
+    folders: set[str] = set()
+    images = list(walk_folder(root, ignored, folders))
+    return _arrange(root, images, folders, ignored)
+
+
+def _sample(image: ImageFile, target: int, split: str, group: str | None = None) -> Sample:
+    return Sample(image.path, target, split, group, image.image_bytes, image.mtime_ns)
+
+
+def _sorted(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    def key(sample: Sample) -> tuple[int, bytes]:
+        return SPLITS.index(sample.split), sample.path.encode("utf-8", "surrogateescape")
+
+    return tuple(sorted(samples, key=key))
+
+
+def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...]:
+    """Return at most ``limit`` samples: the first of every split and class, the second, ..."""
+    if limit is None:
+        return samples
+    seen: Counter[tuple[str, int]] = Counter()
+    ranks = []
+    for position, sample in enumerate(samples):
+        cell = (sample.split, sample.target)
+        ranks.append((seen[cell], position))
+        seen[cell] += 1
+    return tuple(samples[position] for position in sorted(p for _, p in sorted(ranks)[:limit]))
+
+
+def _counts(num_ignored: dict[str, int]) -> str:
+    ignored = ", ".join(f"{count} x {reason}" for reason, count in sorted(num_ignored.items()))
+    return "none" + (f" (ignored: {ignored})" if ignored else "")
+
+
+def _arrange(
+    root: Path, images: list[ImageFile], folders: set[str], ignored: Counter[str]
+) -> ImageDataset:
+    """Give the images the splits and classes of their folders; count loose ones as ignored."""
+    layout = find_layout(root, folders)
+    targets = _targets(layout.classes)
+    samples, filled, num_loose = [], set(), 0
+    for image in images:
+        place = layout.place_of(image.path)
+        if place is None:
+            num_loose += 1
+        else:
+            split, name = layout.places[place]
+            samples.append(_sample(image, targets[name], split))
+            filled.add(place)
+    if num_loose:
+        ignored["loose beside folders"] += num_loose
+        warnings.warn(
+            f"{num_loose} images of {root} lie loose beside folders and are not taken",
+            FeatcacheWarning, stacklevel=4,
+        )  # fmt: skip
+    for place in layout.places:
+        if place and place not in filled:
+            raise DataError(
+                "folder", expected="at least one image", found=_counts(ignored),
+                where=root / place, hint="Remove it, or put its images in",
+            )  # fmt: skip
+    return ImageDataset(root, layout.kind, layout.classes, _sorted(samples), dict(ignored))
+
+
+def _targets(classes: tuple[str, ...]) -> dict[str, int]:
+    """Return class -> target, and "" for what is not labelled."""
+    return {name: target for target, name in enumerate(classes)} | {"": UNLABELLED}
+
+
+def _scan_csv(root: Path) -> ImageDataset:
+    rows = read_table(root)
+    labels = [row["target"] for row in rows]
+    splits = [row["split"] or "all" for row in rows]
+    classes_of: dict[str, set[str]] = {}
+    for label, split in zip(labels, splits, strict=True):
+        if label:
+            classes_of.setdefault(split, set()).add(label)
+    classes = agree_on_classes(classes_of, root)
+    targets = _targets(classes)
+    has_groups = any(row["group"] for row in rows)
+    samples, missing, seen = [], [], {}
+    for row, label, split in zip(rows, labels, splits, strict=True):
+        path = row["path"]
+        place = os.path.normpath(root.parent / path)
+        if place in seen:
+            raise DataError("CSV", expected="every path once", found=f"{path} twice", where=root)
+        seen[place] = path
+        try:
+            status = (root.parent / path).stat()  # not of the key: the folder may be a link
+        except (OSError, ValueError):
+            missing.append(path)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            missing.append(path)
+            continue
+        group = (row["group"] or path) if has_groups else None
+        image = ImageFile(path, status.st_size, status.st_mtime_ns)
+        samples.append(_sample(image, targets[label], split, group))
+    if missing:
+        raise DataError(
+            "CSV", expected="files that are there", where=root,
+            found=f"{len(missing)} of {len(rows)} missing: {', '.join(missing[:3])}",
+            hint="Paths are absolute or relative to the CSV's folder",
+        )  # fmt: skip
+    return ImageDataset(root, "csv", classes, _sorted(samples))
+
+
+def read_table(root: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV with the keys path, target, split, group; "" for what is not there.
+
+    Splits are named as everywhere here: ``val`` is ``valid``. What ``files.csv_text`` has escaped
+    is undone.
+
+    Raises:
+        DataError: If it is no such CSV.
+    """
+    try:
+        text = read_regular(root, max_bytes=_MAX_CSV_BYTES).decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""))
+        header, *lines = [(reader.line_num, cells) for cells in reader if cells] or [(0, [])]
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise DataError("CSV", expected="a readable file", found=found, where=root) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        found = str(error)
+        raise DataError("CSV", expected="UTF-8 text", found=found, where=root) from error
+    names = [name.strip() for name in header[1]]
+    if names.count("path") != 1 or len(set(names)) < len(names):
+        raise DataError(
+            "CSV header", expected="path and, if known, target, split, group, once each",
+            found=", ".join(names) or "nothing", where=root,
+        )  # fmt: skip
+    rows = []
+    for line, cells in lines:
+        row = {"target": "", "split": "", "group": ""} | dict(zip(names, cells, strict=False))
+        if len(cells) != len(names) or not row["path"] or "\0" in "".join(cells):
+            raise DataError(
+                f"CSV line {line}", expected=f"{len(names)} cells without NUL, the path not empty",
+                found=",".join(cells), where=root,
+            )  # fmt: skip
+        row |= {key: plain_cell(row[key]) for key in ("path", "target", "group")}
+        rows.append(row | {"split": SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])})
+    unknown = sorted({row["split"] for row in rows} - {*SPLITS, ""})
+    if unknown:
+        found = ", ".join(map(repr, unknown[:3]))
+        raise DataError("split column", expected="train, valid or test", found=found, where=root)
+    return rows
+
+
+def _scan_zip(root: Path) -> ImageDataset:
+    ignored: Counter[str] = Counter()
+    folders: set[str] = set()
+    wanted = []
+    for entry in list_entries(root):
+        parts = entry.path.split("/")
+        is_folder = entry.kind == "folder"
+        if any(map(is_hidden, parts)):
+            ignored["hidden"] += 1
+            continue
+        folders.update("/".join(parts[:n]) for n in range(1, len(parts) + is_folder))
+        if is_folder:
+            continue
+        if entry.kind != "file":
+            ignored["link" if entry.kind == "link" else "not a regular file"] += 1
+        elif not has_image_ending(parts[-1]):
+            ignored["not an image ending"] += 1
+        else:
+            wanted.append(entry)
+    members = locate_members(root, wanted, max_bytes=MAX_IMAGE_BYTES)
+    tops = {folder for folder in folders if "/" not in folder}
+    if (
+        len(tops) == 1
+        and not {top.casefold() for top in tops} & SPLIT_OF_FOLDER.keys()
+        and all("/" in path for path in members)
+    ):
+        skip = len(tops.pop()) + 1
+        members = {path[skip:]: member for path, member in members.items()}
+        folders = {folder[skip:] for folder in folders if len(folder) > skip}
+    images = [
+        ImageFile(path, member.num_bytes, member.mtime_ns) for path, member in members.items()
+    ]
+    return replace(_arrange(root, images, folders, ignored), layout="zip", _members=members)

@@ -1,0 +1,330 @@
+"""Unsplit class folders -> train, valid and test, by patient: a tree of folders or a CSV.
+
+Images of one group (also across classes) and byte-identical files stay together; only the seed
+and the paths decide, so it is the same split on every machine (see ``stratification``).
+
+Reads: a folder of class folders. Writes: ``DST/{train,valid,test}/{class}/`` under the images'
+own (nested) names, or ``DST.csv``; whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from featcache.data.dataset import ImageDataset, Sample, scan
+from featcache.data.stratification import assign_units, build_units
+from featcache.errors import ConfigError, DataError, FeatcacheWarning
+from featcache.files import sync_folder, write_csv
+from featcache.runtime import Say, silent
+
+SPLITS = ("train", "valid", "test")
+MODES = ("copy", "symlink", "hardlink")
+
+_Counts = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What a split made.
+
+    Args:
+        destination: The folder or CSV that was written.
+        classes: Class names, sorted.
+        counts: split -> class -> number of images.
+        num_groups: How many groups there are; None without ``group_by``.
+        num_matched: class -> images whose name ``group_by`` matched; None without it.
+        num_identical: Images that have a byte-identical twin.
+        image_bytes: Size of all images, which is what a copy takes.
+        mode: ``copy``, ``symlink``, ``hardlink``, or ``csv``.
+        seed: What the order of the units was drawn with.
+    """
+
+    destination: Path
+    classes: tuple[str, ...]
+    counts: _Counts
+    num_groups: int | None
+    num_matched: dict[str, int] | None
+    num_identical: int
+    image_bytes: int
+    mode: str
+    seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as JSON values, ``/`` in paths."""
+        own = {"destination": self.destination.as_posix(), "classes": list(self.classes)}
+        return vars(self) | own
+
+
+def split(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
+    seed: int = 0,
+    group_by: str | None = None,
+    mode: str = "copy",
+    say: Say = silent,
+) -> SplitSummary:
+    """Split class folders into train, valid and test: stratified, seeded, groups kept together.
+
+    Args:
+        source: Folder of class folders.
+        destination: A new or empty folder, or a new ``.csv``: then no image is moved.
+        classes: The classes to take; all without it.
+        fractions: Shares of train, valid and test in every class; 0 leaves a split out.
+        seed: Another seed, another split.
+        group_by: Regular expression whose first group, in the file name, is the patient.
+        mode: ``copy``, ``symlink`` or ``hardlink`` (not for a CSV).
+        say: Where counts and sizes are told.
+
+    Raises:
+        ConfigError: If an option has no meaning.
+        DataError: If the source is no folder of class folders, a class is unknown or too small to
+            reach every split, or the destination is taken or too small.
+    """
+    source, destination = Path(source), Path(destination)
+    shares = _check_options(fractions, mode)
+    _check_destination(source, destination)
+    dataset = _take_classes(scan(source, group_by=group_by), classes)
+    samples = dataset.samples
+    num_matched = None if group_by is None else _count_matched(dataset, say)
+    hashes = _hash_twins(dataset)
+    _warn_of_contradictions(dataset, hashes)
+    assigned = _assign(dataset, hashes, shares, seed)
+    counts = _count(dataset, assigned)
+    if hashes:
+        say(f"{len(hashes)} images have a byte-identical twin and stay with it")
+    for name, per_class in counts.items():
+        listed = ", ".join(f"{count} {label}" for label, count in per_class.items())
+        say(f"{name}: {sum(per_class.values())} images ({listed})")
+    image_bytes = sum(sample.image_bytes for sample in samples)
+    if destination.suffix.lower() == ".csv":
+        mode = "csv"
+        _write_manifest(dataset, assigned, destination)
+    else:
+        if mode == "copy":
+            _check_room(destination, image_bytes, len(samples), say)
+        _write_tree(dataset, assigned, destination, mode)
+    num_groups = None if group_by is None else len({sample.group for sample in samples})
+    return SplitSummary(
+        destination, dataset.classes, counts, num_groups, num_matched, len(hashes), image_bytes,
+        mode, seed,
+    )  # fmt: skip
+
+
+def _check_options(fractions: Sequence[float], mode: str) -> dict[str, float]:
+    """Return split -> share, without the splits left out."""
+    if mode not in MODES:
+        raise ConfigError("--mode", expected="one of " + ", ".join(MODES), found=mode)
+    fitting = len(fractions) == 3 and all(0 <= fraction <= 1 for fraction in fractions)
+    if not fitting or abs(sum(fractions) - 1) > 1e-6:
+        raise ConfigError(
+            "--fractions", expected="three shares of train, valid, test that add up to 1",
+            found=",".join(map(str, fractions)), hint="For example 0.7,0.15,0.15",
+        )  # fmt: skip
+    return {name: share for name, share in zip(SPLITS, fractions, strict=True) if share > 0}
+
+
+def _check_destination(source: Path, destination: Path) -> None:
+    is_empty = destination.is_dir() and not any(destination.iterdir())
+    if destination.is_symlink() or (destination.exists() and not is_empty):
+        raise DataError(
+            "split destination", expected="a new or empty folder, or a new .csv",
+            found="something already there", where=destination, hint="Choose another name",
+        )  # fmt: skip
+    is_csv = destination.suffix.lower() == ".csv"
+    if not is_csv and source.resolve() in (destination.resolve(), *destination.resolve().parents):
+        raise DataError(
+            "split destination", expected="a folder outside the source", found="one inside it",
+            where=destination, hint="It would be read as a class the next time",
+        )  # fmt: skip
+
+
+def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageDataset:
+    """Return the data set with the wanted classes only, their targets counted anew."""
+    if dataset.layout != "classes":
+        raise DataError(
+            "source", expected="a folder of class folders, not yet split",
+            found=f"layout {dataset.layout}", where=dataset.root,
+        )  # fmt: skip
+    if wanted is None:
+        return dataset
+    unknown = sorted(set(wanted) - set(dataset.classes))
+    if unknown or not wanted:
+        raise DataError(
+            "--classes", expected="some of " + ", ".join(dataset.classes),
+            found=", ".join(map(repr, unknown)) or "none", where=dataset.root,
+        )  # fmt: skip
+    classes = tuple(name for name in dataset.classes if name in wanted)
+    index = {dataset.classes.index(name): target for target, name in enumerate(classes)}
+    samples = (s for s in dataset.samples if s.target in index)
+    taken = tuple(replace(sample, target=index[sample.target]) for sample in samples)
+    return replace(dataset, classes=classes, samples=taken)
+
+
+def _count_matched(dataset: ImageDataset, say: Say) -> dict[str, int]:
+    """Return class -> images with a group of their name, tell it, and warn of classes without."""
+    matched = dict.fromkeys(dataset.classes, 0)
+    total = Counter(sample.target for sample in dataset.samples)
+    for sample in dataset.samples:
+        matched[dataset.classes[sample.target]] += sample.group != sample.path
+    num_groups = len({sample.group for sample in dataset.samples})
+    listed = ", ".join(
+        f"{matched[name]} of {total[target]} {name}" for target, name in enumerate(dataset.classes)
+    )
+    say(f"groups: {num_groups}; named in {listed} (the others are a group each)")
+    without = [name for name, count in matched.items() if count == 0]
+    if without:
+        warnings.warn(
+            f"--group-by matches no file name of {', '.join(without)}: images of one patient may "
+            "stand in two splits there",
+            FeatcacheWarning, stacklevel=3,
+        )  # fmt: skip
+    return matched
+
+
+def _hash_twins(dataset: ImageDataset) -> dict[int, str]:
+    """Return index -> sha256 of the images that have a byte-identical twin.
+
+    Only files of equal size are read: of 1,000 X-rays that is a handful.
+    """
+    by_size: dict[int, list[int]] = defaultdict(list)
+    for index, sample in enumerate(dataset.samples):
+        by_size[sample.image_bytes].append(index)
+    hashes = {
+        index: hashlib.sha256(dataset.read(dataset.samples[index])).hexdigest()
+        for alike in by_size.values()
+        if len(alike) > 1
+        for index in alike
+    }
+    frequency = Counter(hashes.values())
+    return {index: digest for index, digest in hashes.items() if frequency[digest] > 1}
+
+
+def _warn_of_contradictions(dataset: ImageDataset, hashes: dict[int, str]) -> None:
+    by_hash: dict[str, list[Sample]] = defaultdict(list)
+    for index, digest in hashes.items():
+        by_hash[digest].append(dataset.samples[index])
+    torn = [twins for twins in by_hash.values() if len({twin.target for twin in twins}) > 1]
+    if torn:
+        warnings.warn(
+            f"{len(torn)} images stand in two classes, byte for byte; one is "
+            + " = ".join(twin.path for twin in torn[0]),
+            FeatcacheWarning, stacklevel=3,
+        )  # fmt: skip
+
+
+def _assign(
+    dataset: ImageDataset, hashes: dict[int, str], shares: dict[str, float], seed: int
+) -> list[str]:
+    """Return the split of each sample."""
+    samples = dataset.samples
+    groups = [sample.group for sample in samples]
+    units = build_units(groups, [hashes.get(index) for index in range(len(samples))])
+    labels = [dataset.classes[sample.target] for sample in samples]
+    paths = [sample.path for sample in samples]
+    try:
+        return assign_units(units, labels, paths, shares, seed=seed)
+    except DataError as error:
+        raise DataError(
+            error.what, expected=error.expected, found=error.found, where=dataset.root,
+            hint="Leave the class out with --classes, or a split with a fraction of 0",
+        ) from error  # fmt: skip
+
+
+def _count(dataset: ImageDataset, assigned: list[str]) -> _Counts:
+    counted = Counter((n, s.target) for n, s in zip(assigned, dataset.samples, strict=True))
+    return {
+        name: {label: counted[name, target] for target, label in enumerate(dataset.classes)}
+        for name in SPLITS
+        if any(split == name for split, _ in counted)
+    }
+
+
+def _check_room(destination: Path, image_bytes: int, num_images: int, say: Say) -> None:
+    """Tell what a copy takes, and refuse it where the disk lacks the room."""
+    there = destination.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    say(f"copying {num_images} images, {image_bytes:,} bytes, to {destination}")
+    if image_bytes > free:
+        raise DataError(
+            "disk", expected=f"{image_bytes:,} bytes free for a copy", found=f"{free:,}",
+            where=there, hint="Use --mode symlink or hardlink, or a .csv: they take no room",
+        )  # fmt: skip
+
+
+def _write_manifest(dataset: ImageDataset, assigned: list[str], destination: Path) -> None:
+    """Write path, target, split, group; paths as seen from the CSV's folder where possible."""
+    folder, root = destination.absolute().parent.resolve(), dataset.root.resolve()
+    rows = []
+    for name, sample in zip(assigned, dataset.samples, strict=True):
+        path = root / sample.path
+        try:
+            path_text = Path(os.path.relpath(path, folder)).as_posix()
+        except ValueError:  # Windows: on another drive
+            path_text = path.as_posix()
+        if path_text.lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r")):
+            path_text = "./" + path_text  # or csv_text would set an apostrophe before it
+        group = sample.group or ""
+        rows.append((path_text, dataset.classes[sample.target], name, group))
+    rows.sort(key=lambda row: (SPLITS.index(row[2]), row[0]))
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(destination, ("path", "target", "split", "group"), rows)
+
+
+def _write_tree(dataset: ImageDataset, assigned: list[str], destination: Path, mode: str) -> None:
+    """Build the tree under ``DST.partial``, then rename it.
+
+    ``files.new_folder`` would open every file for writing to sync it, through links too.
+    """
+    destination = destination.absolute()  # "." has no name to put .partial behind
+    partial = destination.with_name(destination.name + ".partial")
+    if partial.exists():
+        raise DataError(
+            "split destination", expected="no leftover of an earlier split", found=partial.name,
+            where=partial.parent, hint="Remove it and run the same command again",
+        )  # fmt: skip
+    partial.mkdir(parents=True)
+    try:
+        for name, sample in zip(assigned, dataset.samples, strict=True):
+            target = partial / name / sample.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _place((dataset.root / sample.path).resolve(), target, mode)
+        if mode == "copy" and hasattr(os, "sync"):
+            os.sync()  # once for all: an fsync per file takes minutes for 100,000
+        if destination.exists():
+            destination.rmdir()  # empty; Windows does not rename over it
+        partial.rename(destination)
+        sync_folder(destination.absolute().parent)
+    except OSError as error:
+        raise DataError(
+            f"split with --mode {mode}", expected="files that can be made", found=error.strerror,
+            where=error.filename2 or error.filename,
+            hint="Links need one file system that has them; --mode copy always works",
+        ) from error  # fmt: skip
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _place(source: Path, target: Path, mode: str) -> None:
+    """Make one file of the tree. Never writes over another: names may clash on other systems."""
+    if mode == "symlink":
+        target.symlink_to(source)
+    elif mode == "hardlink":
+        target.hardlink_to(source)
+    else:
+        with source.open("rb") as reading, target.open("xb") as writing:
+            shutil.copyfileobj(reading, writing, 1 << 20)
+        status = source.stat()
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))

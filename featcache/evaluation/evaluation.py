@@ -1,0 +1,292 @@
+"""How good is a run's head on the rows of a cache?
+
+Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from featcache.cache.reading import Cache, open_cache
+from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError, printable
+from featcache.evaluation.answers import Answers
+from featcache.evaluation.figures import write_confusion_figure
+from featcache.files import require_folder, write_json
+from featcache.heads.fit import predict_probs
+from featcache.heads.rows import find_labelled
+from featcache.heads.run import (
+    Run,
+    cache_path,
+    load_head,
+    load_run,
+    require_own_cache,
+    require_same_features,
+)
+from featcache.heads.streaming import StoredFeatures
+from featcache.metrics.scores import compute_metrics
+from featcache.runtime import Say, silent
+
+_MISTAKES_SAID = 10
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    cache: str | Path | None = None,
+    split: str = "test",
+    positive: str | None = None,
+    csv: str | Path | None = None,
+    average_views: bool = False,
+    say: Say = silent,
+) -> dict[str, Any]:
+    """Measure a run's head on the labelled rows of a split, of rows with views on view 0 alone.
+
+    Args:
+        run: The run folder.
+        cache: The cache to take the split from; None takes the one the run was trained on, which
+            must still be the same. Classes of another cache are matched by name; it may have some
+            of them only.
+        split: ``test`` unless told otherwise.
+        positive: The class that is looked for; never guessed. With two classes, or several labels
+            an image, it gives sensitivity, specificity and the list of false negatives.
+        csv: A file for path, group, target, prediction and probabilities of every labelled row. Of
+            several labels, targets, unknown and predictions are names joined by ``|``.
+        average_views: Predict a row by the mean of its views' probabilities.
+        say: Receives the lines for people.
+
+    Returns:
+        A JSON object, for the run's own cache also written to ``RUN/evaluation/SPLIT.json``:
+        ``split``, ``task``, ``num_samples``,
+        ``classes``, the figures of ``metrics.compute_metrics``, ``false_negatives`` [path] or None,
+        ``mistakes`` [{path, target, pred, prob}] with the surest first (of several labels [{path,
+        class, target, pred, prob}], a wrong answer each, ``prob`` that of the class),
+        ``num_failed`` (images of the split that could not be read), ``num_views`` (how many of a
+        row were averaged; 1 is view 0 alone) and ``fingerprint``.
+
+    Raises:
+        RunError: If the run is damaged, its cache is gone or changed, or features or classes are
+            not those it was trained on.
+        CacheError: If the cache is damaged, lacks the split or has no labelled rows in it.
+        ConfigError: If ``positive`` is not a class, ``csv`` cannot be written, or there are no
+            views to average.
+
+    Example:
+        >>> featcache.evaluate("runs/covid", positive="covid")["sensitivity"]  # doctest: +SKIP
+    """
+    loaded = load_run(run)
+    if positive is not None and positive not in loaded.classes:
+        raise ConfigError(
+            "--positive", expected="one of " + ", ".join(loaded.classes), found=positive
+        )
+    if csv is not None:
+        require_folder(Path(csv), "--csv")
+    opened = _open_own_cache(loaded) if cache is None else _open_other_cache(loaded, Path(cache))
+    if cache is None:
+        _warn_of_training_rows(loaded, split)
+    rows = _predict_rows(loaded, opened, split, say, average_views=average_views)
+    result = {
+        "split": split,
+        "task": loaded.task,
+        "num_samples": len(rows.targets),
+        "classes": list(loaded.classes),
+        **compute_metrics(rows.targets, rows.probs, loaded.classes, positive),
+        "false_negatives": rows.false_negatives(positive),
+        "mistakes": rows.mistakes(),
+        "num_failed": sum(failure.split == split for failure in opened.failures),
+        "num_views": opened.split(split).num_views if average_views else 1,
+        "fingerprint": opened.fingerprint,
+    }
+    if csv is not None:
+        rows.write(Path(csv))
+    _say_result(result, say)
+    if cache is None:
+        _keep(loaded, split, result, say)
+    else:
+        say("not kept in the run: another cache's figures would pass for its own")
+    return result
+
+
+def _keep(run: Run, split: str, result: dict[str, Any], say: Say) -> None:
+    """Write the figures of the run's own cache into the run."""
+    folder = run.path / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{split}.json", result)
+    if result["confusion_matrix"] is None:
+        say(f"written to {printable(folder.as_posix())}/{split}.json")
+        return
+    title = f"{run.path.resolve().name} on {split}, accuracy {result['accuracy']:.3f}"
+    confusion = np.array(result["confusion_matrix"])
+    write_confusion_figure(folder / f"{split}_confusion.png", confusion, run.classes, title)
+    say(f"written to {printable(folder.as_posix())}/{split}.json and {split}_confusion.png")
+
+
+def _warn_of_training_rows(run: Run, split: str) -> None:
+    if split == "train" or (split == "all" and run.training.get("valid_fraction")):
+        warnings.warn(
+            f"the head was trained on rows of {split}: these figures flatter it",
+            FeatcacheWarning, stacklevel=3,
+        )  # fmt: skip
+
+
+def _open_own_cache(run: Run) -> Cache:
+    path, hint = cache_path(run), "Name the cache with --cache, or train again"
+    if not path.exists():
+        raise RunError(
+            "the run's cache", expected="the cache it was trained on", found="no such file",
+            where=path, hint=hint,
+        )  # fmt: skip
+    cache = open_cache(path)
+    require_own_cache(run, cache.identity, path)
+    if cache.payload_sha256 != run.cache.get("payload_sha256"):
+        message = f"{path} has changed since the training: its rows may have been trained on"
+        warnings.warn(printable(message), FeatcacheWarning, stacklevel=3)
+    return cache
+
+
+def _open_other_cache(run: Run, path: Path) -> Cache:
+    cache = open_cache(path)
+    require_same_features(run.cache["identity"], cache.identity, path)
+    return cache
+
+
+def _predict_rows(
+    run: Run, cache: Cache, split_name: str, say: Say, *, average_views: bool
+) -> Answers:
+    """Return the labelled rows of a split with the head's probabilities."""
+    split = cache.split(split_name)
+    to_run = _match_classes(run, cache, say)
+    _check_features(run, cache)
+    labelled = find_labelled(split.targets)
+    if not len(labelled):
+        raise CacheError(
+            f"split {split_name}", expected="labelled rows", found="none", where=cache.path,
+            hint="Use featcache predict for images without a class",
+        )  # fmt: skip
+    if len(labelled) < len(split):
+        say(f"{len(split) - len(labelled):,} unlabelled rows left out")
+    if average_views and split.num_views == 1:
+        raise ConfigError(
+            "--average-views", expected="several views of a row", found=f"one in {split_name}",
+            where=cache.path, hint="Views are of train, and of folders without splits (split all)",
+        )  # fmt: skip
+    features = StoredFeatures(split, labelled, plain=not average_views)
+    groups = split.groups or [""] * len(split)
+    return Answers(
+        classes=run.classes,
+        paths=[split.paths[i] for i in labelled],
+        groups=[groups[i] for i in labelled],
+        targets=_to_classes_of(run, to_run, split.targets[labelled]),
+        probs=predict_probs(load_head(run), features, torch.device("cpu"), run.task),
+    )
+
+
+def _to_classes_of(
+    run: Run, to_run: npt.NDArray[np.int64], targets: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """Return the targets by the run's classes, several labels of those not there being unknown."""
+    if targets.ndim == 1:
+        of_run: npt.NDArray[Any] = to_run[targets]
+        return of_run
+    matched = np.full((len(targets), len(run.classes)), np.nan, np.float32)
+    matched[:, to_run] = targets
+    return matched
+
+
+def _match_classes(run: Run, cache: Cache, say: Say) -> npt.NDArray[np.int64]:
+    """Return the run's index of each of the cache's classes."""
+    if cache.task != run.task:
+        raise CacheError(
+            "cache", expected=f"a {run.task} cache, as the run was trained on",
+            found=f"a {cache.task} one", where=cache.path,
+            hint="Evaluate on another cache, or train a head on this one",
+        )  # fmt: skip
+    unknown = [name for name in cache.classes if name not in run.classes]
+    if unknown:
+        raise RunError(
+            "classes", expected="those of the run, " + ", ".join(run.classes),
+            found="also " + ", ".join(unknown), where=cache.path,
+            hint="Evaluate on a cache without them, or train on one with them",
+        )  # fmt: skip
+    missing = [name for name in run.classes if name not in cache.classes]
+    if missing:
+        say(printable(f"this cache has no class {', '.join(missing)}: matched the others by name"))
+    return np.array([run.classes.index(name) for name in cache.classes], np.int64)
+
+
+def _check_features(run: Run, cache: Cache) -> None:
+    found = cache.num_features
+    if found != run.head.num_features:
+        raise RunError(
+            "features", expected=f"{run.head.num_features} per image", found=found,
+            where=cache.path, hint="Extract the images with the run's backbone",
+        )  # fmt: skip
+
+
+def _say_result(result: dict[str, Any], say: Say) -> None:
+    """Say the figures in a few lines, and the surest mistakes."""
+
+    def shown(value: float | None) -> str:
+        return "undefined" if value is None else f"{value:.3f}"
+
+    failed = f", {result['num_failed']} more could not be read" if result["num_failed"] else ""
+    views = f", mean of {result['num_views']} views each" if result["num_views"] > 1 else ""
+    say(f"{result['num_samples']:,} images of {result['split']}{views}{failed}")
+    has_labels = result["task"] == "multilabel"
+    keys = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision")
+    for key in keys if not has_labels else (keys[0], *keys[2:]):
+        say(f"  {key.replace('_', ' '):<18} {shown(result[key])}")
+    if result["sensitivity"] is not None or result["specificity"] is not None:
+        say(printable(f"  positive class     {result['positive']}"))
+        say(f"  sensitivity        {shown(result['sensitivity'])}")
+        say(f"  specificity        {shown(result['specificity'])}")
+        say(f"  false negatives    {len(result['false_negatives'])}")
+    _say_classes(result["classes"], result["per_class"], shown, say)
+    if not has_labels:
+        _say_confusion(result["classes"], result["confusion_matrix"], say)
+    mistakes, what = result["mistakes"], "wrong answers" if has_labels else "mistakes"
+    if mistakes:
+        most = min(len(mistakes), _MISTAKES_SAID)
+        say(f"{len(mistakes)} {what}" + (f", the {most} surest:" if len(mistakes) > most else ":"))
+    for row in mistakes[:_MISTAKES_SAID]:
+        called, is_what = row.get("class", row["pred"]), row["target"]
+        if has_labels:
+            is_what = "yes" if row["target"] else "no"
+        say(printable(f"  {row['prob']:.3f} {called}, is {is_what}: {row['path']}"))
+
+
+def _say_classes(classes: Sequence[str], per_class: dict[str, Any], shown: Any, say: Say) -> None:
+    """Say a line per class: how many images, and how well they were told."""
+    columns = {"images": "num_samples"}
+    if "num_positive" in per_class[classes[0]]:
+        columns = {"yes": "num_positive", "no": "num_negative", "unknown": "num_unknown"}
+        columns |= {"roc auc": "roc_auc", "avg. prec.": "average_precision"}
+    columns |= {key: key for key in ("precision", "recall", "f1")}
+    widths = [max(len(head), 6 if key[:4] == "num_" else 9) for head, key in columns.items()]
+    first = max(len(name) for name in [*map(printable, classes), "class"])
+    lines = [("class", [*columns])]
+    for name in classes:
+        values = [per_class[name][key] for key in columns.values()]
+        cells = [f"{value:,}" if type(value) is int else shown(value) for value in values]
+        lines.append((printable(name), cells))
+    for name, cells in lines:
+        line = (f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        say(f"{name:<{first}}" + "".join(line))
+
+
+def _say_confusion(classes: Sequence[str], confusion: list[list[int]], say: Say) -> None:
+    names = [printable(name) for name in classes]
+    widths = [max(len(name), 6) for name in names]
+    corner = "is \\ called"
+    margin = max(len(name) for name in [*names, corner])
+    heads = [f"  {name:>{width}}" for name, width in zip(names, widths, strict=True)]
+    say(f"{corner:<{margin}}" + "".join(heads))
+    for name, row in zip(names, confusion, strict=True):
+        cells = [f"  {count:>{width},}" for count, width in zip(row, widths, strict=True)]
+        say(f"{name:<{margin}}" + "".join(cells))

@@ -1,0 +1,204 @@
+"""Is a cache true of its images? By name, by content, and by features computed again.
+
+Reads: caches, images. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.backbones.backbone import Backbone
+from featcache.backbones.engine import build_engine, relative_errors
+from featcache.cache.integrity import BadRow
+from featcache.cache.provenance import error_bound, known_precision
+from featcache.cache.reading import Cache
+from featcache.data.dataset import ImageDataset, Sample, scan
+from featcache.errors import CacheError, ConfigError, printable
+from featcache.extraction.pipeline import Lane, Outcome, hash_images, stream_features
+from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
+from featcache.runtime import Say, resolve_device
+
+_LINES_SAID = 20
+
+_Key = tuple[str, str]
+"""Split and path."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a cache compares with images.
+
+    Attributes:
+        bad_rows: Rows of other images than those there now, and rows that are not true of theirs,
+            in the order of the cache.
+        changed: Paths of the former.
+        vanished: Paths whose image is gone; their rows cannot be judged.
+        appeared: Paths of images that the cache does not know.
+        relabelled: Paths of images of another class than the cache says; extracting again mends it.
+        num_compared: Rows whose features were recomputed.
+        largest_error: The largest relative L2 error among those of unchanged images.
+        bound: What it has to stay under.
+    """
+
+    bad_rows: tuple[BadRow, ...]
+    changed: tuple[str, ...]
+    vanished: tuple[str, ...]
+    appeared: tuple[str, ...]
+    relabelled: tuple[str, ...]
+    num_compared: int
+    largest_error: float
+    bound: float
+
+
+def compare(
+    cache: Cache, data: str | Path, *, samples: int | str, weights: str | Path | None,
+    backbone: Backbone | str | None, device: str, say: Say,
+) -> Comparison:  # fmt: skip
+    """Compare a cache with the images it was made of.
+
+    Args:
+        cache: An open cache.
+        data: The images.
+        samples: How many rows to recompute, by the plain network in fp32, or ``all``.
+        weights: The backbone's weights file, where the library's own were not used.
+        backbone: The backbone itself, or its name, as for ``recipe.recipe_from_identity``.
+        device: Where to recompute.
+        say: Where lines for people go.
+
+    Raises:
+        CacheError: If ``data`` has none of the images.
+        BackboneError: If the backbone cannot be built.
+    """
+    bound, unknown = error_bound(cache), known_precision(cache) is None
+    judged = ", as at fp32, since nobody knows their precision" if unknown else ""
+    recipe = recipe_from_identity(cache.identity, weights=weights, backbone=backbone)
+    dataset = scan(data)
+    now = {(s.split, s.path): s for s in dataset.samples}
+    rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
+    changed = [
+        _bad_row(key, rows, "the image it was made of", f"one of {now[key].image_bytes:,} bytes")
+        for key in rows.keys() & now.keys()
+        if cache.splits[key[0]].image_bytes[rows[key]] != now[key].image_bytes
+    ]
+    # The same size may be the same image: times differ between copies, so only content decides.
+    other_size = {(bad.split, bad.path) for bad in changed}
+    same = sorted((rows.keys() & now.keys()) - other_size)
+    if rows and not same and not changed:
+        raise CacheError(
+            "images of the cache", expected="those it was made of", where=data,
+            found=f"none of {len(rows):,} with the same name", hint="Check --data",
+        )  # fmt: skip
+    chosen = _choose_rows(same, samples)
+    touched = [
+        now[key] for key in same
+        if key not in chosen and cache.splits[key[0]].mtime_ns[rows[key]] != now[key].mtime_ns
+    ]  # fmt: skip
+    for sample, sha256 in zip(touched, hash_images(dataset, touched), strict=True):
+        key = sample.split, sample.path
+        if sha256 != cache.splits[sample.split].image_sha256[rows[key]].tobytes():
+            what = "an unreadable one" if sha256 is None else "another one"
+            changed.append(_bad_row(key, rows, "the image it was made of", what))
+    planned = [sample for key, sample in now.items() if key in chosen]
+    untrue, errors = [], []
+    for outcome, features in _recompute(dataset, planned, recipe, device):
+        key = outcome.sample.split, outcome.sample.path
+        found = _find_change(cache, rows[key], outcome)
+        if found is not None:
+            changed.append(_bad_row(key, rows, "the image it was made of", found))
+            continue
+        error, found = _measure(cache, rows[key], outcome.sample.split, features, bound)
+        errors.append(error)
+        if found is not None:
+            untrue.append(_bad_row(key, rows, f"features within {bound:.0e}{judged}", found))
+    order = {split: number for number, split in enumerate(cache.splits)}
+    bad_rows = sorted([*changed, *untrue], key=lambda bad: (order[bad.split], bad.row))
+    failed = {(f.split, f.path): f.image_bytes for f in cache.failures}
+    comparison = Comparison(
+        bad_rows=tuple(bad_rows),
+        changed=tuple(sorted(bad.path for bad in changed)),
+        vanished=tuple(sorted(path for _, path in rows.keys() - now.keys())),
+        appeared=tuple(sorted(
+            key[1] for key in now.keys() - rows.keys() if failed.get(key) != now[key].image_bytes
+        )),
+        relabelled=tuple(
+            key[1] for key in sorted(rows.keys() & now.keys())
+            if _class_of(cache, key[0], rows[key]) != dataset.class_of(now[key])
+        ),
+        num_compared=len(errors), largest_error=max(errors, default=0.0), bound=bound,
+    )  # fmt: skip
+    _say_comparison(comparison, say)
+    return comparison
+
+
+def _class_of(cache: Cache, split: str, row: int) -> str:
+    target = cache.splits[split].targets[row]
+    return cache.classes[target] if target.ndim == 0 and target >= 0 else ""
+
+
+def _bad_row(key: _Key, rows: dict[_Key, int], expected: str, found: str) -> BadRow:
+    return BadRow(key[0], rows[key], key[1], expected, found)
+
+
+def _choose_rows(same: list[_Key], samples: int | str) -> set[_Key]:
+    if samples == "all":
+        return set(same)
+    if not isinstance(samples, int) or samples < 1:
+        raise ConfigError("--samples", expected="all, or a number from 1", found=samples)
+    return set(random.Random(0).sample(same, min(samples, len(same))))
+
+
+def _recompute(
+    dataset: ImageDataset, planned: list[Sample], recipe: Recipe, device: str
+) -> Iterator[tuple[Outcome, npt.NDArray[np.float32] | None]]:
+    """Yield what became of each planned image, and its features (V, D)."""
+    if not planned:
+        return
+    probes = decode_probes(dataset, planned, recipe.rules)
+    engine = build_engine(recipe.backbone, resolve_device(device), probes, name="eager")
+    for batch in stream_features(dataset, planned, [Lane(recipe, engine)]):
+        yield from zip(batch.outcomes, batch.features[0], strict=True)
+
+
+def _find_change(cache: Cache, row: int, outcome: Outcome) -> str | None:
+    """Return what is wrong with an image that is not the one of the row any more."""
+    recorded = cache.splits[outcome.sample.split].image_sha256[row].tobytes()
+    if outcome.reason is None and outcome.sha256 == recorded:
+        return None
+    return "another one" if outcome.reason is None else f"an unreadable one, {outcome.reason}"
+
+
+def _measure(
+    cache: Cache, row: int, split_name: str, features: npt.NDArray[np.float32] | None, bound: float
+) -> tuple[float, str | None]:
+    """Return the largest error of a row's views, and what to say of it beyond the bound."""
+    assert features is not None
+    split = cache.splits[split_name]
+    if len(features) != split.num_views:
+        raise CacheError(
+            f"views of {split_name}", expected=f"{len(features)} views", found=split.num_views,
+            where=cache.path, hint="Extract it again: featcache extract DATA CACHE --rebuild",
+        )  # fmt: skip
+    cached = split.features[row].astype(np.float32).reshape(features.shape)
+    errors = relative_errors(cached, features)
+    error, view = max((error, view) for view, error in enumerate(errors))
+    found = f"an error of {error:.1e}" + (f" in view {view}" if view else "")
+    return error, None if error <= bound else found
+
+
+def _say_comparison(comparison: Comparison, say: Say) -> None:
+    for word in ("changed", "vanished", "appeared", "relabelled"):
+        paths = getattr(comparison, word)
+        for path in paths[:_LINES_SAID]:
+            say(f"{word}: {printable(path)}")
+        if len(paths) > _LINES_SAID:
+            say(f"{word}: and {len(paths) - _LINES_SAID:,} more images")
+    say(
+        f"{comparison.num_compared:,} rows recomputed: largest relative error "
+        f"{comparison.largest_error:.1e}, bound {comparison.bound:.0e}"
+    )

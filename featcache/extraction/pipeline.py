@@ -1,0 +1,340 @@
+"""Samples -> views -> batches -> features: the one path of extraction, verification, prediction.
+
+Threads read, hash and decode images; others run the network over what is decoded; the consumer
+writes what came out meanwhile. Pillow, torch and ONNX Runtime release the GIL, and nothing is
+pickled. Each image is decoded once for all the recipes that want it.
+
+Memory: what is decoded and not yet consumed, at most ``images_under_way`` images' views, and one
+file with its decoded picture a decoding thread. It does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.backbones.engine import Engine
+from featcache.data.dataset import ImageDataset, Sample
+from featcache.errors import ConfigError, DataError, TransientError, printable
+from featcache.extraction.recipe import Recipe
+from featcache.pixels import acceleration
+from featcache.pixels.images import PixelRules
+from featcache.pixels.isolation import DECODE_SECONDS, IsolatedDecoder
+from featcache.pixels.views import Rendering, ViewRules, render
+from featcache.runtime import Timer, available_cores
+from featcache.threads import Threads
+
+_AHEAD = 3  # chunks in the making while others are in the network, and at least ...
+_AHEAD_IMAGES = 32  # ... so many images, or one large file stops the small batches of a CPU
+
+Views = tuple[npt.NDArray[np.uint8], ...]
+"""Of one image: per recipe, (V, S, S) or (V, S, S, 3) uint8."""
+_Render = Callable[[bytes, Sequence[tuple[PixelRules, ViewRules]], bytes], Rendering]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one recipe wants of the images.
+
+    Attributes:
+        recipe: What its features are made by.
+        engine: The forward pass.
+        pending: The samples it wants features of; None: all that are streamed.
+        claim: Asked in the decoding threads, by sample and sha256 of its bytes, whether features
+            of that content are to be made: known content is neither decoded nor run.
+    """
+
+    recipe: Recipe
+    engine: Engine
+    pending: Collection[Sample] | None = None
+    claim: Callable[[Sample, bytes], bool] = lambda sample, sha256: True
+
+    def wants(self, sample: Sample) -> bool:
+        """Whether this lane has to hear of a sample."""
+        return self.pending is None or sample in self.pending
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image.
+
+    Attributes:
+        sample: The image.
+        sha256: Of the file's bytes; 32 zero bytes if it could not be read.
+        reason: Why it failed, or None.
+        truncated: It was cut off and has been filled in.
+        claims: Per lane, whether it claimed the content: there are features of it, or a reason.
+        is_transient: The reason says nothing of other images of the same content.
+    """
+
+    sample: Sample
+    sha256: bytes
+    reason: str | None
+    truncated: bool
+    claims: tuple[bool, ...] = ()
+    is_transient: bool = False
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """The outcomes of some samples, in their order, and their features.
+
+    Attributes:
+        outcomes: One per sample.
+        features: Per lane, per outcome: (V, D) float32, or None where the image failed or the lane
+            did not claim it.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    features: tuple[tuple[npt.NDArray[np.float32] | None, ...], ...]
+
+
+def resolve_workers(workers: int | str) -> int:
+    """Return the number of decoding threads of ``auto`` (one a core, at least 2) or a number.
+
+    Raises:
+        ConfigError: If it is neither ``auto`` nor a whole number from 1 to 256.
+    """
+    if workers == "auto":
+        return max(2, available_cores())
+    if not isinstance(workers, int) or not 1 <= workers <= 256:
+        raise ConfigError("--workers", expected="auto, or 1 to 256", found=workers)
+    return workers
+
+
+def chunk_size(lanes: Sequence[Lane]) -> int:
+    """Return how many views travel together: as many as the largest lane's batch holds."""
+    return max(lane.engine.batch_size for lane in lanes)
+
+
+def images_under_way(lanes: Sequence[Lane]) -> int:
+    """Return the most images that have been read but not yet given to the consumer."""
+    size = chunk_size(lanes)
+    return size * (_num_ahead(size) + 2 * _concurrency(lanes) + 1)
+
+
+def _num_ahead(size: int) -> int:
+    return max(_AHEAD, _AHEAD_IMAGES // size)
+
+
+def _concurrency(lanes: Sequence[Lane]) -> int:
+    return max(lane.engine.concurrency for lane in lanes)
+
+
+def stream_features(
+    dataset: ImageDataset,
+    samples: Sequence[Sample],
+    lanes: Sequence[Lane],
+    *,
+    workers: int | str = "auto",
+    timer: Timer | None = None,
+    isolate: bool = False,
+) -> Iterator[FeatureBatch]:
+    """Run samples through the engines of all lanes, chunk by chunk, in their order.
+
+    Args:
+        dataset: Where the samples are read from.
+        samples: What to run.
+        lanes: What features to make of them.
+        workers: Decoding threads, or ``auto``.
+        timer: Adds up the threads' seconds of ``decode`` and ``forward``, and the seconds that the
+            consumer had to wait for either.
+        isolate: Decode in a child process, image by image: slower, and survives any image.
+    """
+    clock = timer or Timer()
+    concurrency = _concurrency(lanes)
+    under_way: deque[Future[FeatureBatch]] = deque()
+
+    def claim(sample: Sample, sha256: bytes) -> tuple[bool, ...]:
+        return tuple(lane.wants(sample) and lane.claim(sample, sha256) for lane in lanes)
+
+    decoded = stream_views(
+        dataset, samples, [lane.recipe for lane in lanes], chunk_size(lanes), workers=workers,
+        timer=clock, isolate=isolate, claim=claim,
+    )  # fmt: skip
+    with contextlib.closing(decoded), Threads("forward", concurrency, wait=True) as threads:
+        for outcomes, views in decoded:
+            under_way.append(threads.submit(_forward_chunk, lanes, outcomes, views, clock))
+            if len(under_way) > 2 * concurrency:
+                yield _wait_for(under_way.popleft(), clock)
+        while under_way:
+            yield _wait_for(under_way.popleft(), clock)
+
+
+def _wait_for(future: Future[FeatureBatch], clock: Timer) -> FeatureBatch:
+    with clock("waiting for forward"):
+        return future.result()
+
+
+def find_bottleneck(seconds: Mapping[str, float]) -> str:
+    """Return the stage that the others wait for: ``decode``, ``forward`` or ``write``."""
+    waits = {
+        "decode": seconds.get("waiting for decode", 0.0),
+        "forward": seconds.get("waiting for forward", 0.0),
+        "write": seconds.get("write", 0.0),
+    }
+    return max(waits, key=lambda stage: waits[stage])
+
+
+def _forward_chunk(
+    lanes: Sequence[Lane], outcomes: Sequence[Outcome], views: Sequence[Views | None], clock: Timer
+) -> FeatureBatch:
+    """Run a chunk through every lane's engine in this thread."""
+    features = []
+    with clock("forward"):
+        for number, lane in enumerate(lanes):
+            wanted = [
+                of_image[number] if of_image is not None and outcome.claims[number] else None
+                for outcome, of_image in zip(outcomes, views, strict=True)
+            ]
+            images = [view for of_image in wanted if of_image is not None for view in of_image]
+            rows = iter(lane.engine.run_here(images)) if images else iter(())
+            features.append(
+                tuple(
+                    None if of_image is None else np.stack([next(rows) for _ in of_image])
+                    for of_image in wanted
+                )
+            )
+    return FeatureBatch(tuple(outcomes), tuple(features))
+
+
+def stream_views(
+    dataset: ImageDataset,
+    samples: Sequence[Sample],
+    recipes: Sequence[Recipe],
+    size: int,
+    *,
+    workers: int | str = "auto",
+    timer: Timer | None = None,
+    isolate: bool = False,
+    claim: Callable[[Sample, bytes], tuple[bool, ...]] | None = None,
+) -> Generator[tuple[tuple[Outcome, ...], tuple[Views | None, ...]], None, None]:
+    """Decode samples, ``size`` views at a time; the next ones are decoded meanwhile.
+
+    An image that has not come back after ``DECODE_SECONDS`` is tried again in a child process.
+    One that ``claim`` says nobody claims is read and hashed, and not decoded.
+
+    Yields:
+        The outcomes of the samples that have up to ``size`` views for any recipe, one at least, and
+        per outcome its views by recipe, None where it failed or was not claimed.
+    """
+    clock = timer or Timer()
+    acceleration.start_for(sum(sample.image_bytes for sample in samples))
+    under_way: deque[list[tuple[Sample, Future[_Decoded]]]] = deque()
+    job = _Job(dataset, recipes, clock, claim or (lambda sample, sha256: (True,) * len(recipes)))
+    chunks = _cut(samples, job, size)
+    with (
+        IsolatedDecoder() as child,
+        Threads("decode", 1 if isolate else resolve_workers(workers)) as threads,
+    ):
+        renderer: _Render = child.render if isolate else render
+
+        def start_chunk() -> None:
+            if part := next(chunks, None):
+                under_way.append([(s, threads.submit(job.decode, s, renderer)) for s in part])
+
+        for _ in range(_num_ahead(size)):
+            start_chunk()
+        while under_way:
+            decoded = []
+            with clock("waiting for decode"):
+                for sample, future in under_way.popleft():
+                    try:
+                        # an isolated decoder keeps the time itself
+                        decoded.append(future.result(None if isolate else DECODE_SECONDS))
+                    except FutureTimeoutError:
+                        threads.replace_one()
+                        outcome, of_image = job.decode(sample, child.render)
+                        # twice is no accident: each of its copies would hang too
+                        decoded.append((replace(outcome, is_transient=False), of_image))
+            start_chunk()
+            outcomes, views = zip(*decoded, strict=True)
+            yield outcomes, views
+
+
+def hash_images(
+    dataset: ImageDataset, samples: Sequence[Sample], workers: int | str = "auto"
+) -> Iterator[bytes | None]:
+    """Yield the sha256 of every image, in order; None where it cannot be read."""
+
+    def digest(sample: Sample) -> bytes | None:
+        try:
+            return hashlib.sha256(dataset.read(sample)).digest()
+        except (DataError, OSError, MemoryError):
+            return None  # whoever decodes it will say why
+
+    under_way: deque[Future[bytes | None]] = deque()
+    with Threads("hash", resolve_workers(workers)) as threads:
+        for sample in samples:
+            under_way.append(threads.submit(digest, sample))
+            if len(under_way) > _AHEAD_IMAGES:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def _cut(samples: Sequence[Sample], job: _Job, size: int) -> Iterator[list[Sample]]:
+    """Yield as many samples as have ``size`` views together, one at least."""
+    part: list[Sample] = []
+    num_views = 0
+    for sample in samples:
+        count = max(views.num_views for _, views in job.plans(sample))
+        if part and num_views + count > size:
+            yield part
+            part, num_views = [], 0
+        part.append(sample)
+        num_views += count
+    if part:
+        yield part
+
+
+_Decoded = tuple[Outcome, Views | None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the decoding threads need to know."""
+
+    dataset: ImageDataset
+    recipes: Sequence[Recipe]
+    clock: Timer
+    claim: Callable[[Sample, bytes], tuple[bool, ...]]
+
+    def plans(self, sample: Sample) -> list[tuple[PixelRules, ViewRules]]:
+        """Return what each recipe wants to see of a sample."""
+        splits = self.dataset.splits
+        return [(r.rules, r.view_rules.for_split(sample.split, splits)) for r in self.recipes]
+
+    def decode(self, sample: Sample, renderer: _Render) -> _Decoded:
+        """Read, hash and decode one image. The seam every decoder stands behind."""
+        sha256 = bytes(32)
+        claims = (True,) * len(self.recipes)  # whoever wants it, if it cannot be read
+        plans = self.plans(sample)  # recipes that want the same views share them
+        different = list(dict.fromkeys(plans))
+        try:
+            with self.clock("decode"):
+                data = self.dataset.read(sample)
+                sha256 = hashlib.sha256(data).digest()
+                claims = self.claim(sample, sha256)
+                if not any(claims):
+                    return Outcome(sample, sha256, None, truncated=False, claims=claims), None
+                rendering = renderer(data, different, sha256)
+        except DataError as error:
+            reason, is_transient = str(error.found), isinstance(error, TransientError)
+        except (OSError, MemoryError) as error:
+            reason, is_transient = printable(error) or type(error).__name__, True
+        else:
+            views = tuple(rendering.views[different.index(plan)] for plan in plans)
+            return Outcome(sample, sha256, None, rendering.truncated, claims), views
+        failed = Outcome(
+            sample, sha256, reason, truncated=False, claims=claims, is_transient=is_transient
+        )  # fmt: skip
+        return failed, None

@@ -1,0 +1,246 @@
+"""The recipe of a cache: a backbone, the rules for pixels, and what they make of an image.
+
+``make_recipe`` turns options into one, ``recipe_from_identity`` rebuilds the one a cache was made
+by, so that extraction, verification and prediction preprocess alike by construction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.backbones.backbone import Backbone, build_backbone
+from featcache.data.dataset import ImageDataset, Sample
+from featcache.errors import BackboneError, ConfigError, DataError
+from featcache.files import canonical_json
+from featcache.pixels.images import PixelRules, check_bit_depth, may_be_deep
+from featcache.pixels.isolation import DECODE_SECONDS, IsolatedDecoder
+from featcache.pixels.views import PLAIN, ViewRules, render, training_split
+from featcache.threads import Threads
+
+NUM_PROBES = 4
+"""Real images that go through the plain network and the engine before a run."""
+_NUM_DEPTH_SAMPLES = 32
+_FEATURE_DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the features' values.
+
+    Attributes:
+        backbone: The frozen network.
+        rules: How bytes become pixels.
+        feature_dtype: ``float32`` or ``float16``.
+        view_rules: Which views the network sees of images to train on.
+    """
+
+    backbone: Backbone
+    rules: PixelRules
+    feature_dtype: str
+    view_rules: ViewRules = PLAIN
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The recipe as JSON values: the cache's ``/identity``."""
+        return {
+            "backbone": self.backbone.name,
+            "weights_sha256": self.backbone.weights_sha256,
+            **self.rules.as_identity(),
+            "mean": list(self.backbone.mean),
+            "std": list(self.backbone.std),
+            **self.view_rules.as_identity(),
+            "num_features": self.backbone.num_features,
+            "feature_dtype": self.feature_dtype,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the identity, 64 hex digits."""
+        return hashlib.sha256(canonical_json(self.identity).encode()).hexdigest()
+
+
+def make_recipe(
+    backbone: Backbone,
+    dataset: ImageDataset,
+    *,
+    crop_mode: str = "squash",
+    interpolation: str = "bilinear",
+    bit_depth: int | str = "auto",
+    truncated: str = "skip",
+    feature_dtype: str = "float32",
+    views: int = 1,
+    augment: str | None = None,
+) -> Recipe:
+    """Turn options into a recipe.
+
+    Raises:
+        ConfigError: If an option has no such value, or there are views and nothing to train on.
+        DataError: If ``bit_depth`` is ``auto`` and a sample of deep images does not use its bits.
+    """
+    if feature_dtype not in _FEATURE_DTYPES:
+        expected = " or ".join(_FEATURE_DTYPES)
+        raise ConfigError("--feature-dtype", expected=expected, found=feature_dtype)
+    view_rules = ViewRules(views, augment)
+    if view_rules != PLAIN and training_split(dataset.splits) is None:
+        raise ConfigError(
+            "--views", expected="images to train on: a split train, or no splits at all",
+            found="only " + ", ".join(dataset.splits), where=dataset.root,
+            hint="Leave --views and --augment out: other splits get the plain view alone",
+        )  # fmt: skip
+    if bit_depth == "auto":
+        check_bit_depth(sample_depths(dataset))
+        bit_depth = 16
+    rules = PixelRules(backbone.image_size, crop_mode, interpolation, bit_depth, truncated)
+    return Recipe(backbone, rules, feature_dtype, view_rules)
+
+
+def sample_depths(dataset: ImageDataset) -> list[int]:
+    """Return the largest value of each image of more than 8 bits in a seeded sample of 32.
+
+    Those are decoded in a child process: nothing is known yet of who they may hang or crash.
+    """
+    chosen = random.Random(0).sample(dataset.samples, min(_NUM_DEPTH_SAMPLES, len(dataset.samples)))
+    maxima = []
+    with IsolatedDecoder() as child:  # no process until it is asked
+        for sample in chosen:
+            try:
+                data = dataset.read(sample)
+                maximum = child.deep_maximum(data) if may_be_deep(data) else None
+            except DataError:
+                continue  # it will fail, with its reason, when its turn comes
+            if maximum is not None:
+                maxima.append(maximum)
+    return maxima
+
+
+def decode_probes(
+    dataset: ImageDataset, samples: Sequence[Sample], rules: PixelRules, *, isolate: bool = False
+) -> list[npt.NDArray[np.uint8]]:
+    """Decode the first good images, evenly spread over ``samples``, to check an engine with.
+
+    One that a decoder hangs on is no good one.
+
+    Args:
+        dataset: Where they are read from.
+        samples: What to choose from.
+        rules: How bytes become pixels.
+        isolate: Decode in a child process: an earlier run was killed, perhaps by an image.
+
+    Returns:
+        At most ``NUM_PROBES`` plain views, each (S, S) if the image is grey, else (S, S, 3), uint8.
+    """
+    probes: list[npt.NDArray[np.uint8]] = []
+    step = max(1, len(samples) // NUM_PROBES)
+    with IsolatedDecoder() as child, Threads("probe", 1) as threads:
+        renderer = child.render if isolate else render
+        for sample in [*samples[::step], *samples]:
+            if len(probes) == NUM_PROBES:
+                break
+            try:
+                data = dataset.read(sample)
+                rendering = threads.submit(renderer, data, [(rules, PLAIN)], b"")
+                # an isolated decoder keeps the time itself
+                probes.append(rendering.result(None if isolate else DECODE_SECONDS).views[0][0])
+            except DataError:
+                continue
+            except FutureTimeoutError:
+                threads.replace_one()
+    return probes
+
+
+def recipe_from_identity(
+    identity: Mapping[str, Any],
+    *,
+    weights: str | Path | None = None,
+    backbone: Backbone | str | None = None,
+) -> Recipe:
+    """Rebuild the recipe a cache or a run was made by.
+
+    A stranger's file may name any ``python:`` function, and building the backbone calls it: such a
+    name is followed only when the caller gives the same one.
+
+    Args:
+        identity: A cache's identity.
+        weights: The backbone's weights file, where the library's own were not used.
+        backbone: The backbone itself, if it was made in Python, or its name.
+
+    Raises:
+        BackboneError: If the backbone cannot be built, or has other weights than the identity's.
+        DataError: If the identity has no pixel rules: features made elsewhere.
+        ConfigError: If this version has no such pixel rule or augmentation.
+    """
+    wanted = str(identity.get("weights_sha256"))
+    try:
+        mean, std = (_three(identity[key]) for key in ("mean", "std"))
+        str(identity["backbone"])
+        rules = PixelRules.from_identity(dict(identity))
+        view_rules = ViewRules.from_identity(identity)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            "identity of the cache", expected="a backbone and its preprocessing",
+            found="features made elsewhere", hint="This needs a cache made by featcache extract",
+        ) from error  # fmt: skip
+    if not isinstance(backbone, Backbone):
+        name = _trusted_name(identity, backbone)
+        try:
+            backbone = build_backbone(
+                name, weights=weights, image_size=rules.image_size,
+                mean=mean, std=std,
+            )  # fmt: skip
+        except BackboneError as error:
+            if weights is not None or isinstance(error.__cause__, ModuleNotFoundError):
+                raise
+            raise BackboneError(
+                f"backbone {name}",
+                expected=f"weights with sha256 {wanted} (of the state)",
+                found=error.found, where=error.where,
+                hint="Name the file the cache was made with by --weights FILE",
+            ) from error  # fmt: skip
+    if backbone.weights_sha256 != wanted:
+        raise BackboneError(
+            f"weights of {backbone.name}", expected=f"sha256 {wanted} (of the state)",
+            found=backbone.weights_sha256, where=backbone.weights_source,
+            hint="Name the file the cache was made with by --weights FILE",
+        )  # fmt: skip
+    if (backbone.mean, backbone.std, backbone.image_size) != (mean, std, rules.image_size):
+        raise BackboneError(
+            f"preprocessing of {backbone.name}", expected=[mean, std, rules.image_size],
+            found=[backbone.mean, backbone.std, backbone.image_size],
+            hint="Use the backbone the cache was made with",
+        )  # fmt: skip
+    recipe = Recipe(backbone, rules, str(identity.get("feature_dtype")), view_rules)
+    for key in sorted(recipe.identity.keys() | identity.keys()):
+        if recipe.identity.get(key) != identity.get(key):
+            raise DataError(
+                f"identity, {key}",
+                expected=identity.get(key),
+                found=recipe.identity.get(key),
+                hint="This version of featcache cannot make such features",
+            )
+    return recipe
+
+
+def _trusted_name(identity: Mapping[str, Any], given: str | None) -> str:
+    name = str(identity["backbone"])
+    if given is not None and given != name:
+        raise BackboneError("backbone", expected=name, found=given, hint="Name the same one")
+    if name.startswith("python:") and given is None:
+        raise BackboneError(
+            "backbone", expected="your word that its code may run", found=name,
+            hint=f"Pass --backbone {name}, in Python backbone=, if you trust it",
+        )  # fmt: skip
+    return name
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(v) for v in values)
+    return red, green, blue

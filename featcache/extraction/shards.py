@@ -1,0 +1,277 @@
+"""A cache in the making: ``CACHE.partial/{lock, manifest.json, shard.00000, ...}``.
+
+A shard is the raw features of some images, one vector of each or V of an image to train on, and
+behind them a table in JSON: of each image the path, size, time and hash, and how many vectors it
+has (0: those of the same content elsewhere). The manifest alone says what is done: it lists every
+shard with its sha256. A shard is written and fsynced before the manifest lists it, so a kill at any
+instant loses only rows that were not listed yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import CacheError
+from featcache.extraction.contents import Vectors
+from featcache.files import canonical_json, disk_error, sha256_file, write_bytes
+
+SHARD_BYTES = 16 << 20
+SHARD_ROWS = 4096
+"""No shard has more, however narrow the features: rows wait in memory until their shard is full."""
+_OWN_FILES = ("probing", "shard.*", ".*.tmp")
+_FORMAT = "featcache-partial"
+_FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What must not change between the shards of one cache."""
+
+    engine: str
+    precision: str
+    batch_size: int
+    num_threads: int
+    device_type: str
+
+
+def partial_folder(cache: Path) -> Path:
+    """Return the folder in which a cache is made."""
+    return cache.with_name(cache.name + ".partial")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what is ours in the folder of a cache in the making, its lock last, then the folder.
+
+    Files of other people stay, and the folder with them.
+    """
+    with contextlib.suppress(OSError):
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for pattern in _OWN_FILES:
+            for file in folder.glob(pattern):
+                file.unlink(missing_ok=True)
+        (folder / "lock").unlink(missing_ok=True)
+        folder.rmdir()
+
+
+class PartialCache:
+    """The folder of a cache in the making; use it while holding its lock.
+
+    Args:
+        folder: ``CACHE.partial``.
+        fingerprint: Of the recipe; rows of another one never mix in.
+        num_features: D.
+        dtype: Of the stored features.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: str, num_features: int, dtype: np.dtype[Any]
+    ) -> None:
+        self.folder = folder
+        self._fingerprint = fingerprint
+        self._num_features = num_features
+        self._dtype = dtype
+        self._shards: list[dict[str, Any]] = []
+        self._next_number = 0
+        self.engine: EngineFacts | None = None
+        self.provenance: dict[str, Any] = {}
+        self.was_killed = False
+        self.is_running = False
+        self._is_removed = False
+
+    @property
+    def is_worthless(self) -> bool:
+        """Whether nothing would be lost with the folder: it has no manifest, or one of no shards.
+
+        A manifest that could not be read or is of another recipe is somebody's work.
+        """
+        if self._is_removed:  # what is there by now is the next writer's
+            return False
+        return not self._manifest.exists() or (self.engine is not None and not self._shards)
+
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    @property
+    def _probing(self) -> Path:
+        return self.folder / "probing"
+
+    @contextlib.contextmanager
+    def probing(self) -> Iterator[None]:
+        """Leave a mark while images are decoded before ``start``: an image may kill the process.
+
+        On a full disk there is none, which only means that such an image kills the next run too.
+        """
+        with contextlib.suppress(OSError):
+            self._probing.touch()
+        try:
+            yield
+        finally:
+            self._probing.unlink(missing_ok=True)
+
+    def open(self) -> bool:
+        """Read the manifest of an earlier, unfinished run; return whether there is one.
+
+        Raises:
+            CacheError: If it cannot be read, or lists shards of another recipe.
+        """
+        self.was_killed = self._probing.exists()
+        if not self._manifest.exists():
+            return False
+        try:
+            manifest = json.loads(self._manifest.read_bytes())
+            if manifest.pop("sha256") != _sha256(manifest):
+                raise ValueError("one whose sha256 is another")
+            fingerprint = manifest["fingerprint"]
+            if manifest["format"] != _FORMAT or manifest["format_version"] != _FORMAT_VERSION:
+                raise ValueError(f"format version {manifest['format_version']}")
+            engine = EngineFacts(**manifest["engine"])
+            was_killed = bool(manifest["running"]) or self.was_killed
+            provenance = dict(manifest["provenance"])
+            shards = [_check_line(line) for line in manifest["shards"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CacheError(
+                "unfinished extraction", expected="a readable manifest", found=error,
+                where=self._manifest, hint="Start afresh with --rebuild",
+            ) from error  # fmt: skip
+        if fingerprint != self._fingerprint:
+            raise CacheError(
+                "unfinished extraction", expected=f"fingerprint {self._fingerprint[:16]}...",
+                found=f"{str(fingerprint)[:16]}..., made with other settings", where=self.folder,
+                hint="Repeat the command it was started with, or discard it with --rebuild",
+            ) from None  # fmt: skip
+        self.engine, self.was_killed, self.provenance = engine, was_killed, provenance
+        self._shards = shards
+        self._next_number = 1 + max((_number(line) for line in shards), default=-1)
+        return True
+
+    def read_shards(self) -> Iterator[tuple[Vectors, list[dict[str, Any]]]]:
+        """Yield what opens the vectors (M, D), and the table, of every listed shard that is whole.
+
+        A damaged one is taken off the list: its images are extracted again.
+        """
+        for line in list(self._shards):
+            shard = self._read_shard(line)
+            if shard is None:
+                self._shards.remove(line)
+            else:
+                yield shard
+
+    def _read_shard(self, line: Mapping[str, Any]) -> tuple[Vectors, list[dict[str, Any]]] | None:
+        path = self.folder / line["file"]
+        num_bytes = line["num_vectors"] * self._num_features * self._dtype.itemsize
+        if not path.is_file() or sha256_file(path) != line["sha256"]:
+            return None
+        with path.open("rb") as file:
+            file.seek(num_bytes)
+            rows = json.loads(file.read())
+        return partial(self._map, path, line["num_vectors"]), rows
+
+    def _map(self, path: Path, num_vectors: int) -> npt.NDArray[Any]:
+        shape = (num_vectors, self._num_features)
+        if num_vectors == 0:  # a file of a table alone cannot be mapped as an array
+            return np.empty(shape, self._dtype)
+        return np.memmap(path, self._dtype, "r", shape=shape)
+
+    def start(self, engine: EngineFacts, provenance: dict[str, Any]) -> None:
+        """Fix the engine for all shards to come and note that a run is under way.
+
+        ``provenance`` stays with the rows: a later run that only has to finish knows no other.
+        """
+        self.engine, self.provenance = engine, provenance
+        self._write_manifest(running=True)
+
+    def stop(self) -> None:
+        """Note that the run ended by itself: nothing crashed the process.
+
+        On a full disk that cannot be noted, which only makes the next run decode more carefully.
+        """
+        if self.engine is None:  # cleared: there is nothing to note it of
+            return
+        with contextlib.suppress(OSError, CacheError):
+            self._write_manifest(running=False)
+
+    def add_shard(
+        self, features: Sequence[npt.NDArray[Any]], rows: Sequence[Mapping[str, Any]]
+    ) -> Vectors:
+        """Write one shard, then list it in the manifest; return what opens its vectors (M, D).
+
+        Args:
+            features: (V, D) each, in the stored dtype; M vectors together.
+            rows: Dicts of ``path, image_bytes, mtime_ns, image_sha256 (hex), truncated, views``,
+                in the order of ``features``; of a row with 0 views there are none.
+
+        Raises:
+            CacheError: If the disk is full or the folder cannot be written.
+        """
+        path = self.folder / f"shard.{self._next_number:05d}"
+        empty = np.empty((0, self._num_features), self._dtype)
+        vectors = np.concatenate([empty, *features])
+        data = vectors.tobytes() + canonical_json(list(rows)).encode()
+        line = {"file": path.name, "num_rows": len(rows), "num_vectors": len(vectors)}
+        try:
+            write_bytes(path, data)
+            self._shards.append(line | {"sha256": hashlib.sha256(data).hexdigest()})
+            self._next_number += 1
+            self._write_manifest(running=True)
+        except OSError as error:
+            raise disk_error(error, path, len(data)) from error
+        return partial(self._map, path, len(vectors))
+
+    def _write_manifest(self, *, running: bool) -> None:
+        assert self.engine is not None
+        self.is_running = running
+        manifest = {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "fingerprint": self._fingerprint,
+            "engine": asdict(self.engine),
+            "provenance": self.provenance,
+            "running": running,
+            "shards": self._shards,
+        }
+        signed = manifest | {"sha256": _sha256(manifest)}
+        write_bytes(self._manifest, canonical_json(signed).encode())
+
+    def clear(self) -> None:
+        """Forget an earlier run: remove its manifest first, then its shards; keep the lock."""
+        self._manifest.unlink(missing_ok=True)
+        self._probing.unlink(missing_ok=True)
+        for shard in self.folder.glob("shard.*"):
+            shard.unlink()
+        self._shards, self._next_number = [], 0
+        self.engine = None
+        self.was_killed = self.is_running = False
+
+    def remove(self) -> None:
+        """Remove the folder, the lock last: until then the next writer has to wait."""
+        self._is_removed = True
+        remove_partial(self.folder)
+
+
+def _sha256(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
+
+
+def _number(line: Mapping[str, Any]) -> int:
+    return int(line["file"].removeprefix("shard."))
+
+
+def _check_line(line: Any) -> dict[str, Any]:
+    """Return a shard's line of the manifest if it names a file of this folder and its sizes."""
+    if not re.fullmatch(r"shard\.[0-9]+", line["file"]) or not isinstance(line["sha256"], str):
+        raise ValueError(f"{line['file']!r:.80}")
+    if any(type(line[key]) is not int or line[key] < 0 for key in ("num_rows", "num_vectors")):
+        raise ValueError(f"sizes of {line['file']}")
+    return dict(line)

@@ -1,0 +1,149 @@
+"""What an extraction says: what it found, what it chose, what it did."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from featcache.cache.reading import Cache
+from featcache.data.dataset import ImageDataset
+from featcache.errors import FeatcacheWarning, printable
+from featcache.extraction.recipe import Recipe
+from featcache.runtime import Say
+
+_NUM_SHOWN_FAILURES = 5
+
+
+@dataclass(frozen=True)
+class ExtractionSummary:
+    """What an extraction did.
+
+    Attributes:
+        cache: The cache file.
+        status: ``extracted``, or ``up to date`` when there was nothing to do.
+        num_images: Rows in the cache.
+        num_new: Images that went through the network.
+        num_known: Images whose features were known: from an older cache, an interrupted run, or
+            another image of the same content.
+        num_kept: Of those, images of the older cache of the same path and content.
+        num_moved: Of those, contents of the older cache under another path.
+        num_gone: Rows of the older cache whose images are no longer there.
+        num_failed: Images that could not be read; they are listed in the cache.
+        num_truncated: Cut-off images that were filled in (``--truncated keep``).
+        splits: Per split, rows per class (or ``unlabelled``).
+        engine: ``onnx``, ``folded`` or ``eager``.
+        parity: Largest relative L2 error of a probed image against the eager fp32 forward.
+        seconds: Wall time of the whole call.
+        images_per_second: New images over the time of producing their features.
+        fingerprint: Of the recipe.
+        content_sha256: Of the cache's content.
+    """
+
+    cache: str
+    status: str
+    num_images: int
+    num_new: int
+    num_known: int
+    num_kept: int
+    num_moved: int
+    num_gone: int
+    num_failed: int
+    num_truncated: int
+    splits: dict[str, dict[str, int]]
+    engine: str
+    parity: float | None
+    seconds: float
+    images_per_second: float | None
+    fingerprint: str
+    content_sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return asdict(self)
+
+
+def describe_dataset(dataset: ImageDataset, say: Say) -> None:
+    """Say what was found: images by split and class, what is left alone, groups."""
+    for split, counts in dataset.count().items():
+        listed = ", ".join(f"{count:,} {printable(name)}" for name, count in counts.items())
+        say(f"{split:>6}: {listed}")
+    for reason, number in sorted(dataset.num_ignored.items()):
+        say(f"ignored: {number:,} ({reason})")
+    if dataset.num_grouped is not None:
+        groups = len({s.group for s in dataset.samples})
+        say(
+            f"groups: {groups:,}; {dataset.num_grouped:,} of {len(dataset.samples):,} names matched"
+        )
+
+
+def describe_recipe(recipe: Recipe, say: Say) -> None:
+    """Say what makes features of the images."""
+    backbone, rules = recipe.backbone, recipe.rules
+    say(f"Backbone: {backbone.name}, weights {backbone.weights_source}, {backbone.num_features}-d.")
+    mean, std = (" ".join(f"{v:g}" for v in values) for values in (backbone.mean, backbone.std))
+    say(
+        f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}, "
+        f"{rules.interpolation}, mean {mean}, std {std}."
+    )
+    views = recipe.view_rules
+    if views.augmentation is not None:
+        say(f"Views: {views.num_views} of every image to train on, {views.augmentation}.")
+
+
+def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
+    """Say what failed and what it took; a warning tells of images that are not in the cache."""
+    for failure in cache.failures[:_NUM_SHOWN_FAILURES]:
+        say(f"failed: {printable(failure.path)}: {printable(failure.reason)}")
+    if len(cache.failures) > _NUM_SHOWN_FAILURES:
+        more = len(cache.failures) - _NUM_SHOWN_FAILURES
+        say(f"failed: {more} more, listed by featcache info {printable(cache.path)}")
+    if cache.failures:
+        warnings.warn(
+            f"{len(cache.failures)} images could not be read and are not in the cache",
+            FeatcacheWarning, stacklevel=3,
+        )  # fmt: skip
+    counts = {
+        "new": summary.num_new, "kept": summary.num_kept, "moved": summary.num_moved,
+        "known": summary.num_known - summary.num_kept - summary.num_moved,
+        "gone": summary.num_gone,
+    }  # fmt: skip
+    listed = ", ".join(f"{n:,} {word}" for word, n in counts.items() if n or word == "new")
+    rate = "" if summary.images_per_second is None else f", {summary.images_per_second:,} images/s"
+    say(
+        f"{printable(cache.path)}: {summary.num_images:,} images ({listed}) in "
+        f"{summary.seconds:.1f} s{rate}."
+    )
+    stages = cache.provenance.get("stage_seconds")
+    if summary.num_new and isinstance(stages, dict):
+        decode, forward, write = (stages.get(k, 0.0) for k in ("decode", "forward", "write"))
+        say(
+            f"Time: decode {decode:.1f} s and forward {forward:.1f} s (all threads together), "
+            f"write {write:.1f} s; longest waited for: {cache.provenance.get('bottleneck')}."
+        )
+
+
+def summarise(
+    cache: Cache, status: str, start: float, *, num_new: int = 0, num_kept: int,
+    num_moved: int = 0, num_gone: int = 0, images_per_second: float | None = None,
+) -> ExtractionSummary:  # fmt: skip
+    """Return the summary of a cache that is there; ``start`` is when the call began."""
+    splits: dict[str, dict[str, int]] = {}
+    for name, split in cache.splits.items():
+        counts = Counter(split.targets.tolist())
+        labels = {-1: "unlabelled", **dict(enumerate(cache.classes))}
+        splits[name] = {labels[t]: n for t, n in sorted(counts.items())}
+    num_images = sum(len(s) for s in cache.splits.values())
+    truncated = cache.provenance.get("truncated")
+    return ExtractionSummary(
+        cache=cache.path.as_posix(), status=status,
+        num_images=num_images, num_new=num_new, num_known=num_images - num_new,
+        num_kept=num_kept, num_moved=num_moved, num_gone=num_gone, num_failed=len(cache.failures),
+        num_truncated=len(truncated) if isinstance(truncated, list) else 0, splits=splits,
+        engine=str(cache.provenance.get("engine", "none")),
+        parity=max(cache.parity, default=None),
+        seconds=round(time.perf_counter() - start, 3), images_per_second=images_per_second,
+        fingerprint=cache.fingerprint, content_sha256=cache.content_sha256,
+    )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Updating a cache: is the one that is there the one to go on with, and has anything changed?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from featcache.cache.container import is_container
+from featcache.cache.reading import Cache, Failure, name_differences, open_cache
+from featcache.data.dataset import ImageDataset
+from featcache.errors import CacheError, ConfigError
+from featcache.extraction.inventory import Changes, image_key
+from featcache.extraction.recipe import Recipe
+
+
+def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
+    """Open the cache that is there already, or return None where there is none to keep.
+
+    Raises:
+        CacheError: If the file is no cache; or if ``rebuild`` is not set and it is one of another
+            identity, or of several labels an image, which are not in the images' folders.
+    """
+    if not path.exists():
+        return None
+    if path.is_dir():
+        raise ConfigError(
+            "CACHE", expected="a file", found="a folder", where=path, hint="Choose another name"
+        )
+    try:
+        old = open_cache(path)
+    except CacheError:
+        if rebuild and is_container(path):
+            return None  # damaged, or of a newer version; other people's files stay
+        raise
+    if rebuild:
+        return None
+    if old.task == "multilabel":
+        raise CacheError(
+            "cache", expected="one class per image, as extract makes them",
+            found="several labels per image", where=path,
+            hint="Choose another file name, or replace it and its labels with --rebuild",
+        )  # fmt: skip
+    if old.fingerprint != recipe.fingerprint:
+        wanted, found = name_differences(recipe.identity, old.identity)
+        raise CacheError(
+            "cache identity", expected=wanted, found=found, where=path,
+            hint="Choose another file name, or replace it with --rebuild",
+        )  # fmt: skip
+    return old
+
+
+def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:
+    """Refuse an update that would throw away what the cache holds by mistake.
+
+    Raises:
+        CacheError: If a ``limit`` leaves images of it out, if it has groups and ``dataset`` has
+            none, or if it was rearranged by ``select`` and ``dataset`` is not.
+    """
+    known = {path for split in old.splits.values() for path in split.paths}
+    if limit is not None and known - {sample.path for sample in dataset.samples}:
+        found = f"{len(known):,} images, not all among the first {limit:,}"
+        raise _wrong_update(old, "--limit", "a new cache", found, "Name another file for a try")
+    has_groups = any(split.groups is not None for split in old.splits.values())
+    if has_groups and all(sample.group is None for sample in dataset.samples):
+        raise _wrong_update(
+            old, "update of the cache", "groups, as it has", "none", "Repeat --group-by"
+        )
+    if "selected_from" in old.provenance:
+        _refuse_undoing(old, dataset)
+
+
+def _refuse_undoing(old: Cache, dataset: ImageDataset) -> None:
+    """Refuse to bring back the splits and classes that ``select`` has replaced."""
+    there = {s.path: (s.split, dataset.class_of(s)) for s in dataset.samples}
+    for name, split in old.splits.items():
+        for path, target in zip(split.paths, split.targets, strict=True):
+            chosen = name, old.classes[target] if target >= 0 else ""
+            found = there.get(path, chosen)
+            if found != chosen:
+                raise _wrong_update(
+                    old, "update of what featcache select made",
+                    f"{path} in {'/'.join(filter(None, chosen))}, as selected",
+                    "/".join(filter(None, found)), "Update its source and select again",
+                )  # fmt: skip
+
+
+def refuse_other_images(old: Cache, changes: Changes) -> None:
+    """Refuse images of which the cache knows none, neither by name nor by content.
+
+    Raises:
+        CacheError: If that is so.
+    """
+    num_known = sum(len(split) for split in old.splits.values())
+    if num_known and changes.num_gone == num_known:
+        found = f"none of its {num_known:,}"
+        raise _wrong_update(old, "update of the cache", "images it knows", found, "Check DATA")
+
+
+def _wrong_update(old: Cache, what: str, expected: str, found: str, hint: str) -> CacheError:
+    hint = f"{hint}, or replace it with --rebuild"
+    return CacheError(what, expected=expected, found=found, where=old.path, hint=hint)
+
+
+def is_unchanged(
+    old: Cache, dataset: ImageDataset, failures: Sequence[Failure], changes: Changes
+) -> bool:
+    """Return whether a run gained nothing: say, images that had failed have failed again."""
+    failed = frozenset(failure.path for failure in failures)
+    same = set(old.failures) == set(failures)
+    kept = changes.num_kept == sum(len(split) for split in old.splits.values())
+    return same and kept and holds(old, dataset, failed)
+
+
+def holds(old: Cache, dataset: ImageDataset, failed: frozenset[str]) -> bool:
+    """Return whether the cache holds these images but the failed, with targets and groups."""
+    if tuple(old.splits) != dataset.splits or old.classes != dataset.classes:
+        return False
+    for name, split in old.splits.items():
+        samples = [sample for sample in dataset.split(name) if sample.path not in failed]
+        sizes, times = split.image_bytes.tolist(), split.mtime_ns.tolist()
+        if list(map(image_key, samples)) != list(zip(split.paths, sizes, times, strict=True)):
+            return False
+        if [s.target for s in samples] != split.targets.tolist():
+            return False
+        groups = split.groups if split.groups is not None else [None] * len(samples)
+        if any(sample.group != group for sample, group in zip(samples, groups, strict=True)):
+            return False
+    return True

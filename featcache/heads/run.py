@@ -1,0 +1,345 @@
+"""The run: a folder with one trained head and what it was trained on.
+
+``RUN/run.json`` holds the configuration, the classes and the cache's fingerprint and identity;
+``head.safetensors`` the weights; ``history.csv`` a row per epoch; ``environment.json`` the machine.
+Everything but the weights is text. The weights' sha256 stands in ``run.json``, the weights carry
+head and classes with them, and ``run.json`` bears its own hash, ``sha256`` of the canonical JSON of
+its other keys: a changed mean or image size would only show as wrong predictions. Nothing that
+featcache does depends on ``history.csv``, ``environment.json`` or ``evaluation/``, which are for
+people: they are not checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from featcache.errors import ConfigError, FeatcacheWarning, RunError, printable
+from featcache.files import canonical_json, read_regular, write_bytes, write_csv, write_json
+from featcache.heads.head import HeadConfig, build_head, state_layout
+
+FORMAT = "featcache-run"
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "head.safetensors"
+TASKS = ("multiclass", "multilabel")
+
+_KEYS = {
+    "format", "format_version", "head", "training", "seed", "data_seed", "classes", "cache",
+    "weights_sha256",
+}  # fmt: skip
+_MAX_JSON_BYTES = 2**28
+_MAX_WEIGHTS_BYTES = 2**31
+_MAY_DIFFER = ("views", "augmentation", "feature_dtype")
+_DAMAGED = "The run is damaged or was edited: copy it again, or train it again"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loaded run.
+
+    Attributes:
+        path: The folder.
+        head: The shape of the head.
+        state: The head's state dict, on the CPU.
+        training: How it was trained, a JSON object.
+        seed: Decided the initial weights and dropout.
+        data_seed: Decided the order of the rows, and the hold-out if there was one.
+        classes: Names of the head's outputs, in order.
+        task: ``multiclass``, or ``multilabel``: an output per class is a question of its own.
+        cache: ``path`` (relative to the folder where possible), ``fingerprint``, ``identity``,
+            ``payload_sha256`` and ``num_failed`` of the cache it was trained on.
+        weights_sha256: sha256 of ``head.safetensors``.
+    """
+
+    path: Path
+    head: HeadConfig
+    state: dict[str, Tensor]
+    training: dict[str, Any]
+    seed: int
+    data_seed: int
+    classes: tuple[str, ...]
+    cache: dict[str, Any]
+    weights_sha256: str
+    task: str = "multiclass"
+
+
+def write_run(
+    folder: Path,
+    *,
+    head: HeadConfig,
+    state: Mapping[str, Tensor],
+    training: Mapping[str, Any],
+    seed: int,
+    data_seed: int,
+    classes: Sequence[str],
+    cache: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    environment: Mapping[str, Any],
+    task: str = "multiclass",
+) -> str:
+    """Write the files of a run into ``folder`` and return the sha256 of its weights.
+
+    Args:
+        folder: An existing folder, as a rule the one that ``files.new_folder`` gives.
+        head: The shape of the head.
+        state: Its state dict.
+        training: A JSON object: how it was trained.
+        seed: Decided the initial weights and dropout.
+        data_seed: Decided the order of the rows.
+        classes: Names of the outputs, in order.
+        cache: See ``Run.cache``; ``relative_path`` makes its ``path``.
+        history: A row per epoch, all with the same keys.
+        environment: A JSON object: ``runtime.environment_facts``.
+        task: ``multiclass`` or ``multilabel``.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    weights = safetensors.torch.save(tensors, _weights_metadata(head, classes, task))
+    weights_sha256 = hashlib.sha256(weights).hexdigest()
+    write_bytes(folder / WEIGHTS_NAME, weights)
+    columns = list(history[0])
+    write_csv(
+        folder / "history.csv",
+        [printable(name) for name in columns],
+        [[row[name] for name in columns] for row in history],
+    )
+    write_json(folder / "environment.json", dict(environment))
+    facts = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "head": head.as_json(),
+        "training": dict(training),
+        "seed": seed,
+        "data_seed": data_seed,
+        "classes": list(classes),
+        "task": task,
+        "cache": dict(cache),
+        "weights_sha256": weights_sha256,
+    }
+    write_json(folder / "run.json", facts | {"sha256": _facts_sha256(facts)})
+    return weights_sha256
+
+
+def load_run(path: str | Path) -> Run:
+    """Load a run and check it: format, version, the weights' sha256 before they are parsed.
+
+    Raises:
+        RunError: If something is missing, damaged, edited or of a newer version.
+    """
+    folder = Path(path)
+    facts = _read_facts(folder)
+    try:
+        head = HeadConfig.from_json(facts["head"])
+    except ConfigError as error:
+        raise _damaged(folder, "head", error.expected, error.found) from error
+    classes = facts["classes"]
+    named = all(isinstance(name, str) for name in classes) and len(set(classes)) == len(classes)
+    if not named or len(classes) != head.num_classes:
+        raise _damaged(folder, "classes", f"{head.num_classes} different names", classes)
+    task = facts.get("task", "multiclass")  # the first runs do not say
+    if task not in TASKS:
+        raise _damaged(folder, "task", " or ".join(TASKS), task)
+    return Run(
+        path=folder,
+        head=head,
+        state=_read_weights(folder, facts["weights_sha256"], head, classes, task),
+        training=facts["training"],
+        seed=facts["seed"],
+        data_seed=facts["data_seed"],
+        classes=tuple(classes),
+        cache=facts["cache"],
+        weights_sha256=facts["weights_sha256"],
+        task=task,
+    )
+
+
+def load_head(run: Run) -> nn.Sequential:
+    """Return the run's head on the CPU, in eval mode."""
+    head = build_head(run.head, seed=0)
+    head.load_state_dict(run.state, strict=True)
+    return head.eval()
+
+
+def relative_path(cache: Path, run: Path) -> str:
+    """Return the cache's path as seen from the run folder, ``/``-separated.
+
+    Relative, so that both can move together; absolute only from another drive.
+    """
+    target = cache.resolve()
+    try:
+        return Path(os.path.relpath(target, run.resolve())).as_posix()
+    except ValueError:  # Windows: another drive
+        return target.as_posix()
+
+
+def cache_path(run: Run) -> Path:
+    """Return where the cache that the run was trained on should be."""
+    return (run.path.resolve() / str(run.cache["path"])).resolve()
+
+
+def require_same_features(
+    run_identity: Mapping[str, Any], identity: Mapping[str, Any], where: Path | None = None
+) -> None:
+    """Insist that features were made as those the head was trained on.
+
+    Number of views and stored dtype may differ, with a warning.
+
+    Args:
+        run_identity: The identity of the cache the run was trained on.
+        identity: The identity of the features at hand.
+        where: The file they are in, for the message.
+
+    Raises:
+        RunError: If backbone, weights or preprocessing differ; one line says in what.
+    """
+    differing = _differing_keys(run_identity, identity)
+    blocking = [key for key in differing if key not in _MAY_DIFFER]
+    if blocking:
+        raise RunError(
+            "features", found=_listed(identity, blocking), where=where,
+            expected="those the head was trained on, " + _listed(run_identity, blocking),
+            hint="Extract the images again with the run's backbone and options, or train on these",
+        )  # fmt: skip
+    if differing:
+        message = (
+            f"the head was trained on {_listed(run_identity, differing)}; "
+            f"these features have {_listed(identity, differing)}"
+        )
+        warnings.warn(printable(message), FeatcacheWarning, stacklevel=2)
+
+
+def require_own_cache(run: Run, cache_identity: Mapping[str, Any], where: Path) -> None:
+    """Insist that the cache a run was trained on has still the identity it had.
+
+    Raises:
+        RunError: If it was rebuilt with other settings; one line says in what they differ.
+    """
+    trained_on = run.cache["identity"]
+    keys = _differing_keys(trained_on, cache_identity)
+    if keys:
+        raise RunError(
+            "the run's cache, rebuilt since the training", expected=_listed(trained_on, keys),
+            found=_listed(cache_identity, keys), where=where,
+            hint="Train again on it, or name a cache like the old one with --cache",
+        )  # fmt: skip
+
+
+def _differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
+
+
+def _listed(identity: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {_brief(identity.get(key))}" for key in keys)
+
+
+def _brief(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:16]}..."
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(read_regular(folder / "run.json", max_bytes=_MAX_JSON_BYTES))
+    except OSError as error:
+        raise RunError(
+            "run", expected="a folder with run.json", found=error.strerror, where=folder,
+            hint="Make it with featcache train",
+        ) from error  # fmt: skip
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, "run.json", "JSON", "something else") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise _damaged(folder, "run.json", f"format {FORMAT}", "another")
+    version = facts.get("format_version")
+    if type(version) is not int or version < 1:
+        raise _damaged(folder, "format_version", "a whole number from 1", version)
+    if version > FORMAT_VERSION:
+        raise RunError(
+            "run", expected=f"format version {FORMAT_VERSION}", found=f"version {version}",
+            where=folder, hint="A newer featcache wrote it: upgrade with pip install -U featcache",
+        )  # fmt: skip
+    if not _is_as_written(facts):
+        raise _damaged(folder, "run.json", "its own sha256", "another")
+    kinds = {
+        "head": dict, "training": dict, "seed": int, "data_seed": int, "classes": list,
+        "cache": dict, "weights_sha256": str,
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if not isinstance(facts.get(key), kind):
+            raise _damaged(folder, key, f"a JSON {kind.__name__}", facts.get(key))
+    cache = facts["cache"]
+    for key, kind in {"path": str, "fingerprint": str, "identity": dict}.items():
+        if not isinstance(cache.get(key), kind):
+            raise _damaged(folder, f"cache.{key}", f"a JSON {kind.__name__}", cache.get(key))
+    return facts
+
+
+def _facts_sha256(facts: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+
+
+def _is_as_written(facts: Mapping[str, Any]) -> bool:
+    """Whether run.json bears its own hash; the first runs had none, only the fingerprint."""
+    if set(facts) != _KEYS:
+        try:
+            return _facts_sha256(facts) == facts.get("sha256")
+        except ValueError:  # NaN
+            return False
+    cache = facts["cache"]
+    identity, fingerprint = (
+        (cache.get("identity"), cache.get("fingerprint")) if isinstance(cache, dict) else (0, 0)
+    )
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest() == fingerprint
+
+
+def _read_weights(
+    folder: Path, sha256: str, head: HeadConfig, classes: Sequence[str], task: str
+) -> dict[str, Tensor]:
+    try:
+        data = read_regular(folder / WEIGHTS_NAME, max_bytes=_MAX_WEIGHTS_BYTES)
+    except OSError as error:
+        raise _damaged(folder, WEIGHTS_NAME, "a readable file", error.strerror) from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise _damaged(folder, WEIGHTS_NAME, f"sha256 {sha256[:16]}...", f"{found[:16]}...")
+    try:
+        state = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise _damaged(folder, WEIGHTS_NAME, "a safetensors file", error) from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    if header.get("__metadata__") != _weights_metadata(head, classes, task):
+        found = "others in run.json"
+        raise _damaged(folder, WEIGHTS_NAME, "the head, classes and task it was saved with", found)
+    layout = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()}
+    if layout != state_layout(head):
+        raise _damaged(folder, WEIGHTS_NAME, "the entries of the head in run.json", "others")
+    if not all(torch.isfinite(value).all() for value in state.values()):
+        raise _damaged(folder, WEIGHTS_NAME, "finite weights", "NaN or infinity")
+    return state
+
+
+def _weights_metadata(head: HeadConfig, classes: Sequence[str], task: str) -> dict[str, str]:
+    """One key only: safetensors writes several in no fixed order, and the bytes are hashed.
+
+    The task stands there if it is not ``multiclass``: a featcache from before there were tasks
+    reads the other heads as ever, and refuses these.
+    """
+    facts: dict[str, Any] = {"head": head.as_json(), "classes": list(classes)}
+    if task != "multiclass":
+        facts["task"] = task
+    return {"featcache": canonical_json(facts)}
+
+
+def _damaged(folder: Path, what: str, expected: object, found: object) -> RunError:
+    brief = str(found)[:200]
+    return RunError(f"run, {what}", expected=expected, found=brief, where=folder, hint=_DAMAGED)

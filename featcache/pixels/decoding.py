@@ -1,0 +1,281 @@
+"""Bytes of one image file -> its stored values, upright. Pillow reads; plain files are sped up.
+
+Pillow reads every header and decides what is an image. Of plain JPEG and PNG files the pixels come
+from faster decoders; what those refuse, Pillow does or fails, so that its verdict is the only one.
+
+Reads: bytes. Writes: nothing. Every failure is a ``DataError`` whose ``found`` is the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from featcache.errors import DataError, TransientError, printable
+from featcache.pixels import acceleration, png
+
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform
+    simplejpeg = None
+
+MAX_PIXELS = 2**28
+"""Images above this many pixels are refused unread: a 20 KB PNG can hold 480 MB of pixels."""
+
+_Values: TypeAlias = np.ndarray[Any, Any]
+
+# The classes are used without Image.open, which would apply the user's process-wide
+# MAX_IMAGE_PIXELS (an error below our cap, a warning on the way) and try every other format.
+_READERS: tuple[tuple[str, tuple[bytes, ...], type[ImageFile.ImageFile]], ...] = (
+    ("PNG", (b"\x89PNG\r\n\x1a\n",), PngImageFile),
+    ("JPEG", (b"\xff\xd8\xff",), JpegImageFile),
+    ("BMP", (b"BM",), BmpImageFile),
+    ("TIFF", tuple(TiffImagePlugin.PREFIXES), TiffImagePlugin.TiffImageFile),
+    ("PPM", (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"), PpmImageFile),
+)
+# Pillow's mode -> libjpeg's kinds of colour that become it
+_JPEG_COLOURS = {"L": {"Gray"}, "RGB": {"YCbCr", "RGB"}}
+_FOREIGN = {
+    b"version https://git-lfs": "a Git LFS pointer in place of the image (git lfs pull)",
+    b"GIF8": "a GIF",
+    b"<": "an HTML or XML page",
+}
+# EXIF 2.3, tag 0x0112: orientation -> mirror left and right first?, quarter turns against the clock
+_TURNS = {
+    2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1),
+    6: (False, 3), 7: (True, 3), 8: (False, 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An upright image in memory, and what the file says of its depth."""
+
+    values: _Values  # 8 bits as in Picture, or deep grey: (H, W) of more than 8 bits
+    truncated: bool
+    stated_maximum: int | None  # of deep greyscale: what the file itself says white is
+    white_is_zero: bool  # deep TIFF with inverted values, which Pillow hands out as stored
+    deep_colour: bool  # 16 bits per channel; Pillow keeps the high byte
+
+
+def read(data: bytes, *, fill: bool) -> Loaded:
+    """Read the first frame, with nothing missing or, with ``fill``, with what can be had.
+
+    Raises:
+        DataError: If these bytes do not become an image.
+    """
+    with _truncation_gate(fill=fill):
+        name, image = open_unread(data)
+        _refuse_bomb(name, image)
+        depth = _find_depth(name, image)  # loading forgets it
+        values = None if fill else _decode_fast(name, image, data)
+        if values is None:
+            try:
+                image.load()
+            except Exception as error:  # of any kind, see open_unread
+                raise failure(f"a broken {name} file", error) from error
+    try:
+        values = _to_array(image) if values is None else values
+        return Loaded(_upright(image, values), fill, *depth)
+    except (MemoryError, OSError, ValueError) as error:
+        raise failure(f"colours of kind {image.mode}", error) from error
+
+
+def _decode_fast(name: str, image: ImageFile.ImageFile, data: bytes) -> _Values | None:
+    """Return what Pillow would, of a plain JPEG or PNG without any flaw; else None."""
+    if len(image.tile) != 1:
+        return None
+    (width, height), (_, _, offset, arguments) = image.size, image.tile[0]
+    raw_mode = str(arguments if isinstance(arguments, str) else (arguments or ("",))[0])
+    if name == "JPEG" and raw_mode in _JPEG_COLOURS:
+        return _decode_jpeg(data, (height, width), raw_mode)
+    if name != "PNG" or raw_mode not in png.CHANNELS or image.info.get("interlace"):
+        return None
+    if getattr(image, "is_animated", False) or not acceleration.is_ready():
+        return None
+    try:
+        return png.decode(data, offset, width, height, raw_mode)
+    except MemoryError:
+        return None
+
+
+def _decode_jpeg(data: bytes, shape: tuple[int, int], mode: str) -> _Values | None:
+    """Return what Pillow gives, from the same library without Pillow's two copies on the way out.
+
+    torchvision's decoder is no faster and takes 2.3 s to import beyond torch.
+    """
+    if simplejpeg is None:
+        return None
+    try:
+        *size, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if tuple(size) != shape or colours not in _JPEG_COLOURS[mode]:
+            return None
+        # strict: what libjpeg warns of goes to Pillow, which fails some of it
+        pixels: _Values = simplejpeg.decode_jpeg(
+            data, "GRAY" if mode == "L" else "RGB", strict=True
+        )
+    except (ValueError, MemoryError):
+        return None
+    return pixels[:, :, 0] if mode == "L" else pixels
+
+
+def _to_array(image: Image.Image) -> _Values:
+    """Return a loaded image as 8-bit grey or RGB, or as deep grey."""
+    if image.mode[0] in "IF":
+        return np.asarray(image)
+    image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn about some kinds
+    if image.mode == "La":
+        image = image.convert("LA")
+    # A grey image resized as one channel equals the resized RGB image, in a third of the time.
+    wanted = "L" if image.mode in {"1", "L", "LA"} else "RGB"
+    return np.array(image if image.mode == wanted else image.convert(wanted))
+
+
+def open_unread(data: bytes) -> tuple[str, ImageFile.ImageFile]:
+    """Return the format's name and the image with its header read.
+
+    Raises:
+        DataError: If there is no header of a format known here.
+    """
+    name, reader = _find_reader(data)
+    _mute_pillow()
+    # Damaged files make Pillow raise nearly anything (17 of the 218 bad files of its own corpus
+    # are no OSError), and one file must never stop a run.
+    try:
+        return name, reader(io.BytesIO(data))
+    except Exception as error:
+        raise failure(f"a broken {name} file", error) from error
+
+
+def _find_reader(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
+    if not data:
+        raise failure("an empty file")
+    for name, prefixes, reader in _READERS:
+        if data.startswith(prefixes):
+            return name, reader
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP", WebPImageFile
+    if data[128:132] == b"DICM":
+        raise failure("a DICOM file (convert it to PNG first)")
+    for prefix, kind in _FOREIGN.items():
+        if data[:100].lstrip().startswith(prefix):
+            raise failure(kind)
+    raise failure("bytes of no known image format")
+
+
+def failure(reason: str, error: Exception | None = None) -> DataError:
+    """Return what to raise for an image that cannot be used."""
+    if error is not None:  # as one short line, equal for equal files (no object addresses)
+        text = " ".join(printable(error).split()).partition(" <_io.")[0]
+        reason += f": {text[:200] or type(error).__name__}"
+    expected = "a readable JPEG, PNG, BMP, TIFF, WebP or PPM image"
+    kind = TransientError if isinstance(error, MemoryError) else DataError
+    return kind("image", expected=expected, found=reason)
+
+
+def _refuse_bomb(name: str, image: ImageFile.ImageFile) -> None:
+    # Pillow checks TIFF again while loading, against its own limit: stay below it, so that the
+    # user's process-wide setting neither warns nor has to be changed.
+    limit = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS) if name == "TIFF" else MAX_PIXELS
+    for width, height in (image.size, getattr(image, "_tile_size", image.size)):
+        if width * height > limit:
+            raise failure(f"{width} x {height} pixels, more than {limit:,} in all")
+
+
+def _find_depth(name: str, image: ImageFile.ImageFile) -> tuple[int | None, bool, bool]:
+    arguments = image.tile[0].args if image.tile else ""
+    raw_mode, *rest = (arguments,) if isinstance(arguments, str) else arguments or ("",)
+    deep_grey = image.mode[0] in "IF"
+    stated_maximum = 4095 if raw_mode == "I;12" else None
+    deep_colour = name in {"PNG", "TIFF"} and ";16" in str(raw_mode)
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    if name == "PPM" and rest:
+        deep_colour = rest[0] == 65535
+        # Pillow has scaled from the range in the header to 16 bits, unless that is 16 bits.
+        stated_maximum = None if deep_colour else 65535
+    return stated_maximum, deep_grey and white_is_zero, deep_colour and not deep_grey
+
+
+def _upright(image: ImageFile.ImageFile, values: _Values) -> _Values:
+    try:  # Image's own method: PNG's loads the image first, for tags behind the pixels
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001  (a damaged tag, of as many kinds: the pixels are whole)
+        return values
+    if not isinstance(orientation, int) or orientation not in _TURNS:
+        return values
+    mirrored, quarter_turns = _TURNS[orientation]
+    values = values[:, ::-1] if mirrored else values
+    return np.ascontiguousarray(np.rot90(values, quarter_turns))
+
+
+class _TruncationGate:
+    """Owns ``ImageFile.LOAD_TRUNCATED_IMAGES``, one switch for all threads of the process.
+
+    Strict reads share the gate with the switch off, also when the user turned it on; a read
+    that fills in has the gate for itself with the switch on. The last one out restores it.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+        if hasattr(os, "register_at_fork"):  # a lock another thread holds would stay held
+            os.register_at_fork(after_in_child=self.reset)
+
+    def reset(self) -> None:
+        self._changed = threading.Condition()
+        self._num_reads = 0
+        self._filling = False
+        self._users_setting = False
+
+    @contextlib.contextmanager
+    def __call__(self, *, fill: bool) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._filling)
+            self._filling = fill  # from here no further read starts
+            if fill:
+                self._changed.wait_for(lambda: self._num_reads == 0)
+            if self._num_reads == 0:
+                self._users_setting = ImageFile.LOAD_TRUNCATED_IMAGES
+                ImageFile.LOAD_TRUNCATED_IMAGES = fill
+            self._num_reads += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_reads -= 1
+                if fill:
+                    self._filling = False
+                if self._num_reads == 0:
+                    ImageFile.LOAD_TRUNCATED_IMAGES = self._users_setting
+                self._changed.notify_all()
+
+
+_truncation_gate = _TruncationGate()
+_filter: object = None
+
+
+def _mute_pillow() -> None:
+    """Keep one filter in front that ignores what Pillow's TIFF (= EXIF) and PNG readers remark.
+
+    ``catch_warnings`` swaps the list of all filters and is not safe in threads. Side effect:
+    from the first decoded image on, this process sees no UserWarning of these two modules.
+    """
+    global _filter  # noqa: PLW0603
+    if warnings.filters and warnings.filters[0] is _filter:
+        return
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Tiff|Png)ImagePlugin")
+    _filter = warnings.filters[0]

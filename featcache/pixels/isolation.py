@@ -1,0 +1,154 @@
+"""Decode images in a child process: one that hangs or crashes the decoder costs itself only.
+
+Threads decode faster, so this is for images under suspicion: those whose decoding has not come
+back in time, and those at work when the process of an earlier run was killed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import IO, Any
+
+from featcache.errors import DataError, TransientError
+from featcache.files import child_process
+from featcache.pixels.images import PixelRules, deep_maximum
+from featcache.pixels.views import Rendering, ViewRules, render
+
+DECODE_SECONDS = 60.0
+"""An image that takes longer is failed; a 200-megapixel PNG takes about 3 s."""
+
+
+class IsolatedDecoder:
+    """Decodes one image after the other in a child process, replaced whenever it dies or hangs.
+
+    Use as a context manager; the child ends with it.
+    """
+
+    def __init__(self, seconds: float = DECODE_SECONDS) -> None:
+        self._seconds = seconds
+        self._child: subprocess.Popen[bytes] | None = None
+        self._one_at_a_time = threading.Lock()
+        self._is_over = False
+
+    def __enter__(self) -> IsolatedDecoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        # A thread may be waiting for an answer, or about to ask: its child is killed, it starts no
+        # other, and then the lock is free.
+        self._is_over = True
+        if (child := self._child) is not None:
+            child.kill()
+        with self._one_at_a_time:
+            self._stop()
+
+    def render(
+        self, data: bytes, recipes: Sequence[tuple[PixelRules, ViewRules]], sha256: bytes
+    ) -> Rendering:
+        """Do what ``views.render`` does.
+
+        Raises:
+            DataError: If the image is bad, or the decoder hung on it.
+            TransientError: If the decoder's process died.
+        """
+        rendering = self._ask("render", data, list(recipes), sha256)
+        assert isinstance(rendering, Rendering)
+        return rendering
+
+    def deep_maximum(self, data: bytes) -> int | None:
+        """Do what ``images.deep_maximum`` does.
+
+        Raises:
+            DataError: If the decoder hung on it.
+            TransientError: If the decoder's process died.
+        """
+        maximum = self._ask("deep_maximum", data)
+        assert maximum is None or isinstance(maximum, int)
+        return maximum
+
+    def _ask(self, *request: object) -> object:
+        with self._one_at_a_time:
+            return self._ask_child(request)
+
+    def _ask_child(self, request: tuple[object, ...]) -> object:
+        child = self._start()
+        if self._is_over:
+            child.kill()  # then it has no answer
+        timer = threading.Timer(self._seconds, child.kill)
+        timer.start()
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            _send(child.stdin, request)
+            answer = _receive(child.stdout)
+        except (OSError, EOFError) as error:
+            hung = not timer.is_alive()
+            self._stop()
+            reason = f"it hung for {self._seconds:.0f} s" if hung else "it crashed"
+            kind = DataError if hung else TransientError  # perhaps the system was out of memory
+            raise kind("image", expected="a decoder that ends", found=reason) from error
+        finally:
+            timer.cancel()
+        if isinstance(answer, DataError):
+            raise answer
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._child is None:
+            command, environment = child_process("featcache.pixels.isolation")
+            self._child = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for us: we finish what is in hand
+            )  # fmt: skip
+        return self._child
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+
+
+def _send(stream: IO[bytes], value: object) -> None:
+    data = pickle.dumps(value)
+    stream.write(struct.pack("<Q", len(data)) + data)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> object:
+    head = stream.read(8)
+    if len(head) < 8:
+        raise EOFError
+    (size,) = struct.unpack("<Q", head)
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError
+    return pickle.loads(data)
+
+
+def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Answer (name of a function, its arguments) by what it does until the parent is gone."""
+    functions: dict[str, Callable[..., object]] = {"render": render, "deep_maximum": deep_maximum}
+    while True:
+        try:
+            request: Any = _receive(requests)
+        except EOFError:
+            return
+        try:
+            answer = functions[request[0]](*request[1:])
+        except DataError as error:
+            answer = error
+        _send(answers, answer)
+
+
+if __name__ == "__main__":
+    _serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,0 +1,76 @@
+"""PNG bytes -> pixels, for the plain kinds that X-rays come as; every doubt is left to Pillow.
+
+ISA-L inflates, ``kernels`` undoes the row filters. Of a 2000 x 2500 grey X-ray Pillow takes 29 ms
+to load; zlib alone inflates it in 21, libdeflate and zlib-ng in 15, ISA-L in 9.5, and the filters
+take 2 more. Pillow reads the header; it checks no CRC of pixel data, so nor does this.
+
+Reads: bytes. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+try:
+    from isal import igzip_lib
+except ImportError:  # no wheel for this platform
+    igzip_lib = None  # type: ignore[assignment]
+
+CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "I;16B": 1}
+"""Pillow's raw mode of what is read here -> samples a pixel."""
+
+
+def decode(
+    data: bytes, pixel_data: int, width: int, height: int, raw_mode: str
+) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | None:
+    """Decode a PNG that is not interlaced.
+
+    Args:
+        data: The file.
+        pixel_data: Where the body of its first IDAT chunk begins.
+        width: From the header.
+        height: From the header.
+        raw_mode: One of ``CHANNELS``.
+
+    Returns:
+        (H, W) uint8, (H, W, 3) uint8 without alpha, or (H, W) uint16; None if anything is missing,
+        damaged, or not known here.
+    """
+    from featcache.pixels import kernels
+
+    packed = _join_pixel_data(data, pixel_data - 8)
+    if igzip_lib is None or packed is None:
+        return None
+    step = CHANNELS[raw_mode] * (2 if raw_mode == "I;16B" else 1)
+    num_bytes = height * (1 + width * step)
+    inflater = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_ZLIB)
+    try:  # never more than the header promised; the checksum is checked
+        inflated = inflater.decompress(packed, num_bytes)
+    except igzip_lib.IsalError:  # type: ignore[misc, unused-ignore]  # a wrong stub
+        return None
+    if len(inflated) != num_bytes or not inflater.eof:
+        return None
+    out = np.empty((height, width * step), np.uint8)
+    if not kernels.unfilter(np.frombuffer(inflated, np.uint8).reshape(height, -1), step, out):
+        return None
+    if raw_mode == "I;16B":
+        deep = out.view(np.uint16)
+        return deep.byteswap(inplace=True) if np.little_endian else deep
+    samples = out.reshape(height, width, step)
+    if step == 4:  # drop alpha; plane by plane takes a seventh of the time of samples[:, :, :3]
+        opaque = np.empty((height, width, 3), np.uint8)
+        for channel in range(3):
+            opaque[:, :, channel] = samples[:, :, channel]
+        return opaque
+    return samples if step == 3 else np.ascontiguousarray(samples[:, :, 0])
+
+
+def _join_pixel_data(data: bytes, place: int) -> bytes | None:
+    """Return the bodies of all IDAT chunks if nothing but the end follows them."""
+    bodies, view = [], memoryview(data)  # slices of it are no copies
+    while data[place + 4 : place + 8] == b"IDAT":
+        length = int.from_bytes(data[place : place + 4], "big")
+        bodies.append(view[place + 8 : place + 8 + length])
+        place += 12 + length
+    return b"".join(bodies) if data[place : place + 8] == b"\0\0\0\0IEND" else None

@@ -1,0 +1,443 @@
+"""Cache in, run out: try many heads, keep the best if it is truly better than the default.
+
+``RUN.sweep/journal.jsonl`` has an entry per round of trials and per repeat until the run is there.
+A round is a function of the rounds before it (options, rows and seeds), so a sweep that was killed
+repeats the round it was in and ends as if it had not been.
+
+Reads: a cache. Writes: a run folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featcache import __version__
+from featcache.cache.reading import open_cache
+from featcache.errors import ConfigError, RunError, printable
+from featcache.files import (
+    canonical_json,
+    new_folder,
+    read_regular,
+    refuse_existing,
+    remove_temporaries,
+    write_csv,
+    write_json,
+    writer_lock,
+)
+from featcache.heads.fit import fit_head
+from featcache.heads.recording import check_seed, check_valid_fraction, record_fit
+from featcache.heads.rows import check_cache, choose_rows, warn_of_leaks
+from featcache.metrics.scores import check_metric
+from featcache.runtime import Say, resolve_device, silent
+from featcache.sweeps.folds import Pool
+from featcache.sweeps.journal import Journal
+from featcache.sweeps.ranking import Decision, decision_lines, ranking_lines, trial_rows
+from featcache.sweeps.search import Found, Plan, Search, check_grid, derive_seed
+from featcache.sweeps.space import Params, Space, build_configs, default_space, read_space
+from featcache.sweeps.trials import Judge, Trial
+
+SAMPLERS = ("random", "grid", "tpe")
+SELECTIONS = ("safe", "best")
+_TPE_TRIALS = 16  # of a round, between which it learns
+_MAX_TRIALS = 1_000_000
+_JOURNAL_NAME, _LOCK_NAME, _ANSWER_NAME = "journal.jsonl", "lock", "sweep.json"
+_MAX_ANSWER_BYTES = 1 << 24
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """What a sweep came to.
+
+    Attributes:
+        run: The run folder.
+        num_trials: Trials, the default among them.
+        num_pruned: Given up on the way.
+        num_failed: Those whose loss was no number.
+        metric: With its averaging.
+        top: The ten best: number, score and options.
+        failed: Numbers of the failed.
+        decision: What the repeats came to; None where nothing but the default was left.
+        chosen: The number of the trial kept, 0 for the default.
+        options: Its options as far as they are not the defaults.
+        valid_loss: Of the run, as are the two that follow.
+        valid_accuracy: On ``valid``.
+        best_epoch: The epoch kept.
+        num_head_steps: Optimizer steps of all heads, in this process.
+        seconds: Wall time of this process.
+        device: Where it ran.
+        fingerprint: That of the cache.
+        weights_sha256: That of the weights.
+    """
+
+    run: Path
+    num_trials: int
+    num_pruned: int
+    num_failed: int
+    metric: str
+    top: list[dict[str, Any]]
+    failed: list[int]
+    decision: Decision | None
+    chosen: int
+    options: Params
+    valid_loss: float
+    valid_accuracy: float
+    best_epoch: int
+    num_head_steps: int
+    seconds: float
+    device: str
+    fingerprint: str
+    weights_sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as a JSON object, ``/`` in paths."""
+        decision = None if self.decision is None else self.decision.as_json()
+        return dataclasses.asdict(self) | {"run": self.run.as_posix(), "decision": decision}
+
+
+def sweep(
+    cache: str | Path,
+    run: str | Path,
+    *,
+    trials: int,
+    sampler: str = "random",
+    space: str | Path | None = None,
+    metric: str = "loss",
+    positive: str | None = None,
+    folds: int | None = None,
+    repeats: int = 5,
+    select: str = "safe",
+    prune: bool = True,
+    valid_fraction: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    say: Say = silent,
+    progress: bool = False,
+) -> SweepSummary:
+    """Try many heads on a cache and write one as a run; the split ``test`` is not touched.
+
+    Trial 0 is the default head. Trials are ranked by ``metric`` on ``valid``, or over folds. The
+    three best and the default are then trained again, each on the same new hold-outs of ``train``
+    and ``valid`` (or folds) with new seeds, and the default is kept unless the best is better by an
+    interval that excludes zero. The run is what ``train`` makes of the options chosen. Killed and
+    called again with the same arguments, a sweep goes on.
+
+    Args:
+        cache: The cache.
+        run: The folder to make; it has ``trials.csv`` and ``sweep.json`` besides a run's files.
+        trials: How many, the default among them.
+        sampler: ``random``, ``grid`` or ``tpe`` (Optuna's, 16 trials a round).
+        space: A TOML file (see module ``space``); None is the default space.
+        metric: ``loss``, ``accuracy``, ``balanced_accuracy``, ``roc_auc``, ``average_precision`` or
+            ``f1``; the last three are macro means unless ``positive`` is given. Of several labels
+            an image all but ``balanced_accuracy``, over the known targets.
+        positive: The class that those three look for.
+        folds: Judge trials by cross-validation over ``train`` and ``valid`` instead, groups and
+            identical images together.
+        repeats: New hold-outs (or repetitions of all folds), two or more.
+        select: ``safe``, or ``best``: keep the highest mean over the repeats.
+        prune: Give hopeless trials up on the way.
+        valid_fraction: As for ``train``, for caches without ``valid``.
+        seed: Decides everything that is drawn.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        overwrite: Replace an existing run.
+        say: Receives the lines for people.
+        progress: Show a bar on a terminal.
+
+    Raises:
+        RunError: If ``run`` exists and ``overwrite`` is not set.
+        ConfigError: If an option has no meaning, or an unfinished sweep of this name was begun
+            with others.
+        CacheError: If the cache is damaged, lacks a split, or its rows cannot be trained on.
+
+    Example:
+        >>> featcache.sweep("covid.h5", "runs/best", trials=200)  # doctest: +SKIP
+    """
+    start, folder = time.perf_counter(), Path(run)
+    journal_folder = folder.absolute().with_name(folder.absolute().name + ".sweep")
+    if not (journal_folder / _JOURNAL_NAME).exists():
+        refuse_existing(folder, overwrite=overwrite)
+    _check_options(trials, sampler, folds, repeats, select)
+    check_seed("--seed", seed)
+    check_valid_fraction(valid_fraction)
+    read = None if space is None else read_space(Path(space))
+    torch_device = resolve_device(device)
+    opened = open_cache(cache)
+    check_cache(opened)
+    has_labels = opened.task == "multilabel"
+    check_metric(metric, positive, opened.classes, has_labels=has_labels)
+    warn_of_leaks(opened)
+    pool = Pool.of(opened, choose_rows(opened, valid_fraction, seed, say), torch_device, say)
+    chosen_space = read or default_space(len(pool.pair[0]))
+    if sampler == "grid":
+        check_grid(chosen_space, trials)
+    plan = Plan(trials, sampler, chosen_space, folds, repeats, select, seed)
+    judge = Judge(
+        metric, positive, opened.classes, torch_device, prune, _say_once(say), opened.task
+    )
+    work = {
+        "format": "featcache-sweep", "version": __version__,
+        "cache_fingerprint": opened.fingerprint, "cache_sha256": opened.payload_sha256,
+        "trials": trials,
+        "sampler": sampler, "space": chosen_space.as_json(), "metric": metric,
+        "positive": positive, "folds": folds, "repeats": repeats, "select": select,
+        "prune": prune, "valid_fraction": valid_fraction, "seed": seed,
+        "device": torch_device.type,
+    }  # fmt: skip
+    propose = functools.partial(_propose, plan, judge.sign) if sampler == "tpe" else None
+    search = Search(plan, judge, pool, propose, progress=progress)
+    _check_metric_is_known(judge, pool, search)
+    _say_plan(plan, judge, pool, say)
+    with _locked(journal_folder, folder):
+        overwrite = _may_replace(folder, journal_folder, work, overwrite=overwrite)
+        journal = Journal(journal_folder / _JOURNAL_NAME, work)
+        if journal.entries:
+            say(f"going on with what {printable(journal_folder.as_posix())} has")
+        found = search.search(journal)
+        summary = _write(folder, found, pool, judge, work, start=start, overwrite=overwrite)
+        _remove_journal(journal_folder)
+    _say_result(summary, found, judge, say)
+    return summary
+
+
+def _propose(plan: Plan, sign: int, earlier: Sequence[Trial], number: int) -> dict[int, Params]:
+    """Return the next round of TPE, which learns from the trials of earlier rounds.
+
+    The study is built anew each time from those and a seed of the round: nothing of Optuna's own
+    is stored, and a killed round is proposed again as it was.
+    """
+    first = len(earlier)
+    numbers = range(first, min(first + _TPE_TRIALS, plan.num_trials))
+    if not earlier:
+        return {n: plan.space.draw(plan.seed, n) if n else Params() for n in numbers}
+    optuna = _import_optuna()
+    distributions: dict[str, Any] = {}
+    for d in plan.space.dimensions:
+        if d.choices:
+            distributions[d.name] = optuna.distributions.CategoricalDistribution(
+                tuple(range(len(d.choices)))
+            )
+        elif d.is_whole:
+            distributions[d.name] = optuna.distributions.IntDistribution(d.low, d.high, log=d.log)
+        else:
+            distributions[d.name] = optuna.distributions.FloatDistribution(d.low, d.high, log=d.log)
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constant_liar is called experimental
+            seed = derive_seed(plan.seed, 2, number) % (1 << 32)
+            sampler = optuna.samplers.TPESampler(n_startup_trials=1, constant_liar=True, seed=seed)
+            study = optuna.create_study(sampler=sampler)
+            for trial in earlier:
+                if trial.number:  # the default's options may lie outside the space
+                    study.add_trial(_tell(optuna, trial, plan.space, distributions, sign))
+            asked = [study.ask(distributions).params for _ in numbers]
+    finally:
+        optuna.logging.set_verbosity(level)
+    choices = {d.name: d.choices for d in plan.space.dimensions if d.choices}
+    return {
+        n: plan.space.fixed | {k: choices[k][v] if k in choices else v for k, v in params.items()}
+        for n, params in zip(numbers, asked, strict=True)
+    }
+
+
+def _tell(
+    optuna: Any, trial: Trial, space: Space, distributions: Mapping[str, Any], sign: int
+) -> Any:
+    """Return a trial as Optuna has them; a failed one is the worst of the pruned."""
+    values = {
+        d.name: d.choices.index(trial.params[d.name]) if d.choices else trial.params[d.name]
+        for d in space.dimensions
+    }
+    value = None if trial.score is None else -sign * trial.score
+    states = optuna.trial.TrialState
+    losses = trial.losses[-1] if trial.state == "pruned" else []
+    return optuna.trial.create_trial(
+        state=states.PRUNED if value is None else states.COMPLETE, params=values,
+        distributions=dict(distributions), value=value,
+        intermediate_values=dict(enumerate(losses)),
+    )  # fmt: skip
+
+
+def _import_optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            "--sampler tpe", expected="the package optuna", found="none",
+            hint="pip install 'featcache[sweep]', or take --sampler random",
+        ) from error  # fmt: skip
+    return optuna
+
+
+def _locked(journal_folder: Path, run: Path) -> contextlib.AbstractContextManager[None]:
+    if sys.platform == "win32":  # has no flock
+        journal_folder.mkdir(parents=True, exist_ok=True)
+        return contextlib.nullcontext()
+    return writer_lock(journal_folder / _LOCK_NAME, f"sweep {run}")
+
+
+def _may_replace(
+    folder: Path, journal_folder: Path, work: Mapping[str, Any], *, overwrite: bool
+) -> bool:
+    """Return whether a run that is there may be replaced, now that no other sweep can make one.
+
+    A sweep that was killed between writing its run and removing its journal writes it once more.
+
+    Raises:
+        RunError: If one is there that may not: another sweep's that ended before the lock was ours.
+    """
+    has_journal = (journal_folder / _JOURNAL_NAME).exists()
+    if has_journal and _read_work(folder) == json.loads(canonical_json(work)):
+        return True
+    try:
+        refuse_existing(folder, overwrite=overwrite)
+    except RunError:
+        if not has_journal:
+            _remove_journal(journal_folder)
+        raise
+    return overwrite
+
+
+def _read_work(run: Path) -> Any:
+    """Return what the sweep that wrote a run was asked, None if no sweep did."""
+    try:
+        data = read_regular(run / _ANSWER_NAME, max_bytes=_MAX_ANSWER_BYTES)
+        return json.loads(data)["sweep"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _remove_journal(folder: Path) -> None:
+    """Remove what is ours, under its lock; the lock last."""
+    remove_temporaries(folder / _JOURNAL_NAME)
+    for name in (_JOURNAL_NAME, _LOCK_NAME):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # others' files stay
+        folder.rmdir()
+
+
+def _write(
+    folder: Path, found: Found, pool: Pool, judge: Judge, work: Mapping[str, Any],
+    *, start: float, overwrite: bool,
+) -> SweepSummary:  # fmt: skip
+    """Train what was chosen as ``train`` would, and write it."""
+    options = found.trials[found.chosen].params
+    arrays, cache, seed = pool.take(pool.pair), pool.cache, work["seed"]
+    head, training = build_configs(options, cache.num_features, len(cache.classes))
+    with new_folder(folder, overwrite=overwrite) as partial:
+        result = fit_head(
+            head, training, *arrays, seed=seed, data_seed=seed, device=judge.device,
+            classes=cache.classes,
+        )  # fmt: skip
+        decision = None if found.decision is None else found.decision.as_json()
+        weights_sha256 = record_fit(
+            partial, folder, cache, head=head, training=training, result=result, seed=seed,
+            data_seed=seed, device=judge.device, num_train=len(arrays[1]),
+            valid_fraction=work["valid_fraction"],
+            details={"sweep": {"trial": found.chosen, "trials": len(found.trials)}},
+        )  # fmt: skip
+        write_csv(partial / "trials.csv", *trial_rows(found.trials))
+        write_json(partial / _ANSWER_NAME, {"sweep": dict(work), "decision": decision})
+    kept = result.history[result.best_epoch - 1]
+    return SweepSummary(
+        run=folder, num_trials=len(found.trials),
+        num_pruned=sum(trial.state == "pruned" for trial in found.trials),
+        num_failed=len(found.failed), metric=judge.description,
+        top=[
+            {"trial": t.number, "score": t.score, "options": t.params}
+            for t in found.ranked[:_SHOWN]
+        ],
+        failed=found.failed, decision=found.decision, chosen=found.chosen, options=options,
+        valid_loss=kept["valid_loss"], valid_accuracy=kept["valid_accuracy"],
+        best_epoch=result.best_epoch, num_head_steps=found.num_head_steps,
+        seconds=time.perf_counter() - start, device=str(judge.device),
+        fingerprint=cache.fingerprint, weights_sha256=weights_sha256,
+    )  # fmt: skip
+
+
+def _check_options(trials: Any, sampler: Any, folds: Any, repeats: Any, select: Any) -> None:
+    for option, value, fits, expected in (
+        ("--trials", trials, type(trials) is int and 2 <= trials <= _MAX_TRIALS,
+         f"a whole number from 2 to {_MAX_TRIALS:,}"),
+        ("--sampler", sampler, sampler in SAMPLERS, " or ".join(SAMPLERS)),
+        ("--folds", folds, folds is None or (type(folds) is int and folds >= 2),
+         "a whole number from 2"),
+        ("--repeats", repeats, type(repeats) is int and repeats >= 2, "a whole number from 2"),
+        ("--select", select, select in SELECTIONS, " or ".join(SELECTIONS)),
+    ):  # fmt: skip
+        if not fits:
+            raise ConfigError(option, expected=expected, found=repr(value))
+    if sampler == "tpe":
+        _import_optuna()
+
+
+def _check_metric_is_known(judge: Judge, pool: Pool, search: Search) -> None:
+    """Refuse a metric that some rows to judge by do not define: no head would have a score there.
+
+    Of one class a row, new hold-outs and folds have rows of every class.
+    """
+    has_labels = judge.task == "multilabel"
+    for train, valid in search.pairs if has_labels else search.pairs[:1]:
+        if judge.score_prior(pool.targets[train], pool.targets[valid]) is None:
+            wanted, found = "rows of every class in valid", "none of some class"
+            if has_labels:
+                of_class = "of a class" if judge.positive is None else f"of {judge.positive}"
+                wanted = f"positive and negative rows {of_class} in whatever is judged by"
+                found = "one answer only"
+            raise ConfigError(
+                f"--metric {judge.metric}", expected=wanted, found=found, where=pool.cache.path,
+                hint="Take --metric loss",
+            )  # fmt: skip
+
+
+def _say_once(say: Say) -> Say:
+    """Say the first line only: each round of trials has the same to say."""
+    said = list[str]()
+
+    def once(line: str) -> None:
+        if not said:
+            said.append(line)
+            say(line)
+
+    return once
+
+
+def _say_plan(plan: Plan, judge: Judge, pool: Pool, say: Say) -> None:
+    names = ", ".join(d.name for d in plan.space.dimensions)
+    say(printable(f"searching {names} by {judge.description}"))
+    num_train, num_valid = map(len, pool.pair)
+    how = "to choose by" if plan.num_folds is None else f"in valid, in {plan.num_folds} folds"
+    say(f"{num_train:,} rows to train on, {num_valid:,} {how}")
+    if "test" in pool.cache.splits:
+        say(f"the {len(pool.cache.splits['test']):,} rows of test are not touched")
+
+
+def _say_result(summary: SweepSummary, found: Found, judge: Judge, say: Say) -> None:
+    for line in ranking_lines(found.ranked[:_SHOWN], judge.metric):
+        say(line)
+    if summary.failed:
+        numbers = ", ".join(map(str, summary.failed[:20]))
+        say(f"failed, for the loss was no number: {summary.num_failed:,} trials ({numbers})")
+    if found.decision is None:
+        say("kept: the default head: no other trial is left to compare it with")
+    else:
+        for line in decision_lines(found.decision, judge.metric, judge.sign):
+            say(line)
+    say(
+        f"{summary.num_trials:,} trials, {summary.num_pruned:,} given up on the way, in "
+        f"{summary.seconds:.1f} s on {summary.device}; valid loss {summary.valid_loss:.4f}, "
+        f"accuracy {summary.valid_accuracy:.3f}, written to {printable(summary.run.as_posix())}"
+    )

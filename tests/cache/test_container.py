@@ -1,0 +1,506 @@
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from featcache.cache.container import (
+    MAX_USER_BLOCK_BYTES,
+    Container,
+    content_sha256,
+    is_payload_whole,
+    open_container,
+)
+from featcache.cache.hdf5 import ArraySource, write_container
+from featcache.errors import CacheError
+from featcache.files import canonical_json
+
+SAMPLES = Path(__file__).parents[3] / "shared" / "research" / "rel" / "samples"
+FINGERPRINT = "0123456789abcdef" * 4
+KEYS = {
+    "format", "format_version", "user_block_bytes", "payload_bytes", "payload_sha256",
+    "content_sha256", "fingerprint", "arrays",
+}  # fmt: skip
+
+
+def some_arrays(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "identity": np.array(b'{"a":1}'),
+        "splits/train/features": rng.normal(size=(40, 16)).astype("<f4"),
+        "splits/train/views": rng.normal(size=(5, 3, 7)).astype("<f2"),
+        "splits/train/targets": rng.integers(-1, 2, 40).astype("<i8"),
+        "splits/train/paths": np.array([b"a", b"bc", b"d\xff/e" * 3], "S15"),
+        "splits/train/sha": rng.integers(0, 256, (7, 32)).astype("|u1"),
+        "splits/none/features": np.empty((0, 16), "<f4"),
+        "splits/none/paths": np.empty(0, "S1"),
+        "number": np.array(-5, "<i8"),
+    }
+
+
+def write(path: Path, arrays: dict[str, np.ndarray]) -> Container:
+    sources = [ArraySource.of(name, array) for name, array in arrays.items()]
+    return write_container(path, sources, FINGERPRINT, ["splits/train/features"])
+
+
+def read_block(path: Path) -> dict[str, Any]:
+    block = json.loads(path.read_bytes()[:MAX_USER_BLOCK_BYTES].split(b"\0")[0])
+    assert isinstance(block, dict)
+    return block
+
+
+def edit_block(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Let a liar change the user block; a liar keeps a hash over it right, where there is one."""
+    raw, block = path.read_bytes(), read_block(path)
+    change(block)
+    return write_block(path, block, raw[block_size(raw) :])
+
+
+def block_size(raw: bytes) -> int:
+    return raw.index(b"\x89HDF")
+
+
+def write_block(path: Path, block: dict[str, Any], payload: bytes) -> Path:
+    if "user_block_sha256" in block:
+        rest = {key: value for key, value in block.items() if key != "user_block_sha256"}
+        with contextlib.suppress(ValueError):
+            block["user_block_sha256"] = hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+    text = json.dumps(block, sort_keys=True, separators=(",", ":")).encode()
+    path.write_bytes(text.ljust(4096, b"\0") + payload)
+    return path
+
+
+def entry_of(block: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(e for e in block["arrays"] if e["name"] == name)
+
+
+def facts(container: Container) -> tuple[Any, ...]:
+    return (
+        container.fingerprint, container.payload_sha256, container.content_sha256,
+        container.user_block_bytes, container.payload_bytes, dict(container.arrays),
+    )  # fmt: skip
+
+
+def same(one: np.ndarray, two: np.ndarray) -> bool:
+    return one.shape == two.shape and one.dtype == two.dtype and one.tobytes() == two.tobytes()
+
+
+# --- what is written can be read
+
+
+def test_arrays_come_back_by_both_ways_of_reading(tmp_path: Path) -> None:
+    arrays = some_arrays()
+    write(tmp_path / "c", arrays)
+    container = open_container(tmp_path / "c")
+    assert list(container.arrays) == list(arrays)
+    for name, array in arrays.items():
+        assert same(container.map(name), array)
+        assert same(container.read(name), array)
+
+
+def test_a_mapped_array_cannot_change_the_file(tmp_path: Path) -> None:
+    container = write(tmp_path / "c", some_arrays())
+    view = container.map("splits/train/features")
+    with pytest.raises(ValueError, match="read-only"):
+        view[0, 0] = 1
+    container.read("splits/train/features")[0, 0] = 1
+    assert same(container.map("splits/train/features"), some_arrays()["splits/train/features"])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_arrays_of_any_size_are_aligned_and_come_back(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for i in range(int(rng.integers(1, 40))):
+        shape = tuple(int(n) for n in rng.integers(0, 40, int(rng.integers(0, 4))))
+        dtype = rng.choice(["<f4", "<f2", "<i8", "|u1", f"|S{rng.integers(1, 60)}"])
+        data = rng.integers(1, 256, 60 * int(np.prod(shape)) + 60, np.uint8).tobytes()
+        size = int(np.prod(shape))
+        arrays[f"g{i % 3}/a{i}"] = np.frombuffer(data, dtype, size).reshape(shape)
+    container = write(tmp_path / "c", arrays)
+    for name, array in arrays.items():
+        assert same(container.map(name), array)
+        entry = container.arrays[name]
+        if entry.num_bytes >= 256:
+            assert entry.offset % 64 == 0
+        if entry.num_bytes and array.dtype.kind != "S":
+            assert container.map(name).flags.aligned
+
+
+def test_no_handle_stays_open(tmp_path: Path) -> None:
+    container = write(tmp_path / "c", some_arrays())
+    folder = Path("/proc/self/fd")
+    if not folder.is_dir():
+        pytest.skip("counts handles in /proc")
+    before = len(list(folder.iterdir()))
+    kept = [open_container(tmp_path / "c") for _ in range(50)]
+    kept_arrays = [container.read("splits/train/features") for _ in range(50)]
+    assert len(list(folder.iterdir())) <= before + 1
+    assert len(kept) == len(kept_arrays)
+
+
+def test_a_missing_array_is_named(tmp_path: Path) -> None:
+    container = write(tmp_path / "c", some_arrays())
+    for get in (container.map, container.read):
+        with pytest.raises(CacheError, match="a data set splits/test/features"):
+            get("splits/test/features")
+
+
+def test_a_container_survives_pickling(tmp_path: Path) -> None:
+    container = write(tmp_path / "c", some_arrays())
+    assert facts(pickle.loads(pickle.dumps(container))) == facts(container)
+
+
+# --- the user block
+
+
+def test_the_user_block_says_what_stands_behind_it(tmp_path: Path) -> None:
+    arrays = some_arrays()
+    container = write(tmp_path / "c", arrays)
+    raw, block = (tmp_path / "c").read_bytes(), read_block(tmp_path / "c")
+    assert block.keys() >= KEYS
+    assert (block["format"], block["format_version"]) == ("featcache", 1)
+    assert (block["user_block_bytes"], block["fingerprint"]) == (4096, FINGERPRINT)
+    assert raw[4096:].startswith(b"\x89HDF\r\n\x1a\n")
+    assert block["payload_bytes"] == len(raw) - 4096
+    assert block["payload_sha256"] == hashlib.sha256(raw[4096:]).hexdigest()
+    assert raw[:4096].rstrip(b"\0").endswith(b"}")
+    for entry, (name, array) in zip(block["arrays"], arrays.items(), strict=True):
+        assert entry["name"] == name
+        stop = entry["offset"] + array.nbytes
+        assert entry["dtype"] == array.dtype.str
+        assert (entry["shape"], raw[entry["offset"] : stop]) == (list(array.shape), array.tobytes())
+    assert (container.payload_sha256, container.content_sha256) == (
+        block["payload_sha256"], block["content_sha256"],
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="needs tail and sha256sum")
+def test_anyone_can_check_the_payload_with_two_old_tools(tmp_path: Path) -> None:
+    container = write(tmp_path / "c", some_arrays())
+    line = f"tail -c +4097 '{tmp_path / 'c'}' | sha256sum"
+    found = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout
+    assert found.split()[0] == container.payload_sha256
+
+
+def test_many_arrays_take_a_larger_user_block(tmp_path: Path) -> None:
+    arrays = {f"group{i % 7}/array{i}": np.full((i % 5, 3), i, "<i8") for i in range(400)}
+    container = write(tmp_path / "c", arrays)
+    size = container.user_block_bytes
+    assert size > 4096
+    assert size & (size - 1) == 0
+    raw = (tmp_path / "c").read_bytes()
+    assert len(raw[:size].rstrip(b"\0")) > size // 2, "not larger than it has to be"
+    assert hashlib.sha256(raw[size:]).hexdigest() == container.payload_sha256
+    again = open_container(tmp_path / "c")
+    with h5py.File(tmp_path / "c") as file:
+        assert file.userblock_size == size
+        for name, array in arrays.items():
+            assert same(again.map(name), array)
+            assert same(file[name][()], array)
+
+
+def test_no_length_of_the_table_falls_between_two_block_sizes(tmp_path: Path) -> None:
+    """At every length around 4,096 bytes the file opens: the zero that ends the text is there."""
+    texts = []
+    used = len(
+        (write(tmp_path / "c", {"a": np.zeros(3, "<f4")}).path).read_bytes()[:4096].rstrip(b"\0")
+    )
+    for length in range(4096 - used - 3, 4096 - used + 6):
+        write(tmp_path / "c", {"a" * length: np.arange(3, dtype="<f4")})
+        container = open_container(tmp_path / "c")
+        assert container.map("a" * length).tolist() == [0, 1, 2]
+        texts.append(container.user_block_bytes)
+    assert {4096, 8192} == set(texts)
+
+
+def test_the_content_hash_is_what_its_definition_says() -> None:
+    a, b = np.arange(6, dtype="<f4").reshape(2, 3), np.array([b"x", b"yz"])
+    digests = {
+        name: (array.dtype, array.shape, hashlib.sha256(array.tobytes()).hexdigest())
+        for name, array in {"b": b, "a": a}.items()
+    }
+    text = '[["a","<f4",[2,3],"%s"],["b","|S2",[2],"%s"]]' % (digests["a"][2], digests["b"][2])  # noqa: UP031
+    wanted = hashlib.sha256(text.encode()).hexdigest()
+    assert content_sha256(digests) == content_sha256(dict(reversed(digests.items()))) == wanted
+
+
+# --- what is not whole is refused
+
+
+def test_other_files_are_refused_by_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file["features"] = np.zeros((3, 4))
+    with pytest.raises(CacheError, match="an HDF5 file without featcache's user block"):
+        open_container(path)
+    with h5py.File(path, "w", userblock_size=4096) as file:
+        file["features"] = np.zeros((3, 4))
+    cases: dict[str, bytes] = {
+        "other data": path.read_bytes(),
+        "an empty file": b"",
+        "another format": b'{"format":"other"}'.ljust(5000, b"\0"),
+        "an unreadable user block": b'{"format":"featcache",'.ljust(5000, b"\0"),
+    }
+    cases |= {f"other data {i}": data for i, data in enumerate([b"\0" * 9999, b"\x89PNG" * 2000])}
+    cases |= {f"an unreadable user block {i}": data for i, data in enumerate([
+        b"{" * 9000, b'{"a":' * 200000, b"{\xff}" * 3000, b'{"a":' + b"[" * 100000, b"{" + b"9" * 9,
+        b'{"format_version":' + b"9" * 5000 + b"}",
+    ])}  # fmt: skip
+    for found, data in cases.items():
+        path.write_bytes(data)
+        with pytest.raises(CacheError, match=found.rstrip("0123456789 ")):
+            open_container(path, verify=False)
+    for data in (b"[]", b'"featcache"', b"1", b"null", b"{}"):
+        path.write_bytes(data.ljust(8192, b"\0"))
+        with pytest.raises(CacheError, match=r"^cache: expected a featcache file"):
+            open_container(path, verify=False)
+
+
+def test_a_missing_file_a_folder_and_a_file_as_folder_are_one_line_each(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(CacheError, match="found no such file"):
+        open_container(tmp_path / "no.h5")
+    with pytest.raises(CacheError, match="expected a readable file"):
+        open_container(tmp_path)
+    with pytest.raises(CacheError, match="expected a readable file"):
+        open_container(tmp_path / "file" / "c.h5")
+
+
+@pytest.mark.parametrize("sample", sorted(SAMPLES.glob("*.h5")) or [None], ids=str)
+def test_files_that_hang_or_crash_libhdf5_are_refused_unread(sample: Path | None) -> None:
+    if sample is None:
+        pytest.skip("the hostile samples of ../shared/research are not here")
+    with pytest.raises(CacheError, match="expected a featcache file"):
+        open_container(sample)
+
+
+def test_a_newer_format_says_to_upgrade(tmp_path: Path) -> None:
+    write(tmp_path / "c", some_arrays())
+    edit_block(tmp_path / "c", lambda block: block.update(format_version=2, arrays="other"))
+    with pytest.raises(CacheError, match=r"format version 1, found version 2 .*pip install -U"):
+        open_container(tmp_path / "c")
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_cut_or_longer_file_is_refused_without_hashing(tmp_path: Path, verify: bool) -> None:
+    write(tmp_path / "c", some_arrays())
+    raw, path = (tmp_path / "c").read_bytes(), tmp_path / "d"
+    for length in [*range(0, len(raw), 61), len(raw) - 1]:
+        path.write_bytes(raw[:length])
+        with pytest.raises(CacheError):
+            open_container(path, verify=verify)
+    path.write_bytes(raw + b"\0")
+    with pytest.raises(CacheError, match="length"):
+        open_container(path, verify=verify)
+
+
+def test_any_changed_bit_of_the_payload_is_found(tmp_path: Path) -> None:
+    container = write(tmp_path / "c", some_arrays())
+    raw, rng = (tmp_path / "c").read_bytes(), random.Random(0)
+    assert is_payload_whole(container)
+    for _ in range(300):
+        damaged = bytearray(raw)
+        damaged[rng.randrange(4096, len(raw))] ^= 1 << rng.randrange(8)
+        (tmp_path / "c").write_bytes(damaged)
+        with pytest.raises(CacheError, match="payload sha256"):
+            open_container(tmp_path / "c")
+        assert facts(open_container(tmp_path / "c", verify=False)) == facts(container)
+
+
+def test_damage_of_the_user_block_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """The payload's hash does not cover the table, and a table that lies gives other data."""
+    arrays = some_arrays()
+    container = write(tmp_path / "c", arrays)
+    raw, rng = (tmp_path / "c").read_bytes(), random.Random(1)
+    used = len(raw[:4096].rstrip(b"\0"))
+    different = []
+    for _ in range(3000):
+        damaged = bytearray(raw)
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            damaged[rng.randrange(used + 4)] = rng.choice(b'0123456789abcdefstu_/"<|S, ')
+        (tmp_path / "d").write_bytes(damaged)
+        with contextlib.suppress(CacheError):
+            if facts(open_container(tmp_path / "d")) != facts(container):
+                different.append(bytes(damaged[:used]))
+    assert not different, f"{len(different)} silently different, such as {different[0]!r}"
+
+
+# --- a table that lies (the file's other hashes are right): refused, or read within the file
+
+HOSTILE: list[Any] = [
+    -1, 0, 1, 7, True, False, None, 1.0, 24.0, 1e300, float("nan"), float("inf"), 2**31, 2**47,
+    2**48, 2**63, 2**64, -(2**63), 10**4000, "", "x", "4096", "../x", "a//b", "A", "é", "\0", "<f4",
+    "<i8", "|S1", "|u1", "|S9999999", "|S0", "<f8", "|O", "<f4,<f4", "S4", [], [1], [0], [-1],
+    [True], [6.0], ["6"], [None], [1] * 4, [2**47], [2**47, 2], [2**48, 0], [0, 2**47], [2**47, 0],
+    [0, 2**47, 2**47], [2**47, 0, 2**47], [2**47] * 3, {}, {"a": 1}, [[1]], [[[[]]]], [{}],
+]  # fmt: skip
+
+
+def hostile_changes(block: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return user blocks with one hostile value each, or one field missing."""
+    made = []
+
+    def variant(change: Callable[[dict[str, Any]], object]) -> None:
+        made.append(copy.deepcopy(block))
+        change(made[-1])
+
+    for value in HOSTILE:
+        for key in block:
+            variant(lambda b, k=key, v=value: b.update({k: v}))
+        for i, entry in enumerate(block["arrays"]):
+            variant(lambda b, i=i, v=value: b["arrays"].__setitem__(i, v))
+            for key in entry:
+                variant(lambda b, i=i, k=key, v=value: b["arrays"][i].update({k: v}))
+    for key in block:
+        variant(lambda b, k=key: b.pop(k))
+    for i, entry in enumerate(block["arrays"]):
+        variant(lambda b, i=i: b["arrays"].pop(i))
+        for key in entry:
+            variant(lambda b, i=i, k=key: b["arrays"][i].pop(k))
+    return made
+
+
+def refused_or_read(path: Path, use: Callable[[Path], object], blocks: Sequence[Any]) -> int:
+    """Use the file under every block; anything but success or CacheError escapes."""
+    raw, refused = path.read_bytes(), 0
+    payload = raw[block_size(raw) :]
+    for block in blocks:
+        write_block(path, copy.deepcopy(block), payload)
+        try:
+            use(path)
+        except CacheError as error:
+            refused += len(str(error).splitlines()) == 1
+        except BaseException as error:
+            error.add_note(json.dumps(block)[:3000])
+            raise
+    return refused
+
+
+def read_all(path: Path) -> None:
+    container = open_container(path, verify=False)
+    for name in container.arrays:
+        assert same(container.map(name), container.read(name))
+
+
+def test_a_hostile_table_is_refused_or_read_within_the_file(tmp_path: Path) -> None:
+    few = ("identity", "splits/train/targets", "splits/train/paths", "splits/none/features")
+    write(tmp_path / "c", {name: some_arrays()[name] for name in few})
+    blocks = hostile_changes(read_block(tmp_path / "c"))
+    refused = refused_or_read(tmp_path / "c", read_all, blocks)
+    assert len(blocks) > 1000
+    assert refused > 0.9 * len(blocks)
+
+
+@pytest.mark.parametrize("depth", [50, 500, 900, 950, 970, 980, 990, 1000, 1500])
+@pytest.mark.parametrize("key", ["format", "format_version", "fingerprint", "arrays"])
+def test_nested_json_is_refused(tmp_path: Path, depth: int, key: str) -> None:
+    path = write(tmp_path / "c", {"a": np.zeros(1, "<f4")}).path
+    raw, block = path.read_bytes(), read_block(path)
+    text = json.dumps(block | {key: "@@"}).replace('"@@"', "[" * depth + "]" * depth)
+    path.write_bytes(text.encode().ljust(4096, b"\0") + raw[4096:])
+    with pytest.raises(CacheError):
+        open_container(path, verify=False)
+
+
+def change_entry(name: str, /, **change: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda block: entry_of(block, name).update(change)
+
+
+def shift(name: str, other: str, by: int) -> Callable[[dict[str, Any]], object]:
+    return lambda b: entry_of(b, name).update(offset=entry_of(b, other)["offset"] + by)
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "overlap": (shift("b", "a", 8), "runs into"),
+    "same place": (shift("b", "a", 0), "runs into"),
+    "a name twice": (change_entry("b", name="a"), "a name twice"),
+    "before the payload": (change_entry("a", offset=0), "outside the file"),
+    "negative offset": (change_entry("a", offset=-8), "outside the file"),
+    "behind the end": (change_entry("a", offset=1 << 40), "outside the file"),
+    "last byte outside": (
+        lambda b: entry_of(b, "a").update(
+            offset=b["user_block_bytes"] + b["payload_bytes"] - 8 * 3 + 8
+        ),
+        "outside the file",
+    ),
+    "longer than the file": (change_entry("a", shape=[1 << 30]), "outside the file|of shape"),
+    "negative rows": (change_entry("a", shape=[-3]), "of shape"),
+    "pickled objects": (change_entry("a", dtype="|O"), "of dtype"),
+    "true as a number": (change_entry("a", shape=[True]), "of shape"),
+    "version true": (lambda b: b.update(format_version=True), "format_version"),
+    "version 0": (lambda b: b.update(format_version=0), "format_version"),
+    "user block 5000": (lambda b: b.update(user_block_bytes=5000), "user_block_bytes"),
+    "payload shorter": (lambda b: b.update(payload_bytes=b["payload_bytes"] - 1), "length"),
+    "hash not hex": (lambda b: b.update(payload_sha256="g" * 64), "hashes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_named(tmp_path: Path, lie: str) -> None:
+    change, message = LIES[lie]
+    arrays = {"a": np.arange(3, dtype="<i8"), "b": np.arange(40, dtype="<i8")}
+    write(tmp_path / "c", arrays)
+    edit_block(tmp_path / "c", change)
+    with pytest.raises(CacheError, match=message):
+        open_container(tmp_path / "c")
+
+
+# --- a file that changes under an open container
+
+
+def test_a_file_cut_after_opening_is_noticed(tmp_path: Path) -> None:
+    container = write(tmp_path / "c", some_arrays())
+    for length in (container.user_block_bytes + 100, 0):
+        os.truncate(tmp_path / "c", length)
+        for get in (container.map, container.read):
+            with pytest.raises(CacheError, match="another one under its name"):
+                get("splits/train/features")
+    (tmp_path / "c").unlink()
+    for get in (container.map, container.read):
+        with pytest.raises(CacheError):
+            get("splits/train/features")
+
+
+@pytest.mark.parametrize("how", ["map", "read"])
+def test_a_file_replaced_after_opening_is_never_mixed_with_the_old_one(
+    tmp_path: Path, how: str
+) -> None:
+    """Same arrays, same length: only the file itself is another."""
+    container = write(tmp_path / "c", some_arrays())
+    first = container.map("splits/train/targets")
+    write(tmp_path / "c", some_arrays(seed=1))
+    assert same(first, some_arrays()["splits/train/targets"])
+    try:
+        found = getattr(container, how)("splits/train/features")
+    except CacheError as error:
+        found = None
+        message = str(error)
+    if found is None:
+        assert "another one under its name" in message
+    else:
+        assert same(found, some_arrays()["splits/train/features"])
+
+
+def test_reading_never_imports_h5py(tmp_path: Path) -> None:
+    write(tmp_path / "c", some_arrays())
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom featcache.cache.container import open_container\n"
+        "c = open_container(Path(sys.argv[1])); [c.map(n).tobytes() for n in c.arrays]\n"
+        "assert 'h5py' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], check=True)

@@ -1,0 +1,205 @@
+"""Producing a cache: killed, interrupted, shared and cramped, it loses nothing and lies never."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import featcache.extraction.production
+from featcache.backbones.backbone import Backbone
+from featcache.cache.reading import open_cache
+from featcache.errors import CacheError
+from featcache.extraction.extraction import extract
+from featcache.files import canonical_json
+
+TESTS = Path(__file__).parents[1]
+
+
+def _child(code: str, folder: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment)
+
+
+_SLOW_EXTRACT = """
+import time, tiny_network
+import featcache.extraction.production as production
+from featcache.extraction.extraction import extract
+from featcache.files import canonical_json
+production.SHARD_BYTES = 4 * 24 * 4  # four rows a shard
+inner = production.stream_features
+def slow(*args, **options):
+    for batch in inner(*args, **options):
+        time.sleep(0.03)
+        yield batch
+production.stream_features = slow
+extract("data", "c.h5", backbone=tiny_network.build(), batch_size=2, engine="ENGINE")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("engine", ["folded", "onnx"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_extraction_goes_on_and_ends_equal(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, number: signal.Signals, engine: str
+) -> None:
+    whole = extract(
+        tree, tmp_path / "whole.h5", backbone=tiny_backbone, batch_size=2, engine=engine
+    )
+    child = _child(_SLOW_EXTRACT.replace("ENGINE", engine), tmp_path)
+    shards = tmp_path / "c.h5.partial"
+    deadline = time.monotonic() + 60
+    while len(list(shards.glob("shard.*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(number)
+    child.wait(timeout=60)
+    assert child.returncode != 0
+    assert not (tmp_path / "c.h5").exists()
+    summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, batch_size=2)
+    assert summary.num_known >= 4
+    assert summary.num_new == 46 - summary.num_known
+    assert summary.content_sha256 == whole.content_sha256
+    assert not shards.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock is POSIX")
+def test_the_second_writer_is_told_who_is_at_work(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    child = _child(_SLOW_EXTRACT.replace("ENGINE", "auto"), tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "c.h5.partial" / "manifest.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(Exception, match=f"process {child.pid} on .* since"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert child.wait(timeout=60) == 0
+    assert open_cache(tmp_path / "c.h5").fingerprint
+
+
+def test_an_unfinished_run_of_other_settings_is_refused_then_discarded(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    monkeypatch.undo()
+    assert (tmp_path / "c.h5.partial" / "manifest.json").exists()
+    with pytest.raises(CacheError, match=r"unfinished extraction.*--rebuild"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, crop_mode="border")
+    assert (tmp_path / "c.h5.partial" / "manifest.json").exists()
+    summary = extract(
+        tree, tmp_path / "c.h5", backbone=tiny_backbone, crop_mode="border", rebuild=True
+    )
+    assert summary.num_new == 46
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX")
+def test_a_full_disk_is_one_line_and_leaves_no_cache(tree: Path, tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys, tiny_network
+from featcache.errors import FeatcacheError
+from featcache.extraction.extraction import extract
+from featcache.files import canonical_json
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+backbone = tiny_network.build()
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+try:
+    extract("data", "c.h5", backbone=backbone)
+except FeatcacheError as error:
+    print(error, file=sys.stderr)
+    sys.exit(1)
+"""
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert b"disk space: expected" in done.stderr
+    assert not (tmp_path / "c.h5").exists()
+    assert list(tmp_path.glob(".*tmp")) == []
+
+
+def test_a_run_that_only_has_to_finish_knows_how_its_rows_were_made(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
+    monkeypatch.undo()
+    summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
+    assert summary.num_new == 0
+    made = open_cache(tmp_path / "c.h5").provenance
+    assert made["precision"] == "bf16"
+    assert made["engine"] == "folded"
+    assert made["parity"]
+
+
+def test_a_killed_rebuild_goes_on(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    options: dict[str, Any] = {
+        "backbone": tiny_backbone, "crop_mode": "center", "rebuild": True
+    }  # fmt: skip
+    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tree, tmp_path / "c.h5", **options)
+    monkeypatch.undo()
+    summary = extract(tree, tmp_path / "c.h5", **options)
+    assert (summary.num_new, summary.num_known) == (0, 46)
+    assert open_cache(tmp_path / "c.h5").identity["crop_mode"] == "center"
+
+
+def test_a_rebuild_at_another_precision_starts_afresh(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
+    monkeypatch.undo()
+    with pytest.raises(CacheError, match=r"expected bf16 on cpu, found fp32 on cpu.*--rebuild"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, rebuild=True)
+    assert (summary.num_new, summary.num_known) == (46, 0)
+    assert open_cache(tmp_path / "c.h5").provenance["precision"] == "fp32"
+
+
+def test_a_shard_has_a_bounded_number_of_rows_however_narrow_they_are(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(featcache.extraction.production, "SHARD_ROWS", 10)
+    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, batch_size=1)
+    manifest = json.loads((tmp_path / "c.h5.partial" / "manifest.json").read_text())
+    assert [shard["num_rows"] for shard in manifest["shards"]] == [10, 10, 10, 10, 6]
+    assert (tmp_path / "c.h5.partial" / "manifest.json").read_text() == canonical_json(manifest)
+    monkeypatch.undo()
+    assert extract(tree, tmp_path / "c.h5", backbone=tiny_backbone).num_known == 46

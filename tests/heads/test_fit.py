@@ -1,0 +1,585 @@
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from featcache.errors import ConfigError, DataError
+from featcache.heads.batches import Draw
+from featcache.heads.config import FitResult, HeadJob, TrainingConfig, auto_batch_size
+from featcache.heads.fit import fit_head, fit_heads, forward_head, predict_probs
+from featcache.heads.head import HeadConfig, build_head
+from featcache.heads.stack import HeadStack, SharedRows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Nets this small only wait for each other on more threads, and long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def blobs(num_rows: int, num_classes: int = 2, dtype: str = "f4", seed: int = 0) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    targets = np.arange(num_rows) % num_classes
+    features = rng.normal(size=(num_rows, 12)).astype(dtype)
+    features[np.arange(num_rows), targets] += 1.5
+    return features, targets
+
+
+def fit(
+    num_rows: int = 70,
+    *,
+    head: HeadConfig | None = None,
+    dtype: str = "f4",
+    seed: int = 5,
+    data_seed: int = 6,
+    on_epoch: Any = None,
+    **options: Any,
+) -> FitResult:
+    head = head or HeadConfig(12, 2, hidden=(8,), dropout=0.0)
+    training = TrainingConfig(**({"epochs": 4, "learning_rate": 0.01} | options))
+    rows = blobs(num_rows, head.num_classes, dtype)
+    held_out = blobs(31, head.num_classes, dtype, seed=1)
+    return fit_head(
+        head, training, *rows, *held_out, seed=seed, data_seed=data_seed, device=CPU,
+        on_epoch=on_epoch,
+    )  # fmt: skip
+
+
+def plain_loop(
+    num_rows: int = 70,
+    *,
+    dtype: str = "f4",
+    optimizer: Any = torch.optim.Adam,
+    schedule: bool = False,
+    warmup: int = 0,
+    criterion: nn.Module | None = None,
+    dropout: float = 0.0,
+    epochs: int = 4,
+    batch_size: int = 32,
+    lr: float = 0.01,
+    **options: Any,
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train as a twenty-line script would; return the best epoch's state and the losses."""
+    features, targets = map(torch.from_numpy, blobs(num_rows, 2, dtype))
+    held_out, held_out_targets = map(torch.from_numpy, blobs(31, 2, dtype, seed=1))
+    torch.manual_seed(5)
+    head = nn.Sequential(
+        nn.BatchNorm1d(12), nn.Linear(12, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Dropout(dropout),
+        nn.Linear(8, 2),
+    ).to(features.dtype)  # fmt: skip
+    stepper = optimizer(head.parameters(), lr=lr, **options)
+    schedules = torch.optim.lr_scheduler
+    steps = warmup * (num_rows // batch_size + (num_rows % batch_size > 1))
+    rising = schedules.LinearLR(stepper, 1 / steps, 1, steps - 1) if warmup else None
+    cosine = schedules.CosineAnnealingLR(stepper, epochs - warmup) if schedule else None
+    order = torch.Generator().manual_seed(6)
+    states, losses = [], []
+    for epoch in range(epochs):
+        head.train()
+        rows = torch.randperm(num_rows, generator=order)
+        for start in range(0, num_rows, batch_size):
+            batch = rows[start : start + batch_size]
+            if len(batch) > 1:
+                loss = (criterion or nn.CrossEntropyLoss())(head(features[batch]), targets[batch])
+                stepper.zero_grad()
+                loss.backward()
+                stepper.step()
+                if rising is not None and epoch < warmup:
+                    rising.step()
+        if cosine is not None and epoch >= warmup:
+            cosine.step()
+        head.eval()
+        with torch.no_grad():
+            loss = nn.functional.cross_entropy(head(held_out), held_out_targets)
+        losses.append(loss.item())
+        states.append({name: value.clone() for name, value in head.state_dict().items()})
+    return states[int(np.argmin(losses))], losses
+
+
+def assert_same_weights(
+    result: FitResult, wanted: tuple[dict[str, torch.Tensor], list[float]], tolerance: float
+) -> None:
+    state, losses = wanted
+    assert [row["valid_loss"] for row in result.history] == pytest.approx(losses, rel=tolerance)
+    assert list(result.state) == list(state)
+    for name, value in state.items():
+        torch.testing.assert_close(result.state[name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f4", 2e-5), ("f8", 1e-11)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_fit_ends_at_the_weights_of_a_plain_loop(
+    dtype: str, tolerance: float, dropout: float
+) -> None:
+    result = fit(dtype=dtype, head=HeadConfig(12, 2, hidden=(8,), dropout=dropout))
+    assert_same_weights(result, plain_loop(dtype=dtype, dropout=dropout), tolerance)
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({"optimizer": "adamw", "weight_decay": 0.3},
+         {"optimizer": torch.optim.AdamW, "weight_decay": 0.3}),
+        ({"optimizer": "adam", "weight_decay": 0.3}, {"weight_decay": 0.3}),
+        ({"optimizer": "sgd", "weight_decay": 0.1},
+         {"optimizer": torch.optim.SGD, "momentum": 0.9, "weight_decay": 0.1}),
+        ({"schedule": "cosine"}, {"schedule": True}),
+        ({"warmup": 1}, {"warmup": 1}),
+        ({"warmup": 2, "epochs": 5, "num_rows": 65}, {"warmup": 2, "epochs": 5, "num_rows": 65}),
+        ({"schedule": "cosine", "warmup": 2, "epochs": 6},
+         {"schedule": True, "warmup": 2, "epochs": 6}),
+        ({"batch_size": 7}, {"batch_size": 7}),
+        ({"label_smoothing": 0.2}, {"criterion": nn.CrossEntropyLoss(label_smoothing=0.2)}),
+        ({"num_rows": 65}, {"num_rows": 65}),
+        ({"learning_rate": 0.2, "epochs": 7}, {"lr": 0.2, "epochs": 7}),
+        ({"class_weights": (0.5, 3.0), "label_smoothing": 0.2},
+         {"criterion": nn.CrossEntropyLoss(torch.tensor([0.5, 3.0]).double(),
+                                           label_smoothing=0.2)}),
+    ],
+)  # fmt: skip
+def test_every_option_equals_the_plain_loop(options: Any, plain: Any) -> None:
+    assert_same_weights(fit(dtype="f8", **options), plain_loop(dtype="f8", **plain), 1e-10)
+
+
+def test_a_last_batch_of_one_row_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    backward = HeadStack.backward
+
+    def counting(self: HeadStack, rows: SharedRows, wanted: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows.normalised))
+        return backward(self, rows, wanted)
+
+    monkeypatch.setattr(HeadStack, "backward", counting)
+    fit(65, head=HeadConfig(12, 2, hidden=()), epochs=2)
+    assert sizes == [32, 32, 32, 32]
+    sizes.clear()
+    fit(66, head=HeadConfig(12, 2, hidden=()), epochs=1)
+    assert sizes == [32, 32, 2]
+
+
+def test_the_rate_rises_in_the_warm_up_and_then_falls() -> None:
+    training = TrainingConfig(learning_rate=0.8, warmup=2, epochs=4, schedule="cosine")
+    rates = [training.learning_rate_at(1 + i // 4, (i % 4 + 1) / 4) for i in range(16)]
+    assert rates[:8] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    assert rates[8:] == pytest.approx([0.8] * 4 + [0.4] * 4)
+    assert [row["learning_rate"] for row in fit(warmup=2).history] == pytest.approx(
+        [0.005, 0.01, 0.01, 0.01]
+    )
+
+
+def test_balanced_weights_are_n_over_classes_times_count() -> None:
+    features, _ = blobs(60, 3, "f8")
+    targets = np.array([0] * 40 + [1] * 15 + [2] * 5)
+    losses = {}
+    for weights in ("none", "balanced"):
+        training = TrainingConfig(
+            epochs=1, learning_rate=1e-300, batch_size=60, class_weights=weights
+        )
+        result = fit_head(
+            HeadConfig(12, 3, hidden=(), dropout=0.0), training, features, targets, features,
+            targets, seed=0, data_seed=0, device=CPU,
+        )  # fmt: skip
+        losses[weights] = result.history[0]["train_loss"]
+    head = build_head(HeadConfig(12, 3, hidden=(), dropout=0.0), seed=0).double()
+    logits = head(torch.from_numpy(features)).detach().numpy()
+    each = np.log(np.exp(logits).sum(1)) - logits[np.arange(60), targets]
+    weight = (60 / (3 * np.array([40, 15, 5])))[targets]
+    assert losses["none"] == pytest.approx(each.mean(), rel=1e-12)
+    assert losses["balanced"] == pytest.approx((weight * each).sum() / weight.sum(), rel=1e-12)
+
+
+def test_repeatable_bit_for_bit_and_by_both_seeds() -> None:
+    head = HeadConfig(12, 2, hidden=(16, 8))
+    first, again = fit(head=head), fit(head=head)
+    assert all(torch.equal(first.state[name], again.state[name]) for name in first.state)
+    assert [r["valid_loss"] for r in first.history] == [r["valid_loss"] for r in again.history]
+    for change in ({"seed": 7}, {"data_seed": 7}):
+        other = fit(head=head, **change)
+        assert not torch.equal(first.state["1.weight"], other.state["1.weight"])
+
+
+def test_callers_random_state_is_untouched_and_does_not_matter() -> None:
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    first = fit(head=HeadConfig(12, 2, hidden=(8,), dropout=0.5))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(456)
+    second = fit(head=HeadConfig(12, 2, hidden=(8,), dropout=0.5))
+    assert all(torch.equal(first.state[name], second.state[name]) for name in first.state)
+
+
+def test_kept_is_the_epoch_with_the_lowest_validation_loss() -> None:
+    result = fit(learning_rate=0.3, epochs=12)
+    losses = [row["valid_loss"] for row in result.history]
+    assert result.best_epoch == 1 + int(np.argmin(losses)) < 12  # or this test shows nothing
+    features, targets = blobs(31, seed=1)
+    head = build_head(HeadConfig(12, 2, hidden=(8,)), seed=0)
+    head.load_state_dict(result.state)
+    loss = nn.functional.cross_entropy(
+        torch.from_numpy(forward_head(head, features, CPU)).double(), torch.from_numpy(targets)
+    )
+    assert loss.item() == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_ties_keep_the_earliest_epoch_and_patience_counts_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = iter([0.5, 0.4, 0.4, 0.4, 0.1])
+    row = {"valid_accuracy": 0.5, "valid_recall_0": 0.5, "valid_recall_1": 0.5}
+    monkeypatch.setattr(
+        "featcache.heads.trainer.judge_logits", lambda *_: {"valid_loss": next(losses), **row}
+    )
+    result = fit(epochs=5, patience=2)
+    assert (result.best_epoch, len(result.history)) == (2, 4)
+
+
+def test_without_patience_all_epochs_run() -> None:
+    assert len(fit(learning_rate=0.3, epochs=9).history) == 9
+    assert len(fit(learning_rate=0.3, epochs=9, patience=1).history) < 9
+
+
+def test_history_rows_are_told_as_they_are_made_and_are_true() -> None:
+    told: list[dict[str, Any]] = []
+    features, targets = blobs(40, 3)
+    held_out, held_out_targets = blobs(20, 3, seed=2)
+    some = held_out_targets != 1
+    result = fit_head(
+        HeadConfig(12, 3, hidden=(8,)), TrainingConfig(epochs=3, schedule="cosine"), features,
+        targets, held_out[some], held_out_targets[some], seed=0, data_seed=0, device=CPU,
+        classes=["a", "b", "c"], on_epoch=told.append,
+    )  # fmt: skip
+    assert told == result.history
+    assert list(told[0]) == [
+        "epoch", "train_loss", "valid_loss", "valid_accuracy", "valid_recall_a", "valid_recall_b",
+        "valid_recall_c", "learning_rate", "seconds",
+    ]  # fmt: skip
+    assert [row["epoch"] for row in told] == [1, 2, 3]
+    assert [row["learning_rate"] for row in told] == pytest.approx([5e-4, 3.75e-4, 1.25e-4])
+    head = build_head(HeadConfig(12, 3, hidden=(8,)), seed=0)
+    head.load_state_dict(result.state)
+    right = forward_head(head, held_out[some], CPU).argmax(1) == held_out_targets[some]
+    best = result.history[result.best_epoch - 1]
+    assert best["valid_accuracy"] == pytest.approx(right.mean())
+    assert best["valid_recall_a"] == pytest.approx(right[held_out_targets[some] == 0].mean())
+    assert best["valid_recall_b"] is None
+
+
+def test_float16_and_mapped_features_train_as_float32() -> None:
+    features, targets = blobs(50)
+    halves = features.astype("f2")
+    halves.setflags(write=False)
+    training, head = TrainingConfig(epochs=2), HeadConfig(12, 2, hidden=(8,))
+    options: dict[str, Any] = {"seed": 0, "data_seed": 0, "device": CPU}
+    a = fit_head(head, training, halves, targets, halves, targets, **options)
+    same = halves.astype("f4")
+    b = fit_head(head, training, same, targets, same, targets, **options)
+    assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+
+
+def test_forward_in_blocks_equals_the_head_and_probs_are_its_softmax() -> None:
+    head = build_head(HeadConfig(12, 3, hidden=(8,)), seed=0)
+    features, _ = blobs(20_000)
+    logits = forward_head(head, features, CPU)
+    assert not head.training
+    assert (logits.shape, logits.dtype) == ((20_000, 3), np.float32)
+    with torch.no_grad():
+        wanted = head(torch.from_numpy(features)).numpy()
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-6)
+    probs = predict_probs(head, features, CPU)
+    powers = np.exp(logits.astype("f8"))
+    np.testing.assert_allclose(probs, powers / powers.sum(1, keepdims=True), rtol=1e-12)
+    assert forward_head(head, features[:0], CPU).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"),
+    [(0, 32), (1, 32), (200, 32), (4_500, 32), (4_550, 64), (100_000, 1024), (10**9, 4096)],
+)
+def test_automatic_batch_size(rows: int, size: int) -> None:
+    assert auto_batch_size(rows) == size
+    if rows:
+        assert auto_batch_size(rows) == np.clip(2 ** round(math.log2(rows / 100)), 32, 4096)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 0}, {"learning_rate": float("nan")}, {"learning_rate": "1"},
+        {"weight_decay": -1}, {"optimizer": "rmsprop"}, {"schedule": "step"}, {"batch_size": 1},
+        {"batch_size": "large"}, {"epochs": 0}, {"epochs": 1.5}, {"epochs": True}, {"patience": 0},
+        {"class_weights": "some"}, {"class_weights": (1.0, -1.0)}, {"class_weights": (1.0, None)},
+        {"class_weights": [1.0, 1.0]}, {"label_smoothing": 1.0}, {"warmup": -1}, {"warmup": 10},
+        {"warmup": 0.5},
+    ],
+)  # fmt: skip
+def test_options_without_meaning_are_refused_by_name(change: dict[str, Any]) -> None:
+    option = "--" + next(iter(change)).replace("_", "-")
+    with pytest.raises(ConfigError, match=f"^{option}: expected"):
+        TrainingConfig(**change)
+
+
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    features, targets = blobs(10)
+    head, training = HeadConfig(12, 2), TrainingConfig()
+    options: dict[str, Any] = {"seed": 0, "data_seed": 0, "device": CPU}
+    for rows, wanted in (
+        ((features[:, :5], targets), "training rows: expected features"),
+        ((features[:, None, None], targets), "training rows: expected features"),
+        ((features[:, None, :5], targets), r"expected features \(N, V, 12\) and targets"),
+        ((features[:, None][:0], targets[:0]), "training rows: expected at least 2, found 0"),
+        ((features[:, None][:, :0], targets), "training rows: expected at least one view"),
+        ((features, targets[:5]), "training rows: expected features"),
+        ((features, targets.astype(float)), "training rows: expected features"),
+        ((features, targets + 1), "expected targets from 0 to 1, found 1 to 2"),
+        ((features, targets - 1), "expected targets from 0 to 1, found -1 to 0"),
+        ((features[:1], targets[:1]), "training rows: expected at least 2, found 1"),
+    ):
+        with pytest.raises(DataError, match=wanted):
+            fit_head(head, training, *rows, features, targets, **options)
+    with pytest.raises(DataError, match=r"validation rows: expected features \(N, 12\)"):
+        fit_head(head, training, features, targets, features[:, None], targets, **options)
+    with pytest.raises(DataError, match="validation rows: expected at least 1, found 0"):
+        fit_head(head, training, features, targets, features[:0], targets[:0], **options)
+
+
+# --- rows with weights; no validation rows
+
+
+@pytest.mark.parametrize("class_weights", ["none", (0.5, 3.0)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_rows_with_weights_equal_the_plain_loop(class_weights: Any, smoothing: float) -> None:
+    features, targets = blobs(70, 2, "f8")
+    weights = np.random.default_rng(0).uniform(0.1, 4, 70)
+    result = fit_head(
+        HeadConfig(12, 2, hidden=(), dropout=0.0),
+        TrainingConfig(
+            epochs=4, learning_rate=0.01, class_weights=class_weights, label_smoothing=smoothing
+        ),
+        features, targets, seed=5, data_seed=6, device=CPU, train_weights=weights,
+    )  # fmt: skip
+    x, y, w = (torch.from_numpy(array) for array in (features, targets, weights))
+    per_class = None if class_weights == "none" else torch.tensor(class_weights).double()
+    torch.manual_seed(5)
+    head = nn.Sequential(nn.BatchNorm1d(12), nn.Dropout(0.0), nn.Linear(12, 2)).double()
+    stepper = torch.optim.Adam(head.parameters(), lr=0.01)
+    order = torch.Generator().manual_seed(6)
+    for _ in range(4):
+        for batch in torch.randperm(70, generator=order).split(32):
+            losses = nn.functional.cross_entropy(
+                head(x[batch]), y[batch], per_class, reduction="none", label_smoothing=smoothing
+            )
+            total = w[batch] if per_class is None else w[batch] * per_class[y[batch]]
+            loss = (losses * w[batch]).sum() / total.sum()
+            stepper.zero_grad()
+            loss.backward()
+            stepper.step()
+    for name, value in head.state_dict().items():
+        torch.testing.assert_close(result.state[name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    features, targets = blobs(10)
+    options: dict[str, Any] = {"seed": 0, "data_seed": 0, "device": CPU}
+    for weights in (np.ones(9), np.ones((10, 1)), np.r_[0.0, np.ones(9)], np.full(10, np.nan)):
+        with pytest.raises(DataError, match=r"weights of training rows: expected \(10,\) finite"):
+            fit_head(
+                HeadConfig(12, 2), TrainingConfig(), features, targets, train_weights=weights,
+                **options,
+            )  # fmt: skip
+    with pytest.raises(ConfigError, match="--class-weights: expected 2 numbers, found 3"):
+        fit_head(
+            HeadConfig(12, 2), TrainingConfig(class_weights=(1, 1, 1)), features, targets, **options
+        )
+
+
+def fit_all(num_rows: int = 70, **options: Any) -> FitResult:
+    return fit_head(
+        HeadConfig(12, 2, hidden=(8,), dropout=0.0), TrainingConfig(**options), *blobs(num_rows),
+        seed=5, data_seed=6, device=CPU,
+    )  # fmt: skip
+
+
+def test_without_validation_rows_the_last_epoch_is_kept() -> None:
+    options: dict[str, Any] = {"epochs": 4, "learning_rate": 0.01}
+    with_rows, without = fit(**options), fit_all(**options)
+    assert with_rows.best_epoch == without.best_epoch == 4  # or the next line shows nothing
+    assert same_states(with_rows, without)
+    assert list(without.history[0]) == ["epoch", "train_loss", "learning_rate", "seconds"]
+    wanted = [row["train_loss"] for row in with_rows.history]
+    assert [row["train_loss"] for row in without.history] == wanted
+
+
+def test_without_validation_rows_patience_watches_the_training_loss() -> None:
+    options: dict[str, Any] = {"learning_rate": 3.0, "optimizer": "sgd"}
+    result = fit_all(epochs=60, patience=2, **options)
+    losses = [row["train_loss"] for row in result.history]
+    assert len(losses) == 1 + int(np.argmin(losses)) + 2 < 60
+    assert result.best_epoch == len(losses)
+    assert same_states(result, fit_all(epochs=len(losses), **options))
+
+
+def test_logits_are_computed_in_the_dtype_of_the_head() -> None:
+    features, _ = blobs(20)
+    head = build_head(HeadConfig(12, 3, hidden=(8,)), seed=0).double()
+    logits = forward_head(head, features, CPU)
+    assert logits.dtype == np.float64
+    with torch.no_grad():
+        wanted = head(torch.from_numpy(features).double()).numpy()
+    np.testing.assert_allclose(logits, wanted, rtol=1e-12)
+
+
+# --- views
+
+
+def fit_views(views: np.ndarray, *, data_seed: int = 6, **options: Any) -> FitResult:
+    return fit_head(
+        HeadConfig(12, 2, hidden=(8,), dropout=0.0),
+        TrainingConfig(**({"epochs": 4, "learning_rate": 0.01} | options)),
+        views, blobs(len(views))[1], *blobs(31, seed=1), seed=5, data_seed=data_seed, device=CPU,
+    )  # fmt: skip
+
+
+def same_states(one: FitResult, two: FitResult) -> bool:
+    return all(torch.equal(one.state[name], two.state[name]) for name in one.state)
+
+
+def test_equal_views_train_as_no_views_bit_for_bit() -> None:
+    features = blobs(70)[0]
+    assert same_states(fit_views(np.repeat(features[:, None], 5, 1)), fit(70))
+    assert same_states(fit_views(features[:, None]), fit(70))
+
+
+def test_each_epoch_trains_on_one_drawn_view_of_each_row() -> None:
+    """Against a fit per epoch on the views that this test draws itself."""
+    rng = np.random.default_rng(3)
+    views = rng.normal(size=(64, 4, 12)).astype("f4")
+    result = fit_views(views, epochs=3, optimizer="sgd", batch_size=64)
+    draw = torch.Generator().manual_seed(6 ^ 1 << 62)
+    torch.manual_seed(5)
+    head = build_head(HeadConfig(12, 2, hidden=(8,), dropout=0.0))
+    stepper = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
+    targets = torch.from_numpy(blobs(64)[1])
+    order = torch.Generator().manual_seed(6)
+    losses = []
+    for _ in range(3):
+        head.train()
+        rows = torch.randperm(64, generator=order)
+        chosen = torch.randint(4, (64,), generator=draw)
+        loss = nn.functional.cross_entropy(
+            head(torch.from_numpy(views)[rows, chosen]), targets[rows]
+        )
+        stepper.zero_grad()
+        loss.backward()
+        stepper.step()
+        losses.append(loss.item())
+    assert [row["train_loss"] for row in result.history] == pytest.approx(losses, rel=1e-5)
+
+
+def test_the_draw_of_views_is_uniform_and_new_in_every_epoch() -> None:
+    views = torch.arange(5.0).repeat(2000, 1)[:, :, None]  # a feature that tells its view
+    draw = Draw(views, 3, CPU, torch.float32)
+    epochs = [torch.cat([rows for _, rows in draw.epoch(32)]).long() for _ in range(4)]
+    for epoch in epochs:
+        counts = torch.bincount(epoch[:, 0], minlength=5)
+        assert counts.sum() == 2000
+        assert (counts - 400).abs().max() < 80
+    for one, two in itertools.pairwise(epochs):
+        assert 0.1 < (one == two).float().mean() < 0.3
+
+
+def test_views_are_repeatable_by_the_data_seed() -> None:
+    views = np.random.default_rng(0).normal(size=(70, 3, 12)).astype("f4")
+    assert same_states(fit_views(views), fit_views(views))
+    assert not same_states(fit_views(views), fit_views(views, data_seed=7))
+    assert not same_states(fit_views(views), fit_views(views[:, :1]))
+
+
+def test_half_precision_views_train_in_float32() -> None:
+    views = np.random.default_rng(0).normal(size=(70, 3, 12)).astype("f2")
+    assert same_states(fit_views(views), fit_views(views.astype("f4")))
+
+
+def test_balanced_weights_ignore_a_class_without_rows() -> None:
+    features, targets = blobs(10)
+    training = TrainingConfig(epochs=1, class_weights="balanced", label_smoothing=0.1)
+    result = fit_head(
+        HeadConfig(12, 3), training, features, targets, features, targets, seed=0, data_seed=0,
+        device=CPU,
+    )  # fmt: skip
+    assert math.isfinite(result.history[0]["train_loss"])
+
+
+def test_callers_number_of_threads_is_given_back_and_does_not_matter() -> None:
+    seen, states = [], []
+
+    def note_threads(_: object) -> None:
+        seen.append(torch.get_num_threads())
+
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        states.append(fit(epochs=2, on_epoch=note_threads, head=HeadConfig(12, 2)).state)
+        assert torch.get_num_threads() == threads
+    assert set(seen) == {1}
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_loss_that_is_no_number_stops_with_advice() -> None:
+    with pytest.raises(ConfigError, match=r"expected a finite loss.*Lower --learning-rate"):
+        fit(learning_rate=1e38, optimizer="sgd", epochs=50)
+
+
+def test_training_does_not_import_dynamo() -> None:
+    """It costs more than the whole training of a head (2.2 s of a cold process)."""
+    code = (
+        "import sys, numpy as np, torch\n"
+        "from featcache.heads.fit import *\nfrom featcache.heads.head import HeadConfig\n"
+        "x, y = np.random.randn(8, 3).astype('f4'), np.arange(8) % 2\n"
+        "fit_head(HeadConfig(3, 2), TrainingConfig(epochs=1), x, y, x, y, seed=0, data_seed=0,"
+        " device=torch.device('cpu'))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_equals_cpu_and_repeats() -> None:
+    rows, held_out = blobs(70), blobs(31, seed=1)
+    head, training = HeadConfig(12, 2, hidden=(8,), dropout=0.0), TrainingConfig(epochs=4)
+    options: dict[str, Any] = {"seed": 5, "data_seed": 6}
+    cpu = fit_head(head, training, *rows, *held_out, device=CPU, **options)
+    cuda = torch.device("cuda")
+    before = torch.cuda.get_rng_state()
+    gpu = [fit_head(head, training, *rows, *held_out, device=cuda, **options) for _ in range(2)]
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    for name, value in cpu.state.items():
+        assert torch.equal(gpu[0].state[name], gpu[1].state[name])
+        torch.testing.assert_close(gpu[0].state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_of_passes_side_by_side_get_their_own_initial_weights() -> None:
+    """torch has one generator for all threads: nobody may seed it while another draws."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 64)), np.array([0, 1] * 4)
+    training = TrainingConfig(epochs=1, learning_rate=1e-12)
+    heads = [HeadConfig(64, 2, (width,)) for width in range(100, 140)]  # a pass each
+    jobs = [HeadJob(head, training, seed) for seed, head in enumerate(heads)]
+    for _ in range(3):
+        results = fit_heads(jobs, x, y, data_seed=0, device=CPU)
+        for job, result in zip(jobs, results, strict=True):
+            wanted = build_head(job.head, job.seed).state_dict()["1.weight"].double()
+            assert torch.allclose(result.state["1.weight"], wanted, atol=1e-9)

@@ -1,0 +1,226 @@
+"""Heads trained together in float32 against the plain way: nn.Sequential and torch.optim, alone.
+
+In float64 both agree to 1e-10 (test_fit). In float32 any two orders of summation drift apart, so
+the first ten steps are compared to 1e-4, and final losses by how much the seed moves them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from featcache.heads import compiled_stack
+from featcache.heads.compiled_stack import load_kernels
+from featcache.heads.config import FitResult, HeadJob, TrainingConfig
+from featcache.heads.fit import fit_heads, forward_head
+from featcache.heads.head import HeadConfig, build_head
+
+CPU = torch.device("cpu")
+WIDTH, BATCH, DATA_SEED = 20, 14, 6
+NUM_ROWS = 5 * BATCH + 1  # the last batch of an epoch has a single row, and is left out
+TEN_STEPS = {"epochs": 2, "batch_size": BATCH}
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"schedule": "cosine"}, {"class_weights": "balanced"}, {"label_smoothing": 0.2},
+    {"weight_decay": 0.1}, {"dropout": 0.4}, {"learning_rate": 0.02},
+    {"dropout": 0.2, "schedule": "cosine", "class_weights": "balanced", "label_smoothing": 0.1,
+     "weight_decay": 0.01},
+]  # fmt: skip
+"""What may differ from head to head of a stack."""
+
+SHAPES = [((), 2), ((), 10), ((8,), 2), ((8,), 10), ((9, 7, 5), 2), ((9, 7, 5), 10)]
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Nets this small only wait for each other on more threads, and long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["torch", "compiled"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By what a stack computes, whatever its size; compiled, one head alone by two threads."""
+    if request.param == "compiled":
+        assert load_kernels() is not None
+    worth = {"torch": math.inf, "compiled": 0}[request.param]
+    monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", worth)
+    monkeypatch.setattr(compiled_stack, "WORTH_HELPER", 0)
+    monkeypatch.setattr(compiled_stack, "available_cores", lambda: 2)
+    return str(request.param)
+
+
+def make_rows(num_classes: int, num_rows: int = NUM_ROWS, seed: int = 0) -> tuple[Any, Any]:
+    """Rows of classes that overlap; the last class has a single one."""
+    rng = np.random.default_rng(seed)
+    targets = np.arange(num_rows) % max(num_classes - 1, 1)
+    if num_classes == 2:
+        targets[: num_rows // 2] = 1
+    else:
+        targets[3] = num_classes - 1
+    features = (rng.normal(size=(num_rows, WIDTH)) * rng.uniform(0.1, 9, WIDTH)).astype("f4")
+    features[np.arange(num_rows), targets] += 2
+    return features, targets
+
+
+def make_jobs(
+    number: int, hidden: tuple[int, ...], num_classes: int, optimizer: str, first: int = 0,
+    **training: Any,
+) -> list[HeadJob]:  # fmt: skip
+    """Heads of one shape that differ in whatever they may, beginning with option ``first``."""
+    jobs = []
+    for seed in range(number):
+        options = {"dropout": 0.0, "learning_rate": 0.003} | OPTIONS[(first + seed) % len(OPTIONS)]
+        head = HeadConfig(WIDTH, num_classes, hidden, options.pop("dropout"))
+        jobs.append(
+            HeadJob(head, TrainingConfig(optimizer=optimizer, **(options | training)), seed)
+        )
+    return jobs
+
+
+def plain_loop(job: HeadJob, rows: tuple[Any, Any], held_out: tuple[Any, Any]) -> Any:
+    """Train as a script would; return logits of the held-out rows and their loss, each epoch."""
+    (x, y), (valid_x, valid_y) = (map(torch.from_numpy, arrays) for arrays in (rows, held_out))
+    training, num_classes = job.training, job.head.num_classes
+    torch.manual_seed(job.seed)
+    head = build_head(job.head)  # layer by layer as by hand: test_head
+    momentum = {"momentum": 0.9} if training.optimizer == "sgd" else {}
+    stepper = OPTIMIZERS[training.optimizer](
+        head.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, **momentum
+    )
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(stepper, training.epochs)
+    weight = None
+    if training.class_weights == "balanced":
+        weight = (len(y) / (num_classes * torch.bincount(y, minlength=num_classes))).float()
+    criterion = nn.CrossEntropyLoss(weight, label_smoothing=training.label_smoothing)
+    order, logits, losses = torch.Generator().manual_seed(DATA_SEED), [], []
+    for _ in range(training.epochs):
+        head.train()
+        for batch in torch.randperm(len(x), generator=order).split(training.rows_per_step(len(x))):
+            if len(batch) > 1:
+                loss = criterion(head(x[batch]), y[batch])
+                stepper.zero_grad()
+                loss.backward()
+                stepper.step()
+        if training.schedule == "cosine":
+            cosine.step()
+        logits.append(forward_head(head, valid_x.numpy(), CPU))
+        each = nn.functional.cross_entropy(torch.from_numpy(logits[-1]).double(), valid_y)
+        losses.append(each.item())
+    return logits, losses
+
+
+def fit_stack(jobs: Sequence[HeadJob], rows: Any, held_out: Any, **options: Any) -> list[FitResult]:
+    return fit_heads(jobs, *rows, *held_out, data_seed=DATA_SEED, device=CPU, **options)
+
+
+def logits_of(job: HeadJob, result: FitResult, held_out: tuple[Any, Any]) -> Any:
+    head = build_head(job.head, 0)
+    head.load_state_dict(result.state)
+    return forward_head(head, held_out[0], CPU)
+
+
+def assert_ten_steps_agree(jobs: Sequence[HeadJob], rows: Any, held_out: Any) -> None:
+    """Compare the losses of both epochs, and the logits after the better of them.
+
+    One head in thirty may differ by more: where a ReLU's input is zero but for rounding, one order
+    of summation passes the gradient and another does not. The plain loop itself then differs by
+    7e-4 between float32 and float64.
+    """
+    apart = []
+    for job, result in zip(jobs, fit_stack(jobs, rows, held_out), strict=True):
+        logits, losses = plain_loop(job, rows, held_out)
+        loss_gap = np.abs(np.array([row["valid_loss"] for row in result.history]) - losses).max()
+        found, wanted = logits_of(job, result, held_out), logits[result.best_epoch - 1]
+        apart.append(max(loss_gap, (np.abs(found - wanted) / (1 + np.abs(wanted))).max()))
+    assert np.sum(np.array(apart) > 1e-4) <= len(jobs) // 30, apart
+    assert max(apart) < 5e-3
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("hidden", "num_classes"), SHAPES)
+@pytest.mark.parametrize("number", [1, 3])
+def test_ten_steps_are_those_of_the_plain_loop(
+    number: int, hidden: tuple[int, ...], num_classes: int, optimizer: str
+) -> None:
+    rows, held_out = make_rows(num_classes), make_rows(num_classes, 40, seed=1)
+    one_by_one = number == 1 and (hidden, num_classes) == ((8,), 2)
+    for first in range(len(OPTIONS)) if one_by_one else (4 if num_classes == 10 else 1,):
+        jobs = make_jobs(number, hidden, num_classes, optimizer, first, **TEN_STEPS)
+        assert_ten_steps_agree(jobs, rows, held_out)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "hidden", "num_classes"),
+    [("adam", (8,), 2), ("adamw", (9, 7, 5), 10), ("sgd", (), 10)],
+)
+def test_ten_steps_of_64_heads_are_those_of_the_plain_loop(
+    optimizer: str, hidden: tuple[int, ...], num_classes: int
+) -> None:
+    rows, held_out = make_rows(num_classes), make_rows(num_classes, 40, seed=1)
+    jobs = make_jobs(64, hidden, num_classes, optimizer, **TEN_STEPS)
+    assert_ten_steps_agree(jobs, rows, held_out)
+
+
+def seeds_of(job: HeadJob) -> list[HeadJob]:
+    return [HeadJob(job.head, job.training, seed) for seed in range(5)]
+
+
+@pytest.mark.parametrize("first", range(len(OPTIONS)))
+def test_final_losses_agree_within_the_spread_of_five_seeds(first: int) -> None:
+    hidden, num_classes = [((8,), 2), ((9, 7, 5), 10)][first % 2]
+    rows, held_out = make_rows(num_classes), make_rows(num_classes, 200, seed=1)
+    (job,) = make_jobs(1, hidden, num_classes, "adam", first, batch_size=BATCH, epochs=10)
+    wanted = np.array([plain_loop(j, rows, held_out)[1][-1] for j in seeds_of(job)])
+    results = fit_stack(seeds_of(job), rows, held_out)
+    found = np.array([result.history[-1]["valid_loss"] for result in results])
+    assert abs(found - wanted).max() < wanted.std()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "hidden", "num_classes"),
+    [("adam", (9, 7, 5), 2), ("adamw", (8,), 10), ("sgd", (), 2)],
+)
+def test_a_head_among_64_is_the_head_alone(
+    optimizer: str, hidden: tuple[int, ...], num_classes: int
+) -> None:
+    rows, held_out = make_rows(num_classes), make_rows(num_classes, 200, seed=1)
+    chosen = range(0, 64, 9)  # every option
+    jobs = make_jobs(64, hidden, num_classes, optimizer, **TEN_STEPS)
+    among = fit_stack(jobs, rows, held_out)
+    for job, result in ((jobs[i], among[i]) for i in chosen):
+        (alone,) = fit_stack([job], rows, held_out)
+        assert alone.best_epoch == result.best_epoch
+        np.testing.assert_allclose(
+            logits_of(job, result, held_out), logits_of(job, alone, held_out), rtol=1e-4, atol=1e-4
+        )
+    jobs = make_jobs(64, hidden, num_classes, optimizer, batch_size=BATCH, epochs=10)
+    among = fit_stack(jobs, rows, held_out)
+    for job, result in ((jobs[i], among[i]) for i in chosen):
+        (alone,) = fit_stack([job], rows, held_out)
+        seeds = [r.history[-1]["valid_loss"] for r in fit_stack(seeds_of(job), rows, held_out)]
+        difference = alone.history[-1]["valid_loss"] - result.history[-1]["valid_loss"]
+        assert abs(difference) < np.std(seeds)
+
+
+def test_heads_that_stay_when_others_are_given_up_are_not_moved() -> None:
+    rows, held_out = make_rows(2), make_rows(2, 40, seed=1)
+    for optimizer in OPTIMIZERS:
+        jobs = make_jobs(8, (8,), 2, optimizer, **TEN_STEPS)
+        given_up = itertools.cycle((True, False, True))
+        ends = {number: next(given_up) for number in range(8)}
+        results = fit_stack(jobs, rows, held_out, on_epoch=lambda number, _, e=ends: e[number])
+        for number, (job, result) in enumerate(zip(jobs, results, strict=True)):
+            assert len(result.history) == (1 if ends[number] else 2)
+            losses = plain_loop(job, rows, held_out)[1][: len(result.history)]
+            found = [row["valid_loss"] for row in result.history]
+            np.testing.assert_allclose(found, losses, rtol=1e-4)

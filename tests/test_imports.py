@@ -1,0 +1,96 @@
+"""What importing costs, what the public names are, and who prints."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import featcache
+
+PACKAGE = Path(featcache.__file__).parent
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+VERBS = ("demo", "split", "extract", "select", "info", "verify", "train", "sweep", "evaluate")
+VERBS += ("predict", "export")
+SLOW = {"torch", "numpy", "h5py", "PIL", "sklearn", "matplotlib", "scipy", "numba"}
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the top-level packages in ``sys.modules`` after the code ran in a new process."""
+    code += "\nimport json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    return set(json.loads(run_python(code).splitlines()[-1]))
+
+
+def test_importing_the_package_imports_nothing_slow() -> None:
+    loaded = loaded_by("import featcache; featcache.__version__, dir(featcache)")
+    assert loaded & {*SLOW, "click"} == set()
+
+
+def test_help_lists_all_verbs_and_imports_nothing_slow() -> None:
+    code = (
+        "import contextlib, runpy, sys\n"
+        "sys.argv = ['featcache', '--help']\n"
+        "with contextlib.suppress(SystemExit): runpy.run_module('featcache', run_name='__main__')\n"
+        f"assert not {SLOW!r} & set(sys.modules)"
+    )
+    text = run_python(code)
+    assert "Usage: " in text
+    assert all(f"\n  {verb} " in text for verb in VERBS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_command_line_prints(module: str) -> None:
+    tree = ast.parse((PACKAGE / module).read_text("utf-8"))
+    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    # verbose=True: scikit-learn's estimators print
+    assert calls.count("print") == (module == "heads/estimator.py")
+    if module not in {"cli/main.py", "cache/hdf5.py", "pixels/isolation.py"}:
+        assert "sys.stdout" not in ast.unparse(tree)  # the last two answer as child processes
+
+
+def test_public_names_are_what_type_checkers_see_and_what_there_is() -> None:
+    assert set(featcache._MODULES) == set(featcache.__all__)
+    assert len(set(featcache.__all__)) == len(featcache.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = featcache.nonsense
+    typed = {
+        alias.name
+        for node in ast.parse((PACKAGE / "__init__.py").read_text("utf-8")).body
+        if isinstance(node, ast.If)
+        for part in node.body
+        if isinstance(part, ast.ImportFrom)
+        for alias in part.names
+    }
+    assert typed == set(featcache.__all__)
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_no_folder_or_module_of_the_root_has_the_name_of_a_public_function() -> None:
+    """``featcache.split`` would vanish behind a module of its name."""
+    assert not {path.split("/")[0].removesuffix(".py") for path in MODULES} & {*featcache.__all__}
+
+
+def test_every_public_name_works_after_every_module_was_imported() -> None:
+    names = [path.removesuffix(".py").replace("/", ".") for path in MODULES if "__" not in path]
+    code = (
+        "import importlib, types, featcache\n"
+        f"for name in {names!r}: importlib.import_module('featcache.' + name)\n"
+        "for name in featcache.__all__:\n"
+        "    value = getattr(featcache, name)\n"
+        "    assert callable(value) and not isinstance(value, types.ModuleType), name\n"
+        "    assert value.__doc__, name\n"
+        "    namespace = {}\n"
+        "    exec(f'from featcache import {name}', namespace)\n"
+        "    assert namespace[name] is value, name\n"
+    )
+    run_python(code)
