@@ -499,7 +499,8 @@ def test_a_file_replaced_after_opening_is_never_mixed_with_the_old_one(
 def test_reading_never_imports_h5py(tmp_path: Path) -> None:
     write(tmp_path / "c", some_arrays())
     code = (
-        "import sys\nfrom pathlib import Path\nfrom featcache.cache.container import open_container\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from featcache.cache.container import open_container\n"
         "c = open_container(Path(sys.argv[1])); [c.map(n).tobytes() for n in c.arrays]\n"
         "assert 'h5py' not in sys.modules and 'torch' not in sys.modules"
     )
