@@ -22,8 +22,9 @@ from make_images import KINDS, encode_image
 from measuring import NotHere, as_table, measure_in_turn, median, number
 from peers import Job, Runner, Way, build, list_ways
 
-from featcache.backbones.engine import eager_features, relative_errors
+from featcache.backbones.engine import eager_features
 from featcache.pixels.images import decode
+from featcache.precision import relative_errors
 
 BASELINE = "stock eager, batch 32"
 FEATCACHE = "featcache"

@@ -27,10 +27,11 @@ from make_images import write_images
 from measuring import HERE, as_table, measure_in_turn, median, number, run_cold, seconds_of
 from peers import build
 
-from featcache.backbones.engine import eager_features, relative_errors
+from featcache.backbones.engine import eager_features
 from featcache.cache.reading import open_cache
 from featcache.pixels import acceleration
 from featcache.pixels.images import decode
+from featcache.precision import relative_errors
 from featcache.runtime import available_cores
 
 BACKBONE, WEIGHTS = "efficientnet-b0", "b0_random.pth"

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
         RunError,
     )
     from featcache.evaluation.evaluation import evaluate
+    from featcache.evaluation.info import describe
     from featcache.extraction.extraction import extract, extract_caches, plan, plan_caches
-    from featcache.extraction.verification import describe, verify
+    from featcache.extraction.verification import verify
     from featcache.heads.estimator import HeadClassifier
     from featcache.heads.run import load_run
     from featcache.heads.training import train

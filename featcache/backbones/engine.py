@@ -6,7 +6,8 @@ They are tried in this order until one is within the precision's bound of the pl
   two cores, where one batch after the other on both cores gives 100 at best, ``folded`` 55 and
   efficientnet_pytorch 16. One image's feature maps stay in its core's own cache, and no core waits
   for another.
-- ``folded``: the network of module ``folding`` in torch, channels_last. Everywhere.
+- ``folded``: the network with batch norms and paddings folded (module ``forward``), in torch,
+  channels_last. Everywhere.
 - ``eager``: the library's network as it is, channels_last.
 """
 
@@ -32,13 +33,10 @@ from featcache.backbones.forward import (
     torch_forward,
 )
 from featcache.errors import BackboneError, ConfigError, FeatcacheWarning
+from featcache.precision import PARITY_BOUNDS, relative_errors
 from featcache.runtime import available_cores, exact_fp32, is_out_of_memory
 
 ENGINES = ("onnx", "folded", "eager")
-PARITY_BOUNDS = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 2e-2, "bf16": 2e-1}
-"""Largest relative L2 error of an image's features against the eager fp32 forward."""
-FLOAT16_STORAGE_ERROR = 5e-4
-"""Added to the bound when features are stored as float16 (measured 2.4e-4)."""
 
 # Exporting B0 and loading it take 1 s, and every image then saves 9 ms.
 _ONNX_PAYS_FROM = 128
@@ -313,12 +311,3 @@ def eager_features(backbone: Backbone, images: Images) -> npt.NDArray[np.float32
             pixels = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)[None].float()
             rows.append(network((pixels.expand(-1, 3, -1, -1) / 255 - mean) / std).numpy())
     return np.concatenate(rows)
-
-
-def relative_errors(
-    found: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]
-) -> tuple[float, ...]:
-    """Return the relative L2 error of each row, (N, D) against (N, D); infinite for NaN."""
-    difference = np.linalg.norm(found.astype(np.float64) - reference, axis=1)
-    length = np.maximum(np.linalg.norm(reference.astype(np.float64), axis=1), 1e-30)
-    return tuple(float(e) if np.isfinite(e) else float("inf") for e in difference / length)

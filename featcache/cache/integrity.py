@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.container import Container, is_payload_whole
-from featcache.cache.reading import SPLITS
+from featcache.data.folders import SPLITS
 
 BLOCK_ROWS = 4096
 METADATA = "HDF5 metadata"

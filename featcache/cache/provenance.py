@@ -6,21 +6,18 @@ Reads: open caches. Writes: nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from featcache.backbones.engine import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS, Engine
 from featcache.cache.reading import Cache, name_differences
 from featcache.errors import CacheError, FeatcacheWarning, printable
 from featcache.files import canonical_json
-from featcache.runtime import environment_facts
+from featcache.precision import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS
 
 # Copied only where all caches agree: with them an update goes on as its rows were made.
 _ENGINE_FACTS = ("engine", "precision", "batch_size", "num_threads", "device_type")
 _OTHER_FACTS = ("device", "concurrency", "weights_source")
-# What ``select`` and ``verify --repair`` said of the rows holds also after an update.
-_KEPT_FACTS = ("selected_from", "origins", "lost")
-_MAX_PARITY = 8  # errors that are kept: the largest says it all
+MAX_PARITY = 8  # errors that are kept: the largest says it all
 _ORIGIN_FACTS = ("date", "versions", "device", "engine", "precision", "parity", "lost")
 
 
@@ -154,53 +151,8 @@ def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
         if known:
             joined["precision"] = max(known, key=PARITY_BOUNDS.__getitem__)
     joined |= next(({"lost": p["lost"]} for p in made if "lost" in p), {})
-    parity = sorted({error for cache in caches for error in _parity(cache)})[-_MAX_PARITY:]
+    parity = sorted({error for cache in caches for error in _parity(cache)})[-MAX_PARITY:]
     return joined | ({"parity": parity} if parity else {})
-
-
-def warn_of_update(
-    name: str, provenance: Mapping[str, Any], parity: Sequence[float], engine: Engine
-) -> None:
-    """Warn where an engine adds rows to those of another precision, or of one that is lost.
-
-    Another precision is no other identity, but whoever mixes them should know.
-
-    Args:
-        name: Of the cache.
-        provenance: Of the rows that are there.
-        parity: Of the engine that made them.
-        engine: What makes the new ones.
-    """
-    made = provenance.get("precision", engine.precision)
-    if "lost" in provenance:
-        old = "nobody knows how its rows were made, since its provenance was damaged"
-        new = engine.precision
-    elif made != engine.precision:
-        pairs = ((made, parity), (engine.precision, engine.parity))
-        old, new = (f"{p} (within {max(e, default=0):.1e})" for p, e in pairs)
-        old = f"its rows were made at {old} of the eager fp32 network"
-    else:
-        return
-    text = f"{name}: {old}, new ones will be at {new}"
-    warnings.warn(text, FeatcacheWarning, stacklevel=4)
-
-
-def extend_provenance(
-    provenance: Mapping[str, Any], parity: Sequence[float], engine: Engine, weights_source: str
-) -> dict[str, Any]:
-    """Return how the rows were made when an engine has added its own: arguments as above."""
-    precisions = {engine.precision, str(provenance.get("precision"))}
-    return {
-        **{key: provenance[key] for key in _KEPT_FACTS if key in provenance},
-        **environment_facts(engine.device), "device_type": engine.device.type,
-        "weights_source": weights_source, "engine": engine.name,
-        "engine_reason": engine.reason, "concurrency": engine.concurrency,
-        # of rows of two precisions, the one whose bound holds for all
-        "precision": max(precisions & PARITY_BOUNDS.keys(), key=PARITY_BOUNDS.__getitem__),
-        "batch_size": engine.batch_size,
-        # of older engines the worst: an update a night would else add to it for ever
-        "parity": [*sorted(parity)[-_MAX_PARITY:], *engine.parity],
-    }  # fmt: skip
 
 
 def list_origins(caches: Sequence[Cache]) -> list[dict[str, Any]]:

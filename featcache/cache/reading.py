@@ -20,13 +20,14 @@ The table has the ``crc32`` of every data set outside ``/splits``, optionally.
 bytes], sorted by name, over identity, classes and every split's features, targets and paths: two
 people compare one line.
 
-Reads: caches. Module ``cache_writer`` writes them.
+Reads: caches. Module ``writing`` writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,9 +39,9 @@ import numpy.typing as npt
 import torch
 
 from featcache.cache.container import ArrayReader, Container, check_payload, open_container
-from featcache.errors import CacheError
+from featcache.data.folders import SPLITS
+from featcache.errors import CacheError, FeatcacheWarning, printable
 
-SPLITS = ("train", "valid", "test", "all")
 TASKS = ("multiclass", "multilabel")
 
 
@@ -436,3 +437,26 @@ def read_failures(container: Container, num_classes: int) -> tuple[Failure, ...]
 def decode_texts(array: npt.NDArray[Any]) -> list[str]:
     """Return fixed-width bytes as strings; what is not UTF-8 is surrogate-escaped."""
     return [value.decode("utf-8", "surrogateescape") for value in array.tolist()]
+
+
+def warn_of_leaks(cache: Cache) -> None:
+    """Warn when an image or a group stands in two splits: the figures would flatter the head."""
+    images = {
+        name: [row.tobytes() if row.any() else None for row in split.image_sha256]
+        for name, split in cache.splits.items()
+    }
+    groups = {name: split.groups or [] for name, split in cache.splits.items()}
+    for what, keys_by_split in (("images", images), ("groups", groups)):
+        seen: dict[object, tuple[str, str]] = {}
+        shared: dict[object, str] = {}
+        for name, keys in keys_by_split.items():
+            for key, path in zip(keys, cache.splits[name].paths, strict=False):
+                other, other_path = seen.setdefault(key, (name, path))
+                if other != name and key is not None:
+                    shared.setdefault(key, f"{other}: {other_path} and {name}: {path}")
+        if shared:
+            message = (
+                f"{len(shared)} {what} stand in more than one split, for example "
+                f"{next(iter(shared.values()))}; results will look better than they are"
+            )
+            warnings.warn(printable(message), FeatcacheWarning, stacklevel=3)

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from featcache.backbones.engine import relative_errors
 from featcache.cache.provenance import error_bound
-from featcache.cache.reading import SPLITS, Cache, CacheSplit
+from featcache.cache.reading import Cache, CacheSplit
 from featcache.cache.table import Table
 from featcache.cache.writing import check_names, os_bytes
 from featcache.data.dataset import UNLABELLED
-from featcache.data.folders import agree_on_classes
+from featcache.data.folders import SPLITS, agree_on_classes
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, printable
+from featcache.precision import relative_errors
 from featcache.runtime import Say
 
 _NUM_SHOWN = 5
@@ -56,7 +56,7 @@ class Rearrangement:
     Use it in this order: ``apply_table`` where there is one, ``choose_classes``, ``settle_rows``.
 
     Args:
-        caches: Caches of one kind (see module ``compatibility``).
+        caches: Caches of one kind (see module ``provenance``).
         prefix: Set each cache's file name before its paths and groups.
         say: Where lines for people go.
     """

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from featcache.cache.container import Container
 from featcache.cache.integrity import BLOCK_ROWS, BadRow, Damage, find_infinite
 from featcache.cache.reading import (
-    SPLITS,
     Cache,
     Failure,
     check_table,
@@ -25,6 +24,7 @@ from featcache.cache.reading import (
     read_json,
 )
 from featcache.cache.writing import SplitRows, write_rows
+from featcache.data.folders import SPLITS
 from featcache.errors import CacheError
 
 _REASON = "row dropped by featcache verify --repair"

@@ -22,15 +22,15 @@ from featcache.cache.provenance import (
     list_origins,
     warn_of_precisions,
 )
-from featcache.cache.reading import SPLITS, Cache, Failure, open_cache
+from featcache.cache.reading import Cache, Failure, open_cache, warn_of_leaks
 from featcache.cache.rearrangement import Rearrangement, Row, gather
-from featcache.cache.writing import SplitRows, write_rows
+from featcache.cache.writing import SplitRows, partial_folder, remove_partial, write_rows
 from featcache.data.dataset import UNLABELLED
+from featcache.data.folders import SPLITS, training_split
 from featcache.errors import CacheError, ConfigError, printable
-from featcache.extraction.shards import partial_folder, remove_partial
-from featcache.files import make_folder, remove_temporaries, writer_lock
-from featcache.heads.rows import warn_of_leaks
-from featcache.pixels.views import ViewRules, training_split
+from featcache.files import make_folder, remove_temporaries
+from featcache.locking import writer_lock
+from featcache.pixels.views import ViewRules
 from featcache.runtime import Say, environment_facts, silent
 
 _BLOCK_BYTES = 4 << 20

@@ -5,6 +5,7 @@ Writes: caches (format in module ``cache``), whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import numpy.typing as npt
 
 from featcache.cache.hdf5 import ArraySource, write_container
 from featcache.cache.integrity import array_crc32, meaning_crc32, rows_crc32
-from featcache.cache.reading import SPLITS, Cache, Failure, is_content, open_cache
+from featcache.cache.reading import Cache, Failure, is_content, open_cache
+from featcache.data.folders import SPLITS
 from featcache.errors import DataError
 from featcache.files import canonical_json
 
@@ -254,3 +256,25 @@ def _encode(texts: Iterable[str]) -> npt.NDArray[Any]:
     """Return strings as fixed-width bytes; ``|S1`` when there are none or all are empty."""
     array = np.array([text.encode("utf-8", "surrogateescape") for text in texts], dtype=bytes)
     return array.astype("S1") if array.dtype.itemsize == 0 or not array.size else array
+
+
+_OWN_FILES = ("probing", "shard.*", ".*.tmp")
+
+
+def partial_folder(cache: Path) -> Path:
+    """Return the folder in which a cache is made."""
+    return cache.with_name(cache.name + ".partial")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what is ours in the folder of a cache in the making, its lock last, then the folder.
+
+    Files of other people stay, and the folder with them.
+    """
+    with contextlib.suppress(OSError):
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for pattern in _OWN_FILES:
+            for file in folder.glob(pattern):
+                file.unlink(missing_ok=True)
+        (folder / "lock").unlink(missing_ok=True)
+        folder.rmdir()

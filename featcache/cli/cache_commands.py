@@ -219,7 +219,7 @@ def info(cache_or_run: Path, as_json: bool) -> None:
     Example: featcache info covid.h5
     """
     from featcache.cli.wording import facts_lines
-    from featcache.extraction.verification import describe
+    from featcache.evaluation.info import describe
 
     facts = describe(cache_or_run)
     print_facts(facts, facts_lines(facts), as_json, False)

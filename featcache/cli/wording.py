@@ -8,7 +8,7 @@ from typing import Any
 
 from featcache.deployment.classifier import Predictions
 from featcache.errors import printable
-from featcache.extraction.projection import Projection
+from featcache.extraction.reports import Projection
 
 
 def projection_lines(projection: Projection) -> Iterator[str]:

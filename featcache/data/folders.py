@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -236,3 +236,9 @@ def find_group(pattern: re.Pattern[str], path: str) -> str | None:
     """Return the group in the file name; None if nothing, or nothing between the parentheses."""
     match = pattern.search(path.rpartition("/")[2])
     return (match[1] or None) if match else None
+
+
+def training_split(splits: Iterable[str]) -> str | None:
+    """Return the split that heads are trained on: ``train``, or ``all`` where there is none."""
+    present = set(splits)
+    return next((name for name in ("train", "all") if name in present), None)

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from featcache.data.dataset import ImageDataset, Sample, scan
+from featcache.data.folders import SPLITS
 from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, FeatcacheWarning
 from featcache.files import sync_folder, write_csv
 from featcache.runtime import Say, silent
 
-SPLITS = ("train", "valid", "test")
 MODES = ("copy", "symlink", "hardlink")
 
 _Counts = dict[str, dict[str, int]]
@@ -131,7 +131,7 @@ def _check_options(fractions: Sequence[float], mode: str) -> dict[str, float]:
             "--fractions", expected="three shares of train, valid, test that add up to 1",
             found=",".join(map(str, fractions)), hint="For example 0.7,0.15,0.15",
         )  # fmt: skip
-    return {name: share for name, share in zip(SPLITS, fractions, strict=True) if share > 0}
+    return {name: share for name, share in zip(SPLITS[:3], fractions, strict=True) if share > 0}
 
 
 def _check_destination(source: Path, destination: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.engine import build_engine, eager_features, relative_errors
+from featcache.backbones.engine import build_engine, eager_features
 from featcache.cache.reading import open_cache
 from featcache.data.dataset import ImageDataset, list_images
 from featcache.errors import ConfigError, RunError
@@ -31,6 +31,7 @@ from featcache.heads.fit import predict_probs
 from featcache.heads.run import Run, load_head, load_run, require_same_features
 from featcache.heads.streaming import StoredFeatures
 from featcache.pixels.views import PLAIN
+from featcache.precision import relative_errors
 from featcache.runtime import resolve_device
 
 _OUTPUTS = {

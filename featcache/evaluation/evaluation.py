@@ -6,7 +6,8 @@ Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ import torch
 
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError, printable
-from featcache.evaluation.answers import Answers
 from featcache.evaluation.figures import write_confusion_figure
-from featcache.files import require_folder, write_json
+from featcache.files import join_names, require_folder, write_csv, write_json
 from featcache.heads.fit import predict_probs
 from featcache.heads.rows import find_labelled
 from featcache.heads.run import (
@@ -290,3 +290,100 @@ def _say_confusion(classes: Sequence[str], confusion: list[list[int]], say: Say)
     for name, row in zip(names, confusion, strict=True):
         cells = [f"  {count:>{width},}" for count, width in zip(row, widths, strict=True)]
         say(f"{name:<{margin}}" + "".join(cells))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Labelled rows of a split.
+
+    Attributes:
+        classes: C names.
+        paths: n paths.
+        groups: n groups, empty where there are none.
+        targets: (n,) numbers of classes; or (n, C) of 0, 1 and NaN: several labels a row.
+        probs: (n, C).
+    """
+
+    classes: tuple[str, ...]
+    paths: list[str]
+    groups: list[str]
+    targets: npt.NDArray[Any]
+    probs: npt.NDArray[np.float64]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether a row has several labels."""
+        return self.targets.ndim == 2
+
+    @property
+    def preds(self) -> npt.NDArray[Any]:
+        """(n,) numbers of classes; of several labels (n, C), whether above 0.5."""
+        return self.probs > 0.5 if self.has_labels else self.probs.argmax(axis=1)
+
+    def false_negatives(self, positive: str | None) -> list[str] | None:
+        """Return the paths of rows of a class that are not called it.
+
+        None without a class, and where there are more than two and each row has but one.
+        """
+        if positive is None or not (self.has_labels or len(self.classes) == 2):
+            return None
+        index = self.classes.index(positive)
+        if self.has_labels:
+            missed = (self.targets[:, index] == 1) & ~self.preds[:, index]
+        else:
+            missed = (self.targets == index) & (self.preds != index)
+        return [self.paths[i] for i in np.flatnonzero(missed)]
+
+    def mistakes(self) -> list[dict[str, Any]]:
+        """Return the wrong rows, or of several labels the wrong answers; the surest first."""
+        preds, probs = self.preds, self.probs
+        if self.has_labels:
+            return self._wrong_labels()
+        rows = np.flatnonzero(preds != self.targets)
+        surest_first = sorted(rows, key=lambda i: (-probs[i, preds[i]], self.paths[i]))
+        return [
+            {
+                "path": self.paths[i],
+                "target": self.classes[self.targets[i]],
+                "pred": self.classes[preds[i]],
+                "prob": float(probs[i, preds[i]]),
+            }
+            for i in surest_first
+        ]
+
+    def _wrong_labels(self) -> list[dict[str, Any]]:
+        preds, sure = self.preds, np.maximum(self.probs, 1 - self.probs)
+        wrong = ~np.isnan(self.targets) & (preds != (self.targets == 1))
+        places = zip(*np.nonzero(wrong), strict=True)
+        surest_first = sorted(places, key=lambda at: (-sure[at], self.paths[at[0]], at[1]))
+        return [
+            {
+                "path": self.paths[at[0]],
+                "class": self.classes[at[1]],
+                "target": int(not preds[at]),
+                "pred": int(preds[at]),
+                "prob": float(self.probs[at]),
+            }
+            for at in surest_first
+        ]
+
+    def write(self, path: Path) -> None:
+        """Write a CSV with a line per row."""
+        of_probs = [f"prob_{printable(name)}" for name in self.classes]
+        if self.has_labels:
+            header = ["path", "group", "targets", "unknown", "preds", *of_probs]
+            answers = zip(
+                self._join(self.targets == 1), self._join(np.isnan(self.targets)),
+                self._join(self.preds), strict=True,
+            )  # fmt: skip
+        else:
+            header = ["path", "group", "target", "pred", *of_probs]
+            names = ([self.classes[i] for i in which] for which in (self.targets, self.preds))
+            answers = zip(*names, strict=True)
+        rows = zip(self.paths, self.groups, answers, self.probs.tolist(), strict=True)
+        write_csv(
+            path, header, ([name, group, *words, *probs] for name, group, words, probs in rows)
+        )
+
+    def _join(self, chosen: npt.NDArray[np.bool_]) -> Iterable[str]:
+        return (join_names(self.classes[c] for c in np.flatnonzero(row)) for row in chosen)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.engine import build_engine, relative_errors
+from featcache.backbones.engine import build_engine
 from featcache.cache.integrity import BadRow
 from featcache.cache.provenance import error_bound, known_precision
 from featcache.cache.reading import Cache
@@ -22,6 +22,7 @@ from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.pipeline import Lane, Outcome, hash_images, stream_features
 from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
+from featcache.precision import relative_errors
 from featcache.runtime import Say, resolve_device
 
 _LINES_SAID = 20

@@ -16,20 +16,22 @@ import torch
 
 from featcache.backbones.backbone import Backbone, build_backbone
 from featcache.cache.reading import Cache
+from featcache.cache.writing import partial_folder
 from featcache.data.dataset import ImageDataset, scan
 from featcache.errors import CacheError, ConfigError
 from featcache.extraction.pipeline import hash_images, resolve_workers
 from featcache.extraction.production import Production, produce
-from featcache.extraction.projection import Projection, project
 from featcache.extraction.recipe import Recipe, make_recipe
-from featcache.extraction.shards import PartialCache, partial_folder
-from featcache.extraction.summary import (
+from featcache.extraction.reports import (
     ExtractionSummary,
+    Projection,
     describe_dataset,
     describe_recipe,
     describe_result,
+    project,
     summarise,
 )
+from featcache.extraction.shards import PartialCache
 from featcache.extraction.update import (
     check_update,
     holds,
@@ -37,7 +39,8 @@ from featcache.extraction.update import (
     open_existing,
     refuse_other_images,
 )
-from featcache.files import follow_link, make_folder, remove_temporaries, writer_lock
+from featcache.files import follow_link, make_folder, remove_temporaries
+from featcache.locking import writer_lock
 from featcache.pixels import acceleration
 from featcache.runtime import Say, resolve_device, silent
 

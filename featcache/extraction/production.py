@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,11 @@ from tqdm import tqdm
 
 from featcache.backbones.backbone import state_sha256
 from featcache.backbones.engine import Engine, build_engine
-from featcache.cache.provenance import extend_provenance, warn_of_update
+from featcache.cache.provenance import MAX_PARITY
 from featcache.cache.reading import Cache, Failure
-from featcache.cache.writing import SplitRows, write_rows
+from featcache.cache.writing import SplitRows, partial_folder, write_rows
 from featcache.data.dataset import ImageDataset, Sample
-from featcache.errors import BackboneError, CacheError, DataError, printable
+from featcache.errors import BackboneError, CacheError, DataError, FeatcacheWarning, printable
 from featcache.extraction.intake import Intake
 from featcache.extraction.inventory import Inventory
 from featcache.extraction.pipeline import (
@@ -37,15 +38,10 @@ from featcache.extraction.pipeline import (
     stream_features,
 )
 from featcache.extraction.recipe import Recipe, decode_probes
-from featcache.extraction.shards import (
-    SHARD_BYTES,
-    SHARD_ROWS,
-    EngineFacts,
-    PartialCache,
-    partial_folder,
-)
+from featcache.extraction.shards import SHARD_BYTES, SHARD_ROWS, EngineFacts, PartialCache
 from featcache.files import remove_temporaries
-from featcache.runtime import Interrupted, Say, Timer, held_signals
+from featcache.precision import PARITY_BOUNDS
+from featcache.runtime import Interrupted, Say, Timer, environment_facts, held_signals
 
 
 class Production:
@@ -425,3 +421,52 @@ def _allowed_failures(allowed: int | float, planned: int) -> int:
     return (
         max(1, int(allowed * planned)) if isinstance(allowed, float) and allowed else int(allowed)
     )
+
+
+# What ``select`` and ``verify --repair`` said of the rows holds also after an update.
+_KEPT_FACTS = ("selected_from", "origins", "lost")
+
+
+def warn_of_update(
+    name: str, provenance: Mapping[str, Any], parity: Sequence[float], engine: Engine
+) -> None:
+    """Warn where an engine adds rows to those of another precision, or of one that is lost.
+
+    Another precision is no other identity, but whoever mixes them should know.
+
+    Args:
+        name: Of the cache.
+        provenance: Of the rows that are there.
+        parity: Of the engine that made them.
+        engine: What makes the new ones.
+    """
+    made = provenance.get("precision", engine.precision)
+    if "lost" in provenance:
+        old = "nobody knows how its rows were made, since its provenance was damaged"
+        new = engine.precision
+    elif made != engine.precision:
+        pairs = ((made, parity), (engine.precision, engine.parity))
+        old, new = (f"{p} (within {max(e, default=0):.1e})" for p, e in pairs)
+        old = f"its rows were made at {old} of the eager fp32 network"
+    else:
+        return
+    text = f"{name}: {old}, new ones will be at {new}"
+    warnings.warn(text, FeatcacheWarning, stacklevel=4)
+
+
+def extend_provenance(
+    provenance: Mapping[str, Any], parity: Sequence[float], engine: Engine, weights_source: str
+) -> dict[str, Any]:
+    """Return how the rows were made when an engine has added its own: arguments as above."""
+    precisions = {engine.precision, str(provenance.get("precision"))}
+    return {
+        **{key: provenance[key] for key in _KEPT_FACTS if key in provenance},
+        **environment_facts(engine.device), "device_type": engine.device.type,
+        "weights_source": weights_source, "engine": engine.name,
+        "engine_reason": engine.reason, "concurrency": engine.concurrency,
+        # of rows of two precisions, the one whose bound holds for all
+        "precision": max(precisions & PARITY_BOUNDS.keys(), key=PARITY_BOUNDS.__getitem__),
+        "batch_size": engine.batch_size,
+        # of older engines the worst: an update a night would else add to it for ever
+        "parity": [*sorted(parity)[-MAX_PARITY:], *engine.parity],
+    }  # fmt: skip

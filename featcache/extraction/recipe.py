@@ -19,11 +19,12 @@ import numpy.typing as npt
 
 from featcache.backbones.backbone import Backbone, build_backbone
 from featcache.data.dataset import ImageDataset, Sample
+from featcache.data.folders import training_split
 from featcache.errors import BackboneError, ConfigError, DataError
 from featcache.files import canonical_json
 from featcache.pixels.images import PixelRules, check_bit_depth, may_be_deep
 from featcache.pixels.isolation import DECODE_SECONDS, IsolatedDecoder
-from featcache.pixels.views import PLAIN, ViewRules, render, training_split
+from featcache.pixels.views import PLAIN, ViewRules, render
 from featcache.threads import Threads
 
 NUM_PROBES = 4

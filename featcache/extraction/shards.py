@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.writing import remove_partial
 from featcache.errors import CacheError
 from featcache.extraction.contents import Vectors
 from featcache.files import canonical_json, disk_error, sha256_file, write_bytes
@@ -29,7 +30,6 @@ from featcache.files import canonical_json, disk_error, sha256_file, write_bytes
 SHARD_BYTES = 16 << 20
 SHARD_ROWS = 4096
 """No shard has more, however narrow the features: rows wait in memory until their shard is full."""
-_OWN_FILES = ("probing", "shard.*", ".*.tmp")
 _FORMAT = "featcache-partial"
 _FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
 
@@ -43,25 +43,6 @@ class EngineFacts:
     batch_size: int
     num_threads: int
     device_type: str
-
-
-def partial_folder(cache: Path) -> Path:
-    """Return the folder in which a cache is made."""
-    return cache.with_name(cache.name + ".partial")
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what is ours in the folder of a cache in the making, its lock last, then the folder.
-
-    Files of other people stay, and the folder with them.
-    """
-    with contextlib.suppress(OSError):
-        (folder / "manifest.json").unlink(missing_ok=True)
-        for pattern in _OWN_FILES:
-            for file in folder.glob(pattern):
-                file.unlink(missing_ok=True)
-        (folder / "lock").unlink(missing_ok=True)
-        folder.rmdir()
 
 
 class PartialCache:

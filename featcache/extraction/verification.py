@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,13 +20,13 @@ from featcache.backbones.backbone import Backbone
 from featcache.cache.container import content_sha256, open_container
 from featcache.cache.hdf5 import compare_with_hdf5
 from featcache.cache.integrity import METADATA, BadRow, Damage, find_damage, find_infinite
-from featcache.cache.reading import Cache, CacheSplit, is_content, open_cache, read_cache
+from featcache.cache.reading import Cache, is_content, open_cache, read_cache
 from featcache.cache.repair import find_bad_rows, write_without
+from featcache.cache.writing import partial_folder
 from featcache.errors import CacheError, printable
 from featcache.extraction.comparison import Comparison, compare
-from featcache.extraction.shards import partial_folder
-from featcache.files import disk_error, sha256_file, sync_folder, writer_lock
-from featcache.heads.run import load_run
+from featcache.files import disk_error, sha256_file, sync_folder
+from featcache.locking import writer_lock
 from featcache.runtime import Say, silent
 
 _REBUILD = "Extract it again: featcache extract DATA CACHE --rebuild"
@@ -305,68 +304,3 @@ def _say_repair(damage: Damage, bad_rows: Sequence[BadRow], say: Say) -> None:
         say(f"dropped: and {len(bad_rows) - 20:,} more rows, see featcache info")
     for part in damage.parts:
         say(f"damaged and written again: {part}")
-
-
-# ------------------------------------------------------------------------------------------- info
-
-
-def describe(path: str | Path) -> dict[str, Any]:
-    """Return what a cache or a run holds, as JSON values. Hashes nothing.
-
-    Args:
-        path: A cache file, or a run folder.
-
-    Raises:
-        CacheError: If the file is not a cache.
-        RunError: If the folder is not a run.
-    """
-    place = Path(path)
-    if place.is_dir():
-        run = load_run(place)
-        return {
-            "kind": "run", "path": place.as_posix(), "task": run.task,
-            "classes": list(run.classes),
-            "head": run.head.as_json(), "training": run.training, "seed": run.seed,
-            "data_seed": run.data_seed, "cache": run.cache, "weights_sha256": run.weights_sha256,
-            "evaluations": sorted(p.stem for p in place.glob("evaluation/*.json")),
-        }  # fmt: skip
-    cache = open_cache(place, verify=False)
-    return {
-        "kind": "cache", "path": place.as_posix(), "verified": False,
-        "file_bytes": place.stat().st_size, "fingerprint": cache.fingerprint,
-        "content_sha256": cache.content_sha256, "payload_sha256": cache.payload_sha256,
-        "identity": cache.identity, "provenance": cache.provenance, "task": cache.task,
-        "classes": list(cache.classes),
-        "splits": {name: _describe_split(cache, split) for name, split in cache.splits.items()},
-        "failures": [asdict(failure) for failure in cache.failures],
-    }  # fmt: skip
-
-
-def _describe_split(cache: Cache, split: CacheSplit) -> dict[str, Any]:
-    labels = dict(_count_targets(cache, split))
-    groups = split.groups
-    return {
-        "num_samples": len(split), "features": [*split.features.shape, split.features.dtype.name],
-        "num_views": split.num_views, "num_per_class": labels, **_count_known(cache, split),
-        "num_groups": None if groups is None else len(set(groups)),
-    }  # fmt: skip
-
-
-def _count_known(cache: Cache, split: CacheSplit) -> dict[str, dict[str, int]]:
-    """Return, of several labels an image, how many targets of each class are known."""
-    if cache.task != "multilabel":
-        return {}
-    known = (~np.isnan(split.targets)).sum(axis=0).tolist()
-    return {"num_known_per_class": dict(zip(cache.classes, known, strict=True))}
-
-
-def _count_targets(cache: Cache, split: CacheSplit) -> Iterator[tuple[str, int]]:
-    if cache.task == "multilabel":
-        for i, name in enumerate(cache.classes):
-            yield name, int((split.targets[:, i] == 1).sum())
-        return
-    counts = Counter(split.targets.tolist())
-    for i, name in enumerate(cache.classes):
-        yield name, counts.get(i, 0)
-    if counts.get(-1):
-        yield "unlabelled", counts[-1]

@@ -184,3 +184,25 @@ def _is_finite(value: object) -> bool:
 
 def _is_count(value: object, at_least: int) -> bool:
     return type(value) is int and value >= at_least
+
+
+def check_seed(option: str, seed: object) -> None:
+    """Refuse what torch's generators would not take.
+
+    Raises:
+        ConfigError: If it is no whole number from 0 to below 2**63.
+    """
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
+        raise ConfigError(option, expected="a whole number from 0", found=repr(seed))
+
+
+def check_valid_fraction(fraction: object) -> None:
+    """Refuse a share to hold out that is none.
+
+    Raises:
+        ConfigError: If it is neither None nor a number between 0 and 1.
+    """
+    if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction < 1):
+        raise ConfigError(
+            "--valid-fraction", expected="a number between 0 and 1", found=repr(fraction)
+        )

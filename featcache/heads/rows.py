@@ -18,10 +18,10 @@ import torch
 
 from featcache.cache.reading import Cache, CacheSplit
 from featcache.data.dataset import UNLABELLED
+from featcache.data.folders import training_split
 from featcache.data.stratification import assign_labelled_units, assign_units, build_units
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, printable
 from featcache.heads.streaming import BLOCK_BYTES, StoredFeatures
-from featcache.pixels.views import training_split
 from featcache.runtime import Say, available_memory
 
 _MEMORY_SHARE = 0.75  # of what is left: heads, activations and others want some too
@@ -113,29 +113,6 @@ def check_cache(cache: Cache) -> None:
             "classes", expected="two or more", found=", ".join(cache.classes) or "none",
             where=cache.path, hint=hint,
         )  # fmt: skip
-
-
-def warn_of_leaks(cache: Cache) -> None:
-    """Warn when an image or a group stands in two splits: the figures would flatter the head."""
-    images = {
-        name: [row.tobytes() if row.any() else None for row in split.image_sha256]
-        for name, split in cache.splits.items()
-    }
-    groups = {name: split.groups or [] for name, split in cache.splits.items()}
-    for what, keys_by_split in (("images", images), ("groups", groups)):
-        seen: dict[object, tuple[str, str]] = {}
-        shared: dict[object, str] = {}
-        for name, keys in keys_by_split.items():
-            for key, path in zip(keys, cache.splits[name].paths, strict=False):
-                other, other_path = seen.setdefault(key, (name, path))
-                if other != name and key is not None:
-                    shared.setdefault(key, f"{other}: {other_path} and {name}: {path}")
-        if shared:
-            message = (
-                f"{len(shared)} {what} stand in more than one split, for example "
-                f"{next(iter(shared.values()))}; results will look better than they are"
-            )
-            warnings.warn(printable(message), FeatcacheWarning, stacklevel=3)
 
 
 def choose_rows(

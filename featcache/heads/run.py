@@ -25,14 +25,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from featcache.cache.reading import TASKS, Cache
 from featcache.errors import ConfigError, FeatcacheWarning, RunError, printable
 from featcache.files import canonical_json, read_regular, write_bytes, write_csv, write_json
+from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, build_head, state_layout
+from featcache.runtime import environment_facts
 
 FORMAT = "featcache-run"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "head.safetensors"
-TASKS = ("multiclass", "multilabel")
 
 _KEYS = {
     "format", "format_version", "head", "training", "seed", "data_seed", "classes", "cache",
@@ -343,3 +345,59 @@ def _weights_metadata(head: HeadConfig, classes: Sequence[str], task: str) -> di
 def _damaged(folder: Path, what: str, expected: object, found: object) -> RunError:
     brief = str(found)[:200]
     return RunError(f"run, {what}", expected=expected, found=brief, where=folder, hint=_DAMAGED)
+
+
+def record_fit(
+    partial: Path,
+    folder: Path,
+    cache: Cache,
+    *,
+    head: HeadConfig,
+    training: TrainingConfig,
+    result: FitResult,
+    seed: int,
+    data_seed: int,
+    device: torch.device,
+    num_train: int,
+    valid_fraction: float | None,
+    details: Mapping[str, Any] | None = None,
+) -> str:
+    """Write a fit as a run and return the sha256 of its weights.
+
+    Args:
+        partial: Where it is written.
+        folder: Where it will be.
+        cache: What it was trained on.
+        head: Its shape.
+        training: How it was trained.
+        result: What came of it.
+        seed: Decided the initial weights and dropout.
+        data_seed: Decided the order of the rows, and the hold-out.
+        device: Where it was trained.
+        num_train: Rows it was trained on.
+        valid_fraction: Share that was held out, if any.
+        details: Further facts for ``training`` in ``run.json``.
+    """
+    facts: dict[str, Any] = {"valid_fraction": valid_fraction}
+    if training.optimizer == LBFGS:
+        strengths = [row["strength"] for row in result.history]
+        facts |= {"strength": strengths[result.best_epoch - 1], "strengths": strengths}
+    else:
+        facts["batch_size"] = training.rows_per_step(num_train)
+        facts["best_epoch"] = result.best_epoch
+    return write_run(
+        partial, head=head, state=result.state,
+        training=training.as_json() | facts | dict(details or {}),
+        seed=seed, data_seed=data_seed, classes=cache.classes, cache=_cache_facts(cache, folder),
+        history=result.history, environment=environment_facts(device), task=cache.task,
+    )  # fmt: skip
+
+
+def _cache_facts(cache: Cache, folder: Path) -> dict[str, Any]:
+    return {
+        "path": relative_path(cache.path, folder),
+        "fingerprint": cache.fingerprint,
+        "identity": cache.identity,
+        "payload_sha256": cache.payload_sha256,
+        "num_failed": len(cache.failures),
+    }

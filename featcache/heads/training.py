@@ -16,22 +16,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import Cache, open_cache
+from featcache.cache.reading import Cache, open_cache, warn_of_leaks
 from featcache.errors import ConfigError, printable
 from featcache.files import new_folder, refuse_existing
-from featcache.heads.config import LBFGS, USED_BY_LBFGS, FitResult, HeadJob, TrainingConfig
+from featcache.heads.config import (
+    LBFGS,
+    USED_BY_LBFGS,
+    FitResult,
+    HeadJob,
+    TrainingConfig,
+    check_seed,
+    check_valid_fraction,
+)
 from featcache.heads.fit import fit_head
 from featcache.heads.head import HeadConfig
-from featcache.heads.recording import check_seed, check_valid_fraction, record_fit
-from featcache.heads.rows import (
-    Part,
-    Targets,
-    check_cache,
-    choose_rows,
-    read_rows,
-    warn_of_leaks,
-)
-from featcache.heads.softmax_regression import MAX_ITERATIONS
+from featcache.heads.linear_probe import MAX_ITERATIONS
+from featcache.heads.rows import Part, Targets, check_cache, choose_rows, read_rows
+from featcache.heads.run import record_fit
 from featcache.runtime import Say, resolve_device, silent
 
 _IMBALANCE = 5  # beyond 1:5 the loss of the rare class is easily drowned

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from featcache.data.folders import training_split
 from featcache.errors import ConfigError
 from featcache.pixels.images import PixelRules, fit, load
 from featcache.pixels.resampling import warp
@@ -96,12 +97,6 @@ class ViewRules:
             splits: All splits of its data set.
         """
         return self if name == training_split(splits) else PLAIN
-
-
-def training_split(splits: Iterable[str]) -> str | None:
-    """Return the split that heads are trained on: ``train``, or ``all`` where there is none."""
-    present = set(splits)
-    return next((name for name in ("train", "all") if name in present), None)
 
 
 @dataclass(frozen=True)

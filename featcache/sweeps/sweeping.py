@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache import __version__
-from featcache.cache.reading import open_cache
+from featcache.cache.reading import open_cache, warn_of_leaks
 from featcache.errors import ConfigError, RunError, printable
 from featcache.files import (
     canonical_json,
@@ -32,11 +32,12 @@ from featcache.files import (
     remove_temporaries,
     write_csv,
     write_json,
-    writer_lock,
 )
+from featcache.heads.config import check_seed, check_valid_fraction
 from featcache.heads.fit import fit_head
-from featcache.heads.recording import check_seed, check_valid_fraction, record_fit
-from featcache.heads.rows import check_cache, choose_rows, warn_of_leaks
+from featcache.heads.rows import check_cache, choose_rows
+from featcache.heads.run import record_fit
+from featcache.locking import writer_lock
 from featcache.metrics.scores import check_metric
 from featcache.runtime import Say, resolve_device, silent
 from featcache.sweeps.folds import Pool

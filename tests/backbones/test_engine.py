@@ -22,15 +22,14 @@ from featcache.backbones import forward as forward_module
 from featcache.backbones.backbone import build_backbone, state_sha256, wrap_backbone
 from featcache.backbones.engine import (
     ENGINES,
-    PARITY_BOUNDS,
     build_engine,
     choose_batch_size,
     eager_features,
     halve_until_it_fits,
-    relative_errors,
 )
 from featcache.errors import BackboneError, ConfigError, FeatcacheWarning
 from featcache.pixels.images import PixelRules, fit, load
+from featcache.precision import PARITY_BOUNDS, relative_errors
 
 CPU = torch.device("cpu")
 NAMES = ["efficientnet-lite0", "efficientnet-b0", "torchvision:resnet18", "tiny"]

@@ -13,15 +13,14 @@ import torch
 from featcache.backbones.engine import Engine
 from featcache.cache.provenance import (
     error_bound,
-    extend_provenance,
     join_provenances,
     known_precision,
     warn_of_precisions,
-    warn_of_update,
 )
 from featcache.cache.reading import Cache
 from featcache.cache.writing import write_cache
 from featcache.errors import CacheError, FeatcacheWarning
+from featcache.extraction.production import extend_provenance, warn_of_update
 
 LOST = {"lost": "damaged"}
 

@@ -19,12 +19,12 @@ from featcache.backbones.backbone import Backbone
 from featcache.cache import repair
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.selection import select
-from featcache.cache.writing import write_cache
+from featcache.cache.writing import partial_folder, write_cache
 from featcache.errors import CacheError, FeatcacheWarning
+from featcache.evaluation.info import describe
 from featcache.extraction import verification
 from featcache.extraction.extraction import extract
-from featcache.extraction.shards import partial_folder
-from featcache.extraction.verification import describe, verify
+from featcache.extraction.verification import verify
 from featcache.heads.training import train
 
 GOLDEN = Path(__file__).parents[1] / "data" / "format_v1.h5"

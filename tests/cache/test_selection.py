@@ -23,13 +23,12 @@ from test_reading import container_of
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, Failure, open_cache
 from featcache.cache.selection import SelectionSummary, select
-from featcache.cache.writing import SplitRows, write_cache, write_rows
+from featcache.cache.writing import SplitRows, partial_folder, write_cache, write_rows
 from featcache.data.splitting import split
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning
 from featcache.extraction.extraction import extract
-from featcache.extraction.shards import partial_folder
 from featcache.extraction.verification import verify
-from featcache.files import writer_lock
+from featcache.locking import writer_lock
 
 IDENTITY = {"backbone": "made elsewhere", "num_features": 3, "feature_dtype": "float32"}
 

@@ -22,13 +22,14 @@ import torch
 
 import featcache
 from featcache.backbones.backbone import build_backbone
-from featcache.backbones.engine import ENGINES, PARITY_BOUNDS
+from featcache.backbones.engine import ENGINES
 from featcache.cache.reading import open_cache
 from featcache.cli import main as cli
 from featcache.heads.config import LBFGS
 from featcache.heads.optimizer import OPTIMIZERS
 from featcache.pixels.images import CROP_MODES, INTERPOLATIONS, TRUNCATED_MODES
 from featcache.pixels.views import AUGMENTATIONS
+from featcache.precision import PARITY_BOUNDS
 
 TESTS = Path(__file__).parents[1]
 TINY = ["--backbone", "python:tiny_network:build"]

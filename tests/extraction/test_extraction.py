@@ -23,11 +23,12 @@ from PIL import Image
 
 from featcache.backbones.backbone import Backbone, build_backbone, state_sha256, wrap_backbone
 from featcache.cache.reading import Cache, open_cache
+from featcache.cache.writing import partial_folder
 from featcache.errors import BackboneError, CacheError, ConfigError, DataError, FeatcacheWarning
 from featcache.extraction import pipeline, production
 from featcache.extraction.extraction import extract, extract_caches, parse_max_errors
 from featcache.extraction.intake import Intake
-from featcache.extraction.shards import PartialCache, partial_folder
+from featcache.extraction.shards import PartialCache
 from featcache.pixels.images import PixelRules
 from featcache.pixels.views import ViewRules, render
 

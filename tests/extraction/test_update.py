@@ -27,7 +27,7 @@ from featcache.errors import CacheError, FeatcacheWarning
 from featcache.extraction import extraction, pipeline
 from featcache.extraction.extraction import extract, extract_caches
 from featcache.extraction.inventory import Inventory
-from featcache.files import writer_lock
+from featcache.locking import writer_lock
 from featcache.pixels import views
 from featcache.pixels.views import Rendering
 

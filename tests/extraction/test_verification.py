@@ -15,8 +15,9 @@ from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.writing import SplitRows, write_cache, write_rows
 from featcache.errors import BackboneError, CacheError, ConfigError, DataError
+from featcache.evaluation.info import describe
 from featcache.extraction.extraction import extract
-from featcache.extraction.verification import describe, verify
+from featcache.extraction.verification import verify
 
 TINY = "python:tiny_network:build"
 

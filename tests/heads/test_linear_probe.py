@@ -261,7 +261,7 @@ def test_the_run_tells_path_and_strength(cache: Path, tmp_path: Path) -> None:
 def test_strengths_that_took_too_long_are_said(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featcache.heads.softmax_regression.MAX_ITERATIONS", 2)
+    monkeypatch.setattr("featcache.heads.linear_probe.MAX_ITERATIONS", 2)
     said: list[str] = []
     train(cache, tmp_path / "r", say=said.append, **SOLVED)
     assert any(" of 65 strengths had not converged after " in line for line in said)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from featcache.data.folders import training_split
 from featcache.errors import ConfigError
 from featcache.pixels.images import PixelRules, decode, fit, load
 from featcache.pixels.resampling import warp
@@ -21,7 +22,6 @@ from featcache.pixels.views import (
     _random_part,
     _random_placing,
     render,
-    training_split,
 )
 
 RULES = PixelRules(32)

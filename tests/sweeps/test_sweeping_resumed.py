@@ -14,7 +14,7 @@ from test_sweeping import SPACE, run_files, small_cache, sweep_small
 from test_training import edited, make_cache, rows_of
 
 from featcache.errors import CacheError, ConfigError, RunError
-from featcache.files import writer_lock
+from featcache.locking import writer_lock
 from featcache.sweeps import sweeping
 from featcache.sweeps.sweeping import SweepSummary
 

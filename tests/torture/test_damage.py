@@ -19,12 +19,11 @@ from conftest import write_tree
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache
-from featcache.cache.writing import write_cache
+from featcache.cache.writing import partial_folder, write_cache
 from featcache.deployment.classifier import predict_cache
 from featcache.errors import CacheError, DataError, FeatcacheError
 from featcache.evaluation.evaluation import evaluate
 from featcache.extraction.extraction import extract
-from featcache.extraction.shards import partial_folder
 from featcache.extraction.verification import verify
 from featcache.heads.run import load_run
 from featcache.heads.training import train

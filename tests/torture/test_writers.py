@@ -22,8 +22,8 @@ from conftest import write_image, write_tree
 
 from featcache.cache.reading import open_cache
 from featcache.errors import CacheError
-from featcache.files import writer_lock
 from featcache.heads.run import load_run
+from featcache.locking import writer_lock
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="stops and kills by Linux's /proc")
 

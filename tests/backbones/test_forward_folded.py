@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from featcache.backbones.backbone import build_backbone
-from featcache.backbones.folding import fold
+from featcache.backbones.forward import fold
 
 NAMES = ["efficientnet-b0", "efficientnet-lite0", "torchvision:resnet18", "tiny"]
 

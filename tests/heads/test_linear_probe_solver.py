@@ -12,9 +12,8 @@ import torch
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 
-from featcache.heads import softmax_regression
-from featcache.heads.linear_probe import STRENGTHS
-from featcache.heads.softmax_regression import SoftmaxRegression, Solution
+from featcache.heads import linear_probe
+from featcache.heads.linear_probe import STRENGTHS, SoftmaxRegression, Solution
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +126,7 @@ def test_warm_starts_save_iterations() -> None:
 def test_classes_a_plane_parts_at_next_to_no_strength_end(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, targets = noisy(40, 60, 2)
     wanted = np.eye(2)[targets] / 40
-    monkeypatch.setattr(softmax_regression, "MAX_ITERATIONS", 30)
+    monkeypatch.setattr(linear_probe, "MAX_ITERATIONS", 30)
     for strength in (1e-12, 1e-200):
         (solution,) = solve(rows, wanted, [strength])
         assert (solution.converged, solution.num_iterations) == (False, 30)

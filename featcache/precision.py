@@ -1,0 +1,21 @@
+"""Precision: how far features may be from those of the plain fp32 network."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+PARITY_BOUNDS = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 2e-2, "bf16": 2e-1}
+"""Largest relative L2 error of an image's features against the eager fp32 forward."""
+
+FLOAT16_STORAGE_ERROR = 5e-4
+"""Added to the bound when features are stored as float16 (measured 2.4e-4)."""
+
+
+def relative_errors(
+    found: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]
+) -> tuple[float, ...]:
+    """Return the relative L2 error of each row, (N, D) against (N, D); infinite for NaN."""
+    difference = np.linalg.norm(found.astype(np.float64) - reference, axis=1)
+    length = np.maximum(np.linalg.norm(reference.astype(np.float64), axis=1), 1e-30)
+    return tuple(float(e) if np.isfinite(e) else float("inf") for e in difference / length)
