@@ -249,7 +249,7 @@ def measure(backbone: str, args: argparse.Namespace, data: Path, folder: Path) -
         "summary": summarise(samples, num_images),
         "load_before": load,
         "commit": read_commit(),
-        "environment": environment_facts(resolve_device()),
+        "environment": environment_facts(resolve_device().torch()),
         "samples": samples,
     }
 

@@ -110,7 +110,7 @@ def main() -> None:
     """Measure the parts; write JSON and a table each, and the plot of the pipeline."""
     args = parse_args()
     warnings.simplefilter("ignore")
-    device, load = resolve_device(args.device), current_load()
+    device, load = resolve_device(args.device).torch(), current_load()
     for name in args.parts:
         measure, describe = PARTS[name]
         for part in measure(args, device):  # more of it every time

@@ -176,7 +176,7 @@ def measure_sample(name: str, num_threads: int | None, task: Task, seed: int) ->
     from threadpoolctl import threadpool_limits
 
     warnings.simplefilter("ignore")
-    rows, device = make_rows(task), resolve_device(task.device)
+    rows, device = make_rows(task), resolve_device(task.device).torch()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with threadpool_limits(num_threads):
@@ -347,7 +347,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure all ways; write JSON, a table and a plot."""
     args = parse_args()
-    device, load = resolve_device(args.device), current_load()
+    device, load = resolve_device(args.device).torch(), current_load()
     task = Task(
         args.rows, args.valid_rows, args.features, args.batch_size, args.epochs, device.type
     )

@@ -47,7 +47,7 @@ def measure_bound(
         num_heads: K, which decides how many threads can work.
         seconds: Of each measurement.
     """
-    device = resolve_device(task.device)
+    device = resolve_device(task.device).torch()
     # One head too is trained by two threads.
     num_threads = min(max(2, num_heads), available_cores()) if device.type == "cpu" else 1
     products = {}

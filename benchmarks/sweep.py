@@ -283,7 +283,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure every number of heads; write JSON, a table and a plot after each."""
     args = parse_args()
-    device, load = resolve_device(args.device), current_load()
+    device, load = resolve_device(args.device).torch(), current_load()
     task = Task(
         args.rows, args.valid_rows, args.features, args.batch_size, args.epochs, device.type
     )

@@ -89,7 +89,7 @@ def measure_way(name: str, task: Task, num_heads: int, heads: int, steps: int) -
         NotHere: If it cannot be measured on this machine.
     """
     warnings.simplefilter("ignore")
-    way, device, rows = WAYS[name], resolve_device(task.device), make_rows(task)
+    way, device, rows = WAYS[name], resolve_device(task.device).torch(), make_rows(task)
     few, short = warm_up_rows(rows, task)
     way(draw_jobs(short, min(num_heads, 2)), few, Plan(short, device, heads, steps))
     load_kernels()  # the warm-up is too short to: 0.7 s, where torch.optim's import takes 2.2
@@ -105,7 +105,7 @@ def measure_way(name: str, task: Task, num_heads: int, heads: int, steps: int) -
 def compare_losses(task: Task, num_heads: int) -> dict[str, list[float]]:
     """Return the final validation losses of the loop, of it with other seeds, and of featcache."""
     warnings.simplefilter("ignore")
-    device, rows = resolve_device(task.device), make_rows(task)
+    device, rows = resolve_device(task.device).torch(), make_rows(task)
     jobs, plan = draw_jobs(task, num_heads), Plan(task, device, num_heads, 0)
     others = [dataclasses.replace(job, seed=job.seed + 1_000_000) for job in jobs]
     return {

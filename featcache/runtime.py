@@ -1,23 +1,30 @@
-"""Facts of the machine and choices made once: device, seeds, exact arithmetic, clocks."""
+"""Facts of the machine and choices made once: device, exact arithmetic, memory, clocks.
+
+Imports torch only where a GPU may be, or where torch is about to compute.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from featcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Say = Callable[[str], None]
 """Where a stage tells people what it does: one line of text a call."""
@@ -32,27 +39,67 @@ def silent(line: str) -> None:
     """Say nothing: the default of every ``say`` argument."""
 
 
-def resolve_device(name: str = "auto") -> torch.device:
-    """Return the torch device of ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+@dataclass(frozen=True)
+class Device:
+    """A device to compute on, named as torch names it, without importing torch.
 
-    ``auto`` is CUDA, then MPS, then the CPU, whichever is there first.
+    Attributes:
+        type: ``cpu``, ``cuda`` or ``mps``.
+        index: Number of the GPU, None for the default one.
+    """
+
+    type: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        return self.type if self.index is None else f"{self.type}:{self.index}"
+
+    def torch(self) -> torch.device:
+        """Return it as torch's own type."""
+        import torch
+
+        return torch.device(str(self))
+
+
+CPU = Device("cpu")
+
+_GPU_FILES = ("nvidiactl", "nvidia0", "kfd", "dxg")  # of /dev: NVIDIA, AMD, Windows' WSL
+
+
+def resolve_device(name: str = "auto") -> Device:
+    """Return the device of ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+
+    ``auto`` is CUDA, then MPS, then the CPU, whichever is there first. torch is asked only where
+    the operating system shows a GPU: importing it takes seconds.
 
     Raises:
         ConfigError: If the name is unknown or the device is not there.
     """
-    available = ["cpu"]
+    if name == "cpu" or (name == "auto" and not _may_have_gpu()):
+        return CPU
+    import torch
+
+    available = [CPU]
     if torch.backends.mps.is_available():
-        available.insert(0, "mps")
+        available.insert(0, Device("mps"))
     if torch.cuda.is_available():
-        available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "auto":
-        return torch.device(available[0])
-    if name not in available:
+        gpus = [Device("cuda", i) for i in range(torch.cuda.device_count())]
+        available[:0] = [Device("cuda"), *gpus]
+    found = available[0] if name == "auto" else next((d for d in available if str(d) == name), None)
+    if found is None:
         raise ConfigError(
-            "--device", expected="one of auto, " + ", ".join(available), found=name,
+            "--device", expected="one of auto, " + ", ".join(map(str, available)), found=name,
             hint="Leave --device out to take the fastest device there is",
         )  # fmt: skip
-    return torch.device(name)
+    return found
+
+
+def _may_have_gpu() -> bool:
+    """Return whether the operating system shows a GPU that torch could use."""
+    system = platform.system()
+    if system == "Darwin":
+        return platform.machine() == "arm64"
+    return system != "Linux" or any(Path("/dev", name).exists() for name in _GPU_FILES)
 
 
 class _Arithmetic:
@@ -66,6 +113,8 @@ class _Arithmetic:
         self._lock = threading.Lock()
         self._modes: list[bool] = []
         self._callers: list[str] = []
+        import torch
+
         backends: Any = torch.backends
         self._gpu = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
         self._cpu = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
@@ -94,7 +143,7 @@ class _Arithmetic:
             setting.fp32_precision = value
 
 
-_arithmetic = _Arithmetic()
+_arithmetic = functools.cache(_Arithmetic)
 
 
 @contextlib.contextmanager
@@ -104,16 +153,19 @@ def exact_fp32(*, tf32: bool = False) -> Iterator[None]:
     Convolutions use TF32 by default on CUDA, so "fp32" means nothing without this. Blocks may nest,
     and several threads may be inside at once if they ask for the same arithmetic.
     """
-    _arithmetic.enter(tf32=tf32)
+    import torch
+
+    _arithmetic().enter(tf32=tf32)
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        _arithmetic.leave(tf32=tf32)
+        _arithmetic().leave(tf32=tf32)
 
 
-def environment_facts(device: torch.device | None = None) -> dict[str, Any]:
+def environment_facts(device: Device | torch.device | None = None) -> dict[str, Any]:
     """Return what a reader needs to place a result: versions, processor, device, date."""
+    torch = sys.modules.get("torch")
     versions = {}
     for name in _REPORTED_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -124,7 +176,7 @@ def environment_facts(device: torch.device | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": processor_name(),
         "num_cores": available_cores(),
-        "num_threads": torch.get_num_threads(),
+        "num_threads": available_cores() if torch is None else torch.get_num_threads(),
         "versions": versions,
     }
     if device is not None:
@@ -143,7 +195,7 @@ def available_cores() -> int:
     return cores
 
 
-def available_memory(device: torch.device) -> float:
+def available_memory(device: Device | torch.device = CPU) -> float:
     """Return how many bytes this process may still take on a device.
 
     On a CPU the least of what the system has, the control groups allow (file pages that can be
@@ -151,8 +203,11 @@ def available_memory(device: torch.device) -> float:
     system does not tell (it is read from Linux's ``/proc``).
     """
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        import torch
+
+        place = torch.device(str(device))
+        cached = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return torch.cuda.mem_get_info(place)[0] + cached
     limits = [*_limits_of_process(), *_limits_of_groups()]
     facts = _read_counts(Path("/proc/meminfo"))
     if "MemAvailable" in facts:
@@ -249,7 +304,9 @@ def held_signals() -> Iterator[Callable[[], None]]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, on any device: only CUDA's allocator has a type for it."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    if isinstance(error, kinds):
         return True
     words = (
         "out of memory", "alloc_failed", "can't allocate memory", "bad allocation",
@@ -267,9 +324,13 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: Device | torch.device) -> str:
     """Return ``cpu``, ``mps`` or the name of the CUDA device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type != "cuda":
+        return device.type
+    import torch
+
+    return torch.cuda.get_device_name(torch.device(str(device)))
 
 
 class Timer:

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from featcache import runtime
 from featcache.errors import ConfigError
 from featcache.runtime import (
+    CPU,
+    Device,
     Timer,
     available_cores,
     environment_facts,
@@ -30,6 +33,7 @@ from featcache.runtime import (
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: int, mps: bool) -> None:
+    monkeypatch.setattr(runtime, "_may_have_gpu", lambda: cuda > 0 or mps)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -42,13 +46,13 @@ def test_auto_takes_the_fastest_device_there_is(
     monkeypatch: pytest.MonkeyPatch, cuda: int, mps: bool, wanted: str
 ) -> None:
     pretend(monkeypatch, cuda=cuda, mps=mps)
-    assert resolve_device() == resolve_device("auto") == torch.device(wanted)
-    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device() == resolve_device("auto") == Device(wanted)
+    assert resolve_device("cpu") == CPU
 
 
 def test_a_second_gpu_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cuda=2, mps=False)
-    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert resolve_device("cuda:1") == Device("cuda", 1)
     with pytest.raises(ConfigError, match=r"cuda:0, cuda:1, cpu, found cuda:2"):
         resolve_device("cuda:2")
 

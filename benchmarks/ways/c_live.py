@@ -20,7 +20,7 @@ from featcache.runtime import resolve_device
 
 args = parse_args()
 torch.manual_seed(args.seed)
-device = resolve_device()
+device = resolve_device().torch()
 dataset = scan(args.data)
 backbone = build_backbone(args.backbone, weights=args.weights, normalize="half")
 recipe = make_recipe(backbone, dataset)

@@ -32,15 +32,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from featcache.cache.container import ArrayReader, Container, check_payload, open_container
 from featcache.data.folders import SPLITS
 from featcache.errors import CacheError, FeatcacheWarning, printable
+
+if TYPE_CHECKING:
+    import torch
 
 TASKS = ("multiclass", "multilabel")
 
@@ -57,8 +59,10 @@ class Failure:
     mtime_ns: int
 
 
-class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
-    """One split of an open cache: a map-style torch ``Dataset`` that also gives its arrays whole.
+class CacheSplit:
+    """One split of an open cache: a map-style data set that also gives its arrays whole.
+
+    A torch ``DataLoader`` takes it as it is. Only taking rows as tensors imports torch.
 
     Survives pickling, fork and spawn: a copy reopens the file by name and insists that it is
     still the same one.
@@ -142,6 +146,8 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         """Return (features (D,) or (V, D) float32, target) of one row."""
+        import torch
+
         target = self.targets[index]
         return torch.from_numpy(self.features[index].astype(np.float32)), (
             int(target) if target.ndim == 0 else torch.from_numpy(target.copy())
@@ -149,6 +155,8 @@ class CacheSplit(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, Any]]:
         """Return several rows with one gather: what a torch ``DataLoader`` calls."""
+        import torch
+
         features = torch.from_numpy(self.features[list(indices)].astype(np.float32, copy=False))
         targets = torch.from_numpy(self.targets[list(indices)])
         return [

@@ -267,7 +267,7 @@ def load_classifier(
         BackboneError: If the backbone's weights are not at hand; names the wanted sha256.
     """
     loaded = load_run(run)
-    place = resolve_device(device)
+    place = resolve_device(device).torch()
     recipe = recipe_from_identity(loaded.cache["identity"], weights=weights, backbone=backbone)
     return Classifier(loaded, recipe, load_head(loaded).to(place), place, batch_size)
 
@@ -295,7 +295,7 @@ def predict_cache(
             "--average-views", expected="several views of a row", found="one in every split",
             where=opened.path, hint="Extract the images with --views",
         )  # fmt: skip
-    place = resolve_device(device)
+    place = resolve_device(device).torch()
     head = load_head(loaded).to(place)
     paths, probs = [], [np.empty((0, len(loaded.classes)))]
     for split in opened.splits.values():

@@ -161,7 +161,7 @@ def _recompute(
     if not planned:
         return
     probes = decode_probes(dataset, planned, recipe.rules)
-    engine = build_engine(recipe.backbone, resolve_device(device), probes, name="eager")
+    engine = build_engine(recipe.backbone, resolve_device(device).torch(), probes, name="eager")
     for batch in stream_features(dataset, planned, [Lane(recipe, engine)]):
         yield from zip(batch.outcomes, batch.features[0], strict=True)
 

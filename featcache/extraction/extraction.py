@@ -211,7 +211,8 @@ def _extract(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         for work, _ in works.values():
             stack.callback(work.abandon)
-        place = resolve_device(device if works else "cpu")  # nothing to run: any device will do
+        # nothing to run: any device will do
+        place = resolve_device(device if works else "cpu").torch()
         _find_known(works, place, workers, say, precision=precision, rebuild=rebuild, rehash=rehash)
         pending = [work for work, _ in works.values() if work.pending]
         for work in pending:
@@ -350,7 +351,8 @@ def _plan(
     return [
         project(
             dataset, _choose_recipe(dataset, backbone, say, **recipe_options),
-            resolve_device(device), precision=precision, engine=engine, batch_size=batch_size,
+            resolve_device(device).torch(), precision=precision, engine=engine,
+            batch_size=batch_size,
             workers=workers,
         )
         for backbone in backbones

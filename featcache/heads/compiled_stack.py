@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache.heads.config import LBFGS, HeadJob
+from featcache.heads.config import LBFGS, OPTIMIZERS, HeadJob
 from featcache.heads.head import count_values
-from featcache.heads.optimizer import OPTIMIZERS, StackOptimizer
+from featcache.heads.optimizer import StackOptimizer
 from featcache.heads.stack import HeadStack
 from featcache.runtime import Say, available_cores, silent
 from featcache.threads import Threads

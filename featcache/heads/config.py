@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from featcache.errors import ConfigError
 from featcache.heads.head import HeadConfig
-from featcache.heads.optimizer import OPTIMIZERS
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine")
 CLASS_WEIGHTS = ("none", "balanced")
 LBFGS = "lbfgs"

@@ -171,7 +171,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 weights = None if weights is None else weights[kept]
             result = fit_head(
                 head, training, features, targets, *held_out, seed=seed, data_seed=seed,
-                device=resolve_device(self.device), train_weights=weights,
+                device=resolve_device(self.device).torch(), train_weights=weights,
                 classes=[str(name) for name in self.classes_],
                 on_epoch=_print_epoch if self.verbose else None,
             )  # fmt: skip
@@ -264,7 +264,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         features = self._check_rows(X, reset=False)
         with _errors_of_scikit_learn():
-            device = resolve_device(self.device)
+            device = resolve_device(self.device).torch()
         if device.type == "mps":  # has no float64
             device = torch.device("cpu")
         return compute(copy.deepcopy(self.head_).double(), features, device)

@@ -13,12 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+import numpy as np
+import numpy.typing as npt
 
 from featcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _MAX_WIDTH = 1 << 20
 
@@ -96,12 +101,17 @@ def build_head(config: HeadConfig, seed: int | torch.Generator | None = None) ->
             threads, is neither used nor touched. A generator on the CPU is drawn from as it
             stands. None draws from torch's global generator.
     """
+    import torch
+    from torch import nn
+
     if seed is not None and not isinstance(seed, torch.Generator):
         seed = torch.Generator().manual_seed(seed)
     return nn.Sequential(*_layers(config, seed))
 
 
 def _layers(config: HeadConfig, generator: torch.Generator | None = None) -> list[nn.Module]:
+    from torch import nn
+
     layers: list[nn.Module] = []
     width = config.num_features
     for next_width in config.hidden:
@@ -117,6 +127,9 @@ def _layers(config: HeadConfig, generator: torch.Generator | None = None) -> lis
 
 def _linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """Return a layer as ``nn.Linear`` makes it, but drawn from ``generator``."""
+    import torch
+    from torch import nn
+
     if generator is None:
         return nn.Linear(num_inputs, num_outputs)
     # by hand: to_empty() imports sympy, 0.6 s of every new process
@@ -134,8 +147,24 @@ def count_values(config: HeadConfig) -> int:
     return sum(math.prod(shape) for _, shape in state_layout(config).values())
 
 
-def state_layout(config: HeadConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of every entry of the head's state dict, without allocating it."""
-    with torch.device("meta"):
-        head = nn.Sequential(*_layers(config))
-    return {name: (value.dtype, tuple(value.shape)) for name, value in head.state_dict().items()}
+def state_layout(config: HeadConfig) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
+    """Return dtype and shape of every entry of the head's state dict, in its order."""
+    layout: dict[str, tuple[npt.DTypeLike, tuple[int, ...]]] = {}
+    widths = [config.num_features, *config.hidden, config.num_classes]
+    for number, (width, next_width) in enumerate(pairwise(widths)):
+        norm, linear = norm_and_linear(config, number)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            layout[f"{norm}.{name}"] = (np.float32, (width,))
+        layout[f"{norm}.num_batches_tracked"] = (np.int64, ())
+        layout[f"{linear}.weight"] = (np.float32, (next_width, width))
+        layout[f"{linear}.bias"] = (np.float32, (next_width,))
+    return layout
+
+
+def norm_and_linear(config: HeadConfig, layer: int) -> tuple[int, int]:
+    """Return the places in the ``nn.Sequential`` of a layer's batch norm and linear map.
+
+    Between them stands nothing; only the last layer has dropout there.
+    """
+    norm = 3 * layer
+    return norm, norm + (2 if layer == len(config.hidden) else 1)

@@ -9,8 +9,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
-
 _ADAM_BETAS, _ADAM_EPS, _SGD_MOMENTUM = (0.9, 0.999), 1e-8, 0.9  # Adam's: torch.optim's
 
 

@@ -322,7 +322,7 @@ def _read_weights(
     if header.get("__metadata__") != _weights_metadata(head, classes, task):
         found = "others in run.json"
         raise _damaged(folder, WEIGHTS_NAME, "the head, classes and task it was saved with", found)
-    layout = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()}
+    layout = {name: (value.numpy().dtype, tuple(value.shape)) for name, value in state.items()}
     if layout != state_layout(head):
         raise _damaged(folder, WEIGHTS_NAME, "the entries of the head in run.json", "others")
     if not all(torch.isfinite(value).all() for value in state.values()):

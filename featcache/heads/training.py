@@ -169,7 +169,7 @@ def train(
     check_valid_fraction(valid_fraction)
     # What does not fit is told before the cache is read.
     HeadJob(HeadConfig(1, 2, tuple(hidden), dropout), training, seed)
-    torch_device = resolve_device(device)
+    torch_device = resolve_device(device).torch()
     opened = open_cache(cache)
     check_cache(opened)
     warn_of_leaks(opened)

@@ -173,7 +173,7 @@ def sweep(
     check_seed("--seed", seed)
     check_valid_fraction(valid_fraction)
     read = None if space is None else read_space(Path(space))
-    torch_device = resolve_device(device)
+    torch_device = resolve_device(device).torch()
     opened = open_cache(cache)
     check_cache(opened)
     has_labels = opened.task == "multilabel"

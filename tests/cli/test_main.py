@@ -25,8 +25,7 @@ from featcache.backbones.backbone import build_backbone
 from featcache.backbones.engine import ENGINES
 from featcache.cache.reading import open_cache
 from featcache.cli import main as cli
-from featcache.heads.config import LBFGS
-from featcache.heads.optimizer import OPTIMIZERS
+from featcache.heads.config import LBFGS, OPTIMIZERS
 from featcache.pixels.images import CROP_MODES, INTERPOLATIONS, TRUNCATED_MODES
 from featcache.pixels.views import AUGMENTATIONS
 from featcache.precision import PARITY_BOUNDS

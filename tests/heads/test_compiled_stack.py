@@ -19,7 +19,7 @@ from featcache.heads.compiled_stack import (
     kernels_for,
     load_kernels,
 )
-from featcache.heads.config import HeadJob, TrainingConfig
+from featcache.heads.config import OPTIMIZERS, HeadJob, TrainingConfig
 from featcache.heads.fit import fit_heads
 from featcache.heads.head import HeadConfig
 from featcache.heads.loss import (
@@ -28,7 +28,7 @@ from featcache.heads.loss import (
     want_classes,
     want_labels,
 )
-from featcache.heads.optimizer import OPTIMIZERS, StackOptimizer
+from featcache.heads.optimizer import StackOptimizer
 from featcache.heads.stack import HeadStack, SharedRows
 from featcache.threads import Threads
 

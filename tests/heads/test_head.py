@@ -120,7 +120,7 @@ def test_json_of_another_shape_is_refused(value: dict[str, object]) -> None:
 def test_state_layout_is_that_of_a_built_head() -> None:
     config = HeadConfig(9, 3, hidden=(5,))
     state = build_head(config).state_dict()
-    assert state_layout(config) == {k: (v.dtype, tuple(v.shape)) for k, v in state.items()}
+    assert state_layout(config) == {k: (v.numpy().dtype, tuple(v.shape)) for k, v in state.items()}
 
 
 def test_building_a_head_waits_for_no_algebra() -> None:

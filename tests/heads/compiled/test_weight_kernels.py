@@ -14,7 +14,7 @@ from featcache.heads.compiled.optimizer_kernels import move
 from featcache.heads.compiled.products import DEPTH
 from featcache.heads.compiled.vectors import PANEL, UNITS
 from featcache.heads.compiled.weight_kernels import move_weights
-from featcache.heads.optimizer import OPTIMIZERS
+from featcache.heads.config import OPTIMIZERS
 
 _Floats = npt.NDArray[np.float32]
 
