@@ -498,7 +498,13 @@ def test_the_callers_settings_are_restored_however_they_were_made(request):
         "b.mkldnn.matmul.fp32_precision = 'bf16'",
         "b.cudnn.benchmark = True",
     ]
-    command = [sys.executable, "-c", _EVERY_SETTING, str(request.path.parent), *settings]
+    command = [
+        sys.executable,
+        "-c",
+        _EVERY_SETTING,
+        tiny_network.__file__.rpartition("/")[0],
+        *settings,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
 

@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from test_container import (
+from sample_containers import (
     FINGERPRINT,
     SAMPLES,
     edit_block,

@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from test_container import edit_block
+from sample_containers import edit_block
 
 from featcache.cache.container import open_container
 from featcache.cache.integrity import METADATA, Damage, find_damage, find_infinite, rows_crc32

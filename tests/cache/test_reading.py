@@ -16,8 +16,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_container import (
+from sample_containers import (
     SAMPLES,
+    container_of,
     edit_block,
     entry_of,
     hostile_changes,
@@ -26,7 +27,6 @@ from test_container import (
     same,
 )
 
-from featcache.cache.hdf5 import ArraySource, write_container
 from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
 from featcache.cache.writing import SplitRows, write_cache, write_rows
 from featcache.errors import CacheError
@@ -347,30 +347,6 @@ def test_an_array_of_another_kind_or_shape_is_refused_or_read(tmp_path: Path, dt
             changed["arrays"][i].update(shape=shape, dtype=dtype)
             blocks.append(changed)
     assert refused_or_read(tmp_path / "c.h5", use, blocks) > len(blocks) // 2
-
-
-def container_of(path: Path, **change: np.ndarray | None) -> Path:
-    """Write a container with right hashes whose data sets are those of a cache but for some."""
-    arrays: dict[str, np.ndarray | None] = {
-        "identity": np.array(b'{"a":1}'), "provenance": np.array(b"{}"),
-        "task": np.array(b"multiclass"),
-        "classes": np.array([b"x", b"y"]),
-        "splits/train/features": np.ones((3, 4), "<f4"),
-        "splits/train/targets": np.array([0, 1, -1]),
-        "splits/train/paths": np.array([b"a", b"b", b"c"]),
-        "splits/train/groups": np.array([b"a", b"b", b"c"]),
-        "splits/train/image_sha256": np.zeros((3, 32), "|u1"),
-        "splits/train/image_bytes": np.zeros(3, "<i8"),
-        "splits/train/mtime_ns": np.zeros(3, "<i8"),
-    }  # fmt: skip
-    arrays |= {f"failures/{k}": np.array([b"train"]) for k in ("paths", "splits", "reasons")}
-    arrays |= {f"failures/{k}": np.zeros(1, "<i8") for k in ("targets", "image_bytes", "mtime_ns")}
-    arrays |= change
-    text = arrays["identity"]
-    fingerprint = hashlib.sha256(b"" if text is None else text.tobytes())
-    sources = [ArraySource.of(name, array) for name, array in arrays.items() if array is not None]
-    write_container(path, sources, fingerprint.hexdigest(), ["identity"])
-    return path
 
 
 BROKEN: dict[str, dict[str, np.ndarray | None]] = {

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_network
-from conftest import write_image, write_tree
-from test_verification import TINY, rewrite
+from sample_caches import TINY, rewrite
+from sample_images import write_image, write_tree
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache import repair

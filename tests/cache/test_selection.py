@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_image, write_tree
-from test_reading import container_of
+from sample_containers import container_of
+from sample_images import write_image, write_tree
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, Failure, open_cache

@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from test_container import same
+from sample_containers import same
 
 from featcache.cache.reading import Failure, open_cache
 from featcache.cache.writing import SplitRows, os_bytes, write_cache, write_rows

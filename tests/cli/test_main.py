@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
 import pytest
 import torch
+from command_line import TESTS, TINY, assert_one_line_error, command
 
 import featcache
 from featcache.backbones.backbone import build_backbone
@@ -29,58 +27,6 @@ from featcache.heads.config import LBFGS, OPTIMIZERS
 from featcache.pixels.images import CROP_MODES, INTERPOLATIONS, TRUNCATED_MODES
 from featcache.pixels.views import AUGMENTATIONS
 from featcache.precision import PARITY_BOUNDS
-
-TESTS = Path(__file__).parents[1]
-TINY = ["--backbone", "python:tiny_network:build"]
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Any]:
-    """Call the command line in this process, inside ``tmp_path``."""
-    monkeypatch.chdir(tmp_path)
-    terminate = signal.getsignal(signal.SIGTERM)
-    show = warnings.showwarning
-
-    def call(*arguments: object) -> Result:
-        capfd.readouterr()
-        with warnings.catch_warnings():
-            code = cli._run([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return Result(code, out, err)
-
-    yield call
-    signal.signal(signal.SIGTERM, terminate)
-    warnings.showwarning = show
-
-
-def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    return subprocess.run(
-        [sys.executable, "-m", "featcache", *map(str, arguments)], cwd=cwd, env=environment,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-def assert_one_line_error(result: Result | subprocess.CompletedProcess[str], *parts: str) -> None:
-    code = result.code if isinstance(result, Result) else result.returncode
-    text = result.err if isinstance(result, Result) else result.stderr
-    assert code == 1, text
-    errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, text
-    assert "Traceback" not in text
-    assert re.search(r"error: .+: expected .+, found .+\.", errors[0])
-    for part in parts:
-        assert part in errors[0]
-
 
 # --------------------------------------------------------------------------------------- contract
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_main import TINY, assert_one_line_error, run
+from command_line import TINY, assert_one_line_error
 
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.writing import write_cache
-
-__all__ = ["run"]  # a fixture
 
 IDENTITY = {"backbone": "made elsewhere"}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_image, write_tree
+from sample_images import write_image, write_tree
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import open_cache

@@ -9,9 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import write_image, write_tree
 from PIL import Image
-from test_verification import TINY, rewrite
+from sample_caches import TINY, rewrite
+from sample_images import write_image, write_tree
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache

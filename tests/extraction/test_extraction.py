@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import tiny_network
 import torch
-from conftest import write_image, write_tree
 from PIL import Image
+from sample_images import write_image, write_tree
 
 from featcache.backbones.backbone import Backbone, build_backbone, state_sha256, wrap_backbone
 from featcache.cache.reading import Cache, open_cache

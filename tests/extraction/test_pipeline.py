@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import tiny_network
 import torch
-from conftest import write_image
-from test_isolation import FRAGILE
+from fragile_images import FRAGILE
+from sample_images import write_image
 
 from featcache.backbones.engine import build_engine
 from featcache.data.dataset import scan

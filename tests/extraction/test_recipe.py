@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tiny_network
 import torch
-from conftest import write_image
 from efficientnet_pytorch.utils import url_map
 from PIL import Image
+from sample_images import write_image
 
 from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.data.dataset import scan

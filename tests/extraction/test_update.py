@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_network
-from conftest import write_image, write_tree
+from sample_images import write_image, write_tree
 
 from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.cache.reading import open_cache

@@ -8,40 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_network
-from conftest import write_image
 from PIL import Image
+from sample_caches import TINY, rewrite
+from sample_images import write_image
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache
-from featcache.cache.writing import SplitRows, write_cache, write_rows
+from featcache.cache.writing import write_cache
 from featcache.errors import BackboneError, CacheError, ConfigError, DataError
 from featcache.evaluation.info import describe
 from featcache.extraction.extraction import extract
 from featcache.extraction.verification import verify
-
-TINY = "python:tiny_network:build"
 
 
 @pytest.fixture
 def cache(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> Cache:
     extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     return open_cache(tmp_path / "c.h5")
-
-
-def rewrite(cache: Cache, change: dict[str, np.ndarray]) -> None:
-    """Write the cache again with other features for some splits: whole, but not true."""
-    rows = {}
-    for name, split in cache.splits.items():
-        features = change.get(name, np.array(split.features))
-        rows[name] = SplitRows(
-            features.shape, features.dtype, lambda features=features: [features],
-            np.array(split.targets), split.paths, split.groups, np.array(split.image_sha256),
-            np.array(split.image_bytes), np.array(split.mtime_ns),
-        )  # fmt: skip
-    write_rows(
-        cache.path, rows, identity=cache.identity, provenance=cache.provenance,
-        classes=cache.classes, task=cache.task,
-    )  # fmt: skip
 
 
 def test_a_good_cache_is_whole_and_true(cache: Cache, tree: Path, tiny_backbone: Backbone) -> None:

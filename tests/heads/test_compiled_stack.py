@@ -243,7 +243,7 @@ def test_work_space_begins_with_a_cache_line() -> None:
 def test_a_small_training_does_not_load_numba() -> None:
     code = (
         "import sys, numpy as np, torch\n"
-        "sys.path.insert(0, 'tests')\n"
+        "sys.path.insert(0, 'tests/heads')\n"
         "from test_compiled_stack import train_some\n"
         "train_some(); assert 'numba' not in sys.modules\n"
     )
@@ -255,7 +255,7 @@ def test_nothing_is_compiled_once_the_kernels_are_loaded() -> None:
     assert load_kernels() is not None  # or the other process would compile them, parts and all
     code = (
         "import sys, numba.core.event\n"
-        "sys.path.insert(0, 'tests')\n"
+        "sys.path.insert(0, 'tests/heads')\n"
         "from featcache.heads import compiled_stack\n"
         "from test_compiled_stack import train_some\n"
         "compiled_stack.WORTH_PARAM_STEPS = compiled_stack.WORTH_HELPER = 0\n"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_tree
+from sample_images import write_tree
 from sklearn import metrics
 
 from featcache.backbones.backbone import Backbone

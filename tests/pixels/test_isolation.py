@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fragile_images import FRAGILE
 from PIL import Image
 
 from featcache.errors import ConfigError, DataError, TransientError
@@ -20,26 +21,6 @@ from featcache.pixels.views import PLAIN
 
 RULES = PixelRules(32)
 TIMEOUT = 60  # of anything that must not hang: a child takes most of a second to start
-
-# Read by every python that starts with it on PYTHONPATH: files that end in these bytes hang or
-# crash the decoder of a child.
-FRAGILE = """
-import os, signal, time
-import featcache.pixels.views as views
-
-render = views.render
-
-def fragile(data, recipes, sha256):
-    if data.endswith(b"HANG"):
-        time.sleep(600)
-    if data.endswith(b"CRASH"):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if data.endswith(b"BUG"):
-        raise MemoryError("too large")
-    return render(data, recipes, sha256)
-
-views.render = fragile
-"""
 
 
 @pytest.fixture

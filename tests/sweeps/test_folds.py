@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import array_of, edited, make_cache, rows_of
+from sample_rows import array_of, edited, make_cache, rows_of
 
 from featcache.cache.reading import Cache
 from featcache.heads.rows import choose_rows

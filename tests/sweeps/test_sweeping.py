@@ -15,7 +15,8 @@ import click
 import numpy as np
 import pytest
 import torch
-from test_training import CLASSES, array_of, edited, make_cache, rows_of
+from sample_rows import CLASSES, array_of, edited, make_cache, rows_of
+from sample_sweeps import SPACE, run_files, small_cache, sweep_small
 
 import featcache
 from featcache.cache.reading import Cache
@@ -33,29 +34,6 @@ from featcache.sweeps.space import DEFAULTS, Dimension, Space
 from featcache.sweeps.sweeping import SAMPLERS, SELECTIONS, SweepSummary, _propose, sweep
 from featcache.sweeps.trials import Judge, Trial
 
-SPACE = """
-hidden = [[8], [4], []]
-dropout = { low = 0.0, high = 0.7 }
-learning_rate = { low = 1e-3, high = 3e-2, log = true }
-optimizer = ["adam", "sgd"]
-epochs = 4
-"""
-
-
-def small_cache(folder: Path) -> Cache:
-    """Make ``c.h5``, and beside it ``s.toml``, a small space."""
-    (folder / "s.toml").write_text(SPACE, "utf-8")
-    splits = {"train": [0, 1] * 30, "valid": [0, 1] * 12, "test": [0, 1] * 5}
-    return make_cache(
-        folder / "c.h5", **{k: rows_of(k, v, width=16) for k, v in splits.items()}
-    )  # fmt: skip
-
-
-def sweep_small(folder: Path, name: str = "r", **options: Any) -> SweepSummary:
-    """Sweep ``c.h5`` by ``s.toml``."""
-    given = {"trials": 8, "space": folder / "s.toml", "repeats": 2, "device": "cpu"}
-    return sweep(folder / "c.h5", folder / name, **(given | options))
-
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
@@ -71,11 +49,6 @@ def go(tmp_path: Path, cache: Cache) -> Callable[..., SweepSummary]:
 def read_trials(run: Path) -> list[dict[str, str]]:
     with (run / "trials.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def run_files(run: Path) -> dict[str, bytes]:
-    """Every file whose bytes must be the same each time."""
-    return {n: (run / n).read_bytes() for n in ("trials.csv", "sweep.json", "head.safetensors")}
 
 
 # --- the answer

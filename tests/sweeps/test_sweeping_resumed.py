@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_sweeping import SPACE, run_files, small_cache, sweep_small
-from test_training import edited, make_cache, rows_of
+from sample_rows import edited, make_cache, rows_of
+from sample_sweeps import SPACE, run_files, small_cache, sweep_small
 
 from featcache.errors import CacheError, ConfigError, RunError
 from featcache.locking import writer_lock

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import CLASSES, make_cache, rows_of
+from sample_rows import CLASSES, make_cache, rows_of
 
 from featcache.heads.rows import choose_rows
 from featcache.runtime import silent

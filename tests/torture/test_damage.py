@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_tree
+from sample_images import write_tree
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from children import TESTS, TINY, Preparation, Result, all_arrays, names, warm_parent
-from conftest import write_tree
+from sample_images import write_tree
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="users and limits of Linux")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from children import TINY, Preparation, Result, all_arrays, names, warm_parent
-from conftest import write_image, write_tree
+from sample_images import write_image, write_tree
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tmpfs and limits of Linux")
 

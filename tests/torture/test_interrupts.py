@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from children import TINY, Result, all_arrays, names, noted_rows, wait_for, warm_parent
-from conftest import write_tree
+from sample_images import write_tree
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 

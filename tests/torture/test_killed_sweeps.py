@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from children import Result, names, warm_parent
-from test_sweeping import run_files, small_cache
+from sample_sweeps import run_files, small_cache
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills by Linux's /proc")
 

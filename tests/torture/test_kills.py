@@ -24,7 +24,7 @@ from children import (
     wait_for,
     warm_parent,
 )
-from conftest import write_tree
+from sample_images import write_tree
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills by Linux's /proc")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from children import TINY, Child, all_arrays, names, noted_rows, wait_for, warm_parent
-from conftest import write_image, write_tree
+from sample_images import write_image, write_tree
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ext4 and loop devices of Linux")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from children import TINY, Child, all_arrays, names, wait_for, warm_parent
-from conftest import write_image, write_tree
+from sample_images import write_image, write_tree
 
 from featcache.cache.reading import open_cache
 from featcache.errors import CacheError
