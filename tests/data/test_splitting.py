@@ -5,31 +5,18 @@ import json
 import os
 import random
 import shutil
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from sample_folders import PATIENT, plain, write_files
 
-from featcache.data import splitting
 from featcache.data.dataset import scan
 from featcache.data.splitting import split
-from featcache.errors import ConfigError, DataError, FeatcacheWarning
+from featcache.errors import FeatcacheWarning
 
 XRAYS = Path(__file__).resolve().parents[3] / "shared" / "data" / "xray-raw"
-PATIENT = r"^(p\d+)_"
 needs_links = pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
-
-
-def plant(root, images):
-    """Make image files from {path: content}; their own path where the content is None."""
-    for path, content in images.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes((content or path).encode())
-    return root
-
-
-def plain(root, **counts):
-    return plant(root, {f"{c}/{n:03}.png": None for c, many in counts.items() for n in range(many)})
 
 
 def patients(root, seed=0):
@@ -40,7 +27,7 @@ def patients(root, seed=0):
         for number in range(min(12, 1 + int(generator.expovariate(0.5)))):
             label = generator.choice("ab") if patient < 20 else "ab"[patient % 3 == 0]
             images[f"{label}/p{patient}_{number}.png"] = None
-    return plant(root, images)
+    return write_files(root, images)
 
 
 def table(dataset):
@@ -142,7 +129,7 @@ def test_a_manifest_without_groups_leaves_them_open(tmp_path):
 def test_names_like_formulas_survive_the_manifest(tmp_path):
     names = ("-1.png", "=2.png", " @3.png", "+4.png", "'5.png", "a,6.png", 'q"7.png', "8\n.png")
     names = [name for name in names if os.name != "nt" or not set(name) & set('"\n')]
-    plant(tmp_path, {f"{label}/{name}": None for label in ("-a", "b") for name in names})
+    write_files(tmp_path, {f"{label}/{name}": None for label in ("-a", "b") for name in names})
     for source, destination in ((tmp_path, tmp_path / "m.csv"), (tmp_path / "-a" / "..", "m.csv")):
         split(source, tmp_path / destination)
         dataset = scan(tmp_path / "m.csv")
@@ -194,7 +181,7 @@ def test_links_take_no_room_and_read_alike(tmp_path, mode, monkeypatch):
 
 def test_nested_files_of_equal_names_stay_apart(tmp_path):
     paths = [f"{label}/{folder}/x.png" for label in "ab" for folder in "123456"]
-    split(plant(tmp_path / "raw", dict.fromkeys(paths)), tmp_path / "dst")
+    split(write_files(tmp_path / "raw", dict.fromkeys(paths)), tmp_path / "dst")
     dataset = scan(tmp_path / "dst")
     assert sorted(dataset.read(s).decode() for s in dataset.samples) == paths
     assert dataset.classes == ("a", "b")
@@ -255,7 +242,7 @@ def test_identical_files_stay_together_and_join_groups(tmp_path):
     for number in range(25):  # the same picture under other names, patients and sizes of class
         for path in generator.sample([n for n in names if n[0] == "ab"[number % 2]], 2):
             images[path] = f"picture {number:02}"
-    source = plant(tmp_path / "raw", images)
+    source = write_files(tmp_path / "raw", images)
     for group_by in (None, PATIENT):
         lines = []
         summary = split(source, tmp_path / "m.csv", group_by=group_by, say=lines.append)
@@ -274,7 +261,7 @@ def test_identical_files_stay_together_and_join_groups(tmp_path):
 
 def test_the_same_picture_in_two_classes_is_warned_of(tmp_path):
     source = plain(tmp_path / "raw", a=9, b=9)
-    plant(source, {"a/twin.png": "same", "b/twin.png": "same"})
+    write_files(source, {"a/twin.png": "same", "b/twin.png": "same"})
     with pytest.warns(FeatcacheWarning, match=r"1 images stand in two .* a/twin.png = b/twin.png"):
         split(source, tmp_path / "m.csv")
     dataset = scan(tmp_path / "m.csv")
@@ -324,132 +311,6 @@ def test_the_split_of_a_seed_never_changes(tmp_path):
         "a/007.png",
         "b/001.png",
     ]
-
-
-# Refusals ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"fractions": (0.7, 0.3)}, ConfigError, "three shares"),
-        ({"fractions": (0.7, 0.2, 0.2)}, ConfigError, "add up to 1, found 0.7,0.2,0.2"),
-        ({"fractions": (70, 15, 15)}, ConfigError, "--fractions"),
-        ({"fractions": (1.2, -0.1, -0.1)}, ConfigError, "--fractions"),
-        ({"fractions": (float("nan"), 0.5, 0.5)}, ConfigError, "--fractions"),
-        ({"mode": "move"}, ConfigError, "one of copy, symlink, hardlink, found move"),
-        ({"group_by": r"\d+"}, ConfigError, "--group-by"),
-        ({"classes": ["a", "covid"]}, DataError, "some of a, b, tiny, found 'covid'"),
-        ({"classes": []}, DataError, "--classes"),
-        ({"classes": None}, DataError, "class tiny: expected at least 3 images .* enough for 2"),
-    ],
-)
-def test_options_without_meaning(tmp_path, options, error, message):
-    source = plain(tmp_path / "raw", a=5, b=5, tiny=2)
-    with pytest.raises(error, match=message):
-        split(source, tmp_path / "dst", **({"classes": ["a", "b"]} | options))
-    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
-
-
-def test_a_class_of_too_few_groups_is_refused(tmp_path):
-    source = plant(tmp_path / "raw", {f"a/p{n % 2}_{n}.png": None for n in range(20)})
-    plant(source, {f"b/p{n}_{n}.png": None for n in range(10, 20)})
-    with pytest.raises(DataError, match=r"class a: .* different groups.* enough for 2"):
-        split(source, tmp_path / "m.csv", group_by=PATIENT)
-    plant(source, {"a/p2_0.png": None})
-    counts = split(source, tmp_path / "m.csv", group_by=PATIENT).counts
-    assert sorted(counts[name]["a"] for name in counts) == [1, 10, 10]
-
-
-def test_small_classes_reach_every_split(tmp_path):
-    source = plain(tmp_path / "raw", a=3, b=4, c=5, d=200)
-    counts = split(source, tmp_path / "m.csv", fractions=(0.9, 0.05, 0.05)).counts
-    assert all(count for per_class in counts.values() for count in per_class.values())
-    assert counts["train"] == {"a": 1, "b": 2, "c": 3, "d": 180}
-
-
-def test_a_fraction_of_zero_leaves_a_split_out(tmp_path):
-    source = plain(tmp_path / "raw", a=10, b=2)
-    counts = split(source, tmp_path / "dst", fractions=(0.5, 0, 0.5)).counts
-    assert counts == {"train": {"a": 5, "b": 1}, "test": {"a": 5, "b": 1}}
-    assert sorted(path.name for path in (tmp_path / "dst").iterdir()) == ["test", "train"]
-
-
-def test_what_is_split_already_is_refused(tmp_path):
-    source = plain(tmp_path / "raw", a=5, b=5)
-    split(source, tmp_path / "dst")
-    with pytest.raises(DataError, match="not yet split, found layout splits"):
-        split(tmp_path / "dst", tmp_path / "again")
-
-
-def test_destinations_that_are_taken(tmp_path):
-    source = plain(tmp_path / "raw", a=5, b=5)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "m.csv").write_text("mine")
-    for name in ("full", "file", "m.csv"):
-        with pytest.raises(DataError, match="already there"):
-            split(source, tmp_path / name)
-    assert (tmp_path / "m.csv").read_text() == "mine"
-    for place in (source, source / "dst", source / "a" / "dst"):
-        with pytest.raises(DataError, match="split destination"):
-            split(source, place)
-    (tmp_path / "empty").mkdir()
-    split(source, tmp_path / "empty")
-    assert len(scan(tmp_path / "empty").samples) == 10
-
-
-def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
-    source = plain(tmp_path / "raw", a=5, b=5)
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 20, 80))
-    with pytest.raises(DataError, match="90 bytes free for a copy, found 80"):
-        split(source, tmp_path / "new" / "dst")
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_nothing_half_written_stays(tmp_path, monkeypatch, failure):
-    source = plain(tmp_path / "raw", a=5, b=5)
-    place, calls = splitting._place, []
-
-    def fail_later(*arguments):
-        calls.append(arguments)
-        if len(calls) == 6:
-            raise failure
-        place(*arguments)
-
-    monkeypatch.setattr(splitting, "_place", fail_later)
-    with pytest.raises((DataError, KeyboardInterrupt), match=r"No space left|^$"):
-        split(source, tmp_path / "dst")
-    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
-    monkeypatch.undo()
-    (tmp_path / "dst.partial").mkdir()  # what a killed run leaves
-    (tmp_path / "dst.partial" / "half").write_text("half")
-    with pytest.raises(DataError, match=r"found dst\.partial .*Remove it"):
-        split(source, tmp_path / "dst")  # nobody knows whose it is
-    assert (tmp_path / "dst.partial" / "half").read_text() == "half"
-
-
-def test_links_that_cannot_be_made_are_an_error(tmp_path, monkeypatch):
-    def refuse(self, target):
-        raise OSError(18, "Invalid cross-device link", str(target), None, str(self))
-
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
-    with pytest.raises(DataError, match=r"Invalid cross-device link.*--mode copy always works"):
-        split(plain(tmp_path / "raw", a=5, b=5), tmp_path / "dst", mode="hardlink")
-
-
-def test_a_class_without_any_group_is_warned_of(tmp_path):
-    source = plain(tmp_path / "raw", a=10)
-    plant(source, {f"b/p{n}_0.png": None for n in range(9)} | {"b/odd.png": None})
-    lines = []
-    with pytest.warns(FeatcacheWarning, match="matches no file name of a:"):
-        summary = split(source, tmp_path / "m.csv", group_by=PATIENT, say=lines.append)
-    assert summary.num_matched == {"a": 0, "b": 9}
-    assert summary.num_groups == 20
-    assert "groups: 20; named in 0 of 10 a, 9 of 10 b" in lines[0]
 
 
 # Real X-rays ---------------------------------------------------------------------------------
