@@ -3,20 +3,12 @@
 import copy
 
 import pytest
-import tiny_network
 import torch
 from torch import nn
 
-from featcache.backbones.backbone import build_backbone
 from featcache.backbones.forward import fold
 
 NAMES = ["efficientnet-b0", "efficientnet-lite0", "torchvision:resnet18", "tiny"]
-
-
-@pytest.fixture(scope="module")
-def backbones():
-    named = {name: build_backbone(name, weights="random", image_size=64) for name in NAMES[:3]}
-    return named | {"tiny": tiny_network.build()}
 
 
 def count(network, *names):
