@@ -37,7 +37,7 @@ from typing import Any
 from featcache.locking import writer_lock
 with writer_lock(Path(sys.argv[1]), "cache"):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

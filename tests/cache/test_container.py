@@ -261,14 +261,16 @@ def test_any_changed_bit_of_the_payload_is_found(tmp_path: Path) -> None:
         assert facts(open_container(tmp_path / "c", verify=False)) == facts(container)
 
 
-def test_damage_of_the_user_block_is_found_or_changes_nothing(tmp_path: Path) -> None:
+def test_damage_of_the_user_block_is_found_or_changes_nothing(
+    tmp_path: Path, rounds: Callable[[int, int], int]
+) -> None:
     """The payload's hash does not cover the table, and a table that lies gives other data."""
     arrays = some_arrays()
     container = write(tmp_path / "c", arrays)
     raw, rng = (tmp_path / "c").read_bytes(), random.Random(1)
     used = len(raw[:4096].rstrip(b"\0"))
     different = []
-    for _ in range(3000):
+    for _ in range(rounds(500, 3000)):
         damaged = bytearray(raw)
         for _ in range(rng.choice([1, 1, 2, 8])):
             damaged[rng.randrange(used + 4)] = rng.choice(b'0123456789abcdefstu_/"<|S, ')
@@ -288,12 +290,15 @@ def read_all(path: Path) -> None:
         assert same(container.map(name), container.read(name))
 
 
-def test_a_hostile_table_is_refused_or_read_within_the_file(tmp_path: Path) -> None:
+def test_a_hostile_table_is_refused_or_read_within_the_file(
+    tmp_path: Path, rounds: Callable[[int, int], int]
+) -> None:
     few = ("identity", "splits/train/targets", "splits/train/paths", "splits/none/features")
     write(tmp_path / "c", {name: some_arrays()[name] for name in few})
-    blocks = hostile_changes(read_block(tmp_path / "c"))
+    # 29 fields a value and 59 values: every 7th meets each field and each value several times.
+    blocks = hostile_changes(read_block(tmp_path / "c"))[:: rounds(7, 1)]
     refused = refused_or_read(tmp_path / "c", read_all, blocks)
-    assert len(blocks) > 1000
+    assert len(blocks) > rounds(200, 1000)
     assert refused > 0.9 * len(blocks)
 
 

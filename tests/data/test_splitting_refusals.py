@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from sample_folders import PATIENT, plain, write_files
 
-from featcache.data import splitting
 from featcache.data.dataset import scan
 from featcache.data.splitting import split
 from featcache.errors import ConfigError, DataError, FeatcacheWarning
@@ -98,17 +97,18 @@ def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_nothing_half_written_stays(tmp_path, monkeypatch, failure):
     source = plain(tmp_path / "raw", a=5, b=5)
-    place, calls = splitting._place, []
+    copy, calls = shutil.copyfileobj, []
 
     def fail_later(*arguments):
         calls.append(arguments)
         if len(calls) == 6:
             raise failure
-        place(*arguments)
+        copy(*arguments)
 
-    monkeypatch.setattr(splitting, "_place", fail_later)
+    monkeypatch.setattr(shutil, "copyfileobj", fail_later)
     with pytest.raises((DataError, KeyboardInterrupt), match=r"No space left|^$"):
         split(source, tmp_path / "dst")
+    assert len(calls) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
     monkeypatch.undo()
     (tmp_path / "dst.partial").mkdir()  # what a killed run leaves

@@ -153,7 +153,7 @@ def test_no_memory_for_an_image_costs_that_image(monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(images, "_resize", fail)
+    monkeypatch.setattr(images, "resize", fail)
     assert "MemoryError" in reason(PLAIN["rgb png"])
     with pytest.raises(TransientError):  # not the image's fault: its copies are tried themselves
         decode(PLAIN["rgb png"], PixelRules(32))

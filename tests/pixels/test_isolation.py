@@ -123,17 +123,16 @@ def test_a_child_killed_at_work_costs_one_image(fragile_children):
 
 @needs_signals
 def test_a_child_that_stands_still_costs_one_image():
-    with IsolatedDecoder(seconds=1.5) as child:
-        assert_decodes(child, 1)
+    with IsolatedDecoder() as child:
+        assert_decodes(child, 1)  # however long the child takes to start
+        child._seconds = 1
         first = process(child)
         os.kill(first.pid, signal.SIGSTOP)
-        rescue = threading.Timer(20, first.kill)  # so that this test fails rather than hangs
+        rescue = threading.Timer(TIMEOUT, first.kill)  # then it "crashed": no test that hangs
         rescue.start()
-        start = time.monotonic()
         with pytest.raises(DataError, match="hung for"):
             through(child, encoded(2), RULES)
         rescue.cancel()
-        assert 1 < time.monotonic() - start < 15
         assert first.poll() == -signal.SIGKILL
     with IsolatedDecoder() as child:
         assert_decodes(child, 3)
@@ -141,7 +140,7 @@ def test_a_child_that_stands_still_costs_one_image():
 
 @needs_signals
 def test_each_way_to_fail_is_told_apart(fragile_children):
-    with IsolatedDecoder(seconds=4) as child:
+    with IsolatedDecoder() as child:
         assert_decodes(child, 1)
         with pytest.raises(DataError) as crashed:
             through(child, encoded() + b"CRASH", RULES)
@@ -149,10 +148,11 @@ def test_each_way_to_fail_is_told_apart(fragile_children):
         with pytest.raises(DataError) as out_of_memory:
             through(child, encoded() + b"BUG", RULES)
         assert_decodes(child, 3)
-        with pytest.raises(DataError) as hung:
-            through(child, encoded() + b"HANG", RULES)
+    # The time it takes to start is counted, but does not matter to one that never answers.
+    with IsolatedDecoder(seconds=1) as child, pytest.raises(DataError) as hung:
+        through(child, encoded() + b"HANG", RULES)
     assert crashed.value.found == out_of_memory.value.found == "it crashed"
-    assert hung.value.found == "it hung for 4 s"
+    assert hung.value.found == "it hung for 1 s"
     # the system may have killed it for want of memory; who hangs once hangs again
     kinds = [type(failed.value) for failed in (crashed, out_of_memory, hung)]
     assert kinds == [TransientError, TransientError, DataError]

@@ -137,14 +137,18 @@ def command(folder: Path, *arguments: object, **limits: float) -> Printed:
 
 def run_here(folder: Path, arguments: list[str]) -> Printed:
     """Do what the command line does, in this process (a child, by its streams and folder)."""
-    from featcache.cli import main as cli
+    from featcache.cli.main import main
 
     os.chdir(folder)
     streams = []
     for name in ("stdout", "stderr"):
         streams.append(io.TextIOWrapper(io.BytesIO(), "utf-8"))
         setattr(sys, name, streams[-1])
-    code = cli._run(arguments)
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert isinstance(code, int)
     out, err = (_taken(stream) for stream in streams)
     return Printed(code, out, err)
 

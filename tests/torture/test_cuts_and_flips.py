@@ -60,7 +60,7 @@ def rows_of(cache: Path) -> dict[str, tuple[bytes, npt.NDArray[Any]]]:
 
 
 def test_a_cut_image_is_a_listed_failure(tmp_path: Path, rounds: Any, tally: Any) -> None:
-    number, data = rounds(10, 200), tmp_path / "data"
+    number, data = rounds(5, 200), tmp_path / "data"
     for ending in FORMATS:
         whole = encode(ending)
         places = {len(whole) * i // number for i in range(number)}
@@ -113,7 +113,7 @@ def run_verify(data: Path, cache: Path) -> None:
 
 
 def test_no_changed_image_passes_unseen(tmp_path: Path, rounds: Any, tally: Any) -> None:
-    number, data, cache = rounds(60, 1500), tmp_path / "data", tmp_path / "c.h5"
+    number, data, cache = rounds(20, 1500), tmp_path / "data", tmp_path / "c.h5"
     for ending in FORMATS:
         (data / ending).mkdir(parents=True)
         (data / ending / f"whole.{ending}").write_bytes(encode(ending))

@@ -126,7 +126,7 @@ def test_interrupted_before_any_call_it_ends_clean_and_goes_on(
 ) -> None:
     """Not only while images stream: also with the lock just taken, and in the final file."""
     rng = random.Random(0)
-    for round_number in range(rounds(10, 200)):
+    for round_number in range(rounds(6, 200)):
         place.cache.unlink(missing_ok=True)
         number = (signal.SIGINT, signal.SIGTERM)[round_number % 2]
         # half of them at the first and last calls: nearly all others are of shards

@@ -152,7 +152,7 @@ def finish(place: Place, num_kills: int) -> None:
 def test_killed_in_any_phase_it_loses_a_shard_at_most_and_ends_equal(
     place: Place, rounds: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
-    rng, wanted, total = random.Random(0), rounds(40, 500), 0
+    rng, wanted, total = random.Random(0), rounds(12, 500), 0
     while total < wanted:
         clear(place)
         num_kills = rng.choice([1, 1, 1, 1, 2, 3, 4])  # in a row, before it may end
@@ -170,7 +170,7 @@ def test_killed_while_tidying_up_nothing_stays_behind(
     place: Place, rounds: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
     """The cache is there already, its partial folder half removed: the last calls of a run."""
-    for number in range(rounds(4, 40)):
+    for number in range(rounds(2, 40)):
         clear(place)
         deadly = ("at_call", place.cache, place.num_calls - number, "SIGKILL")
         result = warm_parent().run(*COMMAND, cwd=place.folder, before=(SMALL_SHARDS, deadly))
@@ -189,13 +189,13 @@ def test_the_real_command_killed_ends_equal(
         "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"
     }  # fmt: skip
     command = [sys.executable, "-m", "featcache", *COMMAND]
-    for number in range(rounds(3, 20)):
+    for number in range(rounds(2, 20)):
         clear(place)
         pipe = subprocess.PIPE
         with subprocess.Popen(
             command, cwd=place.folder, env=environment, stdout=pipe, stderr=pipe
         ) as child:
-            if number % 3 == 2:
+            if number % 2 == 1:
                 time.sleep(rng.uniform(0, 1))
             else:
                 deadline = time.monotonic() + 120

@@ -86,7 +86,7 @@ def test_of_many_writers_one_wins_and_the_others_are_told_who(
     place: Place, rounds: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
     rng = random.Random(0)
-    for _ in range(rounds(10, 40)):
+    for _ in range(rounds(4, 40)):
         place.reset()
         gate = place.folder / "gate"
         writers = [place.start("old", ("gate", gate)) for _ in range(rng.randint(2, 8))]
@@ -118,7 +118,7 @@ def test_a_writer_that_comes_while_another_tidies_up_does_no_harm(
     place: Place, rounds: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
     """The first is stopped at its last calls: it removes the folder that holds the lock."""
-    for number in range(rounds(5, 13)):
+    for number in range(rounds(3, 13)):
         place.reset()
         first = place.start(
             "old", ("at_call", place.cache, place.num_calls["old"] - number, "SIGSTOP")
@@ -219,7 +219,7 @@ def test_readers_during_an_update_see_the_old_cache_or_the_new_one(
 def test_readers_without_a_pause_never_see_a_torn_cache(
     place: Place, rounds: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
-    for _ in range(rounds(4, 40)):
+    for _ in range(rounds(2, 40)):
         place.reset(old=True)
         writer = place.start("new")
         while writer.is_running():
@@ -242,7 +242,7 @@ def test_the_lock_is_free_at_once_when_its_holder_is_killed(
 ) -> None:
     place.reset()
     gate, lock = place.folder / "gate", place.partial / "lock"
-    for _ in range(rounds(20, 200)):
+    for _ in range(rounds(5, 200)):
         holder = place.start("old", ("gate", gate))
         assert wait_for(partial(is_signed, lock, holder.pid), holder)
         holder.kill()
