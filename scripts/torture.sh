@@ -6,4 +6,4 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/scripts/venv.sh"
 make_venv dev
 cd "$root"
-"$python" -m pytest tests/torture tests/test_xrays.py --long "$@"
+"$python" -m pytest tests/torture tests/test_xrays.py tests/cache --long "$@"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import threadpoolctl
 import tiny_network
+import torch
 from sample_images import write_tree
 
 from featcache.backbones.backbone import Backbone
@@ -20,7 +22,7 @@ _TALLY = pytest.StashKey[dict[str, Counter[str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="tests/torture at its full numbers")
+    parser.addoption("--long", action="store_true", help="repetitions at their full numbers")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,8 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_TALLY] = {}
 
 
-_LONG_FILES = ("test_xrays.py", "test_state_machine.py")
-"""A minute each. They begin first: one that begins last has a core to itself while others idle."""
+_LONG_FILES = (
+    "test_xrays.py", "test_state_machine.py", "test_faults.py", "test_estimator.py",
+    "test_killing_decoders.py", "test_hostile_caches.py", "test_kills.py", "test_engine.py",
+)  # fmt: skip
+"""The slowest. They begin first: one that begins last has a core to itself while others idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
-    """``rounds(short, long)``: how often to try; the second number by scripts/torture.sh."""
+    """``rounds(short, long)``: how often to try; the second number with ``--long``."""
     return lambda short, long: long if request.config.getoption("--long") else short
 
 
@@ -94,6 +99,16 @@ def xrays() -> Path:
 def tiny_backbone() -> Backbone:
     """A backbone of 24 features for 32 x 32 images that takes a millisecond a batch."""
     return tiny_network.build()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Work this small only waits for other threads, and on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpoolctl.threadpool_limits(1):
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import tiny_network
-import torch
 
 from featcache.backbones.backbone import Backbone, build_backbone
 
@@ -14,12 +11,8 @@ NAMES = ["efficientnet-lite0", "efficientnet-b0", "torchvision:resnet18"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
+def _one_thread(one_thread: None) -> None:
     """On shared cores two threads take twice as long as one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_network
+from failing import failing
 from sample_caches import TINY, rewrite
 from sample_images import write_image, write_tree
 
@@ -141,10 +142,8 @@ def test_a_precision_that_was_lost_is_never_made_up(
 def test_images_that_cannot_be_read_are_no_trouble_with_writing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied", "data/x.png")
-
-    monkeypatch.setattr(verification, "compare", fail)
+    error = PermissionError(13, "Permission denied", "data/x.png")
+    monkeypatch.setattr(verification, "compare", failing(error))
     with pytest.raises(PermissionError, match=r"data/x\.png"):
         verify(folder / "c.h5", repair=True, data=folder / "data")
 

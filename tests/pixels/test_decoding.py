@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from failing import failing
 from PIL import Image
+from sample_encodings import encoded
 
 from featcache.errors import DataError
 from featcache.pixels import acceleration, decoding, png
@@ -31,12 +33,6 @@ def picture(height, width, *bands, seed=0, high=255):
     values = np.stack(planes, axis=-1) + rng.integers(0, 6, (height, width, len(planes)))
     values = values * high / 255
     return values.astype(np.uint8 if high == 255 else np.uint16).reshape(height, width, *bands)
-
-
-def encoded(pixels, kind="PNG", **options):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def chunks(data):
@@ -214,10 +210,7 @@ def test_rows_missing_left_over_or_in_doubt_are_pillows():
 
 
 def test_no_memory_for_the_fast_path_leaves_the_image_to_pillow(monkeypatch, fast):
-    def fail(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(png, "decode", fail)
+    monkeypatch.setattr(png, "decode", failing(MemoryError()))
     assert_same(example("grey", 9, 9), "memory")
     assert fast == {False: 1}
 

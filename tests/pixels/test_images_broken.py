@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from failing import failing
 from PIL import Image, ImageFile
 from sample_encodings import (
     PLAIN,
@@ -150,10 +151,7 @@ def test_bombs_are_refused_unread():
 
 
 def test_no_memory_for_an_image_costs_that_image(monkeypatch):
-    def fail(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(images, "resize", fail)
+    monkeypatch.setattr(images, "resize", failing(MemoryError()))
     assert "MemoryError" in reason(PLAIN["rgb png"])
     with pytest.raises(TransientError):  # not the image's fault: its copies are tried themselves
         decode(PLAIN["rgb png"], PixelRules(32))
