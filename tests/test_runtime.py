@@ -170,15 +170,15 @@ def test_threads_that_overlap_share_the_arithmetic_and_the_last_one_out_restores
         def second() -> None:
             with exact_fp32():
                 second_is_in.set()
-                assert first_is_out.wait(10)
+                assert first_is_out.wait(300)
                 found.append(conv.fp32_precision)
 
         thread = threading.Thread(target=second)
         with exact_fp32():
             thread.start()
-            assert second_is_in.wait(10)
+            assert second_is_in.wait(300)
         first_is_out.set()
-        thread.join(10)
+        thread.join(300)
         assert found == ["ieee"]
         assert conv.fp32_precision == "tf32"
     finally:
@@ -218,7 +218,7 @@ def test_the_facts_are_true_and_fit_into_json() -> None:
     assert facts["device"] == "cpu"
     assert facts["processor"] == processor_name() != ""
     age = datetime.now(UTC) - datetime.fromisoformat(facts["date"])
-    assert timedelta(seconds=-2) < age < timedelta(minutes=1)
+    assert timedelta(seconds=-2) < age < timedelta(hours=1)
     assert "device" not in environment_facts()
 
 

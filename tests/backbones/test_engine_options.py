@@ -214,7 +214,7 @@ def test_the_callers_settings_are_restored_however_they_were_made(request):
         tiny_network.__file__.rpartition("/")[0],
         *settings,
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
 
 
@@ -292,6 +292,6 @@ def test_two_threads_may_share_an_engine():
     for thread in workers:
         thread.start()
     for thread in workers:
-        thread.join(60)
+        thread.join(300)
     assert len(found) == 40
     assert all(np.array_equal(rows, truth) for rows in found)

@@ -63,7 +63,7 @@ def test_threads_get_the_rows_of_their_own_images(name):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert wrong == []
 
 

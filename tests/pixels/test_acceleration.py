@@ -46,18 +46,18 @@ def test_kernels_start_beside_the_work_if_there_is_enough_of_it(unstarted, monke
 
     def start():
         begun.set()
-        assert finish.wait(20)
+        assert finish.wait(300)
         acceleration._ready = True
 
     monkeypatch.setattr(acceleration, "start", start)
     acceleration.start_for(acceleration.WORTH_BYTES - 1)
     assert acceleration_threads() == []
     acceleration.start_for(acceleration.WORTH_BYTES)
-    assert begun.wait(20)
+    assert begun.wait(300)
     assert not acceleration.is_ready()  # whoever decodes meanwhile goes on without
     (thread,) = acceleration_threads()
     finish.set()
-    thread.join(20)
+    thread.join(300)
     assert acceleration.is_ready()
     acceleration.start_for(acceleration.WORTH_BYTES)
     assert acceleration_threads() == []  # once is enough

@@ -269,7 +269,7 @@ def test_threads_that_decode_at_once_get_their_own_pixels():
     start = threading.Barrier(8)
 
     def work(number):
-        start.wait(20)
+        start.wait(300)
         order = random.Random(number).choices(range(len(files)), k=80)
         return all(np.array_equal(decode(files[i], RULES).pixels, truths[i]) for i in order)
 

@@ -20,7 +20,7 @@ from featcache.pixels.isolation import IsolatedDecoder
 from featcache.pixels.views import PLAIN
 
 RULES = PixelRules(32)
-TIMEOUT = 60  # of anything that must not hang: a child takes most of a second to start
+TIMEOUT = 300  # of anything that must not hang: a child takes most of a second to start
 
 
 @pytest.fixture

@@ -262,7 +262,7 @@ def test_folders(kind: str, tmp_path: Path, tally: Any) -> None:
         hazard.build(root)
     except (OSError, UnicodeEncodeError) as error:
         pytest.skip(f"this machine cannot have that: {error}")
-    ended = run_bounded(look, tmp_path, kind, seconds=60)
+    ended = run_bounded(look, tmp_path, kind)
     assert ended.peak_bytes < GIB
     for path in (root / "c", root / "a/3.png"):  # so that pytest can clear it away
         if path.exists():
@@ -321,7 +321,7 @@ def test_an_extraction_passes_by_what_changed_under_its_hands(tmp_path: Path, ta
         (tmp_path / "data").mkdir(exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (40, 40), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{number:02}.png")
-    ended = run_bounded(extract_changing, tmp_path, seconds=120)
+    ended = run_bounded(extract_changing, tmp_path)
     assert ended.error is None
     facts = json.loads(command(tmp_path, "info", "c.h5", "--json").out)
     failed = {row["path"]: row["reason"] for row in facts["failures"]}

@@ -198,7 +198,7 @@ def test_the_real_command_killed_ends_equal(
             if number % 2 == 1:
                 time.sleep(rng.uniform(0, 1))
             else:
-                deadline = time.monotonic() + 120
+                deadline = time.monotonic() + 300
                 while not place.partial.exists() and time.monotonic() < deadline:
                     time.sleep(0.001)
                 time.sleep(rng.uniform(0, place.seconds))
