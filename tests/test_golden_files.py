@@ -89,7 +89,7 @@ def test_a_run_predicts_what_it_predicted_when_it_was_made(
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_an_evaluation_is_the_one_of_old(run: str, golden: Path, tool: Tool) -> None:
+def test_an_evaluation_gives_the_same_metrics_as_before(run: str, golden: Path, tool: Tool) -> None:
     positive = [] if run == "findings_run" else ["--positive", "covid"]
     found = json.loads(tool("evaluate", golden / run, *positive, "--json"))
     assert_equal(found, json.loads((golden / f"{run}_evaluation.json").read_text("utf-8")))

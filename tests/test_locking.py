@@ -88,7 +88,7 @@ def test_a_lock_that_is_free_a_moment_later_is_taken(
 
 
 @needs_posix
-def test_a_lock_that_was_removed_before_it_was_held_is_not_taken_for_one(
+def test_a_lock_file_removed_before_it_was_locked_is_not_taken_for_a_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer before us has opened its lock, ends, and removes the folder between two lines."""

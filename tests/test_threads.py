@@ -27,7 +27,7 @@ def test_results_and_errors_come_back_to_whoever_asked():
         assert threads.submit(divide, 4, 2).result(PATIENCE) == 2  # the thread lived through it
 
 
-def test_as_many_run_at_once_as_there_are_threads():
+def test_all_threads_run_at_once():
     together = threading.Barrier(3)  # that two threads would never pass
     with Threads("test", 3) as threads:
         for future in [threads.submit(together.wait, PATIENCE) for _ in range(3)]:
@@ -38,7 +38,7 @@ def names_of_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate()]
 
 
-def test_one_that_hangs_can_be_replaced_and_is_sent_home_when_it_comes_back():
+def test_a_hanging_thread_can_be_replaced_and_ends_when_it_returns():
     released = threading.Event()
     # By name: threads of earlier tests may end, and others begin, while this one runs.
     with Threads("hanging", 1) as threads:

@@ -87,7 +87,7 @@ def test_files_load_into_the_network(name, save, tmp_path):
                        for name, v in state.items()},
     ],
 )  # fmt: skip
-def test_wrappings_are_taken_off(wrap, tmp_path):
+def test_state_dicts_inside_checkpoints_are_found(wrap, tmp_path):
     state = tiny_state()
     torch.save(wrap(state), tmp_path / "w.pt")
     network = tiny_network.network()
@@ -286,7 +286,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_loaded(change, f
         {"1.0.weight": torch.ones(5), "1.4.bias": torch.full((2,), float("nan"))},
     ],
 )
-def test_the_files_classifier_may_be_of_any_kind(classifier):
+def test_the_classifier_in_a_weights_file_is_ignored(classifier):
     network = nn.Sequential(tiny_network.network(), nn.Linear(24, 2))
     head = network[1].weight.clone()
     state = tiny_state()

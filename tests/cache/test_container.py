@@ -347,7 +347,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_named(tmp_path: Path, lie: str) -> None:
+def test_a_wrong_table_entry_is_named(tmp_path: Path, lie: str) -> None:
     change, message = LIES[lie]
     arrays = {"a": np.arange(3, dtype="<i8"), "b": np.arange(40, dtype="<i8")}
     write(tmp_path / "c", arrays)

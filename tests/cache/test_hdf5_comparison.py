@@ -38,7 +38,7 @@ def test_a_file_as_written_shows_no_differences(tmp_path: Path) -> None:
     assert compare_with_hdf5(write(tmp_path / "c", some_arrays())) == []
 
 
-def test_a_table_that_lies_is_found(tmp_path: Path) -> None:
+def test_swapped_offsets_in_the_table_are_found(tmp_path: Path) -> None:
     """Two arrays of one shape change places: every check of the table alone passes."""
     arrays = {"a": np.arange(40, dtype="<i8"), "b": -np.arange(40, dtype="<i8"), "c": np.zeros(3)}
     arrays["c"] = arrays["c"].astype("<f4")
@@ -54,7 +54,7 @@ def test_a_table_that_lies_is_found(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in found] == ["/a", "/b"]
 
 
-def test_every_kind_of_lie_is_found(tmp_path: Path) -> None:
+def test_every_wrong_table_entry_is_found(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "/a": lambda b: entry_of(b, "a").update(dtype="|S8"),
         "/a ": lambda b: entry_of(b, "a").update(shape=[20]),

@@ -40,7 +40,7 @@ def engine(precision: str, *parity: float) -> Engine:
     )  # fmt: skip
 
 
-def test_the_bound_is_that_of_a_known_precision_or_else_the_strictest(tmp_path: Path) -> None:
+def test_parity_bounds_of_known_and_unknown_precisions(tmp_path: Path) -> None:
     for told, known, bound in [
         ({"precision": "bf16"}, "bf16", 2e-1),
         ({}, None, 1e-4),  # made elsewhere
@@ -54,7 +54,7 @@ def test_the_bound_is_that_of_a_known_precision_or_else_the_strictest(tmp_path: 
 
 
 @pytest.mark.parametrize("odd", ["fp8", ["fp32"], 5])
-def test_a_precision_that_is_none_of_ours_has_no_bound(tmp_path: Path, odd: object) -> None:
+def test_an_unknown_precision_has_no_parity_bound(tmp_path: Path, odd: object) -> None:
     with pytest.raises(CacheError, match=r"precision of the cache: expected fp32 or .*, found "):
         error_bound(cache(tmp_path, {"precision": odd}))
 
@@ -77,7 +77,7 @@ def test_errors_of_many_caches_stay_few_and_the_worst_among_them(tmp_path: Path)
     assert len(parity) == 8
 
 
-def test_what_was_lost_stays_lost(tmp_path: Path) -> None:
+def test_losses_recorded_in_the_provenance_are_kept(tmp_path: Path) -> None:
     """Rows that are added later say nothing of those that were there."""
     with pytest.warns(FeatcacheWarning, match=r"c.h5: nobody knows how .* ones will be at fp16"):
         warn_of_update("c.h5", LOST, [], engine("fp16"))

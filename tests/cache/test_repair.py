@@ -87,7 +87,7 @@ def test_damaged_rows_are_dropped_and_the_next_extraction_fills_the_gap(
     assert content(open_cache(path)) == wanted
 
 
-def test_what_is_repaired_is_said_to_the_next_training(folder: Path, tmp_path: Path) -> None:
+def test_training_reports_rows_that_a_repair_dropped(folder: Path, tmp_path: Path) -> None:
     flip(folder / "c.h5", "splits/train/features", 0)
     said: list[str] = []
     verify(folder / "c.h5", repair=True, say=said.append)
@@ -189,7 +189,7 @@ def test_a_good_cache_is_left_alone(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["identity", "classes", "task"])
-def test_rows_whose_meaning_is_lost_are_not_kept(folder: Path, part: str) -> None:
+def test_rows_without_a_readable_path_or_target_are_dropped(folder: Path, part: str) -> None:
     flip(folder / "c.h5", part, 0)
     before = (folder / "c.h5").read_bytes()
     with pytest.raises(CacheError, match=f"^cache, {part}: .*--rebuild"):
@@ -200,7 +200,7 @@ def test_rows_whose_meaning_is_lost_are_not_kept(folder: Path, part: str) -> Non
     assert not partial_folder(folder / "c.h5").exists()
 
 
-def test_what_cannot_be_vouched_for_is_left_to_rebuild(folder: Path) -> None:
+def test_damage_that_cannot_be_repaired_asks_for_a_rebuild(folder: Path) -> None:
     path = folder / "c.h5"
     raw = path.read_bytes()
 
@@ -268,7 +268,7 @@ def test_views_groups_and_half_precision_survive(tmp_path: Path, tiny_backbone: 
     assert content(open_cache(tmp_path / "c.h5")) == wanted
 
 
-def test_untrue_and_stale_rows_are_dropped_with_the_images_at_hand(
+def test_wrong_and_outdated_rows_are_dropped_when_the_images_are_given(
     folder: Path, tiny_backbone: Backbone
 ) -> None:
     path, data = folder / "c.h5", folder / "data"
@@ -292,7 +292,7 @@ def test_untrue_and_stale_rows_are_dropped_with_the_images_at_hand(
     assert verify(path, data=data, samples="all", backbone=TINY).num_compared == 18
 
 
-def test_damage_and_untruth_are_mended_at_once(folder: Path) -> None:
+def test_damaged_and_wrong_rows_are_repaired_in_one_go(folder: Path) -> None:
     path, data = folder / "c.h5", folder / "data"
     cache = open_cache(path)
     features = np.array(cache.splits["test"].features)

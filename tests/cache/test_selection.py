@@ -151,7 +151,7 @@ def test_a_manifest_of_the_folder_fits_the_caches_of_the_folder_and_of_its_tree(
         assert ("read without train/" in said[1]) == (name == "tree")
 
 
-def test_paths_are_read_otherwise_only_where_that_leaves_no_doubt(
+def test_leading_folders_are_ignored_only_where_the_match_is_unique(
     make: Any, tmp_path: Path
 ) -> None:
     for rows, line in (

@@ -22,7 +22,7 @@ from featcache.locking import writer_lock
 # ------------------------------------------------------------------------------ whole or absent
 
 
-def test_what_is_there_stays_unless_it_is_to_be_rebuilt(make: Any, tmp_path: Path) -> None:
+def test_an_existing_file_is_kept_unless_rebuild_is_given(make: Any, tmp_path: Path) -> None:
     a, b = make("a", "all/x/1", "all/y/2"), make("b", "all/x/3", "all/y/4")
     for source in (a.path, tmp_path / "." / "a.h5", os.path.relpath(a.path)):
         with pytest.raises(ConfigError, match="NEW: expected another file than the caches"):
@@ -57,7 +57,7 @@ def test_what_is_there_stays_unless_it_is_to_be_rebuilt(make: Any, tmp_path: Pat
     ]  # fmt: skip
 
 
-def test_one_writer(make: Any, tmp_path: Path) -> None:
+def test_a_second_writer_is_refused(make: Any, tmp_path: Path) -> None:
     a = make("a", "all/x/1", "all/y/2")
     with (
         writer_lock(partial_folder(tmp_path / "new.h5") / "lock", "cache new.h5"),

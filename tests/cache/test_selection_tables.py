@@ -55,7 +55,7 @@ def test_classes_are_dropped_and_renamed_and_failures_follow(make: Any, tmp_path
                               "test": {"unlabelled": 1, "a": 4, "d": 2}}  # fmt: skip
 
 
-def test_what_a_class_or_name_cannot_be_is_refused(make: Any, tmp_path: Path) -> None:
+def test_invalid_class_names_and_renamings_are_refused(make: Any, tmp_path: Path) -> None:
     cache = make("c", "train/a/1", "train/b/2", "test/a/3", "test/b/4")
     for options, wanted in (
         ({"classes": ["flu\x1b"]}, r"--classes: expected some of a, b, found flu\x1b"),
@@ -71,7 +71,7 @@ def test_what_a_class_or_name_cannot_be_is_refused(make: Any, tmp_path: Path) ->
         assert wanted in refused(tmp_path, DataError, cache, **options)
 
 
-def test_every_split_has_the_same_classes_or_it_is_refused(make: Any, tmp_path: Path) -> None:
+def test_splits_of_different_classes_are_refused(make: Any, tmp_path: Path) -> None:
     cache = make("c", "train/a/1", "train/b/2", "test/a/3", "test/b/4")
     table = write_table(tmp_path / "t.csv", [("train/a/1",), ("train/b/2",), ("test/a/3",)])
     text = refused(tmp_path, DataError, cache, table=table)
@@ -106,7 +106,7 @@ def test_a_table_says_what_it_leaves_out_and_what_is_not_there(
     assert [f.path for f in new.failures] == ["train/a/broken"]
 
 
-def test_cells_of_the_table(make: Any, tmp_path: Path) -> None:
+def test_empty_and_missing_columns_of_a_table_change_nothing(make: Any, tmp_path: Path) -> None:
     """A missing or empty column changes nothing; in others an empty cell is as in ``extract``."""
     rows = [f"train/{c}/{i}" for c in "ab" for i in range(2)]
     cache = make("c", *rows, groups={row: row[6] for row in rows})
@@ -143,7 +143,7 @@ def test_cells_of_the_table(make: Any, tmp_path: Path) -> None:
     (b"path\n\xff\n", "UTF-8"),
     (None, "No such file"),
 ])  # fmt: skip
-def test_a_table_that_is_none_is_refused(
+def test_a_malformed_table_is_refused(
     make: Any, tmp_path: Path, text: str | bytes | None, wanted: str
 ) -> None:
     table = tmp_path / "t.csv"
@@ -202,7 +202,7 @@ def test_views_of_features_made_elsewhere(make: Any, tmp_path: Path) -> None:
     assert "views of split train: expected 3 of each row, found 1 of 1, such as valid/x/3" in text
 
 
-def test_of_views_that_differ_the_first_ones_are_taken(make: Any, whole: Any) -> None:
+def test_the_smallest_number_of_views_is_kept_of_every_row(make: Any, whole: Any) -> None:
     a = make("a", "train/x/1", "test/x/2", views={"train": 2, "test": 4})
     b = make("b", "test/x/3", views={"test": 3})
     test = whole(a, b).splits["test"]

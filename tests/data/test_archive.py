@@ -72,12 +72,12 @@ def test_entries_have_plain_paths_and_kinds(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../a.png", "a/../../b.png", "/etc/a.png", "C:/a.png", "..\\a.png", "C:\\a.png", "./"]
 )
-def test_names_may_not_leave(tmp_path, name):
+def test_names_that_climb_out_of_the_zip_are_refused(tmp_path, name):
     with pytest.raises(DataError, match="a name inside the zip"):
         list(list_entries(pack(tmp_path / "d.zip", "a/1.png", name)))
 
 
-def test_a_name_twice(tmp_path):
+def test_a_name_that_stands_twice_is_refused(tmp_path):
     pack(tmp_path / "d.zip", "a/1.png", "b/1.png", "a\\1.png")  # one path by two spellings
     with pytest.raises(DataError, match="every name once"):
         members_of(tmp_path / "d.zip")
@@ -92,7 +92,7 @@ def test_a_name_twice(tmp_path):
         (24, "<I", 2**30, "decompression bomb"),
     ],
 )
-def test_members_we_do_not_read(tmp_path, offset, layout, value, message):
+def test_members_of_unsupported_kinds_are_refused(tmp_path, offset, layout, value, message):
     place = patched(pack(tmp_path / "d.zip", "a/1.png", "b/1.png"), offset, layout, value)
     with pytest.raises(DataError, match=message):
         members_of(place)
@@ -171,7 +171,7 @@ def test_damage_never_gives_other_bytes(tmp_path, method):
         read_member(place, member)
 
 
-def test_what_is_no_zip(tmp_path):
+def test_files_that_are_no_zip_are_refused(tmp_path):
     place = pack(tmp_path / "d.zip", "1.png")
     for data in (b"", b"PK", place.read_bytes()[:40]):
         place.write_bytes(data)

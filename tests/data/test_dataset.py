@@ -92,7 +92,7 @@ def test_contradicting_folders_are_named(tmp_path, paths, message):
         scan(plant(tmp_path, *paths))
 
 
-def test_what_is_no_data_is_refused(tmp_path):
+def test_a_source_that_is_not_a_data_set_is_refused(tmp_path):
     with pytest.raises(DataError, match="nothing there"):
         scan(tmp_path / "missing")
     plant(tmp_path, "a.png")

@@ -29,7 +29,7 @@ from featcache.errors import ConfigError, DataError, FeatcacheWarning
         ({"classes": None}, DataError, "class tiny: expected at least 3 images .* enough for 2"),
     ],
 )
-def test_options_without_meaning(tmp_path, options, error, message):
+def test_senseless_options_are_refused(tmp_path, options, error, message):
     source = plain(tmp_path / "raw", a=5, b=5, tiny=2)
     with pytest.raises(error, match=message):
         split(source, tmp_path / "dst", **({"classes": ["a", "b"]} | options))

@@ -89,7 +89,7 @@ def test_a_long_chain_needs_no_recursion():
 
 @pytest.mark.parametrize("fractions", [SHARES, FOLDS, {"train": 0.8, "valid": 0.2}])
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_is_torn_and_every_class_comes_near_the_fractions(seed, fractions):
+def test_units_stay_whole_and_every_class_comes_near_the_fractions(seed, fractions):
     groups, contents, labels, names = make_rows(seed)
     units = build_units(groups, contents)
     parts = assign_units(units, labels, names, fractions, seed=seed)
@@ -190,7 +190,7 @@ def test_a_class_of_too_few_units_is_refused():
     assert sorted(n for (_, label), n in halves.items() if label == "b") == [1, 3]
 
 
-def test_classes_that_hang_together_in_a_ring_are_refused():
+def test_classes_whose_units_form_a_ring_are_refused():
     """Each class has two units, but no way to share three such pairs between two parts."""
     units, labels = [[0, 1], [2, 3], [4, 5]], list("abacbc")
     with pytest.raises(DataError, match=r"class \w: .* found enough for 1"):
@@ -219,7 +219,7 @@ def test_rows_of_several_labels_reach_every_part_whatever_hangs_together(seed):
     assert parts == again
 
 
-def test_a_ring_of_labels_gives_its_smallest_class_up():
+def test_labels_that_form_a_ring_lose_their_smallest_class():
     """Three units of two classes each: with one class a row that is refused, as above."""
     is_positive = np.zeros((7, 3), bool)
     for row, label in enumerate([0, 1, 1, 2, 2, 0, 0]):

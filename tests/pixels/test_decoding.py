@@ -165,7 +165,7 @@ def test_large_xrays_take_the_fast_path_alone(size, fast, monkeypatch):
     assert fast == {True: 2}
 
 
-def test_interlaced_rows_are_pillows(fast):
+def test_interlaced_images_are_left_to_pillow(fast):
     """One pixel wide, they are as many bytes as plain rows, in another order."""
     head, pixels, end = chunks(example("grey", 8, 1))
     head = (b"IHDR", head[1][:-1] + b"\1")
@@ -194,7 +194,7 @@ def test_chunks_before_between_and_after_the_pixels(extra, fast):
     assert fast == {True: 1}
 
 
-def test_rows_missing_left_over_or_in_doubt_are_pillows():
+def test_missing_or_extra_rows_are_left_to_pillow():
     data = example("rgb", 31, 43)
     for change in (
         lambda rows: rows[:-1], lambda rows: rows[:-200], lambda rows: b"",

@@ -157,7 +157,7 @@ def test_no_memory_for_an_image_costs_that_image(monkeypatch):
         decode(PLAIN["rgb png"], PixelRules(32))
 
 
-def test_no_memory_makes_no_image_a_cut_off_one(monkeypatch):
+def test_an_image_that_ran_out_of_memory_is_not_taken_for_truncated(monkeypatch):
     """With ``--truncated keep`` an image that could not be read is read again, and filled in."""
     real, tries = images.read, []
 

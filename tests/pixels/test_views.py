@@ -274,7 +274,7 @@ def test_a_warp_that_moves_nothing_is_exact() -> None:
         (8, "flip", "--views: expected 2 with --augment flip: the image and its mirror image"),
     ],
 )
-def test_nonsense_is_refused(count: object, name: str | None, message: str) -> None:
+def test_invalid_view_options_are_refused(count: object, name: str | None, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ViewRules(count, name)  # type: ignore[arg-type]
     assert str(caught.value).startswith(message)

@@ -188,7 +188,7 @@ def test_damaged_runs_are_refused_or_read_equal(
 
 
 @pytest.mark.parametrize("name", ["history.csv", "environment.json"])
-def test_what_is_for_people_only_decides_nothing(run: Path, name: str, tally: Tally) -> None:
+def test_files_for_people_only_are_not_relied_on(run: Path, name: str, tally: Tally) -> None:
     """Nobody reads these two: however damaged, figures and predictions are the same."""
     rng, file = random.Random(name), run / name
     raw, wanted = file.read_bytes(), (facts_of(run), predict_cache(run, run.parent / "c.h5").preds)

@@ -298,7 +298,7 @@ def judge(data: Path, tmp_path: Path) -> tuple[set[str], dict[str, str]]:
     return set(split.paths), failures
 
 
-def test_our_own(tmp_path: Path, tally: Any) -> None:
+def test_our_own_difficult_images(tmp_path: Path, tally: Any) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for name, (make, _) in OWN.items():
@@ -342,7 +342,7 @@ def source_package(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return file
 
 
-def test_pillows_own(source_package: Path, tmp_path: Path, tally: Any) -> None:
+def test_pillows_difficult_images(source_package: Path, tmp_path: Path, tally: Any) -> None:
     """Each under its name, and those of other endings once more as a .png, as people rename."""
     data, kinds = tmp_path / "data", Counter[str]()
     data.mkdir()

@@ -247,7 +247,7 @@ def case_matters(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", HAZARDS)
-def test_folders(kind: str, tmp_path: Path, tally: Any) -> None:
+def test_hazardous_folders_are_read_or_refused(kind: str, tmp_path: Path, tally: Any) -> None:
     hazard = HAZARDS[kind]
     if (hazard.build is device or hazard.user is not None) and os.geteuid() != 0:
         pytest.skip("only root makes devices and becomes another user")
@@ -315,7 +315,9 @@ def test_names_that_are_not_utf8_go_all_the_way(tmp_path: Path, tally: Any) -> N
     tally("folder hazards", "names not UTF-8 came back", len(wanted))
 
 
-def test_an_extraction_passes_by_what_changed_under_its_hands(tmp_path: Path, tally: Any) -> None:
+def test_images_that_change_during_an_extraction_are_listed_failures(
+    tmp_path: Path, tally: Any
+) -> None:
     """Unreadable, vanished and turned into a pipe: each is a listed failure of the real command."""
     for number in range(30):
         (tmp_path / "data").mkdir(exist_ok=True)

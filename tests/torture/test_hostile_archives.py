@@ -263,7 +263,7 @@ def judged(build: Callable[[Path], None], tmp_path: Path) -> Verdict:
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused(kind: str, tmp_path: Path, tally: Any) -> None:
+def test_hostile_zips_are_refused(kind: str, tmp_path: Path, tally: Any) -> None:
     build, message = REFUSED[kind]
     verdict = judged(build, tmp_path)
     assert verdict.refused
@@ -273,7 +273,7 @@ def test_refused(kind: str, tmp_path: Path, tally: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", TAKEN)
-def test_taken_rightly(kind: str, tmp_path: Path, tally: Any) -> None:
+def test_unusual_zips_are_read_correctly(kind: str, tmp_path: Path, tally: Any) -> None:
     build, whole, failed, ignored = TAKEN[kind]
     verdict = judged(build, tmp_path)
     assert verdict.refused is None

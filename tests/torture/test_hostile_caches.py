@@ -409,7 +409,9 @@ def test_every_hostile_cache_is_refused(hostile: Path, tally: Callable[..., None
     assert sorted(p.name for p in hostile.iterdir()) == ["honest", "hostile", "made", "runs"]
 
 
-def test_names_are_only_names(tmp_path: Path, tally: Callable[..., None]) -> None:
+def test_names_in_a_cache_are_never_opened_or_run(
+    tmp_path: Path, tally: Callable[..., None]
+) -> None:
     """A cache may have any class, path and group: nothing is opened, written or run by them."""
     names = ["../../etc/passwd", "/etc/passwd", "a\nb", "<script>", "=1+1", "\x1b[31m", "\udcff"]
     cache = write_cache(

@@ -197,7 +197,7 @@ def read_carelessly(folder: Path) -> None:
     torch.load("w.pt")
 
 
-def test_the_canary_sings(tmp_path: Path) -> None:
+def test_a_hostile_file_does_run_code_in_plain_torch(tmp_path: Path) -> None:
     """Read as so many tools read it, the file does run its code."""
     torch.save(tiny_state(evil=Hostile()), tmp_path / "w.pt")
     run_bounded(read_carelessly, tmp_path)

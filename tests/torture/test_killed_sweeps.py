@@ -105,7 +105,7 @@ def is_over(place: Place) -> bool:
     return (place.folder / "best").exists() and not place.journal.exists()
 
 
-def test_killed_at_any_moment_it_ends_as_if_not(
+def test_a_sweep_killed_at_any_moment_ends_as_if_it_was_not(
     place: Place, rounds: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
     rng = random.Random(5)

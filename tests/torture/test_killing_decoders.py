@@ -128,7 +128,7 @@ def test_a_decoder_that_hangs_loses_those_images(tmp_path: Path, tally: Any) -> 
 
 
 @pytest.mark.parametrize("place", [0, 15])
-def test_also_where_the_engine_is_checked_with_that_image(
+def test_a_killing_image_among_the_probes_of_the_engine_is_lost_alone(
     place: int, tmp_path: Path, tally: Any
 ) -> None:
     plant(tmp_path, {place: b"KILL"})

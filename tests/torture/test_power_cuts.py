@@ -139,7 +139,7 @@ def cut_while_writing(disk: Disk, cache: Path, child: Child, moment: str, second
 
 
 @pytest.mark.parametrize("is_update", [False, True], ids=["new cache", "update"])
-def test_a_power_cut_loses_no_acknowledged_shard_and_publishes_nothing_half(
+def test_a_power_cut_loses_no_listed_shard_and_publishes_no_partial_file(
     disk: Disk, truth: Truth, is_update: bool, rounds: Callable[[int, int], int],
     tally: Callable[..., None],
 ) -> None:  # fmt: skip

@@ -139,7 +139,7 @@ def test_a_writer_that_comes_while_another_tidies_up_does_no_harm(
         place.assert_tidy()
 
 
-def test_a_lock_that_was_removed_before_it_was_had_is_none(
+def test_a_lock_file_removed_before_it_was_locked_is_not_taken_for_a_lock(
     place: Place, tally: Callable[..., None]
 ) -> None:
     """The first ends and removes the file that the second has opened; a third makes a new one."""
