@@ -55,7 +55,7 @@ def read_block(path: Path) -> dict[str, Any]:
 
 
 def edit_block(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """Let a liar change the user block; a liar keeps a hash over it right, where there is one."""
+    """Change the user block and sign it again, as somebody would who wants to deceive."""
     raw, block = path.read_bytes(), read_block(path)
     change(block)
     return write_block(path, block, raw[block_size(raw) :])

@@ -54,7 +54,7 @@ def test_parity_bounds_of_known_and_unknown_precisions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("odd", ["fp8", ["fp32"], 5])
-def test_an_unknown_precision_has_no_parity_bound(tmp_path: Path, odd: object) -> None:
+def test_an_unknown_precision_is_refused(tmp_path: Path, odd: object) -> None:
     with pytest.raises(CacheError, match=r"precision of the cache: expected fp32 or .*, found "):
         error_bound(cache(tmp_path, {"precision": odd}))
 
@@ -77,7 +77,7 @@ def test_errors_of_many_caches_stay_few_and_the_worst_among_them(tmp_path: Path)
     assert len(parity) == 8
 
 
-def test_losses_recorded_in_the_provenance_are_kept(tmp_path: Path) -> None:
+def test_a_precision_lost_in_a_repair_stays_unknown(tmp_path: Path) -> None:
     """Rows that are added later say nothing of those that were there."""
     with pytest.warns(FeatcacheWarning, match=r"c.h5: nobody knows how .* ones will be at fp16"):
         warn_of_update("c.h5", LOST, [], engine("fp16"))

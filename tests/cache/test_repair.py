@@ -189,7 +189,9 @@ def test_a_good_cache_is_left_alone(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["identity", "classes", "task"])
-def test_rows_without_a_readable_path_or_target_are_dropped(folder: Path, part: str) -> None:
+def test_damage_that_takes_the_meaning_of_all_rows_asks_for_a_rebuild(
+    folder: Path, part: str
+) -> None:
     flip(folder / "c.h5", part, 0)
     before = (folder / "c.h5").read_bytes()
     with pytest.raises(CacheError, match=f"^cache, {part}: .*--rebuild"):
