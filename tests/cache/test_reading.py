@@ -32,7 +32,7 @@ def write_golden(path: Path) -> Cache:
     """Write ``tests/data/format_v1.h5``: every feature of format version 1 in 30 KB.
 
     To make the file anew (only before the format's first release):
-    ``cd tests && python -c "import test_reading as t; t.write_golden(t.GOLDEN)"``.
+    ``PYTHONPATH=tests:tests/cache python -c "import test_reading as t; t.write_golden(t.GOLDEN)"``.
     """
     rows = {}
     for split, (num_rows, targets, paths, groups) in golden_rows().items():
