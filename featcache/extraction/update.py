@@ -9,7 +9,7 @@ from featcache.cache.container import is_container
 from featcache.cache.reading import Cache, Failure, name_differences, open_cache
 from featcache.data.dataset import ImageDataset
 from featcache.errors import CacheError, ConfigError
-from featcache.extraction.inventory import Changes, image_key
+from featcache.extraction.ledger import Changes, image_key
 from featcache.extraction.recipe import Recipe
 
 
