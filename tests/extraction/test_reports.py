@@ -20,7 +20,7 @@ def test_a_plan_writes_nothing_and_projects_sizes(
     before = sorted(tmp_path.rglob("*"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        projection = plan(tree, backbone=tiny_backbone, group_by=r"^(\w+)_")
+        projection = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone, group_by=r"^(\w+)_")
     assert sorted(tmp_path.rglob("*")) == before
     assert projection.num_images == 46
     assert projection.splits["valid"] == {"covid": 5, "normal": 5}
@@ -35,9 +35,11 @@ def test_a_plan_writes_nothing_and_projects_sizes(
     assert projection.cache_bytes <= actual + features
 
 
-def test_views_of_images_to_train_on_are_counted(tree: Path, tiny_backbone: Backbone) -> None:
-    plain = plan(tree, backbone=tiny_backbone)
-    projection = plan(tree, backbone=tiny_backbone, views=5, augment="xray")
+def test_views_of_images_to_train_on_are_counted(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    plain = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    projection = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone, views=5, augment="xray")
     assert projection.identity["views"] == 5
     more = 24 * 4 * tiny_network.NUM_FEATURES * 4
     assert projection.cache_bytes == plain.cache_bytes + more

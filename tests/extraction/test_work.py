@@ -1,4 +1,4 @@
-"""Producing a cache: killed, interrupted, shared and cramped, it loses nothing and lies never."""
+"""Working on a cache: killed, interrupted, shared and cramped, it loses nothing and lies never."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-import featcache.extraction.production
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import open_cache
 from featcache.errors import CacheError
+from featcache.extraction import finish, work
 from featcache.extraction.extraction import extract
 from featcache.files import canonical_json
 
@@ -30,16 +30,16 @@ def _child(code: str, folder: Path) -> subprocess.Popen[bytes]:
 
 _SLOW_EXTRACT = """
 import time, tiny_network
-import featcache.extraction.production as production
+import featcache.extraction.work as work
 from featcache.extraction.extraction import extract
 from featcache.files import canonical_json
-production.SHARD_BYTES = 4 * 24 * 4  # four rows a shard
-inner = production.stream_features
+work.SHARD_BYTES = 4 * 24 * 4  # four rows a shard
+inner = work.stream_features
 def slow(*args, **options):
     for batch in inner(*args, **options):
         time.sleep(0.03)
         yield batch
-production.stream_features = slow
+work.stream_features = slow
 extract("data", "c.h5", backbone=tiny_network.build(), batch_size=2, engine="ENGINE")
 """
 
@@ -90,7 +90,7 @@ def test_an_unfinished_run_of_other_settings_is_refused_then_discarded(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     monkeypatch.undo()
@@ -140,7 +140,7 @@ def test_a_run_that_only_has_to_finish_knows_how_its_rows_were_made(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
     monkeypatch.undo()
@@ -162,7 +162,7 @@ def test_a_killed_rebuild_goes_on(
     options: dict[str, Any] = {
         "backbone": tiny_backbone, "crop_mode": "center", "rebuild": True
     }  # fmt: skip
-    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", **options)
     monkeypatch.undo()
@@ -177,7 +177,7 @@ def test_a_rebuild_at_another_precision_starts_afresh(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
     monkeypatch.undo()
@@ -194,8 +194,8 @@ def test_a_shard_has_a_bounded_number_of_rows_however_narrow_they_are(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(featcache.extraction.production, "SHARD_ROWS", 10)
-    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    monkeypatch.setattr(work, "SHARD_ROWS", 10)
+    monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, batch_size=1)
     manifest = json.loads((tmp_path / "c.h5.partial" / "manifest.json").read_text())
