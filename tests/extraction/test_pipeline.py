@@ -212,7 +212,8 @@ def test_lanes_get_what_they_want_of_one_decoding(folder, engine, monkeypatch):
     lanes = [
         Lane(RECIPE, engine),
         Lane(
-            dataclasses.replace(RECIPE, rules=PixelRules(32, "border")), other,
+            dataclasses.replace(RECIPE, rules=PixelRules(32, "border")),
+            other,
             claim=lambda position, sha256: position % 3 == 0,
         ),
     ]
