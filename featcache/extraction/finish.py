@@ -16,7 +16,7 @@ from featcache.data.dataset import Sample
 from featcache.errors import DataError
 from featcache.extraction.plan import Job
 from featcache.extraction.reports import ExtractionSummary, describe_result, summarise
-from featcache.extraction.update import is_unchanged
+from featcache.extraction.update import find_changes, is_unchanged
 from featcache.files import remove_temporaries
 
 
@@ -31,7 +31,7 @@ def finish(job: Job, start: float) -> ExtractionSummary:
         DataError: If a class of a split has no readable image.
         CacheError: If the disk is full or the folder cannot be written.
     """
-    changes = job.ledger.compare()
+    changes = find_changes(job.old, job.dataset, job.ledger)
     if job.old is not None and is_unchanged(job.old, job.dataset, job.ledger.failures, changes):
         remove_temporaries(job.path)
         job.partial.remove()

@@ -16,7 +16,6 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,25 +42,10 @@ def image_key(sample: Sample) -> ImageKey:
     return (sample.path, sample.image_bytes, sample.mtime_ns)
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What became of the rows of an older cache.
-
-    Attributes:
-        num_kept: Images of the same path and content.
-        num_moved: Contents whose old path is no longer there, under another path.
-        num_gone: Rows whose path is no longer there, and which did not move.
-    """
-
-    num_kept: int = 0
-    num_moved: int = 0
-    num_gone: int = 0
-
-
 class Ledger:
     """What is known of the images of a data set. Decoding threads may share one.
 
-    It takes about 290 bytes a content and 4 an image.
+    It takes 17 MB for 100,000 images of different content (traced; a table by hand took 6).
 
     Args:
         dataset: The images.
@@ -81,7 +65,6 @@ class Ledger:
         self._views_of_split, self._max_failures = num_views, max_failures
         self.planned = Counter((s.split, s.target) for s in dataset.samples)
         self._num_failed = Counter[tuple[str, int]]()
-        self._old: Cache | None = None
         # Images, by position.
         self._content_of = array("i", [_WANTED]) * len(dataset.samples)
         self._failures: dict[int, str] = {}
@@ -105,7 +88,6 @@ class Ledger:
 
     def add_cache(self, old: Cache) -> None:
         """Enter the rows of an older cache; before any shards."""
-        self._old = old
         listed = old.provenance.get("truncated")
         truncated = {p for p in listed if isinstance(p, str)} if isinstance(listed, list) else set()
         for split in old.splits.values():
@@ -330,28 +312,6 @@ class Ledger:
                 del vectors
             assert block is not None
             yield block[:, 0] if num_views == 1 else block
-
-    def compare(self) -> Changes:
-        """Return what became of the rows of the older cache."""
-        if self._old is None:
-            return Changes()
-        before = {
-            path: row.tobytes()
-            for split in self._old.splits.values()
-            for path, row in zip(split.paths, split.image_sha256, strict=True)
-        }
-        missing = Counter(before[p] for p in before.keys() - {s.path for s in self._samples})
-        num_kept = num_moved = 0
-        for sample, number in zip(self._samples, self._content_of, strict=True):
-            if number < 0:
-                continue
-            sha256 = self._sha256[number]
-            if before.get(sample.path) == sha256:
-                num_kept += 1
-            elif missing[sha256] > 0:
-                num_moved += 1
-                missing[sha256] -= 1
-        return Changes(num_kept, num_moved, missing.total())
 
     # ------------------------------------------------------------------------------------ contents
 

@@ -23,7 +23,13 @@ from featcache.extraction.options import ExtractionOptions, parse_max_errors
 from featcache.extraction.pipeline import hash_images
 from featcache.extraction.recipe import Recipe
 from featcache.extraction.shards import PartialCache
-from featcache.extraction.update import check_update, holds, open_existing, refuse_other_images
+from featcache.extraction.update import (
+    check_update,
+    find_changes,
+    holds,
+    open_existing,
+    refuse_other_images,
+)
 from featcache.files import make_folder, remove_temporaries
 from featcache.locking import writer_lock
 
@@ -163,4 +169,4 @@ def find_known(jobs: Sequence[Job], device: torch.device) -> None:
                     job.ledger.recognise(position, sha256)
     for job in jobs:
         if job.old is not None:
-            refuse_other_images(job.old, job.ledger.compare())
+            refuse_other_images(job.old, find_changes(job.old, job.dataset, job.ledger))

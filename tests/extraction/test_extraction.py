@@ -27,7 +27,6 @@ from featcache.cache.writing import partial_folder
 from featcache.errors import BackboneError, CacheError, ConfigError, DataError, FeatcacheWarning
 from featcache.extraction import pipeline, work
 from featcache.extraction.extraction import extract
-from featcache.extraction.options import parse_max_errors
 from featcache.extraction.shards import PartialCache, Receipt
 from featcache.extraction.work import ShardWriter
 from featcache.pixels.images import PixelRules
@@ -234,17 +233,6 @@ def test_failed_images_are_tried_again(tree: Path, tmp_path: Path, tiny_backbone
     file.write_bytes(data)
     summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     assert (summary.num_failed, summary.num_new, summary.num_images) == (0, 1, 46)
-
-
-@pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0", 0), (7, 7), ("100%", 1.0)])
-def test_max_errors_is_a_count_or_a_share(text: str | int, value: float) -> None:
-    assert parse_max_errors(text) == value
-
-
-@pytest.mark.parametrize("text", ["-1", "101%", "many", "5.5", "%"])
-def test_max_errors_refuses_the_rest(text: str) -> None:
-    with pytest.raises(ConfigError, match="--max-errors"):
-        parse_max_errors(text)
 
 
 # --------------------------------------------------------------------------------- frozen in fact
@@ -643,6 +631,14 @@ def test_backbones_begun_with_other_threads_are_finished_one_by_one(
     for file, backbone in zip(files, backbones, strict=True):
         assert extract(tree, file, backbone=backbone).num_images == 46
     assert torch.get_num_threads() == threads
+
+
+def test_one_backbone_in_a_list_gets_a_folder_too(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    made = extract(tree, tmp_path / "one", backbone=[tiny_backbone])
+    assert list(made) == [tiny_backbone.name]
+    assert (tmp_path / "one" / "python-tiny_network-build.h5").exists()
 
 
 def test_several_backbones_that_make_no_sense_are_refused(

@@ -13,7 +13,7 @@ import pytest
 
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError
-from featcache.extraction.ledger import Changes, Ledger
+from featcache.extraction.ledger import Ledger
 from featcache.extraction.pipeline import Outcome
 from featcache.extraction.shards import Vectors
 
@@ -143,13 +143,6 @@ def test_an_unknown_hash_is_never_found() -> None:
     bench.ledger.recognise(1, bytes(32))
     assert bench.ledger.wants(1)
     assert bench.rows("valid") == {"valid/0.png": 0}
-
-
-def test_without_an_older_cache_nothing_was_kept_or_moved() -> None:
-    bench = Bench("valid")
-    bench.shard([(0, 0, 1)])
-    bench.ledger.match()
-    assert bench.ledger.compare() == Changes()
 
 
 # ---------------------------------------------------------------------------------------- claims
