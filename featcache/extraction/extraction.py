@@ -151,9 +151,8 @@ def extract(
     )  # fmt: skip
     if isinstance(backbone, str | Backbone):
         return _extract(Path(data), [(Path(cache), backbone)], options)[0]
-    files = _name_caches(Path(cache), backbone, options)
-    summaries = _extract(Path(data), list(zip(files.values(), backbone, strict=True)), options)
-    return dict(zip(files, summaries, strict=True))
+    targets = _name_caches(Path(cache), backbone, options)
+    return dict(zip(targets, _extract(Path(data), [*targets.values()], options), strict=True))
 
 
 def _extract(
@@ -190,13 +189,13 @@ def _make_caches(
         # Undone whatever happens, and before the locks are: an engine changes torch's threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         device = resolve_device(options.device).torch()
-        find_known(jobs, device)
+        positions = find_known(jobs, device)
         unfinished = [job for job in jobs if job.ledger.num_wanted]
         for job in unfinished:
             choose_engine(job, device)
         check_threads(unfinished)
         if unfinished:
-            work(unfinished)
+            work(unfinished, positions)
         for job in jobs:
             done[job.path] = finish(job, start)
 
@@ -236,9 +235,8 @@ def plan(
     chosen = ExtractionOptions(**options)
     if isinstance(backbone, str | Backbone):
         return _plan(Path(data), [(Path(cache), backbone)], chosen)[0]
-    files = _name_caches(Path(cache), backbone, chosen)
-    projections = _plan(Path(data), list(zip(files.values(), backbone, strict=True)), chosen)
-    return dict(zip(files, projections, strict=True))
+    targets = _name_caches(Path(cache), backbone, chosen)
+    return dict(zip(targets, _plan(Path(data), [*targets.values()], chosen), strict=True))
 
 
 def _plan(
@@ -257,8 +255,8 @@ def _plan(
 
 def _name_caches(
     folder: Path, backbones: Sequence[str | Backbone], options: ExtractionOptions
-) -> dict[str, Path]:
-    """Return the cache of each of several backbones, by the backbone's name."""
+) -> dict[str, tuple[Path, str | Backbone]]:
+    """Return name -> cache and backbone, of several backbones."""
     names = [b if isinstance(b, str) else b.name for b in backbones]
     files = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".h5" for name in names]
     if len(set(files)) != len(files) or not files:
@@ -273,7 +271,8 @@ def _name_caches(
             "CACHE", expected="a folder, for the caches of several backbones", found="a file",
             where=folder,
         )  # fmt: skip
-    return {name: folder / file for name, file in zip(names, files, strict=True)}
+    paths = [folder / file for file in files]
+    return dict(zip(names, zip(paths, backbones, strict=True), strict=True))
 
 
 def _scan(data: Path, caches: Sequence[Path], options: ExtractionOptions) -> ImageDataset:

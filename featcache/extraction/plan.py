@@ -6,6 +6,7 @@ Reads: the cache that is there, an unfinished run, images of sizes that are know
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,13 @@ class Job:
             )  # fmt: skip
 
 
-def find_known(jobs: Sequence[Job], device: torch.device) -> None:
+def find_known(jobs: Sequence[Job], device: torch.device) -> Sequence[int]:
     """Find which images of some caches of one data set need no forward pass.
 
     Images whose content may be known are hashed, once for all caches.
+
+    Returns:
+        The positions of the images that are left to be run for at least one of them.
 
     Raises:
         CacheError: If an older cache knows none of the images, or an unfinished run is another's.
@@ -170,3 +174,5 @@ def find_known(jobs: Sequence[Job], device: torch.device) -> None:
     for job in jobs:
         if job.old is not None:
             refuse_other_images(job.old, find_changes(job.old, job.dataset, job.ledger))
+    every = range(len(jobs[0].dataset.samples))
+    return array("q", (p for p in every if any(job.ledger.wants(p) for job in jobs)))

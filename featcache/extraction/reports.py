@@ -33,8 +33,8 @@ class Projection:
         splits: Per split, images per class.
         classes: Class names.
         num_images: All of them.
-        num_known: Those that need not be run: the cache, an unfinished run, or another image has
-            their features.
+        num_known: Those that need not be run: the cache that is there, or an unfinished run, has
+            features of their content.
         num_groups: Different groups, None without groups.
         num_ignored: Reason -> number of files that are not taken.
         identity: What the cache's identity will be.
@@ -103,7 +103,7 @@ def project(job: Job, device: torch.device) -> Projection:
         engine="none",
         decode_seconds=0.0,
         forward_seconds=0.0,
-        deepest=max(sample_depths(dataset), default=None),
+        deepest=None,
         num_decoded=0,
         failures=(),
         images_per_second=None,
@@ -128,6 +128,7 @@ def project(job: Job, device: torch.device) -> Projection:
         engine=f"{engine.name} ({engine.reason})",
         decode_seconds=round(decode_seconds, 5),
         forward_seconds=round(forward_seconds, 5),
+        deepest=max(sample_depths(dataset), default=None),
         num_decoded=len(outcomes),
         failures=tuple((o.sample.path, o.reason) for o in outcomes if o.reason is not None),
         images_per_second=round(1 / per_image, 2),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -104,19 +103,21 @@ class ShardWriter:
             for position, made in self._rows
         ]
         with self._timer("write"):
+            # Any process may come so far as the receipt; the manifest has one writer.
             receipt = write_shard(job.partial.next_shard, vectors, table)
             stored = job.partial.add_shard(receipt)
         self._rows = []  # listed: an interruption must not write them again
         ledger.store(stored, (position for position, _ in own))
 
 
-def work(jobs: Sequence[Job]) -> None:
+def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
     """Make the features that some caches of one data set still want, each image decoded once.
 
     What is in a shard survives any end; the rows at hand are put into one when it comes.
 
     Args:
         jobs: The caches, each with its engine chosen.
+        positions: The images to be run.
 
     Raises:
         Interrupted: If a signal asked for the end; it says how far it got.
@@ -129,11 +130,6 @@ def work(jobs: Sequence[Job]) -> None:
     if any(job.partial.was_killed for job in jobs):
         num_isolated = max(writer.rows_per_shard for writer in writers)
         num_isolated += images_under_way(_lanes(jobs))
-    num_images = len(jobs[0].dataset.samples)
-    positions: Sequence[int] = array("q", (
-        position for position in range(num_images)
-        if any(job.ledger.wants(position) for job in jobs)
-    ))  # fmt: skip
     try:
         with contextlib.ExitStack() as stack:
             check_signals = stack.enter_context(held_signals())
