@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     )
     from featcache.evaluation.evaluation import evaluate
     from featcache.evaluation.info import describe
-    from featcache.extraction.extraction import extract, extract_caches, plan, plan_caches
+    from featcache.extraction.extraction import extract, plan
     from featcache.extraction.verification import verify
     from featcache.heads.estimator import HeadClassifier
     from featcache.heads.run import load_run
@@ -68,12 +68,10 @@ _MODULES = {
     "describe": "extraction.verification",
     "evaluate": "evaluation.evaluation",
     "extract": "extraction.extraction",
-    "extract_caches": "extraction.extraction",
     "load_classifier": "deployment.classifier",
     "load_run": "heads.run",
     "open_cache": "cache.reading",
     "plan": "extraction.extraction",
-    "plan_caches": "extraction.extraction",
     "predict_cache": "deployment.classifier",
     "scan": "data.dataset",
     "select": "cache.selection",
@@ -88,8 +86,8 @@ _MODULES = {
 __all__ = [
     "Backbone", "BackboneError", "Cache", "CacheError", "CacheSplit", "Classifier", "ConfigError",
     "DataError", "FeatcacheError", "FeatcacheWarning", "HeadClassifier", "Predictions", "RunError",
-    "build_backbone", "describe", "evaluate", "extract", "extract_caches", "load_classifier",
-    "load_run", "open_cache", "plan", "plan_caches", "predict_cache", "scan", "select", "split",
+    "build_backbone", "describe", "evaluate", "extract", "load_classifier",
+    "load_run", "open_cache", "plan", "predict_cache", "scan", "select", "split",
     "sweep", "train", "verify", "wrap_backbone", "write_cache",
 ]  # fmt: skip
 

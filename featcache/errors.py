@@ -13,8 +13,10 @@ FeatcacheWarning     something the user should know that does not stop the work
 
 from __future__ import annotations
 
+import sys
 import unicodedata
-from pathlib import PurePath
+import warnings
+from pathlib import Path, PurePath
 
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 
@@ -95,3 +97,14 @@ class ConfigError(FeatcacheError):
 
 class FeatcacheWarning(UserWarning):
     """Something the user should know that does not stop the work."""
+
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def warn_user(message: str) -> None:
+    """Issue a ``FeatcacheWarning`` at the line outside this package that called into it."""
+    level = 1
+    while sys._getframe(level).f_code.co_filename.startswith(_PACKAGE):
+        level += 1
+    warnings.warn(message, FeatcacheWarning, stacklevel=level + 1)

@@ -31,7 +31,7 @@ OWNERS = {
     "numba": {"compiling.py", "heads/compiled/atomics.py", "heads/compiled/vectors.py"},
     "llvmlite": {"heads/compiled/atomics.py", "heads/compiled/vectors.py"},
     "matplotlib": {"evaluation/figures.py"},
-    "tqdm": {"extraction/production.py", "sweeps/search.py"},
+    "tqdm": {"extraction/work.py", "sweeps/search.py"},
     "onnxruntime": {"backbones/forward.py"},
     "torchvision": {"backbones/backbone.py"},
     "efficientnet_pytorch": {"backbones/backbone.py"},

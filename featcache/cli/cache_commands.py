@@ -128,15 +128,17 @@ def split(
     help="Images that may fail, per split and class.",
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many images, for a try.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done and taken; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what is left to do and would be taken; write nothing."
+)
 @click.option(
     "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
 )
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
 @printing
 def extract(
-    data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool, max_errors: str,
-    rehash: bool, rebuild: bool, backbone: tuple[str, ...], **options: Any,
+    data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool,
+    backbone: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Run a frozen backbone once over the images in DATA and keep the features in CACHE.
 
@@ -147,18 +149,18 @@ def extract(
     Example: featcache extract data covid.h5 --backbone efficientnet-b0
     """
     from featcache.cli.wording import projection_lines
-    from featcache.extraction.extraction import extract_caches, plan_caches
+    from featcache.extraction import extraction
 
-    say = make_say(as_json, quiet)
+    options |= {"say": make_say(as_json, quiet), "progress": not quiet}
+    one_or_all = backbone[0] if len(backbone) == 1 else backbone
     if dry_run:
-        plans = plan_caches(data, cache, backbones=backbone, say=say, **options)
+        planned = extraction.plan(data, cache, backbone=one_or_all, **options)
+        plans = list(planned.values()) if isinstance(planned, dict) else [planned]
         lines = [line for projection in plans for line in projection_lines(projection)]
         print_facts(_one_or_all([p.as_json() for p in plans]), lines, as_json, quiet)
         return
-    summaries = extract_caches(
-        data, cache, backbones=backbone, max_errors=max_errors, rehash=rehash, rebuild=rebuild,
-        say=say, progress=not quiet, **options,
-    )  # fmt: skip
+    done = extraction.extract(data, cache, backbone=one_or_all, **options)
+    summaries = list(done.values()) if isinstance(done, dict) else [done]
     lines = [
         f"{printable(s.cache)}: up to date, {s.num_images:,} images."
         for s in summaries if s.status == "up to date"

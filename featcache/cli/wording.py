@@ -14,6 +14,9 @@ from featcache.extraction.reports import Projection
 def projection_lines(projection: Projection) -> Iterator[str]:
     """Yield what an extraction would take."""
     yield f"{printable(projection.identity['backbone'])}:"
+    if projection.num_known == projection.num_images:
+        yield f"expected: nothing to run, all {projection.num_images:,} images are known"
+        return
     for path, reason in projection.failures:
         yield f"would fail: {printable(path)}: {printable(reason)}"
     yield f"sample: {len(projection.failures)} of {projection.num_decoded} images failed"
@@ -22,9 +25,11 @@ def projection_lines(projection: Projection) -> Iterator[str]:
     decode, forward = (1000 * s for s in (projection.decode_seconds, projection.forward_seconds))
     yield f"engine: {projection.engine}"
     yield f"an image: {decode:.1f} ms to decode, {forward:.1f} ms in the network"
+    num_wanted = projection.num_images - projection.num_known
+    known = f", {projection.num_known:,} are known" if projection.num_known else ""
     yield (
-        f"expected: {projection.num_images:,} images at {projection.images_per_second:,} images/s "
-        f"in {projection.seconds:,.0f} s"
+        f"expected: {num_wanted:,} images at {projection.images_per_second:,} images/s "
+        f"in {projection.seconds:,.0f} s{known}"
     )
     size, working = in_bytes(projection.cache_bytes), in_bytes(projection.working_bytes)
     yield f"disk: {size} for the cache, {working} while working"

@@ -1,6 +1,9 @@
 """Extract: run a frozen backbone once over every image and keep the features.
 
-Reads: images, and the cache that is there already. Writes: ``CACHE`` (module ``production``).
+Three steps, each in a module of its name: ``plan`` finds what is known, ``work`` runs the rest,
+``finish`` writes the cache.
+
+Reads: images, and the cache that is there already. Writes: ``CACHE.partial/``, then ``CACHE``.
 """
 
 from __future__ import annotations
@@ -8,48 +11,67 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from featcache.backbones.backbone import Backbone, build_backbone
-from featcache.cache.reading import Cache
-from featcache.cache.writing import partial_folder
 from featcache.data.dataset import ImageDataset, scan
-from featcache.errors import CacheError, ConfigError
-from featcache.extraction.pipeline import hash_images, resolve_workers
-from featcache.extraction.production import Production, produce
+from featcache.errors import ConfigError
+from featcache.extraction.engine_choice import check_threads, choose_engine
+from featcache.extraction.finish import finish
+from featcache.extraction.options import ExtractionOptions
+from featcache.extraction.plan import Job, find_known
 from featcache.extraction.recipe import Recipe, make_recipe
 from featcache.extraction.reports import (
     ExtractionSummary,
     Projection,
     describe_dataset,
     describe_recipe,
-    describe_result,
     project,
     summarise,
 )
-from featcache.extraction.shards import PartialCache
-from featcache.extraction.update import (
-    check_update,
-    holds,
-    is_unchanged,
-    open_existing,
-    refuse_other_images,
-)
-from featcache.files import follow_link, make_folder, remove_temporaries
-from featcache.locking import writer_lock
+from featcache.extraction.work import work
+from featcache.files import follow_link
 from featcache.pixels import acceleration
 from featcache.runtime import Say, resolve_device, silent
+
+_Backbones = list[str | Backbone] | tuple[str | Backbone, ...]
+
+
+@overload
+def extract(
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone,
+    weights: str | Path | None = ..., image_size: int | str = ..., crop_mode: str = ...,
+    interpolation: str = ..., normalize: str = ..., mean: tuple[float, float, float] | None = ...,
+    std: tuple[float, float, float] | None = ..., bit_depth: int | str = ..., truncated: str = ...,
+    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
+    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    group_by: str | None = ..., max_errors: int | str = ..., limit: int | None = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+) -> ExtractionSummary: ...  # fmt: skip
+
+
+@overload
+def extract(
+    data: str | Path, cache: str | Path, *, backbone: _Backbones,
+    weights: str | Path | None = ..., image_size: int | str = ..., crop_mode: str = ...,
+    interpolation: str = ..., normalize: str = ..., mean: tuple[float, float, float] | None = ...,
+    std: tuple[float, float, float] | None = ..., bit_depth: int | str = ..., truncated: str = ...,
+    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
+    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    group_by: str | None = ..., max_errors: int | str = ..., limit: int | None = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
 def extract(
     data: str | Path,
     cache: str | Path,
     *,
-    backbone: str | Backbone,
+    backbone: str | Backbone | _Backbones,
     weights: str | Path | None = None,
     image_size: int | str = "auto",
     crop_mode: str = "squash",
@@ -74,7 +96,7 @@ def extract(
     rebuild: bool = False,
     say: Say = silent,
     progress: bool = False,
-) -> ExtractionSummary:
+) -> ExtractionSummary | dict[str, ExtractionSummary]:
     """Run a frozen backbone over every image of ``data`` and write the features to ``cache``.
 
     Killed at any instant, the same call goes on where the last whole shard ended. A cache that is
@@ -82,8 +104,10 @@ def extract(
 
     Args:
         data: Split folders of class folders, class folders, a folder of images, a CSV or a zip.
-        cache: The HDF5 file to make.
-        backbone: A name (see ``build_backbone``) or a ready ``Backbone``.
+        cache: The HDF5 file to make; of several backbones, a folder for a file of each, such as
+            ``efficientnet-b0.h5`` and ``timm-resnet18.h5``.
+        backbone: A name (see ``build_backbone``) or a ready ``Backbone``; or a list of them, for
+            which every image is decoded only once. Each keeps its own image size and normalization.
         weights: See ``build_backbone``; so are ``image_size``, ``normalize``, ``mean``, ``std``.
         image_size: Side of the network's input in pixels, or ``auto``.
         crop_mode: ``squash``, ``center`` or ``border``.
@@ -110,55 +134,136 @@ def extract(
         say: Where lines for people go.
         progress: Show a progress bar on standard error when that is a terminal.
 
+    Returns:
+        What was done; of a list of backbones, a dict of that by name.
+
     Raises:
-        FeatcacheError: One of its kinds, in one line; nothing is left half-written.
+        FeatcacheError: One of its kinds, in one line; nothing is left half-written. Caches that
+            were finished before stay.
     """
-    (summary,) = _extract(
-        Path(data), [(Path(cache), backbone)], weights=weights, image_size=image_size,
-        crop_mode=crop_mode, interpolation=interpolation, normalize=normalize, mean=mean, std=std,
-        bit_depth=bit_depth, truncated=truncated, views=views, augment=augment,
-        precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
-        workers=workers, device=device, group_by=group_by, max_errors=max_errors,
-        limit=limit, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
+    options = ExtractionOptions(
+        weights=weights, image_size=image_size, crop_mode=crop_mode, interpolation=interpolation,
+        normalize=normalize, mean=mean, std=std, bit_depth=bit_depth, truncated=truncated,
+        views=views, augment=augment, precision=precision, feature_dtype=feature_dtype,
+        engine=engine, batch_size=batch_size, workers=workers, device=device, group_by=group_by,
+        max_errors=max_errors, limit=limit, rehash=rehash, rebuild=rebuild, say=say,
+        progress=progress,
     )  # fmt: skip
-    return summary
+    if isinstance(backbone, str | Backbone):
+        return _extract(Path(data), [(Path(cache), backbone)], options)[0]
+    targets = _name_caches(Path(cache), backbone, options)
+    return dict(zip(targets, _extract(Path(data), [*targets.values()], options), strict=True))
 
 
-def extract_caches(
-    data: str | Path, cache: str | Path, *, backbones: Sequence[str | Backbone], **options: Any
+def _extract(
+    data: Path, targets: Sequence[tuple[Path, str | Backbone]], options: ExtractionOptions
 ) -> list[ExtractionSummary]:
-    """Extract with several backbones at once, decoding every image once for all of them.
+    """Make the cache of each backbone, all from one pass over the images."""
+    start = time.perf_counter()
+    targets = [(follow_link(path), backbone) for path, backbone in targets]
+    dataset = _scan(data, [path for path, _ in targets], options)
+    if not all(path.exists() for path, _ in targets):  # beside the building of backbone and engine
+        acceleration.start_for(sum(sample.image_bytes for sample in dataset.samples))
+    done: dict[Path, ExtractionSummary] = {}
+    jobs: list[Job] = []
+    for path, backbone in targets:
+        job = Job(path, dataset, _choose_recipe(dataset, backbone, options), options)
+        if job.old is not None and job.is_up_to_date and not options.rehash:
+            job.remove_leftovers()
+            done[path] = summarise(job.old, "up to date", start, num_kept=len(dataset.samples))
+        else:
+            jobs.append(job)
+    if jobs:
+        _make_caches(jobs, options, start, done)
+    return [done[path] for path, _ in targets]
+
+
+def _make_caches(
+    jobs: Sequence[Job], options: ExtractionOptions, start: float,
+    done: dict[Path, ExtractionSummary],
+) -> None:  # fmt: skip
+    """Plan, work and finish, while nobody else can write the caches."""
+    with contextlib.ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(job.locked())
+        # Undone whatever happens, and before the locks are: an engine changes torch's threads.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        device = resolve_device(options.device).torch()
+        positions = find_known(jobs, device)
+        unfinished = [job for job in jobs if job.ledger.num_wanted]
+        for job in unfinished:
+            choose_engine(job, device)
+        check_threads(unfinished)
+        if unfinished:
+            work(unfinished, positions)
+        for job in jobs:
+            done[job.path] = finish(job, start)
+
+
+@overload
+def plan(
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone, **options: Any
+) -> Projection: ...
+
+
+@overload
+def plan(
+    data: str | Path, cache: str | Path, *, backbone: _Backbones, **options: Any
+) -> dict[str, Projection]: ...
+
+
+def plan(
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone | _Backbones, **options: Any
+) -> Projection | dict[str, Projection]:
+    """Say what ``extract`` would do and take, without writing anything.
+
+    What the cache that is there and an unfinished run hold need not be done again: images whose
+    content may be known are hashed, as ``extract`` would.
 
     Args:
-        data: As for ``extract``.
-        cache: A folder, which gets a cache per backbone: ``efficientnet-b0.h5``,
-            ``timm-resnet18.h5``. Of a single backbone, the file, as for ``extract``.
-        backbones: Names or ready ones. Each keeps its own image size and normalization.
+        data: As for ``extract``, and so are all options.
+        cache: The file, or the folder of several, that would be written.
+        backbone: A name or a ready ``Backbone``, or a list of them.
         **options: As for ``extract``.
 
     Returns:
-        One summary per backbone, in their order.
+        What is expected; of a list of backbones, a dict of that by name.
 
     Raises:
-        FeatcacheError: As ``extract`` does; caches that were finished before stay.
+        FeatcacheError: As ``extract`` would at its start.
     """
-    if len(backbones) == 1:
-        return [extract(data, cache, backbone=backbones[0], **options)]
-    files = _name_caches(Path(cache), backbones, options.get("weights"))
-    return _extract(Path(data), list(zip(files, backbones, strict=True)), **options)
+    chosen = ExtractionOptions(**options)
+    if isinstance(backbone, str | Backbone):
+        return _plan(Path(data), [(Path(cache), backbone)], chosen)[0]
+    targets = _name_caches(Path(cache), backbone, chosen)
+    return dict(zip(targets, _plan(Path(data), [*targets.values()], chosen), strict=True))
+
+
+def _plan(
+    data: Path, targets: Sequence[tuple[Path, str | Backbone]], options: ExtractionOptions
+) -> list[Projection]:
+    targets = [(follow_link(path), backbone) for path, backbone in targets]
+    dataset = _scan(data, [path for path, _ in targets], options)
+    jobs = [
+        Job(path, dataset, _choose_recipe(dataset, backbone, options), options)
+        for path, backbone in targets
+    ]
+    device = resolve_device(options.device).torch()
+    find_known(jobs, device)
+    return [project(job, device) for job in jobs]
 
 
 def _name_caches(
-    folder: Path, backbones: Sequence[str | Backbone], weights: str | Path | None
-) -> list[Path]:
-    """Return the cache of each of several backbones."""
+    folder: Path, backbones: Sequence[str | Backbone], options: ExtractionOptions
+) -> dict[str, tuple[Path, str | Backbone]]:
+    """Return name -> cache and backbone, of several backbones."""
     names = [b if isinstance(b, str) else b.name for b in backbones]
     files = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".h5" for name in names]
     if len(set(files)) != len(files) or not files:
         raise ConfigError("--backbone", expected="different backbones", found=", ".join(names))
-    if weights not in {None, "random"}:
+    if len(files) > 1 and options.weights not in {None, "random"}:
         raise ConfigError(
-            "--weights", expected="random, or none with several backbones", found=weights,
+            "--weights", expected="random, or none with several backbones", found=options.weights,
             hint="Extract with one backbone at a time",
         )  # fmt: skip
     if folder.exists() and not folder.is_dir():
@@ -166,235 +271,34 @@ def _name_caches(
             "CACHE", expected="a folder, for the caches of several backbones", found="a file",
             where=folder,
         )  # fmt: skip
-    return [folder / file for file in files]
+    paths = [folder / file for file in files]
+    return dict(zip(names, zip(paths, backbones, strict=True), strict=True))
 
 
-def _extract(
-    data: Path, jobs: Sequence[tuple[Path, str | Backbone]], *, precision: str = "fp32",
-    engine: str = "auto", batch_size: int | str = "auto", workers: int | str = "auto",
-    device: str = "auto", group_by: str | None = None, max_errors: int | str = "5%",
-    limit: int | None = None, rehash: bool = False, rebuild: bool = False, say: Say = silent,
-    progress: bool = False, **recipe_options: Any,
-) -> list[ExtractionSummary]:  # fmt: skip
-    """Make the caches of some backbones from one pass over the images."""
-    start = time.perf_counter()
-    allowed = parse_max_errors(max_errors)
-    jobs = [(follow_link(path), backbone) for path, backbone in jobs]
-    resolve_workers(workers)  # a bad number is told before a backbone is built
-    for path, _ in jobs:
+def _scan(data: Path, caches: Sequence[Path], options: ExtractionOptions) -> ImageDataset:
+    for path in caches:
         _refuse_inside(path, data)
-    dataset = _scan(data, group_by, limit, say)
-    if not all(path.exists() for path, _ in jobs):  # beside the building of backbone and engine
-        acceleration.start_for(sum(sample.image_bytes for sample in dataset.samples))
-    done: dict[Path, ExtractionSummary] = {}
-    works: dict[Path, tuple[Production, Cache | None]] = {}
-    for path, backbone in jobs:
-        recipe = _choose_recipe(dataset, backbone, say, **recipe_options)
-        old = open_existing(path, recipe, rebuild=rebuild)
-        if old is not None:
-            check_update(old, dataset, limit)
-        up_to_date = old is not None and not old.failures and holds(old, dataset, frozenset())
-        if old is not None and up_to_date and not rehash:
-            _remove_leftovers(path, old)
-            done[path] = summarise(old, "up to date", start, num_kept=len(dataset.samples))
-        else:
-            works[path] = Production(path, dataset, recipe, allowed=allowed, say=say), old
-    with contextlib.ExitStack() as stack:
-        for path in works:
-            make_folder(path.parent)
-            stack.enter_context(writer_lock(partial_folder(path) / "lock", f"cache {path.name}"))
-        works = {
-            path: (work, _look_again(old, work, limit, rebuild=rebuild))
-            for path, (work, old) in works.items()
-        }
-        # Undone whatever happens, and before the locks are: an engine changes torch's threads.
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        for work, _ in works.values():
-            stack.callback(work.abandon)
-        # nothing to run: any device will do
-        place = resolve_device(device if works else "cpu").torch()
-        _find_known(works, place, workers, say, precision=precision, rebuild=rebuild, rehash=rehash)
-        pending = [work for work, _ in works.values() if work.pending]
-        for work in pending:
-            work.choose_engine(place, precision=precision, batch_size=batch_size, name=engine)
-        _check_threads(pending)
-        if pending:
-            produce(pending, workers, progress=progress)
-        for path, (work, old) in works.items():
-            done[path] = _finish(work, old, start, say)
-    return [done[path] for path, _ in jobs]
-
-
-def _find_known(
-    works: Mapping[Path, tuple[Production, Cache | None]], place: torch.device,
-    workers: int | str, say: Say, **how: Any,
-) -> None:  # fmt: skip
-    """Find what needs no forward pass; images whose content may be known are hashed once for all.
-
-    Raises:
-        CacheError: If an older cache knows none of the images, or an unfinished run is another's.
-    """
-    suspects = {work: work.find_known(old, place, **how) for work, old in works.values()}
-    positions = sorted(set().union(*suspects.values()))
-    if positions:
-        say(f"Hashing {len(positions):,} images whose content may be known.")
-        dataset = next(iter(suspects)).dataset
-        hashes = hash_images(dataset, [dataset.samples[p] for p in positions], workers)
-        for position, sha256 in zip(positions, hashes, strict=True):
-            for work in suspects:
-                if sha256 is not None and work.inventory.is_pending(position):
-                    work.inventory.recognise(position, sha256)
-    for work, old in works.values():
-        if old is not None:
-            refuse_other_images(old, work.inventory.compare())
-
-
-def _check_threads(works: Sequence[Production]) -> None:
-    """Refuse to resume caches together that were begun with other numbers of torch's threads."""
-    for work in works:
-        fixed = work.partial.engine
-        if fixed and fixed.num_threads != torch.get_num_threads():
-            raise CacheError(
-                "unfinished extraction",
-                expected=f"{fixed.num_threads} torch threads, with which it was begun",
-                found=f"{torch.get_num_threads()}, with which another backbone's rows were made",
-                where=work.path,
-                hint=f"Finish it by itself: featcache extract DATA {work.path.as_posix()} "
-                f"--backbone {work.recipe.backbone.name}",
-            )  # fmt: skip
-
-
-def _look_again(
-    old: Cache | None, work: Production, limit: int | None, *, rebuild: bool
-) -> Cache | None:
-    """Return the cache that is there now that nobody else can write it; ``old`` was before."""
-    if old.container.is_current() if old is not None else not work.path.exists():
-        return old
-    new = open_existing(work.path, work.recipe, rebuild=rebuild)
-    if new is not None:
-        check_update(new, work.dataset, limit)
-    return new
-
-
-def _remove_leftovers(path: Path, cache: Cache) -> None:
-    """Remove what a run left that was killed between publishing its cache and its own end."""
-    folder = partial_folder(path)
-    if folder.exists():
-        dtype = next(iter(cache.splits.values())).features.dtype
-        partial = PartialCache(folder, cache.fingerprint, cache.num_features, dtype)
-        # Of another recipe, or in use: somebody's work.
-        with contextlib.suppress(CacheError), writer_lock(folder / "lock", f"cache {path.name}"):
-            partial.open()
-            remove_temporaries(path)
-            partial.remove()
-
-
-def _finish(work: Production, old: Cache | None, start: float, say: Say) -> ExtractionSummary:
-    changes = work.inventory.compare()
-    if old is not None and is_unchanged(old, work.dataset, work.failures, changes):
-        remove_temporaries(work.path)
-        work.partial.remove()
-        return summarise(old, "up to date", start, num_kept=changes.num_kept)
-    cache = work.finish()
-    summary = summarise(
-        cache, "extracted", start, num_new=work.intake.num_new, num_kept=changes.num_kept,
-        num_moved=changes.num_moved, num_gone=changes.num_gone,
-        images_per_second=work.images_per_second,
-    )  # fmt: skip
-    describe_result(cache, summary, say)
-    return summary
-
-
-def plan(data: str | Path, *, backbone: str | Backbone, **options: Any) -> Projection:
-    """Say what ``extract`` would do and take, without writing anything.
-
-    Args:
-        data: As for ``extract``, and so are all options.
-        backbone: A name or a ready ``Backbone``.
-        **options: As for ``extract``, but those that are about writing.
-
-    Raises:
-        FeatcacheError: As ``extract`` would at its start.
-    """
-    return _plan(Path(data), [backbone], **options)[0]
-
-
-def plan_caches(
-    data: str | Path, cache: str | Path, *, backbones: Sequence[str | Backbone], **options: Any
-) -> list[Projection]:
-    """Say what ``extract_caches`` would do and take, without writing anything.
-
-    Args:
-        data: As for ``extract_caches``, and so are all options.
-        cache: Where they would be written.
-        backbones: Names or ready ones.
-        **options: As for ``plan``.
-
-    Returns:
-        One projection per backbone, in their order.
-
-    Raises:
-        FeatcacheError: As ``extract_caches`` would at its start.
-    """
-    if len(backbones) != 1:
-        _name_caches(Path(cache), backbones, options.get("weights"))
-    return _plan(Path(data), backbones, **options)
-
-
-def _plan(
-    data: Path, backbones: Sequence[str | Backbone], *, precision: str = "fp32",
-    engine: str = "auto", batch_size: int | str = "auto", workers: int | str = "auto",
-    device: str = "auto", group_by: str | None = None, limit: int | None = None, say: Say = silent,
-    **recipe_options: Any,
-) -> list[Projection]:  # fmt: skip
-    dataset = _scan(data, group_by, limit, say)
-    return [
-        project(
-            dataset, _choose_recipe(dataset, backbone, say, **recipe_options),
-            resolve_device(device).torch(), precision=precision, engine=engine,
-            batch_size=batch_size,
-            workers=workers,
-        )
-        for backbone in backbones
-    ]  # fmt: skip
-
-
-def _scan(data: Path, group_by: str | None, limit: int | None, say: Say) -> ImageDataset:
-    dataset = scan(data, group_by=group_by, limit=limit)
-    describe_dataset(dataset, say)
+    dataset = scan(data, group_by=options.group_by, limit=options.limit)
+    describe_dataset(dataset, options.say)
     return dataset
 
 
 def _choose_recipe(
-    dataset: ImageDataset, backbone: str | Backbone, say: Say, **options: Any
+    dataset: ImageDataset, backbone: str | Backbone, options: ExtractionOptions
 ) -> Recipe:
     """Settle what makes features of the images."""
-    about_backbone = ("weights", "image_size", "normalize", "mean", "std")
     if isinstance(backbone, str):
         backbone = build_backbone(
-            backbone, **{key: options[key] for key in about_backbone if key in options}
-        )
+            backbone, weights=options.weights, image_size=options.image_size,
+            normalize=options.normalize, mean=options.mean, std=options.std,
+        )  # fmt: skip
     recipe = make_recipe(
-        backbone, dataset, **{k: v for k, v in options.items() if k not in about_backbone}
-    )
-    describe_recipe(recipe, say)
+        backbone, dataset, crop_mode=options.crop_mode, interpolation=options.interpolation,
+        bit_depth=options.bit_depth, truncated=options.truncated,
+        feature_dtype=options.feature_dtype, views=options.views, augment=options.augment,
+    )  # fmt: skip
+    describe_recipe(recipe, options.say)
     return recipe
-
-
-def parse_max_errors(value: int | str) -> int | float:
-    """Return a count (int) or a share (float in [0, 1]) from ``12`` or ``5%``.
-
-    Raises:
-        ConfigError: If it is neither.
-    """
-    text = str(value).strip()
-    try:
-        number = float(text[:-1]) / 100 if text.endswith("%") else int(text)
-    except ValueError:
-        number = -1
-    if number < 0 or (isinstance(number, float) and number > 1):
-        raise ConfigError("--max-errors", expected="a count or a share such as 5%", found=value)
-    return number
 
 
 def _refuse_inside(path: Path, data: Path) -> None:

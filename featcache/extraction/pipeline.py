@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
@@ -40,26 +40,24 @@ Views = tuple[npt.NDArray[np.uint8], ...]
 _Render = Callable[[bytes, Sequence[tuple[PixelRules, ViewRules]], bytes], Rendering]
 
 
+def _claim_all(position: int, sha256: bytes) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Lane:
-    """What one recipe wants of the images.
+    """One recipe, whose features are to be made of the images.
 
     Attributes:
         recipe: What its features are made by.
         engine: The forward pass.
-        pending: The samples it wants features of; None: all that are streamed.
-        claim: Asked in the decoding threads, by sample and sha256 of its bytes, whether features
-            of that content are to be made: known content is neither decoded nor run.
+        claim: Asked in the decoding threads, by position of an image and sha256 of its bytes,
+            whether its features are to be made: known content is neither decoded nor run.
     """
 
     recipe: Recipe
     engine: Engine
-    pending: Collection[Sample] | None = None
-    claim: Callable[[Sample, bytes], bool] = lambda sample, sha256: True
-
-    def wants(self, sample: Sample) -> bool:
-        """Whether this lane has to hear of a sample."""
-        return self.pending is None or sample in self.pending
+    claim: Callable[[int, bytes], bool] = _claim_all
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class Outcome:
     """What became of one image.
 
     Attributes:
+        position: Of the image among the samples.
         sample: The image.
         sha256: Of the file's bytes; 32 zero bytes if it could not be read.
         reason: Why it failed, or None.
@@ -75,6 +74,7 @@ class Outcome:
         is_transient: The reason says nothing of other images of the same content.
     """
 
+    position: int
     sample: Sample
     sha256: bytes
     reason: str | None
@@ -85,10 +85,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """The outcomes of some samples, in their order, and their features.
+    """The outcomes of some images, in their order, and their features.
 
     Attributes:
-        outcomes: One per sample.
+        outcomes: One per image.
         features: Per lane, per outcome: (V, D) float32, or None where the image failed or the lane
             did not claim it.
     """
@@ -134,6 +134,7 @@ def stream_features(
     samples: Sequence[Sample],
     lanes: Sequence[Lane],
     *,
+    positions: Sequence[int] | None = None,
     workers: int | str = "auto",
     timer: Timer | None = None,
     isolate: bool = False,
@@ -142,8 +143,9 @@ def stream_features(
 
     Args:
         dataset: Where the samples are read from.
-        samples: What to run.
+        samples: The images.
         lanes: What features to make of them.
+        positions: Which of the samples to run, in this order. Default: all.
         workers: Decoding threads, or ``auto``.
         timer: Adds up the threads' seconds of ``decode`` and ``forward``, and the seconds that the
             consumer had to wait for either.
@@ -153,12 +155,12 @@ def stream_features(
     concurrency = _concurrency(lanes)
     under_way: deque[Future[FeatureBatch]] = deque()
 
-    def claim(sample: Sample, sha256: bytes) -> tuple[bool, ...]:
-        return tuple(lane.wants(sample) and lane.claim(sample, sha256) for lane in lanes)
+    def claim(position: int, sha256: bytes) -> tuple[bool, ...]:
+        return tuple(lane.claim(position, sha256) for lane in lanes)
 
     decoded = stream_views(
-        dataset, samples, [lane.recipe for lane in lanes], chunk_size(lanes), workers=workers,
-        timer=clock, isolate=isolate, claim=claim,
+        dataset, samples, [lane.recipe for lane in lanes], chunk_size(lanes), positions=positions,
+        workers=workers, timer=clock, isolate=isolate, claim=claim,
     )  # fmt: skip
     with contextlib.closing(decoded), Threads("forward", concurrency, wait=True) as threads:
         for outcomes, views in decoded:
@@ -212,25 +214,28 @@ def stream_views(
     recipes: Sequence[Recipe],
     size: int,
     *,
+    positions: Sequence[int] | None = None,
     workers: int | str = "auto",
     timer: Timer | None = None,
     isolate: bool = False,
-    claim: Callable[[Sample, bytes], tuple[bool, ...]] | None = None,
+    claim: Callable[[int, bytes], tuple[bool, ...]] | None = None,
 ) -> Generator[tuple[tuple[Outcome, ...], tuple[Views | None, ...]], None, None]:
     """Decode samples, ``size`` views at a time; the next ones are decoded meanwhile.
 
-    An image that has not come back after ``DECODE_SECONDS`` is tried again in a child process.
-    One that ``claim`` says nobody claims is read and hashed, and not decoded.
+    Arguments are those of ``stream_features``. An image that has not come back after
+    ``DECODE_SECONDS`` is tried again in a child process. One that ``claim`` says nobody claims is
+    read and hashed, and not decoded.
 
     Yields:
         The outcomes of the samples that have up to ``size`` views for any recipe, one at least, and
         per outcome its views by recipe, None where it failed or was not claimed.
     """
     clock = timer or Timer()
-    acceleration.start_for(sum(sample.image_bytes for sample in samples))
-    under_way: deque[list[tuple[Sample, Future[_Decoded]]]] = deque()
-    job = _Job(dataset, recipes, clock, claim or (lambda sample, sha256: (True,) * len(recipes)))
-    chunks = _cut(samples, job, size)
+    order = range(len(samples)) if positions is None else positions
+    acceleration.start_for(sum(samples[position].image_bytes for position in order))
+    under_way: deque[list[tuple[int, Future[_Decoded]]]] = deque()
+    job = _Job(dataset, samples, recipes, clock, claim or (lambda *_: (True,) * len(recipes)))
+    chunks = _cut(order, job, size)
     with (
         IsolatedDecoder() as child,
         Threads("decode", 1 if isolate else resolve_workers(workers)) as threads,
@@ -239,20 +244,20 @@ def stream_views(
 
         def start_chunk() -> None:
             if part := next(chunks, None):
-                under_way.append([(s, threads.submit(job.decode, s, renderer)) for s in part])
+                under_way.append([(p, threads.submit(job.decode, p, renderer)) for p in part])
 
         for _ in range(_num_ahead(size)):
             start_chunk()
         while under_way:
             decoded = []
             with clock("waiting for decode"):
-                for sample, future in under_way.popleft():
+                for position, future in under_way.popleft():
                     try:
                         # an isolated decoder keeps the time itself
                         decoded.append(future.result(None if isolate else DECODE_SECONDS))
                     except FutureTimeoutError:
                         threads.replace_one()
-                        outcome, of_image = job.decode(sample, child.render)
+                        outcome, of_image = job.decode(position, child.render)
                         # twice is no accident: each of its copies would hang too
                         decoded.append((replace(outcome, is_transient=False), of_image))
             start_chunk()
@@ -281,16 +286,16 @@ def hash_images(
             yield under_way.popleft().result()
 
 
-def _cut(samples: Sequence[Sample], job: _Job, size: int) -> Iterator[list[Sample]]:
-    """Yield as many samples as have ``size`` views together, one at least."""
-    part: list[Sample] = []
+def _cut(order: Sequence[int], job: _Job, size: int) -> Iterator[list[int]]:
+    """Yield as many positions as have ``size`` views together, one at least."""
+    part: list[int] = []
     num_views = 0
-    for sample in samples:
-        count = max(views.num_views for _, views in job.plans(sample))
+    for position in order:
+        count = max(views.num_views for _, views in job.plans(job.samples[position]))
         if part and num_views + count > size:
             yield part
             part, num_views = [], 0
-        part.append(sample)
+        part.append(position)
         num_views += count
     if part:
         yield part
@@ -304,37 +309,39 @@ class _Job:
     """What the decoding threads need to know."""
 
     dataset: ImageDataset
+    samples: Sequence[Sample]
     recipes: Sequence[Recipe]
     clock: Timer
-    claim: Callable[[Sample, bytes], tuple[bool, ...]]
+    claim: Callable[[int, bytes], tuple[bool, ...]]
 
     def plans(self, sample: Sample) -> list[tuple[PixelRules, ViewRules]]:
         """Return what each recipe wants to see of a sample."""
         splits = self.dataset.splits
         return [(r.rules, r.view_rules.for_split(sample.split, splits)) for r in self.recipes]
 
-    def decode(self, sample: Sample, renderer: _Render) -> _Decoded:
+    def decode(self, position: int, renderer: _Render) -> _Decoded:
         """Read, hash and decode one image. The seam every decoder stands behind."""
-        sha256 = bytes(32)
+        sample, sha256 = self.samples[position], bytes(32)
         claims = (True,) * len(self.recipes)  # whoever wants it, if it cannot be read
         plans = self.plans(sample)  # recipes that want the same views share them
         different = list(dict.fromkeys(plans))
+
+        def outcome(
+            reason: str | None, *, truncated: bool = False, is_transient: bool = False
+        ) -> Outcome:
+            return Outcome(position, sample, sha256, reason, truncated, claims, is_transient)
+
         try:
             with self.clock("decode"):
                 data = self.dataset.read(sample)
                 sha256 = hashlib.sha256(data).digest()
-                claims = self.claim(sample, sha256)
+                claims = self.claim(position, sha256)
                 if not any(claims):
-                    return Outcome(sample, sha256, None, truncated=False, claims=claims), None
+                    return outcome(None), None
                 rendering = renderer(data, different, sha256)
         except DataError as error:
-            reason, is_transient = str(error.found), isinstance(error, TransientError)
+            return outcome(str(error.found), is_transient=isinstance(error, TransientError)), None
         except (OSError, MemoryError) as error:
-            reason, is_transient = printable(error) or type(error).__name__, True
-        else:
-            views = tuple(rendering.views[different.index(plan)] for plan in plans)
-            return Outcome(sample, sha256, None, rendering.truncated, claims), views
-        failed = Outcome(
-            sample, sha256, reason, truncated=False, claims=claims, is_transient=is_transient
-        )  # fmt: skip
-        return failed, None
+            return outcome(printable(error) or type(error).__name__, is_transient=True), None
+        views = tuple(rendering.views[different.index(plan)] for plan in plans)
+        return outcome(None, truncated=rendering.truncated), views

@@ -1,23 +1,23 @@
-"""Project what an extraction will take, by decoding a sample and running one batch."""
+"""What an extraction says: what it found, what it will take, what it did."""
 
 from __future__ import annotations
 
 import random
 import time
-import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from featcache.backbones.engine import build_engine
+from featcache.backbones.engine import Engine, Images, build_engine
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset
-from featcache.data.folders import training_split
-from featcache.errors import FeatcacheWarning, printable
+from featcache.errors import printable, warn_user
+from featcache.extraction.engine_choice import facts_as_before
 from featcache.extraction.pipeline import stream_views
+from featcache.extraction.plan import Job
 from featcache.extraction.recipe import Recipe, decode_probes, sample_depths
 from featcache.runtime import Say
 
@@ -33,17 +33,19 @@ class Projection:
         splits: Per split, images per class.
         classes: Class names.
         num_images: All of them.
+        num_known: Those that need not be run: the cache that is there, or an unfinished run, has
+            features of their content.
         num_groups: Different groups, None without groups.
         num_ignored: Reason -> number of files that are not taken.
         identity: What the cache's identity will be.
-        engine: The engine chosen, and why.
+        engine: The engine chosen, and why; "none" where no image has to be run.
         decode_seconds: Expected time of decoding alone, an image, all workers together.
         forward_seconds: Expected time of the network alone, an image.
         deepest: Largest value in a sample of images of more than 8 bits, None if there are none.
-        num_decoded: Images decoded for this projection.
+        num_decoded: Images decoded for this projection, of those to be run.
         failures: (path, reason) among them.
-        images_per_second: Expected rate.
-        seconds: Expected time for all images.
+        images_per_second: Expected rate; None where no image has to be run.
+        seconds: Expected time for the images to be run.
         cache_bytes: Size of the cache.
         working_bytes: Disk needed while working: shards and cache together.
     """
@@ -51,6 +53,7 @@ class Projection:
     splits: dict[str, dict[str, int]]
     classes: tuple[str, ...]
     num_images: int
+    num_known: int
     num_groups: int | None
     num_ignored: dict[str, int]
     identity: dict[str, Any]
@@ -60,7 +63,7 @@ class Projection:
     deepest: int | None
     num_decoded: int
     failures: tuple[tuple[str, str], ...]
-    images_per_second: float
+    images_per_second: float | None
     seconds: float
     cache_bytes: int
     working_bytes: int
@@ -70,65 +73,87 @@ class Projection:
         return asdict(self)
 
 
-def project(
-    dataset: ImageDataset,
-    recipe: Recipe,
-    device: torch.device,
-    *,
-    precision: str = "fp32",
-    engine: str = "auto",
-    batch_size: int | str = "auto",
-    workers: int | str = "auto",
-) -> Projection:
-    """Decode a seeded sample, run one batch, and scale up.
+def project(job: Job, device: torch.device) -> Projection:
+    """Decode a seeded sample of the images to be run, run one batch, and scale up.
+
+    Args:
+        job: A job whose known images were found.
+        device: Where it would run.
 
     Raises:
         FeatcacheError: As an extraction with these options would at its start.
     """
-    num_images = len(dataset.samples)
-    chosen = random.Random(0).sample(dataset.samples, min(_NUM_DECODED, num_images))
-    probes = decode_probes(dataset, chosen, recipe.rules)
-    num_train = len(dataset.split(training_split(dataset.splits) or ""))
-    num_views = num_images + (recipe.view_rules.num_views - 1) * num_train
-    built = build_engine(
-        recipe.backbone, device, probes, precision=precision, batch_size=batch_size, name=engine,
-        num_images=num_images,
-    )  # fmt: skip
-    start = time.perf_counter()
-    decoded = stream_views(dataset, chosen, [recipe], 1, workers=workers)
-    outcomes = [outcome for part, _ in decoded for outcome in part]
-    decode_seconds = (time.perf_counter() - start) / max(1, len(outcomes))
-    side = recipe.rules.image_size
-    images = np.zeros((built.batch_size * built.concurrency, side, side, 3), np.uint8)
-    built.run(images)  # the first pass allocates
-    start = time.perf_counter()
-    built.run(images)
-    forward_seconds = (time.perf_counter() - start) / len(images) * num_views / num_images
-    # On a CPU both share the cores; a GPU computes while the CPU decodes.
-    both = decode_seconds, forward_seconds
-    per_image = sum(both) if device.type == "cpu" else max(both)
-    row_bytes = recipe.backbone.num_features * np.dtype(recipe.feature_dtype).itemsize
-    feature_bytes = num_views * row_bytes
-    cache_bytes = feature_bytes + num_images * _ROW_OVERHEAD_BYTES + 4096
+    dataset, recipe, options = job.dataset, job.recipe, job.options
+    positions = [p for p in range(len(dataset.samples)) if job.ledger.wants(p)]
+    wanted = [dataset.samples[position] for position in positions]
+    num_images, num_wanted = len(dataset.samples), len(wanted)
+    num_views = sum(job.num_views[sample.split] for sample in dataset.samples)
+    num_wanted_views = sum(job.num_views[sample.split] for sample in wanted)
+    vector_bytes = recipe.backbone.num_features * job.dtype.itemsize
+    cache_bytes = num_views * vector_bytes + num_images * _ROW_OVERHEAD_BYTES + 4096
     groups = {sample.group for sample in dataset.samples}
-    return Projection(
+    projection = Projection(
         splits=dataset.count(),
         classes=dataset.classes,
         num_images=num_images,
+        num_known=num_images - num_wanted,
         num_groups=None if None in groups else len(groups),
         num_ignored=dict(dataset.num_ignored),
         identity=recipe.identity,
-        engine=f"{built.name} ({built.reason})",
+        engine="none",
+        decode_seconds=0.0,
+        forward_seconds=0.0,
+        deepest=None,
+        num_decoded=0,
+        failures=(),
+        images_per_second=None,
+        seconds=0.0,
+        cache_bytes=cache_bytes,
+        working_bytes=cache_bytes + num_wanted_views * vector_bytes,
+    )
+    if not wanted:
+        return projection
+    chosen = random.Random(0).sample(wanted, min(_NUM_DECODED, num_wanted))
+    engine = _build_engine(job, device, decode_probes(dataset, chosen, recipe.rules))
+    start = time.perf_counter()
+    decoded = stream_views(dataset, chosen, [recipe], 1, workers=options.workers)
+    outcomes = [outcome for part, _ in decoded for outcome in part]
+    decode_seconds = (time.perf_counter() - start) / len(outcomes)
+    forward_seconds = _time_vector(engine, recipe.rules.image_size) * num_wanted_views / num_wanted
+    # On a CPU both share the cores; a GPU computes while the CPU decodes.
+    both = decode_seconds, forward_seconds
+    per_image = sum(both) if device.type == "cpu" else max(both)
+    return replace(
+        projection,
+        engine=f"{engine.name} ({engine.reason})",
         decode_seconds=round(decode_seconds, 5),
         forward_seconds=round(forward_seconds, 5),
         deepest=max(sample_depths(dataset), default=None),
         num_decoded=len(outcomes),
         failures=tuple((o.sample.path, o.reason) for o in outcomes if o.reason is not None),
         images_per_second=round(1 / per_image, 2),
-        seconds=round(num_images * per_image, 1),
-        cache_bytes=cache_bytes,
-        working_bytes=cache_bytes + feature_bytes,
+        seconds=round(num_wanted * per_image, 1),
     )
+
+
+def _build_engine(job: Job, device: torch.device, probes: Images) -> Engine:
+    """Return the engine that the extraction would choose."""
+    options, as_before = job.options, facts_as_before(job, device)
+    return build_engine(
+        job.recipe.backbone, device, probes, precision=options.precision,
+        batch_size=as_before.batch_size if as_before else options.batch_size,
+        name=as_before.engine if as_before else options.engine,
+        num_images=len(job.dataset.samples),
+    )  # fmt: skip
+
+
+def _time_vector(engine: Engine, side: int) -> float:
+    """Return the seconds of a forward pass, for each image of its batches."""
+    images = np.zeros((engine.batch_size * engine.concurrency, side, side, 3), np.uint8)
+    engine.run(images)  # the first pass allocates
+    start = time.perf_counter()
+    engine.run(images)
+    return (time.perf_counter() - start) / len(images)
 
 
 _NUM_SHOWN_FAILURES = 5
@@ -218,10 +243,7 @@ def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
         more = len(cache.failures) - _NUM_SHOWN_FAILURES
         say(f"failed: {more} more, listed by featcache info {printable(cache.path)}")
     if cache.failures:
-        warnings.warn(
-            f"{len(cache.failures)} images could not be read and are not in the cache",
-            FeatcacheWarning, stacklevel=3,
-        )  # fmt: skip
+        warn_user(f"{len(cache.failures)} images could not be read and are not in the cache")
     counts = {
         "new": summary.num_new, "kept": summary.num_kept, "moved": summary.num_moved,
         "known": summary.num_known - summary.num_kept - summary.num_moved,

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,11 @@ import numpy.typing as npt
 
 from featcache.cache.writing import remove_partial
 from featcache.errors import CacheError
-from featcache.extraction.contents import Vectors
 from featcache.files import canonical_json, disk_error, sha256_file, write_bytes
 
-SHARD_BYTES = 16 << 20
-SHARD_ROWS = 4096
-"""No shard has more, however narrow the features: rows wait in memory until their shard is full."""
+Vectors = Callable[[], npt.NDArray[Any]]
+"""Opens (M, D) features, mapped: their pages leave the memory with the array."""
+
 _FORMAT = "featcache-partial"
 _FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
 
@@ -45,8 +44,49 @@ class EngineFacts:
     device_type: str
 
 
+@dataclass(frozen=True)
+class Receipt:
+    """A shard that was written: its line in the manifest.
+
+    Attributes:
+        file: Its name.
+        num_rows: Images in its table.
+        num_vectors: M, vectors of all of them together.
+        sha256: Of the file, 64 hex digits.
+    """
+
+    file: str
+    num_rows: int
+    num_vectors: int
+    sha256: str
+
+
+def write_shard(
+    path: Path, vectors: npt.NDArray[Any], rows: Sequence[Mapping[str, Any]]
+) -> Receipt:
+    """Write one shard, which counts as soon as the manifest lists it: ``PartialCache.add_shard``.
+
+    Args:
+        path: The file, ``shard.`` and a number.
+        vectors: (M, D) in the stored dtype.
+        rows: Dicts of ``path, image_bytes, mtime_ns, image_sha256 (hex), truncated, views``; their
+            vectors follow each other in ``vectors``. Of a row with 0 views there are none.
+
+    Raises:
+        CacheError: If the disk is full or the folder cannot be written.
+    """
+    data = vectors.tobytes() + canonical_json(list(rows)).encode()
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        raise disk_error(error, path, len(data)) from error
+    return Receipt(path.name, len(rows), len(vectors), hashlib.sha256(data).hexdigest())
+
+
 class PartialCache:
     """The folder of a cache in the making; use it while holding its lock.
+
+    Until ``start`` nothing in it is changed.
 
     Args:
         folder: ``CACHE.partial``.
@@ -62,23 +102,13 @@ class PartialCache:
         self._fingerprint = fingerprint
         self._num_features = num_features
         self._dtype = dtype
-        self._shards: list[dict[str, Any]] = []
+        self._shards: list[Receipt] = []
         self._next_number = 0
         self.engine: EngineFacts | None = None
         self.provenance: dict[str, Any] = {}
         self.was_killed = False
         self.is_running = False
         self._is_removed = False
-
-    @property
-    def is_worthless(self) -> bool:
-        """Whether nothing would be lost with the folder: it has no manifest, or one of no shards.
-
-        A manifest that could not be read or is of another recipe is somebody's work.
-        """
-        if self._is_removed:  # what is there by now is the next writer's
-            return False
-        return not self._manifest.exists() or (self.engine is not None and not self._shards)
 
     @property
     def _manifest(self) -> Path:
@@ -120,7 +150,7 @@ class PartialCache:
             engine = EngineFacts(**manifest["engine"])
             was_killed = bool(manifest["running"]) or self.was_killed
             provenance = dict(manifest["provenance"])
-            shards = [_check_line(line) for line in manifest["shards"]]
+            shards = [_read_receipt(line) for line in manifest["shards"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(
                 "unfinished extraction", expected="a readable manifest", found=error,
@@ -134,7 +164,7 @@ class PartialCache:
             ) from None  # fmt: skip
         self.engine, self.was_killed, self.provenance = engine, was_killed, provenance
         self._shards = shards
-        self._next_number = 1 + max((_number(line) for line in shards), default=-1)
+        self._next_number = 1 + max((_number(receipt.file) for receipt in shards), default=-1)
         return True
 
     def read_shards(self) -> Iterator[tuple[Vectors, list[dict[str, Any]]]]:
@@ -142,28 +172,27 @@ class PartialCache:
 
         A damaged one is taken off the list: its images are extracted again.
         """
-        for line in list(self._shards):
-            shard = self._read_shard(line)
-            if shard is None:
-                self._shards.remove(line)
-            else:
-                yield shard
-
-    def _read_shard(self, line: Mapping[str, Any]) -> tuple[Vectors, list[dict[str, Any]]] | None:
-        path = self.folder / line["file"]
-        num_bytes = line["num_vectors"] * self._num_features * self._dtype.itemsize
-        if not path.is_file() or sha256_file(path) != line["sha256"]:
-            return None
-        with path.open("rb") as file:
-            file.seek(num_bytes)
-            rows = json.loads(file.read())
-        return partial(self._map, path, line["num_vectors"]), rows
+        for receipt in list(self._shards):
+            path = self.folder / receipt.file
+            if not path.is_file() or sha256_file(path) != receipt.sha256:
+                self._shards.remove(receipt)
+                continue
+            with path.open("rb") as file:
+                file.seek(receipt.num_vectors * self._num_features * self._dtype.itemsize)
+                rows = json.loads(file.read())
+            yield partial(self._map, path, receipt.num_vectors), rows
 
     def _map(self, path: Path, num_vectors: int) -> npt.NDArray[Any]:
         shape = (num_vectors, self._num_features)
         if num_vectors == 0:  # a file of a table alone cannot be mapped as an array
             return np.empty(shape, self._dtype)
         return np.memmap(path, self._dtype, "r", shape=shape)
+
+    def forget(self) -> None:
+        """Take nothing over from an earlier run; its files stay until ``start``."""
+        self._shards, self._next_number = [], 0
+        self.engine, self.provenance = None, {}
+        self.was_killed = self.is_running = False
 
     def start(self, engine: EngineFacts, provenance: dict[str, Any]) -> None:
         """Fix the engine for all shards to come and note that a run is under way.
@@ -172,6 +201,10 @@ class PartialCache:
         """
         self.engine, self.provenance = engine, provenance
         self._write_manifest(running=True)
+        listed = {receipt.file for receipt in self._shards}
+        for path in self.folder.glob("shard.*"):  # of a run that was forgotten, or is damaged
+            if path.name not in listed:
+                path.unlink()
 
     def stop(self) -> None:
         """Note that the run ended by itself: nothing crashed the process.
@@ -183,32 +216,25 @@ class PartialCache:
         with contextlib.suppress(OSError, CacheError):
             self._write_manifest(running=False)
 
-    def add_shard(
-        self, features: Sequence[npt.NDArray[Any]], rows: Sequence[Mapping[str, Any]]
-    ) -> Vectors:
-        """Write one shard, then list it in the manifest; return what opens its vectors (M, D).
+    @property
+    def next_shard(self) -> Path:
+        """The file of the next shard."""
+        return self.folder / f"shard.{self._next_number:05d}"
 
-        Args:
-            features: (V, D) each, in the stored dtype; M vectors together.
-            rows: Dicts of ``path, image_bytes, mtime_ns, image_sha256 (hex), truncated, views``,
-                in the order of ``features``; of a row with 0 views there are none.
+    def add_shard(self, receipt: Receipt) -> Vectors:
+        """List a shard in the manifest; return what opens its vectors, (M, D).
 
         Raises:
             CacheError: If the disk is full or the folder cannot be written.
         """
-        path = self.folder / f"shard.{self._next_number:05d}"
-        empty = np.empty((0, self._num_features), self._dtype)
-        vectors = np.concatenate([empty, *features])
-        data = vectors.tobytes() + canonical_json(list(rows)).encode()
-        line = {"file": path.name, "num_rows": len(rows), "num_vectors": len(vectors)}
+        path = self.folder / receipt.file
+        self._shards.append(receipt)
+        self._next_number = 1 + _number(receipt.file)
         try:
-            write_bytes(path, data)
-            self._shards.append(line | {"sha256": hashlib.sha256(data).hexdigest()})
-            self._next_number += 1
             self._write_manifest(running=True)
         except OSError as error:
-            raise disk_error(error, path, len(data)) from error
-        return partial(self._map, path, len(vectors))
+            raise disk_error(error, path, path.stat().st_size) from error
+        return partial(self._map, path, receipt.num_vectors)
 
     def _write_manifest(self, *, running: bool) -> None:
         assert self.engine is not None
@@ -220,7 +246,7 @@ class PartialCache:
             "engine": asdict(self.engine),
             "provenance": self.provenance,
             "running": running,
-            "shards": self._shards,
+            "shards": [asdict(receipt) for receipt in self._shards],
         }
         signed = manifest | {"sha256": _sha256(manifest)}
         write_bytes(self._manifest, canonical_json(signed).encode())
@@ -231,9 +257,24 @@ class PartialCache:
         self._probing.unlink(missing_ok=True)
         for shard in self.folder.glob("shard.*"):
             shard.unlink()
-        self._shards, self._next_number = [], 0
-        self.engine = None
-        self.was_killed = self.is_running = False
+        self.forget()
+
+    def abandon(self) -> None:
+        """Remove the folder where nothing would be lost with it; else shards stay for resuming."""
+        if self.is_worthless:
+            self.remove()
+        elif self.is_running:
+            self.stop()
+
+    @property
+    def is_worthless(self) -> bool:
+        """Whether nothing would be lost with the folder: it has no manifest, or one of no shards.
+
+        A manifest that could not be read or is of another recipe is somebody's work.
+        """
+        if self._is_removed:  # what is there by now is the next writer's
+            return False
+        return not self._manifest.exists() or (self.engine is not None and not self._shards)
 
     def remove(self) -> None:
         """Remove the folder, the lock last: until then the next writer has to wait."""
@@ -245,14 +286,15 @@ def _sha256(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
 
 
-def _number(line: Mapping[str, Any]) -> int:
-    return int(line["file"].removeprefix("shard."))
+def _number(file: str) -> int:
+    return int(file.removeprefix("shard."))
 
 
-def _check_line(line: Any) -> dict[str, Any]:
-    """Return a shard's line of the manifest if it names a file of this folder and its sizes."""
-    if not re.fullmatch(r"shard\.[0-9]+", line["file"]) or not isinstance(line["sha256"], str):
-        raise ValueError(f"{line['file']!r:.80}")
-    if any(type(line[key]) is not int or line[key] < 0 for key in ("num_rows", "num_vectors")):
-        raise ValueError(f"sizes of {line['file']}")
-    return dict(line)
+def _read_receipt(line: Any) -> Receipt:
+    """Return a line of the manifest if it names a file of this folder and its sizes."""
+    receipt = Receipt(**line)
+    if not re.fullmatch(r"shard\.[0-9]+", receipt.file) or not isinstance(receipt.sha256, str):
+        raise ValueError(f"{receipt.file!r:.80}")
+    if any(type(n) is not int or n < 0 for n in (receipt.num_rows, receipt.num_vectors)):
+        raise ValueError(f"sizes of {receipt.file}")
+    return receipt

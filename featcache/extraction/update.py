@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.cache.container import is_container
 from featcache.cache.reading import Cache, Failure, name_differences, open_cache
 from featcache.data.dataset import ImageDataset
 from featcache.errors import CacheError, ConfigError
-from featcache.extraction.inventory import Changes, image_key
+from featcache.extraction.ledger import Ledger, image_key
 from featcache.extraction.recipe import Recipe
 
 
@@ -82,6 +84,44 @@ def _refuse_undoing(old: Cache, dataset: ImageDataset) -> None:
                     f"{path} in {'/'.join(filter(None, chosen))}, as selected",
                     "/".join(filter(None, found)), "Update its source and select again",
                 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What became of the rows of an older cache.
+
+    Attributes:
+        num_kept: Images of the same path and content.
+        num_moved: Contents whose old path is no longer there, under another path.
+        num_gone: Rows whose path is no longer there, and which did not move.
+    """
+
+    num_kept: int = 0
+    num_moved: int = 0
+    num_gone: int = 0
+
+
+def find_changes(old: Cache | None, dataset: ImageDataset, ledger: Ledger) -> Changes:
+    """Return what became of the rows of the older cache, if there is one."""
+    if old is None:
+        return Changes()
+    before = {
+        path: row.tobytes()
+        for split in old.splits.values()
+        for path, row in zip(split.paths, split.image_sha256, strict=True)
+    }
+    missing = Counter(before[p] for p in before.keys() - {s.path for s in dataset.samples})
+    num_kept = num_moved = 0
+    for split in dataset.splits:
+        samples, contents = ledger.rows_of(split)
+        for sample, row in zip(samples, ledger.sha256_of(contents), strict=True):
+            sha256 = row.tobytes()
+            if before.get(sample.path) == sha256:
+                num_kept += 1
+            elif missing[sha256] > 0:
+                num_moved += 1
+                missing[sha256] -= 1
+    return Changes(num_kept, num_moved, missing.total())
 
 
 def refuse_other_images(old: Cache, changes: Changes) -> None:

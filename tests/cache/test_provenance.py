@@ -20,7 +20,7 @@ from featcache.cache.provenance import (
 from featcache.cache.reading import Cache
 from featcache.cache.writing import write_cache
 from featcache.errors import CacheError, FeatcacheWarning
-from featcache.extraction.production import extend_provenance, warn_of_update
+from featcache.extraction.engine_choice import extend_provenance, warn_of_update
 
 LOST = {"lost": "damaged"}
 

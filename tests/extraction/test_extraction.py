@@ -25,10 +25,10 @@ from featcache.backbones.backbone import Backbone, build_backbone, state_sha256,
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.writing import partial_folder
 from featcache.errors import BackboneError, CacheError, ConfigError, DataError, FeatcacheWarning
-from featcache.extraction import pipeline, production
-from featcache.extraction.extraction import extract, extract_caches, parse_max_errors
-from featcache.extraction.intake import Intake
-from featcache.extraction.shards import PartialCache
+from featcache.extraction import pipeline, work
+from featcache.extraction.extraction import extract
+from featcache.extraction.shards import PartialCache, Receipt
+from featcache.extraction.work import ShardWriter
 from featcache.pixels.images import PixelRules
 from featcache.pixels.views import ViewRules, render
 
@@ -235,17 +235,6 @@ def test_failed_images_are_tried_again(tree: Path, tmp_path: Path, tiny_backbone
     assert (summary.num_failed, summary.num_new, summary.num_images) == (0, 1, 46)
 
 
-@pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0", 0), (7, 7), ("100%", 1.0)])
-def test_max_errors_is_a_count_or_a_share(text: str | int, value: float) -> None:
-    assert parse_max_errors(text) == value
-
-
-@pytest.mark.parametrize("text", ["-1", "101%", "many", "5.5", "%"])
-def test_max_errors_refuses_the_rest(text: str) -> None:
-    with pytest.raises(ConfigError, match="--max-errors"):
-        parse_max_errors(text)
-
-
 # --------------------------------------------------------------------------------- frozen in fact
 
 
@@ -353,12 +342,13 @@ def test_no_shard_of_a_network_that_changed_is_ever_listed(
     listed: list[float] = []
     inner = PartialCache.add_shard
 
-    def add_shard(self: PartialCache, features: Any, rows: Any) -> Any:
-        listed.extend(float(np.abs(part).max()) for part in features)
-        return inner(self, features, rows)
+    def add_shard(self: PartialCache, receipt: Receipt) -> Any:
+        vectors = inner(self, receipt)
+        listed.extend(np.abs(vectors()).max(axis=1).tolist())
+        return vectors
 
     monkeypatch.setattr(PartialCache, "add_shard", add_shard)
-    monkeypatch.setattr(production, "SHARD_BYTES", 4 * 3 * 4)  # four rows a shard
+    monkeypatch.setattr(work, "SHARD_BYTES", 4 * 3 * 4)  # four rows a shard
     backbone = wrap_backbone("drifts", _Drifts(20), image_size=32)
     with pytest.raises(BackboneError, match=r"frozen backbone"):
         extract(tree, tmp_path / "c.h5", backbone=backbone, engine="eager", batch_size=1)
@@ -544,18 +534,19 @@ def test_several_backbones_share_one_decoding_and_equal_their_own_extractions(
 ) -> None:
     backbones = [tiny_backbone, second_backbone()]
     options: dict[str, Any] = {"engine": engine, "views": 3, "augment": "crop"}
-    summaries = extract_caches(tree, tmp_path / "many", backbones=backbones, **options)
+    summaries = extract(tree, tmp_path / "many", backbone=backbones, **options)
     assert set(num_decoded.values()) == {1}
     assert len(num_decoded) == 46
     names = ["python-tiny_network-build.h5", "python-second-build.h5"]
-    assert [Path(s.cache).name for s in summaries] == names
+    assert [Path(s.cache).name for s in summaries.values()] == names
+    assert list(summaries) == [backbone.name for backbone in backbones]
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == sorted(names)
-    for i, (backbone, summary) in enumerate(zip(backbones, summaries, strict=True)):
+    for i, (backbone, summary) in enumerate(zip(backbones, summaries.values(), strict=True)):
         alone = extract(tree, tmp_path / f"{i}.h5", backbone=backbone, **options)
         assert summary.content_sha256 == alone.content_sha256
         assert (summary.num_new, summary.num_known) == (46, 0)
-    again = extract_caches(tree, tmp_path / "many", backbones=backbones, **options)
-    assert [s.status for s in again] == ["up to date"] * 2
+    again = extract(tree, tmp_path / "many", backbone=backbones, **options)
+    assert [s.status for s in again.values()] == ["up to date"] * 2
 
 
 def test_a_backbone_that_is_ahead_runs_nothing_again(
@@ -572,7 +563,7 @@ def test_a_backbone_that_is_ahead_runs_nothing_again(
     write_image(bad, 77)
     shutil.move(hidden, tree / "train")
     num_decoded.clear()
-    first, second = extract_caches(tree, folder, backbones=backbones)
+    first, second = extract(tree, folder, backbone=backbones).values()
     assert set(num_decoded.values()) == {1}
     assert (first.num_new, first.num_known) == (25, 21)
     assert (second.num_new, second.num_known) == (46, 0)
@@ -585,22 +576,22 @@ def test_an_interrupted_run_of_several_backbones_goes_on(
     tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has its own shards; what one has lost, the other need not run again."""
-    monkeypatch.setattr(production, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
+    monkeypatch.setattr(work, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
     calls = Counter[int]()
-    inner = Intake.flush
+    inner = ShardWriter.flush
 
-    def failing(self: Intake, *arguments: Any, **options: Any) -> None:
+    def failing(self: ShardWriter, *arguments: Any, **options: Any) -> None:
         calls[id(self)] += 1
         if len(calls) == 2 and min(calls.values()) == 20:  # the second cache's
             raise KeyboardInterrupt
         inner(self, *arguments, **options)
 
-    monkeypatch.setattr(Intake, "flush", failing)
+    monkeypatch.setattr(ShardWriter, "flush", failing)
     backbones = [tiny_backbone, second_backbone()]
     with pytest.raises(KeyboardInterrupt):
-        extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
-    monkeypatch.setattr(Intake, "flush", inner)
-    first, second = extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
+        extract(tree, tmp_path / "many", backbone=backbones, batch_size=1)
+    monkeypatch.setattr(ShardWriter, "flush", inner)
+    first, second = extract(tree, tmp_path / "many", backbone=backbones, batch_size=1).values()
     assert (first.num_known, second.num_known) == (20, 16)  # whole shards
     for i, (backbone, summary) in enumerate(zip(backbones, (first, second), strict=True)):
         alone = extract(tree, tmp_path / f"{i}.h5", backbone=backbone, batch_size=1)
@@ -621,8 +612,8 @@ def test_backbones_begun_with_other_threads_are_finished_one_by_one(
     ]
     try:
         with monkeypatch.context() as broken:
-            broken.setattr(production, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
-            broken.setattr(production, "held_signals", lambda: contextlib.nullcontext(stop))
+            broken.setattr(work, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
+            broken.setattr(work, "held_signals", lambda: contextlib.nullcontext(stop))
             for number, (file, backbone) in enumerate(zip(files, backbones, strict=True)):
                 torch.set_num_threads(1 + number)
                 with pytest.raises(KeyboardInterrupt):
@@ -631,7 +622,7 @@ def test_backbones_begun_with_other_threads_are_finished_one_by_one(
     finally:
         torch.set_num_threads(threads)
     with pytest.raises(CacheError) as refused:
-        extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
+        extract(tree, tmp_path / "many", backbone=backbones, batch_size=1)
     assert str(refused.value) == (
         "unfinished extraction: expected 1 torch threads, with which it was begun, found 2, with "
         f"which another backbone's rows were made ({files[0]}). Finish it by itself: featcache "
@@ -642,21 +633,29 @@ def test_backbones_begun_with_other_threads_are_finished_one_by_one(
     assert torch.get_num_threads() == threads
 
 
+def test_one_backbone_in_a_list_gets_a_folder_too(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    made = extract(tree, tmp_path / "one", backbone=[tiny_backbone])
+    assert list(made) == [tiny_backbone.name]
+    assert (tmp_path / "one" / "python-tiny_network-build.h5").exists()
+
+
 def test_several_backbones_that_make_no_sense_are_refused(
     tree: Path, tmp_path: Path, tiny_backbone: Backbone
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match="different backbones"):
-        extract_caches(tree, tmp_path / "many", backbones=[tiny_backbone, tiny_backbone])
+        extract(tree, tmp_path / "many", backbone=[tiny_backbone, tiny_backbone])
     with pytest.raises(ConfigError, match="different backbones"):
-        extract_caches(tree, tmp_path / "many", backbones=[])
+        extract(tree, tmp_path / "many", backbone=[])
     both = [tiny_backbone, second_backbone()]
     with pytest.raises(ConfigError, match=r"--weights.*one backbone at a time"):
-        extract_caches(tree, tmp_path / "many", backbones=both, weights="file.pth")
+        extract(tree, tmp_path / "many", backbone=both, weights="file.pth")
     with pytest.raises(ConfigError, match=r"a folder.*file"):
-        extract_caches(tree, tmp_path / "file", backbones=both)
+        extract(tree, tmp_path / "file", backbone=both)
     with pytest.raises(ConfigError, match="outside the folder of images"):
-        extract_caches(tree, tree, backbones=both)
+        extract(tree, tree, backbone=both)
     assert not (tmp_path / "many").exists()
 
 

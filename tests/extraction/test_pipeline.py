@@ -85,7 +85,7 @@ def wait_until(condition, seconds=10):
 
 
 def run(dataset, samples, engine, rules, **options):
-    lane = Lane(dataclasses.replace(RECIPE, rules=rules), engine, frozenset(samples))
+    lane = Lane(dataclasses.replace(RECIPE, rules=rules), engine)
     return stream_features(dataset, samples, [lane], **options)
 
 
@@ -150,6 +150,19 @@ def test_features_do_not_depend_on_neighbours_or_order(folder, engine):
     assert_same_rows(rows, {sample.path: truth[sample.path] for sample in few})
 
 
+def test_an_outcome_says_which_of_the_samples_it_is_of(folder, engine):
+    """Asked for some, in an order of their own."""
+    dataset = scan(folder)
+    asked, positions = [], [7, 3, 3 + 11, 0, 21, 20]
+    lane = Lane(RECIPE, engine, lambda position, _: asked.append(position) or position != 3)
+    stream = stream_features(dataset, dataset.samples, [lane], positions=positions, workers=3)
+    rows = [row for batch in stream for row in zip(batch.outcomes, batch.features[0], strict=True)]
+    assert [outcome.position for outcome, _ in rows] == positions
+    assert [outcome.sample for outcome, _ in rows] == [dataset.samples[p] for p in positions]
+    assert [features is None for _, features in rows] == [p == 3 for p in positions]
+    assert sorted(asked) == sorted(positions)
+
+
 def test_views_are_those_of_each_image_and_nothing_where_there_is_none(folder):
     dataset = scan(folder)
     bad = dataset.samples[1]
@@ -197,8 +210,12 @@ def test_lanes_get_what_they_want_of_one_decoding(folder, engine, monkeypatch):
     some = frozenset(dataset.samples[::3])
     other = build_engine(tiny_network.build(), torch.device("cpu"), [], batch_size=3, name="onnx")
     lanes = [
-        Lane(RECIPE, engine, frozenset(dataset.samples)),
-        Lane(dataclasses.replace(RECIPE, rules=PixelRules(32, "border")), other, some),
+        Lane(RECIPE, engine),
+        Lane(
+            dataclasses.replace(RECIPE, rules=PixelRules(32, "border")),
+            other,
+            claim=lambda position, sha256: position % 3 == 0,
+        ),
     ]
     found = [{}, {}]
     for batch in stream_features(dataset, dataset.samples, lanes):
@@ -532,7 +549,7 @@ def test_no_more_images_are_read_than_the_stated_number_under_way(folder, engine
 
     monkeypatch.setattr(pipeline, "render", counting)
     many = dataset.samples * 20
-    lane = Lane(RECIPE, engine, frozenset(many))
+    lane = Lane(RECIPE, engine)
     stream = stream_features(dataset, many, [lane], workers=4)
     taken = len(next(stream).outcomes)
     limit = taken + images_under_way([lane])

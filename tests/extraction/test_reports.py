@@ -1,15 +1,18 @@
-"""A projection promises sizes and times and writes nothing."""
+"""A projection promises sizes and times of what is left to do, and writes nothing."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_network
+from sample_images import write_image
 
-from featcache.backbones.backbone import Backbone
-from featcache.errors import FeatcacheWarning
+from featcache.backbones.backbone import Backbone, wrap_backbone
+from featcache.cli.wording import projection_lines
+from featcache.errors import CacheError, FeatcacheWarning
 from featcache.extraction.extraction import extract, plan
 
 
@@ -20,7 +23,7 @@ def test_a_plan_writes_nothing_and_projects_sizes(
     before = sorted(tmp_path.rglob("*"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        projection = plan(tree, backbone=tiny_backbone, group_by=r"^(\w+)_")
+        projection = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone, group_by=r"^(\w+)_")
     assert sorted(tmp_path.rglob("*")) == before
     assert projection.num_images == 46
     assert projection.splits["valid"] == {"covid": 5, "normal": 5}
@@ -35,9 +38,74 @@ def test_a_plan_writes_nothing_and_projects_sizes(
     assert projection.cache_bytes <= actual + features
 
 
-def test_views_of_images_to_train_on_are_counted(tree: Path, tiny_backbone: Backbone) -> None:
-    plain = plan(tree, backbone=tiny_backbone)
-    projection = plan(tree, backbone=tiny_backbone, views=5, augment="xray")
+def test_views_of_images_to_train_on_are_counted(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    plain = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    projection = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone, views=5, augment="xray")
     assert projection.identity["views"] == 5
     more = 24 * 4 * tiny_network.NUM_FEATURES * 4
     assert projection.cache_bytes == plain.cache_bytes + more
+
+
+def test_of_an_up_to_date_cache_nothing_is_left_to_do(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    with monkeypatch.context() as no_engine:
+        no_engine.delattr("featcache.extraction.reports.build_engine")
+        planned = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert (planned.num_images, planned.num_known, planned.seconds) == (46, 46, 0)
+    assert planned.images_per_second is None
+    assert list(projection_lines(planned)) == [
+        f"{tiny_backbone.name}:", "expected: nothing to run, all 46 images are known"
+    ]  # fmt: skip
+
+
+def test_a_plan_of_an_update_counts_what_extract_then_runs(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    """A new image, one that moved, and one that failed before."""
+    bad, moved, *_ = sorted((tree / "train" / "covid").iterdir())
+    bad.write_bytes(b"broken")
+    with pytest.warns(FeatcacheWarning):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, batch_size=3)
+    bad.unlink()
+    write_image(bad, 77)
+    write_image(tree / "valid" / "covid" / "new.png", 78)
+    moved.rename(tree / "test" / "covid" / moved.name)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    planned = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert (planned.num_images, planned.num_known, planned.num_decoded) == (47, 45, 2)
+    assert any(
+        "2 images at" in line and "45 are known" in line for line in projection_lines(planned)
+    )
+    assert planned.working_bytes == planned.cache_bytes + 2 * tiny_network.NUM_FEATURES * 4
+    updated = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert (updated.num_new, updated.num_known) == (2, 45)
+
+
+def test_a_plan_is_refused_as_the_extraction_would_be_and_may_plan_a_rebuild(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    before = (tmp_path / "c.h5").read_bytes()
+    other: dict[str, Any] = {"backbone": tiny_backbone, "crop_mode": "center"}
+    with pytest.raises(CacheError, match="--rebuild"):
+        plan(tree, tmp_path / "c.h5", **other)
+    assert plan(tree, tmp_path / "c.h5", rebuild=True, **other).num_known == 0
+    assert (tmp_path / "c.h5").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.h5", "data"]
+
+
+def test_several_backbones_are_planned_by_name(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    other = wrap_backbone("other", tiny_network.network(), image_size=16)
+    extract(tree, tmp_path / "many" / "other.h5", backbone=other)
+    planned = plan(tree, tmp_path / "many", backbone=[tiny_backbone, other])
+    assert {name: p.num_known for name, p in planned.items()} == {
+        tiny_backbone.name: 0,
+        "other": 46,
+    }

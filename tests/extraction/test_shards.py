@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 from featcache.errors import CacheError
-from featcache.extraction.shards import EngineFacts, PartialCache
+from featcache.extraction.shards import EngineFacts, PartialCache, Vectors, write_shard
+from featcache.files import canonical_json
 
 FINGERPRINT = "a" * 64
 ENGINE = EngineFacts("eager", "fp32", 4, 2, "cpu")
@@ -30,6 +33,12 @@ def vectors(number: int, views: int = 1) -> np.ndarray:
 
 def new_partial(folder: Path, fingerprint: str = FINGERPRINT) -> PartialCache:
     return PartialCache(folder, fingerprint, 3, np.dtype("<f4"))
+
+
+def add(partial: PartialCache, features: list[np.ndarray], rows: list[dict[str, Any]]) -> Vectors:
+    """Write a shard and list it."""
+    stacked = np.concatenate([np.empty((0, 3), np.float32), *features])
+    return partial.add_shard(write_shard(partial.next_shard, stacked, rows))
 
 
 def reopen(folder: Path) -> tuple[PartialCache, dict[str, np.ndarray]]:
@@ -52,8 +61,8 @@ def folder(tmp_path: Path) -> Path:
     partial = new_partial(tmp_path / "c.h5.partial")
     assert not partial.open()
     partial.start(ENGINE, {"precision": "fp32"})
-    partial.add_shard([vectors(n) for n in range(4)], [facts(n) for n in range(4)])
-    made = partial.add_shard([vectors(4, 3)], [facts(4, 3), facts(5, 0)])
+    add(partial, [vectors(n) for n in range(4)], [facts(n) for n in range(4)])
+    made = add(partial, [vectors(4, 3)], [facts(4, 3), facts(5, 0)])
     np.testing.assert_array_equal(made(), vectors(4, 3))
     return tmp_path / "c.h5.partial"
 
@@ -72,7 +81,7 @@ def test_a_resumed_run_knows_every_listed_row(folder: Path) -> None:
 
 def test_a_shard_of_known_contents_alone_has_no_vectors(folder: Path) -> None:
     partial, _ = reopen(folder)
-    assert partial.add_shard([], [facts(7, 0), facts(8, 0)])().shape == (0, 3)
+    assert add(partial, [], [facts(7, 0), facts(8, 0)])().shape == (0, 3)
     _, rows = reopen(folder)
     assert rows[facts(8)["path"]].shape == (0, 3)
 
@@ -97,7 +106,7 @@ def test_a_damaged_shard_is_extracted_again(folder: Path, damage: str) -> None:
         shard.unlink()
     partial, rows = reopen(folder)
     assert list(rows) == [facts(n)["path"] for n in (4, 5)]
-    partial.add_shard([vectors(9)], [facts(9)])  # and the damaged one is off the list
+    add(partial, [vectors(9)], [facts(9)])  # and the damaged one is off the list
     assert len(json.loads((folder / "manifest.json").read_bytes())["shards"]) == 2
 
 
@@ -105,7 +114,7 @@ def test_a_shard_nobody_listed_does_not_count(folder: Path) -> None:
     (folder / "shard.00002").write_bytes(bytes(12))
     partial, rows = reopen(folder)
     assert len(rows) == 6
-    partial.add_shard([vectors(9)], [facts(9)])
+    add(partial, [vectors(9)], [facts(9)])
     _, rows = reopen(folder)
     np.testing.assert_array_equal(rows[facts(9)["path"]], [[9, 9, 9]])
 
@@ -138,8 +147,13 @@ def test_a_manifest_that_was_changed_is_not_believed(folder: Path, change: tuple
 def test_a_manifest_names_shards_of_its_folder_only(folder: Path, name: str) -> None:
     partial = new_partial(folder)
     partial.open()
-    partial._shards[0]["file"] = name
-    partial.stop()
+    written = write_shard(partial.next_shard, vectors(9), [facts(9)])
+    partial.add_shard(replace(written, file="shard.1"))
+    text = (folder / "manifest.json").read_text()
+    manifest = json.loads(text.replace('"shard.1"', json.dumps(name)))
+    del manifest["sha256"]
+    signed = manifest | {"sha256": hashlib.sha256(canonical_json(manifest).encode()).hexdigest()}
+    (folder / "manifest.json").write_text(canonical_json(signed))
     with pytest.raises(CacheError, match="readable manifest"):
         new_partial(folder).open()
 
@@ -148,7 +162,7 @@ def test_the_manifest_does_not_grow_with_the_rows(folder: Path) -> None:
     partial, _ = reopen(folder)
     before = (folder / "manifest.json").stat().st_size
     rows = [facts(n % 256) for n in range(2_000)]
-    partial.add_shard([vectors(n) for n in range(2_000)], rows)
+    add(partial, [vectors(n) for n in range(2_000)], rows)
     assert (folder / "manifest.json").stat().st_size < before + 200
 
 

@@ -24,9 +24,9 @@ from featcache.cache.selection import select
 from featcache.cache.writing import write_cache
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import CacheError, FeatcacheWarning
-from featcache.extraction import extraction, pipeline
-from featcache.extraction.extraction import extract, extract_caches
-from featcache.extraction.inventory import Inventory
+from featcache.extraction import finish, pipeline, plan
+from featcache.extraction.extraction import extract
+from featcache.extraction.ledger import Ledger
 from featcache.locking import writer_lock
 from featcache.pixels import views
 from featcache.pixels.views import Rendering
@@ -186,7 +186,7 @@ def test_a_class_under_another_name_costs_no_forward_pass(
         (tree / split / "normal").rename(tree / split / "healthy")
     passes.clear()
     with monkeypatch.context() as no_engine:  # nor those of an engine's check
-        no_engine.delattr("featcache.extraction.production.build_engine")
+        no_engine.delattr("featcache.extraction.engine_choice.build_engine")
         updated = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     assert (passes, updated.num_moved, updated.num_gone) == ([], 46, 0)
     assert open_cache(tmp_path / "c.h5").classes == ("healthy", "sars")
@@ -254,10 +254,10 @@ def test_an_accident_of_one_image_leaves_its_copies_alone(
     for number in range(4):
         shutil.copy(first, tree / "train" / "covid" / f"copy{number}.jpg")
     unlucky, tries = hashlib.sha256(first.read_bytes()).digest(), []
-    claim, asked = Inventory.claim, threading.Semaphore(0)
+    claim, asked = Ledger.claim, threading.Semaphore(0)
 
-    def noting_claim(self: Inventory, sample: Sample, sha256: bytes) -> bool:
-        answer = claim(self, sample, sha256)
+    def noting_claim(self: Ledger, position: int, sha256: bytes) -> bool:
+        answer = claim(self, position, sha256)
         if sha256 == unlucky:
             asked.release()
         return answer
@@ -271,13 +271,13 @@ def test_an_accident_of_one_image_leaves_its_copies_alone(
         return views.render(data, recipes, sha256)
 
     monkeypatch.setattr(pipeline, "render", render)
-    monkeypatch.setattr(Inventory, "claim", noting_claim)
+    monkeypatch.setattr(Ledger, "claim", noting_claim)
     backbones = [
         tiny_backbone, wrap_backbone("second", tiny_network.network(), image_size=48),
     ]  # fmt: skip
     with pytest.warns(FeatcacheWarning, match="1 image"):
-        made = extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
-    for summary in made:
+        made = extract(tree, tmp_path / "many", backbone=backbones, batch_size=1)
+    for summary in made.values():
         assert (summary.num_images, summary.num_failed) == (49, 1)
         cache = open_cache(Path(summary.cache))
         (failed,) = cache.failures
@@ -290,7 +290,7 @@ def test_an_accident_of_one_image_leaves_its_copies_alone(
         ]
         assert all(np.array_equal(row, rows[0]) for row in rows)
     monkeypatch.undo()
-    again = extract_caches(tree, tmp_path / "many", backbones=backbones, batch_size=1)
+    again = extract(tree, tmp_path / "many", backbone=backbones, batch_size=1).values()
     assert [(s.num_images, s.num_failed, s.num_new) for s in again] == [(50, 0, 0)] * 2
 
 
@@ -324,9 +324,7 @@ def test_an_interrupted_run_with_copies_ends_equal(
     first = sorted((tree / "train" / "covid").iterdir())[0]
     for number in range(12):
         shutil.copy(first, tree / ("train", "test")[number % 2] / "covid" / f"a{number:02d}.jpg")
-    monkeypatch.setattr(
-        "featcache.extraction.production.SHARD_BYTES", 4 * 24 * 4
-    )  # four rows a shard
+    monkeypatch.setattr("featcache.extraction.work.SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
     options: dict[str, Any] = {"batch_size": 1, "engine": engine}
     inner = pipeline.stream_features
 
@@ -336,10 +334,10 @@ def test_an_interrupted_run_with_copies_ends_equal(
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr("featcache.extraction.production.stream_features", stopping)
+    monkeypatch.setattr("featcache.extraction.work.stream_features", stopping)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, **options)
-    monkeypatch.setattr("featcache.extraction.production.stream_features", inner)
+    monkeypatch.setattr("featcache.extraction.work.stream_features", inner)
     passes.clear()
     resumed = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, **options)
     assert resumed.num_known >= 30
@@ -414,20 +412,20 @@ def test_several_caches_are_updated_with_one_hashing(
         "python:second:build", tiny_network.network(), image_size=48, mean=half, std=half
     )
     backbones = [tiny_backbone, second]
-    extract_caches(tree, tmp_path / "many", backbones=backbones)
+    extract(tree, tmp_path / "many", backbone=backbones)
     for file in sorted((tree / "train" / "covid").iterdir())[:5]:
         file.rename(file.with_name("x" + file.name))
     write_image(tree / "train" / "covid" / "new_0.png", 999, bright=True)
     hashed: list[str] = []
-    inner = extraction.hash_images
+    inner = plan.hash_images
 
     def hashing(dataset: ImageDataset, samples: Sequence[Sample], workers: int | str) -> Any:
         hashed.extend(sample.path for sample in samples)
         return inner(dataset, samples, workers)
 
-    monkeypatch.setattr(extraction, "hash_images", hashing)
+    monkeypatch.setattr(plan, "hash_images", hashing)
     passes.clear()
-    both = extract_caches(tree, tmp_path / "many", backbones=backbones)
+    both = extract(tree, tmp_path / "many", backbone=backbones).values()
     assert [(s.num_moved, s.num_new) for s in both] == [(5, 1), (5, 1)]
     assert passes == [1, 1]
     assert [hashed.count(path) for path in set(hashed) if "/x" in path] == [1] * 5
@@ -455,7 +453,7 @@ def test_an_interrupted_update_at_another_precision_keeps_the_wider_bound(
     extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     write_image(tree / "train" / "covid" / "new_0.png", 999, bright=True)
     with monkeypatch.context() as dying:
-        dying.delattr("featcache.extraction.production.write_rows")
+        dying.delattr("featcache.extraction.finish.write_rows")
         with (
             pytest.warns(FeatcacheWarning, match="new ones will be at bf16"),
             pytest.raises(NameError),
@@ -487,7 +485,7 @@ def test_the_next_writers_folder_is_left_alone(
         def begin(*_: object) -> None:
             next_writer.enter_context(writer_lock(lock, "cache c.h5"))
 
-        monkeypatch.setattr(extraction, "describe_result", begin)
+        monkeypatch.setattr(finish, "describe_result", begin)
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
         assert lock.exists()
 

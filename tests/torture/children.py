@@ -200,30 +200,30 @@ def wait_for(condition: Callable[[], object], child: Child | None) -> bool:
 
 def _small_shards(rows: int) -> None:
     """Let a shard hold so many rows of the tiny backbone."""
-    from featcache.extraction import production
+    from featcache.extraction import work
 
-    production.SHARD_BYTES = rows * 24 * 4
+    work.SHARD_BYTES = rows * 24 * 4
 
 
 def _slow(seconds: float) -> None:
     """Wait so long before each batch is taken."""
-    from featcache.extraction import production
+    from featcache.extraction import work
 
-    inner = production.stream_features
+    inner = work.stream_features
 
     def slow(*arguments: Any, **options: Any) -> Iterator[Any]:
         for batch in inner(*arguments, **options):
             time.sleep(seconds)
             yield batch
 
-    production.stream_features = slow
+    work.stream_features = slow
 
 
 def _gate(file: str) -> None:
     """Take no batch before a file is there; make another when it is waited for."""
-    from featcache.extraction import production
+    from featcache.extraction import work
 
-    inner = production.stream_features
+    inner = work.stream_features
 
     def gated(*arguments: Any, **options: Any) -> Iterator[Any]:
         for batch in inner(*arguments, **options):
@@ -232,28 +232,28 @@ def _gate(file: str) -> None:
                 time.sleep(0.001)
             yield batch
 
-    production.stream_features = gated
+    work.stream_features = gated
 
 
 def _note(file: str) -> None:
     """Append a line for every batch that was taken and every shard that was acknowledged."""
-    from featcache.extraction import production
+    from featcache.extraction import work
     from featcache.extraction.shards import PartialCache
 
     notes = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    stream, add_shard = production.stream_features, PartialCache.add_shard
+    stream, add_shard = work.stream_features, PartialCache.add_shard
 
     def noting_stream(*arguments: Any, **options: Any) -> Iterator[Any]:
         for batch in stream(*arguments, **options):
             yield batch
             os.write(notes, f"taken {len(batch.outcomes)}\n".encode())
 
-    def noting_shard(self: Any, features: Any, rows: Any, *arguments: Any) -> Any:
-        added = add_shard(self, features, rows, *arguments)
-        os.write(notes, f"shard {len(rows)}\n".encode())
+    def noting_shard(self: Any, receipt: Any) -> Any:
+        added = add_shard(self, receipt)
+        os.write(notes, f"shard {receipt.num_rows}\n".encode())
         return added
 
-    production.stream_features = noting_stream
+    work.stream_features = noting_stream
     PartialCache.add_shard = noting_shard  # type: ignore[assignment]
 
 

@@ -19,10 +19,10 @@ import numpy.typing as npt
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import Engine, build_engine
 from featcache.cache import hdf5
-from featcache.cache import provenance as compatibility
-from featcache.extraction import pipeline, production, recipe
+from featcache.extraction import engine_choice, pipeline, recipe, work
 from featcache.pixels.images import deep_maximum
 from featcache.pixels.views import render
+from featcache.runtime import environment_facts
 
 
 class _InPlace:
@@ -47,7 +47,7 @@ class Shortcuts:
 @contextlib.contextmanager
 def take_shortcuts(rows_per_shard: int) -> Iterator[Shortcuts]:
     """Take them, and write shards of so many rows."""
-    facts = compatibility.environment_facts()
+    facts = environment_facts()
     engines: dict[int, tuple[Backbone, Engine]] = {}  # with the backbone: its id stays its own
     shortcuts = Shortcuts()
 
@@ -77,10 +77,10 @@ def take_shortcuts(rows_per_shard: int) -> Iterator[Shortcuts]:
 
     with contextlib.ExitStack() as patches:
         for owner, name, value in (
-            (compatibility, "environment_facts", lambda *_: dict(facts)),
-            (production, "build_engine", prepare),
-            (production, "decode_probes", lambda *_, **__: []),
-            (production, "SHARD_ROWS", rows_per_shard),
+            (engine_choice, "environment_facts", lambda *_: dict(facts)),
+            (engine_choice, "build_engine", prepare),
+            (engine_choice, "decode_probes", lambda *_, **__: []),
+            (work, "SHARD_ROWS", rows_per_shard),
             (hdf5, "_make_skeleton", remember),
             (pipeline, "IsolatedDecoder", _InPlace),
             (recipe, "IsolatedDecoder", _InPlace),

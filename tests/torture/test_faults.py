@@ -30,7 +30,7 @@ from featcache.cache.reading import open_cache
 from featcache.errors import FeatcacheError
 from featcache.extraction import shards
 from featcache.extraction.extraction import extract
-from featcache.extraction.shards import PartialCache
+from featcache.extraction.shards import PartialCache, Receipt
 from featcache.files import new_folder, write_json
 
 fcntl = pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")
@@ -170,9 +170,9 @@ def promises(disk: Disk) -> Iterator[None]:
     """Note on the disk how many rows a shard that was acknowledged has."""
     add_shard = PartialCache.add_shard
 
-    def add(self: PartialCache, features: Any, rows: Any, *more: Any, **options: Any) -> Any:
-        result = add_shard(self, features, rows, *more, **options)
-        disk.mark(len(rows))
+    def add(self: PartialCache, receipt: Receipt) -> Any:
+        result = add_shard(self, receipt)
+        disk.mark(receipt.num_rows)
         return result
 
     with mock.patch.object(PartialCache, "add_shard", add):

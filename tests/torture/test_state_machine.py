@@ -45,9 +45,17 @@ from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.cache.reading import Cache, open_cache
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError, FeatcacheError, FeatcacheWarning
-from featcache.extraction import extraction, inventory, pipeline, production, shards, update
-from featcache.extraction.intake import Intake
-from featcache.extraction.inventory import Inventory
+from featcache.extraction import (
+    extraction,
+    finish,
+    ledger,
+    pipeline,
+    plan,
+    shards,
+    update,
+    work,
+)
+from featcache.extraction.ledger import Ledger
 from featcache.extraction.recipe import make_recipe
 from featcache.extraction.shards import PartialCache
 from featcache.pixels.views import Rendering
@@ -353,7 +361,7 @@ class Machine(RuleBasedStateMachine):
     @contextlib.contextmanager
     def _dying(self, how: str, call: int) -> Iterator[None]:
         """Die before some batch comes out of the network."""
-        stream = production.stream_features
+        stream = work.stream_features
 
         def dying(*arguments: Any, **options: Any) -> Iterator[Any]:
             for number, batch in enumerate(stream(*arguments, **options)):
@@ -363,7 +371,7 @@ class Machine(RuleBasedStateMachine):
 
         with contextlib.ExitStack() as stack:
             if how == "batch":
-                stack.enter_context(mock.patch.object(production, "stream_features", dying))
+                stack.enter_context(mock.patch.object(work, "stream_features", dying))
             yield
 
     @property
@@ -564,7 +572,7 @@ def test_a_cache_is_what_its_images_are_now_or_refused(
 # ----------------------------------------------------------------- planted bugs, that must be found
 
 
-def note_paths_only(self: Inventory, keys: Any, numbers: Any) -> None:
+def note_paths_only(self: Ledger, keys: Any, numbers: Any) -> None:
     NOTE(self, [(path, 0, 0) for path, _, _ in keys], numbers)
 
 
@@ -626,37 +634,39 @@ def write_new_rows_last(path: Path, splits: Any, **facts: Any) -> Cache:
     return WRITE_ROWS(path, splits, **facts)
 
 
-def match_by_time(self: Inventory, *, rehash: bool) -> list[int]:
+def match_by_time(self: Ledger, *, rehash: bool) -> list[int]:
     return MATCH(self)
 
 
-def drop_repeated(self: Intake, position: int, outcome: Any) -> None:
+def drop_repeated(self: Ledger) -> list[int]:
     """The second image of a content is lost."""
+    self.take_unsettled()
+    return []
 
 
 FACTS = ("image_sha256", "image_bytes", "mtime_ns")
-NOTE, OPEN, RENDER = Inventory._note, PartialCache.open, pipeline.render
-WRITE_ROWS, MATCH, HOLDS = production.write_rows, Inventory.match, extraction.holds
+NOTE, OPEN, RENDER = Ledger._note, PartialCache.open, pipeline.render
+WRITE_ROWS, MATCH, HOLDS = finish.write_rows, Ledger.match, plan.holds
 
 BUGS: dict[str, list[tuple[Any, str, Any]]] = {
-    "a moved image keeps its old target": [(production, "write_rows", write_old_targets)],
+    "a moved image keeps its old target": [(finish, "write_rows", write_old_targets)],
     "another recipe's shards are mixed in": [(PartialCache, "open", open_of_any_recipe)],
     "a broken image is taken for a black one": [(pipeline, "render", render_black)],
-    "of images with one content one is lost": [(Intake, "_take_repeated", drop_repeated)],
+    "of images with one content one is lost": [(Ledger, "settle_repeated", drop_repeated)],
     "a shard is believed without its checksum": [
         (shards, "sha256_file", lambda path: AnyChecksum("0" * 64))
     ],
     "an image is known by its path alone": [
-        (Inventory, "_note", note_paths_only),
-        (inventory, "image_key", lambda sample: (sample.path, 0, 0)),
+        (Ledger, "_note", note_paths_only),
+        (ledger, "image_key", lambda sample: (sample.path, 0, 0)),
         (update, "image_key", lambda sample: (sample.path, 0, 0)),
     ],
-    "new rows are written behind the old ones": [(production, "write_rows", write_new_rows_last)],
+    "new rows are written behind the old ones": [(finish, "write_rows", write_new_rows_last)],
     "--rehash believes size and time": [
-        (Inventory, "match", match_by_time)
+        (Ledger, "match", match_by_time)
     ],
     "an update that only removes images is none": [
-        (extraction, "holds", lambda old, dataset, failed: HOLDS(old, dataset, failed) or {
+        (plan, "holds", lambda old, dataset, failed: HOLDS(old, dataset, failed) or {
             sample.path for sample in dataset.samples
         } <= {path for split in old.splits.values() for path in split.paths})
     ],

@@ -1,9 +1,10 @@
-"""Producing a cache: killed, interrupted, shared and cramped, it loses nothing and lies never."""
+"""Working on a cache: killed, interrupted, shared and cramped, it loses nothing and lies never."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sample_partial
 
-import featcache.extraction.production
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import open_cache
 from featcache.errors import CacheError
-from featcache.extraction.extraction import extract
+from featcache.extraction import finish, work
+from featcache.extraction.extraction import extract, plan
 from featcache.files import canonical_json
 
 TESTS = Path(__file__).parents[1]
@@ -30,16 +32,16 @@ def _child(code: str, folder: Path) -> subprocess.Popen[bytes]:
 
 _SLOW_EXTRACT = """
 import time, tiny_network
-import featcache.extraction.production as production
+import featcache.extraction.work as work
 from featcache.extraction.extraction import extract
 from featcache.files import canonical_json
-production.SHARD_BYTES = 4 * 24 * 4  # four rows a shard
-inner = production.stream_features
+work.SHARD_BYTES = 4 * 24 * 4  # four rows a shard
+inner = work.stream_features
 def slow(*args, **options):
     for batch in inner(*args, **options):
         time.sleep(0.03)
         yield batch
-production.stream_features = slow
+work.stream_features = slow
 extract("data", "c.h5", backbone=tiny_network.build(), batch_size=2, engine="ENGINE")
 """
 
@@ -90,7 +92,7 @@ def test_an_unfinished_run_of_other_settings_is_refused_then_discarded(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     monkeypatch.undo()
@@ -140,7 +142,7 @@ def test_a_run_that_only_has_to_finish_knows_how_its_rows_were_made(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
     monkeypatch.undo()
@@ -162,7 +164,7 @@ def test_a_killed_rebuild_goes_on(
     options: dict[str, Any] = {
         "backbone": tiny_backbone, "crop_mode": "center", "rebuild": True
     }  # fmt: skip
-    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", **options)
     monkeypatch.undo()
@@ -177,7 +179,7 @@ def test_a_rebuild_at_another_precision_starts_afresh(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
     monkeypatch.undo()
@@ -194,8 +196,8 @@ def test_a_shard_has_a_bounded_number_of_rows_however_narrow_they_are(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(featcache.extraction.production, "SHARD_ROWS", 10)
-    monkeypatch.setattr(featcache.extraction.production, "write_rows", fail)
+    monkeypatch.setattr(work, "SHARD_ROWS", 10)
+    monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, batch_size=1)
     manifest = json.loads((tmp_path / "c.h5.partial" / "manifest.json").read_text())
@@ -203,3 +205,49 @@ def test_a_shard_has_a_bounded_number_of_rows_however_narrow_they_are(
     assert (tmp_path / "c.h5.partial" / "manifest.json").read_text() == canonical_json(manifest)
     monkeypatch.undo()
     assert extract(tree, tmp_path / "c.h5", backbone=tiny_backbone).num_known == 46
+
+
+# ----------------------------------------------------------------- begun by the version before
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """Images, and the shards of four of them that were made before there was a ledger."""
+    sample_partial.write_images(tmp_path / "data")
+    shutil.copytree(TESTS / "data" / "partial_v2", tmp_path / "c.h5.partial")
+    return tmp_path
+
+
+@pytest.mark.parametrize("touch", [False, True])
+def test_what_an_older_version_began_is_finished(begun: Path, touch: bool) -> None:
+    for path in (begun / "data").rglob("*.bmp") if touch else ():
+        os.utime(path, ns=(1, 1))  # then they are known by their content
+    backbone, said = sample_partial.backbone(), list[str]()
+    manifest = json.loads((begun / "c.h5.partial" / "manifest.json").read_bytes())
+    shards = [(begun / "c.h5.partial" / f"shard.{n:05d}").read_bytes()[:16] for n in (0, 1, 1, 3)]
+    planned = plan(begun / "data", begun / "c.h5", backbone=backbone, engine="eager")
+    assert (planned.num_known, planned.num_images) == (4, 6)
+    assert json.loads((begun / "c.h5.partial" / "manifest.json").read_bytes()) == manifest
+    resumed = extract(begun / "data", begun / "c.h5", backbone=backbone, say=said.append)
+    assert "Resuming c.h5: 4 images are done." in said
+    assert (resumed.num_new, resumed.num_known) == (2, 4)
+    assert resumed.engine == "eager"  # as it was begun
+    train = open_cache(begun / "c.h5").splits["train"]
+    assert train.paths == ["train/a/0.bmp", "train/a/2.bmp", "train/b/1.bmp", "train/b/3.bmp"]
+    assert [row.tobytes() for row in train.features] == shards
+    whole = extract(begun / "data", begun / "w.h5", backbone=backbone, engine="eager")
+    assert resumed.content_sha256 == whole.content_sha256
+    assert sorted(path.name for path in begun.iterdir()) == ["c.h5", "data", "w.h5"]
+
+
+def test_what_an_older_version_began_with_other_settings_is_refused(begun: Path) -> None:
+    backbone = sample_partial.backbone()
+    with pytest.raises(CacheError, match=r"made with other settings.*discard it with --rebuild"):
+        extract(begun / "data", begun / "c.h5", backbone=backbone, crop_mode="center")
+    with pytest.raises(CacheError, match=r"expected fp32 on cpu, found bf16 on cpu.*--rebuild"):
+        extract(begun / "data", begun / "c.h5", backbone=backbone, precision="bf16")
+    made = extract(
+        begun / "data", begun / "c.h5", backbone=backbone, crop_mode="center", rebuild=True
+    )
+    assert (made.num_new, made.num_images) == (5, 6)
+    assert not (begun / "c.h5.partial").exists()

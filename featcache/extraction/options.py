@@ -1,0 +1,64 @@
+"""The options of an extraction, checked once and handed on as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from featcache.errors import ConfigError
+from featcache.extraction.pipeline import resolve_workers
+from featcache.runtime import Say, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionOptions:
+    """The keywords of ``extract`` but its backbone; documented there.
+
+    Raises:
+        ConfigError: If ``workers`` or ``max_errors`` has no such value.
+    """
+
+    weights: str | Path | None = None
+    image_size: int | str = "auto"
+    crop_mode: str = "squash"
+    interpolation: str = "bilinear"
+    normalize: str = "auto"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    bit_depth: int | str = "auto"
+    truncated: str = "skip"
+    views: int = 1
+    augment: str | None = None
+    precision: str = "fp32"
+    feature_dtype: str = "float32"
+    engine: str = "auto"
+    batch_size: int | str = "auto"
+    workers: int | str = "auto"
+    device: str = "auto"
+    group_by: str | None = None
+    max_errors: int | str = "5%"
+    limit: int | None = None
+    rehash: bool = False
+    rebuild: bool = False
+    say: Say = silent
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        resolve_workers(self.workers)
+        parse_max_errors(self.max_errors)
+
+
+def parse_max_errors(value: int | str) -> int | float:
+    """Return a count (int) or a share (float in [0, 1]) from ``12`` or ``5%``.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    text = str(value).strip()
+    try:
+        number = float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        number = -1
+    if number < 0 or (isinstance(number, float) and number > 1):
+        raise ConfigError("--max-errors", expected="a count or a share such as 5%", found=value)
+    return number

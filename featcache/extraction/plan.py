@@ -1,0 +1,178 @@
+"""Plan an extraction: what is known of its images, and which are left to be run.
+
+Reads: the cache that is there, an unfinished run, images of sizes that are known. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featcache.backbones.engine import Engine
+from featcache.cache.reading import Cache
+from featcache.cache.writing import partial_folder
+from featcache.data.dataset import ImageDataset
+from featcache.errors import CacheError
+from featcache.extraction.ledger import Ledger
+from featcache.extraction.options import ExtractionOptions, parse_max_errors
+from featcache.extraction.pipeline import hash_images
+from featcache.extraction.recipe import Recipe
+from featcache.extraction.shards import PartialCache
+from featcache.extraction.update import (
+    check_update,
+    find_changes,
+    holds,
+    open_existing,
+    refuse_other_images,
+)
+from featcache.files import make_folder, remove_temporaries
+from featcache.locking import writer_lock
+
+
+class Job:
+    """One cache to be made: its images, what is known of them, and what makes the rest.
+
+    Attributes:
+        path: The cache.
+        dataset: The images.
+        recipe: What makes features of them.
+        options: What the user asked for.
+        dtype: Of the stored features.
+        num_views: Split -> vectors of each of its images.
+        partial: The unfinished cache. Change it only while holding its lock.
+        ledger: What is known of the images.
+        old: The cache that is there already and will be updated, or None.
+        provenance: How the rows were made.
+        engine: What runs the network; None until it is chosen.
+        images_per_second: How fast it went, None where nothing was run.
+
+    Raises:
+        CacheError: If the cache that is there is another one: see ``update``.
+    """
+
+    def __init__(
+        self, path: Path, dataset: ImageDataset, recipe: Recipe, options: ExtractionOptions
+    ) -> None:
+        self.path, self.dataset, self.recipe, self.options = path, dataset, recipe, options
+        self.dtype = np.dtype(recipe.feature_dtype).newbyteorder("<")
+        self.num_views = {
+            split: recipe.view_rules.for_split(split, dataset.splits).num_views
+            for split in dataset.splits
+        }
+        self.partial = PartialCache(
+            partial_folder(path), recipe.fingerprint, recipe.backbone.num_features, self.dtype
+        )
+        self.ledger = Ledger(dataset, self.num_views, parse_max_errors(options.max_errors))
+        self.provenance: dict[str, Any] = {}
+        self.engine: Engine | None = None
+        self.images_per_second: float | None = None
+        self.old = self._open_old()
+
+    def _open_old(self) -> Cache | None:
+        old = open_existing(self.path, self.recipe, rebuild=self.options.rebuild)
+        if old is not None:
+            check_update(old, self.dataset, self.options.limit)
+        return old
+
+    def _is_replaced(self) -> bool:
+        return self.path.exists() if self.old is None else not self.old.container.is_current()
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether the cache that is there holds just these images, by name, size and time."""
+        old = self.old
+        return old is not None and not old.failures and holds(old, self.dataset, frozenset())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let nobody else write the cache; leave no folder behind where nothing was gained."""
+        make_folder(self.path.parent)
+        with writer_lock(self.partial.folder / "lock", f"cache {self.path.name}"):
+            try:
+                if self._is_replaced():  # before the lock was ours
+                    self.old = self._open_old()
+                yield
+            finally:
+                self.partial.abandon()
+
+    def remove_leftovers(self) -> None:
+        """Remove what a run left that was killed between publishing its cache and its own end."""
+        folder = self.partial.folder
+        if folder.exists():
+            # Of another recipe, or in use: somebody's work.
+            with (
+                contextlib.suppress(CacheError),
+                writer_lock(folder / "lock", f"cache {self.path.name}"),
+            ):
+                self.partial.open()
+                remove_temporaries(self.path)
+                self.partial.remove()
+
+    def read_known(self, device: torch.device) -> list[int]:
+        """Enter what the old cache and an unfinished run know into the ledger.
+
+        Returns:
+            The positions of images whose content may be known: see ``Ledger.match``.
+
+        Raises:
+            CacheError: If the unfinished run is one of another recipe, precision or kind of device,
+                and nobody asked for a rebuild.
+        """
+        try:
+            self.partial.open()
+            self._check_unfinished(device)
+        except CacheError:
+            if not self.options.rebuild:
+                raise
+            self.partial.forget()
+        if self.old is not None:
+            self.provenance = dict(self.old.provenance)
+            self.ledger.add_cache(self.old)
+        num_resumed = sum(self.ledger.add_shard(*shard) for shard in self.partial.read_shards())
+        if num_resumed:
+            self.provenance = self.partial.provenance or self.provenance
+            self.options.say(f"Resuming {self.path.name}: {num_resumed:,} images are done.")
+        return self.ledger.match(rehash=self.options.rehash)
+
+    def _check_unfinished(self, device: torch.device) -> None:
+        fixed, precision = self.partial.engine, self.options.precision
+        if fixed and (fixed.precision, fixed.device_type) != (precision, device.type):
+            raise CacheError(
+                "unfinished extraction", expected=f"{fixed.precision} on {fixed.device_type}",
+                found=f"{precision} on {device.type}", where=self.partial.folder,
+                hint="Finish it with the same --precision and --device, or pass --rebuild",
+            )  # fmt: skip
+
+
+def find_known(jobs: Sequence[Job], device: torch.device) -> Sequence[int]:
+    """Find which images of some caches of one data set need no forward pass.
+
+    Images whose content may be known are hashed, once for all caches.
+
+    Returns:
+        The positions of the images that are left to be run for at least one of them.
+
+    Raises:
+        CacheError: If an older cache knows none of the images, or an unfinished run is another's.
+    """
+    suspects = set[int]().union(*(job.read_known(device) for job in jobs))
+    if suspects:
+        positions, options, dataset = sorted(suspects), jobs[0].options, jobs[0].dataset
+        options.say(f"Hashing {len(positions):,} images whose content may be known.")
+        samples = [dataset.samples[position] for position in positions]
+        hashes = hash_images(dataset, samples, options.workers)
+        for position, sha256 in zip(positions, hashes, strict=True):
+            for job in jobs:
+                if sha256 is not None:
+                    job.ledger.recognise(position, sha256)
+    for job in jobs:
+        if job.old is not None:
+            refuse_other_images(job.old, find_changes(job.old, job.dataset, job.ledger))
+    every = range(len(jobs[0].dataset.samples))
+    return array("q", (p for p in every if any(job.ledger.wants(p) for job in jobs)))

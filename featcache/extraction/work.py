@@ -1,0 +1,197 @@
+"""Work: run the images that are left, and write their features into shards.
+
+Reads: images. Writes: ``CACHE.partial/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from featcache.errors import BackboneError, printable
+from featcache.extraction.engine_choice import check_frozen, drop_rows
+from featcache.extraction.pipeline import (
+    FeatureBatch,
+    Lane,
+    Outcome,
+    find_bottleneck,
+    images_under_way,
+    stream_features,
+)
+from featcache.extraction.plan import Job
+from featcache.extraction.shards import write_shard
+from featcache.runtime import Interrupted, Timer, held_signals
+
+SHARD_BYTES = 16 << 20
+SHARD_ROWS = 4096
+"""No shard has more, however narrow the features: rows wait in memory until their shard is full."""
+
+
+class ShardWriter:
+    """Collects the rows of one cache until they fill a shard, and writes it.
+
+    Args:
+        job: The cache, its engine chosen.
+        timer: Adds up the seconds of ``write``.
+    """
+
+    def __init__(self, job: Job, timer: Timer) -> None:
+        assert job.engine is not None
+        self._job, self._engine, self._timer = job, job.engine, timer
+        # Position and features (V, D); None where they are those of the same content elsewhere.
+        self._rows: list[tuple[int, npt.NDArray[Any] | None]] = []
+        backbone, view_rules = job.recipe.backbone, job.recipe.view_rules
+        row_bytes = backbone.num_features * job.dtype.itemsize * view_rules.num_views
+        self.rows_per_shard = max(job.engine.batch_size, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
+
+    def take(
+        self, outcomes: Sequence[Outcome], features: Sequence[npt.NDArray[np.float32] | None]
+    ) -> None:
+        """Take over what the pipeline made of some images, if this cache wants them.
+
+        Raises:
+            DataError: If more images have failed than are allowed.
+            BackboneError: If features are not finite in the stored dtype, or the network has
+                changed.
+        """
+        ledger = self._job.ledger
+        for outcome, made in zip(outcomes, features, strict=True):
+            if ledger.wants(outcome.position):
+                stored = None if made is None else self._stored(made, outcome)
+                if ledger.settle(outcome):
+                    self._rows.append((outcome.position, stored))
+        self._rows += [(position, None) for position in ledger.settle_repeated()]
+        self.flush(at_least=self.rows_per_shard)
+
+    def _stored(self, features: npt.NDArray[np.float32], outcome: Outcome) -> npt.NDArray[Any]:
+        """Return features in the stored dtype, all finite."""
+        dtype = self._job.dtype
+        with np.errstate(over="ignore"):
+            stored = features.astype(dtype)
+        if not np.isfinite(stored).all():
+            raise BackboneError(
+                "features", expected=f"finite {dtype.name} values", found="NaN or infinity",
+                where=outcome.sample.path,
+                hint="Use --precision fp32 and --feature-dtype float32",
+            )  # fmt: skip
+        return stored
+
+    def flush(self, at_least: int = 1) -> None:
+        """Write the rows at hand into a shard, if they are so many.
+
+        Hashing what runs takes 20 ms for B0, and nothing where it is exported (ONNX).
+
+        Raises:
+            BackboneError: If the network has changed: nobody can tell which rows are true.
+        """
+        if len(self._rows) < at_least:
+            return
+        if not self._engine.is_frozen():
+            raise drop_rows(self._job)
+        job, ledger = self._job, self._job.ledger
+        own = [(position, made) for position, made in self._rows if made is not None]
+        none = np.empty((0, job.recipe.backbone.num_features), job.dtype)
+        vectors = np.concatenate([none, *(made for _, made in own)])
+        table = [
+            ledger.describe_row(position, 0 if made is None else len(made))
+            for position, made in self._rows
+        ]
+        with self._timer("write"):
+            # Any process may come so far as the receipt; the manifest has one writer.
+            receipt = write_shard(job.partial.next_shard, vectors, table)
+            stored = job.partial.add_shard(receipt)
+        self._rows = []  # listed: an interruption must not write them again
+        ledger.store(stored, (position for position, _ in own))
+
+
+def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
+    """Make the features that some caches of one data set still want, each image decoded once.
+
+    What is in a shard survives any end; the rows at hand are put into one when it comes.
+
+    Args:
+        jobs: The caches, each with its engine chosen.
+        positions: The images to be run.
+
+    Raises:
+        Interrupted: If a signal asked for the end; it says how far it got.
+        FeatcacheError: If an image, the network or the disk does not allow to go on.
+    """
+    timer, begin = Timer(), time.perf_counter()
+    writers = [ShardWriter(job, timer) for job in jobs]
+    # Those a killed run may have died of are decoded in a child process.
+    num_isolated = 0
+    if any(job.partial.was_killed for job in jobs):
+        num_isolated = max(writer.rows_per_shard for writer in writers)
+        num_isolated += images_under_way(_lanes(jobs))
+    try:
+        with contextlib.ExitStack() as stack:
+            check_signals = stack.enter_context(held_signals())
+            for job, writer in zip(jobs, writers, strict=True):
+                # also when interrupted, and whatever becomes of the others
+                stack.callback(job.partial.stop)
+                stack.callback(writer.flush)
+            while positions:
+                for batch in _stream(jobs, positions, num_isolated, timer):
+                    for number, writer in enumerate(writers):
+                        writer.take(batch.outcomes, batch.features[number])
+                    check_signals()
+                positions = sorted(set[int]().union(*(job.ledger.take_unsettled() for job in jobs)))
+                num_isolated = len(positions)  # a twin of theirs had an accident
+    except Interrupted as stop:
+        kept = "; ".join(map(_describe_kept, jobs))
+        message = f"interrupted: {kept}; the same command goes on"
+        raise Interrupted(stop.signal_number, message) from None
+    for job in jobs:
+        _note_speed(job, time.perf_counter() - begin, timer)
+        check_frozen(job)
+
+
+def _lanes(jobs: Sequence[Job]) -> list[Lane]:
+    lanes = []
+    for job in jobs:
+        assert job.engine is not None
+        lanes.append(Lane(job.recipe, job.engine, job.ledger.claim))
+    return lanes
+
+
+def _stream(
+    jobs: Sequence[Job], positions: Sequence[int], num_isolated: int, timer: Timer
+) -> Iterator[FeatureBatch]:
+    """Run images through the networks, the first of them decoded in a child process."""
+    dataset, options = jobs[0].dataset, jobs[0].options
+    bar = tqdm(
+        total=len(positions), unit="img", desc="extract", smoothing=0.1, dynamic_ncols=True,
+        disable=None if options.progress else True,
+    )  # fmt: skip
+    with bar:
+        for part, isolate in ((positions[:num_isolated], True), (positions[num_isolated:], False)):
+            for batch in stream_features(
+                dataset, dataset.samples, _lanes(jobs), positions=part, workers=options.workers,
+                timer=timer, isolate=isolate,
+            ):  # fmt: skip
+                yield batch
+                bar.set_postfix_str(f"waits for {find_bottleneck(timer.seconds)}", refresh=False)
+                bar.update(len(batch.outcomes))
+
+
+def _describe_kept(job: Job) -> str:
+    """Say how far an interrupted run got."""
+    num_kept, num_images = job.ledger.num_kept, len(job.dataset.samples)
+    return f"{num_kept:,} of {num_images:,} images are kept in {printable(job.partial.folder)}"
+
+
+def _note_speed(job: Job, seconds: float, timer: Timer) -> None:
+    """Record how fast it went."""
+    job.images_per_second = round(job.ledger.num_new / seconds, 2)
+    job.provenance |= {
+        "images_per_second": job.images_per_second,
+        "stage_seconds": {k: round(v, 3) for k, v in sorted(timer.seconds.items())},
+        "bottleneck": find_bottleneck(timer.seconds),
+    }
