@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +38,18 @@ def canonical_json(value: Any) -> str:
         ValueError: If ``value`` holds NaN or an infinity.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def json_sha256(value: Mapping[str, Any], *, without: str) -> str:
+    """Return the sha256 (64 hex digits) of ``value`` as canonical JSON, one key left out.
+
+    The key is usually where the hash itself is stored.
+
+    Raises:
+        ValueError: If ``value`` holds NaN or an infinity.
+    """
+    rest = {key: item for key, item in value.items() if key != without}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
 
 
 def readable_json(value: Any) -> str:
