@@ -175,7 +175,7 @@ class Rearrangement:
         num_without = sum(row.group is None for row in self.rows)
         if 0 < num_without < len(self.rows):
             self.rows = [row._replace(group=row.group or row.path) for row in self.rows]
-            self.say(f"groups: {num_without:,} rows have none and are a group each")
+            self.say(f"groups: {num_without:,} rows have none; each is a group of its own")
         check_names("groups", list({row.group or "" for row in self.rows}))
         _say_shared_groups(self.rows, self.say)
         if not self.is_multilabel:
@@ -183,7 +183,7 @@ class Rearrangement:
         self.rows.sort(key=lambda row: (SPLITS.index(row.split), os_bytes(row.path)))
         if {row.split for row in self.rows} > {"all"}:
             warnings.warn(
-                "some rows are in split all, others in train, valid or test: heads are trained on "
+                "some rows are in split all, others in train, valid or test; heads are trained on "
                 "train alone; name the rows' splits in a --table of path,split",
                 FeatcacheWarning, stacklevel=3,
             )  # fmt: skip
@@ -353,7 +353,7 @@ def _check_pairs(caches: Sequence[Cache], pairs: Sequence[tuple[Row, Row]]) -> N
                     f"features of {x.path}", where=caches[y.cache].path,
                     expected=f"those of {caches[x.cache].path.as_posix()}, the same image",
                     found=f"others, by {error:.1e}",
-                    hint="Find the untrue cache with featcache verify CACHE --data DATA",
+                    hint="Find the wrong cache with featcache verify CACHE --data DATA",
                 )  # fmt: skip
 
 
@@ -371,7 +371,7 @@ def _warn_of_contradictions(caches: Sequence[Cache], rows: Sequence[Row]) -> Non
     if torn:
         example = printable(next(iter(torn.values())))
         warnings.warn(
-            f"{len(torn):,} images stand in two classes, byte for byte; one is {example}",
+            f"{len(torn):,} byte-identical images have two classes, for example {example}",
             FeatcacheWarning, stacklevel=4,
         )  # fmt: skip
 
@@ -386,7 +386,7 @@ def _say_shared_groups(rows: Sequence[Row], say: Say) -> None:
     }
     if shared:
         example = printable(next(iter(shared)))
-        say(f"groups: {len(shared):,} stand in several caches, such as {example}, taken for one")
+        say(f"groups: {len(shared):,} are in several caches, such as {example}; each is one group")
 
 
 def gather(

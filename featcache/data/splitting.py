@@ -102,7 +102,7 @@ def split(
     assigned = _assign(dataset, hashes, shares, seed)
     counts = _count(dataset, assigned)
     if hashes:
-        say(f"{len(hashes)} images have a byte-identical twin and stay with it")
+        say(f"{len(hashes)} images have a byte-identical copy and stay with it")
     for name, per_class in counts.items():
         listed = ", ".join(f"{count} {label}" for label, count in per_class.items())
         say(f"{name}: {sum(per_class.values())} images ({listed})")
@@ -181,12 +181,12 @@ def _count_matched(dataset: ImageDataset, say: Say) -> dict[str, int]:
     listed = ", ".join(
         f"{matched[name]} of {total[target]} {name}" for target, name in enumerate(dataset.classes)
     )
-    say(f"groups: {num_groups}; named in {listed} (the others are a group each)")
+    say(f"groups: {num_groups}; named in {listed} (each of the others is a group of its own)")
     without = [name for name, count in matched.items() if count == 0]
     if without:
         warnings.warn(
             f"--group-by matches no file name of {', '.join(without)}: images of one patient may "
-            "stand in two splits there",
+            "be in two splits there",
             FeatcacheWarning, stacklevel=3,
         )  # fmt: skip
     return matched
@@ -214,11 +214,13 @@ def _warn_of_contradictions(dataset: ImageDataset, hashes: dict[int, str]) -> No
     by_hash: dict[str, list[Sample]] = defaultdict(list)
     for index, digest in hashes.items():
         by_hash[digest].append(dataset.samples[index])
-    torn = [twins for twins in by_hash.values() if len({twin.target for twin in twins}) > 1]
-    if torn:
+    contradicting = [
+        copies for copies in by_hash.values() if len({copy.target for copy in copies}) > 1
+    ]
+    if contradicting:
         warnings.warn(
-            f"{len(torn)} images stand in two classes, byte for byte; one is "
-            + " = ".join(twin.path for twin in torn[0]),
+            f"{len(contradicting)} images have byte-identical copies in another class, for example "
+            + " = ".join(copy.path for copy in contradicting[0]),
             FeatcacheWarning, stacklevel=3,
         )  # fmt: skip
 

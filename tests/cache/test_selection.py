@@ -320,7 +320,7 @@ def test_the_same_image_under_the_same_path_is_kept_once(
     assert new.splits["train"].paths == ["train/covid/1", "train/normal/2", "train/normal/3"]
     assert new.splits["train"].groups == ["p", "train/normal/2", "q"]  # known there, kept
     assert "kept once: 1 rows that are the same image under the same path" in said
-    assert "groups: 1 rows have none and are a group each" in said
+    assert "groups: 1 rows have none; each is a group of its own" in said
     assert select([a.path, a.path], tmp_path / "n2.h5").num_merged == 2
 
 
@@ -379,7 +379,9 @@ def test_images_of_several_names_are_kept_and_contradictions_are_said(
 ) -> None:
     a = make("a", "train/x/1", "train/y/2", images={"train/x/1": 9})
     b = make("b", "train/x/3", "train/y/4", images={"train/y/4": 9})
-    with pytest.warns(FeatcacheWarning, match=r"1 images stand in two classes.*x/1 = train/y/4"):
+    with pytest.warns(
+        FeatcacheWarning, match=r"1 byte-identical images have two classes.*x/1 = train/y/4"
+    ):
         summary = select([a.path, b.path], tmp_path / "new.h5")
     assert summary.num_images == 4
     c = make("c", "valid/x/5", "valid/y/6", images={"valid/x/5": 9})
@@ -600,8 +602,8 @@ def test_groups_are_joined_and_what_has_none_is_its_own(
     c = make("c", "all/x/5", groups={"all/x/5": "p"})
     new = whole(a, b, c, say=said.append)
     assert new.splits["all"].groups == ["p", "q", "all/x/3", "all/x/4", "p"]
-    assert "groups: 2 rows have none and are a group each" in said
-    assert "groups: 1 stand in several caches, such as p, taken for one" in said
+    assert "groups: 2 rows have none; each is a group of its own" in said
+    assert "groups: 1 are in several caches, such as p; each is one group" in said
     new.path.unlink()
     assert whole(b).splits["all"].groups is None
 

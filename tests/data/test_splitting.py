@@ -263,7 +263,7 @@ def test_identical_files_stay_together_and_join_groups(tmp_path):
         twins = splits_of(dataset, content_of(dataset))
         assert len(twins) < len(dataset.samples)
         assert all(len(splits) == 1 for splits in twins.values())
-        assert f"{summary.num_identical} images have a byte-identical twin" in "\n".join(lines)
+        assert f"{summary.num_identical} images have a byte-identical copy" in "\n".join(lines)
         contents = Counter(map(content_of(dataset), dataset.samples))
         assert summary.num_identical == sum(n for n in contents.values() if n > 1)
         if group_by:
