@@ -1,12 +1,12 @@
 """The error tree. Every foreseeable failure of featcache is one of these, in one line.
 
 FeatcacheError
-├── DataError        what the user handed us: folders, CSV, zip, images
-│   └── TransientError   of one image this once, whatever is in it: no memory, a dead decoder
+├── DataError        the input: folders, CSV, zip, images
+│   └── TransientError   one image failed, but may not fail again: no memory, a dead decoder
 ├── BackboneError    a backbone's name, weights or output
 ├── CacheError       a cache file that is not whole, not ours, or does not fit
 ├── RunError         a run folder that is not whole, or does not fit
-└── ConfigError      an option, or options that contradict each other
+└── ConfigError      an invalid option, or options that contradict each other
 
 FeatcacheWarning     something the user should know that does not stop the work
 """
@@ -25,7 +25,7 @@ def printable(value: object) -> str:
     """Return ``value`` as text that is safe to print on a terminal or to write into a log.
 
     Control characters, direction overrides and undecodable bytes become visible escapes: file
-    and class names come from strangers and may hold terminal commands.
+    and class names are not trusted, and may contain terminal commands.
     """
     text = str(value)
     return "".join(
@@ -37,15 +37,15 @@ def printable(value: object) -> str:
 
 
 class FeatcacheError(Exception):
-    """Root of all errors featcache raises on purpose.
+    """Base class of all errors that featcache raises on purpose.
 
     The message is always ``<what>: expected X, found Y (<file or key>). <what to do next>.``
 
     Args:
-        what: The thing that is wrong, in a few words.
+        what: What is wrong, in a few words.
         expected: What would have been right.
-        found: What is there instead.
-        where: The file, folder or key it was found in, if one can be named.
+        found: What was found instead.
+        where: The file, folder or key, if there is one.
         hint: What to do next, a sentence without its full stop.
     """
 
@@ -59,7 +59,7 @@ class FeatcacheError(Exception):
         super().__init__(printable(f"{what}: expected {expected}, found {found}{place}.{advice}"))
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Survive pickling: errors cross process borders when images decode in a child."""
+        """Support pickling: a child process that decodes images sends its errors back."""
         where = str(self.where) if isinstance(self.where, PurePath) else self.where
         details = {
             "expected": self.expected, "found": self.found, "where": where, "hint": self.hint,
@@ -72,27 +72,27 @@ def _rebuild(kind: type[FeatcacheError], what: str, details: dict[str, object]) 
 
 
 class DataError(FeatcacheError):
-    """The images, folders, CSV or zip handed to featcache cannot be used as they are."""
+    """The given images, folders, CSV or zip cannot be used as they are."""
 
 
 class TransientError(DataError):
-    """An image could not be read this once, which says nothing of the same bytes next time."""
+    """An image could not be read this time; the same bytes may be readable next time."""
 
 
 class BackboneError(FeatcacheError):
-    """A backbone cannot be built, its weights do not fit, or it is not what it should be."""
+    """A backbone cannot be built, its weights do not fit, or its output is wrong."""
 
 
 class CacheError(FeatcacheError):
-    """A cache file is not whole, was not made by featcache, or does not fit the request."""
+    """A cache file is damaged, was not made by featcache, or does not fit the request."""
 
 
 class RunError(FeatcacheError):
-    """A run folder is not whole, or does not fit the request."""
+    """A run folder is damaged or incomplete, or does not fit the request."""
 
 
 class ConfigError(FeatcacheError):
-    """An option has no meaning, or options contradict each other."""
+    """An option is invalid, or options contradict each other."""
 
 
 class FeatcacheWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, hashes, canonical JSON.
+"""Atomic writes (a file is whole or absent), hashes, canonical JSON and safe CSV.
 
 The protocol is: temporary name, write, fsync, rename, fsync of the folder. With it 1,500 of 1,500
 kills and 300 of 300 power cuts lost nothing; without the last fsync 41 of 60 cuts lost a file.
@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +30,7 @@ NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of ``value``: sorted keys, no spaces, ASCII, no NaN.
+    """Return ``value`` as canonical JSON: sorted keys, no spaces, ASCII, no NaN.
 
     Equal values give equal bytes, so the text can be hashed.
 
@@ -40,8 +40,20 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def json_sha256(value: Mapping[str, Any], *, without: str) -> str:
+    """Return the sha256 (64 hex digits) of ``value`` as canonical JSON, one key left out.
+
+    The key is usually where the hash itself is stored.
+
+    Raises:
+        ValueError: If ``value`` holds NaN or an infinity.
+    """
+    rest = {key: item for key, item in value.items() if key != without}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+
+
 def readable_json(value: Any) -> str:
-    """Return ``value`` as indented JSON for people, without NaN, ending in a newline."""
+    """Return ``value`` as indented JSON, without NaN, ending in a newline."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
@@ -53,7 +65,7 @@ def sha256_file(path: Path, offset: int = 0) -> str:
 
 
 def sha256_stream(file: BinaryIO | io.FileIO) -> str:
-    """Return the sha256 (64 hex digits) of what is left to read of an open file."""
+    """Return the sha256 (64 hex digits) of the rest of an open file."""
     digest = hashlib.sha256()
     while block := file.read(_HASH_BLOCK_BYTES):
         digest.update(block)
@@ -61,12 +73,12 @@ def sha256_stream(file: BinaryIO | io.FileIO) -> str:
 
 
 def read_regular(path: Path, *, max_bytes: int) -> bytes:
-    """Return the bytes of a regular file: pipes do not block, devices do not flood.
+    """Return the bytes of a regular file; refuse pipes, devices and files that are too large.
 
     Raises:
         OSError: If it cannot be read, is no regular file, or is larger than ``max_bytes``.
     """
-    # Without O_NONBLOCK a pipe that took the file's place would block for ever.
+    # Without O_NONBLOCK, opening a pipe would block for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with os.fdopen(os.open(path, flags), "rb") as file:
         status = os.fstat(file.fileno())
@@ -78,7 +90,7 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` survive a power cut. Does nothing where folders cannot sync."""
+    """Sync a folder, so that its names survive a power cut. Does nothing on Windows."""
     if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -89,12 +101,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def follow_link(path: Path) -> Path:
-    """Return the file that a link leads to: that one is to be replaced, and not the link."""
+    """Return the file that a link points to, so that it is replaced and not the link."""
     return path.resolve() if path.is_symlink() else path
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, that survive a power cut; nothing if it is there."""
+    """Make a folder and its parents so that they survive a power cut; keep existing ones."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -103,7 +115,7 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path``; on leaving, publish it under that name.
+    """Open a temporary file beside ``path``; on leaving, sync it and rename it to ``path``.
 
     Leaving by an exception removes the temporary file and leaves an older ``path`` untouched.
     """
@@ -121,13 +133,13 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what writers of ``path`` that were killed left beside it; call it under their lock."""
+    """Remove temporary files of killed writers of ``path``. Call it while holding their lock."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         stale.unlink(missing_ok=True)
 
 
 def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
-    """Turn an ``OSError`` met while writing into the one line a user can act on."""
+    """Turn an ``OSError`` while writing into an error that says what to do."""
     if error.errno in NO_SPACE:
         free = shutil.disk_usage(path.parent).free
         return CacheError(
@@ -165,7 +177,7 @@ def csv_text(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
     Cells that begin with one of ``= + - @`` TAB or CR get a leading apostrophe (OWASP, CSV
     injection); numbers are left alone. Undecodable bytes of file names become ``\udcNN``.
-    ``plain_cell`` gives back what was there.
+    ``plain_cell`` undoes this.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer)  # CR LF ends a row (RFC 4180), so cells that hold either are quoted
@@ -178,13 +190,13 @@ def csv_text(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def join_names(names: Iterable[str]) -> str:
     r"""Return names as one cell, joined by ``|``.
 
-    A ``|`` or ``\`` of a name's own has a ``\`` before it.
+    A ``|`` or ``\`` in a name gets a ``\`` before it.
     """
     return "|".join(re.sub(r"([\\|])", r"\\\1", name) for name in names)
 
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
-# an undecodable byte, or what is written for one, and the backslashes before it
+# an undecodable byte, or text that looks like an escaped one, and the backslashes before it
 _BYTE = re.compile("(\\\\*)([\udc80-\udcff])|(\\\\+)(?=udc[89a-f][0-9a-f])")
 _WRITTEN_BYTE = re.compile(r"(\\+)udc([89a-f][0-9a-f])")
 
@@ -192,19 +204,22 @@ _WRITTEN_BYTE = re.compile(r"(\\+)udc([89a-f][0-9a-f])")
 def _safe_cell(cell: object) -> object:
     if not isinstance(cell, str):
         return cell
-    # backslashes are doubled where they stand before such a byte, or would pass for one
+    # backslashes before such a byte or text are doubled, so that reading can tell them apart
     text = _BYTE.sub(lambda m: (m[1] or m[3] or "") * 2 + (m[2] or ""), cell)
     text = text.encode("utf-8", "backslashreplace").decode()
     return "'" + text if _is_formula(text) else text
 
 
 def _is_formula(text: str) -> bool:
-    """Also behind apostrophes, so that one more can be told from the name's own."""
+    """Return whether a cell, without leading apostrophes, would be read as a formula.
+
+    Apostrophes are skipped so that an added one can be told from those of the name.
+    """
     return text.lstrip("'").lstrip(" \u00a0").startswith(_FORMULA_STARTS)
 
 
 def plain_cell(cell: str) -> str:
-    """Return what ``csv_text`` was given for a cell of its text."""
+    """Return the text that ``csv_text`` escaped into this cell."""
 
     def undo(match: re.Match[str]) -> str:
         backslashes, odd = divmod(len(match[1]), 2)
@@ -221,7 +236,7 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Build a folder under ``NAME.partial`` and rename it to ``path`` when all went well.
+    """Build a folder as ``NAME.partial`` and rename it to ``path`` if nothing failed.
 
     Args:
         path: The folder to make.
@@ -231,7 +246,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         RunError: If ``path`` exists and ``overwrite`` is not set.
     """
     refuse_existing(path, overwrite=overwrite)
-    path = path.absolute()  # "." has no name to put .partial behind
+    path = path.absolute()  # "." has no name to append .partial to
     partial = path.with_name(path.name + ".partial")
     make_folder(path.parent)
     shutil.rmtree(partial, ignore_errors=True)
@@ -250,7 +265,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if path.exists():
                 path.rename(old)
             partial.rename(path)
-        except BaseException:  # Ctrl-C between the two would hide the old run for good
+        except BaseException:  # Ctrl-C between the two renames must not lose the old run
             if old.exists() and not path.exists():
                 old.rename(path)
             raise
@@ -263,9 +278,9 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def child_process(module: str) -> tuple[list[str], dict[str, str]]:
-    """Return command and environment that run a module of featcache in a process of its own.
+    """Return command and environment to run a module of featcache in another process.
 
-    The current folder stays off its path: a file ``numpy.py`` beside the images is not to be run.
+    The current folder is not on its path: a file ``numpy.py`` beside the images must not run.
     """
     package = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
@@ -273,7 +288,7 @@ def child_process(module: str) -> tuple[list[str], dict[str, str]]:
 
 
 def require_folder(path: Path, what: str) -> None:
-    """Refuse, before any work is done, a file that could not be written.
+    """Check, before any work is done, that a file can be written there.
 
     Raises:
         ConfigError: If ``path`` is a folder, or its folder does not exist.
@@ -283,7 +298,7 @@ def require_folder(path: Path, what: str) -> None:
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Stop early when a result is already there.
+    """Refuse to replace an existing result, unless it is a run and ``overwrite`` is set.
 
     Raises:
         RunError: If ``path`` exists and is more than an empty folder, unless ``overwrite`` is set
@@ -299,5 +314,5 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     if not (path / "run.json").is_file():
         raise RunError(
             "output folder", expected="a run of featcache to overwrite", found="no run.json in it",
-            where=path, hint="Choose another name: other people's files are not deleted",
+            where=path, hint="Choose another name: featcache only deletes its own runs",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The writer's lock: one process at a time writes a cache, and its lock is free when it dies."""
+"""The writer's lock: one process at a time writes a cache; the lock is freed when it dies."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from featcache.files import NO_SPACE, disk_error, sync_folder
 
 @contextlib.contextmanager
 def writer_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold ``path`` as an exclusive lock (flock), free at once when the process dies.
+    """Hold an exclusive lock on ``path`` (flock), which is released when the process dies.
 
     Args:
-        path: The lock file; it is made if missing and may stay behind, which means nothing.
-        what: What is locked, for the message.
+        path: The lock file. It is created if missing, and may be left behind.
+        what: What is locked, for messages.
 
     Raises:
-        CacheError: If another process holds it; says which, on what host, since when.
+        CacheError: If another process holds it; names process, host and start.
         ConfigError: Where the platform has no flock.
     """
     try:
@@ -37,54 +37,54 @@ def writer_lock(path: Path, what: str) -> Iterator[None]:
         ) from error  # fmt: skip
     while True:
         file = _open_lock(path, what)
-        if file is None:  # another writer, done, has just removed the folder
+        if file is None:  # a writer that finished has just removed the folder
             continue
         with file:
             _lock(file, path, what, fcntl)
-            if _is_still(file, path):
+            if _is_current_file(file, path):
                 _sign(file)
                 yield
                 return
 
 
-_LOCK_SIGN = b"process "
+_SIGNATURE_START = b"process "
 
-_LOCK_BYTES = 4096  # a folder and a file of few bytes: what a full disk lacks
+_LOCK_BYTES = 4096  # for messages: a folder and a small file take one disk block
 
 
 def _open_lock(path: Path, what: str) -> BinaryIO | None:
-    """Open the lock file, made if missing; None if its folder was removed meanwhile."""
+    """Open or create the lock file; return None if its folder was removed meanwhile."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sync_folder(path.parent.parent)  # what is written into it must not vanish with it
+        sync_folder(path.parent.parent)  # else a power cut could lose the folder
     except OSError as error:
         raise disk_error(error, path.parent, _LOCK_BYTES) from error
     try:
-        # Not through a link, and not waiting for whoever may open a pipe's other end.
+        # O_NOFOLLOW: not through a link. O_NONBLOCK: a pipe would block until its other end opens.
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except FileNotFoundError:
         return None
     except OSError as error:
         if error.errno in NO_SPACE:
             raise disk_error(error, path, _LOCK_BYTES) from error
-        raise _not_ours(path, what, str(error.strerror)) from error
+        raise _unusable_lock(path, what, str(error.strerror)) from error
     file = open(handle, "r+b", buffering=0)  # noqa: PTH123, SIM115 (the caller closes it)
     kind = os.fstat(handle).st_mode
     if not stat.S_ISREG(kind):
         file.close()
-        raise _not_ours(path, what, "a pipe or a device")
-    # Nobody syncs it: a power cut may leave nothing, a part or zeros.
-    head = zip(file.read(len(_LOCK_SIGN)), _LOCK_SIGN, strict=False)
+        raise _unusable_lock(path, what, "a pipe or a device")
+    # The content is never synced: after a power cut it may be empty, partial or zeros.
+    head = zip(file.read(len(_SIGNATURE_START)), _SIGNATURE_START, strict=False)
     if any(byte not in {0, wanted} for byte, wanted in head):
         file.close()
-        raise _not_ours(path, what, "another file")
+        raise _unusable_lock(path, what, "another file")
     return file
 
 
-def _not_ours(path: Path, what: str, found: str) -> CacheError:
+def _unusable_lock(path: Path, what: str, found: str) -> CacheError:
     return CacheError(
-        f"lock of {what}", expected="a file of ours that can be written", found=found, where=path,
-        hint="Remove it, or choose another name for the cache",
+        f"lock of {what}", expected="a lock file of featcache that can be written", found=found,
+        where=path, hint="Remove it, or choose another name for the cache",
     )  # fmt: skip
 
 
@@ -94,7 +94,8 @@ def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
         try:
             fcntl.flock(file, how)
         except BlockingIOError:
-            # Twice, and reading takes some time: after one of 900 kills the lock was not yet free.
+            # Try again after reading (which takes a while): after one of 900 kills the lock was
+            # not yet free.
             holder = _read_sign(file)
             fcntl.flock(file, how)
     except BlockingIOError as error:
@@ -110,16 +111,18 @@ def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
 
 
 def _sign(file: BinaryIO) -> None:
-    """Note who holds the lock. On a full disk that cannot be: the lock holds all the same."""
+    """Write who holds the lock into it. This may fail on a full disk; the lock holds anyway."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     file.truncate(0)
     file.seek(0)
     with contextlib.suppress(OSError):
-        file.write(_LOCK_SIGN + f"{os.getpid()} on {socket.gethostname()} since {since}".encode())
+        file.write(
+            _SIGNATURE_START + f"{os.getpid()} on {socket.gethostname()} since {since}".encode()
+        )
 
 
 def _read_sign(file: BinaryIO) -> str:
-    """Return who holds the lock. It is signed just after it was taken, so wait a little."""
+    """Return who holds the lock. It is signed just after it is taken, so wait up to a second."""
     for _ in range(20):
         time.sleep(0.05)
         file.seek(0)
@@ -128,11 +131,11 @@ def _read_sign(file: BinaryIO) -> str:
     return "an unknown process"
 
 
-def _is_still(file: BinaryIO, path: Path) -> bool:
-    """Whether the open file is the one under its name.
+def _is_current_file(file: BinaryIO, path: Path) -> bool:
+    """Return whether the open file is still the one under its name.
 
-    The writer before us may have removed it between our opening and locking it: then somebody else
-    can lock the next one, and two would write.
+    The previous writer may have removed it after we opened and before we locked it. Another process
+    could then lock a new file of this name, and both would write.
     """
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -1,4 +1,4 @@
-"""Facts of the machine and choices made once: device, exact arithmetic, memory, clocks.
+"""The machine: device, exact fp32 arithmetic, memory, cores, signals and timers.
 
 Imports torch only where a GPU may be, or where torch is about to compute.
 """
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     import torch
 
 Say = Callable[[str], None]
-"""Where a stage tells people what it does: one line of text a call."""
+"""Called with one line of text to tell the user what is happening."""
 
 _REPORTED_PACKAGES = (
     "featcache", "torch", "torchvision", "efficientnet_pytorch", "numpy", "h5py", "pillow",
-    "onnxruntime",     "scikit-learn",
+    "onnxruntime", "scikit-learn",
 )  # fmt: skip
 
 
@@ -69,11 +69,11 @@ _GPU_FILES = ("nvidiactl", "nvidia0", "kfd", "dxg")  # of /dev: NVIDIA, AMD, Win
 def resolve_device(name: str = "auto") -> Device:
     """Return the device of ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
 
-    ``auto`` is CUDA, then MPS, then the CPU, whichever is there first. torch is asked only where
-    the operating system shows a GPU: importing it takes seconds.
+    ``auto`` is the first available of CUDA, MPS and CPU. torch is imported only if the operating
+    system shows a GPU, since importing it takes seconds.
 
     Raises:
-        ConfigError: If the name is unknown or the device is not there.
+        ConfigError: If the name is unknown or the device is not available.
     """
     if name == "cpu" or (name == "auto" and not _may_have_gpu()):
         return CPU
@@ -89,7 +89,7 @@ def resolve_device(name: str = "auto") -> Device:
     if found is None:
         raise ConfigError(
             "--device", expected="one of auto, " + ", ".join(map(str, available)), found=name,
-            hint="Leave --device out to take the fastest device there is",
+            hint="Leave --device out to use the fastest device available",
         )  # fmt: skip
     return found
 
@@ -103,10 +103,10 @@ def _may_have_gpu() -> bool:
 
 
 class _Arithmetic:
-    """Owns torch's fp32 precision settings, which are one set for all threads of the process.
+    """Changes and restores torch's fp32 precision settings, which all threads share.
 
-    The first block that is entered saves the caller's settings, the last one left restores them;
-    in between the block entered last rules. So blocks may nest, and threads may share a mode.
+    The first block entered saves the caller's settings and the last one left restores them. In
+    between, the block entered last decides. So blocks may nest, and threads may share a mode.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ _arithmetic = functools.cache(_Arithmetic)
 def exact_fp32(*, tf32: bool = False) -> Iterator[None]:
     """Run with IEEE fp32 arithmetic (or TF32 where asked), then restore the caller's settings.
 
-    Convolutions use TF32 by default on CUDA, so "fp32" means nothing without this. Blocks may nest,
+    On CUDA, convolutions use TF32 by default, so fp32 is not exact without this. Blocks may nest,
     and several threads may be inside at once if they ask for the same arithmetic.
     """
     import torch
@@ -164,7 +164,7 @@ def exact_fp32(*, tf32: bool = False) -> Iterator[None]:
 
 
 def environment_facts(device: Device | torch.device | None = None) -> dict[str, Any]:
-    """Return what a reader needs to place a result: versions, processor, device, date."""
+    """Return what a result depends on: versions, processor, device, date."""
     torch = sys.modules.get("torch")
     versions = {}
     for name in _REPORTED_PACKAGES:
@@ -185,7 +185,7 @@ def environment_facts(device: Device | torch.device | None = None) -> dict[str, 
 
 
 def available_cores() -> int:
-    """Return how many processor cores this process may use, a container's share included."""
+    """Return how many processor cores this process may use, within its container's limit."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -196,11 +196,11 @@ def available_cores() -> int:
 
 
 def available_memory(device: Device | torch.device = CPU) -> float:
-    """Return how many bytes this process may still take on a device.
+    """Return how many bytes this process may still allocate on a device.
 
-    On a CPU the least of what the system has, the control groups allow (file pages that can be
-    dropped are not counted as used) and ``ulimit -v`` and ``ulimit -d`` leave; infinity where the
-    system does not tell (it is read from Linux's ``/proc``).
+    On a CPU this is the smallest of: the system's available memory, what the control groups allow
+    (file pages that can be dropped count as free), and what ``ulimit -v`` and ``ulimit -d`` leave.
+    It is read from Linux's ``/proc``; infinity on other systems.
     """
     if device.type == "cuda":
         import torch
@@ -208,14 +208,14 @@ def available_memory(device: Device | torch.device = CPU) -> float:
         place = torch.device(str(device))
         cached = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
         return torch.cuda.mem_get_info(place)[0] + cached
-    limits = [*_limits_of_process(), *_limits_of_groups()]
+    limits = [*_process_limits(), *_limits_of_groups()]
     facts = _read_counts(Path("/proc/meminfo"))
     if "MemAvailable" in facts:
         limits.append(facts["MemAvailable"] << 10)
     return max(0, min(limits, default=math.inf))
 
 
-def _limits_of_process() -> Iterator[int]:
+def _process_limits() -> Iterator[int]:
     facts = _read_counts(Path("/proc/self/status"))
     if "VmSize" in facts:
         import resource  # not on Windows
@@ -227,7 +227,7 @@ def _limits_of_process() -> Iterator[int]:
 
 
 def _limits_of_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Yield what each control group that this process is in has left, of version 2 and 1."""
+    """Yield the bytes left in each control group (version 2 or 1) of this process."""
     groups = []
     with contextlib.suppress(OSError):
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -238,7 +238,7 @@ def _limits_of_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
             top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
         elif controllers:
             continue
-        folder = top / path.strip("/")  # in a container not there, but the top is its own
+        folder = top / path.strip("/")  # missing in a container, whose own group is the top
         for place in (folder, *folder.parents[: len(folder.parts) - len(top.parts)]):
             with contextlib.suppress(OSError, ValueError):  # none, or no limit ("max")
                 allowed, used = (int((place / name).read_text(encoding="ascii")) for name in names)
@@ -248,7 +248,7 @@ def _limits_of_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
 
 
 def _read_counts(path: Path) -> dict[str, int]:
-    """Return the numbers of a file of names and numbers; none where there is no such file."""
+    """Return name -> number of a file of such lines; empty if there is no such file."""
     with contextlib.suppress(OSError):
         lines = map(str.split, path.read_text(encoding="utf-8", errors="replace").splitlines())
         return {w[0].rstrip(":"): int(w[1]) for w in lines if len(w) > 1 and w[1].isdecimal()}
@@ -256,10 +256,10 @@ def _read_counts(path: Path) -> dict[str, int]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user or the system asked us to end, and what was in hand has been finished.
+    """A signal asked the process to end, and the work in progress has been finished.
 
     Attributes:
-        signal_number: Of the signal that asked.
+        signal_number: Number of that signal.
     """
 
     def __init__(self, signal_number: int, message: str = "") -> None:
@@ -269,10 +269,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[Callable[[], None]]:
-    """Hold SIGINT and SIGTERM back inside, until the function that is given is called.
+    """Delay SIGINT and SIGTERM inside the block; yield a function that raises them.
 
-    It raises ``Interrupted`` if one has come. A second one acts at once, as if not held. Where
-    handlers cannot be set (any thread but the main one) nothing is held.
+    The function raises ``Interrupted`` if a signal has come. A second signal acts at once. Outside
+    the main thread, where handlers cannot be set, nothing is delayed.
     """
     came: list[int] = []
     before: dict[int, Any] = {}
@@ -299,11 +299,14 @@ def held_signals() -> Iterator[Callable[[], None]]:
         yield check
     finally:
         restore()
-    check()  # one that came in the last moment
+    check()  # a signal after the last check
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, on any device: only CUDA's allocator has a type for it."""
+    """Return whether an error means that memory ran out, on any device.
+
+    Only CUDA's allocator raises a type of its own; others are recognised by their message.
+    """
     torch = sys.modules.get("torch")
     kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
     if isinstance(error, kinds):
@@ -316,7 +319,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def processor_name() -> str:
-    """Return the processor's name as the system gives it."""
+    """Return the processor's name."""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
         for line in file:
             if line.startswith("model name"):
@@ -336,7 +339,7 @@ def device_name(device: Device | torch.device) -> str:
 class Timer:
     """Adds up wall seconds by name: ``with timer("forward"): ...``; then ``timer.seconds``.
 
-    Threads may share one; what they do at the same time counts for each of them.
+    Threads may share one; seconds of threads that run at the same time add up.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A pool of threads, of which one that hangs need not keep a process from ending."""
+"""A pool of daemon threads: a thread that hangs does not keep the process from ending."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
 class Threads:
-    """Daemon threads: unlike those of concurrent.futures, one that hangs does not stop exit.
+    """A pool of daemon threads, which unlike concurrent.futures does not wait for them at exit.
 
-    Use as a context manager: on leaving, what has not begun is cancelled.
+    Use as a context manager: on leaving, tasks that have not started are cancelled.
 
     Args:
-        name: What they do; each is called ``featcache-NAME``.
-        num_threads: How many.
-        wait: On leaving, wait for what has begun. For work that ends: a daemon thread that is in
-            C++ when the interpreter goes aborts the process (exit code 134 in place of 1).
+        name: The threads are called ``featcache-NAME``.
+        num_threads: Number of threads.
+        wait: On leaving, wait for running tasks. Use it for tasks that are sure to end: a daemon
+            thread in C++ code at interpreter exit aborts the process (exit code 134 instead of 1).
     """
 
     def __init__(self, name: str, num_threads: int, *, wait: bool = False) -> None:
@@ -43,9 +43,9 @@ class Threads:
                 continue
             try:
                 future.set_result(function(*arguments))
-            except BaseException as error:  # noqa: BLE001 (handed to whoever asks for the result)
+            except BaseException as error:  # noqa: BLE001 (raised by future.result())
                 future.set_exception(error)
-            del task, future, arguments  # or they would live until the next task comes
+            del task, future, arguments  # else they stay referenced until the next task
 
     def submit(self, function: Callable[..., _T], *arguments: Any) -> Future[_T]:
         """Run a function on the next free thread."""
@@ -54,14 +54,14 @@ class Threads:
         return future
 
     def replace_one(self) -> None:
-        """Start a thread in place of one that hangs (and may yet come back)."""
+        """Start one more thread, to replace one that hangs (it may still come back)."""
         self._start()
 
     def __enter__(self) -> Threads:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while True:  # drop what has not begun, then send everyone home
+        while True:  # cancel what has not started, then end the threads
             try:
                 task = self._tasks.get_nowait()
             except queue.Empty:

@@ -16,7 +16,7 @@ find_python() {
     return 1
 }
 
-# What the venv was made from: with another recipe, Python or place it is installed again.
+# Identifies what the venv was made from. If pyproject.toml, Python or folder change, it is made again.
 recipe_key() {
     "$python" - "$root" "$1" <<'EOF'
 import hashlib, pathlib, sys

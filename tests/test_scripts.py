@@ -1,4 +1,4 @@
-"""Scripts and benchmarks: what can be known of them without a fresh machine and an hour."""
+"""Scripts and benchmarks: what can be tested without a fresh machine and in seconds."""
 
 import importlib
 import os
@@ -35,7 +35,7 @@ def test_shell_scripts_parse(script):
 @pytest.mark.parametrize(
     "script", [*SHELL, *(ROOT / "benchmarks").rglob("*.py")], ids=lambda p: p.name
 )
-def test_scripts_name_no_host_and_no_place_of_one_machine(script):
+def test_scripts_contain_no_host_and_no_path_of_one_machine(script):
     text = script.read_text(encoding="utf-8")
     assert not re.search(r"https?://|index-url|(?<![\w.\"}$/])/(home|work|root|opt)/", text)
 
@@ -46,7 +46,7 @@ def test_ci_runs_the_script_that_people_run():
 
 
 def fake_python(folder, *, fails_at):
-    """Write a Python that fails whenever its program mentions a word."""
+    """Write a Python that fails if its arguments contain a text."""
     path = folder / "python3"
     text = f'#!/bin/sh\ncase "$*" in *"{fails_at}"*) exit 1;; esac\nexec "{sys.executable}" "$@"\n'
     path.write_text(text)
@@ -59,7 +59,7 @@ def fake_python(folder, *, fails_at):
     ("fails_at", "message"),
     [("import ensurepip", "python3-venv"), ("version_info", "needs Python 3.11 or newer")],
 )
-def test_a_machine_without_what_it_takes_gets_one_line(tmp_path, fails_at, message):
+def test_a_missing_prerequisite_is_one_line(tmp_path, fails_at, message):
     repo = tmp_path / "repo"
     shutil.copytree(ROOT / "scripts", repo / "scripts")
     python = fake_python(tmp_path, fails_at=fails_at)
@@ -100,7 +100,7 @@ def test_corrected_interval(benchmark_module):
     assert compare([0.9] * 5, [0.9] * 5, 0.25)["equivalent"] is True
 
 
-def test_folds_tear_no_patient_apart(benchmark_module):
+def test_folds_keep_patients_together(benchmark_module):
     accuracy = benchmark_module("accuracy")
     rng = np.random.default_rng(0)
     groups = rng.integers(0, 40, 120).astype(str)

@@ -1,10 +1,10 @@
-"""Backbones: a name becomes a frozen network with its preprocessing and its weights' hash.
+"""Build a frozen network by name, with its preprocessing and the hash of its weights.
 
-The classifier of the library's network is replaced by ``nn.Identity``, so a forward pass ends at
-the pooled pre-logits. Nothing else of the network is changed: parameter names stay those of the
-library, which is what makes an exported file load there.
+The classifier is replaced by ``nn.Identity``, so that a forward pass returns the pooled pre-logits.
+Nothing else is changed: parameters keep the library's names, so that the library can load an
+exported file.
 
-This is the only module that knows backbone libraries. Each is imported when it is asked for.
+This is the only module that imports backbone libraries, each when it is needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from featcache.files import canonical_json
 from featcache.runtime import is_out_of_memory
 
 NORMALIZATIONS = {
-    # torchvision's ImageNet statistics, what EfficientNet-B0..B7 and most others were trained with.
+    # torchvision's ImageNet statistics: EfficientNet-B0..B7 and most others were trained with them.
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     # The tutorial's choice, and EfficientNet-Lite's own.
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -43,19 +43,19 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen network from (B, 3, S, S) float32 to (B, D), with what is needed to feed it.
+    """A frozen network from (B, 3, S, S) float32 to (B, D), and its preprocessing.
 
     Attributes:
-        name: The name it was asked for by.
+        name: The name it was built by.
         network: The library's module, classifier replaced by ``nn.Identity``; eval mode, no
             gradients.
-        classifier_name: Where the classifier was (``_fc``), or None if the network had none.
+        classifier_name: Dotted name of the classifier (``_fc``), or None if there was none.
         num_features: D.
         image_size: S, in pixels.
         mean: Per channel, for pixels in [0, 1].
         std: Per channel, for pixels in [0, 1].
         weights_sha256: Hash of the state without the classifier (see ``state_sha256``).
-        weights_source: Where the weights came from, for people: a file name or ``random``.
+        weights_source: Where the weights came from, for messages: a file name or ``random``.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class _Blueprint:
-    """How to build one named network: the facts differ by library, the steps do not."""
+    """How to build one named network, whatever its library."""
 
     image_size: int
     normalization: str | tuple[tuple[float, ...], tuple[float, ...]]
@@ -102,21 +102,21 @@ def build_backbone(
         std: Three positive values.
 
     Raises:
-        BackboneError: If the name is unknown, its library is missing, or the weights are not to be
-            had or do not fit.
-        ConfigError: If size, mean or std make no sense.
+        BackboneError: If the name is unknown, its library is missing, or the weights cannot be
+            loaded or do not fit.
+        ConfigError: If size, mean or std are invalid.
     """
     size = None if image_size == "auto" else _check_image_size(image_size)
-    with torch.random.fork_rng(devices=[]):  # libraries draw from torch's own generator
+    with torch.random.fork_rng(devices=[]):  # libraries use torch's global generator
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         blueprint = _find_blueprint(name, size)
-        network = _guarded(name, blueprint.build)
-    if isinstance(network, Backbone):  # a user's function may return its own, ready-made
-        return _as_asked(
+        network = _call_foreign(name, blueprint.build)
+    if isinstance(network, Backbone):  # a user's function may return a Backbone
+        return _use_ready_made(
             network, name, weights=weights, image_size=size, normalize=normalize, mean=mean, std=std
         )
     if weights == "random":
-        _enliven(name, network, size or blueprint.image_size)
+        _calibrate_batch_norms(name, network, size or blueprint.image_size)
         source = f"random (seed {RANDOM_WEIGHTS_SEED})"
     elif weights is not None:
         load_state(network, read_state(Path(weights)), blueprint.classifier_name, str(weights))
@@ -144,30 +144,30 @@ def wrap_backbone(
     classifier_name: str | None = None,
     weights_source: str = "in memory",
 ) -> Backbone:
-    """Make a backbone of any module from (B, 3, S, S) to (B, D).
+    """Make a backbone from any module that maps (B, 3, S, S) to (B, D).
 
-    The module itself is left alone: a copy is frozen.
+    The module itself is not changed: a copy is frozen.
 
     Args:
-        name: What the cache shall call it.
-        network: The module. With ``classifier_name`` its logits layer is cut off first.
+        name: The name to record in the cache.
+        network: The module. With ``classifier_name``, that layer is removed first.
         image_size: S, in pixels.
         mean: Three values for pixels in [0, 1].
         std: Three positive values.
         classifier_name: Dotted name of the layer to replace by ``nn.Identity``, or None.
-        weights_source: Where the weights came from, for people.
+        weights_source: Where the weights came from, for messages.
 
     Raises:
-        BackboneError: If the module does not give one finite row of features per image.
+        BackboneError: If the module does not return one row of finite features per image.
     """
     mean, std = _resolve_normalization((mean, std), None, None)
     frozen = copy.deepcopy(network).cpu().float().eval().requires_grad_(requires_grad=False)
     if classifier_name is not None:
         cut = nn.Identity().eval()
-        _guarded(name, lambda: frozen.set_submodule(classifier_name, cut, strict=True))
+        _call_foreign(name, lambda: frozen.set_submodule(classifier_name, cut, strict=True))
     with torch.inference_mode():
         images = torch.zeros(2, 3, image_size, image_size)
-        features = _guarded(name, lambda: frozen(images))
+        features = _call_foreign(name, lambda: frozen(images))
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 2:
         found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features)
         raise BackboneError(
@@ -233,7 +233,7 @@ def _efficientnet_pytorch(name: str, size: int | None) -> _Blueprint:
     from efficientnet_pytorch.utils import url_map
 
     side = size or int(EfficientNet.get_image_size(name))
-    # The library bakes its padding for one size: b1 at 224 without image_size is off by 78 %.
+    # The library fixes its padding for one size: without image_size, b1 at 224 is off by 78 %.
     return _Blueprint(
         side, "imagenet", lambda: EfficientNet.from_name(name, image_size=side), "_fc",
         lambda: download_state(url_map[name]),
@@ -255,7 +255,7 @@ def _lite0(size: int | None) -> _Blueprint:
 def _torchvision(name: str) -> _Blueprint:
     from torchvision import models
 
-    if name not in models.list_models(module=models):  # detection and segmentation are others'
+    if name not in models.list_models(module=models):  # not detection and segmentation
         raise BackboneError(
             "backbone",
             expected="a classifier of torchvision.models",
@@ -264,14 +264,14 @@ def _torchvision(name: str) -> _Blueprint:
         )
     weights = models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
-    network = _guarded(f"torchvision:{name}", lambda: models.get_model(name))
+    network = _call_foreign(f"torchvision:{name}", lambda: models.get_model(name))
     linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
     if not linear or not hasattr(preset, "crop_size"):
         raise BackboneError("backbone", expected="an image classifier", found=f"torchvision {name}")
 
     def download() -> tuple[Mapping[str, Any], str]:
         state, source = download_state(weights.url)
-        # DenseNet's files have names older than its modules: "norm.1" (torchvision, densenet.py).
+        # DenseNet's files use older names of its modules, "norm.1" (torchvision, densenet.py).
         old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
         return {old.sub(r"\1", key): value for key, value in state.items()}, source
 
@@ -288,7 +288,9 @@ def _timm(name: str) -> _Blueprint:
         raise BackboneError(
             "backbone", expected="a model of timm", found=name, hint="See timm.list_models()"
         )
-    facts: dict[str, Any] = _guarded(f"timm:{name}", lambda: timm.create_model(name)).pretrained_cfg
+    facts: dict[str, Any] = _call_foreign(
+        f"timm:{name}", lambda: timm.create_model(name)
+    ).pretrained_cfg
     if not isinstance(facts["classifier"], str):
         raise BackboneError(
             f"backbone timm:{name}", expected="one classifier", found=facts["classifier"],
@@ -318,7 +320,7 @@ def _import_function(spec: str) -> Callable[[], nn.Module]:
             "backbone", expected=f"an importable function {spec}", found=error,
             hint="Its module must be on PYTHONPATH",
         ) from error  # fmt: skip
-    built = _guarded(f"python:{spec}", function) if callable(function) else function
+    built = _call_foreign(f"python:{spec}", function) if callable(function) else function
     if not isinstance(built, nn.Module | Backbone):
         raise BackboneError(
             f"backbone python:{spec}", expected="a torch module or a Backbone",
@@ -327,14 +329,14 @@ def _import_function(spec: str) -> Callable[[], nn.Module]:
     return lambda: built  # type: ignore[return-value]
 
 
-def _guarded(name: str, call: Callable[[], Any]) -> Any:
-    """Call into a library or a user's network; whatever it raises becomes one line."""
+def _call_foreign(name: str, call: Callable[[], Any]) -> Any:
+    """Call into a library or a user's network; turn any exception into a ``BackboneError``."""
     try:
         return call()
     except FeatcacheError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):  # nothing is wrong with the network
+        if is_out_of_memory(error):  # that is not the network's fault
             raise
         found = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise BackboneError(
@@ -343,11 +345,11 @@ def _guarded(name: str, call: Callable[[], Any]) -> Any:
         ) from error  # fmt: skip
 
 
-def _as_asked(backbone: Backbone, name: str, **options: Any) -> Backbone:
-    """Return a ready-made backbone under the name it was asked for, its settings its own.
+def _use_ready_made(backbone: Backbone, name: str, **options: Any) -> Backbone:
+    """Return a ready-made backbone under the requested name, after checking the options.
 
     Raises:
-        ConfigError: If an option asks for something else than it is.
+        ConfigError: If an option differs from the backbone's own setting.
     """
     own = {"image_size": backbone.image_size, "mean": backbone.mean, "std": backbone.std}
     for option, value in options.items():
@@ -360,10 +362,10 @@ def _as_asked(backbone: Backbone, name: str, **options: Any) -> Backbone:
     return replace(backbone, name=name)
 
 
-def _enliven(name: str, network: nn.Module, image_size: int) -> None:
-    """Fit the batch norms of random weights to seeded noise, or features end up near 1e-13.
+def _calibrate_batch_norms(name: str, network: nn.Module, image_size: int) -> None:
+    """Set the variances of batch norms from seeded noise; else features would be near 1e-13.
 
-    Variances are rounded to powers of two, so that all machines get the same weights, and hash.
+    Variances are rounded to powers of two, so that weights and hash are the same on all machines.
     """
 
     def fit(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -375,7 +377,7 @@ def _enliven(name: str, network: nn.Module, image_size: int) -> None:
     handles = [module.register_forward_pre_hook(fit) for module in network.modules()]
     network.eval()
     with torch.no_grad():
-        _guarded(name, lambda: network(noise))
+        _call_foreign(name, lambda: network(noise))
     for handle in handles:
         handle.remove()
 

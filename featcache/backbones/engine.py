@@ -1,14 +1,13 @@
-"""Engines: a backbone becomes a fast forward pass on a device, at a precision, with its parity.
+"""Engines: a fast forward pass of a backbone, checked against the plain fp32 network.
 
-They are tried in this order until one is within the precision's bound of the plain network:
+They are tried in this order until the features of one are within the precision's bound:
 
-- ``onnx``: ONNX Runtime, on CPUs in fp32. One image at a time on every core: 112 images/s of B0 on
-  two cores, where one batch after the other on both cores gives 100 at best, ``folded`` 55 and
-  efficientnet_pytorch 16. One image's feature maps stay in its core's own cache, and no core waits
-  for another.
+- ``onnx``: ONNX Runtime, on CPUs in fp32, one image at a time on every core. B0 on two cores: 112
+  images/s; batches spread over both cores give 100 at best, ``folded`` 55, efficientnet_pytorch 16.
+  The feature maps of one image stay in its core's cache, and no core waits for another.
 - ``folded``: the network with batch norms and paddings folded (module ``forward``), in torch,
-  channels_last. Everywhere.
-- ``eager``: the library's network as it is, channels_last.
+  channels_last. On all devices.
+- ``eager``: the library's own network, channels_last.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ from featcache.runtime import available_cores, exact_fp32, is_out_of_memory
 
 ENGINES = ("onnx", "folded", "eager")
 
-# Exporting B0 and loading it take 1 s, and every image then saves 9 ms.
+# Exporting and loading B0 takes 1 s; each image then takes 9 ms less.
 _ONNX_PAYS_FROM = 128
 # B0's largest feature map is 96 x 112 x 112 floats. Six of them stay under the 32 MiB from which
 # glibc maps and unmaps memory at every allocation: on two cores ``folded`` ran Lite0 at 73 images/s
 # in batches of 6, 66 of 8, 30 of 32.
 _CPU_BATCH = {"onnx": 1, "folded": 6, "eager": 6}
 _GPU_BATCHES = (64, 128, 256, 512)
-_GPU_STREAMS = 2  # one batch is filled and sent while another is computed
+_GPU_STREAMS = 2  # fill and send one batch while computing another
 
 
 Images = Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]
@@ -58,15 +57,15 @@ class Engine:
 
     Attributes:
         name: ``onnx``, ``folded`` or ``eager``.
-        reason: Why this one, in a few words for people.
-        device: Where it runs.
+        reason: Why it was chosen, in a few words.
+        device: The device it runs on.
         precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``.
-        batch_size: Rows of every batch.
-        concurrency: How many batches to run at once, each from a thread of its own.
+        batch_size: Rows per batch.
+        concurrency: Number of batches to run at once, each in its own thread.
         num_features: D.
         parity: Relative L2 error per probed image against the eager fp32 forward.
-        forward: The forward pass of one whole batch.
-        is_frozen: Tells whether the network it runs is still the one it was.
+        forward: The forward pass of one full batch.
+        is_frozen: Returns whether the network's state is unchanged.
     """
 
     name: str
@@ -81,10 +80,10 @@ class Engine:
     is_frozen: IsFrozen
 
     def run(self, images: Images) -> npt.NDArray[np.float32]:
-        """Return the features (n, D) float32 of any number of images, as fast as it can.
+        """Return features (n, D) float32 of n images, with as many threads as are useful.
 
-        Every batch has the engine's constant shape, so that a row depends on its image alone: what
-        the last one lacks are zero images, whose rows are dropped.
+        Every batch has the same shape, so that a row depends on its image alone. The last batch is
+        filled with zero images, whose rows are dropped.
         """
         if self.concurrency == 1 or len(images) <= self.batch_size:
             return self.run_here(images)
@@ -92,7 +91,7 @@ class Engine:
             return self._join(threads.map(self._run_batch, self._split(images)))
 
     def run_here(self, images: Images) -> npt.NDArray[np.float32]:
-        """Do what ``run`` does in the calling thread alone: others run other images."""
+        """Do what ``run`` does, but in the calling thread only."""
         return self._join(map(self._run_batch, self._split(images)))
 
     def _split(self, images: Images) -> Iterator[Images]:
@@ -103,10 +102,10 @@ class Engine:
         return np.concatenate([np.empty((0, self.num_features), np.float32), *rows])
 
     def _run_batch(self, images: Images) -> npt.NDArray[np.float32]:
-        # Grey images stay one channel until the device: a third of the bytes to move.
+        # Grey images have one channel until they are on the device: a third of the bytes.
         grey = all(image.ndim == 2 for image in images)
         shape = (self.batch_size, *images[0].shape[:2], 1 if grey else 3)
-        # Pinned memory, which torch keeps and reuses, goes to a GPU in the background.
+        # Pinned memory, which torch reuses, is copied to a GPU in the background.
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         pixels = batch.numpy()
         pixels[len(images) :] = 0
@@ -125,20 +124,20 @@ def build_engine(
     name: str = "auto",
     num_images: int | None = None,
 ) -> Engine:
-    """Choose the fastest engine that agrees with the plain network on real images.
+    """Choose the fastest engine whose features agree with the plain network's on real images.
 
     Args:
-        backbone: What to run.
-        device: Where.
-        probes: A few of the user's own images, or none, to compare on.
+        backbone: The backbone to run.
+        device: The device to run on.
+        probes: A few of the user's images to compare on; may be empty.
         precision: ``fp32``, ``tf32`` (CUDA only), ``fp16`` or ``bf16``.
-        batch_size: Rows a batch, or ``auto``: fixed by the engine on a CPU (see the constants
-            above), measured on a GPU. Where a GPU's memory does not suffice, it is halved.
-        name: ``auto``, or one engine to insist on.
-        num_images: How many images it is for, if that is known: few do not pay for an export.
+        batch_size: Rows per batch, or ``auto``: fixed by the engine on a CPU (see the constants
+            above), measured on a GPU. It is halved if a GPU's memory does not suffice.
+        name: ``auto``, or the name of an engine.
+        num_images: Number of images to come, if known: for few, an export does not pay off.
 
     Raises:
-        ConfigError: If an option is unknown or does not suit the device.
+        ConfigError: If an option is unknown or does not fit the device.
         BackboneError: If no engine is within the precision's bound.
     """
     _check_options(device, precision, batch_size, name)
@@ -200,9 +199,9 @@ def _assemble(
     name: str, backbone: Backbone, device: torch.device, *, precision: str, batch_size: int | str,
     num_images: int | None,
 ) -> Engine:  # fmt: skip
-    """Return the engine by its name, its batch size settled, its parity yet to be found."""
+    """Build an engine by name and choose its batch size; its parity is still to be measured."""
     rows = _CPU_BATCH[name] if batch_size == "auto" else int(batch_size)
-    is_frozen: IsFrozen = _always  # what is exported cannot change
+    is_frozen: IsFrozen = _is_always_frozen  # an exported network cannot change
     concurrency = 1  # torch spreads one batch over a CPU's cores by itself
     if name == "onnx":
         forward, concurrency = onnx_forward(backbone, rows), available_cores()
@@ -217,38 +216,38 @@ def _assemble(
     if device.type == "cpu":
         return engine
 
-    def seconds_of(rows: int) -> float:
+    def time_batch(rows: int) -> float:
         return _time_batch(replace(engine, batch_size=rows), backbone.image_size)
 
     if batch_size == "auto":
-        rows = choose_batch_size(seconds_of, num_images or _GPU_BATCHES[-1])
+        rows = choose_batch_size(time_batch, num_images or _GPU_BATCHES[-1])
     else:
-        rows = halve_until_it_fits(seconds_of, rows)[0]
+        rows = halve_until_it_fits(time_batch, rows)[0]
     return replace(engine, batch_size=rows)
 
 
-def _always() -> bool:
+def _is_always_frozen() -> bool:
     return True
 
 
 # ------------------------------------------------------------------------------------ batch size
 
 
-def choose_batch_size(seconds_of: Callable[[int], float], num_images: int) -> int:
+def choose_batch_size(time_batch: Callable[[int], float], num_images: int) -> int:
     """Return the smallest of the usual sizes within 3 % of the best measured rate.
 
     Args:
-        seconds_of: Runs a batch of so many rows and returns its time; may run out of memory.
-        num_images: No size beyond the first that holds them all is tried.
+        time_batch: Runs a batch of this many rows and returns its seconds; may run out of memory.
+        num_images: Sizes above the first that holds all images are not tried.
     """
-    smallest, seconds = halve_until_it_fits(seconds_of, _GPU_BATCHES[0], say=False)
+    smallest, seconds = halve_until_it_fits(time_batch, _GPU_BATCHES[0], say=False)
     rates = {smallest: smallest / seconds}
     larger = () if smallest < _GPU_BATCHES[0] else _GPU_BATCHES[1:]
     for before, rows in pairwise((smallest, *larger)):
         if before >= num_images:
             break
         try:
-            rates[rows] = rows / seconds_of(rows)
+            rates[rows] = rows / time_batch(rows)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -257,20 +256,20 @@ def choose_batch_size(seconds_of: Callable[[int], float], num_images: int) -> in
 
 
 def halve_until_it_fits(
-    seconds_of: Callable[[int], float], rows: int, *, say: bool = True
+    time_batch: Callable[[int], float], rows: int, *, say: bool = True
 ) -> tuple[int, float]:
-    """Return the largest of rows, rows / 2, rows / 4 ... that the device's memory holds.
+    """Return the largest of rows, rows / 2, rows / 4 ... that fits in the device's memory.
 
     Returns:
         The rows, and the seconds of such a batch.
 
     Raises:
-        RuntimeError: torch's own, if it does not hold a single row.
+        RuntimeError: From torch, if not even one row fits.
     """
     asked = rows
     while True:
         try:
-            seconds = seconds_of(rows)
+            seconds = time_batch(rows)
             break
         except RuntimeError as error:
             if rows == 1 or not is_out_of_memory(error):
@@ -283,18 +282,18 @@ def halve_until_it_fits(
 
 
 def _time_batch(engine: Engine, image_size: int) -> float:
-    """Return the shortest of three times of a batch, as many at once as there will be."""
+    """Return the best of three times of a batch, with ``concurrency`` batches at once."""
     num_rows = engine.batch_size * engine.concurrency
     images = np.zeros((num_rows, image_size, image_size, 3), np.uint8)
     times = []
     try:
-        for _ in range(4):  # the first one allocates and chooses
+        for _ in range(4):  # the first one allocates memory and chooses algorithms
             start = time.perf_counter()
             engine.run(images)
             times.append((time.perf_counter() - start) / engine.concurrency)
     finally:
         if engine.device.type == "cuda":
-            torch.cuda.empty_cache()  # or other sizes' blocks would be in the way
+            torch.cuda.empty_cache()  # free the blocks of this size
     return min(times[1:])
 
 
@@ -302,12 +301,12 @@ def _time_batch(engine: Engine, image_size: int) -> float:
 
 
 def eager_features(backbone: Backbone, images: Images) -> npt.NDArray[np.float32]:
-    """Return (n, D) features by the library's own network on the CPU in IEEE fp32: the truth."""
+    """Return reference features (n, D): the library's own network, on the CPU, in IEEE fp32."""
     network = backbone.network.eval()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
     rows = [np.empty((0, backbone.num_features), np.float32)]
     with torch.inference_mode(), exact_fp32():
-        for image in images:  # one by one: they may be grey or coloured
+        for image in images:  # one by one: some may be grey, others in colour
             pixels = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)[None].float()
             rows.append(network((pixels.expand(-1, 3, -1, -1) / 255 - mean) / std).numpy())
     return np.concatenate(rows)

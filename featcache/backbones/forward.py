@@ -1,7 +1,7 @@
-"""Forward passes: a network and its preprocessing as one function from a batch of pixels.
+"""Forward passes: normalization and network as one function of a batch of pixels.
 
-By torch on any device, by ONNX Runtime on CPUs. The batch is uint8, as the decoder made it, and is
-normalized where the network runs.
+They run in torch on any device, or in ONNX Runtime on CPUs. The batch is uint8, as decoded, and is
+normalized on the device.
 
 Folded networks make fewer passes over memory: batch norms go into the convolutions before them,
 efficientnet_pytorch's memory-efficient swish (which saves memory in training only) becomes SiLU in
@@ -31,7 +31,7 @@ from featcache.runtime import exact_fp32
 Forward = Callable[[torch.Tensor], npt.NDArray[np.float32]]
 """A batch (B, S, S, 1 or 3) uint8 in host memory -> (B, D) float32."""
 IsFrozen = Callable[[], bool]
-"""Whether the network's state is what it was when it was made."""
+"""Returns whether the network's state is unchanged since it was made."""
 
 _DTYPES = {
     "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
@@ -40,11 +40,11 @@ _OPSET = 17
 
 
 class NotUsableError(Exception):
-    """This network cannot be run this way here; the message says why."""
+    """The network cannot be run by this engine; the message says why."""
 
 
 class _FromPixels(nn.Module):
-    """The network, fed with (B, S, S, 1 or 3) uint8 and normalizing them itself."""
+    """The network with normalization in front: takes (B, S, S, 1 or 3) uint8."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -71,7 +71,7 @@ def _copy_network(backbone: Backbone, *, folded: bool) -> nn.Module:
     try:
         network = copy.deepcopy(backbone.network).eval()
         return fold(network, backbone.image_size) if folded else network
-    except Exception as error:  # people's networks do anything, also when they are watched
+    except Exception as error:  # a user's network may raise anything
         raise NotUsableError(_reason(error)) from error
 
 
@@ -82,13 +82,13 @@ def _reason(error: Exception) -> str:
 def torch_forward(
     backbone: Backbone, device: torch.device, precision: str, *, folded: bool
 ) -> tuple[Forward, IsFrozen]:
-    """Return the network in torch, channels_last, at a precision, and whether it stays as it was.
+    """Return a forward pass in torch (channels_last), and a check that its state is unchanged.
 
     Args:
-        backbone: What to run; a copy of its network goes to the device.
-        device: Where.
-        precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``; normalizing is fp32 in any case.
-        folded: As ``fold`` makes it, or as the library made it.
+        backbone: The backbone; its network is copied to the device.
+        device: The device to run on.
+        precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``; normalization is always fp32.
+        folded: Use ``fold``, or keep the library's layers.
 
     Raises:
         NotUsableError: If the network cannot be copied or folded.
@@ -97,7 +97,7 @@ def torch_forward(
     network = _copy_network(backbone, folded=folded).to(device=device, dtype=dtype)
     network = network.to(memory_format=torch.channels_last)
     model = _FromPixels(backbone, network).to(device).eval()
-    before = state_sha256(network)  # also waits until all of it is on the device
+    before = state_sha256(network)  # also waits until the copy is complete
 
     def forward(batch: torch.Tensor) -> npt.NDArray[np.float32]:
         with _own_stream(device), torch.inference_mode(), exact_fp32(tf32=precision == "tf32"):
@@ -117,12 +117,12 @@ _streams = threading.local()
 def _own_stream(device: torch.device) -> Iterator[None]:
     """Use the calling thread's own CUDA stream: its copies overlap other threads' kernels.
 
-    One a thread and device, for all networks: torch keeps freed memory apart by stream.
+    Each thread has one per device, for all networks: torch reuses freed memory per stream.
     """
     if device.type != "cuda":
         yield
         return
-    mine: dict[torch.device, torch.cuda.Stream] = _streams.__dict__.setdefault("of_device", {})
+    mine: dict[torch.device, torch.cuda.Stream] = _streams.__dict__.setdefault("by_device", {})
     if device not in mine:
         mine[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(mine[device]):
@@ -130,10 +130,10 @@ def _own_stream(device: torch.device) -> Iterator[None]:
 
 
 def onnx_forward(backbone: Backbone, rows: int) -> Forward:
-    """Return the folded network as a session of ONNX Runtime that computes in the calling thread.
+    """Return a forward pass of the folded network in ONNX Runtime, in the calling thread.
 
     Raises:
-        NotUsableError: If the network cannot be exported, or there is no ONNX Runtime.
+        NotUsableError: If the network cannot be exported, or ONNX Runtime is not installed.
     """
     try:
         import onnxruntime as ort
@@ -141,12 +141,12 @@ def onnx_forward(backbone: Backbone, rows: int) -> Forward:
         model = _FromPixels(backbone, _copy_network(backbone, folded=True)).eval()
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors: they are raised as well
+        options.log_severity_level = 3  # errors only, which are raised as well
         session = ort.InferenceSession(
             _export(model, (rows, backbone.image_size, backbone.image_size, 3)), options,
             providers=["CPUExecutionProvider"],
         )  # fmt: skip
-    except Exception as error:  # the exporter raises anything at a network it does not understand
+    except Exception as error:  # the exporter may raise anything
         raise NotUsableError(_reason(error)) from error
 
     def forward(batch: torch.Tensor) -> npt.NDArray[np.float32]:
@@ -158,13 +158,13 @@ def onnx_forward(backbone: Backbone, rows: int) -> Forward:
 
 
 def _export(model: nn.Module, shape: tuple[int, ...]) -> bytes:
-    """Return the model for one input shape as ONNX.
+    """Return the model as ONNX, for one input shape.
 
-    By the exporter that traces (0.9 s for B0): the newer one takes 6 s and two more packages.
+    The tracing exporter takes 0.9 s for B0; the newer one takes 6 s and needs two more packages.
     """
     buffer: Any = io.BytesIO()
     with warnings.catch_warnings(), torch.inference_mode(), exact_fp32():
-        warnings.simplefilter("ignore")  # of its deprecation, and of Python values it traces
+        warnings.simplefilter("ignore")  # its deprecation, and Python values in traces
         torch.onnx.export(
             model, (torch.zeros(shape, dtype=torch.uint8),), buffer, dynamo=False,
             opset_version=_OPSET, input_names=["pixels"], output_names=["features"],
@@ -176,14 +176,14 @@ _SWISHES = {"Swish", "MemoryEfficientSwish"}
 
 
 def fold(network: nn.Module, image_size: int) -> nn.Module:
-    """Return the network with batch norms, swishes and paddings folded; it is changed in place.
+    """Fold batch norms, swishes and paddings of a network, in place, and return it.
 
-    Which batch norm follows which convolution is seen by watching one forward pass, so it works
-    for any library. What it gets wrong is caught by the parity check.
+    Hooks in one forward pass find out which batch norm follows which convolution, so this works for
+    any library. The parity check catches mistakes.
 
     Args:
         network: A network in eval mode.
-        image_size: S: the size of the image to watch with.
+        image_size: S, the size of the image of that pass.
     """
     for convolution, norm_name, norm in _find_pairs(network, image_size):
         assert norm.running_mean is not None
@@ -213,7 +213,7 @@ def _find_pairs(network: nn.Module, image_size: int) -> list[tuple[nn.Conv2d, st
     def after_convolution(module: nn.Module, _: object, output: torch.Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
         uses[module] = uses.get(module, 0) + 1
-        made_by[id(output)] = (module, output)  # keeping the tensor keeps its id its own
+        made_by[id(output)] = (module, output)  # a tensor that is kept keeps its id unique
 
     def before_norm(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(module, nn.BatchNorm2d)
@@ -231,7 +231,7 @@ def _find_pairs(network: nn.Module, image_size: int) -> list[tuple[nn.Conv2d, st
         network(torch.zeros(1, 3, image_size, image_size))
     for handle in handles:
         handle.remove()
-    # A layer used twice may stand before different things each time.
+    # A layer that is used twice may be followed by different layers.
     return [pair for pair in pairs if uses[pair[0]] == 1 and uses[pair[2]] == 1]
 
 

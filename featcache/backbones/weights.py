@@ -1,4 +1,4 @@
-"""Weights from files and downloads: tensors only, checked against the network they go into."""
+"""Load weights from files and downloads: tensors only, checked against the network."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from featcache.files import sha256_file
 def read_state(file: Path) -> dict[str, torch.Tensor]:
     """Read a state dict from a .pt, .pth or .safetensors file without running any code in it.
 
-    Wrappings such as ``{"state_dict": ...}`` and the prefix ``module.`` are taken off.
+    Wrappers such as ``{"state_dict": ...}`` and the prefix ``module.`` are removed.
 
     Raises:
         BackboneError: If the file is missing, damaged or holds anything but tensors.
     """
-    if not file.is_file():  # a pipe would block for ever
-        raise _no_state(file, "no regular file" if file.exists() else "no such file")
+    if not file.is_file():  # opening a pipe would block for ever
+        raise _bad_state_file(file, "no regular file" if file.exists() else "no such file")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -36,23 +36,23 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
             state: Any = load_file(file)
         else:
             _refuse_bomb(file)
-            # weights_only explicitly: an environment variable turns torch's default off.
+            # weights_only is explicit: an environment variable can turn off torch's default.
             state = torch.load(file, map_location="cpu", weights_only=True)
     except BackboneError:
         raise
-    except Exception as error:  # damaged pickles raise a dozen unrelated kinds
+    except Exception as error:  # damaged pickles raise a dozen unrelated types
         called = re.search(r"GLOBAL (\S+)", str(error))
         found = f"an unreadable one ({type(error).__name__})"
-        raise _no_state(file, f"one that calls {called[1]}" if called else found) from error
+        raise _bad_state_file(file, f"one that calls {called[1]}" if called else found) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise _no_state(file, type(state).__name__)
+        raise _bad_state_file(file, type(state).__name__)
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
-def _no_state(file: Path, found: str) -> BackboneError:
+def _bad_state_file(file: Path, found: str) -> BackboneError:
     return BackboneError(
         "weights", expected="a state dict of tensors", found=found, where=file,
         hint="Save it with torch.save(model.state_dict(), file)",
@@ -60,28 +60,28 @@ def _no_state(file: Path, found: str) -> BackboneError:
 
 
 def _refuse_bomb(file: Path) -> None:
-    """Refuse a zip of more than its own size: torch stores, and would inflate 1.5 MB to 1.5 GB."""
+    """Refuse a compressed zip: torch writes none, and would inflate 1.5 MB to 1.5 GB."""
     with file.open("rb") as opened:
         if opened.read(4) != b"PK\x03\x04":
             return
         num_bytes = sum(info.file_size for info in zipfile.ZipFile(opened).infolist())
     if num_bytes > file.stat().st_size:
-        raise _no_state(file, f"{num_bytes:,} bytes packed into {file.stat().st_size:,}")
+        raise _bad_state_file(file, f"{num_bytes:,} bytes packed into {file.stat().st_size:,}")
 
 
 def load_state(
     network: nn.Module, state: Mapping[str, Any], classifier_name: str | None, source: str
 ) -> None:
-    """Load ``state`` into ``network``; its classifier may be missing or of any shape.
+    """Load ``state`` into ``network``; the classifier may be missing or have another shape.
 
     Raises:
-        BackboneError: If tensors are missing, unknown, of another shape or not finite.
+        BackboneError: If a tensor is missing, unknown, of another shape or not finite.
     """
     own = network.state_dict()
     prefix = f"{classifier_name}." if classifier_name else "\0"
     wanted = {name: value for name, value in own.items() if not name.startswith(prefix)}
     given = {name: value for name, value in state.items() if not name.startswith(prefix)}
-    # Files older than torch 0.4.1, such as torchvision's ResNets, lack the counters.
+    # Files older than torch 0.4.1, such as torchvision's ResNets, lack num_batches_tracked.
     problems = [
         f"{name} missing"
         for name in wanted.keys() - given.keys()
@@ -105,9 +105,9 @@ def load_state(
 
 
 def _find_misfit(given: torch.Tensor, wanted: torch.Tensor) -> str:
-    """Return why a tensor cannot take the place of another; "" if it can.
+    """Return why a tensor cannot replace another one; "" if it can.
 
-    Its values are looked at last: 1.5 kB can hold a tensor that claims 4 TiB.
+    Values are read last: a file of 1.5 kB can hold a tensor that claims 4 TiB.
     """
     plain = given.layout == torch.strided and not given.is_quantized and not given.is_nested
     if not plain or given.is_meta:
@@ -122,13 +122,13 @@ def _find_misfit(given: torch.Tensor, wanted: torch.Tensor) -> str:
 
 
 def download_state(url: str) -> tuple[Mapping[str, Any], str]:
-    """Fetch a library's weights once into torch's cache, checking the hash in the file's name.
+    """Download a library's weights into torch's cache, once; check the hash in the file's name.
 
     Returns:
         The state dict and the file's name.
 
     Raises:
-        BackboneError: If it cannot be had, or the hash differs.
+        BackboneError: If the download fails, or the hash differs.
     """
     file_name = url.rsplit("/", 1)[-1]
     file = Path(torch.hub.get_dir()) / "checkpoints" / file_name
@@ -141,13 +141,15 @@ def download_state(url: str) -> tuple[Mapping[str, Any], str]:
     except Exception as error:  # the network, the disk, the hash, the pickle
         if isinstance(error, urllib.error.HTTPError):
             error.close()
-        traceback.clear_frames(error.__traceback__)  # torch leaves its connection to the collector
+        traceback.clear_frames(
+            error.__traceback__
+        )  # else torch's connection stays open until collected
         raise unreachable(url, f"{file}", error) from error
     return state, file_name
 
 
 def _check_downloaded(file: Path) -> None:
-    """Check the hash in the name of a file that is there; torch does so only on the way in."""
+    """Check the hash in an existing file's name; torch checks it only after a download."""
     if not file.exists():
         return
     named = re.search(r"-([a-f0-9]{8,})\.", file.name)
@@ -161,7 +163,7 @@ def _check_downloaded(file: Path) -> None:
 
 
 def unreachable(url: str, place: str, error: Exception) -> BackboneError:
-    """Say which file is wanted, why it could not be had, and where to put it by hand."""
+    """Return an error that says which file is needed, why it failed, and where to put it."""
     plain = isinstance(error, urllib.error.URLError) and not isinstance(
         error, urllib.error.HTTPError
     )

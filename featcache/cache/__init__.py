@@ -1,5 +1,6 @@
-"""Cache: the HDF5 file of features: write, open, check, mend, rearrange.
+"""Cache: the HDF5 file of features: write, open, check, repair, rearrange.
 
 In: features, targets and paths. Out: a ``Cache`` whose splits give them back. Begin with
-``reading.open_cache``; ``writing.write_cache`` makes one, ``selection.select`` makes one of others.
+``reading.open_cache``; ``writing.write_cache`` writes features made elsewhere, ``selection.select``
+makes a cache from others. FORMAT.md describes the file.
 """

@@ -1,15 +1,15 @@
-"""Named arrays in one file that is read without libhdf5: the table, its checks, the views.
+"""The container: named arrays in one file, read by a table and without libhdf5.
 
 The file begins with a **user block** (4,096 bytes, or the next power of two that fits), which every
 HDF5 reader skips. It holds one zero-padded JSON object: ``format``, ``format_version``,
 ``user_block_bytes``, ``payload_bytes``, ``payload_sha256``, ``content_sha256``, ``fingerprint``,
-``user_block_sha256`` (of the canonical JSON of the others: without it 35 of 2,000 random damages to
-the block itself renamed or moved an array unseen) and ``arrays``, the name, offset from the start
-of the file, shape and dtype of every data set, and the ``crc32`` of some. Behind it stands an
-ordinary HDF5 file of contiguous, unfiltered, fixed-width data sets (module ``hdf5``).
+``user_block_sha256`` (of the canonical JSON of the others) and ``arrays``: name, offset from the
+start of the file, shape and dtype of every data set, and the ``crc32`` of some. (Without its own
+hash, 35 of 2,000 random damages to the block renamed or moved an array unnoticed.) After it comes
+an ordinary HDF5 file of contiguous, unfiltered, fixed-width data sets (module ``hdf5``).
 
-Reading follows nothing but the table, checked against the length of the file: of 39,000 damaged
-HDF5 files libhdf5 read 4,765 as other data without an error, hung on 8 and crashed on 2.
+Reading uses only the table, which is checked against the length of the file. Of 39,000 damaged HDF5
+files, libhdf5 read 4,765 as other data without an error, hung on 8 and crashed on 2.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import CacheError
-from featcache.files import canonical_json, sha256_stream
+from featcache.files import canonical_json, json_sha256, sha256_stream
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
@@ -54,14 +54,14 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)*")
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """A line of the table: where an array stands in the file and what it is."""
+    """An entry of the table: where an array is in the file, its shape and dtype."""
 
     name: str
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     crc32: int | None = None
-    """Of its bytes; None where the table has none."""
+    """Checksum of its bytes; None if the table has none."""
 
     @property
     def num_bytes(self) -> int:
@@ -70,14 +70,14 @@ class ArrayEntry:
 
 
 class ArrayReader:
-    """Rows of one array, read as they are asked for; threads may share it.
+    """Reads rows of one array on demand; threads may share it.
 
-    The file stays open as long as this lives: one that is replaced meanwhile is read on. Nothing is
-    mapped, so that ``ulimit -v`` may be less than the array.
+    The file stays open, so the old file is read on even if it is replaced. Nothing is mapped into
+    memory, so ``ulimit -v`` may be smaller than the array.
 
     Args:
         container: The open container.
-        name: Of the array.
+        name: Name of the array.
     """
 
     def __init__(self, container: Container, name: str) -> None:
@@ -87,7 +87,7 @@ class ArrayReader:
         weakref.finalize(self, self._file.close)
 
     def read_into(self, array: npt.NDArray[Any], first: int = 0) -> None:
-        """Fill an array, contiguous and of the right dtype, with the rows from ``first`` on."""
+        """Fill a contiguous array of the right dtype with rows, from row ``first`` on."""
         size = self._entry.num_bytes // self._entry.shape[0] if self._entry.shape else 0
         target = array.reshape(-1).view(np.uint8).data
         with self._lock:
@@ -99,7 +99,7 @@ class ArrayReader:
                 target = target[count:]
 
     def expect(self, first: int, num_rows: int) -> None:
-        """Let the system fetch rows while others are worked on, where it can."""
+        """Ask the system to read rows ahead, where it can."""
         if hasattr(os, "posix_fadvise"):
             size = self._entry.num_bytes // self._entry.shape[0]
             where = self._entry.offset + first * size, num_rows * size
@@ -108,7 +108,7 @@ class ArrayReader:
 
 @dataclass(frozen=True)
 class Container:
-    """An open container: the user block's facts and the table. Holds no file handle."""
+    """An open container: the contents of the user block. Holds no file handle."""
 
     path: Path
     fingerprint: str
@@ -118,14 +118,14 @@ class Container:
     payload_bytes: int
     arrays: Mapping[str, ArrayEntry]
     stamp: tuple[int, ...] = field(compare=False, repr=False)
-    """Which file it was: device, inode, size, time of change."""
+    """Identifies the file: device, inode, size, time of change."""
 
     def map(self, name: str) -> npt.NDArray[Any]:
-        """Return the array as a read-only view of the file: nothing is read before its use."""
+        """Return the array memory-mapped, read-only: data is read when it is used."""
         entry = self.entry(name)
         if entry.num_bytes == 0:
             return np.empty(entry.shape, entry.dtype)
-        # Only the array's own pages: a map of the whole file counts whole under ulimit -v.
+        # Map only the pages of this array: ulimit -v counts everything that is mapped.
         start = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
         size = entry.offset - start + entry.num_bytes
         with self._reopen() as file:
@@ -134,7 +134,7 @@ class Container:
         return flat.reshape(entry.shape)
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """Return the array in memory, read from the disk in one piece."""
+        """Read the whole array into memory."""
         entry = self.entry(name)
         array: npt.NDArray[Any] = np.empty(entry.shape, entry.dtype)
         if entry.num_bytes:
@@ -146,13 +146,17 @@ class Container:
             file = io.FileIO(self.path)
         except OSError as error:
             raise self._changed() from error
-        if _stamp(file.fileno()) != self.stamp:
+        if _identify_file(file.fileno()) != self.stamp:
             file.close()
             raise self._changed()
         return file
 
     def entry(self, name: str) -> ArrayEntry:
-        """Return the line of the table, or raise ``CacheError``."""
+        """Return the table's entry of an array.
+
+        Raises:
+            CacheError: If there is none.
+        """
         if name not in self.arrays:
             raise CacheError(
                 "cache", expected=f"a data set {name}", found=", ".join(self.arrays),
@@ -161,7 +165,7 @@ class Container:
         return self.arrays[name]
 
     def is_current(self) -> bool:
-        """Whether the file under the name is still the one that was opened."""
+        """Return whether the file of this name is still the one that was opened."""
         with contextlib.suppress(CacheError):
             self._reopen().close()
             return True
@@ -182,11 +186,11 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
         verify: Also compare the payload's sha256 (reads the whole file once).
 
     Raises:
-        CacheError: If it is not a featcache file, of a newer version, cut short or damaged.
+        CacheError: If it is not a featcache file, of a newer version, truncated or damaged.
     """
     try:
         with path.open("rb") as file:
-            stamp = _stamp(file.fileno())
+            stamp = _identify_file(file.fileno())
             text = _read_user_block(file, path)
     except OSError as error:
         found = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
@@ -201,7 +205,7 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
 
 
 def is_container(path: Path) -> bool:
-    """Return whether ``path`` was written by featcache, whole or damaged, of any version."""
+    """Return whether ``path`` was written by featcache: any version, damaged or not."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -211,7 +215,7 @@ def is_container(path: Path) -> bool:
 
 
 def content_sha256(digests: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], str]]) -> str:
-    """Return one hash over arrays: of the list of [name, dtype, shape, sha256], sorted by name.
+    """Return one hash of several arrays: of the list [name, dtype, shape, sha256], sorted by name.
 
     Args:
         digests: Name -> dtype, shape and sha256 of the array's bytes.
@@ -221,17 +225,17 @@ def content_sha256(digests: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], s
 
 
 def is_payload_whole(container: Container) -> bool:
-    """Return whether the bytes behind the user block are those of ``payload_sha256``."""
-    with container._reopen() as file:  # an update may have renamed a new file into its place
+    """Return whether the bytes after the user block match ``payload_sha256``."""
+    with container._reopen() as file:  # an update may have replaced the file
         file.seek(container.user_block_bytes)
         return sha256_stream(file) == container.payload_sha256
 
 
 def check_payload(container: Container) -> None:
-    """Insist on ``is_payload_whole``.
+    """Check that the bytes after the user block match ``payload_sha256``.
 
     Raises:
-        CacheError: If it is not: the file was damaged after it was written.
+        CacheError: If not: the file was damaged after it was written.
     """
     if not is_payload_whole(container):
         raise CacheError(
@@ -261,29 +265,28 @@ def _not_a_cache(path: Path, found: str) -> CacheError:
     return CacheError("cache", expected="a featcache file", found=found, where=path, hint=hint)
 
 
-def _stamp(handle: int) -> tuple[int, ...]:
+def _identify_file(handle: int) -> tuple[int, ...]:
     status = os.fstat(handle)
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def user_block_sha256(block: Mapping[str, Any]) -> str:
     """Return the sha256 of the canonical JSON of the user block without its own hash."""
-    rest = {key: value for key, value in block.items() if key != "user_block_sha256"}
-    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+    return json_sha256(block, without="user_block_sha256")
 
 
 def _is_signed(block: Mapping[str, Any]) -> bool:
-    """Whether the block bears its own hash; other writers of format 1 may leave it out."""
+    """Return whether the block's own hash is right; other writers of format 1 may leave it out."""
     if set(block) == _KEYS:
         return True
     try:
         return user_block_sha256(block) == block.get("user_block_sha256")
-    except (ValueError, RecursionError):  # NaN, or nested too deeply to be written again
+    except (ValueError, RecursionError):  # NaN, or nested too deeply for canonical JSON
         return False
 
 
 def _parse(text: str, path: Path, stamp: tuple[int, ...]) -> Container:
-    """Build a Container from the user block, believing nothing that the file does not bear out."""
+    """Build a Container from the user block, after checking all of it against the file."""
     size = stamp[2]
 
     def damaged(what: str, expected: object, found: object) -> CacheError:

@@ -1,8 +1,8 @@
-"""The HDF5 side of a container: lay out and write the file, and see it as libhdf5 does.
+"""The HDF5 side of a container: lay out and write the file, and compare it with libhdf5's view.
 
-libhdf5 makes only the skeleton, in memory (3.5 KB for 100,000 rows); the arrays are streamed to
-their offsets by plain Python, so a full disk is an ``OSError`` and not the crash of the interpreter
-that libhdf5 makes of it (29 of 32 runs). This is the only module that imports h5py.
+libhdf5 makes only the skeleton, in memory (3.5 KB for 100,000 rows). Plain Python writes the arrays
+to their offsets, so that a full disk is an ``OSError``: libhdf5 crashed the interpreter in 29 of 32
+such runs. This is the only module that imports h5py.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from featcache.cache.container import (
 from featcache.files import atomic_writer, canonical_json, child_process, disk_error
 
 _COPY_BYTES = 1 << 22
-_THREAD_BYTES = 1 << 18  # see _beside
-_CHECK_SECONDS = 8  # of computing; a good file takes half a second, of which importing is most
-_CHECK_WAIT_SECONDS = 60  # a machine under load, a network
+_THREAD_BYTES = 1 << 18  # see _call_in_thread
+_CHECK_SECONDS = 8  # CPU time; a good file takes half a second, mostly imports
+_CHECK_WAIT_SECONDS = 60  # wall time: a busy machine, a network drive
 _CHECK_BYTES = 1 << 30
 _MAX_OBJECTS = 1000
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """An array about to be written: ``blocks`` gives its C-ordered bytes piece by piece."""
+    """An array to write: ``blocks`` returns its rows in C order, piece by piece."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     blocks: Callable[[], Iterable[npt.NDArray[Any]]]
     crc32: int | None = None
-    """For the table."""
+    """Checksum for the table."""
 
     @classmethod
     def of(cls, name: str, array: npt.NDArray[Any], crc32: int | None = None) -> ArraySource:
@@ -92,7 +92,7 @@ class _SparseFile(io.RawIOBase):
         return len(data)
 
     def readinto(self, buffer: Any) -> int:
-        # libhdf5 reads back nothing while it creates a file; zeros are what a fresh file holds.
+        # libhdf5 reads nothing back while it creates a file; zeros are what a new file holds.
         buffer[:] = self.pieces.get(self._position, b"").ljust(len(buffer), b"\0")[: len(buffer)]
         self._position += len(buffer)
         return len(buffer)
@@ -112,7 +112,7 @@ def write_container(
 
     Args:
         path: The file to make or to replace.
-        sources: The arrays; their names may hold ``/`` for HDF5 groups.
+        sources: The arrays; a ``/`` in a name makes an HDF5 group.
         fingerprint: sha256 of the identity, for the user block.
         content: Names of the arrays whose bytes ``content_sha256`` covers.
 
@@ -137,7 +137,7 @@ def write_container(
                 for e in entries
             ],
         }
-        if len(canonical_json(header)) < user_block_bytes:  # a zero ends the text
+        if len(canonical_json(header)) < user_block_bytes:  # room for the zero that ends the text
             break
         user_block_bytes *= 2
     if user_block_bytes > MAX_USER_BLOCK_BYTES:
@@ -199,7 +199,7 @@ def _make_skeleton(
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Claim the disk space at once, so that a full disk shows before any work is done."""
+    """Reserve the disk space, so that a full disk is noticed before any work is done."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(handle, 0, size)
@@ -212,9 +212,9 @@ def _stream(
     file: Any, skeleton: _SparseFile, sources: Sequence[ArraySource],
     entries: Sequence[ArrayEntry], start: int,
 ) -> dict[str, str]:  # fmt: skip
-    """Write metadata and arrays in file order; return sha256 of each array, "" = payload.
+    """Write metadata and arrays in file order; return name -> sha256, "" for the payload.
 
-    The payload's hash is taken in a thread, beside the array's own and the writing.
+    A thread computes the payload's hash, at the same time as the array's hash and the writing.
     """
     payload = hashlib.sha256()
     hashes: dict[str, str] = {}
@@ -223,7 +223,7 @@ def _stream(
 
     def put(data: Any, digest: Any = None) -> None:
         nonlocal position
-        with _beside(payload.update, data):
+        with _call_in_thread(payload.update, data):
             if digest is not None:
                 digest.update(data)
             for i in range(0, len(data), _COPY_BYTES):
@@ -253,10 +253,10 @@ def _stream(
 
 
 @contextlib.contextmanager
-def _beside(function: Callable[[Any], object], data: Any) -> Iterator[None]:
-    """Call ``function(data)`` in a thread meanwhile; of a few bytes at once.
+def _call_in_thread(function: Callable[[Any], object], data: Any) -> Iterator[None]:
+    """Call ``function(data)`` in a thread during the block; at once if there are few bytes.
 
-    A thread takes 0.1 ms to start, in which 0.2 MB are hashed; a cache has 120 small pieces.
+    Starting a thread takes 0.1 ms, enough to hash 0.2 MB; a cache has 120 small pieces.
     """
     if len(data) < _THREAD_BYTES:
         function(data)
@@ -273,13 +273,13 @@ def _beside(function: Callable[[Any], object], data: Any) -> Iterator[None]:
 def compare_with_hdf5(container: Container) -> list[str]:
     """Compare the table with what libhdf5 finds in the file; return the differences.
 
-    libhdf5 runs in a child process with limits on memory and time: hostile files hang or crash it.
-    It does not lock the file, which network file systems may refuse: caches are replaced, never
-    changed. It loads no plugins, which the environment might name.
+    libhdf5 runs in a child process with limits on memory and time, as hostile files hang or crash
+    it. It does not lock the file, since network file systems may refuse to and caches are replaced,
+    never changed. It loads no plugins, which environment variables could name.
     """
     command, environment = child_process("featcache.cache.hdf5")
     environment |= {"HDF5_USE_FILE_LOCKING": "FALSE", "HDF5_PLUGIN_PRELOAD": "::"}
-    environment |= {"OPENBLAS_NUM_THREADS": "1"}  # each thread asks for memory that is never used
+    environment |= {"OPENBLAS_NUM_THREADS": "1"}  # its threads reserve memory that is never used
     try:
         done = subprocess.run(
             [*command, str(container.path)], env=environment, capture_output=True,
@@ -315,8 +315,8 @@ def compare_with_hdf5(container: Container) -> list[str]:
 def _hdf5_view(path: str) -> dict[str, Any]:
     """Return what libhdf5 sees: the arrays' offsets, shapes, dtypes and the root's attributes.
 
-    Nothing is read but metadata, and no link is followed but hard ones, of which each object is
-    seen once. Of virtual data sets not even the shape is asked for: it may depend on other files.
+    Only metadata is read. Only hard links are followed, and each object is visited once. The shape
+    of virtual data sets is not asked for, as it may depend on other files.
     """
     import h5py
 

@@ -1,4 +1,4 @@
-"""May the rows of these caches stand in one cache, and how were they made, all together?
+"""Check whether rows of several caches can be in one cache, and join their provenance.
 
 Reads: open caches. Writes: nothing.
 """
@@ -14,18 +14,18 @@ from featcache.errors import CacheError, FeatcacheWarning, printable
 from featcache.files import canonical_json
 from featcache.precision import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS
 
-# Copied only where all caches agree: with them an update goes on as its rows were made.
+# Copied only if all caches agree: an update then continues with this engine.
 _ENGINE_FACTS = ("engine", "precision", "batch_size", "num_threads", "device_type")
 _OTHER_FACTS = ("device", "concurrency", "weights_source")
-MAX_PARITY = 8  # errors that are kept: the largest says it all
+MAX_PARITY = 8  # number of parity errors to keep: the largest ones
 _ORIGIN_FACTS = ("date", "versions", "device", "engine", "precision", "parity", "lost")
 
 
 def check_alike(caches: Sequence[Cache]) -> None:
-    """Refuse caches whose rows do not belong into one cache.
+    """Refuse caches whose rows cannot be in one cache.
 
     Raises:
-        CacheError: If identity, task, or width or dtype of features differ; one line says in what.
+        CacheError: If identity, task, or the width or dtype of features differ; says how.
     """
     first = caches[0]
 
@@ -67,7 +67,7 @@ def check_alike(caches: Sequence[Cache]) -> None:
 
 
 def warn_of_precisions(caches: Sequence[Cache]) -> None:
-    """Warn of caches of different precision; refuse one whose own parity is out of bounds.
+    """Warn of caches with different precision; refuse one with a parity above its bound.
 
     Raises:
         CacheError: If there is one.
@@ -106,21 +106,21 @@ def _parity(cache: Cache) -> list[float]:
 
 
 def known_precision(cache: Cache) -> str | None:
-    """Return the precision whose bound holds for all rows, None where nobody knows.
+    """Return the precision of a cache; None if it is not known.
 
-    Features made elsewhere have none, and of rows that a repair kept it may be lost.
+    It is unknown for features made elsewhere, and after a repair that lost the provenance.
     """
     precision = str(cache.provenance.get("precision"))
     return precision if precision in PARITY_BOUNDS and "lost" not in cache.provenance else None
 
 
 def error_bound(cache: Cache) -> float:
-    """Return how far, relative L2, a row may be from the eager fp32 network's features.
+    """Return the largest allowed relative L2 error of a row, against the eager fp32 network.
 
-    Where nobody says how it was made, that is the strictest bound.
+    If the precision is not known, the strictest bound is returned.
 
     Raises:
-        CacheError: If it was made at a precision that is none of ours.
+        CacheError: If the cache states an unknown precision.
     """
     precision = known_precision(cache)
     stated = cache.provenance.get("precision")
@@ -134,7 +134,7 @@ def error_bound(cache: Cache) -> float:
 
 
 def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
-    """Return how the rows of several caches were made: what is common, the loosest precision."""
+    """Return the joint provenance of several caches: common facts, and the loosest precision."""
     made = [cache.provenance for cache in caches]
 
     def common(keys: Sequence[str]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
     joined = common(_OTHER_FACTS)
     engine = common(_ENGINE_FACTS)
     if set(engine) == {key for p in made for key in p if key in _ENGINE_FACTS}:
-        joined |= engine  # else another engine, or another batch shape, for some rows
+        joined |= engine  # else rows were made by different engines or batch shapes
     else:
         joined["engine"] = ", ".join(sorted({str(p.get("engine", "unknown")) for p in made}))
         precisions = [str(p.get("precision")) for p in made]
@@ -156,9 +156,9 @@ def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
 
 
 def list_origins(caches: Sequence[Cache]) -> list[dict[str, Any]]:
-    """Return the caches that the rows were extracted into, each once.
+    """Return facts of the caches that the rows were first extracted into, each once.
 
-    A flat list: caches selected from each other every night would else nest without end.
+    The list is flat, or caches that are selected from each other every night would nest for ever.
     """
     origins: dict[str, dict[str, Any]] = {}
     for cache in caches:

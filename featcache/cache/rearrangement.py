@@ -1,4 +1,4 @@
-"""Rows of caches -> rows of a new one: which are taken, and with what split, class and group.
+"""Choose the rows of caches for a new cache, with their new split, class and group.
 
 Reads: open caches and a table (CSV). Writes: nothing, and touches no features.
 """
@@ -29,13 +29,13 @@ _Integers = npt.NDArray[np.int64]
 
 
 class Row(NamedTuple):
-    """A row (or a failed image) of a cache, and what it is to be in the new one.
+    """A row (or a failed image) of a cache, and its place in the new one.
 
     Attributes:
-        cache: Which of the caches it comes from.
-        source: Its split there; "" of a failed image.
-        number: Its number there.
-        path: In the new cache; so are split, label and group.
+        cache: Index of the cache it comes from.
+        source: Its split there; "" for a failed image.
+        number: Its row number there.
+        path: Path in the new cache, as are split, label and group.
         split: ``train``, ``valid``, ``test`` or ``all``.
         label: Class name; None for unlabelled, and in ``multilabel`` caches.
         group: None if it has none.
@@ -51,14 +51,14 @@ class Row(NamedTuple):
 
 
 class Rearrangement:
-    """The rows taken of some caches, with splits, classes and groups of their own.
+    """The rows chosen from some caches, with their new splits, classes and groups.
 
-    Use it in this order: ``apply_table`` where there is one, ``choose_classes``, ``settle_rows``.
+    Call ``apply_table`` if there is a table, then ``choose_classes``, then ``settle_rows``.
 
     Args:
-        caches: Caches of one kind (see module ``provenance``).
-        prefix: Set each cache's file name before its paths and groups.
-        say: Where lines for people go.
+        caches: Caches that fit together (see module ``provenance``).
+        prefix: Put each cache's file name in front of its paths and groups.
+        say: Called with lines for the user.
     """
 
     def __init__(self, caches: Sequence[Cache], *, prefix: bool, say: Say) -> None:
@@ -68,19 +68,19 @@ class Rearrangement:
         self.classes: tuple[str, ...] = ()
         self.num_unnamed = self.num_other_classes = self.num_merged = 0
         self.names_without_row: list[str] = []
-        self._names: list[list[str]] = []  # of each cache's classes, after renaming
+        self._names: list[list[str]] = []  # classes of each cache, after renaming
 
     @property
     def is_multilabel(self) -> bool:
-        """Whether the caches have several labels a row."""
+        """Whether the caches have several labels per row."""
         return self.caches[0].task == "multilabel"
 
     def apply_table(self, file: Path) -> None:
-        """Take the rows the table names, as it has them; say what it does not name or misses.
+        """Keep the rows that the table names, with its columns; say which do not match.
 
         Raises:
-            DataError: If it is no table, or names none of the rows.
-            ConfigError: If it has targets for caches of several labels a row.
+            DataError: If it is not a table, or names none of the rows.
+            ConfigError: If it has targets, but the caches have several labels per row.
         """
         table = Table(file, [row.path for row in (*self.rows, *self.failed)], self.say)
         if self.is_multilabel and "target" in table.columns:
@@ -118,8 +118,8 @@ class Rearrangement:
             where: Only for messages.
 
         Raises:
-            ConfigError: If a name is none of the classes.
-            DataError: If a split would lack a class, or two classes are hard to tell apart.
+            ConfigError: If a name is not a class.
+            DataError: If a split would lack a class, or two names differ only by case or blanks.
             CacheError: If no row is left.
         """
         self._rename(rename)
@@ -162,10 +162,10 @@ class Rearrangement:
         self._names = [[names.get(n, n) for n in cache.classes] for cache in self.caches]
 
     def settle_rows(self) -> None:
-        """Make rows of one image one, give each a group if any has one, and sort them.
+        """Merge rows of the same image, complete the groups, and sort the rows.
 
         Raises:
-            CacheError: If one path is that of two images, or two caches contradict each other.
+            CacheError: If two images have one path, or caches disagree about an image.
         """
         self.rows, pairs = _merge_same_images(self.caches, self.rows, self._have_equal_labels)
         self.num_merged = len(pairs)
@@ -175,7 +175,7 @@ class Rearrangement:
         num_without = sum(row.group is None for row in self.rows)
         if 0 < num_without < len(self.rows):
             self.rows = [row._replace(group=row.group or row.path) for row in self.rows]
-            self.say(f"groups: {num_without:,} rows have none and are a group each")
+            self.say(f"groups: {num_without:,} rows have none; each is a group of its own")
         check_names("groups", list({row.group or "" for row in self.rows}))
         _say_shared_groups(self.rows, self.say)
         if not self.is_multilabel:
@@ -183,7 +183,7 @@ class Rearrangement:
         self.rows.sort(key=lambda row: (SPLITS.index(row.split), os_bytes(row.path)))
         if {row.split for row in self.rows} > {"all"}:
             warnings.warn(
-                "some rows are in split all, others in train, valid or test: heads are trained on "
+                "some rows are in split all, others in train, valid or test; heads are trained on "
                 "train alone; name the rows' splits in a --table of path,split",
                 FeatcacheWarning, stacklevel=3,
             )  # fmt: skip
@@ -209,7 +209,7 @@ def _listed(classes: Sequence[str]) -> str:
 
 
 def _arrange(rows: Iterable[Row], table: Table) -> Iterator[Row]:
-    """Yield the rows that a table names, with its split, target and group."""
+    """Yield the rows that a table names, with the table's split, target and group."""
     for row in rows:
         line = table.find(row.path)
         if line is not None:
@@ -222,11 +222,11 @@ def _arrange(rows: Iterable[Row], table: Table) -> Iterator[Row]:
 
 
 def _collect_rows(caches: Sequence[Cache], prefixes: Sequence[str]) -> tuple[list[Row], list[Row]]:
-    """Return all rows and all failed images of some caches, as they are.
+    """Return all rows and all failed images of some caches, unchanged.
 
     Args:
         caches: The caches.
-        prefixes: What is set before the paths and groups of each, "" for nothing.
+        prefixes: Prefix of each cache's paths and groups; may be "".
     """
     rows: list[Row] = []
     failed: list[Row] = []
@@ -255,12 +255,12 @@ def _rename_rows(rows: Iterable[Row], names: Mapping[str, str]) -> list[Row]:
 def _merge_labels(
     targets: npt.NDArray[Any], sources: Sequence[str], classes: Sequence[str]
 ) -> npt.NDArray[np.float32]:
-    """Return ``multilabel`` targets (N, C) for other classes, those not known of being NaN.
+    """Return ``multilabel`` targets (N, C) for other classes; NaN where they are not known.
 
     Args:
         targets: (N, S) of 0, 1 and NaN.
-        sources: S class names, after renaming: several may have become one. It is 1 where any is
-            1, else unknown where any is unknown.
+        sources: S class names after renaming, which may have made some equal. The merged target
+            is 1 if any is 1, else unknown if any is unknown, else 0.
         classes: C class names.
     """
     merged = np.full((len(targets), len(classes)), np.nan, np.dtype("<f4"))
@@ -278,22 +278,22 @@ def _merge_same_images(
     caches: Sequence[Cache], rows: Iterable[Row],
     have_equal_labels: Callable[[Row, Row], bool],
 ) -> tuple[list[Row], list[tuple[Row, Row]]]:  # fmt: skip
-    """Keep one of the rows that are one image under one path; refuse other rows of equal path.
+    """Merge rows of the same image and path; refuse different images of the same path.
 
-    The row of the most views is kept, of the first cache on ties, with the group that is known.
+    The row with the most views is kept, on ties that of the first cache, with the known group.
 
     Returns:
-        The rows, and the pairs (one row, the other) that have become one.
+        The rows, and the pairs of rows that were merged.
 
     Raises:
-        CacheError: If a path is that of two images, or one image has two classes, splits, groups.
+        CacheError: If two images have one path, or an image has two classes, splits or groups.
     """
     kept: dict[str, list[Row]] = {}
     pairs = []
     for row in rows:
         others = kept.setdefault(row.path, [])
         twin = next((o for o in others if o.split == row.split), None)
-        # One path in two splits of one cache is that cache's affair.
+        # The same path may be in two splits of one cache: keep both.
         twin = twin or next((o for o in others if o.cache != row.cache), None)
         if twin is None:
             others.append(row)
@@ -309,11 +309,11 @@ def _merge_same_images(
 def _require_same_image(
     caches: Sequence[Cache], a: Row, b: Row, have_equal_labels: Callable[[Row, Row], bool]
 ) -> None:
-    def wrong(expected: str, of_a: object, of_b: object, hint: str) -> CacheError:
+    def wrong(expected: str, found_a: object, found_b: object, hint: str) -> CacheError:
         places = [f"{caches[r.cache].path.as_posix()}, {r.source}" for r in (a, b)]
         return CacheError(
             f"path {a.path}", expected=expected,
-            found=f"{of_a} in {places[0]} and {of_b} in {places[1]}", hint=hint,
+            found=f"{found_a} in {places[0]} and {found_b} in {places[1]}", hint=hint,
         )  # fmt: skip
 
     hashes = [caches[r.cache].splits[r.source].image_sha256[r.number] for r in (a, b)]
@@ -335,10 +335,10 @@ def _require_same_image(
 
 
 def _check_pairs(caches: Sequence[Cache], pairs: Sequence[tuple[Row, Row]]) -> None:
-    """Refuse caches that have other features for one image: one of them is not true.
+    """Refuse caches with different features of one image: one of them is wrong.
 
     Raises:
-        CacheError: If two are further apart than the bounds of both allow.
+        CacheError: If the difference is larger than the sum of both bounds.
     """
     bounds = [error_bound(cache) for cache in caches] if pairs else []
     for i in range(0, len(pairs), 1024):
@@ -353,12 +353,12 @@ def _check_pairs(caches: Sequence[Cache], pairs: Sequence[tuple[Row, Row]]) -> N
                     f"features of {x.path}", where=caches[y.cache].path,
                     expected=f"those of {caches[x.cache].path.as_posix()}, the same image",
                     found=f"others, by {error:.1e}",
-                    hint="Find the untrue cache with featcache verify CACHE --data DATA",
+                    hint="Find the wrong cache with featcache verify CACHE --data DATA",
                 )  # fmt: skip
 
 
 def _warn_of_contradictions(caches: Sequence[Cache], rows: Sequence[Row]) -> None:
-    """Warn of images that stand in two classes: under other paths that is not refused."""
+    """Warn of images that have two classes, under different paths."""
     hashes = gather(caches, rows, lambda _, split, n: split.image_sha256[n])
     first: dict[bytes, Row] = {}
     torn: dict[bytes, str] = {}
@@ -371,13 +371,13 @@ def _warn_of_contradictions(caches: Sequence[Cache], rows: Sequence[Row]) -> Non
     if torn:
         example = printable(next(iter(torn.values())))
         warnings.warn(
-            f"{len(torn):,} images stand in two classes, byte for byte; one is {example}",
+            f"{len(torn):,} byte-identical images have two classes, for example {example}",
             FeatcacheWarning, stacklevel=4,
         )  # fmt: skip
 
 
 def _say_shared_groups(rows: Sequence[Row], say: Say) -> None:
-    """Say which groups have rows in several caches: they are taken for the same."""
+    """Say which groups have rows in several caches: they are treated as one group."""
     owner: dict[str, int] = {}
     shared = {
         row.group: None
@@ -386,7 +386,7 @@ def _say_shared_groups(rows: Sequence[Row], say: Say) -> None:
     }
     if shared:
         example = printable(next(iter(shared)))
-        say(f"groups: {len(shared):,} stand in several caches, such as {example}, taken for one")
+        say(f"groups: {len(shared):,} are in several caches, such as {example}; each is one group")
 
 
 def gather(
@@ -397,9 +397,9 @@ def gather(
 
     Args:
         caches: The caches.
-        rows: At least one.
-        take: Gives an array (n, ...) for which cache, its split and n row numbers in it; of one
-            dtype and shape but n for all.
+        rows: At least one row.
+        take: Called with the index of a cache, one of its splits and n row numbers; returns an
+            array (n, ...), with the same dtype and shape (but for n) for all.
     """
     numbers = np.array([row.number for row in rows])
     places: dict[tuple[int, str], list[int]] = {}

@@ -1,6 +1,6 @@
-"""Repair: write a cache again without the rows that nobody can vouch for.
+"""Repair: write a cache again without its damaged rows.
 
-Reads: a cache, damaged or not. Writes: the file it is told to.
+Reads: a cache, damaged or not. Writes: the given file.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _REASON = "row dropped by featcache verify --repair"
 
 
 def find_bad_rows(container: Container, damage: Damage) -> list[BadRow]:
-    """Return the damaged rows, and those that are not finite.
+    """Return the damaged rows, and those with NaN or infinities.
 
     Raises:
-        CacheError: If what the rows mean is lost, or if damaged rows cannot be told from others.
+        CacheError: If identity, classes or task are damaged, or damaged rows cannot be located.
     """
     if damage.is_meaning_lost:
-        raise _hopeless(
+        raise _cannot_repair(
             container, "repair", "an undamaged identity, task and list of classes",
             f"damage in {', '.join(damage.parts)}",
         )  # fmt: skip
     if any(part.startswith("splits/") for part in damage.parts):
         found = f"damage, and none in {', '.join(damage.unlocated)}"
-        raise _hopeless(container, "repair", "checksums of the rows to find it by", found)
+        raise _cannot_repair(container, "repair", "checksums of the rows to find it by", found)
     check_table(container, container.map("task").item().decode("utf-8", "replace"))
     damaged = {(row.split, row.row) for row in damage.rows}
     others = [row for row in find_infinite(container) if (row.split, row.row) not in damaged]
@@ -53,10 +53,10 @@ def find_bad_rows(container: Container, damage: Damage) -> list[BadRow]:
 def write_without(
     container: Container, bad_rows: Sequence[BadRow], damage: Damage, path: Path
 ) -> Cache:
-    """Write a cache with the rows of another one that are not bad, which become failures.
+    """Write a cache without its bad rows, which become failures.
 
-    What a failure tells of a damaged row may be damaged too; the next extraction forgets it.
-    Damaged failures are dropped, since every extraction tries them again, and so is a damaged
+    The facts of such a failure may be damaged too; the next extraction replaces them. Damaged
+    failures are dropped, since every extraction tries failed images again. So is a damaged
     provenance.
 
     Args:
@@ -66,40 +66,42 @@ def write_without(
         path: The file to write.
 
     Raises:
-        CacheError: If no row would be left, or if the disk is full.
+        CacheError: If no row would be left, or the disk is full.
     """
     splits = [s for s in SPLITS if f"splits/{s}/features" in container.arrays]
     num_rows = sum(container.arrays[f"splits/{s}/features"].shape[0] for s in splits)
     if num_rows and len(bad_rows) == num_rows:
-        raise _hopeless(container, "repair", "a row that bears out", f"none of {num_rows:,}")
+        raise _cannot_repair(
+            container, "repair", "a row whose checksum matches", f"none of {num_rows:,}"
+        )
     bad: dict[str, list[int]] = {split: [] for split in splits}
     for row in bad_rows:
         bad[row.split].append(row.row)
     classes = decode_texts(container.map("classes"))
     lost = any(part.startswith("failures/") for part in damage.parts)
     failures = [] if lost else list(read_failures(container, len(classes)))
-    failures += [_as_failure(container, row, len(classes)) for row in bad_rows]
+    failures += [_make_failure(container, row, len(classes)) for row in bad_rows]
     provenance: dict[str, Any] = {"lost": "damaged, and dropped by featcache verify --repair"}
     if "provenance" not in damage.parts:
         provenance = read_json(container, "provenance")
     cache = write_rows(
-        path, {split: _without(container, split, bad[split]) for split in splits},
+        path, {split: _rows_without(container, split, bad[split]) for split in splits},
         identity=read_json(container, "identity"), provenance=provenance, classes=classes,
         task=container.map("task").item().decode(), failures=failures,
     )  # fmt: skip
-    if cache.fingerprint != container.fingerprint:  # an identity in other than canonical JSON
-        raise _hopeless(container, "identity", "JSON as featcache writes it", "other JSON")
+    if cache.fingerprint != container.fingerprint:  # the identity was not canonical JSON
+        raise _cannot_repair(container, "identity", "JSON as featcache writes it", "other JSON")
     return cache
 
 
-def _hopeless(container: Container, what: str, expected: str, found: str) -> CacheError:
+def _cannot_repair(container: Container, what: str, expected: str, found: str) -> CacheError:
     return CacheError(
         what, expected=expected, found=found, where=container.path,
-        hint="Nothing in it can be vouched for: featcache extract DATA CACHE --rebuild",
+        hint="It cannot be repaired: featcache extract DATA CACHE --rebuild",
     )  # fmt: skip
 
 
-def _without(container: Container, split: str, bad: list[int]) -> SplitRows:
+def _rows_without(container: Container, split: str, bad: list[int]) -> SplitRows:
     def column(name: str) -> npt.NDArray[Any]:
         return container.map(f"splits/{split}/{name}")
 
@@ -124,7 +126,7 @@ def _blocks(features: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> Iterator
         yield features[rows[i : i + BLOCK_ROWS]]
 
 
-def _as_failure(container: Container, row: BadRow, num_classes: int) -> Failure:
+def _make_failure(container: Container, row: BadRow, num_classes: int) -> Failure:
     def value(name: str) -> Any:
         return container.map(f"splits/{row.split}/{name}")[row.row]
 

@@ -1,4 +1,4 @@
-"""A table: a CSV that names rows of caches, and what they are to be.
+"""A table: a CSV that names rows of caches, and their new target, split and group.
 
 Reads: CSV files. Writes: nothing.
 """
@@ -18,20 +18,20 @@ from featcache.runtime import Say
 
 
 class Table:
-    """A CSV of ``path``, and as far as known ``target``, ``split`` and ``group``.
+    """A CSV with the column ``path`` and optionally ``target``, ``split`` and ``group``.
 
-    A column that is missing or wholly empty leaves what the rows have. In the others an empty cell
-    means what it means to ``extract``: unlabelled, split ``all``, a group of its own. Where no path
-    is one of the caches', folders that all its paths begin with, and the folders of splits in the
-    caches' paths, are left out of the comparison; that is said.
+    A column that is missing or empty changes nothing. In other columns an empty cell means what it
+    means to ``extract``: unlabelled, split ``all``, a group of its own. If no path of the table is
+    in the caches, paths are compared without the leading folders that all of the table's have, or
+    without the split folders of the caches'; a line says so.
 
     Args:
         file: The CSV.
         known: Paths of all rows and failed images.
-        say: Where lines for people go.
+        say: Called with lines for the user.
 
     Raises:
-        DataError: If it is no such CSV, names a path twice, or none of those that are known.
+        DataError: If it is not such a CSV, names a path twice, or names none of the known paths.
     """
 
     def __init__(self, file: Path, known: Iterable[str], say: Say) -> None:
@@ -39,7 +39,7 @@ class Table:
         names = [posixpath.normpath(line["path"]) for line in lines]
         keys = {posixpath.normpath(path) for path in known}
         self._leaves_split_out = False
-        for folder, leaves_split_out in _readings(names, keys):
+        for folder, leaves_split_out in _ways_to_compare(names, keys):
             shorter = [name.removeprefix(folder) for name in names]
             fitting = {_without_split(key) for key in keys} if leaves_split_out else keys
             if not fitting.isdisjoint(shorter):
@@ -63,20 +63,20 @@ class Table:
         self.without_row = [name for name in self._lines if name not in keys]
 
     def find(self, path: str) -> dict[str, str] | None:
-        """Return the line of a row's path, None if the table does not name it."""
+        """Return the table's line for a path; None if there is none."""
         key = posixpath.normpath(path)
         return self._lines.get(_without_split(key) if self._leaves_split_out else key)
 
 
-def _readings(names: list[str], keys: set[str]) -> Iterator[tuple[str, bool]]:
-    """Yield how paths of a table and of caches may be meant, as they are written first.
+def _ways_to_compare(names: list[str], keys: set[str]) -> Iterator[tuple[str, bool]]:
+    """Yield ways to compare the table's paths with the caches', the paths as written first.
 
     ``featcache split raw split.csv`` writes ``raw/covid/1.png``, which is ``covid/1.png`` in the
     cache of ``raw``, and ``train/covid/1.png`` in the cache of a tree made of ``raw``.
 
     Yields:
-        What to leave out at the beginning of the table's paths, and whether to leave the split's
-        folder out of the caches'.
+        The leading folders to remove from the table's paths, and whether to remove the split's
+        folder from the caches'.
     """
     yield "", False
     folders = [""]

@@ -1,6 +1,6 @@
-"""Write caches: prepared rows from an extraction, or features made elsewhere.
+"""Write caches: prepared rows of an extraction, or features made elsewhere.
 
-Writes: caches (format in module ``cache``), whole or not at all.
+Writes: caches (see FORMAT.md), whole or not at all.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from featcache.files import canonical_json
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of one split about to be written, sorted by the bytes of their path.
+    """The rows of one split to write, sorted by the bytes of their path.
 
-    ``feature_blocks`` gives (n, D) or (n, V, D) arrays that make up ``shape`` together, so that a
+    ``feature_blocks`` returns (n, D) or (n, V, D) arrays that together have ``shape``, so that a
     cache larger than memory can be written.
     """
 
@@ -73,7 +73,9 @@ def write_rows(
         }
         if rows.groups is not None:
             columns["groups"] = _encode(rows.groups)
-        checksums = np.zeros(rows.shape[0], "<i8")  # as the features pass, before it is written
+        checksums = np.zeros(
+            rows.shape[0], "<i8"
+        )  # filled while features are written, before it is
         blocks = partial(_check_rows, rows.feature_blocks, columns, start, checksums)
         sources.append(ArraySource(prefix + "features", rows.shape, rows.dtype, blocks))
         columns = columns | {"row_crc32": checksums}
@@ -100,7 +102,7 @@ def _check_rows(
     feature_blocks: Callable[[], Iterable[npt.NDArray[Any]]],
     columns: Mapping[str, npt.NDArray[Any]], start: int, checksums: npt.NDArray[np.int64],
 ) -> Iterator[npt.NDArray[Any]]:  # fmt: skip
-    """Yield the blocks of features, and note the checksums of their rows."""
+    """Yield the blocks of features, and store the checksums of their rows."""
     position = 0
     for block in feature_blocks():
         rows = slice(position, position + len(block))
@@ -110,7 +112,7 @@ def _check_rows(
 
 
 def os_bytes(path: str) -> bytes:
-    """Return a path's own bytes: what rows are sorted by."""
+    """Return the bytes of a path, by which rows are sorted."""
     return path.encode("utf-8", "surrogateescape")
 
 
@@ -125,7 +127,7 @@ def write_cache(
         path: The file to write; an existing one is replaced.
         features: (N, D) or (N, V, D) float32 or float16, or a dict of such arrays by split
             (``train``, ``valid``, ``test``, ``all``). One array alone becomes the split ``all``.
-            Of V views of a row, the first is the plain one: what it is evaluated by.
+            The first of V views is the plain image, which evaluation uses.
         targets: (N,) integers in [0, C), -1 = unlabelled; or (N, C) floats of 0, 1 and NaN =
             unknown for several labels a row; or a dict by split.
         paths: N different strings naming the rows, or a dict by split. Rows are sorted by them.
@@ -133,18 +135,18 @@ def write_cache(
         groups: N strings, say patients, or a dict by split; optional.
         identity: What decides the features' values. Runs refuse caches of another identity, so
             say which backbone, weights and preprocessing made them.
-        provenance: Anything worth knowing about how they were made.
+        provenance: How they were made; any facts that JSON can hold.
 
     Returns:
         The cache, opened.
 
     Raises:
-        DataError: If arrays do not fit each other, or hold NaN or infinities.
+        DataError: If arrays do not fit together, or contain NaN or infinities.
         CacheError: If the disk is full or the folder cannot be written.
     """
     by_split = features if isinstance(features, Mapping) else {"all": features}
 
-    def of(value: Any, split: str) -> Any:
+    def select_split(value: Any, split: str) -> Any:
         return value.get(split) if isinstance(value, Mapping) else value
 
     unknown = set(by_split) - set(SPLITS)
@@ -158,8 +160,8 @@ def write_cache(
             raise DataError(f"splits of {what}", expected=sorted(by_split), found=found)
     rows = {
         split: _check_new_rows(
-            split, np.asarray(array), np.asarray(of(targets, split)), of(paths, split),
-            groups=of(groups, split), num_classes=len(names),
+            split, np.asarray(array), np.asarray(select_split(targets, split)),
+            select_split(paths, split), groups=select_split(groups, split), num_classes=len(names),
         )
         for split, array in by_split.items()
     }  # fmt: skip
@@ -236,10 +238,10 @@ def _check_new_rows(
 
 
 def check_names(what: str, names: Sequence[str]) -> None:
-    """Refuse names that fixed-width bytes cannot hold, and names that come twice.
+    """Refuse names that fixed-width bytes cannot store, and duplicates.
 
     Raises:
-        DataError: If there is one.
+        DataError: If there is such a name.
     """
     for name in names:
         try:
@@ -253,7 +255,7 @@ def check_names(what: str, names: Sequence[str]) -> None:
 
 
 def _encode(texts: Iterable[str]) -> npt.NDArray[Any]:
-    """Return strings as fixed-width bytes; ``|S1`` when there are none or all are empty."""
+    """Return strings as fixed-width bytes; ``|S1`` if there are none or all are empty."""
     array = np.array([text.encode("utf-8", "surrogateescape") for text in texts], dtype=bytes)
     return array.astype("S1") if array.dtype.itemsize == 0 or not array.size else array
 
@@ -262,14 +264,14 @@ _OWN_FILES = ("probing", "shard.*", ".*.tmp")
 
 
 def partial_folder(cache: Path) -> Path:
-    """Return the folder in which a cache is made."""
+    """Return the folder that a cache is built in."""
     return cache.with_name(cache.name + ".partial")
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what is ours in the folder of a cache in the making, its lock last, then the folder.
+    """Remove featcache's files in the folder of an unfinished cache, the lock last, and the folder.
 
-    Files of other people stay, and the folder with them.
+    Other files are kept, and then the folder too.
     """
     with contextlib.suppress(OSError):
         (folder / "manifest.json").unlink(missing_ok=True)

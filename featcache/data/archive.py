@@ -1,7 +1,7 @@
-"""Zip files, read in place: what is in them, and the bytes of a member. Trusts no zip.
+"""Read zip files in place: list their entries, read a member. No zip is trusted.
 
-Names never become paths, so none can lead out of the zip; members that lie about their size, or
-that are there to exhaust a machine, are refused before they take memory.
+Names never become paths, so none can lead outside the zip. Members that lie about their size, and
+decompression bombs, are refused before they take memory.
 
 Reads: zip files. Writes: nothing.
 """
@@ -29,12 +29,12 @@ _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 
 class Entry(NamedTuple):
-    """A line of a zip's directory.
+    """An entry of a zip's directory.
 
     Args:
-        path: ``/``-separated, without a leading ``./``; leads nowhere outside the zip.
+        path: ``/``-separated, without a leading ``./``, inside the zip.
         kind: ``file``, ``folder``, ``link`` or ``other`` (pipes, devices).
-        info: The line itself.
+        info: The entry as ``zipfile`` gives it.
     """
 
     path: str
@@ -43,15 +43,15 @@ class Entry(NamedTuple):
 
 
 class Member(NamedTuple):
-    """Where the bytes of a file in a zip lie: enough to read it without the zip's directory.
+    """Where a file lies in a zip: enough to read it without the zip's directory.
 
     Args:
         num_bytes: Size of the file.
-        mtime_ns: Its time, and its CRC in the digits below the second, so that a changed member
-            never looks unchanged.
+        mtime_ns: Its time. The digits below the second are its CRC, so that a changed member never
+            looks unchanged.
         offset: Where it begins in the zip, in bytes.
-        method: How it is packed: ``zipfile.ZIP_STORED`` or ``ZIP_DEFLATED``.
-        packed_bytes: Its size in the zip.
+        method: Compression: ``zipfile.ZIP_STORED`` or ``ZIP_DEFLATED``.
+        packed_bytes: Its compressed size.
         crc: CRC-32 of the file.
     """
 
@@ -64,10 +64,10 @@ class Member(NamedTuple):
 
 
 def list_entries(root: Path) -> Iterator[Entry]:
-    """Yield what the directory of a zip lists, in its order.
+    """Yield the entries of a zip's directory, in its order.
 
     Raises:
-        DataError: If this is no whole zip, has too many members, or one whose name leads out.
+        DataError: If it is not a whole zip, has too many members, or a name leads outside it.
     """
     try:
         with zipfile.ZipFile(root) as archive:
@@ -86,7 +86,7 @@ def list_entries(root: Path) -> Iterator[Entry]:
 
 def _safe_path(name: str, root: Path) -> tuple[str, bool]:
     """Return the plain path of a member, and whether it is a folder."""
-    name = name.replace("\\", "/")  # some Windows packers write these
+    name = name.replace("\\", "/")  # written by some Windows programs
     parts = [part for part in name.split("/") if part not in {"", "."}]
     if name.startswith("/") or ".." in parts or re.match("[A-Za-z]:", name) or not parts:
         raise DataError(
@@ -97,12 +97,12 @@ def _safe_path(name: str, root: Path) -> tuple[str, bool]:
 
 
 def locate_members(root: Path, entries: Iterable[Entry], *, max_bytes: int) -> dict[str, Member]:
-    """Return path -> where its bytes lie, for those files of a zip that are wanted.
+    """Check some entries of a zip and return path -> ``Member``.
 
     Raises:
-        DataError: If one is encrypted, packed by a method we do not read, there twice, above
-            ``max_bytes``, or if one or all unpack to far more than they take in the zip, or if
-            some are the same bytes.
+        DataError: If a member is encrypted, compressed by another method, larger than
+            ``max_bytes``, or listed twice; if members overlap; or if one or all of them unpack to
+            far more than their compressed size.
     """
     members: dict[str, Member] = {}
     for path, _, info in entries:
@@ -140,7 +140,7 @@ def _check(info: zipfile.ZipInfo, root: Path, max_bytes: int) -> None:
 
 
 def _check_apart(members: dict[str, Member], root: Path) -> None:
-    """Refuse members that overlap: that is how 42 kB become 5 GB under any ratio (Fifield)."""
+    """Refuse members that overlap: so 42 kB become 5 GB whatever the ratio (Fifield, 2019)."""
     end, before = 0, ""
     for path, member in sorted(members.items(), key=lambda item: item[1].offset):
         if member.offset < end:
@@ -169,14 +169,14 @@ def _mtime_ns(info: zipfile.ZipInfo) -> int:
 
 
 def read_member(root: Path, member: Member) -> bytes:
-    """Return the bytes of a member; never more than its stated size in memory.
+    """Return the bytes of a member; takes no more memory than its stated size.
 
-    Goes by the place noted in ``locate_members``, which costs as much as opening a file;
+    Seeks to the offset found by ``locate_members``, which costs as much as opening a file.
     ``ZipFile`` would parse the directory again in every thread and process.
 
     Raises:
         OSError: If the zip cannot be read.
-        ValueError: If the bytes there are not those of the member.
+        ValueError: If the bytes do not match the member's size and CRC.
     """
     with root.open("rb") as file:
         file.seek(member.offset)

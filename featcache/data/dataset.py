@@ -1,10 +1,10 @@
-"""What lies on the disk -> samples, classes, splits and groups. Decides targets, reads no pixels.
+"""Find the images of a data set, with targets, splits and groups. Reads no pixels.
 
 Reads: split folders, class folders, folders of images, CSV manifests, zip files of folders.
 Writes: nothing.
 
-What is seen and not taken (see ``folders``) is counted in ``num_ignored``; so are images lying
-loose beside class folders, with a warning.
+Files that are not used (see ``folders``) are counted in ``num_ignored``. So are images beside class
+folders, with a warning.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ UNLABELLED = -1
 
 _MAX_CSV_BYTES = 2**32
 MAX_IMAGE_BYTES = 2**31
-"""Larger files are no images: 2**28 pixels of four bytes are half of it."""
+"""Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,11 @@ class Sample:
     """One image: where it is, what it is, which split and group it belongs to.
 
     Args:
-        path: ``/``-separated, relative to the root; of a CSV as written there. Bytes that are not
+        path: ``/``-separated, relative to the root; in a CSV as written there. Bytes that are not
             UTF-8 are surrogate-escaped.
         target: Index into the classes, or ``UNLABELLED``.
         split: ``train``, ``valid``, ``test`` or ``all``.
-        group: What must not be torn apart by a split; None when no groups are known.
+        group: Images of one group (a patient) stay in one split; None if groups are not known.
         image_bytes: Size of the file.
         mtime_ns: Time of its last change, in ns. (Zip: see ``archive.Member``.)
     """
@@ -81,7 +81,7 @@ class ImageDataset:
         layout: ``splits``, ``classes``, ``images``, ``csv`` or ``zip``.
         classes: Class names, sorted as strings; empty when nothing is labelled.
         samples: All samples.
-        num_ignored: Reason -> number of things seen and not taken.
+        num_ignored: Reason -> number of files and folders that were not used.
         num_grouped: How many samples ``group_by`` matched; None without it.
     """
 
@@ -93,9 +93,9 @@ class ImageDataset:
     num_grouped: int | None = None
     _members: dict[str, Member] = field(default_factory=dict, repr=False)
 
-    @cached_property  # asked for once an image: which views it gets depends on them
+    @cached_property  # used once per image, to choose its views
     def splits(self) -> tuple[str, ...]:
-        """The splits there are, in the order train, valid, test, all."""
+        """The splits that have samples, in the order train, valid, test, all."""
         present = {sample.split for sample in self.samples}
         return tuple(name for name in SPLITS if name in present)
 
@@ -111,11 +111,11 @@ class ImageDataset:
         return tuple(sample for sample in self.samples if sample.split == name)
 
     def class_of(self, sample: Sample) -> str:
-        """Return the name of a sample's class, "" if it is not labelled."""
+        """Return the name of a sample's class; "" if it is unlabelled."""
         return self.classes[sample.target] if sample.target != UNLABELLED else ""
 
     def count(self) -> dict[str, dict[str, int]]:
-        """Return split -> class -> number of samples, "unlabelled" first where there are some."""
+        """Return split -> class -> number of samples; "unlabelled" comes first, if any."""
         names = {UNLABELLED: "unlabelled"} | dict(enumerate(self.classes))
         counts: dict[str, dict[str, int]] = {split: {} for split in self.splits}
         cells = Counter((sample.split, sample.target) for sample in self.samples)
@@ -152,11 +152,11 @@ def scan(
             ``all``); a folder of images; a ``.csv`` with the columns path and optionally target,
             split, group; a ``.zip`` of such folders (one top folder is skipped).
         group_by: Regular expression searched in every file name; its first group is the sample's
-            group. What does not match is its own group. Goes before the group column of a CSV.
-        limit: Take at most so many images, spread evenly over splits and classes.
+            group. A name without a match is a group of its own. Overrides a CSV's group column.
+        limit: Use at most this many images, spread evenly over splits and classes.
 
     Raises:
-        DataError: If the data is not there, is empty, or its classes and splits contradict.
+        DataError: If the data is missing or empty, or its classes and splits are inconsistent.
         ConfigError: If ``group_by`` is no regular expression with a group, or ``limit`` < 1.
     """
     pattern = compile_group(group_by)
@@ -191,10 +191,10 @@ def scan(
 def list_images(paths: Iterable[str | Path]) -> ImageDataset:
     """Find the images of files and folders (with all folders in them), unlabelled, once each.
 
-    A file named outright is taken whatever its ending. Paths are relative to where we are.
+    A file given by name is used whatever its ending. Paths are relative to the current folder.
 
     Raises:
-        DataError: If a path leads nowhere, or a folder holds no image.
+        DataError: If a path does not exist, or a folder has no image.
     """
     ignored: Counter[str] = Counter()
     samples: dict[str, Sample] = {}
@@ -253,7 +253,7 @@ def _counts(num_ignored: dict[str, int]) -> str:
 def _arrange(
     root: Path, images: list[ImageFile], folders: set[str], ignored: Counter[str]
 ) -> ImageDataset:
-    """Give the images the splits and classes of their folders; count loose ones as ignored."""
+    """Set splits and classes by folder; ignore images outside class folders, with a warning."""
     layout = find_layout(root, folders)
     targets = _targets(layout.classes)
     samples, filled, num_loose = [], set(), 0
@@ -268,7 +268,7 @@ def _arrange(
     if num_loose:
         ignored["loose beside folders"] += num_loose
         warnings.warn(
-            f"{num_loose} images of {root} lie loose beside folders and are not taken",
+            f"{num_loose} images of {root} lie loose beside folders and are not used",
             FeatcacheWarning, stacklevel=4,
         )  # fmt: skip
     for place in layout.places:
@@ -281,7 +281,7 @@ def _arrange(
 
 
 def _targets(classes: tuple[str, ...]) -> dict[str, int]:
-    """Return class -> target, and "" for what is not labelled."""
+    """Return class -> target; "" -> ``UNLABELLED``."""
     return {name: target for target, name in enumerate(classes)} | {"": UNLABELLED}
 
 
@@ -289,11 +289,11 @@ def _scan_csv(root: Path) -> ImageDataset:
     rows = read_table(root)
     labels = [row["target"] for row in rows]
     splits = [row["split"] or "all" for row in rows]
-    classes_of: dict[str, set[str]] = {}
+    classes_by_split: dict[str, set[str]] = {}
     for label, split in zip(labels, splits, strict=True):
         if label:
-            classes_of.setdefault(split, set()).add(label)
-    classes = agree_on_classes(classes_of, root)
+            classes_by_split.setdefault(split, set()).add(label)
+    classes = agree_on_classes(classes_by_split, root)
     targets = _targets(classes)
     has_groups = any(row["group"] for row in rows)
     samples, missing, seen = [], [], {}
@@ -304,7 +304,7 @@ def _scan_csv(root: Path) -> ImageDataset:
             raise DataError("CSV", expected="every path once", found=f"{path} twice", where=root)
         seen[place] = path
         try:
-            status = (root.parent / path).stat()  # not of the key: the folder may be a link
+            status = (root.parent / path).stat()  # not of ``place``: the folder may be a link
         except (OSError, ValueError):
             missing.append(path)
             continue
@@ -324,13 +324,12 @@ def _scan_csv(root: Path) -> ImageDataset:
 
 
 def read_table(root: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV with the keys path, target, split, group; "" for what is not there.
+    """Return the rows of a CSV with the keys path, target, split, group; "" for missing cells.
 
-    Splits are named as everywhere here: ``val`` is ``valid``. What ``files.csv_text`` has escaped
-    is undone.
+    ``val`` and ``validation`` become ``valid``. The escapes of ``files.csv_text`` are undone.
 
     Raises:
-        DataError: If it is no such CSV.
+        DataError: If it is not a CSV with such a header.
     """
     try:
         text = read_regular(root, max_bytes=_MAX_CSV_BYTES).decode("utf-8-sig")

@@ -1,10 +1,10 @@
-"""Folders -> the images in them; names -> the splits, classes and groups they stand for.
+"""Walk folders for images; read splits, classes and groups from names.
 
-Reads: names, kinds, sizes and times; never what is in a file. Writes: nothing.
+Reads: names, kinds, sizes and times, but no content. Writes: nothing.
 
-Taken are regular files of image endings, also through links (``split --mode symlink`` makes
-such). Hidden names, system folders, linked folders, other endings, pipes and devices are counted
-under the reason they are not taken.
+Images are regular files with an image ending, also through links (as ``split --mode symlink``
+makes). Hidden names, system folders, linked folders, other endings, pipes and devices are ignored
+and counted by reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+fo
 
 
 class ImageFile(NamedTuple):
-    """A regular file of image ending, not yet a sample: its ``/``-separated path under a root."""
+    """A regular file with an image ending, and its ``/``-separated path relative to a root."""
 
     path: str
     image_bytes: int
@@ -41,7 +41,12 @@ class ImageFile(NamedTuple):
 
 
 def walk_folder(root: Path, ignored: Counter[str], folders: set[str]) -> Iterator[ImageFile]:
-    """Yield the images under ``root``; count the rest by reason, add the visible folders.
+    """Yield the images under ``root``.
+
+    Args:
+        root: The folder to walk.
+        ignored: Reason -> count of ignored entries; updated.
+        folders: Paths of all folders that are not ignored; updated.
 
     Raises:
         DataError: If a folder cannot be read.
@@ -52,7 +57,7 @@ def walk_folder(root: Path, ignored: Counter[str], folders: set[str]) -> Iterato
         try:
             with os.scandir(root / prefix) as entries:
                 for entry in entries:
-                    reason = _why_not(entry)
+                    reason = _ignore_reason(entry)
                     path = prefix + entry.name
                     if reason == "folder":
                         folders.add(path)
@@ -68,8 +73,8 @@ def walk_folder(root: Path, ignored: Counter[str], folders: set[str]) -> Iterato
             ) from error
 
 
-def _why_not(entry: os.DirEntry[str]) -> str:
-    """Return why this is no image, ``folder`` for a folder to look into, "" for an image."""
+def _ignore_reason(entry: os.DirEntry[str]) -> str:
+    """Return why an entry is ignored; ``folder`` for a folder to walk, "" for an image."""
     if is_hidden(entry.name):
         return "hidden"
     if entry.is_dir(follow_symlinks=False):
@@ -90,7 +95,7 @@ def _why_not(entry: os.DirEntry[str]) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is none of the user's images."""
+    """Return whether a file or folder of this name is hidden or belongs to the system."""
     return name.startswith(".") or name.casefold() in _SYSTEM_FOLDERS
 
 
@@ -103,20 +108,20 @@ def _is_utf8(name: str) -> bool:
 
 
 def has_image_ending(name: str) -> bool:
-    """Return whether a file of this name should be an image."""
+    """Return whether a file name ends like an image's."""
     _, dot, ending = name.rpartition(".")
     return dot + ending.lower() in IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the folders of a data set stand for.
+    """Which folders of a data set are splits and which are classes.
 
     Args:
         kind: ``splits``, ``classes`` or ``images``.
         classes: Class names, sorted as strings.
-        places: What the paths of a place start with (``train/covid/``) -> its split and its
-            class, "" for the class where nothing is labelled. No place is inside another.
+        places: Start of a path (``train/covid/``) -> split and class; the class is "" if nothing
+            is labelled. No place is inside another.
     """
 
     kind: str
@@ -124,24 +129,24 @@ class Layout:
     places: dict[str, tuple[str, str]]
 
     def place_of(self, path: str) -> str | None:
-        """Return the place an image lies in; None for one that lies loose beside folders."""
+        """Return the place of an image; None if it is outside all places."""
         folders = path.split("/")[:-1]
         prefixes = ("".join(f"{name}/" for name in folders[:depth]) for depth in range(3))
         return next((prefix for prefix in prefixes if prefix in self.places), None)
 
 
 def find_layout(root: Path, folders: set[str]) -> Layout:
-    """Tell splits and classes from the names of the folders.
+    """Find out from the folders' names which are splits and which are classes.
 
     Args:
         root: Only for messages.
-        folders: All visible folders, so that empty ones are noticed too.
+        folders: All folders that are not ignored, empty ones too.
 
     Raises:
-        DataError: If the names contradict each other.
+        DataError: If the names are inconsistent.
     """
     tops = _split_folders(root, {folder for folder in folders if "/" not in folder})
-    classes_of = {
+    classes_by_split = {
         split: {
             folder[len(prefix) :]
             for folder in folders
@@ -149,18 +154,18 @@ def find_layout(root: Path, folders: set[str]) -> Layout:
         }
         for prefix, split in tops.items()
     }
-    classes = agree_on_classes({s: names for s, names in classes_of.items() if names}, root)
+    classes = agree_on_classes({s: names for s, names in classes_by_split.items() if names}, root)
     places = {
         f"{prefix}{name}/" if name else prefix: (split, name)
         for prefix, split in tops.items()
-        for name in sorted(classes_of[split]) or [""]
+        for name in sorted(classes_by_split[split]) or [""]
     }
     kind = "splits" if "" not in tops else "classes" if classes else "images"
     return Layout(kind, classes, places)
 
 
 def _split_folders(root: Path, tops: set[str]) -> dict[str, str]:
-    """Return the prefix of every split's paths -> split; {"": "all"} where nothing is split."""
+    """Return start of a split's paths -> split; {"": "all"} if there are no split folders."""
     found: dict[str, str] = {}
     for name in sorted(tops):
         split = SPLIT_OF_FOLDER.get(name.casefold())
@@ -180,20 +185,20 @@ def _split_folders(root: Path, tops: set[str]) -> dict[str, str]:
     return found or {"": "all"}
 
 
-def agree_on_classes(classes_of: dict[str, set[str]], where: Path) -> tuple[str, ...]:
-    """Return the classes of all splits, sorted, as all splits must have them.
+def agree_on_classes(classes_by_split: dict[str, set[str]], where: Path) -> tuple[str, ...]:
+    """Return the sorted class names, after checking that every split has all of them.
 
     Args:
-        classes_of: Split -> its classes, without the splits that are not labelled.
+        classes_by_split: Split -> its classes; unlabelled splits left out.
         where: Only for messages.
 
     Raises:
-        DataError: If a split lacks a class, or two classes are hard to tell apart.
+        DataError: If a split lacks a class, or two names differ only by case or blanks.
     """
-    classes = tuple(sorted(set().union(*classes_of.values())))
+    classes = tuple(sorted(set().union(*classes_by_split.values())))
     for name in classes:
-        have = [split for split in SPLITS if name in classes_of.get(split, ())]
-        lack = [split for split in classes_of if split not in have]
+        have = [split for split in SPLITS if name in classes_by_split.get(split, ())]
+        lack = [split for split in classes_by_split if split not in have]
         if lack:
             raise DataError(
                 "classes", expected="the same in every split",
@@ -212,10 +217,10 @@ def agree_on_classes(classes_of: dict[str, set[str]], where: Path) -> tuple[str,
 
 
 def compile_group(group_by: str | None) -> re.Pattern[str] | None:
-    """Return what finds the group in a file name; None for None.
+    """Compile the regular expression that finds the group in a file name; None gives None.
 
     Raises:
-        ConfigError: If it is no regular expression, or one without a group.
+        ConfigError: If it is not a regular expression, or has no group.
     """
     if group_by is None:
         return None
@@ -233,12 +238,12 @@ def compile_group(group_by: str | None) -> re.Pattern[str] | None:
 
 
 def find_group(pattern: re.Pattern[str], path: str) -> str | None:
-    """Return the group in the file name; None if nothing, or nothing between the parentheses."""
+    """Return the group in a file name; None if it does not match, or the group is empty."""
     match = pattern.search(path.rpartition("/")[2])
     return (match[1] or None) if match else None
 
 
 def training_split(splits: Iterable[str]) -> str | None:
-    """Return the split that heads are trained on: ``train``, or ``all`` where there is none."""
+    """Return the split to train on: ``train``, else ``all``, else None."""
     present = set(splits)
     return next((name for name in ("train", "all") if name in present), None)

@@ -1,10 +1,10 @@
-"""Unsplit class folders -> train, valid and test, by patient: a tree of folders or a CSV.
+"""Split class folders into train, valid and test, by patient: as folders or as a CSV.
 
-Images of one group (also across classes) and byte-identical files stay together; only the seed
-and the paths decide, so it is the same split on every machine (see ``stratification``).
+Images of one group (also across classes) and byte-identical files stay together. The split depends
+only on the seed and the paths, so it is the same on every machine (see ``stratification``).
 
-Reads: a folder of class folders. Writes: ``DST/{train,valid,test}/{class}/`` under the images'
-own (nested) names, or ``DST.csv``; whole or not at all.
+Reads: a folder of class folders. Writes: ``DST/{train,valid,test}/{class}/`` with the images' own
+(nested) names, or ``DST.csv``; whole or not at all.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _Counts = dict[str, dict[str, int]]
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What a split made.
+    """The result of ``split``.
 
     Args:
         destination: The folder or CSV that was written.
         classes: Class names, sorted.
         counts: split -> class -> number of images.
         num_groups: How many groups there are; None without ``group_by``.
-        num_matched: class -> images whose name ``group_by`` matched; None without it.
-        num_identical: Images that have a byte-identical twin.
-        image_bytes: Size of all images, which is what a copy takes.
+        num_matched: class -> number of names that ``group_by`` matched; None without it.
+        num_identical: Number of images that have a byte-identical copy.
+        image_bytes: Size of all images, in bytes.
         mode: ``copy``, ``symlink``, ``hardlink``, or ``csv``.
-        seed: What the order of the units was drawn with.
+        seed: The seed of the split.
     """
 
     destination: Path
@@ -79,17 +79,17 @@ def split(
     Args:
         source: Folder of class folders.
         destination: A new or empty folder, or a new ``.csv``: then no image is moved.
-        classes: The classes to take; all without it.
+        classes: The classes to use; all if None.
         fractions: Shares of train, valid and test in every class; 0 leaves a split out.
-        seed: Another seed, another split.
+        seed: Seed of the split.
         group_by: Regular expression whose first group, in the file name, is the patient.
         mode: ``copy``, ``symlink`` or ``hardlink`` (not for a CSV).
-        say: Where counts and sizes are told.
+        say: Called with lines of counts and sizes.
 
     Raises:
-        ConfigError: If an option has no meaning.
-        DataError: If the source is no folder of class folders, a class is unknown or too small to
-            reach every split, or the destination is taken or too small.
+        ConfigError: If an option is invalid.
+        DataError: If the source is not a folder of class folders, a class is unknown or has too few
+            groups for every split, or the destination exists or lacks the space.
     """
     source, destination = Path(source), Path(destination)
     shares = _check_options(fractions, mode)
@@ -97,12 +97,12 @@ def split(
     dataset = _take_classes(scan(source, group_by=group_by), classes)
     samples = dataset.samples
     num_matched = None if group_by is None else _count_matched(dataset, say)
-    hashes = _hash_twins(dataset)
+    hashes = _hash_copies(dataset)
     _warn_of_contradictions(dataset, hashes)
     assigned = _assign(dataset, hashes, shares, seed)
     counts = _count(dataset, assigned)
     if hashes:
-        say(f"{len(hashes)} images have a byte-identical twin and stay with it")
+        say(f"{len(hashes)} images have a byte-identical copy and stay with it")
     for name, per_class in counts.items():
         listed = ", ".join(f"{count} {label}" for label, count in per_class.items())
         say(f"{name}: {sum(per_class.values())} images ({listed})")
@@ -122,7 +122,7 @@ def split(
 
 
 def _check_options(fractions: Sequence[float], mode: str) -> dict[str, float]:
-    """Return split -> share, without the splits left out."""
+    """Return split -> fraction, without splits of fraction 0."""
     if mode not in MODES:
         raise ConfigError("--mode", expected="one of " + ", ".join(MODES), found=mode)
     fitting = len(fractions) == 3 and all(0 <= fraction <= 1 for fraction in fractions)
@@ -150,7 +150,7 @@ def _check_destination(source: Path, destination: Path) -> None:
 
 
 def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageDataset:
-    """Return the data set with the wanted classes only, their targets counted anew."""
+    """Return the data set with the wanted classes only, and targets to match."""
     if dataset.layout != "classes":
         raise DataError(
             "source", expected="a folder of class folders, not yet split",
@@ -172,7 +172,7 @@ def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageD
 
 
 def _count_matched(dataset: ImageDataset, say: Say) -> dict[str, int]:
-    """Return class -> images with a group of their name, tell it, and warn of classes without."""
+    """Return class -> number of names with a group; say it, and warn of classes without any."""
     matched = dict.fromkeys(dataset.classes, 0)
     total = Counter(sample.target for sample in dataset.samples)
     for sample in dataset.samples:
@@ -181,19 +181,19 @@ def _count_matched(dataset: ImageDataset, say: Say) -> dict[str, int]:
     listed = ", ".join(
         f"{matched[name]} of {total[target]} {name}" for target, name in enumerate(dataset.classes)
     )
-    say(f"groups: {num_groups}; named in {listed} (the others are a group each)")
+    say(f"groups: {num_groups}; named in {listed} (each of the others is a group of its own)")
     without = [name for name, count in matched.items() if count == 0]
     if without:
         warnings.warn(
             f"--group-by matches no file name of {', '.join(without)}: images of one patient may "
-            "stand in two splits there",
+            "be in two splits there",
             FeatcacheWarning, stacklevel=3,
         )  # fmt: skip
     return matched
 
 
-def _hash_twins(dataset: ImageDataset) -> dict[int, str]:
-    """Return index -> sha256 of the images that have a byte-identical twin.
+def _hash_copies(dataset: ImageDataset) -> dict[int, str]:
+    """Return index -> sha256 of the images that have a byte-identical copy.
 
     Only files of equal size are read: of 1,000 X-rays that is a handful.
     """
@@ -214,11 +214,13 @@ def _warn_of_contradictions(dataset: ImageDataset, hashes: dict[int, str]) -> No
     by_hash: dict[str, list[Sample]] = defaultdict(list)
     for index, digest in hashes.items():
         by_hash[digest].append(dataset.samples[index])
-    torn = [twins for twins in by_hash.values() if len({twin.target for twin in twins}) > 1]
-    if torn:
+    contradicting = [
+        copies for copies in by_hash.values() if len({copy.target for copy in copies}) > 1
+    ]
+    if contradicting:
         warnings.warn(
-            f"{len(torn)} images stand in two classes, byte for byte; one is "
-            + " = ".join(twin.path for twin in torn[0]),
+            f"{len(contradicting)} images have byte-identical copies in another class, for example "
+            + " = ".join(copy.path for copy in contradicting[0]),
             FeatcacheWarning, stacklevel=3,
         )  # fmt: skip
 
@@ -251,7 +253,7 @@ def _count(dataset: ImageDataset, assigned: list[str]) -> _Counts:
 
 
 def _check_room(destination: Path, image_bytes: int, num_images: int, say: Say) -> None:
-    """Tell what a copy takes, and refuse it where the disk lacks the room."""
+    """Say how large a copy is, and refuse it if the disk lacks the space."""
     there = destination.absolute()
     while not there.exists():
         there = there.parent
@@ -260,12 +262,12 @@ def _check_room(destination: Path, image_bytes: int, num_images: int, say: Say) 
     if image_bytes > free:
         raise DataError(
             "disk", expected=f"{image_bytes:,} bytes free for a copy", found=f"{free:,}",
-            where=there, hint="Use --mode symlink or hardlink, or a .csv: they take no room",
+            where=there, hint="Use --mode symlink or hardlink, or a .csv: they take no space",
         )  # fmt: skip
 
 
 def _write_manifest(dataset: ImageDataset, assigned: list[str], destination: Path) -> None:
-    """Write path, target, split, group; paths as seen from the CSV's folder where possible."""
+    """Write path, target, split, group; paths relative to the CSV's folder if possible."""
     folder, root = destination.absolute().parent.resolve(), dataset.root.resolve()
     rows = []
     for name, sample in zip(assigned, dataset.samples, strict=True):
@@ -275,7 +277,7 @@ def _write_manifest(dataset: ImageDataset, assigned: list[str], destination: Pat
         except ValueError:  # Windows: on another drive
             path_text = path.as_posix()
         if path_text.lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r")):
-            path_text = "./" + path_text  # or csv_text would set an apostrophe before it
+            path_text = "./" + path_text  # else csv_text would put an apostrophe before it
         group = sample.group or ""
         rows.append((path_text, dataset.classes[sample.target], name, group))
     rows.sort(key=lambda row: (SPLITS.index(row[2]), row[0]))
@@ -288,7 +290,7 @@ def _write_tree(dataset: ImageDataset, assigned: list[str], destination: Path, m
 
     ``files.new_folder`` would open every file for writing to sync it, through links too.
     """
-    destination = destination.absolute()  # "." has no name to put .partial behind
+    destination = destination.absolute()  # "." has no name to append .partial to
     partial = destination.with_name(destination.name + ".partial")
     if partial.exists():
         raise DataError(
@@ -318,7 +320,7 @@ def _write_tree(dataset: ImageDataset, assigned: list[str], destination: Path, m
 
 
 def _place(source: Path, target: Path, mode: str) -> None:
-    """Make one file of the tree. Never writes over another: names may clash on other systems."""
+    """Make one file of the tree; never overwrite one, as names may clash on some systems."""
     if mode == "symlink":
         target.symlink_to(source)
     elif mode == "hardlink":

@@ -1,9 +1,10 @@
-"""Rows -> units that stay together -> parts of about the wanted size, class by class.
+"""Split rows into parts, stratified by class, with groups kept together.
 
-What must not be torn apart is a *unit*: rows of one group (also across classes) and rows of one
-content, joined until nothing is shared between units. Units go one by one to the part that lacks
-their classes most, big ones first, in an order that only the seed and the names of the rows
-decide: no random generator, so the same parts on every machine, version and order of rows.
+A *unit* is a set of rows that stay together: rows of one group (also across classes) and rows of
+equal content, joined until units share neither. Units are assigned one by one, large ones first, to
+the part that lacks their classes most. The order depends only on the seed and the rows' names, and
+on no random generator: the parts are the same on every machine, in every version and for every
+order of rows.
 
 Reads and writes nothing.
 """
@@ -26,14 +27,14 @@ _ANY = "any"
 def build_units(
     groups: Sequence[Hashable | None], contents: Sequence[Hashable | None]
 ) -> list[list[int]]:
-    """Join the rows that share a group or a content, however many steps apart (union-find).
+    """Join rows that share a group or a content, directly or through others (union-find).
 
     Args:
-        groups: The group of each row; None for a row of its own.
-        contents: What tells the content of each row, such as a hash; None where it is not known.
+        groups: The group of each row; None for none.
+        contents: A key of each row's content, such as a hash; None if it is not known.
 
     Returns:
-        The rows of each unit, ascending; every row once. Units go by their first row.
+        The rows of each unit, ascending; every row once. Units are sorted by their first row.
     """
     parents = list(range(len(groups)))
 
@@ -62,33 +63,33 @@ def assign_units(
     *,
     seed: int,
 ) -> list[str]:
-    """Share the units out, so that every part gets its fraction of every class.
+    """Assign each unit to a part, so that every part gets its fraction of every class.
 
-    Units of several classes come first, then the big ones: the single rows at the end even out
-    what groups left uneven. As soon as a class has no more units than parts it has not reached,
-    its units go to those.
+    Units of several classes come first, then large ones; the single rows at the end even out the
+    fractions. As soon as a class has no more units left than parts without it, its units go to
+    those parts.
 
     Args:
         units: The rows of each unit; every row in one of them.
         labels: The class of each row.
-        names: What tells the rows apart (their paths); with the seed, it decides the order.
+        names: A unique name of each row (its path); with the seed, it decides the order.
         fractions: Part -> its share of every class: above 0, adding up to 1.
-        seed: Another seed, another order.
+        seed: Changes the order.
 
     Returns:
         The part of each row.
 
     Raises:
-        DataError: If a class does not reach every part, for want of units. ``what`` is
-            ``class NAME``; place and advice are the caller's to add.
+        DataError: If a class has too few units to reach every part. ``what`` is ``class NAME``;
+            the caller adds ``where`` and ``hint``.
     """
     keys = [name.encode("utf-8", "surrogateescape") for name in names]
-    # Everything goes by the order of the names, sums of rounded numbers too.
+    # Everything follows the order of the names, sums of rounded numbers too.
     units = [sorted(unit, key=keys.__getitem__) for unit in units]
     per_unit = [Counter(labels[row] for row in unit) for unit in units]
     total = Counter(labels[row] for row in sorted(range(len(labels)), key=keys.__getitem__))
     need = {part: {label: f * total[label] for label in total} for part, f in fractions.items()}
-    missing = {label: set(fractions) for label in total}  # parts that the class has not reached
+    missing = {label: set(fractions) for label in total}  # parts without this class
     waiting = Counter(label for counts in per_unit for label in counts)
     _refuse_small_classes(waiting, fractions)
 
@@ -123,19 +124,20 @@ def assign_labelled_units(
     *,
     seed: int,
 ) -> list[str]:
-    """Share units out as ``assign_units`` does, of rows that have several labels each.
+    """Do what ``assign_units`` does for rows with several labels each.
 
-    A row goes by the rarest class that it is positive for and that can reach every part: one whose
-    rows, without those of rarer classes, stand in as many units as there are parts. All other rows
-    make one class more; where that is too small, they go by the largest. Classes whose units hang
-    together so that not all of them reach every part are given up, the smallest first.
+    A row is stratified by its rarest positive class that can reach every part: a class whose rows,
+    without those of rarer classes, are in at least as many units as there are parts. All other rows
+    form one more class; if that is too small, they join the largest. If a class still does not
+    reach every part, because its units are joined, the smallest class is dropped and all is tried
+    again.
 
     Args:
-        units: As for ``assign_units``, as are the three that follow ``is_positive``.
-        is_positive: (N, C).
-        names: What tells the rows apart.
-        fractions: Part -> its share.
-        seed: Another seed, another order.
+        units: As for ``assign_units``.
+        is_positive: (N, C) bool.
+        names: As for ``assign_units``.
+        fractions: As for ``assign_units``.
+        seed: As for ``assign_units``.
 
     Returns:
         The part of each row.
@@ -162,7 +164,7 @@ def _choose_labels(
     is_positive: npt.NDArray[np.bool_], candidates: Sequence[int], unit_of: npt.NDArray[np.int64],
     num_parts: int,
 ) -> npt.NDArray[Any]:  # fmt: skip
-    """Return the class that each row goes by: its number as text, or ``_ANY``."""
+    """Return the class to stratify each row by: its index as text, or ``_ANY``."""
     labels = np.full(len(unit_of), _ANY, object)
     for index in candidates:
         rows = is_positive[:, index] & (labels == _ANY)
@@ -179,7 +181,7 @@ def _best_part(
     counts: Mapping[str, int], need: Mapping[str, Mapping[str, float]], total: Mapping[str, int],
     candidates: Collection[str],
 ) -> str:  # fmt: skip
-    """Return the candidate that lacks the classes of a unit most, and rows at all on ties."""
+    """Return the part that lacks a unit's classes most; on ties, the one that lacks most rows."""
 
     def lack(part: str) -> tuple[float, float]:
         wanted = (count * need[part][label] / total[label] for label, count in counts.items())

@@ -1,9 +1,9 @@
-"""Whether the compiled kernels are there, and which jobs are worth their start-up.
+"""Start the compiled kernels, where enough images make it worth it.
 
-They and Pillow give the same pixels, so a job begins with Pillow at once and changes over when the
+Kernels and Pillow give the same pixels, so a job starts with Pillow and switches over when the
 kernels are ready. Importing Numba and loading the kernels from its cache takes 0.8 s of CPU;
 compiling them, once on a machine, 5 to 7 s. They save 6 ms on a PNG of a megapixel, 1 ms on a small
-JPEG, some 10 s on a gigabyte of files: whoever predicts a few images does without.
+JPEG, some 10 s on a gigabyte of files. Predicting a few images does not use them.
 
 Reads: Numba's cache. Writes: Numba's cache, beside the package or in the user's cache folder.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 
 WORTH_BYTES = 100 * 10**6
-"""Image files from which the kernels pay for being loaded from Numba's cache, and then some."""
+"""Bytes of image files from which the kernels save more time than loading them takes."""
 
 _starting = threading.Lock()
 _ready: bool | None = None  # None: not tried yet
@@ -25,12 +25,12 @@ def is_ready() -> bool:
 
 
 def start() -> bool:
-    """Start the kernels now; return whether they are there. Threads that come second wait."""
+    """Start the kernels now and return whether they can be used. Other threads wait."""
     global _ready  # noqa: PLW0603
     with _starting:
         if _ready is None:
-            # A Python or NumPy too new for Numba is an ImportError; a compiler that fails in any
-            # other way must not stop a run that does not need it either.
+            # ImportError: Python or NumPy is too new for Numba. Any other failure of the compiler
+            # must not stop a run either, as it can do without.
             try:
                 from featcache.pixels import kernels  # noqa: F401
             except Exception:  # noqa: BLE001
@@ -41,6 +41,6 @@ def start() -> bool:
 
 
 def start_for(num_bytes: int) -> None:
-    """Start the kernels in the background if image files of so many bytes are worth it."""
+    """Start the kernels in the background if there are enough bytes of image files."""
     if _ready is None and num_bytes >= WORTH_BYTES:
         threading.Thread(target=start, name="featcache-acceleration", daemon=True).start()

@@ -1,7 +1,7 @@
-"""Bytes of one image file -> its stored values, upright. Pillow reads; plain files are sped up.
+"""Decode the bytes of one image file into its stored values, upright.
 
-Pillow reads every header and decides what is an image. Of plain JPEG and PNG files the pixels come
-from faster decoders; what those refuse, Pillow does or fails, so that its verdict is the only one.
+Pillow reads every header. Pixels of plain JPEG and PNG files come from faster decoders; what those
+refuse is decoded by Pillow. So Pillow alone decides which files are images.
 
 Reads: bytes. Writes: nothing. Every failure is a ``DataError`` whose ``found`` is the reason.
 """
@@ -38,8 +38,8 @@ MAX_PIXELS = 2**28
 
 _Values: TypeAlias = np.ndarray[Any, Any]
 
-# The classes are used without Image.open, which would apply the user's process-wide
-# MAX_IMAGE_PIXELS (an error below our cap, a warning on the way) and try every other format.
+# The classes are called directly: Image.open would apply the user's process-wide MAX_IMAGE_PIXELS
+# (a warning or an error below our own limit) and try every other format.
 _READERS: tuple[tuple[str, tuple[bytes, ...], type[ImageFile.ImageFile]], ...] = (
     ("PNG", (b"\x89PNG\r\n\x1a\n",), PngImageFile),
     ("JPEG", (b"\xff\xd8\xff",), JpegImageFile),
@@ -47,9 +47,9 @@ _READERS: tuple[tuple[str, tuple[bytes, ...], type[ImageFile.ImageFile]], ...] =
     ("TIFF", tuple(TiffImagePlugin.PREFIXES), TiffImagePlugin.TiffImageFile),
     ("PPM", (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"), PpmImageFile),
 )
-# Pillow's mode -> libjpeg's kinds of colour that become it
+# Pillow's mode -> libjpeg's colour spaces that it stands for
 _JPEG_COLOURS = {"L": {"Gray"}, "RGB": {"YCbCr", "RGB"}}
-_FOREIGN = {
+_OTHER_KINDS = {
     b"version https://git-lfs": "a Git LFS pointer in place of the image (git lfs pull)",
     b"GIF8": "a GIF",
     b"<": "an HTML or XML page",
@@ -63,20 +63,20 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """An upright image in memory, and what the file says of its depth."""
+    """An upright image in memory, and what the file says about its depth."""
 
-    values: _Values  # 8 bits as in Picture, or deep grey: (H, W) of more than 8 bits
+    values: _Values  # 8 bits as in Picture, or (H, W) greyscale of more than 8 bits
     truncated: bool
-    stated_maximum: int | None  # of deep greyscale: what the file itself says white is
+    stated_maximum: int | None  # of deep greyscale: the value of white, if the file says it
     white_is_zero: bool  # deep TIFF with inverted values, which Pillow hands out as stored
     deep_colour: bool  # 16 bits per channel; Pillow keeps the high byte
 
 
 def read(data: bytes, *, fill: bool) -> Loaded:
-    """Read the first frame, with nothing missing or, with ``fill``, with what can be had.
+    """Read the first frame; with ``fill``, fill in the missing part of a cut-off file.
 
     Raises:
-        DataError: If these bytes do not become an image.
+        DataError: If the bytes cannot be decoded.
     """
     with _truncation_gate(fill=fill):
         name, image = open_unread(data)
@@ -90,13 +90,13 @@ def read(data: bytes, *, fill: bool) -> Loaded:
                 raise failure(f"a broken {name} file", error) from error
     try:
         values = _to_array(image) if values is None else values
-        return Loaded(_upright(image, values), fill, *depth)
+        return Loaded(_apply_orientation(image, values), fill, *depth)
     except (MemoryError, OSError, ValueError) as error:
         raise failure(f"colours of kind {image.mode}", error) from error
 
 
 def _decode_fast(name: str, image: ImageFile.ImageFile, data: bytes) -> _Values | None:
-    """Return what Pillow would, of a plain JPEG or PNG without any flaw; else None."""
+    """Return the same as Pillow for an intact plain JPEG or PNG; None for all others."""
     if len(image.tile) != 1:
         return None
     (width, height), (_, _, offset, arguments) = image.size, image.tile[0]
@@ -114,7 +114,7 @@ def _decode_fast(name: str, image: ImageFile.ImageFile, data: bytes) -> _Values 
 
 
 def _decode_jpeg(data: bytes, shape: tuple[int, int], mode: str) -> _Values | None:
-    """Return what Pillow gives, from the same library without Pillow's two copies on the way out.
+    """Return the same as Pillow, by the same library, but without Pillow's two extra copies.
 
     torchvision's decoder is no faster and takes 2.3 s to import beyond torch.
     """
@@ -124,7 +124,7 @@ def _decode_jpeg(data: bytes, shape: tuple[int, int], mode: str) -> _Values | No
         *size, colours, _ = simplejpeg.decode_jpeg_header(data)
         if tuple(size) != shape or colours not in _JPEG_COLOURS[mode]:
             return None
-        # strict: what libjpeg warns of goes to Pillow, which fails some of it
+        # strict: files that libjpeg warns about are left to Pillow, which refuses some
         pixels: _Values = simplejpeg.decode_jpeg(
             data, "GRAY" if mode == "L" else "RGB", strict=True
         )
@@ -134,7 +134,7 @@ def _decode_jpeg(data: bytes, shape: tuple[int, int], mode: str) -> _Values | No
 
 
 def _to_array(image: Image.Image) -> _Values:
-    """Return a loaded image as 8-bit grey or RGB, or as deep grey."""
+    """Return a loaded image as 8-bit grey or RGB, or as deep greyscale."""
     if image.mode[0] in "IF":
         return np.asarray(image)
     image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn about some kinds
@@ -149,12 +149,12 @@ def open_unread(data: bytes) -> tuple[str, ImageFile.ImageFile]:
     """Return the format's name and the image with its header read.
 
     Raises:
-        DataError: If there is no header of a format known here.
+        DataError: If there is no header of a known format.
     """
     name, reader = _find_reader(data)
     _mute_pillow()
     # Damaged files make Pillow raise nearly anything (17 of the 218 bad files of its own corpus
-    # are no OSError), and one file must never stop a run.
+    # raise no OSError), and one file must never stop a run.
     try:
         return name, reader(io.BytesIO(data))
     except Exception as error:
@@ -171,14 +171,14 @@ def _find_reader(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
         return "WEBP", WebPImageFile
     if data[128:132] == b"DICM":
         raise failure("a DICOM file (convert it to PNG first)")
-    for prefix, kind in _FOREIGN.items():
+    for prefix, kind in _OTHER_KINDS.items():
         if data[:100].lstrip().startswith(prefix):
             raise failure(kind)
     raise failure("bytes of no known image format")
 
 
 def failure(reason: str, error: Exception | None = None) -> DataError:
-    """Return what to raise for an image that cannot be used."""
+    """Return the error for an image that cannot be used."""
     if error is not None:  # as one short line, equal for equal files (no object addresses)
         text = " ".join(printable(error).split()).partition(" <_io.")[0]
         reason += f": {text[:200] or type(error).__name__}"
@@ -211,10 +211,10 @@ def _find_depth(name: str, image: ImageFile.ImageFile) -> tuple[int | None, bool
     return stated_maximum, deep_grey and white_is_zero, deep_colour and not deep_grey
 
 
-def _upright(image: ImageFile.ImageFile, values: _Values) -> _Values:
+def _apply_orientation(image: ImageFile.ImageFile, values: _Values) -> _Values:
     try:  # Image's own method: PNG's loads the image first, for tags behind the pixels
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001  (a damaged tag, of as many kinds: the pixels are whole)
+    except Exception:  # noqa: BLE001  (a damaged tag raises anything; the pixels are intact)
         return values
     if not isinstance(orientation, int) or orientation not in _TURNS:
         return values
@@ -224,15 +224,15 @@ def _upright(image: ImageFile.ImageFile, values: _Values) -> _Values:
 
 
 class _TruncationGate:
-    """Owns ``ImageFile.LOAD_TRUNCATED_IMAGES``, one switch for all threads of the process.
+    """Controls ``ImageFile.LOAD_TRUNCATED_IMAGES``, one switch for all threads of the process.
 
-    Strict reads share the gate with the switch off, also when the user turned it on; a read
-    that fills in has the gate for itself with the switch on. The last one out restores it.
+    Strict reads run at the same time, with the switch off, even if the user turned it on. A read
+    that fills in runs alone, with the switch on. The last one to leave restores the switch.
     """
 
     def __init__(self) -> None:
         self.reset()
-        if hasattr(os, "register_at_fork"):  # a lock another thread holds would stay held
+        if hasattr(os, "register_at_fork"):  # a lock held by another thread would stay locked
             os.register_at_fork(after_in_child=self.reset)
 
     def reset(self) -> None:
@@ -245,7 +245,7 @@ class _TruncationGate:
     def __call__(self, *, fill: bool) -> Iterator[None]:
         with self._changed:
             self._changed.wait_for(lambda: not self._filling)
-            self._filling = fill  # from here no further read starts
+            self._filling = fill  # from here on no other read starts
             if fill:
                 self._changed.wait_for(lambda: self._num_reads == 0)
             if self._num_reads == 0:
@@ -269,10 +269,10 @@ _filter: object = None
 
 
 def _mute_pillow() -> None:
-    """Keep one filter in front that ignores what Pillow's TIFF (= EXIF) and PNG readers remark.
+    """Keep a warnings filter in front that ignores Pillow's TIFF (= EXIF) and PNG readers.
 
-    ``catch_warnings`` swaps the list of all filters and is not safe in threads. Side effect:
-    from the first decoded image on, this process sees no UserWarning of these two modules.
+    ``catch_warnings`` replaces the list of all filters and is not safe in threads. Side effect:
+    after the first decoded image, this process shows no UserWarning of these two modules.
     """
     global _filter  # noqa: PLW0603
     if warnings.filters and warnings.filters[0] is _filter:

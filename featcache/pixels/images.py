@@ -1,9 +1,10 @@
-"""Bytes of one image file -> uint8 pixels of one size.
+"""Decode the bytes of one image file into uint8 pixels of one size.
 
 Plain 8-bit images come out as ``Image.open(f).convert("RGB").resize((S, S), BILINEAR)`` gives
 them, bit for bit: changing 10 % of the pixels by 1 of 255 moves Lite0's features by 11 %. Beyond
-that: orientation tags are obeyed, alpha is dropped, deep greyscale is scaled and never clipped
-(``convert("RGB")`` turns 16-bit X-rays white, 24 points of accuracy), bombs are refused.
+that, orientation tags are obeyed, alpha is dropped, and decompression bombs are refused. Deep
+greyscale is scaled and never clipped: ``convert("RGB")`` turns 16-bit X-rays white, which cost 24
+points of accuracy.
 
 Reads: bytes. Writes: nothing. Every failure is a ``DataError`` whose ``found`` is the reason.
 """
@@ -32,10 +33,10 @@ _FIXED_IDENTITY = {"orientation": "exif", "alpha": "dropped"}
 
 @dataclass(frozen=True)
 class PixelRules:
-    """What decides the pixels of an image, and so is part of a cache's identity.
+    """The rules that decide the pixels of an image: part of a cache's identity.
 
     Args:
-        image_size: S, the side of the square that comes out, in pixels.
+        image_size: S, the side of the square result, in pixels.
         crop_mode: ``squash`` (resize to S x S), ``center`` (short side to S / 0.875, centre crop)
             or ``border`` (long side to S, black bars on the short sides).
         interpolation: ``bilinear`` or ``bicubic``, both antialiased as Pillow does it.
@@ -67,16 +68,16 @@ class PixelRules:
                 raise ConfigError(option, expected=expected, found=repr(value))
 
     def as_identity(self) -> dict[str, Any]:
-        """Return the rules as JSON values, with those that have no option spelled out."""
+        """Return the rules as JSON values, including the fixed ones."""
         return asdict(self) | _FIXED_IDENTITY
 
     @classmethod
     def from_identity(cls, identity: dict[str, Any]) -> PixelRules:
-        """Return the rules of an identity (other keys in it are left alone).
+        """Return the rules in an identity; other keys are ignored.
 
         Raises:
-            DataError: If a rule is missing, or orientation or alpha follow another rule.
-            ConfigError: If a value is one this version does not know.
+            DataError: If a rule is missing, or a fixed rule has another value.
+            ConfigError: If this version does not know a value.
         """
         for key in (*cls.__dataclass_fields__, *_FIXED_IDENTITY):
             expected = _FIXED_IDENTITY.get(key, identity.get(key))
@@ -88,9 +89,11 @@ class PixelRules:
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright image in 8 bits at its own size: pixels (H, W) if grey, else (H, W, 3), uint8.
+    """An upright 8-bit image at its own size.
 
-    ``truncated`` tells that a cut-off file was filled in to get them.
+    Args:
+        pixels: (H, W) if grey, else (H, W, 3), uint8.
+        truncated: Whether the file was cut off and has been filled in.
     """
 
     pixels: _Pixels
@@ -99,17 +102,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Pixels (S, S, 3) uint8, and whether a cut-off file was filled in to get them."""
+    """Pixels (S, S, 3) uint8, and whether the file was cut off and has been filled in."""
 
     pixels: _Pixels
     truncated: bool
 
 
 def decode(data: bytes, rules: PixelRules) -> DecodedImage:
-    """Turn the bytes of an image file into pixels of one size: ``load``, then ``fit``.
+    """Decode an image file into pixels of one size: ``load``, then ``fit``.
 
     Raises:
-        DataError: As they do.
+        DataError: As ``load`` and ``fit``.
     """
     picture = load(data, rules)
     pixels = fit(picture.pixels, rules)
@@ -119,13 +122,13 @@ def decode(data: bytes, rules: PixelRules) -> DecodedImage:
 
 
 def load(data: bytes, rules: PixelRules) -> Picture:
-    """Turn the bytes of an image file into 8-bit pixels. Safe to call from many threads at once.
+    """Decode an image file into 8-bit pixels of its own size. Safe to call from many threads.
 
-    Of files with several frames or pages the first is taken; colour profiles are not applied
-    (both as Pillow's ``convert`` does it).
+    The first frame or page is used, and colour profiles are not applied, as in Pillow's
+    ``convert``.
 
     Raises:
-        DataError: If these bytes do not become an image under these rules; ``found`` says why.
+        DataError: If the bytes cannot be decoded under these rules; ``found`` says why.
     """
     try:
         loaded = read(data, fill=False)
@@ -148,10 +151,10 @@ def load(data: bytes, rules: PixelRules) -> Picture:
 
 
 def fit(pixels: _Pixels, rules: PixelRules) -> _Pixels:
-    """Bring pixels (H, W) or (H, W, 3) to (S, S) or (S, S, 3) by crop mode and interpolation.
+    """Resize pixels (H, W) or (H, W, 3) to (S, S) or (S, S, 3) by crop mode and interpolation.
 
     Raises:
-        DataError: If the image is too long for the crop mode.
+        DataError: If the image is too elongated for the crop mode.
     """
     try:
         return _resize(pixels, rules)
@@ -160,7 +163,7 @@ def fit(pixels: _Pixels, rules: PixelRules) -> _Pixels:
 
 
 def may_be_deep(data: bytes) -> bool:
-    """Return whether an image's header promises integer greyscale of more than 8 bits."""
+    """Return whether an image's header says integer greyscale of more than 8 bits."""
     try:
         return open_unread(data)[1].mode[0] == "I"
     except DataError:
@@ -170,8 +173,8 @@ def may_be_deep(data: bytes) -> bool:
 def deep_maximum(data: bytes) -> int | None:
     """Return the largest stored value of an integer greyscale image of more than 8 bits.
 
-    None for everything whose range is known or that ``decode`` will fail anyway: 8-bit images,
-    files that state their own range (12-bit TIFF, PGM), float images, damaged files.
+    None for images whose range is known (8-bit images, files that state it, such as 12-bit TIFF and
+    PGM), and for those that fail anyway (float images, damaged files).
     """
     if not may_be_deep(data):
         return None
@@ -183,7 +186,7 @@ def deep_maximum(data: bytes) -> int | None:
 
 
 def check_bit_depth(maxima: Iterable[int]) -> None:
-    """Ask for the bit depth when deep images never use the top bit of 16.
+    """Raise an error that asks for the bit depth if no deep image uses the top bit of 16.
 
     12-bit X-rays in 16-bit files look nearly black when they are scaled as 16 bits.
 
@@ -218,7 +221,7 @@ def _scale_deep(values: np.ndarray[Any, Any], bit_depth: int | str, stated: int 
         return _scale_values(values, maximum, low, high)
     from featcache.pixels import kernels
 
-    # at most 65,536 values are worth computing: 3000 x 2500 pixels in 7 ms in place of 14
+    # compute each of at most 65,536 values once: 3000 x 2500 pixels in 7 ms instead of 14
     table = np.zeros(2**16, np.uint8)
     every = np.arange(low, high + 1, dtype=np.uint16)
     table[low : high + 1] = _scale_values(every, maximum, low, high)
@@ -229,10 +232,10 @@ def _scale_deep(values: np.ndarray[Any, Any], bit_depth: int | str, stated: int 
 
 def _scale_values(values: np.ndarray[Any, Any], maximum: int, low: float, high: float) -> _Pixels:
     if not maximum:
-        span = high - low or 1  # an image of one value becomes black
+        span = high - low or 1  # an image with a single value becomes black
         stretched: _Pixels = np.rint((values.astype(np.float64) - low) * 255 / span).astype("u1")
         return stretched
-    # Twice the value plus the maximum over twice the maximum: exact rounding in integers.
+    # round(v * 255 / m) = (510 v + m) // (2 m): exact rounding in integers.
     scaled = values.astype(np.uint32)
     scaled *= 510
     scaled += np.uint32(maximum)

@@ -1,7 +1,7 @@
-"""Decode images in a child process: one that hangs or crashes the decoder costs itself only.
+"""Decode images in a child process: an image that hangs or crashes the decoder fails alone.
 
-Threads decode faster, so this is for images under suspicion: those whose decoding has not come
-back in time, and those at work when the process of an earlier run was killed.
+Threads decode faster, so this is for suspicious images only: those whose decoding took too long,
+and those that were being decoded when an earlier run was killed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from featcache.pixels.images import PixelRules, deep_maximum
 from featcache.pixels.views import Rendering, ViewRules, render
 
 DECODE_SECONDS = 60.0
-"""An image that takes longer is failed; a 200-megapixel PNG takes about 3 s."""
+"""An image that takes longer fails; a 200-megapixel PNG takes about 3 s."""
 
 
 class IsolatedDecoder:
-    """Decodes one image after the other in a child process, replaced whenever it dies or hangs.
+    """Decodes one image after another in a child process, which is replaced if it dies or hangs.
 
     Use as a context manager; the child ends with it.
     """
@@ -33,8 +33,8 @@ class IsolatedDecoder:
     def __init__(self, seconds: float = DECODE_SECONDS) -> None:
         self._seconds = seconds
         self._child: subprocess.Popen[bytes] | None = None
-        self._one_at_a_time = threading.Lock()
-        self._is_over = False
+        self._lock = threading.Lock()
+        self._is_closed = False
 
     def __enter__(self) -> IsolatedDecoder:
         return self
@@ -43,12 +43,12 @@ class IsolatedDecoder:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        # A thread may be waiting for an answer, or about to ask: its child is killed, it starts no
-        # other, and then the lock is free.
-        self._is_over = True
+        # A thread may be waiting for an answer, or about to ask. Killing its child, and starting no
+        # other, makes it return and release the lock.
+        self._is_closed = True
         if (child := self._child) is not None:
             child.kill()
-        with self._one_at_a_time:
+        with self._lock:
             self._stop()
 
     def render(
@@ -76,13 +76,13 @@ class IsolatedDecoder:
         return maximum
 
     def _ask(self, *request: object) -> object:
-        with self._one_at_a_time:
+        with self._lock:
             return self._ask_child(request)
 
     def _ask_child(self, request: tuple[object, ...]) -> object:
         child = self._start()
-        if self._is_over:
-            child.kill()  # then it has no answer
+        if self._is_closed:
+            child.kill()  # so that no answer comes
         timer = threading.Timer(self._seconds, child.kill)
         timer.start()
         try:
@@ -107,7 +107,7 @@ class IsolatedDecoder:
             command, environment = child_process("featcache.pixels.isolation")
             self._child = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for us: we finish what is in hand
+                start_new_session=True,  # Ctrl-C goes to the parent, which finishes its work
             )  # fmt: skip
         return self._child
 
@@ -136,7 +136,7 @@ def _receive(stream: IO[bytes]) -> object:
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer (name of a function, its arguments) by what it does until the parent is gone."""
+    """Call the functions that are requested, (name, *arguments), until the parent is gone."""
     functions: dict[str, Callable[..., object]] = {"render": render, "deep_maximum": deep_maximum}
     while True:
         try:

@@ -1,11 +1,11 @@
-"""The inner loops of image decoding, compiled by Numba. Import it late: ``acceleration`` does.
+"""The inner loops of image decoding, compiled by Numba. Imported by ``acceleration``, when needed.
 
-Importing it compiles them, or loads what an earlier process compiled. All release the GIL.
+Importing this module compiles them, or loads them from Numba's cache. All release the GIL.
 
-Numba shapes the code. An index that is unsigned or counts up from zero is not tested for being
-negative (with the test, narrowing 1024 x 1024 to 224 took 4.8 ms in place of 0.8). Sums of int32
-become int64, in half as many SIMD lanes, unless they are cast. Bytes are cast to int64 before they
-are subtracted: ``int`` leaves them unsigned.
+Some code is written as Numba needs it. It does not check an index for being negative if it is
+unsigned or counts up from zero (with the check, narrowing 1024 x 1024 to 224 took 4.8 ms instead of
+0.8). Sums of int32 become int64, in half as many SIMD lanes, unless they are cast. Bytes are cast
+to int64 before subtracting: ``int`` would leave them unsigned.
 
 Reads: arrays. Writes: the array given last. Raises ``ImportError`` where there is no Numba.
 """
@@ -22,7 +22,7 @@ from featcache.compiling import compiled, part
 _Bytes = npt.NDArray[np.uint8]
 
 WEIGHT_BITS = 22
-"""Pillow's fixed point: 32 bits, less 8 of the pixel, less 2 for bicubic's overshoot."""
+"""Pillow's fixed point: 32 bits, minus 8 for the pixel, minus 2 for bicubic's overshoot."""
 
 _HALF = 1 << (WEIGHT_BITS - 1)
 
@@ -71,7 +71,7 @@ def _add_paeth(above: _Bytes, source: _Bytes, step: int, row: _Bytes) -> None:
 
 @part
 def _add_paeth_twice(above: _Bytes, sources: _Bytes, step: int, rows: _Bytes) -> None:
-    """Undo two rows together, the second one pixel behind: each waits while the other computes."""
+    """Undo two rows together, the second one pixel behind, so that their latencies overlap."""
     source, next_source, row, next_row = sources[0, 1:], sources[1, 1:], rows[0], rows[1]
     for channel in range(step):
         corner = np.int64(above[channel])
@@ -144,7 +144,7 @@ def look_up(values: npt.NDArray[np.uint16], table: _Bytes, out: _Bytes) -> None:
         out[i] = table[values[i]]
 
 
-# --- Resampling. A plane is one channel of one row; the planes of an image are counted through.
+# --- Resampling. A plane is one channel of one row; planes of an image are numbered in a row.
 
 
 @part

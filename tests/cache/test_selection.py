@@ -232,7 +232,7 @@ def test_the_same_image_under_the_same_path_is_kept_once(
     assert new.splits["train"].paths == ["train/covid/1", "train/normal/2", "train/normal/3"]
     assert new.splits["train"].groups == ["p", "train/normal/2", "q"]  # known there, kept
     assert "kept once: 1 rows that are the same image under the same path" in said
-    assert "groups: 1 rows have none and are a group each" in said
+    assert "groups: 1 rows have none; each is a group of its own" in said
     assert select([a.path, a.path], tmp_path / "n2.h5").num_merged == 2
 
 
@@ -291,7 +291,9 @@ def test_images_of_several_names_are_kept_and_contradictions_are_said(
 ) -> None:
     a = make("a", "train/x/1", "train/y/2", images={"train/x/1": 9})
     b = make("b", "train/x/3", "train/y/4", images={"train/y/4": 9})
-    with pytest.warns(FeatcacheWarning, match=r"1 images stand in two classes.*x/1 = train/y/4"):
+    with pytest.warns(
+        FeatcacheWarning, match=r"1 byte-identical images have two classes.*x/1 = train/y/4"
+    ):
         summary = select([a.path, b.path], tmp_path / "new.h5")
     assert summary.num_images == 4
     c = make("c", "valid/x/5", "valid/y/6", images={"valid/x/5": 9})

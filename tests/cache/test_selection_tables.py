@@ -171,8 +171,8 @@ def test_groups_are_joined_and_what_has_none_is_its_own(
     c = make("c", "all/x/5", groups={"all/x/5": "p"})
     new = whole(a, b, c, say=said.append)
     assert new.splits["all"].groups == ["p", "q", "all/x/3", "all/x/4", "p"]
-    assert "groups: 2 rows have none and are a group each" in said
-    assert "groups: 1 stand in several caches, such as p, taken for one" in said
+    assert "groups: 2 rows have none; each is a group of its own" in said
+    assert "groups: 1 are in several caches, such as p; each is one group" in said
     new.path.unlink()
     assert whole(b).splits["all"].groups is None
 

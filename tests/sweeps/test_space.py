@@ -163,8 +163,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             read_space(tmp_path / name)
 
 
-def test_the_readme_shows_a_space_that_works(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+def test_the_guide_shows_a_space_that_works(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "featcache/heads/README.md").read_text("utf-8")
     found: list[Any] = []
     for block in text.split("```toml\n")[1:]:
         shown = block.split("```")[0]
