@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
-import signal
-import sys
 import zipfile
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +15,10 @@ import torch
 from PIL import Image
 from sample_images import write_image, write_tree
 
-from featcache.backbones.backbone import Backbone, build_backbone, state_sha256, wrap_backbone
+from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache
-from featcache.cache.writing import partial_folder
-from featcache.errors import BackboneError, CacheError, ConfigError, DataError, FeatcacheWarning
-from featcache.extraction import pipeline, work
+from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning
 from featcache.extraction.extraction import extract
-from featcache.extraction.shards import PartialCache, Receipt
-from featcache.extraction.work import ShardWriter
 from featcache.pixels.images import PixelRules
 from featcache.pixels.views import ViewRules, render
 
@@ -235,138 +225,6 @@ def test_failed_images_are_tried_again(tree: Path, tmp_path: Path, tiny_backbone
     assert (summary.num_failed, summary.num_new, summary.num_images) == (0, 1, 46)
 
 
-# --------------------------------------------------------------------------------- frozen in fact
-
-
-@pytest.mark.parametrize("name", ["efficientnet-b0", "torchvision:resnet18", "timm:resnet10t"])
-def test_the_backbone_is_frozen_even_if_it_comes_in_train_mode(
-    name: str, tmp_path: Path, tiny_backbone: Backbone
-) -> None:
-    if name.startswith("timm"):
-        pytest.importorskip("timm")
-    for i in range(3):
-        write_image(tmp_path / "data" / f"{i}.png", i)
-    backbone = build_backbone(name, weights="random", image_size=64)
-    backbone.network.train()
-    before = state_sha256(backbone.network)
-    first = extract(tmp_path / "data", tmp_path / "a.h5", backbone=backbone, batch_size=2)
-    assert state_sha256(backbone.network) == before == backbone.weights_sha256
-    backbone.network.train()
-    second = extract(tmp_path / "data", tmp_path / "b.h5", backbone=backbone, batch_size=2)
-    assert first.content_sha256 == second.content_sha256
-
-
-class _Drifting(torch.nn.Module):
-    """Counts its forward passes in a buffer: not frozen, whatever the mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("passes", torch.zeros(1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.passes += 1
-        return images.mean((2, 3))
-
-
-def test_a_network_that_changes_itself_is_refused(tree: Path, tmp_path: Path) -> None:
-    backbone = wrap_backbone("drifting", _Drifting(), image_size=32)
-    with pytest.raises(BackboneError, match=r"frozen backbone"):
-        extract(tree, tmp_path / "c.h5", backbone=backbone)
-    with pytest.raises(BackboneError, match=r"frozen backbone"):  # nor from what is left behind
-        extract(tree, tmp_path / "c.h5", backbone=backbone)
-    assert list(tmp_path.iterdir()) == [tree]
-
-
-def test_a_network_that_changes_itself_late_is_refused_again_and_again(
-    tree: Path, tmp_path: Path
-) -> None:
-    """After the probes, when rows have been made: they must not be found by the next run."""
-
-    class Late(torch.nn.Module):
-        calls: torch.Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("calls", torch.zeros(()))
-            self.num_calls = 0
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            self.num_calls += 1
-            if self.num_calls > 20:
-                self.calls += 1e-9
-            return images.mean((2, 3)) + self.calls
-
-    for _ in range(2):
-        backbone = wrap_backbone("late", Late(), image_size=32)
-        with pytest.raises(BackboneError, match=r"frozen backbone"):
-            extract(tree, tmp_path / "c.h5", backbone=backbone, engine="eager", batch_size=1)
-    assert list(tmp_path.iterdir()) == [tree]
-
-
-class _Drifts(torch.nn.Module):
-    """Adds 1,000 to every feature after so many calls; calls ``then`` a little later."""
-
-    shift: torch.Tensor
-
-    def __init__(self, steady: int, then: Callable[[], None] | None = None) -> None:
-        super().__init__()
-        self.register_buffer("shift", torch.zeros(()))
-        self.steady, self.then, self.num_calls = steady, then, 0
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.num_calls += 1
-        if self.num_calls > self.steady:
-            self.shift.fill_(1000.0)
-        if self.num_calls == self.steady + 3 and self.then is not None:
-            self.then()
-        return images.mean((2, 3)) + self.shift
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-def test_an_interrupted_run_keeps_no_rows_of_a_network_that_changed(
-    tree: Path, tmp_path: Path
-) -> None:
-    def interrupt() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    backbone = wrap_backbone("drifts", _Drifts(20, interrupt), image_size=32)
-    with pytest.raises((BackboneError, KeyboardInterrupt), match=r"frozen backbone"):
-        extract(tree, tmp_path / "c.h5", backbone=backbone, engine="eager", batch_size=1)
-    assert list(tmp_path.iterdir()) == [tree]
-
-
-def test_no_shard_of_a_network_that_changed_is_ever_listed(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or a kill after it would leave rows behind that the next run takes for good."""
-    listed: list[float] = []
-    inner = PartialCache.add_shard
-
-    def add_shard(self: PartialCache, receipt: Receipt) -> Any:
-        vectors = inner(self, receipt)
-        listed.extend(np.abs(vectors()).max(axis=1).tolist())
-        return vectors
-
-    monkeypatch.setattr(PartialCache, "add_shard", add_shard)
-    monkeypatch.setattr(work, "SHARD_BYTES", 4 * 3 * 4)  # four rows a shard
-    backbone = wrap_backbone("drifts", _Drifts(20), image_size=32)
-    with pytest.raises(BackboneError, match=r"frozen backbone"):
-        extract(tree, tmp_path / "c.h5", backbone=backbone, engine="eager", batch_size=1)
-    assert listed
-    assert max(listed) < 100
-    assert list(tmp_path.iterdir()) == [tree]
-
-
-def test_features_that_overflow_float16_are_refused(tree: Path, tmp_path: Path) -> None:
-    class Huge(torch.nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return images.mean((2, 3)) * 1e6 + 1e6
-
-    backbone = wrap_backbone("huge", Huge(), image_size=32)
-    with pytest.raises(BackboneError, match=r"finite float16.*--feature-dtype float32"):
-        extract(tree, tmp_path / "c.h5", backbone=backbone, feature_dtype="float16")
-
-
 def test_rebuild_leaves_json_files_alone(
     tree: Path, tmp_path: Path, tiny_backbone: Backbone
 ) -> None:
@@ -501,162 +359,7 @@ def test_more_views_than_a_batch_holds(tree: Path, tmp_path: Path, tiny_backbone
     assert np.array_equal(few.features, many.features[:, :2])
 
 
-# ----------------------------------------------------------------- several backbones, workers
-
-
-def second_backbone() -> Backbone:
-    """Another network, another size, another normalization."""
-    return wrap_backbone(
-        "python:second:build",
-        tiny_network.network(),
-        image_size=48,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-    )
-
-
-@pytest.fixture
-def num_decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
-    """How often each image, by its sha256, was decoded by the pipeline."""
-    counts: Counter[bytes] = Counter()
-
-    def counting(data: bytes, recipes: Any, sha256: bytes) -> Any:
-        counts[sha256] += 1
-        return render(data, recipes, sha256)
-
-    monkeypatch.setattr(pipeline, "render", counting)
-    return counts
-
-
-@pytest.mark.parametrize("engine", ["folded", "onnx"])
-def test_several_backbones_share_one_decoding_and_equal_their_own_extractions(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone, num_decoded: Counter[bytes], engine: str
-) -> None:
-    backbones = [tiny_backbone, second_backbone()]
-    options: dict[str, Any] = {"engine": engine, "views": 3, "augment": "crop"}
-    summaries = extract(tree, tmp_path / "many", backbone=backbones, **options)
-    assert set(num_decoded.values()) == {1}
-    assert len(num_decoded) == 46
-    names = ["python-tiny_network-build.h5", "python-second-build.h5"]
-    assert [Path(s.cache).name for s in summaries.values()] == names
-    assert list(summaries) == [backbone.name for backbone in backbones]
-    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == sorted(names)
-    for i, (backbone, summary) in enumerate(zip(backbones, summaries.values(), strict=True)):
-        alone = extract(tree, tmp_path / f"{i}.h5", backbone=backbone, **options)
-        assert summary.content_sha256 == alone.content_sha256
-        assert (summary.num_new, summary.num_known) == (46, 0)
-    again = extract(tree, tmp_path / "many", backbone=backbones, **options)
-    assert [s.status for s in again.values()] == ["up to date"] * 2
-
-
-def test_a_backbone_that_is_ahead_runs_nothing_again(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone, num_decoded: Counter[bytes]
-) -> None:
-    """One knows the test split's images already; those of train are new to both."""
-    folder = tmp_path / "many"
-    backbones = [tiny_backbone, second_backbone()]
-    hidden = tmp_path / "hidden"
-    shutil.move(tree / "train", hidden)
-    (bad := tree / "test" / "covid" / "tec000_0.jpg").write_bytes(b"broken")
-    with pytest.warns(FeatcacheWarning, match="1 images could not be read"):
-        extract(tree, folder / "python-tiny_network-build.h5", backbone=tiny_backbone)
-    write_image(bad, 77)
-    shutil.move(hidden, tree / "train")
-    num_decoded.clear()
-    first, second = extract(tree, folder, backbone=backbones).values()
-    assert set(num_decoded.values()) == {1}
-    assert (first.num_new, first.num_known) == (25, 21)
-    assert (second.num_new, second.num_known) == (46, 0)
-    for i, (backbone, summary) in enumerate(zip(backbones, (first, second), strict=True)):
-        alone = extract(tree, tmp_path / f"{i}.h5", backbone=backbone)
-        assert summary.content_sha256 == alone.content_sha256
-
-
-def test_an_interrupted_run_of_several_backbones_goes_on(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each has its own shards; what one has lost, the other need not run again."""
-    monkeypatch.setattr(work, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
-    calls = Counter[int]()
-    inner = ShardWriter.flush
-
-    def failing(self: ShardWriter, *arguments: Any, **options: Any) -> None:
-        calls[id(self)] += 1
-        if len(calls) == 2 and min(calls.values()) == 20:  # the second cache's
-            raise KeyboardInterrupt
-        inner(self, *arguments, **options)
-
-    monkeypatch.setattr(ShardWriter, "flush", failing)
-    backbones = [tiny_backbone, second_backbone()]
-    with pytest.raises(KeyboardInterrupt):
-        extract(tree, tmp_path / "many", backbone=backbones, batch_size=1)
-    monkeypatch.setattr(ShardWriter, "flush", inner)
-    first, second = extract(tree, tmp_path / "many", backbone=backbones, batch_size=1).values()
-    assert (first.num_known, second.num_known) == (20, 16)  # whole shards
-    for i, (backbone, summary) in enumerate(zip(backbones, (first, second), strict=True)):
-        alone = extract(tree, tmp_path / f"{i}.h5", backbone=backbone, batch_size=1)
-        assert summary.content_sha256 == alone.content_sha256
-
-
-def test_backbones_begun_with_other_threads_are_finished_one_by_one(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sums over other threads have other bits: rows of one cache are of one number of them."""
-
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    backbones, threads = [tiny_backbone, second_backbone()], torch.get_num_threads()
-    files = [
-        tmp_path / "many" / (backbone.name.replace(":", "-") + ".h5") for backbone in backbones
-    ]
-    try:
-        with monkeypatch.context() as broken:
-            broken.setattr(work, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
-            broken.setattr(work, "held_signals", lambda: contextlib.nullcontext(stop))
-            for number, (file, backbone) in enumerate(zip(files, backbones, strict=True)):
-                torch.set_num_threads(1 + number)
-                with pytest.raises(KeyboardInterrupt):
-                    extract(tree, file, backbone=backbone, batch_size=1)
-                assert partial_folder(file).exists()
-    finally:
-        torch.set_num_threads(threads)
-    with pytest.raises(CacheError) as refused:
-        extract(tree, tmp_path / "many", backbone=backbones, batch_size=1)
-    assert str(refused.value) == (
-        "unfinished extraction: expected 1 torch threads, with which it was begun, found 2, with "
-        f"which another backbone's rows were made ({files[0]}). Finish it by itself: featcache "
-        f"extract DATA {files[0]} --backbone {tiny_backbone.name}."
-    )
-    for file, backbone in zip(files, backbones, strict=True):
-        assert extract(tree, file, backbone=backbone).num_images == 46
-    assert torch.get_num_threads() == threads
-
-
-def test_one_backbone_in_a_list_gets_a_folder_too(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone
-) -> None:
-    made = extract(tree, tmp_path / "one", backbone=[tiny_backbone])
-    assert list(made) == [tiny_backbone.name]
-    assert (tmp_path / "one" / "python-tiny_network-build.h5").exists()
-
-
-def test_several_backbones_that_make_no_sense_are_refused(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone
-) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(ConfigError, match="different backbones"):
-        extract(tree, tmp_path / "many", backbone=[tiny_backbone, tiny_backbone])
-    with pytest.raises(ConfigError, match="different backbones"):
-        extract(tree, tmp_path / "many", backbone=[])
-    both = [tiny_backbone, second_backbone()]
-    with pytest.raises(ConfigError, match=r"--weights.*one backbone at a time"):
-        extract(tree, tmp_path / "many", backbone=both, weights="file.pth")
-    with pytest.raises(ConfigError, match=r"a folder.*file"):
-        extract(tree, tmp_path / "file", backbone=both)
-    with pytest.raises(ConfigError, match="outside the folder of images"):
-        extract(tree, tree, backbone=both)
-    assert not (tmp_path / "many").exists()
+# ------------------------------------------------------------------------ workers, provenance
 
 
 @pytest.mark.parametrize("engine", ["onnx", "folded"])
