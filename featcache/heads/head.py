@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MAX_WIDTH = 1 << 20
+BATCH_NORM_EPS = 1e-5  # torch.nn.BatchNorm1d's
 
 
 @dataclass(frozen=True)
