@@ -13,8 +13,10 @@ FeatcacheWarning     something the user should know that does not stop the work
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from pathlib import PurePath
+from typing import Any
 
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 
@@ -47,6 +49,8 @@ class FeatcacheError(Exception):
         hint: What to do next, a sentence without its full stop.
     """
 
+    __module__ = "featcache"
+
     def __init__(
         self, what: str, *, expected: object, found: object, where: object = None, hint: str = ""
     ) -> None:
@@ -59,18 +63,16 @@ class FeatcacheError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         """Survive pickling: errors cross process borders when images decode in a child."""
         where = str(self.where) if isinstance(self.where, PurePath) else self.where
-        details = {
+        details: dict[str, Any] = {
             "expected": self.expected, "found": self.found, "where": where, "hint": self.hint,
         }  # fmt: skip
-        return (_rebuild, (type(self), self.what, details))
-
-
-def _rebuild(kind: type[FeatcacheError], what: str, details: dict[str, object]) -> FeatcacheError:
-    return kind(what, **details)  # type: ignore[arg-type]
+        return functools.partial(type(self), **details), (self.what,)
 
 
 class DataError(FeatcacheError):
     """The images, folders, CSV or zip handed to featcache cannot be used as they are."""
+
+    __module__ = "featcache"
 
 
 class TransientError(DataError):
@@ -80,18 +82,28 @@ class TransientError(DataError):
 class BackboneError(FeatcacheError):
     """A backbone cannot be built, its weights do not fit, or it is not what it should be."""
 
+    __module__ = "featcache"
+
 
 class CacheError(FeatcacheError):
     """A cache file is not whole, was not made by featcache, or does not fit the request."""
+
+    __module__ = "featcache"
 
 
 class RunError(FeatcacheError):
     """A run folder is not whole, or does not fit the request."""
 
+    __module__ = "featcache"
+
 
 class ConfigError(FeatcacheError):
     """An option has no meaning, or options contradict each other."""
 
+    __module__ = "featcache"
+
 
 class FeatcacheWarning(UserWarning):
     """Something the user should know that does not stop the work."""
+
+    __module__ = "featcache"

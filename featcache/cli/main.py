@@ -68,7 +68,7 @@ def demo(folder: Path, device: str, as_json: bool, quiet: bool) -> None:
     from featcache.cli.demo import run_demo
 
     summary = run_demo(folder, device=device, say=make_say(as_json, quiet))
-    print_facts(summary.as_json(), [], as_json, quiet)
+    print_facts(summary.as_dict(), [], as_json, quiet)
 
 
 for made in (split, extract, select, info, verify):
@@ -128,7 +128,7 @@ def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
     from featcache.heads.training import train as train_head
 
     summary = train_head(cache, run, say=make_say(as_json, quiet), **options)
-    print_facts(summary.as_json(), [], as_json, quiet)
+    print_facts(summary.as_dict(), [], as_json, quiet)
 
 
 @cli.command()
@@ -193,7 +193,7 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 
     say = make_say(as_json, quiet)
     summary = sweep_heads(cache, run, say=say, progress=not quiet, **options)
-    print_facts(summary.as_json(), [], as_json, quiet)
+    print_facts(summary.as_dict(), [], as_json, quiet)
 
 
 @cli.command()
@@ -214,7 +214,8 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """
     from featcache.evaluation.evaluation import evaluate as evaluate_run
 
-    print_facts(evaluate_run(run, say=make_say(as_json, quiet), **options), [], as_json, quiet)
+    evaluation = evaluate_run(run, say=make_say(as_json, quiet), **options)
+    print_facts(evaluation.as_dict(), [], as_json, quiet)
 
 
 @cli.command()
@@ -229,8 +230,8 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option("--average-views", is_flag=True, help="With --cache: mean of a row's views.")
 @printing
 def predict(
-    run: Path, images: tuple[Path, ...], cache: Path | None, csv: Path | None, as_json: bool,
-    quiet: bool, device: str, average_views: bool, **options: Any,
+    run: Path, images: tuple[Path, ...], cache: Path | None, as_json: bool, quiet: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Classify IMAGES, files or folders, with the head in RUN.
 
@@ -238,22 +239,14 @@ def predict(
     Example: featcache predict run new.png --csv predictions.csv
     """
     from featcache.cli.wording import prediction_lines
-    from featcache.deployment.classifier import load_classifier, predict_cache, write_predictions
-    from featcache.files import require_folder
+    from featcache.deployment.predictions import predict as predict_images
 
     if (cache is None) == (not images):
         raise click.UsageError("Name images or folders, or a --cache, and not both.")
-    if average_views and cache is None:
+    if options["average_views"] and cache is None:
         raise click.UsageError("--average-views goes with --cache: images have no views.")
-    if csv is not None:
-        require_folder(csv, "--csv")
-    if cache is not None:
-        predictions = predict_cache(run, cache, device=device, average_views=average_views)
-    else:
-        predictions = load_classifier(run, device=device, **options).predict(images)
-    if csv is not None:
-        write_predictions(csv, predictions)
-    print_facts(predictions.as_json(), prediction_lines(predictions), as_json, quiet)
+    predictions = predict_images(run, images or None, cache=cache, **options)
+    print_facts(predictions.as_dict(), prediction_lines(predictions), as_json, quiet)
 
 
 @cli.command()
@@ -268,15 +261,14 @@ def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) ->
     \b
     Example: featcache export run covid.pt
     """
-    from featcache.deployment.classifier import check_export_path, load_classifier
+    from featcache.deployment.export import export as export_run
 
-    check_export_path(file)
-    facts = load_classifier(run, device="cpu", **options).export(file)
+    summary = export_run(run, file, **options)
     lines = [
-        f"{printable(file)}: {facts['backbone']} with its head, sha256 {facts['sha256'][:16]}...",
+        f"{printable(file)}: {summary.backbone} with its head, sha256 {summary.sha256[:16]}...",
         f"{printable(file)}.json: classes and preprocessing",
     ]
-    print_facts(facts, lines, as_json, quiet)
+    print_facts(summary.as_dict(), lines, as_json, quiet)
 
 
 # ----------------------------------------------------------------------------------------- the door

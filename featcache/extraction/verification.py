@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from featcache.cache.repair import find_bad_rows, write_without
 from featcache.cache.writing import partial_folder
 from featcache.errors import CacheError, printable
 from featcache.extraction.comparison import Comparison, compare
-from featcache.files import disk_error, sha256_file, sync_folder
+from featcache.files import disk_error, result_as_dict, sha256_file, sync_folder
 from featcache.locking import writer_lock
 from featcache.runtime import Say, silent
 
@@ -55,7 +55,9 @@ class Verification:
         dropped: Paths of the rows that were dropped, as they were found.
     """
 
-    cache: str
+    __module__ = "featcache"
+
+    cache: Path
     num_rows: int
     payload_sha256: str
     content_sha256: str
@@ -69,9 +71,9 @@ class Verification:
     repaired: bool = False
     dropped: tuple[str, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the verification as JSON values."""
-        return asdict(self)
+        return result_as_dict(self)
 
 
 def verify(
@@ -131,9 +133,7 @@ def verify(
 
 def _result(cache: Cache, comparison: Comparison | None) -> Verification:
     num_rows = sum(len(split) for split in cache.splits.values())
-    result = Verification(
-        cache.path.as_posix(), num_rows, cache.payload_sha256, cache.content_sha256
-    )
+    result = Verification(cache.path, num_rows, cache.payload_sha256, cache.content_sha256)
     if comparison is None:
         return result
     return replace(

@@ -66,8 +66,9 @@ class Part:
 
 
 def read_rows(
-    parts: Sequence[Part], device: Device | torch.device, say: Say, *, copies: int = 1, readers: int = 1
-) -> list[npt.NDArray[Any] | StoredFeatures]:
+    parts: Sequence[Part], device: Device | torch.device, say: Say, *, copies: int = 1,
+    readers: int = 1,
+) -> list[npt.NDArray[Any] | StoredFeatures]:  # fmt: skip
     """Return the features of parts: arrays where memory has room for all, else as they are stored.
 
     Args:

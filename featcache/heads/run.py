@@ -66,6 +66,8 @@ class Run:
         weights_sha256: sha256 of ``head.safetensors``.
     """
 
+    __module__ = "featcache"
+
     path: Path
     head: HeadConfig
     state: dict[str, npt.NDArray[Any]]
