@@ -6,7 +6,7 @@ Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,10 @@ class Evaluation:
         if key not in self.keys():
             raise KeyError(key)
         return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the figures, as a dict does."""
+        return iter(self.keys())
 
     def keys(self) -> tuple[str, ...]:
         """Return the names of the figures."""

@@ -17,7 +17,8 @@ from sample_images import write_image, write_tree
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import open_cache
 from featcache.cache.writing import write_cache
-from featcache.deployment.classifier import load_classifier, predict_cache, write_predictions
+from featcache.deployment.classifier import load_classifier
+from featcache.deployment.predictions import predict
 from featcache.errors import BackboneError, ConfigError, DataError, RunError
 from featcache.extraction.extraction import extract
 from featcache.heads.fit import predict_probs
@@ -59,7 +60,7 @@ def test_new_images_get_the_cached_path_s_probabilities(
 
 
 def test_a_cache_is_classified_without_images(run: Path, tmp_path: Path) -> None:
-    predictions = predict_cache(run, tmp_path / "c.h5")
+    predictions = predict(run, cache=tmp_path / "c.h5")
     wanted = {k: v for s in ("train", "valid", "test") for k, v in cached_probs(run, s).items()}
     assert len(predictions.paths) == 46
     for path, probs in zip(predictions.paths, predictions.probs, strict=True):
@@ -75,13 +76,13 @@ def test_bad_images_are_failures_and_do_not_stop_the_rest(
     predictions = load_classifier(run, backbone=TINY).predict(images)
     assert [Path(p).name for p, _ in predictions.failures] == ["bad.png"]
     assert len(predictions.paths) == 7
-    write_predictions(tmp_path / "p.csv", predictions)
+    predictions.write_csv(tmp_path / "p.csv")
     with (tmp_path / "p.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
     assert rows[-1]["failure"]
     assert float(rows[0]["prob_covid"]) + float(rows[0]["prob_normal"]) == pytest.approx(1)
-    assert json.loads(json.dumps(predictions.as_json()))["failures"][0]["reason"]
+    assert json.loads(json.dumps(predictions.as_dict()))["failures"][0]["reason"]
 
 
 def test_nothing_there_and_no_images_are_errors(run: Path, tmp_path: Path) -> None:
@@ -100,13 +101,13 @@ def test_features_made_otherwise_are_refused(run: Path, tmp_path: Path) -> None:
         identity=other,
     )  # fmt: skip
     with pytest.raises(RunError, match="crop_mode squash, found crop_mode center"):
-        predict_cache(run, tmp_path / "x.h5")
+        predict(run, cache=tmp_path / "x.h5")
 
 
 def test_export_of_a_network_without_classifier(run: Path, tree: Path, tmp_path: Path) -> None:
     classifier = load_classifier(run, backbone=TINY)
-    facts = classifier.export(tmp_path / "out.pt")
-    assert json.loads((tmp_path / "out.pt.json").read_text()) == facts
+    summary = classifier.export(tmp_path / "out.pt")
+    assert json.loads((tmp_path / "out.pt.json").read_text()) == summary.as_dict()
     state = torch.load(tmp_path / "out.pt", weights_only=True)
     network = classifier.as_network()
     network.load_state_dict(state, strict=True)
