@@ -48,8 +48,10 @@ if TYPE_CHECKING:
     from featcache.extraction.reports import ExtractionSummary, Projection
     from featcache.extraction.verification import Verification, verify
     from featcache.heads.estimator import HeadClassifier
+    from featcache.heads.head import HeadConfig
     from featcache.heads.run import Run, load_head, load_run
     from featcache.heads.training import TrainSummary, train
+    from featcache.sweeps.ranking import Decision
     from featcache.sweeps.sweeping import SweepSummary, sweep
 
 __version__ = "0.1.0"
@@ -82,7 +84,9 @@ _MODULES = {
     "Cache": "cache.reading",
     "CacheSplit": "cache.reading",
     "Classifier": "deployment.classifier",
+    "Decision": "sweeps.ranking",
     "Failure": "cache.reading",
+    "HeadConfig": "heads.head",
     "Run": "heads.run",
     # the verbs' results
     "SplitSummary": "data.splitting",
@@ -115,7 +119,8 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
     # what these return
-    "HeadClassifier", "Backbone", "Cache", "CacheSplit", "Classifier", "Failure", "Run",
+    "HeadClassifier", "Backbone", "Cache", "CacheSplit", "Classifier", "Decision", "Failure",
+    "HeadConfig", "Run",
     # the verbs' results
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "Verification",
     "SelectionSummary", "TrainSummary", "SweepSummary", "Evaluation", "Predictions",

@@ -40,6 +40,8 @@ class HeadConfig:
         dropout: Chance in [0, 1) that an input of the last layer is dropped while training.
     """
 
+    __module__ = "featcache"
+
     num_features: int
     num_classes: int
     hidden: tuple[int, ...] = (512, 128)

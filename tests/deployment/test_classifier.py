@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -231,10 +232,11 @@ def test_one_or_many_in_the_order_asked_repeats_included(
     assert [path for path, _ in predictions.failures] == [f"{tmp_path / 'bad.png'}"]
     probs = predictions.probs
     assert np.array_equal(probs[[0, 0, 2]], probs[[1, 3, 4]])
-    assert np.array_equal(classifier.predict(str(a)).probs, probs[[2]])
+    alone = classifier.predict(str(a)).probs  # another number of rows, another order of sums
+    np.testing.assert_allclose(alone, probs[[2]], rtol=0, atol=1e-7)
     with pytest.raises(DataError, match=r"bad\.png"):
         classifier.predict_proba(asked)
-    assert np.array_equal(featcache.predict(run, a, backbone=tiny_backbone).probs, probs[[2]])
+    assert np.array_equal(featcache.predict(run, a, backbone=tiny_backbone).probs, alone)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16", "LA"])
@@ -253,12 +255,13 @@ def test_a_pil_image_an_array_and_a_file_are_one(
     image.save(path, exif=turned)
     classifier = load_classifier(run, backbone=tiny_backbone)
     wanted = classifier.transform(path)
-    opened = Image.open(path)
+    # By name, Pillow 12 maps an uncompressed TIFF and forgets to turn it.
+    opened = Image.open(BytesIO(path.read_bytes()))
     before = opened.info.copy(), opened.mode
     assert np.array_equal(classifier.transform(opened), wanted)
     assert (opened.info, opened.mode) == before
     if mode in {"L", "RGB"}:
-        upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+        upright = np.asarray(ImageOps.exif_transpose(Image.open(BytesIO(path.read_bytes()))))
         assert np.array_equal(classifier.transform(upright), wanted)
     if mode == "RGB":
         both = classifier.transform(np.stack([upright, upright]))
