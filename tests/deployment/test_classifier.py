@@ -255,7 +255,7 @@ def test_a_pil_image_an_array_and_a_file_are_one(
     image.save(path, exif=turned)
     classifier = load_classifier(run, backbone=tiny_backbone)
     wanted = classifier.transform(path)
-    # By name, Pillow 12 maps an uncompressed TIFF and forgets to turn it.
+    # By name, Pillow 13 maps an uncompressed TIFF and forgets to turn it.
     opened = Image.open(BytesIO(path.read_bytes()))
     before = opened.info.copy(), opened.mode
     assert np.array_equal(classifier.transform(opened), wanted)
