@@ -1,12 +1,18 @@
 """featcache: run a frozen vision backbone once, keep its features, fit small heads in seconds.
 
-The verbs, in the order of the data's way::
+The verbs, as on the command line, in the order of the work::
 
-    featcache.split(source, destination, classes=["covid", "normal"])
-    featcache.extract(destination, "covid.h5", backbone="efficientnet-b0")
+    featcache.split("raw", "data", classes=["covid", "normal"])
+    featcache.extract("data", "covid.h5", backbone="efficientnet-b0")
+    featcache.info("covid.h5")
     featcache.train("covid.h5", "run")
     featcache.evaluate("run", positive="covid")
-    featcache.load_classifier("run").predict(["new.png"])
+    featcache.predict("run", "new.png")
+    featcache.export("run", "covid.pt")
+
+Also ``plan``, ``verify``, ``select`` and ``sweep``. ``load_classifier`` keeps a network for many
+predictions, ``load_head`` returns the trained ``nn.Module``, ``open_cache`` gives the arrays, and
+``HeadClassifier`` is a scikit-learn estimator. Results are dataclasses with ``as_dict()``.
 
 Importing this package imports neither torch nor anything else that is slow; a name's module is
 imported when the name is first used.
@@ -19,17 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone, build_backbone, wrap_backbone
-    from featcache.cache.reading import Cache, CacheSplit, open_cache
-    from featcache.cache.selection import select
+    from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
+    from featcache.cache.selection import SelectionSummary, select
     from featcache.cache.writing import write_cache
     from featcache.data.dataset import scan
-    from featcache.data.splitting import split
-    from featcache.deployment.classifier import (
-        Classifier,
-        Predictions,
-        load_classifier,
-        predict_cache,
-    )
+    from featcache.data.splitting import SplitSummary, split
+    from featcache.deployment.classifier import Classifier, load_classifier
+    from featcache.deployment.export import ExportSummary, export
+    from featcache.deployment.predictions import Predictions, predict
     from featcache.errors import (
         BackboneError,
         CacheError,
@@ -39,56 +42,92 @@ if TYPE_CHECKING:
         FeatcacheWarning,
         RunError,
     )
-    from featcache.evaluation.evaluation import evaluate
-    from featcache.evaluation.info import describe
+    from featcache.evaluation.evaluation import Evaluation, evaluate
+    from featcache.evaluation.info import CacheInfo, RunInfo, info
     from featcache.extraction.extraction import extract, plan
-    from featcache.extraction.verification import verify
+    from featcache.extraction.reports import ExtractionSummary, Projection
+    from featcache.extraction.verification import Verification, verify
     from featcache.heads.estimator import HeadClassifier
-    from featcache.heads.run import load_run
-    from featcache.heads.training import train
-    from featcache.sweeps.sweeping import sweep
+    from featcache.heads.head import HeadConfig
+    from featcache.heads.run import Run, load_head, load_run
+    from featcache.heads.training import TrainSummary, train
+    from featcache.sweeps.ranking import Decision
+    from featcache.sweeps.sweeping import SweepSummary, sweep
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    # the verbs of the command line
+    "split": "data.splitting",
+    "extract": "extraction.extraction",
+    "plan": "extraction.extraction",
+    "info": "evaluation.info",
+    "verify": "extraction.verification",
+    "select": "cache.selection",
+    "train": "heads.training",
+    "sweep": "sweeps.sweeping",
+    "evaluate": "evaluation.evaluation",
+    "predict": "deployment.predictions",
+    "export": "deployment.export",
+    # open, load, build
+    "scan": "data.dataset",
+    "open_cache": "cache.reading",
+    "write_cache": "cache.writing",
+    "load_run": "heads.run",
+    "load_head": "heads.run",
+    "load_classifier": "deployment.classifier",
+    "build_backbone": "backbones.backbone",
+    "wrap_backbone": "backbones.backbone",
+    # what these return
+    "HeadClassifier": "heads.estimator",
     "Backbone": "backbones.backbone",
-    "BackboneError": "errors",
     "Cache": "cache.reading",
-    "CacheError": "errors",
     "CacheSplit": "cache.reading",
     "Classifier": "deployment.classifier",
-    "ConfigError": "errors",
-    "DataError": "errors",
+    "Decision": "sweeps.ranking",
+    "Failure": "cache.reading",
+    "HeadConfig": "heads.head",
+    "Run": "heads.run",
+    # the verbs' results
+    "SplitSummary": "data.splitting",
+    "ExtractionSummary": "extraction.reports",
+    "Projection": "extraction.reports",
+    "CacheInfo": "evaluation.info",
+    "RunInfo": "evaluation.info",
+    "Verification": "extraction.verification",
+    "SelectionSummary": "cache.selection",
+    "TrainSummary": "heads.training",
+    "SweepSummary": "sweeps.sweeping",
+    "Evaluation": "evaluation.evaluation",
+    "Predictions": "deployment.predictions",
+    "ExportSummary": "deployment.export",
+    # errors
     "FeatcacheError": "errors",
-    "FeatcacheWarning": "errors",
-    "HeadClassifier": "heads.estimator",
-    "Predictions": "deployment.classifier",
+    "DataError": "errors",
+    "BackboneError": "errors",
+    "CacheError": "errors",
     "RunError": "errors",
-    "build_backbone": "backbones.backbone",
-    "describe": "extraction.verification",
-    "evaluate": "evaluation.evaluation",
-    "extract": "extraction.extraction",
-    "load_classifier": "deployment.classifier",
-    "load_run": "heads.run",
-    "open_cache": "cache.reading",
-    "plan": "extraction.extraction",
-    "predict_cache": "deployment.classifier",
-    "scan": "data.dataset",
-    "select": "cache.selection",
-    "split": "data.splitting",
-    "sweep": "sweeps.sweeping",
-    "train": "heads.training",
-    "verify": "extraction.verification",
-    "wrap_backbone": "backbones.backbone",
-    "write_cache": "cache.writing",
+    "ConfigError": "errors",
+    "FeatcacheWarning": "errors",
 }
 
-__all__ = [
-    "Backbone", "BackboneError", "Cache", "CacheError", "CacheSplit", "Classifier", "ConfigError",
-    "DataError", "FeatcacheError", "FeatcacheWarning", "HeadClassifier", "Predictions", "RunError",
-    "build_backbone", "describe", "evaluate", "extract", "load_classifier",
-    "load_run", "open_cache", "plan", "predict_cache", "scan", "select", "split",
-    "sweep", "train", "verify", "wrap_backbone", "write_cache",
+__all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
+    # the verbs of the command line
+    "split", "extract", "plan", "info", "verify", "select", "train", "sweep", "evaluate",
+    "predict", "export",
+    # open, load, build
+    "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
+    "build_backbone", "wrap_backbone",
+    # what these return
+    "HeadClassifier", "Backbone", "Cache", "CacheSplit", "Classifier", "Decision", "Failure",
+    "HeadConfig", "Run",
+    # the verbs' results
+    "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "Verification",
+    "SelectionSummary", "TrainSummary", "SweepSummary", "Evaluation", "Predictions",
+    "ExportSummary",
+    # errors
+    "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
+    "FeatcacheWarning",
 ]  # fmt: skip
 
 
@@ -101,4 +140,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return [*__all__, "__version__"]

@@ -13,10 +13,12 @@ FeatcacheWarning     something the user should know that does not stop the work
 
 from __future__ import annotations
 
+import functools
 import sys
 import unicodedata
 import warnings
 from pathlib import Path, PurePath
+from typing import Any
 
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 
@@ -49,6 +51,8 @@ class FeatcacheError(Exception):
         hint: What to do next, a sentence without its full stop.
     """
 
+    __module__ = "featcache"
+
     def __init__(
         self, what: str, *, expected: object, found: object, where: object = None, hint: str = ""
     ) -> None:
@@ -61,18 +65,16 @@ class FeatcacheError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         """Support pickling: a child process that decodes images sends its errors back."""
         where = str(self.where) if isinstance(self.where, PurePath) else self.where
-        details = {
+        details: dict[str, Any] = {
             "expected": self.expected, "found": self.found, "where": where, "hint": self.hint,
         }  # fmt: skip
-        return (_rebuild, (type(self), self.what, details))
-
-
-def _rebuild(kind: type[FeatcacheError], what: str, details: dict[str, object]) -> FeatcacheError:
-    return kind(what, **details)  # type: ignore[arg-type]
+        return functools.partial(type(self), **details), (self.what,)
 
 
 class DataError(FeatcacheError):
     """The given images, folders, CSV or zip cannot be used as they are."""
+
+    __module__ = "featcache"
 
 
 class TransientError(DataError):
@@ -82,21 +84,31 @@ class TransientError(DataError):
 class BackboneError(FeatcacheError):
     """A backbone cannot be built, its weights do not fit, or its output is wrong."""
 
+    __module__ = "featcache"
+
 
 class CacheError(FeatcacheError):
     """A cache file is damaged, was not made by featcache, or does not fit the request."""
+
+    __module__ = "featcache"
 
 
 class RunError(FeatcacheError):
     """A run folder is damaged or incomplete, or does not fit the request."""
 
+    __module__ = "featcache"
+
 
 class ConfigError(FeatcacheError):
     """An option is invalid, or options contradict each other."""
 
+    __module__ = "featcache"
+
 
 class FeatcacheWarning(UserWarning):
     """Something the user should know that does not stop the work."""
+
+    __module__ = "featcache"
 
 
 _PACKAGE = str(Path(__file__).parent)

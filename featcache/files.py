@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import errno
 import glob
 import hashlib
@@ -19,7 +20,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from featcache.errors import CacheError, ConfigError, RunError
@@ -50,6 +51,21 @@ def json_sha256(value: Mapping[str, Any], *, without: str) -> str:
     """
     rest = {key: item for key, item in value.items() if key != without}
     return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+
+
+def result_as_dict(result: Any) -> dict[str, Any]:
+    """Return a dataclass as JSON values: objects by field, tuples as lists, ``/`` in paths."""
+    return {f.name: _json_value(getattr(result, f.name)) for f in dataclasses.fields(result)}
+
+
+def _json_value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return result_as_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _json_value(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(part) for part in value]
+    return value.as_posix() if isinstance(value, PurePath) else value
 
 
 def readable_json(value: Any) -> str:

@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import TESTS
+from sample_images import write_tree
 
 import featcache
+from featcache.backbones.backbone import Backbone
 
 PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 VERBS = ("demo", "split", "extract", "select", "info", "verify", "train", "sweep", "evaluate")
 VERBS += ("predict", "export")
+HEAVY = {"torch", "sklearn", "scipy", "matplotlib", "numba"}
 SLOW = {"torch", "numpy", "h5py", "PIL", "sklearn", "matplotlib", "scipy", "numba"}
 
 
@@ -29,6 +33,43 @@ def loaded_by(code: str) -> set[str]:
     """Return the top-level packages in ``sys.modules`` after the code ran in a new process."""
     code += "\nimport json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
     return set(json.loads(run_python(code).splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> Path:
+    """A folder with images, a cache and a run."""
+    folder = tmp_path_factory.mktemp("work")
+    write_tree(folder / "data", {"train": 6, "valid": 3, "test": 3})
+    featcache.extract(folder / "data", folder / "c.h5", backbone=tiny_backbone)
+    featcache.train(folder / "c.h5", folder / "run", hidden=(4,), epochs=1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        ("info c.h5", set()),
+        ("info run", set()),
+        ("split data/train split.csv", set()),
+        ("select c.h5 selected.h5", set()),
+        ("verify c.h5", set()),
+        ("predict run --cache c.h5", set()),
+        ("evaluate run", {"sklearn", "scipy", "matplotlib"}),
+        ("evaluate run --split nonsense", set()),
+        ("export run out.txt", {"torch"}),
+    ],
+)
+def test_a_verb_loads_only_what_it_computes_with(
+    work: Path, arguments: str, heavy: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    code = (
+        "import contextlib\n"
+        "from featcache.cli.main import main\n"
+        f"with contextlib.suppress(SystemExit): main({arguments.split()!r})"
+    )
+    assert loaded_by(code) & HEAVY == heavy
 
 
 def test_importing_the_package_imports_nothing_slow() -> None:

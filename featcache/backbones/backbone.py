@@ -58,6 +58,8 @@ class Backbone:
         weights_source: Where the weights came from, for messages: a file name or ``random``.
     """
 
+    __module__ = "featcache"
+
     name: str
     network: nn.Module
     classifier_name: str | None

@@ -38,7 +38,7 @@ from featcache.runtime import available_cores, exact_fp32, is_out_of_memory
 ENGINES = ("onnx", "folded", "eager")
 
 # Exporting and loading B0 takes 1 s; each image then takes 9 ms less.
-_ONNX_PAYS_FROM = 128
+ONNX_PAYS_FROM = 128
 # B0's largest feature map is 96 x 112 x 112 floats. Six of them stay under the 32 MiB from which
 # glibc maps and unmaps memory at every allocation: on two cores ``folded`` ran Lite0 at 73 images/s
 # in batches of 6, 66 of 8, 30 of 32.
@@ -189,7 +189,7 @@ def _candidates(
 ) -> tuple[str, ...]:
     if name != "auto":
         return (name,)
-    few = num_images is not None and num_images < _ONNX_PAYS_FROM
+    few = num_images is not None and num_images < ONNX_PAYS_FROM
     if few or (device.type, precision) != ("cpu", "fp32"):
         return ("folded", "eager")
     return ENGINES

@@ -51,6 +51,8 @@ TASKS = ("multiclass", "multilabel")
 class Failure:
     """An image that could not be read, and why. Every ``extract`` tries it again."""
 
+    __module__ = "featcache"
+
     path: str
     split: str
     target: int
@@ -67,6 +69,8 @@ class CacheSplit:
     Survives pickling, fork and spawn: a copy reopens the file by name and insists that it is
     still the same one.
     """
+
+    __module__ = "featcache"
 
     def __init__(self, container: Container, name: str) -> None:
         self.name = name
@@ -192,6 +196,8 @@ class Cache:
         splits: The splits in the order train, valid, test, all.
         failures: Images that could not be read.
     """
+
+    __module__ = "featcache"
 
     path: Path
     identity: dict[str, Any]

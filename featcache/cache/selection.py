@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from featcache.cache.writing import SplitRows, partial_folder, remove_partial, w
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import SPLITS, training_split
 from featcache.errors import CacheError, ConfigError, printable
-from featcache.files import make_folder, remove_temporaries
+from featcache.files import make_folder, remove_temporaries, result_as_dict
 from featcache.locking import writer_lock
 from featcache.pixels.views import ViewRules
 from featcache.runtime import Say, environment_facts, silent
@@ -55,7 +55,9 @@ class SelectionSummary:
         content_sha256: Of the new cache's content.
     """
 
-    cache: str
+    __module__ = "featcache"
+
+    cache: Path
     num_images: int
     splits: dict[str, dict[str, int]]
     sources: tuple[dict[str, Any], ...]
@@ -68,9 +70,9 @@ class SelectionSummary:
     fingerprint: str
     content_sha256: str
 
-    def as_json(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the summary as JSON values."""
-        return asdict(self)
+        return result_as_dict(self)
 
 
 def select(
@@ -298,7 +300,7 @@ def _summarise(written: Cache, chosen: Rearrangement, start: float, say: Say) ->
         listed = ", ".join(f"{n:,} {printable(label)}" for label, n in counts[name].items())
         say(f"{name:>6}: {listed}")
     summary = SelectionSummary(
-        cache=written.path.as_posix(), num_images=len(chosen.rows), splits=counts,
+        cache=written.path, num_images=len(chosen.rows), splits=counts,
         sources=tuple(
             {
                 "path": cache.path.as_posix(),
@@ -317,7 +319,7 @@ def _summarise(written: Cache, chosen: Rearrangement, start: float, say: Say) ->
         for s in summary.sources
     )
     say(
-        f"{printable(summary.cache)}: {summary.num_images:,} images ({taken}) in "
+        f"{printable(summary.cache.as_posix())}: {summary.num_images:,} images ({taken}) in "
         f"{summary.seconds:.1f} s."
     )
     return summary

@@ -57,7 +57,7 @@ def split(
     summary = split_images(
         source, destination, classes=chosen, say=make_say(as_json, quiet), **options
     )
-    print_facts(summary.as_json(), [], as_json, quiet)
+    print_facts(summary.as_dict(), [], as_json, quiet)
 
 
 @click.command()
@@ -157,7 +157,7 @@ def extract(
         planned = extraction.plan(data, cache, backbone=one_or_all, **options)
         plans = list(planned.values()) if isinstance(planned, dict) else [planned]
         lines = [line for projection in plans for line in projection_lines(projection)]
-        print_facts(_one_or_all([p.as_json() for p in plans]), lines, as_json, quiet)
+        print_facts(_one_or_all([p.as_dict() for p in plans]), lines, as_json, quiet)
         return
     done = extraction.extract(data, cache, backbone=one_or_all, **options)
     summaries = list(done.values()) if isinstance(done, dict) else [done]
@@ -165,7 +165,7 @@ def extract(
         f"{printable(s.cache)}: up to date, {s.num_images:,} images."
         for s in summaries if s.status == "up to date"
     ]  # fmt: skip
-    print_facts(_one_or_all([s.as_json() for s in summaries]), lines, as_json, quiet)
+    print_facts(_one_or_all([s.as_dict() for s in summaries]), lines, as_json, quiet)
 
 
 def _one_or_all(facts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def select(
     summary = select_rows(
         caches, new, classes=chosen, rename=dict(rename), say=make_say(as_json, quiet), **options
     )
-    print_facts(summary.as_json(), [], as_json, quiet)
+    print_facts(summary.as_dict(), [], as_json, quiet)
 
 
 @click.command()
@@ -221,9 +221,9 @@ def info(cache_or_run: Path, as_json: bool) -> None:
     Example: featcache info covid.h5
     """
     from featcache.cli.wording import facts_lines
-    from featcache.evaluation.info import describe
+    from featcache.evaluation.info import info as read_info
 
-    facts = describe(cache_or_run)
+    facts = read_info(cache_or_run).as_dict()
     print_facts(facts, facts_lines(facts), as_json, False)
 
 
@@ -248,12 +248,12 @@ def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     from featcache.extraction.verification import verify as verify_cache
 
     result = verify_cache(cache, say=make_say(as_json, quiet), **options)
-    judged = "good"
+    verdict = "good"
     if result.vanished or result.relabelled:
-        judged = "whole, but no longer what its images are: extract again"
+        verdict = "whole, but no longer what its images are: extract again"
     if result.repaired:
-        judged = (
+        verdict = (
             f"repaired, {len(result.dropped):,} rows dropped, {result.num_rows:,} left. "
             "Repeat the extract command: it makes what is missing"
         )
-    print_facts(result.as_json(), [f"{printable(result.cache)}: {judged}"], as_json, quiet)
+    print_facts(result.as_dict(), [f"{printable(result.cache)}: {verdict}"], as_json, quiet)

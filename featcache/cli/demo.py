@@ -70,8 +70,8 @@ class DemoSummary:
     num_images: int
     num_test: int
     accuracy: float
-    sensitivity: float  # covid found, share of all covid
-    specificity: float  # normal left alone, share of all normal
+    sensitivity: float | None  # covid found, share of all covid
+    specificity: float | None  # normal left alone, share of all normal
     draw_seconds: float
     split_seconds: float
     extract_seconds: float
@@ -79,7 +79,7 @@ class DemoSummary:
     evaluate_seconds: float
     device: str
 
-    def as_json(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the summary as a JSON object."""
         return asdict(self)
 
@@ -113,14 +113,14 @@ def run_demo(folder: Path | str, *, device: str = "auto", say: Say = silent) -> 
     with timer("train"):
         training.train(folder / "features.h5", folder / "run", device=device, say=say)
     with timer("evaluate"):
-        facts = evaluation.evaluate(folder / "run", positive=CLASSES[0], say=say)
+        result = evaluation.evaluate(folder / "run", positive=CLASSES[0], say=say)
     summary = DemoSummary(
         folder=folder.as_posix(),
         num_images=num_images,
-        num_test=facts["num_samples"],
-        accuracy=facts["accuracy"],
-        sensitivity=facts["sensitivity"],
-        specificity=facts["specificity"],
+        num_test=result.num_samples,
+        accuracy=result.accuracy,
+        sensitivity=result.sensitivity,
+        specificity=result.specificity,
         device=device_name(resolve_device(device)),
         **{f"{stage}_seconds": round(seconds, 3) for stage, seconds in timer.seconds.items()},
     )
@@ -150,7 +150,7 @@ def _prepare_folder(folder: Path) -> None:
 
 def _describe(summary: DemoSummary) -> str:
     """Return the lines that end the demo."""
-    total = sum(v for k, v in summary.as_json().items() if k.endswith("_seconds"))
+    total = sum(v for k, v in summary.as_dict().items() if k.endswith("_seconds"))
     rate = summary.num_images / summary.extract_seconds
     names = ("features.h5", "run-linear", "run", "split/test/covid")
     cache, new_run, run, pictures = (shlex.quote(f"{summary.folder}/{name}") for name in names)

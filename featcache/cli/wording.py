@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from featcache.deployment.classifier import Predictions
 from featcache.errors import printable
-from featcache.extraction.reports import Projection
+
+if TYPE_CHECKING:
+    from featcache.deployment.predictions import Predictions
+    from featcache.extraction.reports import Projection
 
 
 def projection_lines(projection: Projection) -> Iterator[str]:
@@ -36,7 +38,7 @@ def projection_lines(projection: Projection) -> Iterator[str]:
 
 
 def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """Yield what ``describe`` found in a cache or a run."""
+    """Yield the facts of ``featcache info``."""
     yield f"{printable(facts['path'])}: a featcache {facts['kind']}"
     for key, value in facts.items():
         if key in {"path", "kind", "failures", "verified"}:

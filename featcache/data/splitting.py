@@ -23,7 +23,7 @@ from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.data.folders import SPLITS
 from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, FeatcacheWarning
-from featcache.files import sync_folder, write_csv
+from featcache.files import result_as_dict, sync_folder, write_csv
 from featcache.runtime import Say, silent
 
 MODES = ("copy", "symlink", "hardlink")
@@ -47,6 +47,8 @@ class SplitSummary:
         seed: The seed of the split.
     """
 
+    __module__ = "featcache"
+
     destination: Path
     classes: tuple[str, ...]
     counts: _Counts
@@ -57,10 +59,9 @@ class SplitSummary:
     mode: str
     seed: int
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the summary as JSON values, ``/`` in paths."""
-        own = {"destination": self.destination.as_posix(), "classes": list(self.classes)}
-        return vars(self) | own
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return result_as_dict(self)
 
 
 def split(

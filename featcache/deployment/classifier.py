@@ -1,18 +1,17 @@
-"""Classify new images with a trained run, and export backbone and head as one network.
+"""The classifier: the backbone and the trained head of a run, together.
 
-Reads: runs, images or caches. Writes: exported files.
+Reads: a run, images. Writes: nothing.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import io
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,122 +19,241 @@ import torch
 from torch import nn
 
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.engine import build_engine, eager_features
-from featcache.cache.reading import open_cache
-from featcache.data.dataset import ImageDataset, list_images
-from featcache.errors import ConfigError, RunError
+from featcache.backbones.engine import ONNX_PAYS_FROM, Engine, Images, build_engine
+from featcache.data.dataset import Sample
+from featcache.deployment.inputs import Inputs, list_inputs
+from featcache.deployment.predictions import Predictions
+from featcache.errors import ConfigError, DataError
 from featcache.extraction.pipeline import Lane, stream_features
-from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
-from featcache.files import join_names, readable_json, write_bytes, write_csv
-from featcache.heads.fit import predict_probs
-from featcache.heads.run import Run, load_head, load_run, require_same_features
-from featcache.heads.streaming import StoredFeatures
+from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes, recipe_from_identity
+from featcache.heads.prediction import predict_probs
+from featcache.heads.run import Run, load_head, load_run
+from featcache.pixels.images import fit, load, load_opened
 from featcache.pixels.views import PLAIN
-from featcache.precision import relative_errors
-from featcache.runtime import resolve_device
+from featcache.runtime import exact_fp32, resolve_device
 
-_OUTPUTS = {
-    "multiclass": "logits (B, C); softmax gives the probabilities of the classes in order",
-    "multilabel": "logits (B, C); sigmoid gives the probability of each class in order, one by one",
-}
-_EXPORT_TOLERANCE = 1e-4  # relative, on logits: another summation order, nothing more
+if TYPE_CHECKING:
+    from featcache.deployment.export import ExportSummary
 
+_IMAGES_AT_ONCE = 64  # of those in memory: 10 MB of pixels at 224 x 224
 
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions of a number of images.
-
-    Attributes:
-        classes: C class names.
-        paths: N paths, in the order of ``probs``.
-        probs: (N, C) probabilities: of one class an image the softmax, of several labels the
-            sigmoid.
-        failures: (path, reason) of images that could not be read.
-        average_views: Whether a row of several views has the mean of their probabilities.
-        task: ``multiclass``, or ``multilabel``: several labels an image.
-    """
-
-    classes: tuple[str, ...]
-    paths: tuple[str, ...]
-    probs: npt.NDArray[np.float64]
-    failures: tuple[tuple[str, str], ...]
-    average_views: bool = False
-    task: str = "multiclass"
-
-    @property
-    def preds(self) -> tuple[Any, ...]:
-        """The class of each image: the one of the largest probability.
-
-        Of several labels, a tuple of those above 0.5.
-        """
-        if self.task == "multilabel":
-            return tuple(
-                tuple(self.classes[i] for i in np.flatnonzero(row > 0.5)) for row in self.probs
-            )
-        return tuple(self.classes[i] for i in self.probs.argmax(axis=1)) if len(self.probs) else ()
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the predictions as JSON values."""
-        has_labels, rows = self.task == "multilabel", []
-        for path, pred, row in zip(self.paths, self.preds, self.probs, strict=True):
-            called = {"preds": [*pred]} if has_labels else {"pred": pred, "prob": float(row.max())}
-            rows.append({"path": path, **called, "probs": row.tolist()})
-        return {
-            "classes": list(self.classes),
-            "task": self.task,
-            "predictions": rows,
-            "failures": [{"path": path, "reason": reason} for path, reason in self.failures],
-            "average_views": self.average_views,
-        }
+_Row: TypeAlias = npt.NDArray[np.float32] | str
+"""The features (D,) of an image, or why it could not be read."""
 
 
-@dataclass(frozen=True)
 class Classifier:
-    """A backbone and a trained head: what a user deploys.
+    """A backbone and a trained head: what a user deploys. ``load_classifier`` makes one.
+
+    The first prediction chooses the fastest engine that agrees with the plain network on its
+    images; later ones use it, so one more image costs one forward pass.
 
     Attributes:
         run: The run the head comes from.
         recipe: Backbone and preprocessing, those of the run's cache.
-        head: Features to logits, eval mode.
-        device: Where it runs.
+        device: Where the backbone runs.
         batch_size: Images a batch.
     """
 
-    run: Run
-    recipe: Recipe
-    head: nn.Sequential
-    device: torch.device
-    batch_size: int | str = "auto"
+    __module__ = "featcache"
 
-    def predict(self, images: Iterable[str | Path] | ImageDataset) -> Predictions:
-        """Classify image files and folders of images, with the decoding of the extraction.
+    def __init__(
+        self, run: Run, recipe: Recipe, device: torch.device, batch_size: int | str = "auto"
+    ) -> None:
+        self.run, self.device, self.batch_size = run, device, batch_size
+        self.recipe = replace(recipe, view_rules=PLAIN)
+        self._engine: Engine | None = None
+        self._num_images = 0  # that the engine was chosen for
+
+    def __repr__(self) -> str:
+        classes = ", ".join(self.run.classes)
+        return f"Classifier({self.recipe.backbone.name}: {classes}; on {self.device})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_engine": None}  # each process chooses its own
+
+    @cached_property
+    def head(self) -> nn.Sequential:
+        """The head as a torch module on the CPU, eval mode: features (B, D) to logits (B, C)."""
+        return load_head(self.run)
+
+    def predict(self, images: Any, *, preprocessed: bool = False) -> Predictions:
+        """Classify images, in the order they are given, repeats included.
+
+        Files, PIL images and arrays get the same pixels as in the extraction.
 
         Args:
-            images: Paths, or a scanned data set.
+            images: One or many of: a file or a folder (``str`` or ``Path``; a folder stands for all
+                images in it, sorted); a PIL image; a uint8 array, grey (H, W) or RGB (H, W, 3).
+                Or an array (B, H, W, 3), or what ``scan`` returned.
+            preprocessed: ``images`` is a float batch (B, 3, S, S), as ``preprocess`` returns it.
+
+        Returns:
+            The predictions; images that cannot be read are among its ``failures``.
 
         Raises:
             DataError: If a path leads nowhere, or a folder holds no image.
+            ConfigError: If an array or a batch has another shape or dtype.
         """
-        dataset = images if isinstance(images, ImageDataset) else list_images(images)
-        samples, plain = dataset.samples, replace(self.recipe, view_rules=PLAIN)
-        engine = build_engine(
-            plain.backbone, self.device, decode_probes(dataset, samples, plain.rules),
-            batch_size=self.batch_size, num_images=len(samples),
-        )  # fmt: skip
-        rows: list[npt.NDArray[np.float32]] = []
-        paths, failures = [], []
-        for batch in stream_features(dataset, samples, [Lane(plain, engine)]):
-            for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
-                if features is not None:
-                    rows.append(features)
-                    paths.append(outcome.sample.path)
-                else:
-                    failures.append((outcome.sample.path, str(outcome.reason)))
-        features = np.concatenate([np.empty((0, engine.num_features), np.float32), *rows])
-        probs = predict_probs(self.head, features, self.device, self.run.task)
+        names, rows = self._compute(images, preprocessed=preprocessed)
+        pairs = list(zip(names, rows, strict=True))
+        failures = tuple((name, row) for name, row in pairs if isinstance(row, str))
+        good = [(name, row) for name, row in pairs if not isinstance(row, str)]
         return Predictions(
-            self.run.classes, tuple(paths), probs, tuple(failures), task=self.run.task
+            classes=self.run.classes,
+            paths=tuple(name for name, _ in good),
+            probs=self._head_probs(self._stack([row for _, row in good])),
+            failures=failures,
+            task=self.run.task,
         )
+
+    def predict_proba(self, images: Any, *, preprocessed: bool = False) -> npt.NDArray[np.float64]:
+        """Return the probabilities (N, C) of N images, in their order.
+
+        Args:
+            images: As for ``predict``.
+            preprocessed: As for ``predict``.
+
+        Raises:
+            DataError: As for ``predict``, and if an image cannot be read.
+            ConfigError: As for ``predict``.
+        """
+        return self._head_probs(self.transform(images, preprocessed=preprocessed))
+
+    def transform(self, images: Any, *, preprocessed: bool = False) -> npt.NDArray[np.float32]:
+        """Return the backbone's features (N, D) float32 of N images, in their order.
+
+        Args:
+            images: As for ``predict``.
+            preprocessed: As for ``predict``.
+
+        Raises:
+            DataError: As for ``predict``, and if an image cannot be read.
+            ConfigError: As for ``predict``.
+        """
+        names, rows = self._compute(images, preprocessed=preprocessed)
+        for name, row in zip(names, rows, strict=True):
+            if isinstance(row, str):
+                raise DataError("image", expected="a readable image", found=row, where=name)
+        return self._stack([row for row in rows if not isinstance(row, str)])
+
+    def preprocess(self, images: Any) -> torch.Tensor:
+        """Return images as the network takes them: RGB (N, 3, S, S) float32, normalized.
+
+        That is ``(pixels / 255 - mean) / std`` of the resized pixels, on the CPU: for ``predict``
+        with ``preprocessed=True``, or for the network of ``as_network``.
+
+        Args:
+            images: As for ``predict``.
+
+        Raises:
+            DataError: As for ``predict``, and if an image cannot be read.
+            ConfigError: As for ``predict``.
+        """
+        inputs, backbone = list_inputs(images), self.recipe.backbone
+        pixels = np.empty((len(inputs.images), *[backbone.image_size] * 2, 3), np.uint8)
+        for slot, image in zip(pixels, inputs.images, strict=True):
+            fitted = self._fit(inputs.dataset.read(image) if isinstance(image, Sample) else image)
+            slot[:] = fitted[:, :, None] if fitted.ndim == 2 else fitted
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
+        scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+        normalized: torch.Tensor = (scaled - mean) / std
+        return normalized
+
+    def _fit(self, image: Any) -> npt.NDArray[np.uint8]:
+        """Return pixels (S, S) or (S, S, 3) of a file's bytes, a PIL image or an array."""
+        rules = self.recipe.rules
+        picture = load(image, rules) if isinstance(image, bytes) else load_opened(image, rules)
+        return fit(picture.pixels, rules)
+
+    def _compute(self, images: Any, *, preprocessed: bool) -> tuple[Sequence[str], list[_Row]]:
+        """Return the names of images, and of each its features, or why it could not be read."""
+        if preprocessed:
+            features = self._run_preprocessed(images)
+            return [str(i) for i in range(len(features))], [*features]
+        inputs = list_inputs(images)
+        files = self._run_files(inputs)
+        in_memory = iter(self._run_opened([i for i in inputs.images if not isinstance(i, Sample)]))
+        return inputs.names, [
+            files[image] if isinstance(image, Sample) else next(in_memory)
+            for image in inputs.images
+        ]
+
+    def _run_files(self, inputs: Inputs) -> dict[Sample, _Row]:
+        dataset, rows = inputs.dataset, dict[Sample, _Row]()
+        if not dataset.samples:
+            return rows
+        engine = self._choose_engine(
+            len(dataset.samples),
+            lambda: decode_probes(dataset, dataset.samples, self.recipe.rules),
+        )
+        for batch in stream_features(dataset, dataset.samples, [Lane(self.recipe, engine)]):
+            for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
+                rows[outcome.sample] = str(outcome.reason) if features is None else features[0]
+        return rows
+
+    def _run_opened(self, images: Sequence[Any]) -> Iterator[_Row]:
+        """Yield the features of PIL images and arrays, or why they could not be used."""
+        for i in range(0, len(images), _IMAGES_AT_ONCE):
+            fitted: list[npt.NDArray[np.uint8] | str] = []
+            for image in images[i : i + _IMAGES_AT_ONCE]:
+                try:
+                    fitted.append(self._fit(image))
+                except DataError as error:
+                    fitted.append(str(error.found))
+            pixels = [image for image in fitted if not isinstance(image, str)]
+            probes = pixels[:NUM_PROBES]
+            engine = self._choose_engine(len(images), partial(list, probes))
+            rows = iter(engine.run(pixels))
+            yield from (image if isinstance(image, str) else next(rows) for image in fitted)
+
+    def _choose_engine(self, num_images: int, probes: Callable[[], Images]) -> Engine:
+        """Return the engine to run so many images: the one there is, or a new one.
+
+        Args:
+            num_images: How many; where there are many, an export to ONNX pays.
+            probes: Gives a few of them, to compare a new engine with the plain network on.
+        """
+        pays = self._num_images < ONNX_PAYS_FROM <= num_images
+        if self._engine is not None and not pays:
+            return self._engine
+        engine = build_engine(
+            self.recipe.backbone, self.device, probes(), batch_size=self.batch_size,
+            num_images=num_images,
+        )  # fmt: skip
+        if engine.parity:  # else no image could be read, and nothing was compared
+            self._engine, self._num_images = engine, num_images
+        return engine
+
+    def _run_preprocessed(self, batch: Any) -> npt.NDArray[np.float32]:
+        """Return the features (B, D) of a preprocessed batch, by the library's own network."""
+        side = self.recipe.backbone.image_size
+        shape = tuple(getattr(batch, "shape", ()))
+        if not (
+            isinstance(batch, torch.Tensor)
+            and batch.is_floating_point()
+            and shape == (len(batch), 3, side, side)
+        ):
+            raise ConfigError(
+                "preprocessed images", expected=f"a float tensor (B, 3, {side}, {side})",
+                found=f"{getattr(batch, 'dtype', type(batch).__name__)} {shape}",
+                hint="Make it with preprocess, or leave preprocessed=True out",
+            )  # fmt: skip
+        with torch.inference_mode(), exact_fp32():
+            parts = torch.split(batch.to(torch.float32), _IMAGES_AT_ONCE)
+            rows = [r for p in parts for r in self._network(p.to(self.device)).cpu().numpy()]
+        return self._stack(rows)
+
+    @cached_property
+    def _network(self) -> nn.Module:
+        """The library's network on the device."""
+        network = self.recipe.backbone.network.eval()
+        return network if self.device.type == "cpu" else copy.deepcopy(network).to(self.device)
+
+    def _stack(self, rows: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+        return np.array(rows, np.float32).reshape(-1, self.recipe.backbone.num_features)
+
+    def _head_probs(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        return predict_probs(self.run.head, self.run.state, features, self.run.task)
 
     def as_network(self) -> nn.Module:
         """Return backbone and head as one module, (B, 3, S, S) normalized pixels to logits (B, C).
@@ -151,97 +269,11 @@ class Classifier:
         network.set_submodule(name, head)
         return network.eval()
 
-    def export(self, file: str | Path) -> dict[str, Any]:
-        """Write the state dict of backbone and head, and ``FILE.json`` with how to use it.
+    def export(self, file: str | Path) -> ExportSummary:
+        """Write backbone and head as one state dict: see ``featcache.export``."""
+        from featcache.deployment.export import export_classifier
 
-        The file loads with ``strict=True`` into the backbone's library once its classifier was
-        replaced by the head's ``nn.Sequential``.
-
-        Args:
-            file: ``NAME.pt``; must not exist.
-
-        Returns:
-            What was written to ``FILE.json``.
-
-        Raises:
-            ConfigError: If the file's ending is not ``.pt``.
-            RunError: If the file exists, or the network disagrees with the cached path.
-        """
-        path = Path(file)
-        check_export_path(path)
-        network = self.as_network()
-        self._check_network(network)
-        buffer = io.BytesIO()
-        torch.save(network.state_dict(), buffer)
-        facts = self._export_facts(hashlib.sha256(buffer.getvalue()).hexdigest())
-        beside = path.with_name(path.name + ".json")
-        write_bytes(beside, readable_json(facts).encode())
-        try:
-            write_bytes(path, buffer.getvalue())
-        except BaseException:  # or the next try would be refused: the file exists
-            beside.unlink(missing_ok=True)
-            raise
-        return facts
-
-    def _check_network(self, network: nn.Module) -> None:
-        """Compare the joined network with backbone, then head, on two seeded images."""
-        backbone = self.recipe.backbone
-        shape = (2, backbone.image_size, backbone.image_size, 3)
-        pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
-        with torch.inference_mode():
-            images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
-            joined = network(images).numpy()
-            features = torch.from_numpy(eager_features(backbone, pixels))
-            apart = copy.deepcopy(self.head).cpu()(features).numpy()
-        worst = max(relative_errors(joined, apart))
-        if worst > _EXPORT_TOLERANCE:
-            raise RunError(
-                "exported network", expected=f"logits within {_EXPORT_TOLERANCE:.0e} of the run's",
-                found=f"{worst:.1e}", where=self.run.path, hint="Please report this",
-            )  # fmt: skip
-
-    def _export_facts(self, sha256: str) -> dict[str, Any]:
-        backbone, rules = self.recipe.backbone, self.recipe.rules
-        return {
-            "format": "featcache-export",
-            "format_version": 1,
-            "sha256": sha256,
-            "backbone": backbone.name,
-            "classifier_name": backbone.classifier_name,
-            "head": {**self.run.head.as_json(), "layers": [str(layer) for layer in self.head]},
-            "task": self.run.task,
-            "classes": list(self.run.classes),
-            "preprocessing": {
-                **rules.as_identity(), "mean": list(backbone.mean), "std": list(backbone.std),
-                "input": "RGB, (B, 3, S, S) float32, (pixels / 255 - mean) / std",
-            },
-            "output": _OUTPUTS[self.run.task],
-            "fingerprint": self.run.cache["fingerprint"],
-            "head_sha256": self.run.weights_sha256,
-        }  # fmt: skip
-
-
-def check_export_path(path: Path) -> None:
-    """Refuse a file to export to before any work is done.
-
-    Raises:
-        ConfigError: If its ending is not ``.pt``.
-        RunError: If it exists, or its folder does not.
-    """
-    if path.suffix != ".pt":
-        raise ConfigError(
-            "export", expected="a file name ending in .pt", found=path.name,
-            hint="It will hold a torch state dict",
-        )  # fmt: skip
-    beside = path.with_name(path.name + ".json")
-    taken = path.exists() or beside.exists()
-    if taken or not path.parent.is_dir():
-        found = "an existing file" if taken else "no such folder"
-        raise RunError(
-            "export", expected="a new file in an existing folder", found=found, where=path,
-            hint="Choose another name",
-        )  # fmt: skip
+        return export_classifier(self, Path(file))
 
 
 def load_classifier(
@@ -269,64 +301,4 @@ def load_classifier(
     loaded = load_run(run)
     place = resolve_device(device).torch()
     recipe = recipe_from_identity(loaded.cache["identity"], weights=weights, backbone=backbone)
-    return Classifier(loaded, recipe, load_head(loaded).to(place), place, batch_size)
-
-
-def predict_cache(
-    run: str | Path, cache: str | Path, *, device: str = "auto", average_views: bool = False
-) -> Predictions:
-    """Classify every row of a cache, by view 0: no images and no backbone needed.
-
-    Args:
-        run: The run folder.
-        cache: The cache.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-        average_views: Classify rows of several views by the mean of their views' probabilities.
-
-    Raises:
-        ConfigError: If there are to be views averaged, and no split has several.
-        RunError: If the run is not whole, or the cache's features were made otherwise.
-        CacheError: If the cache is not whole.
-    """
-    loaded, opened = load_run(run), open_cache(cache)
-    require_same_features(loaded.cache["identity"], opened.identity, opened.path)
-    if average_views and all(split.num_views == 1 for split in opened.splits.values()):
-        raise ConfigError(
-            "--average-views", expected="several views of a row", found="one in every split",
-            where=opened.path, hint="Extract the images with --views",
-        )  # fmt: skip
-    place = resolve_device(device).torch()
-    head = load_head(loaded).to(place)
-    paths, probs = [], [np.empty((0, len(loaded.classes)))]
-    for split in opened.splits.values():
-        if opened.num_features != loaded.head.num_features:
-            raise RunError(
-                "features", expected=f"{loaded.head.num_features} a row",
-                found=opened.num_features, where=cache, hint="Use the cache it was trained on",
-            )  # fmt: skip
-        features = StoredFeatures(split, np.arange(len(split)), plain=not average_views)
-        probs.append(predict_probs(head, features, place, loaded.task))
-        paths += split.paths
-    failures = tuple((f.path, f.reason) for f in opened.failures)
-    return Predictions(
-        loaded.classes, tuple(paths), np.concatenate(probs), failures, average_views, loaded.task
-    )
-
-
-def write_predictions(file: str | Path, predictions: Predictions) -> None:
-    """Write a CSV with path, pred, prob and the probability of each class; failures come last.
-
-    Of several labels an image ``preds``, the names joined by ``|``, stands for pred and prob.
-    """
-    has_labels = predictions.task == "multilabel"
-    called = ["preds"] if has_labels else ["pred", "prob"]
-    header = ["path", *called, *(f"prob_{name}" for name in predictions.classes), "failure"]
-    rows: list[list[object]] = []
-    for path, pred, probs in zip(
-        predictions.paths, predictions.preds, predictions.probs, strict=True
-    ):
-        cells = [join_names(pred)] if has_labels else [pred, float(probs.max())]
-        rows.append([path, *cells, *map(float, probs), ""])
-    blank = [""] * (len(header) - 2)
-    rows += [[path, *blank, reason] for path, reason in predictions.failures]
-    write_csv(Path(file), header, rows)
+    return Classifier(loaded, recipe, place, batch_size)

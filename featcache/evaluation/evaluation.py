@@ -1,4 +1,4 @@
-"""How good is a run's head on the rows of a cache?
+"""Evaluate: measure the head of a run on the rows of a cache.
 
 Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
 """
@@ -6,25 +6,24 @@ Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError, printable
 from featcache.evaluation.figures import write_confusion_figure
-from featcache.files import join_names, require_folder, write_csv, write_json
-from featcache.heads.fit import predict_probs
+from featcache.evaluation.predicted_rows import PredictedRows
+from featcache.files import require_folder, result_as_dict, write_json
+from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import find_labelled
 from featcache.heads.run import (
     Run,
     cache_path,
-    load_head,
     load_run,
     require_own_cache,
     require_same_features,
@@ -36,6 +35,73 @@ from featcache.runtime import Say, silent
 _MISTAKES_SAID = 10
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a head is on the labelled rows of a split. Also read by key: ``e["accuracy"]``.
+
+    Attributes:
+        split: The split.
+        task: ``multiclass``, or ``multilabel``: several labels an image.
+        num_samples: Labelled rows measured.
+        classes: C class names.
+        accuracy: Share of right predictions; with several labels, over the known targets.
+        balanced_accuracy: Mean recall of the classes that have rows; None with several labels.
+        roc_auc: Macro mean over the classes, one against the rest; None where it is undefined.
+        average_precision: Likewise.
+        per_class: Class -> its figures, see ``metrics.scores.compute_metrics``.
+        confusion_matrix: (C, C) counts, rows = target; None with several labels.
+        positive: The class that is looked for, if one was named.
+        sensitivity: Its recall; None without it, or with three or more classes of one label.
+        specificity: The recall of the others, likewise.
+        false_negatives: Paths of rows of the positive class that were predicted otherwise.
+        mistakes: ``path, target, pred, prob`` of the wrong rows, the most confident first. With
+            several labels ``path, class, target, pred, prob`` of each wrong label, ``prob`` being
+            that of the class.
+        num_failed: Images of the split that could not be read, and so were not measured.
+        num_views: Views of a row whose probabilities were averaged; 1 is view 0 alone.
+        fingerprint: Of the cache's identity.
+    """
+
+    __module__ = "featcache"
+
+    split: str
+    task: str
+    num_samples: int
+    classes: tuple[str, ...]
+    accuracy: float
+    balanced_accuracy: float | None
+    roc_auc: float | None
+    average_precision: float | None
+    per_class: dict[str, dict[str, Any]]
+    confusion_matrix: list[list[int]] | None
+    positive: str | None
+    sensitivity: float | None
+    specificity: float | None
+    false_negatives: list[str] | None
+    mistakes: list[dict[str, Any]]
+    num_failed: int
+    num_views: int
+    fingerprint: str
+
+    def __getitem__(self, key: str) -> Any:
+        """Return a figure by its name in the JSON file."""
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the figures, as a dict does."""
+        return iter(self.keys())
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of the figures."""
+        return tuple(field.name for field in fields(self))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON values: what ``RUN/evaluation/SPLIT.json`` holds."""
+        return result_as_dict(self)
+
+
 def evaluate(
     run: str | Path,
     *,
@@ -45,8 +111,11 @@ def evaluate(
     csv: str | Path | None = None,
     average_views: bool = False,
     say: Say = silent,
-) -> dict[str, Any]:
-    """Measure a run's head on the labelled rows of a split, of rows with views on view 0 alone.
+) -> Evaluation:
+    """Measure the head of a run on the labelled rows of a split.
+
+    Rows with several views are predicted by view 0, the plain image. The figures of the run's own
+    cache are also written to ``RUN/evaluation/SPLIT.json``, with a picture of the confusion matrix.
 
     Args:
         run: The run folder.
@@ -56,19 +125,10 @@ def evaluate(
         split: ``test`` unless told otherwise.
         positive: The class that is looked for; never guessed. With two classes, or several labels
             an image, it gives sensitivity, specificity and the list of false negatives.
-        csv: A file for path, group, target, prediction and probabilities of every labelled row. Of
-            several labels, targets, unknown and predictions are names joined by ``|``.
+        csv: A file for path, group, target, prediction and probabilities of every labelled row.
+            With several labels, targets, unknown and predictions are names joined by ``|``.
         average_views: Predict a row by the mean of its views' probabilities.
         say: Receives the lines for people.
-
-    Returns:
-        A JSON object, for the run's own cache also written to ``RUN/evaluation/SPLIT.json``:
-        ``split``, ``task``, ``num_samples``,
-        ``classes``, the figures of ``metrics.compute_metrics``, ``false_negatives`` [path] or None,
-        ``mistakes`` [{path, target, pred, prob}] with the surest first (of several labels [{path,
-        class, target, pred, prob}], a wrong answer each, ``prob`` that of the class),
-        ``num_failed`` (images of the split that could not be read), ``num_views`` (how many of a
-        row were averaged; 1 is view 0 alone) and ``fingerprint``.
 
     Raises:
         RunError: If the run is damaged, its cache is gone or changed, or features or classes are
@@ -78,7 +138,7 @@ def evaluate(
             views to average.
 
     Example:
-        >>> featcache.evaluate("runs/covid", positive="covid")["sensitivity"]  # doctest: +SKIP
+        >>> featcache.evaluate("run", positive="covid").sensitivity  # doctest: +SKIP
     """
     loaded = load_run(run)
     if positive is not None and positive not in loaded.classes:
@@ -91,18 +151,18 @@ def evaluate(
     if cache is None:
         _warn_of_training_rows(loaded, split)
     rows = _predict_rows(loaded, opened, split, say, average_views=average_views)
-    result = {
-        "split": split,
-        "task": loaded.task,
-        "num_samples": len(rows.targets),
-        "classes": list(loaded.classes),
+    result = Evaluation(
+        split=split,
+        task=loaded.task,
+        num_samples=len(rows.targets),
+        classes=loaded.classes,
         **compute_metrics(rows.targets, rows.probs, loaded.classes, positive),
-        "false_negatives": rows.false_negatives(positive),
-        "mistakes": rows.mistakes(),
-        "num_failed": sum(failure.split == split for failure in opened.failures),
-        "num_views": opened.split(split).num_views if average_views else 1,
-        "fingerprint": opened.fingerprint,
-    }
+        false_negatives=rows.false_negatives(positive),
+        mistakes=rows.mistakes(),
+        num_failed=sum(failure.split == split for failure in opened.failures),
+        num_views=opened.split(split).num_views if average_views else 1,
+        fingerprint=opened.fingerprint,
+    )
     if csv is not None:
         rows.write(Path(csv))
     _say_result(result, say)
@@ -113,16 +173,16 @@ def evaluate(
     return result
 
 
-def _keep(run: Run, split: str, result: dict[str, Any], say: Say) -> None:
+def _keep(run: Run, split: str, result: Evaluation, say: Say) -> None:
     """Write the figures of the run's own cache into the run."""
     folder = run.path / "evaluation"
     folder.mkdir(exist_ok=True)
-    write_json(folder / f"{split}.json", result)
-    if result["confusion_matrix"] is None:
+    write_json(folder / f"{split}.json", result.as_dict())
+    if result.confusion_matrix is None:
         say(f"written to {printable(folder.as_posix())}/{split}.json")
         return
-    title = f"{run.path.resolve().name} on {split}, accuracy {result['accuracy']:.3f}"
-    confusion = np.array(result["confusion_matrix"])
+    title = f"{run.path.resolve().name} on {split}, accuracy {result.accuracy:.3f}"
+    confusion = np.array(result.confusion_matrix)
     write_confusion_figure(folder / f"{split}_confusion.png", confusion, run.classes, title)
     say(f"written to {printable(folder.as_posix())}/{split}.json and {split}_confusion.png")
 
@@ -130,7 +190,7 @@ def _keep(run: Run, split: str, result: dict[str, Any], say: Say) -> None:
 def _warn_of_training_rows(run: Run, split: str) -> None:
     if split == "train" or (split == "all" and run.training.get("valid_fraction")):
         warnings.warn(
-            f"the head was trained on rows of {split}: these figures flatter it",
+            f"the head was trained on rows of {split}: these figures are too good",
             FeatcacheWarning, stacklevel=3,
         )  # fmt: skip
 
@@ -158,10 +218,10 @@ def _open_other_cache(run: Run, path: Path) -> Cache:
 
 def _predict_rows(
     run: Run, cache: Cache, split_name: str, say: Say, *, average_views: bool
-) -> Answers:
+) -> PredictedRows:
     """Return the labelled rows of a split with the head's probabilities."""
     split = cache.split(split_name)
-    to_run = _match_classes(run, cache, say)
+    class_indices = _match_classes(run, cache, say)
     _check_features(run, cache)
     labelled = find_labelled(split.targets)
     if not len(labelled):
@@ -178,24 +238,24 @@ def _predict_rows(
         )  # fmt: skip
     features = StoredFeatures(split, labelled, plain=not average_views)
     groups = split.groups or [""] * len(split)
-    return Answers(
+    return PredictedRows(
         classes=run.classes,
         paths=[split.paths[i] for i in labelled],
         groups=[groups[i] for i in labelled],
-        targets=_to_classes_of(run, to_run, split.targets[labelled]),
-        probs=predict_probs(load_head(run), features, torch.device("cpu"), run.task),
+        targets=_to_run_classes(run, class_indices, split.targets[labelled]),
+        probs=predict_probs(run.head, run.state, features, run.task),
     )
 
 
-def _to_classes_of(
-    run: Run, to_run: npt.NDArray[np.int64], targets: npt.NDArray[Any]
+def _to_run_classes(
+    run: Run, class_indices: npt.NDArray[np.int64], targets: npt.NDArray[Any]
 ) -> npt.NDArray[Any]:
-    """Return the targets by the run's classes, several labels of those not there being unknown."""
+    """Return the cache's targets as targets of the run; a label that the cache lacks is unknown."""
     if targets.ndim == 1:
-        of_run: npt.NDArray[Any] = to_run[targets]
-        return of_run
+        indices: npt.NDArray[Any] = class_indices[targets]
+        return indices
     matched = np.full((len(targets), len(run.classes)), np.nan, np.float32)
-    matched[:, to_run] = targets
+    matched[:, class_indices] = targets
     return matched
 
 
@@ -229,40 +289,43 @@ def _check_features(run: Run, cache: Cache) -> None:
         )  # fmt: skip
 
 
-def _say_result(result: dict[str, Any], say: Say) -> None:
-    """Say the figures in a few lines, and the surest mistakes."""
+def _say_result(result: Evaluation, say: Say) -> None:
+    """Say the figures in a few lines, and the most confident mistakes."""
 
     def shown(value: float | None) -> str:
         return "undefined" if value is None else f"{value:.3f}"
 
-    failed = f", {result['num_failed']} more could not be read" if result["num_failed"] else ""
-    views = f", mean of {result['num_views']} views each" if result["num_views"] > 1 else ""
-    say(f"{result['num_samples']:,} images of {result['split']}{views}{failed}")
-    has_labels = result["task"] == "multilabel"
+    failed = f", {result.num_failed} more could not be read" if result.num_failed else ""
+    views = f", mean of {result.num_views} views each" if result.num_views > 1 else ""
+    say(f"{result.num_samples:,} images of {result.split}{views}{failed}")
+    has_labels = result.task == "multilabel"
     keys = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision")
     for key in keys if not has_labels else (keys[0], *keys[2:]):
         say(f"  {key.replace('_', ' '):<18} {shown(result[key])}")
-    if result["sensitivity"] is not None or result["specificity"] is not None:
-        say(printable(f"  positive class     {result['positive']}"))
-        say(f"  sensitivity        {shown(result['sensitivity'])}")
-        say(f"  specificity        {shown(result['specificity'])}")
-        say(f"  false negatives    {len(result['false_negatives'])}")
-    _say_classes(result["classes"], result["per_class"], shown, say)
-    if not has_labels:
-        _say_confusion(result["classes"], result["confusion_matrix"], say)
-    mistakes, what = result["mistakes"], "wrong answers" if has_labels else "mistakes"
+    if result.sensitivity is not None or result.specificity is not None:
+        say(printable(f"  positive class     {result.positive}"))
+        say(f"  sensitivity        {shown(result.sensitivity)}")
+        say(f"  specificity        {shown(result.specificity)}")
+        say(f"  false negatives    {len(result.false_negatives or ())}")
+    _say_classes(result.classes, result.per_class, shown, say)
+    if result.confusion_matrix is not None:
+        _say_confusion(result.classes, result.confusion_matrix, say)
+    mistakes, what = result.mistakes, "wrong labels" if has_labels else "mistakes"
     if mistakes:
         most = min(len(mistakes), _MISTAKES_SAID)
-        say(f"{len(mistakes)} {what}" + (f", the {most} surest:" if len(mistakes) > most else ":"))
+        say(
+            f"{len(mistakes)} {what}"
+            + (f", the {most} most confident:" if len(mistakes) > most else ":")
+        )
     for row in mistakes[:_MISTAKES_SAID]:
-        called, is_what = row.get("class", row["pred"]), row["target"]
+        predicted, target = row.get("class", row["pred"]), row["target"]
         if has_labels:
-            is_what = "yes" if row["target"] else "no"
-        say(printable(f"  {row['prob']:.3f} {called}, is {is_what}: {row['path']}"))
+            target = "yes" if row["target"] else "no"
+        say(printable(f"  {row['prob']:.3f} {predicted}, is {target}: {row['path']}"))
 
 
 def _say_classes(classes: Sequence[str], per_class: dict[str, Any], shown: Any, say: Say) -> None:
-    """Say a line per class: how many images, and how well they were told."""
+    """Say a line per class: how many images, and how well they were recognised."""
     columns = {"images": "num_samples"}
     if "num_positive" in per_class[classes[0]]:
         columns = {"yes": "num_positive", "no": "num_negative", "unknown": "num_unknown"}
@@ -283,107 +346,10 @@ def _say_classes(classes: Sequence[str], per_class: dict[str, Any], shown: Any, 
 def _say_confusion(classes: Sequence[str], confusion: list[list[int]], say: Say) -> None:
     names = [printable(name) for name in classes]
     widths = [max(len(name), 6) for name in names]
-    corner = "is \\ called"
+    corner = "target \\ pred"
     margin = max(len(name) for name in [*names, corner])
     heads = [f"  {name:>{width}}" for name, width in zip(names, widths, strict=True)]
     say(f"{corner:<{margin}}" + "".join(heads))
     for name, row in zip(names, confusion, strict=True):
         cells = [f"  {count:>{width},}" for count, width in zip(row, widths, strict=True)]
         say(f"{name:<{margin}}" + "".join(cells))
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Labelled rows of a split.
-
-    Attributes:
-        classes: C names.
-        paths: n paths.
-        groups: n groups, empty where there are none.
-        targets: (n,) numbers of classes; or (n, C) of 0, 1 and NaN: several labels a row.
-        probs: (n, C).
-    """
-
-    classes: tuple[str, ...]
-    paths: list[str]
-    groups: list[str]
-    targets: npt.NDArray[Any]
-    probs: npt.NDArray[np.float64]
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether a row has several labels."""
-        return self.targets.ndim == 2
-
-    @property
-    def preds(self) -> npt.NDArray[Any]:
-        """(n,) numbers of classes; of several labels (n, C), whether above 0.5."""
-        return self.probs > 0.5 if self.has_labels else self.probs.argmax(axis=1)
-
-    def false_negatives(self, positive: str | None) -> list[str] | None:
-        """Return the paths of rows of a class that are not called it.
-
-        None without a class, and where there are more than two and each row has but one.
-        """
-        if positive is None or not (self.has_labels or len(self.classes) == 2):
-            return None
-        index = self.classes.index(positive)
-        if self.has_labels:
-            missed = (self.targets[:, index] == 1) & ~self.preds[:, index]
-        else:
-            missed = (self.targets == index) & (self.preds != index)
-        return [self.paths[i] for i in np.flatnonzero(missed)]
-
-    def mistakes(self) -> list[dict[str, Any]]:
-        """Return the wrong rows, or of several labels the wrong answers; the surest first."""
-        preds, probs = self.preds, self.probs
-        if self.has_labels:
-            return self._wrong_labels()
-        rows = np.flatnonzero(preds != self.targets)
-        surest_first = sorted(rows, key=lambda i: (-probs[i, preds[i]], self.paths[i]))
-        return [
-            {
-                "path": self.paths[i],
-                "target": self.classes[self.targets[i]],
-                "pred": self.classes[preds[i]],
-                "prob": float(probs[i, preds[i]]),
-            }
-            for i in surest_first
-        ]
-
-    def _wrong_labels(self) -> list[dict[str, Any]]:
-        preds, sure = self.preds, np.maximum(self.probs, 1 - self.probs)
-        wrong = ~np.isnan(self.targets) & (preds != (self.targets == 1))
-        places = zip(*np.nonzero(wrong), strict=True)
-        surest_first = sorted(places, key=lambda at: (-sure[at], self.paths[at[0]], at[1]))
-        return [
-            {
-                "path": self.paths[at[0]],
-                "class": self.classes[at[1]],
-                "target": int(not preds[at]),
-                "pred": int(preds[at]),
-                "prob": float(self.probs[at]),
-            }
-            for at in surest_first
-        ]
-
-    def write(self, path: Path) -> None:
-        """Write a CSV with a line per row."""
-        of_probs = [f"prob_{printable(name)}" for name in self.classes]
-        if self.has_labels:
-            header = ["path", "group", "targets", "unknown", "preds", *of_probs]
-            answers = zip(
-                self._join(self.targets == 1), self._join(np.isnan(self.targets)),
-                self._join(self.preds), strict=True,
-            )  # fmt: skip
-        else:
-            header = ["path", "group", "target", "pred", *of_probs]
-            names = ([self.classes[i] for i in which] for which in (self.targets, self.preds))
-            answers = zip(*names, strict=True)
-        rows = zip(self.paths, self.groups, answers, self.probs.tolist(), strict=True)
-        write_csv(
-            path, header, ([name, group, *words, *probs] for name, group, words, probs in rows)
-        )
-
-    def _join(self, chosen: npt.NDArray[np.bool_]) -> Iterable[str]:
-        return (join_names(self.classes[c] for c in np.flatnonzero(row)) for row in chosen)

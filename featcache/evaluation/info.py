@@ -1,4 +1,4 @@
-"""What a cache or a run holds, without hashing it.
+"""Info: what a cache or a run holds, without hashing it.
 
 Reads: a cache or a run folder. Writes: nothing.
 """
@@ -6,19 +6,96 @@ Reads: a cache or a run folder. Writes: nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache.cache.reading import Cache, CacheSplit, open_cache
-from featcache.heads.run import load_run
+from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
+from featcache.files import result_as_dict
+
+if TYPE_CHECKING:
+    from featcache.heads.head import HeadConfig
 
 
-def describe(path: str | Path) -> dict[str, Any]:
-    """Return what a cache or a run holds, as JSON values. Hashes nothing.
+@dataclass(frozen=True)
+class CacheInfo:
+    """What a cache holds, as its own table tells: the file was not hashed.
+
+    Attributes:
+        path: The file.
+        file_bytes: Its size.
+        fingerprint: sha256 of the identity.
+        content_sha256: sha256 over identity, classes, features, targets and paths, as recorded.
+        payload_sha256: sha256 of all bytes behind the user block, as recorded.
+        identity: What decides the features' values: backbone, weights, preprocessing.
+        provenance: How they were made: versions, device, engine, parity.
+        task: ``multiclass`` or ``multilabel``.
+        classes: Class names.
+        splits: Split -> ``num_samples``; ``features``, their shape and dtype; ``num_views``;
+            ``num_per_class``; with several labels an image ``num_known_per_class``; ``num_groups``,
+            None without groups.
+        failures: Images that could not be read.
+    """
+
+    __module__ = "featcache"
+
+    path: Path
+    file_bytes: int
+    fingerprint: str
+    content_sha256: str
+    payload_sha256: str
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
+    task: str
+    classes: tuple[str, ...]
+    splits: dict[str, dict[str, Any]]
+    failures: tuple[Failure, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON values."""
+        path, *facts = result_as_dict(self).items()
+        return dict([("kind", "cache"), path, ("verified", False), *facts])
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run holds.
+
+    Attributes:
+        path: The folder.
+        task: ``multiclass`` or ``multilabel``.
+        classes: Names of the head's outputs.
+        head: The shape of the head.
+        training: How it was trained, a JSON object.
+        seed: Decided the initial weights and dropout.
+        data_seed: Decided the order of the rows.
+        cache: Path, fingerprint, identity and hash of the cache it was trained on.
+        weights_sha256: sha256 of the weights file.
+        evaluations: Names of the splits it was evaluated on.
+    """
+
+    __module__ = "featcache"
+
+    path: Path
+    task: str
+    classes: tuple[str, ...]
+    head: HeadConfig
+    training: dict[str, Any]
+    seed: int
+    data_seed: int
+    cache: dict[str, Any]
+    weights_sha256: str
+    evaluations: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON values."""
+        return {"kind": "run"} | result_as_dict(self)
+
+
+def info(path: str | Path) -> CacheInfo | RunInfo:
+    """Return what a cache or a run holds. Reads no features and hashes no cache.
 
     Args:
         path: A cache file, or a run folder.
@@ -26,54 +103,66 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         CacheError: If the file is not a cache.
         RunError: If the folder is not a run.
+
+    Example:
+        >>> featcache.info("covid.h5").classes  # doctest: +SKIP
+        ('covid', 'normal')
     """
     place = Path(path)
     if place.is_dir():
-        run = load_run(place)
-        return {
-            "kind": "run", "path": place.as_posix(), "task": run.task,
-            "classes": list(run.classes),
-            "head": run.head.as_json(), "training": run.training, "seed": run.seed,
-            "data_seed": run.data_seed, "cache": run.cache, "weights_sha256": run.weights_sha256,
-            "evaluations": sorted(p.stem for p in place.glob("evaluation/*.json")),
-        }  # fmt: skip
+        return _run_info(place)
     cache = open_cache(place, verify=False)
-    return {
-        "kind": "cache", "path": place.as_posix(), "verified": False,
-        "file_bytes": place.stat().st_size, "fingerprint": cache.fingerprint,
-        "content_sha256": cache.content_sha256, "payload_sha256": cache.payload_sha256,
-        "identity": cache.identity, "provenance": cache.provenance, "task": cache.task,
-        "classes": list(cache.classes),
-        "splits": {name: _describe_split(cache, split) for name, split in cache.splits.items()},
-        "failures": [asdict(failure) for failure in cache.failures],
-    }  # fmt: skip
+    return CacheInfo(
+        path=place,
+        file_bytes=place.stat().st_size,
+        fingerprint=cache.fingerprint,
+        content_sha256=cache.content_sha256,
+        payload_sha256=cache.payload_sha256,
+        identity=cache.identity,
+        provenance=cache.provenance,
+        task=cache.task,
+        classes=cache.classes,
+        splits={name: _split_facts(cache, split) for name, split in cache.splits.items()},
+        failures=cache.failures,
+    )
 
 
-def _describe_split(cache: Cache, split: CacheSplit) -> dict[str, Any]:
-    labels = dict(_count_targets(cache, split))
-    groups = split.groups
-    return {
-        "num_samples": len(split), "features": [*split.features.shape, split.features.dtype.name],
-        "num_views": split.num_views, "num_per_class": labels, **_count_known(cache, split),
-        "num_groups": None if groups is None else len(set(groups)),
-    }  # fmt: skip
+def _run_info(folder: Path) -> RunInfo:
+    from featcache.heads.run import load_run
+
+    run = load_run(folder)
+    return RunInfo(
+        path=folder,
+        task=run.task,
+        classes=run.classes,
+        head=run.head,
+        training=run.training,
+        seed=run.seed,
+        data_seed=run.data_seed,
+        cache=run.cache,
+        weights_sha256=run.weights_sha256,
+        evaluations=tuple(sorted(p.stem for p in folder.glob("evaluation/*.json"))),
+    )
 
 
-def _count_known(cache: Cache, split: CacheSplit) -> dict[str, dict[str, int]]:
-    """Return, of several labels an image, how many targets of each class are known."""
-    if cache.task != "multilabel":
-        return {}
-    known = (~np.isnan(split.targets)).sum(axis=0).tolist()
-    return {"num_known_per_class": dict(zip(cache.classes, known, strict=True))}
-
-
-def _count_targets(cache: Cache, split: CacheSplit) -> Iterator[tuple[str, int]]:
+def _split_facts(cache: Cache, split: CacheSplit) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "num_samples": len(split),
+        "features": [*split.features.shape, split.features.dtype.name],
+        "num_views": split.num_views,
+    }
     if cache.task == "multilabel":
-        for i, name in enumerate(cache.classes):
-            yield name, int((split.targets[:, i] == 1).sum())
-        return
+        counts = (split.targets == 1).sum(axis=0).tolist()
+        known = (~np.isnan(split.targets)).sum(axis=0).tolist()
+        facts["num_per_class"] = dict(zip(cache.classes, counts, strict=True))
+        facts["num_known_per_class"] = dict(zip(cache.classes, known, strict=True))
+    else:
+        facts["num_per_class"] = _count_classes(cache, split)
+    groups = split.groups
+    return facts | {"num_groups": None if groups is None else len(set(groups))}
+
+
+def _count_classes(cache: Cache, split: CacheSplit) -> dict[str, int]:
     counts = Counter(split.targets.tolist())
-    for i, name in enumerate(cache.classes):
-        yield name, counts.get(i, 0)
-    if counts.get(-1):
-        yield "unlabelled", counts[-1]
+    per_class = {name: counts[i] for i, name in enumerate(cache.classes)}
+    return per_class | ({"unlabelled": counts[-1]} if counts[-1] else {})

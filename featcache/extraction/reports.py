@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from featcache.extraction.engine_choice import facts_as_before
 from featcache.extraction.pipeline import stream_views
 from featcache.extraction.plan import Job
 from featcache.extraction.recipe import Recipe, decode_probes, sample_depths
+from featcache.files import result_as_dict
 from featcache.runtime import Say
 
 _NUM_DECODED = 64
@@ -50,6 +52,8 @@ class Projection:
         working_bytes: Disk needed while working: shards and cache together.
     """
 
+    __module__ = "featcache"
+
     splits: dict[str, dict[str, int]]
     classes: tuple[str, ...]
     num_images: int
@@ -68,9 +72,9 @@ class Projection:
     cache_bytes: int
     working_bytes: int
 
-    def as_json(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the projection as JSON values."""
-        return asdict(self)
+        return result_as_dict(self)
 
 
 def project(job: Job, device: torch.device) -> Projection:
@@ -184,7 +188,9 @@ class ExtractionSummary:
         content_sha256: Of the cache's content.
     """
 
-    cache: str
+    __module__ = "featcache"
+
+    cache: Path
     status: str
     num_images: int
     num_new: int
@@ -202,9 +208,9 @@ class ExtractionSummary:
     fingerprint: str
     content_sha256: str
 
-    def as_json(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the summary as JSON values."""
-        return asdict(self)
+        return result_as_dict(self)
 
 
 def describe_dataset(dataset: ImageDataset, say: Say) -> None:
@@ -277,7 +283,7 @@ def summarise(
     num_images = sum(len(s) for s in cache.splits.values())
     truncated = cache.provenance.get("truncated")
     return ExtractionSummary(
-        cache=cache.path.as_posix(), status=status,
+        cache=cache.path, status=status,
         num_images=num_images, num_new=num_new, num_known=num_images - num_new,
         num_kept=num_kept, num_moved=num_moved, num_gone=num_gone, num_failed=len(cache.failures),
         num_truncated=len(truncated) if isinstance(truncated, list) else 0, splits=splits,

@@ -1,6 +1,6 @@
-"""Verify: is this cache whole, and is it true? And describe what a cache or a run holds.
+"""Verify: is this cache whole, and are its features those of the images?
 
-Reads: caches, runs, images. Writes: nothing, or a cache again without its bad rows.
+Reads: caches, images. Writes: nothing, or a cache again without its bad rows.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache.backbones.backbone import Backbone
 from featcache.cache.container import content_sha256, open_container
 from featcache.cache.hdf5 import compare_with_hdf5
 from featcache.cache.integrity import METADATA, BadRow, Damage, find_damage, find_infinite
@@ -24,10 +23,13 @@ from featcache.cache.reading import Cache, is_content, open_cache, read_cache
 from featcache.cache.repair import find_bad_rows, write_without
 from featcache.cache.writing import partial_folder
 from featcache.errors import CacheError, printable
-from featcache.extraction.comparison import Comparison, compare
-from featcache.files import disk_error, sha256_file, sync_folder
+from featcache.files import disk_error, result_as_dict, sha256_file, sync_folder
 from featcache.locking import writer_lock
 from featcache.runtime import Say, silent
+
+if TYPE_CHECKING:
+    from featcache.backbones.backbone import Backbone
+    from featcache.extraction.comparison import Comparison
 
 _REBUILD = "Extract it again: featcache extract DATA CACHE --rebuild"
 _REPAIR = "Rewrite it with featcache verify CACHE --repair"
@@ -55,7 +57,9 @@ class Verification:
         dropped: Paths of the rows that were dropped, as they were found.
     """
 
-    cache: str
+    __module__ = "featcache"
+
+    cache: Path
     num_rows: int
     payload_sha256: str
     content_sha256: str
@@ -69,9 +73,9 @@ class Verification:
     repaired: bool = False
     dropped: tuple[str, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the verification as JSON values."""
-        return asdict(self)
+        return result_as_dict(self)
 
 
 def verify(
@@ -124,6 +128,8 @@ def verify(
     say("table, HDF5 view, content sha256, checksums of rows, finite features, order: good")
     if data is None:
         return _result(opened, None)
+    from featcache.extraction.comparison import compare
+
     comparison = compare(opened, data, say=say, **how)  # type: ignore[arg-type]
     _refuse_rows(path, comparison.bad_rows, f" --data {data} --samples all")
     return _result(opened, comparison)
@@ -131,9 +137,7 @@ def verify(
 
 def _result(cache: Cache, comparison: Comparison | None) -> Verification:
     num_rows = sum(len(split) for split in cache.splits.values())
-    result = Verification(
-        cache.path.as_posix(), num_rows, cache.payload_sha256, cache.content_sha256
-    )
+    result = Verification(cache.path, num_rows, cache.payload_sha256, cache.content_sha256)
     if comparison is None:
         return result
     return replace(
@@ -249,6 +253,8 @@ def _repair(path: Path, data: str | Path | None, how: dict[str, Any], say: Say) 
             _check_repaired(opened)
         comparison = None
         if data is not None:
+            from featcache.extraction.comparison import compare
+
             comparison = compare(opened, data, say=say, **how)
             if comparison.bad_rows:
                 opened = write_without(

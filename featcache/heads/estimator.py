@@ -95,6 +95,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         >>> cross_val_score(HeadClassifier(random_state=0), X, y)  # doctest: +SKIP
     """
 
+    __module__ = "featcache"
+
     def __init__(  # noqa: PLR0917 (the order of the contract)
         self,
         hidden_layer_sizes: Any = (512, 128),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MAX_WIDTH = 1 << 20
+BATCH_NORM_EPS = 1e-5  # torch.nn.BatchNorm1d's
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class HeadConfig:
         hidden: Width of each hidden layer, first to last; empty for a linear head.
         dropout: Chance in [0, 1) that an input of the last layer is dropped while training.
     """
+
+    __module__ = "featcache"
 
     num_features: int
     num_classes: int

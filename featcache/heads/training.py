@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from featcache.cache.reading import Cache, open_cache, warn_of_leaks
 from featcache.errors import ConfigError, printable
-from featcache.files import new_folder, refuse_existing
+from featcache.files import new_folder, refuse_existing, result_as_dict
 from featcache.heads.config import (
     LBFGS,
     USED_BY_LBFGS,
@@ -63,6 +63,8 @@ class TrainSummary:
         weights_sha256: That of the weights.
     """
 
+    __module__ = "featcache"
+
     run: Path
     classes: tuple[str, ...]
     task: str
@@ -83,9 +85,9 @@ class TrainSummary:
     fingerprint: str
     weights_sha256: str
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the summary as a JSON object, ``/`` in paths."""
-        return dataclasses.asdict(self) | {"run": self.run.as_posix(), "classes": [*self.classes]}
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return result_as_dict(self)
 
 
 def train(

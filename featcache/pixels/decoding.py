@@ -90,9 +90,31 @@ def read(data: bytes, *, fill: bool) -> Loaded:
                 raise failure(f"a broken {name} file", error) from error
     try:
         values = _to_array(image) if values is None else values
-        return Loaded(_apply_orientation(image, values), fill, *depth)
+        return Loaded(_upright(image, values), fill, *depth)
     except (MemoryError, OSError, ValueError) as error:
         raise failure(f"colours of kind {image.mode}", error) from error
+
+
+def read_opened(image: Image.Image) -> Loaded:
+    """Return an image that the caller has opened with Pillow as ``read`` returns its file.
+
+    Raises:
+        DataError: If its pixels cannot be loaded, or are too many.
+    """
+    name = image.format or "image"
+    depth: tuple[int | None, bool, bool] = (None, False, False)
+    if isinstance(image, ImageFile.ImageFile):
+        depth = _find_depth(name, image)
+    try:
+        _mute_pillow()
+        values = _upright(image, _to_array(image.copy()))  # a copy: the image is not changed
+    except Exception as error:  # of any kind, see open_unread
+        raise failure(f"a PIL image of mode {image.mode}", error) from error
+    stated_maximum, white_is_zero, deep_colour = depth
+    return Loaded(
+        values, truncated=False, stated_maximum=stated_maximum, white_is_zero=white_is_zero,
+        deep_colour=deep_colour,
+    )  # fmt: skip
 
 
 def _decode_fast(name: str, image: ImageFile.ImageFile, data: bytes) -> _Values | None:
@@ -211,7 +233,7 @@ def _find_depth(name: str, image: ImageFile.ImageFile) -> tuple[int | None, bool
     return stated_maximum, deep_grey and white_is_zero, deep_colour and not deep_grey
 
 
-def _apply_orientation(image: ImageFile.ImageFile, values: _Values) -> _Values:
+def _upright(image: Image.Image, values: _Values) -> _Values:
     try:  # Image's own method: PNG's loads the image first, for tags behind the pixels
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001  (a damaged tag raises anything; the pixels are intact)

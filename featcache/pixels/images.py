@@ -19,7 +19,7 @@ import numpy as np
 
 from featcache.errors import ConfigError, DataError, TransientError
 from featcache.pixels import acceleration
-from featcache.pixels.decoding import MAX_PIXELS, failure, open_unread, read
+from featcache.pixels.decoding import MAX_PIXELS, Loaded, failure, open_unread, read, read_opened
 from featcache.pixels.resampling import INTERPOLATIONS, resize
 
 CROP_MODES = ("squash", "center", "border")
@@ -139,6 +139,27 @@ def load(data: bytes, rules: PixelRules) -> Picture:
             loaded = read(data, fill=True)
         except DataError:
             raise strict from None
+    return _to_8_bits(loaded, rules)
+
+
+def load_opened(image: Any, rules: PixelRules) -> Picture:
+    """Turn an image that is open in memory into 8-bit pixels, as ``load`` does with its file.
+
+    Args:
+        image: A PIL image, or uint8 pixels (H, W) or (H, W, 3), upright and RGB.
+        rules: How deep greyscale becomes 8 bits.
+
+    Raises:
+        DataError: If it is neither, or has pixels that these rules refuse.
+    """
+    if isinstance(image, np.ndarray):
+        return Picture(np.ascontiguousarray(image), truncated=False)
+    if not hasattr(image, "getexif"):
+        raise DataError("image", expected="a path, a PIL image or an array", found=repr(image)[:80])
+    return _to_8_bits(read_opened(image), rules)
+
+
+def _to_8_bits(loaded: Loaded, rules: PixelRules) -> Picture:
     if loaded.deep_colour and rules.bit_depth != 16:
         raise failure("16-bit colour, which is read with --bit-depth 16 only")
     if loaded.values.dtype == np.uint8:

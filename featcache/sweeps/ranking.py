@@ -44,6 +44,8 @@ class Decision:
         reason: Why that one is kept, in a few words.
     """
 
+    __module__ = "featcache"
+
     best: int
     chosen: int
     difference: float

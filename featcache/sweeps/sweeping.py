@@ -10,7 +10,6 @@ Reads: a cache. Writes: a run folder.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import sys
@@ -30,6 +29,7 @@ from featcache.files import (
     read_regular,
     refuse_existing,
     remove_temporaries,
+    result_as_dict,
     write_csv,
     write_json,
 )
@@ -81,6 +81,8 @@ class SweepSummary:
         weights_sha256: That of the weights.
     """
 
+    __module__ = "featcache"
+
     run: Path
     num_trials: int
     num_pruned: int
@@ -100,10 +102,10 @@ class SweepSummary:
     fingerprint: str
     weights_sha256: str
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the summary as a JSON object, ``/`` in paths."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
         decision = None if self.decision is None else self.decision.as_json()
-        return dataclasses.asdict(self) | {"run": self.run.as_posix(), "decision": decision}
+        return result_as_dict(self) | {"decision": decision}
 
 
 def sweep(

@@ -22,7 +22,7 @@ from featcache.cache.reading import Cache, open_cache
 from featcache.cache.selection import select
 from featcache.cache.writing import partial_folder, write_cache
 from featcache.errors import CacheError, FeatcacheWarning
-from featcache.evaluation.info import describe
+from featcache.evaluation.info import info
 from featcache.extraction import verification
 from featcache.extraction.extraction import extract
 from featcache.extraction.verification import verify
@@ -79,7 +79,7 @@ def test_damaged_rows_are_dropped_and_the_next_extraction_fills_the_gap(
     assert (result.repaired, result.num_rows, len(result.dropped)) == (True, 16, 2)
     assert verify(path).num_rows == 16
     assert not partial_folder(path).exists()
-    failures = describe(path)["failures"]
+    failures = info(path).as_dict()["failures"]
     assert [f["split"] for f in failures] == ["train", "train"]
     assert all(f["reason"].startswith("row dropped by featcache verify") for f in failures)
     summary = extract(folder / "data", path, backbone=tiny_backbone)

@@ -99,7 +99,7 @@ def test_the_whole_path_runs_and_its_advice_works(tmp_path, monkeypatch):
         facts["sensitivity"],
         facts["specificity"],
     )
-    json.dumps(summary.as_json(), allow_nan=False)
+    json.dumps(summary.as_dict(), allow_nan=False)
 
     places = {}
     for path in (folder / "split").rglob("P*"):

@@ -76,7 +76,7 @@ def test_the_summary_is_json(tmp_path):
     summary = split(
         plain(tmp_path / "raw", a=10, b=10), tmp_path / "dst", fractions=(0.6, 0.2, 0.2)
     )
-    assert json.loads(json.dumps(summary.as_json(), allow_nan=False)) == {
+    assert json.loads(json.dumps(summary.as_dict(), allow_nan=False)) == {
         "destination": (tmp_path / "dst").as_posix(), "classes": ["a", "b"],
         "counts": {
             "train": {"a": 6, "b": 6}, "valid": {"a": 2, "b": 2}, "test": {"a": 2, "b": 2},

@@ -5,19 +5,25 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_network
 import torch
+from PIL import ExifTags, Image, ImageOps
 from sample_images import write_image, write_tree
 
+import featcache
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import open_cache
 from featcache.cache.writing import write_cache
-from featcache.deployment.classifier import load_classifier, predict_cache, write_predictions
+from featcache.deployment.classifier import load_classifier
+from featcache.deployment.predictions import predict
 from featcache.errors import BackboneError, ConfigError, DataError, RunError
 from featcache.extraction.extraction import extract
 from featcache.heads.fit import predict_probs
@@ -59,7 +65,7 @@ def test_new_images_get_the_cached_path_s_probabilities(
 
 
 def test_a_cache_is_classified_without_images(run: Path, tmp_path: Path) -> None:
-    predictions = predict_cache(run, tmp_path / "c.h5")
+    predictions = predict(run, cache=tmp_path / "c.h5")
     wanted = {k: v for s in ("train", "valid", "test") for k, v in cached_probs(run, s).items()}
     assert len(predictions.paths) == 46
     for path, probs in zip(predictions.paths, predictions.probs, strict=True):
@@ -75,13 +81,13 @@ def test_bad_images_are_failures_and_do_not_stop_the_rest(
     predictions = load_classifier(run, backbone=TINY).predict(images)
     assert [Path(p).name for p, _ in predictions.failures] == ["bad.png"]
     assert len(predictions.paths) == 7
-    write_predictions(tmp_path / "p.csv", predictions)
+    predictions.write_csv(tmp_path / "p.csv")
     with (tmp_path / "p.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
     assert rows[-1]["failure"]
     assert float(rows[0]["prob_covid"]) + float(rows[0]["prob_normal"]) == pytest.approx(1)
-    assert json.loads(json.dumps(predictions.as_json()))["failures"][0]["reason"]
+    assert json.loads(json.dumps(predictions.as_dict()))["failures"][0]["reason"]
 
 
 def test_nothing_there_and_no_images_are_errors(run: Path, tmp_path: Path) -> None:
@@ -100,13 +106,13 @@ def test_features_made_otherwise_are_refused(run: Path, tmp_path: Path) -> None:
         identity=other,
     )  # fmt: skip
     with pytest.raises(RunError, match="crop_mode squash, found crop_mode center"):
-        predict_cache(run, tmp_path / "x.h5")
+        predict(run, cache=tmp_path / "x.h5")
 
 
 def test_export_of_a_network_without_classifier(run: Path, tree: Path, tmp_path: Path) -> None:
     classifier = load_classifier(run, backbone=TINY)
-    facts = classifier.export(tmp_path / "out.pt")
-    assert json.loads((tmp_path / "out.pt.json").read_text()) == facts
+    summary = classifier.export(tmp_path / "out.pt")
+    assert json.loads((tmp_path / "out.pt.json").read_text()) == summary.as_dict()
     state = torch.load(tmp_path / "out.pt", weights_only=True)
     network = classifier.as_network()
     network.load_state_dict(state, strict=True)
@@ -187,3 +193,111 @@ def test_missing_weights_are_named_by_hash(tmp_path: Path, monkeypatch: pytest.M
 def test_a_run_s_python_backbone_is_not_called_unasked(run: Path) -> None:
     with pytest.raises(BackboneError, match="your word that its code may run"):
         load_classifier(run)
+
+
+def test_a_second_prediction_costs_one_forward_pass(
+    run: Path, tree: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    forward = tiny_network.TinyNetwork.forward
+    monkeypatch.setattr(
+        tiny_network.TinyNetwork, "forward",
+        lambda self, images: passes.append(len(images)) or forward(self, images),
+    )  # fmt: skip
+    classifier = load_classifier(run, backbone=tiny_backbone)
+    image = tree / "test" / "covid" / "tec000_0.jpg"
+    first = classifier.predict(image)
+    assert len(passes) > 1  # engines are compared with the plain network
+    for again in (image, Image.open(image), np.asarray(Image.open(image))):
+        passes.clear()
+        assert np.array_equal(classifier.predict(again).probs, first.probs)
+        assert len(passes) == 1
+    passes.clear()
+    assert len(pickle.loads(pickle.dumps(classifier)).predict(image).probs) == 1
+    assert len(passes) > 1  # a copy chooses its own engine
+
+
+def test_one_or_many_in_the_order_asked_repeats_included(
+    run: Path, tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    classifier = load_classifier(run, backbone=tiny_backbone)
+    folder = tree / "test" / "normal"
+    a, b = folder / "ten000_1.png", tree / "test" / "covid" / "tec001_0.jpg"
+    (tmp_path / "bad.png").write_bytes(b"broken")
+    array = np.array(Image.open(b).convert("RGB"))
+    asked = [str(b), array, a, tmp_path / "bad.png", b, Image.open(a), folder]
+    predictions = classifier.predict(asked)
+    inside = sorted(path.as_posix() for path in folder.iterdir())
+    assert [*predictions.paths] == [f"{b}", "1", f"{a}", f"{b}", "5", *inside]
+    assert [path for path, _ in predictions.failures] == [f"{tmp_path / 'bad.png'}"]
+    probs = predictions.probs
+    assert np.array_equal(probs[[0, 0, 2]], probs[[1, 3, 4]])
+    alone = classifier.predict(str(a)).probs  # another number of rows, another order of sums
+    np.testing.assert_allclose(alone, probs[[2]], rtol=0, atol=1e-7)
+    with pytest.raises(DataError, match=r"bad\.png"):
+        classifier.predict_proba(asked)
+    assert np.array_equal(featcache.predict(run, a, backbone=tiny_backbone).probs, alone)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16", "LA"])
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_a_pil_image_an_array_and_a_file_are_one(
+    run: Path, tmp_path: Path, tiny_backbone: Backbone, mode: str, ending: str
+) -> None:
+    rng, path = np.random.default_rng(3), tmp_path / f"image.{ending}"
+    image = Image.fromarray(rng.integers(0, 256, (50, 41, 3), np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 65536, (50, 41), np.uint16))
+    elif mode != "RGB":
+        image = image.convert(mode)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    image.save(path, exif=turned)
+    classifier = load_classifier(run, backbone=tiny_backbone)
+    wanted = classifier.transform(path)
+    # By name, Pillow 13 maps an uncompressed TIFF and forgets to turn it.
+    opened = Image.open(BytesIO(path.read_bytes()))
+    before = opened.info.copy(), opened.mode
+    assert np.array_equal(classifier.transform(opened), wanted)
+    assert (opened.info, opened.mode) == before
+    if mode in {"L", "RGB"}:
+        upright = np.asarray(ImageOps.exif_transpose(Image.open(BytesIO(path.read_bytes()))))
+        assert np.array_equal(classifier.transform(upright), wanted)
+    if mode == "RGB":
+        both = classifier.transform(np.stack([upright, upright]))
+        assert np.array_equal(both, np.concatenate([wanted, wanted]))
+
+
+def test_preprocessed_batches_and_what_is_none(
+    run: Path, tree: Path, tiny_backbone: Backbone
+) -> None:
+    classifier = load_classifier(run, backbone=tiny_backbone)
+    assert repr(classifier) == "Classifier(python:tiny_network:build: covid, normal; on cpu)"
+    batch = classifier.preprocess(tree / "test")
+    assert (batch.shape, batch.dtype) == ((12, 3, 32, 32), torch.float32)
+    probs = classifier.predict_proba(tree / "test")
+    again = classifier.predict(batch, preprocessed=True)
+    np.testing.assert_allclose(again.probs, probs, rtol=0, atol=1e-6)
+    assert again.paths == tuple(map(str, range(12)))
+    with torch.inference_mode():
+        joined = classifier.as_network()(batch).softmax(1).numpy()
+    np.testing.assert_allclose(joined, probs, rtol=0, atol=1e-5)
+    for images, preprocessed in (
+        (batch, False), (batch[0], True), (batch.numpy(), True), (np.zeros((9, 9, 4), "u1"), False),
+        (np.zeros((9, 9), "f4"), False), ([np.zeros((2, 9, 9, 3), "u1")], False),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError):
+            classifier.predict(images, preprocessed=preprocessed)
+    assert [name for name, _ in classifier.predict([3.5]).failures] == ["0"]
+
+
+def test_the_verb_takes_images_or_a_cache(run: Path, tmp_path: Path) -> None:
+    for given in ({}, {"images": "a.png", "cache": tmp_path / "c.h5"}):
+        with pytest.raises(ConfigError, match="images or a cache"):
+            predict(run, **given)
+    with pytest.raises(ConfigError, match="--average-views"):
+        predict(run, "a.png", average_views=True)
+    predict(run, cache=tmp_path / "c.h5", csv=tmp_path / "p.csv")
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 47
+    with pytest.raises(ConfigError, match="--csv"):
+        predict(run, cache=tmp_path / "c.h5", csv=tmp_path / "nowhere" / "p.csv")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from featcache.cache.reading import Cache, Failure
 from featcache.cache.writing import SplitRows, write_cache, write_rows
-from featcache.deployment.classifier import predict_cache
+from featcache.deployment.predictions import predict
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError
 from featcache.evaluation.evaluation import evaluate
 from featcache.heads.run import load_head, load_run
@@ -78,7 +78,7 @@ def test_result_is_the_contracts_object_and_true(run: Path) -> None:
     preds = probs.argmax(1)
     wrong = np.flatnonzero(preds != targets)
     assert 0 < len(wrong) < 40  # or this test shows nothing
-    assert (result["split"], result["num_samples"], result["classes"]) == (
+    assert (result["split"], result["num_samples"], [*result.classes]) == (
         "test", 40, ["covid", "normal"],
     )  # fmt: skip
     assert result["accuracy"] == pytest.approx((preds == targets).mean())
@@ -118,7 +118,7 @@ def test_files_hold_the_result_and_the_picture(run: Path) -> None:
     result = evaluate(run)
     folder = run / "evaluation"
     assert sorted(p.name for p in folder.iterdir()) == ["test.json", "test_confusion.png"]
-    assert json.loads((folder / "test.json").read_text()) == result
+    assert json.loads((folder / "test.json").read_text()) == result.as_dict()
     with Image.open(folder / "test_confusion.png") as image:
         assert image.format == "PNG"
     evaluate(run, split="valid")
@@ -219,7 +219,7 @@ def test_of_rows_with_views_the_plain_one_counts(
     rows = list(csv.DictReader((tmp_path / "v.csv").read_text("utf-8").splitlines()))
     np.testing.assert_allclose([float(r["prob_covid"]) for r in rows], probs[:, 0], atol=1e-5)
     with pytest.warns(FeatcacheWarning, match="views 4"):
-        predictions = predict_cache(run, tmp_path / "v.h5")
+        predictions = predict(run, cache=tmp_path / "v.h5")
     np.testing.assert_allclose(predictions.probs, probs_of(run, features), atol=1e-5)
 
 
@@ -308,7 +308,7 @@ def test_rows_that_cannot_be_measured_are_refused(run: Path, tmp_path: Path) -> 
     with pytest.raises(CacheError, match=r"NaN or infinity in row 7, 2/0007\.png"):
         evaluate(run, cache=broken)
     with pytest.raises(CacheError, match=r"NaN or infinity in row 7, 2/0007\.png"):
-        predict_cache(run, broken)
+        predict(run, cache=broken)
 
 
 def test_a_damaged_run_is_refused(run: Path) -> None:
@@ -330,7 +330,7 @@ def test_lines_are_readable_and_safe(tmp_path: Path) -> None:
     assert len(result["mistakes"]) > 10
     text = "\n".join(said)
     assert "\x1b" not in text
-    assert f"{len(result['mistakes'])} mistakes, the 10 surest:" in said
+    assert f"{len(result['mistakes'])} mistakes, the 10 most confident:" in said
     assert f"  sensitivity        {result['sensitivity']:.3f}" in said
     assert max(map(len, said[:-1])) <= 100
 
@@ -380,14 +380,14 @@ def test_views_are_averaged_when_asked(run: Path, tmp_path: Path) -> None:
             found = [[float(row["prob_covid"]), float(row["prob_normal"])]
                      for row in csv.DictReader(file)]  # fmt: skip
         np.testing.assert_allclose(found, probs[labelled], atol=1e-6)
-        predictions = predict_cache(run, tmp_path / "v.h5", average_views=average)
+        predictions = predict(run, cache=tmp_path / "v.h5", average_views=average)
         np.testing.assert_allclose(predictions.probs, probs, atol=1e-6)
-        assert predictions.as_json()["average_views"] is average
+        assert predictions.as_dict()["average_views"] is average
 
 
 def test_without_views_there_is_nothing_to_average(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--average-views: expected several .* one in test"):
         evaluate(run, average_views=True)
     with pytest.raises(ConfigError, match=r"--average-views: .* found one in every split"):
-        predict_cache(run, tmp_path / "c.h5", average_views=True)
+        predict(run, cache=tmp_path / "c.h5", average_views=True)
     assert not (run / "evaluation").exists()

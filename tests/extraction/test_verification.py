@@ -16,7 +16,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.writing import write_cache
 from featcache.errors import BackboneError, CacheError, ConfigError, DataError
-from featcache.evaluation.info import describe
+from featcache.evaluation.info import info
 from featcache.extraction.extraction import extract
 from featcache.extraction.verification import verify
 
@@ -122,14 +122,14 @@ def test_foreign_features_can_be_whole_but_not_compared(tmp_path: Path, tree: Pa
 
 
 def test_describe_tells_what_a_cache_holds(cache: Cache) -> None:
-    facts = describe(cache.path)
+    facts = info(cache.path).as_dict()
     assert facts["kind"] == "cache"
     assert facts["identity"]["image_size"] == tiny_network.IMAGE_SIZE
     assert facts["splits"]["train"]["num_per_class"] == {"covid": 12, "normal": 12}
     assert facts["splits"]["train"]["num_groups"] is None
     assert facts["verified"] is False
     with pytest.raises(CacheError):
-        describe(cache.path.parent / "nothing.h5")
+        info(cache.path.parent / "nothing.h5")
 
 
 def test_other_images_are_not_good(cache: Cache, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_all_views_are_recomputed(tree: Path, tmp_path: Path, tiny_backbone: Bac
     extract(tree, tmp_path / "v.h5", backbone=tiny_backbone, views=3, augment="xray")
     cache = open_cache(tmp_path / "v.h5")
     assert verify(cache.path, data=tree, samples="all", backbone=TINY).num_compared == 46
-    facts = describe(cache.path)
+    facts = info(cache.path).as_dict()
     assert facts["splits"]["train"]["features"] == [24, 3, 24, "float32"]
     assert [split["num_views"] for split in facts["splits"].values()] == [3, 1, 1]
     features = np.array(cache.splits["train"].features)

@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
 
-from featcache import HeadClassifier, load_run, open_cache, predict_cache, train, write_cache
+from featcache import HeadClassifier, load_run, open_cache, predict, train, write_cache
 from featcache.cache.reading import Cache
 
 SMALL: dict[str, Any] = {
@@ -139,14 +139,14 @@ def test_weights_and_history_equal_those_of_train(
     )
     state = fitted.head_.state_dict()
     assert set(state) == set(run.state)
-    assert all(torch.equal(state[name], run.state[name]) for name in state)
+    assert all(np.array_equal(state[name], run.state[name]) for name in state)
     assert fitted.best_epoch_ == run.training["best_epoch"]
     with (tmp_path / "run" / "history.csv").open(newline="") as file:
         history = list(csv.DictReader(file))
     assert list(history[0]) == list(fitted.history_[0])
     for name in ("valid_loss", "valid_recall_viral"):
         assert [row[name] for row in history] == [str(row[name]) for row in fitted.history_]
-    predictions = predict_cache(tmp_path / "run", cache.path)
+    predictions = predict(tmp_path / "run", cache=cache.path)
     probs = predictions.probs[[path.startswith("test/") for path in predictions.paths]]
     np.testing.assert_allclose(fitted.predict_proba(test.features), probs, atol=2e-6)
     assert fitted.classes_.tolist() == list(cache.classes)

@@ -163,7 +163,7 @@ def test_a_trial_that_diverges_is_listed(tmp_path: Path, go: Callable[..., Sweep
     assert "failed, for the loss was no number: 1 trials (2)" in said
     assert [row["state"] for row in read_trials(tmp_path / "r")] == ["done", "done", "failed"]
     assert read_trials(tmp_path / "r")[2]["score"] == ""
-    json.dumps(summary.as_json(), allow_nan=False)
+    json.dumps(summary.as_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from sample_images import write_tree
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.writing import partial_folder, write_cache
-from featcache.deployment.classifier import predict_cache
+from featcache.deployment.predictions import predict
 from featcache.errors import CacheError, DataError, FeatcacheError
 from featcache.evaluation.evaluation import evaluate
 from featcache.extraction.extraction import extract
@@ -158,7 +158,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def facts_of(folder: Path) -> list[Any]:
     """All that is read of a run."""
     run = load_run(folder)
-    state = {name: value.numpy().tobytes() for name, value in run.state.items()}
+    state = {name: value.tobytes() for name, value in run.state.items()}
     return [
         run.head, run.training, run.seed, run.data_seed, run.classes, run.cache, run.weights_sha256,
         state,
@@ -179,7 +179,7 @@ def test_damaged_runs_are_refused_or_read_equal(
             tally(f"damaged {name}", outcome)
         file.write_bytes(raw[: len(raw) // 2])
         for use in (
-            lambda: evaluate(run), lambda: predict_cache(run, run.parent / "c.h5"),
+            lambda: evaluate(run), lambda: predict(run, cache=run.parent / "c.h5"),
             lambda: evaluate(run, cache=run.parent / "c.h5"),
         ):  # fmt: skip
             assert judge(use, None) == "refused"
@@ -191,11 +191,11 @@ def test_damaged_runs_are_refused_or_read_equal(
 def test_files_for_people_only_are_not_relied_on(run: Path, name: str, tally: Tally) -> None:
     """Nobody reads these two: however damaged, figures and predictions are the same."""
     rng, file = random.Random(name), run / name
-    raw, wanted = file.read_bytes(), (facts_of(run), predict_cache(run, run.parent / "c.h5").preds)
+    raw, wanted = file.read_bytes(), (facts_of(run), predict(run, cache=run.parent / "c.h5").preds)
     try:
         for _ in range(10):
             file.write_bytes(damage(raw, rng))
-            assert (facts_of(run), predict_cache(run, run.parent / "c.h5").preds) == wanted
+            assert (facts_of(run), predict(run, cache=run.parent / "c.h5").preds) == wanted
             tally(f"damaged {name}", "read by nobody")
     finally:
         file.write_bytes(raw)

@@ -422,7 +422,7 @@ def test_names_in_a_cache_are_never_opened_or_run(
     verify(cache.path, say=said.append)
     train(cache.path, tmp_path / "run", epochs=1, hidden=(), say=said.append)
     featcache.evaluate(tmp_path / "run", split="valid", csv=tmp_path / "e.csv", say=said.append)
-    featcache.predict_cache(tmp_path / "run", cache.path)
+    featcache.predict(tmp_path / "run", cache=cache.path)
     assert all(line.isprintable() for line in said)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5", "e.csv", "run"]
     tally("names in caches", "only names", len(names))

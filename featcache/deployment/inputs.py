@@ -1,0 +1,87 @@
+"""What a user may hand to a classifier -> image files, and images in memory, in their order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.data.dataset import ImageDataset, Sample, list_images
+from featcache.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Images to classify.
+
+    Attributes:
+        dataset: Where the files among them are read from, each once.
+        names: Of each image its path, or its position as text if it is in memory.
+        images: Each a ``Sample`` of the data set, a PIL image, or an array.
+    """
+
+    dataset: ImageDataset
+    names: Sequence[str]
+    images: Sequence[Any]
+
+
+def list_inputs(images: Any) -> Inputs:
+    """Return images one by one; a folder becomes all images in it, sorted by path.
+
+    Args:
+        images: One or many of: a file or folder (``str`` or ``Path``), a PIL image, a uint8 array
+            (H, W) or (H, W, 3). Or one array (B, H, W, 3), or a scanned data set.
+
+    Raises:
+        DataError: If a path leads nowhere, or a folder holds no image.
+        ConfigError: If an array has another shape or dtype, or for a torch tensor.
+    """
+    if isinstance(images, ImageDataset):
+        return Inputs(images, [sample.path for sample in images.samples], images.samples)
+    names: list[str] = []
+    listed: list[Any] = []
+    for image in _as_list(images):
+        if isinstance(image, str | os.PathLike):
+            samples = list_images([Path(image)]).samples
+            names += [sample.path for sample in samples]
+            listed += samples
+        else:
+            names.append(str(len(listed)))
+            listed.append(image)
+    files = dict.fromkeys(image for image in listed if isinstance(image, Sample))
+    return Inputs(ImageDataset(Path(), "images", (), tuple(files)), names, listed)
+
+
+def _as_list(images: Any) -> list[Any]:
+    """Return paths, PIL images and arrays (H, W) or (H, W, 3), however many were given."""
+    if isinstance(images, np.ndarray):
+        _require_pixels(images, batch=True)
+        return [*images] if images.ndim == 4 else [images]
+    if isinstance(images, str | os.PathLike) or not isinstance(images, Iterable):
+        images = [images]
+    elif hasattr(images, "is_floating_point"):  # a torch tensor, and torch need not be there
+        raise ConfigError(
+            "images", expected="paths, PIL images or uint8 arrays", found="a torch tensor",
+            hint="Pass preprocessed=True with a batch (B, 3, S, S) that preprocess made",
+        )  # fmt: skip
+    listed = list(images)
+    for image in listed:
+        if isinstance(image, np.ndarray):
+            _require_pixels(image, batch=False)
+    return listed
+
+
+def _require_pixels(array: npt.NDArray[Any], *, batch: bool) -> None:
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 3)
+    is_batch = batch and array.ndim == 4 and array.shape[-1] == 3
+    if array.dtype != np.uint8 or not (is_image or is_batch) or 0 in array.shape[-3:]:
+        shapes = "(H, W), (H, W, 3) or (B, H, W, 3)" if batch else "(H, W) or (H, W, 3)"
+        raise ConfigError(
+            "images", expected=f"uint8 arrays {shapes}", found=f"{array.dtype} {array.shape}",
+            hint="Values are 0 to 255, channels are RGB and come last",
+        )  # fmt: skip

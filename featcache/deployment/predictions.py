@@ -1,0 +1,183 @@
+"""Predict: classify images, or the rows of a cache, with a trained run.
+
+Reads: a run, and images or a cache. Writes: a CSV where asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.reading import open_cache
+from featcache.errors import ConfigError, RunError
+from featcache.files import join_names, require_folder, write_csv
+from featcache.heads.prediction import predict_probs
+from featcache.heads.run import load_run, require_same_features
+from featcache.heads.streaming import StoredFeatures
+from featcache.runtime import resolve_device
+
+if TYPE_CHECKING:
+    from featcache.backbones.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of some images, in the order they were asked for.
+
+    Attributes:
+        classes: C class names.
+        paths: N paths, in the order of ``probs``. An image that came as an array or as a PIL image
+            has its position as text instead: ``"0"`` for the first.
+        probs: (N, C) probabilities: the softmax, or with several labels an image the sigmoid.
+        failures: (path, reason) of images that could not be read.
+        average_views: Whether a row with several views has the mean of their probabilities.
+        task: ``multiclass``, or ``multilabel``: several labels an image.
+    """
+
+    __module__ = "featcache"
+
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    probs: npt.NDArray[np.float64]
+    failures: tuple[tuple[str, str], ...]
+    average_views: bool = False
+    task: str = "multiclass"
+
+    @property
+    def preds(self) -> tuple[Any, ...]:
+        """The most probable class of each image.
+
+        With several labels an image, a tuple of those above 0.5.
+        """
+        if self.task == "multilabel":
+            return tuple(
+                tuple(self.classes[i] for i in np.flatnonzero(row > 0.5)) for row in self.probs
+            )
+        return tuple(self.classes[i] for i in self.probs.argmax(axis=1)) if len(self.probs) else ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the predictions as JSON values."""
+        has_labels, rows = self.task == "multilabel", []
+        for path, pred, row in zip(self.paths, self.preds, self.probs, strict=True):
+            best = {"preds": [*pred]} if has_labels else {"pred": pred, "prob": float(row.max())}
+            rows.append({"path": path, **best, "probs": row.tolist()})
+        return {
+            "classes": list(self.classes),
+            "task": self.task,
+            "predictions": rows,
+            "failures": [{"path": path, "reason": reason} for path, reason in self.failures],
+            "average_views": self.average_views,
+        }
+
+    def write_csv(self, file: str | Path) -> None:
+        """Write path, pred, prob and the probability of each class; failures come last.
+
+        With several labels an image, ``preds`` holds their names joined by ``|`` and stands in
+        place of pred and prob.
+        """
+        has_labels = self.task == "multilabel"
+        columns = ["preds"] if has_labels else ["pred", "prob"]
+        header = ["path", *columns, *(f"prob_{name}" for name in self.classes), "failure"]
+        rows: list[list[object]] = []
+        for path, pred, probs in zip(self.paths, self.preds, self.probs, strict=True):
+            cells = [join_names(pred)] if has_labels else [pred, float(probs.max())]
+            rows.append([path, *cells, *map(float, probs), ""])
+        blank = [""] * (len(header) - 2)
+        rows += [[path, *blank, reason] for path, reason in self.failures]
+        write_csv(Path(file), header, rows)
+
+
+def predict(
+    run: str | Path,
+    images: Any = None,
+    *,
+    cache: str | Path | None = None,
+    average_views: bool = False,
+    weights: str | Path | None = None,
+    backbone: Backbone | str | None = None,
+    batch_size: int | str = "auto",
+    device: str = "auto",
+    csv: str | Path | None = None,
+) -> Predictions:
+    """Classify images, or every row of a cache, with the head of a run.
+
+    For more than one call with images, ``load_classifier`` builds the network once. A cache needs
+    neither images nor the backbone.
+
+    Args:
+        run: The run folder.
+        images: Files, folders, PIL images or uint8 arrays, one or many: see ``Classifier.predict``.
+        cache: A cache to classify instead, by view 0 of each row.
+        average_views: With ``cache``, take the mean of the probabilities of a row's views.
+        weights: The backbone's weights file, where the library's own were not used.
+        backbone: The backbone itself, if it was made in Python; its name, if a ``python:`` function
+            makes it.
+        batch_size: Images a batch, or ``auto``.
+        device: Where the backbone runs: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        csv: A file for a line per image.
+
+    Raises:
+        ConfigError: Unless images or a cache are given, and not both; if views are to be averaged
+            and there are none; or if ``csv`` cannot be written.
+        DataError: If a path leads nowhere, or a folder holds no image.
+        RunError: If the run is not whole, or the cache's features were made otherwise.
+        CacheError: If the cache is not whole.
+        BackboneError: If the backbone's weights are not at hand.
+
+    Example:
+        >>> featcache.predict("run", "new.png").preds  # doctest: +SKIP
+        ('covid',)
+    """
+    if (images is None) == (cache is None):
+        found = "neither" if cache is None else "both"
+        raise ConfigError("predict", expected="images or a cache", found=found)
+    if average_views and cache is None:
+        raise ConfigError(
+            "--average-views", expected="a cache, whose rows have views", found="images"
+        )
+    if csv is not None:
+        require_folder(Path(csv), "--csv")
+    if cache is not None:
+        predictions = _predict_cache(run, cache, device, average_views=average_views)
+    else:
+        from featcache.deployment.classifier import load_classifier
+
+        predictions = load_classifier(
+            run, weights=weights, backbone=backbone, device=device, batch_size=batch_size
+        ).predict(images)
+    if csv is not None:
+        predictions.write_csv(csv)
+    return predictions
+
+
+def _predict_cache(
+    run: str | Path, cache: str | Path, device: str, *, average_views: bool
+) -> Predictions:
+    """Classify every row of a cache; the head is computed on the CPU, on any device."""
+    loaded, opened = load_run(run), open_cache(cache)
+    require_same_features(loaded.cache["identity"], opened.identity, opened.path)
+    if average_views and all(split.num_views == 1 for split in opened.splits.values()):
+        raise ConfigError(
+            "--average-views", expected="several views of a row", found="one in every split",
+            where=opened.path, hint="Extract the images with --views",
+        )  # fmt: skip
+    if opened.num_features != loaded.head.num_features:
+        raise RunError(
+            "features", expected=f"{loaded.head.num_features} a row", found=opened.num_features,
+            where=cache, hint="Use the cache it was trained on",
+        )  # fmt: skip
+    if device != "auto":
+        resolve_device(device)  # one that is not there is refused, as ever
+    paths, probs = [], [np.empty((0, len(loaded.classes)))]
+    for split in opened.splits.values():
+        features = StoredFeatures(split, np.arange(len(split)), plain=not average_views)
+        probs.append(predict_probs(loaded.head, loaded.state, features, loaded.task))
+        paths += split.paths
+    failures = tuple((f.path, f.reason) for f in opened.failures)
+    return Predictions(
+        loaded.classes, tuple(paths), np.concatenate(probs), failures, average_views, loaded.task
+    )
