@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ Say = Callable[[str], None]
 
 _REPORTED_PACKAGES = (
     "featcache", "torch", "torchvision", "efficientnet_pytorch", "numpy", "h5py", "pillow",
-    "onnxruntime",     "scikit-learn",
+    "onnxruntime", "scikit-learn",
 )  # fmt: skip
 
 
@@ -165,6 +164,8 @@ def exact_fp32(*, tf32: bool = False) -> Iterator[None]:
 
 def environment_facts(device: Device | torch.device | None = None) -> dict[str, Any]:
     """Return what a reader needs to place a result: versions, processor, device, date."""
+    from importlib import metadata  # slow: it parses e-mail
+
     torch = sys.modules.get("torch")
     versions = {}
     for name in _REPORTED_PACKAGES:

@@ -1,4 +1,4 @@
-"""A cache -> the rows to train on and the rows to choose by, fit to be trained on.
+"""Select the training and validation rows of a cache.
 
 Reads: a cache. Writes: nothing.
 """
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from featcache.cache.reading import Cache, CacheSplit
 from featcache.data.dataset import UNLABELLED
@@ -22,7 +21,7 @@ from featcache.data.folders import training_split
 from featcache.data.stratification import assign_labelled_units, assign_units, build_units
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, printable
 from featcache.heads.streaming import BLOCK_BYTES, StoredFeatures
-from featcache.runtime import Say, available_memory
+from featcache.runtime import Device, Say, available_memory
 
 _MEMORY_SHARE = 0.75  # of what is left: heads, activations and others want some too
 _LEAST_BLOCK_BYTES = 1 << 20
@@ -64,7 +63,7 @@ class Part:
 
 
 def read_rows(
-    parts: Sequence[Part], device: torch.device, say: Say, *, copies: int = 1, readers: int = 1
+    parts: Sequence[Part], device: Device, say: Say, *, copies: int = 1, readers: int = 1
 ) -> list[npt.NDArray[Any] | StoredFeatures]:
     """Return the features of parts: arrays where memory has room for all, else as they are stored.
 
@@ -82,7 +81,7 @@ def read_rows(
     as_float32 = sum(4 * math.prod(features.shape) for features in stored)
     # A float16 array is there beside its float32 copy.
     beside = sum(f.num_bytes for f in stored if f.dtype != np.float32)
-    room = _MEMORY_SHARE * available_memory(torch.device("cpu"))
+    room = _MEMORY_SHARE * available_memory()
     fits = copies * (as_float32 + beside) <= room
     if device.type == "cuda":
         on_device = _MEMORY_SHARE * available_memory(device)

@@ -18,19 +18,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+import numpy as np
+import numpy.typing as npt
 
 from featcache.cache.reading import TASKS, Cache
 from featcache.errors import ConfigError, FeatcacheWarning, RunError, printable
 from featcache.files import canonical_json, read_regular, write_bytes, write_csv, write_json
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, build_head, state_layout
-from featcache.runtime import environment_facts
+from featcache.runtime import Device, environment_facts
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 FORMAT = "featcache-run"
 FORMAT_VERSION = 1
@@ -53,7 +55,7 @@ class Run:
     Attributes:
         path: The folder.
         head: The shape of the head.
-        state: The head's state dict, on the CPU.
+        state: The head's weights by their names in its state dict, as NumPy arrays.
         training: How it was trained, a JSON object.
         seed: Decided the initial weights and dropout.
         data_seed: Decided the order of the rows, and the hold-out if there was one.
@@ -66,7 +68,7 @@ class Run:
 
     path: Path
     head: HeadConfig
-    state: dict[str, Tensor]
+    state: dict[str, npt.NDArray[Any]]
     training: dict[str, Any]
     seed: int
     data_seed: int
@@ -80,7 +82,7 @@ def write_run(
     folder: Path,
     *,
     head: HeadConfig,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, npt.ArrayLike],
     training: Mapping[str, Any],
     seed: int,
     data_seed: int,
@@ -95,7 +97,7 @@ def write_run(
     Args:
         folder: An existing folder, as a rule the one that ``files.new_folder`` gives.
         head: The shape of the head.
-        state: Its state dict.
+        state: Its state dict, of arrays or of torch tensors on the CPU.
         training: A JSON object: how it was trained.
         seed: Decided the initial weights and dropout.
         data_seed: Decided the order of the rows.
@@ -105,8 +107,10 @@ def write_run(
         environment: A JSON object: ``runtime.environment_facts``.
         task: ``multiclass`` or ``multilabel``.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    weights = safetensors.torch.save(tensors, _weights_metadata(head, classes, task))
+    from safetensors import numpy as safetensors
+
+    arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
+    weights = safetensors.save(arrays, _weights_metadata(head, classes, task))
     weights_sha256 = hashlib.sha256(weights).hexdigest()
     write_bytes(folder / WEIGHTS_NAME, weights)
     columns = list(history[0])
@@ -165,10 +169,26 @@ def load_run(path: str | Path) -> Run:
     )
 
 
-def load_head(run: Run) -> nn.Sequential:
-    """Return the run's head on the CPU, in eval mode."""
-    head = build_head(run.head, seed=0)
-    head.load_state_dict(run.state, strict=True)
+def load_head(run: Run | str | Path) -> nn.Sequential:
+    """Return the trained head of a run as a torch module, without the backbone.
+
+    Args:
+        run: The run folder, or what ``load_run`` returned.
+
+    Returns:
+        Features (B, D) float32 -> logits (B, C); on the CPU, in eval mode.
+
+    Raises:
+        RunError: If the folder is not a whole run.
+
+    Example:
+        >>> head = featcache.load_head("run")  # doctest: +SKIP
+    """
+    import torch
+
+    loaded = run if isinstance(run, Run) else load_run(run)
+    head = build_head(loaded.head, seed=0)
+    head.load_state_dict({name: torch.tensor(value) for name, value in loaded.state.items()})
     return head.eval()
 
 
@@ -306,7 +326,10 @@ def _is_as_written(facts: Mapping[str, Any]) -> bool:
 
 def _read_weights(
     folder: Path, sha256: str, head: HeadConfig, classes: Sequence[str], task: str
-) -> dict[str, Tensor]:
+) -> dict[str, npt.NDArray[Any]]:
+    from safetensors import SafetensorError
+    from safetensors import numpy as safetensors
+
     try:
         data = read_regular(folder / WEIGHTS_NAME, max_bytes=_MAX_WEIGHTS_BYTES)
     except OSError as error:
@@ -315,17 +338,17 @@ def _read_weights(
     if found != sha256:
         raise _damaged(folder, WEIGHTS_NAME, f"sha256 {sha256[:16]}...", f"{found[:16]}...")
     try:
-        state = safetensors.torch.load(data)
-    except SafetensorError as error:
+        state: dict[str, npt.NDArray[Any]] = safetensors.load(data)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that NumPy lacks
         raise _damaged(folder, WEIGHTS_NAME, "a safetensors file", error) from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     if header.get("__metadata__") != _weights_metadata(head, classes, task):
         found = "others in run.json"
         raise _damaged(folder, WEIGHTS_NAME, "the head, classes and task it was saved with", found)
-    layout = {name: (value.numpy().dtype, tuple(value.shape)) for name, value in state.items()}
+    layout = {name: (value.dtype, value.shape) for name, value in state.items()}
     if layout != state_layout(head):
         raise _damaged(folder, WEIGHTS_NAME, "the entries of the head in run.json", "others")
-    if not all(torch.isfinite(value).all() for value in state.values()):
+    if not all(np.isfinite(value).all() for value in state.values()):
         raise _damaged(folder, WEIGHTS_NAME, "finite weights", "NaN or infinity")
     return state
 
@@ -357,7 +380,7 @@ def record_fit(
     result: FitResult,
     seed: int,
     data_seed: int,
-    device: torch.device,
+    device: Device | torch.device,
     num_train: int,
     valid_fraction: float | None,
     details: Mapping[str, Any] | None = None,

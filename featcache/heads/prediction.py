@@ -1,0 +1,89 @@
+"""Apply a trained head to features with NumPy: no torch is imported to use a head.
+
+A head in eval mode is a few matrix products: three for two hidden layers.
+
+Reads: features of a cache. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.heads.head import BATCH_NORM_EPS, HeadConfig, norm_and_linear
+from featcache.heads.streaming import StoredFeatures
+
+_BLOCK_ROWS = 512  # 3 MB of 1280 features: a block and its activations stay in the cache
+
+Features: TypeAlias = npt.NDArray[Any] | StoredFeatures
+State: TypeAlias = Mapping[str, npt.NDArray[Any]]
+"""A head's state dict as arrays, by the names of ``nn.Sequential``: ``0.weight`` and so on."""
+
+
+def predict_probs(
+    config: HeadConfig, state: State, features: Features, task: str = "multiclass"
+) -> npt.NDArray[np.float64]:
+    """Return the probabilities (N, C) that a head gives to features, in blocks of 512 rows.
+
+    Logits are float32, as torch computes them, and probabilities float64: a very sure head still
+    ranks its rows instead of giving them all 1.
+
+    Args:
+        config: The shape of the head.
+        state: Its weights.
+        features: (N, D); or (N, V, D) for the mean of the probabilities of V views.
+        task: ``multiclass`` for the softmax, ``multilabel`` for the sigmoid of each logit.
+
+    Raises:
+        CacheError: If a stored feature is not finite.
+    """
+    num_views = features.shape[1] if features.ndim == 3 else 1
+    num_rows = max(1, _BLOCK_ROWS // num_views)
+    probs = np.empty((len(features), config.num_classes))
+    for i in range(0, len(features), num_rows):
+        part = features[i : i + num_rows]
+        block = part.load() if isinstance(part, StoredFeatures) else part
+        logits = compute_logits(config, state, block.reshape(-1, block.shape[-1]))
+        block_probs = _sigmoid(logits) if task == "multilabel" else _softmax(logits)
+        probs[i : i + num_rows] = block_probs.reshape(len(block), num_views, -1).mean(axis=1)
+    return probs
+
+
+def compute_logits(
+    config: HeadConfig, state: State, features: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """Return the logits (n, C) of features (n, D), in the weights' dtype.
+
+    Batch norms use their running statistics, dropout does nothing.
+    """
+    hidden = features
+    # As in torch, huge features overflow to infinity or NaN without a word.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for layer in range(len(config.hidden) + 1):
+            norm, linear = norm_and_linear(config, layer)
+            variance = state[f"{norm}.running_var"]
+            scale = state[f"{norm}.weight"] / np.sqrt(variance + variance.dtype.type(BATCH_NORM_EPS))
+            shift = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
+            hidden = hidden.astype(scale.dtype) * scale
+            hidden += shift
+            hidden = hidden @ state[f"{linear}.weight"].T
+            hidden += state[f"{linear}.bias"]
+            if layer < len(config.hidden):
+                np.maximum(hidden, 0, out=hidden)
+    return hidden
+
+
+def _softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    powers = np.exp(shifted)
+    probs: npt.NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+    return probs
+
+
+def _sigmoid(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    probs: npt.NDArray[np.float64] = np.exp(-np.logaddexp(0, -logits.astype(np.float64)))
+    return probs
