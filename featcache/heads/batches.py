@@ -195,9 +195,7 @@ class BatchSampler:
                 features.expect(following)
             yield numbers, block, order
 
-    def _cut(
-        self, blocks: Iterator[tuple[Array, Array, Array]], batch_size: int
-    ) -> Iterator[Rows]:
+    def _cut(self, blocks: Iterator[tuple[Array, Array, Array]], batch_size: int) -> Iterator[Rows]:
         """Cut blocks into batches; what is left of one goes into the first batches of the next."""
         parts = list[tuple[Array, Array]]()
         size = missing = rows_at_once(batch_size)

@@ -23,14 +23,14 @@ USED_BY_LBFGS = ("optimizer", "weight_decay", "class_weights", "label_smoothing"
 
 
 STRENGTHS = tuple(10 ** (2 - number / 8) for number in range(65))
-"""L-BFGS' path of regularisation where there are rows to choose by, the strongest first, at CLIP's resolution: 8 a decade
-(Radford et al. 2021, appendix A.3). From 100, where little more than the classes' shares is left,
-to 1e-6, where the training rows are fitted whatever they are: both of the mean loss on standardised
-rows, so they need not follow the number of rows as CLIP's 1e-6 to 1e6 of the sum do."""
+"""L-BFGS' path of regularisation where there are validation rows, the strongest first, at CLIP's
+resolution: 8 a decade (Radford et al. 2021, appendix A.3). From 100, where little more than the
+classes' shares is left, to 1e-6, where the training rows are fitted whatever they are: both of the
+mean loss on standardised rows, so they need not follow the number of rows as CLIP's do."""
 
 MAX_ITERATIONS = 1000
-"""L-BFGS' iteration limit per block of strengths, CLIP's. Reached only for linearly separable classes with
-almost no regularisation."""
+"""L-BFGS' iteration limit per block of strengths, CLIP's. Reached only for linearly separable
+classes with almost no regularisation."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +49,9 @@ _STACK_ROWS = 8192  # that go through a stack at once when it is evaluated
 _KERNELS_WORTH = 6e7
 """Parameters times steps from which compiled functions pay for being loaded (0.5 s): 82 steps of
 the default head. Of fewer, as in the README's example of 200 X-rays, NumPy is done before."""
+
+_TEAM_SIZE = 2
+"""Threads that share the steps of one head. A further one would wait: half of a step is shared."""
 
 _COMPILING = "compiling the training step, once on this machine: a few seconds"
 _LONG_SECONDS = 3.0
@@ -193,7 +196,9 @@ def fit_heads(
                 for future in [threads.submit(fit, part, kernels, Team()) for part in passes]:
                     results |= future.result()
         else:
-            with Team(_team_size(jobs) if kernels is not numpy_kernels else 1) as team:
+            with Team(
+                min(available_cores(), _TEAM_SIZE) if kernels is not numpy_kernels else 1
+            ) as team:
                 for part in passes:
                     results |= fit(part, kernels, team)
     return [results[number] for number in range(len(jobs))]
@@ -223,11 +228,6 @@ def _choose_kernels(jobs: Sequence[HeadJob], data: TrainingData, device: Device,
         return numpy_kernels
     finally:
         timer.cancel()
-
-
-def _team_size(jobs: Sequence[HeadJob]) -> int:
-    """Return how many threads share the steps of one head after the other."""
-    return min(available_cores(), 2)
 
 
 def _plan_passes(jobs: Sequence[HeadJob], data: TrainingData, device: Device) -> list[list[int]]:

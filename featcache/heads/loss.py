@@ -141,7 +141,7 @@ class SharedLosses:
         numbers: Of each head, which of the losses is its own.
     """
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self, trainings: Sequence[TrainingConfig], targets: Array, row_weights: Array | None,
         num_classes: int, dtype: npt.DTypeLike,
     ) -> None:  # fmt: skip

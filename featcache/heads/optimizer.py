@@ -2,7 +2,8 @@
 
 With g a gradient plus ``coupled`` times the value, Adam and AdamW move
 
-    first += (g - first) * (1 - decay)        second = second_decay * second + (1 - second_decay) * g²
+    first += (g - first) * (1 - decay)
+    second = second_decay * second + (1 - second_decay) * g * g
     value = kept * value - step * first / (sqrt(second) * root + eps)
 
 and SGD ``first = decay * first + g``, ``value -= step * first``: as in ``torch.optim``.

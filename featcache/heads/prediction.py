@@ -65,7 +65,9 @@ def compute_logits(
         for layer in range(len(config.hidden) + 1):
             norm, linear = norm_and_linear(config, layer)
             variance = state[f"{norm}.running_var"]
-            scale = state[f"{norm}.weight"] / np.sqrt(variance + variance.dtype.type(BATCH_NORM_EPS))
+            scale = state[f"{norm}.weight"] / np.sqrt(
+                variance + variance.dtype.type(BATCH_NORM_EPS)
+            )
             shift = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
             hidden = hidden.astype(scale.dtype) * scale
             hidden += shift

@@ -86,7 +86,7 @@ class HeadStack:
 
     def _by_name(self) -> dict[str, Tensor]:
         # One split: its backward pass is one operation too.
-        parts = self.params.split([math.prod(shape) for shape in self._shapes.values()], 1)
+        parts = torch.split(self.params, [math.prod(shape) for shape in self._shapes.values()], 1)
         return {
             name: part.view(-1, *shape)
             for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
@@ -224,8 +224,9 @@ class StackTrainer:
                 for start in range(0, len(rows), batch_size):
                     part = slice(start, start + batch_size)
                     batch = features[part]
+                    masks = self._draw_masks(len(batch))
                     losses = stacked_losses(
-                        self.stack.forward(batch, training=True, masks=self._draw_masks(len(batch))),
+                        self.stack.forward(batch, training=True, masks=masks),
                         weights[:, part], denominators[:, part],
                     )  # fmt: skip
                     (grads,) = torch.autograd.grad(losses.sum(), self.stack.params)
@@ -260,9 +261,9 @@ class StackTrainer:
             )
             for job, rate in zip(self._jobs, rates, strict=True)
         ]  # fmt: skip
-        is_sgd, step, coupled, kept, decay, second_decay, root, eps = (
-            self._to_device(np.stack(settings)).mT[..., None]
-        )
+        _, step, coupled, kept, decay, second_decay, root, eps = self._to_device(
+            np.stack(settings)
+        ).mT[..., None]
         params = self.stack.params
         grads = torch.addcmul(grads, params, coupled)
         if settings[0][0]:

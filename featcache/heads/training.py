@@ -125,7 +125,7 @@ def train(
         run: The folder to make.
         hidden: Width of each hidden layer; empty for a linear head.
         dropout: Before the last layer, in [0, 1).
-        learning_rate: See ``fit.TrainingConfig``, as for the next nine.
+        learning_rate: See ``TrainingConfig``, as for the next nine.
         weight_decay: For adam and sgd added to the gradient, for adamw taken off the weights; for
             lbfgs the one strength to solve for.
         optimizer: ``adam``, ``adamw``, ``sgd``, or ``lbfgs`` with ``hidden=()``.
@@ -232,8 +232,9 @@ def _say_kept(summary: TrainSummary, result: FitResult, say: Say) -> None:
         unsolved = sum(not row["converged"] for row in result.history)
         if unsolved:
             say(
-                f"{unsolved} of {many} had not converged after {MAX_ITERATIONS:,} iterations: at "
-                "so little regularisation the weights of linearly separable classes grow without bound"
+                f"{unsolved} of {many} had not converged after {MAX_ITERATIONS:,} iterations: with "
+                "so little regularisation the weights of linearly separable classes grow without "
+                "bound"
             )
     say(
         f"kept {kept}: valid loss {summary.valid_loss:.4f}, accuracy "

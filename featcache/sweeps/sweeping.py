@@ -184,9 +184,7 @@ def sweep(
     if sampler == "grid":
         check_grid(chosen_space, trials)
     plan = Plan(trials, sampler, chosen_space, folds, repeats, select, seed)
-    judge = Judge(
-        metric, positive, opened.classes, where, prune, _say_once(say), opened.task
-    )
+    judge = Judge(metric, positive, opened.classes, where, prune, _say_once(say), opened.task)
     work = {
         "format": "featcache-sweep", "version": __version__,
         "cache_fingerprint": opened.fingerprint, "cache_sha256": opened.payload_sha256,

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from featcache.heads.compiled_stack import load_kernels
 from torch import nn
 
 from featcache.heads import compiled_stack
-from featcache.heads.compiled_stack import load_kernels
 from featcache.heads.config import FitResult, HeadJob, TrainingConfig
 from featcache.heads.fit import fit_heads, forward_head
 from featcache.heads.head import HeadConfig, build_head

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from featcache.heads.trainer import Rows
 
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.writing import write_cache
@@ -26,7 +27,6 @@ from featcache.heads.fit import fit_head, fit_heads, predict_probs
 from featcache.heads.head import HeadConfig, build_head
 from featcache.heads.rows import choose_rows, read_rows
 from featcache.heads.streaming import StoredFeatures
-from featcache.heads.trainer import Rows
 from featcache.heads.training import train
 from featcache.runtime import _limits_of_groups, available_memory, silent
 from featcache.sweeps.folds import Pool

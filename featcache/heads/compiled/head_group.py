@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from featcache.heads.batches import BatchSampler, TrainingData
+from featcache.heads.batches import Array, BatchSampler, TrainingData
 from featcache.heads.compiled import numpy_kernels
 from featcache.heads.compiled.team import Team
 from featcache.heads.compiled.training_step import Batch, TrainableHead
@@ -51,7 +50,7 @@ class HeadGroup:
         self._heads = [self._heads[place] for place in places]
         self._bind()
 
-    def state(self, place: int) -> dict[str, npt.NDArray[Any]]:
+    def state(self, place: int) -> dict[str, Array]:
         """Return a copy of one head's state dict."""
         return self._heads[place].state()
 
@@ -75,7 +74,7 @@ class HeadGroup:
         assert next(rates_left, None) is None, "a rate for each batch"
         return [float(total) for total in totals / num_rows]
 
-    def _batches(self, batch_size: int) -> Iterator[tuple[Batch, list[Any]]]:
+    def _batches(self, batch_size: int) -> Iterator[tuple[Batch, list[_Weights]]]:
         """Yield each batch of an epoch with the weights of its targets in each loss."""
         width = self._jobs[0].head.num_features
         normed = np.empty((batch_size, width), self._data.dtype)
@@ -108,7 +107,5 @@ class HeadGroup:
         return [validation_columns(part, data.valid_targets, data.names) for part in logits]
 
 
-def _write_logits(
-    head: TrainableHead, features: npt.NDArray[Any], out: npt.NDArray[Any]
-) -> None:
+def _write_logits(head: TrainableHead, features: Array, out: Array) -> None:
     out[:] = head.logits(features)

@@ -29,6 +29,7 @@ _VECTOR, _MATRIX = "{0}[::1]", "{0}[:,::1]"
 
 
 def normalise_columns(x: _Array, normed: _Array, mean: _Array, variance: _Array) -> None:
+    """Normalise a batch of features (B, D)."""
     num_rows, width = x.shape
     number = x.dtype.type
     for j in range(width):
@@ -56,6 +57,7 @@ def relu_and_normalise(  # noqa: PLR0917
     z: _Array, bias: _Array, scale: _Array, shift: _Array, running_mean: _Array,
     running_var: _Array, normed: _Array, inverse: _Array, out: _Array,
 ) -> None:  # fmt: skip
+    """Finish a hidden layer: bias, ReLU and the batch norm that follows."""
     num_units, num_rows = z.shape
     number = z.dtype.type
     share = number(BATCH_NORM_MOMENTUM)
@@ -83,12 +85,11 @@ def relu_and_normalise(  # noqa: PLR0917
         running_var[u] += (squares / number(num_rows - 1) - running_var[u]) * share
 
 
-def loss_and_gradient(
-    logits: _Array, weights: _Array, denominators: _Array, grad: _Array
-) -> float:
+def loss_and_gradient(logits: _Array, weights: _Array, denominators: _Array, grad: _Array) -> float:
+    """Return the loss of a batch, and write its gradient."""
     num_classes, num_rows = logits.shape
     number = logits.dtype.type
-    zero, one = number(0), number(1)
+    zero = number(0)
     total, loss = zero, zero
     for b in range(num_rows):
         total += denominators[b]
@@ -112,13 +113,15 @@ def loss_and_gradient(
                 log_prob = (value if value < zero else zero) - np.log1p(np.exp(-np.abs(value)))
                 loss += no * value - (yes + no) * log_prob
                 grad[c, b] = (np.exp(log_prob) * (yes + no) - yes) / total
-    return loss / total
+    mean: float = loss / total
+    return mean
 
 
 def norm_and_relu_backward(  # noqa: PLR0917
     grad: _Array, normed: _Array, inverse: _Array, scale: _Array, active: _Array, out: _Array,
     scale_grad: _Array, shift_grad: _Array, bias_grad: _Array,
 ) -> None:  # fmt: skip
+    """Take a gradient back through a batch norm and the ReLU before it."""
     num_units, num_rows = grad.shape
     number = grad.dtype.type
     zero = number(0)
@@ -142,6 +145,7 @@ def move_layer(  # noqa: PLR0917
     grad: _Array, bias_grad: _Array, scale: _Array, shift: _Array, weights: _Array, first: _Array,
     second: _Array, scale_grad: _Array, shift_grad: _Array, settings: _Array,
 ) -> None:  # fmt: skip
+    """Move some units of a layer whose input was ``normed * scale + shift``."""
     num_units, width = weights.shape
     number = weights.dtype.type
     is_sgd, step, coupled, kept = settings[0], settings[1], settings[2], settings[3]
@@ -170,9 +174,10 @@ def move_layer(  # noqa: PLR0917
                 w[j] = kept * w[j] - step * moment / (np.sqrt(square) * root + eps)
 
 
-def move_values(  # noqa: PLR0917
+def move_values(
     grads: _Array, values: _Array, first: _Array, second: _Array, settings: _Array
 ) -> None:
+    """Move values (n,) against their gradients."""
     number = values.dtype.type
     is_sgd, step, coupled, kept = settings[0], settings[1], settings[2], settings[3]
     decay, second_decay, root, eps = settings[4], settings[5], settings[6], settings[7]
@@ -192,13 +197,14 @@ def move_values(  # noqa: PLR0917
 
 
 def shuffle(order: _Array, places: _Array) -> None:
+    """Swap, for each i in turn, the entries i and ``places[i]`` of an order."""
     for i in range(places.size):
         kept = order[i]
         order[i] = order[places[i]]
         order[places[i]] = kept
 
 
-_SIGNATURES = {
+_SIGNATURES: dict[Any, str] = {
     normalise_columns: f"void({_MATRIX}, {_MATRIX}, {_VECTOR}, {_VECTOR})",
     relu_and_normalise: f"void({_MATRIX}, {', '.join([_VECTOR] * 5)}, {_MATRIX}, {_VECTOR}, "
     f"{_MATRIX})",
@@ -215,7 +221,7 @@ _loaded: dict[str, SimpleNamespace] = {}
 
 
 def load(dtype: npt.DTypeLike) -> Any:
-    """Return the functions compiled for ``float32`` or ``float64``, from the disk where possible."""
+    """Return the functions compiled for ``float32`` or ``float64``, kept on the disk."""
     code = {4: "f4", 8: "f8"}[np.dtype(dtype).itemsize]
     with _lock:
         if code not in _loaded:

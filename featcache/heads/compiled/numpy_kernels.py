@@ -67,9 +67,7 @@ def relu_and_normalise(  # noqa: PLR0917
     running_var += (squares / (num_rows - 1) - running_var) * BATCH_NORM_MOMENTUM
 
 
-def loss_and_gradient(
-    logits: _Array, weights: _Array, denominators: _Array, grad: _Array
-) -> float:
+def loss_and_gradient(logits: _Array, weights: _Array, denominators: _Array, grad: _Array) -> float:
     """Return the loss of a batch, and write its gradient: see module ``loss``.
 
     Args:
@@ -156,7 +154,7 @@ def move_layer(  # noqa: PLR0917
         move_values(slopes, weights[part], first[part], second[part], settings)
 
 
-def move_values(  # noqa: PLR0917
+def move_values(
     grads: _Array, values: _Array, first: _Array, second: _Array, settings: _Array
 ) -> None:
     """Move values against their gradients.

@@ -179,9 +179,7 @@ class TrainableHead:
         if mask is not None:
             grad *= mask
         self._backward(batch, activations, grad, settings)
-        self._kernels.move_values(
-            self._grads, self._values, self._firsts, self._seconds, settings
-        )
+        self._kernels.move_values(self._grads, self._values, self._firsts, self._seconds, settings)
         return float(loss)
 
     def _forward(self, batch: Batch, activations: Sequence[_Activations]) -> Array:
@@ -206,7 +204,11 @@ class TrainableHead:
     ) -> None:
         """Take the gradient by the last layer's input (U, B) back, and move the hidden layers."""
         for number in range(len(self._layers) - 2, -1, -1):
-            layer, following, found = self._layers[number], self._layers[number + 1], activations[number]
+            layer, following, found = (
+                self._layers[number],
+                self._layers[number + 1],
+                activations[number],
+            )
             self._kernels.norm_and_relu_backward(
                 grad, found.normed, found.inverse, following.scale, found.z, found.grad,
                 following.scale_grad, following.shift_grad, layer.bias_grad,
