@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from sample_images import write_tree
 from sklearn import metrics
 
@@ -36,14 +35,13 @@ from featcache.heads.head import HeadConfig
 from featcache.heads.rows import choose_rows
 from featcache.heads.run import load_run
 from featcache.heads.training import train
-from featcache.runtime import silent
+from featcache.runtime import CPU, silent
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.sweeping import sweep
 
 CLASSES = ("edema", "a|b\\c", "mass", "=rare")
 IDENTITY = {"backbone": "fake", "image_size": 32}
 SMALL: dict[str, Any] = {"hidden": (8,), "epochs": 4, "device": "cpu", "learning_rate": 0.02}
-CPU = torch.device("cpu")
 
 
 def rows_of(seed: int, num_rows: int) -> tuple[Any, Any, list[str], list[str]]:
@@ -76,7 +74,7 @@ def run(tmp_path: Path) -> Path:
 
 def probs_of(state: Any, features: Any) -> Any:
     """Sigmoid of a head of any hidden layers, by NumPy alone."""
-    weights = {name: value.double().numpy() for name, value in state.items()}
+    weights = {name: value.astype(np.float64) for name, value in state.items()}
     x, layer = features.astype("f8"), 0
     while True:
         x = (x - weights[f"{layer}.running_mean"]) / np.sqrt(weights[f"{layer}.running_var"] + 1e-5)
@@ -167,7 +165,7 @@ def test_the_run_holds_the_head_of_the_rows_with_a_known_target(tmp_path: Path) 
         seed=3, data_seed=3, device=CPU, classes=CLASSES,
     )  # fmt: skip
     loaded = load_run(tmp_path / "r")
-    assert all(torch.equal(loaded.state[name], wanted.state[name]) for name in wanted.state)
+    assert all(np.array_equal(loaded.state[name], wanted.state[name]) for name in wanted.state)
     assert (loaded.task, loaded.classes) == ("multilabel", CLASSES)
     assert json.loads((tmp_path / "r" / "run.json").read_text())["task"] == "multilabel"
     assert (summary.task, summary.as_json()["task"]) == ("multilabel", "multilabel")
@@ -192,7 +190,7 @@ def test_features_that_stay_in_their_file_keep_their_labels(
     columns = [{name: column[rows] for name, rows in parts.items()} for column in
                (features, targets, [f"{i:04d}" for i in range(400)])]  # fmt: skip
     cache = write_cache(tmp_path / "c.h5", *columns, classes=CLASSES)
-    monkeypatch.setattr(partition, "available_memory", lambda _: 1)
+    monkeypatch.setattr(partition, "available_memory", lambda *_: 1)
     said: list[str] = []
     options: dict[str, Any] = {"hidden": (), "dropout": 0, "learning_rate": 0.05, "epochs": 20}
     summary = train(cache.path, tmp_path / "r", device="cpu", say=said.append, **options)

@@ -68,13 +68,14 @@ class HeadGroup:
                 for place, (head, rate) in enumerate(
                     zip(self._heads, next(rates_left), strict=True)
                 ):
-                    loss = head.step(batch, *weights[self._losses.numbers[place]], rate)
+                    loss_weights, denominators = weights[self._losses.numbers[place]]
+                    loss = head.step(batch, loss_weights, denominators, rate)
                     totals[place] += loss * size
                 num_rows += size
         assert next(rates_left, None) is None, "a rate for each batch"
         return [float(total) for total in totals / num_rows]
 
-    def _batches(self, batch_size: int) -> Iterator[tuple[Batch, list[_Weights]]]:
+    def _batches(self, batch_size: int) -> Iterator[tuple[Batch, list[tuple[Array, Array]]]]:
         """Yield each batch of an epoch with the weights of its targets in each loss."""
         width = self._jobs[0].head.num_features
         normed = np.empty((batch_size, width), self._data.dtype)
@@ -95,15 +96,16 @@ class HeadGroup:
         logits = [
             np.empty((data.num_valid, job.head.num_classes), data.dtype) for job in self._jobs
         ]
-        start = 0
+        num_done = 0
         for block in data.valid_blocks():
             tasks = [
-                (head, block[i : i + _VALID_ROWS], out[start + i : start + i + _VALID_ROWS])
+                (head, part, out[num_done + i : num_done + i + len(part)])
                 for head, out in zip(self._heads, logits, strict=True)
                 for i in range(0, len(block), _VALID_ROWS)
+                for part in [block[i : i + _VALID_ROWS]]
             ]
             self._team.run(_write_logits, tasks)
-            start += len(block)
+            num_done += len(block)
         return [validation_columns(part, data.valid_targets, data.names) for part in logits]
 
 
