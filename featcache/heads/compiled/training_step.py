@@ -64,11 +64,9 @@ class _Layer:
         self.scale_grad, self.shift_grad = grads[f"{norm}.weight"], grads[f"{norm}.bias"]
         self.bias_grad, self.weights_grad = grads[f"{linear}.bias"], grads.get(f"{linear}.weight")
         num_units = len(self.weights)
-        self.pieces = [
-            slice(start, min(start + _PIECE_UNITS, num_units))
-            for start in range(0, num_units, _PIECE_UNITS)
-        ]
-        self.is_shared = self.weights.size >= _SHARED_VALUES and len(self.pieces) > 1
+        self.is_shared = self.weights.size >= _SHARED_VALUES and num_units > _PIECE_UNITS
+        self.pieces = _cut(num_units, _PIECE_UNITS)
+        self.halves = _cut(num_units, math.ceil(num_units / 2) if self.is_shared else num_units)
 
 
 @dataclass
@@ -131,6 +129,8 @@ class TrainableHead:
             self._arrays[name][...] = value
         self._layers = [_Layer(norm_and_linear(config, i), arrays) for i in range(num_layers)]
         self._activations: dict[int, list[_Activations]] = {}
+        size = _PIECE_UNITS * max(config.num_features, *config.hidden, 0)
+        self._scratch = [np.empty(size, dtype) for _ in range(team.size)]  # one for each thread
 
     def state(self) -> dict[str, Array]:
         """Return a copy of the state dict, by the names of the head's ``nn.Sequential``."""
@@ -191,7 +191,7 @@ class TrainableHead:
         values += first.shift
         values = values.T
         for (layer, following), found in zip(pairwise(self._layers), activations, strict=False):
-            self._each_piece(layer, _multiply, layer.weights, values, found.z)
+            self._share(layer, _multiply, layer.halves, layer.weights, values, found.z)
             self._kernels.relu_and_normalise(
                 found.z, layer.bias, following.scale, following.shift, following.running_mean,
                 following.running_var, found.normed, found.inverse, found.out,
@@ -219,7 +219,9 @@ class TrainableHead:
             else:
                 normed = batch.normed
             sums = np.empty((len(layer.pieces), 2, layer.weights.shape[1]), self._dtype)
-            self._each_piece(layer, self._move_piece, layer, found.grad, normed, sums, settings)
+            self._share(
+                layer, self._move_piece, layer.pieces, layer, found.grad, normed, sums, settings
+            )
             if number == 0:
                 total = sums[0]
                 for piece_sums in sums[1:]:
@@ -234,13 +236,21 @@ class TrainableHead:
         self, piece: slice, number: int, layer: _Layer, grad: Array, normed: Array, sums: Array,
         settings: Array,
     ) -> None:  # fmt: skip
+        # Fresh memory for each piece would be asked of the system, and given back.
+        scratch = self._scratch[number % self._team.size]
+        products = scratch[: (piece.stop - piece.start) * normed.shape[1]]
+        products = products.reshape(-1, normed.shape[1])
+        np.dot(grad[piece], normed, out=products)
         self._kernels.move_layer(
-            np.dot(grad[piece], normed), layer.bias_grad[piece], layer.scale, layer.shift,
+            products, layer.bias_grad[piece], layer.scale, layer.shift,
             layer.weights[piece], layer.first[piece], layer.second[piece], *sums[number], settings,
         )  # fmt: skip
 
-    def _each_piece(self, layer: _Layer, function: Any, *arguments: Any) -> None:
-        tasks = [(piece, number, *arguments) for number, piece in enumerate(layer.pieces)]
+    def _share(
+        self, layer: _Layer, function: Any, pieces: Sequence[slice], *arguments: Any
+    ) -> None:
+        """Call a function for each piece: of a large layer, by all threads of the team."""
+        tasks = [(piece, number, *arguments) for number, piece in enumerate(pieces)]
         if layer.is_shared:
             self._team.run(function, tasks)
         else:
@@ -270,6 +280,10 @@ def draw_mask(
 
 def _multiply(piece: slice, _: int, weights: Array, values: Array, out: Array) -> None:
     np.dot(weights[piece], values, out=out[piece])
+
+
+def _cut(num_units: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, num_units)) for i in range(0, num_units, size)]
 
 
 def _views(flat: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
