@@ -333,10 +333,6 @@ def measure_cold(rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.savez(folder / "rows.npz", *rows.arrays)
-        features, targets = (
-            (rows.features, rows.valid_features),
-            (rows.targets, rows.valid_targets),
-        )
         write_cache(
             folder / "rows.h5",
             {"train": rows.features, "valid": rows.valid_features},
