@@ -128,7 +128,7 @@ def predict_cached(rows: Rows, fold: Fold, seed: int) -> np.ndarray:
         rows.cached[fold.valid], rows.targets[fold.valid], seed=seed, data_seed=seed, device=CPU,
     )  # fmt: skip
     head = build_head(len(rows.classes))
-    head.load_state_dict(result.state)
+    head.load_state_dict({k: torch.from_numpy(v) for k, v in result.state.items()})
     return forward_head(head, rows.cached[fold.test], CPU).argmax(1)
 
 

@@ -15,6 +15,10 @@ batches of 32, 10 epochs, a validation after each. The ways:
     MLPClassifier        scikit-learn's: the same widths, batches, Adam; no batch norm, no dropout
     LogisticRegression   scikit-learn's, for comparison: no hidden layer, one convex problem
 
+On a CPU the first and the third are also measured on 300, 1,600 and 100,000 rows (these in batches
+of 1,024, for two epochs), and cold, as whole processes: the command ``featcache train`` on a cache
+of 200 rows, its compiled code on the disk, against a script of twenty lines in torch.
+
 skorch is optional (``pip install skorch``) and reported as not installed where it is missing.
 
 Every sample is a process of its own, warm (a few steps, libraries and compiled code loaded); its
@@ -31,9 +35,12 @@ equal ways one in thirty would not). Otherwise the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -68,11 +75,12 @@ from plain_loops import (
     warm_up_rows,
 )
 
-from featcache.heads.compiled_stack import load_kernels
+from featcache.cache.writing import write_cache
+from featcache.heads.compiled import kernels
 from featcache.heads.config import HeadJob
 from featcache.heads.fit import fit_head
 from featcache.heads.head import build_head
-from featcache.runtime import available_cores, resolve_device
+from featcache.runtime import Device, available_cores, resolve_device
 
 FEATCACHE, LOADER, INDEXED = "featcache", "DataLoader loop", "tensor-indexed loop"
 NUM_SEEDS = 10
@@ -88,7 +96,8 @@ def train_featcache(
 ) -> None:
     """Train by ``fit_head``."""
     fit_head(
-        job.head, job.training, *rows.arrays, seed=job.seed, data_seed=data_seed, device=device,
+        job.head, job.training, *rows.arrays, seed=job.seed, data_seed=data_seed,
+        device=Device(device.type, device.index),
         on_epoch=lambda row: curve.note(row["valid_loss"], row["valid_accuracy"]),
     )  # fmt: skip
 
@@ -182,7 +191,7 @@ def measure_sample(name: str, num_threads: int | None, task: Task, seed: int) ->
     with threadpool_limits(num_threads):
         few, short = warm_up_rows(rows, task)
         WAYS[name](short.job(seed), few, device, seed, Curve())
-        load_kernels()  # the warm-up is too short to: 0.7 s, where torch.optim's import takes 2.2
+        kernels.load("float32")  # the warm-up is too short to: 0.5 s, as torch.optim is loaded
         start = time.perf_counter()
         curve = Curve()
         WAYS[name](task.job(seed), rows, device, seed, curve)
@@ -280,6 +289,85 @@ def time_to_loss(samples: list[Sample], loss: float) -> float | None:
     return found if math.isfinite(found) else None
 
 
+def measure_sizes(task: Task, rounds: int) -> list[dict[str, Any]]:
+    """Return the seconds of featcache and the tensor-indexed loop for other numbers of rows."""
+    found = []
+    for num_rows, batch_size, epochs in ((300, 32, 10), (1600, 32, 10), (100_000, 1024, 2)):
+        sized = dataclasses.replace(
+            task, num_rows=num_rows, num_valid=num_rows // 4, batch_size=batch_size, epochs=epochs
+        )
+        best = choose_threads(measure_ways([FEATCACHE, INDEXED], sized, rounds))
+        found.append({"task": vars(sized), **{name: row["seconds"] for name, row in best.items()}})
+    return found
+
+
+SCRIPT = """
+import sys
+import numpy as np
+import torch
+from torch import nn
+x, y, valid_x, valid_y = map(torch.from_numpy, np.load(sys.argv[1]).values())
+torch.manual_seed(0)
+head = nn.Sequential(
+    nn.BatchNorm1d(1280), nn.Linear(1280, 512), nn.ReLU(), nn.BatchNorm1d(512),
+    nn.Linear(512, 128), nn.ReLU(), nn.BatchNorm1d(128), nn.Dropout(0.4), nn.Linear(128, 2),
+)
+optimizer = torch.optim.Adam(head.parameters(), lr=5e-4)
+for epoch in range(10):
+    head.train()
+    for batch in torch.randperm(len(x)).split(32):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(x[batch]), y[batch]).backward()
+        optimizer.step()
+    head.eval()
+    with torch.no_grad():
+        print(epoch, nn.functional.cross_entropy(head(valid_x), valid_y).item())
+torch.save(head.state_dict(), sys.argv[2])
+"""
+"""What ``featcache train`` is compared with, as a whole process."""
+
+
+def measure_cold(rounds: int) -> dict[str, float]:
+    """Return the seconds of whole processes: both trainings of 200 rows, and importing torch."""
+    rows = make_rows(Task(200, 50, 1280, 32, 10, "cpu"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.savez(folder / "rows.npz", *rows.arrays)
+        write_cache(
+            folder / "rows.h5",
+            {"train": rows.features, "valid": rows.valid_features},
+            {"train": rows.targets, "valid": rows.valid_targets},
+            {
+                name: [f"{name}/{i}" for i in range(n)]
+                for name, n in (("train", 200), ("valid", 50))
+            },
+            classes=["no", "yes"],
+        )
+        python = sys.executable
+        commands = {
+            "featcache train": [
+                python,
+                "-m",
+                "featcache",
+                "train",
+                "rows.h5",
+                "run",
+                "--overwrite",
+            ],
+            "torch script": [python, "-c", SCRIPT, "rows.npz", "head.pt"],
+            "import torch": [python, "-c", "import torch"],
+        }
+
+        def run(command: list[str]) -> float:
+            start = time.perf_counter()
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            return time.perf_counter() - start
+
+        run(commands["featcache train"])  # compiles, and reads files from the disk
+        ways = {key: functools.partial(run, command) for key, command in commands.items()}
+        return {key: median(found) for key, found in measure_in_turn(ways, rounds).items()}
+
+
 # --------------------------------------------------------------------------------------- reporting
 
 
@@ -320,6 +408,24 @@ def describe_head(report: dict[str, Any]) -> list[str]:
                 verdict = "within" if parity["within_spread"][name] else "**NOT within**"
                 lines.append(f"Median final loss of {name} there: {value:.4f}, {verdict} it.")
     return lines
+
+
+def describe_sizes(report: dict[str, Any]) -> list[str]:
+    """Return the Markdown lines of the other numbers of rows, and of whole processes."""
+    header = ("rows", "batch", "epochs", FEATCACHE, INDEXED, "its time / featcache's")
+    cells: list[tuple[object, ...]] = []
+    for row in report["sizes"]:
+        task, ours, others = row["task"], row[FEATCACHE], row[INDEXED]
+        cells.append((
+            f"{task['num_rows']:,}", f"{task['batch_size']:,}", task["epochs"], number(ours),
+            number(others), number(others / ours),
+        ))  # fmt: skip
+    lines = ["", "### Other numbers of rows, warm", "", *as_table(header, cells, 0)]
+    lines += ["", "### 200 rows, whole processes", ""]
+    seconds = report["cold"]
+    header = ("process", "seconds", "of `import torch`")
+    cells = [(k, number(v), number(v / seconds["import torch"])) for k, v in seconds.items()]
+    return lines + as_table(header, cells, 1)
 
 
 def parse_args() -> argparse.Namespace:
@@ -364,8 +470,12 @@ def main() -> None:
         "head", device, load, args.rounds, task=vars(task), same_loss=same_loss, parity=parity,
         ways=rows,
     )  # fmt: skip
+    if device.type == "cpu" and not args.ways:
+        report |= {"sizes": measure_sizes(task, args.rounds), "cold": measure_cold(args.rounds)}
     stem = f"head_{device.type}"
     lines = [describe_machine(report), "", *describe_head(report)]
+    if "sizes" in report:
+        lines += describe_sizes(report)
     write_report(args.out, stem, report, "\n".join(lines) + "\n")
     draw_head(args.out / f"{stem}.png", report, list(best.values()))
     if not parity.get("within_spread", {}).get(FEATCACHE, True):

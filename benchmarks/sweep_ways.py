@@ -26,11 +26,11 @@ from plain_loops import Curve, Rows, Task, judge, make_rows, train_by_index, war
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featcache.heads.compiled_stack import load_kernels
+from featcache.heads.compiled import kernels
 from featcache.heads.config import HeadJob, TrainingConfig
 from featcache.heads.fit import fit_heads
 from featcache.heads.head import HeadConfig, build_head
-from featcache.runtime import available_cores, resolve_device
+from featcache.runtime import Device, available_cores, resolve_device
 
 DATA_SEED = 0
 _TRIAL_SECONDS, _TRIAL_STEPS = 0.3, 3  # of each number of threads, at least
@@ -92,7 +92,7 @@ def measure_way(name: str, task: Task, num_heads: int, heads: int, steps: int) -
     way, device, rows = WAYS[name], resolve_device(task.device).torch(), make_rows(task)
     few, short = warm_up_rows(rows, task)
     way(draw_jobs(short, min(num_heads, 2)), few, Plan(short, device, heads, steps))
-    load_kernels()  # the warm-up is too short to: 0.7 s, where torch.optim's import takes 2.2
+    kernels.load("float32")  # the warm-up is too short to: 0.5 s, as torch.optim is loaded
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     result = way(draw_jobs(task, num_heads), rows, Plan(task, device, heads, steps))
@@ -121,7 +121,7 @@ def compare_losses(task: Task, num_heads: int) -> dict[str, list[float]]:
 def fit_by_featcache(jobs: Sequence[HeadJob], rows: Rows, plan: Plan) -> Result:
     """Fit all heads by ``fit_heads``, to the end."""
     start = time.perf_counter()
-    results = fit_heads(jobs, *rows.arrays, data_seed=DATA_SEED, device=plan.device)
+    results = fit_heads(jobs, *rows.arrays, data_seed=DATA_SEED, device=Device(plan.device.type))
     seconds = time.perf_counter() - start
     losses = [r.history[-1]["valid_loss"] if r.history else None for r in results]
     return {

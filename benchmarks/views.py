@@ -101,7 +101,7 @@ def measure_head(
         plain[fold.valid], rows.targets[fold.valid], seed=seed, data_seed=seed, device=CPU,
     )  # fmt: skip
     head = build_head(config)
-    head.load_state_dict(result.state)
+    head.load_state_dict({k: torch.from_numpy(v) for k, v in result.state.items()})
     probs, truth = predict_probs(head, plain[fold.test], CPU), rows.targets[fold.test]
     accuracy = balanced_accuracy_score(truth, probs.argmax(1))
     loss = -np.log(probs[np.arange(len(truth)), truth]).mean()

@@ -15,15 +15,13 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numba
-import numba.extending
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-intrinsic: Callable[[Any], Any] = numba.extending.intrinsic
-"""Decorates what writes code, by llvmlite, into compiled functions that call it."""
 
-
-def compiled(signature: str, *modules: ModuleType) -> Callable[[_Function], _Function]:
+def compiled(
+    signature: str, *modules: ModuleType, sums_reorder: bool = False
+) -> Callable[[_Function], _Function]:
     """Compile now, for one signature, and keep it on the disk if there is a place for it.
 
     Numba takes what it has kept for the same when time and size of the function's own file are:
@@ -32,15 +30,23 @@ def compiled(signature: str, *modules: ModuleType) -> Callable[[_Function], _Fun
     Args:
         signature: Numba's.
         modules: That the function's parts come from, other than its own.
+        sums_reorder: Let the terms of a sum be added in any order: several at a time. NaN and
+            infinity stay what they are.
     """
+    fastmath = {"reassoc", "contract"} if sums_reorder else False
 
     def compile_now(function: _Function) -> _Function:
-        jit = functools.partial(numba.njit, signature, nogil=True, error_model="numpy")
+        jit = functools.partial(
+            numba.njit, signature, nogil=True, error_model="numpy", fastmath=fastmath
+        )
+        plain_name = function.__qualname__
         try:  # beside its file, else in NUMBA_CACHE_DIR or the user's cache folder
             function.__qualname__ += "_" + _hash_sources(function, modules)
             return cast(_Function, jit(cache=True)(function))
         except (OSError, RuntimeError):  # none of them can be written to
             return cast(_Function, jit()(function))
+        finally:
+            function.__qualname__ = plain_name
 
     return compile_now
 
@@ -53,9 +59,3 @@ def _hash_sources(function: Callable[..., Any], modules: Sequence[ModuleType]) -
 def part(function: _Function) -> _Function:
     """Compile with the kernel that calls it."""
     return cast(_Function, numba.njit(nogil=True, error_model="numpy")(function))
-
-
-def summing(function: _Function) -> _Function:
-    """As ``part``, for a sum whose terms may be added in any order: eight at a time."""
-    jit = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
-    return cast(_Function, jit(function))

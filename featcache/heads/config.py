@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy.typing as npt
 
 from featcache.errors import ConfigError
 from featcache.heads.head import HeadConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine")
@@ -20,7 +19,18 @@ LBFGS = "lbfgs"
 """The optimizer of heads without hidden layers that solves for them: module ``linear_probe``."""
 
 USED_BY_LBFGS = ("optimizer", "weight_decay", "class_weights", "label_smoothing")
-"""What else a training has, L-BFGS has no use for."""
+"""The only fields of ``TrainingConfig`` that L-BFGS reads."""
+
+
+STRENGTHS = tuple(10 ** (2 - number / 8) for number in range(65))
+"""L-BFGS' path of regularisation where there are validation rows, the strongest first, at CLIP's
+resolution: 8 a decade (Radford et al. 2021, appendix A.3). From 100, where little more than the
+classes' shares is left, to 1e-6, where the training rows are fitted whatever they are: both of the
+mean loss on standardised rows, so they need not follow the number of rows as CLIP's do."""
+
+MAX_ITERATIONS = 1000
+"""L-BFGS' iteration limit per block of strengths, CLIP's. Reached only for linearly separable
+classes with almost no regularisation."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +130,8 @@ class FitResult:
     """A trained head.
 
     Attributes:
-        state: The head's whole state dict (batch-norm statistics too) after the best epoch, on
-            the CPU.
+        state: The head's whole state dict (batch-norm statistics too) after the best epoch, as
+            arrays by the names of its ``nn.Sequential``.
         history: One row per epoch: ``epoch`` (from 1), ``train_loss`` (the loss minimised, weights
             and smoothing included), ``valid_loss`` (plain cross-entropy), ``valid_accuracy``, one
             ``valid_recall_CLASS`` per class (None without rows of it), ``learning_rate``,
@@ -135,7 +145,7 @@ class FitResult:
         diverged_in: The epoch in which the loss was no finite number; it is not in the history.
     """
 
-    state: dict[str, Tensor]
+    state: dict[str, npt.NDArray[Any]]
     history: list[dict[str, Any]]
     best_epoch: int
     diverged_in: int | None = None
@@ -147,6 +157,19 @@ def auto_batch_size(num_rows: int) -> int:
     32 up to about 4,500 rows: the steps per epoch, not the batch, then grow with the data.
     """
     return min(1 << max(round(math.log2(max(num_rows, 1) / 100)), 5), 4096)
+
+
+def choose_strengths(
+    training: TrainingConfig, num_rows: int, *, has_valid: bool
+) -> tuple[float, ...]:
+    """Return the strengths that are solved for, the strongest first.
+
+    The weight decay alone where there is one; else ``STRENGTHS`` where there are rows to choose by,
+    and 1 / N where there are none: scikit-learn's default, C = 1.
+    """
+    if training.weight_decay:
+        return (training.weight_decay,)
+    return STRENGTHS if has_valid else (1 / num_rows,)
 
 
 @dataclass(frozen=True)

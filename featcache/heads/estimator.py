@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import LabelEncoder
@@ -26,10 +26,13 @@ from sklearn.utils.validation import (
 )
 
 from featcache.errors import ConfigError, FeatcacheError
-from featcache.heads.config import TrainingConfig
+from featcache.heads.config import FitResult, TrainingConfig
 from featcache.heads.fit import fit_head, forward_head, predict_probs
 from featcache.heads.head import HeadConfig, build_head
-from featcache.runtime import resolve_device
+from featcache.runtime import CPU, Device, resolve_device
+
+if TYPE_CHECKING:
+    import torch
 
 _PARAMETERS = {
     "--hidden": "hidden_layer_sizes", "--optimizer": "solver", "--epochs": "max_epochs",
@@ -37,7 +40,7 @@ _PARAMETERS = {
 }  # fmt: skip
 """Options whose parameter here has scikit-learn's name; the others differ by the dashes."""
 
-_Forward: TypeAlias = Callable[[torch.nn.Module, npt.NDArray[Any], torch.device], npt.NDArray[Any]]
+_Forward: TypeAlias = "Callable[[torch.nn.Module, npt.NDArray[Any], Device], npt.NDArray[Any]]"
 
 
 class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -173,14 +176,13 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 weights = None if weights is None else weights[kept]
             result = fit_head(
                 head, training, features, targets, *held_out, seed=seed, data_seed=seed,
-                device=resolve_device(self.device).torch(), train_weights=weights,
+                device=resolve_device(self.device), train_weights=weights,
                 classes=[str(name) for name in self.classes_],
                 on_epoch=_print_epoch if self.verbose else None,
             )  # fmt: skip
         self.history_, self.best_epoch_ = result.history, result.best_epoch
         self.n_iter_ = len(result.history)
-        self.head_ = build_head(head, seed=0).eval()
-        self.head_.load_state_dict(result.state)
+        self.head_ = _load_head(head, result)
         return self
 
     def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
@@ -266,9 +268,9 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         features = self._check_rows(X, reset=False)
         with _errors_of_scikit_learn():
-            device = resolve_device(self.device).torch()
+            device = resolve_device(self.device)
         if device.type == "mps":  # has no float64
-            device = torch.device("cpu")
+            device = CPU
         return compute(copy.deepcopy(self.head_).double(), features, device)
 
 
@@ -317,13 +319,22 @@ def _errors_of_scikit_learn() -> Iterator[None]:
         raise ValueError(re.sub(r"--[a-z-]+", name, str(error))) from error
 
 
+def _load_head(config: HeadConfig, result: FitResult) -> torch.nn.Sequential:
+    import torch
+
+    head = build_head(config, seed=0).eval()
+    head.load_state_dict({name: torch.from_numpy(v) for name, v in result.state.items()})
+    return head
+
+
 def _plain(value: Any) -> Any:
     """Return a NumPy scalar, as a grid of parameters holds them, as Python's."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _to_numpy(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
+    torch = sys.modules.get("torch")  # without which there is no tensor
+    if torch is None or not isinstance(value, torch.Tensor):
         return value
     value = value.detach().cpu()
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()

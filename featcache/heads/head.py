@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MAX_WIDTH = 1 << 20
-BATCH_NORM_EPS = 1e-5  # torch.nn.BatchNorm1d's
+BATCH_NORM_EPS, BATCH_NORM_MOMENTUM = 1e-5, 0.1  # torch.nn.BatchNorm1d's
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,41 @@ def _linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None
     bound = 1 / math.sqrt(num_inputs)
     nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
     return layer
+
+
+def initial_state(config: HeadConfig, seed: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the state dict of ``build_head(config, seed)``, bit for bit, without importing torch.
+
+    Args:
+        config: The shape of the head.
+        seed: From 0; as in torch, only its lower 32 bits count.
+    """
+    generator = np.random.RandomState(seed & 0xFFFFFFFF)  # an MT19937, as torch's on CPUs
+    layout = state_layout(config)
+    state: dict[str, npt.NDArray[Any]] = {}
+    for name, (dtype, shape) in layout.items():
+        layer, kind = name.split(".")
+        if f"{layer}.running_mean" in layout:
+            state[name] = np.full(shape, float(kind in {"weight", "running_var"}), dtype)
+        elif kind == "weight":
+            # The bound as torch.nn.init computes it, which may differ in the last bit.
+            gain = math.sqrt(2 / (1 + math.sqrt(5) ** 2))
+            bound = math.sqrt(3) * (gain / math.sqrt(shape[1]))
+            state[name] = _draw_uniform(generator, shape, bound)
+        else:
+            fan_in = layout[f"{layer}.weight"][1][1]
+            state[name] = _draw_uniform(generator, shape, 1 / math.sqrt(fan_in))
+    return state
+
+
+def _draw_uniform(
+    generator: np.random.RandomState, shape: tuple[int, ...], bound: float
+) -> npt.NDArray[np.float32]:
+    """Return numbers from -bound to bound as ``torch.Tensor.uniform_`` draws them on CPUs."""
+    draws = generator.randint(0, 1 << 32, shape, dtype=np.uint32)
+    fractions = (draws & 0xFFFFFF) * 2.0**-24  # 24 bits of each
+    bound = float(np.float32(bound))
+    return (fractions * (2 * bound) - bound).astype(np.float32)
 
 
 def count_values(config: HeadConfig) -> int:

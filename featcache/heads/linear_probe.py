@@ -22,34 +22,33 @@ strengths), and a quarter of its time.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from featcache.errors import ConfigError
-from featcache.heads.config import FitResult, HeadJob, TrainingConfig
-from featcache.heads.head import state_layout
-from featcache.heads.loss import want_classes, weigh_classes
+from featcache.heads.batches import Features, TrainingData
+from featcache.heads.config import MAX_ITERATIONS, FitResult, HeadJob, choose_strengths
+from featcache.heads.head import BATCH_NORM_EPS, state_layout
+from featcache.heads.loss import class_weights, target_weights, validation_columns
 from featcache.heads.streaming import StoredFeatures
-from featcache.heads.trainer import Rows, judge_logits
-from featcache.runtime import available_memory
-
-STRENGTHS = tuple(10 ** (2 - number / 8) for number in range(65))
-"""The path where there are rows to choose by, the strongest first, at CLIP's resolution: 8 a decade
-(Radford et al. 2021, appendix A.3). From 100, where little more than the classes' shares is left,
-to 1e-6, where the training rows are fitted whatever they are: both of the mean loss on standardised
-rows, so they need not follow the number of rows as CLIP's 1e-6 to 1e6 of the sum do."""
+from featcache.runtime import Device, available_memory, exact_fp32
 
 _BLOCK_STRENGTHS, _BLOCK_BYTES = 16, 1 << 30
-_EPS = 1e-5  # torch.nn.BatchNorm1d's
+_ONE_THREAD_VALUES = 1 << 24  # of all features, times classes
 
 
-def fit_linear_probe(job: HeadJob, rows: Rows, tell: Callable[[dict[str, Any]], bool]) -> FitResult:
+def fit_linear_probe(
+    job: HeadJob, data: TrainingData, device: Device, tell: Callable[[dict[str, Any]], bool]
+) -> FitResult:
     """Solve a linear head and keep the strength with the lowest cross-entropy on the valid rows.
 
     Nothing is drawn at random: the seeds do not matter. Of rows with views each view counts, for
@@ -58,18 +57,43 @@ def fit_linear_probe(job: HeadJob, rows: Rows, tell: Callable[[dict[str, Any]], 
     Args:
         job: A head without hidden layers. Of its training, ``weight_decay``, ``class_weights`` and
             ``label_smoothing`` count.
-        rows: To solve for, and to choose by.
+        data: Rows to solve for, and validation rows to choose the strength by.
+        device: Where to compute.
         tell: Called with each row of the history; where it answers True, the path ends there.
     """
-    if rows.targets.ndim == 2:
+    if data.targets.ndim == 2:
         raise ConfigError(
             "--optimizer lbfgs", expected="one class per row", found="several labels",
             hint="Take another optimizer",
         )  # fmt: skip
-    features = _in_memory(rows.features, rows.device)
+    small = math.prod(data.features.shape) * len(data.names) < _ONE_THREAD_VALUES
+    with _one_thread() if small else contextlib.nullcontext(), exact_fp32():
+        return _fit(job, data, device.torch(), tell)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute with one thread, then give the caller its number back.
+
+    A path over 300 rows x 1280 took 1 s with one; 5 to 43 s with two, where others wanted the
+    cores: its small steps wait at barriers.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fit(
+    job: HeadJob, data: TrainingData, device: torch.device, tell: Callable[[dict[str, Any]], bool]
+) -> FitResult:
+    features = _in_memory(data.features, device)
     scaling = _Scaling.of(features)
-    history, lowest, best, state = list[dict[str, Any]](), math.inf, 0, dict[str, Tensor]()
-    for row, weight, bias in _walk(job, rows, features, scaling):
+    history, lowest, best = list[dict[str, Any]](), math.inf, 0
+    state = dict[str, npt.NDArray[Any]]()
+    for row, weight, bias in _walk(job, data, features, scaling):
         history.append(row)
         loss = row.get("valid_loss", row["train_loss"])
         if not math.isfinite(row["train_loss"] + loss):
@@ -79,19 +103,6 @@ def fit_linear_probe(job: HeadJob, rows: Rows, tell: Callable[[dict[str, Any]], 
         if tell(row):
             break
     return FitResult(state, history, best)
-
-
-def choose_strengths(
-    training: TrainingConfig, num_rows: int, *, has_valid: bool
-) -> tuple[float, ...]:
-    """Return the strengths that are solved for, the strongest first.
-
-    The weight decay alone where there is one; else ``STRENGTHS`` where there are rows to choose by,
-    and 1 / N where there are none: scikit-learn's default, C = 1.
-    """
-    if training.weight_decay:
-        return (training.weight_decay,)
-    return STRENGTHS if has_valid else (1 / num_rows,)
 
 
 @dataclass(frozen=True)
@@ -112,11 +123,11 @@ class _Scaling:
     def apply(self, features: Tensor) -> Tensor:
         """Return rows (N, D) in float64, of rows with views (N * V, D)."""
         rows = features.flatten(0, -2).double() - self.mean
-        return rows.mul_(torch.rsqrt(self.variance.double() + _EPS))
+        return rows.mul_(torch.rsqrt(self.variance.double() + BATCH_NORM_EPS))
 
 
 def _walk(
-    job: HeadJob, rows: Rows, features: Tensor, scaling: _Scaling
+    job: HeadJob, data: TrainingData, features: Tensor, scaling: _Scaling
 ) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
     """Yield a row of history, weights (C, D) and biases (C,) for each strength.
 
@@ -124,12 +135,13 @@ def _walk(
     x 1280, all 65 of them: blocks of 65, 16, 4 and 1 took 6.9, 6.0, 12 and 5.2 s with 2 classes,
     31, 16, 16 and (scipy's L-BFGS-B on the same terms) 32 s with 10.
     """
-    dtype, training = features.dtype, job.training
-    problem = SoftmaxRegression(scaling.apply(features), _wanted(job, rows).to(features.device))
-    valid = rows.valid_features
-    if valid is not None:
-        valid = scaling.apply(_in_memory(valid, rows.device))
-    strengths = choose_strengths(training, len(rows.targets), has_valid=valid is not None)
+    dtype, device = features.dtype, features.device
+    weights = torch.from_numpy(_weigh(job, data)).to(device)
+    problem = SoftmaxRegression(scaling.apply(features), weights)
+    valid = None
+    if data.valid_features is not None:
+        valid = scaling.apply(_in_memory(data.valid_features, device))
+    strengths = choose_strengths(job.training, len(data.targets), has_valid=valid is not None)
     size = max(1, min(_BLOCK_STRENGTHS, _BLOCK_BYTES // problem.bytes_per_strength))
     for start in range(0, len(strengths), size):
         began = time.perf_counter()
@@ -138,27 +150,27 @@ def _walk(
         for solution in block:
             row: dict[str, Any] = {"strength": solution.strength, "train_loss": solution.loss}
             weight, bias = solution.weight.to(dtype), solution.bias.to(dtype)
-            if valid is not None and rows.valid_targets is not None:
-                logits = torch.addmm(bias.double(), valid, weight.double().T).cpu()
-                row |= judge_logits(logits, rows.valid_targets, rows.names)
+            if valid is not None and data.valid_targets is not None:
+                logits = torch.addmm(bias.double(), valid, weight.double().T).cpu().numpy()
+                row |= validation_columns(logits, data.valid_targets, data.names)
             row |= {"num_iterations": solution.num_iterations, "converged": solution.converged}
             yield row | {"seconds": seconds}, weight, bias
 
 
-def _wanted(job: HeadJob, rows: Rows) -> Tensor:
-    """Return (N, C), with views (N * V, C), by what each class' -log(p) counts in the mean loss."""
+def _weigh(job: HeadJob, data: TrainingData) -> npt.NDArray[np.float64]:
+    """Return the weight (N, C), with views (N * V, C), of each -log p in the mean loss."""
     kind, smoothing = job.training.class_weights, job.training.label_smoothing
-    targets, row_weights = rows.targets.cpu(), rows.weights
-    if row_weights is not None:
-        row_weights = row_weights.cpu().double()
-    class_weights = weigh_classes(kind, targets, job.head.num_classes, torch.float64)
-    wanted = want_classes(targets, class_weights, smoothing, row_weights)
-    num_views = rows.features.shape[1] if rows.features.ndim == 3 else 1
-    return wanted.repeat_interleave(num_views, 0) / num_views
+    row_weights = None if data.row_weights is None else data.row_weights.astype(np.float64)
+    of_classes = class_weights(kind, data.targets, job.head.num_classes, np.float64)
+    weights, denominators = target_weights(data.targets, of_classes, smoothing, row_weights)
+    num_views = data.features.shape[1] if data.features.ndim == 3 else 1
+    return np.repeat(weights / denominators.sum(), num_views, 0) / num_views
 
 
-def _state(job: HeadJob, scaling: _Scaling, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
-    """Return the state dict of the head, on the CPU."""
+def _state(
+    job: HeadJob, scaling: _Scaling, weight: Tensor, bias: Tensor
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the state dict of the head."""
     layout = state_layout(job.head)
     norm, linear = (name.rsplit(".", 1)[0] for name in (next(iter(layout)), next(reversed(layout))))
     values = {
@@ -170,10 +182,10 @@ def _state(job: HeadJob, scaling: _Scaling, weight: Tensor, bias: Tensor) -> dic
         f"{linear}.weight": weight,
         f"{linear}.bias": bias,
     }
-    return {name: values[name].cpu() for name in layout}
+    return {name: values[name].cpu().numpy() for name in layout}
 
 
-def _in_memory(features: Tensor | StoredFeatures, device: torch.device) -> Tensor:
+def _in_memory(features: Features, device: torch.device) -> Tensor:
     """Return features where they can be computed with in float64.
 
     Raises:
@@ -182,17 +194,14 @@ def _in_memory(features: Tensor | StoredFeatures, device: torch.device) -> Tenso
     if device.type == "mps":  # has no float64
         device = torch.device("cpu")
     wanted, found = 16 * math.prod(features.shape), available_memory(device)
-    if isinstance(features, Tensor) and wanted <= found:
-        return features.to(device)
+    if not isinstance(features, StoredFeatures) and wanted <= found:
+        writable = features if features.flags.writeable else features.copy()
+        return torch.from_numpy(np.ascontiguousarray(writable)).to(device)
     raise ConfigError(
         "--optimizer lbfgs", expected=f"{wanted / 1e9:.3g} GB of memory, for all rows in float64",
         found=f"{found / 1e9:.3g} GB", hint="Take adam: it needs a part of the rows at a time",
     )  # fmt: skip
 
-
-MAX_ITERATIONS = 1000
-"""Iteration limit per block of strengths, CLIP's. Reached only for linearly separable classes with
-almost no regularisation."""
 
 _TOLERANCE = 1e-9  # of the objective
 
@@ -223,15 +232,15 @@ class Solution:
 
 
 class SoftmaxRegression:
-    """Rows and what is wanted of them; ``solve`` goes on from its last solution.
+    """Weighted rows; ``solve`` goes on from its last solution.
 
     Args:
         rows: (N, D) float64, of mean 0 or nearly so.
-        wanted: (N, C) float64, by what the negative log-probability of each class counts.
+        weights: (N, C) float64, of the negative log-probability of each class in the loss.
     """
 
-    def __init__(self, rows: Tensor, wanted: Tensor) -> None:
-        self._wanted, self._row_weights = wanted, wanted.sum(1)
+    def __init__(self, rows: Tensor, weights: Tensor) -> None:
+        self._weights, self._row_weights = weights, weights.sum(1)
         basis = None
         if len(rows) < rows.shape[1]:
             basis, _ = torch.linalg.qr(rows.T)
@@ -241,13 +250,13 @@ class SoftmaxRegression:
         ones = rows.new_ones(len(rows), 1)
         self._rows = torch.cat([rows @ axes, ones], 1)  # the last column is the bias's
         self._moments = torch.cat([moments.clamp(min=0), ones[0]])
-        self._contrasts = _contrasts(wanted)
-        self._params = rows.new_zeros(wanted.shape[1] - 1, len(self._moments))
+        self._contrasts = _contrasts(weights)
+        self._params = rows.new_zeros(weights.shape[1] - 1, len(self._moments))
 
     @property
     def bytes_per_strength(self) -> int:
         """About the memory that ``solve`` takes for each strength."""
-        return 8 * (6 * self._wanted.numel() + (2 * _MEMORY + 8) * self._params.numel())
+        return 8 * (6 * self._weights.numel() + (2 * _MEMORY + 8) * self._params.numel())
 
     def solve(self, strengths: Sequence[float]) -> list[Solution]:
         """Solve for some strengths at once, each from the last solution found."""
@@ -279,12 +288,12 @@ class SoftmaxRegression:
         """Return the loss (L,) of contrasts (N, L, C - 1)."""
         logits = points @ self._contrasts.T
         of_rows = self._row_weights @ torch.logsumexp(logits, 2)
-        return of_rows - (logits * self._wanted[:, None]).sum((0, 2))
+        return of_rows - (logits * self._weights[:, None]).sum((0, 2))
 
     def grads(self, points: Tensor) -> Tensor:
         """Return the gradient of the loss by the parameters, from the contrasts."""
         probs = (points @ self._contrasts.T).softmax(2)
-        errors = probs.mul_(self._row_weights[:, None, None]).sub_(self._wanted[:, None])
+        errors = probs.mul_(self._row_weights[:, None, None]).sub_(self._weights[:, None])
         of_points = errors @ self._contrasts
         return (of_points.flatten(1).T @ self._rows).view(*of_points.shape[1:], -1)
 

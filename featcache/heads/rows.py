@@ -1,4 +1,4 @@
-"""A cache -> the rows to train on and the rows to choose by, fit to be trained on.
+"""Select the training and validation rows of a cache.
 
 Reads: a cache. Writes: nothing.
 """
@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,6 @@ from featcache.data.stratification import assign_labelled_units, assign_units, b
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, printable
 from featcache.heads.streaming import BLOCK_BYTES, StoredFeatures
 from featcache.runtime import Device, Say, available_memory
-
-if TYPE_CHECKING:
-    import torch
 
 _MEMORY_SHARE = 0.75  # of what is left: heads, activations and others want some too
 _LEAST_BLOCK_BYTES = 1 << 20
@@ -66,9 +63,8 @@ class Part:
 
 
 def read_rows(
-    parts: Sequence[Part], device: Device | torch.device, say: Say, *, copies: int = 1,
-    readers: int = 1,
-) -> list[npt.NDArray[Any] | StoredFeatures]:  # fmt: skip
+    parts: Sequence[Part], device: Device, say: Say, *, copies: int = 1, readers: int = 1
+) -> list[npt.NDArray[Any] | StoredFeatures]:
     """Return the features of parts: arrays where memory has room for all, else as they are stored.
 
     Args:

@@ -21,6 +21,7 @@ from featcache.errors import ConfigError, printable
 from featcache.files import new_folder, refuse_existing, result_as_dict
 from featcache.heads.config import (
     LBFGS,
+    MAX_ITERATIONS,
     USED_BY_LBFGS,
     FitResult,
     HeadJob,
@@ -30,7 +31,6 @@ from featcache.heads.config import (
 )
 from featcache.heads.fit import fit_head
 from featcache.heads.head import HeadConfig
-from featcache.heads.linear_probe import MAX_ITERATIONS
 from featcache.heads.rows import Part, Targets, check_cache, choose_rows, read_rows
 from featcache.heads.run import record_fit
 from featcache.runtime import Say, resolve_device, silent
@@ -127,7 +127,7 @@ def train(
         run: The folder to make.
         hidden: Width of each hidden layer; empty for a linear head.
         dropout: Before the last layer, in [0, 1).
-        learning_rate: See ``fit.TrainingConfig``, as for the next nine.
+        learning_rate: See ``TrainingConfig``, as for the next nine.
         weight_decay: For adam and sgd added to the gradient, for adamw taken off the weights; for
             lbfgs the one strength to solve for.
         optimizer: ``adam``, ``adamw``, ``sgd``, or ``lbfgs`` with ``hidden=()``.
@@ -171,7 +171,7 @@ def train(
     check_valid_fraction(valid_fraction)
     # What does not fit is told before the cache is read.
     HeadJob(HeadConfig(1, 2, tuple(hidden), dropout), training, seed)
-    torch_device = resolve_device(device).torch()
+    where = resolve_device(device)
     opened = open_cache(cache)
     check_cache(opened)
     warn_of_leaks(opened)
@@ -180,17 +180,17 @@ def train(
     head = HeadConfig(opened.num_features, len(opened.classes), tuple(hidden), dropout)
     with new_folder(folder, overwrite=overwrite) as partial:
         fit_start = time.perf_counter()
-        features, valid_features = read_rows(parts, torch_device, say)
+        features, valid_features = read_rows(parts, where, say)
         result = fit_head(
             head, training, features, parts[0].targets, valid_features, parts[1].targets, seed=seed,
-            data_seed=order_seed, device=torch_device, classes=opened.classes,
+            data_seed=order_seed, device=where, classes=opened.classes,
             on_epoch=_epoch_lines(opened.classes, say), say=say,
         )  # fmt: skip
         fit_seconds = time.perf_counter() - fit_start
         num_train, num_valid = (len(part.rows) for part in parts)
         weights_sha256 = record_fit(
             partial, folder, opened, head=head, training=training, result=result, seed=seed,
-            data_seed=order_seed, device=torch_device, num_train=num_train,
+            data_seed=order_seed, device=where, num_train=num_train,
             valid_fraction=valid_fraction,
         )  # fmt: skip
     kept = result.history[result.best_epoch - 1]
@@ -203,7 +203,7 @@ def train(
         valid_loss=kept["valid_loss"], valid_accuracy=kept["valid_accuracy"],
         valid_recall={name: kept[f"valid_recall_{name}"] for name in opened.classes},
         fit_seconds=fit_seconds, total_seconds=time.perf_counter() - start,
-        device=str(torch_device), fingerprint=opened.fingerprint, weights_sha256=weights_sha256,
+        device=str(where), fingerprint=opened.fingerprint, weights_sha256=weights_sha256,
     )  # fmt: skip
     _say_kept(summary, result, say)
     return summary
@@ -234,8 +234,9 @@ def _say_kept(summary: TrainSummary, result: FitResult, say: Say) -> None:
         unsolved = sum(not row["converged"] for row in result.history)
         if unsolved:
             say(
-                f"{unsolved} of {many} had not converged after {MAX_ITERATIONS:,} iterations: at "
-                "so little regularisation the weights of classes that a plane parts keep growing"
+                f"{unsolved} of {many} had not converged after {MAX_ITERATIONS:,} iterations: with "
+                "so little regularisation the weights of linearly separable classes grow without "
+                "bound"
             )
     say(
         f"kept {kept}: valid loss {summary.valid_loss:.4f}, accuracy "

@@ -13,16 +13,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from featcache.cache.reading import Cache
 from featcache.data.stratification import build_units
 from featcache.errors import CacheError, DataError
 from featcache.heads.rows import Part, Rows, Targets, read_rows, share_out
 from featcache.heads.streaming import StoredFeatures
-from featcache.runtime import Say, available_cores, silent
-
-_CPU = torch.device("cpu")
+from featcache.runtime import CPU, Device, Say, available_cores, silent
 
 Pair: TypeAlias = tuple[Rows, Rows]
 """Numbers of rows to train on and to judge by."""
@@ -59,7 +56,7 @@ class Pool:
 
     @classmethod
     def of(
-        cls, cache: Cache, parts: tuple[Part, Part], device: torch.device = _CPU, say: Say = silent
+        cls, cache: Cache, parts: tuple[Part, Part], device: Device = CPU, say: Say = silent
     ) -> Pool:
         """Read the rows of a cache, or leave them in their file where memory has no room for them.
 

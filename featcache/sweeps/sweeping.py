@@ -175,20 +175,18 @@ def sweep(
     check_seed("--seed", seed)
     check_valid_fraction(valid_fraction)
     read = None if space is None else read_space(Path(space))
-    torch_device = resolve_device(device).torch()
+    where = resolve_device(device)
     opened = open_cache(cache)
     check_cache(opened)
     has_labels = opened.task == "multilabel"
     check_metric(metric, positive, opened.classes, has_labels=has_labels)
     warn_of_leaks(opened)
-    pool = Pool.of(opened, choose_rows(opened, valid_fraction, seed, say), torch_device, say)
+    pool = Pool.of(opened, choose_rows(opened, valid_fraction, seed, say), where, say)
     chosen_space = read or default_space(len(pool.pair[0]))
     if sampler == "grid":
         check_grid(chosen_space, trials)
     plan = Plan(trials, sampler, chosen_space, folds, repeats, select, seed)
-    judge = Judge(
-        metric, positive, opened.classes, torch_device, prune, _say_once(say), opened.task
-    )
+    judge = Judge(metric, positive, opened.classes, where, prune, _say_once(say), opened.task)
     work = {
         "format": "featcache-sweep", "version": __version__,
         "cache_fingerprint": opened.fingerprint, "cache_sha256": opened.payload_sha256,
@@ -196,7 +194,7 @@ def sweep(
         "sampler": sampler, "space": chosen_space.as_json(), "metric": metric,
         "positive": positive, "folds": folds, "repeats": repeats, "select": select,
         "prune": prune, "valid_fraction": valid_fraction, "seed": seed,
-        "device": torch_device.type,
+        "device": where.type,
     }  # fmt: skip
     propose = functools.partial(_propose, plan, judge.sign) if sampler == "tpe" else None
     search = Search(plan, judge, pool, propose, progress=progress)

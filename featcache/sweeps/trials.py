@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from featcache.heads.config import LBFGS, FitResult, HeadJob
-from featcache.heads.fit import fit_heads, predict_probs
-from featcache.heads.head import HeadConfig, build_head
-from featcache.heads.linear_probe import choose_strengths
+from featcache.heads.config import LBFGS, FitResult, HeadJob, choose_strengths
+from featcache.heads.fit import fit_heads
+from featcache.heads.head import HeadConfig
+from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import Targets
 from featcache.metrics.scores import compute_score, describe_metric
-from featcache.runtime import Say, silent
+from featcache.runtime import Device, Say, silent
 from featcache.sweeps.folds import Arrays
 from featcache.sweeps.space import Params, build_configs, params_from_json
 
@@ -83,7 +82,7 @@ class Judge:
     metric: str
     positive: str | None
     classes: Sequence[str]
-    device: torch.device
+    device: Device
     prunes: bool = True
     say: Say = silent
     task: str = "multiclass"
@@ -117,9 +116,7 @@ class Judge:
         """Return the figure of a trained head."""
         if self.metric in {"loss", "accuracy"}:
             return float(result.history[result.best_epoch - 1][f"valid_{self.metric}"])
-        built = build_head(head, seed=0)
-        built.load_state_dict(result.state)
-        probs = predict_probs(built, arrays[2], self.device, self.task)
+        probs = predict_probs(head, result.state, arrays[2], self.task)
         score = compute_score(self.metric, arrays[3], probs, self.classes, self.positive)
         assert score is not None  # of the prior it was not
         return score

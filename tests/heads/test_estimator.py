@@ -70,7 +70,7 @@ def make_cache(path: Path, dtype: str = "f4") -> Cache:
 def same(one: HeadClassifier, two: HeadClassifier) -> bool:
     states = one.head_.state_dict(), two.head_.state_dict()
     assert states[0].keys() == states[1].keys()
-    return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    return all(np.array_equal(value, states[1][name]) for name, value in states[0].items())
 
 
 # --- scikit-learn's own checks

@@ -13,7 +13,8 @@ from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 
 from featcache.heads import linear_probe
-from featcache.heads.linear_probe import STRENGTHS, SoftmaxRegression, Solution
+from featcache.heads.config import STRENGTHS
+from featcache.heads.linear_probe import SoftmaxRegression, Solution
 
 
 @pytest.fixture(autouse=True)

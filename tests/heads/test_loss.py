@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sample_heads import SeededDropout, as_tensors
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from featcache.errors import ConfigError, DataError
+from featcache.heads.compiled import kernels, numpy_kernels
 from featcache.heads.config import HeadJob, TrainingConfig
 from featcache.heads.fit import fit_head, fit_heads, predict_probs
 from featcache.heads.head import HeadConfig, build_head
-from featcache.heads.loss import binary_cross_entropy, want_labels, weigh_classes
+from featcache.heads.loss import class_weights, target_weights
+from featcache.runtime import CPU
 
-CPU, HEAD = torch.device("cpu"), HeadConfig(12, 4, hidden=(8,), dropout=0.4)
+HEAD = HeadConfig(12, 4, hidden=(8,), dropout=0.4)
 
 
 def labels(num_rows: int, seed: int = 0) -> tuple[Any, Any]:
@@ -37,8 +40,8 @@ def plain_loop(smoothing: float, pos_weight: Any, seed: int = 5) -> tuple[Any, l
     x, held = torch.from_numpy(features), torch.from_numpy(held_out)
     torch.manual_seed(seed)
     head = nn.Sequential(
-        nn.BatchNorm1d(12), nn.Linear(12, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Dropout(0.4),
-        nn.Linear(8, 4),
+        nn.BatchNorm1d(12), nn.Linear(12, 8), nn.ReLU(), nn.BatchNorm1d(8),
+        SeededDropout(0.4, seed), nn.Linear(8, 4),
     ).double()  # fmt: skip
     stepper = torch.optim.Adam(head.parameters(), lr=0.01)
     order, states, losses = torch.Generator().manual_seed(6), [], []
@@ -96,7 +99,7 @@ def test_whole_trainings_equal_a_plain_loop_alone_and_in_one_stack() -> None:
             found = [row["valid_loss"] for row in result.history]
             assert found == pytest.approx(losses, rel=1e-10)
             for name, value in state.items():
-                torch.testing.assert_close(result.state[name], value, rtol=1e-10, atol=1e-10)
+                np.testing.assert_allclose(result.state[name], value.numpy(), 1e-10, 1e-10)
 
 
 def test_history_is_over_known_targets_and_a_class_without_positives_has_no_recall() -> None:
@@ -106,7 +109,7 @@ def test_history_is_over_known_targets_and_a_class_without_positives_has_no_reca
         device=CPU, classes=list("abcd"),
     )  # fmt: skip
     head = build_head(HEAD, seed=0).double()
-    head.load_state_dict(result.state)
+    head.load_state_dict(as_tensors(result.state))
     probs = predict_probs(head, held_out, CPU, "multilabel")
     kept, known = result.history[result.best_epoch - 1], ~np.isnan(targets)
     right = (probs > 0.5) == (targets == 1)
@@ -119,15 +122,18 @@ def test_the_gradient_is_autograds_also_where_the_head_is_all_but_sure() -> None
     logits = torch.tensor([[[-800.0, -3, 0, 2], [800, 40, -40, 1]]]).double().requires_grad_()
     targets = torch.tensor([[1, 0, np.nan, 1], [0, 1, 0, np.nan]]).double()
     row_weights = torch.tensor([0.5, 2.0]).double()
-    wanted = want_labels(targets, torch.ones(4).double(), 0.0, row_weights)
-    losses, grad = binary_cross_entropy(logits.detach(), wanted[None])
+    weights = target_weights(targets.numpy(), np.ones(4), 0.0, row_weights.numpy())
     mask = (~targets.isnan()).double() * row_weights[:, None]
     loss = binary_cross_entropy_with_logits(
         logits[0], targets.nan_to_num(), weight=mask, reduction="sum"
     ) / mask.sum()  # fmt: skip
     loss.backward()
-    torch.testing.assert_close(losses[0], loss.detach(), rtol=1e-14, atol=0)
-    torch.testing.assert_close(grad, logits.grad, rtol=1e-13, atol=1e-15)
+    assert logits.grad is not None
+    for functions in (numpy_kernels, kernels.load(np.float64)):
+        grad = np.empty((4, 2))
+        found = functions.loss_and_gradient(logits[0].detach().numpy().T.copy(), *weights, grad)
+        assert found == pytest.approx(loss.item(), rel=1e-14)
+        np.testing.assert_allclose(grad.T, logits.grad[0].numpy(), 1e-13, 1e-15)
 
 
 def test_targets_that_do_not_fit_are_refused() -> None:
@@ -147,4 +153,4 @@ def test_targets_that_do_not_fit_are_refused() -> None:
             device=CPU,
         )  # fmt: skip
     with pytest.raises(ConfigError, match="--class-weights: expected 4 numbers, found 1"):
-        weigh_classes((1.0,), torch.from_numpy(targets), 4, torch.float32)
+        class_weights((1.0,), targets, 4, np.float32)

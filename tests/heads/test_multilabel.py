@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from sample_images import write_tree
 from sklearn import metrics
 
@@ -37,14 +36,13 @@ from featcache.heads.head import HeadConfig
 from featcache.heads.rows import choose_rows
 from featcache.heads.run import load_run
 from featcache.heads.training import train
-from featcache.runtime import silent
+from featcache.runtime import CPU, silent
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.sweeping import sweep
 
 CLASSES = ("edema", "a|b\\c", "mass", "=rare")
 IDENTITY = {"backbone": "fake", "image_size": 32}
 SMALL: dict[str, Any] = {"hidden": (8,), "epochs": 4, "device": "cpu", "learning_rate": 0.02}
-CPU = torch.device("cpu")
 
 
 def rows_of(seed: int, num_rows: int) -> tuple[Any, Any, list[str], list[str]]:
@@ -77,7 +75,7 @@ def run(tmp_path: Path) -> Path:
 
 def probs_of(state: Any, features: Any) -> Any:
     """Sigmoid of a head of any hidden layers, by NumPy alone."""
-    weights = {name: np.asarray(value, "f8") for name, value in state.items()}
+    weights = {name: value.astype(np.float64) for name, value in state.items()}
     x, layer = features.astype("f8"), 0
     while True:
         x = (x - weights[f"{layer}.running_mean"]) / np.sqrt(weights[f"{layer}.running_var"] + 1e-5)
@@ -193,7 +191,7 @@ def test_features_that_stay_in_their_file_keep_their_labels(
     columns = [{name: column[rows] for name, rows in parts.items()} for column in
                (features, targets, [f"{i:04d}" for i in range(400)])]  # fmt: skip
     cache = write_cache(tmp_path / "c.h5", *columns, classes=CLASSES)
-    monkeypatch.setattr(partition, "available_memory", lambda _: 1)
+    monkeypatch.setattr(partition, "available_memory", lambda *_: 1)
     said: list[str] = []
     options: dict[str, Any] = {"hidden": (), "dropout": 0, "learning_rate": 0.05, "epochs": 20}
     summary = train(cache.path, tmp_path / "r", device="cpu", say=said.append, **options)

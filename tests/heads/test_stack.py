@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sample_heads import SeededDropout, as_tensors
 from torch import nn
 
-from featcache.heads import compiled_stack
-from featcache.heads.compiled_stack import load_kernels
+from featcache.heads import fit
 from featcache.heads.config import FitResult, HeadJob, TrainingConfig
 from featcache.heads.fit import fit_heads, forward_head
 from featcache.heads.head import HeadConfig, build_head
+from featcache.heads.stack import StackTrainer
+from featcache.runtime import CPU
 
-CPU = torch.device("cpu")
 WIDTH, BATCH, DATA_SEED = 20, 14, 6
 NUM_ROWS = 5 * BATCH + 1  # the last batch of an epoch has a single row, and is left out
 TEN_STEPS = {"epochs": 2, "batch_size": BATCH}
@@ -47,15 +48,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["torch", "compiled"], autouse=True)
+@pytest.fixture(params=["numpy", "compiled", "stacked"], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """By what a stack computes, whatever its size; compiled, one head alone by two threads."""
-    if request.param == "compiled":
-        assert load_kernels() is not None
-    worth = {"torch": math.inf, "compiled": 0}[request.param]
-    monkeypatch.setattr(compiled_stack, "WORTH_PARAM_STEPS", worth)
-    monkeypatch.setattr(compiled_stack, "WORTH_HELPER", 0)
-    monkeypatch.setattr(compiled_stack, "available_cores", lambda: 2)
+    """By what heads are trained, whatever their size: the last is that of GPUs."""
+    monkeypatch.setattr(fit, "_KERNELS_WORTH", 0 if request.param == "compiled" else math.inf)
+    monkeypatch.setattr(fit, "available_cores", lambda: 2)
+    if request.param == "stacked":
+        monkeypatch.setattr(
+            fit, "HeadGroup", lambda jobs, data, *_: StackTrainer(jobs, data, CPU.torch())
+        )
     return str(request.param)
 
 
@@ -93,6 +94,7 @@ def plain_loop(job: HeadJob, rows: tuple[Any, Any], held_out: tuple[Any, Any]) -
     training, num_classes = job.training, job.head.num_classes
     torch.manual_seed(job.seed)
     head = build_head(job.head)  # layer by layer as by hand: test_head
+    head[-2] = SeededDropout(job.head.dropout, job.seed)
     momentum = {"momentum": 0.9} if training.optimizer == "sgd" else {}
     stepper = OPTIMIZERS[training.optimizer](
         head.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, **momentum
@@ -125,7 +127,7 @@ def fit_stack(jobs: Sequence[HeadJob], rows: Any, held_out: Any, **options: Any)
 
 def logits_of(job: HeadJob, result: FitResult, held_out: tuple[Any, Any]) -> Any:
     head = build_head(job.head, 0)
-    head.load_state_dict(result.state)
+    head.load_state_dict(as_tensors(result.state))
     return forward_head(head, held_out[0], CPU)
 
 

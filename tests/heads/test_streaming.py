@@ -20,18 +20,17 @@ from featcache.errors import CacheError
 from featcache.evaluation.evaluation import evaluate
 from featcache.heads import fit as fit_module
 from featcache.heads import rows as partition
-from featcache.heads.batches import Draw
+from featcache.heads.batches import BatchSampler, TrainingData
+from featcache.heads.compiled.numpy_kernels import shuffle
 from featcache.heads.config import FitResult, HeadJob, TrainingConfig
 from featcache.heads.fit import fit_head, fit_heads, predict_probs
 from featcache.heads.head import HeadConfig, build_head
 from featcache.heads.rows import choose_rows, read_rows
 from featcache.heads.streaming import StoredFeatures
-from featcache.heads.trainer import Rows
 from featcache.heads.training import train
-from featcache.runtime import _limits_of_groups, available_memory, silent
+from featcache.runtime import CPU, _limits_of_groups, available_memory, silent
 from featcache.sweeps.folds import Pool
 
-CPU = torch.device("cpu")
 WIDTH, NUM_CLASSES = 16, 3
 
 
@@ -60,8 +59,9 @@ def stored(cache: Cache, block_rows: int, split: str = "train") -> StoredFeature
     return features.in_blocks(block_rows * features.shape[-1] * features.dtype.itemsize)
 
 
-def draw(features: Any, seed: int = 3) -> Draw:
-    return Draw(features, seed, CPU, torch.float32)
+def sample(features: Any, seed: int = 3) -> BatchSampler:
+    targets = np.zeros(len(features), int)
+    return BatchSampler(TrainingData.of(features, targets, None, None, None, [], seed), shuffle)
 
 
 def fit(cache: Cache, train_features: Any, valid_features: Any, **options: Any) -> FitResult:
@@ -85,17 +85,17 @@ def kept_loss(result: FitResult) -> float:
 def test_one_block_gives_the_batches_of_memory(tmp_path: Path, views: int, dtype: str) -> None:
     cache = make_cache(tmp_path / "c.h5", 333, views=views, dtype=dtype)
     array = np.array(cache.splits["train"].features)
-    in_memory, in_blocks = draw(torch.from_numpy(array).float()), draw(stored(cache, 333))
+    in_memory, in_blocks = sample(array), sample(stored(cache, 333))
     for _ in range(2):
-        wanted = [(rows, features.clone()) for rows, features in in_memory.epoch(32)]
+        wanted = [(rows, features.copy()) for rows, features in in_memory.epoch(32)]
         found = list(in_blocks.epoch(32))
         assert len(wanted) == len(found) == 2  # 256 rows and the rest
         for (rows, features), (other_rows, other) in zip(wanted, found, strict=True):
-            assert torch.equal(rows, other_rows)
-            assert torch.equal(features, other)
+            assert np.array_equal(rows, other_rows)
+            assert np.array_equal(features, other)
     valid = cache.splits["valid"].plain_features
     one, two = fit(cache, array, valid), fit(cache, stored(cache, 333), stored(cache, 40, "valid"))
-    assert all(torch.equal(one.state[name], two.state[name]) for name in one.state)
+    assert all(np.array_equal(one.state[name], two.state[name]) for name in one.state)
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size", "left_out"), [
@@ -106,7 +106,7 @@ def test_every_row_once_an_epoch_by_the_seed_and_anew(
 ) -> None:
     cache = make_cache(tmp_path / "c.h5", num_rows)
     array, features = cache.splits["train"].features, stored(cache, 100)
-    one, same, other = draw(features), draw(features), draw(features, seed=4)
+    one, same, other = sample(features), sample(features), sample(features, seed=4)
     orders, at_once = [], max(1, 256 // batch_size) * batch_size
     for _ in range(2):
         batches = list(one.epoch(batch_size))
@@ -115,12 +115,16 @@ def test_every_row_once_an_epoch_by_the_seed_and_anew(
         assert 0 < sizes[-1] <= at_once
         assert sizes[-1] % batch_size != 1
         for rows, values in batches:
-            assert np.array_equal(array[rows.numpy()], values.numpy())
-        orders.append(torch.cat([rows for rows, _ in batches]))
-        assert len(orders[-1]) == len(orders[-1].unique()) == num_rows - left_out
-        assert torch.equal(orders[-1], torch.cat([rows for rows, _ in same.epoch(batch_size)]))
-    assert not torch.equal(*orders) or num_rows < 2
-    assert not torch.equal(orders[0], torch.cat([rows for rows, _ in other.epoch(batch_size)]))
+            assert np.array_equal(array[rows], values)
+        orders.append(np.concatenate([rows for rows, _ in batches]))
+        assert len(orders[-1]) == len(np.unique(orders[-1])) == num_rows - left_out
+        assert np.array_equal(
+            orders[-1], np.concatenate([rows for rows, _ in same.epoch(batch_size)])
+        )
+    assert not np.array_equal(*orders) or num_rows < 2
+    assert not np.array_equal(
+        orders[0], np.concatenate([rows for rows, _ in other.epoch(batch_size)])
+    )
 
 
 def test_selected_and_joined_rows_are_those_of_arrays(tmp_path: Path) -> None:
@@ -133,9 +137,9 @@ def test_selected_and_joined_rows_are_those_of_arrays(tmp_path: Path) -> None:
         rows = np.flatnonzero(rng.random(len(joined)) < share)
         assert np.array_equal(joined[rows].load(), in_memory.features[rows])
         assert np.array_equal(joined.plain()[rows].load(), in_memory.plain[rows])
-        batches = list(draw(joined[rows]).epoch(len(rows)))
+        batches = list(sample(joined[rows]).epoch(len(rows)))
         (numbers, values), options = batches[0], in_memory.features[rows]
-        views = (options[numbers.numpy()] == values.numpy()[:, None]).all(2)
+        views = (options[numbers] == values[:, None]).all(2)
         assert views.any(1).all()
         assert len(set(views.argmax(1))) > 1, "views differ"
 
@@ -143,14 +147,14 @@ def test_selected_and_joined_rows_are_those_of_arrays(tmp_path: Path) -> None:
 def test_blocks_of_a_cache_sorted_by_class_have_all_classes(tmp_path: Path) -> None:
     """64 chunks a block or more, of all stretches of the file."""
     cache = make_cache(tmp_path / "c.h5", 6000)
-    targets = torch.from_numpy(np.array(cache.splits["train"].targets))
-    shares = torch.bincount(targets) / len(targets)
-    for batch, _ in draw(stored(cache, 500)).epoch(500):  # a batch is about a block
-        found = torch.bincount(targets[batch], minlength=NUM_CLASSES) / len(batch)
-        assert (found - shares).abs().max() < 0.05
+    targets = np.array(cache.splits["train"].targets)
+    shares = np.bincount(targets) / len(targets)
+    for batch, _ in sample(stored(cache, 500)).epoch(500):  # a batch is about a block
+        found = np.bincount(targets[batch], minlength=NUM_CLASSES) / len(batch)
+        assert np.abs(found - shares).max() < 0.05
     together = Counter[bool]()
-    for batch, _ in draw(stored(cache, 512)).epoch(32):  # rows that were neighbours in the file
-        gaps = (batch[1:] - batch[:-1]).abs()
+    for batch, _ in sample(stored(cache, 512)).epoch(32):  # rows that were neighbours in the file
+        gaps = np.abs(np.diff(batch))
         together.update((gaps <= 8).tolist())
     assert together[True] / together.total() < 0.1
 
@@ -210,7 +214,7 @@ def test_what_has_no_room_is_streamed_and_said(
     assert said == []
     need = (900 + 225) * WIDTH * 4
     for memory, fits in ((need / 0.75 + 1, True), (need / 0.75 - 1, False)):
-        monkeypatch.setattr(partition, "available_memory", lambda _, room=memory: room)
+        monkeypatch.setattr(partition, "available_memory", lambda *_, room=memory: room)
         features = read_rows(parts, CPU, said.append)
         assert all(isinstance(x, np.ndarray) == fits for x in features)
     (line,) = said
@@ -234,18 +238,15 @@ def test_heads_are_cut_to_memory_and_end_the_same(
     assert said == ["heads: 6, memory for them: 0 GB; training 1 at a time"]
     for one, two in zip(wanted, found, strict=True):
         for name in one.state:
-            torch.testing.assert_close(one.state[name], two.state[name], rtol=1e-3, atol=1e-4)
+            assert np.array_equal(one.state[name], two.state[name])
 
 
-def test_rows_and_masks_that_are_drawn_ahead_are_counted() -> None:
-    """256 rows twice, however few are in a batch."""
-    rows = Rows(torch.zeros(4, 1280), torch.zeros(4, dtype=torch.int64), None, None, None, [], 0,
-                torch.float32)  # fmt: skip
-    training, drawn = TrainingConfig(batch_size=2), 2 * 256 * 1280 * 4
-    heads = [HeadConfig(1280, 2, (), dropout=dropout) for dropout in (0.0, 0.5)]
-    counts = [fit_module._count_bytes(HeadJob(head, training, 0), rows) for head in heads]
-    assert counts[1][0] - counts[0][0] >= drawn
-    assert counts[0][1] >= drawn
+def test_rows_that_are_drawn_are_counted() -> None:
+    """256 at least, however few are in a batch."""
+    features, targets = np.zeros((4, 1280), "f4"), np.zeros(4, int)
+    data = TrainingData.of(features, targets, None, None, None, [], 0)
+    job = HeadJob(HeadConfig(1280, 2, ()), TrainingConfig(batch_size=2), 0)
+    assert fit_module._count_bytes(job, data, CPU)[1] >= 256 * 1280 * 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from sample_rows import CLASSES, array_of, edited, make_cache, rows_of
 
 from featcache.cache.reading import Failure, open_cache
@@ -20,6 +19,7 @@ from featcache.heads.head import HeadConfig
 from featcache.heads.rows import choose_rows
 from featcache.heads.run import cache_path, load_run
 from featcache.heads.training import train
+from featcache.runtime import CPU
 
 SMALL: dict[str, Any] = {"hidden": (8,), "epochs": 3, "device": "cpu", "learning_rate": 0.01}
 
@@ -36,7 +36,7 @@ def test_run_holds_the_head_that_fit_head_gives(tmp_path: Path) -> None:
     train_rows, valid_rows = cache.split("train"), cache.split("valid")
     wanted = fit_head(
         HeadConfig(10, 2, hidden=(8,)), config, train_rows.features, train_rows.targets,
-        valid_rows.features, valid_rows.targets, seed=3, data_seed=4, device=torch.device("cpu"),
+        valid_rows.features, valid_rows.targets, seed=3, data_seed=4, device=CPU,
         classes=CLASSES,
     )  # fmt: skip
     run = load_run(tmp_path / "runs" / "r")
@@ -226,7 +226,7 @@ def test_views_of_train_are_drawn_and_valid_is_seen_as_it_is(tmp_path: Path) -> 
     wanted = fit_head(
         HeadConfig(10, 2, hidden=(8,)), TrainingConfig(epochs=3, learning_rate=0.01),
         array_of(train_rows), train_rows.targets, valid.features, valid.targets, seed=3,
-        data_seed=3, device=torch.device("cpu"),
+        data_seed=3, device=CPU,
     )  # fmt: skip
     state = load_run(tmp_path / "r").state
     assert all(np.array_equal(state[name], wanted.state[name]) for name in state)

@@ -14,7 +14,6 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-import torch
 from sample_rows import CLASSES, array_of, edited, make_cache, rows_of
 from sample_sweeps import SPACE, run_files, small_cache, sweep_small
 
@@ -27,7 +26,7 @@ from featcache.heads.rows import choose_rows
 from featcache.heads.run import load_run
 from featcache.heads.training import train
 from featcache.metrics.scores import METRICS
-from featcache.runtime import silent
+from featcache.runtime import CPU, silent
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.search import Plan
 from featcache.sweeps.space import DEFAULTS, Dimension, Space
@@ -186,7 +185,7 @@ def test_the_score_is_that_of_the_head(
     from featcache.heads.fit import predict_probs
     from featcache.heads.run import load_head
 
-    probs = predict_probs(load_head(classifier), valid.features, torch.device("cpu"))
+    probs = predict_probs(load_head(classifier), valid.features, CPU)
     targets, preds = np.array(valid.targets), probs.argmax(1)
     index = 1 if positive is None else CLASSES.index(positive)
     wanted = {
@@ -244,7 +243,7 @@ def test_folds_judge_each_trial_by_their_mean(
     assert summary.decision is not None
     assert summary.decision.num_splits == 2 * 3
     pool = Pool.of(cache, choose_rows(cache, None, 0, silent))
-    judge = Judge("loss", None, CLASSES, torch.device("cpu"))
+    judge = Judge("loss", None, CLASSES, CPU)
     losses = []
     for pair in pool.make_folds(3, 0):
         arrays = pool.take(pair)

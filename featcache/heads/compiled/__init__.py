@@ -1,4 +1,4 @@
-"""Compiled: the training step of a head, by small kernels that Numba compiles.
+"""The training step of a head on a CPU.
 
-In: arrays of rows and parameters. Out: the same arrays, one step further.
+In: normalised batches of features. Out: moved weights. Begin with ``training_step.TrainableHead``.
 """
