@@ -22,7 +22,7 @@ from featcache.cache.selection import select
 from featcache.cache.writing import partial_folder, write_cache
 from featcache.errors import CacheError, FeatcacheWarning
 from featcache.evaluation.info import info
-from featcache.extraction import verification
+from featcache.extraction import comparison
 from featcache.extraction.extraction import extract
 from featcache.extraction.verification import verify
 from featcache.heads.training import train
@@ -144,7 +144,7 @@ def test_images_that_cannot_be_read_are_no_trouble_with_writing(
     def fail(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "data/x.png")
 
-    monkeypatch.setattr(verification, "compare", fail)
+    monkeypatch.setattr(comparison, "compare", fail)
     with pytest.raises(PermissionError, match=r"data/x\.png"):
         verify(folder / "c.h5", repair=True, data=folder / "data")
 
