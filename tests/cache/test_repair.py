@@ -23,7 +23,7 @@ from featcache.cache.selection import select
 from featcache.cache.writing import partial_folder, write_cache
 from featcache.errors import CacheError, FeatcacheWarning
 from featcache.evaluation.info import info
-from featcache.extraction import verification
+from featcache.extraction import comparison
 from featcache.extraction.extraction import extract
 from featcache.extraction.verification import verify
 from featcache.heads.training import train
@@ -143,7 +143,7 @@ def test_images_that_cannot_be_read_are_no_trouble_with_writing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = PermissionError(13, "Permission denied", "data/x.png")
-    monkeypatch.setattr(verification, "compare", failing(error))
+    monkeypatch.setattr(comparison, "compare", failing(error))
     with pytest.raises(PermissionError, match=r"data/x\.png"):
         verify(folder / "c.h5", repair=True, data=folder / "data")
 

@@ -331,7 +331,7 @@ def test_figures_equal_scikit_learns_over_the_known_targets(run: Path, tmp_path:
     assert sure == sorted(sure, reverse=True)
     folder = run / "evaluation"
     assert [p.name for p in folder.iterdir()] == ["test.json"]  # no confusion matrix, no picture
-    assert json.loads((folder / "test.json").read_text()) == result
+    assert json.loads((folder / "test.json").read_text()) == result.as_dict()
     assert "16 unlabelled rows left out" not in said
     assert "9 unlabelled rows left out" in said
     assert any(line.split() == ["roc", "auc", f"{result['roc_auc']:.3f}"] for line in said)
@@ -496,9 +496,9 @@ def test_images_are_classified_and_the_network_is_exported(
     assert (line["preds"], line["prob_mass"]) == ("", "")
     assert line["failure"]
     facts = classifier.export(tmp_path / "out.pt")
-    assert facts["task"] == "multilabel"
-    assert "sigmoid" in facts["output"]
-    assert "softmax" not in facts["output"]
+    assert facts.task == "multilabel"
+    assert "sigmoid" in facts.output
+    assert "softmax" not in facts.output
 
 
 # --- sweep
