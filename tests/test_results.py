@@ -38,7 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -
 
     def made() -> Iterator[Any]:
         yield featcache.split(tree / "train", folder / "split.csv")
-        yield featcache.plan(tree, backbone=tiny_backbone)
+        yield featcache.plan(tree, tree.parent / "none.h5", backbone=tiny_backbone)
         yield featcache.extract(tree, cache, backbone=tiny_backbone)
         yield featcache.info(cache)
         yield featcache.verify(cache)
