@@ -18,10 +18,10 @@ from torch import nn
 from featcache.heads import fit
 from featcache.heads.batches import TrainingData
 from featcache.heads.compiled import kernels, numpy_kernels
-from featcache.heads.compiled.head_group import HeadGroup
 from featcache.heads.compiled.team import Team
 from featcache.heads.config import OPTIMIZERS, FitResult, HeadJob, TrainingConfig
 from featcache.heads.fit import fit_heads
+from featcache.heads.group import HeadGroup
 from featcache.heads.head import HeadConfig, build_head
 from featcache.heads.stack import StackTrainer
 from featcache.runtime import CPU
