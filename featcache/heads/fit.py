@@ -1,8 +1,8 @@
 """Features in, trained head out. All rows that fit live on the device; there is no DataLoader.
 
-On a CPU the steps are NumPy's, with compiled functions where there are many of them (module ``group``,
-package ``compiled``), and torch is not imported. On a GPU heads of one shape are trained as one stack
-(module ``stack``).
+On a CPU the steps are NumPy's (module ``group``), with compiled functions where there are many of
+them (package ``compiled``), and torch is not imported. On a GPU heads of one shape are trained as
+one stack (module ``stack``).
 """
 
 from __future__ import annotations

@@ -328,6 +328,7 @@ def test_each_function_is_compiled_once_for_each_dtype() -> None:
         assert 6 <= len(vars(compiled)) <= 8
         for function in vars(compiled).values():
             assert len(function.signatures) == 1
+            assert function.targetoptions["fastmath"] == {"reassoc", "contract"}  # NaN stays NaN
 
 
 def test_what_a_thread_of_the_team_raises_is_raised() -> None:
