@@ -117,9 +117,11 @@ class TrainableHead:
             _views(flat, {name: state[name].shape for name in together})
             for flat in (self._values, self._firsts, self._seconds, self._grads)
         ]
-        for name in in_pieces:
-            for part in arrays[:3]:
-                part[name] = np.zeros(state[name].shape, dtype)
+        # One array from 4 MB: the system then gives it large pages (NumPy asks for them).
+        shapes = {name: state[name].shape for name in in_pieces}
+        size = sum(map(math.prod, shapes.values()))
+        for part, flat in zip(arrays[:3], np.zeros((3, size), dtype), strict=True):
+            part |= _views(flat, shapes)
         self._arrays = arrays[0]
         for name, value in state.items():
             if name.endswith("num_batches_tracked"):
