@@ -117,11 +117,14 @@ class TrainableHead:
             _views(flat, {name: state[name].shape for name in together})
             for flat in (self._values, self._firsts, self._seconds, self._grads)
         ]
-        # One array from 4 MB: the system then gives it large pages (NumPy asks for them).
+        # In one array: from 4 MB NumPy asks the system for large pages, a tenth of a step's time.
         shapes = {name: state[name].shape for name in in_pieces}
         size = sum(map(math.prod, shapes.values()))
-        for part, flat in zip(arrays[:3], np.zeros((3, size), dtype), strict=True):
+        scratch_size = _PIECE_UNITS * max(config.num_features, *config.hidden, 0)
+        memory = np.zeros(3 * size + team.size * scratch_size, dtype)
+        for part, flat in zip(arrays[:3], memory[: 3 * size].reshape(3, -1), strict=True):
             part |= _views(flat, shapes)
+        self._scratch = memory[3 * size :].reshape(team.size, -1)  # a row for each thread
         self._arrays = arrays[0]
         for name, value in state.items():
             if name.endswith("num_batches_tracked"):
@@ -131,8 +134,6 @@ class TrainableHead:
             self._arrays[name][...] = value
         self._layers = [_Layer(norm_and_linear(config, i), arrays) for i in range(num_layers)]
         self._activations: dict[int, list[_Activations]] = {}
-        size = _PIECE_UNITS * max(config.num_features, *config.hidden, 0)
-        self._scratch = [np.empty(size, dtype) for _ in range(team.size)]  # one for each thread
 
     def state(self) -> dict[str, Array]:
         """Return a copy of the state dict, by the names of the head's ``nn.Sequential``."""
