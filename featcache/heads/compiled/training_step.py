@@ -122,8 +122,8 @@ class TrainableHead:
         size = sum(map(math.prod, shapes.values()))
         scratch_size = _PIECE_UNITS * max(config.num_features, *config.hidden, 0)
         memory = np.zeros(3 * size + team.size * scratch_size, dtype)
-        for part, flat in zip(arrays[:3], memory[: 3 * size].reshape(3, -1), strict=True):
-            part |= _views(flat, shapes)
+        for values, flat in zip(arrays[:3], memory[: 3 * size].reshape(3, -1), strict=True):
+            values.update(_views(flat, shapes))
         self._scratch = memory[3 * size :].reshape(team.size, -1)  # a row for each thread
         self._arrays = arrays[0]
         for name, value in state.items():
