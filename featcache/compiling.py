@@ -52,7 +52,8 @@ def compiled(
 
 
 def _hash_sources(function: Callable[..., Any], modules: Sequence[ModuleType]) -> str:
-    files = [function.__code__.co_filename, *map(inspect.getfile, modules)]
+    # This file too: what is kept does not say with which options it was compiled.
+    files = [__file__, function.__code__.co_filename, *map(inspect.getfile, modules)]
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
 
 

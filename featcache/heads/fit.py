@@ -1,8 +1,8 @@
 """Features in, trained head out. All rows that fit live on the device; there is no DataLoader.
 
-On a CPU the steps are NumPy's, with compiled functions where there are many of them (package
-``compiled``), and torch is not imported. On a GPU heads of one shape are trained as one stack
-(module ``stack``).
+On a CPU the steps are NumPy's (module ``group``), with compiled functions where there are many of
+them (package ``compiled``), and torch is not imported. On a GPU heads of one shape are trained as
+one stack (module ``stack``).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from featcache.heads.batches import (
     rows_at_once,
 )
 from featcache.heads.compiled import numpy_kernels
-from featcache.heads.compiled.head_group import HeadGroup
 from featcache.heads.compiled.team import Team, one_blas_thread
 from featcache.heads.config import LBFGS, FitResult, HeadJob, TrainingConfig
+from featcache.heads.group import HeadGroup
 from featcache.heads.head import HeadConfig, count_values
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import Device, Say, available_cores, available_memory, silent

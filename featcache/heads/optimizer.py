@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+BATCH_NORM_MOMENTUM = 0.1  # of running statistics: torch.nn.BatchNorm1d's
 _BETAS, _EPS, _MOMENTUM = (0.9, 0.999), 1e-8, 0.9  # Adam's: torch.optim's defaults
 
 

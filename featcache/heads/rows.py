@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from featcache.data.stratification import assign_labelled_units, assign_units, b
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, printable
 from featcache.heads.streaming import BLOCK_BYTES, StoredFeatures
 from featcache.runtime import CPU, Device, Say, available_memory
+
+if TYPE_CHECKING:
+    import torch
 
 _MEMORY_SHARE = 0.75  # of what is left: heads, activations and others want some too
 _LEAST_BLOCK_BYTES = 1 << 20
@@ -63,8 +66,9 @@ class Part:
 
 
 def read_rows(
-    parts: Sequence[Part], device: Device, say: Say, *, copies: int = 1, readers: int = 1
-) -> list[npt.NDArray[Any] | StoredFeatures]:
+    parts: Sequence[Part], device: Device | torch.device, say: Say, *, copies: int = 1,
+    readers: int = 1,
+) -> list[npt.NDArray[Any] | StoredFeatures]:  # fmt: skip
     """Return the features of parts: arrays where memory has room for all, else as they are stored.
 
     Args:

@@ -24,14 +24,13 @@ from featcache.heads.compiled.training_step import draw_mask, mask_generator
 from featcache.heads.config import HeadJob
 from featcache.heads.head import (
     BATCH_NORM_EPS,
-    BATCH_NORM_MOMENTUM,
     HeadConfig,
     initial_state,
     norm_and_linear,
     state_layout,
 )
 from featcache.heads.loss import SharedLosses, validation_columns
-from featcache.heads.optimizer import step_settings
+from featcache.heads.optimizer import BATCH_NORM_MOMENTUM, step_settings
 from featcache.runtime import exact_fp32
 
 _FORWARD_ROWS = 8192  # times heads, that are evaluated at once

@@ -243,7 +243,7 @@ def test_ties_keep_the_earliest_epoch_and_patience_counts_them(
     losses = iter([0.5, 0.4, 0.4, 0.4, 0.1])
     row = {"valid_accuracy": 0.5, "valid_recall_0": 0.5, "valid_recall_1": 0.5}
     monkeypatch.setattr(
-        "featcache.heads.compiled.head_group.validation_columns",
+        "featcache.heads.group.validation_columns",
         lambda *_: {"valid_loss": next(losses), **row},
     )
     result = fit(epochs=5, patience=2)

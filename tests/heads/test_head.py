@@ -4,12 +4,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from featcache.errors import ConfigError
-from featcache.heads.head import HeadConfig, build_head, state_layout
+from featcache.heads.head import HeadConfig, build_head, initial_state, state_layout
 
 
 def kinds(head: nn.Sequential) -> list[str]:
@@ -130,3 +131,16 @@ def test_building_a_head_waits_for_no_algebra() -> None:
         "build_head(HeadConfig(8, 2), seed=0)\nassert 'sympy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("hidden", [(), (8,), (512, 128), (7, 5, 3)])
+def test_initial_weights_are_those_of_torch_bit_for_bit(hidden: tuple[int, ...]) -> None:
+    config = HeadConfig(1280, 3, hidden)
+    for seed in (0, 5, (1 << 32) + 3, (1 << 62) + 7):
+        torch.manual_seed(seed)
+        wanted = build_head(config).state_dict()
+        state = initial_state(config, seed)
+        assert list(state) == list(wanted)
+        for name, value in wanted.items():
+            assert state[name].dtype == value.numpy().dtype
+            assert np.array_equal(state[name], value.numpy()), name

@@ -143,7 +143,7 @@ def test_kept_is_the_strength_with_the_lowest_validation_loss(dtype: str) -> Non
     assert result.state["0.running_mean"] == pytest.approx(features.mean(0), rel=1e-6)
     assert result.state["0.running_var"] == pytest.approx(features.var(0), rel=1e-5)
     assert {value.dtype for value in result.state.values()} == {
-        features.dtype, np.int64
+        features.dtype, np.dtype(np.int64)
     }  # fmt: skip
     head = build_head(LINEAR, seed=0).to(torch.from_numpy(features).dtype)
     head.load_state_dict(as_tensors(result.state))

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.compiling import compiled
-from featcache.heads.head import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM
+from featcache.heads.head import BATCH_NORM_EPS
+from featcache.heads.optimizer import BATCH_NORM_MOMENTUM
 
 _Array = npt.NDArray[Any]
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.heads.head import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM
+from featcache.heads.head import BATCH_NORM_EPS
+from featcache.heads.optimizer import BATCH_NORM_MOMENTUM
 
 _Array = npt.NDArray[Any]
 _BLOCK_VALUES = 1 << 15  # 128 KiB of float32: several of them stay in the cache of a core

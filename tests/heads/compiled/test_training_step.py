@@ -18,10 +18,10 @@ from torch import nn
 from featcache.heads import fit
 from featcache.heads.batches import TrainingData
 from featcache.heads.compiled import kernels, numpy_kernels
-from featcache.heads.compiled.head_group import HeadGroup
 from featcache.heads.compiled.team import Team
 from featcache.heads.config import OPTIMIZERS, FitResult, HeadJob, TrainingConfig
 from featcache.heads.fit import fit_heads
+from featcache.heads.group import HeadGroup
 from featcache.heads.head import HeadConfig, build_head
 from featcache.heads.stack import StackTrainer
 from featcache.runtime import CPU
@@ -328,6 +328,7 @@ def test_each_function_is_compiled_once_for_each_dtype() -> None:
         assert 6 <= len(vars(compiled)) <= 8
         for function in vars(compiled).values():
             assert len(function.signatures) == 1
+            assert function.targetoptions["fastmath"] == {"reassoc", "contract"}  # NaN stays NaN
 
 
 def test_what_a_thread_of_the_team_raises_is_raised() -> None:
