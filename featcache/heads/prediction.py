@@ -65,12 +65,13 @@ def compute_logits(
         for layer in range(len(config.hidden) + 1):
             norm, linear = norm_and_linear(config, layer)
             variance = state[f"{norm}.running_var"]
-            scale = state[f"{norm}.weight"] / np.sqrt(
-                variance + variance.dtype.type(BATCH_NORM_EPS)
+            scale = state[f"{norm}.weight"] * (
+                1 / np.sqrt(variance + variance.dtype.type(BATCH_NORM_EPS))
             )
             shift = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
-            hidden = hidden.astype(scale.dtype) * scale
-            hidden += shift
+            # Rounded once, as torch's fused multiply-add: the two terms may nearly cancel. Rounded
+            # twice, probabilities of a linear probe were 5e-6 from exact ones, torch's are 2e-6.
+            hidden = (hidden.astype(np.float64) * scale + shift).astype(scale.dtype)
             hidden = hidden @ state[f"{linear}.weight"].T
             hidden += state[f"{linear}.bias"]
             if layer < len(config.hidden):
