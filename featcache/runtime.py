@@ -216,6 +216,27 @@ def available_memory(device: Device | torch.device = CPU) -> float:
     return max(0, min(limits, default=math.inf))
 
 
+PRODUCT_BYTES = 40 << 20
+"""Memory that each thread takes for NumPy's matrix products: 32 MiB of buffers of OpenBLAS.
+
+OpenBLAS ends the whole process where it cannot get them (0.3.31, under ulimit -v: 32 MB were too
+few, 40 enough)."""
+
+
+@functools.cache
+def require_memory_for_products() -> None:
+    """Refuse to begin where NumPy's matrix products could not get their buffers.
+
+    Looks until it is content once: the process keeps the buffers of its first product.
+
+    Raises:
+        MemoryError: If the process may not take that much.
+    """
+    room = available_memory()
+    if room < PRODUCT_BYTES:
+        raise MemoryError(f"room for {room / 1e6:.0f} MB")
+
+
 def _process_limits() -> Iterator[int]:
     facts = _read_counts(Path("/proc/self/status"))
     if "VmSize" in facts:

@@ -32,7 +32,15 @@ from featcache.heads.config import LBFGS, FitResult, HeadJob, TrainingConfig
 from featcache.heads.group import HeadGroup
 from featcache.heads.head import HeadConfig, count_values
 from featcache.heads.streaming import StoredFeatures
-from featcache.runtime import Device, Say, available_cores, available_memory, silent
+from featcache.runtime import (
+    PRODUCT_BYTES,
+    Device,
+    Say,
+    available_cores,
+    available_memory,
+    require_memory_for_products,
+    silent,
+)
 from featcache.threads import Threads
 
 if TYPE_CHECKING:
@@ -178,6 +186,8 @@ def fit_heads(
         train_features, train_targets, valid_features, valid_targets, train_weights, names,
         data_seed,
     )  # fmt: skip
+    if device.type == "cpu":
+        require_memory_for_products()
     lock = threading.Lock()
 
     def tell(number: int, row: dict[str, Any]) -> bool:
@@ -292,7 +302,10 @@ def _count_bytes(job: HeadJob, data: TrainingData, device: Device) -> tuple[int,
     forward_rows = _ROWS_AT_ONCE if device.type == "cpu" else _STACK_ROWS
     pass_values = 3 * min(forward_rows, max(data.num_valid, batch)) * widths
     pass_values += 3 * rows_at_once(batch) * job.head.num_features  # drawn; joined of blocks
-    return head_values * data.dtype.itemsize, pass_values * data.dtype.itemsize
+    pass_bytes = pass_values * data.dtype.itemsize
+    if device.type == "cpu":
+        pass_bytes += PRODUCT_BYTES
+    return head_values * data.dtype.itemsize, pass_bytes
 
 
 class _Progress:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from featcache.heads.head import BATCH_NORM_EPS, HeadConfig, norm_and_linear
 from featcache.heads.streaming import StoredFeatures
+from featcache.runtime import require_memory_for_products
 
 _BLOCK_ROWS = 512  # 3 MB of 1280 features: a block and its activations stay in the cache
 
@@ -39,7 +40,9 @@ def predict_probs(
 
     Raises:
         CacheError: If a stored feature is not finite.
+        MemoryError: If there is no memory left for matrix products.
     """
+    require_memory_for_products()
     num_views = features.shape[1] if features.ndim == 3 else 1
     num_rows = max(1, _BLOCK_ROWS // num_views)
     probs = np.empty((len(features), config.num_classes))
