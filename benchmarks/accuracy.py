@@ -52,8 +52,9 @@ from ways.shared import build_head, build_network
 from featcache.cache.reading import open_cache
 from featcache.extraction.extraction import extract
 from featcache.heads.config import TrainingConfig
-from featcache.heads.fit import fit_head, forward_head
+from featcache.heads.fit import fit_head
 from featcache.heads.head import HeadConfig
+from featcache.heads.prediction import predict_logits
 from featcache.runtime import environment_facts
 
 MARGIN = 0.02  # of balanced accuracy
@@ -127,9 +128,7 @@ def predict_cached(rows: Rows, fold: Fold, seed: int) -> np.ndarray:
         config, training, rows.cached[fold.train], rows.targets[fold.train],
         rows.cached[fold.valid], rows.targets[fold.valid], seed=seed, data_seed=seed, device=CPU,
     )  # fmt: skip
-    head = build_head(len(rows.classes))
-    head.load_state_dict({k: torch.from_numpy(v) for k, v in result.state.items()})
-    return forward_head(head, rows.cached[fold.test], CPU).argmax(1)
+    return predict_logits(config, result.state, rows.cached[fold.test]).argmax(1)
 
 
 def predict_live(rows: Rows, fold: Fold, seed: int) -> np.ndarray:

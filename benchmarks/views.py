@@ -44,8 +44,9 @@ from sklearn.metrics import balanced_accuracy_score
 from featcache.cache.reading import open_cache
 from featcache.extraction.extraction import extract
 from featcache.heads.config import TrainingConfig
-from featcache.heads.fit import fit_head, predict_probs
-from featcache.heads.head import HeadConfig, build_head
+from featcache.heads.fit import fit_head
+from featcache.heads.head import HeadConfig
+from featcache.heads.prediction import predict_probs
 from featcache.runtime import environment_facts
 
 NUM_VIEWS = {"flip": 2, "crop": 8, "xray": 8}
@@ -100,13 +101,12 @@ def measure_head(
         config, TrainingConfig(epochs=epochs), train[fold.train], rows.targets[fold.train],
         plain[fold.valid], rows.targets[fold.valid], seed=seed, data_seed=seed, device=CPU,
     )  # fmt: skip
-    head = build_head(config)
-    head.load_state_dict({k: torch.from_numpy(v) for k, v in result.state.items()})
-    probs, truth = predict_probs(head, plain[fold.test], CPU), rows.targets[fold.test]
+    probs, truth = predict_probs(config, result.state, plain[fold.test]), rows.targets[fold.test]
     accuracy = balanced_accuracy_score(truth, probs.argmax(1))
     loss = -np.log(probs[np.arange(len(truth)), truth]).mean()
     moved = rows.views["xray"][fold.test, 1:]
-    preds = predict_probs(head, moved.reshape(-1, config.num_features), CPU).argmax(1)
+    vectors = moved.reshape(-1, config.num_features)
+    preds = predict_probs(config, result.state, vectors).argmax(1)
     moved_accuracy = balanced_accuracy_score(np.repeat(truth, moved.shape[1]), preds)
     return float(accuracy), float(loss), float(moved_accuracy), result.best_epoch
 

@@ -26,3 +26,16 @@ class SeededDropout(nn.Module):
 def as_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return arrays by name as ``load_state_dict`` takes them."""
     return {name: torch.tensor(value) for name, value in state.items()}
+
+
+def logits_of(head: nn.Module, features: Any) -> Any:
+    """Return a head's logits (N, C) of features (N, D) in its own dtype, by torch."""
+    dtype = next(head.parameters()).dtype
+    with torch.inference_mode():
+        return head.eval()(torch.tensor(np.asarray(features), dtype=dtype)).numpy()
+
+
+def probs_of(head: nn.Module, features: Any, task: str = "multiclass") -> Any:
+    """Return a head's probabilities (N, C) in float64, by torch."""
+    logits = torch.from_numpy(logits_of(head, features)).double()
+    return (logits.sigmoid() if task == "multilabel" else logits.softmax(1)).numpy()

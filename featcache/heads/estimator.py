@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +25,11 @@ from sklearn.utils.validation import (
 )
 
 from featcache.errors import ConfigError, FeatcacheError
-from featcache.heads.config import FitResult, TrainingConfig
-from featcache.heads.fit import fit_head, forward_head, predict_probs
+from featcache.heads.config import TrainingConfig
+from featcache.heads.fit import fit_head
 from featcache.heads.head import HeadConfig, build_head
-from featcache.runtime import CPU, Device, resolve_device
+from featcache.heads.prediction import predict_logits, predict_probs
+from featcache.runtime import resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,9 @@ _PARAMETERS = {
 }  # fmt: skip
 """Options whose parameter here has scikit-learn's name; the others differ by the dashes."""
 
-_Forward: TypeAlias = "Callable[[torch.nn.Module, npt.NDArray[Any], Device], npt.NDArray[Any]]"
+_Compute: TypeAlias = Callable[
+    [HeadConfig, Mapping[str, npt.NDArray[Any]], npt.NDArray[Any]], npt.NDArray[np.float64]
+]
 
 
 class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -182,21 +184,31 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             )  # fmt: skip
         self.history_, self.best_epoch_ = result.history, result.best_epoch
         self.n_iter_ = len(result.history)
-        self.head_ = _load_head(head, result)
+        self._config, self._state = head, result.state
         return self
+
+    @property
+    def head_(self) -> torch.nn.Sequential:
+        """A new ``torch.nn.Sequential`` of the trained head, on the CPU, in eval mode."""
+        import torch
+
+        check_is_fitted(self)
+        head = build_head(self._config, seed=0).eval()
+        head.load_state_dict({name: torch.from_numpy(v) for name, v in self._state.items()})
+        return head
 
     def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
         """Return the logits (N, C); of two classes (N,), the second's minus the first's."""
-        logits = self._forward(forward_head, X)
+        logits = self._compute(predict_logits, X)
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """Return the probability of each class, (N, C) in the order of ``classes_``."""
-        return self._forward(predict_probs, X)
+        return self._compute(predict_probs, X)
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Return the most probable class of each row, (N,)."""
-        logits = self._forward(forward_head, X)
+        logits = self._compute(predict_logits, X)
         preds: npt.NDArray[Any] = self.classes_[logits.argmax(1)]
         return preds
 
@@ -264,14 +276,12 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         return np.sort(parts[0]), np.sort(parts[1])
 
-    def _forward(self, compute: _Forward, X: Any) -> npt.NDArray[np.float64]:
+    def _compute(self, function: _Compute, X: Any) -> npt.NDArray[np.float64]:
+        """Apply the head to rows in float64."""
         check_is_fitted(self)
         features = self._check_rows(X, reset=False)
-        with _errors_of_scikit_learn():
-            device = resolve_device(self.device)
-        if device.type == "mps":  # has no float64
-            device = CPU
-        return compute(copy.deepcopy(self.head_).double(), features, device)
+        state = {name: value.astype(np.float64) for name, value in self._state.items()}
+        return function(self._config, state, features)
 
 
 def _weigh(
@@ -317,14 +327,6 @@ def _errors_of_scikit_learn() -> Iterator[None]:
             return _PARAMETERS.get(option[0], option[0].strip("-").replace("-", "_"))
 
         raise ValueError(re.sub(r"--[a-z-]+", name, str(error))) from error
-
-
-def _load_head(config: HeadConfig, result: FitResult) -> torch.nn.Sequential:
-    import torch
-
-    head = build_head(config, seed=0).eval()
-    head.load_state_dict({name: torch.from_numpy(v) for name, v in result.state.items()})
-    return head
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import ConfigError
@@ -31,7 +30,6 @@ from featcache.heads.compiled.team import Team, one_blas_thread
 from featcache.heads.config import LBFGS, FitResult, HeadJob, TrainingConfig
 from featcache.heads.group import HeadGroup
 from featcache.heads.head import HeadConfig, count_values
-from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import (
     PRODUCT_BYTES,
     Device,
@@ -44,9 +42,6 @@ from featcache.runtime import (
 from featcache.threads import Threads
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from featcache.heads.stack import StackTrainer
 
 _ROWS_AT_ONCE = 512  # go through a head that is used: 3 MB of 1280 features
@@ -382,55 +377,3 @@ def _fit_pass(  # noqa: PLR0917
             trainer.keep(left)
             heads = [heads[place] for place in left]
     return {head.number: head.result() for head in everyone}
-
-
-def forward_head(
-    head: nn.Module, features: Features, device: Device | torch.device
-) -> npt.NDArray[Any]:
-    """Return logits (N, C) of features (N, D) in the head's dtype, a few thousand rows at a time.
-
-    Leaves the head in eval mode on ``device``.
-    """
-    import torch
-
-    place = torch.device(str(device))
-    head = head.to(place).eval()
-    dtype = next(head.parameters()).dtype
-    logits = []
-    with torch.inference_mode():
-        for i in range(0, max(len(features), 1), _ROWS_AT_ONCE):
-            block = torch.from_numpy(_to_array(features[i : i + _ROWS_AT_ONCE]))
-            logits.append(head(block.to(place, dtype)).cpu().numpy())
-    return np.concatenate(logits)
-
-
-def predict_probs(
-    head: nn.Module, features: Features, device: Device | torch.device, task: str = "multiclass"
-) -> npt.NDArray[np.float64]:
-    """Return probs (N, C) float64: of ``forward_head`` the softmax, for ``multilabel`` the sigmoid.
-
-    Of features with views (N, V, D), the mean of the probs of a row's views. float64, so that a
-    very sure head still ranks its rows instead of calling them all 1.
-    """
-    import torch
-
-    if features.ndim == 3:
-        size = max(1, _ROWS_AT_ONCE // features.shape[1])
-        parts = [_to_array(features[i : i + size]) for i in range(0, max(len(features), 1), size)]
-        return np.concatenate(
-            [
-                predict_probs(head, part.reshape(-1, part.shape[-1]), device, task)
-                .reshape(*part.shape[:2], -1).mean(axis=1)
-                for part in parts
-            ]
-        )  # fmt: skip
-    logits = torch.from_numpy(forward_head(head, features, device)).double()
-    return np.asarray(logits.sigmoid() if task == "multilabel" else logits.softmax(1))
-
-
-def _to_array(features: Features) -> npt.NDArray[Any]:
-    array = features.load() if isinstance(features, StoredFeatures) else features
-    dtype = np.float64 if array.dtype == np.float64 else np.float32
-    if array.dtype != dtype or not array.flags.writeable:  # a tensor may not share a mapped file
-        array = array.astype(dtype)
-    return np.ascontiguousarray(array)

@@ -7,7 +7,7 @@ Reads: features of a cache. Writes: nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,17 +42,39 @@ def predict_probs(
         CacheError: If a stored feature is not finite.
         MemoryError: If there is no memory left for matrix products.
     """
+    probs = np.empty((len(features), config.num_classes))
+    for rows, logits in _logit_blocks(config, state, features):
+        block_probs = _sigmoid(logits) if task == "multilabel" else _softmax(logits)
+        probs[rows] = block_probs.mean(axis=1)
+    return probs
+
+
+def predict_logits(config: HeadConfig, state: State, features: Features) -> npt.NDArray[Any]:
+    """Return the logits (N, C) that a head gives to features (N, D), in the weights' dtype.
+
+    Raises:
+        CacheError: If a stored feature is not finite.
+        MemoryError: If there is no memory left for matrix products.
+    """
+    dtype = next(iter(state.values())).dtype
+    all_logits = np.empty((len(features), config.num_classes), dtype)
+    for rows, logits in _logit_blocks(config, state, features):
+        all_logits[rows] = logits[:, 0]
+    return all_logits
+
+
+def _logit_blocks(
+    config: HeadConfig, state: State, features: Features
+) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
+    """Yield the logits (n, V, C) of some rows after the other."""
     require_memory_for_products()
     num_views = features.shape[1] if features.ndim == 3 else 1
     num_rows = max(1, _BLOCK_ROWS // num_views)
-    probs = np.empty((len(features), config.num_classes))
     for i in range(0, len(features), num_rows):
         part = features[i : i + num_rows]
         block = part.load() if isinstance(part, StoredFeatures) else part
         logits = compute_logits(config, state, block.reshape(-1, block.shape[-1]))
-        block_probs = _sigmoid(logits) if task == "multilabel" else _softmax(logits)
-        probs[i : i + num_rows] = block_probs.reshape(len(block), num_views, -1).mean(axis=1)
-    return probs
+        yield slice(i, i + len(block)), logits.reshape(len(block), num_views, -1)
 
 
 def compute_logits(
@@ -84,9 +106,9 @@ def compute_logits(
 
 def _softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= shifted.max(axis=-1, keepdims=True)
     powers = np.exp(shifted)
-    probs: npt.NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+    probs: npt.NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
     return probs
 
 

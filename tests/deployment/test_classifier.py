@@ -16,6 +16,7 @@ import pytest
 import tiny_network
 import torch
 from PIL import ExifTags, Image, ImageOps
+from sample_heads import probs_of
 from sample_images import write_image, write_tree
 
 import featcache
@@ -26,7 +27,6 @@ from featcache.deployment.classifier import load_classifier
 from featcache.deployment.predictions import predict
 from featcache.errors import BackboneError, ConfigError, DataError, RunError
 from featcache.extraction.extraction import extract
-from featcache.heads.fit import predict_probs
 from featcache.heads.run import load_head, load_run
 from featcache.heads.training import train
 
@@ -42,7 +42,7 @@ def run(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> Path:
 
 def cached_probs(run: Path, split: str) -> dict[str, np.ndarray]:
     cache = open_cache(run.parent / "c.h5").splits[split]
-    probs = predict_probs(load_head(load_run(run)), np.array(cache.features), torch.device("cpu"))
+    probs = probs_of(load_head(load_run(run)), np.array(cache.features))
     return dict(zip(cache.paths, probs, strict=True))
 
 

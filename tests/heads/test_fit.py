@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sample_heads import SeededDropout, as_tensors
+from sample_heads import SeededDropout, as_tensors, logits_of
 from threadpoolctl import ThreadpoolController
 from torch import nn
 
@@ -18,7 +18,7 @@ from featcache.heads.compiled import kernels
 from featcache.heads.compiled.numpy_kernels import shuffle
 from featcache.heads.compiled.training_step import Batch, TrainableHead
 from featcache.heads.config import FitResult, HeadJob, TrainingConfig, auto_batch_size
-from featcache.heads.fit import fit_head, fit_heads, forward_head, predict_probs
+from featcache.heads.fit import fit_head, fit_heads
 from featcache.heads.head import HeadConfig, build_head
 from featcache.runtime import CPU, Device
 
@@ -232,7 +232,7 @@ def test_kept_is_the_epoch_with_the_lowest_validation_loss() -> None:
     head = build_head(HeadConfig(12, 2, hidden=(8,)), seed=0)
     head.load_state_dict(as_tensors(result.state))
     loss = nn.functional.cross_entropy(
-        torch.from_numpy(forward_head(head, features, CPU)).double(), torch.from_numpy(targets)
+        torch.from_numpy(logits_of(head, features)).double(), torch.from_numpy(targets)
     )
     assert loss.item() == pytest.approx(min(losses), rel=1e-6)
 
@@ -274,7 +274,7 @@ def test_history_rows_are_told_as_they_are_made_and_are_true() -> None:
     assert [row["learning_rate"] for row in told] == pytest.approx([5e-4, 3.75e-4, 1.25e-4])
     head = build_head(HeadConfig(12, 3, hidden=(8,)), seed=0)
     head.load_state_dict(as_tensors(result.state))
-    right = forward_head(head, held_out[some], CPU).argmax(1) == held_out_targets[some]
+    right = logits_of(head, held_out[some]).argmax(1) == held_out_targets[some]
     best = result.history[result.best_epoch - 1]
     assert best["valid_accuracy"] == pytest.approx(right.mean())
     assert best["valid_recall_a"] == pytest.approx(right[held_out_targets[some] == 0].mean())
@@ -291,21 +291,6 @@ def test_float16_and_mapped_features_train_as_float32() -> None:
     same = halves.astype("f4")
     b = fit_head(head, training, same, targets, same, targets, **options)
     assert all(np.array_equal(a.state[name], b.state[name]) for name in a.state)
-
-
-def test_forward_in_blocks_equals_the_head_and_probs_are_its_softmax() -> None:
-    head = build_head(HeadConfig(12, 3, hidden=(8,)), seed=0)
-    features, _ = blobs(20_000)
-    logits = forward_head(head, features, CPU)
-    assert not head.training
-    assert (logits.shape, logits.dtype) == ((20_000, 3), np.float32)
-    with torch.no_grad():
-        wanted = head(torch.from_numpy(features)).numpy()
-    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-6)
-    probs = predict_probs(head, features, CPU)
-    powers = np.exp(logits.astype("f8"))
-    np.testing.assert_allclose(probs, powers / powers.sum(1, keepdims=True), rtol=1e-12)
-    assert forward_head(head, features[:0], CPU).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -433,16 +418,6 @@ def test_without_validation_rows_patience_watches_the_training_loss() -> None:
     assert len(losses) == 1 + int(np.argmin(losses)) + 2 < 60
     assert result.best_epoch == len(losses)
     assert same_states(result, fit_all(epochs=len(losses), **options))
-
-
-def test_logits_are_computed_in_the_dtype_of_the_head() -> None:
-    features, _ = blobs(20)
-    head = build_head(HeadConfig(12, 3, hidden=(8,)), seed=0).double()
-    logits = forward_head(head, features, CPU)
-    assert logits.dtype == np.float64
-    with torch.no_grad():
-        wanted = head(torch.from_numpy(features).double()).numpy()
-    np.testing.assert_allclose(logits, wanted, rtol=1e-12)
 
 
 # --- views

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 import torch
-from sample_heads import as_tensors
+from sample_heads import as_tensors, logits_of
 from torch import nn
 
 from featcache import HeadClassifier, evaluate, load_run, open_cache, sweep, train, write_cache
@@ -24,7 +24,7 @@ from featcache.heads.config import (
     TrainingConfig,
     choose_strengths,
 )
-from featcache.heads.fit import fit_head, fit_heads, forward_head
+from featcache.heads.fit import fit_head, fit_heads
 from featcache.heads.head import HeadConfig, build_head
 from featcache.runtime import CPU
 from featcache.sweeps.space import read_space
@@ -117,7 +117,7 @@ def test_every_option_has_the_optimum_of_layers_and_torchs_solver(
         np.testing.assert_allclose(result.state[name], value, 1e-3, 2e-4)
     loaded = build_head(LINEAR, seed=0).double()
     loaded.load_state_dict(as_tensors(result.state))
-    logits = [forward_head(head, blobs(50, 1)[0], CPU) for head in (loaded, plain)]
+    logits = [logits_of(head, blobs(50, 1)[0]) for head in (loaded, plain)]
     np.testing.assert_allclose(*logits, atol=2e-3)
 
 
@@ -149,7 +149,7 @@ def test_kept_is_the_strength_with_the_lowest_validation_loss(dtype: str) -> Non
     head.load_state_dict(as_tensors(result.state))
     features, targets = blobs(50, 1, dtype)
     loss = nn.functional.cross_entropy(
-        torch.from_numpy(forward_head(head, features, CPU)).double(), torch.from_numpy(targets)
+        torch.from_numpy(logits_of(head, features)).double(), torch.from_numpy(targets)
     )
     assert loss.item() == pytest.approx(min(losses), rel=1e-6)
 

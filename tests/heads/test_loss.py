@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sample_heads import SeededDropout, as_tensors
+from sample_heads import SeededDropout, as_tensors, probs_of
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from featcache.errors import ConfigError, DataError
 from featcache.heads.compiled import kernels, numpy_kernels
 from featcache.heads.config import HeadJob, TrainingConfig
-from featcache.heads.fit import fit_head, fit_heads, predict_probs
+from featcache.heads.fit import fit_head, fit_heads
 from featcache.heads.head import HeadConfig, build_head
 from featcache.heads.loss import class_weights, target_weights
 from featcache.runtime import CPU
@@ -110,7 +110,7 @@ def test_history_is_over_known_targets_and_a_class_without_positives_has_no_reca
     )  # fmt: skip
     head = build_head(HEAD, seed=0).double()
     head.load_state_dict(as_tensors(result.state))
-    probs = predict_probs(head, held_out, CPU, "multilabel")
+    probs = probs_of(head, held_out, "multilabel")
     kept, known = result.history[result.best_epoch - 1], ~np.isnan(targets)
     right = (probs > 0.5) == (targets == 1)
     assert kept["valid_accuracy"] == pytest.approx(right[known].mean())

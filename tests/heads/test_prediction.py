@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sample_heads import logits_of
 from sample_rows import edited, make_cache, rows_of
 
 from featcache.cache.reading import open_cache
 from featcache.errors import CacheError
 from featcache.heads.head import HeadConfig, build_head
-from featcache.heads.prediction import compute_logits, predict_probs
+from featcache.heads.prediction import compute_logits, predict_logits, predict_probs
 from featcache.heads.streaming import StoredFeatures
 
 
@@ -79,3 +80,17 @@ def test_stored_features_give_the_same_as_arrays_and_infinity_is_refused(tmp_pat
     bad = open_cache(tmp_path / "bad.h5").splits["all"]
     with pytest.raises(CacheError, match="row 777"):
         predict_probs(config, state, StoredFeatures(bad, np.arange(len(bad))))
+
+
+def test_logits_are_those_of_the_head_in_its_dtype() -> None:
+    config = HeadConfig(12, 3, hidden=(8,))
+    head = build_head(config, seed=0).eval()
+    features = np.random.default_rng(0).normal(size=(1300, 12)).astype(np.float32)
+    for dtype, bound in ((np.float32, 1e-6), (np.float64, 1e-12)):
+        state = {n: v.astype(dtype) if v.ndim else v for n, v in state_of(head).items()}
+        logits = predict_logits(config, state, features)
+        assert (logits.shape, logits.dtype) == ((1300, 3), dtype)
+        np.testing.assert_allclose(logits, logits_of(head, features), rtol=0, atol=1e-5)
+        wide = build_head(config, seed=0).double()
+        np.testing.assert_allclose(logits, logits_of(wide, features), rtol=0, atol=bound)
+    assert predict_logits(config, state_of(head), features[:0]).shape == (0, 3)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sample_heads import SeededDropout, as_tensors
+from sample_heads import SeededDropout, as_tensors, logits_of
 from torch import nn
 
 from featcache.heads import fit
 from featcache.heads.config import FitResult, HeadJob, TrainingConfig
-from featcache.heads.fit import fit_heads, forward_head
+from featcache.heads.fit import fit_heads
 from featcache.heads.head import HeadConfig, build_head
 from featcache.heads.stack import StackTrainer
 from featcache.runtime import CPU
@@ -115,7 +115,7 @@ def plain_loop(job: HeadJob, rows: tuple[Any, Any], held_out: tuple[Any, Any]) -
                 stepper.step()
         if training.schedule == "cosine":
             cosine.step()
-        logits.append(forward_head(head, valid_x.numpy(), CPU))
+        logits.append(logits_of(head, valid_x.numpy()))
         each = nn.functional.cross_entropy(torch.from_numpy(logits[-1]).double(), valid_y)
         losses.append(each.item())
     return logits, losses
@@ -125,10 +125,10 @@ def fit_stack(jobs: Sequence[HeadJob], rows: Any, held_out: Any, **options: Any)
     return fit_heads(jobs, *rows, *held_out, data_seed=DATA_SEED, device=CPU, **options)
 
 
-def logits_of(job: HeadJob, result: FitResult, held_out: tuple[Any, Any]) -> Any:
+def trained_logits(job: HeadJob, result: FitResult, held_out: tuple[Any, Any]) -> Any:
     head = build_head(job.head, 0)
     head.load_state_dict(as_tensors(result.state))
-    return forward_head(head, held_out[0], CPU)
+    return logits_of(head, held_out[0])
 
 
 def assert_ten_steps_agree(jobs: Sequence[HeadJob], rows: Any, held_out: Any) -> None:
@@ -142,7 +142,7 @@ def assert_ten_steps_agree(jobs: Sequence[HeadJob], rows: Any, held_out: Any) ->
     for job, result in zip(jobs, fit_stack(jobs, rows, held_out), strict=True):
         logits, losses = plain_loop(job, rows, held_out)
         loss_gap = np.abs(np.array([row["valid_loss"] for row in result.history]) - losses).max()
-        found, wanted = logits_of(job, result, held_out), logits[result.best_epoch - 1]
+        found, wanted = trained_logits(job, result, held_out), logits[result.best_epoch - 1]
         apart.append(max(loss_gap, (np.abs(found - wanted) / (1 + np.abs(wanted))).max()))
     assert np.sum(np.array(apart) > 1e-4) <= len(jobs) // 30, apart
     assert max(apart) < 5e-3
@@ -203,7 +203,10 @@ def test_a_head_among_64_is_the_head_alone(
         (alone,) = fit_stack([job], rows, held_out)
         assert alone.best_epoch == result.best_epoch
         np.testing.assert_allclose(
-            logits_of(job, result, held_out), logits_of(job, alone, held_out), rtol=1e-4, atol=1e-4
+            trained_logits(job, result, held_out),
+            trained_logits(job, alone, held_out),
+            rtol=1e-4,
+            atol=1e-4,
         )
     jobs = make_jobs(64, hidden, num_classes, optimizer, batch_size=BATCH, epochs=10)
     among = fit_stack(jobs, rows, held_out)

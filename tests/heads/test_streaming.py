@@ -23,8 +23,9 @@ from featcache.heads import rows as partition
 from featcache.heads.batches import BatchSampler, TrainingData
 from featcache.heads.compiled.numpy_kernels import shuffle
 from featcache.heads.config import FitResult, HeadJob, TrainingConfig
-from featcache.heads.fit import fit_head, fit_heads, predict_probs
-from featcache.heads.head import HeadConfig, build_head
+from featcache.heads.fit import fit_head, fit_heads
+from featcache.heads.head import HeadConfig, initial_state
+from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import choose_rows, read_rows
 from featcache.heads.streaming import StoredFeatures
 from featcache.heads.training import train
@@ -174,9 +175,10 @@ def test_streamed_heads_are_as_good_as_those_of_memory(tmp_path: Path) -> None:
 
 def test_predictions_of_stored_features_are_those_of_arrays(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.h5")
-    head, split = build_head(HeadConfig(WIDTH, NUM_CLASSES, ()), seed=0), cache.splits["train"]
-    wanted = predict_probs(head, split.features, CPU)
-    assert np.array_equal(predict_probs(head, stored(cache, 10), CPU), wanted)
+    config, split = HeadConfig(WIDTH, NUM_CLASSES, ()), cache.splits["train"]
+    state = initial_state(config, seed=0)
+    wanted = predict_probs(config, state, split.features)
+    assert np.array_equal(predict_probs(config, state, stored(cache, 10)), wanted)
 
 
 def test_a_feature_that_is_not_finite_is_found_in_its_block(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+from sample_heads import probs_of
 from sample_rows import CLASSES, array_of, edited, make_cache, rows_of
 from sample_sweeps import SPACE, run_files, small_cache, sweep_small
 
@@ -182,10 +183,9 @@ def test_the_score_is_that_of_the_head(
     score = float(read_trials(tmp_path / "r")[0]["score"])
     classifier = featcache.load_run(tmp_path / "r")
     valid = cache.split("valid")
-    from featcache.heads.fit import predict_probs
     from featcache.heads.run import load_head
 
-    probs = predict_probs(load_head(classifier), valid.features, CPU)
+    probs = probs_of(load_head(classifier), valid.features)
     targets, preds = np.array(valid.targets), probs.argmax(1)
     index = 1 if positive is None else CLASSES.index(positive)
     wanted = {
