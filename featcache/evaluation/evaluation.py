@@ -148,7 +148,8 @@ def evaluate(
     if csv is not None:
         require_folder(Path(csv), "--csv")
     opened = _open_own_cache(loaded) if cache is None else _open_other_cache(loaded, Path(cache))
-    if cache is None:
+    is_own = cache is None or opened.payload_sha256 == loaded.cache.get("payload_sha256")
+    if is_own:
         _warn_of_training_rows(loaded, split)
     rows = _predict_rows(loaded, opened, split, say, average_views=average_views)
     result = Evaluation(
@@ -166,7 +167,7 @@ def evaluate(
     if csv is not None:
         rows.write(Path(csv))
     _say_result(result, say)
-    if cache is None:
+    if is_own:
         _keep(loaded, split, result, say)
     else:
         say("not kept in the run: another cache's figures would pass for its own")

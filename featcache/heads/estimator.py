@@ -28,7 +28,7 @@ from sklearn.utils.validation import (
 from featcache.errors import ConfigError, FeatcacheError
 from featcache.heads.config import FitResult, TrainingConfig
 from featcache.heads.fit import fit_head, forward_head, predict_probs
-from featcache.heads.head import HeadConfig, build_head
+from featcache.heads.head import HeadConfig, build_head, to_python
 from featcache.runtime import CPU, Device, resolve_device
 
 if TYPE_CHECKING:
@@ -210,8 +210,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _head_config(self) -> HeadConfig:
         sizes = self.hidden_layer_sizes
-        hidden = tuple(_plain(size) for size in ([sizes] if np.ndim(sizes) == 0 else sizes))
-        return HeadConfig(self.n_features_in_, len(self.classes_), hidden, _plain(self.dropout))
+        hidden = (sizes,) if np.ndim(sizes) == 0 else tuple(sizes)
+        return HeadConfig(self.n_features_in_, len(self.classes_), hidden, self.dropout)
 
     def _training_config(self, y: npt.NDArray[Any]) -> TrainingConfig:
         class_weights: str | tuple[float, ...] = "none"
@@ -221,16 +221,16 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             weights = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
             class_weights = tuple(weights.tolist())
         return TrainingConfig(
-            learning_rate=_plain(self.learning_rate),
-            weight_decay=_plain(self.weight_decay),
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
             optimizer=self.solver,
             schedule=self.schedule,
-            batch_size=_plain(self.batch_size),
-            epochs=_plain(self.max_epochs),
-            patience=_plain(self.n_iter_no_change),
+            batch_size=self.batch_size,
+            epochs=self.max_epochs,
+            patience=self.n_iter_no_change,
             class_weights=class_weights,
-            label_smoothing=_plain(self.label_smoothing),
-            warmup=_plain(self.warmup),
+            label_smoothing=self.label_smoothing,
+            warmup=self.warmup,
         )
 
     def _seed(self) -> int:
@@ -254,7 +254,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self, rows: npt.NDArray[Any], targets: npt.NDArray[Any], seed: int
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Part the rows (n,) into those to train on and those to keep the best epoch by."""
-        fraction = _plain(self.validation_fraction)
+        fraction = to_python(self.validation_fraction)
         if not isinstance(fraction, float) or not 0 < fraction < 1:
             raise ConfigError(
                 "validation_fraction", expected="a number from 0 to below 1", found=repr(fraction)
@@ -325,11 +325,6 @@ def _load_head(config: HeadConfig, result: FitResult) -> torch.nn.Sequential:
     head = build_head(config, seed=0).eval()
     head.load_state_dict({name: torch.from_numpy(v) for name, v in result.state.items()})
     return head
-
-
-def _plain(value: Any) -> Any:
-    """Return a NumPy scalar, as a grid of parameters holds them, as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _to_numpy(value: Any) -> Any:

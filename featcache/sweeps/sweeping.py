@@ -172,8 +172,8 @@ def sweep(
     if not (journal_folder / _JOURNAL_NAME).exists():
         refuse_existing(folder, overwrite=overwrite)
     _check_options(trials, sampler, folds, repeats, select)
-    check_seed("--seed", seed)
-    check_valid_fraction(valid_fraction)
+    seed = check_seed("--seed", seed)
+    valid_fraction = check_valid_fraction(valid_fraction)
     read = None if space is None else read_space(Path(space))
     where = resolve_device(device)
     opened = open_cache(cache)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -221,6 +222,20 @@ def test_of_rows_with_views_the_plain_one_counts(
     with pytest.warns(FeatcacheWarning, match="views 4"):
         predictions = predict(run, cache=tmp_path / "v.h5")
     np.testing.assert_allclose(predictions.probs, probs_of(run, features), atol=1e-5)
+
+
+def test_the_runs_own_cache_is_known_by_its_content(run: Path, tmp_path: Path) -> None:
+    shutil.copy(tmp_path / "c.h5", tmp_path / "copy.h5")
+    for name in ("c.h5", "copy.h5"):
+        said: list[str] = []
+        with pytest.warns(FeatcacheWarning, match="rows of train: these figures are too good"):
+            named = evaluate(run, cache=tmp_path / name, split="train", say=said.append)
+        assert not any("not kept" in line for line in said)
+        assert json.loads((run / "evaluation/train.json").read_text()) == named.as_dict()
+        shutil.rmtree(run / "evaluation")
+    make_cache(tmp_path / "o.h5", {"train": [0, 1] * 9})
+    evaluate(run, cache=tmp_path / "o.h5", split="train")
+    assert not (run / "evaluation").exists()
 
 
 def test_rows_of_another_shape_are_refused(run: Path, tmp_path: Path) -> None:
