@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-from featcache.errors import CacheError, ConfigError, RunError
+from featcache.errors import CacheError, ConfigError, RunError, printable
 
 _HASH_BLOCK_BYTES = 1 << 20
 NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
@@ -209,6 +209,11 @@ def join_names(names: Iterable[str]) -> str:
     A ``|`` or ``\`` in a name gets a ``\`` before it.
     """
     return "|".join(re.sub(r"([\\|])", r"\\\1", name) for name in names)
+
+
+def prob_columns(classes: Iterable[str]) -> list[str]:
+    """Return the headers of a CSV's columns of probabilities: ``prob_NAME`` of each class."""
+    return [f"prob_{printable(name)}" for name in classes]
 
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")

@@ -1,4 +1,4 @@
-"""Is a cache true of its images? By name, by content, and by features computed again.
+"""Compare a cache with its images: by name, by content, and by features computed again.
 
 Reads: caches, images. Writes: nothing.
 """
@@ -36,9 +36,9 @@ class Comparison:
     """How a cache compares with images.
 
     Attributes:
-        bad_rows: Rows of other images than those there now, and rows that are not true of theirs,
-            in the order of the cache.
-        changed: Paths of the former.
+        bad_rows: Rows whose image changed, and rows whose features differ, in the order of the
+            cache.
+        changed: Paths of rows whose image changed.
         vanished: Paths whose image is gone; their rows cannot be judged.
         appeared: Paths of images that the cache does not know.
         relabelled: Paths of images of another class than the cache says; extracting again mends it.

@@ -41,8 +41,8 @@ class TrainingConfig:
 
     Attributes:
         learning_rate: Step size at the first epoch after the warm-up.
-        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw). Of lbfgs,
-            the one strength of regularisation; 0 chooses one from a path.
+        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw). With
+            lbfgs, the one strength of regularisation; 0 chooses one from a path.
         optimizer: ``adam``, ``adamw`` (betas 0.9 and 0.999) or ``sgd`` (momentum 0.9); ``lbfgs``
             for heads without hidden layers, which has no use for learning rate, schedule, batch
             size, epochs, patience and warm-up.
@@ -52,11 +52,11 @@ class TrainingConfig:
         patience: Stop after this many epochs without a lower validation loss (without validation
             rows: training loss); None never does.
         class_weights: In the loss: ``none``, ``balanced`` (N / (C * n) for n of N rows) or a
-            number per class (a tuple, list or array; kept as a tuple).
-            Of several labels a row, by what a class' positives count, ``balanced`` being its known
-            negatives over its known positives (1 where it has none of either).
-        label_smoothing: Share in [0, 1) of each target spread evenly over all classes; of several
-            labels a row, over yes and no.
+            number per class (a tuple, list or array; kept as a tuple). For multilabel caches, the
+            weight of a class' positives: ``balanced`` is its known negatives over its known
+            positives (1 where it has none of either).
+        label_smoothing: Share in [0, 1) of each target spread evenly over all classes; for
+            multilabel caches, over yes and no.
         warmup: Epochs, fewer than all, in which the step size rises from step to step in a line
             from 0; the cosine begins after them.
     """
@@ -143,13 +143,13 @@ class FitResult:
         history: One row per epoch: ``epoch`` (from 1), ``train_loss`` (the loss minimised, weights
             and smoothing included), ``valid_loss`` (plain cross-entropy), ``valid_accuracy``, one
             ``valid_recall_CLASS`` per class (None without rows of it), ``learning_rate``,
-            ``seconds``. Without validation rows there are no ``valid_`` columns. Of several labels
-            a row, loss and accuracy are means over the known targets, a yes being above 0.5. Of
-            lbfgs one row per strength of regularisation, the strongest first: ``strength`` in
-            place of ``epoch``, ``train_loss`` without the regularisation, and in place of
-            ``learning_rate`` ``num_iterations`` and ``converged``.
+            ``seconds``. Without validation rows there are no ``valid_`` columns. For multilabel
+            caches, loss and accuracy are means over the known targets; above 0.5 means yes. With
+            lbfgs there is one row per strength of regularisation, the strongest first:
+            ``strength`` in place of ``epoch``, ``train_loss`` without the regularisation, and
+            ``num_iterations`` and ``converged`` in place of ``learning_rate``.
         best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties; without
-            validation rows the last. Of lbfgs the number of the strength, likewise.
+            validation rows the last. With lbfgs the number of the strength, likewise.
         diverged_in: The epoch in which the loss was no finite number; it is not in the history.
     """
 

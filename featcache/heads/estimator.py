@@ -73,9 +73,9 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             (``hidden_layer_sizes=()``) and uses of the other parameters ``weight_decay``,
             ``class_weight`` and ``label_smoothing`` alone.
         schedule: ``constant`` or ``cosine``.
-        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw). Of lbfgs
-            the strength of regularisation; 0 chooses it from a path by the validation rows, and
-            without those is 1 / N, scikit-learn's C = 1.
+        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw). With
+            lbfgs, the strength of regularisation; 0 chooses it from a path by the validation rows,
+            and without those is 1 / N, scikit-learn's C = 1.
         label_smoothing: Share in [0, 1) of each target spread evenly over all classes.
         warmup: Epochs in which the learning rate rises from 0, step by step.
         random_state: An int decides initial weights, dropout and order as ``seed`` of
@@ -88,9 +88,9 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_features_in_: D.
         feature_names_in_: Of a data frame whose columns are strings.
         head_: The trained ``torch.nn.Sequential``, on the CPU, in eval mode.
-        history_: One dict per epoch: losses, validation accuracy and recalls, learning rate. Of
-            lbfgs one per strength, the strongest first.
-        best_epoch_: The epoch kept, from 1; of lbfgs the strength.
+        history_: One dict per epoch: losses, validation accuracy and recalls, learning rate.
+            With lbfgs one per strength, the strongest first.
+        best_epoch_: The epoch kept, from 1; with lbfgs the strength.
         n_iter_: How many epochs were run, or strengths solved for.
 
     Example:

@@ -49,7 +49,7 @@ class TrainSummary:
         task: ``multiclass``, or ``multilabel``: several labels an image.
         num_train: Labelled rows trained on.
         num_valid: Labelled rows the epoch was chosen by.
-        num_unlabelled: Rows left out for want of a target; of several labels, of any known one.
+        num_unlabelled: Rows left out because they have no target (multilabel: no known one).
         num_failed: Images that failed and are therefore not in the cache, over all splits.
         num_views: Views of each row trained on, of which an epoch sees one, lbfgs all.
         num_epochs: Epochs run; with lbfgs, strengths of regularisation solved for.
@@ -287,7 +287,7 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
 
 
 def _count_answers(targets: Targets, num_classes: int) -> npt.NDArray[np.int64]:
-    """Return the rows of each class, (C, 1); of several labels yes, no and unknown, (C, 3)."""
+    """Return the rows of each class, (C, 1); for multilabel caches yes, no and unknown, (C, 3)."""
     if targets.ndim == 1:
         return np.bincount(targets, minlength=num_classes)[:, None]
     return np.stack([(targets == 1).sum(0), (targets == 0).sum(0), np.isnan(targets).sum(0)], 1)

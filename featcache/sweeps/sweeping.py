@@ -143,8 +143,8 @@ def sweep(
         sampler: ``random``, ``grid`` or ``tpe`` (Optuna's, 16 trials a round).
         space: A TOML file (see module ``space``); None is the default space.
         metric: ``loss``, ``accuracy``, ``balanced_accuracy``, ``roc_auc``, ``average_precision`` or
-            ``f1``; the last three are macro means unless ``positive`` is given. Of several labels
-            an image all but ``balanced_accuracy``, over the known targets.
+            ``f1``; the last three are macro means unless ``positive`` is given. For multilabel
+            caches all but ``balanced_accuracy``, over the known targets.
         positive: The class that those three look for.
         folds: Judge trials by cross-validation over ``train`` and ``valid`` instead, groups and
             identical images together.

@@ -345,6 +345,11 @@ def test_lines_are_readable_and_safe(tmp_path: Path) -> None:
     assert len(result["mistakes"]) > 10
     text = "\n".join(said)
     assert "\x1b" not in text
+    evaluate(tmp_path / "r", csv=tmp_path / "e.csv")
+    predict(tmp_path / "r", cache=tmp_path / "c.h5", csv=tmp_path / "p.csv")
+    for name in ("e.csv", "p.csv"):  # the same columns in both
+        header = (tmp_path / name).read_text("utf-8").splitlines()[0]
+        assert "prob_covid\\x1b[31m,prob_normal $x^" in header
     assert f"{len(result['mistakes'])} mistakes, the 10 most confident:" in said
     assert f"  sensitivity        {result['sensitivity']:.3f}" in said
     assert max(map(len, said[:-1])) <= 100
