@@ -308,7 +308,7 @@ def child_process(module: str) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-P", "-m", module], {**os.environ, "PYTHONPATH": path}
 
 
-def require_folder(path: Path, what: str) -> None:
+def require_file_place(path: Path, what: str) -> None:
     """Check, before any work is done, that a file can be written there.
 
     Raises:

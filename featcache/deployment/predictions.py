@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError, RunError
-from featcache.files import join_names, prob_columns, require_folder, write_csv
+from featcache.files import join_names, prob_columns, require_file_place, write_csv
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import load_run, require_same_features
 from featcache.heads.streaming import StoredFeatures
@@ -140,7 +140,7 @@ def predict(
             "--average-views", expected="a cache, whose rows have views", found="images"
         )
     if csv is not None:
-        require_folder(Path(csv), "--csv")
+        require_file_place(Path(csv), "--csv")
     if cache is not None:
         predictions = _predict_cache(run, cache, device, average_views=average_views)
     else:

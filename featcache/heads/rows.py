@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MEMORY_SHARE = 0.75  # of what is left: heads, activations and others want some too
 _LEAST_BLOCK_BYTES = 1 << 20
 
-Rows = npt.NDArray[np.int64]
+RowNumbers = npt.NDArray[np.int64]
 Targets = npt.NDArray[Any]
 """(N,) int64; or (N, C) float32 of 0, 1 and NaN = unknown: several labels a row."""
 
@@ -47,7 +47,7 @@ class Part:
 
     name: str
     split: CacheSplit
-    rows: Rows
+    rows: RowNumbers
     num_unlabelled: int = 0
 
     @property
@@ -181,10 +181,10 @@ def _labelled(cache: Cache, split_name: str, name: str) -> Part:
     return Part(name, split, rows, len(split) - len(rows))
 
 
-def find_labelled(targets: Targets) -> Rows:
+def find_labelled(targets: Targets) -> RowNumbers:
     """Return the numbers of the rows that have a target (multilabel: a known one)."""
     has_target = ~np.isnan(targets).all(axis=1) if targets.ndim == 2 else targets != UNLABELLED
-    rows: Rows = np.flatnonzero(has_target)
+    rows: RowNumbers = np.flatnonzero(has_target)
     return rows
 
 

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache
 from featcache.data.stratification import build_units
 from featcache.errors import CacheError, DataError
-from featcache.heads.rows import Part, Rows, Targets, read_rows, share_out
+from featcache.heads.rows import Part, RowNumbers, Targets, read_rows, share_out
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import CPU, Device, Say, available_cores, silent
 
-Pair: TypeAlias = tuple[Rows, Rows]
+Pair: TypeAlias = tuple[RowNumbers, RowNumbers]
 """Numbers of rows to train on and to judge by."""
 
 Features: TypeAlias = npt.NDArray[Any] | StoredFeatures
