@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    # the verbs of the command line
+    # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split": "data.splitting",
     "extract": "extraction.extraction",
     "plan": "extraction.extraction",
@@ -78,7 +78,7 @@ _MODULES = {
     "load_classifier": "deployment.classifier",
     "build_backbone": "backbones.backbone",
     "wrap_backbone": "backbones.backbone",
-    # what these return
+    # classes of data, networks and heads
     "HeadClassifier": "heads.estimator",
     "Backbone": "backbones.backbone",
     "Cache": "cache.reading",
@@ -112,13 +112,13 @@ _MODULES = {
 }
 
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
-    # the verbs of the command line
+    # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "train", "sweep", "evaluate",
     "predict", "export",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
-    # what these return
+    # classes of data, networks and heads
     "HeadClassifier", "Backbone", "Cache", "CacheSplit", "Classifier", "Decision", "Failure",
     "HeadConfig", "Run",
     # the verbs' results

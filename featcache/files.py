@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-from featcache.errors import CacheError, ConfigError, RunError
+from featcache.errors import CacheError, ConfigError, RunError, printable
 
 _HASH_BLOCK_BYTES = 1 << 20
 NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
@@ -211,6 +211,11 @@ def join_names(names: Iterable[str]) -> str:
     return "|".join(re.sub(r"([\\|])", r"\\\1", name) for name in names)
 
 
+def prob_columns(classes: Iterable[str]) -> list[str]:
+    """Return the headers of a CSV's columns of probabilities: ``prob_NAME`` of each class."""
+    return [f"prob_{printable(name)}" for name in classes]
+
+
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 # an undecodable byte, or text that looks like an escaped one, and the backslashes before it
 _BYTE = re.compile("(\\\\*)([\udc80-\udcff])|(\\\\+)(?=udc[89a-f][0-9a-f])")
@@ -303,7 +308,7 @@ def child_process(module: str) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-P", "-m", module], {**os.environ, "PYTHONPATH": path}
 
 
-def require_folder(path: Path, what: str) -> None:
+def require_file_place(path: Path, what: str) -> None:
     """Check, before any work is done, that a file can be written there.
 
     Raises:

@@ -153,11 +153,12 @@ def _check_downloaded(file: Path) -> None:
     if not file.exists():
         return
     named = re.search(r"-([a-f0-9]{8,})\.", file.name)
-    expected = f"sha256 {named[1]}..." if named else "a regular file"
-    found = f"sha256 {sha256_file(file)[:16]}..." if file.is_file() else "no regular file"
-    if not file.is_file() or (named and not found.startswith(expected[:-3])):
+    sha256 = sha256_file(file) if file.is_file() else ""
+    if not sha256 or (named and not sha256.startswith(named[1])):
         raise BackboneError(
-            "downloaded weights", expected=expected, found=found, where=file,
+            "downloaded weights",
+            expected=f"sha256 {named[1][:16]}..." if named else "a regular file",
+            found=f"sha256 {sha256[:16]}..." if sha256 else "no regular file", where=file,
             hint="Remove it, and it will be fetched again",
         )  # fmt: skip
 

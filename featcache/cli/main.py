@@ -89,6 +89,7 @@ for made in (split, extract, select, info, verify):
     "--weight-decay", type=float, default=0.0, show_default=True,
     help="With lbfgs: this one strength of regularisation.",
 )  # fmt: skip
+# heads.config has this list too, but to import it would import NumPy before every --help.
 @click.option(
     "--optimizer", type=click.Choice(["adam", "adamw", "sgd", "lbfgs"]), default="adam",
     show_default=True,

@@ -80,15 +80,19 @@ def list_entries(root: Path) -> Iterator[Entry]:
     kinds = {0: "file", stat.S_IFREG: "file", stat.S_IFLNK: "link"}
     for info in infos:
         path, is_folder = _safe_path(info.filename, root)
+        if not path:  # "./": the folder that was packed
+            continue
         kind = kinds.get(stat.S_IFMT(info.external_attr >> 16), "other")
         yield Entry(path, "folder" if is_folder else kind, info)
 
 
 def _safe_path(name: str, root: Path) -> tuple[str, bool]:
-    """Return the plain path of a member, and whether it is a folder."""
+    """Return the plain path of a member ("" for ``./``), and whether it is a folder."""
     name = name.replace("\\", "/")  # written by some Windows programs
     parts = [part for part in name.split("/") if part not in {"", "."}]
-    if name.startswith("/") or ".." in parts or re.match("[A-Za-z]:", name) or not parts:
+    is_root = not parts and name.startswith(".") and name.endswith("/")
+    is_inside = bool(parts) and ".." not in parts and not name.startswith("/")
+    if not (is_root or is_inside) or re.match("[A-Za-z]:", name):
         raise DataError(
             "zip member", expected="a name inside the zip", found=repr(name), where=root,
             hint="Do not trust this zip",

@@ -117,9 +117,16 @@ def split(
         _write_tree(dataset, assigned, destination, mode)
     num_groups = None if group_by is None else len({sample.group for sample in samples})
     return SplitSummary(
-        destination, dataset.classes, counts, num_groups, num_matched, len(hashes), image_bytes,
-        mode, seed,
-    )  # fmt: skip
+        destination=destination,
+        classes=dataset.classes,
+        counts=counts,
+        num_groups=num_groups,
+        num_matched=num_matched,
+        num_identical=len(hashes),
+        image_bytes=image_bytes,
+        mode=mode,
+        seed=seed,
+    )
 
 
 def _check_options(fractions: Sequence[float], mode: str) -> dict[str, float]:
@@ -136,13 +143,14 @@ def _check_options(fractions: Sequence[float], mode: str) -> dict[str, float]:
 
 
 def _check_destination(source: Path, destination: Path) -> None:
+    is_csv = destination.suffix.lower() == ".csv"
     is_empty = destination.is_dir() and not any(destination.iterdir())
-    if destination.is_symlink() or (destination.exists() and not is_empty):
+    is_taken = destination.exists() and (is_csv or not is_empty)
+    if destination.is_symlink() or is_taken:
         raise DataError(
             "split destination", expected="a new or empty folder, or a new .csv",
             found="something already there", where=destination, hint="Choose another name",
         )  # fmt: skip
-    is_csv = destination.suffix.lower() == ".csv"
     if not is_csv and source.resolve() in (destination.resolve(), *destination.resolve().parents):
         raise DataError(
             "split destination", expected="a folder outside the source", found="one inside it",
@@ -219,8 +227,10 @@ def _warn_of_contradictions(dataset: ImageDataset, hashes: dict[int, str]) -> No
         copies for copies in by_hash.values() if len({copy.target for copy in copies}) > 1
     ]
     if contradicting:
+        num_images, num_contents = sum(map(len, contradicting)), len(contradicting)
         warnings.warn(
-            f"{len(contradicting)} images have byte-identical copies in another class, for example "
+            f"{num_images} images ({num_contents} different by content) have byte-identical "
+            "copies in another class, for example "
             + " = ".join(copy.path for copy in contradicting[0]),
             FeatcacheWarning, stacklevel=3,
         )  # fmt: skip

@@ -28,7 +28,7 @@ from featcache.extraction.pipeline import Lane, stream_features
 from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes, recipe_from_identity
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import Run, load_head, load_run
-from featcache.pixels.images import fit, load, load_opened
+from featcache.pixels.images import load, load_opened, resize_to_square
 from featcache.pixels.views import PLAIN
 from featcache.runtime import exact_fp32, resolve_device
 
@@ -163,7 +163,7 @@ class Classifier:
         """Return pixels (S, S) or (S, S, 3) of a file's bytes, a PIL image or an array."""
         rules = self.recipe.rules
         picture = load(image, rules) if isinstance(image, bytes) else load_opened(image, rules)
-        return fit(picture.pixels, rules)
+        return resize_to_square(picture.pixels, rules)
 
     def _compute(self, images: Any, *, preprocessed: bool) -> tuple[Sequence[str], list[_Row]]:
         """Return the names of images, and of each its features, or why it could not be read."""

@@ -14,6 +14,8 @@ import numpy.typing as npt
 from featcache.data.dataset import ImageDataset, Sample, list_images
 from featcache.errors import ConfigError
 
+_EXPECTED = "paths, PIL images or uint8 arrays"
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -39,7 +41,8 @@ def list_inputs(images: Any) -> Inputs:
 
     Raises:
         DataError: If a path leads nowhere, or a folder holds no image.
-        ConfigError: If an array has another shape or dtype, or for a torch tensor.
+        ConfigError: If an array has another shape or dtype, or for bytes, a torch tensor or what
+            else is none of these.
     """
     if isinstance(images, ImageDataset):
         return Inputs(images, [sample.path for sample in images.samples], images.samples)
@@ -62,11 +65,18 @@ def _as_list(images: Any) -> list[Any]:
     if isinstance(images, np.ndarray):
         _require_pixels(images, batch=True)
         return [*images] if images.ndim == 4 else [images]
-    if isinstance(images, str | os.PathLike) or not isinstance(images, Iterable):
-        images = [images]
-    elif hasattr(images, "is_floating_point"):  # a torch tensor, and torch need not be there
+    if isinstance(images, bytes | bytearray | memoryview):
         raise ConfigError(
-            "images", expected="paths, PIL images or uint8 arrays", found="a torch tensor",
+            "images", expected=_EXPECTED, found=type(images).__name__,
+            hint="Open the bytes of an image file with PIL.Image.open(io.BytesIO(data))",
+        )  # fmt: skip
+    if isinstance(images, str | os.PathLike) or hasattr(images, "getexif"):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise ConfigError("images", expected=_EXPECTED, found=repr(images)[:80])
+    if hasattr(images, "is_floating_point"):  # a torch tensor, and torch need not be there
+        raise ConfigError(
+            "images", expected=_EXPECTED, found="a torch tensor",
             hint="Pass preprocessed=True with a batch (B, 3, S, S) that preprocess made",
         )  # fmt: skip
     listed = list(images)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError, RunError
-from featcache.files import join_names, require_folder, write_csv
+from featcache.files import join_names, prob_columns, require_file_place, write_csv
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import load_run, require_same_features
 from featcache.heads.streaming import StoredFeatures
@@ -81,7 +81,7 @@ class Predictions:
         """
         has_labels = self.task == "multilabel"
         columns = ["preds"] if has_labels else ["pred", "prob"]
-        header = ["path", *columns, *(f"prob_{name}" for name in self.classes), "failure"]
+        header = ["path", *columns, *prob_columns(self.classes), "failure"]
         rows: list[list[object]] = []
         for path, pred, probs in zip(self.paths, self.preds, self.probs, strict=True):
             cells = [join_names(pred)] if has_labels else [pred, float(probs.max())]
@@ -140,7 +140,7 @@ def predict(
             "--average-views", expected="a cache, whose rows have views", found="images"
         )
     if csv is not None:
-        require_folder(Path(csv), "--csv")
+        require_file_place(Path(csv), "--csv")
     if cache is not None:
         predictions = _predict_cache(run, cache, device, average_views=average_views)
     else:

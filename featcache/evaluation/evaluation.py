@@ -18,7 +18,7 @@ from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError, printable
 from featcache.evaluation.figures import write_confusion_figure
 from featcache.evaluation.predicted_rows import PredictedRows
-from featcache.files import require_folder, result_as_dict, write_json
+from featcache.files import require_file_place, result_as_dict, write_json
 from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import find_labelled
 from featcache.heads.run import (
@@ -146,9 +146,10 @@ def evaluate(
             "--positive", expected="one of " + ", ".join(loaded.classes), found=positive
         )
     if csv is not None:
-        require_folder(Path(csv), "--csv")
+        require_file_place(Path(csv), "--csv")
     opened = _open_own_cache(loaded) if cache is None else _open_other_cache(loaded, Path(cache))
-    if cache is None:
+    is_own = cache is None or opened.payload_sha256 == loaded.cache.get("payload_sha256")
+    if is_own:
         _warn_of_training_rows(loaded, split)
     rows = _predict_rows(loaded, opened, split, say, average_views=average_views)
     result = Evaluation(
@@ -166,7 +167,7 @@ def evaluate(
     if csv is not None:
         rows.write(Path(csv))
     _say_result(result, say)
-    if cache is None:
+    if is_own:
         _keep(loaded, split, result, say)
     else:
         say("not kept in the run: another cache's figures would pass for its own")

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import printable
-from featcache.files import join_names, write_csv
+from featcache.files import join_names, prob_columns, write_csv
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,18 @@ class PredictedRows:
 
     def write(self, path: Path) -> None:
         """Write a CSV with a line per row."""
-        prob_columns = [f"prob_{printable(name)}" for name in self.classes]
         if self.has_labels:
-            header = ["path", "group", "targets", "unknown", "preds", *prob_columns]
+            header = ["path", "group", "targets", "unknown", "preds"]
             cells = zip(
                 self._join(self.targets == 1), self._join(np.isnan(self.targets)),
                 self._join(self.preds), strict=True,
             )  # fmt: skip
         else:
-            header = ["path", "group", "target", "pred", *prob_columns]
+            header = ["path", "group", "target", "pred"]
             names = ([self.classes[i] for i in which] for which in (self.targets, self.preds))
             cells = zip(*names, strict=True)
         rows = zip(self.paths, self.groups, cells, self.probs.tolist(), strict=True)
+        header += prob_columns(self.classes)
         write_csv(
             path, header, ([name, group, *words, *probs] for name, group, words, probs in rows)
         )

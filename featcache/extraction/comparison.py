@@ -1,4 +1,4 @@
-"""Is a cache true of its images? By name, by content, and by features computed again.
+"""Compare a cache with its images: by name, by content, and by features computed again.
 
 Reads: caches, images. Writes: nothing.
 """
@@ -6,7 +6,7 @@ Reads: caches, images. Writes: nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,15 +30,18 @@ _LINES_SAID = 20
 _Key = tuple[str, str]
 """Split and path."""
 
+_Rows = Mapping[_Key, int]
+"""Number of each row in its split."""
+
 
 @dataclass(frozen=True)
 class Comparison:
     """How a cache compares with images.
 
     Attributes:
-        bad_rows: Rows of other images than those there now, and rows that are not true of theirs,
-            in the order of the cache.
-        changed: Paths of the former.
+        bad_rows: Rows whose image changed, and rows whose features differ, in the order of the
+            cache.
+        changed: Paths of rows whose image changed.
         vanished: Paths whose image is gone; their rows cannot be judged.
         appeared: Paths of images that the cache does not know.
         relabelled: Paths of images of another class than the cache says; extracting again mends it.
@@ -76,21 +79,16 @@ def compare(
         CacheError: If ``data`` has none of the images.
         BackboneError: If the backbone cannot be built.
     """
-    bound, unknown = error_bound(cache), known_precision(cache) is None
-    judged = ", as at fp32, since nobody knows their precision" if unknown else ""
+    bound = error_bound(cache)
     recipe = recipe_from_identity(cache.identity, weights=weights, backbone=backbone)
     dataset = scan(data)
     now = {(s.split, s.path): s for s in dataset.samples}
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
-    changed = [
-        _bad_row(key, rows, "the image it was made of", f"one of {now[key].image_bytes:,} bytes")
-        for key in rows.keys() & now.keys()
-        if cache.splits[key[0]].image_bytes[rows[key]] != now[key].image_bytes
-    ]
+    common = rows.keys() & now.keys()
+    changed = _compare_sizes(cache, rows, [now[key] for key in common])
     # The same size may be the same image: times differ between copies, so only content decides.
-    other_size = {(bad.split, bad.path) for bad in changed}
-    same = sorted((rows.keys() & now.keys()) - other_size)
-    if rows and not same and not changed:
+    same = sorted(common - {(bad.split, bad.path) for bad in changed})
+    if rows and not common:
         raise CacheError(
             "images of the cache", expected="those it was made of", where=data,
             found=f"none of {len(rows):,} with the same name", hint="Check --data",
@@ -100,35 +98,23 @@ def compare(
         now[key] for key in same
         if key not in chosen and cache.splits[key[0]].mtime_ns[rows[key]] != now[key].mtime_ns
     ]  # fmt: skip
-    for sample, sha256 in zip(touched, hash_images(dataset, touched), strict=True):
-        key = sample.split, sample.path
-        if sha256 != cache.splits[sample.split].image_sha256[rows[key]].tobytes():
-            what = "an unreadable one" if sha256 is None else "another one"
-            changed.append(_bad_row(key, rows, "the image it was made of", what))
+    changed += _compare_contents(cache, rows, dataset, touched)
     planned = [sample for key, sample in now.items() if key in chosen]
-    untrue, errors = [], []
-    for outcome, features in _recompute(dataset, planned, recipe, device):
-        key = outcome.sample.split, outcome.sample.path
-        found = _find_change(cache, rows[key], outcome)
-        if found is not None:
-            changed.append(_bad_row(key, rows, "the image it was made of", found))
-            continue
-        error, found = _measure(cache, rows[key], outcome.sample.split, features, bound)
-        errors.append(error)
-        if found is not None:
-            untrue.append(_bad_row(key, rows, f"features within {bound:.0e}{judged}", found))
+    also_changed, differing, errors = _compare_features(
+        cache, rows, _recompute(dataset, planned, recipe, device)
+    )
+    changed += also_changed
     order = {split: number for number, split in enumerate(cache.splits)}
-    bad_rows = sorted([*changed, *untrue], key=lambda bad: (order[bad.split], bad.row))
     failed = {(f.split, f.path): f.image_bytes for f in cache.failures}
     comparison = Comparison(
-        bad_rows=tuple(bad_rows),
+        bad_rows=tuple(sorted(changed + differing, key=lambda bad: (order[bad.split], bad.row))),
         changed=tuple(sorted(bad.path for bad in changed)),
         vanished=tuple(sorted(path for _, path in rows.keys() - now.keys())),
         appeared=tuple(sorted(
             key[1] for key in now.keys() - rows.keys() if failed.get(key) != now[key].image_bytes
         )),
         relabelled=tuple(
-            key[1] for key in sorted(rows.keys() & now.keys())
+            key[1] for key in sorted(common)
             if _class_of(cache, key[0], rows[key]) != dataset.class_of(now[key])
         ),
         num_compared=len(errors), largest_error=max(errors, default=0.0), bound=bound,
@@ -137,13 +123,66 @@ def compare(
     return comparison
 
 
+def _compare_sizes(cache: Cache, rows: _Rows, samples: Iterable[Sample]) -> list[BadRow]:
+    """Return the rows whose image has another size now."""
+    return [
+        _changed_row(rows, sample, f"one of {sample.image_bytes:,} bytes")
+        for sample in samples
+        if cache.splits[sample.split].image_bytes[rows[sample.split, sample.path]]
+        != sample.image_bytes
+    ]
+
+
+def _compare_contents(
+    cache: Cache, rows: _Rows, dataset: ImageDataset, samples: list[Sample]
+) -> list[BadRow]:
+    """Return the rows whose image has another sha256 now, or cannot be read."""
+    return [
+        _changed_row(rows, sample, "an unreadable one" if sha256 is None else "another one")
+        for sample, sha256 in zip(samples, hash_images(dataset, samples), strict=True)
+        if sha256 != _recorded_sha256(cache, rows, sample)
+    ]
+
+
+def _compare_features(
+    cache: Cache,
+    rows: _Rows,
+    recomputed: Iterable[tuple[Outcome, npt.NDArray[np.float32] | None]],
+) -> tuple[list[BadRow], list[BadRow], list[float]]:
+    """Return the rows whose image changed, those whose features differ, and all errors."""
+    bound, is_assumed = error_bound(cache), known_precision(cache) is None
+    judged = ", as at fp32, since nobody knows their precision" if is_assumed else ""
+    changed, differing, errors = list[BadRow](), list[BadRow](), list[float]()
+    for outcome, features in recomputed:
+        sample = outcome.sample
+        if outcome.reason is not None:
+            changed.append(_changed_row(rows, sample, f"an unreadable one, {outcome.reason}"))
+        elif outcome.sha256 != _recorded_sha256(cache, rows, sample):
+            changed.append(_changed_row(rows, sample, "another one"))
+        else:
+            row = rows[sample.split, sample.path]
+            error, found = _measure(cache, row, sample.split, features, bound)
+            errors.append(error)
+            if found is not None:
+                expected = f"features within {bound:.0e}{judged}"
+                differing.append(BadRow(sample.split, row, sample.path, expected, found))
+    return changed, differing, errors
+
+
 def _class_of(cache: Cache, split: str, row: int) -> str:
     target = cache.splits[split].targets[row]
     return cache.classes[target] if target.ndim == 0 and target >= 0 else ""
 
 
-def _bad_row(key: _Key, rows: dict[_Key, int], expected: str, found: str) -> BadRow:
-    return BadRow(key[0], rows[key], key[1], expected, found)
+def _changed_row(rows: _Rows, sample: Sample, found: str) -> BadRow:
+    row = rows[sample.split, sample.path]
+    return BadRow(sample.split, row, sample.path, "the image it was made of", found)
+
+
+def _recorded_sha256(cache: Cache, rows: _Rows, sample: Sample) -> bytes:
+    row = rows[sample.split, sample.path]
+    sha256: bytes = cache.splits[sample.split].image_sha256[row].tobytes()
+    return sha256
 
 
 def _choose_rows(same: list[_Key], samples: int | str) -> set[_Key]:
@@ -164,14 +203,6 @@ def _recompute(
     engine = build_engine(recipe.backbone, resolve_device(device).torch(), probes, name="eager")
     for batch in stream_features(dataset, planned, [Lane(recipe, engine)]):
         yield from zip(batch.outcomes, batch.features[0], strict=True)
-
-
-def _find_change(cache: Cache, row: int, outcome: Outcome) -> str | None:
-    """Return what is wrong with an image that is not the one of the row any more."""
-    recorded = cache.splits[outcome.sample.split].image_sha256[row].tobytes()
-    if outcome.reason is None and outcome.sha256 == recorded:
-        return None
-    return "another one" if outcome.reason is None else f"an unreadable one, {outcome.reason}"
 
 
 def _measure(

@@ -70,7 +70,7 @@ class Outcome:
         sha256: Of the file's bytes; 32 zero bytes if it could not be read.
         reason: Why it failed, or None.
         truncated: It was cut off and has been filled in.
-        claims: Per lane, whether it claimed the content: there are features of it, or a reason.
+        claims: Per lane. Whether this lane took the image; then ``features`` or ``reason`` is set.
         is_transient: The reason says nothing of other images of the same content.
     """
 

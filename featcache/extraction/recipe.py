@@ -32,6 +32,9 @@ NUM_PROBES = 4
 _NUM_DEPTH_SAMPLES = 32
 _FEATURE_DTYPES = ("float32", "float16")
 
+_Colour = tuple[float, float, float]
+"""A value for each of red, green and blue."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -191,21 +194,10 @@ def recipe_from_identity(
             found="features made elsewhere", hint="This needs a cache made by featcache extract",
         ) from error  # fmt: skip
     if not isinstance(backbone, Backbone):
-        name = _trusted_name(identity, backbone)
-        try:
-            backbone = build_backbone(
-                name, weights=weights, image_size=rules.image_size,
-                mean=mean, std=std,
-            )  # fmt: skip
-        except BackboneError as error:
-            if weights is not None or isinstance(error.__cause__, ModuleNotFoundError):
-                raise
-            raise BackboneError(
-                f"backbone {name}",
-                expected=f"weights with sha256 {wanted} (of the state)",
-                found=error.found, where=error.where,
-                hint="Name the file the cache was made with by --weights FILE",
-            ) from error  # fmt: skip
+        backbone = _rebuild_backbone(
+            _trusted_name(identity, backbone), weights, wanted,
+            image_size=rules.image_size, mean=mean, std=std,
+        )  # fmt: skip
     if backbone.weights_sha256 != wanted:
         raise BackboneError(
             f"weights of {backbone.name}", expected=f"sha256 {wanted} (of the state)",
@@ -230,6 +222,23 @@ def recipe_from_identity(
     return recipe
 
 
+def _rebuild_backbone(
+    name: str, weights: str | Path | None, sha256: str, *, image_size: int, mean: _Colour,
+    std: _Colour,
+) -> Backbone:  # fmt: skip
+    """Build a backbone by its name; if its weights are not at hand, say which are wanted."""
+    try:
+        return build_backbone(name, weights=weights, image_size=image_size, mean=mean, std=std)
+    except BackboneError as error:
+        if weights is not None or isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        raise BackboneError(
+            f"backbone {name}", expected=f"weights with sha256 {sha256} (of the state)",
+            found=error.found, where=error.where,
+            hint="Name the file the cache was made with by --weights FILE",
+        ) from error  # fmt: skip
+
+
 def _trusted_name(identity: Mapping[str, Any], given: str | None) -> str:
     name = str(identity["backbone"])
     if given is not None and given != name:
@@ -242,6 +251,6 @@ def _trusted_name(identity: Mapping[str, Any], given: str | None) -> str:
     return name
 
 
-def _three(values: Any) -> tuple[float, float, float]:
+def _three(values: Any) -> _Colour:
     red, green, blue = (float(v) for v in values)
     return red, green, blue

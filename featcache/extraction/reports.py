@@ -87,16 +87,45 @@ def project(job: Job, device: torch.device) -> Projection:
     Raises:
         FeatcacheError: As an extraction with these options would at its start.
     """
-    dataset, recipe, options = job.dataset, job.recipe, job.options
+    dataset, recipe = job.dataset, job.recipe
     positions = [p for p in range(len(dataset.samples)) if job.ledger.wants(p)]
     wanted = [dataset.samples[position] for position in positions]
-    num_images, num_wanted = len(dataset.samples), len(wanted)
+    num_wanted, num_wanted_views = len(wanted), sum(job.num_views[s.split] for s in wanted)
+    projection = _project_sizes(job, num_wanted, num_wanted_views)
+    if not wanted:
+        return projection
+    chosen = random.Random(0).sample(wanted, min(_NUM_DECODED, num_wanted))
+    engine = _build_engine(job, device, decode_probes(dataset, chosen, recipe.rules))
+    start = time.perf_counter()
+    decoded = stream_views(dataset, chosen, [recipe], 1, workers=job.options.workers)
+    outcomes = [outcome for part, _ in decoded for outcome in part]
+    decode_seconds = (time.perf_counter() - start) / len(outcomes)
+    forward_seconds = _time_vector(engine, recipe.rules.image_size) * num_wanted_views / num_wanted
+    # On a CPU both share the cores; a GPU computes while the CPU decodes.
+    both = decode_seconds, forward_seconds
+    per_image = sum(both) if device.type == "cpu" else max(both)
+    return replace(
+        projection,
+        engine=f"{engine.name} ({engine.reason})",
+        decode_seconds=round(decode_seconds, 5),
+        forward_seconds=round(forward_seconds, 5),
+        deepest=max(sample_depths(dataset), default=None),
+        num_decoded=len(outcomes),
+        failures=tuple((o.sample.path, o.reason) for o in outcomes if o.reason is not None),
+        images_per_second=round(1 / per_image, 2),
+        seconds=round(num_wanted * per_image, 1),
+    )
+
+
+def _project_sizes(job: Job, num_wanted: int, num_wanted_views: int) -> Projection:
+    """Return what is known before an image is decoded: counts and sizes, and no time."""
+    dataset, recipe = job.dataset, job.recipe
+    num_images = len(dataset.samples)
     num_views = sum(job.num_views[sample.split] for sample in dataset.samples)
-    num_wanted_views = sum(job.num_views[sample.split] for sample in wanted)
     vector_bytes = recipe.backbone.num_features * job.dtype.itemsize
     cache_bytes = num_views * vector_bytes + num_images * _ROW_OVERHEAD_BYTES + 4096
     groups = {sample.group for sample in dataset.samples}
-    projection = Projection(
+    return Projection(
         splits=dataset.count(),
         classes=dataset.classes,
         num_images=num_images,
@@ -114,29 +143,6 @@ def project(job: Job, device: torch.device) -> Projection:
         seconds=0.0,
         cache_bytes=cache_bytes,
         working_bytes=cache_bytes + num_wanted_views * vector_bytes,
-    )
-    if not wanted:
-        return projection
-    chosen = random.Random(0).sample(wanted, min(_NUM_DECODED, num_wanted))
-    engine = _build_engine(job, device, decode_probes(dataset, chosen, recipe.rules))
-    start = time.perf_counter()
-    decoded = stream_views(dataset, chosen, [recipe], 1, workers=options.workers)
-    outcomes = [outcome for part, _ in decoded for outcome in part]
-    decode_seconds = (time.perf_counter() - start) / len(outcomes)
-    forward_seconds = _time_vector(engine, recipe.rules.image_size) * num_wanted_views / num_wanted
-    # On a CPU both share the cores; a GPU computes while the CPU decodes.
-    both = decode_seconds, forward_seconds
-    per_image = sum(both) if device.type == "cpu" else max(both)
-    return replace(
-        projection,
-        engine=f"{engine.name} ({engine.reason})",
-        decode_seconds=round(decode_seconds, 5),
-        forward_seconds=round(forward_seconds, 5),
-        deepest=max(sample_depths(dataset), default=None),
-        num_decoded=len(outcomes),
-        failures=tuple((o.sample.path, o.reason) for o in outcomes if o.reason is not None),
-        images_per_second=round(1 / per_image, 2),
-        seconds=round(num_wanted * per_image, 1),
     )
 
 

@@ -61,7 +61,9 @@ def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:
     known = {path for split in old.splits.values() for path in split.paths}
     if limit is not None and known - {sample.path for sample in dataset.samples}:
         found = f"{len(known):,} images, not all among the first {limit:,}"
-        raise _wrong_update(old, "--limit", "a new cache", found, "Name another file for a try")
+        raise _wrong_update(
+            old, "--limit", "a new cache", found, "Use another cache file for a trial run"
+        )
     has_groups = any(split.groups is not None for split in old.splits.values())
     if has_groups and all(sample.group is None for sample in dataset.samples):
         raise _wrong_update(

@@ -53,7 +53,7 @@ class ShardWriter:
     def take(
         self, outcomes: Sequence[Outcome], features: Sequence[npt.NDArray[np.float32] | None]
     ) -> None:
-        """Take over what the pipeline made of some images, if this cache wants them.
+        """Take over what the pipeline made of images, unless this cache already has their features.
 
         Raises:
             DataError: If more images have failed than are allowed.

@@ -20,7 +20,7 @@ from featcache.heads.streaming import StoredFeatures
 Array = npt.NDArray[Any]
 Features: TypeAlias = Array | StoredFeatures
 
-Rows: TypeAlias = tuple[Array, Any]
+Batches: TypeAlias = tuple[Array, Any]
 """Numbers of rows (n,) and their features (n, D): some batches, one after the other."""
 
 _ROWS_AT_ONCE = 256
@@ -135,7 +135,7 @@ class BatchSampler:
         self._blocks_order = np.random.default_rng([data.data_seed, _BLOCKS_STREAM])
         self._memory = np.empty((0, 0))
 
-    def epoch(self, batch_size: int) -> Iterator[Rows]:
+    def epoch(self, batch_size: int) -> Iterator[Batches]:
         """Yield the batches of the next epoch, some at once, to be read to the end.
 
         One row that would be left is not drawn: batch norm cannot train on one (pytorch#4534).
@@ -195,7 +195,9 @@ class BatchSampler:
                 features.expect(following)
             yield numbers, block, order
 
-    def _cut(self, blocks: Iterator[tuple[Array, Array, Array]], batch_size: int) -> Iterator[Rows]:
+    def _cut(
+        self, blocks: Iterator[tuple[Array, Array, Array]], batch_size: int
+    ) -> Iterator[Batches]:
         """Cut blocks into batches; what is left of one goes into the first batches of the next."""
         parts = list[tuple[Array, Array]]()
         size = missing = rows_at_once(batch_size)

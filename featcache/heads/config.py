@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import ConfigError
-from featcache.heads.head import HeadConfig
+from featcache.heads.head import HeadConfig, to_python
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine")
@@ -39,8 +41,8 @@ class TrainingConfig:
 
     Attributes:
         learning_rate: Step size at the first epoch after the warm-up.
-        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw). Of lbfgs,
-            the one strength of regularisation; 0 chooses one from a path.
+        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw). With
+            lbfgs, the one strength of regularisation; 0 chooses one from a path.
         optimizer: ``adam``, ``adamw`` (betas 0.9 and 0.999) or ``sgd`` (momentum 0.9); ``lbfgs``
             for heads without hidden layers, which has no use for learning rate, schedule, batch
             size, epochs, patience and warm-up.
@@ -49,11 +51,12 @@ class TrainingConfig:
         epochs: The most passes over the rows.
         patience: Stop after this many epochs without a lower validation loss (without validation
             rows: training loss); None never does.
-        class_weights: In the loss: ``none``, ``balanced`` (N / (C * n) for n of N rows) or a tuple.
-            Of several labels a row, by what a class' positives count, ``balanced`` being its known
-            negatives over its known positives (1 where it has none of either).
-        label_smoothing: Share in [0, 1) of each target spread evenly over all classes; of several
-            labels a row, over yes and no.
+        class_weights: In the loss: ``none``, ``balanced`` (N / (C * n) for n of N rows) or a
+            number per class (a tuple, list or array; kept as a tuple). For multilabel caches, the
+            weight of a class' positives: ``balanced`` is its known negatives over its known
+            positives (1 where it has none of either).
+        label_smoothing: Share in [0, 1) of each target spread evenly over all classes; for
+            multilabel caches, over yes and no.
         warmup: Epochs, fewer than all, in which the step size rises from step to step in a line
             from 0; the cosine begins after them.
     """
@@ -71,6 +74,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: if a value has no meaning."""
+        for field in dataclasses.fields(self):
+            value = to_python(getattr(self, field.name))
+            if field.name == "class_weights" and isinstance(value, list | tuple | np.ndarray):
+                value = tuple(map(to_python, value))
+            object.__setattr__(self, field.name, value)
         rate, decay, smoothing = self.learning_rate, self.weight_decay, self.label_smoothing
         weights, patience, size = self.class_weights, self.patience, self.batch_size
         optimizers = (*OPTIMIZERS, LBFGS)
@@ -78,7 +86,7 @@ class TrainingConfig:
             ("--optimizer", self.optimizer, self.optimizer in optimizers, " or ".join(optimizers)),
             ("--schedule", self.schedule, self.schedule in SCHEDULES, " or ".join(SCHEDULES)),
             ("--class-weights", weights, _are_class_weights(weights),
-             " or ".join(CLASS_WEIGHTS) + " or a tuple of numbers from 0"),
+             " or ".join(CLASS_WEIGHTS) + " or numbers from 0"),
             ("--learning-rate", rate, _is_finite(rate) and rate > 0, "a number above 0"),
             ("--weight-decay", decay, _is_finite(decay) and decay >= 0, "a number from 0"),
             ("--label-smoothing", smoothing, _is_finite(smoothing) and 0 <= smoothing < 1,
@@ -135,13 +143,13 @@ class FitResult:
         history: One row per epoch: ``epoch`` (from 1), ``train_loss`` (the loss minimised, weights
             and smoothing included), ``valid_loss`` (plain cross-entropy), ``valid_accuracy``, one
             ``valid_recall_CLASS`` per class (None without rows of it), ``learning_rate``,
-            ``seconds``. Without validation rows there are no ``valid_`` columns. Of several labels
-            a row, loss and accuracy are means over the known targets, a yes being above 0.5. Of
-            lbfgs one row per strength of regularisation, the strongest first: ``strength`` in
-            place of ``epoch``, ``train_loss`` without the regularisation, and in place of
-            ``learning_rate`` ``num_iterations`` and ``converged``.
+            ``seconds``. Without validation rows there are no ``valid_`` columns. For multilabel
+            caches, loss and accuracy are means over the known targets; above 0.5 means yes. With
+            lbfgs there is one row per strength of regularisation, the strongest first:
+            ``strength`` in place of ``epoch``, ``train_loss`` without the regularisation, and
+            ``num_iterations`` and ``converged`` in place of ``learning_rate``.
         best_epoch: The epoch with the lowest ``valid_loss``, the earliest on ties; without
-            validation rows the last. Of lbfgs the number of the strength, likewise.
+            validation rows the last. With lbfgs the number of the strength, likewise.
         diverged_in: The epoch in which the loss was no finite number; it is not in the history.
     """
 
@@ -188,6 +196,7 @@ class HeadJob:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: if the optimizer is not one for such a head."""
+        object.__setattr__(self, "seed", to_python(self.seed))
         if self.training.optimizer == LBFGS and self.head.hidden:
             hidden = ",".join(map(str, self.head.hidden))
             raise ConfigError(
@@ -203,30 +212,34 @@ def _are_class_weights(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    if not isinstance(value, int | float) or type(value) is bool:
+        return False
+    return abs(value) <= sys.float_info.max  # an int may be too large for math.isfinite
 
 
 def _is_count(value: object, at_least: int) -> bool:
     return type(value) is int and value >= at_least
 
 
-def check_seed(option: str, seed: object) -> None:
-    """Refuse what torch's generators would not take.
+def check_seed(option: str, seed: object) -> int:
+    """Return a seed as a Python int.
 
     Raises:
-        ConfigError: If it is no whole number from 0 to below 2**63.
+        ConfigError: If it is no whole number from 0 to below 2**63, which torch's generators take.
     """
+    seed = to_python(seed)
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise ConfigError(option, expected="a whole number from 0", found=repr(seed))
+    return seed
 
 
-def check_valid_fraction(fraction: object) -> None:
-    """Refuse a share to hold out that is none.
+def check_valid_fraction(fraction: object) -> float | None:
+    """Return the share to hold out as a Python float.
 
     Raises:
         ConfigError: If it is neither None nor a number between 0 and 1.
     """
-    if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction < 1):
-        raise ConfigError(
-            "--valid-fraction", expected="a number between 0 and 1", found=repr(fraction)
-        )
+    fraction = to_python(fraction)
+    if fraction is None or (isinstance(fraction, float) and 0 < fraction < 1):
+        return fraction
+    raise ConfigError("--valid-fraction", expected="a number between 0 and 1", found=repr(fraction))

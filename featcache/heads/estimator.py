@@ -27,7 +27,7 @@ from sklearn.utils.validation import (
 from featcache.errors import ConfigError, FeatcacheError
 from featcache.heads.config import TrainingConfig
 from featcache.heads.fit import fit_head
-from featcache.heads.head import HeadConfig, build_head
+from featcache.heads.head import HeadConfig, build_head, to_python
 from featcache.heads.prediction import predict_logits, predict_probs
 from featcache.runtime import resolve_device
 
@@ -75,9 +75,9 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             (``hidden_layer_sizes=()``) and uses of the other parameters ``weight_decay``,
             ``class_weight`` and ``label_smoothing`` alone.
         schedule: ``constant`` or ``cosine``.
-        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw). Of lbfgs
-            the strength of regularisation; 0 chooses it from a path by the validation rows, and
-            without those is 1 / N, scikit-learn's C = 1.
+        weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw). With
+            lbfgs, the strength of regularisation; 0 chooses it from a path by the validation rows,
+            and without those is 1 / N, scikit-learn's C = 1.
         label_smoothing: Share in [0, 1) of each target spread evenly over all classes.
         warmup: Epochs in which the learning rate rises from 0, step by step.
         random_state: An int decides initial weights, dropout and order as ``seed`` of
@@ -90,9 +90,9 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_features_in_: D.
         feature_names_in_: Of a data frame whose columns are strings.
         head_: The trained ``torch.nn.Sequential``, on the CPU, in eval mode.
-        history_: One dict per epoch: losses, validation accuracy and recalls, learning rate. Of
-            lbfgs one per strength, the strongest first.
-        best_epoch_: The epoch kept, from 1; of lbfgs the strength.
+        history_: One dict per epoch: losses, validation accuracy and recalls, learning rate.
+            With lbfgs one per strength, the strongest first.
+        best_epoch_: The epoch kept, from 1; with lbfgs the strength.
         n_iter_: How many epochs were run, or strengths solved for.
 
     Example:
@@ -222,8 +222,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _head_config(self) -> HeadConfig:
         sizes = self.hidden_layer_sizes
-        hidden = tuple(_plain(size) for size in ([sizes] if np.ndim(sizes) == 0 else sizes))
-        return HeadConfig(self.n_features_in_, len(self.classes_), hidden, _plain(self.dropout))
+        hidden = (sizes,) if np.ndim(sizes) == 0 else tuple(sizes)
+        return HeadConfig(self.n_features_in_, len(self.classes_), hidden, self.dropout)
 
     def _training_config(self, y: npt.NDArray[Any]) -> TrainingConfig:
         class_weights: str | tuple[float, ...] = "none"
@@ -233,16 +233,16 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             weights = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
             class_weights = tuple(weights.tolist())
         return TrainingConfig(
-            learning_rate=_plain(self.learning_rate),
-            weight_decay=_plain(self.weight_decay),
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
             optimizer=self.solver,
             schedule=self.schedule,
-            batch_size=_plain(self.batch_size),
-            epochs=_plain(self.max_epochs),
-            patience=_plain(self.n_iter_no_change),
+            batch_size=self.batch_size,
+            epochs=self.max_epochs,
+            patience=self.n_iter_no_change,
             class_weights=class_weights,
-            label_smoothing=_plain(self.label_smoothing),
-            warmup=_plain(self.warmup),
+            label_smoothing=self.label_smoothing,
+            warmup=self.warmup,
         )
 
     def _seed(self) -> int:
@@ -266,7 +266,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self, rows: npt.NDArray[Any], targets: npt.NDArray[Any], seed: int
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Part the rows (n,) into those to train on and those to keep the best epoch by."""
-        fraction = _plain(self.validation_fraction)
+        fraction = to_python(self.validation_fraction)
         if not isinstance(fraction, float) or not 0 < fraction < 1:
             raise ConfigError(
                 "validation_fraction", expected="a number from 0 to below 1", found=repr(fraction)
@@ -327,11 +327,6 @@ def _errors_of_scikit_learn() -> Iterator[None]:
             return _PARAMETERS.get(option[0], option[0].strip("-").replace("-", "_"))
 
         raise ValueError(re.sub(r"--[a-z-]+", name, str(error))) from error
-
-
-def _plain(value: Any) -> Any:
-    """Return a NumPy scalar, as a grid of parameters holds them, as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _to_numpy(value: Any) -> Any:

@@ -92,8 +92,8 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         head_config: See ``HeadJob``, as for ``training`` and ``seed``.
         training: Optimizer, epochs and the rest.
         train_features: (N, D) or (N, V, D) float; float64 trains in float64, anything else in
-            float32. Those that stay in their file are read in shuffled blocks, each epoch anew: in
-            another order than from memory, which hangs on the size of the blocks too.
+            float32. Those that stay in their file are read in shuffled blocks, each epoch anew.
+            The order then differs from that in memory and depends on the block size.
         train_targets: (N,) integers from 0 to C - 1; or (N, C) floats of 0, 1 and NaN = unknown,
             of each row at least one known.
         valid_features: (M, D) float, or None.
@@ -325,7 +325,7 @@ class _Progress:
             self._lowest_epoch, self._lowest_loss = epoch, loss
         patience = self.training.patience
         self.is_over = patience is not None and epoch - self._lowest_epoch >= patience
-        if epoch == self._lowest_epoch if "valid_loss" in row else True:
+        if "valid_loss" not in row or epoch == self._lowest_epoch:
             self._best_epoch, self._state = epoch, copy_state()
         return True
 

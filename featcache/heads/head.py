@@ -49,7 +49,9 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: if a value has no meaning."""
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        for name in ("num_features", "num_classes", "dropout"):
+            object.__setattr__(self, name, to_python(getattr(self, name)))
+        object.__setattr__(self, "hidden", tuple(map(to_python, self.hidden)))
         _check_width("number of features", self.num_features, at_least=1)
         _check_width("number of classes", self.num_classes, at_least=2)
         for width in self.hidden:
@@ -81,6 +83,12 @@ class HeadConfig:
                 "head", expected="an object of " + ", ".join(sorted(keys)), found=str(value)[:200]
             )
         return cls(**value)
+
+
+def to_python(value: Any) -> Any:
+    """Return a NumPy scalar as Python's bool, int, float or str; anything else as it is."""
+    is_scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return value.item() if is_scalar else value
 
 
 def _check_width(what: str, value: object, *, at_least: int) -> None:

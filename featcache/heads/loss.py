@@ -30,8 +30,8 @@ def target_weights(
 ) -> tuple[Array, Array]:
     """Return the weight of each -log p in the loss, and each row's share of the denominator.
 
-    Of one class a row as in ``torch.nn.functional.cross_entropy``: the mean is over the weights of
-    the targets. Of several labels as in ``binary_cross_entropy_with_logits`` with ``pos_weight``:
+    For one class a row as in ``torch.nn.functional.cross_entropy``: the mean is over the weights of
+    the targets. For several labels as in ``binary_cross_entropy_with_logits`` with ``pos_weight``:
     the mean is over the known targets, weighted by their rows alone.
 
     Args:

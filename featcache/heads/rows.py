@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MEMORY_SHARE = 0.75  # of what is left: heads, activations and others want some too
 _LEAST_BLOCK_BYTES = 1 << 20
 
-Rows = npt.NDArray[np.int64]
+RowNumbers = npt.NDArray[np.int64]
 Targets = npt.NDArray[Any]
 """(N,) int64; or (N, C) float32 of 0, 1 and NaN = unknown: several labels a row."""
 
@@ -42,12 +42,12 @@ class Part:
         name: ``train`` or ``valid``.
         split: Where they are.
         rows: Their numbers (n,) in the split, ascending.
-        num_unlabelled: Rows of the split left out for want of a target; of several labels, of any.
+        num_unlabelled: Rows of the split without a target (multilabel: without a known one).
     """
 
     name: str
     split: CacheSplit
-    rows: Rows
+    rows: RowNumbers
     num_unlabelled: int = 0
 
     @property
@@ -92,7 +92,7 @@ def read_rows(
         fits, room = fits and as_float32 <= on_device, min(room, on_device)
     if fits:
         return [features.load() for features in stored]
-    # A power of two: the order of the rows hangs on the block, and memory left varies a little.
+    # A power of two: the order of the rows depends on the block size, and free memory varies.
     block_bytes = 1 << int(math.log2(max(room / (4 * readers), _LEAST_BLOCK_BYTES)))
     blocks = [features.in_blocks(min(block_bytes, BLOCK_BYTES)) for features in stored]
     say(
@@ -132,9 +132,9 @@ def choose_rows(
         say: Where lines for people go.
 
     Raises:
-        CacheError: If a split is missing or a class lacks rows; of several labels, if a class is
-            unknown in all rows to train on. One that is never positive, or never negative, there is
-            warned of.
+        CacheError: If a split is missing or a class lacks rows; for multilabel caches, if a class
+            is unknown in all rows to train on. One that is never positive, or never negative,
+            there is warned of.
         ConfigError: If there is a ``valid`` already.
     """
     source = training_split(cache.splits)
@@ -181,10 +181,10 @@ def _labelled(cache: Cache, split_name: str, name: str) -> Part:
     return Part(name, split, rows, len(split) - len(rows))
 
 
-def find_labelled(targets: Targets) -> Rows:
-    """Return the numbers of the rows that have a target; of several labels, any known one."""
+def find_labelled(targets: Targets) -> RowNumbers:
+    """Return the numbers of the rows that have a target (multilabel: a known one)."""
     has_target = ~np.isnan(targets).all(axis=1) if targets.ndim == 2 else targets != UNLABELLED
-    rows: Rows = np.flatnonzero(has_target)
+    rows: RowNumbers = np.flatnonzero(has_target)
     return rows
 
 
@@ -227,7 +227,7 @@ def share_out(  # noqa: PLR0917
     """Return the part of each row: see ``stratification``.
 
     Raises:
-        DataError: If a class, or any row of several labels, does not reach every part.
+        DataError: If a class, or for multilabel targets any row, does not reach every part.
     """
     if targets.ndim == 2:
         return np.array(assign_labelled_units(units, targets == 1, names, shares, seed=seed))

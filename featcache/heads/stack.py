@@ -30,7 +30,18 @@ from featcache.heads.head import (
     state_layout,
 )
 from featcache.heads.loss import SharedLosses, validation_columns
-from featcache.heads.optimizer import BATCH_NORM_MOMENTUM, step_settings
+from featcache.heads.optimizer import (
+    BATCH_NORM_MOMENTUM,
+    COUPLED_DECAY,
+    DECAY,
+    EPS,
+    INVERSE_ROOT_CORRECTION,
+    IS_SGD,
+    SECOND_DECAY,
+    STEP,
+    WEIGHT_FACTOR,
+    step_settings,
+)
 from featcache.runtime import exact_fp32
 
 _FORWARD_ROWS = 8192  # times heads, that are evaluated at once
@@ -260,18 +271,18 @@ class StackTrainer:
             )
             for job, rate in zip(self._jobs, rates, strict=True)
         ]  # fmt: skip
-        _, step, coupled, kept, decay, second_decay, root, eps = self._to_device(
-            np.stack(settings)
-        ).mT[..., None]
+        columns = self._to_device(np.stack(settings)).mT[..., None]
+        step, decay, second_decay = columns[STEP], columns[DECAY], columns[SECOND_DECAY]
         params = self.stack.params
-        grads = torch.addcmul(grads, params, coupled)
-        if settings[0][0]:
+        grads = torch.addcmul(grads, params, columns[COUPLED_DECAY])
+        if settings[0][IS_SGD]:
             self._first.mul_(decay).add_(grads)
             params.sub_(self._first * step)
         else:
             self._first.add_((grads - self._first) * (1 - decay))
             self._second.mul_(second_decay).add_(grads.square() * (1 - second_decay))
-            params.mul_(kept).sub_(self._first * step / (self._second.sqrt() * root + eps))
+            roots = self._second.sqrt() * columns[INVERSE_ROOT_CORRECTION] + columns[EPS]
+            params.mul_(columns[WEIGHT_FACTOR]).sub_(self._first * step / roots)
 
     def validate(self) -> list[dict[str, Any]]:
         """Return the validation columns of each head's history row; none without such rows."""

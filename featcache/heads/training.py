@@ -49,7 +49,7 @@ class TrainSummary:
         task: ``multiclass``, or ``multilabel``: several labels an image.
         num_train: Labelled rows trained on.
         num_valid: Labelled rows the epoch was chosen by.
-        num_unlabelled: Rows left out for want of a target; of several labels, of any known one.
+        num_unlabelled: Rows left out because they have no target (multilabel: no known one).
         num_failed: Images that failed and are therefore not in the cache, over all splits.
         num_views: Views of each row trained on, of which an epoch sees one, lbfgs all.
         num_epochs: Epochs run; with lbfgs, strengths of regularisation solved for.
@@ -103,7 +103,7 @@ def train(
     batch_size: int | str = "auto",
     epochs: int = 10,
     patience: int | None = None,
-    class_weights: str = "none",
+    class_weights: str | tuple[float, ...] = "none",
     label_smoothing: float = 0.0,
     warmup: int = 0,
     valid_fraction: float | None = None,
@@ -135,7 +135,8 @@ def train(
         batch_size: Rows per step, or ``auto``: about 1 % of the rows, 32 to 4096.
         epochs: The most passes over the rows.
         patience: Stop after this many epochs without a lower validation loss.
-        class_weights: ``none`` or ``balanced``; of several labels, of the positives of a class.
+        class_weights: ``none``, ``balanced`` or a number per class; for multilabel caches, of the
+            positives of a class.
         label_smoothing: In [0, 1).
         warmup: Epochs in which the learning rate rises from 0, step by step.
         valid_fraction: Share of ``train`` (or of ``all``) held out as ``valid``, stratified (of
@@ -161,14 +162,21 @@ def train(
     start, folder = time.perf_counter(), Path(run)
     refuse_existing(folder, overwrite=overwrite)
     training = TrainingConfig(
-        learning_rate, weight_decay, optimizer, schedule, batch_size, epochs, patience,
-        class_weights, label_smoothing, warmup,
-    )  # fmt: skip
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        optimizer=optimizer,
+        schedule=schedule,
+        batch_size=batch_size,
+        epochs=epochs,
+        patience=patience,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        warmup=warmup,
+    )
     _refuse_unused(training)
-    order_seed = seed if data_seed is None else data_seed
-    check_seed("--seed", seed)
-    check_seed("--data-seed", order_seed)
-    check_valid_fraction(valid_fraction)
+    seed = check_seed("--seed", seed)
+    order_seed = seed if data_seed is None else check_seed("--data-seed", data_seed)
+    valid_fraction = check_valid_fraction(valid_fraction)
     # What does not fit is told before the cache is read.
     HeadJob(HeadConfig(1, 2, tuple(hidden), dropout), training, seed)
     where = resolve_device(device)
@@ -279,7 +287,7 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
 
 
 def _count_answers(targets: Targets, num_classes: int) -> npt.NDArray[np.int64]:
-    """Return the rows of each class, (C, 1); of several labels yes, no and unknown, (C, 3)."""
+    """Return the rows of each class, (C, 1); for multilabel caches yes, no and unknown, (C, 3)."""
     if targets.ndim == 1:
         return np.bincount(targets, minlength=num_classes)[:, None]
     return np.stack([(targets == 1).sum(0), (targets == 0).sum(0), np.isnan(targets).sum(0)], 1)

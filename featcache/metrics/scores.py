@@ -30,7 +30,7 @@ def compute_metrics(
     Args:
         targets: (N,) integers from 0 to C - 1, N >= 1; unlabelled rows must be left out. Or (N, C)
             of 0, 1 and NaN = unknown, some known.
-        probs: (N, C) finite floats; the prediction is the largest, the first on ties. Of several
+        probs: (N, C) finite floats; the prediction is the largest, the first on ties. For several
             labels, each above 0.5.
         classes: C names.
         positive: The class that is looked for, or None.
@@ -43,7 +43,7 @@ def compute_metrics(
         ``specificity`` (recall of the positive and of the other class; None without ``positive``
         or with more than two classes).
 
-        Of several labels a row: ``accuracy`` over the known targets; ``roc_auc`` and
+        For several labels a row: ``accuracy`` over the known targets; ``roc_auc`` and
         ``average_precision``, macro means over the classes that have both answers, None without
         one; ``per_class`` {class: precision, recall, f1, roc_auc, average_precision, num_positive,
         num_negative, num_unknown, confusion_matrix (rows = no, yes)}; ``sensitivity`` and
@@ -232,7 +232,7 @@ def compute_score(
     Args:
         metric: One of ``METRICS``: ``loss`` is the mean cross-entropy; ``roc_auc``,
             ``average_precision`` and ``f1`` are macro means over the classes, or those of the
-            positive class. Of several labels a row, ``loss`` and ``accuracy`` are over the known
+            positive class. For multilabel targets, ``loss`` and ``accuracy`` are over the known
             targets, and the means over the classes with both answers.
         targets: As for ``compute_metrics``, as are the three that follow.
         probs: (N, C).

@@ -109,13 +109,13 @@ class DecodedImage:
 
 
 def decode(data: bytes, rules: PixelRules) -> DecodedImage:
-    """Decode an image file into pixels of one size: ``load``, then ``fit``.
+    """Decode an image file into pixels of one size: ``load``, then ``resize_to_square``.
 
     Raises:
-        DataError: As ``load`` and ``fit``.
+        DataError: As ``load`` and ``resize_to_square``.
     """
     picture = load(data, rules)
-    pixels = fit(picture.pixels, rules)
+    pixels = resize_to_square(picture.pixels, rules)
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[:, :, None], 3, axis=2)
     return DecodedImage(pixels, picture.truncated)
@@ -171,7 +171,7 @@ def _to_8_bits(loaded: Loaded, rules: PixelRules) -> Picture:
     return Picture(255 - pixels if loaded.white_is_zero else pixels, loaded.truncated)
 
 
-def fit(pixels: _Pixels, rules: PixelRules) -> _Pixels:
+def resize_to_square(pixels: _Pixels, rules: PixelRules) -> _Pixels:
     """Resize pixels (H, W) or (H, W, 3) to (S, S) or (S, S, 3) by crop mode and interpolation.
 
     Raises:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from featcache.data.folders import training_split
 from featcache.errors import ConfigError
-from featcache.pixels.images import PixelRules, fit, load
+from featcache.pixels.images import PixelRules, load, resize_to_square
 from featcache.pixels.resampling import warp
 
 MAX_VIEWS = 64
@@ -132,7 +132,7 @@ def render(
 
 def _make_views(picture: _Pixels, rules: PixelRules, wanted: ViewRules, sha256: bytes) -> _Pixels:
     """Return views (V, S, S) or (V, S, S, 3) of a picture (H, W) or (H, W, 3)."""
-    plain = fit(picture, rules)
+    plain = resize_to_square(picture, rules)
     if wanted.augmentation is None:
         return plain[None]
     augment = AUGMENTATIONS[wanted.augmentation]
@@ -181,7 +181,7 @@ def _crop(source: _ViewSource, draws: Sequence[_Draws]) -> Iterable[_Pixels]:
     ``squash`` distorts a crop as it distorts view 0. Pixel rules apply to the crop.
     """
     for draw in draws:
-        view = fit(_random_part(source.picture, draw[1:]), source.rules)
+        view = resize_to_square(_random_part(source.picture, draw[1:]), source.rules)
         yield view[:, ::-1] if draw[0] < 0.5 else view
 
 

@@ -1,7 +1,7 @@
 """Rows -> pairs of rows to train on and rows to judge by, again and again.
 
 What belongs together (a group, copies of one image) never stands on both sides of a pair, and
-every class stands on both. Of several labels a row the classes are those it is stratified by.
+every class stands on both. For multilabel caches the classes are those it is stratified by.
 
 Reads: a cache. Writes: nothing.
 """
@@ -17,11 +17,11 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache
 from featcache.data.stratification import build_units
 from featcache.errors import CacheError, DataError
-from featcache.heads.rows import Part, Rows, Targets, read_rows, share_out
+from featcache.heads.rows import Part, RowNumbers, Targets, read_rows, share_out
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import CPU, Device, Say, available_cores, silent
 
-Pair: TypeAlias = tuple[Rows, Rows]
+Pair: TypeAlias = tuple[RowNumbers, RowNumbers]
 """Numbers of rows to train on and to judge by."""
 
 Features: TypeAlias = npt.NDArray[Any] | StoredFeatures
@@ -35,9 +35,10 @@ class Pool:
     """The rows to train on and to choose by, in one.
 
     Attributes:
-        features: (N, D), or (N, V, D) of rows with views. Rows to choose by have but one, V times.
+        features: (N, D), or (N, V, D) of rows with views. Validation rows repeat their one view V
+            times.
         plain: (N, D), the images as they are.
-        targets: (N,) int64, or (N, C) of several labels a row.
+        targets: (N,) int64, or (N, C) for multilabel caches.
         pair: The cache's own rows to train on and to choose by.
         units: Rows of each unit that stays together.
         names: Of the rows, which decide with the seed what goes where.

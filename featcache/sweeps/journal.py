@@ -22,7 +22,7 @@ _MAX_BYTES = 1 << 30
 
 
 class Journal:
-    """A journal, opened to be gone on with, or begun.
+    """A journal, resumed or begun.
 
     Args:
         path: The file.
@@ -113,7 +113,7 @@ def _brief(value: object) -> str:
 def _damaged(path: Path) -> ConfigError:
     return ConfigError(
         "an unfinished sweep", expected="its journal", found="another file, or a damaged one",
-        where=path, hint=f"It cannot be gone on with; {_begin_anew(path)}",
+        where=path, hint=f"It cannot be resumed; {_begin_anew(path)}",
     )  # fmt: skip
 
 

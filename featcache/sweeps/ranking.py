@@ -40,7 +40,7 @@ class Decision:
         high: Upper end.
         over_prior: Best minus guessing by the shares of the classes: mean, low, high.
         num_splits: Hold-outs that were judged by.
-        num_finalists: Trials that were trained again, but for the default.
+        num_finalists: Trials trained again, not counting the default.
         reason: Why that one is kept, in a few words.
     """
 
@@ -96,9 +96,16 @@ def decide(scores: Scores, sign: int, ratio: float, select: str) -> Decision:
     else:
         takes, reason = True, "the interval excludes zero"
     return Decision(
-        int(best), int(best) if takes else 0, difference, low, high, over_prior,
-        len(scores[best]), len(finalists), reason,
-    )  # fmt: skip
+        best=int(best),
+        chosen=int(best) if takes else 0,
+        difference=difference,
+        low=low,
+        high=high,
+        over_prior=over_prior,
+        num_splits=len(scores[best]),
+        num_finalists=len(finalists),
+        reason=reason,
+    )
 
 
 def ranking_lines(ranked: Sequence[Trial], metric: str) -> Iterator[str]:

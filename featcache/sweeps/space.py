@@ -76,10 +76,22 @@ class Dimension:
         """Return the value at ``share`` of the way, from 0 to 1."""
         if self.choices:
             return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
-        low, high = (math.log(x) if self.log else x for x in (self.low, self.high))
-        value = low + share * (high - low)
-        value = min(max(math.exp(value) if self.log else value, self.low), self.high)
+        value = min(max(self._interpolate(self.high, share), self.low), self.high)
         return round(value) if self.is_whole else value
+
+    def draw(self, share: float) -> Any:
+        """Return a random value, given ``share``, drawn evenly from [0, 1)."""
+        if self.choices or not self.is_whole:
+            return self.at(share)
+        # Rounding would give the two ends half the chance of the numbers between them.
+        value = math.floor(self._interpolate(self.high + 1, share))
+        return int(min(max(value, self.low), self.high))
+
+    def _interpolate(self, high: float, share: float) -> float:
+        if self.log:
+            low = math.log(self.low)
+            return math.exp(low + share * (math.log(high) - low))
+        return self.low + share * (high - self.low)
 
     def grid(self) -> list[Any]:
         """Return the values of a grid, each once."""
@@ -116,7 +128,7 @@ class Space:
         """Return the options of trial ``number``, drawn at random."""
         shares = np.random.default_rng([seed, number]).random(len(self.dimensions))
         values = zip(self.dimensions, shares.tolist(), strict=True)
-        return self.fixed | {dimension.name: dimension.at(share) for dimension, share in values}
+        return self.fixed | {dimension.name: dimension.draw(share) for dimension, share in values}
 
     def num_points(self) -> int:
         """Return how many points its grid has."""

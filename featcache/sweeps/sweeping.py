@@ -143,8 +143,8 @@ def sweep(
         sampler: ``random``, ``grid`` or ``tpe`` (Optuna's, 16 trials a round).
         space: A TOML file (see module ``space``); None is the default space.
         metric: ``loss``, ``accuracy``, ``balanced_accuracy``, ``roc_auc``, ``average_precision`` or
-            ``f1``; the last three are macro means unless ``positive`` is given. Of several labels
-            an image all but ``balanced_accuracy``, over the known targets.
+            ``f1``; the last three are macro means unless ``positive`` is given. For multilabel
+            caches all but ``balanced_accuracy``, over the known targets.
         positive: The class that those three look for.
         folds: Judge trials by cross-validation over ``train`` and ``valid`` instead, groups and
             identical images together.
@@ -172,8 +172,8 @@ def sweep(
     if not (journal_folder / _JOURNAL_NAME).exists():
         refuse_existing(folder, overwrite=overwrite)
     _check_options(trials, sampler, folds, repeats, select)
-    check_seed("--seed", seed)
-    check_valid_fraction(valid_fraction)
+    seed = check_seed("--seed", seed)
+    valid_fraction = check_valid_fraction(valid_fraction)
     read = None if space is None else read_space(Path(space))
     where = resolve_device(device)
     opened = open_cache(cache)

@@ -101,8 +101,8 @@ class Judge:
     def score_prior(self, train_targets: Targets, targets: Targets) -> float | None:
         """Return what is got without looking: by the shares of the classes to train on.
 
-        Of several labels, the share of yes among the known answers of a class, each answer being
-        seen once more than it was (Laplace's rule): one that was never seen does not cost all.
+        For multilabel caches, the share of yes among the known answers of a class, each answer
+        being seen once more than it was (Laplace's rule): one never seen does not cost all.
         """
         if targets.ndim == 2:
             num_yes, num_no = ((train_targets == answer).sum(0) for answer in (1, 0))
@@ -194,7 +194,7 @@ def fit_trials(
 
 
 def count_steps(params: Params, num_rows: int) -> int:
-    """Return the optimizer steps of an epoch; of lbfgs, a strength counts as one."""
+    """Return the optimizer steps of an epoch; with lbfgs, a strength counts as one."""
     if params.get("optimizer") == LBFGS:
         return 1
     return math.ceil(num_rows / build_configs(params, 1, 2)[1].rows_per_step(num_rows))

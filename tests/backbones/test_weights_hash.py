@@ -13,6 +13,8 @@ from torch import nn
 from torchvision import models
 
 from featcache.backbones.backbone import build_backbone, state_sha256, wrap_backbone
+from featcache.backbones.weights import download_state
+from featcache.errors import BackboneError
 
 # ------------------------------------------------------------------------------- the weights' hash
 
@@ -129,3 +131,16 @@ def test_random_weights_keep_features_alive(b0):
     features = run(b0.network, images(224))
     assert features.std() > 1e-3
     assert off_by(features[0], features[1]) > 1e-3
+
+
+def test_the_name_of_a_downloaded_file_may_carry_the_whole_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(tiny_network.network().state_dict(), tmp_path / "tiny.pth")
+    data = (tmp_path / "tiny.pth").read_bytes()
+    file = tmp_path / "checkpoints" / f"tiny-{hashlib.sha256(data).hexdigest()}.pth"
+    file.write_bytes(data)
+    assert download_state(f"http://127.0.0.1:9/{file.name}")[1] == file.name
+    file.write_bytes(data[:-1])
+    with pytest.raises(BackboneError, match="downloaded weights: expected sha256"):
+        download_state(f"http://127.0.0.1:9/{file.name}")

@@ -69,8 +69,14 @@ def test_entries_have_plain_paths_and_kinds(tmp_path):
     ]  # fmt: skip
 
 
+def test_an_entry_for_the_packed_folder_itself_is_skipped(tmp_path):
+    pack(tmp_path / "d.zip", "./", "././", "a/1.png")
+    assert [entry.path for entry in list_entries(tmp_path / "d.zip")] == ["a/1.png"]
+
+
 @pytest.mark.parametrize(
-    "name", ["../a.png", "a/../../b.png", "/etc/a.png", "C:/a.png", "..\\a.png", "C:\\a.png", "./"]
+    "name",
+    ["../a.png", "a/../../b.png", "/etc/a.png", "C:/a.png", "..\\a.png", "C:\\a.png", "/", "."],
 )
 def test_names_that_climb_out_of_the_zip_are_refused(tmp_path, name):
     with pytest.raises(DataError, match="a name inside the zip"):

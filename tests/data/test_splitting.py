@@ -261,9 +261,11 @@ def test_identical_files_stay_together_and_join_groups(tmp_path):
 
 def test_the_same_picture_in_two_classes_is_warned_of(tmp_path):
     source = plain(tmp_path / "raw", a=9, b=9)
-    write_files(source, {"a/twin.png": "same", "b/twin.png": "same"})
+    twins = dict.fromkeys(("a/twin.png", "b/twin.png", "b/twin2.png"), "same")
+    write_files(source, twins | {"a/other.png": "other", "b/other.png": "other"})
     with pytest.warns(
-        FeatcacheWarning, match=r"1 images .* another class.* a/twin.png = b/twin.png"
+        FeatcacheWarning,
+        match=r"5 images \(2 different by content\) .* another class.* a/other.png = b/other.png",
     ):
         split(source, tmp_path / "m.csv")
     dataset = scan(tmp_path / "m.csv")

@@ -73,7 +73,8 @@ def test_destinations_that_are_taken(tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "m.csv").write_text("mine")
-    for name in ("full", "file", "m.csv"):
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("full", "file", "m.csv", "folder.csv"):
         with pytest.raises(DataError, match="already there"):
             split(source, tmp_path / name)
     assert (tmp_path / "m.csv").read_text() == "mine"

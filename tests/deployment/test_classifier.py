@@ -285,10 +285,16 @@ def test_preprocessed_batches_and_what_is_none(
     for images, preprocessed in (
         (batch, False), (batch[0], True), (batch.numpy(), True), (np.zeros((9, 9, 4), "u1"), False),
         (np.zeros((9, 9), "f4"), False), ([np.zeros((2, 9, 9, 3), "u1")], False),
+        (None, False), (3.5, False), (bytearray(9), False),
     ):  # fmt: skip
         with pytest.raises(ConfigError):
             classifier.predict(images, preprocessed=preprocessed)
     assert [name for name, _ in classifier.predict([3.5]).failures] == ["0"]
+    image = next((tree / "test" / "covid").iterdir())
+    with pytest.raises(ConfigError, match=r"found bytes.*PIL\.Image\.open"):
+        classifier.predict(image.read_bytes())
+    with Image.open(image) as opened:
+        assert len(classifier.predict(opened).paths) == 1
 
 
 def test_the_verb_takes_images_or_a_cache(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -223,6 +224,20 @@ def test_of_rows_with_views_the_plain_one_counts(
     np.testing.assert_allclose(predictions.probs, probs_of(run, features), atol=1e-5)
 
 
+def test_the_runs_own_cache_is_known_by_its_content(run: Path, tmp_path: Path) -> None:
+    shutil.copy(tmp_path / "c.h5", tmp_path / "copy.h5")
+    for name in ("c.h5", "copy.h5"):
+        said: list[str] = []
+        with pytest.warns(FeatcacheWarning, match="rows of train: these figures are too good"):
+            named = evaluate(run, cache=tmp_path / name, split="train", say=said.append)
+        assert not any("not kept" in line for line in said)
+        assert json.loads((run / "evaluation/train.json").read_text()) == named.as_dict()
+        shutil.rmtree(run / "evaluation")
+    make_cache(tmp_path / "o.h5", {"train": [0, 1] * 9})
+    evaluate(run, cache=tmp_path / "o.h5", split="train")
+    assert not (run / "evaluation").exists()
+
+
 def test_rows_of_another_shape_are_refused(run: Path, tmp_path: Path) -> None:
     features, targets, paths = arrays([0, 1] * 4, 3, width=11)
     identity = IDENTITY | {"num_features": 10}
@@ -330,6 +345,11 @@ def test_lines_are_readable_and_safe(tmp_path: Path) -> None:
     assert len(result["mistakes"]) > 10
     text = "\n".join(said)
     assert "\x1b" not in text
+    evaluate(tmp_path / "r", csv=tmp_path / "e.csv")
+    predict(tmp_path / "r", cache=tmp_path / "c.h5", csv=tmp_path / "p.csv")
+    for name in ("e.csv", "p.csv"):  # the same columns in both
+        header = (tmp_path / name).read_text("utf-8").splitlines()[0]
+        assert "prob_covid\\x1b[31m,prob_normal $x^" in header
     assert f"{len(result['mistakes'])} mistakes, the 10 most confident:" in said
     assert f"  sensitivity        {result['sensitivity']:.3f}" in said
     assert max(map(len, said[:-1])) <= 100

@@ -310,7 +310,9 @@ def test_automatic_batch_size(rows: int, size: int) -> None:
         {"weight_decay": -1}, {"optimizer": "rmsprop"}, {"schedule": "step"}, {"batch_size": 1},
         {"batch_size": "large"}, {"epochs": 0}, {"epochs": 1.5}, {"epochs": True}, {"patience": 0},
         {"class_weights": "some"}, {"class_weights": (1.0, -1.0)}, {"class_weights": (1.0, None)},
-        {"class_weights": [1.0, 1.0]}, {"label_smoothing": 1.0}, {"warmup": -1}, {"warmup": 10},
+        {"class_weights": [[1.0], [1.0]]}, {"class_weights": [True, 1.0]},
+        {"epochs": np.bool_(True)}, {"learning_rate": np.bool_(True)}, {"learning_rate": 10**400},
+        {"label_smoothing": 1.0}, {"warmup": -1}, {"warmup": 10},
         {"warmup": 0.5},
     ],
 )  # fmt: skip

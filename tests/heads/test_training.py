@@ -308,6 +308,17 @@ def held_out(tmp_path: Path, rows: SplitRows, split: str = "train", **options: A
     return np.array([known[row.tobytes()] for row in given["features"]])
 
 
+def test_numpy_scalars_train_the_same_head(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "c.h5").path
+    options: dict[str, Any] = {"hidden": (4,), "epochs": 2, "seed": 3, "learning_rate": 0.5}
+    plain = train(path, tmp_path / "a", device="cpu", **options)
+    options = {name: np.array(value)[()] for name, value in options.items()}
+    numpy = train(path, tmp_path / "b", device="cpu", **options)
+    assert plain.weights_sha256 == numpy.weights_sha256
+    a, b = ((tmp_path / name / "run.json").read_bytes() for name in "ab")
+    assert a == b
+
+
 @pytest.mark.parametrize("split", ["train", "all"])
 def test_hold_out_is_stratified_and_seeded(tmp_path: Path, split: str) -> None:
     targets = np.array([0] * 40 + [1] * 15 + [2] * 5 + [-1] * 6)

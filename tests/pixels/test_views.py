@@ -12,7 +12,7 @@ from PIL import Image
 
 from featcache.data.folders import training_split
 from featcache.errors import ConfigError
-from featcache.pixels.images import PixelRules, decode, fit, load
+from featcache.pixels.images import PixelRules, decode, load, resize_to_square
 from featcache.pixels.resampling import warp
 from featcache.pixels.views import (
     AUGMENTATIONS,
@@ -159,7 +159,7 @@ def test_a_crop_is_a_part_of_the_picture_fitted_and_perhaps_flipped() -> None:
         part = _random_part(picture, draw[1:])
         assert part.shape[0] <= height
         assert part.shape[1] <= width
-        fitted = fit(part, RULES)
+        fitted = resize_to_square(part, RULES)
         np.testing.assert_array_equal(view, fitted[:, ::-1] if draw[0] < 0.5 else fitted)
 
 

@@ -108,6 +108,19 @@ def test_ends_of_a_range_are_reached_and_not_passed() -> None:
     assert all(type(size.at(i / 9)) is int for i in range(10))
 
 
+def test_whole_numbers_of_a_range_are_equally_likely() -> None:
+    epochs = Dimension("epochs", low=2, high=5)
+    drawn = [epochs.draw((i + 0.5) / 4000) for i in range(4000)]
+    assert [drawn.count(value) for value in (2, 3, 4, 5)] == [1000] * 4
+    sizes = Dimension("batch_size", low=2, high=7, log=True)
+    drawn = [sizes.draw((i + 0.5) / 4000) for i in range(4000)]
+    assert sorted({*drawn}) == [2, 3, 4, 5, 6, 7]
+    for value in range(2, 8):  # by the logarithm: 2 and 3 together as likely as 4 to 7
+        share = math.log((value + 1) / value) / math.log(8 / 2)
+        assert drawn.count(value) == pytest.approx(4000 * share, abs=1)
+    assert all(type(value) is int for value in drawn)
+
+
 def test_the_default_batch_sizes_follow_the_rows() -> None:
     sizes = {d.name: d.choices for d in default_space(100_000).dimensions}["batch_size"]
     assert sizes == (512, 1024, 2048, 4096)

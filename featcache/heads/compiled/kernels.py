@@ -22,7 +22,17 @@ import numpy.typing as npt
 
 from featcache.compiling import compiled
 from featcache.heads.head import BATCH_NORM_EPS
-from featcache.heads.optimizer import BATCH_NORM_MOMENTUM
+from featcache.heads.optimizer import (
+    BATCH_NORM_MOMENTUM,
+    COUPLED_DECAY,
+    DECAY,
+    EPS,
+    INVERSE_ROOT_CORRECTION,
+    IS_SGD,
+    SECOND_DECAY,
+    STEP,
+    WEIGHT_FACTOR,
+)
 
 _Array = npt.NDArray[Any]
 
@@ -149,8 +159,10 @@ def move_layer(  # noqa: PLR0917
     """Move some units of a layer whose input was ``normed * scale + shift``."""
     num_units, width = weights.shape
     number = weights.dtype.type
-    is_sgd, step, coupled, kept = settings[0], settings[1], settings[2], settings[3]
-    decay, second_decay, root, eps = settings[4], settings[5], settings[6], settings[7]
+    is_sgd, step = settings[IS_SGD], settings[STEP]
+    coupled_decay, weight_factor = settings[COUPLED_DECAY], settings[WEIGHT_FACTOR]
+    decay, second_decay = settings[DECAY], settings[SECOND_DECAY]
+    inverse_root_correction, eps = settings[INVERSE_ROOT_CORRECTION], settings[EPS]
     share, second_share = number(1) - decay, number(1) - second_decay
     for j in range(width):
         scale_grad[j] = shift_grad[j] = number(0)
@@ -160,19 +172,21 @@ def move_layer(  # noqa: PLR0917
             for j in range(width):
                 scale_grad[j] += w[j] * h[j]
                 shift_grad[j] += w[j] * s
-                slope = scale[j] * h[j] + shift[j] * s + coupled * w[j]
+                slope = scale[j] * h[j] + shift[j] * s + coupled_decay * w[j]
                 m[j] = decay * m[j] + slope
                 w[j] -= step * m[j]
         else:
             for j in range(width):
                 scale_grad[j] += w[j] * h[j]
                 shift_grad[j] += w[j] * s
-                slope = scale[j] * h[j] + shift[j] * s + coupled * w[j]
+                slope = scale[j] * h[j] + shift[j] * s + coupled_decay * w[j]
                 moment = m[j] + (slope - m[j]) * share
                 square = v[j] * second_decay + slope * slope * second_share
                 m[j] = moment
                 v[j] = square
-                w[j] = kept * w[j] - step * moment / (np.sqrt(square) * root + eps)
+                w[j] = weight_factor * w[j] - step * moment / (
+                    np.sqrt(square) * inverse_root_correction + eps
+                )
 
 
 def move_values(
@@ -180,21 +194,25 @@ def move_values(
 ) -> None:
     """Move values (n,) against their gradients."""
     number = values.dtype.type
-    is_sgd, step, coupled, kept = settings[0], settings[1], settings[2], settings[3]
-    decay, second_decay, root, eps = settings[4], settings[5], settings[6], settings[7]
+    is_sgd, step = settings[IS_SGD], settings[STEP]
+    coupled_decay, weight_factor = settings[COUPLED_DECAY], settings[WEIGHT_FACTOR]
+    decay, second_decay = settings[DECAY], settings[SECOND_DECAY]
+    inverse_root_correction, eps = settings[INVERSE_ROOT_CORRECTION], settings[EPS]
     share, second_share = number(1) - decay, number(1) - second_decay
     if is_sgd > number(0):
         for j in range(values.size):
-            first[j] = decay * first[j] + grads[j] + coupled * values[j]
+            first[j] = decay * first[j] + grads[j] + coupled_decay * values[j]
             values[j] -= step * first[j]
     else:
         for j in range(values.size):
-            slope = grads[j] + coupled * values[j]
+            slope = grads[j] + coupled_decay * values[j]
             moment = first[j] + (slope - first[j]) * share
             square = second[j] * second_decay + slope * slope * second_share
             first[j] = moment
             second[j] = square
-            values[j] = kept * values[j] - step * moment / (np.sqrt(square) * root + eps)
+            values[j] = weight_factor * values[j] - step * moment / (
+                np.sqrt(square) * inverse_root_correction + eps
+            )
 
 
 def shuffle(order: _Array, places: _Array) -> None:

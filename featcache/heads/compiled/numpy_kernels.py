@@ -15,7 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.heads.head import BATCH_NORM_EPS
-from featcache.heads.optimizer import BATCH_NORM_MOMENTUM
+from featcache.heads.optimizer import (
+    BATCH_NORM_MOMENTUM,
+    COUPLED_DECAY,
+    DECAY,
+    EPS,
+    INVERSE_ROOT_CORRECTION,
+    IS_SGD,
+    SECOND_DECAY,
+    STEP,
+    WEIGHT_FACTOR,
+)
 
 _Array = npt.NDArray[Any]
 _BLOCK_VALUES = 1 << 15  # 128 KiB of float32: several of them stay in the cache of a core
@@ -167,9 +177,12 @@ def move_values(
         second: Moments; of SGD not used.
         settings: From ``optimizer.step_settings``.
     """
-    is_sgd, step, coupled, kept, decay, second_decay, root, eps = settings
-    scratch = np.multiply(values, coupled) if coupled else np.empty_like(values)
-    if coupled:
+    is_sgd, step = settings[IS_SGD], settings[STEP]
+    coupled_decay, weight_factor = settings[COUPLED_DECAY], settings[WEIGHT_FACTOR]
+    decay, second_decay = settings[DECAY], settings[SECOND_DECAY]
+    inverse_root_correction, eps = settings[INVERSE_ROOT_CORRECTION], settings[EPS]
+    scratch = np.multiply(values, coupled_decay) if coupled_decay else np.empty_like(values)
+    if coupled_decay:
         grads += scratch
     if is_sgd:
         first *= decay
@@ -184,12 +197,12 @@ def move_values(
     second *= second_decay
     second += grads
     np.sqrt(second, out=scratch)
-    scratch *= root
+    scratch *= inverse_root_correction
     scratch += eps
     np.divide(first, scratch, out=scratch)
     scratch *= step
-    if kept != 1:
-        values *= kept
+    if weight_factor != 1:
+        values *= weight_factor
     values -= scratch
 
 
