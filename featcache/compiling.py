@@ -29,7 +29,7 @@ def compiled(
 
     Args:
         signature: Numba's.
-        modules: That the function's parts come from, other than its own.
+        modules: That the function's parts and constants come from, other than its own.
         sums_reorder: Let the terms of a sum be added in any order: several at a time. NaN and
             infinity stay what they are.
     """

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MAX_WIDTH = 1 << 20
-BATCH_NORM_EPS = 1e-5  # torch.nn.BatchNorm1d's
+BATCH_NORM_EPS, BATCH_NORM_MOMENTUM = 1e-5, 0.1  # torch.nn.BatchNorm1d's
 
 
 @dataclass(frozen=True)

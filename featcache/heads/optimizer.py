@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-BATCH_NORM_MOMENTUM = 0.1  # of running statistics: torch.nn.BatchNorm1d's
-
 # Where each setting stands in the array of step_settings: the kernels take no other type.
 IS_SGD = 0  # 1 for SGD, else 0
 STEP = 1  # the learning rate; for Adam and AdamW divided by 1 - beta1**t

@@ -24,6 +24,7 @@ from featcache.heads.compiled.training_step import draw_mask, mask_generator
 from featcache.heads.config import HeadJob
 from featcache.heads.head import (
     BATCH_NORM_EPS,
+    BATCH_NORM_MOMENTUM,
     HeadConfig,
     initial_state,
     norm_and_linear,
@@ -31,7 +32,6 @@ from featcache.heads.head import (
 )
 from featcache.heads.loss import SharedLosses, validation_columns
 from featcache.heads.optimizer import (
-    BATCH_NORM_MOMENTUM,
     COUPLED_DECAY,
     DECAY,
     EPS,

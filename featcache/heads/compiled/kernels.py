@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.compiling import compiled
-from featcache.heads.head import BATCH_NORM_EPS
+from featcache.heads import head, optimizer
+from featcache.heads.head import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM
 from featcache.heads.optimizer import (
-    BATCH_NORM_MOMENTUM,
     COUPLED_DECAY,
     DECAY,
     EPS,
@@ -246,7 +246,9 @@ def load(dtype: npt.DTypeLike) -> Any:
         if code not in _loaded:
             _loaded[code] = SimpleNamespace(
                 **{
-                    function.__name__: compiled(signature.format(code), sums_reorder=True)(function)
+                    function.__name__: compiled(
+                        signature.format(code), head, optimizer, sums_reorder=True
+                    )(function)
                     for function, signature in _SIGNATURES.items()
                 }
             )

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.heads.head import BATCH_NORM_EPS
+from featcache.heads.head import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM
 from featcache.heads.optimizer import (
-    BATCH_NORM_MOMENTUM,
     COUPLED_DECAY,
     DECAY,
     EPS,

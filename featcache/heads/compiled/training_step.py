@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from featcache.heads.compiled.team import Team
 from featcache.heads.config import HeadJob
-from featcache.heads.head import initial_state, norm_and_linear
-from featcache.heads.optimizer import BATCH_NORM_MOMENTUM, step_settings
+from featcache.heads.head import BATCH_NORM_MOMENTUM, initial_state, norm_and_linear
+from featcache.heads.optimizer import step_settings
 from featcache.heads.prediction import compute_logits
 
 Array = npt.NDArray[Any]
