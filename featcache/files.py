@@ -183,6 +183,33 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write several files: all of them, or none if the disk is full.
+
+    Raises:
+        CacheError: If the disk is full; says how much is needed and how much is free.
+    """
+    temporaries = {p: p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in contents}
+    path = next(iter(contents))
+    try:
+        for path, data in contents.items():
+            with temporaries[path].open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise disk_error(error, path, sum(map(len, contents.values()))) from error
+        raise
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+    for folder in {path.parent for path in contents}:
+        sync_folder(folder)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as readable JSON to ``path``, whole or not at all."""
     write_bytes(path, readable_json(value).encode())

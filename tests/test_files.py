@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featcache import files
-from featcache.errors import RunError
+from featcache.errors import CacheError, RunError
 from featcache.files import (
     atomic_writer,
     canonical_json,
@@ -31,6 +32,7 @@ from featcache.files import (
     write_bytes,
     write_csv,
     write_json,
+    write_together,
 )
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="kills and fsync of folders")
@@ -384,3 +386,24 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 
 
 # --- the writer's lock
+
+
+def test_files_that_are_written_together_are_all_there_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"1")
+    write_together({old: b"2", new: b"3"})
+    assert (old.read_bytes(), new.read_bytes()) == (b"2", b"3")
+    new.unlink()
+
+    def full(handle: int, calls: list[int] = []) -> None:  # noqa: B006 (counts the calls)
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CacheError, match="disk space: expected 2 bytes"):
+        write_together({old: b"4", new: b"5"})
+    assert names(tmp_path) == ["old"]
+    assert old.read_bytes() == b"2"

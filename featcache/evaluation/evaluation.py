@@ -6,7 +6,7 @@ Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,14 @@ import numpy.typing as npt
 
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError, printable
-from featcache.evaluation.figures import write_confusion_figure
+from featcache.evaluation.figures import draw_confusion
 from featcache.evaluation.predicted_rows import PredictedRows
-from featcache.files import require_file_place, result_as_dict, write_json
+from featcache.files import (
+    readable_json,
+    require_file_place,
+    result_as_dict,
+    write_together,
+)
 from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import find_labelled
 from featcache.heads.run import (
@@ -164,28 +169,38 @@ def evaluate(
         num_views=opened.split(split).num_views if average_views else 1,
         fingerprint=opened.fingerprint,
     )
-    if csv is not None:
-        rows.write(Path(csv))
+    files = {Path(csv): rows.as_csv().encode()} if csv is not None else {}
     _say_result(result, say)
     if is_own:
-        _keep(loaded, split, result, say)
+        _write_with_figures(loaded, result, files)
+        kept = [f"{split}.json"] + [f"{split}_confusion.png"] * (
+            result.confusion_matrix is not None
+        )
+        place = printable((loaded.path / "evaluation").as_posix())
+        say(f"written to {place}/{' and '.join(kept)}")
     else:
+        if files:
+            write_together(files)
         say("not kept in the run: another cache's figures would pass for its own")
     return result
 
 
-def _keep(run: Run, split: str, result: Evaluation, say: Say) -> None:
-    """Write the figures of the run's own cache into the run."""
+def _write_with_figures(run: Run, result: Evaluation, files: Mapping[Path, bytes]) -> None:
+    """Write the figures of the run's own cache into the run, and some files with them."""
     folder = run.path / "evaluation"
+    contents = {**files, folder / f"{result.split}.json": readable_json(result.as_dict()).encode()}
+    if result.confusion_matrix is not None:
+        title = f"{run.path.resolve().name} on {result.split}, accuracy {result.accuracy:.3f}"
+        picture = draw_confusion(np.array(result.confusion_matrix), run.classes, title)
+        contents[folder / f"{result.split}_confusion.png"] = picture
+    is_new = not folder.exists()
     folder.mkdir(exist_ok=True)
-    write_json(folder / f"{split}.json", result.as_dict())
-    if result.confusion_matrix is None:
-        say(f"written to {printable(folder.as_posix())}/{split}.json")
-        return
-    title = f"{run.path.resolve().name} on {split}, accuracy {result.accuracy:.3f}"
-    confusion = np.array(result.confusion_matrix)
-    write_confusion_figure(folder / f"{split}_confusion.png", confusion, run.classes, title)
-    say(f"written to {printable(folder.as_posix())}/{split}.json and {split}_confusion.png")
+    try:
+        write_together(contents)
+    except BaseException:
+        if is_new:
+            folder.rmdir()
+        raise
 
 
 def _warn_of_training_rows(run: Run, split: str) -> None:

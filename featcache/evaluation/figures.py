@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import printable
-from featcache.files import write_bytes
 
 _LONGEST_NAME = 22
 _INK, _FAINT, _PALE = "#1b2733", "#5f6b76", "#9aa5af"
@@ -20,16 +18,13 @@ _INK, _FAINT, _PALE = "#1b2733", "#5f6b76", "#9aa5af"
 _MAX_CELLS = 40  # more classes: a picture of the same size, without numbers in it
 
 
-def write_confusion_figure(
-    path: Path, confusion: npt.NDArray[Any], classes: Sequence[str], title: str
-) -> None:
-    """Write a confusion matrix as a PNG, whole or not at all.
+def draw_confusion(confusion: npt.NDArray[Any], classes: Sequence[str], title: str) -> bytes:
+    """Return a picture of a confusion matrix, a PNG.
 
     A cell shows its count and its share of the row, that is of the images with that target; the
     share also decides its shade, so a rare class is as visible as a frequent one.
 
     Args:
-        path: The file.
         confusion: (C, C) counts, rows = target.
         classes: C names. They are shown as text whatever they hold: no formula, no control code.
         title: One line above the picture.
@@ -74,7 +69,7 @@ def write_confusion_figure(
         # Names in scripts the font lacks are drawn as boxes: no reason to stop or to complain.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(picture, format="png", metadata={"Software": None})
-    write_bytes(path, picture.getvalue())
+    return picture.getvalue()
 
 
 def _write_cells(axes: Any, confusion: npt.NDArray[Any], shares: npt.NDArray[Any]) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.files import join_names, prob_columns, write_csv
+from featcache.files import csv_text, join_names, prob_columns
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ class PredictedRows:
             for at in by_confidence
         ]
 
-    def write(self, path: Path) -> None:
-        """Write a CSV with a line per row."""
+    def as_csv(self) -> str:
+        """Return a CSV with a line per row."""
         if self.has_labels:
             header = ["path", "group", "targets", "unknown", "preds"]
             cells = zip(
@@ -102,8 +101,8 @@ class PredictedRows:
             cells = zip(*names, strict=True)
         rows = zip(self.paths, self.groups, cells, self.probs.tolist(), strict=True)
         header += prob_columns(self.classes)
-        write_csv(
-            path, header, ([name, group, *words, *probs] for name, group, words, probs in rows)
+        return csv_text(
+            header, ([name, group, *words, *probs] for name, group, words, probs in rows)
         )
 
     def _join(self, chosen: npt.NDArray[np.bool_]) -> Iterable[str]:

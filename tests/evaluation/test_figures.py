@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.evaluation.figures import write_confusion_figure
+from featcache.evaluation.figures import draw_confusion
 
 
 def draw(path: Path, confusion: Any, classes: list[str], title: str = "a run on test") -> Any:
-    write_confusion_figure(path, np.array(confusion), classes, title)
+    path.write_bytes(draw_confusion(np.array(confusion), classes, title))
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
 
