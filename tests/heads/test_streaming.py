@@ -306,7 +306,7 @@ def _evaluate_limited(path: Path, more_bytes: int, run: Path, results: Any) -> N
 def test_a_cache_twice_the_memory_trains_to_the_same_loss_and_is_evaluated(
     tmp_path: Path, rounds: Callable[[int, int], int]
 ) -> None:
-    width, megabytes = 1280, rounds(80, 640)
+    width, megabytes = 1280, rounds(160, 640)
     num_rows = (megabytes << 20) // (width * 4) * 4 // 5
     cache = make_cache(tmp_path / "c.h5", num_rows, width=width, signal=0.05)
     context = multiprocessing.get_context("forkserver")

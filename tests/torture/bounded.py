@@ -59,7 +59,7 @@ class Ended:
 
 
 def run_bounded(
-    function: Callable[..., Any], *arguments: Any, seconds: float = 300, gib: float = 3
+    function: Callable[..., Any], *arguments: Any, seconds: float = 300, gib: float = 4
 ) -> Ended:
     """Call ``function`` (of a module, so that it pickles) in a child, and say how it ended.
 
