@@ -296,7 +296,11 @@ def _train_limited(path: Path, more_bytes: int | None, seed: int, results: Any) 
 
 
 def _evaluate_limited(path: Path, more_bytes: int, run: Path, results: Any) -> None:
-    """As ``_train_limited``; names the run's own cache, or matplotlib would be loaded for it."""
+    """As ``_train_limited``: what draws the confusion matrix is loaded before the limit is set."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+    import sklearn.metrics  # noqa: F401
+
     torch.set_num_threads(1)
     _limit_memory(more_bytes)
     results.put(evaluate(run, cache=path, split="train")["num_samples"])
@@ -306,7 +310,7 @@ def _evaluate_limited(path: Path, more_bytes: int, run: Path, results: Any) -> N
 def test_a_cache_twice_the_memory_trains_to_the_same_loss_and_is_evaluated(
     tmp_path: Path, rounds: Callable[[int, int], int]
 ) -> None:
-    width, megabytes = 1280, rounds(160, 640)
+    width, megabytes = 1280, rounds(80, 640)
     num_rows = (megabytes << 20) // (width * 4) * 4 // 5
     cache = make_cache(tmp_path / "c.h5", num_rows, width=width, signal=0.05)
     context = multiprocessing.get_context("forkserver")

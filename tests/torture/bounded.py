@@ -7,6 +7,7 @@ costs some 30 ms in place of the 4 s of importing torch.
 from __future__ import annotations
 
 import io
+import importlib
 import multiprocessing
 import os
 import signal
@@ -59,7 +60,7 @@ class Ended:
 
 
 def run_bounded(
-    function: Callable[..., Any], *arguments: Any, seconds: float = 300, gib: float = 4
+    function: Callable[..., Any], *arguments: Any, seconds: float = 300, gib: float = 3
 ) -> Ended:
     """Call ``function`` (of a module, so that it pickles) in a child, and say how it ended.
 
@@ -99,7 +100,9 @@ def _call(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":  # elsewhere the limit is not kept, or the size not to be had
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+        for name in WARM:  # the fork server is one for all tests: another may have begun it without
+        importlib.import_module(name)
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
         limit = pages * os.sysconf("SC_PAGESIZE") + int(gib * GIB)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     value, error, trouble = None, None, ""
