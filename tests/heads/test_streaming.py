@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -297,9 +298,8 @@ def _train_limited(path: Path, more_bytes: int | None, seed: int, results: Any) 
 
 def _evaluate_limited(path: Path, more_bytes: int, run: Path, results: Any) -> None:
     """As ``_train_limited``: what draws the confusion matrix is loaded before the limit is set."""
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure
-    import sklearn.metrics  # noqa: F401
+    for name in ("matplotlib.backends.backend_agg", "matplotlib.figure", "sklearn.metrics"):
+        importlib.import_module(name)
 
     torch.set_num_threads(1)
     _limit_memory(more_bytes)

@@ -6,8 +6,8 @@ costs some 30 ms in place of the 4 s of importing torch.
 
 from __future__ import annotations
 
-import io
 import importlib
+import io
 import multiprocessing
 import os
 import signal
@@ -101,8 +101,8 @@ def _call(
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":  # elsewhere the limit is not kept, or the size not to be had
         for name in WARM:  # the fork server is one for all tests: another may have begun it without
-        importlib.import_module(name)
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+            importlib.import_module(name)
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
         limit = pages * os.sysconf("SC_PAGESIZE") + int(gib * GIB)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     value, error, trouble = None, None, ""
