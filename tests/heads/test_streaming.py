@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
 import os
 import sys
 from collections import Counter
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fork_server import CONTEXT
 
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.writing import write_cache
@@ -297,9 +296,7 @@ def _train_limited(path: Path, more_bytes: int | None, seed: int, results: Any) 
 
 
 def _evaluate_limited(path: Path, more_bytes: int, run: Path, results: Any) -> None:
-    """As ``_train_limited``: what draws the confusion matrix is loaded before the limit is set."""
-    for name in ("matplotlib.backends.backend_agg", "matplotlib.figure", "sklearn.metrics"):
-        importlib.import_module(name)
+    """As ``_train_limited``; what draws the confusion matrix is loaded by the fork server."""
 
     torch.set_num_threads(1)
     _limit_memory(more_bytes)
@@ -313,15 +310,12 @@ def test_a_cache_twice_the_memory_trains_to_the_same_loss_and_is_evaluated(
     width, megabytes = 1280, rounds(80, 640)
     num_rows = (megabytes << 20) // (width * 4) * 4 // 5
     cache = make_cache(tmp_path / "c.h5", num_rows, width=width, signal=0.05)
-    context = multiprocessing.get_context("forkserver")
-    modules = ["featcache.heads.training", "featcache.evaluation.evaluation", "sklearn.metrics"]
-    context.set_forkserver_preload(modules)
     limit = cache.path.stat().st_size // 2
     losses: dict[bool, list[float]] = {False: [], True: []}
 
     def call(function: Callable[..., None], *arguments: Any) -> Any:
-        results = context.SimpleQueue()
-        child = context.Process(target=function, args=(cache.path, *arguments, results))
+        results = CONTEXT.SimpleQueue()
+        child = CONTEXT.Process(target=function, args=(cache.path, *arguments, results))
         child.start()
         child.join(240)
         assert child.exitcode == 0

@@ -6,9 +6,7 @@ costs some 30 ms in place of the 4 s of importing torch.
 
 from __future__ import annotations
 
-import importlib
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import CONTEXT
 
 from featcache.errors import FeatcacheError
 
@@ -30,16 +29,6 @@ if sys.platform == "win32":
 import resource
 
 GIB = 2**30
-WARM = [
-    "featcache.cli.main", "featcache.extraction.extraction", "featcache.extraction.verification",
-    "featcache.heads.training",
-    "featcache.evaluation.evaluation", "featcache.deployment.classifier",
-    "featcache.data.splitting", "featcache.cli.wording",
-    "onnxruntime", "torch.hub", "torchvision", "sklearn.metrics", "pytest", "safetensors.torch",
-    "matplotlib.figure", "matplotlib.backends.backend_agg", "featcache.pixels.kernels", "numba",
-]  # fmt: skip
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(WARM)
 
 
 @dataclass(frozen=True)
@@ -100,8 +89,6 @@ def _call(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":  # elsewhere the limit is not kept, or the size not to be had
-        for name in WARM:  # the fork server is one for all tests: another may have begun it without
-            importlib.import_module(name)
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
         limit = pages * os.sysconf("SC_PAGESIZE") + int(gib * GIB)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
