@@ -174,13 +174,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         CacheError: If the disk is full; says how much is needed and how much is free.
     """
-    try:
-        with atomic_writer(path) as file:
-            file.write(data)
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise disk_error(error, path, len(data)) from error
-        raise
+    write_together({path: data})
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:

@@ -12,7 +12,8 @@ _WARM = [
     "featcache.heads.training",
     "featcache.evaluation.evaluation", "featcache.deployment.classifier",
     "featcache.data.splitting", "featcache.cli.wording",
-    "onnxruntime", "torch.hub", "torchvision", "sklearn.metrics", "pytest", "safetensors.numpy", "safetensors.torch",
+    "onnxruntime", "torch.hub", "torchvision", "sklearn.metrics", "pytest",
+    "safetensors.numpy", "safetensors.torch",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "featcache.pixels.kernels", "numba",
 ]  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -20,7 +20,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import eager_features
 from featcache.deployment.classifier import Classifier, load_classifier
 from featcache.errors import ConfigError, RunError
-from featcache.files import readable_json, result_as_dict, write_bytes
+from featcache.files import readable_json, result_as_dict, write_together
 from featcache.precision import relative_errors
 
 _OUTPUTS = {
@@ -112,12 +112,8 @@ def export_classifier(classifier: Classifier, path: Path) -> ExportSummary:
     torch.save(network.state_dict(), buffer)
     summary = _summarise(classifier, path, hashlib.sha256(buffer.getvalue()).hexdigest())
     beside = path.with_name(path.name + ".json")
-    write_bytes(beside, readable_json(summary.as_dict()).encode())
-    try:
-        write_bytes(path, buffer.getvalue())
-    except BaseException:  # or the next try would be refused: the file exists
-        beside.unlink(missing_ok=True)
-        raise
+    # Together: where one of them exists, the next try would be refused.
+    write_together({beside: readable_json(summary.as_dict()).encode(), path: buffer.getvalue()})
     return summary
 
 

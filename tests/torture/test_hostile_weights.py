@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 import tiny_network
 import torch
-from bounded import CONTEXT, GIB, Printed, command, run_bounded, run_here
+from bounded import GIB, Printed, command, run_bounded, run_here
+from fork_server import CONTEXT
 from PIL import Image
 from safetensors.torch import save, save_file
 

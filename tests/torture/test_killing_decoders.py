@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bounded import CONTEXT, run_bounded
+from bounded import run_bounded
+from fork_server import CONTEXT
 from PIL import Image
 
 from featcache.cache.reading import open_cache
