@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from featcache.cache.writing import remove_partial
 from featcache.errors import CacheError
-from featcache.files import canonical_json, disk_error, sha256_file, write_bytes
+from featcache.files import canonical_json, disk_error, json_sha256, sha256_file, write_bytes
 
 Vectors = Callable[[], npt.NDArray[Any]]
 """Opens (M, D) features, mapped: their pages leave the memory with the array."""
@@ -142,7 +142,7 @@ class PartialCache:
             return False
         try:
             manifest = json.loads(self._manifest.read_bytes())
-            if manifest.pop("sha256") != _sha256(manifest):
+            if manifest["sha256"] != json_sha256(manifest, without="sha256"):
                 raise ValueError("one whose sha256 is another")
             fingerprint = manifest["fingerprint"]
             if manifest["format"] != _FORMAT or manifest["format_version"] != _FORMAT_VERSION:
@@ -248,7 +248,7 @@ class PartialCache:
             "running": running,
             "shards": [asdict(receipt) for receipt in self._shards],
         }
-        signed = manifest | {"sha256": _sha256(manifest)}
+        signed = manifest | {"sha256": json_sha256(manifest, without="sha256")}
         write_bytes(self._manifest, canonical_json(signed).encode())
 
     def clear(self) -> None:
@@ -280,10 +280,6 @@ class PartialCache:
         """Remove the folder, the lock last: until then the next writer has to wait."""
         self._is_removed = True
         remove_partial(self.folder)
-
-
-def _sha256(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
 
 
 def _number(file: str) -> int:

@@ -25,7 +25,14 @@ import numpy.typing as npt
 
 from featcache.cache.reading import TASKS, Cache
 from featcache.errors import ConfigError, FeatcacheWarning, RunError, printable
-from featcache.files import canonical_json, read_regular, write_bytes, write_csv, write_json
+from featcache.files import (
+    canonical_json,
+    json_sha256,
+    read_regular,
+    write_bytes,
+    write_csv,
+    write_json,
+)
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, build_head, state_layout
 from featcache.runtime import Device, environment_facts
@@ -134,7 +141,7 @@ def write_run(
         "cache": dict(cache),
         "weights_sha256": weights_sha256,
     }
-    write_json(folder / "run.json", facts | {"sha256": _facts_sha256(facts)})
+    write_json(folder / "run.json", facts | {"sha256": json_sha256(facts, without="sha256")})
     return weights_sha256
 
 
@@ -307,16 +314,11 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _facts_sha256(facts: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in facts.items() if key != "sha256"}
-    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
-
-
 def _is_as_written(facts: Mapping[str, Any]) -> bool:
     """Whether run.json bears its own hash; the first runs had none, only the fingerprint."""
     if set(facts) != _KEYS:
         try:
-            return _facts_sha256(facts) == facts.get("sha256")
+            return json_sha256(facts, without="sha256") == facts.get("sha256")
         except ValueError:  # NaN
             return False
     cache = facts["cache"]
