@@ -297,7 +297,7 @@ def measure_sizes(task: Task, rounds: int) -> list[dict[str, Any]]:
             task, num_rows=num_rows, num_valid=num_rows // 4, batch_size=batch_size, epochs=epochs
         )
         best = choose_threads(measure_ways([FEATCACHE, INDEXED], sized, rounds))
-        found.append({"task": vars(sized), **{name: row["seconds"] for name, row in best.items()}})
+        found.append({"task": vars(sized), **best})
     return found
 
 
@@ -327,7 +327,7 @@ torch.save(head.state_dict(), sys.argv[2])
 """What ``featcache train`` is compared with, as a whole process."""
 
 
-def measure_cold(rounds: int) -> dict[str, float]:
+def measure_cold(rounds: int) -> dict[str, list[float]]:
     """Return the seconds of whole processes: both trainings of 200 rows, and importing torch."""
     rows = make_rows(Task(200, 50, 1280, 32, 10, "cpu"))
     with tempfile.TemporaryDirectory() as name:
@@ -365,7 +365,7 @@ def measure_cold(rounds: int) -> dict[str, float]:
 
         run(commands["featcache train"])  # compiles, and reads files from the disk
         ways = {key: functools.partial(run, command) for key, command in commands.items()}
-        return {key: median(found) for key, found in measure_in_turn(ways, rounds).items()}
+        return measure_in_turn(ways, rounds)
 
 
 # --------------------------------------------------------------------------------------- reporting
@@ -415,14 +415,14 @@ def describe_sizes(report: dict[str, Any]) -> list[str]:
     header = ("rows", "batch", "epochs", FEATCACHE, INDEXED, "its time / featcache's")
     cells: list[tuple[object, ...]] = []
     for row in report["sizes"]:
-        task, ours, others = row["task"], row[FEATCACHE], row[INDEXED]
+        task, ours, others = row["task"], row[FEATCACHE]["seconds"], row[INDEXED]["seconds"]
         cells.append((
             f"{task['num_rows']:,}", f"{task['batch_size']:,}", task["epochs"], number(ours),
             number(others), number(others / ours),
         ))  # fmt: skip
     lines = ["", "### Other numbers of rows, warm", "", *as_table(header, cells, 0)]
     lines += ["", "### 200 rows, whole processes", ""]
-    seconds = report["cold"]
+    seconds = {key: median(found) for key, found in report["cold"].items()}
     header = ("process", "seconds", "of `import torch`")
     cells = [(k, number(v), number(v / seconds["import torch"])) for k, v in seconds.items()]
     return lines + as_table(header, cells, 1)
