@@ -111,7 +111,7 @@ class FeatcacheWarning(UserWarning):
     __module__ = "featcache"
 
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parent / "_")[:-1]  # with the separator: featcache2 is another
 
 
 def warn_user(message: str) -> None:

@@ -13,7 +13,6 @@ They are tried in this order until the features of one are within the precision'
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from featcache.backbones.forward import (
     onnx_forward,
     torch_forward,
 )
-from featcache.errors import BackboneError, ConfigError, FeatcacheWarning
+from featcache.errors import BackboneError, ConfigError, warn_user
 from featcache.precision import PARITY_BOUNDS, relative_errors
 from featcache.runtime import available_cores, exact_fp32, is_out_of_memory
 
@@ -161,7 +160,7 @@ def build_engine(
                 f"{candidate} at {precision} is off by {worst:.1e} (bound "
                 f"{PARITY_BOUNDS[precision]:.0e}) and is not used"
             )
-        warnings.warn(f"engine {reasons[-1]}", FeatcacheWarning, stacklevel=2)
+        warn_user(f"engine {reasons[-1]}")
     raise BackboneError(
         f"engine at {precision}", expected=f"features within {PARITY_BOUNDS[precision]:.0e}",
         found="; ".join(reasons), where=backbone.name,
@@ -277,7 +276,7 @@ def halve_until_it_fits(
             rows //= 2
     if rows < asked and say:
         message = f"batches of {asked} do not fit into the device's memory: {rows} are used"
-        warnings.warn(message, FeatcacheWarning, stacklevel=2)
+        warn_user(message)
     return rows, seconds
 
 

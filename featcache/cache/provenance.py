@@ -5,12 +5,11 @@ Reads: open caches. Writes: nothing.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from featcache.cache.reading import Cache, name_differences
-from featcache.errors import CacheError, FeatcacheWarning, printable
+from featcache.errors import CacheError, printable, warn_user
 from featcache.files import canonical_json
 from featcache.precision import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS
 
@@ -87,10 +86,9 @@ def warn_of_precisions(caches: Sequence[Cache]) -> None:
         known = f"parity {worst:.1e}" if parity else "parity unknown"
         seen.setdefault(precision, f"{cache.path.as_posix()} {precision} ({known})")
     if len(seen) > 1:
-        warnings.warn(
-            printable("features were made at different precision: " + ", ".join(seen.values())),
-            FeatcacheWarning, stacklevel=3,
-        )  # fmt: skip
+        warn_user(
+            printable("features were made at different precision: " + ", ".join(seen.values()))
+        )
 
 
 def _parity(cache: Cache) -> list[float]:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,7 +38,7 @@ import numpy.typing as npt
 
 from featcache.cache.container import ArrayReader, Container, check_payload, open_container
 from featcache.data.folders import SPLITS
-from featcache.errors import CacheError, FeatcacheWarning, printable
+from featcache.errors import CacheError, printable, warn_user
 
 if TYPE_CHECKING:
     import torch
@@ -473,4 +472,4 @@ def warn_of_leaks(cache: Cache) -> None:
                 f"{len(shared)} {what} stand in more than one split, for example "
                 f"{next(iter(shared.values()))}; results will look better than they are"
             )
-            warnings.warn(printable(message), FeatcacheWarning, stacklevel=3)
+            warn_user(printable(message))

@@ -5,7 +5,6 @@ Reads: open caches and a table (CSV). Writes: nothing, and touches no features.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from featcache.cache.table import Table
 from featcache.cache.writing import check_names, os_bytes
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import SPLITS, agree_on_classes
-from featcache.errors import CacheError, ConfigError, FeatcacheWarning, printable
+from featcache.errors import CacheError, ConfigError, printable, warn_user
 from featcache.precision import relative_errors
 from featcache.runtime import Say
 
@@ -101,10 +100,7 @@ class Rearrangement:
             shown = ", ".join(map(printable, table.without_row[:_NUM_SHOWN]))
             number = len(table.without_row)
             more = ", ..." if number > _NUM_SHOWN else ""
-            warnings.warn(
-                f"{number:,} paths of the table have no row: {shown}{more}",
-                FeatcacheWarning, stacklevel=3,
-            )  # fmt: skip
+            warn_user(f"{number:,} paths of the table have no row: {shown}{more}")
         self.rows, self.failed = taken, list(_arrange(self.failed, table))
 
     def choose_classes(
@@ -182,11 +178,10 @@ class Rearrangement:
             _warn_of_contradictions(self.caches, self.rows)
         self.rows.sort(key=lambda row: (SPLITS.index(row.split), os_bytes(row.path)))
         if {row.split for row in self.rows} > {"all"}:
-            warnings.warn(
+            warn_user(
                 "some rows are in split all, others in train, valid or test; heads are trained on "
-                "train alone; name the rows' splits in a --table of path,split",
-                FeatcacheWarning, stacklevel=3,
-            )  # fmt: skip
+                "train alone; name the rows' splits in a --table of path,split"
+            )
 
     def _have_equal_labels(self, a: Row, b: Row) -> bool:
         if self.is_multilabel:
@@ -370,10 +365,7 @@ def _warn_of_contradictions(caches: Sequence[Cache], rows: Sequence[Row]) -> Non
             torn.setdefault(digest, f"{other.path} = {row.path}")
     if torn:
         example = printable(next(iter(torn.values())))
-        warnings.warn(
-            f"{len(torn):,} byte-identical images have two classes, for example {example}",
-            FeatcacheWarning, stacklevel=4,
-        )  # fmt: skip
+        warn_user(f"{len(torn):,} byte-identical images have two classes, for example {example}")
 
 
 def _say_shared_groups(rows: Sequence[Row], say: Say) -> None:

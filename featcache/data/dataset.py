@@ -13,7 +13,6 @@ import csv
 import io
 import os
 import stat
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from featcache.data.folders import (
     is_hidden,
     walk_folder,
 )
-from featcache.errors import ConfigError, DataError, FeatcacheWarning
+from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import plain_cell, read_regular
 
 __all__ = [
@@ -267,10 +266,7 @@ def _arrange(
             filled.add(place)
     if num_loose:
         ignored["loose beside folders"] += num_loose
-        warnings.warn(
-            f"{num_loose} images of {root} lie loose beside folders and are not used",
-            FeatcacheWarning, stacklevel=4,
-        )  # fmt: skip
+        warn_user(f"{num_loose} images of {root} lie loose beside folders and are not used")
     for place in layout.places:
         if place and place not in filled:
             raise DataError(

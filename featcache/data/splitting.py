@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from typing import Any
 from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.data.folders import SPLITS
 from featcache.data.stratification import assign_units, build_units
-from featcache.errors import ConfigError, DataError, FeatcacheWarning
+from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import result_as_dict, sync_folder, write_csv
 from featcache.runtime import Say, silent
 
@@ -193,11 +192,10 @@ def _count_matched(dataset: ImageDataset, say: Say) -> dict[str, int]:
     say(f"groups: {num_groups}; named in {listed} (each of the others is a group of its own)")
     without = [name for name, count in matched.items() if count == 0]
     if without:
-        warnings.warn(
+        warn_user(
             f"--group-by matches no file name of {', '.join(without)}: images of one patient may "
-            "be in two splits there",
-            FeatcacheWarning, stacklevel=3,
-        )  # fmt: skip
+            "be in two splits there"
+        )
     return matched
 
 
@@ -228,12 +226,11 @@ def _warn_of_contradictions(dataset: ImageDataset, hashes: dict[int, str]) -> No
     ]
     if contradicting:
         num_images, num_contents = sum(map(len, contradicting)), len(contradicting)
-        warnings.warn(
+        warn_user(
             f"{num_images} images ({num_contents} different by content) have byte-identical "
             "copies in another class, for example "
-            + " = ".join(copy.path for copy in contradicting[0]),
-            FeatcacheWarning, stacklevel=3,
-        )  # fmt: skip
+            + " = ".join(copy.path for copy in contradicting[0])
+        )
 
 
 def _assign(

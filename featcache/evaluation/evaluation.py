@@ -5,7 +5,6 @@ Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache, open_cache
-from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError, printable
+from featcache.errors import (
+    CacheError,
+    ConfigError,
+    RunError,
+    printable,
+    warn_user,
+)
 from featcache.evaluation.figures import draw_confusion
 from featcache.evaluation.predicted_rows import PredictedRows
 from featcache.files import (
@@ -205,10 +210,7 @@ def _write_with_figures(run: Run, result: Evaluation, files: Mapping[Path, bytes
 
 def _warn_of_training_rows(run: Run, split: str) -> None:
     if split == "train" or (split == "all" and run.training.get("valid_fraction")):
-        warnings.warn(
-            f"the head was trained on rows of {split}: these figures are too good",
-            FeatcacheWarning, stacklevel=3,
-        )  # fmt: skip
+        warn_user(f"the head was trained on rows of {split}: these figures are too good")
 
 
 def _open_own_cache(run: Run) -> Cache:
@@ -222,7 +224,7 @@ def _open_own_cache(run: Run) -> Cache:
     require_own_cache(run, cache.identity, path)
     if cache.payload_sha256 != run.cache.get("payload_sha256"):
         message = f"{path} has changed since the training: its rows may have been trained on"
-        warnings.warn(printable(message), FeatcacheWarning, stacklevel=3)
+        warn_user(printable(message))
     return cache
 
 

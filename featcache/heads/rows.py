@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,13 @@ from featcache.cache.reading import Cache, CacheSplit
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import training_split
 from featcache.data.stratification import assign_labelled_units, assign_units, build_units
-from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, printable
+from featcache.errors import (
+    CacheError,
+    ConfigError,
+    DataError,
+    printable,
+    warn_user,
+)
 from featcache.heads.streaming import BLOCK_BYTES, StoredFeatures
 from featcache.runtime import CPU, Device, Say, available_memory
 
@@ -206,7 +211,7 @@ def _check_labels(cache: Cache, part: Part) -> None:
     ]  # fmt: skip
     if one_sided:
         message = f"cannot be learned from these rows to train on: {', '.join(one_sided)}"
-        warnings.warn(printable(message), FeatcacheWarning, stacklevel=4)
+        warn_user(printable(message))
 
 
 def _check_classes(cache: Cache, part: Part, *, at_least: int) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import TASKS, Cache
-from featcache.errors import ConfigError, FeatcacheWarning, RunError, printable
+from featcache.errors import ConfigError, RunError, printable, warn_user
 from featcache.files import (
     canonical_json,
     json_sha256,
@@ -246,7 +245,7 @@ def require_same_features(
             f"the head was trained on {_listed(run_identity, differing)}; "
             f"these features have {_listed(identity, differing)}"
         )
-        warnings.warn(printable(message), FeatcacheWarning, stacklevel=2)
+        warn_user(printable(message))
 
 
 def require_own_cache(run: Run, cache_identity: Mapping[str, Any], where: Path) -> None:
