@@ -263,7 +263,7 @@ class TrainableHead:
     def _draw_mask(self, num_rows: int, width: int) -> Array | None:
         """Return what the last layer's input (U, B) is multiplied by while training."""
         mask = draw_mask(self._masks, self._dropout, num_rows, width, self._dtype)
-        return None if mask is None else mask.T
+        return None if mask is None else np.ascontiguousarray(mask.T)
 
 
 def mask_generator(seed: int) -> np.random.Generator:
