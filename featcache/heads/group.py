@@ -10,7 +10,7 @@ import numpy as np
 from featcache.heads.batches import Array, BatchSampler, TrainingData
 from featcache.heads.compiled import numpy_kernels
 from featcache.heads.compiled.team import Team
-from featcache.heads.compiled.training_step import Batch, TrainableHead
+from featcache.heads.compiled.training_step import Batch, TrainableHead, aligned_zeros
 from featcache.heads.config import HeadJob
 from featcache.heads.loss import SharedLosses, validation_columns
 
@@ -78,7 +78,7 @@ class HeadGroup:
     def _batches(self, batch_size: int) -> Iterator[tuple[Batch, list[tuple[Array, Array]]]]:
         """Yield each batch of an epoch with the weights of its targets in each loss."""
         width = self._jobs[0].head.num_features
-        normed = np.empty((batch_size, width), self._data.dtype)
+        normed = aligned_zeros((batch_size, width), self._data.dtype)
         mean, variance = np.empty((2, width), self._data.dtype)
         for rows, features in self._sampler.epoch(batch_size):
             weights = self._losses.weigh(rows)
