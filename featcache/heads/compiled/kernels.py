@@ -23,16 +23,6 @@ import numpy.typing as npt
 from featcache.compiling import compiled
 from featcache.heads import head, optimizer
 from featcache.heads.head import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM
-from featcache.heads.optimizer import (
-    COUPLED_DECAY,
-    DECAY,
-    EPS,
-    INVERSE_ROOT_CORRECTION,
-    IS_SGD,
-    SECOND_DECAY,
-    STEP,
-    WEIGHT_FACTOR,
-)
 
 _Array = npt.NDArray[Any]
 
@@ -159,10 +149,16 @@ def move_layer(  # noqa: PLR0917
     """Move some units of a layer whose input was ``normed * scale + shift``."""
     num_units, width = weights.shape
     number = weights.dtype.type
-    is_sgd, step = settings[IS_SGD], settings[STEP]
-    coupled_decay, weight_factor = settings[COUPLED_DECAY], settings[WEIGHT_FACTOR]
-    decay, second_decay = settings[DECAY], settings[SECOND_DECAY]
-    inverse_root_correction, eps = settings[INVERSE_ROOT_CORRECTION], settings[EPS]
+    is_sgd, step = settings[optimizer.IS_SGD], settings[optimizer.STEP]
+    coupled_decay, weight_factor = (
+        settings[optimizer.COUPLED_DECAY],
+        settings[optimizer.WEIGHT_FACTOR],
+    )
+    decay, second_decay = settings[optimizer.DECAY], settings[optimizer.SECOND_DECAY]
+    inverse_root_correction, eps = (
+        settings[optimizer.INVERSE_ROOT_CORRECTION],
+        settings[optimizer.EPS],
+    )
     share, second_share = number(1) - decay, number(1) - second_decay
     for j in range(width):
         scale_grad[j] = shift_grad[j] = number(0)
@@ -194,10 +190,16 @@ def move_values(
 ) -> None:
     """Move values (n,) against their gradients."""
     number = values.dtype.type
-    is_sgd, step = settings[IS_SGD], settings[STEP]
-    coupled_decay, weight_factor = settings[COUPLED_DECAY], settings[WEIGHT_FACTOR]
-    decay, second_decay = settings[DECAY], settings[SECOND_DECAY]
-    inverse_root_correction, eps = settings[INVERSE_ROOT_CORRECTION], settings[EPS]
+    is_sgd, step = settings[optimizer.IS_SGD], settings[optimizer.STEP]
+    coupled_decay, weight_factor = (
+        settings[optimizer.COUPLED_DECAY],
+        settings[optimizer.WEIGHT_FACTOR],
+    )
+    decay, second_decay = settings[optimizer.DECAY], settings[optimizer.SECOND_DECAY]
+    inverse_root_correction, eps = (
+        settings[optimizer.INVERSE_ROOT_CORRECTION],
+        settings[optimizer.EPS],
+    )
     share, second_share = number(1) - decay, number(1) - second_decay
     if is_sgd > number(0):
         for j in range(values.size):

@@ -14,17 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.heads import optimizer
 from featcache.heads.head import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM
-from featcache.heads.optimizer import (
-    COUPLED_DECAY,
-    DECAY,
-    EPS,
-    INVERSE_ROOT_CORRECTION,
-    IS_SGD,
-    SECOND_DECAY,
-    STEP,
-    WEIGHT_FACTOR,
-)
 
 _Array = npt.NDArray[Any]
 _BLOCK_VALUES = 1 << 15  # 128 KiB of float32: several of them stay in the cache of a core
@@ -176,10 +167,16 @@ def move_values(
         second: Moments; of SGD not used.
         settings: From ``optimizer.step_settings``.
     """
-    is_sgd, step = settings[IS_SGD], settings[STEP]
-    coupled_decay, weight_factor = settings[COUPLED_DECAY], settings[WEIGHT_FACTOR]
-    decay, second_decay = settings[DECAY], settings[SECOND_DECAY]
-    inverse_root_correction, eps = settings[INVERSE_ROOT_CORRECTION], settings[EPS]
+    is_sgd, step = settings[optimizer.IS_SGD], settings[optimizer.STEP]
+    coupled_decay, weight_factor = (
+        settings[optimizer.COUPLED_DECAY],
+        settings[optimizer.WEIGHT_FACTOR],
+    )
+    decay, second_decay = settings[optimizer.DECAY], settings[optimizer.SECOND_DECAY]
+    inverse_root_correction, eps = (
+        settings[optimizer.INVERSE_ROOT_CORRECTION],
+        settings[optimizer.EPS],
+    )
     scratch = np.multiply(values, coupled_decay) if coupled_decay else np.empty_like(values)
     if coupled_decay:
         grads += scratch
