@@ -17,6 +17,7 @@ from torch import nn
 
 from featcache.errors import BackboneError
 from featcache.files import sha256_file
+from featcache.untrusted import describe_missing
 
 
 def read_state(file: Path) -> dict[str, torch.Tensor]:
@@ -28,7 +29,7 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
         BackboneError: If the file is missing, damaged or holds anything but tensors.
     """
     if not file.is_file():  # opening a pipe would block for ever
-        raise _bad_state_file(file, "no regular file" if file.exists() else "no such file")
+        raise _bad_state_file(file, describe_missing(file))
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file

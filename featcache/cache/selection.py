@@ -201,9 +201,7 @@ def _split_rows(
             part = rows[i : i + block_rows]
             block = gather(
                 chosen.caches, part,
-                lambda _, split, n: (
-                    split.plain_features[n] if num_views == 1 else split.features[n, :num_views]
-                ),
+                lambda _, split, n: split.read_rows(n, num_views),
             )  # fmt: skip
             finite = np.isfinite(block.reshape(len(part), -1)).all(axis=1)
             if not finite.all():
