@@ -176,12 +176,26 @@ def _is_plain(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode)
 
 
-def describe_missing(path: Path) -> str:
-    """Return what is at a path that is no regular file and no folder, in a few words."""
+def real_path(path: Path) -> Path:
+    """Return a path with its links followed, as far as they lead anywhere.
+
+    ``Path.resolve`` raises RuntimeError for a loop of links before Python 3.13.
+    """
+    return Path(os.path.realpath(path))
+
+
+def why_no_file(path: Path, missing: str = "no such file") -> str | None:
+    """Return why a path leads to no regular file, in a few words; None if it leads to one.
+
+    Args:
+        path: The path.
+        missing: What to return where there is nothing.
+    """
     try:
-        path.stat()
-    except OSError as error:
-        return "not a regular file" if error.errno == errno.ELOOP else "nothing there"
+        return None if _is_plain(path.stat()) else "not a regular file"
     except ValueError:
         return "a name that no file can have"
-    return "not a regular file"
+    except OSError as error:
+        reasons = {errno.ELOOP: "not a regular file", errno.EISDIR: "a folder"}
+        is_missing = error.errno in {errno.ENOENT, errno.ENOTDIR}
+        return missing if is_missing else reasons.get(error.errno or 0, str(error.strerror))

@@ -32,6 +32,7 @@ from featcache.files import make_folder, remove_temporaries, result_as_dict
 from featcache.locking import writer_lock
 from featcache.pixels.views import ViewRules
 from featcache.runtime import Say, environment_facts, silent
+from featcache.untrusted import real_path
 
 _BLOCK_BYTES = 4 << 20
 
@@ -145,7 +146,7 @@ def select(
 def _check_names_of_caches(sources: Sequence[Path], new: Path, *, prefix: bool) -> None:
     if not sources:
         raise ConfigError("CACHE", expected="one or more", found="none")
-    if new.resolve() in {source.resolve() for source in sources}:
+    if real_path(new) in map(real_path, sources):
         raise ConfigError(
             "NEW", expected="another file than the caches that are read", found=new,
             hint="Choose another name",

@@ -35,7 +35,7 @@ from featcache.data.folders import (
 )
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import plain_cell, read_regular
-from featcache.untrusted import describe_missing
+from featcache.untrusted import why_no_file
 
 __all__ = [
     "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
@@ -171,7 +171,7 @@ def scan(
     elif root.is_file() and root.suffix.lower() == ".zip":
         dataset = _scan_zip(root)
     else:
-        found = "another kind of file" if root.is_file() else describe_missing(root)
+        found = why_no_file(root, "nothing there") or "another kind of file"
         raise DataError("data", expected="a folder, .csv or .zip", found=found, where=root)
     if not dataset.samples:
         raise DataError(
@@ -207,7 +207,7 @@ def list_images(paths: Iterable[str | Path]) -> ImageDataset:
             status = path.stat()
             images = [ImageFile(path.as_posix(), status.st_size, status.st_mtime_ns)]
         else:
-            found = describe_missing(path)
+            found = why_no_file(path, "nothing there")
             raise DataError("image", expected="a file or folder", found=found, where=path)
         if not images:
             raise DataError("folder", expected="images", found=_counts(ignored), where=path)

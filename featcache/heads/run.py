@@ -36,7 +36,7 @@ from featcache.files import (
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, build_head, state_layout
 from featcache.runtime import Device, environment_facts
-from featcache.untrusted import find_fault, parse_json_object
+from featcache.untrusted import find_fault, parse_json_object, real_path
 
 if TYPE_CHECKING:
     import torch
@@ -219,11 +219,7 @@ def relative_path(cache: Path, run: Path) -> str:
 
 def cache_path(run: Run) -> Path:
     """Return where the cache that the run was trained on should be."""
-    path = run.path.resolve() / str(run.cache["path"])
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError):  # a loop of links, which opening it will name
-        return path
+    return real_path(run.path.resolve() / str(run.cache["path"]))
 
 
 def require_same_features(
