@@ -155,7 +155,10 @@ class ArrayReader(RowReader):
         shape, self.path = entry.shape, container.path
         if as_vectors:
             shape = (math.prod(shape[:-1]), shape[-1])
-        super().__init__(container._reopen(), entry.offset, shape, entry.dtype, container._changed)
+        super().__init__(
+            container._reopen(), entry.offset, shape, entry.dtype,
+            lambda: container._changed("one that was cut off meanwhile"),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -223,10 +226,10 @@ class Container:
             return True
         return False
 
-    def _changed(self) -> CacheError:
+    def _changed(self, found: str = "another one under its name") -> CacheError:
         return CacheError(
-            "cache", expected="the file that was opened", found="another one under its name",
-            where=self.path, hint="Open it again",
+            "cache", expected="the file that was opened", found=found, where=self.path,
+            hint="Open it again",
         )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def check_alike(caches: Sequence[Cache]) -> None:
             )
         kinds = [first, cache]
         wanted_kind, *others = {
-            f"{split.features.shape[-1]} x {split.features.dtype.name}": None
+            f"{split.shape[-1]} x {split.dtype.name}": None
             for c in kinds
             for split in c.splits.values()
         }

@@ -102,10 +102,19 @@ class CacheSplit:
         return self.features if self.features.ndim == 2 else self.features[:, 0]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, D) or (N, V, D), of the features."""
+        return self._container.arrays[f"splits/{self.name}/features"].shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32 or float16, of the features."""
+        return self._container.arrays[f"splits/{self.name}/features"].dtype
+
+    @property
     def num_views(self) -> int:
         """V, 1 where every row is one vector."""
-        shape = self._container.arrays[f"splits/{self.name}/features"].shape
-        return 1 if len(shape) == 2 else shape[1]
+        return 1 if len(self.shape) == 2 else self.shape[1]
 
     @cached_property
     def targets(self) -> npt.NDArray[Any]:
@@ -167,7 +176,7 @@ class CacheSplit:
         return ArrayReader(self._container, name, as_vectors=as_vectors)
 
     def __len__(self) -> int:
-        return self._container.arrays[f"splits/{self.name}/features"].shape[0]
+        return self.shape[0]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         """Return (features (D,) or (V, D) float32, target) of one row."""
@@ -247,7 +256,7 @@ class Cache:
     @property
     def num_features(self) -> int:
         """D, the number of features of a row."""
-        return self.container.arrays[f"splits/{next(iter(self.splits))}/features"].shape[-1]
+        return next(iter(self.splits.values())).shape[-1]
 
     @property
     def parity(self) -> list[float]:

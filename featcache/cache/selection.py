@@ -193,9 +193,9 @@ def _split_rows(
 ) -> SplitRows:
     rows = by_split[name]
     num_views = _num_views(chosen.caches, name, by_split)
-    first = next(iter(chosen.caches[0].splits.values())).features
+    first = next(iter(chosen.caches[0].splits.values()))
     views = () if num_views == 1 else (num_views,)
-    block_rows = max(1, _BLOCK_BYTES // (first.shape[-1] * first.itemsize * num_views))
+    block_rows = max(1, _BLOCK_BYTES // (first.shape[-1] * first.dtype.itemsize * num_views))
 
     def blocks() -> Iterator[npt.NDArray[Any]]:
         for i in range(0, len(rows), block_rows):
