@@ -136,7 +136,9 @@ def test_a_long_name_is_shortened_and_both_ends_are_there() -> None:
 
 def test_each_part_of_a_message_is_shortened_alone() -> None:
     long = "n" * 10_000
-    text = str(DataError(long, expected=long, found=long, where=long, hint="Do " + "this " * 200 + "now"))
+    text = str(
+        DataError(long, expected=long, found=long, where=long, hint="Do " + "this " * 200 + "now")
+    )
     assert len(text) < 4 * 410 + 1100
     for part in (": expected ", ", found ", " (", "this now."):
         assert part in text

@@ -39,7 +39,7 @@ Vectors = Callable[[], RowReader]
 """Opens (M, D) features, which are read as they are asked for."""
 
 _MAX_MANIFEST_BYTES = 1 << 28  # 150 bytes a shard of 16 MiB: features of 30 TB
-_MAX_COUNT = 1 << 48  # of rows, vectors, images a batch, threads
+_MAX_COUNT = 1 << 48  # of rows and vectors
 _MAX_VIEWS = (1 << 16) - 1  # of an image, as the ledger counts them
 _FORMAT = "featcache-partial"
 _FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
@@ -54,6 +54,15 @@ class EngineFacts:
     batch_size: int
     num_threads: int
     device_type: str
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the values, which come from files, are of the right kinds and in their ranges."""
+        texts = (self.engine, self.precision, self.device_type)
+        counts = ((self.batch_size, 1 << 16), (self.num_threads, 1 << 12))
+        return all(isinstance(text, str) for text in texts) and all(
+            type(count) is int and 1 <= count <= most for count, most in counts
+        )
 
 
 @dataclass(frozen=True)
@@ -350,10 +359,9 @@ def read_manifest(file: Path) -> Manifest:
         raise ValueError(f"format version {version!r:.20}")
     try:
         engine, provenance = EngineFacts(**facts["engine"]), facts["provenance"]
-        numbers = (engine.batch_size, engine.num_threads)
-        fits = isinstance(facts["fingerprint"], str) and isinstance(provenance, dict)
-        fits &= all(isinstance(n, str) for n in (engine.engine, engine.precision))
-        if not fits or any(type(n) is not int or not 1 <= n <= _MAX_COUNT for n in numbers):
+        if not isinstance(facts["fingerprint"], str) or not isinstance(provenance, dict):
+            raise ValueError("one of another fingerprint or provenance")
+        if not engine.is_possible:
             raise ValueError(f"an engine of {facts['engine']!r:.80}")
         shards = tuple(_read_receipt(line) for line in facts["shards"])
     except (KeyError, TypeError, AttributeError) as error:
