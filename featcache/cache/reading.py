@@ -288,7 +288,7 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
         verify: Check the whole file against its sha256 first (about 1 GB a second).
 
     Returns:
-        The cache; its arrays are mapped and read on use.
+        The cache; its arrays are read on use.
 
     Raises:
         CacheError: If the file is missing, not a cache, of a newer version, cut or damaged.

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.container import RowReader
+from featcache.cache.row_reader import RowReader
 from featcache.cache.writing import remove_partial
 from featcache.errors import CacheError
 from featcache.files import (

@@ -13,8 +13,9 @@ import pytest
 from command_line import TINY, assert_one_line_error
 from sample_images import write_tree
 
-from featcache.cache.container import Container, RowReader
+from featcache.cache.container import Container
 from featcache.cache.reading import open_cache
+from featcache.cache.row_reader import RowReader
 from featcache.errors import CacheError
 from featcache.extraction.extraction import extract
 from featcache.heads.training import train
