@@ -17,13 +17,13 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-from featcache.errors import CacheError, ConfigError, RunError, printable
+from featcache.errors import CacheError, ConfigError, RunError, escaped
+from featcache.untrusted import open_regular
 
 _HASH_BLOCK_BYTES = 1 << 20
 NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
@@ -94,14 +94,10 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
     Raises:
         OSError: If it cannot be read, is no regular file, or is larger than ``max_bytes``.
     """
-    # Without O_NONBLOCK, opening a pipe would block for ever.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if status.st_size > max_bytes:
-            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than {max_bytes:,}")
+    with open_regular(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > max_bytes:
+            raise OSError(errno.EFBIG, f"{num_bytes:,} bytes, more than {max_bytes:,}")
         return file.read()
 
 
@@ -234,7 +230,7 @@ def join_names(names: Iterable[str]) -> str:
 
 def prob_columns(classes: Iterable[str]) -> list[str]:
     """Return the headers of a CSV's columns of probabilities: ``prob_NAME`` of each class."""
-    return [f"prob_{printable(name)}" for name in classes]
+    return [f"prob_{escaped(name)}" for name in classes]
 
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")

@@ -17,6 +17,7 @@ from featcache.errors import (
     FeatcacheError,
     FeatcacheWarning,
     RunError,
+    escaped,
     printable,
 )
 
@@ -121,3 +122,29 @@ def test_printable_takes_anything() -> None:
     assert printable(Path("a")) == "a"
     assert printable(3) == "3"
     assert printable(None) == "None"
+
+
+def test_a_long_name_is_shortened_and_both_ends_are_there() -> None:
+    name = "a" * 150_000 + "\x1b[31m" + "z" * 50_000
+    for text in (printable(name), str(DataError(name, expected=1, found=2))):
+        assert len(text) < 450
+        assert text.startswith("a" * 300 + "...zzz")
+    assert printable("x" * 403) == "x" * 403
+    assert len(printable("x" * 404)) == 403
+    assert len(printable("\x1b" * 10**6)) < 2000
+
+
+def test_each_part_of_a_message_is_shortened_alone() -> None:
+    long = "n" * 10_000
+    text = str(
+        DataError(long, expected=long, found=long, where=long, hint="Do " + "this " * 200 + "now")
+    )
+    assert len(text) < 4 * 410 + 1100
+    for part in (": expected ", ", found ", " (", "this now."):
+        assert part in text
+    error = DataError("a", expected=1, found=long)
+    assert error.found == long
+
+
+def test_a_whole_text_is_escaped_and_kept() -> None:
+    assert escaped("a\x1b" * 1000) == "a\\x1b" * 1000

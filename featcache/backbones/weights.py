@@ -17,6 +17,7 @@ from torch import nn
 
 from featcache.errors import BackboneError
 from featcache.files import sha256_file
+from featcache.untrusted import why_no_file
 
 
 def read_state(file: Path) -> dict[str, torch.Tensor]:
@@ -27,8 +28,8 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         BackboneError: If the file is missing, damaged or holds anything but tensors.
     """
-    if not file.is_file():  # opening a pipe would block for ever
-        raise _bad_state_file(file, "no regular file" if file.exists() else "no such file")
+    if found := why_no_file(file):  # opening a pipe would block for ever
+        raise _bad_state_file(file, found)
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -17,24 +17,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import math
 import mmap
 import os
 import re
-import threading
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.row_reader import RowReader
 from featcache.errors import CacheError
 from featcache.files import canonical_json, json_sha256, sha256_stream
+from featcache.untrusted import open_regular, parse_json_object
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
@@ -69,41 +68,24 @@ class ArrayEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class ArrayReader:
-    """Reads rows of one array on demand; threads may share it.
-
-    The file stays open, so the old file is read on even if it is replaced. Nothing is mapped into
-    memory, so ``ulimit -v`` may be smaller than the array.
+class ArrayReader(RowReader):
+    """Reads rows of one array of a container on demand.
 
     Args:
         container: The open container.
         name: Name of the array.
+        as_vectors: Read (N, V, D) as (N * V, D).
     """
 
-    def __init__(self, container: Container, name: str) -> None:
-        self._container, self._entry = container, container.entry(name)
-        self.shape, self.dtype, self.path = self._entry.shape, self._entry.dtype, container.path
-        self._lock, self._file = threading.Lock(), container._reopen()
-        weakref.finalize(self, self._file.close)
-
-    def read_into(self, array: npt.NDArray[Any], first: int = 0) -> None:
-        """Fill a contiguous array of the right dtype with rows, from row ``first`` on."""
-        size = self._entry.num_bytes // self._entry.shape[0] if self._entry.shape else 0
-        target = array.reshape(-1).view(np.uint8).data
-        with self._lock:
-            self._file.seek(self._entry.offset + first * size)
-            while target:
-                count = self._file.readinto(target)
-                if not count:
-                    raise self._container._changed()
-                target = target[count:]
-
-    def expect(self, first: int, num_rows: int) -> None:
-        """Ask the system to read rows ahead, where it can."""
-        if hasattr(os, "posix_fadvise"):
-            size = self._entry.num_bytes // self._entry.shape[0]
-            where = self._entry.offset + first * size, num_rows * size
-            os.posix_fadvise(self._file.fileno(), *where, os.POSIX_FADV_WILLNEED)
+    def __init__(self, container: Container, name: str, *, as_vectors: bool = False) -> None:
+        entry = container.entry(name)
+        shape, self.path = entry.shape, container.path
+        if as_vectors:
+            shape = (math.prod(shape[:-1]), shape[-1])
+        super().__init__(
+            container._reopen(), entry.offset, shape, entry.dtype,
+            lambda: container._changed("one that was cut off meanwhile"),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,7 +125,7 @@ class Container:
 
     def _reopen(self) -> io.FileIO:
         try:
-            file = io.FileIO(self.path)
+            file = open_regular(self.path)
         except OSError as error:
             raise self._changed() from error
         if _identify_file(file.fileno()) != self.stamp:
@@ -171,10 +153,10 @@ class Container:
             return True
         return False
 
-    def _changed(self) -> CacheError:
+    def _changed(self, found: str = "another one under its name") -> CacheError:
         return CacheError(
-            "cache", expected="the file that was opened", found="another one under its name",
-            where=self.path, hint="Open it again",
+            "cache", expected="the file that was opened", found=found, where=self.path,
+            hint="Open it again",
         )  # fmt: skip
 
 
@@ -189,7 +171,7 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
         CacheError: If it is not a featcache file, of a newer version, truncated or damaged.
     """
     try:
-        with path.open("rb") as file:
+        with io.BufferedReader(open_regular(path)) as file:
             stamp = _identify_file(file.fileno())
             text = _read_user_block(file, path)
     except OSError as error:
@@ -206,10 +188,11 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
 
 def is_container(path: Path) -> bool:
     """Return whether ``path`` was written by featcache: any version, damaged or not."""
-    if not path.is_file():
+    try:
+        with io.BufferedReader(open_regular(path)) as file:
+            head = file.read(MAX_USER_BLOCK_BYTES + len(_HDF5_SIGNATURE))
+    except OSError:
         return False
-    with path.open("rb") as file:
-        head = file.read(MAX_USER_BLOCK_BYTES + len(_HDF5_SIGNATURE))
     is_hdf5 = any(head.startswith(_HDF5_SIGNATURE, size) for size in _USER_BLOCK_SIZES)
     return is_hdf5 and b'"format":"featcache"' in head
 
@@ -245,7 +228,7 @@ def check_payload(container: Container) -> None:
         )  # fmt: skip
 
 
-def _read_user_block(file: Any, path: Path) -> str:
+def _read_user_block(file: BinaryIO, path: Path) -> str:
     head = file.read(MIN_USER_BLOCK_BYTES)
     if not head.startswith(b"{"):
         kind = "an HDF5 file without featcache's user block" if b"\x89HDF" in head else "other data"
@@ -260,7 +243,7 @@ def _read_user_block(file: Any, path: Path) -> str:
 
 def _not_a_cache(path: Path, found: str) -> CacheError:
     hint = "Caches are made by featcache extract or featcache.write_cache"
-    if found == _UNREADABLE:
+    if found.startswith(_UNREADABLE):
         hint = "If it was a cache, it is damaged: copy it again, or run featcache extract --rebuild"
     return CacheError("cache", expected="a featcache file", found=found, where=path, hint=hint)
 
@@ -279,10 +262,7 @@ def _is_signed(block: Mapping[str, Any]) -> bool:
     """Return whether the block's own hash is right; other writers of format 1 may leave it out."""
     if set(block) == _KEYS:
         return True
-    try:
-        return user_block_sha256(block) == block.get("user_block_sha256")
-    except (ValueError, RecursionError):  # NaN, or nested too deeply for canonical JSON
-        return False
+    return user_block_sha256(block) == block.get("user_block_sha256")
 
 
 def _parse(text: str, path: Path, stamp: tuple[int, ...]) -> Container:
@@ -296,10 +276,10 @@ def _parse(text: str, path: Path, stamp: tuple[int, ...]) -> Container:
         )  # fmt: skip
 
     try:
-        block = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _not_a_cache(path, _UNREADABLE) from error
-    if not isinstance(block, dict) or block.get("format") != FORMAT:
+        block = parse_json_object(text)
+    except ValueError as error:
+        raise _not_a_cache(path, f"{_UNREADABLE}: {error}") from error
+    if block.get("format") != FORMAT:
         raise _not_a_cache(path, "another format")
     version = block.get("format_version")
     if type(version) is not int or version < 1:

@@ -57,16 +57,29 @@ class ArraySource:
     blocks: Callable[[], Iterable[npt.NDArray[Any]]]
     crc32: int | None = None
     """Checksum for the table."""
+    is_utf8: bool = False
+    """Whether every value is a text in UTF-8: HDF5 has a mark for it, which h5py's asstr obeys."""
 
     @classmethod
     def of(cls, name: str, array: npt.NDArray[Any], crc32: int | None = None) -> ArraySource:
         """Return the source of an array in memory."""
-        return cls(name, array.shape, array.dtype, lambda: [array], crc32)
+        return cls(name, array.shape, array.dtype, lambda: [array], crc32, _is_utf8(array))
 
     @property
     def num_bytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _is_utf8(array: npt.NDArray[Any]) -> bool:
+    """Return whether an array holds texts, each of them in UTF-8."""
+    if array.dtype.kind != "S":
+        return False
+    try:  # NUL between the values: the end of one and the start of the next may make a character
+        b"\0".join(array.reshape(-1).tolist()).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class _SparseFile(io.RawIOBase):
@@ -188,6 +201,8 @@ def _make_skeleton(
                 else h5py.h5s.create(h5py.h5s.SCALAR)
             )
             dtype = h5py.h5t.py_create(source.dtype, logical=True)
+            if source.is_utf8:
+                dtype.set_cset(h5py.h5t.CSET_UTF8)
             data = h5py.h5d.create(
                 file.id, source.name.encode(), dtype, space, dcpl=creation, lcpl=groups
             )

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.container import Container, is_payload_whole
+from featcache.cache.container import ArrayReader, Container, is_payload_whole
+from featcache.cache.contents import decode_texts
 from featcache.data.folders import SPLITS
 
 BLOCK_ROWS = 4096
@@ -135,11 +136,10 @@ def find_infinite(container: Container) -> list[BadRow]:
     bad = []
     for split in SPLITS:
         if f"splits/{split}/features" in container.arrays:
-            features = container.map(f"splits/{split}/features")
-            for i in range(0, len(features), BLOCK_ROWS):
-                block = features[i : i + BLOCK_ROWS]
+            features = ArrayReader(container, f"splits/{split}/features")
+            for rows, block in features.blocks(BLOCK_ROWS):
                 finite = np.isfinite(block.reshape(len(block), -1)).all(axis=1)
-                numbers = (i + np.flatnonzero(~finite)).tolist()
+                numbers = (rows.start + np.flatnonzero(~finite)).tolist()
                 bad += _name_rows(container, split, numbers, "finite values", "NaN or infinity")
     return bad
 
@@ -149,8 +149,8 @@ def _name_rows(
 ) -> list[BadRow]:
     if not numbers:
         return []
-    paths = container.map(f"splits/{split}/paths")
-    texts = [paths[i].decode("utf-8", "surrogateescape") for i in numbers]
+    paths = ArrayReader(container, f"splits/{split}/paths").take(np.array(numbers))
+    texts = decode_texts(paths.tolist())
     return [BadRow(split, i, t, expected, found) for i, t in zip(numbers, texts, strict=True)]
 
 
@@ -173,23 +173,29 @@ def _has_checksums(container: Container, split: str) -> bool:
 def _is_part_damaged(container: Container, name: str) -> bool:
     entry = container.arrays[name]
     if name == "identity":
-        sha256 = hashlib.sha256(_as_bytes(container.map(name)).tobytes()).hexdigest()
+        sha256 = hashlib.sha256(_as_bytes(container.read(name)).tobytes()).hexdigest()
         return sha256 != container.fingerprint
-    return entry.crc32 is not None and array_crc32(container.map(name)) != entry.crc32
+    if entry.crc32 is None:
+        return False
+    crc32 = 0
+    for piece in ArrayReader(container, name).pieces():
+        crc32 = zlib.crc32(piece.data, crc32)
+    return crc32 != entry.crc32
 
 
 def _find_rows(container: Container, split: str) -> list[BadRow]:
     """Return the rows of a split whose checksum does not match."""
-    start = meaning_crc32(*(container.map(name) for name in _MEANING_ARRAYS))
+    start = meaning_crc32(*(container.read(name) for name in _MEANING_ARRAYS))
     prefix = f"splits/{split}/"
-    features, recorded = (container.map(prefix + name) for name in ("features", "row_crc32"))
+    features, recorded = (
+        ArrayReader(container, prefix + "features"), container.read(prefix + "row_crc32")
+    )  # fmt: skip
     columns = {
-        name: container.map(prefix + name) for name in COLUMNS if prefix + name in container.arrays
+        name: container.read(prefix + name) for name in COLUMNS if prefix + name in container.arrays
     }
-    wrong = np.zeros(len(features), bool)
-    for i in range(0, len(features), BLOCK_ROWS):
-        rows = slice(i, i + BLOCK_ROWS)
-        found = rows_crc32(start, features[rows], {k: v[rows] for k, v in columns.items()})
+    wrong = np.zeros(features.shape[0], bool)
+    for rows, block in features.blocks(BLOCK_ROWS):
+        found = rows_crc32(start, block, {k: v[rows] for k, v in columns.items()})
         wrong[rows] = found != recorded[rows]
     numbers = np.flatnonzero(wrong).tolist()
     return _name_rows(container, split, numbers, "the bytes of its checksum", "others")

@@ -48,7 +48,7 @@ def check_alike(caches: Sequence[Cache]) -> None:
             )
         kinds = [first, cache]
         wanted_kind, *others = {
-            f"{split.features.shape[-1]} x {split.features.dtype.name}": None
+            f"{split.shape[-1]} x {split.dtype.name}": None
             for c in kinds
             for split in c.splits.values()
         }
@@ -61,7 +61,7 @@ def check_alike(caches: Sequence[Cache]) -> None:
             canonical_json(cache.provenance)
         except (ValueError, RecursionError) as error:
             raise wrong("cache", "plain JSON", cache, error, "Extract it again") from error
-        if text != cache.container.map("identity").item():  # NEW would have another fingerprint
+        if text != cache.container.read("identity").item():  # NEW would have another fingerprint
             raise wrong("cache identity", "canonical JSON", cache, "other", "Extract it again")
 
 

@@ -26,7 +26,6 @@ Reads: caches. Module ``writing`` writes them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,13 +36,20 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.container import ArrayReader, Container, check_payload, open_container
+from featcache.cache.contents import (
+    check_classes,
+    check_kinds,
+    check_table,
+    check_targets,
+    damaged,
+    read_json,
+    read_texts,
+)
 from featcache.data.folders import SPLITS
 from featcache.errors import CacheError, printable, warn_user
 
 if TYPE_CHECKING:
     import torch
-
-TASKS = ("multiclass", "multilabel")
 
 
 @dataclass(frozen=True)
@@ -75,18 +81,20 @@ class CacheSplit:
         self.name = name
         self._container = container
 
-    def _map(self, name: str) -> npt.NDArray[Any]:
-        return self._container.map(f"splits/{self.name}/{name}")
+    def _read(self, name: str) -> npt.NDArray[Any]:
+        array = self._container.read(f"splits/{self.name}/{name}")
+        array.flags.writeable = False
+        return array
 
     @cached_property
     def features(self) -> npt.NDArray[Any]:
-        """(N, D) or (N, V, D) float32 or float16, a read-only view of the file."""
-        return self._map("features")
+        """(N, D) or (N, V, D) float32 or float16, a read-only view of the file.
 
-    def map_vectors(self) -> npt.NDArray[Any]:
-        """Return (N * V, D), a view whose pages leave the memory with it."""
-        features = self._map("features")
-        return features.reshape(-1, features.shape[-1])
+        The file is mapped into memory: if somebody cuts it off while rows are read from here, the
+        system ends the process (SIGBUS). ``read_features`` and ``open_features`` raise an error
+        then, and so does all that featcache itself does with a cache.
+        """
+        return self._container.map(f"splits/{self.name}/features")
 
     @property
     def plain_features(self) -> npt.NDArray[Any]:
@@ -94,58 +102,81 @@ class CacheSplit:
         return self.features if self.features.ndim == 2 else self.features[:, 0]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, D) or (N, V, D), of the features."""
+        return self._container.arrays[f"splits/{self.name}/features"].shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32 or float16, of the features."""
+        return self._container.arrays[f"splits/{self.name}/features"].dtype
+
+    @property
     def num_views(self) -> int:
         """V, 1 where every row is one vector."""
-        shape = self._container.arrays[f"splits/{self.name}/features"].shape
-        return 1 if len(shape) == 2 else shape[1]
+        return 1 if len(self.shape) == 2 else self.shape[1]
 
     @cached_property
     def targets(self) -> npt.NDArray[Any]:
         """(N,) int64, -1 = unlabelled; (N, C) float32 for ``multilabel``, NaN = unknown."""
-        return self._map("targets")
+        return self._read("targets")
 
     @cached_property
     def paths(self) -> list[str]:
         """N strings, ``/``-separated; bytes that are not UTF-8 are surrogate-escaped."""
-        return decode_texts(self._map("paths"))
+        return read_texts(self._container, f"splits/{self.name}/paths")
 
     @cached_property
     def groups(self) -> list[str] | None:
         """N strings, or None when the cache has no groups."""
-        has_groups = f"splits/{self.name}/groups" in self._container.arrays
-        return decode_texts(self._map("groups")) if has_groups else None
+        name = f"splits/{self.name}/groups"
+        return read_texts(self._container, name) if name in self._container.arrays else None
 
     @cached_property
     def image_sha256(self) -> npt.NDArray[np.uint8]:
         """(N, 32) uint8, zeros where unknown."""
-        return self._map("image_sha256")
+        return self._read("image_sha256")
 
     @cached_property
     def image_bytes(self) -> npt.NDArray[np.int64]:
         """(N,) int64, sizes of the image files."""
-        return self._map("image_bytes")
+        return self._read("image_bytes")
 
     @cached_property
     def mtime_ns(self) -> npt.NDArray[np.int64]:
         """(N,) int64, modification times of the image files."""
-        return self._map("mtime_ns")
+        return self._read("mtime_ns")
 
     @cached_property
     def row_crc32(self) -> npt.NDArray[np.int64] | None:
         """(N,) int64, a checksum of each row, or None when the cache has none."""
         has_checksums = f"splits/{self.name}/row_crc32" in self._container.arrays
-        return self._map("row_crc32") if has_checksums else None
+        return self._read("row_crc32") if has_checksums else None
 
     def read_features(self) -> npt.NDArray[Any]:
         """Return the features as an array in memory, read at the speed of the disk."""
         return self._container.read(f"splits/{self.name}/features")
 
-    def open_features(self) -> ArrayReader:
-        """Return what reads the features row by row, for those larger than memory."""
-        return ArrayReader(self._container, f"splits/{self.name}/features")
+    def read_rows(self, rows: npt.NDArray[np.int64], num_views: int = 1) -> npt.NDArray[Any]:
+        """Return the features of some rows (n,), in memory: (n, num_views, D) of the first views.
+
+        Of one view (n, D).
+        """
+        numbers = rows[:, None] * self.num_views + np.arange(num_views)
+        vectors = self.open_features(as_vectors=True).take(numbers.reshape(-1))
+        return vectors if num_views == 1 else vectors.reshape(len(rows), num_views, -1)
+
+    def open_features(self, *, as_vectors: bool = False) -> ArrayReader:
+        """Return what reads the features row by row, for those larger than memory.
+
+        Args:
+            as_vectors: Read (N, V, D) as (N * V, D).
+        """
+        name = f"splits/{self.name}/features"
+        return ArrayReader(self._container, name, as_vectors=as_vectors)
 
     def __len__(self) -> int:
-        return self._container.arrays[f"splits/{self.name}/features"].shape[0]
+        return self.shape[0]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         """Return (features (D,) or (V, D) float32, target) of one row."""
@@ -225,7 +256,7 @@ class Cache:
     @property
     def num_features(self) -> int:
         """D, the number of features of a row."""
-        return self.container.arrays[f"splits/{next(iter(self.splits))}/features"].shape[-1]
+        return next(iter(self.splits.values())).shape[-1]
 
     @property
     def parity(self) -> list[float]:
@@ -257,7 +288,7 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
         verify: Check the whole file against its sha256 first (about 1 GB a second).
 
     Returns:
-        The cache; its arrays are mapped and read on use.
+        The cache; its arrays are read on use.
 
     Raises:
         CacheError: If the file is missing, not a cache, of a newer version, cut or damaged.
@@ -286,14 +317,15 @@ def read_cache(container: Container) -> Cache:
     Raises:
         CacheError: If its small data sets or its table are not those of a cache.
     """
-    _check_kinds(container)
+    check_kinds(container)
     identity = read_json(container, "identity")
-    text = container.map("identity").item()
+    text = container.read("identity").item()
     if hashlib.sha256(text).hexdigest() != container.fingerprint:
-        raise _damaged(container, "identity", "the fingerprint's", "another")
-    task = str(container.map("task").item().decode("utf-8", "replace"))
+        raise damaged(container, "identity", "the fingerprint's", "another")
+    task = str(container.read("task").item().decode("utf-8", "replace"))
     check_table(container, task)
-    classes = tuple(decode_texts(container.map("classes")))
+    classes = tuple(read_texts(container, "classes"))
+    check_classes(container, classes)
     cache = Cache(
         path=container.path,
         identity=identity,
@@ -308,7 +340,8 @@ def read_cache(container: Container) -> Cache:
         failures=read_failures(container, len(classes)),
         container=container,
     )
-    _check_values(cache)
+    for name, split in cache.splits.items():
+        check_targets(container, name, split.targets, len(classes))
     return cache
 
 
@@ -333,108 +366,15 @@ def name_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tup
     return wanted_text, found_text
 
 
-def _check_kinds(container: Container) -> None:
-    """Refuse a file whose small data sets are not bytes or whole numbers of the right rank."""
-    kinds = {"identity": ("S", 0), "provenance": ("S", 0), "task": ("S", 0), "classes": ("S", 1)}
-    kinds |= {f"failures/{key}": ("S", 1) for key in ("paths", "splits", "reasons")}
-    kinds |= {f"failures/{key}": ("i", 1) for key in ("targets", "image_bytes", "mtime_ns")}
-    for name, (kind, rank) in kinds.items():
-        entry = container.entry(name)
-        if (entry.dtype.kind, len(entry.shape)) != (kind, rank):
-            wanted = f"{'bytes' if kind == 'S' else 'whole numbers'} of rank {rank}"
-            raise _damaged(container, name, wanted, f"{entry.dtype.str} {entry.shape}")
-
-
-def check_table(container: Container, task: str) -> None:
-    """Refuse a file whose arrays, by the table alone, do not fit each other.
-
-    Raises:
-        CacheError: If so, or if there is no such task.
-    """
-    if task not in TASKS:
-        raise _damaged(container, "task", " or ".join(TASKS), task)
-    num_classes = container.entry("classes").shape[0]
-    splits = [s for s in SPLITS if f"splits/{s}/features" in container.arrays]
-    if not splits:
-        raise _damaged(container, "splits", "at least one", "none")
-    widths = set()
-    for name in splits:
-        prefix = f"splits/{name}/"
-        features = container.arrays[prefix + "features"]
-        if (
-            features.dtype.kind != "f"
-            or len(features.shape) not in {2, 3}
-            or 0 in features.shape[1:]
-        ):
-            wanted_shape = "(N, D) or (N, V, D) floats"
-            raise _damaged(container, prefix + "features", wanted_shape, features.shape)
-        widths.add(features.shape[-1])
-        wanted: dict[str, tuple[str, tuple[int, ...]]] = {
-            "targets": ("<f4", (num_classes,)) if task == "multilabel" else ("<i8", ()),
-            "image_sha256": ("|u1", (32,)), "image_bytes": ("<i8", ()), "mtime_ns": ("<i8", ()),
-            "paths": ("S", ()),
-        }  # fmt: skip
-        if prefix + "groups" in container.arrays:
-            wanted["groups"] = ("S", ())
-        if prefix + "row_crc32" in container.arrays:
-            wanted["row_crc32"] = ("<i8", ())
-        for key, (dtype, tail) in wanted.items():
-            entry = container.arrays.get(prefix + key)
-            if (
-                entry is None
-                or entry.shape != (features.shape[0], *tail)
-                or (entry.dtype.kind if dtype == "S" else entry.dtype.str) != dtype
-            ):
-                found = "none" if entry is None else f"{entry.dtype.str} {entry.shape}"
-                wanted_shape = f"{dtype} {(features.shape[0], *tail)}"
-                raise _damaged(container, prefix + key, wanted_shape, found)
-    if len(widths) > 1:
-        raise _damaged(container, "splits", "features of one width", sorted(widths))
-
-
-def _check_values(cache: Cache) -> None:
-    """Refuse a file whose classes are not different or whose targets are no classes."""
-    if len(set(cache.classes)) != len(cache.classes):
-        raise _damaged(cache.container, "classes", "different names", "a name twice")
-    for name, split in cache.splits.items():
-        targets, wanted, found = split.targets, "", ""
-        if cache.task == "multilabel":
-            odd = targets[~((targets == 0) | (targets == 1) | np.isnan(targets))]
-            wanted, found = "targets of 0, 1 and NaN", ", ".join(map(str, odd[:1].tolist()))
-        elif len(split) and (targets.min() < -1 or targets.max() >= len(cache.classes)):
-            wanted = f"targets from -1 to {len(cache.classes) - 1}"
-            found = f"{targets.min()} to {targets.max()}"
-        if found:
-            raise _damaged(cache.container, f"splits/{name}/targets", wanted, found)
-
-
-def _damaged(container: Container, what: str, expected: object, found: object) -> CacheError:
-    return CacheError(
-        f"cache, {what}", expected=expected, found=found, where=container.path,
-        hint="The file is damaged or was not made by featcache: extract it again",
-    )  # fmt: skip
-
-
-def read_json(container: Container, name: str) -> dict[str, Any]:
-    """Return the JSON object in a scalar data set, or raise ``CacheError``."""
-    try:
-        value = json.loads(container.map(name).item())
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise _damaged(container, name, "JSON", "something else") from error
-    if not isinstance(value, dict):
-        raise _damaged(container, name, "a JSON object", type(value).__name__)
-    return value
-
-
 def read_failures(container: Container, num_classes: int) -> tuple[Failure, ...]:
     """Return the failures in a container, or raise ``CacheError``."""
-    texts = [decode_texts(container.map(f"failures/{k}")) for k in ("paths", "splits", "reasons")]
+    texts = [read_texts(container, f"failures/{k}") for k in ("paths", "splits", "reasons")]
     numbers = [
-        [int(n) for n in container.map(f"failures/{k}")]
+        [int(n) for n in container.read(f"failures/{k}")]
         for k in ("targets", "image_bytes", "mtime_ns")
     ]
     if len({*map(len, texts), *map(len, numbers)}) > 1:
-        raise _damaged(container, "failures", "arrays of one length", "several")
+        raise damaged(container, "failures", "arrays of one length", "several")
     failures = tuple(
         Failure(path, split, target, reason, size, time)
         for path, split, reason, target, size, time in zip(*texts, *numbers, strict=True)
@@ -443,13 +383,8 @@ def read_failures(container: Container, num_classes: int) -> tuple[Failure, ...]
         if failure.split not in SPLITS or not -1 <= failure.target < num_classes:
             wanted = f"a split, and a target from -1 to {num_classes - 1}"
             found = f"{failure.split!r:.40} and {failure.target}"
-            raise _damaged(container, "failures", wanted, found)
+            raise damaged(container, "failures", wanted, found)
     return failures
-
-
-def decode_texts(array: npt.NDArray[Any]) -> list[str]:
-    """Return fixed-width bytes as strings; what is not UTF-8 is surrogate-escaped."""
-    return [value.decode("utf-8", "surrogateescape") for value in array.tolist()]
 
 
 def warn_of_leaks(cache: Cache) -> None:

@@ -339,7 +339,7 @@ def _check_pairs(caches: Sequence[Cache], pairs: Sequence[tuple[Row, Row]]) -> N
     for i in range(0, len(pairs), 1024):
         part = pairs[i : i + 1024]
         a, b = (
-            gather(caches, rows, lambda _, split, n: split.plain_features[n].astype(np.float32))
+            gather(caches, rows, lambda _, split, n: split.read_rows(n).astype(np.float32))
             for rows in zip(*part, strict=True)
         )
         for (x, y), error in zip(part, relative_errors(a, b), strict=True):

@@ -13,16 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.container import Container
+from featcache.cache.container import ArrayReader, Container
+from featcache.cache.contents import check_table, decode_texts, read_json, read_texts
 from featcache.cache.integrity import BLOCK_ROWS, BadRow, Damage, find_infinite
-from featcache.cache.reading import (
-    Cache,
-    Failure,
-    check_table,
-    decode_texts,
-    read_failures,
-    read_json,
-)
+from featcache.cache.reading import Cache, Failure, read_failures
 from featcache.cache.writing import SplitRows, write_rows
 from featcache.data.folders import SPLITS
 from featcache.errors import CacheError
@@ -44,7 +38,7 @@ def find_bad_rows(container: Container, damage: Damage) -> list[BadRow]:
     if any(part.startswith("splits/") for part in damage.parts):
         found = f"damage, and none in {', '.join(damage.unlocated)}"
         raise _cannot_repair(container, "repair", "checksums of the rows to find it by", found)
-    check_table(container, container.map("task").item().decode("utf-8", "replace"))
+    check_table(container, container.read("task").item().decode("utf-8", "replace"))
     damaged = {(row.split, row.row) for row in damage.rows}
     others = [row for row in find_infinite(container) if (row.split, row.row) not in damaged]
     return [*damage.rows, *others]
@@ -77,7 +71,7 @@ def write_without(
     bad: dict[str, list[int]] = {split: [] for split in splits}
     for row in bad_rows:
         bad[row.split].append(row.row)
-    classes = decode_texts(container.map("classes"))
+    classes = read_texts(container, "classes")
     lost = any(part.startswith("failures/") for part in damage.parts)
     failures = [] if lost else list(read_failures(container, len(classes)))
     failures += [_make_failure(container, row, len(classes)) for row in bad_rows]
@@ -87,7 +81,7 @@ def write_without(
     cache = write_rows(
         path, {split: _rows_without(container, split, bad[split]) for split in splits},
         identity=read_json(container, "identity"), provenance=provenance, classes=classes,
-        task=container.map("task").item().decode(), failures=failures,
+        task=container.read("task").item().decode(), failures=failures,
     )  # fmt: skip
     if cache.fingerprint != container.fingerprint:  # the identity was not canonical JSON
         raise _cannot_repair(container, "identity", "JSON as featcache writes it", "other JSON")
@@ -102,33 +96,35 @@ def _cannot_repair(container: Container, what: str, expected: str, found: str) -
 
 
 def _rows_without(container: Container, split: str, bad: list[int]) -> SplitRows:
-    def column(name: str) -> npt.NDArray[Any]:
-        return container.map(f"splits/{split}/{name}")
+    prefix = f"splits/{split}/"
+    features = ArrayReader(container, prefix + "features")
+    kept = np.delete(np.arange(features.shape[0]), bad)
 
-    features = column("features")
-    rows = np.delete(np.arange(len(features)), bad)
-    has_groups = f"splits/{split}/groups" in container.arrays
+    def column(name: str) -> npt.NDArray[Any]:
+        return container.read(prefix + name)[kept]
+
+    has_groups = prefix + "groups" in container.arrays
     return SplitRows(
-        shape=(len(rows), *features.shape[1:]),
+        shape=(len(kept), *features.shape[1:]),
         dtype=features.dtype,
-        feature_blocks=partial(_blocks, features, rows),
-        targets=column("targets")[rows],
-        paths=decode_texts(column("paths")[rows]),
-        groups=decode_texts(column("groups")[rows]) if has_groups else None,
-        image_sha256=column("image_sha256")[rows],
-        image_bytes=column("image_bytes")[rows],
-        mtime_ns=column("mtime_ns")[rows],
+        feature_blocks=partial(_blocks, features, kept),
+        targets=column("targets"),
+        paths=decode_texts(column("paths").tolist()),
+        groups=decode_texts(column("groups").tolist()) if has_groups else None,
+        image_sha256=column("image_sha256"),
+        image_bytes=column("image_bytes"),
+        mtime_ns=column("mtime_ns"),
     )
 
 
-def _blocks(features: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[Any]]:
+def _blocks(features: ArrayReader, rows: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[Any]]:
     for i in range(0, len(rows), BLOCK_ROWS):
-        yield features[rows[i : i + BLOCK_ROWS]]
+        yield features.take(rows[i : i + BLOCK_ROWS])
 
 
 def _make_failure(container: Container, row: BadRow, num_classes: int) -> Failure:
     def value(name: str) -> Any:
-        return container.map(f"splits/{row.split}/{name}")[row.row]
+        return container.read(f"splits/{row.split}/{name}")[row.row]
 
     target = value("targets")
     known = target.ndim == 0 and 0 <= target < num_classes

@@ -32,6 +32,7 @@ from featcache.files import make_folder, remove_temporaries, result_as_dict
 from featcache.locking import writer_lock
 from featcache.pixels.views import ViewRules
 from featcache.runtime import Say, environment_facts, silent
+from featcache.untrusted import real_path
 
 _BLOCK_BYTES = 4 << 20
 
@@ -145,7 +146,7 @@ def select(
 def _check_names_of_caches(sources: Sequence[Path], new: Path, *, prefix: bool) -> None:
     if not sources:
         raise ConfigError("CACHE", expected="one or more", found="none")
-    if new.resolve() in {source.resolve() for source in sources}:
+    if real_path(new) in map(real_path, sources):
         raise ConfigError(
             "NEW", expected="another file than the caches that are read", found=new,
             hint="Choose another name",
@@ -192,18 +193,16 @@ def _split_rows(
 ) -> SplitRows:
     rows = by_split[name]
     num_views = _num_views(chosen.caches, name, by_split)
-    first = next(iter(chosen.caches[0].splits.values())).features
+    first = next(iter(chosen.caches[0].splits.values()))
     views = () if num_views == 1 else (num_views,)
-    block_rows = max(1, _BLOCK_BYTES // (first.shape[-1] * first.itemsize * num_views))
+    block_rows = max(1, _BLOCK_BYTES // (first.shape[-1] * first.dtype.itemsize * num_views))
 
     def blocks() -> Iterator[npt.NDArray[Any]]:
         for i in range(0, len(rows), block_rows):
             part = rows[i : i + block_rows]
             block = gather(
                 chosen.caches, part,
-                lambda _, split, n: (
-                    split.plain_features[n] if num_views == 1 else split.features[n, :num_views]
-                ),
+                lambda _, split, n: split.read_rows(n, num_views),
             )  # fmt: skip
             finite = np.isfinite(block.reshape(len(part), -1)).all(axis=1)
             if not finite.all():

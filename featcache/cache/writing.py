@@ -22,6 +22,7 @@ from featcache.cache.reading import Cache, Failure, is_content, open_cache
 from featcache.data.folders import SPLITS
 from featcache.errors import DataError
 from featcache.files import canonical_json
+from featcache.untrusted import find_fault, parse_json
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,8 @@ def write_cache(
     facts: dict[str, Any] = dict(identity) if identity is not None else {"backbone": "unknown"}
     for what, value in (("identity", facts), ("provenance", provenance or {})):
         try:
-            canonical_json(value)
-        except (TypeError, ValueError) as error:
+            parse_json(canonical_json(value))  # as every reader will
+        except (TypeError, ValueError, RecursionError) as error:
             raise DataError(what, expected="what JSON can hold", found=error) from error
     facts.setdefault("num_features", first.shape[-1])
     facts.setdefault("feature_dtype", first.dtype.name)
@@ -238,18 +239,18 @@ def _check_new_rows(
 
 
 def check_names(what: str, names: Sequence[str]) -> None:
-    """Refuse names that fixed-width bytes cannot store, and duplicates.
+    """Refuse names that no cache can hold, and duplicates.
+
+    Args:
+        what: What they name: ``classes`` have to be UTF-8.
+        names: The names.
 
     Raises:
-        DataError: If there is such a name.
+        DataError: If there is such a name; see ``untrusted.find_fault``.
     """
     for name in names:
-        try:
-            os_bytes(name)
-        except UnicodeEncodeError as error:
-            raise DataError(what, expected="text", found=f"a lone surrogate in {name}") from error
-        if "\0" in name:
-            raise DataError(what, expected="names without NUL", found=name)
+        if fault := find_fault(name, is_class=what == "classes"):
+            raise DataError(what, expected="names in UTF-8, without NUL", found=fault)
     if len(set(names)) != len(names):
         raise DataError(what, expected="different names", found="a name twice")
 

@@ -28,7 +28,7 @@ from featcache.cli.options import (
     print_facts,
     printing,
 )
-from featcache.errors import FeatcacheError, FeatcacheWarning, printable
+from featcache.errors import FeatcacheError, FeatcacheWarning, escaped, printable
 
 
 class _InOrder(click.Group):
@@ -299,7 +299,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except click.exceptions.Exit as stop:
         return int(stop.exit_code)
     except click.ClickException as error:
-        text = printable(error.format_message())  # as a shell's * may name any file
+        text = escaped(error.format_message())  # as a shell's * may name any file
         click.UsageError(text, getattr(error, "ctx", None)).show()
         return 2
     except (KeyboardInterrupt, click.Abort) as stop:
@@ -344,4 +344,4 @@ def _show_warning(
 ) -> None:  # fmt: skip
     """Print our own warnings as one line; other libraries' are not for our users."""
     if issubclass(category, FeatcacheWarning):
-        click.echo(f"warning: {printable(message)}", err=True)
+        click.echo(f"warning: {escaped(str(message))}", err=True)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from featcache.errors import printable
+from featcache.errors import escaped
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -94,7 +94,7 @@ def make_say(as_json: bool, quiet: bool) -> Callable[[str], None]:
 
 def _echo_line(line: str) -> None:
     """Print a line that holds names of strangers: no terminal command, no second line."""
-    click.echo(printable(line))
+    click.echo(escaped(line))
 
 
 def print_facts(facts: dict[str, Any], lines: Iterable[str], as_json: bool, quiet: bool) -> None:

@@ -9,6 +9,7 @@ Reads: zip files. Writes: nothing.
 from __future__ import annotations
 
 import calendar
+import io
 import os
 import re
 import stat
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from featcache.errors import DataError
+from featcache.untrusted import open_regular
 
 _MAX_MEMBERS = 2_000_000
 _MAX_RATIO = 200  # deflate cannot exceed 1032; a 16-bit TIFF of a black image reaches ~100
@@ -70,7 +72,7 @@ def list_entries(root: Path) -> Iterator[Entry]:
         DataError: If it is not a whole zip, has too many members, or a name leads outside it.
     """
     try:
-        with zipfile.ZipFile(root) as archive:
+        with io.BufferedReader(open_regular(root)) as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise DataError("zip", expected="a whole zip file", found=error, where=root) from error
@@ -79,6 +81,11 @@ def list_entries(root: Path) -> Iterator[Entry]:
         raise DataError("zip", expected=expected, found=f"{len(infos):,}", where=root)
     kinds = {0: "file", stat.S_IFREG: "file", stat.S_IFLNK: "link"}
     for info in infos:
+        if "\0" in info.orig_filename:  # zipfile cuts the name off there
+            raise DataError(
+                "zip member", expected="a name without NUL", found=repr(info.orig_filename),
+                where=root, hint="Do not trust this zip",
+            )  # fmt: skip
         path, is_folder = _safe_path(info.filename, root)
         if not path:  # "./": the folder that was packed
             continue
@@ -182,7 +189,7 @@ def read_member(root: Path, member: Member) -> bytes:
         OSError: If the zip cannot be read.
         ValueError: If the bytes do not match the member's size and CRC.
     """
-    with root.open("rb") as file:
+    with io.BufferedReader(open_regular(root)) as file:
         file.seek(member.offset)
         header = file.read(_HEADER_BYTES)
         if len(header) < _HEADER_BYTES or not header.startswith(b"PK\x03\x04"):

@@ -35,6 +35,7 @@ from featcache.data.folders import (
 )
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import plain_cell, read_regular
+from featcache.untrusted import why_no_file
 
 __all__ = [
     "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
@@ -60,7 +61,8 @@ class Sample:
         split: ``train``, ``valid``, ``test`` or ``all``.
         group: Images of one group (a patient) stay in one split; None if groups are not known.
         image_bytes: Size of the file.
-        mtime_ns: Time of its last change, in ns. (Zip: see ``archive.Member``.)
+        mtime_ns: Time of its last change, in ns, modulo 2**64 as an int64. (Zip: see
+            ``archive.Member``.)
     """
 
     path: str
@@ -169,7 +171,7 @@ def scan(
     elif root.is_file() and root.suffix.lower() == ".zip":
         dataset = _scan_zip(root)
     else:
-        found = "another kind of file" if root.exists() else "nothing there"
+        found = why_no_file(root, "nothing there") or "another kind of file"
         raise DataError("data", expected="a folder, .csv or .zip", found=found, where=root)
     if not dataset.samples:
         raise DataError(
@@ -205,7 +207,7 @@ def list_images(paths: Iterable[str | Path]) -> ImageDataset:
             status = path.stat()
             images = [ImageFile(path.as_posix(), status.st_size, status.st_mtime_ns)]
         else:
-            found = "no regular file" if path.exists() else "nothing there"
+            found = why_no_file(path, "nothing there")
             raise DataError("image", expected="a file or folder", found=found, where=path)
         if not images:
             raise DataError("folder", expected="images", found=_counts(ignored), where=path)
@@ -221,7 +223,9 @@ def _scan_folder(root: Path) -> ImageDataset:
 
 
 def _sample(image: ImageFile, target: int, split: str, group: str | None = None) -> Sample:
-    return Sample(image.path, target, split, group, image.image_bytes, image.mtime_ns)
+    # int64 ends in 2262: later times are folded into it, so that another one is still another.
+    mtime_ns = (image.mtime_ns + 2**63) % 2**64 - 2**63
+    return Sample(image.path, target, split, group, image.image_bytes, mtime_ns)
 
 
 def _sorted(samples: Iterable[Sample]) -> tuple[Sample, ...]:

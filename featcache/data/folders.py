@@ -4,7 +4,7 @@ Reads: names, kinds, sizes and times, but no content. Writes: nothing.
 
 Images are regular files with an image ending, also through links (as ``split --mode symlink``
 makes). Hidden names, system folders, linked folders, other endings, pipes and devices are ignored
-and counted by reason.
+and counted by reason. Names of files and folders need not be UTF-8, but for those of classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from featcache.errors import ConfigError, DataError
+from featcache.errors import ConfigError, DataError, escaped, warn_user
+from featcache.untrusted import find_fault
 
 SPLITS = ("train", "valid", "test", "all")
 SPLIT_OF_FOLDER = {
@@ -78,7 +79,7 @@ def _ignore_reason(entry: os.DirEntry[str]) -> str:
     if is_hidden(entry.name):
         return "hidden"
     if entry.is_dir(follow_symlinks=False):
-        return "folder" if _is_utf8(entry.name) else "folder name not UTF-8"
+        return "folder"
     try:
         if entry.is_symlink() and not stat.S_ISREG(entry.stat().st_mode):
             return "link to a folder" if entry.is_dir() else "link to no regular file"
@@ -97,14 +98,6 @@ def _ignore_reason(entry: os.DirEntry[str]) -> str:
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder of this name is hidden or belongs to the system."""
     return name.startswith(".") or name.casefold() in _SYSTEM_FOLDERS
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def has_image_ending(name: str) -> bool:
@@ -154,6 +147,7 @@ def find_layout(root: Path, folders: set[str]) -> Layout:
         }
         for prefix, split in tops.items()
     }
+    _check_depth(root, tops, folders, set().union(*classes_by_split.values()))
     classes = agree_on_classes({s: names for s, names in classes_by_split.items() if names}, root)
     places = {
         f"{prefix}{name}/" if name else prefix: (split, name)
@@ -162,6 +156,41 @@ def find_layout(root: Path, folders: set[str]) -> Layout:
     }
     kind = "splits" if "" not in tops else "classes" if classes else "images"
     return Layout(kind, classes, places)
+
+
+def _check_depth(root: Path, tops: dict[str, str], folders: set[str], classes: set[str]) -> None:
+    """Refuse split folders where images should be; warn where classes may lie a level deeper.
+
+    Raises:
+        DataError: If a class folder holds folders train, valid, test.
+    """
+    level = 1 if "" in tops else 2  # of the class folders
+    below: dict[str, set[str]] = {}
+    for folder in folders:
+        *above, name = folder.split("/")
+        if len(above) == level:
+            below.setdefault("/".join(above), set()).add(name)
+    is_sole, place = len(classes) == 1, root
+    for folder, names in sorted(below.items()):
+        place, splits = root / folder, {n for n in names if n.casefold() in SPLIT_OF_FOLDER}
+        of_train = [n for n in splits if SPLIT_OF_FOLDER[n.casefold()] == "train"]
+        # One of them alone may be a kind of images, or a train in a class "vehicles".
+        holds_classes = any(f.startswith(f"{folder}/{n}/") for f in folders for n in of_train)
+        if len(splits) > 1 or (of_train and (is_sole or holds_classes)):
+            deeper = f"Name the folder that holds them: {place}"
+            raise DataError(
+                "class folder", expected="images of one class, or folders of them",
+                found=f"the split folders {', '.join(sorted(splits))}", where=place,
+                hint=deeper if is_sole and level == 1 else "Set splits above classes: train/CLASS",
+            )  # fmt: skip
+    inner = set().union(*below.values())
+    if is_sole and len(inner) > 1:
+        examples = " and ".join(map(repr, sorted(inner)[:2]))
+        message = (
+            f"{next(iter(classes))!r} is the only class folder of {root}, and its folders, such as "
+            f"{examples}, are no classes: if they should be, name the folder they lie in"
+        )
+        warn_user(escaped(message))
 
 
 def _split_folders(root: Path, tops: set[str]) -> dict[str, str]:
@@ -193,8 +222,15 @@ def agree_on_classes(classes_by_split: dict[str, set[str]], where: Path) -> tupl
         where: Only for messages.
 
     Raises:
-        DataError: If a split lacks a class, or two names differ only by case or blanks.
+        DataError: If a split lacks a class, two names differ only by case or blanks, or one is not
+            UTF-8.
     """
+    for name in sorted(set().union(*classes_by_split.values())):
+        if fault := find_fault(name, is_class=True):
+            raise DataError(
+                "classes", expected="names in UTF-8, without NUL", found=fault, where=where,
+                hint="Rename it",
+            )  # fmt: skip
     classes = tuple(sorted(set().union(*classes_by_split.values())))
     for name in classes:
         have = [split for split in SPLITS if name in classes_by_split.get(split, ())]

@@ -24,6 +24,7 @@ from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import result_as_dict, sync_folder, write_csv
 from featcache.runtime import Say, silent
+from featcache.untrusted import real_path
 
 MODES = ("copy", "symlink", "hardlink")
 
@@ -150,7 +151,8 @@ def _check_destination(source: Path, destination: Path) -> None:
             "split destination", expected="a new or empty folder, or a new .csv",
             found="something already there", where=destination, hint="Choose another name",
         )  # fmt: skip
-    if not is_csv and source.resolve() in (destination.resolve(), *destination.resolve().parents):
+    place = real_path(destination)
+    if not is_csv and real_path(source) in (place, *place.parents):
         raise DataError(
             "split destination", expected="a folder outside the source", found="one inside it",
             where=destination, hint="It would be read as a class the next time",

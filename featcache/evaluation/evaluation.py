@@ -41,6 +41,7 @@ from featcache.heads.run import (
 from featcache.heads.streaming import StoredFeatures
 from featcache.metrics.scores import compute_metrics
 from featcache.runtime import Say, silent
+from featcache.untrusted import why_no_file
 
 _MISTAKES_SAID = 10
 
@@ -215,10 +216,10 @@ def _warn_of_training_rows(run: Run, split: str) -> None:
 
 def _open_own_cache(run: Run) -> Cache:
     path, hint = cache_path(run), "Name the cache with --cache, or train again"
-    if not path.exists():
+    if found := why_no_file(path):
         raise RunError(
-            "the run's cache", expected="the cache it was trained on", found="no such file",
-            where=path, hint=hint,
+            "the run's cache", expected="the cache it was trained on", found=found, where=path,
+            hint=hint,
         )  # fmt: skip
     cache = open_cache(path)
     require_own_cache(run, cache.identity, path)

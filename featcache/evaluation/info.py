@@ -148,7 +148,7 @@ def _run_info(folder: Path) -> RunInfo:
 def _split_facts(cache: Cache, split: CacheSplit) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "num_samples": len(split),
-        "features": [*split.features.shape, split.features.dtype.name],
+        "features": [*split.shape, split.dtype.name],
         "num_views": split.num_views,
     }
     if cache.task == "multilabel":

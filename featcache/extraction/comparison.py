@@ -216,7 +216,8 @@ def _measure(
             f"views of {split_name}", expected=f"{len(features)} views", found=split.num_views,
             where=cache.path, hint="Extract it again: featcache extract DATA CACHE --rebuild",
         )  # fmt: skip
-    cached = split.features[row].astype(np.float32).reshape(features.shape)
+    stored = split.read_rows(np.array([row]), split.num_views)
+    cached = stored.astype(np.float32).reshape(features.shape)
     errors = relative_errors(cached, features)
     error, view = max((error, view) for view, error in enumerate(errors))
     found = f"an error of {error:.1e}" + (f" in view {view}" if view else "")

@@ -27,10 +27,9 @@ _KEPT_FACTS = ("selected_from", "origins", "lost")
 
 def facts_as_before(job: Job, device: torch.device) -> EngineFacts | None:
     """Return how the rows that are there were made, None where that does not bind new ones."""
-    kinds = {field.name: field.type for field in fields(EngineFacts)}
-    values: dict[str, Any] = {name: job.provenance.get(name) for name in kinds}
-    is_told = all(type(values[name]).__name__ == kind for name, kind in kinds.items())
-    made = EngineFacts(**values) if is_told else None
+    values: dict[str, Any] = {f.name: job.provenance.get(f.name) for f in fields(EngineFacts)}
+    told = EngineFacts(**values)
+    made = told if told.is_possible else None
     here = (device.type, job.options.precision)
     is_alike = made is not None and (made.device_type, made.precision) == here
     return job.partial.engine or (made if is_alike else None)

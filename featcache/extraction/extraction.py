@@ -37,6 +37,7 @@ from featcache.extraction.work import work
 from featcache.files import follow_link
 from featcache.pixels import acceleration
 from featcache.runtime import Say, resolve_device, silent
+from featcache.untrusted import real_path
 
 _Backbones = list[str | Backbone] | tuple[str | Backbone, ...]
 
@@ -303,7 +304,7 @@ def _choose_recipe(
 
 def _refuse_inside(path: Path, data: Path) -> None:
     """Refuse a cache among the images: its folder of shards would look like a class."""
-    if data.is_dir() and path.resolve().is_relative_to(data.resolve()):
+    if data.is_dir() and real_path(path).is_relative_to(real_path(data)):
         raise ConfigError(
             "CACHE", expected="a file outside the folder of images", found=path, where=data,
             hint="Name one beside it",

@@ -16,6 +16,7 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ class Ledger:
         truncated = {p for p in listed if isinstance(p, str)} if isinstance(listed, list) else set()
         for split in old.splits.values():
             numbers = self._add_known(
-                split.map_vectors,
+                partial(split.open_features, as_vectors=True),
                 [split.num_views] * len(split),
                 [row.tobytes() for row in split.image_sha256],
                 [path in truncated for path in split.paths],
@@ -308,7 +309,10 @@ class Ledger:
                 if block is None:
                     block = np.empty((len(part), num_views, vectors.shape[1]), vectors.dtype)
                 where = np.flatnonzero(sources == source)
-                block[where] = vectors[starts[where, None] + np.arange(num_views)]
+                numbers_there = starts[where, None] + np.arange(num_views)
+                block[where] = vectors.take(numbers_there.reshape(-1)).reshape(
+                    -1, num_views, vectors.shape[1]
+                )
                 del vectors
             assert block is not None
             yield block[:, 0] if num_views == 1 else block

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,13 +22,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.row_reader import RowReader
 from featcache.cache.writing import remove_partial
 from featcache.errors import CacheError
-from featcache.files import canonical_json, disk_error, json_sha256, sha256_file, write_bytes
+from featcache.files import (
+    canonical_json,
+    disk_error,
+    json_sha256,
+    read_regular,
+    sha256_stream,
+    write_bytes,
+)
+from featcache.untrusted import open_regular, parse_json, parse_json_object
 
-Vectors = Callable[[], npt.NDArray[Any]]
-"""Opens (M, D) features, mapped: their pages leave the memory with the array."""
+Vectors = Callable[[], RowReader]
+"""Opens (M, D) features, which are read as they are asked for."""
 
+_MAX_MANIFEST_BYTES = 1 << 28  # 150 bytes a shard of 16 MiB: features of 30 TB
+_MAX_COUNT = 1 << 48  # of rows and vectors
+_MAX_VIEWS = (1 << 16) - 1  # of an image, as the ledger counts them
 _FORMAT = "featcache-partial"
 _FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
 
@@ -42,6 +54,15 @@ class EngineFacts:
     batch_size: int
     num_threads: int
     device_type: str
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the values, which come from files, are of the right kinds and in their ranges."""
+        texts = (self.engine, self.precision, self.device_type)
+        counts = ((self.batch_size, 1 << 16), (self.num_threads, 1 << 12))
+        return all(isinstance(text, str) for text in texts) and all(
+            type(count) is int and 1 <= count <= most for count, most in counts
+        )
 
 
 @dataclass(frozen=True)
@@ -141,30 +162,24 @@ class PartialCache:
         if not self._manifest.exists():
             return False
         try:
-            manifest = json.loads(self._manifest.read_bytes())
-            if manifest["sha256"] != json_sha256(manifest, without="sha256"):
-                raise ValueError("one whose sha256 is another")
-            fingerprint = manifest["fingerprint"]
-            if manifest["format"] != _FORMAT or manifest["format_version"] != _FORMAT_VERSION:
-                raise ValueError(f"format version {manifest['format_version']}")
-            engine = EngineFacts(**manifest["engine"])
-            was_killed = bool(manifest["running"]) or self.was_killed
-            provenance = dict(manifest["provenance"])
-            shards = [_read_receipt(line) for line in manifest["shards"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            manifest = read_manifest(self._manifest)
+        except (OSError, ValueError) as error:
             raise CacheError(
-                "unfinished extraction", expected="a readable manifest", found=error,
-                where=self._manifest, hint="Start afresh with --rebuild",
+                "unfinished extraction", expected="a readable manifest",
+                found=getattr(error, "strerror", None) or error, where=self._manifest,
+                hint="Start afresh with --rebuild",
             ) from error  # fmt: skip
-        if fingerprint != self._fingerprint:
+        if manifest.fingerprint != self._fingerprint:
             raise CacheError(
                 "unfinished extraction", expected=f"fingerprint {self._fingerprint[:16]}...",
-                found=f"{str(fingerprint)[:16]}..., made with other settings", where=self.folder,
+                found=f"{manifest.fingerprint[:16]}..., made with other settings",
+                where=self.folder,
                 hint="Repeat the command it was started with, or discard it with --rebuild",
             ) from None  # fmt: skip
-        self.engine, self.was_killed, self.provenance = engine, was_killed, provenance
-        self._shards = shards
-        self._next_number = 1 + max((_number(receipt.file) for receipt in shards), default=-1)
+        self.engine, self.provenance = manifest.engine, manifest.provenance
+        self.was_killed = manifest.running or self.was_killed
+        self._shards = list(manifest.shards)
+        self._next_number = 1 + max((_number(r.file) for r in self._shards), default=-1)
         return True
 
     def read_shards(self) -> Iterator[tuple[Vectors, list[dict[str, Any]]]]:
@@ -174,19 +189,43 @@ class PartialCache:
         """
         for receipt in list(self._shards):
             path = self.folder / receipt.file
-            if not path.is_file() or sha256_file(path) != receipt.sha256:
+            try:
+                rows = self._read_table(path, receipt) if is_whole(self.folder, receipt) else None
+            except (OSError, ValueError):
+                rows = None
+            if rows is None:
                 self._shards.remove(receipt)
-                continue
-            with path.open("rb") as file:
-                file.seek(receipt.num_vectors * self._num_features * self._dtype.itemsize)
-                rows = json.loads(file.read())
-            yield partial(self._map, path, receipt.num_vectors), rows
+            else:
+                yield partial(self._open, path, receipt.num_vectors), rows
 
-    def _map(self, path: Path, num_vectors: int) -> npt.NDArray[Any]:
-        shape = (num_vectors, self._num_features)
-        if num_vectors == 0:  # a file of a table alone cannot be mapped as an array
-            return np.empty(shape, self._dtype)
-        return np.memmap(path, self._dtype, "r", shape=shape)
+    def _read_table(self, path: Path, receipt: Receipt) -> list[dict[str, Any]]:
+        """Return the rows of a shard; raise ValueError if they are not such as were written."""
+        num_bytes = receipt.num_vectors * self._num_features * self._dtype.itemsize
+        with open_regular(path) as file:
+            if num_bytes > os.fstat(file.fileno()).st_size:
+                raise ValueError("fewer vectors")
+            file.seek(num_bytes)
+            rows = parse_json(file.read())
+        if not isinstance(rows, list) or len(rows) != receipt.num_rows:
+            raise ValueError("another number of rows")
+        for row in rows:
+            _check_row(row)
+        if sum(row["views"] for row in rows) != receipt.num_vectors:
+            raise ValueError("another number of vectors")
+        return rows
+
+    def _open(self, path: Path, num_vectors: int) -> RowReader:
+        def changed(found: object = "a shorter one") -> CacheError:
+            return CacheError(
+                "shard", expected="the file that was written", found=found, where=path,
+                hint="Run the same command again: it makes that shard again",
+            )  # fmt: skip
+
+        try:
+            file = open_regular(path)
+        except OSError as error:
+            raise changed(error.strerror) from error
+        return RowReader(file, 0, (num_vectors, self._num_features), self._dtype, changed)
 
     def forget(self) -> None:
         """Take nothing over from an earlier run; its files stay until ``start``."""
@@ -234,7 +273,7 @@ class PartialCache:
             self._write_manifest(running=True)
         except OSError as error:
             raise disk_error(error, path, path.stat().st_size) from error
-        return partial(self._map, path, receipt.num_vectors)
+        return partial(self._open, path, receipt.num_vectors)
 
     def _write_manifest(self, *, running: bool) -> None:
         assert self.engine is not None
@@ -286,11 +325,80 @@ def _number(file: str) -> int:
     return int(file.removeprefix("shard."))
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """What ``manifest.json`` says.
+
+    Attributes:
+        fingerprint: Of the recipe.
+        engine: What must not change between the shards.
+        provenance: How the rows were made.
+        running: Whether the run did not end by itself.
+        shards: The shards that count.
+    """
+
+    fingerprint: str
+    engine: EngineFacts
+    provenance: dict[str, Any]
+    running: bool
+    shards: tuple[Receipt, ...]
+
+
+def read_manifest(file: Path) -> Manifest:
+    """Read and check the manifest of an unfinished extraction.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not what ``PartialCache`` writes; says in a few words why.
+    """
+    facts = parse_json_object(read_regular(file, max_bytes=_MAX_MANIFEST_BYTES))
+    if facts.get("sha256") != json_sha256(facts, without="sha256"):
+        raise ValueError("one whose sha256 is another")
+    version = facts.get("format_version")
+    if facts.get("format") != _FORMAT or version != _FORMAT_VERSION:
+        raise ValueError(f"format version {version!r:.20}")
+    try:
+        engine, provenance = EngineFacts(**facts["engine"]), facts["provenance"]
+        if not isinstance(facts["fingerprint"], str) or not isinstance(provenance, dict):
+            raise ValueError("one of another fingerprint or provenance")
+        if not engine.is_possible:
+            raise ValueError(f"an engine of {facts['engine']!r:.80}")
+        shards = tuple(_read_receipt(line) for line in facts["shards"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"one without {error}") from error
+    return Manifest(facts["fingerprint"], engine, provenance, bool(facts.get("running")), shards)
+
+
+def is_whole(folder: Path, receipt: Receipt) -> bool:
+    """Return whether a shard is there as it was written."""
+    try:
+        with open_regular(folder / receipt.file) as file:
+            return sha256_stream(file) == receipt.sha256
+    except OSError:
+        return False
+
+
 def _read_receipt(line: Any) -> Receipt:
     """Return a line of the manifest if it names a file of this folder and its sizes."""
     receipt = Receipt(**line)
-    if not re.fullmatch(r"shard\.[0-9]+", receipt.file) or not isinstance(receipt.sha256, str):
-        raise ValueError(f"{receipt.file!r:.80}")
-    if any(type(n) is not int or n < 0 for n in (receipt.num_rows, receipt.num_vectors)):
-        raise ValueError(f"sizes of {receipt.file}")
+    name, sha256 = receipt.file, receipt.sha256
+    # A number of more digits is none that ``next_shard`` came to.
+    if not re.fullmatch(r"shard\.[0-9]{5,9}", str(name)) or not isinstance(sha256, str):
+        raise ValueError(f"a shard {name!r:.80}")
+    sizes = (receipt.num_rows, receipt.num_vectors)
+    if any(type(n) is not int or not 0 <= n <= _MAX_COUNT for n in sizes):
+        raise ValueError(f"sizes of {name}")
     return receipt
+
+
+def _check_row(row: Any) -> None:
+    """Refuse a row of a shard's table that ``Ledger.describe_row`` did not make."""
+    kinds = {"path": str, "image_bytes": int, "mtime_ns": int, "image_sha256": str, "views": int}
+    fits = isinstance(row, dict) and all(type(row.get(k)) is kind for k, kind in kinds.items())
+    if not (
+        fits
+        and re.fullmatch("[0-9a-f]{64}", row["image_sha256"])
+        and type(row.get("truncated")) is bool
+        and 0 <= row["views"] <= _MAX_VIEWS
+    ):
+        raise ValueError(f"a row of {row!r:.80}")

@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from featcache.cache.container import content_sha256, open_container
+from featcache.cache.container import ArrayReader, content_sha256, open_container
 from featcache.cache.hdf5 import compare_with_hdf5
 from featcache.cache.integrity import METADATA, BadRow, Damage, find_damage, find_infinite
 from featcache.cache.reading import Cache, is_content, open_cache, read_cache
 from featcache.cache.repair import find_bad_rows, write_without
 from featcache.cache.writing import partial_folder
 from featcache.errors import CacheError, printable
-from featcache.files import disk_error, result_as_dict, sha256_file, sync_folder
+from featcache.extraction.shards import is_whole, read_manifest
+from featcache.files import disk_error, result_as_dict, sync_folder
 from featcache.locking import writer_lock
 from featcache.runtime import Say, silent
 
@@ -156,15 +154,11 @@ def _refuse_unfinished(path: Path) -> None:
     if path.exists() or not (folder / "manifest.json").is_file():
         return
     try:
-        shards = json.loads((folder / "manifest.json").read_bytes())["shards"]
-        num_images = sum(int(shard["num_rows"]) for shard in shards)
-        names = [Path(s["file"]).name for s in shards]
-        damaged = [
-            name for name, shard in zip(names, shards, strict=True)
-            if not (folder / name).is_file() or sha256_file(folder / name) != shard["sha256"]
-        ]  # fmt: skip
-        found = f"an unfinished extraction, {num_images:,} images in {len(names)} shards"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        shards = read_manifest(folder / "manifest.json").shards
+        num_images = sum(shard.num_rows for shard in shards)
+        damaged = [shard.file for shard in shards if not is_whole(folder, shard)]
+        found = f"an unfinished extraction, {num_images:,} images in {len(shards)} shards"
+    except (OSError, ValueError):
         damaged, found = [], "an unfinished extraction, whose manifest cannot be read"
     hint = "Repeat the extract command it was begun with: it goes on from there"
     if damaged:
@@ -226,14 +220,16 @@ def _check_content(cache: Cache) -> None:
     if content_sha256(digests) != cache.content_sha256:
         raise wrong("content sha256", cache.content_sha256, content_sha256(digests))
     for name in cache.splits:
-        stored = cache.container.map(f"splits/{name}/paths").tolist()
+        stored = cache.container.read(f"splits/{name}/paths").tolist()
         if stored != sorted(set(stored)):
             raise wrong(f"paths of {name}", "each once, sorted by their bytes", "another order")
 
 
 def _array_sha256(cache: Cache, name: str) -> str:
-    array = cache.container.map(name)
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+    digest = hashlib.sha256()
+    for piece in ArrayReader(cache.container, name).pieces():
+        digest.update(piece.data)
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------- repair

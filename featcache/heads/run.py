@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import TASKS, Cache
-from featcache.errors import ConfigError, RunError, printable, warn_user
+from featcache.cache.contents import TASKS
+from featcache.cache.reading import Cache
+from featcache.errors import ConfigError, RunError, escaped, printable, warn_user
 from featcache.files import (
     canonical_json,
     json_sha256,
@@ -35,6 +36,7 @@ from featcache.files import (
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, build_head, state_layout
 from featcache.runtime import Device, environment_facts
+from featcache.untrusted import find_fault, parse_json_object, real_path
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +126,7 @@ def write_run(
     columns = list(history[0])
     write_csv(
         folder / "history.csv",
-        [printable(name) for name in columns],
+        [escaped(name) for name in columns],
         [[row[name] for name in columns] for row in history],
     )
     write_json(folder / "environment.json", dict(environment))
@@ -160,6 +162,9 @@ def load_run(path: str | Path) -> Run:
     named = all(isinstance(name, str) for name in classes) and len(set(classes)) == len(classes)
     if not named or len(classes) != head.num_classes:
         raise _damaged(folder, "classes", f"{head.num_classes} different names", classes)
+    for name in classes:
+        if fault := find_fault(name, is_class=True):
+            raise _damaged(folder, "classes", "names in UTF-8, without NUL", fault)
     task = facts.get("task", "multiclass")  # the first runs do not say
     if task not in TASKS:
         raise _damaged(folder, "task", " or ".join(TASKS), task)
@@ -214,7 +219,7 @@ def relative_path(cache: Path, run: Path) -> str:
 
 def cache_path(run: Run) -> Path:
     """Return where the cache that the run was trained on should be."""
-    return (run.path.resolve() / str(run.cache["path"])).resolve()
+    return real_path(run.path.resolve() / str(run.cache["path"]))
 
 
 def require_same_features(
@@ -279,15 +284,15 @@ def _brief(value: object) -> str:
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(read_regular(folder / "run.json", max_bytes=_MAX_JSON_BYTES))
+        facts = parse_json_object(read_regular(folder / "run.json", max_bytes=_MAX_JSON_BYTES))
     except OSError as error:
         raise RunError(
             "run", expected="a folder with run.json", found=error.strerror, where=folder,
             hint="Make it with featcache train",
         ) from error  # fmt: skip
-    except (ValueError, RecursionError) as error:
-        raise _damaged(folder, "run.json", "JSON", "something else") from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+    except ValueError as error:
+        raise _damaged(folder, "run.json", "a JSON object", error) from error
+    if facts.get("format") != FORMAT:
         raise _damaged(folder, "run.json", f"format {FORMAT}", "another")
     version = facts.get("format_version")
     if type(version) is not int or version < 1:
@@ -310,16 +315,17 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     for key, kind in {"path": str, "fingerprint": str, "identity": dict}.items():
         if not isinstance(cache.get(key), kind):
             raise _damaged(folder, f"cache.{key}", f"a JSON {kind.__name__}", cache.get(key))
+    numbers = {"seed": facts["seed"], "data_seed": facts["data_seed"]}
+    for key, number in (numbers | {"cache.num_failed": cache.get("num_failed", 0)}).items():
+        if type(number) is not int or not 0 <= number < 1 << 63:
+            raise _damaged(folder, key, "a whole number from 0 to below 2**63", number)
     return facts
 
 
 def _is_as_written(facts: Mapping[str, Any]) -> bool:
     """Whether run.json bears its own hash; the first runs had none, only the fingerprint."""
     if set(facts) != _KEYS:
-        try:
-            return json_sha256(facts, without="sha256") == facts.get("sha256")
-        except ValueError:  # NaN
-            return False
+        return json_sha256(facts, without="sha256") == facts.get("sha256")
     cache = facts["cache"]
     identity, fingerprint = (
         (cache.get("identity"), cache.get("fingerprint")) if isinstance(cache, dict) else (0, 0)
@@ -344,7 +350,10 @@ def _read_weights(
         state: dict[str, npt.NDArray[Any]] = safetensors.load(data)
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that NumPy lacks
         raise _damaged(folder, WEIGHTS_NAME, "a safetensors file", error) from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    try:
+        header = parse_json_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except ValueError as error:
+        raise _damaged(folder, WEIGHTS_NAME, "a header as featcache writes it", error) from error
     if header.get("__metadata__") != _weights_metadata(head, classes, task):
         found = "others in run.json"
         raise _damaged(folder, WEIGHTS_NAME, "the head, classes and task it was saved with", found)
@@ -353,6 +362,9 @@ def _read_weights(
         raise _damaged(folder, WEIGHTS_NAME, "the entries of the head in run.json", "others")
     if not all(np.isfinite(value).all() for value in state.values()):
         raise _damaged(folder, WEIGHTS_NAME, "finite weights", "NaN or infinity")
+    for name, value in state.items():  # the square root of less is NaN
+        if name.endswith("running_var") and (value < 0).any():
+            raise _damaged(folder, WEIGHTS_NAME, "variances from 0", f"{value.min()} in {name}")
     return state
 
 

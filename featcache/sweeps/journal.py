@@ -9,7 +9,6 @@ Reads and writes: a file.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from featcache.errors import ConfigError, printable
 from featcache.files import canonical_json, disk_error, read_regular, sync_folder, write_bytes
+from featcache.untrusted import parse_json, parse_json_object
 
 _MAX_BYTES = 1 << 30
 
@@ -43,17 +43,19 @@ class Journal:
             write_bytes(path, _line(work))
             return
         try:
-            found, *self.entries = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path) from error
-        if not all(isinstance(line, dict) for line in (found, *self.entries)):
-            raise _damaged(path)
+            found, *self.entries = [parse_json_object(line) for line in lines]
+        except ValueError as error:
+            raise self.damaged(error) from error
         if found.get("format") != work.get("format"):
-            raise _damaged(path)
+            raise self.damaged("that of something else")
         if self.entries:
-            _compare(path, json.loads(canonical_json(work)), found)
+            _compare(path, parse_json(canonical_json(work)), found)
         else:  # nothing would be lost
             write_bytes(path, _line(work))
+
+    def damaged(self, found: object) -> ConfigError:
+        """Return the error for a journal, or an entry of it, that is not what was written."""
+        return _damaged(self._path, found)
 
     def append(self, entry: Any) -> None:
         """Add an entry; it is there for good when this returns.
@@ -69,7 +71,7 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise disk_error(error, self._path, len(line)) from error
-        self.entries.append(json.loads(line))
+        self.entries.append(parse_json(line))
 
 
 def _read_lines(path: Path) -> list[bytes]:
@@ -79,7 +81,7 @@ def _read_lines(path: Path) -> list[bytes]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise _damaged(path) from error
+        raise _damaged(path, error.strerror) from error
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         with path.open("rb+") as file:
@@ -110,10 +112,10 @@ def _brief(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _damaged(path: Path) -> ConfigError:
+def _damaged(path: Path, found: object) -> ConfigError:
     return ConfigError(
-        "an unfinished sweep", expected="its journal", found="another file, or a damaged one",
-        where=path, hint=f"It cannot be resumed; {_begin_anew(path)}",
+        "an unfinished sweep", expected="its journal", found=found, where=path,
+        hint=f"It cannot be resumed; {_begin_anew(path)}",
     )  # fmt: skip
 
 

@@ -113,10 +113,16 @@ class Search:
     def search(self, journal: Journal) -> Found:
         """Do what the journal does not have, note it there, and return all."""
         self._journal = journal
-        self._trials = [
-            Trial.from_json(trial) for entry in journal.entries for trial in entry.get("trials", [])
-        ]
-        self._repeats = [entry["repeat"] for entry in journal.entries if "repeat" in entry]
+        try:
+            self._trials = [
+                Trial.from_json(trial)
+                for entry in journal.entries
+                for trial in entry.get("trials", [])
+            ]
+            repeats = [entry["repeat"] for entry in journal.entries if "repeat" in entry]
+            self._repeats = list(map(_check_repeat, repeats))
+        except (TypeError, ValueError) as error:
+            raise journal.damaged(error) from error
         rounds = [] if self._propose else list(plan_rounds(self._plan))
         num_trials = sum(map(len, rounds)) or self._plan.num_trials
         num_done = sum("trials" in entry for entry in self._journal.entries)
@@ -262,3 +268,13 @@ def derive_seed(seed: int, purpose: int, number: int) -> int:
     """Return a seed of its own for one thing that is drawn."""
     state = np.random.SeedSequence([seed, purpose, number]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(2))
+
+
+def _check_repeat(scores: Any) -> dict[str, list[float | None]]:
+    """Return the scores of a repeat from a journal; raise ValueError if they are none."""
+    fits = isinstance(scores, dict) and {"0", "prior"} <= scores.keys()
+    if not fits or not all(isinstance(found, list) for found in scores.values()):
+        raise ValueError(f"a repeat of {scores!r:.80}")
+    if any(type(x) not in {int, float, type(None)} for found in scores.values() for x in found):
+        raise ValueError(f"a repeat of {scores!r:.80}")
+    return dict(scores)

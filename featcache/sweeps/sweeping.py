@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import sys
 import time
 import warnings
@@ -46,6 +45,7 @@ from featcache.sweeps.ranking import Decision, decision_lines, ranking_lines, tr
 from featcache.sweeps.search import Found, Plan, Search, check_grid, derive_seed
 from featcache.sweeps.space import Params, Space, build_configs, default_space, read_space
 from featcache.sweeps.trials import Judge, Trial
+from featcache.untrusted import parse_json, parse_json_object
 
 SAMPLERS = ("random", "grid", "tpe")
 SELECTIONS = ("safe", "best")
@@ -301,7 +301,7 @@ def _may_replace(
         RunError: If one is there that may not: another sweep's that ended before the lock was ours.
     """
     has_journal = (journal_folder / _JOURNAL_NAME).exists()
-    if has_journal and _read_work(folder) == json.loads(canonical_json(work)):
+    if has_journal and _read_work(folder) == parse_json(canonical_json(work)):
         return True
     try:
         refuse_existing(folder, overwrite=overwrite)
@@ -316,8 +316,8 @@ def _read_work(run: Path) -> Any:
     """Return what the sweep that wrote a run was asked, None if no sweep did."""
     try:
         data = read_regular(run / _ANSWER_NAME, max_bytes=_MAX_ANSWER_BYTES)
-        return json.loads(data)["sweep"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return parse_json_object(data).get("sweep")
+    except (OSError, ValueError):
         return None
 
 

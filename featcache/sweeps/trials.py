@@ -29,6 +29,7 @@ from featcache.runtime import Device, Say, silent
 from featcache.sweeps.folds import Arrays
 from featcache.sweeps.space import Params, build_configs, params_from_json
 
+_STATES = ("done", "pruned", "failed")
 _LEAST_REFERENCE = 8  # trials: the median of fewer says little
 
 OnEpoch = Callable[[int, int, bool], None]
@@ -61,8 +62,23 @@ class Trial:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Trial:
-        """Return the trial that ``as_json`` wrote."""
-        return cls(**{**value, "params": params_from_json(value["params"])})
+        """Return the trial that ``as_json`` wrote.
+
+        Raises:
+            ValueError: If it did not write this.
+        """
+        try:
+            trial = cls(**{**value, "params": params_from_json(value["params"])})
+            numbers = [trial.number, *trial.best_epochs]
+            scores = [trial.score or 0.0, *(loss for fold in trial.losses for loss in fold)]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"a trial without {error}") from error
+        whole = all(type(number) is int and 0 <= number < 1 << 31 for number in numbers)
+        if not whole or any(type(score) not in {int, float} for score in scores):
+            raise ValueError(f"a trial of {value!r:.80}")
+        if trial.state not in _STATES:
+            raise ValueError(f"a trial that is {trial.state!r:.40}")
+        return trial
 
 
 @dataclass(frozen=True)

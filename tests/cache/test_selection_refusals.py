@@ -101,14 +101,9 @@ def test_damaged_and_odd_sources_are_refused(make: Any, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [
-    {"identity": b'{"a": 1}'}, {"identity": b'{"a":NaN}'}, {"provenance": b'{"a":NaN}'},
-])  # fmt: skip
-def test_json_that_another_program_wrote_is_no_crash(
-    tmp_path: Path, change: dict[str, bytes]
-) -> None:
-    container_of(tmp_path / "odd.h5", **{key: np.array(text) for key, text in change.items()})
-    assert "JSON" in refused(tmp_path, CacheError, open_cache(tmp_path / "odd.h5"))
+def test_json_that_another_program_wrote_is_no_crash(tmp_path: Path) -> None:
+    container_of(tmp_path / "odd.h5", identity=np.array(b'{"a": 1}'))
+    assert "canonical JSON" in refused(tmp_path, CacheError, open_cache(tmp_path / "odd.h5"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_FSIZE as on Linux")

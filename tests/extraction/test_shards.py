@@ -41,12 +41,17 @@ def add(partial: PartialCache, features: list[np.ndarray], rows: list[dict[str, 
     return partial.add_shard(write_shard(partial.next_shard, stacked, rows))
 
 
+def read_all(open_vectors: Vectors) -> np.ndarray:
+    reader = open_vectors()
+    return reader.take(np.arange(reader.shape[0]))
+
+
 def reopen(folder: Path) -> tuple[PartialCache, dict[str, np.ndarray]]:
     """Open what is there and return its rows by path."""
     partial, rows = new_partial(folder), {}
     assert partial.open()
     for open_vectors, table in partial.read_shards():
-        shard, start = open_vectors(), 0
+        shard, start = read_all(open_vectors), 0
         for row in table:
             rows[row["path"]] = np.array(shard[start : start + row["views"]])
             start += row["views"]
@@ -63,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
     partial.start(ENGINE, {"precision": "fp32"})
     add(partial, [vectors(n) for n in range(4)], [facts(n) for n in range(4)])
     made = add(partial, [vectors(4, 3)], [facts(4, 3), facts(5, 0)])
-    np.testing.assert_array_equal(made(), vectors(4, 3))
+    np.testing.assert_array_equal(read_all(made), vectors(4, 3))
     return tmp_path / "c.h5.partial"
 
 

@@ -173,7 +173,7 @@ HAZARDS: dict[str, Hazard] = {
     ),
     "case twins": Hazard(names("COVID/1.png", "covid/1.png"), "more than case", bare=True),
     "trailing blank": Hazard(names("a /1.png"), "'a' and 'a '"),
-    "class not UTF-8": Hazard(names(f"{NOT_UTF8}/1.png"), GOOD, {"folder name not UTF-8": 1}),
+    "class not UTF-8": Hazard(names(f"{NOT_UTF8}/1.png"), "names in UTF-8.*bad.udcff"),
     "file not UTF-8": Hazard(
         names(f"a/{NOT_UTF8}.png"), {**GOOD, f"a/{NOT_UTF8}.png": "a"}
     ),

@@ -156,9 +156,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a pickle called safetensors": (
         plain("w.safetensors", tiny_state(evil=Hostile())), "unreadable"
     ),
-    "a pipe": (pipe("w.pt"), "no regular file"),
-    "a pipe called safetensors": (pipe("w.safetensors"), "no regular file"),
-    "a device without end": (device, "no regular file"),
+    "a pipe": (pipe("w.pt"), "not a regular file"),
+    "a pipe called safetensors": (pipe("w.safetensors"), "not a regular file"),
+    "a device without end": (device, "not a regular file"),
 }  # fmt: skip
 
 
@@ -370,7 +370,7 @@ def test_a_download_is_whole_or_absent(address: str, tmp_path: Path, tally: Any)
     file.unlink()
     os.mkfifo(file)
     ended = run_bounded(fetch, hub, f"{address}/{name}")
-    assert "no regular file" in str(ended.error)
+    assert "not a regular file" in str(ended.error)
     file.unlink()
 
     wrong = publish(www, "other", wrong=True)
