@@ -30,6 +30,7 @@ Vectors = Callable[[], npt.NDArray[Any]]
 """Opens (M, D) features, mapped: their pages leave the memory with the array."""
 
 _FORMAT = "featcache-partial"
+_SHARD = re.compile(r"shard\.[0-9]+")
 _FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
 
 
@@ -202,9 +203,12 @@ class PartialCache:
         self.engine, self.provenance = engine, provenance
         self._write_manifest(running=True)
         listed = {receipt.file for receipt in self._shards}
-        for path in self.folder.glob("shard.*"):  # of a run that was forgotten, or is damaged
+        for path in self._find_shards():  # of a run that was forgotten, or is damaged
             if path.name not in listed:
                 path.unlink()
+
+    def _find_shards(self) -> list[Path]:
+        return [path for path in self.folder.glob("shard.*") if _SHARD.fullmatch(path.name)]
 
     def stop(self) -> None:
         """Note that the run ended by itself: nothing crashed the process.
@@ -255,7 +259,7 @@ class PartialCache:
         """Forget an earlier run: remove its manifest first, then its shards; keep the lock."""
         self._manifest.unlink(missing_ok=True)
         self._probing.unlink(missing_ok=True)
-        for shard in self.folder.glob("shard.*"):
+        for shard in self._find_shards():
             shard.unlink()
         self.forget()
 
@@ -289,7 +293,7 @@ def _number(file: str) -> int:
 def _read_receipt(line: Any) -> Receipt:
     """Return a line of the manifest if it names a file of this folder and its sizes."""
     receipt = Receipt(**line)
-    if not re.fullmatch(r"shard\.[0-9]+", receipt.file) or not isinstance(receipt.sha256, str):
+    if not _SHARD.fullmatch(receipt.file) or not isinstance(receipt.sha256, str):
         raise ValueError(f"{receipt.file!r:.80}")
     if any(type(n) is not int or n < 0 for n in (receipt.num_rows, receipt.num_vectors)):
         raise ValueError(f"sizes of {receipt.file}")
