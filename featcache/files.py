@@ -150,23 +150,26 @@ def local_path(path: str | Path, what: str) -> Path:
     return Path(path)
 
 
-def follow_link(path: Path) -> Path:
+def follow_link(path: Path, what: str = "name") -> Path:
     """Return the file that a link points to, so that it is replaced and not the link.
 
     Raises:
         ConfigError: If links lead in a circle.
     """
-    if not path.is_symlink():
-        return path
     try:
+        if not path.is_symlink():
+            return path
         path.resolve(strict=True)
     except FileNotFoundError:
         pass
     except (OSError, RuntimeError) as error:  # RuntimeError: a circle, before Python 3.13
         found = "links that lead in a circle"
         if isinstance(error, OSError) and error.errno != errno.ELOOP:
-            found = f"a link that cannot be followed: {error.strerror}"
-        raise ConfigError("link", expected="one to a file", found=found, where=path) from error
+            found = str(error.strerror)
+        raise ConfigError(
+            what, expected="a name, or a link to one", found=found, where=path,
+            hint="Choose another name",
+        ) from error  # fmt: skip
     return path.resolve()
 
 
@@ -202,7 +205,7 @@ def is_temporary(name: str) -> bool:
 def remove_temporaries(path: Path) -> None:
     """Remove temporary files of killed writers of ``path``. Call it while holding their lock."""
     start = beside(path, f".{'0' * 16}.tmp", ".").name[: -len("0" * 16 + ".tmp")]
-    for stale in sorted(path.parent.iterdir()):
+    for stale in sorted(path.parent.iterdir()) if path.parent.is_dir() else []:
         name = stale.name
         if is_temporary(name) and name.startswith(start) and len(name) == len(start) + 20:
             stale.unlink(missing_ok=True)
@@ -328,14 +331,16 @@ def _sync_file(file: BinaryIO) -> None:
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """Open a temporary file beside ``path``; leaving by an exception removes it."""
-    temporary = beside(path, f".{secrets.token_hex(8)}.tmp", ".")
+    temporary, is_ours = beside(path, f".{secrets.token_hex(8)}.tmp", "."), False
     try:
         with _create(temporary, like=path) as file:
+            is_ours = True
             yield temporary, file
     except BaseException as error:
+        if is_ours or not isinstance(error, FileExistsError):  # Ctrl-C after it was created
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in {None, str(temporary)}:
             error.filename = str(path)  # nobody knows the temporary name
-        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -96,7 +96,7 @@ class Output:
         self._inputs = [Path(p) for p in inputs if p is not None]
         self.target = self.path.absolute()
         if kind.may_be_link and not self.is_stream:  # /dev/stdout is a link to no file
-            self.target = follow_link(self.target)
+            self.target = follow_link(self.target, what)
         self._has_switch = replace or not kind.switch
         self._at_start = None if self._is_empty_folder() else _identify(self.target)
 
@@ -208,7 +208,7 @@ class Output:
     def _refuse_what_is_there(self, status: os.stat_result) -> None:
         kind = self.kind
         if kind.is_own is None:
-            raise self._refusal("something that is there already", "Choose another name")
+            raise self._refusal("something already there", "Choose another name")
         is_right = stat.S_ISDIR(status.st_mode) if kind.is_folder else stat.S_ISREG(status.st_mode)
         if not is_right or not kind.is_own(self.target):
             found = f"something that is no {kind.name}"
@@ -410,13 +410,10 @@ def new_folder(
             new.mkdir()
             identity = new.stat()
             yield new
-            _keep_modes(output.target, new)
-            (sync or _sync_tree)(new)
-            old = output.publish(new)
-            sync_folder(output.target.parent)
-            sync_folder(partial)
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
+            try:
+                _finish(output, new, sync or _sync_tree)
+            except OSError as error:
+                raise disk_error(error, output.path, 4096) from error
             for name in state:
                 (partial / name).unlink(missing_ok=True)
         finally:
@@ -427,6 +424,17 @@ def new_folder(
                 if [path.name for path in partial.iterdir()] == [LOCK_NAME]:
                     (partial / LOCK_NAME).unlink()
                     partial.rmdir()
+
+
+def _finish(output: Output, new: Path, sync: Callable[[Path], None]) -> None:
+    """Make a folder survive a power cut, give it its name, and remove the one that had it."""
+    _keep_modes(output.target, new)
+    sync(new)
+    old = output.publish(new)
+    sync_folder(output.target.parent)
+    sync_folder(new.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:

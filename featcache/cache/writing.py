@@ -162,9 +162,8 @@ def write_cache(
         CacheError: If ``path`` is there and ``overwrite`` is not set or it is no cache, if another
             process is writing it, if the disk is full or the folder cannot be written.
     """
-    kind = replace(CACHE, switch="overwrite=True")
+    kind = replace(CACHE, switch="overwrite=True", needs_folder=True)
     output = Output(path, "write_cache", kind, replace=overwrite)
-    output.check()
     by_split = features if isinstance(features, Mapping) else {"all": features}
 
     def select_split(value: Any, split: str) -> Any:
@@ -317,6 +316,7 @@ def writing_alone(output: Output, *, may_discard: bool) -> Iterator[None]:
         CacheError: If there is an unfinished extraction, another process is writing the cache, or
             it must not be replaced.
     """
+    output.check()
     folder = partial_folder(output.target)
     make_folder(folder.parent)
     with cache_lock(output.target):

@@ -39,18 +39,16 @@ _DRAWN_PIXELS = 256  # the anatomy is drawn in a square of this side, then resiz
 _TEXTURE_PIXELS = 320
 _KINDS = (("L", ".png"), ("L", ".jpg"), ("RGB", ".jpg"), ("I;16", ".png"), ("RGBA", ".png"))
 _KIND_SHARES = (0.40, 0.25, 0.17, 0.09, 0.09)
-_OUTPUTS = (
-    "raw", "split", "split.partial", "features.h5", "features.h5.partial", "run", "run.partial"
-)  # fmt: skip
+_OUTPUTS = ("raw", "split", "features.h5", "features.h5.partial", "run", "run.partial")
 _CLASS = "(covid|normal)"
 _FOLDERS = re.compile(
-    rf"raw(/{_CLASS})?|split(\.partial(/new)?)?(/(train|valid|test)(/{_CLASS})?)?"
+    rf"raw(/{_CLASS})?|split(/(train|valid|test)(/{_CLASS})?)?"
     r"|features\.h5\.partial|run(\.partial(/new)?)?(/evaluation)?"
 )
 _FILES = re.compile(
-    rf"(raw|split(\.partial/new)?/(train|valid|test))/{_CLASS}/P\d{{4}}_\d\.(png|jpg)"
+    rf"(raw|split/(train|valid|test))/{_CLASS}/P\d{{4}}_\d\.(png|jpg)"
     r"|features\.h5|features\.h5\.partial/(lock|probing|manifest\.json|shard\.\d+|\..*\.tmp)"
-    r"|(split|run)\.partial/lock|run(\.partial/new)?/(\..*\.tmp|run\.json|environment\.json"
+    r"|run\.partial/lock|run(\.partial/new)?/(\..*\.tmp|run\.json|environment\.json"
     r"|history\.csv|head\.safetensors|rows\.bin|evaluation/test(\.json|_confusion\.png))"
 )
 _MARKER = "demo.json"  # with this text in it a folder is ours to write in again

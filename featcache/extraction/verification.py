@@ -250,7 +250,8 @@ def _repair(path: Path, data: str | Path | None, how: dict[str, Any], say: Say) 
     """Write the cache again without its bad rows; publish it once it is known to be good."""
     path = follow_link(path)
     with _work_folder(path) as folder:
-        output = Output(path, "CACHE", CACHE)
+        # Damaged, it may not look like a cache; what is published over is what was opened.
+        output = Output(path, "CACHE", replace(CACHE, is_own=lambda _: True))
         container = open_container(path, verify=False)
         damage = find_damage(container)
         bad_rows = find_bad_rows(container, damage)

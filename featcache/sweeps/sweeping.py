@@ -215,10 +215,11 @@ def sweep(
                     say(f"going on with what {printable(journal_folder.as_posix())} has")
                 found = search.search(journal)
                 summary = _write(partial, found, pool, judge, work, start=start, output=output)
-            _remove_journal(journal_folder)
-        finally:
+        except BaseException:
             if not (journal_folder / _JOURNAL_NAME).exists():
                 _remove_journal(journal_folder)
+            raise
+        _remove_journal(journal_folder)
     _say_result(summary, found, judge, say)
     return summary
 
