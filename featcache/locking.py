@@ -44,7 +44,16 @@ def folder_lock(folder: Path, what: str, own_names: str) -> Iterator[None]:
         yield
         return
     with writer_lock(folder / LOCK_NAME, what):
+        sync_folder(folder)  # a power cut must not leave our files without the lock that marks them
         yield
+
+
+def remove_lock(folder: Path) -> None:
+    """Remove the lock file of a folder, and the folder if it is empty; call it under the lock."""
+    with contextlib.suppress(OSError):
+        sync_folder(folder)  # what was removed before it must not come back without it
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def refuse_strangers(folder: Path, what: str, own_names: str) -> None:

@@ -33,7 +33,7 @@ from featcache.files import (
     sync_folder,
     write_temporary,
 )
-from featcache.locking import LOCK_NAME, folder_lock
+from featcache.locking import LOCK_NAME, folder_lock, remove_lock
 
 _NEW, _OLD = "new", "old"
 _MAX_HEADER_BYTES = 1 << 24
@@ -420,10 +420,8 @@ def new_folder(
             found = _status(new)
             if identity and found and os.path.samestat(identity, found):
                 shutil.rmtree(new, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                if [path.name for path in partial.iterdir()] == [LOCK_NAME]:
-                    (partial / LOCK_NAME).unlink()
-                    partial.rmdir()
+            if [path.name for path in partial.iterdir()] == [LOCK_NAME]:
+                remove_lock(partial)
 
 
 def _finish(output: Output, new: Path, sync: Callable[[Path], None]) -> None:
@@ -432,7 +430,6 @@ def _finish(output: Output, new: Path, sync: Callable[[Path], None]) -> None:
     sync(new)
     old = output.publish(new)
     sync_folder(output.target.parent)
-    sync_folder(new.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 

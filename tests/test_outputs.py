@@ -69,7 +69,8 @@ def test_a_csv_of_the_same_columns_is_replaced_and_keeps_its_mode(tmp_path: Path
 @pytest.mark.parametrize(
     "content",
     [b"years of work", b"\x89PNG\r\n", b"path,pred\nx,a\n", b"path,pred,prob_a\nx,a,1\n",
-     HEADER[:-1], b"path,pred,prob_a,note,failure\n", b"path,pred,prob_a,failure,note\n", b"\n" + HEADER],
+     HEADER[:-1], b"path,pred,prob_a,note,failure\n", b"path,pred,prob_a,failure,note\n",
+     b"\n" + HEADER],
 )  # fmt: skip
 @pytest.mark.usefixtures("renames")
 def test_any_other_file_is_refused_and_stays(tmp_path: Path, content: bytes) -> None:

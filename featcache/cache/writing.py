@@ -32,7 +32,7 @@ from featcache.files import (
     read_regular,
     remove_temporaries,
 )
-from featcache.locking import LOCK_NAME, folder_lock
+from featcache.locking import folder_lock, remove_lock
 from featcache.outputs import Kind, Output
 
 CACHE = Kind("cache", "a new file", CacheError, is_container, switch="--rebuild")
@@ -346,5 +346,4 @@ def remove_partial(folder: Path) -> None:
         for path in sorted(folder.iterdir()):
             if re.fullmatch(_OWN_NAMES, path.name) or is_temporary(path.name):
                 path.unlink(missing_ok=True)
-        (folder / LOCK_NAME).unlink(missing_ok=True)
-        folder.rmdir()
+        remove_lock(folder)

@@ -32,7 +32,6 @@ from featcache.extraction.update import (
     refuse_other_images,
 )
 from featcache.files import make_folder, remove_temporaries
-from featcache.locking import LOCK_NAME
 from featcache.outputs import Output
 
 
@@ -108,7 +107,7 @@ class Job:
     def remove_leftovers(self) -> None:
         """Remove what a run left that was killed between publishing its cache and its own end."""
         folder = self.partial.folder
-        if (folder / LOCK_NAME).exists():
+        if folder.exists():
             # Of another recipe, or in use: somebody's work.
             with contextlib.suppress(CacheError), cache_lock(self.path):
                 self.partial.open()

@@ -9,7 +9,6 @@ Reads: a cache. Writes: a run folder.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import re
@@ -38,7 +37,7 @@ from featcache.heads.config import check_seed, check_valid_fraction
 from featcache.heads.fit import fit_head
 from featcache.heads.rows import check_cache, choose_rows
 from featcache.heads.run import record_fit, run_output
-from featcache.locking import LOCK_NAME, folder_lock
+from featcache.locking import folder_lock, remove_lock
 from featcache.metrics.scores import check_metric
 from featcache.outputs import Output, new_folder
 from featcache.runtime import Say, resolve_device, silent
@@ -316,10 +315,8 @@ def _read_work(run: Path) -> Any:
 def _remove_journal(folder: Path) -> None:
     """Remove what is ours, under its lock; the lock last."""
     remove_temporaries(folder / _JOURNAL_NAME)
-    for name in (_JOURNAL_NAME, LOCK_NAME):
-        (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # others' files stay
-        folder.rmdir()
+    (folder / _JOURNAL_NAME).unlink(missing_ok=True)
+    remove_lock(folder)  # and the folder, unless others' files are in it
 
 
 def _write(

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache import files
+from featcache import files, outputs
 from featcache.backbones.backbone import Backbone
 from featcache.cache import hdf5
 from featcache.cache.reading import open_cache
@@ -33,7 +33,7 @@ from featcache.extraction.extraction import extract
 from featcache.extraction.shards import PartialCache, Receipt
 from featcache.files import write_json
 from featcache.heads.run import run_output
-from featcache.outputs import new_folder
+from featcache.outputs import Output, new_folder
 
 fcntl = pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")
 
@@ -423,6 +423,13 @@ def writer_is(writer: Callable[[Path], Any]) -> list[tuple[Any, str, Any]]:
     return [(files, "atomic_writer", writer), (hdf5, "atomic_writer", writer)]
 
 
+def forget_the_old(
+    self: Output, temporary: Path, *, publish: Callable[..., Any] = Output.publish
+) -> None:
+    """Stand for ``Output.publish``, and do not say where the old run lies now."""
+    publish(self, temporary)
+
+
 LATE = LateShards()
 MUTANTS: dict[str, tuple[str, list[tuple[Any, str, Any]], str]] = {
     "no fsync of a file": (
@@ -451,10 +458,10 @@ MUTANTS: dict[str, tuple[str, list[tuple[Any, str, Any]], str]] = {
         "resumed run", [(PartialCache, "is_worthless", True)], "EIO: promised work was lost"
     ),
     "a run's folder without fsync": (
-        "run folder", [(files, "sync_folder", lambda _: None)], "power cut: a false done"
+        "run folder", [(outputs, "sync_folder", lambda _: None)], "power cut: a false done"
     ),
     "an old run that stays": (
-        "run overwritten", [(files.glob, "escape", lambda _: "another")], "killed: left behind"
+        "run overwritten", [(Output, "publish", forget_the_old)], "killed: left behind"
     ),
 }  # fmt: skip
 
