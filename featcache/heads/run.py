@@ -28,6 +28,7 @@ from featcache.errors import ConfigError, RunError, printable, warn_user
 from featcache.files import (
     canonical_json,
     json_sha256,
+    local_path,
     read_regular,
     write_bytes,
     write_csv,
@@ -189,7 +190,7 @@ def load_run(path: str | Path) -> Run:
     Raises:
         RunError: If something is missing, damaged, edited or of a newer version.
     """
-    folder = Path(path)
+    folder = local_path(path, "run")
     facts = _read_facts(folder)
     try:
         head = HeadConfig.from_json(facts["head"])

@@ -31,13 +31,12 @@ VERBS = {
     "cache of extract": f"extract raw OUT {' '.join(TINY)} --rebuild --limit 4",
     "cache of select": "select c.h5 OUT --rebuild",
     "cache of write_cache": "",
-    "run of train": "train c.h5 OUT --overwrite --hidden none --epochs 1 --valid-fraction 0.5",
-    "run of sweep": "sweep c.h5 OUT --overwrite --trials 2 --repeats 2 --space s.toml "
-    "--valid-fraction 0.5",
-    "CSV of evaluate": "evaluate run --split all --csv OUT",
+    "run of train": "train c.h5 OUT --overwrite --hidden none --epochs 1",
+    "run of sweep": "sweep c.h5 OUT --overwrite --trials 2 --repeats 2 --space s.toml",
+    "CSV of evaluate": "evaluate run --csv OUT",
     "CSV of predict": "predict run --cache c.h5 --csv OUT",
     "network of export": f"export run OUT {' '.join(TINY)}",
-    "evaluation in a run": "evaluate run --split all",
+    "evaluation in a run": "evaluate run",
     "folder of demo": "demo OUT",
 }
 INPUTS = {
@@ -73,12 +72,11 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "s.toml").write_text(SPACE, "utf-8")
     import tiny_network
 
-    featcache.extract(folder / "raw", folder / "c.h5", backbone=tiny_network.build())
-    options: dict[str, Any] = {"hidden": (), "epochs": 1, "valid_fraction": 0.5}
-    featcache.train(folder / "c.h5", folder / "run", **options)
-    featcache.evaluate(folder / "run", split="all", csv=folder / "evaluated.csv")
-    featcache.predict("run" and folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
     featcache.split(folder / "raw", folder / "split.csv")
+    featcache.extract(folder / "split.csv", folder / "c.h5", backbone=tiny_network.build())
+    featcache.train(folder / "c.h5", folder / "run", hidden=(), epochs=1)
+    featcache.evaluate(folder / "run", csv=folder / "evaluated.csv")
+    featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
     os.link(folder / "run" / "head.safetensors", folder / "in.pt")
     return folder
 
@@ -104,7 +102,7 @@ def own_kind(output: str, out: Path, things: Path) -> None:
         names = {
             "CSV of split": "split.csv", "CSV of evaluate": "evaluated.csv",
             "CSV of predict": "p.csv", "network of export": "in.pt",
-            "evaluation in a run": "run/evaluation/all.json",
+            "evaluation in a run": "run/evaluation/test.json",
         }  # fmt: skip
         shutil.copyfile(things / names.get(output, "c.h5"), out)
 
@@ -152,7 +150,7 @@ PLACES: dict[str, Callable[[str, Path, Path], object]] = {
 def place_of(output: str, there: str, folder: Path) -> Path:
     ending = ENDINGS.get(output, "")
     if output == "evaluation in a run":
-        return folder / "run" / "evaluation" / "all.json"
+        return folder / "run" / "evaluation" / "test.json"
     if there == "its own input":
         return folder / INPUTS.get(output, "c.h5")
     if there == "a read-only place":
