@@ -378,14 +378,14 @@ def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
     )  # fmt: skip
 
 
-def write_bytes(path: Path, data: bytes, publish: Publish | None = None) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path``, whole or not at all: see ``atomic_writer``.
 
     Raises:
         CacheError: If the disk is full; says how much is needed and how much is free.
     """
     try:
-        with atomic_writer(path, publish) as file:
+        with atomic_writer(path) as file:
             file.write(data)
     except OSError as error:
         if error.errno in NO_SPACE:
@@ -460,12 +460,9 @@ def plain_cell(cell: str) -> str:
     return _WRITTEN_BYTE.sub(undo, cell)
 
 
-def write_csv(
-    path: Path, header: Iterable[str], rows: Iterable[Iterable[object]],
-    publish: Publish | None = None,
-) -> None:  # fmt: skip
-    """Write a UTF-8 CSV file (see ``csv_text``), whole or not at all: see ``atomic_writer``."""
-    write_bytes(path, csv_text(header, rows).encode(), publish)
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a UTF-8 CSV file (see ``csv_text``), whole or not at all."""
+    write_bytes(path, csv_text(header, rows).encode())
 
 
 def child_process(module: str) -> tuple[list[str], dict[str, str]]:

@@ -163,8 +163,11 @@ def _prepare_folder(folder: Path) -> None:
             "demo folder", expected="what the demo writes, and nothing else, in its folders",
             found=", ".join(others[:3]), where=folder, hint="Move it away, or choose another name",
         )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(marker, _MARKER_TEXT)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(marker, _MARKER_TEXT)
+    except OSError as error:
+        raise files.disk_error(error, folder, len(_MARKER_TEXT)) from error
     for name in _OUTPUTS:
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)

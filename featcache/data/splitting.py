@@ -22,8 +22,8 @@ from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.data.folders import SPLITS
 from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
-from featcache.files import NO_SPACE, disk_error, local_path, make_folder, result_as_dict, write_csv
-from featcache.outputs import Kind, Output, new_folder
+from featcache.files import NO_SPACE, disk_error, local_path, make_folder, result_as_dict
+from featcache.outputs import Kind, Output, new_folder, write_output
 from featcache.runtime import Say, silent
 
 MODES = ("copy", "symlink", "hardlink")
@@ -293,7 +293,7 @@ def _write_manifest(dataset: ImageDataset, assigned: list[str], output: Output) 
         rows.append((path_text, dataset.classes[sample.target], name, group))
     rows.sort(key=lambda row: (SPLITS.index(row[2]), row[0]))
     make_folder(output.target.parent)
-    write_csv(output.target, ("path", "target", "split", "group"), rows, output.publish)
+    write_output(output, csv_text(("path", "target", "split", "group"), rows).encode())
 
 
 def _write_tree(dataset: ImageDataset, assigned: list[str], output: Output, mode: str) -> None:
