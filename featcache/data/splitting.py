@@ -22,7 +22,7 @@ from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.data.folders import SPLITS
 from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
-from featcache.files import NO_SPACE, disk_error, local_path, make_folder, result_as_dict
+from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
 from featcache.outputs import Kind, Output, new_folder, write_output
 from featcache.runtime import Say, silent
 
