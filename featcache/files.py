@@ -2,6 +2,8 @@
 
 The protocol is: temporary name, write, fsync, rename, fsync of the folder. With it 1,500 of 1,500
 kills and 300 of 300 power cuts lost nothing; without the last fsync 41 of 60 cuts lost a file.
+
+What a verb may write over is decided in module ``outputs``.
 """
 
 from __future__ import annotations
@@ -10,24 +12,34 @@ import contextlib
 import csv
 import dataclasses
 import errno
-import glob
+import functools
 import hashlib
 import io
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-from featcache.errors import CacheError, ConfigError, RunError, escaped
+from featcache.errors import CacheError, ConfigError, escaped
 from featcache.untrusted import open_regular
 
 _HASH_BLOCK_BYTES = 1 << 20
 NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 """Error numbers of a disk that is full, or of a limit on file sizes."""
+
+_NOT_SUPPORTED = {
+    getattr(errno, name, None) for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "ENOTTY")
+}
+_MAX_NAME_BYTES = 255  # of a file's name on Linux, macOS and Windows
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
+_AT_FDCWD = -100
 
 
 def canonical_json(value: Any) -> str:
@@ -102,19 +114,60 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder, so that its names survive a power cut. Does nothing on Windows."""
+    """Sync a folder, so that its names survive a power cut.
+
+    Does nothing where folders cannot be synced: on Windows, on CIFS before Linux 4.17, on vboxsf.
+    """
     if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            error.filename = str(folder)
+            raise
     finally:
         os.close(handle)
 
 
-def follow_link(path: Path) -> Path:
-    """Return the file that a link points to, so that it is replaced and not the link."""
-    return path.resolve() if path.is_symlink() else path
+def local_path(path: str | Path, what: str) -> Path:
+    """Return a path as ``Path``; refuse a URL, which would become a local folder ``s3:``.
+
+    Raises:
+        ConfigError: If it is a URL. ``Path("s3://b/c")`` is ``s3:/b/c``, and so refused too.
+    """
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/" + "/" * isinstance(path, str), text):
+        text = re.sub(r":/+", "://", text, count=1)
+        raise ConfigError(
+            what, expected="a path of this machine", found=f"a URL, {text}",
+            hint="URLs are neither read nor written: copy the files, or mount their place",
+        )  # fmt: skip
+    return Path(path)
+
+
+def follow_link(path: Path, what: str = "name") -> Path:
+    """Return the file that a link points to, so that it is replaced and not the link.
+
+    Raises:
+        ConfigError: If links lead in a circle.
+    """
+    try:
+        if not path.is_symlink():
+            return path
+        path.resolve(strict=True)
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle, before Python 3.13
+        found = "links that lead in a circle"
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            found = str(error.strerror)
+        raise ConfigError(
+            what, expected="a name, or a link to one", found=found, where=path,
+            hint="Choose another name",
+        ) from error  # fmt: skip
+    return path.resolve()
 
 
 def make_folder(path: Path) -> None:
@@ -125,33 +178,191 @@ def make_folder(path: Path) -> None:
         sync_folder(folder.parent)
 
 
-@contextlib.contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path``; on leaving, sync it and rename it to ``path``.
+# ------------------------------------------------------------------------------- names and renames
 
-    Leaving by an exception removes the temporary file and leaves an older ``path`` untouched.
+
+def beside(path: Path, ending: str, start: str = "") -> Path:
+    """Return the path START NAME ENDING in the same folder; a NAME too long for that is cut.
+
+    A hash tells long names apart.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    name, data = path.name, os.fsencode(path.name)
+    room = _MAX_NAME_BYTES - len(start) - len(ending)
+    if len(data) > room:
+        digest = "~" + hashlib.sha256(data).hexdigest()[:16]
+        name = data[: room - len(digest)].decode("utf-8", "ignore") + digest
+    return path.with_name(start + name + ending)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a name is one of featcache's for temporary files."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def remove_temporaries(path: Path) -> None:
     """Remove temporary files of killed writers of ``path``. Call it while holding their lock."""
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        stale.unlink(missing_ok=True)
+    start = beside(path, f".{'0' * 16}.tmp", ".").name[: -len("0" * 16 + ".tmp")]
+    for stale in sorted(path.parent.iterdir()) if path.parent.is_dir() else []:
+        name = stale.name
+        if is_temporary(name) and name.startswith(start) and len(name) == len(start) + 20:
+            stale.unlink(missing_ok=True)
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a file or a folder; never replace anything but an empty folder by a folder.
+
+    Raises:
+        FileExistsError: If something has that name already.
+    """
+    try:
+        _rename_by(_RENAME_NOREPLACE, source, target)
+        return
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    if sys.platform == "win32" or source.is_dir():
+        try:
+            source.rename(target)  # a folder replaces neither a file nor a folder with content
+        except OSError as error:
+            if error.errno in {errno.ENOTEMPTY, errno.ENOTDIR} and os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, "File exists", str(target)) from error
+            raise
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links either: a window that cannot be closed
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "File exists", str(target)) from None
+        source.rename(target)
+    else:
+        source.unlink()
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; return False where the system or the file system cannot.
+
+    Raises:
+        OSError: If one of them is not there, or it fails otherwise.
+    """
+    try:
+        _rename_by(_RENAME_EXCHANGE, one, other)
+    except OSError as error:
+        if error.errno in _NOT_SUPPORTED:
+            return False
+        raise
+    return True
+
+
+@functools.cache
+def _find_renameat2() -> Any:
+    import ctypes
+
+    try:
+        return ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # macOS, an old libc, Windows
+        return None
+
+
+def _rename_by(flag: int, source: Path, target: Path) -> None:
+    """Call Linux's ``renameat2``, which Python has not.
+
+    Raises:
+        OSError: ``ENOSYS`` or ``EINVAL`` where there is none.
+    """
+    import ctypes
+
+    renameat2 = _find_renameat2()
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(source), None, str(target))
+    sys.audit("os.rename", source, target, -1, -1)  # as Python's own function does
+    names = os.fsencode(source), os.fsencode(target)
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+
+# --------------------------------------------------------------------------------- writing files
+
+Publish = Callable[[Path], object]
+"""Gives a finished temporary file its name: see ``Output.publish``."""
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path, publish: Publish | None = None) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path``; on leaving, sync it and rename it to ``path``.
+
+    The mode of a file that is replaced is kept. Leaving by an exception removes the temporary file
+    and leaves an older ``path`` untouched.
+
+    Args:
+        path: The file, not a link.
+        publish: Gives the temporary file its name. None replaces whatever has it, which is right
+            in folders of our own only.
+    """
+    with _temporary(path) as (temporary, file):
+        yield file
+        _sync_file(file)
+        if publish is None:
+            temporary.replace(path)
+        else:
+            publish(temporary)
+    sync_folder(path.parent)
+
+
+def write_temporary(path: Path, data: bytes) -> Path:
+    """Write a temporary file beside ``path``, sync it and return where it is."""
+    with _temporary(path) as (temporary, file):
+        file.write(data)
+        _sync_file(file)
+    return temporary
+
+
+def _sync_file(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()  # Windows renames no open file
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Open a temporary file beside ``path``; leaving by an exception removes it."""
+    temporary, is_ours = beside(path, f".{secrets.token_hex(8)}.tmp", "."), False
+    try:
+        with _create(temporary, like=path) as file:
+            is_ours = True
+            yield temporary, file
+    except BaseException as error:
+        if is_ours or not isinstance(error, FileExistsError):  # Ctrl-C after it was created
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in {None, str(temporary)}:
+            error.filename = str(path)  # nobody knows the temporary name
+        raise
+
+
+def _create(temporary: Path, *, like: Path) -> BinaryIO:
+    """Create a file, through no link, with the mode and owner of ``like`` if that is there."""
+    old = like.lstat() if os.path.lexists(like) else None
+    mode = 0o666 if old is None else stat.S_IMODE(old.st_mode)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(temporary, flags, mode)
+    file = open(handle, "wb")  # noqa: PTH123, SIM115 (of a handle; the caller closes it)
+    if old is not None and hasattr(os, "fchmod"):
+        with contextlib.suppress(OSError):  # only root may give files away
+            os.fchown(handle, old.st_uid, old.st_gid)
+        os.fchmod(handle, mode)
+    return file
 
 
 def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
     """Turn an ``OSError`` while writing into an error that says what to do."""
+    if error.errno == errno.EFBIG:
+        return CacheError(
+            "file size", expected=f"{wanted_bytes:,} bytes", found="a limit below that",
+            where=path, hint="Raise it (ulimit -f), or write to a disk that takes larger files",
+        )  # fmt: skip
     if error.errno in NO_SPACE:
         free = shutil.disk_usage(path.parent).free
         return CacheError(
@@ -165,39 +376,18 @@ def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, whole or not at all.
+    """Write ``data`` to ``path``, whole or not at all: see ``atomic_writer``.
 
     Raises:
         CacheError: If the disk is full; says how much is needed and how much is free.
     """
-    write_together({path: data})
-
-
-def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write several files: all of them, or none if the disk is full.
-
-    Raises:
-        CacheError: If the disk is full; says how much is needed and how much is free.
-    """
-    temporaries = {p: p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in contents}
-    path = next(iter(contents))
     try:
-        for path, data in contents.items():
-            with temporaries[path].open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in temporaries.items():
-            temporary.replace(path)
+        with atomic_writer(path) as file:
+            file.write(data)
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise disk_error(error, path, sum(map(len, contents.values()))) from error
+            raise disk_error(error, path, len(data)) from error
         raise
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
-    for folder in {path.parent for path in contents}:
-        sync_folder(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -272,49 +462,6 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
     write_bytes(path, csv_text(header, rows).encode())
 
 
-@contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Build a folder as ``NAME.partial`` and rename it to ``path`` if nothing failed.
-
-    Args:
-        path: The folder to make.
-        overwrite: Replace an existing ``path``; without it an existing one is refused.
-
-    Raises:
-        RunError: If ``path`` exists and ``overwrite`` is not set.
-    """
-    refuse_existing(path, overwrite=overwrite)
-    path = path.absolute()  # "." has no name to append .partial to
-    partial = path.with_name(path.name + ".partial")
-    make_folder(path.parent)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for file in sorted(partial.rglob("*")):
-            if file.is_file():
-                with file.open("rb+") as handle:
-                    os.fsync(handle.fileno())
-            else:
-                sync_folder(file)
-        sync_folder(partial)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        try:
-            if path.exists():
-                path.rename(old)
-            partial.rename(path)
-        except BaseException:  # Ctrl-C between the two renames must not lose the old run
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
-        sync_folder(path.parent)
-        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.old"):  # of killed runs too
-            shutil.rmtree(stale, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def child_process(module: str) -> tuple[list[str], dict[str, str]]:
     """Return command and environment to run a module of featcache in another process.
 
@@ -323,34 +470,3 @@ def child_process(module: str) -> tuple[list[str], dict[str, str]]:
     package = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     return [sys.executable, "-P", "-m", module], {**os.environ, "PYTHONPATH": path}
-
-
-def require_file_place(path: Path, what: str) -> None:
-    """Check, before any work is done, that a file can be written there.
-
-    Raises:
-        ConfigError: If ``path`` is a folder, or its folder does not exist.
-    """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError(what, expected="a file in an existing folder", found=path)
-
-
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Refuse to replace an existing result, unless it is a run and ``overwrite`` is set.
-
-    Raises:
-        RunError: If ``path`` exists and is more than an empty folder, unless ``overwrite`` is set
-            and it is a folder featcache wrote (it holds ``run.json``).
-    """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not overwrite:
-        raise RunError(
-            "output folder", expected="a new or empty folder", found="an existing one", where=path,
-            hint="Choose another name, or replace it with --overwrite",
-        )  # fmt: skip
-    if not (path / "run.json").is_file():
-        raise RunError(
-            "output folder", expected="a run of featcache to overwrite", found="no run.json in it",
-            where=path, hint="Choose another name: featcache only deletes its own runs",
-        )  # fmt: skip

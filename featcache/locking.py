@@ -1,9 +1,13 @@
-"""The writer's lock: one process at a time writes a cache; the lock is freed when it dies."""
+"""The writer's lock: one process at a time writes a cache or a run; it is freed when it dies.
+
+The lock file also marks a folder of unfinished work as ours: ``OUTPUT.partial/lock``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import stat
 import sys
@@ -14,6 +18,62 @@ from typing import Any, BinaryIO
 
 from featcache.errors import CacheError, ConfigError
 from featcache.files import NO_SPACE, disk_error, sync_folder
+
+LOCK_NAME = "lock"
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, what: str, own_names: str) -> Iterator[None]:
+    """Hold the lock of a folder of unfinished work, which is made if it is missing.
+
+    Where there is no flock (Windows) it only marks the folder.
+
+    Args:
+        folder: The folder, ``OUTPUT.partial`` as a rule.
+        what: What is written, for messages.
+        own_names: Regular expression of the names in it that are ours, all others being left alone.
+            Files of these names without a lock file are somebody else's.
+
+    Raises:
+        CacheError: If another process holds the lock, or the folder is somebody else's.
+    """
+    refuse_strangers(folder, what, own_names)
+    if sys.platform == "win32":
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK_NAME).write_bytes(_SIGNATURE_START)
+        yield
+        return
+    with writer_lock(folder / LOCK_NAME, what):
+        sync_folder(folder)  # a power cut must not leave our files without the lock that marks them
+        yield
+
+
+def remove_lock(folder: Path) -> None:
+    """Remove the lock file of a folder, and the folder if it is empty; call it under the lock."""
+    with contextlib.suppress(OSError):
+        sync_folder(folder)  # what was removed before it must not come back without it
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def refuse_strangers(folder: Path, what: str, own_names: str) -> None:
+    """Refuse a folder of unfinished work that we did not make: see ``folder_lock``.
+
+    Raises:
+        CacheError: If it is a link or a file, or has files of our names and no lock file.
+    """
+    found = ""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        found = f"{folder.name}, which is a link or a file"
+    elif folder.is_dir() and not os.path.lexists(folder / LOCK_NAME):
+        names = sorted(path.name for path in folder.iterdir())
+        theirs = [name for name in names if re.fullmatch(own_names, name, re.DOTALL)]
+        found = f"{folder.name} of somebody else, with {theirs[0]} in it" if theirs else ""
+    if found:
+        raise CacheError(
+            f"place to write {what}", expected="nothing there, or our own unfinished work",
+            found=found, where=folder.parent, hint="Remove or rename it, or choose another name",
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -84,7 +144,7 @@ def _open_lock(path: Path, what: str) -> BinaryIO | None:
 def _unusable_lock(path: Path, what: str, found: str) -> CacheError:
     return CacheError(
         f"lock of {what}", expected="a lock file of featcache that can be written", found=found,
-        where=path, hint="Remove it, or choose another name for the cache",
+        where=path, hint="Remove it, or choose another name",
     )  # fmt: skip
 
 
@@ -106,7 +166,7 @@ def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
     except OSError as error:
         raise CacheError(
             what, expected="a file system that can lock files", found=str(error.strerror),
-            where=path, hint="Write the cache to a local disk and copy it",
+            where=path, hint="Write to a local disk and copy the result",
         ) from error  # fmt: skip
 
 

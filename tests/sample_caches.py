@@ -45,7 +45,7 @@ def small(path: Path, **change: Any) -> Cache:
         "identity": {"backbone": "b0", "weights_sha256": "a" * 64},
         "provenance": {"date": "2020"},
     }
-    return write_cache(path, **(options | change))
+    return write_cache(path, **({"overwrite": True} | options | change))
 
 
 def snapshot(cache: Cache) -> list[Any]:

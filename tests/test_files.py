@@ -7,32 +7,40 @@ import io
 import json
 import os
 import random
+import re
+import secrets
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from failing import failing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from featcache import files
-from featcache.errors import CacheError, RunError
+from featcache.errors import ConfigError
 from featcache.files import (
     atomic_writer,
+    beside,
     canonical_json,
     csv_text,
+    exchange,
+    follow_link,
+    local_path,
     make_folder,
-    new_folder,
     plain_cell,
     readable_json,
-    refuse_existing,
+    remove_temporaries,
+    rename_new,
     sha256_file,
     write_bytes,
     write_csv,
     write_json,
-    write_together,
 )
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="kills and fsync of folders")
@@ -232,89 +240,7 @@ def test_a_csv_file_is_utf8_whatever_the_names(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.csv"]
 
 
-# --- folders, whole or absent
-
-
-def make_run(path: Path, text: str = "{}") -> Path:
-    with new_folder(path) as partial:
-        (partial / "run.json").write_text(text)
-        (partial / "sub").mkdir()
-        (partial / "sub" / "b").write_bytes(b"b")
-    return path
-
-
-def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "run"
-    with new_folder(path) as partial:
-        (partial / "run.json").write_text("{}")
-        assert not path.exists()
-    assert names(path) == ["run.json"]
-    assert names(path.parent) == ["run"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Boom])
-def test_an_exception_leaves_no_folder(tmp_path: Path, error: type[BaseException]) -> None:
-    def fill_half() -> None:
-        with new_folder(tmp_path / "run") as partial:
-            (partial / "run.json").write_text("{}")
-            raise error
-
-    with pytest.raises(error):
-        fill_half()
-    assert names(tmp_path) == []
-
-
-def test_an_exception_while_overwriting_keeps_the_old_run(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "run", "old")
-    with pytest.raises(Boom), new_folder(path, overwrite=True):
-        raise Boom
-    assert (path / "run.json").read_text() == "old"
-    assert names(tmp_path) == ["run"]
-
-
-def test_a_rename_that_fails_while_overwriting_keeps_the_old_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = make_run(tmp_path / "run", "old")
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if Path(target) == path and (self / "run.json").read_text() == "new":
-            raise PermissionError("an antivirus holds it open")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(PermissionError), new_folder(path, overwrite=True) as partial:
-        (partial / "run.json").write_text("new")
-    assert (path / "run.json").read_text() == "old"
-    assert names(tmp_path) == ["run"]
-
-
-def test_an_interruption_between_the_renames_keeps_the_old_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = make_run(tmp_path / "run", "old")
-    rename = Path.rename
-
-    def interrupted(self: Path, target: Path) -> Path:
-        renamed = rename(self, target)
-        if self == path:
-            raise KeyboardInterrupt
-        return renamed
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), new_folder(path, overwrite=True) as partial:
-        (partial / "run.json").write_text("new")
-    assert (path / "run.json").read_text() == "old"
-    assert names(tmp_path) == ["run"]
-
-
-def test_the_old_run_of_a_killed_overwriting_is_cleared_away(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "run", "old")
-    path.rename(tmp_path / ".run.4242.old")
-    make_run(path, "new")
-    assert names(tmp_path) == ["run"]
-    assert (path / "run.json").read_text() == "new"
+# --- folders and names
 
 
 @needs_posix
@@ -330,80 +256,141 @@ def test_folders_that_are_made_survive_a_power_cut(
     assert synced == []
 
 
-def test_overwriting_replaces_a_run_and_nothing_of_it_stays(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "run", "old")
-    with new_folder(path, overwrite=True) as partial:
-        (partial / "run.json").write_text("new")
-        assert (path / "run.json").read_text() == "old", "the old run serves until the end"
-    assert names(path) == ["run.json"]
-    assert (path / "run.json").read_text() == "new"
-    assert names(tmp_path) == ["run"]
+@needs_posix
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_syncs_no_folders_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_bytes(tmp_path / "a", b"x")
+    assert (tmp_path / "a").read_bytes() == b"x"
 
 
-def test_folders_beside_it_are_other_peoples(tmp_path: Path) -> None:
-    """Whoever keeps his former run as run.old must find it there after the next training."""
-    make_run(tmp_path / "run.old", "kept by hand")
-    path = make_run(tmp_path / "run")
-    with new_folder(path, overwrite=True) as partial:
-        (partial / "run.json").write_text("new")
-    assert (tmp_path / "run.old" / "run.json").read_text() == "kept by hand"
-
-
-def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / "run.partial").mkdir()
-    (tmp_path / "run.partial" / "half").write_text("x")
-    assert names(make_run(tmp_path / "run")) == ["run.json", "sub"]
-    assert names(tmp_path) == ["run"]
-
-
-def test_an_existing_result_is_refused_before_any_work(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "run", "old")
-    with pytest.raises(RunError, match="--overwrite"), new_folder(path):
-        pytest.fail("must not begin")
-    assert (path / "run.json").read_text() == "old"
-    assert names(tmp_path) == ["run"]
-
-
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_only_a_run_is_ever_overwritten(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "thesis"
-    if kind == "folder":
-        path.mkdir()
-        (path / "chapter.tex").write_text("years of work")
-    else:
-        path.write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(RunError, match="expected"), new_folder(path, overwrite=overwrite):
-            pytest.fail("must not begin")
-    kept = path / "chapter.tex" if kind == "folder" else path
-    assert kept.read_text() == "years of work"
-
-
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    assert "run.json" in names(make_run(tmp_path / "run"))
-    refuse_existing(tmp_path / "nothing here", overwrite=False)
-
-
-# --- the writer's lock
-
-
-def test_files_that_are_written_together_are_all_there_or_none(
+def test_an_error_of_the_disk_names_the_file_and_not_the_temporary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    old.write_bytes(b"1")
-    write_together({old: b"2", new: b"3"})
-    assert (old.read_bytes(), new.read_bytes()) == (b"2", b"3")
-    new.unlink()
+    monkeypatch.setattr(os, "fsync", failing(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match=r"Input/output error: '.*/a'$"):
+        write_bytes(tmp_path / "a", b"x")
+    with pytest.raises(FileNotFoundError, match=r"'.*/no/a'$"):
+        write_bytes(tmp_path / "no" / "a", b"x")
 
-    def full(handle: int, calls: list[int] = []) -> None:  # noqa: B006 (counts the calls)
-        calls.append(handle)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CacheError, match="disk space: expected 2 bytes"):
-        write_together({old: b"4", new: b"5"})
-    assert names(tmp_path) == ["old"]
-    assert old.read_bytes() == b"2"
+@needs_posix
+@pytest.mark.parametrize("name", ["n" * 255, "ä" * 127, "n" * 250 + ".h5"])
+def test_names_as_long_as_the_system_allows_have_companions(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    write_bytes(path, b"x")
+    write_bytes(path, b"y")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    partial, other = beside(path, ".partial"), beside(tmp_path / (name[:-1] + "m"), ".partial")
+    assert partial != other
+    partial.mkdir()
+
+
+@needs_posix
+def test_only_temporaries_of_that_file_are_removed(tmp_path: Path) -> None:
+    ours, long = "0123456789abcdef.tmp", "n" * 255
+    mine = [".a.notes.tmp", ".a.77.tmp", f".a.b.{ours}", f"a.{ours}", ".a.0123456789abcdef.tmp2"]
+    for name in [f".a.{ours}", *mine]:
+        (tmp_path / name).write_bytes(b"x")
+    remove_temporaries(tmp_path / "a")
+    assert names(tmp_path) == sorted(mine)
+    beside(tmp_path / long, f".{ours}", ".").touch()
+    remove_temporaries(tmp_path / ("n" * 254 + "m"))
+    assert len(names(tmp_path)) == len(mine) + 1
+    remove_temporaries(tmp_path / long)
+    assert names(tmp_path) == sorted(mine)
+
+
+@needs_posix
+def test_modes_are_kept_and_new_files_follow_the_umask(tmp_path: Path) -> None:
+    path, before = tmp_path / "a", os.umask(0o027)
+    try:
+        write_bytes(path, b"x")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        for mode in (0o600, 0o666, 0o444):
+            path.chmod(mode)
+            write_bytes(path, b"y")
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+    finally:
+        os.umask(before)
+
+
+@needs_posix
+def test_nothing_is_written_through_a_planted_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever guesses the temporary name plants a link there; it must be neither used nor gone."""
+    (tmp_path / "victim").write_text("years of work")
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "0123456789abcdef")
+    link = tmp_path / ".a.0123456789abcdef.tmp"
+    link.symlink_to("victim")
+    with pytest.raises(FileExistsError):
+        write_bytes(tmp_path / "a", b"x")
+    assert (tmp_path / "victim").read_text() == "years of work"
+    assert link.is_symlink()
+
+
+def no_renameat2(*_: object) -> NoReturn:
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+@needs_posix
+@pytest.mark.parametrize("how", ["renameat2", "link", "neither"])
+def test_a_new_name_never_replaces_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    if how != "renameat2":
+        monkeypatch.setattr(files, "_rename_by", no_renameat2)
+        assert not exchange(tmp_path / "a", tmp_path / "b")
+    if how == "neither":
+        monkeypatch.setattr(os, "link", failing(PermissionError(errno.EPERM, "no links")))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "letter").write_text("dear")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = names(tmp_path)
+    for target in ("file", "folder", "link", "dangling"):
+        (tmp_path / "new").write_text("new")
+        with pytest.raises(FileExistsError):
+            rename_new(tmp_path / "new", tmp_path / target)
+        (tmp_path / "new").unlink()
+        (tmp_path / "new").mkdir()
+        with pytest.raises(FileExistsError):
+            rename_new(tmp_path / "new", tmp_path / target)
+        (tmp_path / "new").rmdir()
+        assert names(tmp_path) == before
+    (tmp_path / "new").write_text("new")
+    rename_new(tmp_path / "new", tmp_path / "name")
+    assert (tmp_path / "name").read_text() == "new"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a", "gs://b/c.h5", "https://x.org/y.png", "HDFS://x"])
+def test_a_url_is_no_path(url: str) -> None:
+    for path in (url, Path(url)):
+        with pytest.raises(ConfigError, match=f"^CACHE: .*found a URL, {re.escape(url)}"):
+            local_path(path, "CACHE")
+
+
+@pytest.mark.parametrize("path", ["a:b/c", "C:/x", "c:\\x", "data.zip:folder", "python:a:b", "s3"])
+def test_other_names_with_a_colon_are_paths(path: str) -> None:
+    assert local_path(path, "CACHE") == Path(path)
+
+
+def test_links_in_a_circle_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(ConfigError, match=r"lead in a circle .*/a\)"):
+        follow_link(tmp_path / "a")
+    (tmp_path / "c").symlink_to("d")
+    assert follow_link(tmp_path / "c") == tmp_path.resolve() / "d"

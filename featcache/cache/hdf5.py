@@ -37,7 +37,7 @@ from featcache.cache.container import (
     open_container,
     user_block_sha256,
 )
-from featcache.files import atomic_writer, canonical_json, child_process, disk_error
+from featcache.files import Publish, atomic_writer, canonical_json, child_process, disk_error
 
 _COPY_BYTES = 1 << 22
 _THREAD_BYTES = 1 << 18  # see _call_in_thread
@@ -119,8 +119,9 @@ class _SparseFile(io.RawIOBase):
 
 
 def write_container(
-    path: Path, sources: Sequence[ArraySource], fingerprint: str, content: Iterable[str]
-) -> Container:
+    path: Path, sources: Sequence[ArraySource], fingerprint: str, content: Iterable[str],
+    publish: Publish | None = None,
+) -> Container:  # fmt: skip
     """Write the arrays to ``path``, whole or not at all, and return it opened.
 
     Args:
@@ -128,6 +129,7 @@ def write_container(
         sources: The arrays; a ``/`` in a name makes an HDF5 group.
         fingerprint: sha256 of the identity, for the user block.
         content: Names of the arrays whose bytes ``content_sha256`` covers.
+        publish: Gives the finished file its name: see ``files.atomic_writer``.
 
     Raises:
         CacheError: If the disk is full or the folder cannot be written.
@@ -156,7 +158,7 @@ def write_container(
     if user_block_bytes > MAX_USER_BLOCK_BYTES:
         raise ValueError(f"{len(sources)} arrays do not fit the table")
     try:
-        with atomic_writer(path) as file:
+        with atomic_writer(path, publish) as file:
             _reserve(file.fileno(), skeleton.length)
             hashes = _stream(file, skeleton, sources, entries, user_block_bytes)
             covered = set(content)

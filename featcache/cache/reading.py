@@ -47,6 +47,7 @@ from featcache.cache.contents import (
 )
 from featcache.data.folders import SPLITS
 from featcache.errors import CacheError, printable, warn_user
+from featcache.files import local_path
 
 if TYPE_CHECKING:
     import torch
@@ -299,7 +300,7 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
         (198, 1280)
     """
     for num_tries_left in range(9, -1, -1):
-        container = open_container(Path(path), verify=False)
+        container = open_container(local_path(path, "cache"), verify=False)
         try:
             if verify:
                 check_payload(container)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.container import is_container
 from featcache.cache.provenance import (
     check_alike,
     join_provenances,
@@ -24,12 +23,12 @@ from featcache.cache.provenance import (
 )
 from featcache.cache.reading import Cache, Failure, open_cache, warn_of_leaks
 from featcache.cache.rearrangement import Rearrangement, Row, gather
-from featcache.cache.writing import SplitRows, partial_folder, remove_partial, write_rows
+from featcache.cache.writing import CACHE, SplitRows, write_rows, writing_alone
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import SPLITS, training_split
 from featcache.errors import CacheError, ConfigError, printable
-from featcache.files import make_folder, remove_temporaries, result_as_dict
-from featcache.locking import writer_lock
+from featcache.files import local_path, result_as_dict
+from featcache.outputs import Output
 from featcache.pixels.views import ViewRules
 from featcache.runtime import Say, environment_facts, silent
 from featcache.untrusted import real_path
@@ -114,31 +113,20 @@ def select(
         >>> featcache.select(["a.h5", "b.h5"], "both.h5", prefix=True)  # doctest: +SKIP
     """
     start = time.perf_counter()
-    path = Path(new)
-    sources = [Path(p) for p in ([caches] if isinstance(caches, str | Path) else caches)]
-    _check_names_of_caches(sources, path, prefix=prefix)
-    make_folder(path.parent)
-    folder = partial_folder(path)
-    with writer_lock(folder / "lock", f"cache {path.name}"):
-        unfinished = (folder / "manifest.json").exists()
-        try:
-            _refuse_existing(path, unfinished=unfinished, rebuild=rebuild)
-            opened = [open_cache(source) for source in sources]
-            check_alike(opened)
-            warn_of_precisions(opened)
-            chosen = Rearrangement(opened, prefix=prefix, say=say)
-            if table is not None:
-                chosen.apply_table(Path(table))
-            chosen.choose_classes(
-                rename or {}, classes, sources[0] if table is None else Path(table)
-            )
-            chosen.settle_rows()
-            remove_temporaries(path)
-            written = _write(path, chosen)
-            unfinished = False  # of what was refused without ``rebuild``
-        finally:
-            if not unfinished:
-                remove_partial(folder)
+    listed = [caches] if isinstance(caches, str | Path) else caches
+    sources = [local_path(path, "CACHE") for path in listed]
+    output = Output(new, "NEW", CACHE, replace=rebuild, inputs=[table])
+    _check_names_of_caches(sources, output.target, prefix=prefix)
+    with writing_alone(output, may_discard=rebuild):
+        opened = [open_cache(source) for source in sources]
+        check_alike(opened)
+        warn_of_precisions(opened)
+        chosen = Rearrangement(opened, prefix=prefix, say=say)
+        if table is not None:
+            chosen.apply_table(Path(table))
+        chosen.choose_classes(rename or {}, classes, sources[0] if table is None else Path(table))
+        chosen.settle_rows()
+        written = _write(output, chosen)
     warn_of_leaks(written)
     return _summarise(written, chosen, start, say)
 
@@ -159,22 +147,7 @@ def _check_names_of_caches(sources: Sequence[Path], new: Path, *, prefix: bool) 
         )  # fmt: skip
 
 
-def _refuse_existing(path: Path, *, unfinished: bool, rebuild: bool) -> None:
-    if path.exists() and not (rebuild and is_container(path)):
-        ours = is_container(path)
-        raise CacheError(
-            "NEW", expected="a new file", where=path,
-            found="a cache that is there already" if ours else "something that is no cache",
-            hint="Choose another name" + (", or replace it with --rebuild" if ours else ""),
-        )  # fmt: skip
-    if unfinished and not rebuild:
-        raise CacheError(
-            "NEW", expected="a new file", found="an unfinished extraction of that name",
-            where=partial_folder(path), hint="Finish it, or discard it with --rebuild",
-        )  # fmt: skip
-
-
-def _write(path: Path, chosen: Rearrangement) -> Cache:
+def _write(output: Output, chosen: Rearrangement) -> Cache:
     """Write the rows, whole or not at all, and return the cache opened."""
     by_split = {
         name: [row for row in chosen.rows if row.split == name]
@@ -182,9 +155,9 @@ def _write(path: Path, chosen: Rearrangement) -> Cache:
         if any(row.split == name for row in chosen.rows)
     }
     return write_rows(
-        path, {name: _split_rows(chosen, name, by_split) for name in by_split},
+        output.target, {name: _split_rows(chosen, name, by_split) for name in by_split},
         identity=chosen.caches[0].identity, provenance=_provenance(chosen), classes=chosen.classes,
-        task=chosen.caches[0].task, failures=_failures(chosen),
+        task=chosen.caches[0].task, failures=_failures(chosen), publish=output.publish,
     )  # fmt: skip
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.container import is_container
 from featcache.cache.hdf5 import ArraySource, write_container
 from featcache.cache.integrity import array_crc32, meaning_crc32, rows_crc32
 from featcache.cache.reading import Cache, Failure, is_content, open_cache
 from featcache.data.folders import SPLITS
-from featcache.errors import DataError
-from featcache.files import canonical_json
+from featcache.errors import CacheError, DataError
+from featcache.files import (
+    Publish,
+    beside,
+    canonical_json,
+    is_temporary,
+    make_folder,
+    read_regular,
+    remove_temporaries,
+)
+from featcache.locking import folder_lock, remove_lock
+from featcache.outputs import Kind, Output
 from featcache.untrusted import find_fault, parse_json
+
+CACHE = Kind("cache", "a new file", CacheError, is_container, switch="--rebuild")
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,11 @@ class SplitRows:
 def write_rows(
     path: Path, splits: Mapping[str, SplitRows], *, identity: Mapping[str, Any],
     provenance: Mapping[str, Any], classes: Sequence[str], task: str,
-    failures: Sequence[Failure] = (),
+    failures: Sequence[Failure] = (), publish: Publish | None = None,
 ) -> Cache:  # fmt: skip
     """Write a cache from prepared rows, whole or not at all, and return it opened.
+
+    ``publish`` gives the finished file its name: see ``files.atomic_writer``.
 
     Raises:
         CacheError: If the disk is full or the folder cannot be written.
@@ -91,7 +107,7 @@ def write_rows(
         integers = np.array([getattr(f, attribute) for f in failed], dtype=np.int64)
         sources.append(_checked(f"failures/{key}", integers))
     content = [source.name for source in sources if is_content(source.name)]
-    write_container(path, sources, hashlib.sha256(identity_text).hexdigest(), content)
+    write_container(path, sources, hashlib.sha256(identity_text).hexdigest(), content, publish)
     return open_cache(path, verify=False)
 
 
@@ -120,12 +136,12 @@ def os_bytes(path: str) -> bytes:
 def write_cache(
     path: str | Path, features: Any, targets: Any, paths: Any, *, classes: Sequence[str],
     groups: Any = None, identity: Mapping[str, Any] | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None, overwrite: bool = False,
 ) -> Cache:  # fmt: skip
     """Write features made elsewhere into a cache, whole or not at all.
 
     Args:
-        path: The file to write; an existing one is replaced.
+        path: The file to write.
         features: (N, D) or (N, V, D) float32 or float16, or a dict of such arrays by split
             (``train``, ``valid``, ``test``, ``all``). One array alone becomes the split ``all``.
             The first of V views is the plain image, which evaluation uses.
@@ -137,14 +153,18 @@ def write_cache(
         identity: What decides the features' values. Runs refuse caches of another identity, so
             say which backbone, weights and preprocessing made them.
         provenance: How they were made; any facts that JSON can hold.
+        overwrite: Replace a cache that is there. Other files are never replaced.
 
     Returns:
         The cache, opened.
 
     Raises:
         DataError: If arrays do not fit together, or contain NaN or infinities.
-        CacheError: If the disk is full or the folder cannot be written.
+        CacheError: If ``path`` is there and ``overwrite`` is not set or it is no cache, if another
+            process is writing it, if the disk is full or the folder cannot be written.
     """
+    kind = replace(CACHE, switch="overwrite=True", needs_folder=True)
+    output = Output(path, "write_cache", kind, replace=overwrite)
     by_split = features if isinstance(features, Mapping) else {"all": features}
 
     def select_split(value: Any, split: str) -> Any:
@@ -180,9 +200,11 @@ def write_cache(
     facts.setdefault("num_features", first.shape[-1])
     facts.setdefault("feature_dtype", first.dtype.name)
     task = "multilabel" if first.targets.ndim == 2 else "multiclass"
-    return write_rows(
-        Path(path), rows, identity=facts, provenance=provenance or {}, classes=names, task=task
-    )
+    with writing_alone(output, may_discard=overwrite):
+        return write_rows(
+            output.target, rows, identity=facts, provenance=provenance or {}, classes=names,
+            task=task, publish=output.publish,
+        )  # fmt: skip
 
 
 def _check_new_rows(
@@ -261,12 +283,58 @@ def _encode(texts: Iterable[str]) -> npt.NDArray[Any]:
     return array.astype("S1") if array.dtype.itemsize == 0 or not array.size else array
 
 
-_OWN_FILES = ("probing", "shard.*", ".*.tmp")
+_OWN_NAMES = r"manifest\.json|probing|whole|true|shard\.[0-9]+"
+"""Names of featcache's files in the folder of an unfinished cache, but for the lock."""
+_MARK = b'"format":"featcache-partial"'
+_MAX_MANIFEST_BYTES = 1 << 28
 
 
 def partial_folder(cache: Path) -> Path:
     """Return the folder that a cache is built in."""
-    return cache.with_name(cache.name + ".partial")
+    return beside(cache, ".partial")
+
+
+def cache_lock(cache: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a cache's folder of unfinished work: see ``locking.folder_lock``.
+
+    The folder is ours if it has a lock file or a manifest of ours.
+    """
+    folder, is_ours = partial_folder(cache), False
+    with contextlib.suppress(OSError):
+        is_ours = _MARK in read_regular(folder / "manifest.json", max_bytes=_MAX_MANIFEST_BYTES)
+    return folder_lock(folder, f"cache {cache.name}", "(?!)" if is_ours else _OWN_NAMES)
+
+
+@contextlib.contextmanager
+def writing_alone(output: Output, *, may_discard: bool) -> Iterator[None]:
+    """Hold the lock of a cache that is written in one go, and check the output again.
+
+    Args:
+        output: The cache.
+        may_discard: Whether an unfinished extraction of that name may be thrown away.
+
+    Raises:
+        CacheError: If there is an unfinished extraction, another process is writing the cache, or
+            it must not be replaced.
+    """
+    output.check()
+    folder = partial_folder(output.target)
+    make_folder(folder.parent)
+    with cache_lock(output.target):
+        unfinished = (folder / "manifest.json").exists()
+        try:
+            output.check()
+            if unfinished and not may_discard:
+                raise CacheError(
+                    "cache", expected="a new file", found="an unfinished extraction of that name",
+                    where=folder, hint=f"Finish it, or discard it with {output.kind.switch}",
+                )  # fmt: skip
+            remove_temporaries(output.target)
+            yield
+            unfinished = False  # of what was refused without ``may_discard``
+        finally:
+            if not unfinished:
+                remove_partial(folder)
 
 
 def remove_partial(folder: Path) -> None:
@@ -276,8 +344,7 @@ def remove_partial(folder: Path) -> None:
     """
     with contextlib.suppress(OSError):
         (folder / "manifest.json").unlink(missing_ok=True)
-        for pattern in _OWN_FILES:
-            for file in folder.glob(pattern):
-                file.unlink(missing_ok=True)
-        (folder / "lock").unlink(missing_ok=True)
-        folder.rmdir()
+        for path in sorted(folder.iterdir()):
+            if re.fullmatch(_OWN_NAMES, path.name) or is_temporary(path.name):
+                path.unlink(missing_ok=True)
+        remove_lock(folder)

@@ -9,6 +9,8 @@ exposures are drawn alike for both classes, so only the lungs tell them apart.
 from __future__ import annotations
 
 import math
+import os
+import re
 import shlex
 import shutil
 from dataclasses import asdict, dataclass
@@ -38,6 +40,17 @@ _TEXTURE_PIXELS = 320
 _KINDS = (("L", ".png"), ("L", ".jpg"), ("RGB", ".jpg"), ("I;16", ".png"), ("RGBA", ".png"))
 _KIND_SHARES = (0.40, 0.25, 0.17, 0.09, 0.09)
 _OUTPUTS = ("raw", "split", "features.h5", "features.h5.partial", "run", "run.partial")
+_CLASS = "(covid|normal)"
+_FOLDERS = re.compile(
+    rf"raw(/{_CLASS})?|split(/(train|valid|test)(/{_CLASS})?)?"
+    r"|features\.h5\.partial|run(\.partial(/new)?)?(/evaluation)?"
+)
+_FILES = re.compile(
+    rf"(raw|split/(train|valid|test))/{_CLASS}/P\d{{4}}_\d\.(png|jpg)"
+    r"|features\.h5|features\.h5\.partial/(lock|probing|manifest\.json|shard\.\d+|\..*\.tmp)"
+    r"|run\.partial/lock|run(\.partial/new)?/(\..*\.tmp|run\.json|environment\.json"
+    r"|history\.csv|head\.safetensors|rows\.bin|evaluation/test(\.json|_confusion\.png))"
+)
 _MARKER = "demo.json"  # with this text in it a folder is ours to write in again
 _MARKER_TEXT = files.readable_json({"format": "featcache-demo", "made_anew": _OUTPUTS}).encode()
 
@@ -138,14 +151,28 @@ def _prepare_folder(folder: Path) -> None:
             "demo folder", expected="a new or empty folder, or an earlier demo's",
             found="other files", where=folder, hint="Choose another name",
         )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(marker, _MARKER_TEXT)
+    # Whoever works on in a demo's folder must not lose what the demo did not write.
+    paths = [path for name in _OUTPUTS for path in (folder / name, *(folder / name).rglob("*"))]
+    found = {path.relative_to(folder).as_posix(): path for path in paths if os.path.lexists(path)}
+    others = [
+        name for name, path in found.items()
+        if path.is_symlink() or not (_FOLDERS if path.is_dir() else _FILES).fullmatch(name)
+    ]  # fmt: skip
+    if others:
+        raise RunError(
+            "demo folder", expected="what the demo writes, and nothing else, in its folders",
+            found=", ".join(others[:3]), where=folder, hint="Move it away, or choose another name",
+        )  # fmt: skip
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(marker, _MARKER_TEXT)
+    except OSError as error:
+        raise files.disk_error(error, folder, len(_MARKER_TEXT)) from error
     for name in _OUTPUTS:
-        old = folder / name
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
         else:
-            old.unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
 
 
 def _describe(summary: DemoSummary) -> str:

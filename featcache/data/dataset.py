@@ -34,7 +34,7 @@ from featcache.data.folders import (
     walk_folder,
 )
 from featcache.errors import ConfigError, DataError, warn_user
-from featcache.files import plain_cell, read_regular
+from featcache.files import local_path, plain_cell, read_regular
 from featcache.untrusted import why_no_file
 
 __all__ = [
@@ -163,7 +163,7 @@ def scan(
     pattern = compile_group(group_by)
     if limit is not None and limit < 1:
         raise ConfigError("--limit", expected="at least 1", found=limit)
-    root = Path(data)
+    root = local_path(data, "data")
     if root.is_dir():
         dataset = _scan_folder(root)
     elif root.is_file() and root.suffix.lower() == ".csv":

@@ -22,7 +22,8 @@ from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.data.folders import SPLITS
 from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
-from featcache.files import result_as_dict, sync_folder, write_csv
+from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
+from featcache.outputs import Kind, Output, new_folder, write_output
 from featcache.runtime import Say, silent
 from featcache.untrusted import real_path
 
@@ -92,9 +93,9 @@ def split(
         DataError: If the source is not a folder of class folders, a class is unknown or has too few
             groups for every split, or the destination exists or lacks the space.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = local_path(source, "split source"), Path(destination)
     shares = _check_options(fractions, mode)
-    _check_destination(source, destination)
+    output = _check_destination(source, destination)
     dataset = _take_classes(scan(source, group_by=group_by), classes)
     samples = dataset.samples
     num_matched = None if group_by is None else _count_matched(dataset, say)
@@ -110,11 +111,11 @@ def split(
     image_bytes = sum(sample.image_bytes for sample in samples)
     if destination.suffix.lower() == ".csv":
         mode = "csv"
-        _write_manifest(dataset, assigned, destination)
+        _write_manifest(dataset, assigned, output)
     else:
         if mode == "copy":
             _check_room(destination, image_bytes, len(samples), say)
-        _write_tree(dataset, assigned, destination, mode)
+        _write_tree(dataset, assigned, output, mode)
     num_groups = None if group_by is None else len({sample.group for sample in samples})
     return SplitSummary(
         destination=destination,
@@ -142,21 +143,23 @@ def _check_options(fractions: Sequence[float], mode: str) -> dict[str, float]:
     return {name: share for name, share in zip(SPLITS[:3], fractions, strict=True) if share > 0}
 
 
-def _check_destination(source: Path, destination: Path) -> None:
+_EXPECTED = "a new or empty folder, or a new .csv"
+_TREE = Kind("tree", _EXPECTED, DataError, is_folder=True)
+_MANIFEST = Kind("manifest", _EXPECTED, DataError)
+
+
+def _check_destination(source: Path, destination: Path) -> Output:
     is_csv = destination.suffix.lower() == ".csv"
-    is_empty = destination.is_dir() and not any(destination.iterdir())
-    is_taken = destination.exists() and (is_csv or not is_empty)
-    if destination.is_symlink() or is_taken:
-        raise DataError(
-            "split destination", expected="a new or empty folder, or a new .csv",
-            found="something already there", where=destination, hint="Choose another name",
-        )  # fmt: skip
+    kind = _MANIFEST if is_csv else _TREE
+    output = Output(destination, "split destination", kind, inputs=[source])
+    output.check()
     place = real_path(destination)
     if not is_csv and real_path(source) in (place, *place.parents):
         raise DataError(
             "split destination", expected="a folder outside the source", found="one inside it",
             where=destination, hint="It would be read as a class the next time",
         )  # fmt: skip
+    return output
 
 
 def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageDataset:
@@ -276,9 +279,9 @@ def _check_room(destination: Path, image_bytes: int, num_images: int, say: Say) 
         )  # fmt: skip
 
 
-def _write_manifest(dataset: ImageDataset, assigned: list[str], destination: Path) -> None:
+def _write_manifest(dataset: ImageDataset, assigned: list[str], output: Output) -> None:
     """Write path, target, split, group; paths relative to the CSV's folder if possible."""
-    folder, root = destination.absolute().parent.resolve(), dataset.root.resolve()
+    folder, root = output.target.parent.resolve(), dataset.root.resolve()
     rows = []
     for name, sample in zip(assigned, dataset.samples, strict=True):
         path = root / sample.path
@@ -291,42 +294,35 @@ def _write_manifest(dataset: ImageDataset, assigned: list[str], destination: Pat
         group = sample.group or ""
         rows.append((path_text, dataset.classes[sample.target], name, group))
     rows.sort(key=lambda row: (SPLITS.index(row[2]), row[0]))
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(destination, ("path", "target", "split", "group"), rows)
+    make_folder(output.target.parent)
+    write_output(output, csv_text(("path", "target", "split", "group"), rows).encode())
 
 
-def _write_tree(dataset: ImageDataset, assigned: list[str], destination: Path, mode: str) -> None:
-    """Build the tree under ``DST.partial``, then rename it.
+def _write_tree(dataset: ImageDataset, assigned: list[str], output: Output, mode: str) -> None:
+    """Build the tree and give it its name."""
 
-    ``files.new_folder`` would open every file for writing to sync it, through links too.
-    """
-    destination = destination.absolute()  # "." has no name to append .partial to
-    partial = destination.with_name(destination.name + ".partial")
-    if partial.exists():
-        raise DataError(
-            "split destination", expected="no leftover of an earlier split", found=partial.name,
-            where=partial.parent, hint="Remove it and run the same command again",
-        )  # fmt: skip
-    partial.mkdir(parents=True)
-    try:
-        for name, sample in zip(assigned, dataset.samples, strict=True):
-            target = partial / name / sample.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _place((dataset.root / sample.path).resolve(), target, mode)
+    def sync(_: Path) -> None:
         if mode == "copy" and hasattr(os, "sync"):
             os.sync()  # once for all: an fsync per file takes minutes for 100,000
-        if destination.exists():
-            destination.rmdir()  # empty; Windows does not rename over it
-        partial.rename(destination)
-        sync_folder(destination.absolute().parent)
-    except OSError as error:
-        raise DataError(
-            f"split with --mode {mode}", expected="files that can be made", found=error.strerror,
-            where=error.filename2 or error.filename,
-            hint="Links need one file system that has them; --mode copy always works",
-        ) from error  # fmt: skip
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    with new_folder(output, sync=sync) as folder:
+        try:
+            for name, sample in zip(assigned, dataset.samples, strict=True):
+                target = folder / name / sample.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _place((dataset.root / sample.path).resolve(), target, mode)
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                size = sum(sample.image_bytes for sample in dataset.samples)
+                raise disk_error(error, output.target, size) from error
+            hint = "Check the folder and its permissions"
+            if mode != "copy":
+                hint = "Links need one file system that has them; --mode copy always works"
+            raise DataError(
+                f"split with --mode {mode}", expected="files that can be made",
+                found=error.strerror, where=error.filename2 or error.filename or output.path,
+                hint=hint,
+            ) from error  # fmt: skip
 
 
 def _place(source: Path, target: Path, mode: str) -> None:

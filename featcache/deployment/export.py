@@ -20,13 +20,15 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import eager_features
 from featcache.deployment.classifier import Classifier, load_classifier
 from featcache.errors import ConfigError, RunError
-from featcache.files import readable_json, result_as_dict, write_together
+from featcache.files import local_path, readable_json, result_as_dict
+from featcache.outputs import Kind, Output, write_outputs
 from featcache.precision import relative_errors
 
 _OUTPUTS = {
     "multiclass": "logits (B, C); softmax gives the probabilities of the classes in order",
     "multilabel": "logits (B, C); sigmoid gives the probability of each class in order, one by one",
 }
+_NETWORK = Kind("network", "a new file in an existing folder", RunError, needs_folder=True)
 _TOLERANCE = 1e-4  # relative, on logits: another summation order, nothing more
 
 
@@ -97,23 +99,22 @@ def export(
     Example:
         >>> featcache.export("run", "covid.pt")  # doctest: +SKIP
     """
-    path = Path(file)
-    _refuse_path(path)
+    path = local_path(file, "export")
+    _outputs(path)
     classifier = load_classifier(run, weights=weights, backbone=backbone, device="cpu")
     return export_classifier(classifier, path)
 
 
 def export_classifier(classifier: Classifier, path: Path) -> ExportSummary:
     """Write a classifier's state dict: see ``export``."""
-    _refuse_path(path)
+    weights, facts = _outputs(path)
     network = classifier.as_network()
     _check_network(classifier, network)
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
     summary = _summarise(classifier, path, hashlib.sha256(buffer.getvalue()).hexdigest())
-    beside = path.with_name(path.name + ".json")
     # Together: where one of them exists, the next try would be refused.
-    write_together({beside: readable_json(summary.as_dict()).encode(), path: buffer.getvalue()})
+    write_outputs({facts: readable_json(summary.as_dict()).encode(), weights: buffer.getvalue()})
     return summary
 
 
@@ -161,23 +162,20 @@ def _summarise(classifier: Classifier, path: Path, sha256: str) -> ExportSummary
     )  # fmt: skip
 
 
-def _refuse_path(path: Path) -> None:
-    """Refuse a file to export to before any work is done.
+def _outputs(path: Path) -> tuple[Output, Output]:
+    """Return the two files to export to, checked before any work is done.
 
     Raises:
-        ConfigError: If its ending is not ``.pt``.
-        RunError: If it exists, or its folder does not.
+        ConfigError: If the ending is not ``.pt``.
+        RunError: If one exists, or its folder does not.
     """
     if path.suffix != ".pt":
         raise ConfigError(
             "export", expected="a file name ending in .pt", found=path.name,
             hint="It will hold a torch state dict",
         )  # fmt: skip
-    beside = path.with_name(path.name + ".json")
-    taken = path.exists() or beside.exists()
-    if taken or not path.parent.is_dir():
-        found = "an existing file" if taken else "no such folder"
-        raise RunError(
-            "export", expected="a new file in an existing folder", found=found, where=path,
-            hint="Choose another name",
-        )  # fmt: skip
+    weights = Output(path, "export", _NETWORK)
+    facts = Output(path.with_name(path.name + ".json"), "export", _NETWORK)
+    for output in (weights, facts):
+        output.check()
+    return weights, facts

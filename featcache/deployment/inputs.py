@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from featcache.data.dataset import ImageDataset, Sample, list_images
 from featcache.errors import ConfigError
+from featcache.files import local_path
 
 _EXPECTED = "paths, PIL images or uint8 arrays"
 
@@ -50,7 +51,7 @@ def list_inputs(images: Any) -> Inputs:
     listed: list[Any] = []
     for image in _as_list(images):
         if isinstance(image, str | os.PathLike):
-            samples = list_images([Path(image)]).samples
+            samples = list_images([local_path(Path(image), "image")]).samples
             names += [sample.path for sample in samples]
             listed += samples
         else:

@@ -14,14 +14,18 @@ import numpy.typing as npt
 
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError, RunError
-from featcache.files import join_names, prob_columns, require_file_place, write_csv
+from featcache.files import csv_text, join_names, prob_columns
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import load_run, require_same_features
 from featcache.heads.streaming import StoredFeatures
+from featcache.outputs import Output, csv_kind, write_output
 from featcache.runtime import resolve_device
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
+
+_COLUMNS, _COLUMNS_OF_LABELS, _LAST = ("path", "pred", "prob"), ("path", "preds"), ("failure",)
+_CSV = csv_kind("CSV of featcache predict", _COLUMNS, _COLUMNS_OF_LABELS, ends=_LAST)
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,24 @@ class Predictions:
 
         With several labels an image, ``preds`` holds their names joined by ``|`` and stands in
         place of pred and prob.
+
+        Raises:
+            ConfigError: If there is something that is no such CSV; an older one is replaced.
+            CacheError: If the disk is full or the folder cannot be written.
         """
+        self._write_csv(Output(file, "CSV", _CSV))
+
+    def _write_csv(self, output: Output) -> None:
         has_labels = self.task == "multilabel"
-        columns = ["preds"] if has_labels else ["pred", "prob"]
-        header = ["path", *columns, *prob_columns(self.classes), "failure"]
+        columns = _COLUMNS_OF_LABELS if has_labels else _COLUMNS
+        header = [*columns, *prob_columns(self.classes), *_LAST]
         rows: list[list[object]] = []
         for path, pred, probs in zip(self.paths, self.preds, self.probs, strict=True):
             cells = [join_names(pred)] if has_labels else [pred, float(probs.max())]
             rows.append([path, *cells, *map(float, probs), ""])
         blank = [""] * (len(header) - 2)
         rows += [[path, *blank, reason] for path, reason in self.failures]
-        write_csv(Path(file), header, rows)
+        write_output(output, csv_text(header, rows).encode())
 
 
 def predict(
@@ -139,8 +150,12 @@ def predict(
         raise ConfigError(
             "--average-views", expected="a cache, whose rows have views", found="images"
         )
+    output = None
     if csv is not None:
-        require_file_place(Path(csv), "--csv")
+        given = images if isinstance(images, list | tuple) else [images]
+        inputs = [cache, weights, *(i for i in given if isinstance(i, str | Path))]
+        output = Output(csv, "--csv", _CSV, inputs=inputs)
+        output.check()
     if cache is not None:
         predictions = _predict_cache(run, cache, device, average_views=average_views)
     else:
@@ -149,8 +164,8 @@ def predict(
         predictions = load_classifier(
             run, weights=weights, backbone=backbone, device=device, batch_size=batch_size
         ).predict(images)
-    if csv is not None:
-        predictions.write_csv(csv)
+    if output is not None:
+        predictions._write_csv(output)
     return predictions
 
 

@@ -5,8 +5,9 @@ Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,8 @@ from featcache.errors import (
     warn_user,
 )
 from featcache.evaluation.figures import draw_confusion
-from featcache.evaluation.predicted_rows import PredictedRows
-from featcache.files import (
-    readable_json,
-    require_file_place,
-    result_as_dict,
-    write_together,
-)
+from featcache.evaluation.predicted_rows import CSV, PredictedRows
+from featcache.files import read_regular, readable_json, result_as_dict
 from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import find_labelled
 from featcache.heads.run import (
@@ -40,6 +36,7 @@ from featcache.heads.run import (
 )
 from featcache.heads.streaming import StoredFeatures
 from featcache.metrics.scores import compute_metrics
+from featcache.outputs import Kind, Output, write_outputs
 from featcache.runtime import Say, silent
 from featcache.untrusted import why_no_file
 
@@ -156,10 +153,12 @@ def evaluate(
         raise ConfigError(
             "--positive", expected="one of " + ", ".join(loaded.classes), found=positive
         )
-    if csv is not None:
-        require_file_place(Path(csv), "--csv")
+    tables = [Output(csv, "--csv", CSV, inputs=[cache, cache_path(loaded)])] if csv else []
+    for table in tables:
+        table.check()
     opened = _open_own_cache(loaded) if cache is None else _open_other_cache(loaded, Path(cache))
     is_own = cache is None or opened.payload_sha256 == loaded.cache.get("payload_sha256")
+    figures = _figure_outputs(loaded, split) if is_own else []
     if is_own:
         _warn_of_training_rows(loaded, split)
     rows = _predict_rows(loaded, opened, split, say, average_views=average_views)
@@ -175,10 +174,10 @@ def evaluate(
         num_views=opened.split(split).num_views if average_views else 1,
         fingerprint=opened.fingerprint,
     )
-    files = {Path(csv): rows.as_csv().encode()} if csv is not None else {}
+    files = {table: rows.as_csv().encode() for table in tables}
     _say_result(result, say)
     if is_own:
-        _write_with_figures(loaded, result, files)
+        _write_with_figures(loaded, result, figures, files)
         kept = [f"{split}.json"] + [f"{split}_confusion.png"] * (
             result.confusion_matrix is not None
         )
@@ -186,23 +185,73 @@ def evaluate(
         say(f"written to {place}/{' and '.join(kept)}")
     else:
         if files:
-            write_together(files)
+            write_outputs(files)
         say("not kept in the run: another cache's figures would pass for its own")
     return result
 
 
-def _write_with_figures(run: Run, result: Evaluation, files: Mapping[Path, bytes]) -> None:
-    """Write the figures of the run's own cache into the run, and some files with them."""
+def _is_evaluation(path: Path) -> bool:
+    """Return whether a file is one of ``RUN/evaluation/SPLIT.json``."""
+    try:
+        facts = json.loads(read_regular(path, max_bytes=_MAX_FIGURES_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(facts, dict) and {"split", "accuracy", "fingerprint"} <= facts.keys()
+
+
+def _is_picture(path: Path) -> bool:
+    """Return whether a file is a PNG of the resolution that ``draw_confusion`` has."""
+    try:
+        data = read_regular(path, max_bytes=_MAX_FIGURES_BYTES)
+    except OSError:
+        return False
+    return data.startswith(b"\x89PNG\r\n\x1a\n") and _RESOLUTION in data[:200]
+
+
+_MAX_FIGURES_BYTES = 1 << 28
+_RESOLUTION = b"pHYs" + 2 * (5669).to_bytes(4) + b"\x01"  # 144 dots per inch, per metre
+_JSON = Kind("evaluation", "a new file, or an earlier evaluation", RunError, _is_evaluation,
+             may_be_link=False)  # fmt: skip
+_PICTURE = replace(_JSON, is_own=_is_picture)
+
+
+def _figure_outputs(run: Run, split: str) -> list[Output]:
+    """Return where a run keeps the figures of a split and their picture, checked.
+
+    Raises:
+        RunError: If one of them is a link or another file: a stranger's run must not lead
+            elsewhere.
+    """
     folder = run.path / "evaluation"
-    contents = {**files, folder / f"{result.split}.json": readable_json(result.as_dict()).encode()}
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise RunError(
+            "evaluation", expected="a folder in the run", found="a link or a file", where=folder,
+            hint="Remove it",
+        )  # fmt: skip
+    outputs = [
+        Output(folder / f"{split}.json", "evaluation", _JSON),
+        Output(folder / f"{split}_confusion.png", "evaluation", _PICTURE),
+    ]
+    for output in outputs:
+        output.check()
+    return outputs
+
+
+def _write_with_figures(
+    run: Run, result: Evaluation, figures: Sequence[Output], files: Mapping[Output, bytes]
+) -> None:
+    """Write the figures of the run's own cache into the run, and some files with them."""
+    folder, (facts, picture) = run.path / "evaluation", figures
+    contents = {**files, facts: readable_json(result.as_dict()).encode()}
     if result.confusion_matrix is not None:
         title = f"{run.path.resolve().name} on {result.split}, accuracy {result.accuracy:.3f}"
-        picture = draw_confusion(np.array(result.confusion_matrix), run.classes, title)
-        contents[folder / f"{result.split}_confusion.png"] = picture
+        matrix = np.array(result.confusion_matrix)
+        contents[picture] = draw_confusion(matrix, run.classes, title)
     is_new = not folder.exists()
     folder.mkdir(exist_ok=True)
+    _figure_outputs(run, result.split)  # again: it may be a link by now
     try:
-        write_together(contents)
+        write_outputs(contents)
     except BaseException:
         if is_new:
             folder.rmdir()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
-from featcache.files import result_as_dict
+from featcache.files import local_path, result_as_dict
 
 if TYPE_CHECKING:
     from featcache.heads.head import HeadConfig
@@ -108,7 +108,7 @@ def info(path: str | Path) -> CacheInfo | RunInfo:
         >>> featcache.info("covid.h5").classes  # doctest: +SKIP
         ('covid', 'normal')
     """
-    place = Path(path)
+    place = local_path(path, "cache or run")
     if place.is_dir():
         return _run_info(place)
     cache = open_cache(place, verify=False)

@@ -10,6 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.files import csv_text, join_names, prob_columns
+from featcache.outputs import csv_kind
+
+_COLUMNS = ("path", "group", "target", "pred")
+_COLUMNS_OF_LABELS = ("path", "group", "targets", "unknown", "preds")
+CSV = csv_kind("CSV of featcache evaluate", _COLUMNS, _COLUMNS_OF_LABELS)
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,13 @@ class PredictedRows:
     def as_csv(self) -> str:
         """Return a CSV with a line per row."""
         if self.has_labels:
-            header = ["path", "group", "targets", "unknown", "preds"]
+            header = [*_COLUMNS_OF_LABELS]
             cells = zip(
                 self._join(self.targets == 1), self._join(np.isnan(self.targets)),
                 self._join(self.preds), strict=True,
             )  # fmt: skip
         else:
-            header = ["path", "group", "target", "pred"]
+            header = [*_COLUMNS]
             names = ([self.classes[i] for i in which] for which in (self.targets, self.preds))
             cells = zip(*names, strict=True)
         rows = zip(self.paths, self.groups, cells, self.probs.tolist(), strict=True)

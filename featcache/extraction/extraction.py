@@ -34,7 +34,7 @@ from featcache.extraction.reports import (
     summarise,
 )
 from featcache.extraction.work import work
-from featcache.files import follow_link
+from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, resolve_device, silent
 from featcache.untrusted import real_path
@@ -151,18 +151,18 @@ def extract(
         progress=progress,
     )  # fmt: skip
     if isinstance(backbone, str | Backbone):
-        return _extract(Path(data), [(Path(cache), backbone)], options)[0]
-    targets = _name_caches(Path(cache), backbone, options)
-    return dict(zip(targets, _extract(Path(data), [*targets.values()], options), strict=True))
+        return _extract(data, [(local_path(cache, "CACHE"), backbone)], options)[0]
+    targets = _name_caches(local_path(cache, "CACHE"), backbone, options)
+    return dict(zip(targets, _extract(data, [*targets.values()], options), strict=True))
 
 
 def _extract(
-    data: Path, targets: Sequence[tuple[Path, str | Backbone]], options: ExtractionOptions
+    data: str | Path, targets: Sequence[tuple[Path, str | Backbone]], options: ExtractionOptions
 ) -> list[ExtractionSummary]:
     """Make the cache of each backbone, all from one pass over the images."""
     start = time.perf_counter()
     targets = [(follow_link(path), backbone) for path, backbone in targets]
-    dataset = _scan(data, [path for path, _ in targets], options)
+    dataset = _scan(local_path(data, "data"), [path for path, _ in targets], options)
     if not all(path.exists() for path, _ in targets):  # beside the building of backbone and engine
         acceleration.start_for(sum(sample.image_bytes for sample in dataset.samples))
     done: dict[Path, ExtractionSummary] = {}
@@ -235,16 +235,16 @@ def plan(
     """
     chosen = ExtractionOptions(**options)
     if isinstance(backbone, str | Backbone):
-        return _plan(Path(data), [(Path(cache), backbone)], chosen)[0]
-    targets = _name_caches(Path(cache), backbone, chosen)
-    return dict(zip(targets, _plan(Path(data), [*targets.values()], chosen), strict=True))
+        return _plan(data, [(local_path(cache, "CACHE"), backbone)], chosen)[0]
+    targets = _name_caches(local_path(cache, "CACHE"), backbone, chosen)
+    return dict(zip(targets, _plan(data, [*targets.values()], chosen), strict=True))
 
 
 def _plan(
-    data: Path, targets: Sequence[tuple[Path, str | Backbone]], options: ExtractionOptions
+    data: str | Path, targets: Sequence[tuple[Path, str | Backbone]], options: ExtractionOptions
 ) -> list[Projection]:
     targets = [(follow_link(path), backbone) for path, backbone in targets]
-    dataset = _scan(data, [path for path, _ in targets], options)
+    dataset = _scan(local_path(data, "data"), [path for path, _ in targets], options)
     jobs = [
         Job(path, dataset, _choose_recipe(dataset, backbone, options), options)
         for path, backbone in targets

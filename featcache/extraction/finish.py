@@ -61,6 +61,7 @@ def _write(job: Job) -> Cache:
         job.path, splits, identity=job.recipe.identity,
         provenance={**job.provenance, "truncated": truncated},
         classes=job.dataset.classes, task="multiclass", failures=job.ledger.failures,
+        publish=job.output.publish,
     )  # fmt: skip
     job.partial.remove()
     return cache

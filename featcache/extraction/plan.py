@@ -16,7 +16,7 @@ import torch
 
 from featcache.backbones.engine import Engine
 from featcache.cache.reading import Cache
-from featcache.cache.writing import partial_folder
+from featcache.cache.writing import CACHE, cache_lock, partial_folder
 from featcache.data.dataset import ImageDataset
 from featcache.errors import CacheError
 from featcache.extraction.ledger import Ledger
@@ -32,7 +32,7 @@ from featcache.extraction.update import (
     refuse_other_images,
 )
 from featcache.files import make_folder, remove_temporaries
-from featcache.locking import writer_lock
+from featcache.outputs import Output
 
 
 class Job:
@@ -48,6 +48,7 @@ class Job:
         partial: The unfinished cache. Change it only while holding its lock.
         ledger: What is known of the images.
         old: The cache that is there already and will be updated, or None.
+        output: Where the cache is to be, checked.
         provenance: How the rows were made.
         engine: What runs the network; None until it is chosen.
         images_per_second: How fast it went, None where nothing was run.
@@ -72,13 +73,15 @@ class Job:
         self.provenance: dict[str, Any] = {}
         self.engine: Engine | None = None
         self.images_per_second: float | None = None
-        self.old = self._open_old()
+        self.output, self.old = self._open_old()
 
-    def _open_old(self) -> Cache | None:
+    def _open_old(self) -> tuple[Output, Cache | None]:
+        output = Output(self.path, "CACHE", CACHE)
         old = open_existing(self.path, self.recipe, rebuild=self.options.rebuild)
         if old is not None:
             check_update(old, self.dataset, self.options.limit)
-        return old
+        output.check()
+        return output, old
 
     def _is_replaced(self) -> bool:
         return self.path.exists() if self.old is None else not self.old.container.is_current()
@@ -93,10 +96,10 @@ class Job:
     def locked(self) -> Iterator[None]:
         """Let nobody else write the cache; leave no folder behind where nothing was gained."""
         make_folder(self.path.parent)
-        with writer_lock(self.partial.folder / "lock", f"cache {self.path.name}"):
+        with cache_lock(self.path):
             try:
                 if self._is_replaced():  # before the lock was ours
-                    self.old = self._open_old()
+                    self.output, self.old = self._open_old()
                 yield
             finally:
                 self.partial.abandon()
@@ -106,10 +109,7 @@ class Job:
         folder = self.partial.folder
         if folder.exists():
             # Of another recipe, or in use: somebody's work.
-            with (
-                contextlib.suppress(CacheError),
-                writer_lock(folder / "lock", f"cache {self.path.name}"),
-            ):
+            with contextlib.suppress(CacheError), cache_lock(self.path):
                 self.partial.open()
                 remove_temporaries(self.path)
                 self.partial.remove()

@@ -42,6 +42,7 @@ _MAX_MANIFEST_BYTES = 1 << 28  # 150 bytes a shard of 16 MiB: features of 30 TB
 _MAX_COUNT = 1 << 48  # of rows and vectors
 _MAX_VIEWS = (1 << 16) - 1  # of an image, as the ledger counts them
 _FORMAT = "featcache-partial"
+_SHARD = re.compile(r"shard\.[0-9]+")
 _FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
 
 
@@ -241,9 +242,12 @@ class PartialCache:
         self.engine, self.provenance = engine, provenance
         self._write_manifest(running=True)
         listed = {receipt.file for receipt in self._shards}
-        for path in self.folder.glob("shard.*"):  # of a run that was forgotten, or is damaged
+        for path in self._find_shards():  # of a run that was forgotten, or is damaged
             if path.name not in listed:
                 path.unlink()
+
+    def _find_shards(self) -> list[Path]:
+        return [path for path in self.folder.glob("shard.*") if _SHARD.fullmatch(path.name)]
 
     def stop(self) -> None:
         """Note that the run ended by itself: nothing crashed the process.
@@ -294,7 +298,7 @@ class PartialCache:
         """Forget an earlier run: remove its manifest first, then its shards; keep the lock."""
         self._manifest.unlink(missing_ok=True)
         self._probing.unlink(missing_ok=True)
-        for shard in self.folder.glob("shard.*"):
+        for shard in self._find_shards():
             shard.unlink()
         self.forget()
 

@@ -24,9 +24,10 @@ def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
     """
     if not path.exists():
         return None
-    if path.is_dir():
+    if not path.is_file():  # to open a pipe would block
+        found = "a folder" if path.is_dir() else "a pipe or a device"
         raise ConfigError(
-            "CACHE", expected="a file", found="a folder", where=path, hint="Choose another name"
+            "CACHE", expected="a file", found=found, where=path, hint="Choose another name"
         )
     try:
         old = open_cache(path)

@@ -18,11 +18,17 @@ from featcache.cache.hdf5 import compare_with_hdf5
 from featcache.cache.integrity import METADATA, BadRow, Damage, find_damage, find_infinite
 from featcache.cache.reading import Cache, is_content, open_cache, read_cache
 from featcache.cache.repair import find_bad_rows, write_without
-from featcache.cache.writing import partial_folder
+from featcache.cache.writing import CACHE, cache_lock, partial_folder
 from featcache.errors import CacheError, printable
 from featcache.extraction.shards import is_whole, read_manifest
-from featcache.files import disk_error, result_as_dict, sync_folder
-from featcache.locking import writer_lock
+from featcache.files import (
+    disk_error,
+    follow_link,
+    local_path,
+    result_as_dict,
+    sync_folder,
+)
+from featcache.outputs import Output
 from featcache.runtime import Say, silent
 
 if TYPE_CHECKING:
@@ -113,7 +119,7 @@ def verify(
             ``repair``, if there is nothing left to build on.
         BackboneError: If the backbone cannot be built.
     """
-    path = Path(cache)
+    path = local_path(cache, "CACHE")
     _refuse_unfinished(path)
     how = {"samples": samples, "weights": weights, "backbone": backbone, "device": device}
     if repair:
@@ -237,7 +243,10 @@ def _array_sha256(cache: Cache, name: str) -> str:
 
 def _repair(path: Path, data: str | Path | None, how: dict[str, Any], say: Say) -> Verification:
     """Write the cache again without its bad rows; publish it once it is known to be good."""
+    path = follow_link(path)
     with _work_folder(path) as folder:
+        # Damaged, it may not look like a cache; what is published over is what was opened.
+        output = Output(path, "CACHE", replace(CACHE, is_own=lambda _: True))
         container = open_container(path, verify=False)
         damage = find_damage(container)
         bad_rows = find_bad_rows(container, damage)
@@ -260,7 +269,7 @@ def _repair(path: Path, data: str | Path | None, how: dict[str, Any], say: Say) 
                 bad_rows = [*bad_rows, *comparison.bad_rows]
         repaired = opened.path != path
         if repaired:
-            _publish(opened.path, path)
+            _publish(opened.path, output)
             opened = open_cache(path, verify=False)
     if not repaired:
         say("nothing to repair")
@@ -274,7 +283,7 @@ def _work_folder(path: Path) -> Iterator[Path]:
     """Hold the writer's lock of a cache; yield its folder, and leave nothing of ours in it."""
     folder = partial_folder(path)
     open_container(path, verify=False)  # a file that is none of ours gets no folder beside it
-    with writer_lock(folder / "lock", f"cache {path.name}"):
+    with cache_lock(path):
         try:
             yield folder
         finally:
@@ -284,13 +293,14 @@ def _work_folder(path: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _publish(new: Path, path: Path) -> None:
+def _publish(new: Path, output: Output) -> None:
     """Put a repaired cache in the place of the old one."""
     try:
-        new.replace(path)
-        sync_folder(path.parent)
+        shutil.copymode(output.target, new)
+        output.publish(new)
+        sync_folder(output.target.parent)
     except OSError as error:
-        raise disk_error(error, path, 4096) from error  # a folder's block
+        raise disk_error(error, output.path, 4096) from error  # a folder's block
 
 
 def _check_repaired(cache: Cache) -> None:

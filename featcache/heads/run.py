@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from featcache.errors import ConfigError, RunError, escaped, printable, warn_use
 from featcache.files import (
     canonical_json,
     json_sha256,
+    local_path,
     read_regular,
     write_bytes,
     write_csv,
@@ -35,6 +37,7 @@ from featcache.files import (
 )
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, build_head, state_layout
+from featcache.outputs import Kind, Output
 from featcache.runtime import Device, environment_facts
 from featcache.untrusted import find_fault, parse_json_object, real_path
 
@@ -88,6 +91,43 @@ class Run:
     task: str = "multiclass"
 
 
+_OWN_FILES = re.compile(
+    r"(run|environment|sweep|decision)\.json|head\.safetensors|rows\.bin|(history|trials)\.csv"
+    r"|evaluation(/[a-z]+(\.json|_confusion\.png))?"
+)
+"""What verbs write into a run. Other files in it are the user's: such a run is not replaced."""
+
+
+def is_run(path: Path) -> bool:
+    """Return whether ``path`` is the folder of a run, of any version, damaged or not."""
+    try:
+        facts = json.loads(read_regular(path / "run.json", max_bytes=_MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(facts, dict) and facts.get("format") == FORMAT
+
+
+def _list_others(run: Path) -> list[str]:
+    """Return the names of files in a run's folder that are not the run's."""
+    paths = {path.relative_to(run).as_posix(): path for path in sorted(run.rglob("*"))}
+    return [
+        name for name, path in paths.items()
+        if not _OWN_FILES.fullmatch(name) or path.is_symlink()
+        or path.is_dir() != (name == "evaluation")
+    ]  # fmt: skip
+
+
+RUN = Kind(
+    "run", "a new or empty folder", RunError, is_run, switch="--overwrite", is_folder=True,
+    list_others=_list_others,
+)  # fmt: skip
+
+
+def run_output(run: str | Path, *, overwrite: bool, inputs: Sequence[str | Path | None]) -> Output:
+    """Return the folder of a new run as an output; ``inputs`` are what it is made of."""
+    return Output(run, "output folder", RUN, replace=overwrite, inputs=inputs)
+
+
 def write_run(
     folder: Path,
     *,
@@ -105,7 +145,7 @@ def write_run(
     """Write the files of a run into ``folder`` and return the sha256 of its weights.
 
     Args:
-        folder: An existing folder, as a rule the one that ``files.new_folder`` gives.
+        folder: An existing folder, as a rule the one that ``outputs.new_folder`` gives.
         head: The shape of the head.
         state: Its state dict, of arrays or of torch tensors on the CPU.
         training: A JSON object: how it was trained.
@@ -152,7 +192,7 @@ def load_run(path: str | Path) -> Run:
     Raises:
         RunError: If something is missing, damaged, edited or of a newer version.
     """
-    folder = Path(path)
+    folder = local_path(path, "run")
     facts = _read_facts(folder)
     try:
         head = HeadConfig.from_json(facts["head"])

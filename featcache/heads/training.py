@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from featcache.cache.reading import Cache, open_cache, warn_of_leaks
 from featcache.errors import ConfigError, printable
-from featcache.files import new_folder, refuse_existing, result_as_dict
+from featcache.files import local_path, result_as_dict
 from featcache.heads.config import (
     LBFGS,
     MAX_ITERATIONS,
@@ -32,7 +32,8 @@ from featcache.heads.config import (
 from featcache.heads.fit import fit_head
 from featcache.heads.head import HeadConfig
 from featcache.heads.rows import Part, Targets, check_cache, choose_rows, read_rows
-from featcache.heads.run import record_fit
+from featcache.heads.run import record_fit, run_output
+from featcache.outputs import new_folder
 from featcache.runtime import Say, resolve_device, silent
 
 _IMBALANCE = 5  # beyond 1:5 the loss of the rare class is easily drowned
@@ -160,7 +161,8 @@ def train(
         >>> featcache.train("covid.h5", "runs/covid", seed=1)  # doctest: +SKIP
     """
     start, folder = time.perf_counter(), Path(run)
-    refuse_existing(folder, overwrite=overwrite)
+    output = run_output(run, overwrite=overwrite, inputs=[local_path(cache, "CACHE")])
+    output.check()
     training = TrainingConfig(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
@@ -186,7 +188,7 @@ def train(
     parts = choose_rows(opened, valid_fraction, order_seed, say)
     _say_counts(opened, parts, training, say)
     head = HeadConfig(opened.num_features, len(opened.classes), tuple(hidden), dropout)
-    with new_folder(folder, overwrite=overwrite) as partial:
+    with new_folder(output) as partial:
         fit_start = time.perf_counter()
         features, valid_features = read_rows(parts, where, say)
         result = fit_head(
@@ -197,7 +199,7 @@ def train(
         fit_seconds = time.perf_counter() - fit_start
         num_train, num_valid = (len(part.rows) for part in parts)
         weights_sha256 = record_fit(
-            partial, folder, opened, head=head, training=training, result=result, seed=seed,
+            partial, output.target, opened, head=head, training=training, result=result, seed=seed,
             data_seed=order_seed, device=where, num_train=num_train,
             valid_fraction=valid_fraction,
         )  # fmt: skip

@@ -9,9 +9,8 @@ Reads: a cache. Writes: a run folder.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,13 @@ from typing import Any
 
 from featcache import __version__
 from featcache.cache.reading import open_cache, warn_of_leaks
-from featcache.errors import ConfigError, RunError, printable
+from featcache.errors import ConfigError, printable
 from featcache.files import (
+    beside,
     canonical_json,
-    new_folder,
+    local_path,
+    make_folder,
     read_regular,
-    refuse_existing,
     remove_temporaries,
     result_as_dict,
     write_csv,
@@ -35,9 +35,10 @@ from featcache.files import (
 from featcache.heads.config import check_seed, check_valid_fraction
 from featcache.heads.fit import fit_head
 from featcache.heads.rows import check_cache, choose_rows
-from featcache.heads.run import record_fit
-from featcache.locking import writer_lock
+from featcache.heads.run import record_fit, run_output
+from featcache.locking import folder_lock, remove_lock
 from featcache.metrics.scores import check_metric
+from featcache.outputs import Output, new_folder
 from featcache.runtime import Say, resolve_device, silent
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.journal import Journal
@@ -51,7 +52,7 @@ SAMPLERS = ("random", "grid", "tpe")
 SELECTIONS = ("safe", "best")
 _TPE_TRIALS = 16  # of a round, between which it learns
 _MAX_TRIALS = 1_000_000
-_JOURNAL_NAME, _LOCK_NAME, _ANSWER_NAME = "journal.jsonl", "lock", "sweep.json"
+_JOURNAL_NAME, _ANSWER_NAME = "journal.jsonl", "sweep.json"
 _MAX_ANSWER_BYTES = 1 << 24
 _SHOWN = 10
 
@@ -168,9 +169,11 @@ def sweep(
         >>> featcache.sweep("covid.h5", "runs/best", trials=200)  # doctest: +SKIP
     """
     start, folder = time.perf_counter(), Path(run)
-    journal_folder = folder.absolute().with_name(folder.absolute().name + ".sweep")
+    inputs = [local_path(cache, "CACHE"), space]
+    output = run_output(run, overwrite=overwrite, inputs=inputs)
+    journal_folder = beside(output.target, ".sweep")
     if not (journal_folder / _JOURNAL_NAME).exists():
-        refuse_existing(folder, overwrite=overwrite)
+        output.check()
     _check_options(trials, sampler, folds, repeats, select)
     seed = check_seed("--seed", seed)
     valid_fraction = check_valid_fraction(valid_fraction)
@@ -200,13 +203,21 @@ def sweep(
     search = Search(plan, judge, pool, propose, progress=progress)
     _check_metric_is_known(judge, pool, search)
     _say_plan(plan, judge, pool, say)
-    with _locked(journal_folder, folder):
-        overwrite = _may_replace(folder, journal_folder, work, overwrite=overwrite)
-        journal = Journal(journal_folder / _JOURNAL_NAME, work)
-        if journal.entries:
-            say(f"going on with what {printable(journal_folder.as_posix())} has")
-        found = search.search(journal)
-        summary = _write(folder, found, pool, judge, work, start=start, overwrite=overwrite)
+    make_folder(output.target.parent)
+    with folder_lock(journal_folder, f"sweep {folder}", re.escape(_JOURNAL_NAME)):
+        may_replace = overwrite or _is_from_this(journal_folder, output.target, work)
+        output = run_output(run, overwrite=may_replace, inputs=inputs)
+        try:
+            with new_folder(output) as partial:
+                journal = Journal(journal_folder / _JOURNAL_NAME, work)
+                if journal.entries:
+                    say(f"going on with what {printable(journal_folder.as_posix())} has")
+                found = search.search(journal)
+                summary = _write(partial, found, pool, judge, work, start=start, output=output)
+        except BaseException:
+            if not (journal_folder / _JOURNAL_NAME).exists():
+                _remove_journal(journal_folder)
+            raise
         _remove_journal(journal_folder)
     _say_result(summary, found, judge, say)
     return summary
@@ -283,33 +294,13 @@ def _import_optuna() -> Any:
     return optuna
 
 
-def _locked(journal_folder: Path, run: Path) -> contextlib.AbstractContextManager[None]:
-    if sys.platform == "win32":  # has no flock
-        journal_folder.mkdir(parents=True, exist_ok=True)
-        return contextlib.nullcontext()
-    return writer_lock(journal_folder / _LOCK_NAME, f"sweep {run}")
+def _is_from_this(journal_folder: Path, run: Path, work: Mapping[str, Any]) -> bool:
+    """Return whether a run was written by this very sweep, killed before its journal was removed.
 
-
-def _may_replace(
-    folder: Path, journal_folder: Path, work: Mapping[str, Any], *, overwrite: bool
-) -> bool:
-    """Return whether a run that is there may be replaced, now that no other sweep can make one.
-
-    A sweep that was killed between writing its run and removing its journal writes it once more.
-
-    Raises:
-        RunError: If one is there that may not: another sweep's that ended before the lock was ours.
+    It is then written once more.
     """
     has_journal = (journal_folder / _JOURNAL_NAME).exists()
-    if has_journal and _read_work(folder) == parse_json(canonical_json(work)):
-        return True
-    try:
-        refuse_existing(folder, overwrite=overwrite)
-    except RunError:
-        if not has_journal:
-            _remove_journal(journal_folder)
-        raise
-    return overwrite
+    return has_journal and bool(_read_work(run) == parse_json(canonical_json(work)))
 
 
 def _read_work(run: Path) -> Any:
@@ -324,37 +315,34 @@ def _read_work(run: Path) -> Any:
 def _remove_journal(folder: Path) -> None:
     """Remove what is ours, under its lock; the lock last."""
     remove_temporaries(folder / _JOURNAL_NAME)
-    for name in (_JOURNAL_NAME, _LOCK_NAME):
-        (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # others' files stay
-        folder.rmdir()
+    (folder / _JOURNAL_NAME).unlink(missing_ok=True)
+    remove_lock(folder)  # and the folder, unless others' files are in it
 
 
 def _write(
-    folder: Path, found: Found, pool: Pool, judge: Judge, work: Mapping[str, Any],
-    *, start: float, overwrite: bool,
+    partial: Path, found: Found, pool: Pool, judge: Judge, work: Mapping[str, Any],
+    *, start: float, output: Output,
 ) -> SweepSummary:  # fmt: skip
-    """Train what was chosen as ``train`` would, and write it."""
+    """Train what was chosen as ``train`` would, and write it into the folder ``partial``."""
     options = found.trials[found.chosen].params
     arrays, cache, seed = pool.take(pool.pair), pool.cache, work["seed"]
     head, training = build_configs(options, cache.num_features, len(cache.classes))
-    with new_folder(folder, overwrite=overwrite) as partial:
-        result = fit_head(
-            head, training, *arrays, seed=seed, data_seed=seed, device=judge.device,
-            classes=cache.classes,
-        )  # fmt: skip
-        decision = None if found.decision is None else found.decision.as_json()
-        weights_sha256 = record_fit(
-            partial, folder, cache, head=head, training=training, result=result, seed=seed,
-            data_seed=seed, device=judge.device, num_train=len(arrays[1]),
-            valid_fraction=work["valid_fraction"],
-            details={"sweep": {"trial": found.chosen, "trials": len(found.trials)}},
-        )  # fmt: skip
-        write_csv(partial / "trials.csv", *trial_rows(found.trials))
-        write_json(partial / _ANSWER_NAME, {"sweep": dict(work), "decision": decision})
+    result = fit_head(
+        head, training, *arrays, seed=seed, data_seed=seed, device=judge.device,
+        classes=cache.classes,
+    )  # fmt: skip
+    decision = None if found.decision is None else found.decision.as_json()
+    weights_sha256 = record_fit(
+        partial, output.target, cache, head=head, training=training, result=result, seed=seed,
+        data_seed=seed, device=judge.device, num_train=len(arrays[1]),
+        valid_fraction=work["valid_fraction"],
+        details={"sweep": {"trial": found.chosen, "trials": len(found.trials)}},
+    )  # fmt: skip
+    write_csv(partial / "trials.csv", *trial_rows(found.trials))
+    write_json(partial / _ANSWER_NAME, {"sweep": dict(work), "decision": decision})
     kept = result.history[result.best_epoch - 1]
     return SweepSummary(
-        run=folder, num_trials=len(found.trials),
+        run=output.path, num_trials=len(found.trials),
         num_pruned=sum(trial.state == "pruned" for trial in found.trials),
         num_failed=len(found.failed), metric=judge.description,
         top=[

@@ -29,8 +29,9 @@ def test_rows_are_the_arrays_rows_in_float32(tmp_path: Path) -> None:
         values = np.random.default_rng(1).normal(size=(5, 2, 3)).astype(dtype)
         for features in (values, values[:, 0]):
             cache = write_cache(
-                tmp_path / "c.h5", features, [0, 1, -1, 1, 0], list("abcde"), classes=["x", "y"]
-            )
+                tmp_path / "c.h5", features, [0, 1, -1, 1, 0], list("abcde"), classes=["x", "y"],
+                overwrite=True,
+            )  # fmt: skip
             split = cache.split("all")
             assert split.features.dtype == split.read_features().dtype == dtype
             assert same(split.features, features)
@@ -124,7 +125,8 @@ def test_an_open_cache_never_mixes_in_rows_of_a_file_that_replaced_it(
     path = tmp_path / "c.h5"
     cache = write_cache(path, np.ones((4, 8), np.float32), [0] * 4, list("abcd"), classes="xy")
     before = path.stat()
-    write_cache(path, np.full((4, 8), 2, np.float32), [1] * 4, list("efgh"), classes="xy")
+    rows = np.full((4, 8), 2, np.float32)
+    write_cache(path, rows, [1] * 4, list("efgh"), classes="xy", overwrite=True)
     assert path.stat().st_size == before.st_size
     if keep_time:  # cp -p, rsync -t
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -143,8 +145,9 @@ def test_an_open_cache_survives_its_replacement_where_it_was_read(tmp_path: Path
     truth = features.copy()
     for i in range(5):
         write_cache(
-            tmp_path / "c.h5", np.ones((9, 9), np.float32), [i] * 9, "abcdefghi", classes="abcde"
-        )
+            tmp_path / "c.h5", np.ones((9, 9), np.float32), [i] * 9, "abcdefghi", classes="abcde",
+            overwrite=True,
+        )  # fmt: skip
     assert same(features.copy(), truth)
 
 

@@ -29,7 +29,7 @@ def write_some(path: Path, *, groups: bool = True, views: int = 0, dtype: str = 
         {s: rng.integers(-1, 2, len(rows)) for s, rows in features.items()},
         {s: [f"{s}/{'x' * i}{i}.png" for i in range(len(rows))] for s, rows in features.items()},
         classes=["covid", "no"], identity={"backbone": "b"},
-        groups={"train": [f"g{i}" for i in range(7)]} if groups else None,
+        groups={"train": [f"g{i}" for i in range(7)]} if groups else None, overwrite=True,
     )  # fmt: skip
     return path
 
@@ -123,8 +123,9 @@ def test_a_row_is_bound_to_what_it_means(tmp_path: Path) -> None:
     for classes in (["p", "q"], ["q", "p"], ["p", "q", "r"]):
         for name in ("b0", "b1"):
             cache = write_cache(
-                tmp_path / "c.h5", *facts, classes=classes, identity={"backbone": name}
-            )
+                tmp_path / "c.h5", *facts, classes=classes, identity={"backbone": name},
+                overwrite=True,
+            )  # fmt: skip
             seen |= set(cache.splits["all"].row_crc32.tolist())
     assert len(seen) == 12
 

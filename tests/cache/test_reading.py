@@ -213,7 +213,7 @@ def test_the_content_hash_changes_with_content_and_with_nothing_else(tmp_path: P
     turned = [3, 1, 0, 2]
 
     def content(**change: Any) -> str:
-        cache = write_cache(tmp_path / "c.h5", **(base | change))
+        cache = write_cache(tmp_path / "c.h5", **(base | change), overwrite=True)
         assert open_cache(tmp_path / "c.h5").content_sha256 == cache.content_sha256
         return cache.content_sha256
 

@@ -16,6 +16,7 @@ from failing import failing
 from sample_caches import TINY, rewrite
 from sample_images import write_image, write_tree
 
+from featcache import outputs
 from featcache.backbones.backbone import Backbone
 from featcache.cache import repair
 from featcache.cache.reading import Cache, open_cache
@@ -155,14 +156,10 @@ def test_a_repaired_file_that_cannot_be_put_in_place_leaves_the_old_one(
     flip(path, "splits/train/features", 5)
     before = path.read_bytes()
 
-    real = Path.replace
+    def exchange(*_: object) -> bool:
+        raise OSError(errno.EROFS, "Read-only file system")
 
-    def replace(self: Path, target: Path) -> Path:
-        if target == path:
-            raise OSError(errno.EROFS, "Read-only file system")
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(outputs, "exchange", exchange)
     with pytest.raises(CacheError, match=r"^writing: expected a writable folder, found Read-only"):
         verify(path, repair=True)
     assert path.read_bytes() == before
@@ -345,6 +342,7 @@ def test_an_unfinished_update_beside_it_stays(folder: Path) -> None:
     path = folder / "c.h5"
     partial_folder(path).mkdir()
     (partial_folder(path) / "manifest.json").write_text(json.dumps({"any": 1}))
+    (partial_folder(path) / "lock").write_text("process 1 on this since then")
     flip(path, "splits/train/features", 5)
     assert verify(path, repair=True).repaired
     assert sorted(p.name for p in partial_folder(path).iterdir()) == ["lock", "manifest.json"]

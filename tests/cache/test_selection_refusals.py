@@ -39,6 +39,9 @@ def test_an_existing_file_is_kept_unless_rebuild_is_given(make: Any, tmp_path: P
     assert (tmp_path / "letter").read_text() == "dear"
     partial_folder(tmp_path / "new.h5").mkdir()
     (partial_folder(tmp_path / "new.h5") / "manifest.json").write_text("{}")
+    with pytest.raises(CacheError, match=r"found new\.h5\.partial of somebody else"):
+        select(a.path, tmp_path / "new.h5", rebuild=True)
+    (partial_folder(tmp_path / "new.h5") / "lock").write_text("process 7 on this since then")
     with pytest.raises(CacheError, match="an unfinished extraction of that name"):
         select(a.path, tmp_path / "new.h5")
     assert (partial_folder(tmp_path / "new.h5") / "manifest.json").exists()
@@ -46,7 +49,7 @@ def test_an_existing_file_is_kept_unless_rebuild_is_given(make: Any, tmp_path: P
         select(a.path, tmp_path / "new.h5", classes=["z"], rebuild=True)
     assert (partial_folder(tmp_path / "new.h5") / "manifest.json").exists()
     select(a.path, tmp_path / "new.h5", rebuild=True)
-    (tmp_path / ".new.h5.77.tmp").write_bytes(b"of a run that was killed")
+    (tmp_path / ".new.h5.0123456789abcdef.tmp").write_bytes(b"of a run that was killed")
     damaged = bytearray((tmp_path / "new.h5").read_bytes())
     damaged[-1] ^= 1
     (tmp_path / "new.h5").write_bytes(damaged)
@@ -75,7 +78,7 @@ def test_damaged_and_odd_sources_are_refused(make: Any, tmp_path: Path) -> None:
     for value in (np.nan, np.inf):
         odd = write_cache(
             tmp_path / "odd.h5", np.ones((2, 3), np.float32), [0, 0], ["p", "q"], classes=["x"],
-            identity=IDENTITY,
+            identity=IDENTITY, overwrite=True,
         )  # fmt: skip
         data = bytearray(odd.path.read_bytes())
         entry = odd.container.arrays["splits/all/features"]
@@ -117,4 +120,4 @@ def test_a_full_disk_says_what_is_needed_and_leaves_nothing(make: Any, tmp_path:
         text = refused(tmp_path, CacheError, a)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert re.search(r"disk space: expected [\d,]+ bytes, found [\d,]+ bytes free", text)
+    assert re.search(r"file size: expected [\d,]+ bytes, found a limit", text)

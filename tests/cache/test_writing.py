@@ -16,7 +16,7 @@ from sample_containers import same
 
 from featcache.cache.reading import Failure, open_cache
 from featcache.cache.writing import SplitRows, os_bytes, write_cache, write_rows
-from featcache.errors import CacheError, DataError, FeatcacheError
+from featcache.errors import CacheError, ConfigError, DataError, FeatcacheError
 
 FEATURES = np.arange(12, dtype=np.float32).reshape(4, 3)
 BASE: dict[str, Any] = {
@@ -106,7 +106,7 @@ def test_no_rows_and_no_classes_are_fine(tmp_path: Path) -> None:
         tmp_path / "c.h5", np.empty((0, 3), np.float32), np.empty(0, int), [], classes=[]
     )
     assert (len(cache.split("all")), cache.split("all").paths, cache.classes) == (0, [], ())
-    cache = write_cache(tmp_path / "c.h5", FEATURES, [-1] * 4, list("abcd"), classes=[])
+    cache = write_cache(tmp_path / "d.h5", FEATURES, [-1] * 4, list("abcd"), classes=[])
     assert cache.split("all").targets.tolist() == [-1] * 4
 
 
@@ -121,18 +121,21 @@ def test_integers_of_any_width_and_layouts_of_any_kind_are_taken(tmp_path: Path)
             array = np.asarray(features, np.float32)
             targets = np.array(BASE["targets"], dtype)
             cache = write_cache(
-                tmp_path / "a", array, targets, BASE["paths"], classes=BASE["classes"]
-            )
+                tmp_path / "a", array, targets, BASE["paths"], classes=BASE["classes"],
+                overwrite=True,
+            )  # fmt: skip
             assert cache.content_sha256 == base
 
 
 def test_the_identity_says_what_the_arrays_are(tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "c.h5", **BASE)
     assert cache.identity == {"backbone": "unknown", "num_features": 3, "feature_dtype": "float32"}
-    cache = write_cache(tmp_path / "c.h5", **BASE, identity={"backbone": "mine", "n": 1})
+    cache = write_cache(
+        tmp_path / "c.h5", **BASE, identity={"backbone": "mine", "n": 1}, overwrite=True
+    )
     assert cache.identity["backbone"] == "mine"
     assert cache.provenance == {}
-    cache = write_cache(tmp_path / "c.h5", **BASE, provenance={"gpu": "H200"})
+    cache = write_cache(tmp_path / "c.h5", **BASE, provenance={"gpu": "H200"}, overwrite=True)
     assert cache.provenance == {"gpu": "H200"}
 
 
@@ -241,7 +244,9 @@ def test_splits_that_do_not_fit_each_other_are_refused(
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"^writing: expected a writable folder"):
+    with pytest.raises(
+        CacheError, match=r"^write_cache: expected a new file, found no such folder"
+    ):
         write_cache(tmp_path / "no" / "c.h5", **BASE)
     assert list(tmp_path.iterdir()) == []
 
@@ -265,7 +270,7 @@ paths = [f"{i:05d}" for i in range(2000)]
 for version in itertools.count():
     rows = np.full((2000, 64), version, np.float32)
     write_cache(sys.argv[1], rows, np.zeros(2000, int), paths, classes=["x"],
-                identity={"version": version})
+                identity={"version": version}, overwrite=True)
     print(version, flush=True)
 """
 
@@ -288,6 +293,22 @@ def test_a_kill_leaves_the_old_or_the_new_cache(tmp_path: Path) -> None:
         version = cache.identity["version"]
         assert version in (done, done + 1), "a cache that was reported written was lost"
         assert np.unique(cache.split("all").features).tolist() == [version]
+
+
+def test_a_cache_that_is_there_is_replaced_when_asked_and_other_files_never(tmp_path: Path) -> None:
+    path, letter = tmp_path / "c.h5", tmp_path / "letter.h5"
+    letter.write_text("dear")
+    before = write_cache(path, **BASE).payload_sha256
+    with pytest.raises(CacheError, match=r"a cache that is there already.*overwrite=True"):
+        write_cache(path, **BASE, provenance={"n": 2})
+    assert open_cache(path).payload_sha256 == before
+    assert write_cache(path, **BASE, provenance={"n": 2}, overwrite=True).payload_sha256 != before
+    with pytest.raises(CacheError, match="something that is no cache"):
+        write_cache(letter, **BASE, overwrite=True)
+    with pytest.raises(ConfigError, match=r"found a URL, s3://bucket/c\.h5"):
+        write_cache("s3://bucket/c.h5", **BASE)
+    assert letter.read_text() == "dear"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5", "letter.h5"]
 
 
 def test_a_writer_that_fails_half_way_leaves_the_old_cache(tmp_path: Path) -> None:

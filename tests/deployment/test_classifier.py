@@ -122,7 +122,7 @@ def test_export_of_a_network_without_classifier(run: Path, tree: Path, tmp_path:
 def test_an_export_never_replaces_a_file(run: Path, tmp_path: Path) -> None:
     classifier = load_classifier(run, backbone=TINY)
     (tmp_path / "out.pt").write_bytes(b"mine")
-    with pytest.raises(RunError, match="an existing file"):
+    with pytest.raises(RunError, match="something already there"):
         classifier.export(tmp_path / "out.pt")
     assert (tmp_path / "out.pt").read_bytes() == b"mine"
     with pytest.raises(RunError, match="no such folder"):

@@ -103,7 +103,7 @@ def test_a_cache_of_odd_provenance_is_updated(
     write_cache(
         tmp_path / "c.h5", {n: np.array(s.features) for n, s in splits},
         {n: np.array(s.targets) for n, s in splits}, {n: s.paths for n, s in splits},
-        classes=cache.classes, identity=cache.identity, provenance=odd,
+        classes=cache.classes, identity=cache.identity, provenance=odd, overwrite=True,
     )  # fmt: skip
     with warnings.catch_warnings():  # of a precision that is none
         warnings.simplefilter("ignore", FeatcacheWarning)

@@ -131,7 +131,7 @@ except FeatcacheError as error:
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert b"disk space: expected" in done.stderr
+    assert b"file size: expected" in done.stderr
     assert not (tmp_path / "c.h5").exists()
     assert list(tmp_path.glob(".*tmp")) == []
 

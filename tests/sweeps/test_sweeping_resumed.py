@@ -127,11 +127,11 @@ def test_a_run_made_while_the_lock_was_awaited_is_not_replaced(
     tmp_path: Path, go: Callable[..., SweepSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of one command: the second comes to the lock when the first has just ended."""
-    locked = sweeping._locked
+    locked = sweeping.folder_lock
 
     @contextlib.contextmanager
     def late(*arguments: Any) -> Iterator[None]:
-        monkeypatch.setattr(sweeping, "_locked", locked)
+        monkeypatch.setattr(sweeping, "folder_lock", locked)
         go()
         with locked(*arguments):
             yield
@@ -139,7 +139,7 @@ def test_a_run_made_while_the_lock_was_awaited_is_not_replaced(
     made: list[Any] = []
     journal = sweeping.Journal
     monkeypatch.setattr(sweeping, "Journal", lambda *a: made.append(a) or journal(*a))
-    monkeypatch.setattr(sweeping, "_locked", late)
+    monkeypatch.setattr(sweeping, "folder_lock", late)
     with pytest.raises(RunError, match="output folder"):
         go()
     assert len(made) == 1, "the second tried nothing"

@@ -16,6 +16,7 @@ import fcntl
 import io
 import os
 import random
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+
+from featcache import files
 
 Files = dict[str, bytes | None]
 """What lies in a folder: ``/``-separated name -> bytes, None for a folder."""
@@ -35,6 +38,7 @@ _real = SimpleNamespace(
     open=io.open, FileIO=io.FileIO, os_open=os.open, close=os.close, replace=os.replace,
     unlink=os.unlink, mkdir=os.mkdir, rmdir=os.rmdir, stat=os.stat, scandir=os.scandir,
     listdir=os.listdir, posix_fallocate=os.posix_fallocate, flock=fcntl.flock,
+    rename_by=files._rename_by,
 )  # fmt: skip
 _GROWING = {"create", "write", "allocate", "mkdir"}
 _CHANGING = {*_GROWING, "truncate", "sync", "rename", "unlink", "rmdir"}
@@ -82,7 +86,7 @@ class Disk:
     has_failed: bool = False
 
     def __post_init__(self) -> None:
-        self._is_full = False
+        self._is_full, self._num_drawn = False, 0
         self._handles: dict[int, int] = {}  # of open files and folders -> inode
         # What is there at the start is there for good: inode -> bytes, or name -> inode.
         self._first: dict[int, bytes | dict[str, int]] = {0: {}}
@@ -111,7 +115,8 @@ class Disk:
             (os, "scandir", self._reading(_real.scandir, "list")),
             (os, "listdir", self._reading(_real.listdir, "list")),
             (os, "posix_fallocate", self._allocate), (fcntl, "flock", self._lock),
-            (os, "getpid", lambda: self.pid),
+            (os, "getpid", lambda: self.pid), (files, "_rename_by", self._rename_by),
+            (secrets, "token_hex", self._draw),
         ]  # fmt: skip
         for owner, name, function in replaced:
             self._patches.enter_context(mock.patch.object(owner, name, function))
@@ -240,6 +245,22 @@ class Disk:
         with self._call("rename"):
             _real.replace(source, target)
             self._rewire((one, None), (other, self._inode(one)))
+
+    def _rename_by(self, flag: int, source: Any, target: Any) -> None:
+        """Stand for renameat2: replace nothing, or exchange two names at once."""
+        one, other = self._relative(source), self._relative(target)
+        assert one is not None
+        assert other is not None
+        is_exchange = flag == files._RENAME_EXCHANGE
+        with self._call("rename"):
+            _real.rename_by(flag, source, target)
+            self._rewire(
+                (one, self._inode(other) if is_exchange else None), (other, self._inode(one))
+            )
+
+    def _draw(self, _: int) -> str:
+        self._num_drawn += 1
+        return f"{self.pid:08x}{self._num_drawn:08x}"
 
     def _changing(self, function: Callable[..., None], kind: str, path: Any, **options: Any) -> str:
         name = self._relative(path)

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache import files
+from featcache import files, locking, outputs
 from featcache.backbones.backbone import Backbone
 from featcache.cache import hdf5
 from featcache.cache.reading import open_cache
@@ -31,7 +31,9 @@ from featcache.errors import FeatcacheError
 from featcache.extraction import shards
 from featcache.extraction.extraction import extract
 from featcache.extraction.shards import PartialCache, Receipt
-from featcache.files import new_folder, write_json
+from featcache.files import write_json
+from featcache.heads.run import run_output
+from featcache.outputs import Output, new_folder
 
 fcntl = pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")
 
@@ -124,11 +126,11 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> d
         return disk.after_kill(disk.marks[1][0])
 
     def write_run(root: Path, text: str, *, overwrite: bool) -> int:
-        with new_folder(root / "run", overwrite=overwrite) as folder:
-            (folder / "head.bin").write_bytes(text.encode() * 3000)
+        with new_folder(run_output(root / "run", overwrite=overwrite, inputs=[])) as folder:
+            (folder / "head.safetensors").write_bytes(text.encode() * 3000)
             (folder / "evaluation").mkdir()
             write_json(folder / "evaluation" / "test.json", {"is": text})
-            write_json(folder / "run.json", {"is": text})
+            write_json(folder / "run.json", {"is": text, "format": "featcache-run"})
         return 0
 
     def cached(name: str, start: Files) -> Scenario:
@@ -379,8 +381,8 @@ def careless_writer(
     """Return an ``atomic_writer`` that forgets something."""
 
     @contextlib.contextmanager
-    def writer(path: Path) -> Iterator[Any]:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp") if rename else path
+    def writer(path: Path, publish: Callable[[Path], object] | None = None) -> Iterator[Any]:
+        temporary = path.with_name(f".{path.name}.{os.getpid():016}.tmp") if rename else path
         try:
             with temporary.open("wb", buffering) as file:
                 yield file
@@ -421,6 +423,13 @@ def writer_is(writer: Callable[[Path], Any]) -> list[tuple[Any, str, Any]]:
     return [(files, "atomic_writer", writer), (hdf5, "atomic_writer", writer)]
 
 
+def forget_the_old(
+    self: Output, temporary: Path, *, publish: Callable[..., Any] = Output.publish
+) -> None:
+    """Stand for ``Output.publish``, and do not say where the old run lies now."""
+    publish(self, temporary)
+
+
 LATE = LateShards()
 MUTANTS: dict[str, tuple[str, list[tuple[Any, str, Any]], str]] = {
     "no fsync of a file": (
@@ -449,10 +458,11 @@ MUTANTS: dict[str, tuple[str, list[tuple[Any, str, Any]], str]] = {
         "resumed run", [(PartialCache, "is_worthless", True)], "EIO: promised work was lost"
     ),
     "a run's folder without fsync": (
-        "run folder", [(files, "sync_folder", lambda _: None)], "power cut: a false done"
+        "run folder", [(module, "sync_folder", lambda _: None) for module in (outputs, locking)],
+        "power cut: a false done"
     ),
     "an old run that stays": (
-        "run overwritten", [(files.glob, "escape", lambda _: "another")], "killed: left behind"
+        "run overwritten", [(Output, "publish", forget_the_old)], "killed: left behind"
     ),
 }  # fmt: skip
 

@@ -142,7 +142,7 @@ def test_files_of_a_limited_size_are_one_line_and_without_the_limit_it_ends_equa
         result = place.run(
             "extract", place.old, cache, *OPTIONS, before=(SMALL_SHARDS, ("end_for_real",), limited)
         )
-        assert "bytes free" in result.error()
+        assert "error: file size: expected" in result.error()
         assert names(tmp_path) <= {"c.h5.partial"}
         assert not list(tmp_path.glob("c.h5.partial/.*"))
         tally("full disk", "limit of file sizes")
