@@ -26,7 +26,13 @@ IMAGES = {"pixels", "backbones", "extraction"}
 OWNERS = {
     "h5py": {"cache/hdf5.py"},
     "click": {"cli/main.py", "cli/cache_commands.py", "cli/options.py"},
-    "PIL": {"pixels/decoding.py", "pixels/resampling.py", "cli/demo.py"},
+    "PIL": {
+        "pixels/decoding.py",
+        "pixels/deep.py",
+        "pixels/unsupported.py",
+        "pixels/resampling.py",
+        "cli/demo.py",
+    },
     "simplejpeg": {"pixels/decoding.py"},
     "isal": {"pixels/png.py"},
     "numba": {"compiling.py"},
