@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError, RunError
 from featcache.files import join_names, prob_columns, require_file_place, write_csv
@@ -159,6 +160,7 @@ def _predict_cache(
 ) -> Predictions:
     """Classify every row of a cache; the head is computed on the CPU, on any device."""
     loaded, opened = load_run(run), open_cache(cache)
+    refuse_misbuilt(loaded.cache["identity"], loaded.path)
     require_same_features(loaded.cache["identity"], opened.identity, opened.path)
     if average_views and all(split.num_views == 1 for split in opened.splits.values()):
         raise ConfigError(

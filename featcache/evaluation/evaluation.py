@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import (
     CacheError,
@@ -221,6 +222,7 @@ def _open_own_cache(run: Run) -> Cache:
             where=path, hint=hint,
         )  # fmt: skip
     cache = open_cache(path)
+    refuse_misbuilt(cache.identity, path)
     require_own_cache(run, cache.identity, path)
     if cache.payload_sha256 != run.cache.get("payload_sha256"):
         message = f"{path} has changed since the training: its rows may have been trained on"
@@ -230,6 +232,7 @@ def _open_own_cache(run: Run) -> Cache:
 
 def _open_other_cache(run: Run, path: Path) -> Cache:
     cache = open_cache(path)
+    refuse_misbuilt(run.cache["identity"], run.path)
     require_same_features(run.cache["identity"], cache.identity, path)
     return cache
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.backbones.backbone import Backbone, build_backbone
+from featcache.cache.earlier import refuse_misbuilt
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.data.folders import training_split
 from featcache.errors import BackboneError, ConfigError, DataError
@@ -68,6 +69,7 @@ class Recipe:
             "feature_dtype": self.feature_dtype,
             # Absent where nothing is to be said, so that other identities stay what they were.
             **({"dark_colour": "as stored"} if self.has_dark_colour else {}),
+            **({"built_as": built_as} if (built_as := self.backbone.built_as) else {}),
         }
 
     @property
@@ -202,6 +204,7 @@ def recipe_from_identity(
         BackboneError: If the backbone cannot be built, or has other weights than the identity's.
         DataError: If the identity has no pixel rules: features made elsewhere.
         ConfigError: If this version has no such pixel rule or augmentation.
+        CacheError: If an earlier version built the backbone unlike its library.
     """
     wanted = str(identity.get("weights_sha256"))
     try:
@@ -215,6 +218,7 @@ def recipe_from_identity(
             found="features made elsewhere", hint="This needs a cache made by featcache extract",
         ) from error  # fmt: skip
     if not isinstance(backbone, Backbone):
+        refuse_misbuilt(identity)
         backbone = _rebuild_backbone(
             _trusted_name(identity, backbone), weights, wanted,
             image_size=rules.image_size, mean=mean, std=std,
