@@ -131,9 +131,14 @@ def read_opened(image: Image.Image) -> Loaded:
     depth: _Depth = (None, False, False)
     if isinstance(image, ImageFile.ImageFile):
         depth = _find_depth(name, image)
+        if (misread := misread_kind(name, image)) is not None:
+            raise failure(misread, kind=MisreadError)
     try:
         _mute_pillow()
         values = _upright(image, _to_array(image.copy()))  # a copy: the image is not changed
+        _refuse_wrapped(image, values)
+    except DataError:
+        raise
     except Exception as error:  # of any kind, see open_unread
         raise failure(f"a PIL image of mode {image.mode}", error) from error
     stated_maximum, white_is_zero, deep_colour = depth

@@ -124,7 +124,7 @@ def _describe_samples(tags: Mapping[int, Any]) -> str:
     bits, numbers, bands = (
         tags.get(tag, default) for tag, default in ((258, 1), (339, 1), (277, 1))
     )
-    bits, numbers = ({*v} if isinstance(v, tuple) else {v} for v in (bits, numbers))
+    bits, numbers = ({*_as_tuple(value)} for value in (bits, numbers))
     kind = "/".join(_NUMBERS.get(number, "unknown") for number in sorted(numbers))
     text = f"{bands} {'band' if bands == 1 else 'bands'} of {'/'.join(map(str, sorted(bits)))}-bit"
     text += f" {kind} values"
@@ -143,33 +143,36 @@ def misread_kind(name: str, image: ImageFile.ImageFile) -> str | None:
 
     Args:
         name: Its format.
-        image: The file as Pillow has opened it, before its pixels are read.
+        image: The file as Pillow has opened it.
     """
     if name == "JPEG":
         # Pillow inverts every CMYK JPEG, as Adobe writes them; others store inks as they are.
         no_marker = image.mode == "CMYK" and "adobe" not in image.info
         return "a CMYK JPEG without Adobe's marker, which Pillow inverts" if no_marker else None
-    if not isinstance(image, TiffImagePlugin.TiffImageFile) or not image.tile:
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return None
-    tags, tile = image.tag_v2, image.tile[0]
-    arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
-    by_libtiff = tile.codec_name == "libtiff"
-    if by_libtiff and str(arguments[0]).endswith(("BS", "BF")):
+    tags = image.tag_v2  # which stay when the pixels are read
+    by_libtiff = tags.get(259, 1) != 1 or TiffImagePlugin.READ_LIBTIFF
+    depth, number = (max(_as_tuple(tags.get(tag, 1))) for tag in (258, 339))
+    is_swapped = by_libtiff and tags.prefix == b"MM" and number in {2, 3} and depth > 8
+    if is_swapped:
         return (
             f"a compressed big-endian TIFF of {_describe_samples(tags)}, whose bytes Pillow swaps"
         )
     if tags.get(284) != _SEPARATE or tags.get(277, 1) == 1:
         return None
-    bits = tags.get(258, (1,))
-    deepest = max(bits) if isinstance(bits, tuple) else bits
     photometric, alpha = tags.get(262), tags.get(338, ())
     if (
-        (deepest > 8 and not by_libtiff)
+        (depth > 8 and not by_libtiff)
         or photometric == _LAB
-        or (photometric in _GREY and by_libtiff and (deepest > 8 or 1 in alpha))
+        or (photometric in _GREY and by_libtiff and (depth > 8 or 1 in alpha))
     ):
         return f"a TIFF of {_describe_samples(tags)}, which Pillow mixes up"
     return None
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def may_wrap(image: Image.Image) -> bool:

@@ -1,13 +1,15 @@
 """Files that are not read: named for what they are, and told apart from broken ones."""
 
 import io
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 from sample_encodings import RULES, SIDE, encoded, noise, pillow, reason, smooth, tiff
 
-from featcache.pixels.images import PixelRules, decode, load, misread_reason
+from featcache.errors import DataError
+from featcache.pixels.images import PixelRules, decode, load, load_opened, misread_reason
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -117,6 +119,16 @@ def test_what_pillow_misreads_is_refused(name, bit_depth):
     assert misread_reason(MISREAD[name]) == reason(
         MISREAD[name], PixelRules(SIDE, bit_depth="minmax")
     )
+
+
+@pytest.mark.parametrize("name", MISREAD)
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_images_in_memory_are_refused_alike(name, is_loaded):
+    with Image.open(io.BytesIO(MISREAD[name])) as image:
+        if is_loaded:
+            image.load()
+        with pytest.raises(DataError, match=re.escape(misread_reason(MISREAD[name]))):
+            load_opened(image, PixelRules(SIDE, bit_depth="minmax"))
 
 
 def test_their_neighbours_are_read_right():
