@@ -47,9 +47,11 @@ _NO_SUCH_SAMPLES = {
     "unknown pixel mode", "unknown raw mode for given image mode", "string index out of range",
     "Invalid value for samples per pixel",
 }  # fmt: skip
+# Compressions that Pillow knows, but that libtiff in its wheels does not.
+_OPTIONAL = {34661: "JBIG", 50001: "WebP"}
 _NUMBERS = {1: "unsigned", 2: "signed", 3: "float", 5: "complex", 6: "complex"}
 _SEPARATE = 2  # tag 284: each colour in a plane of its own
-_GREY, _RGB, _CMYK, _LAB = {0, 1}, 2, 5, 8  # tag 262
+_GREY, _YCBCR, _LAB = {0, 1}, 6, 8  # tag 262
 
 
 def foreign_kind(data: bytes) -> str | None:
@@ -115,6 +117,8 @@ def _unsupported_tiff(data: bytes, reason: str) -> str | None:
     if compression not in TiffImagePlugin.COMPRESSION_INFO:
         how = _COMPRESSIONS.get(compression, f"method {compression}")
         return f"a TIFF compressed by {how}, which is not supported"
+    if compression in _OPTIONAL and reason.startswith("decoder error"):
+        return f"a TIFF compressed by {_OPTIONAL[compression]}, which Pillow has no decoder for"
     is_known = reason in _NO_SUCH_SAMPLES
     return f"a TIFF of {_describe_samples(tags)}, which is not supported" if is_known else None
 
@@ -137,8 +141,8 @@ def _describe_samples(tags: Mapping[int, Any]) -> str:
 def misread_kind(name: str, image: ImageFile.ImageFile) -> str | None:
     """Return what a file is that Pillow reads wrongly; None for all others.
 
-    Found by comparing some 1,400 kinds of TIFF with tifffile (tests/pixels/test_tiff_matrix.py),
-    with Pillow 11.3 to 13.0. Signed bytes and unsigned 32 bits are read right up to half of their
+    Found by comparing 1,500 kinds of TIFF with tifffile (tests/pixels/test_tiff_matrix.py),
+    with Pillow 13.0. Signed bytes and unsigned 32 bits are read right up to half of their
     range: see ``images``.
 
     Args:
@@ -159,6 +163,8 @@ def misread_kind(name: str, image: ImageFile.ImageFile) -> str | None:
         return (
             f"a compressed big-endian TIFF of {_describe_samples(tags)}, whose bytes Pillow swaps"
         )
+    if tags.get(262) == _YCBCR and not by_libtiff and _has_fewer_colours(tags):
+        return "a TIFF of YCbCr with fewer colours than pixels, which Pillow mixes up"
     if tags.get(284) != _SEPARATE or tags.get(277, 1) == 1:
         return None
     photometric, alpha = tags.get(262), tags.get(338, ())
@@ -169,6 +175,13 @@ def misread_kind(name: str, image: ImageFile.ImageFile) -> str | None:
     ):
         return f"a TIFF of {_describe_samples(tags)}, which Pillow mixes up"
     return None
+
+
+def _has_fewer_colours(tags: Mapping[int, Any]) -> bool:
+    """Return whether uncompressed YCbCr is subsampled: tag 530 (TIFF 6.0, section 21) and size."""
+    num_bytes = sum(_as_tuple(tags.get(279, tags.get(325, 0))))
+    is_subsampled = bool(tags.get(530, (2, 2)) != (1, 1))
+    return is_subsampled and 0 < num_bytes < 3 * int(tags[256]) * int(tags[257])
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

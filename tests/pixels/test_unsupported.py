@@ -72,6 +72,7 @@ def test_compressions_and_kinds_of_jpeg_that_are_not_supported():
     assert reason(written(grey, compression="jpeg2000")) == (
         "a TIFF compressed by JPEG 2000, which is not supported"
     )
+    assert "compressed by WebP" in reason(written(noise(20, 30, 3), compression="webp"))
     assert "big-endian BigTIFF" in reason(written(grey, bigtiff=True, byteorder=">"))
     data = bytearray(encoded(smooth(20, 30), "JPEG"))
     place = data.index(b"\xff\xc0")
@@ -129,6 +130,11 @@ def test_images_in_memory_are_refused_alike(name, is_loaded):
             image.load()
         with pytest.raises(DataError, match=re.escape(misread_reason(MISREAD[name]))):
             load_opened(image, PixelRules(SIDE, bit_depth="minmax"))
+
+
+def test_colours_that_are_fewer_than_pixels_are_not_filled_in():
+    data = tiff(noise(30, 40), photometric=6, bits=8, tag_530=2 << 16 | 2, tag_277=3)
+    assert "fewer colours than pixels" in reason(data, PixelRules(SIDE, truncated="keep"))
 
 
 def test_their_neighbours_are_read_right():
