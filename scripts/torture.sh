@@ -6,4 +6,5 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/scripts/venv.sh"
 make_venv dev
 cd "$root"
-"$python" -m pytest tests/torture tests/test_xrays.py tests/cache --long "$@"
+"$python" -m pytest --long tests/torture tests/test_xrays.py tests/cache \
+    tests/pixels/test_tiff_matrix.py tests/backbones/test_libraries.py "$@"

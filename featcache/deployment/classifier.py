@@ -24,6 +24,7 @@ from featcache.data.dataset import Sample
 from featcache.deployment.inputs import Inputs, list_inputs
 from featcache.deployment.predictions import Predictions
 from featcache.errors import ConfigError, DataError
+from featcache.extraction.earlier import refuse_dark_colour
 from featcache.extraction.pipeline import Lane, stream_features
 from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes, recipe_from_identity
 from featcache.heads.prediction import predict_probs
@@ -182,6 +183,7 @@ class Classifier:
         dataset, rows = inputs.dataset, dict[Sample, _Row]()
         if not dataset.samples:
             return rows
+        refuse_dark_colour(self.recipe, dataset, self.run.path)
         engine = self._choose_engine(
             len(dataset.samples),
             lambda: decode_probes(dataset, dataset.samples, self.recipe.rules),

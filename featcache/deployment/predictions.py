@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError, RunError
 from featcache.files import csv_text, join_names, prob_columns
@@ -174,6 +175,7 @@ def _predict_cache(
 ) -> Predictions:
     """Classify every row of a cache; the head is computed on the CPU, on any device."""
     loaded, opened = load_run(run), open_cache(cache)
+    refuse_misbuilt(loaded.cache["identity"], loaded.path)
     require_same_features(loaded.cache["identity"], opened.identity, opened.path)
     if average_views and all(split.num_views == 1 for split in opened.splits.values()):
         raise ConfigError(

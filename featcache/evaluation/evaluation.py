@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import (
     CacheError,
@@ -271,6 +272,7 @@ def _open_own_cache(run: Run) -> Cache:
             hint=hint,
         )  # fmt: skip
     cache = open_cache(path)
+    refuse_misbuilt(cache.identity, path)
     require_own_cache(run, cache.identity, path)
     if cache.payload_sha256 != run.cache.get("payload_sha256"):
         message = f"{path} has changed since the training: its rows may have been trained on"
@@ -280,6 +282,7 @@ def _open_own_cache(run: Run) -> Cache:
 
 def _open_other_cache(run: Run, path: Path) -> Cache:
     cache = open_cache(path)
+    refuse_misbuilt(run.cache["identity"], run.path)
     require_same_features(run.cache["identity"], cache.identity, path)
     return cache
 

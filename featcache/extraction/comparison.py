@@ -20,6 +20,7 @@ from featcache.cache.provenance import error_bound, known_precision
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.errors import CacheError, ConfigError, printable
+from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
 from featcache.extraction.pipeline import Lane, Outcome, hash_images, stream_features
 from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.precision import relative_errors
@@ -82,6 +83,8 @@ def compare(
     bound = error_bound(cache)
     recipe = recipe_from_identity(cache.identity, weights=weights, backbone=backbone)
     dataset = scan(data)
+    refuse_misread(cache, dataset)
+    refuse_dark_colour(recipe, dataset, cache.path)
     now = {(s.split, s.path): s for s in dataset.samples}
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     common = rows.keys() & now.keys()

@@ -19,6 +19,7 @@ from featcache.cache.reading import Cache
 from featcache.cache.writing import CACHE, cache_lock, partial_folder
 from featcache.data.dataset import ImageDataset
 from featcache.errors import CacheError
+from featcache.extraction.earlier import refuse_misread
 from featcache.extraction.ledger import Ledger
 from featcache.extraction.options import ExtractionOptions, parse_max_errors
 from featcache.extraction.pipeline import hash_images
@@ -80,6 +81,7 @@ class Job:
         old = open_existing(self.path, self.recipe, rebuild=self.options.rebuild)
         if old is not None:
             check_update(old, self.dataset, self.options.limit)
+            refuse_misread(old, self.dataset)
         output.check()
         return output, old
 

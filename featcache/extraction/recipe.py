@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.backbones.backbone import Backbone, build_backbone
+from featcache.cache.earlier import refuse_misbuilt
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.data.folders import training_split
 from featcache.errors import BackboneError, ConfigError, DataError
 from featcache.files import canonical_json
-from featcache.pixels.images import PixelRules, check_bit_depth, may_be_deep
+from featcache.pixels.images import PixelRules, check_bit_depth, deep_kind
 from featcache.pixels.isolation import DECODE_SECONDS, IsolatedDecoder
 from featcache.pixels.views import PLAIN, ViewRules, render
 from featcache.threads import Threads
@@ -45,12 +46,14 @@ class Recipe:
         rules: How bytes become pixels.
         feature_dtype: ``float32`` or ``float16``.
         view_rules: Which views the network sees of images to train on.
+        has_dark_colour: Whether the user said that 16-bit colour without high values is meant so.
     """
 
     backbone: Backbone
     rules: PixelRules
     feature_dtype: str
     view_rules: ViewRules = PLAIN
+    has_dark_colour: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,6 +67,9 @@ class Recipe:
             **self.view_rules.as_identity(),
             "num_features": self.backbone.num_features,
             "feature_dtype": self.feature_dtype,
+            # Absent where nothing is to be said, so that other identities stay what they were.
+            **({"dark_colour": "as stored"} if self.has_dark_colour else {}),
+            **({"built_as": built_as} if (built_as := self.backbone.built_as) else {}),
         }
 
     @property
@@ -100,30 +106,47 @@ def make_recipe(
             found="only " + ", ".join(dataset.splits), where=dataset.root,
             hint="Leave --views and --augment out: other splits get the plain view alone",
         )  # fmt: skip
+    has_dark_colour = False
     if bit_depth == "auto":
-        check_bit_depth(sample_depths(dataset))
+        for maxima in depths_by_kind(dataset).values():
+            check_bit_depth(maxima)
         bit_depth = 16
+    elif bit_depth == 16:
+        has_dark_colour = is_dark(depths_by_kind(dataset, {"colour"})["colour"])
     rules = PixelRules(backbone.image_size, crop_mode, interpolation, bit_depth, truncated)
-    return Recipe(backbone, rules, feature_dtype, view_rules)
+    return Recipe(backbone, rules, feature_dtype, view_rules, has_dark_colour)
 
 
 def sample_depths(dataset: ImageDataset) -> list[int]:
-    """Return the largest value of each image of more than 8 bits in a seeded sample of 32.
+    """Return the largest value of each image of more than 8 bits in a seeded sample of 32."""
+    return [maximum for maxima in depths_by_kind(dataset).values() for maximum in maxima]
 
-    Those are decoded in a child process: nothing is known yet of who they may hang or crash.
+
+def depths_by_kind(
+    dataset: ImageDataset, kinds: Collection[str] = ("grey", "colour")
+) -> dict[str, list[int]]:
+    """Return what ``sample_depths`` returns, of grey and of colour images.
+
+    They are decoded in a child process: nothing is known yet of who they may hang or crash.
     """
     chosen = random.Random(0).sample(dataset.samples, min(_NUM_DEPTH_SAMPLES, len(dataset.samples)))
-    maxima = []
+    maxima: dict[str, list[int]] = {kind: [] for kind in kinds}
     with IsolatedDecoder() as child:  # no process until it is asked
         for sample in chosen:
             try:
                 data = dataset.read(sample)
-                maximum = child.deep_maximum(data) if may_be_deep(data) else None
+                kind = deep_kind(data)
+                maximum = child.deep_maximum(data) if kind in maxima else None
             except DataError:
                 continue  # it will fail, with its reason, when its turn comes
-            if maximum is not None:
-                maxima.append(maximum)
+            if kind is not None and maximum is not None:
+                maxima[kind].append(maximum)
     return maxima
+
+
+def is_dark(maxima: Sequence[int]) -> bool:
+    """Return whether images of 16 bits are nearly black: there are some, and all fit into 14."""
+    return bool(maxima) and max(maxima) < 2**14
 
 
 def decode_probes(
@@ -181,6 +204,7 @@ def recipe_from_identity(
         BackboneError: If the backbone cannot be built, or has other weights than the identity's.
         DataError: If the identity has no pixel rules: features made elsewhere.
         ConfigError: If this version has no such pixel rule or augmentation.
+        CacheError: If an earlier version built the backbone unlike its library.
     """
     wanted = str(identity.get("weights_sha256"))
     try:
@@ -194,6 +218,7 @@ def recipe_from_identity(
             found="features made elsewhere", hint="This needs a cache made by featcache extract",
         ) from error  # fmt: skip
     if not isinstance(backbone, Backbone):
+        refuse_misbuilt(identity)
         backbone = _rebuild_backbone(
             _trusted_name(identity, backbone), weights, wanted,
             image_size=rules.image_size, mean=mean, std=std,
@@ -210,7 +235,10 @@ def recipe_from_identity(
             found=[backbone.mean, backbone.std, backbone.image_size],
             hint="Use the backbone the cache was made with",
         )  # fmt: skip
-    recipe = Recipe(backbone, rules, str(identity.get("feature_dtype")), view_rules)
+    recipe = Recipe(
+        backbone, rules, str(identity.get("feature_dtype")), view_rules,
+        has_dark_colour="dark_colour" in identity,
+    )  # fmt: skip
     for key in sorted(recipe.identity.keys() | identity.keys()):
         if recipe.identity.get(key) != identity.get(key):
             raise DataError(

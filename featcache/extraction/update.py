@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.cache.container import is_container
+from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, Failure, name_differences, open_cache
 from featcache.data.dataset import ImageDataset
 from featcache.errors import CacheError, ConfigError
@@ -43,6 +44,8 @@ def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
             found="several labels per image", where=path,
             hint="Choose another file name, or replace it and its labels with --rebuild",
         )  # fmt: skip
+    if recipe.backbone.built_as is not None:
+        refuse_misbuilt(old.identity, path)
     if old.fingerprint != recipe.fingerprint:
         wanted, found = name_differences(recipe.identity, old.identity)
         raise CacheError(

@@ -13,9 +13,9 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
@@ -26,7 +26,8 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from featcache.errors import DataError, TransientError, printable
-from featcache.pixels import acceleration, png
+from featcache.pixels import acceleration, deep, png
+from featcache.pixels.unsupported import foreign_kind, may_wrap, misread_kind, unsupported_kind
 
 try:
     import simplejpeg
@@ -37,6 +38,19 @@ MAX_PIXELS = 2**28
 """Images above this many pixels are refused unread: a 20 KB PNG can hold 480 MB of pixels."""
 
 _Values: TypeAlias = np.ndarray[Any, Any]
+_Depth: TypeAlias = tuple[int | None, bool, bool]
+"""The last three of ``Loaded``."""
+_Result = TypeVar("_Result")
+
+
+class _TiffImageFile(TiffImagePlugin.TiffImageFile):
+    """A TIFF that Pillow loads without applying the user's process-wide MAX_IMAGE_PIXELS."""
+
+    def load_prepare(self) -> None:
+        if self._im is None:
+            self.im = Image.new(self.mode, self._tile_size).im
+        super().load_prepare()
+
 
 # The classes are called directly: Image.open would apply the user's process-wide MAX_IMAGE_PIXELS
 # (a warning or an error below our own limit) and try every other format.
@@ -44,16 +58,11 @@ _READERS: tuple[tuple[str, tuple[bytes, ...], type[ImageFile.ImageFile]], ...] =
     ("PNG", (b"\x89PNG\r\n\x1a\n",), PngImageFile),
     ("JPEG", (b"\xff\xd8\xff",), JpegImageFile),
     ("BMP", (b"BM",), BmpImageFile),
-    ("TIFF", tuple(TiffImagePlugin.PREFIXES), TiffImagePlugin.TiffImageFile),
+    ("TIFF", tuple(TiffImagePlugin.PREFIXES), _TiffImageFile),
     ("PPM", (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"), PpmImageFile),
 )
 # Pillow's mode -> libjpeg's colour spaces that it stands for
 _JPEG_COLOURS = {"L": {"Gray"}, "RGB": {"YCbCr", "RGB"}}
-_OTHER_KINDS = {
-    b"version https://git-lfs": "a Git LFS pointer in place of the image (git lfs pull)",
-    b"GIF8": "a GIF",
-    b"<": "an HTML or XML page",
-}
 # EXIF 2.3, tag 0x0112: orientation -> mirror left and right first?, quarter turns against the clock
 _TURNS = {
     2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1),
@@ -65,34 +74,51 @@ _TURNS = {
 class Loaded:
     """An upright image in memory, and what the file says about its depth."""
 
-    values: _Values  # 8 bits as in Picture, or (H, W) greyscale of more than 8 bits
+    values: _Values  # 8 bits as in Picture; or more: (H, W) grey, (H, W, 3) RGB, (H, W, 4) CMYK
     truncated: bool
     stated_maximum: int | None  # of deep greyscale: the value of white, if the file says it
     white_is_zero: bool  # deep TIFF with inverted values, which Pillow hands out as stored
-    deep_colour: bool  # 16 bits per channel; Pillow keeps the high byte
+    deep_colour: bool  # 16 bits per channel; ``values`` are their high bytes, or all of them
 
 
-def read(data: bytes, *, fill: bool) -> Loaded:
+def read(data: bytes, *, fill: bool, all_bits: bool = False) -> Loaded:
     """Read the first frame; with ``fill``, fill in the missing part of a cut-off file.
+
+    Args:
+        data: The file.
+        fill: Fill in what is missing.
+        all_bits: Return all 16 bits of deep colour, not the high byte.
 
     Raises:
         DataError: If the bytes cannot be decoded.
     """
     with _truncation_gate(fill=fill):
-        name, image = open_unread(data)
-        _refuse_bomb(name, image)
-        depth = _find_depth(name, image)  # loading forgets it
-        values = None if fill else _decode_fast(name, image, data)
-        if values is None:
-            try:
-                image.load()
-            except Exception as error:  # of any kind, see open_unread
-                raise failure(f"a broken {name} file", error) from error
+        image, values, depth = _without_large_texts(
+            lambda lean: _load(lean, fill=fill, all_bits=all_bits), data
+        )
     try:
         values = _to_array(image) if values is None else values
+        _refuse_wrapped(image, values)
         return Loaded(_upright(image, values), fill, *depth)
     except (MemoryError, OSError, ValueError) as error:
         raise failure(f"colours of kind {image.mode}", error) from error
+
+
+def _load(data: bytes, *, fill: bool, all_bits: bool) -> tuple[Image.Image, _Values | None, _Depth]:
+    """Return a loaded image, its values where it was not Pillow that loaded them, and its depth."""
+    name, image = _open(data)
+    _refuse_bomb(image)
+    depth = _find_depth(name, image)  # loading forgets it
+    values = None if fill else _decode_fast(name, image, data)
+    if values is None:
+        try:
+            if all_bits and depth[2]:
+                values, image = deep.read_samples(name, lambda: _open(data)[1])
+            else:
+                image.load()
+        except Exception as error:  # of any kind, see _open
+            raise _refused(name, data, error) from error
+    return image, values, depth
 
 
 def read_opened(image: Image.Image) -> Loaded:
@@ -102,12 +128,17 @@ def read_opened(image: Image.Image) -> Loaded:
         DataError: If its pixels cannot be loaded, or are too many.
     """
     name = image.format or "image"
-    depth: tuple[int | None, bool, bool] = (None, False, False)
+    depth: _Depth = (None, False, False)
     if isinstance(image, ImageFile.ImageFile):
         depth = _find_depth(name, image)
+        if (misread := misread_kind(name, image)) is not None:
+            raise failure(misread, kind=MisreadError)
     try:
         _mute_pillow()
         values = _upright(image, _to_array(image.copy()))  # a copy: the image is not changed
+        _refuse_wrapped(image, values)
+    except DataError:
+        raise
     except Exception as error:  # of any kind, see open_unread
         raise failure(f"a PIL image of mode {image.mode}", error) from error
     stated_maximum, white_is_zero, deep_colour = depth
@@ -173,14 +204,41 @@ def open_unread(data: bytes) -> tuple[str, ImageFile.ImageFile]:
     Raises:
         DataError: If there is no header of a known format.
     """
+    return _without_large_texts(_open, data)
+
+
+def _without_large_texts(call: Callable[[bytes], _Result], data: bytes) -> _Result:
+    """Call with a file; if it is a PNG with larger texts than Pillow reads, without its texts."""
+    try:
+        return call(data)
+    except DataError as error:
+        if "MAX_TEXT_" not in str(error.__cause__):
+            raise
+        lean = png.drop_texts(data)
+        if len(lean) == len(data):
+            raise
+    return call(lean)
+
+
+def _open(data: bytes) -> tuple[str, ImageFile.ImageFile]:
     name, reader = _find_reader(data)
     _mute_pillow()
     # Damaged files make Pillow raise nearly anything (17 of the 218 bad files of its own corpus
     # raise no OSError), and one file must never stop a run.
     try:
-        return name, reader(io.BytesIO(data))
+        image = reader(io.BytesIO(data))
+        misread = misread_kind(name, image)
     except Exception as error:
-        raise failure(f"a broken {name} file", error) from error
+        raise _refused(name, data, error) from error
+    if misread is not None:
+        raise failure(misread, kind=MisreadError)
+    return name, image
+
+
+def _refused(name: str, data: bytes, error: Exception) -> DataError:
+    """Return what to raise for a file that Pillow refused: not supported, or broken."""
+    kind = None if isinstance(error, MemoryError) else unsupported_kind(name, data, error)
+    return failure(kind) if kind else failure(f"a broken {name} file", error)
 
 
 def _find_reader(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
@@ -191,46 +249,56 @@ def _find_reader(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
             return name, reader
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP", WebPImageFile
-    if data[128:132] == b"DICM":
-        raise failure("a DICOM file (convert it to PNG first)")
-    for prefix, kind in _OTHER_KINDS.items():
-        if data[:100].lstrip().startswith(prefix):
-            raise failure(kind)
-    raise failure("bytes of no known image format")
+    raise failure(foreign_kind(data) or "bytes of no known image format")
 
 
-def failure(reason: str, error: Exception | None = None) -> DataError:
+class MisreadError(DataError):
+    """An image is refused that Pillow reads, but wrongly."""
+
+
+def failure(
+    reason: str, error: Exception | None = None, *, kind: type[DataError] = DataError
+) -> DataError:
     """Return the error for an image that cannot be used."""
     if error is not None:  # as one short line, equal for equal files (no object addresses)
         text = " ".join(printable(error).split()).partition(" <_io.")[0]
         reason += f": {text[:200] or type(error).__name__}"
     expected = "a readable JPEG, PNG, BMP, TIFF, WebP or PPM image"
-    kind = TransientError if isinstance(error, MemoryError) else DataError
+    kind = TransientError if isinstance(error, MemoryError) else kind
     return kind("image", expected=expected, found=reason)
 
 
-def _refuse_bomb(name: str, image: ImageFile.ImageFile) -> None:
-    # Pillow checks TIFF again while loading, against its own limit: stay below it, so that the
-    # user's process-wide setting neither warns nor has to be changed.
-    limit = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS) if name == "TIFF" else MAX_PIXELS
+def _refuse_bomb(image: Image.Image) -> None:
     for width, height in (image.size, getattr(image, "_tile_size", image.size)):
-        if width * height > limit:
-            raise failure(f"{width} x {height} pixels, more than {limit:,} in all")
+        if width * height > MAX_PIXELS:
+            raise failure(f"{width} x {height} pixels, more than {MAX_PIXELS:,} in all")
 
 
-def _find_depth(name: str, image: ImageFile.ImageFile) -> tuple[int | None, bool, bool]:
+def _find_depth(name: str, image: ImageFile.ImageFile) -> _Depth:
     arguments = image.tile[0].args if image.tile else ""
     raw_mode, *rest = (arguments,) if isinstance(arguments, str) else arguments or ("",)
     deep_grey = image.mode[0] in "IF"
     stated_maximum = 4095 if raw_mode == "I;12" else None
-    deep_colour = name in {"PNG", "TIFF"} and ";16" in str(raw_mode)
+    deep_colour = deep.is_deep_colour(name, image)
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
     if name == "PPM" and rest:
-        deep_colour = rest[0] == 65535
         # Pillow has scaled from the range in the header to 16 bits, unless that is 16 bits.
-        stated_maximum = None if deep_colour else 65535
-    return stated_maximum, deep_grey and white_is_zero, deep_colour and not deep_grey
+        stated_maximum = None if rest[0] == 65535 else 65535
+    return stated_maximum, deep_grey and white_is_zero, deep_colour
+
+
+def _refuse_wrapped(image: Image.Image, values: _Values) -> None:
+    """Refuse values that Pillow has wrapped round: see ``unsupported.may_wrap``."""
+    if not may_wrap(image):
+        return
+    if values.dtype == np.int32 and values.min() < 0:
+        largest = int(values.view(np.uint32).max())
+        found = f"a value of {largest}, above the {2**31 - 1} that Pillow reads"
+        raise failure(found, kind=MisreadError)
+    if values.dtype == np.uint8 and values.max() > 127:
+        found = "negative values in a TIFF of 8 bits, which Pillow reads as positive ones"
+        raise failure(found, kind=MisreadError)
 
 
 def _upright(image: Image.Image, values: _Values) -> _Values:

@@ -19,8 +19,18 @@ import numpy as np
 
 from featcache.errors import ConfigError, DataError, TransientError
 from featcache.pixels import acceleration
-from featcache.pixels.decoding import MAX_PIXELS, Loaded, failure, open_unread, read, read_opened
+from featcache.pixels.decoding import (
+    MAX_PIXELS,
+    Loaded,
+    MisreadError,
+    failure,
+    open_unread,
+    read,
+    read_opened,
+)
+from featcache.pixels.deep import cmyk_to_rgb, is_deep_colour
 from featcache.pixels.resampling import INTERPOLATIONS, resize
+from featcache.pixels.unsupported import may_wrap
 
 CROP_MODES = ("squash", "center", "border")
 BIT_DEPTHS: tuple[int | str, ...] = (12, 14, 16, "minmax")
@@ -40,8 +50,9 @@ class PixelRules:
         crop_mode: ``squash`` (resize to S x S), ``center`` (short side to S / 0.875, centre crop)
             or ``border`` (long side to S, black bars on the short sides).
         interpolation: ``bilinear`` or ``bicubic``, both antialiased as Pillow does it.
-        bit_depth: How greyscale of more than 8 bits becomes 8 bits: ``round(v * 255 / (2^b - 1))``
-            for b = 12, 14 or 16, or ``minmax``: every image's own range.
+        bit_depth: How images of more than 8 bits become 8 bits: ``round(v * 255 / (2^b - 1))``
+            for b = 12, 14 or 16 (of 16-bit colour the high byte, as Pillow reads it), or
+            ``minmax``: every image's own range, of all its channels together.
         truncated: ``skip`` fails cut-off files, ``keep`` fills them in as Pillow can.
 
     Raises:
@@ -130,13 +141,14 @@ def load(data: bytes, rules: PixelRules) -> Picture:
     Raises:
         DataError: If the bytes cannot be decoded under these rules; ``found`` says why.
     """
+    all_bits = rules.bit_depth != 16  # else the high byte, as Pillow reads it
     try:
-        loaded = read(data, fill=False)
+        loaded = read(data, fill=False, all_bits=all_bits)
     except DataError as strict:
         if rules.truncated == "skip" or isinstance(strict, TransientError):
             raise
         try:
-            loaded = read(data, fill=True)
+            loaded = read(data, fill=True, all_bits=all_bits)
         except DataError:
             raise strict from None
     return _to_8_bits(loaded, rules)
@@ -160,14 +172,16 @@ def load_opened(image: Any, rules: PixelRules) -> Picture:
 
 
 def _to_8_bits(loaded: Loaded, rules: PixelRules) -> Picture:
-    if loaded.deep_colour and rules.bit_depth != 16:
-        raise failure("16-bit colour, which is read with --bit-depth 16 only")
     if loaded.values.dtype == np.uint8:
+        if loaded.deep_colour and rules.bit_depth != 16:
+            raise failure("16-bit colour in memory, of which Pillow keeps 8 bits: give its path")
         return Picture(loaded.values, loaded.truncated)
     try:
         pixels = _scale_deep(loaded.values, rules.bit_depth, loaded.stated_maximum)
+        if pixels.ndim == 3 and pixels.shape[2] == 4:
+            pixels = cmyk_to_rgb(pixels)
     except MemoryError as error:
-        raise failure("deep greyscale", error) from error
+        raise failure("values of 16 bits", error) from error
     return Picture(255 - pixels if loaded.white_is_zero else pixels, loaded.truncated)
 
 
@@ -183,24 +197,40 @@ def resize_to_square(pixels: _Pixels, rules: PixelRules) -> _Pixels:
         raise failure("an image that cannot be resized", error) from error
 
 
-def may_be_deep(data: bytes) -> bool:
-    """Return whether an image's header says integer greyscale of more than 8 bits."""
+def deep_kind(data: bytes) -> str | None:
+    """Return ``grey`` or ``colour`` if an image's header says integers of more than 8 bits."""
     try:
-        return open_unread(data)[1].mode[0] == "I"
+        name, image = open_unread(data)
     except DataError:
-        return False
+        return None
+    if image.mode[0] == "I":
+        return "grey"
+    return "colour" if is_deep_colour(name, image) else None
+
+
+def misread_reason(data: bytes) -> str | None:
+    """Return why an image is refused that earlier versions read wrongly; None for all others."""
+    try:
+        _, image = open_unread(data)
+        if may_wrap(image):
+            read(data, fill=False)
+    except MisreadError as error:
+        return str(error.found)
+    except DataError:
+        return None
+    return None
 
 
 def deep_maximum(data: bytes) -> int | None:
-    """Return the largest stored value of an integer greyscale image of more than 8 bits.
+    """Return the largest stored value of an integer image of more than 8 bits; alpha is left out.
 
     None for images whose range is known (8-bit images, files that state it, such as 12-bit TIFF and
     PGM), and for those that fail anyway (float images, damaged files).
     """
-    if not may_be_deep(data):
+    if deep_kind(data) is None:
         return None
     try:
-        loaded = read(data, fill=False)
+        loaded = read(data, fill=False, all_bits=True)
     except DataError:
         return None
     return None if loaded.stated_maximum else int(loaded.values.max())
@@ -212,7 +242,8 @@ def check_bit_depth(maxima: Iterable[int]) -> None:
     12-bit X-rays in 16-bit files look nearly black when they are scaled as 16 bits.
 
     Args:
-        maxima: ``deep_maximum`` of a sample of the images, without the None.
+        maxima: ``deep_maximum`` of a sample of the images of one kind (``deep_kind``), without the
+            None.
 
     Raises:
         DataError: If there are maxima and all are below 2**15.
@@ -228,7 +259,7 @@ def check_bit_depth(maxima: Iterable[int]) -> None:
 
 
 def _scale_deep(values: np.ndarray[Any, Any], bit_depth: int | str, stated: int | None) -> _Pixels:
-    """Map (H, W) uint16, int32 or float32 to uint8 by ``round(v * 255 / maximum)``."""
+    """Map uint16, int32 or float32, of any shape, to uint8 by ``round(v * 255 / maximum)``."""
     low, high = values.min().item(), values.max().item()
     maximum = 0 if bit_depth == "minmax" else stated or 2 ** int(bit_depth) - 1
     if not maximum and not (np.isfinite(low) and np.isfinite(high)):

