@@ -207,8 +207,9 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 @click.option("--cache", type=click.Path(path_type=Path), help="Another cache than the run's.")
 @click.option("--split", default="test", show_default=True)
 @click.option(
-    "--positive", metavar="CLASS", help="The class to find: gives sensitivity and false negatives."
-)
+    "--positive", metavar="CLASS",
+    help="The class to find, against the rest: sensitivity, specificity, its AUC, missed images.",
+)  # fmt: skip
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
 @click.option("--average-views", is_flag=True, help="Mean of a row's views, not view 0 alone.")
 @printing

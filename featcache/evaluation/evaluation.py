@@ -56,13 +56,16 @@ class Evaluation:
         classes: C class names.
         accuracy: Share of right predictions; with several labels, over the known targets.
         balanced_accuracy: Mean recall of the classes that have rows; None with several labels.
-        roc_auc: Macro mean over the classes, one against the rest; None where it is undefined.
+        roc_auc: Macro mean over the classes, each against the rest, whatever ``positive`` is; None
+            where it is undefined.
         average_precision: Likewise.
         per_class: Class -> its figures, see ``metrics.scores.compute_metrics``.
         confusion_matrix: (C, C) counts, rows = target; None with several labels.
-        positive: The class that is looked for, if one was named.
-        sensitivity: Its recall; None without it, or with three or more classes of one label.
-        specificity: The recall of the others, likewise.
+        positive: The class that is looked for, against the rest; the next five are None without.
+        sensitivity: Its recall.
+        specificity: The share of the rows of all other classes that are predicted as one of them.
+        positive_roc_auc: Its ROC AUC, as in ``per_class``.
+        positive_average_precision: Likewise.
         false_negatives: Paths of rows of the positive class that were predicted otherwise.
         mistakes: ``path, target, pred, prob`` of the wrong rows, the most confident first. With
             several labels ``path, class, target, pred, prob`` of each wrong label, ``prob`` being
@@ -87,6 +90,8 @@ class Evaluation:
     positive: str | None
     sensitivity: float | None
     specificity: float | None
+    positive_roc_auc: float | None
+    positive_average_precision: float | None
     false_negatives: list[str] | None
     mistakes: list[dict[str, Any]]
     num_failed: int
@@ -133,8 +138,8 @@ def evaluate(
             must still be the same. Classes of another cache are matched by name; it may have some
             of them only.
         split: ``test`` unless told otherwise.
-        positive: The class that is looked for; never guessed. With two classes, or several labels
-            an image, it gives sensitivity, specificity and the list of false negatives.
+        positive: The class that is looked for, against all others; never guessed. It gives
+            sensitivity, specificity, its ROC AUC and average precision, and its false negatives.
         csv: A file for path, group, target, prediction and probabilities of every labelled row.
             With several labels, targets, unknown and predictions are names joined by ``|``.
         average_views: Predict a row by the mean of its views' probabilities.
@@ -317,13 +322,18 @@ def _say_result(result: Evaluation, say: Say) -> None:
     views = f", mean of {result.num_views} views each" if result.num_views > 1 else ""
     say(f"{result.num_samples:,} images of {result.split}{views}{failed}")
     has_labels = result.task == "multilabel"
-    keys = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision")
-    for key in keys if not has_labels else (keys[0], *keys[2:]):
-        say(f"  {key.replace('_', ' '):<18} {shown(result[key])}")
-    if result.sensitivity is not None or result.specificity is not None:
-        say(printable(f"  positive class     {result.positive}"))
+    say(f"  accuracy           {shown(result.accuracy)}")
+    if not has_labels:
+        say(f"  balanced accuracy  {shown(result.balanced_accuracy)}")
+    say(f"  roc auc            {shown(result.roc_auc)} (mean of the classes)")
+    say(f"  average precision  {shown(result.average_precision)} (mean of the classes)")
+    if result.positive is not None:
+        against = "" if has_labels else " against the rest"
+        say(printable(f"  positive class     {result.positive}{against}"))
         say(f"  sensitivity        {shown(result.sensitivity)}")
         say(f"  specificity        {shown(result.specificity)}")
+        say(f"  its roc auc        {shown(result.positive_roc_auc)}")
+        say(f"  its avg. precision {shown(result.positive_average_precision)}")
         say(f"  false negatives    {len(result.false_negatives or ())}")
     _say_classes(result.classes, result.per_class, shown, say)
     if result.confusion_matrix is not None:
@@ -347,7 +357,7 @@ def _say_classes(classes: Sequence[str], per_class: dict[str, Any], shown: Any, 
     columns = {"images": "num_samples"}
     if "num_positive" in per_class[classes[0]]:
         columns = {"yes": "num_positive", "no": "num_negative", "unknown": "num_unknown"}
-        columns |= {"roc auc": "roc_auc", "avg. prec.": "average_precision"}
+    columns |= {"roc auc": "roc_auc", "avg. prec.": "average_precision"}
     columns |= {key: key for key in ("precision", "recall", "f1")}
     widths = [max(len(head), 6 if key[:4] == "num_" else 9) for head, key in columns.items()]
     first = max(len(name) for name in [*map(printable, classes), "class"])

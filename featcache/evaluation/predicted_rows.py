@@ -41,11 +41,8 @@ class PredictedRows:
         return self.probs > 0.5 if self.has_labels else self.probs.argmax(axis=1)
 
     def false_negatives(self, positive: str | None) -> list[str] | None:
-        """Return the paths of rows of the positive class that were predicted otherwise.
-
-        None without a positive class, and with three or more classes of which a row has one.
-        """
-        if positive is None or not (self.has_labels or len(self.classes) == 2):
+        """Return the paths of rows of the positive class predicted otherwise; None without one."""
+        if positive is None:
             return None
         index = self.classes.index(positive)
         if self.has_labels:

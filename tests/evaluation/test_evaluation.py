@@ -71,8 +71,8 @@ def test_result_is_the_contracts_object_and_true(run: Path) -> None:
     assert list(result) == [
         "split", "task", "num_samples", "classes", "accuracy", "balanced_accuracy", "roc_auc",
         "average_precision", "per_class", "confusion_matrix", "positive", "sensitivity",
-        "specificity", "false_negatives", "mistakes", "num_failed", "num_views",
-        "fingerprint",
+        "specificity", "positive_roc_auc", "positive_average_precision", "false_negatives",
+        "mistakes", "num_failed", "num_views", "fingerprint",
     ]  # fmt: skip
     features, targets, paths = arrays([0, 1] * 20, 2)
     probs = probs_of(run, features)
@@ -107,6 +107,25 @@ def test_positive_class_gives_its_false_negatives(run: Path, positive: str) -> N
     assert len(missed) == matrix[index][1 - index]
     assert result["sensitivity"] == pytest.approx(1 - len(missed) / 20)
     assert result["specificity"] == pytest.approx(matrix[1 - index][1 - index] / 20)
+
+
+def test_a_positive_class_of_three_is_said_and_its_missed_rows_are_listed(tmp_path: Path) -> None:
+    splits = {"train": [0, 1, 2] * 30, "valid": [0, 1, 2] * 9, "test": [0, 1, 2] * 15}
+    make_cache(tmp_path / "c.h5", splits, classes=("covid", "normal", "other"))
+    train(tmp_path / "c.h5", tmp_path / "r", hidden=(8,), epochs=2, device="cpu")
+    said: list[str] = []
+    result = evaluate(tmp_path / "r", positive="other", say=said.append)
+    missed = [row["path"] for row in result["mistakes"] if row["target"] == "other"]
+    assert result["false_negatives"] == sorted(missed)
+    assert missed
+    (a, b, _), (c, d, _), (_, _, e) = result["confusion_matrix"]
+    assert result["sensitivity"] == pytest.approx(e / 15)
+    assert result["specificity"] == pytest.approx((a + b + c + d) / 30)
+    macro, own = result["average_precision"], result["positive_average_precision"]
+    assert f"  average precision  {macro:.3f} (mean of the classes)" in said
+    assert "  positive class     other against the rest" in said
+    assert f"  its avg. precision {own:.3f}" in said
+    assert f"  false negatives    {len(missed)}" in said
 
 
 def test_positive_class_is_never_guessed(run: Path) -> None:
