@@ -212,6 +212,7 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 )  # fmt: skip
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
 @click.option("--average-views", is_flag=True, help="Mean of a row's views, not view 0 alone.")
+@click.option("--unseen", is_flag=True, help="Leave out rows that RUN was trained on or chosen by.")
 @printing
 def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure RUN on a split it was not trained on.

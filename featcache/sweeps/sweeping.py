@@ -35,7 +35,7 @@ from featcache.files import (
 )
 from featcache.heads.config import check_seed, check_valid_fraction
 from featcache.heads.fit import fit_head
-from featcache.heads.rows import check_cache, choose_rows
+from featcache.heads.rows import Part, check_cache, choose_rows
 from featcache.heads.run import record_fit
 from featcache.locking import writer_lock
 from featcache.metrics.scores import check_metric
@@ -181,7 +181,8 @@ def sweep(
     has_labels = opened.task == "multilabel"
     check_metric(metric, positive, opened.classes, has_labels=has_labels)
     warn_of_leaks(opened)
-    pool = Pool.of(opened, choose_rows(opened, valid_fraction, seed, say), where, say)
+    parts = choose_rows(opened, valid_fraction, seed, say)
+    pool = Pool.of(opened, parts, where, say)
     chosen_space = read or default_space(len(pool.pair[0]))
     if sampler == "grid":
         check_grid(chosen_space, trials)
@@ -206,7 +207,9 @@ def sweep(
         if journal.entries:
             say(f"going on with what {printable(journal_folder.as_posix())} has")
         found = search.search(journal)
-        summary = _write(folder, found, pool, judge, work, start=start, overwrite=overwrite)
+        summary = _write(
+            folder, found, pool, judge, work, parts=parts, start=start, overwrite=overwrite
+        )
         _remove_journal(journal_folder)
     _say_result(summary, found, judge, say)
     return summary
@@ -332,7 +335,7 @@ def _remove_journal(folder: Path) -> None:
 
 def _write(
     folder: Path, found: Found, pool: Pool, judge: Judge, work: Mapping[str, Any],
-    *, start: float, overwrite: bool,
+    *, parts: Sequence[Part], start: float, overwrite: bool,
 ) -> SweepSummary:  # fmt: skip
     """Train what was chosen as ``train`` would, and write it."""
     options = found.trials[found.chosen].params
@@ -346,7 +349,7 @@ def _write(
         decision = None if found.decision is None else found.decision.as_json()
         weights_sha256 = record_fit(
             partial, folder, cache, head=head, training=training, result=result, seed=seed,
-            data_seed=seed, device=judge.device, num_train=len(arrays[1]),
+            data_seed=seed, device=judge.device, parts=parts,
             valid_fraction=work["valid_fraction"],
             details={"sweep": {"trial": found.chosen, "trials": len(found.trials)}},
         )  # fmt: skip

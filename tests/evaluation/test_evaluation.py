@@ -72,7 +72,8 @@ def test_result_is_the_contracts_object_and_true(run: Path) -> None:
         "split", "task", "num_samples", "classes", "accuracy", "balanced_accuracy", "roc_auc",
         "average_precision", "per_class", "confusion_matrix", "positive", "sensitivity",
         "specificity", "positive_roc_auc", "positive_average_precision", "false_negatives",
-        "mistakes", "num_failed", "num_views", "fingerprint",
+        "mistakes", "num_failed", "num_trained_on", "num_chosen_by", "num_unclear", "unseen",
+        "num_views", "fingerprint",
     ]  # fmt: skip
     features, targets, paths = arrays([0, 1] * 20, 2)
     probs = probs_of(run, features)
@@ -141,7 +142,8 @@ def test_files_hold_the_result_and_the_picture(run: Path) -> None:
     assert json.loads((folder / "test.json").read_text()) == result.as_dict()
     with Image.open(folder / "test_confusion.png") as image:
         assert image.format == "PNG"
-    evaluate(run, split="valid")
+    with pytest.warns(FeatcacheWarning, match="was chosen by 40 of the 40 rows of valid"):
+        evaluate(run, split="valid")
     assert len(list(folder.iterdir())) == 4
 
 
@@ -247,13 +249,13 @@ def test_the_runs_own_cache_is_known_by_its_content(run: Path, tmp_path: Path) -
     shutil.copy(tmp_path / "c.h5", tmp_path / "copy.h5")
     for name in ("c.h5", "copy.h5"):
         said: list[str] = []
-        with pytest.warns(FeatcacheWarning, match="rows of train: these figures are too good"):
+        with pytest.warns(FeatcacheWarning, match="trained on 120 of the 120 rows of train"):
             named = evaluate(run, cache=tmp_path / name, split="train", say=said.append)
         assert not any("not kept" in line for line in said)
         assert json.loads((run / "evaluation/train.json").read_text()) == named.as_dict()
         shutil.rmtree(run / "evaluation")
-    make_cache(tmp_path / "o.h5", {"train": [0, 1] * 9})
-    evaluate(run, cache=tmp_path / "o.h5", split="train")
+    make_cache(tmp_path / "o.h5", {"test": [0, 1] * 9})
+    evaluate(run, cache=tmp_path / "o.h5")
     assert not (run / "evaluation").exists()
 
 
