@@ -5,8 +5,12 @@ Reads: open caches. Writes: nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from featcache.cache.reading import Cache, name_differences
 from featcache.errors import CacheError, printable, warn_user
@@ -73,18 +77,18 @@ def warn_of_precisions(caches: Sequence[Cache]) -> None:
     """
     seen: dict[str, str] = {}
     for cache in caches:
-        precision, parity = known_precision(cache), _parity(cache)
-        if precision is None:
+        precision, parity = str(cache.provenance.get("precision")), _parity(cache)
+        known = {name for rows in row_precisions(cache).values() for name in rows} - {UNKNOWN}
+        if not known:
             continue
-        worst = max(parity, default=0.0)
-        if worst > PARITY_BOUNDS[precision]:
+        bound, worst = error_bound(cache), max(parity, default=0.0)
+        if worst > bound:
             raise CacheError(
-                "parity of the cache",
-                expected=f"at most {PARITY_BOUNDS[precision]:.0e} at {precision}",
+                "parity of the cache", expected=f"at most {bound:.0e} at {precision}",
                 found=f"{worst:.1e}", where=cache.path, hint="Extract it again",
             )  # fmt: skip
-        known = f"parity {worst:.1e}" if parity else "parity unknown"
-        seen.setdefault(precision, f"{cache.path.as_posix()} {precision} ({known})")
+        measured = f"parity {worst:.1e}" if parity else "parity unknown"
+        seen.setdefault(precision, f"{cache.path.as_posix()} {precision} ({measured})")
     if len(seen) > 1:
         warn_user(
             printable("features were made at different precision: " + ", ".join(seen.values()))
@@ -112,27 +116,119 @@ def known_precision(cache: Cache) -> str | None:
     return precision if precision in PARITY_BOUNDS and "lost" not in cache.provenance else None
 
 
-def error_bound(cache: Cache) -> float:
-    """Return the largest allowed relative L2 error of a row, against the eager fp32 network.
+UNKNOWN = "unknown"
+"""Stands for the precision of a row where it is not known."""
 
-    If the precision is not known, the strictest bound is returned.
+
+def row_precisions(cache: Cache) -> dict[str, list[str]]:
+    """Return, by split, the precision of each row, ``UNKNOWN`` where it is not known."""
+    sizes = {name: len(split) for name, split in cache.splits.items()}
+    told = read_row_precisions(cache.provenance, sizes)
+    if told is not None:
+        return told
+    precision = known_precision(cache) or UNKNOWN
+    return {name: [precision] * size for name, size in sizes.items()}
+
+
+def read_row_precisions(
+    provenance: Mapping[str, Any], sizes: Mapping[str, int]
+) -> dict[str, list[str]] | None:
+    """Return what provenance tells of the precision of each row, by split.
+
+    Args:
+        provenance: Has ``row_precisions`` where rows differ: of each split a list of [precision,
+            number of rows], in the order of the rows.
+        sizes: Split -> its number of rows.
+
+    Returns:
+        None where rows do not differ; ``UNKNOWN`` for all where the list is not of these rows.
+    """
+    told = provenance.get("row_precisions")
+    if told is None:
+        return None
+    names: dict[str, list[str]] = {}
+    for split, size in sizes.items():
+        runs = told.get(split) if isinstance(told, dict) else None
+        names[split] = [UNKNOWN] * size
+        if isinstance(runs, list) and all(_is_run(run, size) for run in runs):
+            listed = [name for name, number in runs for _ in range(number)]
+            names[split] = listed if len(listed) == size else names[split]
+    return names
+
+
+def _is_run(run: Any, size: int) -> bool:
+    return (
+        isinstance(run, list) and len(run) == 2 and isinstance(run[0], str)
+        and (run[0] in PARITY_BOUNDS or run[0] == UNKNOWN)
+        and type(run[1]) is int and 0 < run[1] <= size
+    )  # fmt: skip
+
+
+def with_row_precisions(
+    provenance: Mapping[str, Any], precisions: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Return provenance that says at which precision each row was made.
+
+    ``precision`` is that of all rows, or names all there are; ``row_precisions`` (see
+    ``read_row_precisions``) is there only if they differ.
+
+    Args:
+        provenance: Of the rows, apart from their precision.
+        precisions: Split -> the precision of each row.
+    """
+    names = sorted({name for rows in precisions.values() for name in rows})
+    told = {key: value for key, value in provenance.items() if key != "row_precisions"}
+    if names in ([], [UNKNOWN]):
+        return told
+    told["precision"] = ", ".join(names)
+    if len(names) > 1:
+        told["row_precisions"] = {
+            split: [[name, len([*run])] for name, run in groupby(rows)]
+            for split, rows in precisions.items()
+        }
+    return told
+
+
+def error_bounds(cache: Cache) -> dict[str, npt.NDArray[np.float64]]:
+    """Return, by split, the largest allowed relative L2 error of each row (N,).
+
+    It is against the eager fp32 network. Where the precision is not known, it is that of fp32.
 
     Raises:
         CacheError: If the cache states an unknown precision.
     """
-    precision = known_precision(cache)
+    precisions = row_precisions(cache)
     stated = cache.provenance.get("precision")
-    if precision is None and stated is not None and "lost" not in cache.provenance:
+    if (
+        stated is not None
+        and known_precision(cache) is None
+        and not {"lost", "row_precisions"} & cache.provenance.keys()
+    ):
         raise CacheError(
             "precision of the cache", expected=" or ".join(PARITY_BOUNDS), found=stated,
             where=cache.path, hint="It was not made by this version of featcache extract",
         )  # fmt: skip
     narrow = cache.identity.get("feature_dtype") == "float16"
-    return PARITY_BOUNDS[precision or "fp32"] + (FLOAT16_STORAGE_ERROR if narrow else 0)
+    bounds = PARITY_BOUNDS | {UNKNOWN: PARITY_BOUNDS["fp32"]}
+    return {
+        split: np.array([bounds[name] for name in rows], np.float64)
+        + (FLOAT16_STORAGE_ERROR if narrow else 0)
+        for split, rows in precisions.items()
+    }
+
+
+def error_bound(cache: Cache) -> float:
+    """Return the largest of ``error_bounds``.
+
+    Raises:
+        CacheError: If the cache states an unknown precision.
+    """
+    bounds = [float(rows.max()) for rows in error_bounds(cache).values() if len(rows)]
+    return max(bounds, default=PARITY_BOUNDS["fp32"])
 
 
 def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
-    """Return the joint provenance of several caches: common facts, and the loosest precision."""
+    """Return the joint provenance of several caches, apart from the precision of their rows."""
     made = [cache.provenance for cache in caches]
 
     def common(keys: Sequence[str]) -> dict[str, Any]:
@@ -144,13 +240,12 @@ def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
         joined |= engine  # else rows were made by different engines or batch shapes
     else:
         joined["engine"] = ", ".join(sorted({str(p.get("engine", "unknown")) for p in made}))
-        precisions = [str(p.get("precision")) for p in made]
-        known = [name for name in precisions if name in PARITY_BOUNDS]
-        if known:
-            joined["precision"] = max(known, key=PARITY_BOUNDS.__getitem__)
     joined |= next(({"lost": p["lost"]} for p in made if "lost" in p), {})
     parity = sorted({error for cache in caches for error in _parity(cache)})[-MAX_PARITY:]
-    return joined | ({"parity": parity} if parity else {})
+    if parity:
+        probed = {tuple(cache.parity): cache.num_probed for cache in caches}  # once if of one cache
+        joined |= {"parity": parity, "num_probed": sum(probed.values())}
+    return joined
 
 
 def list_origins(caches: Sequence[Cache]) -> list[dict[str, Any]]:

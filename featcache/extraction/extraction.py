@@ -20,7 +20,11 @@ import torch
 from featcache.backbones.backbone import Backbone, build_backbone
 from featcache.data.dataset import ImageDataset, scan
 from featcache.errors import ConfigError
-from featcache.extraction.engine_choice import check_threads, choose_engine
+from featcache.extraction.engine_choice import (
+    check_threads,
+    choose_engine,
+    warn_of_kept_precision,
+)
 from featcache.extraction.finish import finish
 from featcache.extraction.options import ExtractionOptions
 from featcache.extraction.plan import Job, find_known
@@ -120,7 +124,8 @@ def extract(
         views: Views of every image to train on (split ``train``, or ``all`` where there is none),
             the plain one among them; other splits get the plain view.
         augment: How the others are made: ``flip``, ``crop`` or ``xray`` (see module ``views``).
-        precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``.
+        precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``, of new rows: those of the cache that
+            is there are kept, with a warning where theirs is another.
         feature_dtype: ``float32`` or ``float16``.
         engine: ``auto``, ``onnx``, ``folded`` or ``eager``.
         batch_size: Images a batch, or ``auto``.
@@ -170,6 +175,7 @@ def _extract(
         job = Job(path, dataset, _choose_recipe(dataset, backbone, options), options)
         if job.old is not None and job.is_up_to_date and not options.rehash:
             job.remove_leftovers()
+            warn_of_kept_precision(job)
             done[path] = summarise(job.old, "up to date", start, num_kept=len(dataset.samples))
         else:
             jobs.append(job)
@@ -191,8 +197,11 @@ def _make_caches(
         device = resolve_device(options.device).torch()
         positions = find_known(jobs, device)
         unfinished = [job for job in jobs if job.ledger.num_wanted]
-        for job in unfinished:
-            choose_engine(job, device)
+        for job in jobs:
+            if job in unfinished:
+                choose_engine(job, device)
+            else:
+                warn_of_kept_precision(job)
         check_threads(unfinished)
         if unfinished:
             work(unfinished, positions)
@@ -250,6 +259,8 @@ def _plan(
     ]
     device = resolve_device(options.device).torch()
     find_known(jobs, device)
+    for job in jobs:
+        warn_of_kept_precision(job)
     return [project(job, device) for job in jobs]
 
 
