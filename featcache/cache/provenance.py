@@ -77,18 +77,20 @@ def warn_of_precisions(caches: Sequence[Cache]) -> None:
     """
     seen: dict[str, str] = {}
     for cache in caches:
-        precision, parity = str(cache.provenance.get("precision")), _parity(cache)
-        known = {name for rows in row_precisions(cache).values() for name in rows} - {UNKNOWN}
-        if not known:
+        parity = _parity(cache)
+        names = _listed(row_precisions(cache))
+        if names in ([], [UNKNOWN]):
             continue
-        bound, worst = error_bound(cache), max(parity, default=0.0)
-        if worst > bound:
-            raise CacheError(
-                "parity of the cache", expected=f"at most {bound:.0e} at {precision}",
-                found=f"{worst:.1e}", where=cache.path, hint="Extract it again",
-            )  # fmt: skip
-        measured = f"parity {worst:.1e}" if parity else "parity unknown"
-        seen.setdefault(precision, f"{cache.path.as_posix()} {precision} ({measured})")
+        for name, measured in read_parities(cache).items():
+            worst = max(measured["errors"], default=0.0)
+            if worst > _bound(cache, name):
+                raise CacheError(
+                    "parity of the cache", expected=f"at most {_bound(cache, name):.0e} at {name}",
+                    found=f"{worst:.1e}", where=cache.path, hint="Extract it again",
+                )  # fmt: skip
+        known = f"parity {max(parity):.1e}" if parity else "parity unknown"
+        precision = ", ".join(names)
+        seen.setdefault(precision, f"{cache.path.as_posix()} {precision} ({known})")
     if len(seen) > 1:
         warn_user(
             printable("features were made at different precision: " + ", ".join(seen.values()))
@@ -164,22 +166,62 @@ def _is_run(run: Any, size: int) -> bool:
     )  # fmt: skip
 
 
+def read_parities(cache: Cache) -> dict[str, dict[str, Any]]:
+    """Return, by precision, ``errors`` and ``num_probed``: see ``Cache.parity``."""
+    told = cache.provenance.get("parity_per_precision")
+    if isinstance(told, dict) and all(map(_is_parity, told.values())):
+        return {name: dict(measured) for name, measured in told.items()}
+    if not cache.parity:
+        return {}
+    measured = {"errors": cache.parity, "num_probed": cache.num_probed}
+    return {known_precision(cache) or UNKNOWN: measured}
+
+
+def _is_parity(measured: Any) -> bool:
+    if not isinstance(measured, dict) or not isinstance(measured.get("errors"), list):
+        return False
+    number, errors = measured.get("num_probed"), measured["errors"]
+    return (
+        type(number) is int and len(errors) <= number < 2**53
+        and all(type(error) in {int, float} and 0 <= error < 1e9 for error in errors)
+    )  # fmt: skip
+
+
+def with_parities(
+    provenance: Mapping[str, Any], parities: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return provenance with the errors that were measured, all together and by precision."""
+    told = {key: value for key, value in provenance.items() if not key.startswith("parity")}
+    told.pop("num_probed", None)
+    if not parities:
+        return told
+    told["parity"] = sorted(error for measured in parities.values() for error in measured["errors"])
+    told["num_probed"] = sum(measured["num_probed"] for measured in parities.values())
+    if len(parities) > 1:
+        told["parity_per_precision"] = {name: dict(parities[name]) for name in sorted(parities)}
+    return told
+
+
 def with_row_precisions(
     provenance: Mapping[str, Any], precisions: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
     """Return provenance that says at which precision each row was made.
 
     ``precision`` is that of all rows, or names all there are; ``row_precisions`` (see
-    ``read_row_precisions``) is there only if they differ.
+    ``read_row_precisions``) is there only if they differ. Errors of precisions that no row has are
+    left out.
 
     Args:
         provenance: Of the rows, apart from their precision.
         precisions: Split -> the precision of each row.
     """
-    names = sorted({name for rows in precisions.values() for name in rows})
+    names = _listed(precisions)
     told = {key: value for key, value in provenance.items() if key != "row_precisions"}
     if names in ([], [UNKNOWN]):
         return told
+    parities = provenance.get("parity_per_precision")
+    if parities is not None:
+        told = with_parities(told, {name: parities[name] for name in names if name in parities})
     told["precision"] = ", ".join(names)
     if len(names) > 1:
         told["row_precisions"] = {
@@ -187,6 +229,23 @@ def with_row_precisions(
             for split, rows in precisions.items()
         }
     return told
+
+
+def _listed(precisions: Mapping[str, Sequence[str]]) -> list[str]:
+    return sorted({name for rows in precisions.values() for name in rows})
+
+
+def describe_precision(cache: Cache) -> str | None:
+    """Return the precision of all rows, or those there are; None where none is known."""
+    names = _listed(row_precisions(cache))
+    return None if names in ([], [UNKNOWN]) else ", ".join(names)
+
+
+def _bound(cache: Cache, precision: str) -> float:
+    """Return the largest error allowed of a row; where the precision is not known, that of fp32."""
+    narrow = cache.identity.get("feature_dtype") == "float16"
+    bound = PARITY_BOUNDS.get(precision, PARITY_BOUNDS["fp32"])
+    return bound + (FLOAT16_STORAGE_ERROR if narrow else 0)
 
 
 def error_bounds(cache: Cache) -> dict[str, npt.NDArray[np.float64]]:
@@ -208,11 +267,8 @@ def error_bounds(cache: Cache) -> dict[str, npt.NDArray[np.float64]]:
             "precision of the cache", expected=" or ".join(PARITY_BOUNDS), found=stated,
             where=cache.path, hint="It was not made by this version of featcache extract",
         )  # fmt: skip
-    narrow = cache.identity.get("feature_dtype") == "float16"
-    bounds = PARITY_BOUNDS | {UNKNOWN: PARITY_BOUNDS["fp32"]}
     return {
-        split: np.array([bounds[name] for name in rows], np.float64)
-        + (FLOAT16_STORAGE_ERROR if narrow else 0)
+        split: np.array([_bound(cache, name) for name in rows], np.float64)
         for split, rows in precisions.items()
     }
 
@@ -241,10 +297,20 @@ def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
     else:
         joined["engine"] = ", ".join(sorted({str(p.get("engine", "unknown")) for p in made}))
     joined |= next(({"lost": p["lost"]} for p in made if "lost" in p), {})
-    parity = sorted({error for cache in caches for error in _parity(cache)})[-MAX_PARITY:]
-    if parity:
-        probed = {tuple(cache.parity): cache.num_probed for cache in caches}  # once if of one cache
-        joined |= {"parity": parity, "num_probed": sum(probed.values())}
+    return with_parities(joined, _join_parities(caches))
+
+
+def _join_parities(caches: Sequence[Cache]) -> dict[str, dict[str, Any]]:
+    """Return the errors of several caches by precision, of each the largest."""
+    for cache in caches:
+        _parity(cache)  # refuses what is none
+    every = [(name, m) for cache in caches for name, m in read_parities(cache).items()]
+    joined: dict[str, dict[str, Any]] = {}
+    for name in {name for name, _ in every}:
+        # once if caches have them from the same cache
+        probed = {tuple(m["errors"]): m["num_probed"] for of, m in every if of == name}
+        errors = sorted({error for errors in probed for error in errors})
+        joined[name] = {"errors": errors[-MAX_PARITY:], "num_probed": sum(probed.values())}
     return joined
 
 

@@ -13,7 +13,7 @@ import torch
 
 from featcache.backbones.backbone import state_sha256
 from featcache.backbones.engine import Engine, build_engine
-from featcache.cache.provenance import MAX_PARITY, row_precisions
+from featcache.cache.provenance import MAX_PARITY, read_parities, with_parities
 from featcache.errors import BackboneError, CacheError, warn_user
 from featcache.extraction.plan import Job
 from featcache.extraction.recipe import decode_probes
@@ -78,15 +78,14 @@ def _note_engine(job: Job, engine: Engine) -> None:
         stored = " in float16" if job.recipe.feature_dtype == "float16" else ""
         against = f"within {worst:.1e} of the eager fp32 network on {number} images{stored}"
     backbone, old = job.recipe.backbone, job.old
-    parity, num_probed = ([], 0) if old is None else (old.parity, old.num_probed)
+    parities = {} if old is None else read_parities(old)
+    parity = [] if old is None else old.parity
     job.options.say(
         f"Engine: {backbone.name} by {engine.name} {engine.precision} on {engine.device} "
         f"({engine.reason}), {engine.concurrency} x {engine.batch_size} images at once, {against}."
     )
     warn_of_update(job.path.name, job.provenance, parity, engine)
-    job.provenance = extend_provenance(
-        job.provenance, parity, engine, backbone.weights_source, num_probed
-    )
+    job.provenance = extend_provenance(job.provenance, parities, engine, backbone.weights_source)
     facts = EngineFacts(
         engine.name, engine.precision, engine.batch_size, torch.get_num_threads(),
         engine.device.type,
@@ -162,46 +161,31 @@ def warn_of_update(
     warn_user(f"{name}: {old}, new ones will be at {new}")
 
 
-def warn_of_kept_precision(job: Job) -> None:
-    """Warn where all rows are kept, and some were made at another precision than is asked for."""
-    if job.old is None:
-        return
-    names = sorted({name for rows in row_precisions(job.old).values() for name in rows})
-    if names in ([], [job.options.precision]):
-        return
-    measured, asked = "not measured", job.options.precision
-    if job.old.parity:
-        worst, number = max(job.old.parity), job.old.num_probed
-        measured = f"largest error {worst:.1e}, measured on {number:,} images"
-    warn_user(
-        f"{job.path.name}: the precision of its rows is {', '.join(names)} ({measured}), and they "
-        f"are kept: --precision {asked} is for new rows. --rebuild makes all of them again"
-    )
-
-
 def extend_provenance(
-    provenance: Mapping[str, Any], parity: Sequence[float], engine: Engine, weights_source: str,
-    num_probed: int | None = None,
+    provenance: Mapping[str, Any], parities: Mapping[str, Mapping[str, Any]], engine: Engine,
+    weights_source: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the provenance of old and new rows together, before it is known which rows are left.
+    """Return the provenance of old and new rows together.
+
+    It names every precision; when the cache is written, it is known which rows are left.
 
     Args:
         provenance: Of the rows that are there.
-        parity: Of the engine that made them.
+        parities: Of them: see ``read_parities``.
         engine: What makes the new ones.
         weights_source: Where the backbone's weights came from.
-        num_probed: Images that ``parity`` is of, or is the largest errors of; None: one each.
     """
-    num_old = len(parity) if num_probed is None else num_probed
     told = {engine.precision, *str(provenance.get("precision")).split(", ")}
-    return {
+    old = parities.get(engine.precision, {"errors": [], "num_probed": 0})
+    # of older engines the worst: an update a night would else add to it for ever
+    errors = [*sorted(old["errors"])[-MAX_PARITY:], *engine.parity]
+    measured = {"errors": errors, "num_probed": old["num_probed"] + len(engine.parity)}
+    facts = {
         **{key: provenance[key] for key in _KEPT_FACTS if key in provenance},
         **environment_facts(engine.device), "device_type": engine.device.type,
         "weights_source": weights_source, "engine": engine.name,
         "engine_reason": engine.reason, "concurrency": engine.concurrency,
         "precision": ", ".join(sorted(told & PARITY_BOUNDS.keys())),
         "batch_size": engine.batch_size,
-        # of older engines the worst: an update a night would else add to it for ever
-        "parity": [*sorted(parity)[-MAX_PARITY:], *engine.parity],
-        "num_probed": num_old + len(engine.parity),
     }  # fmt: skip
+    return with_parities(facts, {**parities, engine.precision: measured})

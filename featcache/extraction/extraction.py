@@ -18,13 +18,10 @@ from typing import Any, overload
 import torch
 
 from featcache.backbones.backbone import Backbone, build_backbone
+from featcache.cache.reading import open_cache
 from featcache.data.dataset import ImageDataset, scan
 from featcache.errors import ConfigError
-from featcache.extraction.engine_choice import (
-    check_threads,
-    choose_engine,
-    warn_of_kept_precision,
-)
+from featcache.extraction.engine_choice import check_threads, choose_engine
 from featcache.extraction.finish import finish
 from featcache.extraction.options import ExtractionOptions
 from featcache.extraction.plan import Job, find_known
@@ -36,6 +33,7 @@ from featcache.extraction.reports import (
     describe_recipe,
     project,
     summarise,
+    warn_of_precision,
 )
 from featcache.extraction.work import work
 from featcache.files import follow_link
@@ -175,12 +173,14 @@ def _extract(
         job = Job(path, dataset, _choose_recipe(dataset, backbone, options), options)
         if job.old is not None and job.is_up_to_date and not options.rehash:
             job.remove_leftovers()
-            warn_of_kept_precision(job)
             done[path] = summarise(job.old, "up to date", start, num_kept=len(dataset.samples))
         else:
             jobs.append(job)
     if jobs:
         _make_caches(jobs, options, start, done)
+    for path, summary in done.items():
+        if not summary.num_new:
+            warn_of_precision(open_cache(path, verify=False), options.precision)
     return [done[path] for path, _ in targets]
 
 
@@ -197,11 +197,8 @@ def _make_caches(
         device = resolve_device(options.device).torch()
         positions = find_known(jobs, device)
         unfinished = [job for job in jobs if job.ledger.num_wanted]
-        for job in jobs:
-            if job in unfinished:
-                choose_engine(job, device)
-            else:
-                warn_of_kept_precision(job)
+        for job in unfinished:
+            choose_engine(job, device)
         check_threads(unfinished)
         if unfinished:
             work(unfinished, positions)
@@ -260,7 +257,8 @@ def _plan(
     device = resolve_device(options.device).torch()
     find_known(jobs, device)
     for job in jobs:
-        warn_of_kept_precision(job)
+        if job.old is not None:
+            warn_of_precision(job.old, options.precision)
     return [project(job, device) for job in jobs]
 
 

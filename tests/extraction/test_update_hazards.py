@@ -33,7 +33,7 @@ def test_an_interrupted_update_at_another_precision_keeps_both(
             pytest.raises(NameError),
         ):
             extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
-    with pytest.warns(FeatcacheWarning, match="the precision of its rows is fp32"):
+    with pytest.warns(FeatcacheWarning, match="the precision of its rows is bf16, fp32"):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
     made = open_cache(tmp_path / "c.h5").provenance
     assert (made["precision"], len(made["parity"])) == ("bf16, fp32", 8)
