@@ -26,12 +26,17 @@ IMAGES = {"pixels", "backbones", "extraction"}
 OWNERS = {
     "h5py": {"cache/hdf5.py"},
     "click": {"cli/main.py", "cli/cache_commands.py", "cli/options.py"},
-    "PIL": {"pixels/decoding.py", "pixels/resampling.py", "cli/demo.py"},
+    "PIL": {
+        "pixels/decoding.py",
+        "pixels/resampling.py",
+        "evaluation/figures.py",
+        "cli/demo.py",
+    },
     "simplejpeg": {"pixels/decoding.py"},
     "isal": {"pixels/png.py"},
     "numba": {"compiling.py"},
     "threadpoolctl": {"heads/compiled/team.py"},
-    "matplotlib": {"evaluation/figures.py"},
+    "matplotlib": set(),  # slow to import: only its font is used
     "tqdm": {"extraction/work.py", "sweeps/search.py"},
     "onnxruntime": {"backbones/forward.py"},
     "torchvision": {"backbones/backbone.py"},
