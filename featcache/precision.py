@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,7 +15,7 @@ FLOAT16_STORAGE_ERROR = 5e-4
 
 
 def relative_errors(
-    found: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]
+    found: npt.NDArray[Any], reference: npt.NDArray[np.float32]
 ) -> tuple[float, ...]:
     """Return the relative L2 error of each row, (N, D) against (N, D); infinite for NaN."""
     difference = np.linalg.norm(found.astype(np.float64) - reference, axis=1)

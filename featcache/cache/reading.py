@@ -261,11 +261,20 @@ class Cache:
 
     @property
     def parity(self) -> list[float]:
-        """Relative L2 errors of the engine on probed images, as far as provenance tells."""
+        """Relative L2 errors of stored features on probed images, as far as provenance tells.
+
+        Of many updates the largest: of how many images, ``num_probed`` tells.
+        """
         told = self.provenance.get("parity")
         numbers = told if isinstance(told, list) else []
         numbers = [n for n in numbers if type(n) in {int, float} and 0 <= n < 1e9]
         return [float(number) for number in numbers]
+
+    @property
+    def num_probed(self) -> int:
+        """How many images the errors of ``parity`` were measured on, or the largest of them."""
+        told = self.provenance.get("num_probed")
+        return told if type(told) is int and 0 <= told < 2**53 else len(self.parity)
 
     def split(self, name: str) -> CacheSplit:
         """Return a split by name.

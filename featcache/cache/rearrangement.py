@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.provenance import error_bound
+from featcache.cache.provenance import error_bounds
 from featcache.cache.reading import Cache, CacheSplit
 from featcache.cache.table import Table
 from featcache.cache.writing import check_names, os_bytes
@@ -335,7 +335,7 @@ def _check_pairs(caches: Sequence[Cache], pairs: Sequence[tuple[Row, Row]]) -> N
     Raises:
         CacheError: If the difference is larger than the sum of both bounds.
     """
-    bounds = [error_bound(cache) for cache in caches] if pairs else []
+    of_rows = [error_bounds(cache) for cache in caches] if pairs else []
     for i in range(0, len(pairs), 1024):
         part = pairs[i : i + 1024]
         a, b = (
@@ -343,7 +343,7 @@ def _check_pairs(caches: Sequence[Cache], pairs: Sequence[tuple[Row, Row]]) -> N
             for rows in zip(*part, strict=True)
         )
         for (x, y), error in zip(part, relative_errors(a, b), strict=True):
-            if error > bounds[x.cache] + bounds[y.cache]:
+            if error > sum(of_rows[row.cache][row.source][row.number] for row in (x, y)):
                 raise CacheError(
                     f"features of {x.path}", where=caches[y.cache].path,
                     expected=f"those of {caches[x.cache].path.as_posix()}, the same image",

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from featcache.cache.container import ArrayReader, Container
 from featcache.cache.contents import check_table, decode_texts, read_json, read_texts
 from featcache.cache.integrity import BLOCK_ROWS, BadRow, Damage, find_infinite
+from featcache.cache.provenance import read_row_precisions, with_row_precisions
 from featcache.cache.reading import Cache, Failure, read_failures
 from featcache.cache.writing import SplitRows, write_rows
 from featcache.data.folders import SPLITS
@@ -78,6 +79,11 @@ def write_without(
     provenance: dict[str, Any] = {"lost": "damaged, and dropped by featcache verify --repair"}
     if "provenance" not in damage.parts:
         provenance = read_json(container, "provenance")
+        sizes = {split: container.arrays[f"splits/{split}/features"].shape[0] for split in splits}
+        made = read_row_precisions(provenance, sizes)
+        if made is not None:
+            kept = {s: np.delete(np.array(made[s], object), bad[s]).tolist() for s in splits}
+            provenance = with_row_precisions(provenance, kept)
     cache = write_rows(
         path, {split: _rows_without(container, split, bad[split]) for split in splits},
         identity=read_json(container, "identity"), provenance=provenance, classes=classes,

@@ -19,7 +19,9 @@ from featcache.cache.provenance import (
     check_alike,
     join_provenances,
     list_origins,
+    row_precisions,
     warn_of_precisions,
+    with_row_precisions,
 )
 from featcache.cache.reading import Cache, Failure, open_cache, warn_of_leaks
 from featcache.cache.rearrangement import Rearrangement, Row, gather
@@ -156,8 +158,9 @@ def _write(output: Output, chosen: Rearrangement) -> Cache:
     }
     return write_rows(
         output.target, {name: _split_rows(chosen, name, by_split) for name in by_split},
-        identity=chosen.caches[0].identity, provenance=_provenance(chosen), classes=chosen.classes,
-        task=chosen.caches[0].task, failures=_failures(chosen), publish=output.publish,
+        identity=chosen.caches[0].identity, provenance=_provenance(chosen, by_split),
+        classes=chosen.classes, task=chosen.caches[0].task, failures=_failures(chosen),
+        publish=output.publish,
     )  # fmt: skip
 
 
@@ -233,14 +236,19 @@ def _failures(chosen: Rearrangement) -> list[Failure]:
     return list(failures.values())
 
 
-def _provenance(chosen: Rearrangement) -> dict[str, Any]:
+def _provenance(chosen: Rearrangement, by_split: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     facts = environment_facts()  # of this process, which ran no network
+    made = [row_precisions(cache) for cache in chosen.caches]
+    precisions = {
+        name: [made[row.cache][row.source][row.number] for row in rows]
+        for name, rows in by_split.items()
+    }
     truncated = [cache.provenance.get("truncated") or [] for cache in chosen.caches]
     known = [set(map(str, paths)) if isinstance(paths, list) else set() for paths in truncated]
     return {
         "date": facts["date"],
         "versions": facts["versions"],
-        **join_provenances(chosen.caches),
+        **with_row_precisions(join_provenances(chosen.caches), precisions),
         "truncated": [
             row.path
             for row in chosen.rows

@@ -28,7 +28,7 @@ from featcache.cli.options import (
     print_facts,
     printing,
 )
-from featcache.errors import FeatcacheError, FeatcacheWarning, escaped, printable
+from featcache.errors import DataError, FeatcacheError, FeatcacheWarning, escaped, printable
 
 
 class _InOrder(click.Group):
@@ -207,10 +207,12 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 @click.option("--cache", type=click.Path(path_type=Path), help="Another cache than the run's.")
 @click.option("--split", default="test", show_default=True)
 @click.option(
-    "--positive", metavar="CLASS", help="The class to find: gives sensitivity and false negatives."
-)
+    "--positive", metavar="CLASS",
+    help="The class to find, against the rest: sensitivity, specificity, its AUC, missed images.",
+)  # fmt: skip
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
 @click.option("--average-views", is_flag=True, help="Mean of a row's views, not view 0 alone.")
+@click.option("--unseen", is_flag=True, help="Leave out rows that RUN was trained on or chosen by.")
 @printing
 def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure RUN on a split it was not trained on.
@@ -243,6 +245,8 @@ def predict(
 
     \b
     Example: featcache predict run new.png --csv predictions.csv
+
+    Images that cannot be read are listed; if none can be, the exit code is 1.
     """
     from featcache.cli.wording import prediction_lines
     from featcache.deployment.predictions import predict as predict_images
@@ -253,6 +257,14 @@ def predict(
         raise click.UsageError("--average-views goes with --cache: images have no views.")
     predictions = predict_images(run, images or None, cache=cache, **options)
     print_facts(predictions.as_dict(), prediction_lines(predictions), as_json, quiet)
+    if predictions.failures and not predictions.paths:
+        path, reason = predictions.failures[0]
+        error = DataError(
+            "images", expected="one or more that can be read", where=path,
+            found=f"none of {len(predictions.failures):,}, the first being {reason}",
+        )  # fmt: skip
+        click.echo(f"error: {error}", err=True)
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()
@@ -295,7 +307,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        cli.main(args=arguments, prog_name="featcache", standalone_mode=False)
+        code = cli.main(args=arguments, prog_name="featcache", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return int(stop.exit_code)
     except click.ClickException as error:
@@ -323,7 +335,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         place = f" ({printable(error.filename)})" if error.filename else ""
         click.echo(f"error: {printable(error.strerror or error)}{place}", err=True)
         return 1
-    return 0
+    return code if isinstance(code, int) else 0  # click returns the code of an Exit
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -46,6 +46,8 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, dict):
             yield f"{key}:"
             for name, part in value.items():
+                if name == "row_precisions":  # the splits say it in one number each
+                    continue
                 text = _split_text(part) if key == "splits" else _plain(part)
                 yield f"  {printable(name)}: {text}"
         else:
@@ -96,7 +98,11 @@ def _split_text(split: dict[str, Any]) -> str:
     )
     groups = "" if split["num_groups"] is None else f"; {split['num_groups']:,} groups"
     views = "" if split["num_views"] == 1 else f", {split['num_views']} views"
-    return f"{' x '.join(map(str, shape))} {dtype}{views}; {counts}{groups}"
+    made = split["num_per_precision"]
+    precisions = "; made at " + ", ".join(f"{p} {n:,}" for p, n in made.items())
+    return f"{' x '.join(map(str, shape))} {dtype}{views}; {counts}{groups}" + precisions * (
+        len(made) > 1
+    )
 
 
 def _plain(value: Any) -> str:

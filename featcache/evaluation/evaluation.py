@@ -12,22 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, open_cache
-from featcache.errors import (
-    CacheError,
-    ConfigError,
-    RunError,
-    printable,
-    warn_user,
-)
+from featcache.errors import ConfigError, RunError, printable, warn_user
 from featcache.evaluation.figures import draw_confusion
-from featcache.evaluation.predicted_rows import CSV, PredictedRows
+from featcache.evaluation.predicted_rows import CSV, labelled_rows, predict_rows
+from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_seen
 from featcache.files import read_regular, readable_json, result_as_dict
-from featcache.heads.prediction import predict_probs
-from featcache.heads.rows import find_labelled
 from featcache.heads.run import (
     Run,
     cache_path,
@@ -35,7 +27,6 @@ from featcache.heads.run import (
     require_own_cache,
     require_same_features,
 )
-from featcache.heads.streaming import StoredFeatures
 from featcache.metrics.scores import compute_metrics
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.runtime import Say, silent
@@ -55,18 +46,28 @@ class Evaluation:
         classes: C class names.
         accuracy: Share of right predictions; with several labels, over the known targets.
         balanced_accuracy: Mean recall of the classes that have rows; None with several labels.
-        roc_auc: Macro mean over the classes, one against the rest; None where it is undefined.
+        roc_auc: Macro mean over the classes, each against the rest, whatever ``positive`` is; None
+            where it is undefined.
         average_precision: Likewise.
         per_class: Class -> its figures, see ``metrics.scores.compute_metrics``.
         confusion_matrix: (C, C) counts, rows = target; None with several labels.
-        positive: The class that is looked for, if one was named.
-        sensitivity: Its recall; None without it, or with three or more classes of one label.
-        specificity: The recall of the others, likewise.
+        positive: The class that is looked for, against the rest; the next five are None without.
+        sensitivity: Its recall.
+        specificity: The share of the rows of all other classes that are predicted as one of them.
+        positive_roc_auc: Its ROC AUC, as in ``per_class``.
+        positive_average_precision: Likewise.
         false_negatives: Paths of rows of the positive class that were predicted otherwise.
         mistakes: ``path, target, pred, prob`` of the wrong rows, the most confident first. With
             several labels ``path, class, target, pred, prob`` of each wrong label, ``prob`` being
             that of the class.
         num_failed: Images of the split that could not be read, and so were not measured.
+        num_trained_on: Labelled rows of the split that the head was trained on, in this split or as
+            an identical image in another; None where nothing tells. Like the next two counted
+            before any is left out.
+        num_chosen_by: Labelled rows that its epoch was chosen by.
+        num_unclear: Labelled rows of which it cannot be told: they have the path of such a row, but
+            other features, and there is no hash of one of the images.
+        unseen: Whether these rows were left out.
         num_views: Views of a row whose probabilities were averaged; 1 is view 0 alone.
         fingerprint: Of the cache's identity.
     """
@@ -86,9 +87,15 @@ class Evaluation:
     positive: str | None
     sensitivity: float | None
     specificity: float | None
+    positive_roc_auc: float | None
+    positive_average_precision: float | None
     false_negatives: list[str] | None
     mistakes: list[dict[str, Any]]
     num_failed: int
+    num_trained_on: int | None
+    num_chosen_by: int | None
+    num_unclear: int | None
+    unseen: bool
     num_views: int
     fingerprint: str
 
@@ -119,11 +126,14 @@ def evaluate(
     positive: str | None = None,
     csv: str | Path | None = None,
     average_views: bool = False,
+    unseen: bool = False,
     say: Say = silent,
 ) -> Evaluation:
     """Measure the head of a run on the labelled rows of a split.
 
-    Rows with several views are predicted by view 0, the plain image. The figures of the run's own
+    Rows that the head was trained on, or that its epoch was chosen by, are warned of: they are
+    found by their images' hashes, in any cache, where there are none by their features. Rows with
+    several views are predicted by view 0, the plain image. The figures of the run's own
     cache are also written to ``RUN/evaluation/SPLIT.json``, with a picture of the confusion matrix.
 
     Args:
@@ -132,17 +142,19 @@ def evaluate(
             must still be the same. Classes of another cache are matched by name; it may have some
             of them only.
         split: ``test`` unless told otherwise.
-        positive: The class that is looked for; never guessed. With two classes, or several labels
-            an image, it gives sensitivity, specificity and the list of false negatives.
+        positive: The class that is looked for, against all others; never guessed. It gives
+            sensitivity, specificity, its ROC AUC and average precision, and its false negatives.
         csv: A file for path, group, target, prediction and probabilities of every labelled row.
             With several labels, targets, unknown and predictions are names joined by ``|``.
         average_views: Predict a row by the mean of its views' probabilities.
+        unseen: Leave out the rows that the head has seen, and those of which it cannot be told.
         say: Receives the lines for people.
 
     Raises:
         RunError: If the run is damaged, its cache is gone or changed, or features or classes are
             not those it was trained on.
-        CacheError: If the cache is damaged, lacks the split or has no labelled rows in it.
+        CacheError: If the cache is damaged, lacks the split or has no labelled rows in it; with
+            ``unseen``, no such rows that the head has not seen.
         ConfigError: If ``positive`` is not a class, ``csv`` cannot be written, or there are no
             views to average.
 
@@ -160,9 +172,15 @@ def evaluate(
     opened = _open_own_cache(loaded) if cache is None else _open_other_cache(loaded, Path(cache))
     is_own = cache is None or opened.payload_sha256 == loaded.cache.get("payload_sha256")
     figures = _figure_outputs(loaded, split) if is_own else []
-    if is_own:
-        _warn_of_training_rows(loaded, split)
-    rows = _predict_rows(loaded, opened, split, say, average_views=average_views)
+    labelled = labelled_rows(opened, split, say)
+    seen = find_seen(loaded, opened, opened.split(split), labelled)
+    if unseen:
+        labelled = leave_out_seen(labelled, seen, opened, split, say)
+    rows = predict_rows(loaded, opened, split, labelled, say, average_views=average_views)
+    if not unseen:
+        hint = "these figures are too good. Leave such rows out with --unseen"
+        warn_of_seen(seen, split, hint)
+    counts = (None, None, None) if seen is None else seen.counts
     result = Evaluation(
         split=split,
         task=loaded.task,
@@ -172,6 +190,10 @@ def evaluate(
         false_negatives=rows.false_negatives(positive),
         mistakes=rows.mistakes(),
         num_failed=sum(failure.split == split for failure in opened.failures),
+        num_trained_on=counts[0],
+        num_chosen_by=counts[1],
+        num_unclear=counts[2],
+        unseen=unseen,
         num_views=opened.split(split).num_views if average_views else 1,
         fingerprint=opened.fingerprint,
     )
@@ -259,11 +281,6 @@ def _write_with_figures(
         raise
 
 
-def _warn_of_training_rows(run: Run, split: str) -> None:
-    if split == "train" or (split == "all" and run.training.get("valid_fraction")):
-        warn_user(f"the head was trained on rows of {split}: these figures are too good")
-
-
 def _open_own_cache(run: Run) -> Cache:
     path, hint = cache_path(run), "Name the cache with --cache, or train again"
     if found := why_no_file(path):
@@ -275,8 +292,7 @@ def _open_own_cache(run: Run) -> Cache:
     refuse_misbuilt(cache.identity, path)
     require_own_cache(run, cache.identity, path)
     if cache.payload_sha256 != run.cache.get("payload_sha256"):
-        message = f"{path} has changed since the training: its rows may have been trained on"
-        warn_user(printable(message))
+        warn_user(printable(f"{path} has changed since the training"))
     return cache
 
 
@@ -285,79 +301,6 @@ def _open_other_cache(run: Run, path: Path) -> Cache:
     refuse_misbuilt(run.cache["identity"], run.path)
     require_same_features(run.cache["identity"], cache.identity, path)
     return cache
-
-
-def _predict_rows(
-    run: Run, cache: Cache, split_name: str, say: Say, *, average_views: bool
-) -> PredictedRows:
-    """Return the labelled rows of a split with the head's probabilities."""
-    split = cache.split(split_name)
-    class_indices = _match_classes(run, cache, say)
-    _check_features(run, cache)
-    labelled = find_labelled(split.targets)
-    if not len(labelled):
-        raise CacheError(
-            f"split {split_name}", expected="labelled rows", found="none", where=cache.path,
-            hint="Use featcache predict for images without a class",
-        )  # fmt: skip
-    if len(labelled) < len(split):
-        say(f"{len(split) - len(labelled):,} unlabelled rows left out")
-    if average_views and split.num_views == 1:
-        raise ConfigError(
-            "--average-views", expected="several views of a row", found=f"one in {split_name}",
-            where=cache.path, hint="Views are of train, and of folders without splits (split all)",
-        )  # fmt: skip
-    features = StoredFeatures(split, labelled, plain=not average_views)
-    groups = split.groups or [""] * len(split)
-    return PredictedRows(
-        classes=run.classes,
-        paths=[split.paths[i] for i in labelled],
-        groups=[groups[i] for i in labelled],
-        targets=_to_run_classes(run, class_indices, split.targets[labelled]),
-        probs=predict_probs(run.head, run.state, features, run.task),
-    )
-
-
-def _to_run_classes(
-    run: Run, class_indices: npt.NDArray[np.int64], targets: npt.NDArray[Any]
-) -> npt.NDArray[Any]:
-    """Return the cache's targets as targets of the run; a label that the cache lacks is unknown."""
-    if targets.ndim == 1:
-        indices: npt.NDArray[Any] = class_indices[targets]
-        return indices
-    matched = np.full((len(targets), len(run.classes)), np.nan, np.float32)
-    matched[:, class_indices] = targets
-    return matched
-
-
-def _match_classes(run: Run, cache: Cache, say: Say) -> npt.NDArray[np.int64]:
-    """Return the run's index of each of the cache's classes."""
-    if cache.task != run.task:
-        raise CacheError(
-            "cache", expected=f"a {run.task} cache, as the run was trained on",
-            found=f"a {cache.task} one", where=cache.path,
-            hint="Evaluate on another cache, or train a head on this one",
-        )  # fmt: skip
-    unknown = [name for name in cache.classes if name not in run.classes]
-    if unknown:
-        raise RunError(
-            "classes", expected="those of the run, " + ", ".join(run.classes),
-            found="also " + ", ".join(unknown), where=cache.path,
-            hint="Evaluate on a cache without them, or train on one with them",
-        )  # fmt: skip
-    missing = [name for name in run.classes if name not in cache.classes]
-    if missing:
-        say(printable(f"this cache has no class {', '.join(missing)}: matched the others by name"))
-    return np.array([run.classes.index(name) for name in cache.classes], np.int64)
-
-
-def _check_features(run: Run, cache: Cache) -> None:
-    found = cache.num_features
-    if found != run.head.num_features:
-        raise RunError(
-            "features", expected=f"{run.head.num_features} per image", found=found,
-            where=cache.path, hint="Extract the images with the run's backbone",
-        )  # fmt: skip
 
 
 def _say_result(result: Evaluation, say: Say) -> None:
@@ -370,13 +313,18 @@ def _say_result(result: Evaluation, say: Say) -> None:
     views = f", mean of {result.num_views} views each" if result.num_views > 1 else ""
     say(f"{result.num_samples:,} images of {result.split}{views}{failed}")
     has_labels = result.task == "multilabel"
-    keys = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision")
-    for key in keys if not has_labels else (keys[0], *keys[2:]):
-        say(f"  {key.replace('_', ' '):<18} {shown(result[key])}")
-    if result.sensitivity is not None or result.specificity is not None:
-        say(printable(f"  positive class     {result.positive}"))
+    say(f"  accuracy           {shown(result.accuracy)}")
+    if not has_labels:
+        say(f"  balanced accuracy  {shown(result.balanced_accuracy)}")
+    say(f"  roc auc            {shown(result.roc_auc)} (mean of the classes)")
+    say(f"  average precision  {shown(result.average_precision)} (mean of the classes)")
+    if result.positive is not None:
+        against = "" if has_labels else " against the rest"
+        say(printable(f"  positive class     {result.positive}{against}"))
         say(f"  sensitivity        {shown(result.sensitivity)}")
         say(f"  specificity        {shown(result.specificity)}")
+        say(f"  its roc auc        {shown(result.positive_roc_auc)}")
+        say(f"  its avg. precision {shown(result.positive_average_precision)}")
         say(f"  false negatives    {len(result.false_negatives or ())}")
     _say_classes(result.classes, result.per_class, shown, say)
     if result.confusion_matrix is not None:
@@ -400,7 +348,7 @@ def _say_classes(classes: Sequence[str], per_class: dict[str, Any], shown: Any, 
     columns = {"images": "num_samples"}
     if "num_positive" in per_class[classes[0]]:
         columns = {"yes": "num_positive", "no": "num_negative", "unknown": "num_unknown"}
-        columns |= {"roc auc": "roc_auc", "avg. prec.": "average_precision"}
+    columns |= {"roc auc": "roc_auc", "avg. prec.": "average_precision"}
     columns |= {key: key for key in ("precision", "recall", "f1")}
     widths = [max(len(head), 6 if key[:4] == "num_" else 9) for head, key in columns.items()]
     first = max(len(name) for name in [*map(printable, classes), "class"])

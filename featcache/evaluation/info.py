@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featcache.cache.provenance import row_precisions
 from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
 from featcache.files import local_path, result_as_dict
 
@@ -35,7 +36,7 @@ class CacheInfo:
         classes: Class names.
         splits: Split -> ``num_samples``; ``features``, their shape and dtype; ``num_views``;
             ``num_per_class``; with several labels an image ``num_known_per_class``; ``num_groups``,
-            None without groups.
+            None without groups; ``num_per_precision``, rows made at each.
         failures: Images that could not be read.
     """
 
@@ -159,7 +160,10 @@ def _split_facts(cache: Cache, split: CacheSplit) -> dict[str, Any]:
     else:
         facts["num_per_class"] = _count_classes(cache, split)
     groups = split.groups
-    return facts | {"num_groups": None if groups is None else len(set(groups))}
+    return facts | {
+        "num_groups": None if groups is None else len(set(groups)),
+        "num_per_precision": dict(Counter(row_precisions(cache)[split.name])),
+    }
 
 
 def _count_classes(cache: Cache, split: CacheSplit) -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""The labelled rows of a split with their predictions: mistakes, false negatives, CSV."""
+"""The labelled rows of a split with their predictions: mistakes, false negatives, CSV.
+
+Reads: a cache. Writes: nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.reading import Cache
+from featcache.errors import CacheError, ConfigError, RunError, printable
 from featcache.files import csv_text, join_names, prob_columns
+from featcache.heads.prediction import predict_probs
+from featcache.heads.rows import RowNumbers, find_labelled
+from featcache.heads.run import Run
+from featcache.heads.streaming import StoredFeatures
 from featcache.outputs import csv_kind
+from featcache.runtime import Say
 
 _COLUMNS = ("path", "group", "target", "pred")
 _COLUMNS_OF_LABELS = ("path", "group", "targets", "unknown", "preds")
@@ -46,11 +56,8 @@ class PredictedRows:
         return self.probs > 0.5 if self.has_labels else self.probs.argmax(axis=1)
 
     def false_negatives(self, positive: str | None) -> list[str] | None:
-        """Return the paths of rows of the positive class that were predicted otherwise.
-
-        None without a positive class, and with three or more classes of which a row has one.
-        """
-        if positive is None or not (self.has_labels or len(self.classes) == 2):
+        """Return the paths of rows of the positive class predicted otherwise; None without one."""
+        if positive is None:
             return None
         index = self.classes.index(positive)
         if self.has_labels:
@@ -112,3 +119,92 @@ class PredictedRows:
 
     def _join(self, chosen: npt.NDArray[np.bool_]) -> Iterable[str]:
         return (join_names(self.classes[c] for c in np.flatnonzero(row)) for row in chosen)
+
+
+def labelled_rows(cache: Cache, split_name: str, say: Say) -> RowNumbers:
+    """Return the numbers of the labelled rows of a split.
+
+    Raises:
+        CacheError: If there is no such split, or no labelled row in it.
+    """
+    split = cache.split(split_name)
+    labelled = find_labelled(split.targets)
+    if not len(labelled):
+        raise CacheError(
+            f"split {split_name}", expected="labelled rows", found="none", where=cache.path,
+            hint="Use featcache predict for images without a class",
+        )  # fmt: skip
+    if len(labelled) < len(split):
+        say(f"{len(split) - len(labelled):,} unlabelled rows left out")
+    return labelled
+
+
+def predict_rows(
+    run: Run, cache: Cache, split_name: str, labelled: RowNumbers, say: Say, *, average_views: bool
+) -> PredictedRows:
+    """Return labelled rows of a split with the head's probabilities.
+
+    Raises:
+        CacheError: If the cache has another kind of task.
+        RunError: If its classes or its features are not the run's.
+        ConfigError: If there are no views to average.
+    """
+    split = cache.split(split_name)
+    class_indices = _match_classes(run, cache, say)
+    _check_features(run, cache)
+    if average_views and split.num_views == 1:
+        raise ConfigError(
+            "--average-views", expected="several views of a row", found=f"one in {split_name}",
+            where=cache.path, hint="Views are of train, and of folders without splits (split all)",
+        )  # fmt: skip
+    features = StoredFeatures(split, labelled, plain=not average_views)
+    groups = split.groups or [""] * len(split)
+    return PredictedRows(
+        classes=run.classes,
+        paths=[split.paths[i] for i in labelled],
+        groups=[groups[i] for i in labelled],
+        targets=_to_run_classes(run, class_indices, split.targets[labelled]),
+        probs=predict_probs(run.head, run.state, features, run.task),
+    )
+
+
+def _to_run_classes(
+    run: Run, class_indices: npt.NDArray[np.int64], targets: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """Return the cache's targets as targets of the run; a label that the cache lacks is unknown."""
+    if targets.ndim == 1:
+        indices: npt.NDArray[Any] = class_indices[targets]
+        return indices
+    matched = np.full((len(targets), len(run.classes)), np.nan, np.float32)
+    matched[:, class_indices] = targets
+    return matched
+
+
+def _match_classes(run: Run, cache: Cache, say: Say) -> npt.NDArray[np.int64]:
+    """Return the run's index of each of the cache's classes."""
+    if cache.task != run.task:
+        raise CacheError(
+            "cache", expected=f"a {run.task} cache, as the run was trained on",
+            found=f"a {cache.task} one", where=cache.path,
+            hint="Evaluate on another cache, or train a head on this one",
+        )  # fmt: skip
+    unknown = [name for name in cache.classes if name not in run.classes]
+    if unknown:
+        raise RunError(
+            "classes", expected="those of the run, " + ", ".join(run.classes),
+            found="also " + ", ".join(unknown), where=cache.path,
+            hint="Evaluate on a cache without them, or train on one with them",
+        )  # fmt: skip
+    missing = [name for name in run.classes if name not in cache.classes]
+    if missing:
+        say(printable(f"this cache has no class {', '.join(missing)}: matched the others by name"))
+    return np.array([run.classes.index(name) for name in cache.classes], np.int64)
+
+
+def _check_features(run: Run, cache: Cache) -> None:
+    found = cache.num_features
+    if found != run.head.num_features:
+        raise RunError(
+            "features", expected=f"{run.head.num_features} per image", found=found,
+            where=cache.path, hint="Extract the images with the run's backbone",
+        )  # fmt: skip

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import build_engine
 from featcache.cache.integrity import BadRow
-from featcache.cache.provenance import error_bound, known_precision
+from featcache.cache.provenance import UNKNOWN, error_bound, error_bounds, row_precisions
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.errors import CacheError, ConfigError, printable
@@ -48,7 +48,7 @@ class Comparison:
         relabelled: Paths of images of another class than the cache says; extracting again mends it.
         num_compared: Rows whose features were recomputed.
         largest_error: The largest relative L2 error among those of unchanged images.
-        bound: What it has to stay under.
+        bound: What every row has to stay under; rows of a smaller bound are judged by theirs.
     """
 
     bad_rows: tuple[BadRow, ...]
@@ -153,8 +153,7 @@ def _compare_features(
     recomputed: Iterable[tuple[Outcome, npt.NDArray[np.float32] | None]],
 ) -> tuple[list[BadRow], list[BadRow], list[float]]:
     """Return the rows whose image changed, those whose features differ, and all errors."""
-    bound, is_assumed = error_bound(cache), known_precision(cache) is None
-    judged = ", as at fp32, since nobody knows their precision" if is_assumed else ""
+    bounds, precisions = error_bounds(cache), row_precisions(cache)
     changed, differing, errors = list[BadRow](), list[BadRow](), list[float]()
     for outcome, features in recomputed:
         sample = outcome.sample
@@ -164,9 +163,12 @@ def _compare_features(
             changed.append(_changed_row(rows, sample, "another one"))
         else:
             row = rows[sample.split, sample.path]
+            bound = float(bounds[sample.split][row])
             error, found = _measure(cache, row, sample.split, features, bound)
             errors.append(error)
             if found is not None:
+                is_known = precisions[sample.split][row] != UNKNOWN
+                judged = "" if is_known else ", as at fp32, since nobody knows their precision"
                 expected = f"features within {bound:.0e}{judged}"
                 differing.append(BadRow(sample.split, row, sample.path, expected, found))
     return changed, differing, errors

@@ -13,7 +13,7 @@ import torch
 
 from featcache.backbones.backbone import state_sha256
 from featcache.backbones.engine import Engine, build_engine
-from featcache.cache.provenance import MAX_PARITY
+from featcache.cache.provenance import MAX_PARITY, read_parities, with_parities
 from featcache.errors import BackboneError, CacheError, warn_user
 from featcache.extraction.plan import Job
 from featcache.extraction.recipe import decode_probes
@@ -54,7 +54,7 @@ def choose_engine(job: Job, device: torch.device) -> None:
     # Chosen by the number of images, not of views: view 0 equals a cache without views.
     engine = build_engine(
         recipe.backbone, device, probes, precision=options.precision, batch_size=batch_size,
-        name=name, num_images=len(dataset.samples),
+        name=name, num_images=len(dataset.samples), feature_dtype=recipe.feature_dtype,
     )  # fmt: skip
     if as_before and engine.batch_size == as_before.batch_size:
         engine = replace(engine, reason="as for the rows that are there")
@@ -74,14 +74,17 @@ def _note_engine(job: Job, engine: Engine) -> None:
     against = "no readable image to check it with"
     if engine.parity:
         worst, number = max(engine.parity), len(engine.parity)
-        against = f"within {worst:.1e} of the eager fp32 network on {number} images"
-    backbone, parity = job.recipe.backbone, job.old.parity if job.old is not None else []
+        stored = " in float16" if job.recipe.feature_dtype == "float16" else ""
+        against = f"within {worst:.1e} of the eager fp32 network on {number} images{stored}"
+    backbone, old = job.recipe.backbone, job.old
+    parities = {} if old is None else read_parities(old)
+    parity = [] if old is None else old.parity
     job.options.say(
         f"Engine: {backbone.name} by {engine.name} {engine.precision} on {engine.device} "
         f"({engine.reason}), {engine.concurrency} x {engine.batch_size} images at once, {against}."
     )
     warn_of_update(job.path.name, job.provenance, parity, engine)
-    job.provenance = extend_provenance(job.provenance, parity, engine, backbone.weights_source)
+    job.provenance = extend_provenance(job.provenance, parities, engine, backbone.weights_source)
     facts = EngineFacts(
         engine.name, engine.precision, engine.batch_size, torch.get_num_threads(),
         engine.device.type,
@@ -158,25 +161,30 @@ def warn_of_update(
 
 
 def extend_provenance(
-    provenance: Mapping[str, Any], parity: Sequence[float], engine: Engine, weights_source: str
-) -> dict[str, Any]:
+    provenance: Mapping[str, Any], parities: Mapping[str, Mapping[str, Any]], engine: Engine,
+    weights_source: str,
+) -> dict[str, Any]:  # fmt: skip
     """Return the provenance of old and new rows together.
+
+    It names every precision; when the cache is written, it is known which rows are left.
 
     Args:
         provenance: Of the rows that are there.
-        parity: Of the engine that made them.
+        parities: Of them: see ``read_parities``.
         engine: What makes the new ones.
         weights_source: Where the backbone's weights came from.
     """
-    precisions = {engine.precision, str(provenance.get("precision"))}
-    return {
+    told = {engine.precision, *str(provenance.get("precision")).split(", ")}
+    old = parities.get(engine.precision, {"errors": [], "num_probed": 0})
+    # of older engines the worst: an update a night would else add to it for ever
+    errors = [*sorted(old["errors"])[-MAX_PARITY:], *engine.parity]
+    measured = {"errors": errors, "num_probed": old["num_probed"] + len(engine.parity)}
+    facts = {
         **{key: provenance[key] for key in _KEPT_FACTS if key in provenance},
         **environment_facts(engine.device), "device_type": engine.device.type,
         "weights_source": weights_source, "engine": engine.name,
         "engine_reason": engine.reason, "concurrency": engine.concurrency,
-        # of rows of two precisions, the one whose bound holds for all
-        "precision": max(precisions & PARITY_BOUNDS.keys(), key=PARITY_BOUNDS.__getitem__),
+        "precision": ", ".join(sorted(told & PARITY_BOUNDS.keys())),
         "batch_size": engine.batch_size,
-        # of older engines the worst: an update a night would else add to it for ever
-        "parity": [*sorted(parity)[-MAX_PARITY:], *engine.parity],
     }  # fmt: skip
+    return with_parities(facts, {**parities, engine.precision: measured})

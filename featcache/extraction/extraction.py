@@ -18,6 +18,7 @@ from typing import Any, overload
 import torch
 
 from featcache.backbones.backbone import Backbone, build_backbone
+from featcache.cache.reading import open_cache
 from featcache.data.dataset import ImageDataset, scan
 from featcache.errors import ConfigError
 from featcache.extraction.engine_choice import check_threads, choose_engine
@@ -32,6 +33,7 @@ from featcache.extraction.reports import (
     describe_recipe,
     project,
     summarise,
+    warn_of_precision,
 )
 from featcache.extraction.work import work
 from featcache.files import follow_link, local_path
@@ -121,7 +123,8 @@ def extract(
         views: Views of every image to train on (split ``train``, or ``all`` where there is none),
             the plain one among them; other splits get the plain view.
         augment: How the others are made: ``flip``, ``crop`` or ``xray`` (see module ``views``).
-        precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``.
+        precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``, of new rows: those of the cache that
+            is there are kept, with a warning where theirs is another.
         feature_dtype: ``float32`` or ``float16``.
         engine: ``auto``, ``onnx``, ``folded`` or ``eager``.
         batch_size: Images a batch, or ``auto``.
@@ -176,6 +179,9 @@ def _extract(
             jobs.append(job)
     if jobs:
         _make_caches(jobs, options, start, done)
+    for path, summary in done.items():
+        if not summary.num_new:
+            warn_of_precision(open_cache(path, verify=False), options.precision)
     return [done[path] for path, _ in targets]
 
 
@@ -251,6 +257,9 @@ def _plan(
     ]
     device = resolve_device(options.device).torch()
     find_known(jobs, device)
+    for job in jobs:
+        if job.old is not None:
+            warn_of_precision(job.old, options.precision)
     return [project(job, device) for job in jobs]
 
 

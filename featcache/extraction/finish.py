@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.provenance import row_precisions, with_row_precisions
 from featcache.cache.reading import Cache
 from featcache.cache.writing import SplitRows, write_rows
 from featcache.data.dataset import Sample
@@ -50,16 +51,24 @@ def _write(job: Job) -> Cache:
     """Write the cache, then drop the shards."""
     splits: dict[str, SplitRows] = {}
     truncated: list[str] = []
+    old = row_precisions(job.old).values() if job.old is not None else ()
+    # The old cache's contents have the first numbers, in the order of its rows.
+    of_old = [precision for rows in old for precision in rows]
+    precisions: dict[str, list[str]] = {}
     for name in job.dataset.splits:
         samples, numbers = job.ledger.rows_of(name)
         is_truncated = map(job.ledger.is_truncated, numbers)
         truncated += [s.path for s, cut in zip(samples, is_truncated, strict=True) if cut]
         _refuse_empty(job, name, samples)
+        precisions[name] = [
+            of_old[number] if number < len(of_old) else job.options.precision
+            for number in numbers.tolist()
+        ]
         splits[name] = _split_rows(job, name, samples, numbers)
     remove_temporaries(job.path)  # of a run killed while writing: the lock is ours now
     cache = write_rows(
         job.path, splits, identity=job.recipe.identity,
-        provenance={**job.provenance, "truncated": truncated},
+        provenance=with_row_precisions(job.provenance, precisions) | {"truncated": truncated},
         classes=job.dataset.classes, task="multiclass", failures=job.ledger.failures,
         publish=job.output.publish,
     )  # fmt: skip

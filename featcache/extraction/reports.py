@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from featcache.backbones.engine import Engine, Images, build_engine
+from featcache.cache.provenance import UNKNOWN, describe_precision
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset
 from featcache.errors import printable, warn_user
@@ -187,7 +188,10 @@ class ExtractionSummary:
         num_truncated: Cut-off images that were filled in (``--truncated keep``).
         splits: Per split, rows per class (or ``unlabelled``).
         engine: ``onnx``, ``folded`` or ``eager``.
-        parity: Largest relative L2 error of a probed image against the eager fp32 forward.
+        precision: That of all rows, or the precisions there are; None where none is known.
+        parity: Largest relative L2 error of a probed image against the eager fp32 forward, of the
+            features as they are stored.
+        num_probed: Images that this is the largest error of.
         seconds: Wall time of the whole call.
         images_per_second: New images over the time of producing their features.
         fingerprint: Of the recipe.
@@ -208,7 +212,9 @@ class ExtractionSummary:
     num_truncated: int
     splits: dict[str, dict[str, int]]
     engine: str
+    precision: str | None
     parity: float | None
+    num_probed: int
     seconds: float
     images_per_second: float | None
     fingerprint: str
@@ -294,7 +300,22 @@ def summarise(
         num_kept=num_kept, num_moved=num_moved, num_gone=num_gone, num_failed=len(cache.failures),
         num_truncated=len(truncated) if isinstance(truncated, list) else 0, splits=splits,
         engine=str(cache.provenance.get("engine", "none")),
-        parity=max(cache.parity, default=None),
+        precision=describe_precision(cache),
+        parity=max(cache.parity, default=None), num_probed=cache.num_probed,
         seconds=round(time.perf_counter() - start, 3), images_per_second=images_per_second,
         fingerprint=cache.fingerprint, content_sha256=cache.content_sha256,
     )  # fmt: skip
+
+
+def warn_of_precision(cache: Cache, asked: str) -> None:
+    """Warn where rows that are kept were made at another precision than is asked for."""
+    precision = describe_precision(cache)
+    if precision == asked or not any(map(len, cache.splits.values())):
+        return
+    measured = "of errors that were not measured"
+    if cache.parity:
+        measured = f"within {max(cache.parity):.1e}, measured on {cache.num_probed:,} images"
+    warn_user(
+        f"{cache.path.name}: the precision of its rows is {precision or UNKNOWN} ({measured}), "
+        f"and --precision {asked} is for new rows only. --rebuild makes all of them again"
+    )

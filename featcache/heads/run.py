@@ -1,12 +1,13 @@
 """The run: a folder with one trained head and what it was trained on.
 
 ``RUN/run.json`` holds the configuration, the classes and the cache's fingerprint and identity;
-``head.safetensors`` the weights; ``history.csv`` a row per epoch; ``environment.json`` the machine.
-Everything but the weights is text. The weights' sha256 stands in ``run.json``, the weights carry
-head and classes with them, and ``run.json`` bears its own hash, ``sha256`` of the canonical JSON of
-its other keys: a changed mean or image size would only show as wrong predictions. Nothing that
-featcache does depends on ``history.csv``, ``environment.json`` or ``evaluation/``, which are for
-people: they are not checked.
+``head.safetensors`` the weights; ``rows.bin`` hashes of the rows trained on (``trained_rows``);
+``history.csv`` a row per epoch; ``environment.json`` the machine.
+The weights' sha256 stands in ``run.json``, the weights carry head and classes with them, and
+``run.json`` bears its own hash, ``sha256`` of the canonical JSON of its other keys: a changed mean
+or image size would only show as wrong predictions. Nothing that featcache does depends on
+``history.csv``, ``environment.json`` or ``evaluation/``, which are for people: they are not
+checked.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from featcache.files import (
 )
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, build_head, state_layout
+from featcache.heads.rows import Part
+from featcache.heads.trained_rows import ROWS_NAME, TrainedRows
 from featcache.outputs import Kind, Output
 from featcache.runtime import Device, environment_facts
 from featcache.untrusted import find_fault, parse_json_object, real_path
@@ -436,7 +439,7 @@ def record_fit(
     seed: int,
     data_seed: int,
     device: Device | torch.device,
-    num_train: int,
+    parts: Sequence[Part],
     valid_fraction: float | None,
     details: Mapping[str, Any] | None = None,
 ) -> str:
@@ -452,7 +455,7 @@ def record_fit(
         seed: Decided the initial weights and dropout.
         data_seed: Decided the order of the rows, and the hold-out.
         device: Where it was trained.
-        num_train: Rows it was trained on.
+        parts: The rows it was trained on, and those its epoch was chosen by.
         valid_fraction: Share that was held out, if any.
         details: Further facts for ``training`` in ``run.json``.
     """
@@ -461,14 +464,16 @@ def record_fit(
         strengths = [row["strength"] for row in result.history]
         facts |= {"strength": strengths[result.best_epoch - 1], "strengths": strengths}
     else:
-        facts["batch_size"] = training.rows_per_step(num_train)
+        facts["batch_size"] = training.rows_per_step(len(parts[0].rows))
         facts["best_epoch"] = result.best_epoch
-    return write_run(
+    weights_sha256 = write_run(
         partial, head=head, state=result.state,
         training=training.as_json() | facts | dict(details or {}),
         seed=seed, data_seed=data_seed, classes=cache.classes, cache=_cache_facts(cache, folder),
         history=result.history, environment=environment_facts(device), task=cache.task,
     )  # fmt: skip
+    write_bytes(partial / ROWS_NAME, TrainedRows.of(parts).as_bytes(weights_sha256))
+    return weights_sha256
 
 
 def _cache_facts(cache: Cache, folder: Path) -> dict[str, Any]:

@@ -197,16 +197,15 @@ def train(
             on_epoch=_epoch_lines(opened.classes, say), say=say,
         )  # fmt: skip
         fit_seconds = time.perf_counter() - fit_start
-        num_train, num_valid = (len(part.rows) for part in parts)
         weights_sha256 = record_fit(
             partial, output.target, opened, head=head, training=training, result=result, seed=seed,
-            data_seed=order_seed, device=where, num_train=num_train,
+            data_seed=order_seed, device=where, parts=parts,
             valid_fraction=valid_fraction,
         )  # fmt: skip
     kept = result.history[result.best_epoch - 1]
     summary = TrainSummary(
-        run=folder, classes=opened.classes, task=opened.task, num_train=num_train,
-        num_valid=num_valid,
+        run=folder, classes=opened.classes, task=opened.task, num_train=len(parts[0].rows),
+        num_valid=len(parts[1].rows),
         num_unlabelled=sum(part.num_unlabelled for part in parts),
         num_failed=len(opened.failures), num_views=parts[0].split.num_views,
         num_epochs=len(result.history), best_epoch=result.best_epoch, strength=kept.get("strength"),

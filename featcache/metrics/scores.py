@@ -7,7 +7,7 @@ class is a question of its own, asked of the rows where its answer is known.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,17 +38,17 @@ def compute_metrics(
     Returns:
         A JSON object: ``accuracy``; ``balanced_accuracy`` (mean recall of the classes that have
         rows); ``roc_auc`` and ``average_precision`` (macro mean of one-vs-rest over all classes,
-        None if one of them is undefined); ``per_class`` {class: precision, recall, f1,
-        num_samples}; ``confusion_matrix`` (rows = target); ``positive``; ``sensitivity`` and
-        ``specificity`` (recall of the positive and of the other class; None without ``positive``
-        or with more than two classes).
+        None if one of them is undefined); ``per_class`` {class: precision, recall, f1, roc_auc and
+        average_precision (of the class against the rest), num_samples}; ``confusion_matrix`` (rows
+        = target); ``positive``; and of the positive class against the rest, None without
+        ``positive``: ``sensitivity`` (its recall), ``specificity`` (share of the other rows that
+        are predicted as any other class), ``positive_roc_auc``, ``positive_average_precision``.
 
         For several labels a row: ``accuracy`` over the known targets; ``roc_auc`` and
         ``average_precision``, macro means over the classes that have both answers, None without
         one; ``per_class`` {class: precision, recall, f1, roc_auc, average_precision, num_positive,
-        num_negative, num_unknown, confusion_matrix (rows = no, yes)}; ``sensitivity`` and
-        ``specificity`` of the positive class. ``balanced_accuracy`` and ``confusion_matrix`` are
-        None.
+        num_negative, num_unknown, confusion_matrix (rows = no, yes)}; and the same four figures of
+        the positive class. ``balanced_accuracy`` and ``confusion_matrix`` are None.
 
     Raises:
         DataError: If the arrays are empty, do not fit each other or hold NaN.
@@ -69,25 +69,25 @@ def compute_metrics(
             "precision": _number(precision[i]),
             "recall": _number(recall[i]),
             "f1": _number(f1[i]),
+            **_areas(targets == i, probs[:, i]),
             "num_samples": int(support[i]),
         }
         for i, name in enumerate(classes)
     }
     recalls = [row["recall"] for row in per_class.values()]
-    sensitivity = specificity = None
-    if positive is not None and len(classes) == 2:
+    specificity = None
+    if positive is not None:
         index = list(classes).index(positive)
-        sensitivity, specificity = recalls[index], recalls[1 - index]
+        specificity = _ratio(
+            int(((targets != index) & (preds != index)).sum()), int((targets != index).sum())
+        )
     return {
         "accuracy": _mean([float(value) for value in preds == targets]),
         "balanced_accuracy": _mean([value for value in recalls if value is not None]),
-        "roc_auc": _one_vs_rest(metrics.roc_auc_score, targets, probs),
-        "average_precision": _one_vs_rest(metrics.average_precision_score, targets, probs),
+        **{name: _mean_of_all(row[name] for row in per_class.values()) for name in _AREAS},
         "per_class": per_class,
         "confusion_matrix": metrics.confusion_matrix(targets, preds, labels=indices).tolist(),
-        "positive": positive,
-        "sensitivity": sensitivity,
-        "specificity": specificity,
+        **_of_positive(per_class, positive, specificity),
     }
 
 
@@ -95,22 +95,46 @@ def _compute_label_metrics(
     targets: npt.NDArray[Any], probs: npt.NDArray[Any], classes: Sequence[str], positive: str | None
 ) -> dict[str, Any]:
     per_class = {name: _measure_label(targets[:, i], probs[:, i]) for i, name in enumerate(classes)}
-    sensitivity = specificity = None
+    specificity = None
     if positive is not None:
         (no_no, no_yes), _ = per_class[positive]["confusion_matrix"]
-        sensitivity = per_class[positive]["recall"]
         specificity = _ratio(no_no, no_no + no_yes)
     return {
         "accuracy": _accuracy_of_labels(targets, probs),
         "balanced_accuracy": None,
-        "roc_auc": _mean_of_known(row["roc_auc"] for row in per_class.values()),
-        "average_precision": _mean_of_known(row["average_precision"] for row in per_class.values()),
+        **{name: _mean_of_known(row[name] for row in per_class.values()) for name in _AREAS},
         "per_class": per_class,
         "confusion_matrix": None,
-        "positive": positive,
-        "sensitivity": sensitivity,
-        "specificity": specificity,
+        **_of_positive(per_class, positive, specificity),
     }
+
+
+def _of_positive(
+    per_class: Mapping[str, Mapping[str, Any]], positive: str | None, specificity: float | None
+) -> dict[str, Any]:
+    """Return the figures of the positive class against the rest, None without one."""
+    row = {} if positive is None else per_class[positive]
+    return {
+        "positive": positive,
+        "sensitivity": row.get("recall"),
+        "specificity": specificity,
+        **{f"positive_{name}": row.get(name) for name in _AREAS},
+    }
+
+
+def _areas(is_yes: npt.NDArray[np.bool_], probs: npt.NDArray[Any]) -> dict[str, float | None]:
+    """Return the areas under both curves of one class."""
+    return {name: _area(name, is_yes, probs) for name in _AREAS}
+
+
+def _area(metric: str, is_yes: npt.NDArray[np.bool_], probs: npt.NDArray[Any]) -> float | None:
+    """Return one of ``_AREAS`` of one class, None without rows on both sides."""
+    from sklearn import metrics
+
+    if is_yes.all() or not is_yes.any():
+        return None
+    score = metrics.roc_auc_score if metric == "roc_auc" else metrics.average_precision_score
+    return float(score(is_yes, probs))
 
 
 def _measure_label(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> dict[str, Any]:
@@ -121,13 +145,11 @@ def _measure_label(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> dict[s
         int(((is_yes == of_target) & (says_yes == of_pred)).sum())
         for of_target in (False, True) for of_pred in (False, True)
     )  # fmt: skip
-    areas = ("roc_auc", "average_precision")
-    has_both = is_yes.any() and not is_yes.all()
     return {
         "precision": _ratio(yes_yes, no_yes + yes_yes),
         "recall": _ratio(yes_yes, yes_no + yes_yes),
-        "f1": _score_label("f1", is_yes, probs),
-        **{name: _score_label(name, is_yes, probs) if has_both else None for name in areas},
+        "f1": _f1(is_yes, probs),
+        **_areas(is_yes, probs),
         "num_positive": yes_no + yes_yes,
         "num_negative": no_no + no_yes,
         "num_unknown": len(targets) - len(is_yes),
@@ -143,16 +165,9 @@ def _known_answers(
     return targets[known] == 1, probs[known]
 
 
-def _score_label(
-    metric: str, is_yes: npt.NDArray[np.bool_], probs: npt.NDArray[Any]
-) -> float | None:
-    from sklearn import metrics
-
-    if metric == "f1":
-        says_yes = probs > 0.5
-        return _ratio(2 * int((is_yes & says_yes).sum()), int(is_yes.sum() + says_yes.sum()))
-    score = metrics.roc_auc_score if metric == "roc_auc" else metrics.average_precision_score
-    return float(score(is_yes, probs))
+def _f1(is_yes: npt.NDArray[np.bool_], probs: npt.NDArray[Any]) -> float | None:
+    says_yes = probs > 0.5
+    return _ratio(2 * int((is_yes & says_yes).sum()), int(is_yes.sum() + says_yes.sum()))
 
 
 def _ratio(part: int, whole: int) -> float | None:
@@ -164,6 +179,12 @@ def _accuracy_of_labels(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> f
     return float(((probs > 0.5) == (targets == 1))[known].mean())
 
 
+def _mean_of_all(values: Iterable[float | None]) -> float | None:
+    """Return the mean, None if one of the values is undefined."""
+    listed = list(values)
+    return None if None in listed else _mean_of_known(listed)
+
+
 def _mean_of_known(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return _mean(known) if known else None
@@ -172,7 +193,8 @@ def _mean_of_known(values: Iterable[float | None]) -> float | None:
 METRICS = ("loss", "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1")
 """What heads can be chosen by; of ``loss`` less is better."""
 
-_OF_CLASSES = ("roc_auc", "average_precision", "f1")
+_AREAS = ("roc_auc", "average_precision")
+_OF_CLASSES = (*_AREAS, "f1")
 _OF_LABELS = ("loss", "accuracy", *_OF_CLASSES)
 
 
@@ -265,12 +287,7 @@ def compute_score(
             targets, probs.argmax(axis=1), labels=list(wanted), average=None, zero_division=np.nan
         )
         return _number(scores.mean())
-    score = metrics.roc_auc_score if metric == "roc_auc" else metrics.average_precision_score
-    if positive is None:
-        return _one_vs_rest(score, targets, probs)
-    is_class = targets == wanted[0]
-    known = is_class.any() and not is_class.all()
-    return float(score(is_class, probs[:, wanted[0]])) if known else None
+    return _mean_of_all(_area(metric, targets == i, probs[:, i]) for i in wanted)
 
 
 def _score_labels(
@@ -285,7 +302,7 @@ def _score_labels(
     wanted = range(len(classes)) if positive is None else [list(classes).index(positive)]
     answers = (_known_answers(targets[:, i], probs[:, i]) for i in wanted)
     return _mean_of_known(
-        _score_label(metric, is_yes, of_class)
+        _f1(is_yes, of_class) if metric == "f1" else _area(metric, is_yes, of_class)
         for is_yes, of_class in answers
         if is_yes.any() and not is_yes.all()
     )
@@ -313,17 +330,6 @@ def paired_interval(
     quantile = float(stats.t.ppf(1 - 0.05 / (2 * num_compared), number - 1))
     half = quantile * math.sqrt((1 / number + ratio) * variance)
     return mean, mean - half, mean + half
-
-
-def _one_vs_rest(score: Any, targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> float | None:
-    """Return the mean over the classes of ``score``, each against the rest."""
-    values = []
-    for index in range(probs.shape[1]):
-        is_class = targets == index
-        if is_class.all() or not is_class.any():
-            return None
-        values.append(float(score(is_class, probs[:, index])))
-    return _mean(values)
 
 
 def _mean(values: list[float]) -> float:

@@ -34,7 +34,7 @@ from featcache.files import (
 )
 from featcache.heads.config import check_seed, check_valid_fraction
 from featcache.heads.fit import fit_head
-from featcache.heads.rows import check_cache, choose_rows
+from featcache.heads.rows import Part, check_cache, choose_rows
 from featcache.heads.run import record_fit, run_output
 from featcache.locking import folder_lock, remove_lock
 from featcache.metrics.scores import check_metric
@@ -184,7 +184,8 @@ def sweep(
     has_labels = opened.task == "multilabel"
     check_metric(metric, positive, opened.classes, has_labels=has_labels)
     warn_of_leaks(opened)
-    pool = Pool.of(opened, choose_rows(opened, valid_fraction, seed, say), where, say)
+    parts = choose_rows(opened, valid_fraction, seed, say)
+    pool = Pool.of(opened, parts, where, say)
     chosen_space = read or default_space(len(pool.pair[0]))
     if sampler == "grid":
         check_grid(chosen_space, trials)
@@ -213,7 +214,9 @@ def sweep(
                 if journal.entries:
                     say(f"going on with what {printable(journal_folder.as_posix())} has")
                 found = search.search(journal)
-                summary = _write(partial, found, pool, judge, work, start=start, output=output)
+                summary = _write(
+                    partial, found, pool, judge, work, parts=parts, start=start, output=output
+                )
         except BaseException:
             if not (journal_folder / _JOURNAL_NAME).exists():
                 _remove_journal(journal_folder)
@@ -321,7 +324,7 @@ def _remove_journal(folder: Path) -> None:
 
 def _write(
     partial: Path, found: Found, pool: Pool, judge: Judge, work: Mapping[str, Any],
-    *, start: float, output: Output,
+    *, parts: Sequence[Part], start: float, output: Output,
 ) -> SweepSummary:  # fmt: skip
     """Train what was chosen as ``train`` would, and write it into the folder ``partial``."""
     options = found.trials[found.chosen].params
@@ -334,7 +337,7 @@ def _write(
     decision = None if found.decision is None else found.decision.as_json()
     weights_sha256 = record_fit(
         partial, output.target, cache, head=head, training=training, result=result, seed=seed,
-        data_seed=seed, device=judge.device, num_train=len(arrays[1]),
+        data_seed=seed, device=judge.device, parts=parts,
         valid_fraction=work["valid_fraction"],
         details={"sweep": {"trial": found.chosen, "trials": len(found.trials)}},
     )  # fmt: skip

@@ -61,13 +61,18 @@ def test_an_unknown_precision_is_refused(tmp_path: Path, odd: object) -> None:
 
 def test_errors_of_many_updates_stay_few_and_the_worst_among_them() -> None:
     made: dict[str, Any] = {}
+
+    def update(*errors: float) -> None:
+        nonlocal made
+        known = {"errors": made.get("parity", []), "num_probed": made.get("num_probed", 0)}
+        made = extend_provenance(made, {"fp32": known}, engine("fp32", *errors), "")
+
     for number in range(20):
-        parity = made.get("parity", [])
-        made = extend_provenance(made, parity, engine("fp32", *(number + i for i in range(4))), "")
+        update(*(number + i for i in range(4)))
         assert max(made["parity"]) == number + 3
-    made = extend_provenance(made, made["parity"], engine("fp32", 1e-6), "")
+    update(1e-6)
     assert max(made["parity"]) == 22
-    assert len(made["parity"]) == 9
+    assert (len(made["parity"]), made["num_probed"]) == (9, 81)
 
 
 def test_errors_of_many_caches_stay_few_and_the_worst_among_them(tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_a_precision_lost_in_a_repair_stays_unknown(tmp_path: Path) -> None:
     """Rows that are added later say nothing of those that were there."""
     with pytest.warns(FeatcacheWarning, match=r"c.h5: nobody knows how .* ones will be at fp16"):
         warn_of_update("c.h5", LOST, [], engine("fp16"))
-    updated = cache(tmp_path, extend_provenance(LOST, [], engine("fp16", 1e-3), "random"))
+    updated = cache(tmp_path, extend_provenance(LOST, {}, engine("fp16", 1e-3), "random"))
     assert updated.provenance["precision"] == "fp16"
     assert known_precision(updated) is None
     good = cache(tmp_path, {"precision": "fp32", "parity": [1e-6]})

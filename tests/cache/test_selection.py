@@ -341,7 +341,9 @@ def test_other_precision_is_warned_of_and_bad_parity_refused(make: Any, tmp_path
     text = str(caught[0].message)
     assert f"{a.path} fp32 (parity 2.0e-06), {b.path} fp16 (parity 8.0e-03)" in text
     facts = open_cache(tmp_path / "new.h5").provenance
-    assert (facts["precision"], facts["parity"]) == ("fp16", [1e-6, 2e-6, 8e-3])
+    assert (facts["precision"], facts["parity"]) == ("fp16, fp32", [1e-6, 2e-6, 8e-3])
+    assert facts["row_precisions"] == {"all": [["fp32", 2], ["fp16", 2]]}
+    assert facts["num_probed"] == 3
     assert facts["truncated"] == ["a/all/x/a1"]
     assert (facts["engine"], facts["device"]) == ("eager", "a GPU")
     assert "device_type" not in facts  # an update must not go on as if all were made alike

@@ -71,8 +71,9 @@ def test_result_is_the_contracts_object_and_true(run: Path) -> None:
     assert list(result) == [
         "split", "task", "num_samples", "classes", "accuracy", "balanced_accuracy", "roc_auc",
         "average_precision", "per_class", "confusion_matrix", "positive", "sensitivity",
-        "specificity", "false_negatives", "mistakes", "num_failed", "num_views",
-        "fingerprint",
+        "specificity", "positive_roc_auc", "positive_average_precision", "false_negatives",
+        "mistakes", "num_failed", "num_trained_on", "num_chosen_by", "num_unclear", "unseen",
+        "num_views", "fingerprint",
     ]  # fmt: skip
     features, targets, paths = arrays([0, 1] * 20, 2)
     probs = probs_of(run, features)
@@ -109,6 +110,25 @@ def test_positive_class_gives_its_false_negatives(run: Path, positive: str) -> N
     assert result["specificity"] == pytest.approx(matrix[1 - index][1 - index] / 20)
 
 
+def test_a_positive_class_of_three_is_said_and_its_missed_rows_are_listed(tmp_path: Path) -> None:
+    splits = {"train": [0, 1, 2] * 30, "valid": [0, 1, 2] * 9, "test": [0, 1, 2] * 15}
+    make_cache(tmp_path / "c.h5", splits, classes=("covid", "normal", "other"))
+    train(tmp_path / "c.h5", tmp_path / "r", hidden=(8,), epochs=2, device="cpu")
+    said: list[str] = []
+    result = evaluate(tmp_path / "r", positive="other", say=said.append)
+    missed = [row["path"] for row in result["mistakes"] if row["target"] == "other"]
+    assert result["false_negatives"] == sorted(missed)
+    assert missed
+    (a, b, _), (c, d, _), (_, _, e) = result["confusion_matrix"]
+    assert result["sensitivity"] == pytest.approx(e / 15)
+    assert result["specificity"] == pytest.approx((a + b + c + d) / 30)
+    macro, own = result["average_precision"], result["positive_average_precision"]
+    assert f"  average precision  {macro:.3f} (mean of the classes)" in said
+    assert "  positive class     other against the rest" in said
+    assert f"  its avg. precision {own:.3f}" in said
+    assert f"  false negatives    {len(missed)}" in said
+
+
 def test_positive_class_is_never_guessed(run: Path) -> None:
     for wrong in ("1", "COVID", ""):
         with pytest.raises(ConfigError, match="--positive: expected one of covid, normal"):
@@ -122,7 +142,8 @@ def test_files_hold_the_result_and_the_picture(run: Path) -> None:
     assert json.loads((folder / "test.json").read_text()) == result.as_dict()
     with Image.open(folder / "test_confusion.png") as image:
         assert image.format == "PNG"
-    evaluate(run, split="valid")
+    with pytest.warns(FeatcacheWarning, match="was chosen by 40 of the 40 rows of valid"):
+        evaluate(run, split="valid")
     assert len(list(folder.iterdir())) == 4
 
 
@@ -228,13 +249,13 @@ def test_the_runs_own_cache_is_known_by_its_content(run: Path, tmp_path: Path) -
     shutil.copy(tmp_path / "c.h5", tmp_path / "copy.h5")
     for name in ("c.h5", "copy.h5"):
         said: list[str] = []
-        with pytest.warns(FeatcacheWarning, match="rows of train: these figures are too good"):
+        with pytest.warns(FeatcacheWarning, match="trained on 120 of the 120 rows of train"):
             named = evaluate(run, cache=tmp_path / name, split="train", say=said.append)
         assert not any("not kept" in line for line in said)
         assert json.loads((run / "evaluation/train.json").read_text()) == named.as_dict()
         shutil.rmtree(run / "evaluation")
-    make_cache(tmp_path / "o.h5", {"train": [0, 1] * 9})
-    evaluate(run, cache=tmp_path / "o.h5", split="train")
+    make_cache(tmp_path / "o.h5", {"test": [0, 1] * 9})
+    evaluate(run, cache=tmp_path / "o.h5")
     assert not (run / "evaluation").exists()
 
 

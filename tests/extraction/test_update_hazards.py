@@ -21,7 +21,7 @@ from featcache.extraction.extraction import extract
 from featcache.locking import writer_lock
 
 
-def test_an_interrupted_update_at_another_precision_keeps_the_wider_bound(
+def test_an_interrupted_update_at_another_precision_keeps_both(
     tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
@@ -33,9 +33,10 @@ def test_an_interrupted_update_at_another_precision_keeps_the_wider_bound(
             pytest.raises(NameError),
         ):
             extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
-    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
+    with pytest.warns(FeatcacheWarning, match="the precision of its rows is bf16, fp32"):
+        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, precision="bf16")
     made = open_cache(tmp_path / "c.h5").provenance
-    assert (made["precision"], len(made["parity"])) == ("bf16", 8)
+    assert (made["precision"], len(made["parity"])) == ("bf16, fp32", 8)
 
 
 def test_a_selection_is_not_undone_unasked(

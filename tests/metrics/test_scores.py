@@ -75,13 +75,48 @@ def test_positive_class_names_sensitivity_and_specificity() -> None:
     normal = compute_metrics(targets, probs, ["covid", "normal"], "normal")
     assert (normal["sensitivity"], normal["specificity"]) == (0.75, 2 / 3)
     unnamed = compute_metrics(targets, probs, ["covid", "normal"])
-    assert (unnamed["positive"], unnamed["sensitivity"], unnamed["specificity"]) == (None,) * 3
+    keys = ("positive", "sensitivity", "specificity", "positive_roc_auc")
+    assert [unnamed[key] for key in keys] == [None] * 4
 
 
-def test_more_than_two_classes_have_no_sensitivity() -> None:
-    targets, probs = random_case(0, 20, 3, 8)
+@pytest.mark.parametrize("num_classes", [2, 3, 6])
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_a_positive_class_is_measured_against_the_rest(num_classes: int, wanted: int) -> None:
+    """Of any number of classes, as two: the means over the classes stay what they are."""
+    targets, probs = random_case(4, 50, num_classes, 2)
+    classes = [f"class {i}" for i in range(num_classes)]
+    found = compute_metrics(targets, probs, classes, classes[wanted])
+    is_class, preds = targets == wanted, probs.argmax(1)
+    assert found["sensitivity"] == pytest.approx((preds[is_class] == wanted).mean())
+    assert found["specificity"] == pytest.approx((preds[~is_class] != wanted).mean())
+    auc = auc_by_ranks(is_class, probs[:, wanted])
+    precision = average_precision_by_steps(is_class, probs[:, wanted])
+    row = found["per_class"][classes[wanted]]
+    for key, value in (("roc_auc", auc), ("average_precision", precision)):
+        assert found[f"positive_{key}"] == row[key] == pytest.approx(value, abs=1e-12)
+        assert row[key] == compute_score(key, targets, probs, classes, classes[wanted])
+        assert found[key] == pytest.approx(
+            np.mean([of_class[key] for of_class in found["per_class"].values()])
+        )
+        assert found[key] == compute_metrics(targets, probs, classes)[key]
+    assert num_classes == 2 or found["average_precision"] != found["positive_average_precision"]
+
+
+def test_a_positive_class_of_several_labels_leaves_unknown_targets_out() -> None:
+    rng = np.random.default_rng(3)
+    targets = rng.integers(0, 2, (60, 3)).astype(np.float32)
+    targets[rng.random((60, 3)) < 0.3] = np.nan
+    probs = rng.random((60, 3)).round(2)
     found = compute_metrics(targets, probs, ["a", "b", "c"], "b")
-    assert (found["positive"], found["sensitivity"], found["specificity"]) == ("b", None, None)
+    known = ~np.isnan(targets[:, 1])
+    is_yes, score = targets[known, 1] == 1, probs[known, 1]
+    assert found["sensitivity"] == pytest.approx((score[is_yes] > 0.5).mean())
+    assert found["specificity"] == pytest.approx((score[~is_yes] <= 0.5).mean())
+    assert found["positive_roc_auc"] == pytest.approx(auc_by_ranks(is_yes, score))
+    precision = average_precision_by_steps(is_yes, score)
+    assert found["positive_average_precision"] == pytest.approx(precision)
+    one_sided = compute_metrics(np.ones((4, 1)), probs[:4, :1], ["a"], "a")
+    assert (one_sided["specificity"], one_sided["positive_roc_auc"]) == (None, None)
 
 
 def test_undefined_figures_are_null_and_nothing_warns() -> None:
@@ -89,10 +124,12 @@ def test_undefined_figures_are_null_and_nothing_warns() -> None:
     found = compute_metrics(targets, probs, ["a", "b", "c"])
     assert found["per_class"]["a"]["precision"] == pytest.approx(2 / 3)
     assert found["per_class"]["b"] == {
-        "precision": None, "recall": 0.0, "f1": 0.0, "num_samples": 1,
+        "precision": None, "recall": 0.0, "f1": 0.0, "roc_auc": 0.5,
+        "average_precision": pytest.approx(1 / 3), "num_samples": 1,
     }  # fmt: skip
     assert found["per_class"]["c"] == {
-        "precision": None, "recall": None, "f1": None, "num_samples": 0,
+        "precision": None, "recall": None, "f1": None, "roc_auc": None,
+        "average_precision": None, "num_samples": 0,
     }  # fmt: skip
     assert found["balanced_accuracy"] == 0.5
     assert found["roc_auc"] is None

@@ -419,7 +419,7 @@ def _serve() -> None:
     for name in (
         "sklearn.metrics",
         "safetensors.torch",
-        "matplotlib.figure",
+        "PIL.ImageDraw",
         "h5py",
         "optuna",
         "resource",

@@ -1,0 +1,110 @@
+"""Which rows of a cache has the head of a run seen: was it trained on them, or chosen by them?
+
+Reads: a run, and the cache it was trained on where it has no ``rows.bin``. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+from featcache.cache.reading import Cache, CacheSplit, open_cache
+from featcache.errors import CacheError, FeatcacheError, RunError, warn_user
+from featcache.heads.config import check_valid_fraction
+from featcache.heads.rows import RowNumbers, choose_rows
+from featcache.heads.run import Run, cache_path
+from featcache.heads.trained_rows import SeenRows, TrainedRows
+from featcache.runtime import Say, silent
+
+
+def load_trained_rows(run: Run, cache: Cache) -> TrainedRows | None:
+    """Return the rows that the head of a run was trained on, None where nothing tells.
+
+    Older runs have no ``rows.bin``: their rows are chosen again from the cache they name.
+
+    Args:
+        run: The run.
+        cache: An open cache, which may be the one that it was trained on.
+
+    Raises:
+        RunError: If ``rows.bin`` is damaged.
+    """
+    rows = TrainedRows.read(run.path, run.weights_sha256)
+    if rows is not None:
+        return rows
+    try:
+        if not _is_own(run, cache):
+            cache = open_cache(cache_path(run))
+        if not _is_own(run, cache):
+            return None
+        fraction = check_valid_fraction(run.training.get("valid_fraction"))
+        return TrainedRows.of(choose_rows(cache, fraction, run.data_seed, silent))
+    except (FeatcacheError, OSError):
+        return None
+
+
+def _is_own(run: Run, cache: Cache) -> bool:
+    return cache.payload_sha256 == run.cache.get("payload_sha256")
+
+
+def find_seen(run: Run, cache: Cache, split: CacheSplit, rows: RowNumbers) -> SeenRows | None:
+    """Return which of some rows the head of a run has seen, None where nothing tells.
+
+    Raises:
+        RunError: If ``rows.bin`` is damaged.
+        CacheError: If a feature is not finite.
+    """
+    known = load_trained_rows(run, cache)
+    return None if known is None else known.find(split, rows)
+
+
+def warn_of_seen(seen: SeenRows | None, where: str, consequence: str) -> None:
+    """Warn of rows that the head has seen.
+
+    Args:
+        seen: Of all rows that are looked at.
+        where: What they are rows of, such as ``test``.
+        consequence: What follows, for people.
+    """
+    if seen is None:
+        warn_user(
+            f"whether the head was trained on rows of {where} cannot be told: the run has no "
+            "rows.bin, and the cache that it was trained on is gone or has changed"
+        )
+        return
+    number = len(seen.trained)
+    trained, validated, unclear = seen.counts
+    what = [f"was trained on {trained:,}"] * bool(trained)
+    what += [f"was chosen by {validated:,}"] * bool(validated)
+    if what:
+        warn_user(f"the head {' and '.join(what)} of the {number:,} rows of {where}: {consequence}")
+    if unclear:
+        warn_user(
+            f"{unclear:,} of the {number:,} rows of {where} have the path of a row that the head "
+            "has seen, but other features, and no hash of the image: whether it is the same image "
+            "cannot be told"
+        )
+
+
+def leave_out_seen(
+    rows: RowNumbers, seen: SeenRows | None, cache: Cache, split: str, say: Say
+) -> RowNumbers:
+    """Return the rows that the head is known not to have seen.
+
+    Raises:
+        RunError: If nothing tells.
+        CacheError: If no row is left.
+    """
+    if seen is None:
+        raise RunError(
+            "--unseen", expected="rows.bin in the run, or the cache it was trained on, unchanged",
+            found="neither", where=cache.path, hint="Train the head again, or leave it out",
+        )  # fmt: skip
+    unseen = rows[~seen.any]
+    trained, chosen, unclear = seen.counts
+    found = f"{trained:,} that the head was trained on, {chosen:,} that it was chosen by"
+    found += f", {unclear:,} of which it cannot be told" * bool(unclear)
+    if not len(unseen):
+        raise CacheError(
+            f"split {split}", expected="labelled rows that the head has not seen", found=found,
+            where=cache.path, hint="Evaluate on other images, or leave --unseen out",
+        )  # fmt: skip
+    say(f"rows left out: {found}")
+    return unseen
