@@ -14,7 +14,7 @@ _WARM = [
     "featcache.data.splitting", "featcache.cli.wording",
     "onnxruntime", "torch.hub", "torchvision", "sklearn.metrics", "pytest",
     "safetensors.numpy", "safetensors.torch",
-    "PIL.ImageDraw", "featcache.pixels.kernels", "numba",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "featcache.pixels.kernels", "numba",
 ]  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(_WARM)

@@ -37,7 +37,7 @@ OWNERS = {
     "isal": {"pixels/png.py"},
     "numba": {"compiling.py"},
     "threadpoolctl": {"heads/compiled/team.py"},
-    "matplotlib": set(),  # slow to import: only its font is used
+    "matplotlib": {"evaluation/figures.py"},
     "tqdm": {"extraction/work.py", "sweeps/search.py"},
     "onnxruntime": {"backbones/forward.py"},
     "torchvision": {"backbones/libraries.py"},

@@ -419,7 +419,7 @@ def _serve() -> None:
     for name in (
         "sklearn.metrics",
         "safetensors.torch",
-        "PIL.ImageDraw",
+        "matplotlib.figure",
         "h5py",
         "optuna",
         "resource",
