@@ -21,6 +21,7 @@ from featcache.backbones.engine import eager_features
 from featcache.deployment.classifier import Classifier, load_classifier
 from featcache.errors import ConfigError, RunError
 from featcache.files import readable_json, result_as_dict, write_together
+from featcache.heads.prediction import outputs_not_finite
 from featcache.precision import relative_errors
 
 _OUTPUTS = {
@@ -128,6 +129,8 @@ def _check_network(classifier: Classifier, network: nn.Module) -> None:
         joined = network(images).numpy()
         features = torch.from_numpy(eager_features(backbone, pixels))
         apart = copy.deepcopy(classifier.head).cpu()(features).numpy()
+    if not np.isfinite(apart).all():
+        raise outputs_not_finite(classifier.run.path)
     worst = max(relative_errors(joined, apart))
     if worst > _TOLERANCE:
         raise RunError(
