@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,7 @@ _MEAN_LEFT_EARLY = 0.3  # where patience may end it: on 200 X-rays 0.05 after 4 
 
 _SMALLEST_SPREAD = 1e-30  # one that is smaller has no inverse in float32
 _LARGEST_VARIANCE = 1e37  # that float32 holds
-_ROWS_AT_ONCE = 512
+_ROWS_AT_ONCE = 128  # in float64 they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -95,17 +94,19 @@ class ColumnScaling:
 
 @dataclass(frozen=True)
 class Columns:
-    """What is known of each column of the training features.
+    """What is known of each column of the training features, over all rows and views.
 
     Attributes:
-        features: (N, D) or (N, V, D).
         mean: (D,) float64.
-        spread: (D,) float64, the standard deviation over all rows and views.
+        spread: (D,) float64, the standard deviation.
+        active: (D,) the share of rows in which it is not 0.
+        num_rows: N.
     """
 
-    features: Array | StoredFeatures
     mean: Array
     spread: Array
+    active: Array
+    num_rows: int
 
     @classmethod
     def measure(cls, features: Array | StoredFeatures) -> Columns:
@@ -114,18 +115,19 @@ class Columns:
         Raises:
             DataError: If a feature is not finite or beyond 1e18, which no head can be trained on.
         """
-        width = features.shape[-1]
-        origin, total, squares, num_rows = None, np.zeros(width), np.zeros(width), 0
+        total, squares, active = np.zeros((3, features.shape[-1]))
+        origin, count = np.zeros_like(total), 0
         for rows in _blocks("training rows", features):
             # Sums of distances from one of the rows: exactly 0 for a column that never varies.
-            origin = rows[0].astype(np.float64) if origin is None else origin
+            origin = origin if count else rows[0].astype(np.float64)
             distances = rows - origin
             total += distances.sum(0)
             squares += np.einsum("nd,nd->d", distances, distances)
-            num_rows += len(rows)
-        mean = total / num_rows
-        variance = np.maximum(squares / num_rows - mean**2, 0)
-        return cls(features, mean + (0 if origin is None else origin), np.sqrt(variance))
+            active += np.count_nonzero(rows, 0)
+            count += len(rows)
+        mean = total / count
+        variance = np.maximum(squares / count - mean**2, 0)
+        return cls(origin + mean, np.sqrt(variance), active / count, len(features))
 
     def scaling(self, dtype: npt.DTypeLike) -> ColumnScaling:
         """Return the standardisation of the columns."""
@@ -138,29 +140,17 @@ class Columns:
 
         By the planned number of epochs: the answer does not depend on how a training goes.
         """
-        steps = training.steps_per_epoch(len(self.features))
-        epochs, patience = training.epochs, training.patience
+        if (self.spread < _TINY_SPREAD * self.active).any():
+            return True
         varies = self.spread > 0
         squares = (self.mean[varies] / self.spread[varies]) ** 2
         ratio = math.sqrt(squares.sum() / len(varies))
-        left = [(epochs, _MEAN_LEFT)]
+        epochs, patience = training.epochs, training.patience
+        planned = [(epochs, _MEAN_LEFT)]
         if patience is not None:
-            left.append((min(epochs, patience + 1), _MEAN_LEFT_EARLY))
-        is_late = any(
-            (1 - BATCH_NORM_MOMENTUM) ** (steps * number) * ratio > most for number, most in left
-        )
-        return is_late or self._has_tiny
-
-    @cached_property
-    def _has_tiny(self) -> bool:
-        small = np.flatnonzero(self.spread < _TINY_SPREAD)
-        if not len(small):
-            return False
-        num_active, num_rows = np.zeros(len(small)), 0
-        for rows in _blocks("training rows", self.features):
-            num_active += np.count_nonzero(rows[:, small], 0)
-            num_rows += len(rows)
-        return bool((self.spread[small] < _TINY_SPREAD * num_active / num_rows).any())
+            planned.append((min(epochs, patience + 1), _MEAN_LEFT_EARLY))
+        kept_per_epoch = (1 - BATCH_NORM_MOMENTUM) ** training.steps_per_epoch(self.num_rows)
+        return any(kept_per_epoch**number * ratio > most for number, most in planned)
 
 
 def choose_scalings(
