@@ -239,3 +239,37 @@ def test_features_out_of_range_are_named(value: float, make: Any) -> None:
     if np.isfinite(value):
         with pytest.raises(ValueError, match=r"features from -1e\+18 to 1e\+18, found .* column 5"):
             HeadClassifier(device="cpu", **make).fit(features, targets)
+
+
+def test_a_head_whose_outputs_are_not_finite_does_not_classify() -> None:
+    """Of the classifier: every way to predict says so, instead of naming the first class."""
+    features, targets = blobs(70)
+    head = HeadClassifier((8,), max_epochs=2, random_state=0, device="cpu").fit(features, targets)
+    head._state["0.running_var"][3] = -1
+    for function in (head.predict, head.predict_proba, head.decision_function):
+        with pytest.raises(ValueError, match=r"outputs of the head: expected finite .* \(row 0 "):
+            function(features)
+
+
+@pytest.mark.parametrize("has_valid", [True, False])
+def test_weights_that_are_not_finite_are_noticed_in_their_epoch(
+    monkeypatch: pytest.MonkeyPatch, has_valid: bool
+) -> None:
+    """Whatever the loss says: with or without validation rows, and of one head among others."""
+    from featcache.heads.group import HeadGroup
+
+    state = HeadGroup.state
+
+    def broken(self: HeadGroup, place: int) -> dict[str, Any]:
+        values = state(self, place)
+        if place == 1:
+            values["3.running_var"][0] = np.inf
+        return values
+
+    monkeypatch.setattr(HeadGroup, "state", broken)
+    jobs = [HeadJob(HEAD, TRAINING, seed) for seed in range(2)]
+    held_out = blobs(31, seed=1) if has_valid else ()
+    monkeypatch.setattr("featcache.heads.fit.available_cores", lambda: 1)
+    good, bad = fit_heads(jobs, *blobs(70), *held_out, data_seed=0, device=CPU)
+    assert (good.diverged_in, len(good.history)) == (None, 4)
+    assert (bad.diverged_in, bad.history) == (1, [])
