@@ -221,10 +221,10 @@ def fit_heads(
             ) as team:
                 for part in passes:
                     results |= fit(part, kernels, team)
-    return [
-        _finish(results[number], job, scaling, data)
-        for number, (job, scaling) in enumerate(zip(jobs, scalings, strict=True))
-    ]
+        return [
+            _finish(results[number], job, scaling, data)
+            for number, (job, scaling) in enumerate(zip(jobs, scalings, strict=True))
+        ]
 
 
 def _finish(
@@ -234,7 +234,8 @@ def _finish(
     if result.diverged_in is not None:
         return result
     state = result.state if scaling is None else scaling.fold(result.state)
-    some = data.features[np.linspace(0, len(data.features) - 1, _CHECKED_ROWS).astype(np.int64)]
+    num_rows = len(data.features)
+    some = data.features[np.arange(0, num_rows, math.ceil(num_rows / _CHECKED_ROWS))]
     rows = some.load() if isinstance(some, StoredFeatures) else some
     logits = compute_logits(job.head, state, rows.reshape(-1, rows.shape[-1]))
     is_finite = _are_finite([*state.values(), logits])

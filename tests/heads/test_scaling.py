@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sample_fits import assert_same_weights, blobs, fit, plain_loop, same_states
+from sample_fits import assert_same_weights, blobs, plain_loop, same_states
+from sample_fits import fit as fit_blobs
 from sample_heads import as_tensors, logits_of
 
 from featcache import HeadClassifier, evaluate, load_run, predict, train, write_cache
 from featcache.errors import DataError
+from featcache.heads import fit
 from featcache.heads.config import FitResult, HeadJob, TrainingConfig
 from featcache.heads.fit import fit_head, fit_heads
 from featcache.heads.head import HeadConfig, build_head
 from featcache.heads.prediction import predict_logits
 from featcache.heads.scaling import Columns
+from featcache.heads.stack import StackTrainer
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import CPU
 
@@ -63,7 +67,7 @@ def test_ordinary_columns_train_as_a_plain_loop() -> None:
     features[:, 3] = 0
     features[:, 4] = np.where(np.arange(70) == 5, 0.05, 0)
     assert not Columns.measure(features).need_scaling(TRAINING)
-    assert_same_weights(fit(), plain_loop(), 2e-5)
+    assert_same_weights(fit_blobs(), plain_loop(), 2e-5)
 
 
 def test_features_as_a_networks_keep_the_bits_they_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +80,7 @@ def test_features_as_a_networks_keep_the_bits_they_had(monkeypatch: pytest.Monke
     targets, head = np.arange(200) % 2, HeadConfig(40, 2, hidden=(8,))
     options: dict[str, Any] = {"valid": (features[:30], targets[:30]), "epochs": 10}
     found = fit_rows(features, targets, head, **options)
-    monkeypatch.setattr("featcache.heads.fit.choose_scalings", lambda *_: [None])
+    monkeypatch.setattr(fit, "choose_scalings", lambda *_: [None])
     assert same_states(found, fit_rows(features, targets, head, **options))
 
 
@@ -186,6 +190,35 @@ def test_streams_views_and_half_precision_give_the_bits_of_memory(tmp_path: Path
         assert Columns.measure(rows).need_scaling(TRAINING)
 
 
+@pytest.mark.parametrize("way", ["compiled", "stacked"])
+@pytest.mark.parametrize("kind", ["plain", "views", "stored"])
+def test_compiled_and_stacked_heads_are_scaled_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, kind: str
+) -> None:
+    """Stacks are how GPUs train."""
+    (features, targets), valid = blobs(70), odd_columns(blobs(31, seed=1)[0])
+    rows = odd_columns(features)
+    if kind == "views":
+        rows = np.stack([odd_columns(features * c) for c in (1, 0.9, 1.1)], 1)
+    given: Any = rows, (valid, blobs(31, seed=1)[1])
+    if kind == "stored":
+        splits = stored_cache(tmp_path / "c.h5", rows, targets, valid).splits
+        stored = [StoredFeatures(splits[n], np.arange(len(splits[n]))) for n in ("train", "valid")]
+        given = stored[0], (stored[1], given[1][1])
+    monkeypatch.setattr(fit, "_KERNELS_WORTH", math.inf)
+    wanted = fit_rows(given[0], targets, valid=given[1])
+    monkeypatch.setattr(fit, "_KERNELS_WORTH", 0 if way == "compiled" else math.inf)
+    if way == "stacked":
+        monkeypatch.setattr(
+            fit, "HeadGroup", lambda jobs, data, *_: StackTrainer(jobs, data, CPU.torch())
+        )
+    found = fit_rows(given[0], targets, valid=given[1])
+    logits = [predict_logits(HEAD, result.state, valid) for result in (found, wanted)]
+    np.testing.assert_allclose(*logits, atol=1e-3)
+    losses = [[row["valid_loss"] for row in result.history] for result in (found, wanted)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_alone_and_beside_others_of_every_kind_the_same() -> None:
     """One that is standardised and one that is not share batch size and epochs, but no pass."""
     features, targets = blobs(70)
@@ -269,7 +302,7 @@ def test_weights_that_are_not_finite_are_noticed_in_their_epoch(
     monkeypatch.setattr(HeadGroup, "state", broken)
     jobs = [HeadJob(HEAD, TRAINING, seed) for seed in range(2)]
     held_out = blobs(31, seed=1) if has_valid else ()
-    monkeypatch.setattr("featcache.heads.fit.available_cores", lambda: 1)
+    monkeypatch.setattr(fit, "available_cores", lambda: 1)
     good, bad = fit_heads(jobs, *blobs(70), *held_out, data_seed=0, device=CPU)
     assert (good.diverged_in, len(good.history)) == (None, 4)
     assert (bad.diverged_in, bad.history) == (1, [])
