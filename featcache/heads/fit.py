@@ -190,9 +190,9 @@ def fit_heads(
         train_features, train_targets, valid_features, valid_targets, train_weights, names,
         data_seed,
     )  # fmt: skip
+    scalings = choose_scalings([job.training for job in jobs], data.features, data.dtype)
     if data.valid_features is not None:
         check_sizes("validation rows", data.valid_features)
-    scalings = choose_scalings([job.training for job in jobs], data.features, data.dtype)
     if device.type == "cpu":
         require_memory_for_products()
     lock = threading.Lock()
