@@ -3,9 +3,9 @@
     python benchmarks/scale.py CACHE...       (six minutes on two shared cores for four of X-rays)
 
 The default head and the linear probe, each without validation rows: five stratified folds, the
-default head with three seeds; on 60 rows both with eight. The features of the first cache also come scaled, moved, with rows of
-norm 1 as CLIP's, and as a softmax over ImageNet's classes if they are EfficientNet-Lite0's. To
-compare two commits, run it at both: it uses the public interface alone.
+default head with three seeds, on 60 rows both with eight. The features of the first cache also come
+scaled, moved, with rows of norm 1 as CLIP's, and as a softmax over ImageNet's classes if they are
+EfficientNet-Lite0's. To compare two commits, run it at both: it uses the public interface alone.
 """
 
 from __future__ import annotations
