@@ -21,7 +21,6 @@ from featcache.backbones.engine import eager_features
 from featcache.deployment.classifier import Classifier, load_classifier
 from featcache.errors import ConfigError, RunError
 from featcache.files import readable_json, result_as_dict, write_together
-from featcache.heads.prediction import outputs_not_finite
 from featcache.precision import relative_errors
 
 _OUTPUTS = {
@@ -129,8 +128,11 @@ def _check_network(classifier: Classifier, network: nn.Module) -> None:
         joined = network(images).numpy()
         features = torch.from_numpy(eager_features(backbone, pixels))
         apart = copy.deepcopy(classifier.head).cpu()(features).numpy()
-    if not np.isfinite(apart).all():
-        raise outputs_not_finite(classifier.run.path)
+    if not (np.isfinite(joined).all() and np.isfinite(apart).all()):
+        raise RunError(
+            "outputs of the head", expected="finite numbers", found="NaN or infinity",
+            where=classifier.run.path, hint="Its weights are too large: train it again",
+        )  # fmt: skip
     worst = max(relative_errors(joined, apart))
     if worst > _TOLERANCE:
         raise RunError(

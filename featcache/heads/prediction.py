@@ -80,20 +80,12 @@ def _logit_blocks(
         logits = logits.reshape(len(block), num_views, -1)
         is_finite = np.isfinite(logits).all((1, 2))
         if not is_finite.all():
-            raise outputs_not_finite(_name_row(features, i + int(is_finite.argmin())))
+            hint = "Its weights or these features are out of range: look at them, and train again"
+            raise RunError(
+                "outputs of the head", expected="finite numbers", found="NaN or infinity",
+                where=_name_row(features, i + int(is_finite.argmin())), hint=hint,
+            )  # fmt: skip
         yield slice(i, i + len(block)), logits
-
-
-def outputs_not_finite(where: object) -> RunError:
-    """Return the error of a head that does not classify: softmax would make NaN of its outputs.
-
-    Args:
-        where: The row or run, for the message.
-    """
-    return RunError(
-        "outputs of the head", expected="finite numbers", found="NaN or infinity", where=where,
-        hint="Its weights or the features are out of range: look at the features, and train again",
-    )  # fmt: skip
 
 
 def _name_row(features: Features, row: int) -> str:
