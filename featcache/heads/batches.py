@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from featcache.errors import DataError
 from featcache.heads.head import HeadConfig
+from featcache.heads.scaling import ColumnScaling
 from featcache.heads.streaming import StoredFeatures
 
 Array = npt.NDArray[Any]
@@ -25,6 +26,8 @@ Batches: TypeAlias = tuple[Array, Any]
 
 _ROWS_AT_ONCE = 256
 """Rows that are drawn at once, if a batch is smaller: eight batches of 32."""
+
+_VALID_ROWS = 4096  # that are standardised at once
 
 _VIEWS_STREAM, _BLOCKS_STREAM = 1, 2  # of numbers, beside that of the order
 
@@ -42,6 +45,7 @@ class TrainingData:
         names: Of the classes, for the history's columns.
         data_seed: Of the order and the views.
         dtype: What is computed in, float32 or float64.
+        scaling: Applied to features as they are taken, or None.
     """
 
     features: Features
@@ -52,6 +56,7 @@ class TrainingData:
     names: Sequence[str]
     data_seed: int
     dtype: np.dtype[Any]
+    scaling: ColumnScaling | None = None
 
     @classmethod
     def of(  # noqa: PLR0917
@@ -75,13 +80,19 @@ class TrainingData:
         return 0 if self.valid_targets is None else len(self.valid_targets)
 
     def valid_blocks(self) -> Iterator[Array]:
-        """Yield the validation features, some rows at a time where they are in their file."""
-        features = self.valid_features
+        """Yield the validation features, some rows at a time where not all are there as wanted."""
+        features, scaling = self.valid_features, self.scaling
+        if features is None:
+            return
+        size = len(features)
         if isinstance(features, StoredFeatures):
-            for i in range(0, len(features), features.block_rows):
-                yield features[i : i + features.block_rows].load()
-        elif features is not None:
-            yield features
+            size = features.block_rows
+        elif scaling is not None:
+            size = _VALID_ROWS
+        for i in range(0, len(features), size):
+            block = features[i : i + size]
+            rows = block.load() if isinstance(block, StoredFeatures) else block
+            yield rows if scaling is None else scaling.apply(rows)
 
 
 def _convert(features: Features, dtype: np.dtype[Any]) -> Features:
@@ -120,8 +131,8 @@ class BatchSampler:
     Args:
         data: The rows.
         shuffle: See ``TorchOrder.permutation``.
-        gather: Returns rows (n, D) of all the views' features (N * V, D) in memory; by default
-            NumPy does, into memory that is used again for the next.
+        gather: Returns rows (n, D) of all the views' features (N * V, D) in memory, scaled; by
+            default NumPy does, into memory that is used again for the next.
     """
 
     def __init__(
@@ -129,6 +140,7 @@ class BatchSampler:
         gather: Callable[[Array], Any] | None = None,
     ) -> None:  # fmt: skip
         self._features, self._dtype, self._shuffle = data.features, data.dtype, shuffle
+        self._scaling = data.scaling
         self._gather = gather or self._gather_array
         self._order = TorchOrder(data.data_seed)
         self._views = np.random.default_rng([data.data_seed, _VIEWS_STREAM])
@@ -158,7 +170,14 @@ class BatchSampler:
             self._memory = np.empty((len(places), features.shape[-1]), self._dtype)
         flat = features.reshape(-1, features.shape[-1])
         # "clip" writes straight into the memory, in a third of the time of "raise".
-        return np.take(flat, places, 0, out=self._memory[: len(places)], mode="clip")
+        rows = np.take(flat, places, 0, out=self._memory[: len(places)], mode="clip")
+        return self._scale(rows)
+
+    def _scale(self, rows: Array) -> Array:
+        if self._scaling is not None:
+            rows -= self._scaling.mean
+            rows *= self._scaling.inverse
+        return rows
 
     def _draw(self, num_rows: int) -> tuple[Array, Array | None]:
         """Return an order of rows, and the view of each in that order where there are any."""
@@ -205,7 +224,8 @@ class BatchSampler:
             for start in range(missing - size, len(order), size):
                 picked = order[max(start, 0) : start + size]
                 # Features are copied here: the block's memory is used again.
-                parts.append((numbers[picked], block[picked].astype(self._dtype, copy=False)))
+                rows = self._scale(block[picked].astype(self._dtype, copy=False))
+                parts.append((numbers[picked], rows))
                 missing -= len(picked)
                 if not missing:
                     yield _join(parts)

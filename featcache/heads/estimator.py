@@ -53,10 +53,11 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     and the last is kept.
 
     X may be a NumPy array, a torch tensor, a data frame or the features of a cache's split (of one
-    with views: ``plain_features``). Whatever its dtype, the head trains in float32, as features
-    are made; predictions are computed in float64, so that a row's does not depend on which others
-    are predicted with it (in float32 by 6e-7, more than scikit-learn allows; it takes 3 times as
-    long). Any value of y is a class: leave rows of a cache with target -1 (unlabelled) out.
+    with views: ``plain_features``), of numbers up to 1e18. Their scale does not matter: see module
+    ``scaling``. Whatever its dtype, the head trains in float32, as features are made; predictions
+    are computed in float64, so that a row's does not depend on which others are predicted with it
+    (in float32 by 6e-7, more than scikit-learn allows; it takes 3 times as long). Any value of y is
+    a class: leave rows of a cache with target -1 (unlabelled) out.
 
     Args:
         hidden_layer_sizes: Width of each hidden layer; ``()`` for a linear head.
@@ -281,7 +282,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         features = self._check_rows(X, reset=False)
         state = {name: value.astype(np.float64) for name, value in self._state.items()}
-        return function(self._config, state, features)
+        with _errors_of_scikit_learn():
+            return function(self._config, state, features)
 
 
 def _weigh(

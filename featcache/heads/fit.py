@@ -8,13 +8,15 @@ one stack (module ``stack``).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import ConfigError
@@ -30,6 +32,9 @@ from featcache.heads.compiled.team import Team, one_blas_thread
 from featcache.heads.config import LBFGS, FitResult, HeadJob, TrainingConfig
 from featcache.heads.group import HeadGroup
 from featcache.heads.head import HeadConfig, count_values
+from featcache.heads.prediction import compute_logits
+from featcache.heads.scaling import ColumnScaling, check_sizes, choose_scalings
+from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import (
     PRODUCT_BYTES,
     Device,
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 512  # go through a head that is used: 3 MB of 1280 features
 _MEMORY_SHARE = 0.75  # of what is left
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
+_CHECKED_ROWS = 32  # that go through each head at the end: its outputs must be finite
 _STACK_ROWS = 8192  # that go through a stack at once when it is evaluated
 
 _KERNELS_WORTH = 6e7
@@ -109,7 +115,8 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         say: As for ``fit_heads``.
 
     Raises:
-        DataError: If the arrays do not fit each other or the head.
+        DataError: If the arrays do not fit each other or the head, or a feature is not finite or
+            beyond 1e18.
         ConfigError: If the loss is no longer a finite number, or class weights do not fit.
     """
     (result,) = fit_heads(
@@ -120,6 +127,8 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     )  # fmt: skip
     if result.diverged_in is not None:
         found, hint = f"none in epoch {result.diverged_in}", "Lower --learning-rate"
+        if training.optimizer == LBFGS:
+            hint = "Raise --weight-decay"
         raise ConfigError("training", expected="a finite loss", found=found, hint=hint)
     return result
 
@@ -181,6 +190,9 @@ def fit_heads(
         train_features, train_targets, valid_features, valid_targets, train_weights, names,
         data_seed,
     )  # fmt: skip
+    scalings = choose_scalings([job.training for job in jobs], data.features, data.dtype)
+    if data.valid_features is not None:
+        check_sizes("validation rows", data.valid_features)
     if device.type == "cpu":
         require_memory_for_products()
     lock = threading.Lock()
@@ -191,9 +203,12 @@ def fit_heads(
         with lock:
             return bool(on_epoch(number, row))
 
-    passes, num_threads = _cut_to_memory(_plan_passes(jobs, data, device), jobs, data, device, say)
+    passes = _plan_passes(jobs, scalings, data, device)
+    passes, num_threads = _cut_to_memory(passes, jobs, data, device, say)
     kernels = _choose_kernels(jobs, data, device, say)
-    fit = functools.partial(_fit_pass, jobs=jobs, data=data, device=device, tell=tell)
+    fit = functools.partial(
+        _fit_pass, jobs=jobs, scalings=scalings, data=data, device=device, tell=tell
+    )
     results: dict[int, FitResult] = {}
     with one_blas_thread() if device.type == "cpu" else contextlib.nullcontext():
         if num_threads > 1:
@@ -206,7 +221,30 @@ def fit_heads(
             ) as team:
                 for part in passes:
                     results |= fit(part, kernels, team)
-    return [results[number] for number in range(len(jobs))]
+        return [
+            _finish(results[number], job, scaling, data)
+            for number, (job, scaling) in enumerate(zip(jobs, scalings, strict=True))
+        ]
+
+
+def _finish(
+    result: FitResult, job: HeadJob, scaling: ColumnScaling | None, data: TrainingData
+) -> FitResult:
+    """Return a head as it is used, of raw features; diverged if what it gives is not finite."""
+    if result.diverged_in is not None:
+        return result
+    state = result.state if scaling is None else scaling.fold(result.state)
+    num_rows = len(data.features)
+    some = data.features[np.arange(0, num_rows, math.ceil(num_rows / _CHECKED_ROWS))]
+    rows = some.load() if isinstance(some, StoredFeatures) else some
+    logits = compute_logits(job.head, state, rows.reshape(-1, rows.shape[-1]))
+    is_finite = _are_finite([*state.values(), logits])
+    diverged_in = None if is_finite else result.best_epoch
+    return dataclasses.replace(result, state=state, diverged_in=diverged_in)
+
+
+def _are_finite(arrays: Iterable[npt.NDArray[Any]]) -> bool:
+    return all(np.isfinite(array).all() for array in arrays)
 
 
 def _choose_kernels(jobs: Sequence[HeadJob], data: TrainingData, device: Device, say: Say) -> Any:
@@ -235,7 +273,10 @@ def _choose_kernels(jobs: Sequence[HeadJob], data: TrainingData, device: Device,
         timer.cancel()
 
 
-def _plan_passes(jobs: Sequence[HeadJob], data: TrainingData, device: Device) -> list[list[int]]:
+def _plan_passes(
+    jobs: Sequence[HeadJob], scalings: Sequence[ColumnScaling | None], data: TrainingData,
+    device: Device,
+) -> list[list[int]]:  # fmt: skip
     """Return the numbers of the jobs that are trained together, pass by pass.
 
     On a CPU they share batches, and their parameters and moments stay in the cache; elsewhere they
@@ -246,7 +287,8 @@ def _plan_passes(jobs: Sequence[HeadJob], data: TrainingData, device: Device) ->
     for number, job in enumerate(jobs):
         training = job.training
         key: tuple[Any, ...] = (
-            training.optimizer == LBFGS, training.rows_per_step(len(data.targets)), training.epochs
+            training.optimizer == LBFGS, scalings[number] is None,
+            training.rows_per_step(len(data.targets)), training.epochs,
         )  # fmt: skip
         if not on_cpu:
             key += job.head.hidden, training.optimizer
@@ -315,30 +357,39 @@ class _Progress:
         self._diverged_in: int | None = None
 
     def note(self, row: dict[str, Any], copy_state: Callable[[], dict[str, Any]]) -> bool:
-        """Take in an epoch; return whether its losses are finite. Keeps the state if it is best."""
+        """Take in an epoch; return whether all is finite. Keeps the state if it is best."""
         epoch, loss = row["epoch"], row.get("valid_loss", row["train_loss"])
         if not math.isfinite(row["train_loss"] + loss):
-            self.is_over, self._diverged_in = True, epoch
-            return False
-        self._history.append(row)
-        if loss < self._lowest_loss:
+            return self._give_up(epoch)
+        is_lowest = loss < self._lowest_loss
+        if "valid_loss" not in row or is_lowest:
+            state = copy_state()
+            if not _are_finite(state.values()):
+                return self._give_up(epoch)
+            self._best_epoch, self._state = epoch, state
+        if is_lowest:
             self._lowest_epoch, self._lowest_loss = epoch, loss
         patience = self.training.patience
         self.is_over = patience is not None and epoch - self._lowest_epoch >= patience
-        if "valid_loss" not in row or epoch == self._lowest_epoch:
-            self._best_epoch, self._state = epoch, copy_state()
+        self._history.append(row)
         return True
+
+    def _give_up(self, epoch: int) -> bool:
+        self.is_over, self._diverged_in = True, epoch
+        return False
 
     def result(self) -> FitResult:
         return FitResult(self._state, self._history, self._best_epoch, self._diverged_in)
 
 
 def _fit_pass(  # noqa: PLR0917
-    numbers: Sequence[int], kernels: Any, team: Team, jobs: Sequence[HeadJob], data: TrainingData,
-    device: Device, tell: Callable[[int, dict[str, Any]], bool],
+    numbers: Sequence[int], kernels: Any, team: Team, jobs: Sequence[HeadJob],
+    scalings: Sequence[ColumnScaling | None], data: TrainingData, device: Device,
+    tell: Callable[[int, dict[str, Any]], bool],
 ) -> dict[int, FitResult]:  # fmt: skip
-    """Train some heads that share batches; return their results by number."""
+    """Train some heads that share batches; return their results by number, of scaled features."""
     training = jobs[numbers[0]].training
+    data = dataclasses.replace(data, scaling=scalings[numbers[0]])
     if training.optimizer == LBFGS:
         from featcache.heads.linear_probe import fit_linear_probe
 

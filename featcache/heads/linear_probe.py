@@ -5,10 +5,10 @@ Minimised for each strength s, over the weights W (C, D) and biases of the last 
     mean loss of the training rows + s / 2 * sum of W ** 2
 
 with the loss that other heads are trained on (weights of rows and classes, label smoothing),
-without dropout, and on rows standardised as the head's batch norm will: mean and variance of the
-training rows become its running statistics. What comes out is an ordinary head ``BatchNorm1d
-Dropout Linear``. In scikit-learn's terms C = 1 / (s N); with two classes, of which it has one row
-of weights, 2 / (s N).
+without dropout, and on rows standardised exactly, whatever their scale: mean and variance of the
+training rows become the running statistics of the head's batch norm, whose weights make up for its
+eps (module ``scaling``). What comes out is an ordinary head ``BatchNorm1d Dropout Linear``. In
+scikit-learn's terms C = 1 / (s N); with two classes, of which it has one row of weights, 2 / (s N).
 
 The solver is a batched L-BFGS for several strengths at once. Three changes of variables, none of
 which changes the solution, make it quick. Logits matter only by their differences, so for C classes
@@ -39,6 +39,7 @@ from featcache.heads.batches import Features, TrainingData
 from featcache.heads.config import MAX_ITERATIONS, FitResult, HeadJob, choose_strengths
 from featcache.heads.head import BATCH_NORM_EPS, state_layout
 from featcache.heads.loss import class_weights, target_weights, validation_columns
+from featcache.heads.scaling import ColumnScaling
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import Device, available_memory, exact_fp32
 
@@ -51,13 +52,14 @@ def fit_linear_probe(
 ) -> FitResult:
     """Solve a linear head and keep the strength with the lowest cross-entropy on the valid rows.
 
-    Nothing is drawn at random: the seeds do not matter. Of rows with views each view counts, for
+    The head that is returned is one of scaled features. Nothing is drawn at random: the seeds do
+    not matter. Of rows with views each view counts, for
     its share of the row.
 
     Args:
         job: A head without hidden layers. Of its training, ``weight_decay``, ``class_weights`` and
             ``label_smoothing`` count.
-        data: Rows to solve for, and validation rows to choose the strength by.
+        data: Rows to solve for, and validation rows to choose the strength by; with a scaling.
         device: Where to compute.
         tell: Called with each row of the history; where it answers True, the path ends there.
     """
@@ -90,44 +92,31 @@ def _fit(
     job: HeadJob, data: TrainingData, device: torch.device, tell: Callable[[dict[str, Any]], bool]
 ) -> FitResult:
     features = _in_memory(data.features, device)
-    scaling = _Scaling.of(features)
     history, lowest, best = list[dict[str, Any]](), math.inf, 0
     state = dict[str, npt.NDArray[Any]]()
-    for row, weight, bias in _walk(job, data, features, scaling):
+    for row, weight, bias in _walk(job, data, features):
         history.append(row)
         loss = row.get("valid_loss", row["train_loss"])
         if not math.isfinite(row["train_loss"] + loss):
             return FitResult(state, history[:-1], best, diverged_in=len(history))
         if loss < lowest:
-            lowest, best, state = loss, len(history), _state(job, scaling, weight, bias)
+            lowest, best, state = loss, len(history), _state(job, weight, bias)
         if tell(row):
             break
     return FitResult(state, history, best)
 
 
-@dataclass(frozen=True)
-class _Scaling:
-    """What the batch norm of the head will do: (x - mean) / sqrt(variance + eps).
-
-    In the dtype of the head, so that what is solved is what will be computed.
-    """
-
-    mean: Tensor
-    variance: Tensor
-
-    @classmethod
-    def of(cls, features: Tensor) -> _Scaling:
-        variance, mean = torch.var_mean(features.flatten(0, -2).double(), 0, correction=0)
-        return cls(mean.to(features.dtype), variance.to(features.dtype))
-
-    def apply(self, features: Tensor) -> Tensor:
-        """Return rows (N, D) in float64, of rows with views (N * V, D)."""
-        rows = features.flatten(0, -2).double() - self.mean
-        return rows.mul_(torch.rsqrt(self.variance.double() + BATCH_NORM_EPS))
+def _standardise(features: Tensor, scaling: ColumnScaling) -> Tensor:
+    """Return rows (N, D) in float64, of rows with views (N * V, D)."""
+    mean, inverse = (
+        torch.from_numpy(values).to(features.device, torch.float64)
+        for values in (scaling.mean, scaling.inverse)
+    )
+    return (features.flatten(0, -2).double() - mean).mul_(inverse)
 
 
 def _walk(
-    job: HeadJob, data: TrainingData, features: Tensor, scaling: _Scaling
+    job: HeadJob, data: TrainingData, features: Tensor
 ) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
     """Yield a row of history, weights (C, D) and biases (C,) for each strength.
 
@@ -137,10 +126,11 @@ def _walk(
     """
     dtype, device = features.dtype, features.device
     weights = torch.from_numpy(_weigh(job, data)).to(device)
-    problem = SoftmaxRegression(scaling.apply(features), weights)
+    assert data.scaling is not None
+    problem = SoftmaxRegression(_standardise(features, data.scaling), weights)
     valid = None
     if data.valid_features is not None:
-        valid = scaling.apply(_in_memory(data.valid_features, device))
+        valid = _standardise(_in_memory(data.valid_features, device), data.scaling)
     strengths = choose_strengths(job.training, len(data.targets), has_valid=valid is not None)
     size = max(1, min(_BLOCK_STRENGTHS, _BLOCK_BYTES // problem.bytes_per_strength))
     for start in range(0, len(strengths), size):
@@ -167,22 +157,16 @@ def _weigh(job: HeadJob, data: TrainingData) -> npt.NDArray[np.float64]:
     return np.repeat(weights / denominators.sum(), num_views, 0) / num_views
 
 
-def _state(
-    job: HeadJob, scaling: _Scaling, weight: Tensor, bias: Tensor
-) -> dict[str, npt.NDArray[Any]]:
-    """Return the state dict of the head."""
-    layout = state_layout(job.head)
-    norm, linear = (name.rsplit(".", 1)[0] for name in (next(iter(layout)), next(reversed(layout))))
-    values = {
-        f"{norm}.weight": torch.ones_like(scaling.mean),
-        f"{norm}.bias": torch.zeros_like(scaling.mean),
-        f"{norm}.running_mean": scaling.mean,
-        f"{norm}.running_var": scaling.variance,
-        f"{norm}.num_batches_tracked": torch.tensor(0),
-        f"{linear}.weight": weight,
-        f"{linear}.bias": bias,
-    }
-    return {name: values[name].cpu().numpy() for name in layout}
+def _state(job: HeadJob, weight: Tensor, bias: Tensor) -> dict[str, npt.NDArray[Any]]:
+    """Return the state dict of the head, of standardised features: its batch norm does nothing."""
+    *norm, weights_name, bias_name = state_layout(job.head)
+    last = weight.cpu().numpy(), bias.cpu().numpy()
+    ones, zeros = np.ones(job.head.num_features), np.zeros(job.head.num_features)
+    values = (
+        math.sqrt(1 + BATCH_NORM_EPS) * ones, zeros.astype(last[0].dtype), zeros, ones,
+        np.array(0, np.int64),
+    )  # fmt: skip
+    return dict(zip(norm, values, strict=True)) | {weights_name: last[0], bias_name: last[1]}
 
 
 def _in_memory(features: Features, device: torch.device) -> Tensor:

@@ -97,6 +97,8 @@ def class_weights(
 def validation_columns(logits: Array, targets: Array, names: Sequence[str]) -> dict[str, Any]:
     """Return the validation columns of a history row, computed in float64.
 
+    The loss is NaN if a logit is not finite, whatever its share in the loss.
+
     Args:
         logits: (M, C).
         targets: (M,) integers; or (M, C) of 0, 1 and NaN: means are over the known targets, and
@@ -118,7 +120,7 @@ def validation_columns(logits: Array, targets: Array, names: Sequence[str]) -> d
             right = logits.argmax(1) == targets
             recalls = [right[targets == i] for i in range(len(names))]
     return {
-        "valid_loss": float(losses.mean()),
+        "valid_loss": float(losses.mean()) if np.isfinite(logits).all() else np.nan,
         "valid_accuracy": float(right.mean()),
         **{
             f"valid_recall_{name}": float(recall.mean()) if len(recall) else None

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from featcache.errors import RunError
 from featcache.heads.head import BATCH_NORM_EPS, HeadConfig, norm_and_linear
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import require_memory_for_products
@@ -39,6 +40,7 @@ def predict_probs(
         task: ``multiclass`` for the softmax, ``multilabel`` for the sigmoid of each logit.
 
     Raises:
+        RunError: If a logit is not finite: of weights out of range, or of such features.
         CacheError: If a stored feature is not finite.
         MemoryError: If there is no memory left for matrix products.
     """
@@ -53,6 +55,7 @@ def predict_logits(config: HeadConfig, state: State, features: Features) -> npt.
     """Return the logits (N, C) that a head gives to features (N, D), in the weights' dtype.
 
     Raises:
+        RunError: If a logit is not finite: of weights out of range, or of such features.
         CacheError: If a stored feature is not finite.
         MemoryError: If there is no memory left for matrix products.
     """
@@ -74,7 +77,19 @@ def _logit_blocks(
         part = features[i : i + num_rows]
         block = part.load() if isinstance(part, StoredFeatures) else part
         logits = compute_logits(config, state, block.reshape(-1, block.shape[-1]))
-        yield slice(i, i + len(block)), logits.reshape(len(block), num_views, -1)
+        logits = logits.reshape(len(block), num_views, -1)
+        is_finite = np.isfinite(logits).all((1, 2))
+        if not is_finite.all():
+            hint = "Its weights or these features are out of range: look at them, and train again"
+            raise RunError(
+                "outputs of the head", expected="finite numbers", found="NaN or infinity",
+                where=_name_row(features, i + int(is_finite.argmin())), hint=hint,
+            )  # fmt: skip
+        yield slice(i, i + len(block)), logits
+
+
+def _name_row(features: Features, row: int) -> str:
+    return features.path(row) if isinstance(features, StoredFeatures) else f"row {row} (from 0)"
 
 
 def compute_logits(

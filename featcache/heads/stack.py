@@ -9,7 +9,7 @@ the number of layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -182,6 +182,10 @@ class StackTrainer:
             self._features = self._to_device(data.features).flatten(0, -2)
         if isinstance(data.valid_features, np.ndarray):
             self._valid_features = self._to_device(data.valid_features)
+        self._scaling = None
+        if data.scaling is not None:
+            mean, inverse = data.scaling.mean, data.scaling.inverse
+            self._scaling = self._to_device(mean), self._to_device(inverse)
         gather = None if self._features is None else self._gather
         self._sampler = BatchSampler(data, numpy_kernels.shuffle, gather)
         self._bind()
@@ -200,7 +204,14 @@ class StackTrainer:
 
     def _gather(self, places: npt.NDArray[Any]) -> Tensor:
         assert self._features is not None
-        return self._features.index_select(0, torch.from_numpy(places).to(self._device))
+        places_there = torch.from_numpy(places).to(self._device)
+        return self._scale(self._features.index_select(0, places_there))
+
+    def _scale(self, rows: Tensor) -> Tensor:
+        if self._scaling is None:
+            return rows
+        mean, inverse = self._scaling
+        return (rows - mean) * inverse
 
     def keep(self, places: Sequence[int]) -> None:
         """Give up all but some heads."""
@@ -289,17 +300,22 @@ class StackTrainer:
         data = self._data
         if data.valid_targets is None:
             return [{} for _ in self._jobs]
-        blocks = [self._valid_features] if self._valid_features is not None else data.valid_blocks()
         size = max(1, _FORWARD_ROWS // len(self._jobs))
         with torch.inference_mode(), exact_fp32():
             logits = [
-                self.stack.forward(
-                    self._to_device(part) if isinstance(part, np.ndarray) else part, training=False
-                ).cpu()
-                for block in blocks
-                for part in (block[i : i + size] for i in range(0, len(block), size))
+                self.stack.forward(part, training=False).cpu() for part in self._valid_parts(size)
             ]
         return [
             validation_columns(head_logits.numpy(), data.valid_targets, data.names)
             for head_logits in torch.cat(logits, 1)
         ]
+
+    def _valid_parts(self, size: int) -> Iterator[Tensor]:
+        """Yield the validation features on the device, scaled, ``size`` rows at a time."""
+        if (features := self._valid_features) is not None:
+            for i in range(0, len(features), size):
+                yield self._scale(features[i : i + size])
+            return
+        for block in self._data.valid_blocks():
+            for i in range(0, len(block), size):
+                yield self._to_device(block[i : i + size])

@@ -104,6 +104,11 @@ class StoredFeatures:
         some._sources, some._rows = self._sources[index], self._rows[index]
         return some
 
+    def path(self, number: int) -> str:
+        """Return the path of the image that a row is of."""
+        path: str = self._splits[self._sources[number]].paths[self._rows[number]]
+        return path
+
     @property
     def num_bytes(self) -> int:
         """What ``load`` gives."""

@@ -1,125 +1,22 @@
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sample_heads import SeededDropout, as_tensors, logits_of
+from sample_fits import assert_same_weights, blobs, fit, fit_all, plain_loop, same_states
+from sample_heads import as_tensors, logits_of
 from threadpoolctl import ThreadpoolController
 from torch import nn
 
 from featcache.errors import ConfigError, DataError
-from featcache.heads.batches import BatchSampler, TorchOrder, TrainingData
-from featcache.heads.compiled import kernels
-from featcache.heads.compiled.numpy_kernels import shuffle
 from featcache.heads.compiled.training_step import Batch, TrainableHead
-from featcache.heads.config import FitResult, HeadJob, TrainingConfig, auto_batch_size
+from featcache.heads.config import HeadJob, TrainingConfig, auto_batch_size
 from featcache.heads.fit import fit_head, fit_heads
 from featcache.heads.head import HeadConfig, build_head
 from featcache.runtime import CPU, Device
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Nets this small only wait for each other on more threads, and long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def blobs(num_rows: int, num_classes: int = 2, dtype: str = "f4", seed: int = 0) -> tuple[Any, Any]:
-    rng = np.random.default_rng(seed)
-    targets = np.arange(num_rows) % num_classes
-    features = rng.normal(size=(num_rows, 12)).astype(dtype)
-    features[np.arange(num_rows), targets] += 1.5
-    return features, targets
-
-
-def fit(
-    num_rows: int = 70,
-    *,
-    head: HeadConfig | None = None,
-    dtype: str = "f4",
-    seed: int = 5,
-    data_seed: int = 6,
-    on_epoch: Any = None,
-    **options: Any,
-) -> FitResult:
-    head = head or HeadConfig(12, 2, hidden=(8,), dropout=0.0)
-    training = TrainingConfig(**({"epochs": 4, "learning_rate": 0.01} | options))
-    rows = blobs(num_rows, head.num_classes, dtype)
-    held_out = blobs(31, head.num_classes, dtype, seed=1)
-    return fit_head(
-        head, training, *rows, *held_out, seed=seed, data_seed=data_seed, device=CPU,
-        on_epoch=on_epoch,
-    )  # fmt: skip
-
-
-def plain_loop(
-    num_rows: int = 70,
-    *,
-    dtype: str = "f4",
-    optimizer: Any = torch.optim.Adam,
-    schedule: bool = False,
-    warmup: int = 0,
-    criterion: nn.Module | None = None,
-    dropout: float = 0.0,
-    epochs: int = 4,
-    batch_size: int = 32,
-    lr: float = 0.01,
-    **options: Any,
-) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Train as a twenty-line script would; return the best epoch's state and the losses."""
-    features, targets = map(torch.from_numpy, blobs(num_rows, 2, dtype))
-    held_out, held_out_targets = map(torch.from_numpy, blobs(31, 2, dtype, seed=1))
-    torch.manual_seed(5)
-    head = nn.Sequential(
-        nn.BatchNorm1d(12), nn.Linear(12, 8), nn.ReLU(), nn.BatchNorm1d(8),
-        SeededDropout(dropout, 5),
-        nn.Linear(8, 2),
-    ).to(features.dtype)  # fmt: skip
-    stepper = optimizer(head.parameters(), lr=lr, **options)
-    schedules = torch.optim.lr_scheduler
-    steps = warmup * (num_rows // batch_size + (num_rows % batch_size > 1))
-    rising = schedules.LinearLR(stepper, 1 / steps, 1, steps - 1) if warmup else None
-    cosine = schedules.CosineAnnealingLR(stepper, epochs - warmup) if schedule else None
-    order = torch.Generator().manual_seed(6)
-    states, losses = [], []
-    for epoch in range(epochs):
-        head.train()
-        rows = torch.randperm(num_rows, generator=order)
-        for start in range(0, num_rows, batch_size):
-            batch = rows[start : start + batch_size]
-            if len(batch) > 1:
-                loss = (criterion or nn.CrossEntropyLoss())(head(features[batch]), targets[batch])
-                stepper.zero_grad()
-                loss.backward()
-                stepper.step()
-                if rising is not None and epoch < warmup:
-                    rising.step()
-        if cosine is not None and epoch >= warmup:
-            cosine.step()
-        head.eval()
-        with torch.no_grad():
-            loss = nn.functional.cross_entropy(head(held_out), held_out_targets)
-        losses.append(loss.item())
-        states.append({name: value.clone() for name, value in head.state_dict().items()})
-    return states[int(np.argmin(losses))], losses
-
-
-def assert_same_weights(
-    result: FitResult, wanted: tuple[dict[str, torch.Tensor], list[float]], tolerance: float
-) -> None:
-    state, losses = wanted
-    assert [row["valid_loss"] for row in result.history] == pytest.approx(losses, rel=tolerance)
-    assert list(result.state) == list(state)
-    for name, value in state.items():
-        np.testing.assert_allclose(result.state[name], value.numpy(), tolerance, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f4", 2e-5), ("f8", 1e-11)])
@@ -396,13 +293,6 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         )
 
 
-def fit_all(num_rows: int = 70, **options: Any) -> FitResult:
-    return fit_head(
-        HeadConfig(12, 2, hidden=(8,), dropout=0.0), TrainingConfig(**options), *blobs(num_rows),
-        seed=5, data_seed=6, device=CPU,
-    )  # fmt: skip
-
-
 def test_without_validation_rows_the_last_epoch_is_kept() -> None:
     options: dict[str, Any] = {"epochs": 4, "learning_rate": 0.01}
     with_rows, without = fit(**options), fit_all(**options)
@@ -420,90 +310,6 @@ def test_without_validation_rows_patience_watches_the_training_loss() -> None:
     assert len(losses) == 1 + int(np.argmin(losses)) + 2 < 60
     assert result.best_epoch == len(losses)
     assert same_states(result, fit_all(epochs=len(losses), **options))
-
-
-# --- views
-
-
-def fit_views(views: np.ndarray, *, data_seed: int = 6, **options: Any) -> FitResult:
-    return fit_head(
-        HeadConfig(12, 2, hidden=(8,), dropout=0.0),
-        TrainingConfig(**({"epochs": 4, "learning_rate": 0.01} | options)),
-        views, blobs(len(views))[1], *blobs(31, seed=1), seed=5, data_seed=data_seed, device=CPU,
-    )  # fmt: skip
-
-
-def same_states(one: FitResult, two: FitResult) -> bool:
-    return all(np.array_equal(one.state[name], two.state[name]) for name in one.state)
-
-
-def test_equal_views_train_as_no_views_bit_for_bit() -> None:
-    features = blobs(70)[0]
-    assert same_states(fit_views(np.repeat(features[:, None], 5, 1)), fit(70))
-    assert same_states(fit_views(features[:, None]), fit(70))
-
-
-def test_each_epoch_trains_on_one_drawn_view_of_each_row() -> None:
-    """Against a fit per epoch on the views that this test draws itself."""
-    rng = np.random.default_rng(3)
-    views = rng.normal(size=(64, 4, 12)).astype("f4")
-    result = fit_views(views, epochs=3, optimizer="sgd", batch_size=64)
-    draw = np.random.default_rng([6, 1])
-    torch.manual_seed(5)
-    head = build_head(HeadConfig(12, 2, hidden=(8,), dropout=0.0))
-    stepper = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
-    targets = torch.from_numpy(blobs(64)[1])
-    order = torch.Generator().manual_seed(6)
-    losses = []
-    for _ in range(3):
-        head.train()
-        rows = torch.randperm(64, generator=order)
-        chosen = draw.integers(4, size=64)
-        loss = nn.functional.cross_entropy(
-            head(torch.from_numpy(views)[rows, chosen]), targets[rows]
-        )
-        stepper.zero_grad()
-        loss.backward()
-        stepper.step()
-        losses.append(loss.item())
-    assert [row["train_loss"] for row in result.history] == pytest.approx(losses, rel=1e-5)
-
-
-def test_the_draw_of_views_is_uniform_and_new_in_every_epoch() -> None:
-    views = np.tile(np.arange(5.0), (2000, 1))[:, :, None]  # a feature that tells its view
-    targets = np.zeros(2000, int)
-    sampler = BatchSampler(TrainingData.of(views, targets, None, None, None, [], 3), shuffle)
-    epochs = [
-        np.concatenate([rows[:, 0].astype(int) for _, rows in sampler.epoch(32)]) for _ in range(4)
-    ]
-    for epoch in epochs:
-        counts = np.bincount(epoch, minlength=5)
-        assert counts.sum() == 2000
-        assert np.abs(counts - 400).max() < 80
-    for one, two in itertools.pairwise(epochs):
-        assert 0.1 < (one == two).mean() < 0.3
-
-
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 100, 29_999, 30_001, 100_000])
-def test_orders_are_those_of_torch(num_rows: int) -> None:
-    for seed in (0, 5, (1 << 32) + 3, (1 << 62) + 7):
-        generator, order = torch.Generator().manual_seed(seed), TorchOrder(seed)
-        for _ in range(2):
-            wanted = torch.randperm(num_rows, generator=generator).numpy()
-            swap = shuffle if seed else kernels.load(np.float32).shuffle
-            assert np.array_equal(order.permutation(num_rows, swap), wanted)
-
-
-def test_views_are_repeatable_by_the_data_seed() -> None:
-    views = np.random.default_rng(0).normal(size=(70, 3, 12)).astype("f4")
-    assert same_states(fit_views(views), fit_views(views))
-    assert not same_states(fit_views(views), fit_views(views, data_seed=7))
-    assert not same_states(fit_views(views), fit_views(views[:, :1]))
-
-
-def test_half_precision_views_train_in_float32() -> None:
-    views = np.random.default_rng(0).normal(size=(70, 3, 12)).astype("f2")
-    assert same_states(fit_views(views), fit_views(views.astype("f4")))
 
 
 def test_balanced_weights_ignore_a_class_without_rows() -> None:
