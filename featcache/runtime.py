@@ -277,8 +277,14 @@ def _read_counts(path: Path) -> dict[str, int]:
     return {}
 
 
+INTERRUPTS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that ask a process to end: Ctrl-C, ``kill`` or a scheduler, a closed terminal."""
+
+
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to end, and the work in progress has been finished.
+    """A signal asked the process to end. The message, if any, says what is kept.
 
     Attributes:
         signal_number: Number of that signal.
@@ -291,7 +297,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[Callable[[], None]]:
-    """Delay SIGINT and SIGTERM inside the block; yield a function that raises them.
+    """Delay the signals ``INTERRUPTS`` inside the block; yield a function that raises them.
 
     The function raises ``Interrupted`` if a signal has come. A second signal acts at once. Outside
     the main thread, where handlers cannot be set, nothing is delayed.
@@ -314,7 +320,7 @@ def held_signals() -> Iterator[Callable[[], None]]:
             raise Interrupted(came[0])
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in INTERRUPTS:
             if signal.getsignal(number) not in {signal.SIG_IGN, None}:  # None: not Python's
                 before[number] = signal.signal(number, hold)
     try:

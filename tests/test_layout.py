@@ -25,7 +25,7 @@ IMAGES = {"pixels", "backbones", "extraction"}
 # Who may import a library, at any depth of the file; the others may be imported by all.
 OWNERS = {
     "h5py": {"cache/hdf5.py"},
-    "click": {"cli/main.py", "cli/cache_commands.py", "cli/options.py"},
+    "click": {"cli/main.py", "cli/cache_commands.py", "cli/ending.py", "cli/options.py"},
     "PIL": {"pixels/decoding.py", "pixels/resampling.py", "cli/demo.py"},
     "simplejpeg": {"pixels/decoding.py"},
     "isal": {"pixels/png.py"},

@@ -13,6 +13,7 @@ from featcache.heads.compiled.team import Team
 from featcache.heads.compiled.training_step import Batch, TrainableHead
 from featcache.heads.config import HeadJob
 from featcache.heads.loss import SharedLosses, validation_columns
+from featcache.threads import stop_if_asked
 
 _VALID_ROWS = 512  # that go through a head at once: with their activations they stay in the cache
 
@@ -68,6 +69,7 @@ class HeadGroup:
                 for place, (head, rate) in enumerate(
                     zip(self._heads, next(rates_left), strict=True)
                 ):
+                    stop_if_asked()
                     loss_weights, denominators = weights[self._losses.numbers[place]]
                     loss = head.step(batch, loss_weights, denominators, rate)
                     totals[place] += loss * size
@@ -110,4 +112,5 @@ class HeadGroup:
 
 
 def _write_logits(head: TrainableHead, features: Array, out: Array) -> None:
+    stop_if_asked()
     out[:] = head.logits(features)
