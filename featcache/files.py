@@ -277,12 +277,14 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, overwrite: bool = False, state: Iterable[str] = ()) -> Iterator[Path]:
     """Build a folder as ``NAME.partial`` and rename it to ``path`` if nothing failed.
 
     Args:
         path: The folder to make.
         overwrite: Replace an existing ``path``; without it an existing one is refused.
+        state: Names of files in ``NAME.partial`` that are kept if something fails, so that the same
+            command can resume, and removed at the end.
 
     Raises:
         RunError: If ``path`` exists and ``overwrite`` is not set.
@@ -291,8 +293,8 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = path.absolute()  # "." has no name to append .partial to
     partial = path.with_name(path.name + ".partial")
     make_folder(path.parent)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    _clear(partial, state)
+    partial.mkdir(exist_ok=True)
     try:
         yield partial
         for file in sorted(partial.rglob("*")):
@@ -311,12 +313,24 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if old.exists() and not path.exists():
                 old.rename(path)
             raise
+        for name in state:
+            (path / name).unlink(missing_ok=True)
         sync_folder(path.parent)
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.old"):  # of killed runs too
             shutil.rmtree(stale, ignore_errors=True)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(partial, state)
         raise
+
+
+def _clear(folder: Path, state: Iterable[str]) -> None:
+    """Remove a folder, or where it has files of these names all but them."""
+    kept = {folder / name for name in state if (folder / name).is_file()}
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in set(folder.iterdir()) - kept:
+        path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
 
 
 def child_process(module: str) -> tuple[list[str], dict[str, str]]:

