@@ -106,6 +106,9 @@ class _Arithmetic:
 
     The first block entered saves the caller's settings and the last one left restores them. In
     between, the block entered last decides. So blocks may nest, and threads may share a mode.
+
+    In a child forked from a process that has one, torch computes with one thread: OpenMP would wait
+    for ever for the others, which the child does not have.
     """
 
     def __init__(self) -> None:
@@ -117,6 +120,14 @@ class _Arithmetic:
         backends: Any = torch.backends
         self._gpu = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
         self._cpu = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin_child)
+
+    def _begin_child(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._lock = threading.Lock()  # another thread of the parent may have held it
 
     def enter(self, *, tf32: bool) -> None:
         with self._lock:
