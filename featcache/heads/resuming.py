@@ -22,7 +22,13 @@ import numpy.typing as npt
 
 from featcache import __version__
 from featcache.errors import FeatcacheError, RunError, printable, warn_user
-from featcache.files import canonical_json, json_sha256, read_regular, write_bytes
+from featcache.files import (
+    canonical_json,
+    json_sha256,
+    read_regular,
+    remove_temporaries,
+    write_bytes,
+)
 from featcache.heads.config import FitResult
 from featcache.runtime import Say, silent
 
@@ -56,6 +62,8 @@ class Trainer(Protocol):
 class SavedTraining:
     """The file with the state of a training of one head, resumed or to be begun.
 
+    Make it while holding the lock of the file's folder.
+
     Args:
         file: The file.
         work: A JSON object: all that decides the training, but what ``load`` is given.
@@ -74,6 +82,8 @@ class SavedTraining:
         self._last, self._can_write = time.monotonic(), True
         self._arrays: dict[str, Array] = {}
         self._facts: dict[str, Any] = {}
+        if file.parent.is_dir():
+            remove_temporaries(file)
         try:
             self._read()
         except RunError as error:

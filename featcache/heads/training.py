@@ -199,15 +199,14 @@ def train(
     }  # fmt: skip
     with new_folder(folder, overwrite=overwrite, state=[STATE_NAME]) as partial:
         file = folder.absolute().with_name(folder.absolute().name + ".partial") / STATE_NAME
-        saved = None
-        if optimizer != LBFGS:  # which takes no minute
-            saved = SavedTraining(file, work, replace=overwrite, say=say)
+        saved = SavedTraining(file, work, replace=overwrite, say=say)
         fit_start = time.perf_counter()
         features, valid_features = read_rows(parts, where, say)
         result = fit_head(
             head, training, features, parts[0].targets, valid_features, parts[1].targets, seed=seed,
             data_seed=order_seed, device=where, classes=opened.classes,
-            on_epoch=_epoch_lines(opened.classes, say), say=say, saved=saved,
+            on_epoch=_epoch_lines(opened.classes, say), say=say,
+            saved=None if optimizer == LBFGS else saved,  # it takes no minute
         )  # fmt: skip
         fit_seconds = time.perf_counter() - fit_start
         num_train, num_valid = (len(part.rows) for part in parts)

@@ -190,9 +190,13 @@ def test_another_command_is_refused_and_says_in_what_it_differs(tmp_path: Path) 
     cache = plain(tmp_path)
     file = begin(cache, tmp_path / "r")
     kept = file.read_bytes()
-    for change in ({"seed": 1}, {"data_seed": 1}, {"epochs": 7}, {"hidden": (12,)}):
+    lbfgs = {"hidden": (), "optimizer": "lbfgs", "device": "cpu"}
+    for options in (
+        SMALL | {"seed": 1}, SMALL | {"data_seed": 1}, SMALL | {"epochs": 7},
+        SMALL | {"hidden": (12,)}, lbfgs,
+    ):  # fmt: skip
         with pytest.raises(RunError, match=r"the command that began it.*--overwrite"):
-            train(cache, tmp_path / "r", **(SMALL | change))
+            train(cache, tmp_path / "r", **options)
     other = make_cache(tmp_path / "other.h5", train=[0, 1] * 20, valid=[0, 1] * 8).path
     with pytest.raises(RunError, match="cache_sha256"):
         train(other, tmp_path / "r", **SMALL)
