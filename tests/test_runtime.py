@@ -258,7 +258,8 @@ _HELD = """
 import signal, sys, time
 from featcache.runtime import Interrupted, held_signals
 number = signal.{name}
-signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+for other in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(other, lambda number, frame: sys.exit(128 + number))
 try:
     with held_signals() as check:
         check()
@@ -285,6 +286,7 @@ except BaseException as stop:
     [
         ("SIGINT", "check()", ["went on", "interrupted by 2", "as before: KeyboardInterrupt"]),
         ("SIGTERM", "check()", ["went on", "interrupted by 15", "as before: SystemExit"]),
+        ("SIGHUP", "check()", ["went on", "interrupted by 1", "as before: SystemExit"]),
         ("SIGINT", "pass", ["went on", "checked", "interrupted by 2", "as before: Keyb"]),
         ("SIGINT", "signal.raise_signal(number)", ["went on", "at once", "as before: Keyb"]),
         ("SIGTERM", "signal.raise_signal(number)", ["went on", "exit 143", "as before: Syst"]),

@@ -5,10 +5,11 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import CancelledError
 
 import pytest
 
-from featcache.threads import Threads
+from featcache.threads import Threads, stop_if_asked
 
 PATIENCE = 300
 """Seconds, on the busiest machine; all of it passes only where something hangs."""
@@ -81,6 +82,22 @@ def test_leaving_waits_for_what_has_begun_if_asked():
         later = threads.submit(work)
     assert done == [1]
     assert later.cancelled()
+
+
+def test_a_long_task_that_asks_ends_when_its_pool_is_left():
+    begun = threading.Event()
+
+    def work_for_ever():
+        begun.set()
+        while True:
+            stop_if_asked()
+
+    with Threads("test", 2, wait=True) as threads:
+        long = threads.submit(work_for_ever)
+        assert begun.wait(PATIENCE)
+    with pytest.raises(CancelledError):
+        long.result(PATIENCE)
+    stop_if_asked()  # outside a pool nobody asks
 
 
 def test_a_task_that_is_done_keeps_nothing_alive():

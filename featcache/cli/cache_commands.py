@@ -18,6 +18,7 @@ from featcache.cli.options import (
     make_say,
     print_facts,
     printing,
+    printing_json,
 )
 from featcache.errors import printable
 
@@ -213,7 +214,7 @@ def select(
 
 @click.command()
 @click.argument("cache_or_run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@printing_json
 def info(cache_or_run: Path, as_json: bool) -> None:
     """Show what a cache or a run holds. Reads no features and hashes nothing.
 

@@ -6,7 +6,9 @@ imported at the top: ``featcache --help`` must not wait for torch.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import signal
 import sys
 import warnings
@@ -18,6 +20,7 @@ import click
 
 from featcache import __version__
 from featcache.cli.cache_commands import extract, info, select, split, verify
+from featcache.cli.ending import ENDING, complain, open_closed_streams
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
     DEVICE,
@@ -293,34 +296,65 @@ def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 error, 2 wrong usage, 130 or 143 interrupted."""
+    """Run the command line and exit: 0 done, 1 error, 2 wrong usage, 128 + N ended by signal N."""
     # What imports make lives until the end: looking for garbage less often saves 4 % of evaluate.
     gc.set_threshold(50_000, 20, 100)
-    sys.exit(_run(arguments))
+    open_closed_streams()
+    ENDING.listen()
+    code = _run(arguments)
+    if code > 128:
+        # Threads of libraries that are still at work would hold the exit up, or abort it.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    ENDING.reset(as_json="--json" in given)
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", FeatcacheWarning)
-    signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _call(arguments)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        reason = stop.__cause__ or stop  # click makes an Abort of a KeyboardInterrupt
+        number = getattr(reason, "signal_number", signal.SIGINT)
+        ENDING.say_interrupted(number, str(reason))
+        return 128 + number
+    if code == 0 and ENDING.lost_output is not None:
+        found = ENDING.lost_output.strerror
+        error = FeatcacheError(
+            "standard output", expected="room for what is printed", found=found,
+            hint="The command has done its work; only its lines are lost",
+        )  # fmt: skip
+        ENDING.say_error(error)
+        code = 1
+    ENDING.finish()
+    return code
+
+
+def _call(arguments: Sequence[str] | None) -> int:
+    """Call the command and return the exit code; an error is printed."""
     try:
         code = cli.main(args=arguments, prog_name="featcache", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return int(stop.exit_code)
     except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # not in click < 8.2
+            complain(error.format_message())
+            return 2
         text = escaped(error.format_message())  # as a shell's * may name any file
-        click.UsageError(text, getattr(error, "ctx", None)).show()
+        with contextlib.suppress(OSError):
+            click.UsageError(text, getattr(error, "ctx", None)).show()
+        ENDING.print_error("usage", "a command as --help shows it", text, None, "See --help")
         return 2
-    except (KeyboardInterrupt, click.Abort) as stop:
-        reason = stop.__cause__ or stop  # click makes an Abort of a KeyboardInterrupt
-        default = "interrupted; finished work is kept, and the same command resumes it"
-        click.echo(str(reason) or default, err=True)
-        return 128 + getattr(reason, "signal_number", signal.SIGINT)
     except FeatcacheError as error:
-        click.echo(f"error: {error}", err=True)
+        ENDING.say_error(error)
         return 1
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads us any more: no second complaint at exit
@@ -329,11 +363,17 @@ def _run(arguments: Sequence[str] | None) -> int:
         if not _is_out_of_memory(error):
             raise
         found = (str(error).splitlines() or ["none left"])[0]
-        click.echo(f"error: memory: expected enough, found {found}. Lower --batch-size.", err=True)
+        ENDING.say_error(
+            FeatcacheError("memory", expected="enough", found=found, hint="Lower --batch-size")
+        )
         return 1
     except OSError as error:
-        place = f" ({printable(error.filename)})" if error.filename else ""
-        click.echo(f"error: {printable(error.strerror or error)}{place}", err=True)
+        found, where = printable(error.strerror or error), error.filename
+        place = f" ({printable(where)})" if where else ""
+        ENDING.say_error(
+            FeatcacheError("the system", expected="a call that succeeds", found=found, where=where),
+            f"error: {found}{place}",
+        )
         return 1
     return code if isinstance(code, int) else 0  # click returns the code of an Exit
 
@@ -346,14 +386,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return is_out_of_memory(error)
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int,
     file: Any = None, line: str | None = None,
 ) -> None:  # fmt: skip
     """Print our own warnings as one line; other libraries' are not for our users."""
     if issubclass(category, FeatcacheWarning):
-        click.echo(f"warning: {escaped(str(message))}", err=True)
+        complain(f"warning: {escaped(str(message))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from featcache.cli.ending import ENDING, Command
 from featcache.errors import escaped
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -84,7 +86,19 @@ WEIGHTS = click.option(
 def printing(command: _F) -> _F:
     """Add --json and --quiet: facts as one JSON object, or no lines at all."""
     command = click.option("--quiet", is_flag=True, help="No progress, no lines.")(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+    return printing_json(command)
+
+
+def printing_json(command: _F) -> _F:
+    """Add --json, and note the command and its options: an interruption says what is kept."""
+
+    @functools.wraps(command)
+    def noted(**options: Any) -> Any:
+        ENDING.command = Command(str(click.get_current_context().info_name), options)
+        return command(**options)
+
+    option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+    return option(noted)  # type: ignore[return-value]  # it takes what the command takes
 
 
 def make_say(as_json: bool, quiet: bool) -> Callable[[str], None]:
@@ -94,13 +108,14 @@ def make_say(as_json: bool, quiet: bool) -> Callable[[str], None]:
 
 def _echo_line(line: str) -> None:
     """Print a line that holds names of strangers: no terminal command, no second line."""
-    click.echo(escaped(line))
+    ENDING.print(escaped(line))
 
 
 def print_facts(facts: dict[str, Any], lines: Iterable[str], as_json: bool, quiet: bool) -> None:
     """Print facts as one JSON object, or as lines for people."""
     if as_json:
-        click.echo(json.dumps(facts, allow_nan=False, default=_as_text))
+        ENDING.print(json.dumps(facts, allow_nan=False, default=_as_text))
+        ENDING.finish()  # one document: a signal that comes now prints no other
     elif not quiet:
         for line in lines:
             _echo_line(line)

@@ -104,10 +104,13 @@ class TorchOrder:
 
     Args:
         seed: Of the generator; as in torch, only its lower 32 bits count.
+
+    Attributes:
+        generator: What the orders are drawn by.
     """
 
     def __init__(self, seed: int) -> None:
-        self._generator = np.random.RandomState(seed & 0xFFFFFFFF)
+        self.generator = np.random.RandomState(seed & 0xFFFFFFFF)
 
     def permutation(self, num_rows: int, shuffle: Callable[[Array, Array], None]) -> Array:
         """Return the next order (N,).
@@ -117,7 +120,7 @@ class TorchOrder:
             shuffle: That of ``compiled.numpy_kernels``, or the compiled one.
         """
         order, starts = np.arange(num_rows), np.arange(max(num_rows - 1, 0))
-        draws = self._generator.randint(0, 1 << 32, len(starts), dtype=np.uint32)
+        draws = self.generator.randint(0, 1 << 32, len(starts), dtype=np.uint32)
         shuffle(order, starts + draws % (num_rows - starts))
         return order
 
@@ -146,6 +149,11 @@ class BatchSampler:
         self._views = np.random.default_rng([data.data_seed, _VIEWS_STREAM])
         self._blocks_order = np.random.default_rng([data.data_seed, _BLOCKS_STREAM])
         self._memory = np.empty((0, 0))
+
+    @property
+    def generators(self) -> list[np.random.Generator | np.random.RandomState]:
+        """What the following epochs are drawn by."""
+        return [self._order.generator, self._views, self._blocks_order]
 
     def epoch(self, batch_size: int) -> Iterator[Batches]:
         """Yield the batches of the next epoch, some at once, to be read to the end.

@@ -33,6 +33,7 @@ from featcache.heads.config import LBFGS, FitResult, HeadJob, TrainingConfig
 from featcache.heads.group import HeadGroup
 from featcache.heads.head import HeadConfig, count_values
 from featcache.heads.prediction import compute_logits
+from featcache.heads.resuming import SavedTraining
 from featcache.heads.scaling import ColumnScaling, check_sizes, choose_scalings
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import (
@@ -81,6 +82,7 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     classes: Sequence[str] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     say: Say = silent,
+    saved: SavedTraining | None = None,
 ) -> FitResult:
     """Train a head and keep the epoch with the lowest cross-entropy on the validation rows.
 
@@ -113,17 +115,19 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         classes: Names for the history's columns; None numbers them.
         on_epoch: Called with each row of the history as it is made.
         say: As for ``fit_heads``.
+        saved: Where the state is kept, and what is gone on from. Of no use to lbfgs.
 
     Raises:
         DataError: If the arrays do not fit each other or the head, or a feature is not finite or
             beyond 1e18.
+        RunError: If what is kept is another training's.
         ConfigError: If the loss is no longer a finite number, or class weights do not fit.
     """
     (result,) = fit_heads(
         [HeadJob(head_config, training, seed)], train_features, train_targets, valid_features,
         valid_targets, data_seed=data_seed, device=device, train_weights=train_weights,
         classes=classes, on_epoch=None if on_epoch is None else lambda _, row: on_epoch(row),
-        say=say,
+        say=say, saved=saved,
     )  # fmt: skip
     if result.diverged_in is not None:
         found, hint = f"none in epoch {result.diverged_in}", "Lower --learning-rate"
@@ -146,6 +150,7 @@ def fit_heads(
     classes: Sequence[str] | None = None,
     on_epoch: Callable[[int, dict[str, Any]], bool | None] | None = None,
     say: Say = silent,
+    saved: SavedTraining | None = None,
 ) -> list[FitResult]:
     """Train many heads on the same rows in the same order, each as ``fit_head`` would.
 
@@ -167,6 +172,7 @@ def fit_heads(
             the others go on the faster.
         say: Told when memory has room for fewer heads at once than there would be, and when code
             is compiled.
+        saved: As for ``fit_head``, of one job.
 
     Returns:
         A result per job, in their order. One whose loss is no longer a finite number ends there.
@@ -207,8 +213,8 @@ def fit_heads(
     passes, num_threads = _cut_to_memory(passes, jobs, data, device, say)
     kernels = _choose_kernels(jobs, data, device, say)
     fit = functools.partial(
-        _fit_pass, jobs=jobs, scalings=scalings, data=data, device=device, tell=tell
-    )
+        _fit_pass, jobs=jobs, scalings=scalings, data=data, device=device, tell=tell, saved=saved
+    )  # fmt: skip
     results: dict[int, FitResult] = {}
     with one_blas_thread() if device.type == "cpu" else contextlib.nullcontext():
         if num_threads > 1:
@@ -385,7 +391,7 @@ class _Progress:
 def _fit_pass(  # noqa: PLR0917
     numbers: Sequence[int], kernels: Any, team: Team, jobs: Sequence[HeadJob],
     scalings: Sequence[ColumnScaling | None], data: TrainingData, device: Device,
-    tell: Callable[[int, dict[str, Any]], bool],
+    tell: Callable[[int, dict[str, Any]], bool], saved: SavedTraining | None,
 ) -> dict[int, FitResult]:  # fmt: skip
     """Train some heads that share batches; return their results by number, of scaled features."""
     training = jobs[numbers[0]].training
@@ -406,7 +412,11 @@ def _fit_pass(  # noqa: PLR0917
     batch_size = training.rows_per_step(len(data.targets))
     num_steps = training.steps_per_epoch(len(data.targets))
     heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
-    for epoch in range(1, training.epochs + 1):
+    first = 1
+    if saved is not None:
+        (head,) = heads
+        first += _resume(saved, trainer, head, kernels, data, tell)
+    for epoch in range(first, training.epochs + 1):
         start = time.perf_counter()
         rates = [
             [head.training.learning_rate_at(epoch, step / num_steps) for head in heads]
@@ -427,4 +437,24 @@ def _fit_pass(  # noqa: PLR0917
         if len(left) < len(heads):  # fewer heads, faster epochs
             trainer.keep(left)
             heads = [heads[place] for place in left]
+        if saved is not None and epoch < training.epochs:
+            saved.keep(trainer, heads[0].result())
     return {head.number: head.result() for head in everyone}
+
+
+def _resume(  # noqa: PLR0917
+    saved: SavedTraining, trainer: HeadGroup | StackTrainer, head: _Progress, kernels: Any,
+    data: TrainingData, tell: Callable[[int, dict[str, Any]], bool],
+) -> int:  # fmt: skip
+    """Go on from what is kept; return how many epochs that were. They are told again."""
+    block_rows = data.features.block_rows if isinstance(data.features, StoredFeatures) else None
+    how = {"compiled": kernels is not numpy_kernels, "block_rows": block_rows}
+    columns = ["epoch", "train_loss"]
+    if data.valid_targets is not None:
+        columns += ["valid_loss", "valid_accuracy", *(f"valid_recall_{n}" for n in data.names)]
+    columns += ["learning_rate", "seconds"]
+    history, best = saved.load(trainer, how, columns, head.training.epochs)
+    for row in history:
+        head.note(row, lambda: best)
+        tell(head.number, row)
+    return head.training.epochs if head.is_over else len(history)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from featcache.heads.compiled.team import Team
 from featcache.heads.compiled.training_step import Batch, TrainableHead, aligned_zeros
 from featcache.heads.config import HeadJob
 from featcache.heads.loss import SharedLosses, validation_columns
+from featcache.heads.resuming import Snapshot
+from featcache.threads import stop_if_asked
 
 _VALID_ROWS = 512  # that go through a head at once: with their activations they stay in the cache
 
@@ -54,6 +56,17 @@ class HeadGroup:
         """Return a copy of one head's state dict."""
         return self._heads[place].state()
 
+    def snapshot(self) -> Snapshot:
+        """Return what decides the steps to come, of a group of one head."""
+        (head,) = self._heads
+        arrays, masks = head.snapshot()
+        return arrays, [masks, *self._sampler.generators]
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        """Let a group of one head go on from the arrays of a snapshot."""
+        (head,) = self._heads
+        head.restore(arrays)
+
     def train_epoch(self, batch_size: int, rates: Sequence[Sequence[float]]) -> list[float]:
         """Take one step per batch; return each head's mean loss, batches weighted by their rows.
 
@@ -68,6 +81,7 @@ class HeadGroup:
                 for place, (head, rate) in enumerate(
                     zip(self._heads, next(rates_left), strict=True)
                 ):
+                    stop_if_asked()
                     loss_weights, denominators = weights[self._losses.numbers[place]]
                     loss = head.step(batch, loss_weights, denominators, rate)
                     totals[place] += loss * size
@@ -110,4 +124,5 @@ class HeadGroup:
 
 
 def _write_logits(head: TrainableHead, features: Array, out: Array) -> None:
+    stop_if_asked()
     out[:] = head.logits(features)

@@ -42,6 +42,7 @@ from featcache.heads.loss import class_weights, target_weights, validation_colum
 from featcache.heads.scaling import ColumnScaling
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import Device, available_memory, exact_fp32
+from featcache.threads import stop_if_asked
 
 _BLOCK_STRENGTHS, _BLOCK_BYTES = 16, 1 << 30
 _ONE_THREAD_VALUES = 1 << 24  # of all features, times classes
@@ -246,6 +247,7 @@ class SoftmaxRegression:
         """Solve for some strengths at once, each from the last solution found."""
         descent = _Descent(self, self._params.repeat(len(strengths), 1, 1), strengths)
         for _ in range(MAX_ITERATIONS):
+            stop_if_asked()
             if not descent.advance():
                 break
         self._params = descent.params[-1]

@@ -9,7 +9,7 @@ the number of layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ from featcache.heads.optimizer import (
     WEIGHT_FACTOR,
     step_settings,
 )
+from featcache.heads.resuming import Snapshot
 from featcache.runtime import exact_fp32
 
 _FORWARD_ROWS = 8192  # times heads, that are evaluated at once
@@ -58,6 +59,8 @@ class HeadStack:
 
     Attributes:
         params: (K, P), which requires gradients.
+        stats: The running statistics by name, each (K, U).
+        num_steps: How often the statistics were moved.
     """
 
     def __init__(
@@ -73,24 +76,24 @@ class HeadStack:
         states = [initial_state(config, seed) for seed in seeds]
         flat = [np.concatenate([s[name].reshape(-1) for name in self._shapes]) for s in states]
         self.params = torch.from_numpy(np.stack(flat)).to(device, dtype).requires_grad_()
-        self._stats = {
+        self.stats = {
             name: torch.from_numpy(np.stack([s[name] for s in states])).to(device, dtype)
             for name in layout
             if name.endswith((".running_mean", ".running_var"))
         }
-        self._num_steps = 0
+        self.num_steps = 0
 
     def keep(self, places: Sequence[int]) -> None:
         """Give up all but some heads."""
         self.params = self.params.detach()[places].requires_grad_()
-        self._stats = {name: values[places] for name, values in self._stats.items()}
+        self.stats = {name: values[places] for name, values in self.stats.items()}
 
     def state(self, place: int) -> dict[str, npt.NDArray[Any]]:
         """Return a copy of one head's state dict, by the names of its ``nn.Sequential``."""
-        values = self._by_name() | self._stats
+        values = self._by_name() | self.stats
         return {
             name: values[name][place].detach().cpu().numpy().copy() if name in values
-            else np.array(self._num_steps, np.int64)
+            else np.array(self.num_steps, np.int64)
             for name in self._names
         }  # fmt: skip
 
@@ -111,7 +114,7 @@ class HeadStack:
             masks: (K, B, U), by which the last layer's input is multiplied.
         """
         params, num_hidden = self._by_name(), len(self._config.hidden)
-        self._num_steps += training
+        self.num_steps += training
         values = rows.expand(len(self.params), *rows.shape)
         for number in range(num_hidden + 1):
             norm, linear = norm_and_linear(self._config, number)
@@ -131,7 +134,7 @@ class HeadStack:
     def _normalise(self, norm: str, values: Tensor, *, training: bool) -> Tensor:
         """Normalise (K, B, U) for each head: a batch norm without scale and shift."""
         running_mean, running_var = (
-            self._stats[f"{norm}.{name}"] for name in ("running_mean", "running_var")
+            self.stats[f"{norm}.{name}"] for name in ("running_mean", "running_var")
         )
         if not training:
             mean, variance = running_mean, running_var
@@ -224,6 +227,24 @@ class StackTrainer:
     def state(self, place: int) -> dict[str, npt.NDArray[Any]]:
         """Return a copy of one head's state dict."""
         return self.stack.state(place)
+
+    def snapshot(self) -> Snapshot:
+        """Return what decides the steps to come, of one head: copies on the CPU."""
+        (masks,) = self._masks
+        arrays = {name: part.detach().cpu().numpy().copy() for name, part in self._parts().items()}
+        arrays["num_steps"] = np.array(self._num_steps, np.int64)
+        return arrays, [masks, *self._sampler.generators]
+
+    def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Let one head go on from the arrays of a snapshot."""
+        with torch.no_grad():
+            for name, part in self._parts().items():
+                part.copy_(torch.from_numpy(arrays[name].copy()))
+        self._num_steps = self.stack.num_steps = int(arrays["num_steps"])
+
+    def _parts(self) -> dict[str, Tensor]:
+        parts = {"params": self.stack.params, "first": self._first, "second": self._second}
+        return parts | self.stack.stats
 
     def train_epoch(self, batch_size: int, rates: Sequence[Sequence[float]]) -> list[float]:
         """Take one step per batch; return each head's mean loss, batches weighted by their rows.

@@ -31,6 +31,7 @@ from featcache.heads.config import (
 )
 from featcache.heads.fit import fit_head
 from featcache.heads.head import HeadConfig
+from featcache.heads.resuming import STATE_NAME, SavedTraining
 from featcache.heads.rows import Part, Targets, check_cache, choose_rows, read_rows
 from featcache.heads.run import record_fit, run_output
 from featcache.outputs import new_folder
@@ -123,6 +124,10 @@ def train(
     regularisation, and kept is the one with the lowest cross-entropy on ``valid``, the strongest on
     ties.
 
+    At most once a minute, at an epoch's end, the state is kept in ``RUN.partial``: killed and
+    called again with the same arguments, a training goes on from there and ends as if it had not
+    been.
+
     Args:
         cache: The cache.
         run: The folder to make.
@@ -146,14 +151,15 @@ def train(
         seed: Decides the initial weights and dropout.
         data_seed: Decides the order of the rows, their views and the hold-out; None takes ``seed``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-        overwrite: Replace an existing run.
+        overwrite: Replace an existing run, or begin anew where an unfinished one is another's.
         say: Receives the lines for people.
 
     Returns:
         The summary; the run itself is the folder.
 
     Raises:
-        RunError: If ``run`` exists and ``overwrite`` is not set.
+        RunError: If ``run`` exists and ``overwrite`` is not set; if an unfinished training of this
+            name was begun with other arguments.
         ConfigError: If an option has no meaning.
         CacheError: If the cache is damaged, lacks a split, or its rows cannot be trained on.
 
@@ -188,13 +194,20 @@ def train(
     parts = choose_rows(opened, valid_fraction, order_seed, say)
     _say_counts(opened, parts, training, say)
     head = HeadConfig(opened.num_features, len(opened.classes), tuple(hidden), dropout)
-    with new_folder(output) as partial:
+    work = {
+        "cache_sha256": opened.payload_sha256, "head": head.as_json(),
+        "training": training.as_json(), "seed": seed, "data_seed": order_seed,
+        "valid_fraction": valid_fraction, "device": where.type,
+    }  # fmt: skip
+    with new_folder(output, state=[STATE_NAME]) as partial:
+        saved = SavedTraining(partial.parent / STATE_NAME, work, replace=overwrite, say=say)
         fit_start = time.perf_counter()
         features, valid_features = read_rows(parts, where, say)
         result = fit_head(
             head, training, features, parts[0].targets, valid_features, parts[1].targets, seed=seed,
             data_seed=order_seed, device=where, classes=opened.classes,
             on_epoch=_epoch_lines(opened.classes, say), say=say,
+            saved=None if optimizer == LBFGS else saved,  # it takes no minute
         )  # fmt: skip
         fit_seconds = time.perf_counter() - fit_start
         weights_sha256 = record_fit(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ def run(
 ) -> Iterator[Any]:
     """Call the command line in this process, inside ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
-    terminate = signal.getsignal(signal.SIGTERM)
     show = warnings.showwarning
 
     def call(*arguments: object) -> Result:
@@ -31,5 +29,4 @@ def run(
         return Result(code, out, err)
 
     yield call
-    signal.signal(signal.SIGTERM, terminate)
     warnings.showwarning = show

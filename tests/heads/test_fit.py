@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import signal
+import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,10 @@ from sample_heads import as_tensors, logits_of
 from threadpoolctl import ThreadpoolController
 from torch import nn
 
+from featcache import threads as threads_module
 from featcache.errors import ConfigError, DataError
+from featcache.heads import fit as fit_module
+from featcache.heads import group, linear_probe
 from featcache.heads.compiled.training_step import Batch, TrainableHead
 from featcache.heads.config import HeadJob, TrainingConfig, auto_batch_size
 from featcache.heads.fit import fit_head, fit_heads
@@ -376,3 +382,38 @@ def test_heads_of_passes_side_by_side_get_their_own_initial_weights() -> None:
         for job, result in zip(jobs, results, strict=True):
             wanted = build_head(job.head, job.seed).state_dict()["1.weight"].double()
             np.testing.assert_allclose(result.state["1.weight"], wanted.numpy(), 1e-7, 1e-9)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_ctrl_c_does_not_wait_for_heads_that_are_trained_in_threads(
+    monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """Without an end between two steps this would last for years."""
+    monkeypatch.setattr(fit_module, "available_cores", lambda: 2)
+    monkeypatch.setattr(linear_probe, "MAX_ITERATIONS", 10**9)
+    monkeypatch.setattr(linear_probe, "_TOLERANCE", 0.0)
+    training = TrainingConfig(epochs=10**6)
+    if optimizer == "lbfgs":
+        training = TrainingConfig(optimizer="lbfgs", weight_decay=1e-6)
+    jobs = [HeadJob(HeadConfig(12, 2, hidden=()), training, seed) for seed in (1, 2)]
+    begun = threading.Barrier(3)
+    inner = threads_module.stop_if_asked
+
+    def watched() -> None:
+        if threading.get_ident() not in seen:
+            seen.add(threading.get_ident())
+            begun.wait(300)
+        inner()
+
+    seen: set[int] = set()
+    for module in (group, linear_probe):
+        monkeypatch.setattr(module, "stop_if_asked", watched)
+
+    def interrupt() -> None:
+        begun.wait(300)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        fit_heads(jobs, *blobs(40), *blobs(20, seed=1), data_seed=1, device=CPU)

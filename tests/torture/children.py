@@ -364,6 +364,65 @@ def _after(wanted: str, command: list[str], module: str) -> None:
     setattr(place, wanted, first_the_other)
 
 
+def _at_moment(number: int, action: str) -> None:
+    """Get a signal at the n-th call of a function of featcache in the main thread.
+
+    Calls are counted from where the command line calls the command. With ``number`` 0 nothing
+    happens but that their count is written to the file ``action`` at the end.
+    """
+    package = str(TESTS.parent / "featcache")
+    count, has_begun = 0, False
+
+    def profile(frame: Any, event: str, _: object) -> None:
+        nonlocal count, has_begun
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(package):
+            return
+        has_begun = has_begun or code.co_name == "_call"
+        count += has_begun
+        if count == number and has_begun:
+            os.kill(os.getpid(), getattr(signal, action))
+
+    sys.setprofile(profile)
+    if not number:
+        _AT_END.append(lambda: Path(action).write_text(str(count), "ascii"))
+
+
+def _stuck(module: str, name: str, file: str) -> None:
+    """Let a function hang where no signal reaches it; make a file when it does.
+
+    The watchdog waits for a tenth of a second only, where a shard is in hand too.
+    """
+    import importlib
+    import threading
+
+    from featcache.cli import ending
+    from featcache.runtime import INTERRUPTS
+
+    ending._ENDING_SECONDS = ending._HELD_SECONDS = 0.1
+
+    def hang(*_: Any, **__: Any) -> None:
+        with contextlib.suppress(ValueError):  # in a thread: the main one waits for it
+            for number in INTERRUPTS:
+                signal.signal(number, lambda *_: None)
+        Path(file).touch()
+        threading.Event().wait()
+
+    place, _, function = name.rpartition(".")
+    found = importlib.import_module(module)
+    setattr(getattr(found, place) if place else found, function, hang)
+
+
+def _ignore(name: str) -> None:
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _save_each_epoch() -> None:
+    from featcache.heads import resuming
+
+    resuming.SAVE_SECONDS = 0.0
+
+
 _AT_END: list[Callable[[], object]] = []
 _ends_for_real = False
 
@@ -378,6 +437,8 @@ _PREPARATIONS: dict[str, Callable[..., None]] = {
     "small_shards": _small_shards, "slow": _slow, "gate": _gate, "note": _note, "at_call": _at_call,
     "limit": _limit, "memory": _memory, "become": _become, "environment": _environment,
     "no_locks": _no_locks, "stop_before_lock": _stop_before_lock,
+    "at_moment": _at_moment, "stuck": _stuck, "ignore": _ignore,
+    "save_each_epoch": _save_each_epoch,
     "after": _after, "end_for_real": _end_for_real,
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ bits alone, beside others and with any number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -143,6 +143,20 @@ class TrainableHead:
             else np.array(self._num_steps, np.int64)
             for name in self._names
         }  # fmt: skip
+
+    def snapshot(self) -> tuple[dict[str, Array], np.random.Generator]:
+        """Return all that decides the following steps: the arrays in use, the masks' generator."""
+        arrays = {f"values/{name}": array for name, array in self._arrays.items()}
+        arrays |= {"firsts": self._firsts, "seconds": self._seconds}
+        for number, layer in enumerate(self._layers):
+            arrays |= {f"{number}/first": layer.first, f"{number}/second": layer.second}
+        return arrays | {"num_steps": np.array(self._num_steps, np.int64)}, self._masks
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        """Go on from the arrays of a snapshot; its generator is set by the caller."""
+        for name, array in self.snapshot()[0].items():
+            array[...] = arrays[name]
+        self._num_steps = int(arrays["num_steps"])
 
     def logits(self, features: Array) -> Array:
         """Return the logits (n, C) of features (n, D), as the head is used: in eval mode."""

@@ -1,0 +1,295 @@
+"""How a command ends: by a signal, with closed or full streams, or with an error for a script.
+
+A signal raises ``Interrupted`` in the main thread. Where that thread is in code that cannot be
+interrupted (a compilation, one long batch, the exit of a library), a watchdog thread says the same
+sentence and ends the process: a kill loses nothing, as ``tests/torture`` shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featcache.errors import FeatcacheError, printable
+
+_ENDING_SECONDS = 1.5  # after a signal; with the time it takes to be scheduled, 2 s
+_HELD_SECONDS = 9.0  # where extract finishes the batch in hand and writes its shard
+
+_OUTPUTS = {
+    "split": "destination", "extract": "cache", "select": "new", "verify": "cache", "train": "run",
+    "sweep": "run", "predict": "csv", "export": "file",
+}  # fmt: skip
+"""The option or argument that names what a command makes. evaluate makes several files."""
+
+TRAINING_NAME = "training.safetensors"
+
+
+class Command:
+    """The command under way, and what its output looked like before it began.
+
+    Args:
+        verb: ``train``, say.
+        options: Its arguments and options by their names in Python.
+    """
+
+    def __init__(self, verb: str = "", options: Mapping[str, Any] | None = None) -> None:
+        self._verb, self._options = verb, dict(options or {})
+        name = self._options.get(_OUTPUTS.get(verb, ""))
+        self._output = None if name is None else Path(name)
+        self._before = self._stamp()
+
+    def _stamp(self) -> tuple[int, int] | None:
+        if self._output is None:
+            return None
+        with contextlib.suppress(OSError):
+            status = self._output.stat()
+            return status.st_ino, status.st_mtime_ns
+        return None
+
+    def what_is_kept(self) -> str:
+        """Return a sentence that is true at this moment, for a command that was interrupted."""
+        again, output = "the same command starts again", self._output
+        if not self._verb:
+            return "nothing was begun"
+        if output is not None and self._stamp() not in {None, self._before} and self._is_whole():
+            return f"{_name(output)} is whole, nothing else is left to do"
+        if self._verb == "demo":
+            folder = _name(self._options["folder"])
+            return f"{folder} is unfinished; the same command makes it anew"
+        if self._verb == "evaluate":
+            return "some figures may be written and others not; the same command writes them all"
+        if self._verb == "info" or self._options.get("dry_run"):
+            return f"nothing was changed; {again}"
+        if self._verb == "verify":
+            assert output is not None
+            return f"{_name(output)} is as it was; {again}"
+        kept = "" if output is None else self._kept_in_part(output)
+        return f"{kept}; the same command goes on" if kept else f"nothing is kept; {again}"
+
+    def _is_whole(self) -> bool:
+        """Whether an output that has changed is finished: a folder of caches need not be."""
+        return self._verb != "extract" or self._output is None or not self._output.is_dir()
+
+    def _kept_in_part(self, output: Path) -> str:
+        """Return what an unfinished extract, train or sweep has kept, or nothing."""
+        partial, journal = (_beside(output, ending) for ending in (".partial", ".sweep"))
+        if self._verb == "extract":
+            if output.is_dir():
+                return f"the caches and images that are done are kept in {_name(output)}"
+            if (partial / "manifest.json").exists():
+                return f"the images that are done are kept in {_name(partial)}"
+        if self._verb == "train" and (partial / TRAINING_NAME).exists():
+            return f"the training up to its last save, once a minute, is kept in {_name(partial)}"
+        if self._verb == "sweep" and _has_entries(journal / "journal.jsonl"):
+            return f"the trials of the rounds that are done are kept in {_name(journal)}"
+        return ""
+
+
+def _beside(output: Path, ending: str) -> Path:
+    return output.absolute().with_name(output.absolute().name + ending)
+
+
+def _name(path: Path) -> str:
+    with contextlib.suppress(ValueError, OSError):
+        path = path.relative_to(Path.cwd())
+    return printable(path.as_posix())
+
+
+def _has_entries(journal: Path) -> bool:
+    """Whether a sweep's journal has more than its first line, which says what the sweep is."""
+    with contextlib.suppress(OSError), journal.open("rb") as file:
+        return len(file.readline()) > 0 and file.readline().endswith(b"\n")
+    return False
+
+
+class Ending:
+    """What ends the process, from signals to full streams; there is one, ``ENDING``.
+
+    Attributes:
+        command: The command under way.
+        as_json: Whether an error is also printed as a JSON object on standard output.
+        lost_output: Why lines could not be printed on standard output, None if they could.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self, *, as_json: bool = False) -> None:
+        """Begin anew, with no command yet."""
+        self.command, self.as_json = Command(), as_json
+        self.lost_output: OSError | None = None
+        self._signal, self._is_over = 0, False
+        self._lock = threading.Lock()
+
+    def listen(self) -> None:
+        """Let signals end the process. Those that are ignored stay so, as under ``nohup``."""
+        from featcache.runtime import INTERRUPTS
+
+        for number in INTERRUPTS:
+            if signal.getsignal(number) not in {signal.SIG_IGN, None}:
+                signal.signal(number, self._interrupt)
+        hears, tells = socket.socketpair()
+        tells.setblocking(False)
+        # The number is sent the moment a signal comes, also while the main thread is in C code.
+        signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+        if hasattr(os, "register_at_fork"):  # a child's signals are not ours
+            os.register_at_fork(after_in_child=_hear_nothing)
+        watchdog = threading.Thread(
+            target=self._watch, args=[hears, tells, INTERRUPTS], name="featcache-ending",
+            daemon=True,
+        )  # fmt: skip
+        watchdog.start()
+        sys.unraisablehook = self._show_unraisable
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        from featcache.runtime import Interrupted
+
+        is_first, self._signal = not self._signal, self._signal or number
+        if is_first and not self._is_over:  # further ones must not cut the tidying up short
+            raise Interrupted(number)
+
+    def _show_unraisable(self, unraisable: Any) -> None:
+        """Say nothing of what an interruption broke in a finalizer."""
+        if not self._signal:
+            sys.__unraisablehook__(unraisable)
+
+    def _watch(self, hears: socket.socket, tells: socket.socket, numbers: tuple[int, ...]) -> None:
+        """End the process some time after a signal, if nothing else does."""
+        first, deadline = 0, float("inf")
+        with tells:  # it must stay open
+            while True:
+                left = deadline - time.monotonic()
+                hears.settimeout(None if first == 0 else max(left, 1e-3))
+                try:
+                    came = [number for number in hears.recv(64) if number in numbers]
+                except TimeoutError:
+                    self._end(first)
+                    continue
+                for number in came:
+                    # Not ours: ``held_signals`` has its own handler while a shard is in hand.
+                    is_held = signal.getsignal(number) != self._interrupt and not self._signal
+                    first = first or number
+                    wait = _HELD_SECONDS if is_held else _ENDING_SECONDS
+                    deadline = min(deadline, time.monotonic() + wait)
+
+    def _end(self, number: int) -> None:
+        # In a thread of its own, as whoever reads our streams may have stopped reading.
+        says = threading.Thread(target=self.say_interrupted, args=[number], daemon=True)
+        says.start()
+        says.join(0.3)
+        os._exit(128 + number)
+
+    def say_interrupted(self, number: int, sentence: str = "") -> None:
+        """Say once that the command was interrupted, and what is kept.
+
+        Args:
+            number: Of the signal.
+            sentence: What is said; by default what is true of the command.
+        """
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+            said = sentence or f"interrupted: {self.command.what_is_kept()}"
+            complain(said)
+            name = signal.Signals(number).name
+            self.print_error("interrupted", "a command that ends by itself", name, None, said)
+
+    def finish(self) -> None:
+        """Let signals change nothing any more: the command has ended, and said so."""
+        with self._lock:
+            self._is_over = True
+
+    def say_error(self, error: FeatcacheError, line: str = "") -> None:
+        """Print an error as one line on standard error, and for ``--json`` as an object.
+
+        Args:
+            error: What went wrong.
+            line: The line, where it is not the error's own.
+        """
+        complain(line or f"error: {error}")
+        self.print_error(error.what, error.expected, error.found, error.where, error.hint)
+        self.finish()
+
+    def print_error(self, *values: object) -> None:
+        """For ``--json`` print an object: what, expected, found, where, and what to do next."""
+        if not self.as_json:
+            return
+        keys = ("what", "expected", "found", "where", "hint")
+        facts = {
+            key: None if value is None else printable(value)
+            for key, value in zip(keys, values, strict=True)
+        }
+        self.print(json.dumps({"error": facts}))
+
+    def print(self, text: str) -> None:
+        """Print a line on standard output. If it has no room, drop this line and all others.
+
+        The work goes on: what the command makes is worth more than its lines.
+
+        Raises:
+            BrokenPipeError: If nobody reads any more.
+        """
+        try:
+            click.echo(text)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self.lost_output = self.lost_output or error
+            _discard_output()
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error, unless that is full or gone."""
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(text, err=True)
+
+
+def _hear_nothing() -> None:
+    with contextlib.suppress(ValueError):  # forked in another thread than the main one
+        signal.set_wakeup_fd(-1)
+
+
+def _discard_output() -> None:
+    """Let standard output lead nowhere, also what is in its buffer."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(nowhere, sys.stdout.fileno())
+        sys.stdout.flush()
+    os.close(nowhere)
+
+
+def open_closed_streams() -> None:
+    """Let closed standard streams lead nowhere.
+
+    The next files that are opened would else take their numbers, and a library that prints a
+    warning would write it into a cache.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                continue
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            stream = open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+ENDING = Ending()
+"""That of this process."""
