@@ -48,6 +48,21 @@ def folder_lock(folder: Path, what: str, own_names: str) -> Iterator[None]:
         yield
 
 
+def refuse_held(folder: Path, what: str) -> None:
+    """Refuse, before any work is done, a folder of unfinished work that another process writes.
+
+    Raises:
+        CacheError: If another process holds its lock.
+    """
+    path = folder / LOCK_NAME
+    if sys.platform == "win32" or not path.is_file():
+        return
+    import fcntl
+
+    with path.open("rb") as file:
+        _lock(file, path, what, fcntl)
+
+
 def remove_lock(folder: Path) -> None:
     """Remove the lock file of a folder, and the folder if it is empty; call it under the lock."""
     with contextlib.suppress(OSError):

@@ -33,7 +33,7 @@ from featcache.files import (
     sync_folder,
     write_temporary,
 )
-from featcache.locking import LOCK_NAME, folder_lock, remove_lock
+from featcache.locking import LOCK_NAME, folder_lock, refuse_held, remove_lock
 
 _NEW, _OLD = "new", "old"
 _MAX_HEADER_BYTES = 1 << 24
@@ -375,6 +375,16 @@ def _write_into(path: Path, data: bytes) -> None:
 
 
 # ----------------------------------------------------------------------------------------- folders
+
+
+def check_folder(output: Output) -> None:
+    """Refuse a folder that ``new_folder`` would refuse, before any work is done.
+
+    Raises:
+        FeatcacheError: As ``new_folder``.
+    """
+    output.check()
+    refuse_held(beside(output.target, ".partial"), output.target.name)
 
 
 @contextlib.contextmanager

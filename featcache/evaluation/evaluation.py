@@ -5,7 +5,6 @@ Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from featcache.heads.run import (
 from featcache.metrics.scores import compute_metrics
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.runtime import Say, silent
-from featcache.untrusted import why_no_file
+from featcache.untrusted import parse_json_object, why_no_file
 
 _MISTAKES_SAID = 10
 
@@ -216,10 +215,10 @@ def evaluate(
 def _is_evaluation(path: Path) -> bool:
     """Return whether a file is one of ``RUN/evaluation/SPLIT.json``."""
     try:
-        facts = json.loads(read_regular(path, max_bytes=_MAX_FIGURES_BYTES))
-    except (OSError, ValueError, RecursionError):
+        facts = parse_json_object(read_regular(path, max_bytes=_MAX_FIGURES_BYTES))
+    except (OSError, ValueError):
         return False
-    return isinstance(facts, dict) and {"split", "accuracy", "fingerprint"} <= facts.keys()
+    return {"split", "accuracy", "fingerprint"} <= facts.keys()
 
 
 def _is_picture(path: Path) -> bool:

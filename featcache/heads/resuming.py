@@ -31,6 +31,7 @@ from featcache.files import (
 )
 from featcache.heads.config import FitResult
 from featcache.runtime import Say, silent
+from featcache.untrusted import parse_json_object
 
 STATE_NAME = "training.safetensors"
 SAVE_SECONDS = 60.0
@@ -108,14 +109,14 @@ class SavedTraining:
             self._refuse(error.strerror)
         try:
             arrays: dict[str, Array] = safetensors.load(data)
-            facts = json.loads(arrays.pop(_FACTS).tobytes(), parse_constant=_refuse_constant)
+            facts = parse_json_object(arrays.pop(_FACTS).tobytes())
             is_whole = (
                 facts["sha256"] == json_sha256(facts, without="sha256")
                 and facts["arrays_sha256"] == _hash_arrays(arrays)
             )  # fmt: skip
             is_known = (facts["format"], facts["format_version"]) == (_FORMAT, _FORMAT_VERSION)
             work = facts["work"]
-        except (SafetensorError, ValueError, LookupError, TypeError, RecursionError):
+        except (SafetensorError, ValueError, LookupError, TypeError):
             self._refuse("another file, or a damaged one")
         if not is_whole or not is_known or not isinstance(work, dict):
             self._refuse("a damaged one, or one of another version")
@@ -252,10 +253,6 @@ def _hash_arrays(arrays: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
 def _is_finite(value: object) -> bool:
     if not isinstance(value, int | float) or type(value) is bool:
         return False
@@ -277,7 +274,7 @@ def generator_state(generator: Generator) -> dict[str, Any]:
     if state["bit_generator"] == "MT19937":
         return {"key": inner["key"].tolist(), "pos": int(inner["pos"])}
     return {
-        "state": int(inner["state"]), "inc": int(inner["inc"]),
+        "state": f"{inner['state']:x}", "inc": f"{inner['inc']:x}",  # 128 bits: no JSON numbers
         "has_uint32": int(state["has_uint32"]), "uinteger": int(state["uinteger"]),
     }  # fmt: skip
 
@@ -299,7 +296,7 @@ def set_generator_state(generator: Generator, state: Mapping[str, Any]) -> None:
         key = np.array([_whole(word, (1 << 32) - 1) for word in key], np.uint32)
         bits.state = old | {"state": {"key": key, "pos": position}}
         return
-    inner = {name: _whole(state[name], (1 << 128) - 1) for name in ("state", "inc")}
+    inner = {name: _whole(int(state[name], 16), (1 << 128) - 1) for name in ("state", "inc")}
     if not inner["inc"] % 2:
         raise ValueError("inc")
     bits.state = old | {

@@ -104,10 +104,10 @@ _OWN_FILES = re.compile(
 def is_run(path: Path) -> bool:
     """Return whether ``path`` is the folder of a run, of any version, damaged or not."""
     try:
-        facts = json.loads(read_regular(path / "run.json", max_bytes=_MAX_JSON_BYTES))
-    except (OSError, ValueError, RecursionError):
+        facts = parse_json_object(read_regular(path / "run.json", max_bytes=_MAX_JSON_BYTES))
+    except (OSError, ValueError):
         return False
-    return isinstance(facts, dict) and facts.get("format") == FORMAT
+    return facts.get("format") == FORMAT
 
 
 def _list_others(run: Path) -> list[str]:

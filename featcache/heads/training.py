@@ -34,7 +34,7 @@ from featcache.heads.head import HeadConfig
 from featcache.heads.resuming import STATE_NAME, SavedTraining
 from featcache.heads.rows import Part, Targets, check_cache, choose_rows, read_rows
 from featcache.heads.run import record_fit, run_output
-from featcache.outputs import new_folder
+from featcache.outputs import check_folder, new_folder
 from featcache.runtime import Say, resolve_device, silent
 
 _IMBALANCE = 5  # beyond 1:5 the loss of the rare class is easily drowned
@@ -168,7 +168,7 @@ def train(
     """
     start, folder = time.perf_counter(), Path(run)
     output = run_output(run, overwrite=overwrite, inputs=[local_path(cache, "CACHE")])
-    output.check()
+    check_folder(output)
     training = TrainingConfig(
         learning_rate=learning_rate,
         weight_decay=weight_decay,

@@ -38,7 +38,7 @@ from featcache.heads.rows import Part, check_cache, choose_rows
 from featcache.heads.run import record_fit, run_output
 from featcache.locking import folder_lock, remove_lock
 from featcache.metrics.scores import check_metric
-from featcache.outputs import Output, new_folder
+from featcache.outputs import Output, check_folder, new_folder
 from featcache.runtime import Say, resolve_device, silent
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.journal import Journal
@@ -173,7 +173,7 @@ def sweep(
     output = run_output(run, overwrite=overwrite, inputs=inputs)
     journal_folder = beside(output.target, ".sweep")
     if not (journal_folder / _JOURNAL_NAME).exists():
-        output.check()
+        check_folder(output)
     _check_options(trials, sampler, folds, repeats, select)
     seed = check_seed("--seed", seed)
     valid_fraction = check_valid_fraction(valid_fraction)

@@ -40,7 +40,7 @@ def make_cache(
     order = ("train", "valid", "test", "all")
     parts = {name: arrays(targets, order.index(name)) for name, targets in splits.items()}
     columns = [{name: part[i] for name, part in parts.items()} for i in range(3)]
-    return write_cache(path, *columns, classes=classes, identity=identity)
+    return write_cache(path, *columns, classes=classes, identity=identity, overwrite=True)
 
 
 @pytest.fixture

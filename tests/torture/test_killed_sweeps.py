@@ -82,7 +82,7 @@ def phase(place: Place) -> str:
     entries = noted(place)
     if (place.folder / "best").exists():
         return "while tidying up"
-    if (place.folder / "best.partial").exists():
+    if (place.folder / "best.partial" / "new" / "head.safetensors").exists():
         return "writing the run"
     if not entries:
         return "before the first round ended"

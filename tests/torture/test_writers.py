@@ -169,7 +169,7 @@ def test_a_lock_file_removed_before_it_was_locked_is_not_taken_for_a_lock(
 def test_a_cache_that_appears_before_the_lock_is_had_is_seen(place: Place) -> None:
     """Looked for before the lock is had, it may be made meanwhile: once had, it must be seen."""
     other = ["extract", "old", "c.h5", *TINY, "--batch-size", "4", "--quiet"]
-    then = ("after", "writer_lock", other, "featcache.extraction.plan")
+    then = ("after", "cache_lock", other, "featcache.extraction.plan")
     place.reset()
     result = place.start("old", then).wait()
     assert result.code == 0, result
