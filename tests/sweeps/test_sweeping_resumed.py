@@ -13,10 +13,11 @@ import pytest
 from sample_rows import edited, make_cache, rows_of
 from sample_sweeps import SPACE, run_files, small_cache, sweep_small
 
-from featcache.errors import CacheError, ConfigError, RunError
+from featcache.errors import CacheError, ConfigError, DataError, RunError
+from featcache.heads.group import HeadGroup
 from featcache.locking import writer_lock
 from featcache.sweeps import sweeping
-from featcache.sweeps.sweeping import SweepSummary
+from featcache.sweeps.sweeping import SweepSummary, sweep
 
 
 @pytest.fixture
@@ -147,13 +148,17 @@ def test_a_run_made_while_the_lock_was_awaited_is_not_replaced(
 
 
 def test_a_default_that_fails_ends_the_sweep_in_its_first_round(
-    tmp_path: Path, go: Callable[..., SweepSummary]
+    tmp_path: Path, go: Callable[..., SweepSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = {}
     for name in ("train", "valid"):
         signs = np.where(np.random.default_rng(0).random((60, 16)) < 0.5, -3e38, 3e38)
         rows[name] = edited(rows_of(name, [0, 1] * 30, width=16), features=signs.astype("<f4"))
-    make_cache(tmp_path / "c.h5", **rows)
+    make_cache(tmp_path / "far.h5", **rows)
+    with pytest.raises(DataError, match=r"training rows: expected features .* in column 0 "):
+        sweep(tmp_path / "far.h5", tmp_path / "far", trials=2, device="cpu")
+    make_cache(tmp_path / "c.h5", **{n: rows_of(n, [0, 1] * 30, width=16) for n in rows})
+    monkeypatch.setattr(HeadGroup, "state", lambda *_: {"0.running_var": np.array([np.inf])})
     for _ in range(2):  # the second time by the journal alone
         with pytest.raises(ConfigError, match=r"the default head: expected a finite loss"):
             go(trials=70)
