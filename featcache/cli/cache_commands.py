@@ -15,6 +15,8 @@ from featcache.cli.options import (
     Numbers,
     OrWord,
     Renaming,
+    csv_columns,
+    listing,
     make_say,
     print_facts,
     printing,
@@ -39,6 +41,7 @@ from featcache.errors import printable
     "--mode", type=click.Choice(["copy", "symlink", "hardlink"]), default="copy",
     show_default=True, help="How a tree gets its files.",
 )  # fmt: skip
+@listing
 @printing
 def split(
     source: Path, destination: Path, classes: str | None, as_json: bool, quiet: bool, **options: Any
@@ -135,6 +138,9 @@ def split(
     "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
 )
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
+@listing
+@click.option("--no-classes", is_flag=True, help="Folders are no classes: images are unlabelled.")
+@csv_columns
 @printing
 def extract(
     data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool,

@@ -4,7 +4,8 @@ Reads: split folders, class folders, folders of images, CSV manifests, zip files
 Writes: nothing.
 
 Files that are not used (see ``folders``) are counted in ``num_ignored``. So are images beside class
-folders, with a warning.
+folders and linked class folders, with a warning. Masks among the images are a question (see
+``companions``), answered by options (see ``listing``).
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import io
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from featcache.data.archive import Member, list_entries, locate_members, read_member
+from featcache.data.companions import find_companions
 from featcache.data.folders import (
     IMAGE_SUFFIXES,
+    OTHER_ENDING,
     SPLIT_OF_FOLDER,
     SPLITS,
+    Ignored,
     ImageFile,
     agree_on_classes,
     compile_group,
@@ -33,12 +37,13 @@ from featcache.data.folders import (
     is_hidden,
     walk_folder,
 )
-from featcache.errors import ConfigError, DataError, warn_user
+from featcache.data.listing import Listing
+from featcache.errors import ConfigError, DataError, printable, warn_user
 from featcache.files import plain_cell, read_regular
 
 __all__ = [
     "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
-    "list_images", "read_table", "scan",
+    "find_groups", "list_images", "read_table", "scan",
 ]  # fmt: skip
 
 UNLABELLED = -1
@@ -82,6 +87,7 @@ class ImageDataset:
         samples: All samples.
         num_ignored: Reason -> number of files and folders that were not used.
         num_grouped: How many samples ``group_by`` matched; None without it.
+        ignored_endings: Ending -> number of files that were not used for it.
     """
 
     root: Path
@@ -90,6 +96,7 @@ class ImageDataset:
     samples: tuple[Sample, ...]
     num_ignored: dict[str, int] = field(default_factory=dict)
     num_grouped: int | None = None
+    ignored_endings: dict[str, int] = field(default_factory=dict)
     _members: dict[str, Member] = field(default_factory=dict, repr=False)
 
     @cached_property  # used once per image, to choose its views
@@ -122,6 +129,15 @@ class ImageDataset:
             counts[split][names[target]] = counts[split].get(names[target], 0) + number
         return counts
 
+    def reasons_ignored(self) -> list[tuple[str, int]]:
+        """Return why files and folders were not used, with their endings, and how many."""
+        endings = {OTHER_ENDING: f"{OTHER_ENDING}: {_listed(self.ignored_endings)}"}
+        return [(endings.get(why, why), number) for why, number in sorted(self.num_ignored.items())]
+
+    def describe_ignored(self) -> list[str]:
+        """Return a line for each reason why files and folders were not used."""
+        return [f"ignored: {number:,} ({reason})" for reason, number in self.reasons_ignored()]
+
     def read(self, sample: Sample) -> bytes:
         """Return the bytes of one image file. Keeps nothing open; safe in threads and processes.
 
@@ -142,7 +158,16 @@ class ImageDataset:
 
 
 def scan(
-    data: str | Path, *, group_by: str | None = None, limit: int | None = None
+    data: str | Path,
+    *,
+    group_by: str | None = None,
+    limit: int | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    companions: str | None = None,
+    no_classes: bool = False,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: str | Iterable[str] = (),
 ) -> ImageDataset:
     """Find the images of a data set, their targets, splits and groups.
 
@@ -151,73 +176,201 @@ def scan(
             ``all``); a folder of images; a ``.csv`` with the columns path and optionally target,
             split, group; a ``.zip`` of such folders (one top folder is skipped).
         group_by: Regular expression searched in every file name; its first group is the sample's
-            group. A name without a match is a group of its own. Overrides a CSV's group column.
+            group. A name without a match is a group of its own. Overrides a CSV's group column. If
+            it matches no name at all, it is searched in the folders below the class; if it matches
+            nothing there either, it changes nothing.
         limit: Use at most this many images, spread evenly over splits and classes.
+        include: Globs on the path below ``data``; if there are any, only files that match one are
+            used. ``*`` does not cross ``/``, ``**`` does; a folder's match is that of its files.
+        exclude: Globs; files that match one are not used.
+        companions: Masks and the like that lie among the images are an error. ``keep`` takes them
+            as images, in the group of the image they belong to; ``ignore`` does not look for them.
+        no_classes: Folders are no classes: images are unlabelled.
+        columns: Column (path, target, split, group) -> its header in a CSV.
+        ignore_columns: Headers of a CSV that are not used.
 
     Raises:
-        DataError: If the data is missing or empty, or its classes and splits are inconsistent.
-        ConfigError: If ``group_by`` is no regular expression with a group, or ``limit`` < 1.
+        DataError: If the data is missing or empty, its classes and splits are inconsistent, or
+            there are companions of images.
+        ConfigError: If ``group_by`` is no regular expression with a group, ``limit`` < 1, or
+            another option is invalid.
     """
-    pattern = compile_group(group_by)
+    compile_group(group_by)
     if limit is not None and limit < 1:
         raise ConfigError("--limit", expected="at least 1", found=limit)
+    listing = Listing.of(
+        include=include, exclude=exclude, companions=companions, no_classes=no_classes,
+        columns=columns, ignore_columns=ignore_columns,
+    )  # fmt: skip
     root = Path(data)
     if root.is_dir():
-        dataset = _scan_folder(root)
+        dataset = _scan_folder(root, listing)
     elif root.is_file() and root.suffix.lower() == ".csv":
-        dataset = _scan_csv(root)
+        dataset = _scan_csv(root, listing)
     elif root.is_file() and root.suffix.lower() == ".zip":
-        dataset = _scan_zip(root)
+        dataset = _scan_zip(root, listing)
     else:
         found = "another kind of file" if root.exists() else "nothing there"
         raise DataError("data", expected="a folder, .csv or .zip", found=found, where=root)
     if not dataset.samples:
         raise DataError(
-            "data", expected="at least one image", found=_counts(dataset.num_ignored), where=root,
+            "data", expected="at least one image", found=_counts(dataset), where=root,
             hint="Images end in " + ", ".join(sorted(IMAGE_SUFFIXES)),
         )  # fmt: skip
-    samples, num_grouped = _spread(dataset.samples, limit), None
-    if pattern is not None:
-        matches = [find_group(pattern, sample.path) for sample in samples]
-        num_grouped = sum(group is not None for group in matches)
-        samples = tuple(
-            replace(sample, group=group or sample.path)
-            for sample, group in zip(samples, matches, strict=True)
-        )
+    groups = {} if group_by is None else find_groups(dataset, group_by)
+    if any(groups.values()):
+        grouped = (replace(s, group=groups[s.path] or s.path) for s in dataset.samples)
+        dataset = replace(dataset, samples=tuple(grouped))
+    if companions != "ignore" and dataset.layout != "csv":  # a CSV names every file on purpose
+        dataset = _settle_companions(dataset, is_kept=companions == "keep")
+    samples = _spread(dataset.samples, limit)
+    num_grouped = None if group_by is None else sum(groups[s.path] is not None for s in samples)
     return replace(dataset, samples=samples, num_grouped=num_grouped)
 
 
-def list_images(paths: Iterable[str | Path]) -> ImageDataset:
+def list_images(
+    paths: Iterable[str | Path],
+    *,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    companions: str | None = None,
+) -> ImageDataset:
     """Find the images of files and folders (with all folders in them), unlabelled, once each.
 
     A file given by name is used whatever its ending. Paths are relative to the current folder.
 
+    Args:
+        paths: Files and folders.
+        include: As for ``scan``, on the path below each folder, or the name of a file.
+        exclude: As for ``scan``.
+        companions: As for ``scan``, in each folder.
+
     Raises:
-        DataError: If a path does not exist, or a folder has no image.
+        DataError: If a path does not exist, a folder has no image, or companions of images.
     """
-    ignored: Counter[str] = Counter()
+    listing = Listing.of(include=include, exclude=exclude, companions=companions)
+    ignored = Ignored()
     samples: dict[str, Sample] = {}
     for path in map(Path, paths):
         if path.is_dir():
+            found = _list_folder(path, listing, ignored)
             prefix = "" if path == Path() else path.as_posix().rstrip("/") + "/"
-            images = [i._replace(path=prefix + i.path) for i in walk_folder(path, ignored, set())]
+            images = [image._replace(path=prefix + image.path) for image in found]
         elif path.is_file():
             status = path.stat()
             images = [ImageFile(path.as_posix(), status.st_size, status.st_mtime_ns)]
+            (reason,) = listing.choose([path.name], path)
+            if reason:
+                ignored[reason] += 1
+                continue
         else:
-            found = "no regular file" if path.exists() else "nothing there"
-            raise DataError("image", expected="a file or folder", found=found, where=path)
-        if not images:
-            raise DataError("folder", expected="images", found=_counts(ignored), where=path)
+            kind = "no regular file" if path.exists() else "nothing there"
+            raise DataError("image", expected="a file or folder", found=kind, where=path)
         samples.update((i.path, _sample(i, UNLABELLED, "all")) for i in images)
-    return ImageDataset(Path(), "images", (), _sorted(samples.values()), dict(ignored))
+    return ImageDataset(
+        Path(), "images", (), _sorted(samples.values()), dict(ignored),
+        ignored_endings=dict(ignored.endings),
+    )  # fmt: skip
 
 
-def _scan_folder(root: Path) -> ImageDataset:
-    ignored: Counter[str] = Counter()
-    folders: set[str] = set()
+def _list_folder(root: Path, listing: Listing, ignored: Ignored) -> list[ImageFile]:
+    """Return the images of a folder to classify."""
+    images = _choose(list(walk_folder(root, ignored, set())), root, listing, ignored)[0]
+    samples = tuple(_sample(image, UNLABELLED, "all") for image in images)
+    dataset = ImageDataset(
+        root, "images", (), samples, dict(ignored), ignored_endings=dict(ignored.endings)
+    )
+    if not images:
+        raise DataError("folder", expected="images", found=_counts(dataset), where=root)
+    if listing.companions is None:
+        _settle_companions(dataset, is_kept=False)
+    return images
+
+
+def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
+    ignored, folders = Ignored(), set[str]()
     images = list(walk_folder(root, ignored, folders))
-    return _arrange(root, images, folders, ignored)
+    return _arrange(root, images, folders, ignored, listing)
+
+
+def _choose(
+    images: list[ImageFile], root: Path, listing: Listing, ignored: Ignored
+) -> tuple[list[ImageFile], set[str]]:
+    """Return the images that the globs leave, and the folders that lost all of theirs."""
+    reasons = listing.choose([image.path for image in images], root)
+    ignored.update(reason for reason in reasons if reason)
+    left = [image for image, reason in zip(images, reasons, strict=True) if not reason]
+    if len(left) == len(images):
+        return images, set()
+    return left, _folders_of(images) - _folders_of(left)
+
+
+def _folders_of(images: Iterable[ImageFile]) -> set[str]:
+    folders = set[str]()
+    for folder in {image.path.rpartition("/")[0] for image in images}:
+        parts = folder.split("/")
+        folders.update("/".join(parts[:n]) for n in range(1, len(parts) + 1))
+    return folders
+
+
+def find_groups(dataset: ImageDataset, group_by: str) -> dict[str, str | None]:
+    """Return path -> group, by a regular expression; None where it does not match.
+
+    File names are searched; if none of them matches, the folders below the class are, too.
+    """
+    pattern = compile_group(group_by)
+    assert pattern is not None
+    found = {s.path: find_group(pattern, s.path) for s in dataset.samples}
+    if not any(found.values()):
+        found = {s.path: find_group(pattern, s.path, dataset.class_of(s)) for s in dataset.samples}
+    return found
+
+
+def _settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
+    """Ask about companions of images, or put each into the group of its image.
+
+    Raises:
+        DataError: If there are some and they are not to be kept.
+    """
+    by_path = {sample.path: sample for sample in dataset.samples}
+    found = find_companions(
+        {path: sample.image_bytes for path, sample in by_path.items()},
+        lambda path: dataset.read(by_path[path]),
+    )
+    if not found:
+        return dataset
+    pairs = [pair for companions in found for pair in companions.pairs]
+    if not is_kept:
+        number = len({companion for _, companion in pairs})
+        examples = ", ".join(f"{companion} of {image}" for image, companion in sorted(pairs)[:2])
+        globs = " ".join(f"--exclude '{glob}'" for glob in sorted({c.glob for c in found}))
+        raise DataError(
+            "images", expected="no masks or other companions of images among them",
+            found=f"{number:,} that look like some: {examples}", where=dataset.root,
+            hint=f"Leave them out with {globs}, or take them as images with --companions keep",
+        )  # fmt: skip
+    groups = _join_groups(by_path, pairs)
+    samples = tuple(
+        replace(s, group=groups.get(s.path, s.group or s.path)) for s in by_path.values()
+    )
+    return replace(dataset, samples=samples)
+
+
+def _join_groups(by_path: Mapping[str, Sample], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return path -> group, so that both files of a pair, and what hangs on them, have one."""
+    top: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while top.setdefault(name, name) != name:
+            top[name] = name = top[top[name]]
+        return name
+
+    def group_of(path: str) -> str:
+        return by_path[path].group or path
+
+    for image, companion in sorted(pairs):
+        top[find(group_of(companion))] = find(group_of(image))
+    return {path: find(group_of(path)) for path in by_path}
 
 
 def _sample(image: ImageFile, target: int, split: str, group: str | None = None) -> Sample:
@@ -244,16 +397,25 @@ def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...
     return tuple(samples[position] for position in sorted(p for _, p in sorted(ranks)[:limit]))
 
 
-def _counts(num_ignored: dict[str, int]) -> str:
-    ignored = ", ".join(f"{count} x {reason}" for reason, count in sorted(num_ignored.items()))
-    return "none" + (f" (ignored: {ignored})" if ignored else "")
+def _listed(endings: Mapping[str, int], most: int = 6) -> str:
+    """Return endings with their counts, the most frequent first."""
+    ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    listed = [f"{count:,} {printable(ending)}" for ending, count in ordered[:most]]
+    rest = sum(count for _, count in ordered[most:])
+    return ", ".join([*listed, f"{rest:,} others"] if rest else listed)
+
+
+def _counts(dataset: ImageDataset) -> str:
+    reasons = [f"{count:,} x {reason}" for reason, count in dataset.reasons_ignored()]
+    return "none" + (f" (ignored: {', '.join(reasons)})" if reasons else "")
 
 
 def _arrange(
-    root: Path, images: list[ImageFile], folders: set[str], ignored: Counter[str]
+    root: Path, images: list[ImageFile], folders: set[str], ignored: Ignored, listing: Listing
 ) -> ImageDataset:
     """Set splits and classes by folder; ignore images outside class folders, with a warning."""
-    layout = find_layout(root, folders)
+    images, emptied = _choose(images, root, listing, ignored)
+    layout = find_layout(root, folders - emptied, no_classes=listing.no_classes)
     targets = _targets(layout.classes)
     samples, filled, num_loose = [], set(), 0
     for image in images:
@@ -267,13 +429,17 @@ def _arrange(
     if num_loose:
         ignored["loose beside folders"] += num_loose
         warn_user(f"{num_loose} images of {root} lie loose beside folders and are not used")
+    dataset = ImageDataset(
+        root, layout.kind, layout.classes, _sorted(samples), dict(ignored),
+        ignored_endings=dict(ignored.endings),
+    )  # fmt: skip
     for place in layout.places:
         if place and place not in filled:
             raise DataError(
-                "folder", expected="at least one image", found=_counts(ignored),
+                "folder", expected="at least one image", found=_counts(dataset),
                 where=root / place, hint="Remove it, or put its images in",
             )  # fmt: skip
-    return ImageDataset(root, layout.kind, layout.classes, _sorted(samples), dict(ignored))
+    return dataset
 
 
 def _targets(classes: tuple[str, ...]) -> dict[str, int]:
@@ -281,7 +447,7 @@ def _targets(classes: tuple[str, ...]) -> dict[str, int]:
     return {name: target for target, name in enumerate(classes)} | {"": UNLABELLED}
 
 
-def _scan_csv(root: Path) -> ImageDataset:
+def _scan_csv(root: Path, listing: Listing) -> ImageDataset:
     rows = read_table(root)
     labels = [row["target"] for row in rows]
     splits = [row["split"] or "all" for row in rows]
@@ -360,9 +526,8 @@ def read_table(root: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _scan_zip(root: Path) -> ImageDataset:
-    ignored: Counter[str] = Counter()
-    folders: set[str] = set()
+def _scan_zip(root: Path, listing: Listing) -> ImageDataset:
+    ignored, folders = Ignored(), set[str]()
     wanted = []
     for entry in list_entries(root):
         parts = entry.path.split("/")
@@ -376,7 +541,7 @@ def _scan_zip(root: Path) -> ImageDataset:
         if entry.kind != "file":
             ignored["link" if entry.kind == "link" else "not a regular file"] += 1
         elif not has_image_ending(parts[-1]):
-            ignored["not an image ending"] += 1
+            ignored.add(OTHER_ENDING, entry.path)
         else:
             wanted.append(entry)
     members = locate_members(root, wanted, max_bytes=MAX_IMAGE_BYTES)
@@ -392,4 +557,6 @@ def _scan_zip(root: Path) -> ImageDataset:
     images = [
         ImageFile(path, member.num_bytes, member.mtime_ns) for path, member in members.items()
     ]
-    return replace(_arrange(root, images, folders, ignored), layout="zip", _members=members)
+    return replace(
+        _arrange(root, images, folders, ignored, listing), layout="zip", _members=members
+    )

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import build_engine
 from featcache.cache.integrity import BadRow
-from featcache.cache.provenance import error_bound, known_precision
+from featcache.cache.provenance import error_bound, known_precision, listing_of
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.errors import CacheError, ConfigError, printable
@@ -81,7 +81,7 @@ def compare(
     """
     bound = error_bound(cache)
     recipe = recipe_from_identity(cache.identity, weights=weights, backbone=backbone)
-    dataset = scan(data)
+    dataset = scan(data, **(listing_of(cache).as_json() | {"companions": "ignore"}))
     now = {(s.split, s.path): s for s in dataset.samples}
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     common = rows.keys() & now.keys()

@@ -32,7 +32,12 @@ def finish(job: Job, start: float) -> ExtractionSummary:
         CacheError: If the disk is full or the folder cannot be written.
     """
     changes = find_changes(job.old, job.dataset, job.ledger)
-    if job.old is not None and is_unchanged(job.old, job.dataset, job.ledger.failures, changes):
+    failures = job.ledger.failures
+    if (
+        job.old is not None
+        and job.is_listed_alike
+        and is_unchanged(job.old, job.dataset, failures, changes)
+    ):
         remove_temporaries(job.path)
         job.partial.remove()
         return summarise(job.old, "up to date", start, num_kept=changes.num_kept)
@@ -57,9 +62,12 @@ def _write(job: Job) -> Cache:
         _refuse_empty(job, name, samples)
         splits[name] = _split_rows(job, name, samples, numbers)
     remove_temporaries(job.path)  # of a run killed while writing: the lock is ours now
+    listing = job.options.listing.as_json()
+    provenance = {**job.provenance, "truncated": truncated} | (
+        {"listing": listing} if listing else {}
+    )
     cache = write_rows(
-        job.path, splits, identity=job.recipe.identity,
-        provenance={**job.provenance, "truncated": truncated},
+        job.path, splits, identity=job.recipe.identity, provenance=provenance,
         classes=job.dataset.classes, task="multiclass", failures=job.ledger.failures,
     )  # fmt: skip
     job.partial.remove()

@@ -39,6 +39,7 @@ class Projection:
             features of their content.
         num_groups: Different groups, None without groups.
         num_ignored: Reason -> number of files that are not taken.
+        ignored_endings: Ending -> number of files that are not taken for it.
         identity: What the cache's identity will be.
         engine: The engine chosen, and why; "none" where no image has to be run.
         decode_seconds: Expected time of decoding alone, an image, all workers together.
@@ -60,6 +61,7 @@ class Projection:
     num_known: int
     num_groups: int | None
     num_ignored: dict[str, int]
+    ignored_endings: dict[str, int]
     identity: dict[str, Any]
     engine: str
     decode_seconds: float
@@ -132,6 +134,7 @@ def _project_sizes(job: Job, num_wanted: int, num_wanted_views: int) -> Projecti
         num_known=num_images - num_wanted,
         num_groups=None if None in groups else len(groups),
         num_ignored=dict(dataset.num_ignored),
+        ignored_endings=dict(dataset.ignored_endings),
         identity=recipe.identity,
         engine="none",
         decode_seconds=0.0,
@@ -224,9 +227,14 @@ def describe_dataset(dataset: ImageDataset, say: Say) -> None:
     for split, counts in dataset.count().items():
         listed = ", ".join(f"{count:,} {printable(name)}" for name, count in counts.items())
         say(f"{split:>6}: {listed}")
-    for reason, number in sorted(dataset.num_ignored.items()):
-        say(f"ignored: {number:,} ({reason})")
-    if dataset.num_grouped is not None:
+    for line in dataset.describe_ignored():
+        say(line)
+    if dataset.num_grouped == 0:
+        warn_user(
+            f"--group-by matches none of {len(dataset.samples):,} file names: images of one "
+            "patient may be in two splits"
+        )
+    elif dataset.num_grouped is not None:
         groups = len({s.group for s in dataset.samples})
         say(
             f"groups: {groups:,}; {dataset.num_grouped:,} of {len(dataset.samples):,} names matched"
