@@ -194,6 +194,7 @@ def _one_or_all(facts: list[dict[str, Any]]) -> dict[str, Any]:
     help="A class; may be given more than once. Classes of one new name become one.",
 )  # fmt: skip
 @click.option("--prefix", is_flag=True, help="Set each cache's name before its paths and groups.")
+@csv_columns
 @click.option("--rebuild", is_flag=True, help="Replace NEW if it is there.")
 @printing
 def select(

@@ -10,8 +10,6 @@ folders and linked class folders, with a warning. Masks among the images are a q
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import stat
 from collections import Counter
@@ -38,18 +36,18 @@ from featcache.data.folders import (
     walk_folder,
 )
 from featcache.data.listing import Listing
+from featcache.data.tables import read_table
 from featcache.errors import ConfigError, DataError, printable, warn_user
-from featcache.files import plain_cell, read_regular
+from featcache.files import read_regular
 
 __all__ = [
     "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
-    "find_groups", "list_images", "read_table", "scan",
+    "find_groups", "list_images", "scan",
 ]  # fmt: skip
 
 UNLABELLED = -1
 """The target of a sample whose class is not known."""
 
-_MAX_CSV_BYTES = 2**32
 MAX_IMAGE_BYTES = 2**31
 """Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
 
@@ -88,6 +86,7 @@ class ImageDataset:
         num_ignored: Reason -> number of files and folders that were not used.
         num_grouped: How many samples ``group_by`` matched; None without it.
         ignored_endings: Ending -> number of files that were not used for it.
+        ignored_columns: Headers of a CSV that were not used.
     """
 
     root: Path
@@ -97,6 +96,7 @@ class ImageDataset:
     num_ignored: dict[str, int] = field(default_factory=dict)
     num_grouped: int | None = None
     ignored_endings: dict[str, int] = field(default_factory=dict)
+    ignored_columns: tuple[str, ...] = ()
     _members: dict[str, Member] = field(default_factory=dict, repr=False)
 
     @cached_property  # used once per image, to choose its views
@@ -136,7 +136,10 @@ class ImageDataset:
 
     def describe_ignored(self) -> list[str]:
         """Return a line for each reason why files and folders were not used."""
-        return [f"ignored: {number:,} ({reason})" for reason, number in self.reasons_ignored()]
+        lines = [f"ignored: {number:,} ({reason})" for reason, number in self.reasons_ignored()]
+        if self.ignored_columns:
+            lines.append(f"ignored columns: {', '.join(map(printable, self.ignored_columns))}")
+        return lines
 
     def read(self, sample: Sample) -> bytes:
         """Return the bytes of one image file. Keeps nothing open; safe in threads and processes.
@@ -212,6 +215,9 @@ def scan(
     else:
         found = "another kind of file" if root.exists() else "nothing there"
         raise DataError("data", expected="a folder, .csv or .zip", found=found, where=root)
+    if (columns or ignore_columns) and dataset.layout != "csv":
+        option = "--columns" if columns else "--ignore-columns"
+        raise ConfigError(option, expected="a CSV", found=f"layout {dataset.layout}", where=root)
     if not dataset.samples:
         raise DataError(
             "data", expected="at least one image", found=_counts(dataset), where=root,
@@ -448,7 +454,13 @@ def _targets(classes: tuple[str, ...]) -> dict[str, int]:
 
 
 def _scan_csv(root: Path, listing: Listing) -> ImageDataset:
-    rows = read_table(root)
+    table = read_table(
+        root, columns=listing.columns, ignore_columns=listing.ignore_columns, needs_targets=True
+    )
+    reasons = listing.choose([row["path"].strip() for row in table.rows], root)
+    rows = [row for row, reason in zip(table.rows, reasons, strict=True) if not reason]
+    if listing.no_classes:
+        rows = [row | {"target": ""} for row in rows]
     labels = [row["target"] for row in rows]
     splits = [row["split"] or "all" for row in rows]
     classes_by_split: dict[str, set[str]] = {}
@@ -461,6 +473,8 @@ def _scan_csv(root: Path, listing: Listing) -> ImageDataset:
     samples, missing, seen = [], [], {}
     for row, label, split in zip(rows, labels, splits, strict=True):
         path = row["path"]
+        if path != path.strip() and not (root.parent / path).exists():
+            path = path.strip()
         place = os.path.normpath(root.parent / path)
         if place in seen:
             raise DataError("CSV", expected="every path once", found=f"{path} twice", where=root)
@@ -480,50 +494,32 @@ def _scan_csv(root: Path, listing: Listing) -> ImageDataset:
         raise DataError(
             "CSV", expected="files that are there", where=root,
             found=f"{len(missing)} of {len(rows)} missing: {', '.join(missing[:3])}",
-            hint="Paths are absolute or relative to the CSV's folder",
+            hint=_advise_on_missing(root, missing[0]),
         )  # fmt: skip
-    return ImageDataset(root, "csv", classes, _sorted(samples))
+    left_out = Counter(reason for reason in reasons if reason)
+    return ImageDataset(
+        root, "csv", classes, _sorted(samples), dict(left_out), ignored_columns=table.unused
+    )
 
 
-def read_table(root: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV with the keys path, target, split, group; "" for missing cells.
-
-    ``val`` and ``validation`` become ``valid``. The escapes of ``files.csv_text`` are undone.
-
-    Raises:
-        DataError: If it is not a CSV with such a header.
-    """
-    try:
-        text = read_regular(root, max_bytes=_MAX_CSV_BYTES).decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""))
-        header, *lines = [(reader.line_num, cells) for cells in reader if cells] or [(0, [])]
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise DataError("CSV", expected="a readable file", found=found, where=root) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        found = str(error)
-        raise DataError("CSV", expected="UTF-8 text", found=found, where=root) from error
-    names = [name.strip() for name in header[1]]
-    if names.count("path") != 1 or len(set(names)) < len(names):
-        raise DataError(
-            "CSV header", expected="path and, if known, target, split, group, once each",
-            found=", ".join(names) or "nothing", where=root,
-        )  # fmt: skip
-    rows = []
-    for line, cells in lines:
-        row = {"target": "", "split": "", "group": ""} | dict(zip(names, cells, strict=False))
-        if len(cells) != len(names) or not row["path"] or "\0" in "".join(cells):
-            raise DataError(
-                f"CSV line {line}", expected=f"{len(names)} cells without NUL, the path not empty",
-                found=",".join(cells), where=root,
-            )  # fmt: skip
-        row |= {key: plain_cell(row[key]) for key in ("path", "target", "group")}
-        rows.append(row | {"split": SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])})
-    unknown = sorted({row["split"] for row in rows} - {*SPLITS, ""})
-    if unknown:
-        found = ", ".join(map(repr, unknown[:3]))
-        raise DataError("split column", expected="train, valid or test", found=found, where=root)
-    return rows
+def _advise_on_missing(root: Path, path: str) -> str:
+    """Return what may be wrong with the paths of a CSV, of which this one leads nowhere."""
+    advice = "Paths are absolute or relative to the CSV's folder"
+    if "\\" in path:
+        return f"{advice}, with / between folders: \\ is Windows' way"
+    top, _, rest = path.partition("/")
+    if rest and (root.parent / rest).exists() and top == root.absolute().parent.name:
+        return f"{advice}. These begin with that folder itself: move the CSV one folder up"
+    if not rest:
+        for number, (folder, folders, files) in enumerate(os.walk(root.parent)):
+            folders.sort()
+            found = next((file for file in files if file == path or Path(file).stem == path), None)
+            if found is not None:
+                place = Path(folder, found).relative_to(root.parent).as_posix()
+                return f"{advice}. This one may be {place}: write that"
+            if number > 1000:
+                break
+    return advice
 
 
 def _scan_zip(root: Path, listing: Listing) -> ImageDataset:

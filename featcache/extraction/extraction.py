@@ -194,7 +194,9 @@ def _extract(
         job = Job(path, dataset, _choose_recipe(dataset, backbone, options), options)
         if job.old is not None and job.is_up_to_date and not options.rehash:
             job.remove_leftovers()
-            done[path] = summarise(job.old, "up to date", start, num_kept=len(dataset.samples))
+            done[path] = summarise(
+                job.old, "up to date", start, dataset, num_kept=len(dataset.samples)
+            )
         else:
             jobs.append(job)
     if jobs:

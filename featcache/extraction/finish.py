@@ -40,11 +40,11 @@ def finish(job: Job, start: float) -> ExtractionSummary:
     ):
         remove_temporaries(job.path)
         job.partial.remove()
-        return summarise(job.old, "up to date", start, num_kept=changes.num_kept)
+        return summarise(job.old, "up to date", start, job.dataset, num_kept=changes.num_kept)
     cache = _write(job)
     summary = summarise(
-        cache, "extracted", start, num_new=job.ledger.num_new, num_kept=changes.num_kept,
-        num_moved=changes.num_moved, num_gone=changes.num_gone,
+        cache, "extracted", start, job.dataset, num_new=job.ledger.num_new,
+        num_kept=changes.num_kept, num_moved=changes.num_moved, num_gone=changes.num_gone,
         images_per_second=job.images_per_second,
     )  # fmt: skip
     describe_result(cache, summary, job.options.say)

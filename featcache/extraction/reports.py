@@ -40,6 +40,7 @@ class Projection:
         num_groups: Different groups, None without groups.
         num_ignored: Reason -> number of files that are not taken.
         ignored_endings: Ending -> number of files that are not taken for it.
+        ignored_columns: Headers of a CSV that are not used.
         identity: What the cache's identity will be.
         engine: The engine chosen, and why; "none" where no image has to be run.
         decode_seconds: Expected time of decoding alone, an image, all workers together.
@@ -62,6 +63,7 @@ class Projection:
     num_groups: int | None
     num_ignored: dict[str, int]
     ignored_endings: dict[str, int]
+    ignored_columns: tuple[str, ...]
     identity: dict[str, Any]
     engine: str
     decode_seconds: float
@@ -135,6 +137,7 @@ def _project_sizes(job: Job, num_wanted: int, num_wanted_views: int) -> Projecti
         num_groups=None if None in groups else len(groups),
         num_ignored=dict(dataset.num_ignored),
         ignored_endings=dict(dataset.ignored_endings),
+        ignored_columns=dataset.ignored_columns,
         identity=recipe.identity,
         engine="none",
         decode_seconds=0.0,
@@ -188,6 +191,9 @@ class ExtractionSummary:
         num_gone: Rows of the older cache whose images are no longer there.
         num_failed: Images that could not be read; they are listed in the cache.
         num_truncated: Cut-off images that were filled in (``--truncated keep``).
+        num_ignored: Reason -> number of files and folders that are left out.
+        ignored_endings: Ending -> number of files that are left out for it.
+        ignored_columns: Headers of a CSV that are not used.
         splits: Per split, rows per class (or ``unlabelled``).
         engine: ``onnx``, ``folded`` or ``eager``.
         parity: Largest relative L2 error of a probed image against the eager fp32 forward.
@@ -209,6 +215,9 @@ class ExtractionSummary:
     num_gone: int
     num_failed: int
     num_truncated: int
+    num_ignored: dict[str, int]
+    ignored_endings: dict[str, int]
+    ignored_columns: tuple[str, ...]
     splits: dict[str, dict[str, int]]
     engine: str
     parity: float | None
@@ -285,8 +294,8 @@ def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
 
 
 def summarise(
-    cache: Cache, status: str, start: float, *, num_new: int = 0, num_kept: int,
-    num_moved: int = 0, num_gone: int = 0, images_per_second: float | None = None,
+    cache: Cache, status: str, start: float, dataset: ImageDataset, *, num_new: int = 0,
+    num_kept: int, num_moved: int = 0, num_gone: int = 0, images_per_second: float | None = None,
 ) -> ExtractionSummary:  # fmt: skip
     """Return the summary of a cache that is there; ``start`` is when the call began."""
     splits: dict[str, dict[str, int]] = {}
@@ -300,7 +309,9 @@ def summarise(
         cache=cache.path, status=status,
         num_images=num_images, num_new=num_new, num_known=num_images - num_new,
         num_kept=num_kept, num_moved=num_moved, num_gone=num_gone, num_failed=len(cache.failures),
-        num_truncated=len(truncated) if isinstance(truncated, list) else 0, splits=splits,
+        num_truncated=len(truncated) if isinstance(truncated, list) else 0,
+        num_ignored=dataset.num_ignored, ignored_endings=dataset.ignored_endings,
+        ignored_columns=dataset.ignored_columns, splits=splits,
         engine=str(cache.provenance.get("engine", "none")),
         parity=max(cache.parity, default=None),
         seconds=round(time.perf_counter() - start, 3), images_per_second=images_per_second,
