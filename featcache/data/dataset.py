@@ -10,10 +10,12 @@ folders and linked class folders, with a warning. Masks among the images are a q
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +29,11 @@ from featcache.data.folders import (
     SPLITS,
     Ignored,
     ImageFile,
+    Layout,
+    advise_on_endings,
     agree_on_classes,
     compile_group,
+    ending_of,
     find_group,
     find_layout,
     has_image_ending,
@@ -214,14 +219,19 @@ def scan(
         dataset = _scan_zip(root, listing)
     else:
         found = "another kind of file" if root.exists() else "nothing there"
-        raise DataError("data", expected="a folder, .csv or .zip", found=found, where=root)
+        raise DataError(
+            "data", expected="a folder, .csv or .zip", found=found, where=root,
+            hint=advise_on_endings({ending_of(root.name): 1}, "") if root.is_file() else "",
+        )  # fmt: skip
     if (columns or ignore_columns) and dataset.layout != "csv":
         option = "--columns" if columns else "--ignore-columns"
         raise ConfigError(option, expected="a CSV", found=f"layout {dataset.layout}", where=root)
     if not dataset.samples:
         raise DataError(
             "data", expected="at least one image", found=_counts(dataset), where=root,
-            hint="Images end in " + ", ".join(sorted(IMAGE_SUFFIXES)),
+            hint=advise_on_endings(
+                dataset.ignored_endings, "Images end in " + ", ".join(sorted(IMAGE_SUFFIXES))
+            ),
         )  # fmt: skip
     groups = {} if group_by is None else find_groups(dataset, group_by)
     if any(groups.values()):
@@ -263,6 +273,12 @@ def list_images(
             prefix = "" if path == Path() else path.as_posix().rstrip("/") + "/"
             images = [image._replace(path=prefix + image.path) for image in found]
         elif path.is_file():
+            if path.suffix.lower() in {".zip", ".tar", ".tgz", ".csv"}:
+                raise DataError(
+                    "image", expected="a file or folder", where=path,
+                    found=f"a {path.suffix.lower()} file", hint="Name the images, or unpack them. "
+                    "Or extract them, and predict by --cache",
+                )  # fmt: skip
             status = path.stat()
             images = [ImageFile(path.as_posix(), status.st_size, status.st_mtime_ns)]
             (reason,) = listing.choose([path.name], path)
@@ -282,12 +298,17 @@ def list_images(
 def _list_folder(root: Path, listing: Listing, ignored: Ignored) -> list[ImageFile]:
     """Return the images of a folder to classify."""
     images = _choose(list(walk_folder(root, ignored, set())), root, listing, ignored)[0]
+    if not images:
+        ignored.recognise_dicom(root)
     samples = tuple(_sample(image, UNLABELLED, "all") for image in images)
     dataset = ImageDataset(
         root, "images", (), samples, dict(ignored), ignored_endings=dict(ignored.endings)
     )
     if not images:
-        raise DataError("folder", expected="images", found=_counts(dataset), where=root)
+        hint = advise_on_endings(ignored.endings, "")
+        raise DataError(
+            "folder", expected="images", found=_counts(dataset), where=root, hint=hint
+        )  # fmt: skip
     if listing.companions is None:
         _settle_companions(dataset, is_kept=False)
     return images
@@ -432,9 +453,15 @@ def _arrange(
             split, name = layout.places[place]
             samples.append(_sample(image, targets[name], split))
             filled.add(place)
+    if ignored.links:
+        _warn_of_links(root, ignored.links, layout)
+    if not samples and root.is_dir():
+        ignored.recognise_dicom(root)
     if num_loose:
         ignored["loose beside folders"] += num_loose
         warn_user(f"{num_loose} images of {root} lie loose beside folders and are not used")
+    if layout.kind == "classes":
+        _warn_of_parts(samples, layout.classes)
     dataset = ImageDataset(
         root, layout.kind, layout.classes, _sorted(samples), dict(ignored),
         ignored_endings=dict(ignored.endings),
@@ -443,9 +470,43 @@ def _arrange(
         if place and place not in filled:
             raise DataError(
                 "folder", expected="at least one image", found=_counts(dataset),
-                where=root / place, hint="Remove it, or put its images in",
+                where=root / place,
+                hint=advise_on_endings(ignored.endings, "Remove it, or put its images in"),
             )  # fmt: skip
     return dataset
+
+
+def _warn_of_parts(samples: Iterable[Sample], classes: Sequence[str]) -> None:
+    """Warn of classes that look like parts of one collection: ``images_001``, ``images_002``.
+
+    Their names differ by their number alone, and the numbers of the files go on from each to the
+    next.
+    """
+    shapes = {re.sub(r"\d", "0", name) for name in classes}
+    if len(classes) < 2 or len(shapes) > 1 or "00" not in shapes.pop():
+        return
+    names: dict[int, list[str]] = {}
+    for sample in samples:
+        names.setdefault(sample.target, []).append(sample.path.rpartition("/")[2])
+    ends = [(min(names[t]), max(names[t])) for t in sorted(names)]
+    alike = {re.sub(r"\d", "0", end) for pair in ends for end in pair}
+    if len(alike) == 1 and all(a[1] < b[0] for a, b in itertools.pairwise(ends)):
+        warn_user(
+            f"classes {printable(classes[0])} to {printable(classes[-1])} look like parts of one "
+            "collection: if they are no classes, use --no-classes"
+        )
+
+
+def _warn_of_links(root: Path, links: Iterable[str], layout: Layout) -> None:
+    """Warn of linked folders that stand where a split or a class would."""
+    depth = 1 if layout.kind == "splits" else 0
+    named = [link for link in sorted(links) if link.count("/") <= depth]
+    if named:
+        shown = ", ".join(map(printable, named[:5])) + (", ..." if len(named) > 5 else "")
+        warn_user(
+            f"{len(named)} linked folders of {printable(root)} are not followed, and their images "
+            f"are not used: {shown}. Put the folder itself there, or links to its files"
+        )
 
 
 def _targets(classes: tuple[str, ...]) -> dict[str, int]:

@@ -14,7 +14,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,19 @@ IMAGE_SUFFIXES = frozenset({
 OTHER_ENDING = "not an image ending"
 LINKED_FOLDER = "link to a folder"
 NO_ENDING = "without an ending"
+DICOM_WITHOUT_ENDING = "DICOM without an ending"
+
+_DICOM = "DICOM files are not read: convert them to PNG first"
+_HEIC = "HEIC and AVIF photos are not read: convert them to JPEG or PNG first"
+_VOLUME = "Volumes (NIfTI, MetaImage, NRRD) are not read: save their slices as PNG first"
+_ARCHIVE = "Archives but .zip are not read: unpack them first"
+_ADVICE_ON_ENDING = {
+    **dict.fromkeys((".dcm", ".dicom", ".ima", DICOM_WITHOUT_ENDING), _DICOM),
+    **dict.fromkeys((".heic", ".heif", ".hif", ".avif"), _HEIC),
+    **dict.fromkeys((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"), _VOLUME),
+    **dict.fromkeys((".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), _ARCHIVE),
+    ".zip": "Zips inside a folder are not read: unpack them, or name one as DATA",
+}  # fmt: skip
 
 _SPLIT_LOOKALIKES = {"training", "testing", "dev", "eval", "evaluation", "holdout"}
 _SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found"}
@@ -70,6 +83,22 @@ class Ignored(Counter[str]):
             self.examples.setdefault(ending, path)
         elif reason == LINKED_FOLDER:
             self.links.append(path)
+
+    def recognise_dicom(self, root: Path) -> None:
+        """Look at the first file without an ending under ``root``: DICOM files often have none."""
+        try:
+            with (root / self.examples.get(NO_ENDING, "")).open("rb") as file:
+                is_dicom = file.read(132)[128:] == b"DICM"
+        except OSError:
+            return
+        if is_dicom:
+            self.endings[DICOM_WITHOUT_ENDING] = self.endings.pop(NO_ENDING)
+
+
+def advise_on_endings(endings: Mapping[str, int], other: str) -> str:
+    """Return what to do about files of the most frequent ending; ``other`` if nothing is known."""
+    most = sorted(endings, key=lambda ending: (-endings[ending], ending))
+    return next((_ADVICE_ON_ENDING[e] for e in most[:3] if e in _ADVICE_ON_ENDING), other)
 
 
 def walk_folder(root: Path, ignored: Ignored, folders: set[str]) -> Iterator[ImageFile]:

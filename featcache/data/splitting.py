@@ -181,6 +181,7 @@ def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageD
         raise DataError(
             "source", expected="a folder of class folders, not yet split",
             found=f"layout {dataset.layout}", where=dataset.root,
+            hint="Unpack it first" if dataset.layout == "zip" else "",
         )  # fmt: skip
     if wanted is None:
         return dataset

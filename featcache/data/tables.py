@@ -180,7 +180,7 @@ def _resembling(used: Mapping[str, str], others: Sequence[str]) -> dict[str, str
 
 def _answers(asked: Mapping[str, str]) -> str:
     """Return the options that take headers for the columns they resemble, the first of each."""
-    first = {key: name for name, key in reversed(asked.items())}
+    first = {key: name for name, key in reversed([*asked.items()])}
     found = (f"--columns {shlex.quote(f'{k}={first[k]}')}" for k in COLUMNS if k in first)
     return " ".join(found)
 
@@ -202,12 +202,13 @@ def _refuse_flags(
         if cells <= _FLAGS and any(cells):
             flags.append(name)
     if len(flags) > 1:
+        target = shlex.quote("target=" + flags[-1])
         listed = ", ".join(flags[:4]) + (", ..." if len(flags) > 4 else "")
         raise DataError(
             "CSV", expected="one class per image", where=root,
             found=f"{len(flags)} columns of 0 and 1: {listed}",
             hint="Several labels per image are not read from a CSV yet. Train on one of them with "
-            f"{answers and answers + ' '}--columns {shlex.quote('target=' + flags[-1])}, or leave them with "
+            f"{answers and answers + ' '}--columns {target}, or leave them with "
             f"--ignore-columns {shlex.quote(','.join(flags))}",
         )  # fmt: skip
 

@@ -94,6 +94,15 @@ def test_folders_that_are_no_classes(tmp_path: Path) -> None:
     ]
 
 
+def test_classes_that_look_like_parts_of_a_collection_are_warned_of(tmp_path: Path) -> None:
+    parts = [f"images_00{n // 4 + 1}/images/0000{n}_000.png" for n in range(8)]
+    with pytest.warns(FeatcacheWarning, match="images_001 to images_002 look .*--no-classes"):
+        scan(plant(tmp_path / "nih", *parts))
+    scan(tmp_path / "nih", no_classes=True)
+    scan(plant(tmp_path / "grades", *(f"grade_0{n % 3}/0000{n}_left.png" for n in range(9))))
+    scan(plant(tmp_path / "digits", *(f"{n // 3}/{n}.png" for n in range(9))))
+
+
 def test_options_survive_their_json(tmp_path: Path) -> None:
     listing = Listing.of(
         include="a", exclude=["b", "c"], companions="keep", no_classes=True,

@@ -105,7 +105,8 @@ def test_blanks_that_belong_to_a_name_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("targets", "message"), [
     (["a", "nan"], r"empty cells.*found 'nan' in 1 rows, the first of them in line 3"),
-    (["a", "NaN", "NaN"], r"found 'NaN' in 2 rows"), (["<NA>", "a"], "'<NA>'"), (["NA", "a"], "'NA'"),
+    (["a", "NaN", "NaN"], r"found 'NaN' in 2 rows"), (["<NA>", "a"], "'<NA>'"),
+    (["NA", "a"], "'NA'"),
     (["1", "1.0"], "found '1' and '1.0', the same number"), (["01", "1", "2"], "'01' and '1'"),
     (["A|B", "A"], r"several in one cell, 'A\|B' in line 2.*not read from a CSV yet"),
     (["A|B", "B|C"], "several in one cell"),
@@ -137,8 +138,9 @@ def test_columns_of_several_labels_are_named(tmp_path: Path) -> None:
         "i/1.png,F,68,1.0,,\ni/2.png,M,7,,-1.0,1.0\ni/3.png,F,9,,0.0,0.0\n"
     )
     file = sheet(tmp_path, text)
-    with pytest.raises(DataError, match=r"3 columns of 0 and 1: No Finding, Edema, Pleural.*"
-                       "not read from a CSV yet.*--columns path=Path --columns 'target=Pleural Effusion'"):  # fmt: skip
+    flags = "3 columns of 0 and 1: No Finding, Edema, Pleural.*not read from a CSV yet"
+    answer = "--columns path=Path --columns 'target=Pleural Effusion'"
+    with pytest.raises(DataError, match=f"{flags}.*{answer}"):
         scan(file)
     dataset = scan(file, columns={"path": "Path", "target": "Pleural Effusion"})
     assert [dataset.class_of(s) for s in dataset.samples] == ["", "1.0", "0.0"]
