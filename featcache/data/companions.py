@@ -23,12 +23,13 @@ import re
 import struct
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from featcache.data.folders import SPLIT_OF_FOLDER
 from featcache.data.listing import escape_glob
+from featcache.data.samples import ImageDataset, Sample
 from featcache.errors import DataError
 from featcache.files import child_process
 
@@ -74,6 +75,53 @@ class Companions:
 _Role = tuple[str, str, str]
 """Kind of suspicion, and a glob for either side."""
 _Pairs = dict[_Role, list[tuple[str, str]]]
+
+
+def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
+    """Ask about companions of images, or put each into the group of its image.
+
+    Raises:
+        DataError: If there are some and they are not to be kept.
+    """
+    by_path = {sample.path: sample for sample in dataset.samples}
+    found = find_companions(
+        {path: sample.image_bytes for path, sample in by_path.items()},
+        lambda path: dataset.read(by_path[path]),
+    )
+    if not found:
+        return dataset
+    pairs = [pair for companions in found for pair in companions.pairs]
+    if not is_kept:
+        number = len({companion for _, companion in pairs})
+        examples = ", ".join(f"{companion} of {image}" for image, companion in sorted(pairs)[:2])
+        globs = " ".join(f"--exclude '{glob}'" for glob in sorted({c.glob for c in found}))
+        raise DataError(
+            "images", expected="no masks or other companions of images among them",
+            found=f"{number:,} that look like some: {examples}", where=dataset.root,
+            hint=f"Leave them out with {globs}, or take them as images with --companions keep",
+        )  # fmt: skip
+    groups = _join_groups(by_path, pairs)
+    samples = tuple(
+        replace(s, group=groups.get(s.path, s.group or s.path)) for s in by_path.values()
+    )
+    return replace(dataset, samples=samples)
+
+
+def _join_groups(by_path: Mapping[str, Sample], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return path -> group, so that both files of a pair, and what hangs on them, have one."""
+    top: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while top.setdefault(name, name) != name:
+            top[name] = name = top[top[name]]
+        return name
+
+    def group_of(path: str) -> str:
+        return by_path[path].group or path
+
+    for image, companion in sorted(pairs):
+        top[find(group_of(companion))] = find(group_of(image))
+    return {path: find(group_of(path)) for path in by_path}
 
 
 def find_companions(sizes: dict[str, int], read: Callable[[str], bytes]) -> list[Companions]:

@@ -11,17 +11,14 @@ folders and linked class folders, with a warning. Masks among the images are a q
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
-from featcache.data.archive import Member, list_entries, locate_members, read_member
-from featcache.data.companions import find_companions
+from featcache.data.archive import list_entries, locate_members
+from featcache.data.companions import settle_companions
 from featcache.data.folders import (
     IMAGE_SUFFIXES,
     OTHER_ENDING,
@@ -31,7 +28,6 @@ from featcache.data.folders import (
     ImageFile,
     Layout,
     advise_on_endings,
-    agree_on_classes,
     compile_group,
     ending_of,
     find_group,
@@ -41,128 +37,22 @@ from featcache.data.folders import (
     walk_folder,
 )
 from featcache.data.listing import Listing
-from featcache.data.tables import read_table
+from featcache.data.manifests import scan_csv
+from featcache.data.samples import (
+    MAX_IMAGE_BYTES,
+    UNLABELLED,
+    ImageDataset,
+    Sample,
+    make_sample,
+    number_classes,
+    sort_samples,
+)
 from featcache.errors import ConfigError, DataError, printable, warn_user
-from featcache.files import read_regular
 
 __all__ = [
     "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
     "find_groups", "list_images", "scan",
 ]  # fmt: skip
-
-UNLABELLED = -1
-"""The target of a sample whose class is not known."""
-
-MAX_IMAGE_BYTES = 2**31
-"""Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image: where it is, what it is, which split and group it belongs to.
-
-    Args:
-        path: ``/``-separated, relative to the root; in a CSV as written there. Bytes that are not
-            UTF-8 are surrogate-escaped.
-        target: Index into the classes, or ``UNLABELLED``.
-        split: ``train``, ``valid``, ``test`` or ``all``.
-        group: Images of one group (a patient) stay in one split; None if groups are not known.
-        image_bytes: Size of the file.
-        mtime_ns: Time of its last change, in ns. (Zip: see ``archive.Member``.)
-    """
-
-    path: str
-    target: int
-    split: str
-    group: str | None
-    image_bytes: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
-class ImageDataset:
-    """The samples of a data set, sorted by split and by the bytes of their path. Picklable.
-
-    Args:
-        root: Folder, CSV or zip it was scanned from.
-        layout: ``splits``, ``classes``, ``images``, ``csv`` or ``zip``.
-        classes: Class names, sorted as strings; empty when nothing is labelled.
-        samples: All samples.
-        num_ignored: Reason -> number of files and folders that were not used.
-        num_grouped: How many samples ``group_by`` matched; None without it.
-        ignored_endings: Ending -> number of files that were not used for it.
-        ignored_columns: Headers of a CSV that were not used.
-    """
-
-    root: Path
-    layout: str
-    classes: tuple[str, ...]
-    samples: tuple[Sample, ...]
-    num_ignored: dict[str, int] = field(default_factory=dict)
-    num_grouped: int | None = None
-    ignored_endings: dict[str, int] = field(default_factory=dict)
-    ignored_columns: tuple[str, ...] = ()
-    _members: dict[str, Member] = field(default_factory=dict, repr=False)
-
-    @cached_property  # used once per image, to choose its views
-    def splits(self) -> tuple[str, ...]:
-        """The splits that have samples, in the order train, valid, test, all."""
-        present = {sample.split for sample in self.samples}
-        return tuple(name for name in SPLITS if name in present)
-
-    def split(self, name: str) -> tuple[Sample, ...]:
-        """Return the samples of one split.
-
-        Raises:
-            DataError: If there is no such split.
-        """
-        if name not in self.splits:
-            expected = "one of " + ", ".join(self.splits)
-            raise DataError("split", expected=expected, found=name, where=self.root)
-        return tuple(sample for sample in self.samples if sample.split == name)
-
-    def class_of(self, sample: Sample) -> str:
-        """Return the name of a sample's class; "" if it is unlabelled."""
-        return self.classes[sample.target] if sample.target != UNLABELLED else ""
-
-    def count(self) -> dict[str, dict[str, int]]:
-        """Return split -> class -> number of samples; "unlabelled" comes first, if any."""
-        names = {UNLABELLED: "unlabelled"} | dict(enumerate(self.classes))
-        counts: dict[str, dict[str, int]] = {split: {} for split in self.splits}
-        cells = Counter((sample.split, sample.target) for sample in self.samples)
-        for (split, target), number in sorted(cells.items()):
-            counts[split][names[target]] = counts[split].get(names[target], 0) + number
-        return counts
-
-    def reasons_ignored(self) -> list[tuple[str, int]]:
-        """Return why files and folders were not used, with their endings, and how many."""
-        endings = {OTHER_ENDING: f"{OTHER_ENDING}: {_listed(self.ignored_endings)}"}
-        return [(endings.get(why, why), number) for why, number in sorted(self.num_ignored.items())]
-
-    def describe_ignored(self) -> list[str]:
-        """Return a line for each reason why files and folders were not used."""
-        lines = [f"ignored: {number:,} ({reason})" for reason, number in self.reasons_ignored()]
-        if self.ignored_columns:
-            lines.append(f"ignored columns: {', '.join(map(printable, self.ignored_columns))}")
-        return lines
-
-    def read(self, sample: Sample) -> bytes:
-        """Return the bytes of one image file. Keeps nothing open; safe in threads and processes.
-
-        Raises:
-            DataError: If it cannot be read (any more), or is not a regular file (any more).
-        """
-        try:
-            if self.layout == "zip":
-                return read_member(self.root, self._members[sample.path])
-            folder = self.root.parent if self.layout == "csv" else self.root
-            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
-        except (OSError, ValueError, KeyError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(
-                "image file", expected="the file that was scanned", found=reason,
-                where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
-            ) from error  # fmt: skip
 
 
 def scan(
@@ -214,7 +104,7 @@ def scan(
     if root.is_dir():
         dataset = _scan_folder(root, listing)
     elif root.is_file() and root.suffix.lower() == ".csv":
-        dataset = _scan_csv(root, listing)
+        dataset = scan_csv(root, listing)
     elif root.is_file() and root.suffix.lower() == ".zip":
         dataset = _scan_zip(root, listing)
     else:
@@ -228,7 +118,7 @@ def scan(
         raise ConfigError(option, expected="a CSV", found=f"layout {dataset.layout}", where=root)
     if not dataset.samples:
         raise DataError(
-            "data", expected="at least one image", found=_counts(dataset), where=root,
+            "data", expected="at least one image", found=dataset.reasons_text(), where=root,
             hint=advise_on_endings(
                 dataset.ignored_endings, "Images end in " + ", ".join(sorted(IMAGE_SUFFIXES))
             ),
@@ -238,7 +128,7 @@ def scan(
         grouped = (replace(s, group=groups[s.path] or s.path) for s in dataset.samples)
         dataset = replace(dataset, samples=tuple(grouped))
     if companions != "ignore" and dataset.layout != "csv":  # a CSV names every file on purpose
-        dataset = _settle_companions(dataset, is_kept=companions == "keep")
+        dataset = settle_companions(dataset, is_kept=companions == "keep")
     samples = _spread(dataset.samples, limit)
     num_grouped = None if group_by is None else sum(groups[s.path] is not None for s in samples)
     return replace(dataset, samples=samples, num_grouped=num_grouped)
@@ -288,9 +178,9 @@ def list_images(
         else:
             kind = "no regular file" if path.exists() else "nothing there"
             raise DataError("image", expected="a file or folder", found=kind, where=path)
-        samples.update((i.path, _sample(i, UNLABELLED, "all")) for i in images)
+        samples.update((i.path, make_sample(i, UNLABELLED, "all")) for i in images)
     return ImageDataset(
-        Path(), "images", (), _sorted(samples.values()), dict(ignored),
+        Path(), "images", (), sort_samples(samples.values()), dict(ignored),
         ignored_endings=dict(ignored.endings),
     )  # fmt: skip
 
@@ -300,17 +190,17 @@ def _list_folder(root: Path, listing: Listing, ignored: Ignored) -> list[ImageFi
     images = _choose(list(walk_folder(root, ignored, set())), root, listing, ignored)[0]
     if not images:
         ignored.recognise_dicom(root)
-    samples = tuple(_sample(image, UNLABELLED, "all") for image in images)
+    samples = tuple(make_sample(image, UNLABELLED, "all") for image in images)
     dataset = ImageDataset(
         root, "images", (), samples, dict(ignored), ignored_endings=dict(ignored.endings)
     )
     if not images:
         hint = advise_on_endings(ignored.endings, "")
         raise DataError(
-            "folder", expected="images", found=_counts(dataset), where=root, hint=hint
+            "folder", expected="images", found=dataset.reasons_text(), where=root, hint=hint
         )  # fmt: skip
     if listing.companions is None:
-        _settle_companions(dataset, is_kept=False)
+        settle_companions(dataset, is_kept=False)
     return images
 
 
@@ -353,64 +243,6 @@ def find_groups(dataset: ImageDataset, group_by: str) -> dict[str, str | None]:
     return found
 
 
-def _settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
-    """Ask about companions of images, or put each into the group of its image.
-
-    Raises:
-        DataError: If there are some and they are not to be kept.
-    """
-    by_path = {sample.path: sample for sample in dataset.samples}
-    found = find_companions(
-        {path: sample.image_bytes for path, sample in by_path.items()},
-        lambda path: dataset.read(by_path[path]),
-    )
-    if not found:
-        return dataset
-    pairs = [pair for companions in found for pair in companions.pairs]
-    if not is_kept:
-        number = len({companion for _, companion in pairs})
-        examples = ", ".join(f"{companion} of {image}" for image, companion in sorted(pairs)[:2])
-        globs = " ".join(f"--exclude '{glob}'" for glob in sorted({c.glob for c in found}))
-        raise DataError(
-            "images", expected="no masks or other companions of images among them",
-            found=f"{number:,} that look like some: {examples}", where=dataset.root,
-            hint=f"Leave them out with {globs}, or take them as images with --companions keep",
-        )  # fmt: skip
-    groups = _join_groups(by_path, pairs)
-    samples = tuple(
-        replace(s, group=groups.get(s.path, s.group or s.path)) for s in by_path.values()
-    )
-    return replace(dataset, samples=samples)
-
-
-def _join_groups(by_path: Mapping[str, Sample], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return path -> group, so that both files of a pair, and what hangs on them, have one."""
-    top: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while top.setdefault(name, name) != name:
-            top[name] = name = top[top[name]]
-        return name
-
-    def group_of(path: str) -> str:
-        return by_path[path].group or path
-
-    for image, companion in sorted(pairs):
-        top[find(group_of(companion))] = find(group_of(image))
-    return {path: find(group_of(path)) for path in by_path}
-
-
-def _sample(image: ImageFile, target: int, split: str, group: str | None = None) -> Sample:
-    return Sample(image.path, target, split, group, image.image_bytes, image.mtime_ns)
-
-
-def _sorted(samples: Iterable[Sample]) -> tuple[Sample, ...]:
-    def key(sample: Sample) -> tuple[int, bytes]:
-        return SPLITS.index(sample.split), sample.path.encode("utf-8", "surrogateescape")
-
-    return tuple(sorted(samples, key=key))
-
-
 def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...]:
     """Return at most ``limit`` samples: the first of every split and class, the second, ..."""
     if limit is None:
@@ -424,26 +256,13 @@ def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...
     return tuple(samples[position] for position in sorted(p for _, p in sorted(ranks)[:limit]))
 
 
-def _listed(endings: Mapping[str, int], most: int = 6) -> str:
-    """Return endings with their counts, the most frequent first."""
-    ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
-    listed = [f"{count:,} {printable(ending)}" for ending, count in ordered[:most]]
-    rest = sum(count for _, count in ordered[most:])
-    return ", ".join([*listed, f"{rest:,} others"] if rest else listed)
-
-
-def _counts(dataset: ImageDataset) -> str:
-    reasons = [f"{count:,} x {reason}" for reason, count in dataset.reasons_ignored()]
-    return "none" + (f" (ignored: {', '.join(reasons)})" if reasons else "")
-
-
 def _arrange(
     root: Path, images: list[ImageFile], folders: set[str], ignored: Ignored, listing: Listing
 ) -> ImageDataset:
     """Set splits and classes by folder; ignore images outside class folders, with a warning."""
     images, emptied = _choose(images, root, listing, ignored)
     layout = find_layout(root, folders - emptied, no_classes=listing.no_classes)
-    targets = _targets(layout.classes)
+    targets = number_classes(layout.classes)
     samples, filled, num_loose = [], set(), 0
     for image in images:
         place = layout.place_of(image.path)
@@ -451,7 +270,7 @@ def _arrange(
             num_loose += 1
         else:
             split, name = layout.places[place]
-            samples.append(_sample(image, targets[name], split))
+            samples.append(make_sample(image, targets[name], split))
             filled.add(place)
     if ignored.links:
         _warn_of_links(root, ignored.links, layout)
@@ -463,13 +282,13 @@ def _arrange(
     if layout.kind == "classes":
         _warn_of_parts(samples, layout.classes)
     dataset = ImageDataset(
-        root, layout.kind, layout.classes, _sorted(samples), dict(ignored),
+        root, layout.kind, layout.classes, sort_samples(samples), dict(ignored),
         ignored_endings=dict(ignored.endings),
     )  # fmt: skip
     for place in layout.places:
         if place and place not in filled:
             raise DataError(
-                "folder", expected="at least one image", found=_counts(dataset),
+                "folder", expected="at least one image", found=dataset.reasons_text(),
                 where=root / place,
                 hint=advise_on_endings(ignored.endings, "Remove it, or put its images in"),
             )  # fmt: skip
@@ -507,80 +326,6 @@ def _warn_of_links(root: Path, links: Iterable[str], layout: Layout) -> None:
             f"{len(named)} linked folders of {printable(root)} are not followed, and their images "
             f"are not used: {shown}. Put the folder itself there, or links to its files"
         )
-
-
-def _targets(classes: tuple[str, ...]) -> dict[str, int]:
-    """Return class -> target; "" -> ``UNLABELLED``."""
-    return {name: target for target, name in enumerate(classes)} | {"": UNLABELLED}
-
-
-def _scan_csv(root: Path, listing: Listing) -> ImageDataset:
-    table = read_table(
-        root, columns=listing.columns, ignore_columns=listing.ignore_columns, needs_targets=True
-    )
-    reasons = listing.choose([row["path"].strip() for row in table.rows], root)
-    rows = [row for row, reason in zip(table.rows, reasons, strict=True) if not reason]
-    if listing.no_classes:
-        rows = [row | {"target": ""} for row in rows]
-    labels = [row["target"] for row in rows]
-    splits = [row["split"] or "all" for row in rows]
-    classes_by_split: dict[str, set[str]] = {}
-    for label, split in zip(labels, splits, strict=True):
-        if label:
-            classes_by_split.setdefault(split, set()).add(label)
-    classes = agree_on_classes(classes_by_split, root)
-    targets = _targets(classes)
-    has_groups = any(row["group"] for row in rows)
-    samples, missing, seen = [], [], {}
-    for row, label, split in zip(rows, labels, splits, strict=True):
-        path = row["path"]
-        if path != path.strip() and not (root.parent / path).exists():
-            path = path.strip()
-        place = os.path.normpath(root.parent / path)
-        if place in seen:
-            raise DataError("CSV", expected="every path once", found=f"{path} twice", where=root)
-        seen[place] = path
-        try:
-            status = (root.parent / path).stat()  # not of ``place``: the folder may be a link
-        except (OSError, ValueError):
-            missing.append(path)
-            continue
-        if not stat.S_ISREG(status.st_mode):
-            missing.append(path)
-            continue
-        group = (row["group"] or path) if has_groups else None
-        image = ImageFile(path, status.st_size, status.st_mtime_ns)
-        samples.append(_sample(image, targets[label], split, group))
-    if missing:
-        raise DataError(
-            "CSV", expected="files that are there", where=root,
-            found=f"{len(missing)} of {len(rows)} missing: {', '.join(missing[:3])}",
-            hint=_advise_on_missing(root, missing[0]),
-        )  # fmt: skip
-    left_out = Counter(reason for reason in reasons if reason)
-    return ImageDataset(
-        root, "csv", classes, _sorted(samples), dict(left_out), ignored_columns=table.unused
-    )
-
-
-def _advise_on_missing(root: Path, path: str) -> str:
-    """Return what may be wrong with the paths of a CSV, of which this one leads nowhere."""
-    advice = "Paths are absolute or relative to the CSV's folder"
-    if "\\" in path:
-        return f"{advice}, with / between folders: \\ is Windows' way"
-    top, _, rest = path.partition("/")
-    if rest and (root.parent / rest).exists() and top == root.absolute().parent.name:
-        return f"{advice}. These begin with that folder itself: move the CSV one folder up"
-    if not rest:
-        for number, (folder, folders, files) in enumerate(os.walk(root.parent)):
-            folders.sort()
-            found = next((file for file in files if file == path or Path(file).stem == path), None)
-            if found is not None:
-                place = Path(folder, found).relative_to(root.parent).as_posix()
-                return f"{advice}. This one may be {place}: write that"
-            if number > 1000:
-                break
-    return advice
 
 
 def _scan_zip(root: Path, listing: Listing) -> ImageDataset:

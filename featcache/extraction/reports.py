@@ -238,6 +238,10 @@ def describe_dataset(dataset: ImageDataset, say: Say) -> None:
         say(f"{split:>6}: {listed}")
     for line in dataset.describe_ignored():
         say(line)
+    if dataset.num_found_by_name:
+        say(
+            f"paths: {dataset.num_found_by_name:,} files were found by their name, in folders below"
+        )
     if dataset.num_grouped == 0:
         warn_user(
             f"--group-by matches none of {len(dataset.samples):,} file names: images of one "

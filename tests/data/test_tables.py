@@ -171,14 +171,27 @@ def test_other_encodings_are_named(tmp_path: Path, encoding: str, message: str) 
 
 
 @pytest.mark.parametrize(("path", "advice"), [
-    ("i\\1.png", "Windows' way"), ("C:\\x\\1.png", "Windows' way"),
-    ("folder/i/1.png", "move the CSV one folder up"), ("1.png", "This one may be i/1.png"),
-    ("1", "This one may be i/1.png"), ("j/1.png", "relative to the CSV's folder."),
+    ("i\\1.png", "Windows' way"), ("C:\\x\\1.png", "Windows' way"), ("j/1.png", "CSV's folder."),
+    ("1.png", "Several files have that name, such as "), ("5.png", "relative to the CSV's folder."),
 ])  # fmt: skip
 def test_paths_that_lead_nowhere_are_explained(tmp_path: Path, path: str, advice: str) -> None:
-    (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=f"1 of 1 missing.*{re.escape(advice)}"):
-        scan(sheet(tmp_path / "folder", f"path\n{path}\n"))
+        scan(sheet(tmp_path, f"path\n{path}\n", "i/1.png", "k/1.png"))
+
+
+def test_files_may_be_named_as_collections_name_them(tmp_path: Path) -> None:
+    """By the name alone (NIH), without its ending (HAM10000), below the own folder (CheXpert)."""
+    plant(tmp_path, "set/a/x.png", "set/b/y.jpg", "set/b/z.png")
+    (tmp_path / "set/t.csv").write_text("path,target\nx.png,p\ny,q\nset/b/z.png,p\n")
+    dataset = scan(tmp_path / "set/t.csv")
+    assert [row[:2] for row in rows(dataset)] == [
+        ("a/x.png", "p"), ("b/y.jpg", "q"), ("b/z.png", "p")
+    ]  # fmt: skip
+    assert dataset.num_found_by_name == 2
+    assert [dataset.read(s) for s in dataset.samples][1] == b"set/b/y.jpg"
+    (tmp_path / "set/t.csv").write_text("path\nx.png\na/x.png\n")
+    with pytest.raises(DataError, match=r"every path once, found a/x\.png twice"):
+        scan(tmp_path / "set/t.csv")
 
 
 def test_globs_and_no_classes_go_with_a_csv_too(tmp_path: Path) -> None:
