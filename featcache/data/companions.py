@@ -20,6 +20,7 @@ import itertools
 import pickle
 import random
 import re
+import shlex
 import struct
 import subprocess
 from collections import defaultdict
@@ -37,6 +38,7 @@ _MAX_ROLES = 12  # suspicions that are looked at: those of the most pairs
 _FIRST_PAIRS, _ALL_PAIRS = 3, 9  # pairs looked at of each, and of those that look like companions
 _MAX_TOGETHER = 6  # more folders (or words) than this are compared with their neighbours only
 _MIN_WORD_PAIRS = 3  # image_1 beside mask_1: two words in the same place, by chance quite often
+_MAX_STEM = 255
 _SIZE_RATIO = 1.4  # a mask compresses at least so much better than its image; usually 5 to 50 times
 _UNCOMPRESSED = {".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 _MAX_LOOK_BYTES = 2**26
@@ -94,7 +96,7 @@ def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
     if not is_kept:
         number = len({companion for _, companion in pairs})
         examples = ", ".join(f"{companion} of {image}" for image, companion in sorted(pairs)[:2])
-        globs = " ".join(f"--exclude '{glob}'" for glob in sorted({c.glob for c in found}))
+        globs = " ".join(f"--exclude {shlex.quote(glob)}" for glob in sorted({c.glob for c in found}))
         raise DataError(
             "images", expected="no masks or other companions of images among them",
             found=f"{number:,} that look like some: {examples}", where=dataset.root,
@@ -220,6 +222,8 @@ def _same_stems(stems: dict[str, list[str]]) -> Iterator[tuple[_Role, tuple[str,
 def _longer_stems(stems: dict[str, list[str]]) -> Iterator[tuple[_Role, tuple[str, str]]]:
     """Yield ``1.png`` and ``1_mask.png``, or ``mask_1.png``, of one folder: a word more."""
     for stem, longer in stems.items():
+        if len(stem) > _MAX_STEM:  # in a zip; what follows takes the square of the length
+            continue
         partner, glob = "", ""
         for boundary in _BOUNDARY.finditer(stem):
             start, end = boundary.span()
@@ -285,6 +289,10 @@ def _sibling_folders(
         for i in range(len(folder)):
             alike[i, (*folder[:i], *folder[i + 1 :])].append(folder)
     cores: dict[_Folder, dict[str, str]] = {}
+    whole = {
+        folder: {stem: paths[0] for stem, paths in stems.items()}
+        for folder, stems in folders.items()
+    }
     for (i, rest), siblings in alike.items():
         beside = [rest] if rest in folders else []  # 1.png beside masks/1.png
         if len(siblings) + len(beside) < 2:
@@ -297,7 +305,7 @@ def _sibling_folders(
                 first.casefold(), second.casefold()
             } <= SPLIT_OF_FOLDER.keys():  # fmt: skip
                 continue
-            names = [{stem: paths[0] for stem, paths in folders[f].items()} for f in (a, b)]
+            names = [whole[a], whole[b]]
             shared = names[0].keys() & names[1].keys()
             if not shared:
                 for folder, plain in zip((a, b), names, strict=True):

@@ -154,30 +154,52 @@ def compile_glob(glob: str, option: str = "--exclude") -> re.Pattern[str]:
         parts.pop()
     if not parts or not parts[0] or ".." in parts:
         raise ConfigError(option, expected="a glob on the path below DATA", found=repr(glob))
-    text = ""
-    for number, part in enumerate(parts):
-        last = number == len(parts) - 1
-        if part == "**":
-            text += ".+" if last else "(?:.+/)?"
-        else:
-            text += _compile_part(part) + ("" if last else "/")
     try:
-        return re.compile(f"{text}(?:/.*)?", re.DOTALL)
+        return re.compile(f"{_translate(parts)}(?:/.*)?", re.DOTALL)
     except re.error as error:  # [z-a]
         raise ConfigError(option, expected="a glob", found=f"{glob!r}: {error}") from error
 
 
-def _compile_part(part: str) -> str:
-    pieces = {"*": "[^/]*", "**": ".*", "?": "[^/]"}
-    text = ""
-    for piece in re.findall(r"\*\*|\[!?\]?[^\]]*\]|.", part, re.DOTALL):
-        if len(piece) > 2 and piece.startswith("["):
-            inside = piece[1:-1].removeprefix("!").replace("\\", r"\\").replace("[", r"\[")
-            inside = inside.replace("^", r"\^").replace("]", r"\]")
-            text += f"(?!/)[{'^' if piece[1] == '!' else ''}{inside}]"
+# Atomic groups, (?>...), as in fnmatch.translate: the first place where the next fixed part fits
+# is as good as any other. Without them "*a*a*a*a*" takes hours, and a stranger's cache may name it.
+
+
+def _translate(parts: Sequence[str]) -> str:
+    """Return the parts of a glob as a regular expression."""
+    runs: list[list[str]] = [[]]
+    for part in parts:
+        if part == "**":
+            runs.append([])
         else:
-            text += pieces.get(piece, re.escape(piece))
-    return text
+            runs[-1].append(_translate_part(part))
+    first, *others = runs
+    if not others:
+        return "/".join(first)
+    text = "".join(f"{part}/" for part in first)
+    for run in others[:-1]:
+        if run:
+            text += f"(?>(?:[^/]+/)*?{''.join(f'{part}/' for part in run)})"
+    return text + (f"(?:[^/]+/)*{'/'.join(others[-1])}" if others[-1] else ".+")
+
+
+def _translate_part(part: str) -> str:
+    """Return a part without ``/`` as a regular expression."""
+    fixed = [""]
+    for piece in re.findall(r"\*+|\[!?\]?[^\]]*\]|.", part, re.DOTALL):
+        if piece.startswith("*"):
+            fixed.append("")
+        elif piece == "?":
+            fixed[-1] += "[^/]"
+        elif len(piece) > 2 and piece.startswith("["):
+            inside = re.sub(r"([\\\[\]^])", r"\\\1", piece[1:-1].removeprefix("!"))
+            fixed[-1] += f"(?!/)[{'^' if piece[1] == '!' else ''}{inside}]"
+        else:
+            fixed[-1] += re.escape(piece)
+    first, *others = fixed
+    if not others:
+        return first
+    *middle, last = others
+    return first + "".join(f"(?>[^/]*?{text})" for text in middle) + f"[^/]*{last}"
 
 
 def escape_glob(name: str) -> str:

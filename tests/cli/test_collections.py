@@ -107,7 +107,7 @@ def write_nih(root: Path, labels: list[str]) -> Path:
     return root / "Data_Entry_2017.csv"
 
 
-def test_nih_with_its_csv(tmp_path: Path, evaluated: Any) -> None:
+def test_nih_with_its_csv(tmp_path: Path, evaluated: Any, tiny_backbone: Backbone) -> None:
     table = write_nih(tmp_path / "nih", ["No Finding", "Effusion"] * 8)
     with pytest.raises(DataError, match="CSV header") as question:
         evaluated(table)
@@ -115,6 +115,8 @@ def test_nih_with_its_csv(tmp_path: Path, evaluated: Any) -> None:
     options = options_of(str(question.value))
     assert options["columns"]["group"] == "Patient ID"
     assert evaluated(table, split="all", **options).num_samples == 16
+    again = featcache.extract(table, tmp_path / "c.h5", backbone=tiny_backbone)  # remembers
+    assert again.status == "up to date"
     write_nih(tmp_path / "labels", ["Effusion|Mass", "Mass", "Effusion", "No Finding"])
     with pytest.raises(DataError, match=r"'Effusion\|Mass' in line 2.*not read from a CSV yet"):
         evaluated(tmp_path / "labels/Data_Entry_2017.csv", **options)

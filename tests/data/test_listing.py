@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 from sample_folders import plant
@@ -37,6 +38,36 @@ def test_globs(glob: str, matching: list[str], others: list[str]) -> None:
     pattern = compile_glob(glob)
     assert [path for path in matching if not pattern.fullmatch(path)] == []
     assert [path for path in others if pattern.fullmatch(path)] == []
+
+
+@pytest.mark.parametrize("glob", ["*a" * 40 + "b", "**/a*/" * 12 + "b", "**/" * 40 + "b"])
+def test_no_glob_takes_for_ever(glob: str) -> None:
+    """In a process of its own a regular expression that backtracks would take years."""
+    assert compile_glob(glob).fullmatch("a" * 200 + "/" + "/".join(["aa"] * 60) + "/c") is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_globs_match_as_a_plain_search_does(seed: int) -> None:
+    random = Random(seed)
+
+    def matches(glob: str, path: str) -> bool:
+        """Try every way: ``**/`` is any number of folders, ``*`` any letters of one name."""
+        if not glob:
+            return not path or path.startswith("/")
+        if glob.startswith("**/"):
+            rest = path.partition("/")
+            return matches(glob[3:], path) or bool(rest[1] and matches(glob, rest[2]))
+        if glob[0] == "*":
+            here = path[:1] not in {"", "/"} and matches(glob, path[1:])
+            return here or matches(glob[1:], path)
+        return bool(path) and glob[0] == path[0] and matches(glob[1:], path[1:])
+
+    for _ in range(60):
+        parts = ["".join(random.choices("ab*", k=random.randint(1, 4))) for _ in range(3)]
+        parts = ["**" if random.random() < 0.3 else p.replace("**", "*") for p in parts]
+        glob = "/".join(part.replace("**a", "*a") for part in [*parts, random.choice(["a", "*b"])])
+        path = "/".join("".join(random.choices("ab", k=random.randint(1, 3))) for _ in range(4))
+        assert bool(compile_glob(glob).fullmatch(path)) == matches(glob, path), (glob, path)
 
 
 @pytest.mark.parametrize("name", ["a[1]*?.png", "benign (1)", "x]y[", "\\d+", "a^b"])
