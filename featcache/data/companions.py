@@ -96,7 +96,7 @@ def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
     if not is_kept:
         number = len({companion for _, companion in pairs})
         examples = ", ".join(f"{companion} of {image}" for image, companion in sorted(pairs)[:2])
-        globs = " ".join(f"--exclude {shlex.quote(glob)}" for glob in sorted({c.glob for c in found}))
+        globs = " ".join(f"--exclude {shlex.quote(g)}" for g in sorted({c.glob for c in found}))
         raise DataError(
             "images", expected="no masks or other companions of images among them",
             found=f"{number:,} that look like some: {examples}", where=dataset.root,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,11 @@ class Listing:
     def over(self, stored: Listing) -> Listing:
         """Return these options, and where one is not given the stored one."""
         return Listing.of(**(stored.as_json() | self.as_json()))
+
+    def for_data(self, data: str | Path) -> Listing:
+        """Return these options without those that only a CSV has, unless ``data`` is one."""
+        is_csv = Path(data).suffix.lower() == ".csv"
+        return self if is_csv else replace(self, columns=(), ignore_columns=())
 
     def choose(self, paths: Sequence[str], root: object) -> list[str]:
         """Return why each path is left out: ``--include``, ``--exclude``, or "" for one taken.

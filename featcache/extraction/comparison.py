@@ -81,7 +81,8 @@ def compare(
     """
     bound = error_bound(cache)
     recipe = recipe_from_identity(cache.identity, weights=weights, backbone=backbone)
-    dataset = scan(data, **(listing_of(cache).as_json() | {"companions": "ignore"}))
+    listing = listing_of(cache).for_data(data)
+    dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
     now = {(s.split, s.path): s for s in dataset.samples}
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     common = rows.keys() & now.keys()

@@ -309,7 +309,7 @@ def _scan(
         _refuse_inside(path, data)
     if not options.rebuild:
         for path in caches:
-            options = _remember(path, options)
+            options = _remember(path, data, options)
     dataset = scan(
         data, group_by=options.group_by, limit=options.limit, **options.listing.as_json()
     )
@@ -317,12 +317,12 @@ def _scan(
     return dataset, options
 
 
-def _remember(path: Path, options: ExtractionOptions) -> ExtractionOptions:
+def _remember(path: Path, data: Path, options: ExtractionOptions) -> ExtractionOptions:
     """Return the options with those of the listing that a cache was made with."""
     if not path.is_file() or not is_container(path):
         return options
     try:
-        stored = listing_of(open_cache(path, verify=False))
+        stored = listing_of(open_cache(path, verify=False)).for_data(data)
     except CacheError:
         return options  # said by whoever opens it to go on with it
     listing = options.listing.over(stored)
