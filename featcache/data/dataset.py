@@ -317,9 +317,17 @@ def _warn_of_parts(samples: Iterable[Sample], classes: Sequence[str]) -> None:
 
 
 def _warn_of_links(root: Path, links: Iterable[str], layout: Layout) -> None:
-    """Warn of linked folders that stand where a split or a class would."""
-    depth = 1 if layout.kind == "splits" else 0
-    named = [link for link in sorted(links) if link.count("/") <= depth]
+    """Warn of linked folders that stand where a split or a class would.
+
+    Links into ``root``, or to what it is in, lose nothing.
+    """
+    depth, here = 1 if layout.kind == "splits" else 0, root.resolve()
+
+    def leads_away(link: str) -> bool:
+        target = (root / link).resolve()
+        return not (target.is_relative_to(here) or here.is_relative_to(target))
+
+    named = [link for link in sorted(links) if link.count("/") <= depth and leads_away(link)]
     if named:
         shown = ", ".join(map(printable, named[:5])) + (", ..." if len(named) > 5 else "")
         warn_user(
