@@ -331,8 +331,8 @@ def _warn_of_links(root: Path, links: Iterable[str], layout: Layout) -> None:
     if named:
         shown = ", ".join(map(printable, named[:5])) + (", ..." if len(named) > 5 else "")
         warn_user(
-            f"{len(named)} linked folders of {printable(root)} are not followed, and their images "
-            f"are not used: {shown}. Put the folder itself there, or links to its files"
+            f"linked folders of {printable(root)} are not followed, and their images are not used: "
+            f"{shown}. Put the folder itself there, or links to its files"
         )
 
 

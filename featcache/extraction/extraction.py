@@ -314,6 +314,8 @@ def _scan(
         data, group_by=options.group_by, limit=options.limit, **options.listing.as_json()
     )
     describe_dataset(dataset, options.say)
+    if options.companions == "keep" and options.group_by is None:
+        options.say("groups: images and their companions; --group-by would name the patients")
     return dataset, options
 
 

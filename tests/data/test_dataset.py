@@ -173,7 +173,7 @@ def test_linked_classes_and_splits_are_warned_of(tmp_path, top):
     root = tmp_path / "raw" / ("" if top else "train")
     (tmp_path / "raw" / "train" / "b").symlink_to(tmp_path / "elsewhere" / "b")
     (tmp_path / "raw" / "train" / "a" / "c").symlink_to(tmp_path / "elsewhere")  # is no class
-    with pytest.warns(FeatcacheWarning, match=rf"1 linked folders .* used: {top}b\. Put"):
+    with pytest.warns(FeatcacheWarning, match=rf"linked folders .* used: {top}b\. Put"):
         dataset = scan(root)
     assert dataset.describe_ignored() == ["ignored: 2 (link to a folder)"]
 
