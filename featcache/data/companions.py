@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from featcache.data.folders import SPLIT_OF_FOLDER
-from featcache.data.listing import escape_glob
+from featcache.data.listing import compile_glob, escape_glob
 from featcache.data.samples import ImageDataset, Sample
 from featcache.errors import DataError
 from featcache.files import child_process
@@ -96,7 +96,8 @@ def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
     if not is_kept:
         number = len({companion for _, companion in pairs})
         examples = ", ".join(f"{companion} of {image}" for image, companion in sorted(pairs)[:2])
-        globs = " ".join(f"--exclude {shlex.quote(g)}" for g in sorted({c.glob for c in found}))
+        wanted = sorted({glob for c in found for glob in _narrow(c, by_path)})
+        globs = " ".join(f"--exclude {shlex.quote(glob)}" for glob in wanted)
         raise DataError(
             "images", expected="no masks or other companions of images among them",
             found=f"{number:,} that look like some: {examples}", where=dataset.root,
@@ -107,6 +108,18 @@ def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
         replace(s, group=groups.get(s.path, s.group or s.path)) for s in by_path.values()
     )
     return replace(dataset, samples=samples)
+
+
+def _narrow(companions: Companions, paths: Iterable[str]) -> list[str]:
+    """Return globs for companions: one, or one per folder where it would match images too."""
+    names = {companion for _, companion in companions.pairs}
+    if companions.glob.endswith("/**"):  # all that lies in folders of masks
+        return [companions.glob]
+    pattern, last = compile_glob(companions.glob), companions.glob.removeprefix("**/")
+    if not any(path not in names and pattern.fullmatch(path) for path in paths):
+        return [companions.glob]
+    folders = {name.rpartition("/")[0] for name in names}
+    return [f"{escape_glob(folder)}/{last}" if folder else last for folder in sorted(folders)]
 
 
 def _join_groups(by_path: Mapping[str, Sample], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -179,9 +192,7 @@ def _vote(a: Look | None, b: Look | None) -> int:
     if a is None or b is None:
         return 0
     same_shape = abs(a.width * b.height - b.width * a.height) <= 0.02 * a.width * b.height
-    plain = [
-        look.is_one_colour or (look.has_few_values and same_shape) for look in (a, b)
-    ]  # fmt: skip
+    plain = [look.is_one_colour or (look.has_few_values and same_shape) for look in (a, b)]
     return 0 if plain[0] == plain[1] else 1 + plain[1]
 
 
@@ -314,7 +325,10 @@ def _sibling_folders(
                 shared = names[0].keys() & names[1].keys()
             if shared:
                 role = ("folders", _folder_glob(i, first), _folder_glob(i, second))
-                yield role, [(names[0][s], names[1][s]) for s in shared]
+                yield (
+                    role,
+                    [(path, names[1][stem]) for stem, path in names[0].items() if stem in shared],
+                )
 
 
 def _name_of(folder: _Folder, i: int, rest: _Folder) -> str:

@@ -210,6 +210,16 @@ def test_a_limit_does_not_hide_companions(tmp_path: Path) -> None:
     asked(write_radiography(tmp_path), limit=3)
 
 
+def test_the_glob_that_is_offered_leaves_ordinary_images_alone(tmp_path: Path) -> None:
+    """Masks that are PNG beside JPEG in one class must not cost another class its PNGs."""
+    for i in range(5):
+        write_pair(tmp_path / f"a/{i}.jpg", tmp_path / f"a/{i}.png", i, bright=True)
+        write_image(tmp_path / f"b/{i}.png", 50 + i)
+    _, globs = asked(tmp_path)
+    dataset = scan(tmp_path, exclude=globs)
+    assert dataset.count() == {"all": {"a": 5, "b": 5}}
+
+
 def test_companions_in_a_zip(tmp_path: Path) -> None:
     write_radiography(tmp_path / "raw")
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
