@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache, name_differences
+from featcache.data.listing import Listing
 from featcache.errors import CacheError, printable, warn_user
 from featcache.files import canonical_json
 from featcache.precision import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS
 
 # Copied only if all caches agree: an update then continues with this engine.
 _ENGINE_FACTS = ("engine", "precision", "batch_size", "num_threads", "device_type")
-_OTHER_FACTS = ("device", "concurrency", "weights_source")
+_OTHER_FACTS = ("device", "concurrency", "weights_source", "listing")
 MAX_PARITY = 8  # number of parity errors to keep: the largest ones
 _ORIGIN_FACTS = ("date", "versions", "device", "engine", "precision", "parity", "lost")
 
@@ -107,6 +108,15 @@ def _parity(cache: Cache) -> list[float]:
             found=f"{parity!r:.40}", where=cache.path, hint="Extract it again",
         )  # fmt: skip
     return [float(error) for error in parity]
+
+
+def listing_of(cache: Cache) -> Listing:
+    """Return the options that the images of a cache were listed with.
+
+    Raises:
+        ConfigError: If the cache has others than this version knows.
+    """
+    return Listing.from_json(cache.provenance.get("listing", {}), cache.path)
 
 
 def known_precision(cache: Cache) -> str | None:

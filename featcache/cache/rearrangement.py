@@ -74,14 +74,15 @@ class Rearrangement:
         """Whether the caches have several labels per row."""
         return self.caches[0].task == "multilabel"
 
-    def apply_table(self, file: Path) -> None:
+    def apply_table(self, file: Path, **columns: Any) -> None:
         """Keep the rows that the table names, with its columns; say which do not match.
 
         Raises:
             DataError: If it is not a table, or names none of the rows.
             ConfigError: If it has targets, but the caches have several labels per row.
         """
-        table = Table(file, [row.path for row in (*self.rows, *self.failed)], self.say)
+        known = [row.path for row in (*self.rows, *self.failed)]
+        table = Table(file, known, self.say, **columns)
         if self.is_multilabel and "target" in table.columns:
             raise ConfigError(
                 "--table", expected="no targets for caches of several labels per image",

@@ -85,6 +85,8 @@ def select(
     classes: Sequence[str] | None = None,
     rename: Mapping[str, str] | None = None,
     prefix: bool = False,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: str | Sequence[str] = (),
     rebuild: bool = False,
     say: Say = silent,
 ) -> SelectionSummary:
@@ -102,6 +104,8 @@ def select(
         rename: Old -> new class name. Two classes of one new name become one.
         prefix: Set each cache's file name before its paths and groups: for caches that call
             different images, or different patients, alike.
+        columns: Column of the table (path, target, split, group) -> its header.
+        ignore_columns: Headers of the table that are not used.
         rebuild: Replace ``new`` if it is there.
         say: Where lines for people go.
 
@@ -119,13 +123,15 @@ def select(
     sources = [local_path(path, "CACHE") for path in listed]
     output = Output(new, "NEW", CACHE, replace=rebuild, inputs=[table])
     _check_names_of_caches(sources, output.target, prefix=prefix)
+    if table is None and (columns or ignore_columns):
+        raise ConfigError("--columns", expected="a --table that has them", found="none")
     with writing_alone(output, may_discard=rebuild):
         opened = [open_cache(source) for source in sources]
         check_alike(opened)
         warn_of_precisions(opened)
         chosen = Rearrangement(opened, prefix=prefix, say=say)
         if table is not None:
-            chosen.apply_table(Path(table))
+            chosen.apply_table(Path(table), columns=columns, ignore_columns=ignore_columns)
         chosen.choose_classes(rename or {}, classes, sources[0] if table is None else Path(table))
         chosen.settle_rows()
         written = _write(output, chosen)

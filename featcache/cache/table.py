@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from featcache.data.dataset import read_table
 from featcache.data.folders import SPLIT_OF_FOLDER
+from featcache.data.listing import Listing
+from featcache.data.tables import read_table
 from featcache.errors import DataError, printable
 from featcache.runtime import Say
 
@@ -29,15 +30,28 @@ class Table:
         file: The CSV.
         known: Paths of all rows and failed images.
         say: Called with lines for the user.
+        columns: Column (path, target, split, group) -> its header.
+        ignore_columns: Headers that are not used.
 
     Raises:
-        DataError: If it is not such a CSV, names a path twice, or names none of the known paths.
+        DataError: If it is not such a CSV, names a path twice, or names none of the known paths;
+            or if a header or a target is a question (see ``tables``).
     """
 
-    def __init__(self, file: Path, known: Iterable[str], say: Say) -> None:
-        lines = read_table(file)
-        names = [posixpath.normpath(line["path"]) for line in lines]
+    def __init__(
+        self, file: Path, known: Iterable[str], say: Say, *,
+        columns: Mapping[str, str] | None = None, ignore_columns: str | Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        listing = Listing.of(columns=columns, ignore_columns=ignore_columns)
+        table = read_table(
+            file, columns=listing.columns, ignore_columns=listing.ignore_columns
+        )  # fmt: skip
+        if table.unused:
+            say(f"table: columns that are not used: {', '.join(map(printable, table.unused))}")
+        lines = table.rows
         keys = {posixpath.normpath(path) for path in known}
+        names = [posixpath.normpath(line["path"]) for line in lines]
+        names = [name if name in keys else name.strip() for name in names]
         self._leaves_split_out = False
         for folder, leaves_split_out in _ways_to_compare(names, keys):
             shorter = [name.removeprefix(folder) for name in names]

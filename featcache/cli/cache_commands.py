@@ -15,6 +15,8 @@ from featcache.cli.options import (
     Numbers,
     OrWord,
     Renaming,
+    csv_columns,
+    listing,
     make_say,
     print_facts,
     printing,
@@ -40,6 +42,7 @@ from featcache.errors import printable
     "--mode", type=click.Choice(["copy", "symlink", "hardlink"]), default="copy",
     show_default=True, help="How a tree gets its files.",
 )  # fmt: skip
+@listing
 @printing
 def split(
     source: Path, destination: Path, classes: str | None, as_json: bool, quiet: bool, **options: Any
@@ -136,6 +139,9 @@ def split(
     "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
 )
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
+@listing
+@click.option("--no-classes", is_flag=True, help="Folders are no classes: images are unlabelled.")
+@csv_columns
 @printing
 def extract(
     data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool,
@@ -189,6 +195,7 @@ def _one_or_all(facts: list[dict[str, Any]]) -> dict[str, Any]:
     help="A class; may be given more than once. Classes of one new name become one.",
 )  # fmt: skip
 @click.option("--prefix", is_flag=True, help="Set each cache's name before its paths and groups.")
+@csv_columns
 @click.option("--rebuild", is_flag=True, help="Replace NEW if it is there.")
 @printing
 def select(

@@ -27,6 +27,7 @@ from featcache.cli.options import (
     TRUST,
     WEIGHTS,
     Numbers,
+    listing,
     make_say,
     print_facts,
     printing,
@@ -239,6 +240,7 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @DEVICE
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
 @click.option("--average-views", is_flag=True, help="With --cache: mean of a row's views.")
+@listing
 @printing
 def predict(
     run: Path, images: tuple[Path, ...], cache: Path | None, as_json: bool, quiet: bool,

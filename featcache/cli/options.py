@@ -58,7 +58,8 @@ class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 class Renaming(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     """Two names: ``OLD=NEW``."""
 
-    name = "OLD=NEW"
+    def __init__(self, name: str = "OLD=NEW") -> None:
+        self.name = name
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -66,7 +67,9 @@ class Renaming(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         """Return both names, or fail as click wants it."""
         old, sign, new = value.partition("=")
         return (
-            (old, new) if sign else self.fail(f"{value!r} is not of the form OLD=NEW", param, ctx)
+            (old, new)
+            if sign
+            else self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
         )
 
 
@@ -81,6 +84,48 @@ DEVICE = click.option(
 WEIGHTS = click.option(
     "--weights", metavar="FILE|random", help="Backbone weights; default: the library's pretrained."
 )
+
+
+def listing(command: _F) -> _F:
+    """Add --include, --exclude and --companions, for commands that list images of folders."""
+    for option in (
+        click.option(
+            "--companions", type=click.Choice(["keep"]),
+            help="Take masks and the like among the images as images, each with its image.",
+        ),
+        click.option(
+            "--include", metavar="GLOB", multiple=True,
+            help="Use only files that match it, or another --include.",
+        ),
+        click.option(
+            "--exclude", metavar="GLOB", multiple=True,
+            help="Leave files out, by their path in the folder: '*/masks/**', '**/*_mask*'. "
+            "* does not cross /, ** does. May be repeated.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def csv_columns(command: _F) -> _F:
+    """Add --columns and --ignore-columns, for commands that read a CSV of images."""
+    command = click.option(
+        "--ignore-columns",
+        metavar="A,B",
+        callback=_split_names,
+        help="Headers of a CSV that are not used.",
+    )(command)
+    return click.option(
+        "--columns", type=Renaming("KEY=HEADER"), multiple=True,
+        callback=lambda _, __, pairs: dict(pairs),
+        help="Which header of a CSV is path, target, split or group. May be repeated.",
+    )(command)  # fmt: skip
+
+
+def _split_names(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[str, ...]:  # fmt: skip
+    return tuple(name.strip() for name in value.split(",")) if value else ()
 
 
 def printing(command: _F) -> _F:

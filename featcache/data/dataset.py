@@ -4,147 +4,70 @@ Reads: split folders, class folders, folders of images, CSV manifests, zip files
 Writes: nothing.
 
 Files that are not used (see ``folders``) are counted in ``num_ignored``. So are images beside class
-folders, with a warning.
+folders and linked class folders, with a warning. Masks among the images are a question (see
+``companions``), answered by options (see ``listing``).
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import os
-import stat
+import itertools
+import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from featcache.data.archive import Member, list_entries, locate_members, read_member
+from featcache.data.archive import list_entries, locate_members
+from featcache.data.companions import settle_companions
 from featcache.data.folders import (
     IMAGE_SUFFIXES,
+    OTHER_ENDING,
     SPLIT_OF_FOLDER,
     SPLITS,
+    Ignored,
     ImageFile,
-    agree_on_classes,
+    Layout,
+    advise_on_endings,
     compile_group,
+    ending_of,
     find_group,
     find_layout,
     has_image_ending,
     is_hidden,
     walk_folder,
 )
-from featcache.errors import ConfigError, DataError, warn_user
-from featcache.files import local_path, plain_cell, read_regular
+from featcache.data.listing import Listing
+from featcache.data.manifests import scan_csv
+from featcache.data.samples import (
+    MAX_IMAGE_BYTES,
+    UNLABELLED,
+    ImageDataset,
+    Sample,
+    make_sample,
+    number_classes,
+    sort_samples,
+)
+from featcache.errors import ConfigError, DataError, printable, warn_user
+from featcache.files import local_path
 from featcache.untrusted import why_no_file
 
 __all__ = [
     "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
-    "list_images", "read_table", "scan",
+    "find_groups", "list_images", "scan",
 ]  # fmt: skip
-
-UNLABELLED = -1
-"""The target of a sample whose class is not known."""
-
-_MAX_CSV_BYTES = 2**32
-MAX_IMAGE_BYTES = 2**31
-"""Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image: where it is, what it is, which split and group it belongs to.
-
-    Args:
-        path: ``/``-separated, relative to the root; in a CSV as written there. Bytes that are not
-            UTF-8 are surrogate-escaped.
-        target: Index into the classes, or ``UNLABELLED``.
-        split: ``train``, ``valid``, ``test`` or ``all``.
-        group: Images of one group (a patient) stay in one split; None if groups are not known.
-        image_bytes: Size of the file.
-        mtime_ns: Time of its last change, in ns, modulo 2**64 as an int64. (Zip: see
-            ``archive.Member``.)
-    """
-
-    path: str
-    target: int
-    split: str
-    group: str | None
-    image_bytes: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
-class ImageDataset:
-    """The samples of a data set, sorted by split and by the bytes of their path. Picklable.
-
-    Args:
-        root: Folder, CSV or zip it was scanned from.
-        layout: ``splits``, ``classes``, ``images``, ``csv`` or ``zip``.
-        classes: Class names, sorted as strings; empty when nothing is labelled.
-        samples: All samples.
-        num_ignored: Reason -> number of files and folders that were not used.
-        num_grouped: How many samples ``group_by`` matched; None without it.
-    """
-
-    root: Path
-    layout: str
-    classes: tuple[str, ...]
-    samples: tuple[Sample, ...]
-    num_ignored: dict[str, int] = field(default_factory=dict)
-    num_grouped: int | None = None
-    _members: dict[str, Member] = field(default_factory=dict, repr=False)
-
-    @cached_property  # used once per image, to choose its views
-    def splits(self) -> tuple[str, ...]:
-        """The splits that have samples, in the order train, valid, test, all."""
-        present = {sample.split for sample in self.samples}
-        return tuple(name for name in SPLITS if name in present)
-
-    def split(self, name: str) -> tuple[Sample, ...]:
-        """Return the samples of one split.
-
-        Raises:
-            DataError: If there is no such split.
-        """
-        if name not in self.splits:
-            expected = "one of " + ", ".join(self.splits)
-            raise DataError("split", expected=expected, found=name, where=self.root)
-        return tuple(sample for sample in self.samples if sample.split == name)
-
-    def class_of(self, sample: Sample) -> str:
-        """Return the name of a sample's class; "" if it is unlabelled."""
-        return self.classes[sample.target] if sample.target != UNLABELLED else ""
-
-    def count(self) -> dict[str, dict[str, int]]:
-        """Return split -> class -> number of samples; "unlabelled" comes first, if any."""
-        names = {UNLABELLED: "unlabelled"} | dict(enumerate(self.classes))
-        counts: dict[str, dict[str, int]] = {split: {} for split in self.splits}
-        cells = Counter((sample.split, sample.target) for sample in self.samples)
-        for (split, target), number in sorted(cells.items()):
-            counts[split][names[target]] = counts[split].get(names[target], 0) + number
-        return counts
-
-    def read(self, sample: Sample) -> bytes:
-        """Return the bytes of one image file. Keeps nothing open; safe in threads and processes.
-
-        Raises:
-            DataError: If it cannot be read (any more), or is not a regular file (any more).
-        """
-        try:
-            if self.layout == "zip":
-                return read_member(self.root, self._members[sample.path])
-            folder = self.root.parent if self.layout == "csv" else self.root
-            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
-        except (OSError, ValueError, KeyError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(
-                "image file", expected="the file that was scanned", found=reason,
-                where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
-            ) from error  # fmt: skip
 
 
 def scan(
-    data: str | Path, *, group_by: str | None = None, limit: int | None = None
+    data: str | Path,
+    *,
+    group_by: str | None = None,
+    limit: int | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    companions: str | None = None,
+    no_classes: bool = False,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: str | Iterable[str] = (),
 ) -> ImageDataset:
     """Find the images of a data set, their targets, splits and groups.
 
@@ -153,86 +76,175 @@ def scan(
             ``all``); a folder of images; a ``.csv`` with the columns path and optionally target,
             split, group; a ``.zip`` of such folders (one top folder is skipped).
         group_by: Regular expression searched in every file name; its first group is the sample's
-            group. A name without a match is a group of its own. Overrides a CSV's group column.
+            group. A name without a match is a group of its own. Overrides a CSV's group column. If
+            it matches no name at all, it is searched in the folders below the class; if it matches
+            nothing there either, it changes nothing.
         limit: Use at most this many images, spread evenly over splits and classes.
+        include: Globs on the path below ``data``; if there are any, only files that match one are
+            used. ``*`` does not cross ``/``, ``**`` does; a folder's match is that of its files.
+        exclude: Globs; files that match one are not used.
+        companions: Masks and the like that lie among the images are an error. ``keep`` takes them
+            as images, in the group of the image they belong to; ``ignore`` does not look for them.
+        no_classes: Folders are no classes: images are unlabelled.
+        columns: Column (path, target, split, group) -> its header in a CSV.
+        ignore_columns: Headers of a CSV that are not used.
 
     Raises:
-        DataError: If the data is missing or empty, or its classes and splits are inconsistent.
-        ConfigError: If ``group_by`` is no regular expression with a group, or ``limit`` < 1.
+        DataError: If the data is missing or empty, its classes and splits are inconsistent, or
+            there are companions of images.
+        ConfigError: If ``group_by`` is no regular expression with a group, ``limit`` < 1, or
+            another option is invalid.
     """
-    pattern = compile_group(group_by)
+    compile_group(group_by)
     if limit is not None and limit < 1:
         raise ConfigError("--limit", expected="at least 1", found=limit)
+    listing = Listing.of(
+        include=include, exclude=exclude, companions=companions, no_classes=no_classes,
+        columns=columns, ignore_columns=ignore_columns,
+    )  # fmt: skip
     root = local_path(data, "data")
     if root.is_dir():
-        dataset = _scan_folder(root)
+        dataset = _scan_folder(root, listing)
     elif root.is_file() and root.suffix.lower() == ".csv":
-        dataset = _scan_csv(root)
+        dataset = scan_csv(root, listing)
     elif root.is_file() and root.suffix.lower() == ".zip":
-        dataset = _scan_zip(root)
+        dataset = _scan_zip(root, listing)
     else:
         found = why_no_file(root, "nothing there") or "another kind of file"
-        raise DataError("data", expected="a folder, .csv or .zip", found=found, where=root)
+        raise DataError(
+            "data", expected="a folder, .csv or .zip", found=found, where=root,
+            hint=advise_on_endings({ending_of(root.name): 1}, "") if root.is_file() else "",
+        )  # fmt: skip
+    if (columns or ignore_columns) and dataset.layout != "csv":
+        option = "--columns" if columns else "--ignore-columns"
+        raise ConfigError(option, expected="a CSV", found=f"layout {dataset.layout}", where=root)
     if not dataset.samples:
         raise DataError(
-            "data", expected="at least one image", found=_counts(dataset.num_ignored), where=root,
-            hint="Images end in " + ", ".join(sorted(IMAGE_SUFFIXES)),
+            "data", expected="at least one image", found=dataset.reasons_text(), where=root,
+            hint=advise_on_endings(
+                dataset.ignored_endings, "Images end in " + ", ".join(sorted(IMAGE_SUFFIXES))
+            ),
         )  # fmt: skip
-    samples, num_grouped = _spread(dataset.samples, limit), None
-    if pattern is not None:
-        matches = [find_group(pattern, sample.path) for sample in samples]
-        num_grouped = sum(group is not None for group in matches)
-        samples = tuple(
-            replace(sample, group=group or sample.path)
-            for sample, group in zip(samples, matches, strict=True)
-        )
+    groups = {} if group_by is None else find_groups(dataset, group_by)
+    if any(groups.values()):
+        grouped = (replace(s, group=groups[s.path] or s.path) for s in dataset.samples)
+        dataset = replace(dataset, samples=tuple(grouped))
+    if companions != "ignore" and dataset.layout != "csv":  # a CSV names every file on purpose
+        dataset = settle_companions(dataset, is_kept=companions == "keep")
+    samples = _spread(dataset.samples, limit)
+    num_grouped = None if group_by is None else sum(groups[s.path] is not None for s in samples)
     return replace(dataset, samples=samples, num_grouped=num_grouped)
 
 
-def list_images(paths: Iterable[str | Path]) -> ImageDataset:
+def list_images(
+    paths: Iterable[str | Path],
+    *,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    companions: str | None = None,
+) -> ImageDataset:
     """Find the images of files and folders (with all folders in them), unlabelled, once each.
 
     A file given by name is used whatever its ending. Paths are relative to the current folder.
 
+    Args:
+        paths: Files and folders.
+        include: As for ``scan``, on the path below each folder, or the name of a file.
+        exclude: As for ``scan``.
+        companions: As for ``scan``, in each folder.
+
     Raises:
-        DataError: If a path does not exist, or a folder has no image.
+        DataError: If a path does not exist, a folder has no image, or companions of images.
     """
-    ignored: Counter[str] = Counter()
+    listing = Listing.of(include=include, exclude=exclude, companions=companions)
+    ignored = Ignored()
     samples: dict[str, Sample] = {}
     for path in map(Path, paths):
         if path.is_dir():
+            found = _list_folder(path, listing, ignored)
             prefix = "" if path == Path() else path.as_posix().rstrip("/") + "/"
-            images = [i._replace(path=prefix + i.path) for i in walk_folder(path, ignored, set())]
+            images = [image._replace(path=prefix + image.path) for image in found]
         elif path.is_file():
+            if path.suffix.lower() in {".zip", ".tar", ".tgz", ".csv"}:
+                raise DataError(
+                    "image", expected="a file or folder", where=path,
+                    found=f"a {path.suffix.lower()} file", hint="Name the images, or unpack them. "
+                    "Or extract them, and predict by --cache",
+                )  # fmt: skip
             status = path.stat()
             images = [ImageFile(path.as_posix(), status.st_size, status.st_mtime_ns)]
+            (reason,) = listing.choose([path.name], path)
+            if reason:
+                ignored[reason] += 1
+                continue
         else:
-            found = why_no_file(path, "nothing there")
-            raise DataError("image", expected="a file or folder", found=found, where=path)
-        if not images:
-            raise DataError("folder", expected="images", found=_counts(ignored), where=path)
-        samples.update((i.path, _sample(i, UNLABELLED, "all")) for i in images)
-    return ImageDataset(Path(), "images", (), _sorted(samples.values()), dict(ignored))
+            found_there = why_no_file(path, "nothing there")
+            raise DataError(
+                "image", expected="a file or folder", found=found_there, where=path
+            )  # fmt: skip
+        samples.update((i.path, make_sample(i, UNLABELLED, "all")) for i in images)
+    return ImageDataset(
+        Path(), "images", (), sort_samples(samples.values()), dict(ignored),
+        ignored_endings=dict(ignored.endings),
+    )  # fmt: skip
 
 
-def _scan_folder(root: Path) -> ImageDataset:
-    ignored: Counter[str] = Counter()
-    folders: set[str] = set()
+def _list_folder(root: Path, listing: Listing, ignored: Ignored) -> list[ImageFile]:
+    """Return the images of a folder to classify."""
+    images = _choose(list(walk_folder(root, ignored, set())), root, listing, ignored)[0]
+    if not images:
+        ignored.recognise_dicom(root)
+    samples = tuple(make_sample(image, UNLABELLED, "all") for image in images)
+    dataset = ImageDataset(
+        root, "images", (), samples, dict(ignored), ignored_endings=dict(ignored.endings)
+    )
+    if not images:
+        hint = advise_on_endings(ignored.endings, "")
+        raise DataError(
+            "folder", expected="images", found=dataset.reasons_text(), where=root, hint=hint
+        )  # fmt: skip
+    if listing.companions is None:
+        settle_companions(dataset, is_kept=False)
+    return images
+
+
+def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
+    ignored, folders = Ignored(), set[str]()
     images = list(walk_folder(root, ignored, folders))
-    return _arrange(root, images, folders, ignored)
+    return _arrange(root, images, folders, ignored, listing)
 
 
-def _sample(image: ImageFile, target: int, split: str, group: str | None = None) -> Sample:
-    # int64 ends in 2262: later times are folded into it, so that another one is still another.
-    mtime_ns = (image.mtime_ns + 2**63) % 2**64 - 2**63
-    return Sample(image.path, target, split, group, image.image_bytes, mtime_ns)
+def _choose(
+    images: list[ImageFile], root: Path, listing: Listing, ignored: Ignored
+) -> tuple[list[ImageFile], set[str]]:
+    """Return the images that the globs leave, and the folders that lost all of theirs."""
+    reasons = listing.choose([image.path for image in images], root)
+    ignored.update(reason for reason in reasons if reason)
+    left = [image for image, reason in zip(images, reasons, strict=True) if not reason]
+    if len(left) == len(images):
+        return images, set()
+    return left, _folders_of(images) - _folders_of(left)
 
 
-def _sorted(samples: Iterable[Sample]) -> tuple[Sample, ...]:
-    def key(sample: Sample) -> tuple[int, bytes]:
-        return SPLITS.index(sample.split), sample.path.encode("utf-8", "surrogateescape")
+def _folders_of(images: Iterable[ImageFile]) -> set[str]:
+    folders = set[str]()
+    for folder in {image.path.rpartition("/")[0] for image in images}:
+        parts = folder.split("/")
+        folders.update("/".join(parts[:n]) for n in range(1, len(parts) + 1))
+    return folders
 
-    return tuple(sorted(samples, key=key))
+
+def find_groups(dataset: ImageDataset, group_by: str) -> dict[str, str | None]:
+    """Return path -> group, by a regular expression; None where it does not match.
+
+    File names are searched; if none of them matches, the folders below the class are, too.
+    """
+    pattern = compile_group(group_by)
+    assert pattern is not None
+    found = {s.path: find_group(pattern, s.path) for s in dataset.samples}
+    if not any(found.values()):
+        found = {s.path: find_group(pattern, s.path, dataset.class_of(s)) for s in dataset.samples}
+    return found
 
 
 def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...]:
@@ -248,17 +260,13 @@ def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...
     return tuple(samples[position] for position in sorted(p for _, p in sorted(ranks)[:limit]))
 
 
-def _counts(num_ignored: dict[str, int]) -> str:
-    ignored = ", ".join(f"{count} x {reason}" for reason, count in sorted(num_ignored.items()))
-    return "none" + (f" (ignored: {ignored})" if ignored else "")
-
-
 def _arrange(
-    root: Path, images: list[ImageFile], folders: set[str], ignored: Counter[str]
+    root: Path, images: list[ImageFile], folders: set[str], ignored: Ignored, listing: Listing
 ) -> ImageDataset:
     """Set splits and classes by folder; ignore images outside class folders, with a warning."""
-    layout = find_layout(root, folders)
-    targets = _targets(layout.classes)
+    images, emptied = _choose(images, root, listing, ignored)
+    layout = find_layout(root, folders - emptied, no_classes=listing.no_classes)
+    targets = number_classes(layout.classes)
     samples, filled, num_loose = [], set(), 0
     for image in images:
         place = layout.place_of(image.path)
@@ -266,107 +274,74 @@ def _arrange(
             num_loose += 1
         else:
             split, name = layout.places[place]
-            samples.append(_sample(image, targets[name], split))
+            samples.append(make_sample(image, targets[name], split))
             filled.add(place)
+    if ignored.links:
+        _warn_of_links(root, ignored.links, layout)
+    if not samples and root.is_dir():
+        ignored.recognise_dicom(root)
     if num_loose:
         ignored["loose beside folders"] += num_loose
         warn_user(f"{num_loose} images of {root} lie loose beside folders and are not used")
+    if layout.kind == "classes":
+        _warn_of_parts(samples, layout.classes)
+    dataset = ImageDataset(
+        root, layout.kind, layout.classes, sort_samples(samples), dict(ignored),
+        ignored_endings=dict(ignored.endings),
+    )  # fmt: skip
     for place in layout.places:
         if place and place not in filled:
             raise DataError(
-                "folder", expected="at least one image", found=_counts(ignored),
-                where=root / place, hint="Remove it, or put its images in",
+                "folder", expected="at least one image", found=dataset.reasons_text(),
+                where=root / place,
+                hint=advise_on_endings(ignored.endings, "Remove it, or put its images in"),
             )  # fmt: skip
-    return ImageDataset(root, layout.kind, layout.classes, _sorted(samples), dict(ignored))
+    return dataset
 
 
-def _targets(classes: tuple[str, ...]) -> dict[str, int]:
-    """Return class -> target; "" -> ``UNLABELLED``."""
-    return {name: target for target, name in enumerate(classes)} | {"": UNLABELLED}
+def _warn_of_parts(samples: Iterable[Sample], classes: Sequence[str]) -> None:
+    """Warn of classes that look like parts of one collection: ``images_001``, ``images_002``.
 
-
-def _scan_csv(root: Path) -> ImageDataset:
-    rows = read_table(root)
-    labels = [row["target"] for row in rows]
-    splits = [row["split"] or "all" for row in rows]
-    classes_by_split: dict[str, set[str]] = {}
-    for label, split in zip(labels, splits, strict=True):
-        if label:
-            classes_by_split.setdefault(split, set()).add(label)
-    classes = agree_on_classes(classes_by_split, root)
-    targets = _targets(classes)
-    has_groups = any(row["group"] for row in rows)
-    samples, missing, seen = [], [], {}
-    for row, label, split in zip(rows, labels, splits, strict=True):
-        path = row["path"]
-        place = os.path.normpath(root.parent / path)
-        if place in seen:
-            raise DataError("CSV", expected="every path once", found=f"{path} twice", where=root)
-        seen[place] = path
-        try:
-            status = (root.parent / path).stat()  # not of ``place``: the folder may be a link
-        except (OSError, ValueError):
-            missing.append(path)
-            continue
-        if not stat.S_ISREG(status.st_mode):
-            missing.append(path)
-            continue
-        group = (row["group"] or path) if has_groups else None
-        image = ImageFile(path, status.st_size, status.st_mtime_ns)
-        samples.append(_sample(image, targets[label], split, group))
-    if missing:
-        raise DataError(
-            "CSV", expected="files that are there", where=root,
-            found=f"{len(missing)} of {len(rows)} missing: {', '.join(missing[:3])}",
-            hint="Paths are absolute or relative to the CSV's folder",
-        )  # fmt: skip
-    return ImageDataset(root, "csv", classes, _sorted(samples))
-
-
-def read_table(root: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV with the keys path, target, split, group; "" for missing cells.
-
-    ``val`` and ``validation`` become ``valid``. The escapes of ``files.csv_text`` are undone.
-
-    Raises:
-        DataError: If it is not a CSV with such a header.
+    Their names differ by their number alone, and the numbers of the files go on from each to the
+    next.
     """
-    try:
-        text = read_regular(root, max_bytes=_MAX_CSV_BYTES).decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""))
-        header, *lines = [(reader.line_num, cells) for cells in reader if cells] or [(0, [])]
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise DataError("CSV", expected="a readable file", found=found, where=root) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        found = str(error)
-        raise DataError("CSV", expected="UTF-8 text", found=found, where=root) from error
-    names = [name.strip() for name in header[1]]
-    if names.count("path") != 1 or len(set(names)) < len(names):
-        raise DataError(
-            "CSV header", expected="path and, if known, target, split, group, once each",
-            found=", ".join(names) or "nothing", where=root,
-        )  # fmt: skip
-    rows = []
-    for line, cells in lines:
-        row = {"target": "", "split": "", "group": ""} | dict(zip(names, cells, strict=False))
-        if len(cells) != len(names) or not row["path"] or "\0" in "".join(cells):
-            raise DataError(
-                f"CSV line {line}", expected=f"{len(names)} cells without NUL, the path not empty",
-                found=",".join(cells), where=root,
-            )  # fmt: skip
-        row |= {key: plain_cell(row[key]) for key in ("path", "target", "group")}
-        rows.append(row | {"split": SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])})
-    unknown = sorted({row["split"] for row in rows} - {*SPLITS, ""})
-    if unknown:
-        found = ", ".join(map(repr, unknown[:3]))
-        raise DataError("split column", expected="train, valid or test", found=found, where=root)
-    return rows
+    shapes = {re.sub(r"\d", "0", name) for name in classes}
+    if len(classes) < 2 or len(shapes) > 1 or "00" not in shapes.pop():
+        return
+    names: dict[int, list[str]] = {}
+    for sample in samples:
+        names.setdefault(sample.target, []).append(sample.path.rpartition("/")[2])
+    ends = [(min(names[t]), max(names[t])) for t in sorted(names)]
+    alike = {re.sub(r"\d", "0", end) for pair in ends for end in pair}
+    if len(alike) == 1 and all(a[1] < b[0] for a, b in itertools.pairwise(ends)):
+        warn_user(
+            f"classes {printable(classes[0])} to {printable(classes[-1])} look like parts of one "
+            "collection: if they are no classes, use --no-classes"
+        )
 
 
-def _scan_zip(root: Path) -> ImageDataset:
-    ignored: Counter[str] = Counter()
-    folders: set[str] = set()
+def _warn_of_links(root: Path, links: Iterable[str], layout: Layout) -> None:
+    """Warn of linked folders that stand where a split or a class would.
+
+    Links into ``root``, or to what it is in, lose nothing.
+    """
+    depth, here = 1 if layout.kind == "splits" else 0, root.resolve()
+
+    def leads_away(link: str) -> bool:
+        target = (root / link).resolve()
+        return not (target.is_relative_to(here) or here.is_relative_to(target))
+
+    named = [link for link in sorted(links) if link.count("/") <= depth and leads_away(link)]
+    if named:
+        shown = ", ".join(map(printable, named[:5])) + (", ..." if len(named) > 5 else "")
+        warn_user(
+            f"linked folders of {printable(root)} are not followed, and their images are not used: "
+            f"{shown}. Put the folder itself there, or links to its files"
+        )
+
+
+def _scan_zip(root: Path, listing: Listing) -> ImageDataset:
+    ignored, folders = Ignored(), set[str]()
     wanted = []
     for entry in list_entries(root):
         parts = entry.path.split("/")
@@ -380,7 +355,7 @@ def _scan_zip(root: Path) -> ImageDataset:
         if entry.kind != "file":
             ignored["link" if entry.kind == "link" else "not a regular file"] += 1
         elif not has_image_ending(parts[-1]):
-            ignored["not an image ending"] += 1
+            ignored.add(OTHER_ENDING, entry.path)
         else:
             wanted.append(entry)
     members = locate_members(root, wanted, max_bytes=MAX_IMAGE_BYTES)
@@ -396,4 +371,6 @@ def _scan_zip(root: Path) -> ImageDataset:
     images = [
         ImageFile(path, member.num_bytes, member.mtime_ns) for path, member in members.items()
     ]
-    return replace(_arrange(root, images, folders, ignored), layout="zip", _members=members)
+    return replace(
+        _arrange(root, images, folders, ignored, listing), layout="zip", _members=members
+    )

@@ -12,12 +12,14 @@ from __future__ import annotations
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from featcache.data.listing import escape_glob
 from featcache.errors import ConfigError, DataError, escaped, warn_user
 from featcache.untrusted import find_fault
 
@@ -25,9 +27,26 @@ SPLITS = ("train", "valid", "test", "all")
 SPLIT_OF_FOLDER = {
     "train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test",
 }  # fmt: skip
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-)
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".pjpeg", ".png", ".bmp", ".tif", ".tiff", ".webp",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+})  # fmt: skip
+OTHER_ENDING = "not an image ending"
+LINKED_FOLDER = "link to a folder"
+NO_ENDING = "without an ending"
+DICOM_WITHOUT_ENDING = "DICOM without an ending"
+
+_DICOM = "DICOM files are not read: convert them to PNG first"
+_HEIC = "HEIC and AVIF photos are not read: convert them to JPEG or PNG first"
+_VOLUME = "Volumes (NIfTI, MetaImage, NRRD) are not read: save their slices as PNG first"
+_ARCHIVE = "Archives but .zip are not read: unpack them first"
+_ADVICE_ON_ENDING = {
+    **dict.fromkeys((".dcm", ".dicom", ".ima", DICOM_WITHOUT_ENDING), _DICOM),
+    **dict.fromkeys((".heic", ".heif", ".hif", ".avif"), _HEIC),
+    **dict.fromkeys((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"), _VOLUME),
+    **dict.fromkeys((".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), _ARCHIVE),
+    ".zip": "Zips inside a folder are not read: unpack them, or name one as DATA",
+}  # fmt: skip
 
 _SPLIT_LOOKALIKES = {"training", "testing", "dev", "eval", "evaluation", "holdout"}
 _SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found"}
@@ -41,12 +60,54 @@ class ImageFile(NamedTuple):
     mtime_ns: int
 
 
-def walk_folder(root: Path, ignored: Counter[str], folders: set[str]) -> Iterator[ImageFile]:
+class Ignored(Counter[str]):
+    """Reason -> number of entries that are not used; and what is said about some of them.
+
+    Attributes:
+        endings: Ending -> number of files that are ignored for it.
+        examples: Ending -> the first of them.
+        links: Paths of linked folders.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.endings: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.links: list[str] = []
+
+    def add(self, reason: str, path: str) -> None:
+        """Count an entry."""
+        self[reason] += 1
+        if reason == OTHER_ENDING:
+            ending = ending_of(path.rpartition("/")[2])
+            self.endings[ending] += 1
+            self.examples.setdefault(ending, path)
+        elif reason == LINKED_FOLDER:
+            self.links.append(path)
+
+    def recognise_dicom(self, root: Path) -> None:
+        """Look at the first file without an ending under ``root``: DICOM files often have none."""
+        try:
+            with (root / self.examples.get(NO_ENDING, "")).open("rb") as file:
+                is_dicom = file.read(132)[128:] == b"DICM"
+        except OSError:
+            return
+        if is_dicom:
+            self.endings[DICOM_WITHOUT_ENDING] = self.endings.pop(NO_ENDING)
+
+
+def advise_on_endings(endings: Mapping[str, int], other: str) -> str:
+    """Return what to do about files of the most frequent ending; ``other`` if nothing is known."""
+    most = sorted(endings, key=lambda ending: (-endings[ending], ending))
+    return next((_ADVICE_ON_ENDING[e] for e in most[:3] if e in _ADVICE_ON_ENDING), other)
+
+
+def walk_folder(root: Path, ignored: Ignored, folders: set[str]) -> Iterator[ImageFile]:
     """Yield the images under ``root``.
 
     Args:
         root: The folder to walk.
-        ignored: Reason -> count of ignored entries; updated.
+        ignored: What is not used; updated.
         folders: Paths of all folders that are not ignored; updated.
 
     Raises:
@@ -64,7 +125,7 @@ def walk_folder(root: Path, ignored: Counter[str], folders: set[str]) -> Iterato
                         folders.add(path)
                         waiting.append(path + "/")
                     elif reason:
-                        ignored[reason] += 1
+                        ignored.add(reason, path)
                     else:
                         status = entry.stat()
                         yield ImageFile(path, status.st_size, status.st_mtime_ns)
@@ -82,9 +143,9 @@ def _ignore_reason(entry: os.DirEntry[str]) -> str:
         return "folder"
     try:
         if entry.is_symlink() and not stat.S_ISREG(entry.stat().st_mode):
-            return "link to a folder" if entry.is_dir() else "link to no regular file"
+            return LINKED_FOLDER if entry.is_dir() else "link to no regular file"
         if not has_image_ending(entry.name):
-            return "not an image ending"
+            return OTHER_ENDING
         if not stat.S_ISREG(entry.stat().st_mode):
             return "not a regular file"
         entry.name.encode("utf-8", "surrogateescape")
@@ -104,6 +165,14 @@ def has_image_ending(name: str) -> bool:
     """Return whether a file name ends like an image's."""
     _, dot, ending = name.rpartition(".")
     return dot + ending.lower() in IMAGE_SUFFIXES
+
+
+def ending_of(name: str) -> str:
+    """Return the ending of a file name, as ``.dcm``, or ``NO_ENDING``."""
+    stem, dot, ending = name.lower().rpartition(".")
+    if not dot or not stem or not ending.isalnum() or len(ending) > 10:
+        return NO_ENDING
+    return f".nii.{ending}" if stem.endswith(".nii") else f".{ending}"
 
 
 @dataclass(frozen=True)
@@ -128,17 +197,22 @@ class Layout:
         return next((prefix for prefix in prefixes if prefix in self.places), None)
 
 
-def find_layout(root: Path, folders: set[str]) -> Layout:
+def find_layout(root: Path, folders: set[str], *, no_classes: bool = False) -> Layout:
     """Find out from the folders' names which are splits and which are classes.
 
     Args:
         root: Only for messages.
         folders: All folders that are not ignored, empty ones too.
+        no_classes: Folders that are no splits are no classes either.
 
     Raises:
         DataError: If the names are inconsistent.
     """
     tops = _split_folders(root, {folder for folder in folders if "/" not in folder})
+    if no_classes:
+        return Layout(
+            "images" if "" in tops else "splits", (), {top: (tops[top], "") for top in tops}
+        )
     classes_by_split = {
         split: {
             folder[len(prefix) :]
@@ -209,7 +283,8 @@ def _split_folders(root: Path, tops: set[str]) -> dict[str, str]:
         raise DataError(
             "split folders", expected="train, valid (or val, validation), test and no others",
             found=", ".join(map(repr, others)), where=root,
-            hint="Rename or move it; class folders belong into each split",
+            hint=(f"Rename or move it, or leave it out with --exclude '{escape_glob(others[0])}'"
+                  if found else "Rename or move it") + "; class folders belong into each split",
         )  # fmt: skip
     return found or {"": "all"}
 
@@ -232,6 +307,7 @@ def agree_on_classes(classes_by_split: dict[str, set[str]], where: Path) -> tupl
                 hint="Rename it",
             )  # fmt: skip
     classes = tuple(sorted(set().union(*classes_by_split.values())))
+    _refuse_twins(classes, where)
     for name in classes:
         have = [split for split in SPLITS if name in classes_by_split.get(split, ())]
         lack = [split for split in classes_by_split if split not in have]
@@ -241,15 +317,27 @@ def agree_on_classes(classes_by_split: dict[str, set[str]], where: Path) -> tupl
                 found=f"{name!r} in {' and '.join(have)} but not in {' and '.join(lack)}",
                 where=where, hint="Rename or remove the class, or add its images",
             )  # fmt: skip
+    return classes
+
+
+def _refuse_twins(classes: Iterable[str], where: Path) -> None:
+    """Refuse names that differ by case, by blanks, or by how an accent is encoded alone."""
     plain: dict[str, str] = {}
     for name in classes:
-        twin = plain.setdefault(" ".join(name.casefold().split()), name)
-        if twin != name:
+        composed = unicodedata.normalize("NFC", name)
+        twin = plain.setdefault(" ".join(composed.casefold().split()), name)
+        if twin == name:
+            continue
+        if unicodedata.normalize("NFC", twin) == composed:  # they print alike
             raise DataError(
-                "classes", expected="names that differ by more than case and blanks",
-                found=f"{twin!r} and {name!r}", where=where, hint="Rename or merge them",
+                "classes", expected="names in one Unicode form",
+                found=f"{twin!a} and {name!a}, which are both {composed!r}", where=where,
+                hint="Rename or merge them: macOS writes accents as characters of their own",
             )  # fmt: skip
-    return classes
+        raise DataError(
+            "classes", expected="names that differ by more than case and blanks",
+            found=f"{twin!r} and {name!r}", where=where, hint="Rename or merge them",
+        )  # fmt: skip
 
 
 def compile_group(group_by: str | None) -> re.Pattern[str] | None:
@@ -273,9 +361,18 @@ def compile_group(group_by: str | None) -> re.Pattern[str] | None:
     return pattern
 
 
-def find_group(pattern: re.Pattern[str], path: str) -> str | None:
-    """Return the group in a file name; None if it does not match, or the group is empty."""
-    match = pattern.search(path.rpartition("/")[2])
+def find_group(pattern: re.Pattern[str], path: str, class_name: str | None = None) -> str | None:
+    """Return the group in a file name; None if it does not match, or the group is empty.
+
+    With the name of its class, the path below split and class is searched, not the name alone.
+    """
+    text = path.rpartition("/")[2]
+    if class_name is not None:
+        parts = path.split("/")
+        while len(parts) > 1 and (parts[0].casefold() in SPLIT_OF_FOLDER or parts[0] == class_name):
+            del parts[0]
+        text = "/".join(parts)
+    match = pattern.search(text)
     return (match[1] or None) if match else None
 
 

@@ -13,12 +13,12 @@ import hashlib
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from featcache.data.dataset import ImageDataset, Sample, scan
+from featcache.data.dataset import ImageDataset, Sample, find_groups, scan
 from featcache.data.folders import SPLITS
 from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
@@ -42,6 +42,8 @@ class SplitSummary:
         counts: split -> class -> number of images.
         num_groups: How many groups there are; None without ``group_by``.
         num_matched: class -> number of names that ``group_by`` matched; None without it.
+        num_ignored: Reason -> number of files and folders that were left out.
+        ignored_endings: Ending -> number of files that were left out for it.
         num_identical: Number of images that have a byte-identical copy.
         image_bytes: Size of all images, in bytes.
         mode: ``copy``, ``symlink``, ``hardlink``, or ``csv``.
@@ -55,6 +57,8 @@ class SplitSummary:
     counts: _Counts
     num_groups: int | None
     num_matched: dict[str, int] | None
+    num_ignored: dict[str, int]
+    ignored_endings: dict[str, int]
     num_identical: int
     image_bytes: int
     mode: str
@@ -74,6 +78,9 @@ def split(
     seed: int = 0,
     group_by: str | None = None,
     mode: str = "copy",
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    companions: str | None = None,
     say: Say = silent,
 ) -> SplitSummary:
     """Split class folders into train, valid and test: stratified, seeded, groups kept together.
@@ -86,6 +93,10 @@ def split(
         seed: Seed of the split.
         group_by: Regular expression whose first group, in the file name, is the patient.
         mode: ``copy``, ``symlink`` or ``hardlink`` (not for a CSV).
+        include: As for ``scan``, on the path below ``source``; so are ``exclude`` and
+            ``companions``.
+        exclude: Globs of files that are left out.
+        companions: ``keep`` takes masks and the like as images, in the split of their image.
         say: Called with lines of counts and sizes.
 
     Raises:
@@ -96,9 +107,14 @@ def split(
     source, destination = local_path(source, "split source"), Path(destination)
     shares = _check_options(fractions, mode)
     output = _check_destination(source, destination)
-    dataset = _take_classes(scan(source, group_by=group_by), classes)
+    dataset = scan(
+        source, group_by=group_by, include=include, exclude=exclude, companions=companions
+    )
+    for line in dataset.describe_ignored():
+        say(line)
+    dataset = _take_classes(dataset, classes)
     samples = dataset.samples
-    num_matched = None if group_by is None else _count_matched(dataset, say)
+    num_matched = None if group_by is None else _count_matched(dataset, group_by, say)
     hashes = _hash_copies(dataset)
     _warn_of_contradictions(dataset, hashes)
     assigned = _assign(dataset, hashes, shares, seed)
@@ -116,13 +132,15 @@ def split(
         if mode == "copy":
             _check_room(destination, image_bytes, len(samples), say)
         _write_tree(dataset, assigned, output, mode)
-    num_groups = None if group_by is None else len({sample.group for sample in samples})
+    num_groups = None if group_by is None else _count_groups(samples)
     return SplitSummary(
         destination=destination,
         classes=dataset.classes,
         counts=counts,
         num_groups=num_groups,
         num_matched=num_matched,
+        num_ignored=dataset.num_ignored,
+        ignored_endings=dataset.ignored_endings,
         num_identical=len(hashes),
         image_bytes=image_bytes,
         mode=mode,
@@ -168,6 +186,7 @@ def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageD
         raise DataError(
             "source", expected="a folder of class folders, not yet split",
             found=f"layout {dataset.layout}", where=dataset.root,
+            hint="Unpack it first" if dataset.layout == "zip" else "",
         )  # fmt: skip
     if wanted is None:
         return dataset
@@ -184,13 +203,18 @@ def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageD
     return replace(dataset, classes=classes, samples=taken)
 
 
-def _count_matched(dataset: ImageDataset, say: Say) -> dict[str, int]:
+def _count_groups(samples: Iterable[Sample]) -> int:
+    return len({sample.group or sample.path for sample in samples})
+
+
+def _count_matched(dataset: ImageDataset, group_by: str, say: Say) -> dict[str, int]:
     """Return class -> number of names with a group; say it, and warn of classes without any."""
     matched = dict.fromkeys(dataset.classes, 0)
     total = Counter(sample.target for sample in dataset.samples)
+    found = find_groups(dataset, group_by)
     for sample in dataset.samples:
-        matched[dataset.classes[sample.target]] += sample.group != sample.path
-    num_groups = len({sample.group for sample in dataset.samples})
+        matched[dataset.classes[sample.target]] += found[sample.path] is not None
+    num_groups = _count_groups(dataset.samples)
     listed = ", ".join(
         f"{matched[name]} of {total[target]} {name}" for target, name in enumerate(dataset.classes)
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -77,7 +77,10 @@ class Classifier:
         """The head as a torch module on the CPU, eval mode: features (B, D) to logits (B, C)."""
         return load_head(self.run)
 
-    def predict(self, images: Any, *, preprocessed: bool = False) -> Predictions:
+    def predict(
+        self, images: Any, *, preprocessed: bool = False, include: str | Iterable[str] = (),
+        exclude: str | Iterable[str] = (), companions: str | None = None,
+    ) -> Predictions:  # fmt: skip
         """Classify images, in the order they are given, repeats included.
 
         Files, PIL images and arrays get the same pixels as in the extraction.
@@ -87,15 +90,21 @@ class Classifier:
                 images in it, sorted); a PIL image; a uint8 array, grey (H, W) or RGB (H, W, 3).
                 Or an array (B, H, W, 3), or what ``scan`` returned.
             preprocessed: ``images`` is a float batch (B, 3, S, S), as ``preprocess`` returns it.
+            include: Globs on the path below each folder, or on the name of a file: see ``scan``.
+            exclude: Globs of files that are left out.
+            companions: ``keep`` takes masks and the like in a folder as images; they are an error.
 
         Returns:
             The predictions; images that cannot be read are among its ``failures``.
 
         Raises:
-            DataError: If a path leads nowhere, or a folder holds no image.
+            DataError: If a path leads nowhere, a folder holds no image, or companions of images.
             ConfigError: If an array or a batch has another shape or dtype.
         """
-        names, rows = self._compute(images, preprocessed=preprocessed)
+        names, rows = self._compute(
+            images, preprocessed=preprocessed, include=include, exclude=exclude,
+            companions=companions,
+        )  # fmt: skip
         pairs = list(zip(names, rows, strict=True))
         failures = tuple((name, row) for name, row in pairs if isinstance(row, str))
         good = [(name, row) for name, row in pairs if not isinstance(row, str)]
@@ -166,12 +175,14 @@ class Classifier:
         picture = load(image, rules) if isinstance(image, bytes) else load_opened(image, rules)
         return resize_to_square(picture.pixels, rules)
 
-    def _compute(self, images: Any, *, preprocessed: bool) -> tuple[Sequence[str], list[_Row]]:
+    def _compute(
+        self, images: Any, *, preprocessed: bool, **listing: Any
+    ) -> tuple[Sequence[str], list[_Row]]:
         """Return the names of images, and of each its features, or why it could not be read."""
         if preprocessed:
             features = self._run_preprocessed(images)
             return [str(i) for i in range(len(features))], [*features]
-        inputs = list_inputs(images)
+        inputs = list_inputs(images, **listing)
         files = self._run_files(inputs)
         in_memory = iter(self._run_opened([i for i in inputs.images if not isinstance(i, Sample)]))
         return inputs.names, [

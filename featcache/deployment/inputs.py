@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.data.dataset import ImageDataset, Sample, list_images
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, DataError
 from featcache.files import local_path
 
 _EXPECTED = "paths, PIL images or uint8 arrays"
@@ -33,15 +33,16 @@ class Inputs:
     images: Sequence[Any]
 
 
-def list_inputs(images: Any) -> Inputs:
+def list_inputs(images: Any, **listing: Any) -> Inputs:
     """Return images one by one; a folder becomes all images in it, sorted by path.
 
     Args:
         images: One or many of: a file or folder (``str`` or ``Path``), a PIL image, a uint8 array
             (H, W) or (H, W, 3). Or one array (B, H, W, 3), or a scanned data set.
+        **listing: ``include``, ``exclude`` and ``companions`` of ``list_images``.
 
     Raises:
-        DataError: If a path leads nowhere, or a folder holds no image.
+        DataError: If a path leads nowhere, a folder holds no image, or companions of images.
         ConfigError: If an array has another shape or dtype, or for bytes, a torch tensor or what
             else is none of these.
     """
@@ -51,12 +52,14 @@ def list_inputs(images: Any) -> Inputs:
     listed: list[Any] = []
     for image in _as_list(images):
         if isinstance(image, str | os.PathLike):
-            samples = list_images([local_path(Path(image), "image")]).samples
+            samples = list_images([local_path(Path(image), "image")], **listing).samples
             names += [sample.path for sample in samples]
             listed += samples
         else:
             names.append(str(len(listed)))
             listed.append(image)
+    if not listed and any(listing.values()):
+        raise DataError("images", expected="some that --include and --exclude leave", found="none")
     files = dict.fromkeys(image for image in listed if isinstance(image, Sample))
     return Inputs(ImageDataset(Path(), "images", (), tuple(files)), names, listed)
 

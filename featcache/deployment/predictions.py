@@ -5,6 +5,7 @@ Reads: a run, and images or a cache. Writes: a CSV where asked.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,9 @@ def predict(
     backbone: Backbone | str | None = None,
     batch_size: int | str = "auto",
     device: str = "auto",
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    companions: str | None = None,
     csv: str | Path | None = None,
 ) -> Predictions:
     """Classify images, or every row of a cache, with the head of a run.
@@ -130,12 +134,15 @@ def predict(
             makes it.
         batch_size: Images a batch, or ``auto``.
         device: Where the backbone runs: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        include: Globs of the files to use: see ``Classifier.predict``.
+        exclude: Globs of files that are left out.
+        companions: ``keep`` takes masks and the like in a folder as images; they are an error.
         csv: A file for a line per image.
 
     Raises:
         ConfigError: Unless images or a cache are given, and not both; if views are to be averaged
             and there are none; or if ``csv`` cannot be written.
-        DataError: If a path leads nowhere, or a folder holds no image.
+        DataError: If a path leads nowhere, a folder holds no image, or companions of images.
         RunError: If the run is not whole, or the cache's features were made otherwise.
         CacheError: If the cache is not whole.
         BackboneError: If the backbone's weights are not at hand.
@@ -164,7 +171,7 @@ def predict(
 
         predictions = load_classifier(
             run, weights=weights, backbone=backbone, device=device, batch_size=batch_size
-        ).predict(images)
+        ).predict(images, include=include, exclude=exclude, companions=companions)
     if output is not None:
         predictions._write_csv(output)
     return predictions

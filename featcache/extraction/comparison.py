@@ -16,7 +16,13 @@ import numpy.typing as npt
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import build_engine
 from featcache.cache.integrity import BadRow
-from featcache.cache.provenance import UNKNOWN, error_bound, error_bounds, row_precisions
+from featcache.cache.provenance import (
+    UNKNOWN,
+    error_bound,
+    error_bounds,
+    listing_of,
+    row_precisions,
+)
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.errors import CacheError, ConfigError, printable
@@ -82,7 +88,8 @@ def compare(
     """
     bound = error_bound(cache)
     recipe = recipe_from_identity(cache.identity, weights=weights, backbone=backbone)
-    dataset = scan(data)
+    listing = listing_of(cache).for_data(data)
+    dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
     refuse_misread(cache, dataset)
     refuse_dark_colour(recipe, dataset, cache.path)
     now = {(s.split, s.path): s for s in dataset.samples}

@@ -11,16 +11,19 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
 from featcache.backbones.backbone import Backbone, build_backbone
+from featcache.cache.container import is_container
+from featcache.cache.provenance import listing_of
 from featcache.cache.reading import open_cache
 from featcache.data.dataset import ImageDataset, scan
-from featcache.errors import ConfigError
+from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.engine_choice import check_threads, choose_engine
 from featcache.extraction.finish import finish
 from featcache.extraction.options import ExtractionOptions
@@ -53,6 +56,9 @@ def extract(
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
     group_by: str | None = ..., max_errors: int | str = ..., limit: int | None = ...,
+    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
+    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
+    ignore_columns: str | Iterable[str] = ...,
     rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
 ) -> ExtractionSummary: ...  # fmt: skip
 
@@ -66,6 +72,9 @@ def extract(
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
     group_by: str | None = ..., max_errors: int | str = ..., limit: int | None = ...,
+    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
+    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
+    ignore_columns: str | Iterable[str] = ...,
     rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
@@ -95,6 +104,12 @@ def extract(
     group_by: str | None = None,
     max_errors: int | str = "5%",
     limit: int | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    companions: str | None = None,
+    no_classes: bool = False,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: str | Iterable[str] = (),
     rehash: bool = False,
     rebuild: bool = False,
     say: Say = silent,
@@ -133,6 +148,13 @@ def extract(
         group_by: Regular expression on the file name; its first group is the group.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
         limit: Take only that many images, for a try.
+        include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns`` and
+            ``ignore_columns``. The cache remembers them: an update need not repeat them.
+        exclude: Globs on the path below ``data`` of files that are left out.
+        companions: ``keep`` takes masks and the like as images.
+        no_classes: Folders are no classes.
+        columns: Column -> its header in a CSV.
+        ignore_columns: Headers of a CSV that are not used.
         rehash: Recognise unchanged images by their content, not by size and time.
         rebuild: Replace a cache, or discard an unfinished one, that was made with other settings.
         say: Where lines for people go.
@@ -150,8 +172,9 @@ def extract(
         normalize=normalize, mean=mean, std=std, bit_depth=bit_depth, truncated=truncated,
         views=views, augment=augment, precision=precision, feature_dtype=feature_dtype,
         engine=engine, batch_size=batch_size, workers=workers, device=device, group_by=group_by,
-        max_errors=max_errors, limit=limit, rehash=rehash, rebuild=rebuild, say=say,
-        progress=progress,
+        max_errors=max_errors, limit=limit, include=include, exclude=exclude,
+        companions=companions, no_classes=no_classes, columns=columns,
+        ignore_columns=ignore_columns, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     if isinstance(backbone, str | Backbone):
         return _extract(data, [(local_path(cache, "CACHE"), backbone)], options)[0]
@@ -165,7 +188,7 @@ def _extract(
     """Make the cache of each backbone, all from one pass over the images."""
     start = time.perf_counter()
     targets = [(follow_link(path), backbone) for path, backbone in targets]
-    dataset = _scan(local_path(data, "data"), [path for path, _ in targets], options)
+    dataset, options = _scan(local_path(data, "data"), [path for path, _ in targets], options)
     if not all(path.exists() for path, _ in targets):  # beside the building of backbone and engine
         acceleration.start_for(sum(sample.image_bytes for sample in dataset.samples))
     done: dict[Path, ExtractionSummary] = {}
@@ -174,7 +197,9 @@ def _extract(
         job = Job(path, dataset, _choose_recipe(dataset, backbone, options), options)
         if job.old is not None and job.is_up_to_date and not options.rehash:
             job.remove_leftovers()
-            done[path] = summarise(job.old, "up to date", start, num_kept=len(dataset.samples))
+            done[path] = summarise(
+                job.old, "up to date", start, dataset, num_kept=len(dataset.samples)
+            )
         else:
             jobs.append(job)
     if jobs:
@@ -250,7 +275,7 @@ def _plan(
     data: str | Path, targets: Sequence[tuple[Path, str | Backbone]], options: ExtractionOptions
 ) -> list[Projection]:
     targets = [(follow_link(path), backbone) for path, backbone in targets]
-    dataset = _scan(local_path(data, "data"), [path for path, _ in targets], options)
+    dataset, options = _scan(local_path(data, "data"), [path for path, _ in targets], options)
     jobs = [
         Job(path, dataset, _choose_recipe(dataset, backbone, options), options)
         for path, backbone in targets
@@ -285,12 +310,37 @@ def _name_caches(
     return dict(zip(names, zip(paths, backbones, strict=True), strict=True))
 
 
-def _scan(data: Path, caches: Sequence[Path], options: ExtractionOptions) -> ImageDataset:
+def _scan(
+    data: Path, caches: Sequence[Path], options: ExtractionOptions
+) -> tuple[ImageDataset, ExtractionOptions]:
+    """Find the images; return the options with those that the caches that are there remember."""
     for path in caches:
         _refuse_inside(path, data)
-    dataset = scan(data, group_by=options.group_by, limit=options.limit)
+    if not options.rebuild:
+        for path in caches:
+            options = _remember(path, data, options)
+    dataset = scan(
+        data, group_by=options.group_by, limit=options.limit, **options.listing.as_json()
+    )
     describe_dataset(dataset, options.say)
-    return dataset
+    if options.companions == "keep" and options.group_by is None:
+        options.say("groups: images and their companions; --group-by would name the patients")
+    return dataset, options
+
+
+def _remember(path: Path, data: Path, options: ExtractionOptions) -> ExtractionOptions:
+    """Return the options with those of the listing that a cache was made with."""
+    if not path.is_file() or not is_container(path):
+        return options
+    try:
+        stored = listing_of(open_cache(path, verify=False)).for_data(data)
+    except CacheError:
+        return options  # said by whoever opens it to go on with it
+    listing = options.listing.over(stored)
+    if listing != options.listing:
+        known = " ".join(f"{name}={value}" for name, value in stored.as_json().items())
+        options.say(f"Listing as {path.name} remembers it: {printable(known)}")
+    return replace(options, **listing.as_json())
 
 
 def _choose_recipe(

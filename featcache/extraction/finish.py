@@ -33,14 +33,19 @@ def finish(job: Job, start: float) -> ExtractionSummary:
         CacheError: If the disk is full or the folder cannot be written.
     """
     changes = find_changes(job.old, job.dataset, job.ledger)
-    if job.old is not None and is_unchanged(job.old, job.dataset, job.ledger.failures, changes):
+    failures = job.ledger.failures
+    if (
+        job.old is not None
+        and job.is_listed_alike
+        and is_unchanged(job.old, job.dataset, failures, changes)
+    ):
         remove_temporaries(job.path)
         job.partial.remove()
-        return summarise(job.old, "up to date", start, num_kept=changes.num_kept)
+        return summarise(job.old, "up to date", start, job.dataset, num_kept=changes.num_kept)
     cache = _write(job)
     summary = summarise(
-        cache, "extracted", start, num_new=job.ledger.num_new, num_kept=changes.num_kept,
-        num_moved=changes.num_moved, num_gone=changes.num_gone,
+        cache, "extracted", start, job.dataset, num_new=job.ledger.num_new,
+        num_kept=changes.num_kept, num_moved=changes.num_moved, num_gone=changes.num_gone,
         images_per_second=job.images_per_second,
     )  # fmt: skip
     describe_result(cache, summary, job.options.say)
@@ -66,9 +71,12 @@ def _write(job: Job) -> Cache:
         ]
         splits[name] = _split_rows(job, name, samples, numbers)
     remove_temporaries(job.path)  # of a run killed while writing: the lock is ours now
+    listing = job.options.listing.as_json()
+    provenance = with_row_precisions(job.provenance, precisions) | {"truncated": truncated}
+    if listing:
+        provenance["listing"] = listing
     cache = write_rows(
-        job.path, splits, identity=job.recipe.identity,
-        provenance=with_row_precisions(job.provenance, precisions) | {"truncated": truncated},
+        job.path, splits, identity=job.recipe.identity, provenance=provenance,
         classes=job.dataset.classes, task="multiclass", failures=job.ledger.failures,
         publish=job.output.publish,
     )  # fmt: skip

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from featcache.data.listing import Listing
 from featcache.errors import ConfigError
 from featcache.extraction.pipeline import resolve_workers
 from featcache.runtime import Say, silent
@@ -15,7 +18,7 @@ class ExtractionOptions:
     """The keywords of ``extract`` but its backbone; documented there.
 
     Raises:
-        ConfigError: If ``workers`` or ``max_errors`` has no such value.
+        ConfigError: If ``workers``, ``max_errors`` or an option of the listing has no such value.
     """
 
     weights: str | Path | None = None
@@ -38,6 +41,12 @@ class ExtractionOptions:
     group_by: str | None = None
     max_errors: int | str = "5%"
     limit: int | None = None
+    include: str | Iterable[str] = ()
+    exclude: str | Iterable[str] = ()
+    companions: str | None = None
+    no_classes: bool = False
+    columns: Mapping[str, str] | None = None
+    ignore_columns: str | Iterable[str] = ()
     rehash: bool = False
     rebuild: bool = False
     say: Say = silent
@@ -46,6 +55,15 @@ class ExtractionOptions:
     def __post_init__(self) -> None:
         resolve_workers(self.workers)
         parse_max_errors(self.max_errors)
+        assert self.listing is not None
+
+    @cached_property
+    def listing(self) -> Listing:
+        """The options of the listing of images."""
+        return Listing.of(
+            include=self.include, exclude=self.exclude, companions=self.companions,
+            no_classes=self.no_classes, columns=self.columns, ignore_columns=self.ignore_columns,
+        )  # fmt: skip
 
 
 def parse_max_errors(value: int | str) -> int | float:

@@ -92,7 +92,18 @@ class Job:
     def is_up_to_date(self) -> bool:
         """Whether the cache that is there holds just these images, by name, size and time."""
         old = self.old
-        return old is not None and not old.failures and holds(old, self.dataset, frozenset())
+        return (
+            old is not None
+            and not old.failures
+            and self.is_listed_alike
+            and holds(old, self.dataset, frozenset())
+        )
+
+    @property
+    def is_listed_alike(self) -> bool:
+        """Whether the cache that is there remembers just these options of the listing."""
+        stored = None if self.old is None else self.old.provenance.get("listing", {})
+        return stored == self.options.listing.as_json()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

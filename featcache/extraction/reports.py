@@ -40,6 +40,8 @@ class Projection:
             features of their content.
         num_groups: Different groups, None without groups.
         num_ignored: Reason -> number of files that are not taken.
+        ignored_endings: Ending -> number of files that are not taken for it.
+        ignored_columns: Headers of a CSV that are not used.
         identity: What the cache's identity will be.
         engine: The engine chosen, and why; "none" where no image has to be run.
         decode_seconds: Expected time of decoding alone, an image, all workers together.
@@ -61,6 +63,8 @@ class Projection:
     num_known: int
     num_groups: int | None
     num_ignored: dict[str, int]
+    ignored_endings: dict[str, int]
+    ignored_columns: tuple[str, ...]
     identity: dict[str, Any]
     engine: str
     decode_seconds: float
@@ -133,6 +137,8 @@ def _project_sizes(job: Job, num_wanted: int, num_wanted_views: int) -> Projecti
         num_known=num_images - num_wanted,
         num_groups=None if None in groups else len(groups),
         num_ignored=dict(dataset.num_ignored),
+        ignored_endings=dict(dataset.ignored_endings),
+        ignored_columns=dataset.ignored_columns,
         identity=recipe.identity,
         engine="none",
         decode_seconds=0.0,
@@ -186,6 +192,9 @@ class ExtractionSummary:
         num_gone: Rows of the older cache whose images are no longer there.
         num_failed: Images that could not be read; they are listed in the cache.
         num_truncated: Cut-off images that were filled in (``--truncated keep``).
+        num_ignored: Reason -> number of files and folders that are left out.
+        ignored_endings: Ending -> number of files that are left out for it.
+        ignored_columns: Headers of a CSV that are not used.
         splits: Per split, rows per class (or ``unlabelled``).
         engine: ``onnx``, ``folded`` or ``eager``.
         precision: That of all rows, or the precisions there are; None where none is known.
@@ -210,6 +219,9 @@ class ExtractionSummary:
     num_gone: int
     num_failed: int
     num_truncated: int
+    num_ignored: dict[str, int]
+    ignored_endings: dict[str, int]
+    ignored_columns: tuple[str, ...]
     splits: dict[str, dict[str, int]]
     engine: str
     precision: str | None
@@ -230,9 +242,18 @@ def describe_dataset(dataset: ImageDataset, say: Say) -> None:
     for split, counts in dataset.count().items():
         listed = ", ".join(f"{count:,} {printable(name)}" for name, count in counts.items())
         say(f"{split:>6}: {listed}")
-    for reason, number in sorted(dataset.num_ignored.items()):
-        say(f"ignored: {number:,} ({reason})")
-    if dataset.num_grouped is not None:
+    for line in dataset.describe_ignored():
+        say(line)
+    if dataset.num_found_by_name:
+        say(
+            f"paths: {dataset.num_found_by_name:,} files were found by their name, in folders below"
+        )
+    if dataset.num_grouped == 0:
+        warn_user(
+            f"--group-by matches none of {len(dataset.samples):,} file names: images of one "
+            "patient may be in two splits"
+        )
+    elif dataset.num_grouped is not None:
         groups = len({s.group for s in dataset.samples})
         say(
             f"groups: {groups:,}; {dataset.num_grouped:,} of {len(dataset.samples):,} names matched"
@@ -283,8 +304,8 @@ def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
 
 
 def summarise(
-    cache: Cache, status: str, start: float, *, num_new: int = 0, num_kept: int,
-    num_moved: int = 0, num_gone: int = 0, images_per_second: float | None = None,
+    cache: Cache, status: str, start: float, dataset: ImageDataset, *, num_new: int = 0,
+    num_kept: int, num_moved: int = 0, num_gone: int = 0, images_per_second: float | None = None,
 ) -> ExtractionSummary:  # fmt: skip
     """Return the summary of a cache that is there; ``start`` is when the call began."""
     splits: dict[str, dict[str, int]] = {}
@@ -298,7 +319,9 @@ def summarise(
         cache=cache.path, status=status,
         num_images=num_images, num_new=num_new, num_known=num_images - num_new,
         num_kept=num_kept, num_moved=num_moved, num_gone=num_gone, num_failed=len(cache.failures),
-        num_truncated=len(truncated) if isinstance(truncated, list) else 0, splits=splits,
+        num_truncated=len(truncated) if isinstance(truncated, list) else 0,
+        num_ignored=dataset.num_ignored, ignored_endings=dataset.ignored_endings,
+        ignored_columns=dataset.ignored_columns, splits=splits,
         engine=str(cache.provenance.get("engine", "none")),
         precision=describe_precision(cache),
         parity=max(cache.parity, default=None), num_probed=cache.num_probed,

@@ -68,7 +68,10 @@ def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:
         raise _wrong_update(
             old, "--limit", "a new cache", found, "Use another cache file for a trial run"
         )
-    has_groups = any(split.groups is not None for split in old.splits.values())
+    # groups that are the paths come from a --group-by that matched nothing, in an older version
+    has_groups = any(
+        split.groups is not None and split.groups != split.paths for split in old.splits.values()
+    )
     if has_groups and all(sample.group is None for sample in dataset.samples):
         raise _wrong_update(
             old, "update of the cache", "groups, as it has", "none", "Repeat --group-by"

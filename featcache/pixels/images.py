@@ -236,6 +236,35 @@ def deep_maximum(data: bytes) -> int | None:
     return None if loaded.stated_maximum else int(loaded.values.max())
 
 
+def glance(data: bytes) -> tuple[int, int, bool, bool]:
+    """Return width, height, whether an image has few values, and whether it is nearly one colour.
+
+    Few are at most 32 different ones (sums over the channels), or two that 97 % of the pixels are
+    within 4 % of, as a mask that was saved as JPEG has. Nearly one colour: 99 % are within 4 %.
+
+    Raises:
+        DataError: If it cannot be decoded.
+    """
+    values = read(data, fill=False).values
+    height, width = values.shape[:2]
+    step = max(1, int((height * width / 2**18) ** 0.5))
+    part = values[::step, ::step].astype(np.float64)
+    grey = part.sum(axis=2) if part.ndim == 3 else part
+    if not np.isfinite(grey).all():
+        return width, height, False, False
+    levels, counts = np.unique(grey, return_counts=True)
+    whole = 255 * (3 if part.ndim == 3 else 1)
+    near = 0.04 * (whole if values.dtype == np.uint8 else levels[-1] - levels[0])
+    shares = []
+    for _ in range(2):
+        peak = levels[counts.argmax()]
+        is_near = abs(levels - peak) <= near
+        shares.append(counts[is_near].sum() / grey.size)
+        counts = np.where(is_near, 0, counts)
+    has_few = len(levels) <= min(32, grey.size // 16) or sum(shares) >= 0.97
+    return width, height, bool(has_few), bool(shares[0] >= 0.99)
+
+
 def check_bit_depth(maxima: Iterable[int]) -> None:
     """Raise an error that asks for the bit depth if no deep image uses the top bit of 16.
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from featcache.errors import DataError, TransientError
 from featcache.files import child_process
-from featcache.pixels.images import PixelRules, deep_maximum
+from featcache.pixels.images import PixelRules, deep_maximum, glance
 from featcache.pixels.views import Rendering, ViewRules, render
 
 DECODE_SECONDS = 60.0
@@ -137,7 +137,9 @@ def _receive(stream: IO[bytes]) -> object:
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Call the functions that are requested, (name, *arguments), until the parent is gone."""
-    functions: dict[str, Callable[..., object]] = {"render": render, "deep_maximum": deep_maximum}
+    functions: dict[str, Callable[..., object]] = {
+        "render": render, "deep_maximum": deep_maximum, "glance": glance,
+    }  # fmt: skip
     while True:
         try:
             request: Any = _receive(requests)

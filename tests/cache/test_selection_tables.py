@@ -136,6 +136,8 @@ def test_empty_and_missing_columns_of_a_table_change_nothing(make: Any, tmp_path
 
 @pytest.mark.parametrize(("text", "wanted"), [
     ("target\nx\n", "CSV header"),
+    ("path,Split\ntrain/a/1,test\n", "found 'Split' (split?)"),
+    ("path,label\ntrain/a/1,b\n", "--columns target=label"),
     ("path,split\ntrain/a/1,dev\n", "split column: expected train, valid or test, found 'dev'"),
     ("path\ntrain/a/1\n./train/a/1\n", "every path once, found train/a/1 twice"),
     ("path\nelsewhere/1\n", "paths of the caches, such as train/a/1, found none, but such as else"),
@@ -151,6 +153,21 @@ def test_a_malformed_table_is_refused(
         table.write_bytes(text if isinstance(text, bytes) else text.encode())
     cache = make("c", "train/a/1")
     assert wanted in refused(tmp_path, DataError, cache, table=table)
+
+
+def test_a_table_s_columns_are_named_by_options_and_others_are_told(
+    make: Any, tmp_path: Path, said: list[str]
+) -> None:
+    cache = make("c", "train/a/1", "train/a/2")
+    table = write_table(tmp_path / "t.csv", [("train/a/1", "x", "9"), (" train/a/2 ", "y", "8")],
+                        "path,label,age")  # fmt: skip
+    select(cache.path, tmp_path / "n.h5", table=table, columns={"target": "label"}, say=said.append)
+    assert open_cache(tmp_path / "n.h5").classes == ("x", "y")
+    assert "table: columns that are not used: age" in said
+    select(cache.path, tmp_path / "m.h5", table=table, ignore_columns=["label", "age"])
+    assert open_cache(tmp_path / "m.h5").classes == ("a",)
+    with pytest.raises(ConfigError, match="--columns: expected a --table"):
+        select(cache.path, tmp_path / "o.h5", columns={"target": "label"})
 
 
 def test_names_that_are_not_utf8_are_named_by_their_escapes(tmp_path: Path) -> None:

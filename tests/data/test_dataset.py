@@ -76,11 +76,13 @@ def test_classes_and_paths_sort_as_strings_and_bytes(tmp_path):
         (("train/a/1.png", "train/b/1.png", "test/a/1.png"), "'b' in train but not in test"),
         (("train/a/1.png", "test/a/1.png", "test/new/1.png"), "'new' in test but not in train"),
         (("a/1.png", "b/"), r"at least one image, found none \(.*b\)"),
-        (("a/1.png", "b/x.dcm"), r"none \(ignored: 1 x not an image ending\) \(.*b\)"),
+        (("a/1.png", "b/x.dcm"), r"none \(ignored: 1 x not an image ending: 1 \.dcm\) \(.*b\)"),
         (("train/a/1.png", "test/"), r"at least one image, found none \(.*test\)"),
         (("train/a/1.png", "test/a/1.png", "test/b/", "train/b/2.png"), r"\(.*test.b\)"),
         (("COVID/1.png", "covid/1.png"), "found 'COVID' and 'covid'"),
         (("covid /1.png", "covid/1.png"), "found 'covid' and 'covid '"),
+        (("caf\u00e9/1.png", "cafe\u0301/2.png"), r"found 'cafe\\u0301' and 'caf\\xe9', which"),
+        (("train/caf\u00e9/1.png", "test/cafe\u0301/2.png"), "expected names in one Unicode form"),
         (("x.txt",), "at least one image"),
         ((), "at least one image"),
     ],
@@ -163,6 +165,63 @@ def test_links_pipes_and_odd_names_neither_hang_nor_count(tmp_path):
     assert [dataset.read(s) for s in dataset.samples] == [
         b"data/a/1.png", b"odd", b"outside/3.png", b"data/b/2.png", b"x",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("top", ["train/", ""])
+@needs_posix
+def test_linked_classes_and_splits_are_warned_of(tmp_path, top):
+    plant(tmp_path, "raw/train/a/1.png", "elsewhere/b/2.png")
+    root = tmp_path / "raw" / ("" if top else "train")
+    (tmp_path / "raw" / "train" / "b").symlink_to(tmp_path / "elsewhere" / "b")
+    (tmp_path / "raw" / "train" / "a" / "c").symlink_to(tmp_path / "elsewhere")  # is no class
+    with pytest.warns(FeatcacheWarning, match=rf"linked folders .* used: {top}b\. Put"):
+        dataset = scan(root)
+    assert dataset.describe_ignored() == ["ignored: 2 (link to a folder)"]
+
+
+def test_endings_that_are_not_used_are_counted(tmp_path):
+    endings = ("jfif", "jpe", "pjpeg", "pbm", "pnm", "pgm", "JFIF", "png")
+    plant(
+        tmp_path, *(f"a/{n}.dcm" for n in range(3)), "a/x.NII.GZ", "b/notes", "b/.x", "b/y.xyz",
+        *(f"a/{n}.{e}" for n, e in enumerate(endings)), "b/1.png",
+    )  # fmt: skip
+    dataset = scan(tmp_path)
+    assert len(dataset.samples) == 9
+    assert dataset.ignored_endings == {
+        ".dcm": 3, ".nii.gz": 1, ".xyz": 1, "without an ending": 1,
+    }  # fmt: skip
+    assert dataset.describe_ignored() == [
+        "ignored: 1 (hidden)",
+        "ignored: 6 (not an image ending: 3 .dcm, 1 .nii.gz, 1 .xyz, 1 without an ending)",
+    ]
+
+
+@pytest.mark.parametrize(("names", "advice"), [
+    (["1.dcm", "2.DCM"], "2 .dcm.*DICOM files are not read"),
+    (["IM0001"], "1 DICOM without an ending.*DICOM files are not read"),
+    (["1.heic"], "HEIC and AVIF photos are not read"), (["1.nii.gz"], "save their slices as PNG"),
+    (["shard-000.tar"], "unpack them first"), (["1.txt"], r"Images end in \.bmp, .*\.pjpeg"),
+])  # fmt: skip
+def test_a_folder_of_other_files_says_what_to_do(tmp_path, names, advice):
+    for name in names:
+        plant(tmp_path, f"classes/a/{name}", f"flat/{name}")
+        for folder in ("classes/a", "flat"):
+            (tmp_path / folder / name).write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(DataError, match=advice):
+        scan(tmp_path / "flat")
+    if "Images end" not in advice:
+        for find in (scan, lambda folder: list_images([folder])):
+            with pytest.raises(DataError, match=advice):
+                find(tmp_path / "classes")
+
+
+def test_archives_are_to_be_unpacked(tmp_path):
+    plant(tmp_path, "d.tar", "d.zip", "d.csv", "a/1.png")
+    with pytest.raises(DataError, match=r"found another kind of file.*unpack"):
+        scan(tmp_path / "d.tar")
+    for name in ("d.tar", "d.zip", "d.csv"):
+        with pytest.raises(DataError, match=r"found a \.\w+ file .*unpack"):
+            list_images([tmp_path / name])
 
 
 @needs_posix

@@ -81,8 +81,8 @@ def test_the_summary_is_json(tmp_path):
         "counts": {
             "train": {"a": 6, "b": 6}, "valid": {"a": 2, "b": 2}, "test": {"a": 2, "b": 2},
         },
-        "num_groups": None, "num_matched": None, "num_identical": 0, "image_bytes": 180,
-        "mode": "copy", "seed": 0,
+        "num_groups": None, "num_matched": None, "num_ignored": {}, "ignored_endings": {},
+        "num_identical": 0, "image_bytes": 180, "mode": "copy", "seed": 0,
     }  # fmt: skip
 
 

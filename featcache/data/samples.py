@@ -1,0 +1,168 @@
+"""The samples of a data set: what ``scan`` returns, and what reads their files.
+
+Reads: image files and members of zips. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from featcache.data.archive import Member, read_member
+from featcache.data.folders import OTHER_ENDING, SPLITS, ImageFile
+from featcache.errors import DataError, printable
+from featcache.files import read_regular
+
+UNLABELLED = -1
+"""The target of a sample whose class is not known."""
+
+MAX_IMAGE_BYTES = 2**31
+"""Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image: where it is, what it is, which split and group it belongs to.
+
+    Args:
+        path: ``/``-separated, relative to the root; in a CSV as written there. Bytes that are not
+            UTF-8 are surrogate-escaped.
+        target: Index into the classes, or ``UNLABELLED``.
+        split: ``train``, ``valid``, ``test`` or ``all``.
+        group: Images of one group (a patient) stay in one split; None if groups are not known.
+        image_bytes: Size of the file.
+        mtime_ns: Time of its last change, in ns, modulo 2**64 as an int64. (Zip: see
+            ``archive.Member``.)
+    """
+
+    path: str
+    target: int
+    split: str
+    group: str | None
+    image_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """The samples of a data set, sorted by split and by the bytes of their path. Picklable.
+
+    Args:
+        root: Folder, CSV or zip it was scanned from.
+        layout: ``splits``, ``classes``, ``images``, ``csv`` or ``zip``.
+        classes: Class names, sorted as strings; empty when nothing is labelled.
+        samples: All samples.
+        num_ignored: Reason -> number of files and folders that were not used.
+        num_grouped: How many samples ``group_by`` matched; None without it.
+        ignored_endings: Ending -> number of files that were not used for it.
+        ignored_columns: Headers of a CSV that were not used.
+        num_found_by_name: How many files a CSV gives by their name alone, from folders below it.
+    """
+
+    root: Path
+    layout: str
+    classes: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    num_ignored: dict[str, int] = field(default_factory=dict)
+    num_grouped: int | None = None
+    ignored_endings: dict[str, int] = field(default_factory=dict)
+    ignored_columns: tuple[str, ...] = ()
+    num_found_by_name: int = 0
+    _members: dict[str, Member] = field(default_factory=dict, repr=False)
+
+    @cached_property  # used once per image, to choose its views
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have samples, in the order train, valid, test, all."""
+        present = {sample.split for sample in self.samples}
+        return tuple(name for name in SPLITS if name in present)
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        """Return the samples of one split.
+
+        Raises:
+            DataError: If there is no such split.
+        """
+        if name not in self.splits:
+            expected = "one of " + ", ".join(self.splits)
+            raise DataError("split", expected=expected, found=name, where=self.root)
+        return tuple(sample for sample in self.samples if sample.split == name)
+
+    def class_of(self, sample: Sample) -> str:
+        """Return the name of a sample's class; "" if it is unlabelled."""
+        return self.classes[sample.target] if sample.target != UNLABELLED else ""
+
+    def count(self) -> dict[str, dict[str, int]]:
+        """Return split -> class -> number of samples; "unlabelled" comes first, if any."""
+        names = {UNLABELLED: "unlabelled"} | dict(enumerate(self.classes))
+        counts: dict[str, dict[str, int]] = {split: {} for split in self.splits}
+        cells = Counter((sample.split, sample.target) for sample in self.samples)
+        for (split, target), number in sorted(cells.items()):
+            counts[split][names[target]] = counts[split].get(names[target], 0) + number
+        return counts
+
+    def reasons_ignored(self) -> list[tuple[str, int]]:
+        """Return why files and folders were not used, with their endings, and how many."""
+        endings = {OTHER_ENDING: f"{OTHER_ENDING}: {_listed(self.ignored_endings)}"}
+        return [(endings.get(why, why), number) for why, number in sorted(self.num_ignored.items())]
+
+    def reasons_text(self) -> str:
+        """Return ``none``, and why files were ignored: for errors about missing images."""
+        reasons = [f"{count:,} x {reason}" for reason, count in self.reasons_ignored()]
+        return "none" + (f" (ignored: {', '.join(reasons)})" if reasons else "")
+
+    def describe_ignored(self) -> list[str]:
+        """Return a line for each reason why files and folders were not used."""
+        lines = [f"ignored: {number:,} ({reason})" for reason, number in self.reasons_ignored()]
+        if self.ignored_columns:
+            lines.append(f"ignored columns: {', '.join(map(printable, self.ignored_columns))}")
+        return lines
+
+    def read(self, sample: Sample) -> bytes:
+        """Return the bytes of one image file. Keeps nothing open; safe in threads and processes.
+
+        Raises:
+            DataError: If it cannot be read (any more), or is not a regular file (any more).
+        """
+        try:
+            if self.layout == "zip":
+                return read_member(self.root, self._members[sample.path])
+            folder = self.root.parent if self.layout == "csv" else self.root
+            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
+        except (OSError, ValueError, KeyError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(
+                "image file", expected="the file that was scanned", found=reason,
+                where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
+            ) from error  # fmt: skip
+
+
+def make_sample(image: ImageFile, target: int, split: str, group: str | None = None) -> Sample:
+    """Return the sample of an image file."""
+    # int64 ends in 2262: later times are folded into it, so that another one is still another.
+    mtime_ns = (image.mtime_ns + 2**63) % 2**64 - 2**63
+    return Sample(image.path, target, split, group, image.image_bytes, mtime_ns)
+
+
+def sort_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    """Return samples by split, and by the bytes of their path."""
+
+    def key(sample: Sample) -> tuple[int, bytes]:
+        return SPLITS.index(sample.split), sample.path.encode("utf-8", "surrogateescape")
+
+    return tuple(sorted(samples, key=key))
+
+
+def _listed(endings: Mapping[str, int], most: int = 6) -> str:
+    """Return endings with their counts, the most frequent first."""
+    ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    listed = [f"{count:,} {printable(ending)}" for ending, count in ordered[:most]]
+    rest = sum(count for _, count in ordered[most:])
+    return ", ".join([*listed, f"{rest:,} others"] if rest else listed)
+
+
+def number_classes(classes: tuple[str, ...]) -> dict[str, int]:
+    """Return class -> target; "" -> ``UNLABELLED``."""
+    return {name: target for target, name in enumerate(classes)} | {"": UNLABELLED}

@@ -1,0 +1,277 @@
+"""Read a CSV of images: which columns it has, what its cells say, and what is odd about them.
+
+A header that is not known is never guessed at, and never passed over in silence: one that resembles
+a column that is missing is a question, any other is told.
+
+Reads: CSV files, also separated by ``;`` or tab, and in UTF-16. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shlex
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from featcache.data.folders import SPLIT_OF_FOLDER, SPLITS
+from featcache.data.listing import COLUMNS
+from featcache.errors import DataError
+from featcache.files import plain_cell, read_regular
+
+_MAX_CSV_BYTES = 2**32
+_OTHER_NAMES = {
+    "path": """path paths file files filename filenames filepath fname image images img imagepath
+        imgpath imagefile imagename imgname imageindex imageid imgid imagefilename relativepath""",
+    "target": """target targets label labels labelname class classes classname classid category
+        categories diagnosis finding findings findinglabel findinglabels dx groundtruth gt y""",
+    "split": "split splits set subset partition usage phase datasplit",
+    "group": """group groups patient patients patientid patientname pid subject subjectid case
+        caseid person personid participant participantid lesionid""",
+}
+_COLUMN_OF = {name: key for key, names in _OTHER_NAMES.items() for name in names.split()}
+_OWN_HEADERS = {"pred", "preds", "prob", "failure", "unknown"}  # of evaluate and predict
+_NOT_KNOWN = {"nan", "<na>", "nat", "n/a", "#n/a", "null"}
+_FLAGS = {"", "0", "1", "-1", "0.0", "1.0", "-1.0"}
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """The rows of a CSV of images.
+
+    Args:
+        rows: With the keys path, target, split, group; "" for what is not known.
+        unused: Headers that are none of these.
+    """
+
+    rows: list[dict[str, str]]
+    unused: tuple[str, ...]
+
+
+def read_table(
+    root: Path, *, columns: Iterable[tuple[str, str]] = (), ignore_columns: Collection[str] = (),
+    needs_targets: bool = False,
+) -> ImageTable:  # fmt: skip
+    """Read a CSV of images.
+
+    Blanks around a target, split or group are removed; those around a path stay, as a name may have
+    them. ``val`` and ``validation`` become ``valid``. The escapes of ``files.csv_text`` are undone.
+
+    Args:
+        root: The CSV.
+        columns: (key, header) of columns with other headers than path, target, split, group.
+        ignore_columns: Headers that are not used.
+        needs_targets: Ask about columns that look like several labels of an image.
+
+    Raises:
+        DataError: If it is not a CSV with such a header, or a header or a target is a question.
+    """
+    header, lines = _read_lines(root)
+    names = [name.strip() for name in header]
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice or not any(names):
+        raise DataError(
+            "CSV header", expected="path and, if known, target, split, group, once each",
+            found=", ".join(names) or "nothing", where=root,
+        )  # fmt: skip
+    used = _find_columns(names, dict(columns), ignore_columns, root)
+    others = [
+        name for name in names
+        if name and name not in {*used.values(), *ignore_columns} and not _is_our_own(name, names)
+    ]  # fmt: skip
+    asked = _resembling(used, others)
+    if needs_targets and "target" not in used and "target" not in asked.values():
+        _refuse_flags(names, others, lines, _answers(asked), root)
+    if asked:
+        raise DataError(
+            "CSV header", where=root,
+            expected="path, target, split, group, and others that resemble none of them",
+            found=", ".join(f"{name!r} ({key}?)" for name, key in asked.items()),
+            hint=f"Say what they are with {_answers(asked)}, or that they are something else with "
+            f"--ignore-columns {shlex.quote(','.join(asked))}",
+        )  # fmt: skip
+    if "path" not in used:
+        raise DataError(
+            "CSV header", expected="path and, if known, target, split, group, once each",
+            found=", ".join(names), where=root, hint="Name its column: --columns path=HEADER",
+        )  # fmt: skip
+    places = {key: names.index(name) for key, name in used.items()}
+    rows = [_read_row(line, cells, places, len(names), root) for line, cells in lines]
+    _check_splits(rows, root)
+    _check_targets(rows, [line for line, _ in lines], root)
+    return ImageTable(rows, tuple(others))
+
+
+def _read_lines(root: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the header, and (line, cells) of the rows that are not blank."""
+    try:
+        data = read_regular(root, max_bytes=_MAX_CSV_BYTES)
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise DataError("CSV", expected="a readable file", found=found, where=root) from error
+    text = _decode(data, root)
+    delimiter, start = ",", text.split("\n", 1)[0].rstrip("\r")
+    if start.lower().startswith("sep=") and len(start) == 5:  # written by Excel, for Excel
+        delimiter, text = start[4], text.partition("\n")[2]
+    elif "," not in start:
+        delimiter = next((mark for mark in (";", "\t") if mark in start), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        lines = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+    except csv.Error as error:
+        raise DataError("CSV", expected="a whole table", found=error, where=root) from error
+    return (lines[0][1], lines[1:]) if lines else ([], [])
+
+
+def _decode(data: bytes, root: Path) -> str:
+    marks = (b"\xff\xfe", b"\xfe\xff")
+    is_wide = data.startswith(marks)
+    if not is_wide and data[:32].count(0) >= min(len(data), 32) // 3 > 2:
+        found = "UTF-16 without a byte order mark"
+    else:
+        try:
+            return data.decode("utf-16" if is_wide else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = data[: error.start].count(b"\n") + 1
+            found = f"another encoding (byte 0x{data[error.start]:02x} in line {line})"
+            if not is_wide:
+                found += ", such as cp1252"
+    raise DataError(
+        "CSV", expected="UTF-8 text", found=found, where=root,
+        hint="Save it as UTF-8: Excel calls that 'CSV UTF-8'",
+    )  # fmt: skip
+
+
+def _find_columns(
+    names: Sequence[str], columns: Mapping[str, str], ignore: Collection[str], root: Path
+) -> dict[str, str]:
+    """Return column -> header."""
+    for option, wanted in (("--columns", columns.values()), ("--ignore-columns", ignore)):
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            raise DataError(
+                option, expected="headers of the CSV: " + ", ".join(filter(None, names)),
+                found=", ".join(map(repr, missing)), where=root,
+            )  # fmt: skip
+    taken = {*columns.values(), *ignore}
+    plain = {key: key for key in COLUMNS if key in names and key not in taken}
+    return plain | dict(columns)
+
+
+def _is_our_own(name: str, names: Sequence[str]) -> bool:
+    """Return whether a header is one that ``evaluate`` or ``predict`` writes."""
+    is_result = not {"pred", "preds"}.isdisjoint(names)
+    return is_result and (
+        name in _OWN_HEADERS
+        or name.startswith("prob_")
+        or (name == "targets" and "preds" in names)
+    )  # fmt: skip
+
+
+def _resembling(used: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+    """Return header -> the missing column that it resembles."""
+    alike = {name: _COLUMN_OF.get(_plain_name(name)) for name in others}
+    return {name: key for name, key in alike.items() if key is not None and key not in used}
+
+
+def _answers(asked: Mapping[str, str]) -> str:
+    """Return the options that take headers for the columns they resemble, the first of each."""
+    first = {key: name for name, key in reversed([*asked.items()])}
+    found = (f"--columns {shlex.quote(f'{k}={first[k]}')}" for k in COLUMNS if k in first)
+    return " ".join(found)
+
+
+def _plain_name(name: str) -> str:
+    text = unicodedata.normalize("NFKC", name).casefold()
+    return re.sub(r"[\W_]+", "", text)
+
+
+def _refuse_flags(
+    names: Sequence[str], others: Sequence[str], lines: Sequence[tuple[int, list[str]]],
+    answers: str, root: Path,
+) -> None:  # fmt: skip
+    """Refuse a table with a column of 0 and 1 for each of several labels."""
+    flags = []
+    for name in others:
+        place = names.index(name)
+        cells = {cells[place].strip() for _, cells in lines if len(cells) > place}
+        if cells <= _FLAGS and any(cells):
+            flags.append(name)
+    if len(flags) > 1:
+        target = shlex.quote("target=" + flags[-1])
+        listed = ", ".join(flags[:4]) + (", ..." if len(flags) > 4 else "")
+        raise DataError(
+            "CSV", expected="one class per image", where=root,
+            found=f"{len(flags)} columns of 0 and 1: {listed}",
+            hint="Several labels per image are not read from a CSV yet. Train on one of them with "
+            f"{answers and answers + ' '}--columns {target}, or leave them with "
+            f"--ignore-columns {shlex.quote(','.join(flags))}",
+        )  # fmt: skip
+
+
+def _read_row(
+    line: int, cells: list[str], places: Mapping[str, int], width: int, root: Path
+) -> dict[str, str]:
+    while len(cells) > width and not cells[-1].strip():
+        cells = cells[:-1]
+    row = dict.fromkeys(COLUMNS, "")
+    if len(cells) == width:
+        for key, place in places.items():
+            row[key] = plain_cell(cells[place] if key == "path" else cells[place].strip())
+    if not row["path"].strip() or "\0" in "".join(cells):
+        raise DataError(
+            f"CSV line {line}", expected=f"{width} cells without NUL, the path not empty",
+            found=",".join(cells), where=root,
+        )  # fmt: skip
+    return row | {"split": SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])}
+
+
+def _check_splits(rows: Sequence[dict[str, str]], root: Path) -> None:
+    unknown = sorted({row["split"] for row in rows} - {*SPLITS, ""})
+    if unknown:
+        found = ", ".join(map(repr, unknown[:3]))
+        raise DataError("split column", expected="train, valid or test", found=found, where=root)
+
+
+def _check_targets(rows: Sequence[dict[str, str]], lines: Sequence[int], root: Path) -> None:
+    """Ask about targets that are hardly meant as the classes they would become."""
+    first: dict[str, int] = {}
+    for row, line in zip(rows, lines, strict=True):
+        first.setdefault(row["target"], line)
+    targets = [target for target in first if target]
+
+    def ask(expected: str, found: str, hint: str) -> DataError:
+        return DataError("target column", expected=expected, found=found, where=root, hint=hint)
+
+    empty = [t for t in targets if t.casefold() in _NOT_KNOWN or t == "NA"]
+    if empty:
+        number = sum(row["target"] in empty for row in rows)
+        raise ask(
+            "class names, and empty cells where the class is not known",
+            f"{empty[0]!r} in {number:,} rows, the first of them in line {first[empty[0]]}",
+            "Empty these cells, or rename the class",
+        )
+    numbers: dict[float, str] = {}
+    for target in targets:
+        try:
+            number_of = float(target)
+        except ValueError:
+            continue
+        if numbers.setdefault(number_of, target) != target:
+            raise ask(
+                "each class written in one way",
+                f"{numbers[number_of]!r} and {target!r}, the same number", "Write them alike",
+            )  # fmt: skip
+    parts = Counter(part for t in targets for part in {*t.split("|")})
+    joined = [t for t in targets if "|" in t and any(parts[part] > 1 for part in t.split("|"))]
+    if joined:
+        raise ask(
+            "one class per image",
+            f"several in one cell, {joined[0]!r} in line {first[joined[0]]}",
+            "Several labels per image are not read from a CSV yet: keep the rows of one label, or "
+            "write one class into each cell",
+        )
