@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from featcache.errors import FeatcacheError, printable
+from featcache.files import beside, follow_link
 
 _ENDING_SECONDS = 1.5  # after a signal; with the time it takes to be scheduled, 2 s
 _HELD_SECONDS = 9.0  # where extract finishes the batch in hand and writes its shard
@@ -98,7 +99,9 @@ class Command:
 
 
 def _beside(output: Path, ending: str) -> Path:
-    return output.absolute().with_name(output.absolute().name + ending)
+    with contextlib.suppress(FeatcacheError):  # links in a circle: refused by the verb
+        return beside(follow_link(output.absolute()), ending)
+    return output.absolute()
 
 
 def _name(path: Path) -> str:

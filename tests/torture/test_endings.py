@@ -117,12 +117,13 @@ def test_interrupted_at_any_moment_it_says_what_is_true(
 
 
 STUCK: dict[str, tuple[str, str]] = {
+    "split": ("featcache.data.splitting", "_place"),
     "extract": ("featcache.extraction.work", "write_shard"),
     "select": ("featcache.cache.selection", "write_rows"),
     "verify": ("featcache.extraction.verification", "_check_whole"),
     "train": ("featcache.heads.group", "HeadGroup.train_epoch"),
     "sweep": ("featcache.heads.group", "HeadGroup.train_epoch"),  # in threads
-    "evaluate": ("featcache.evaluation.evaluation", "predict_probs"),
+    "evaluate": ("featcache.evaluation.predicted_rows", "predict_probs"),
     "predict": ("featcache.deployment.classifier", "build_engine"),
     "export": ("featcache.deployment.export", "load_classifier"),
 }
