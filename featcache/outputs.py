@@ -34,6 +34,7 @@ from featcache.files import (
     write_temporary,
 )
 from featcache.locking import LOCK_NAME, folder_lock, refuse_held, remove_lock
+from featcache.untrusted import real_path
 
 _NEW, _OLD = "new", "old"
 _MAX_HEADER_BYTES = 1 << 24
@@ -197,7 +198,7 @@ class Output:
         for path in self._inputs:
             found = _status(path)
             is_inside = self.kind.is_folder and (
-                path.absolute().resolve().is_relative_to(self.target.resolve())
+                real_path(path).is_relative_to(real_path(self.target))
             )
             if (status and found and os.path.samestat(status, found)) or (found and is_inside):
                 raise self.kind.error(

@@ -40,7 +40,7 @@ def parse_json(data: bytes | str) -> Any:
         ValueError: If it is not JSON, or breaks a limit; the message says which, in a few words.
     """
     try:
-        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        text = data if isinstance(data, str) else data.decode().removeprefix("\ufeff")
         value = json.loads(
             text, parse_int=_parse_integer, parse_float=_parse_float,
             parse_constant=_refuse_constant, object_pairs_hook=_unique_keys,

@@ -36,6 +36,6 @@ def assert_one_line_error(result: Result | subprocess.CompletedProcess[str], *pa
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, text
     assert "Traceback" not in text
-    assert re.search(r"error: .+: expected .+, found .+\.", errors[0])
+    assert re.search(r"error: .+: expected .+, found .+\.", errors[0]), errors[0]
     for part in parts:
-        assert part in errors[0]
+        assert part in errors[0], (part, errors[0])

@@ -179,7 +179,7 @@ def _check_downloaded(file: Path) -> None:
         raise BackboneError(
             "downloaded weights",
             expected=f"sha256 {named[1][:16]}..." if named else "a regular file",
-            found=f"sha256 {sha256[:16]}..." if sha256 else "no regular file", where=file,
+            found=f"sha256 {sha256[:16]}..." if sha256 else "not a regular file", where=file,
             hint="Remove it, and it will be fetched again",
         )  # fmt: skip
 

@@ -136,7 +136,7 @@ def select(
         chosen.settle_rows()
         written = _write(output, chosen)
     warn_of_leaks(written)
-    return _summarise(written, chosen, start, say)
+    return _summarise(output.path, written, chosen, start, say)
 
 
 def _check_names_of_caches(sources: Sequence[Path], new: Path, *, prefix: bool) -> None:
@@ -272,7 +272,9 @@ def _provenance(chosen: Rearrangement, by_split: Mapping[str, Sequence[Row]]) ->
     }  # fmt: skip
 
 
-def _summarise(written: Cache, chosen: Rearrangement, start: float, say: Say) -> SelectionSummary:
+def _summarise(
+    path: Path, written: Cache, chosen: Rearrangement, start: float, say: Say
+) -> SelectionSummary:
     """Say and return what was done; ``start`` is when the call began."""
     counts: dict[str, dict[str, int]] = {}
     for name, split in written.splits.items():
@@ -286,7 +288,7 @@ def _summarise(written: Cache, chosen: Rearrangement, start: float, say: Say) ->
         listed = ", ".join(f"{n:,} {printable(label)}" for label, n in counts[name].items())
         say(f"{name:>6}: {listed}")
     summary = SelectionSummary(
-        cache=written.path, num_images=len(chosen.rows), splits=counts,
+        cache=path, num_images=len(chosen.rows), splits=counts,
         sources=tuple(
             {
                 "path": cache.path.as_posix(),

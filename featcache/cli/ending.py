@@ -153,7 +153,8 @@ class Ending:
             target=self._watch, args=[hears, tells, INTERRUPTS], name="featcache-ending",
             daemon=True,
         )  # fmt: skip
-        watchdog.start()
+        with contextlib.suppress(RuntimeError, MemoryError):  # no memory for a thread: no watchdog
+            watchdog.start()
         sys.unraisablehook = self._show_unraisable
 
     def _interrupt(self, number: int, frame: object) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from featcache.backbones.engine import Engine
-from featcache.cache.reading import Cache
 from featcache.cache.writing import CACHE, cache_lock, partial_folder
 from featcache.data.dataset import ImageDataset
 from featcache.errors import CacheError
@@ -74,16 +73,16 @@ class Job:
         self.provenance: dict[str, Any] = {}
         self.engine: Engine | None = None
         self.images_per_second: float | None = None
-        self.output, self.old = self._open_old()
+        self._open_old()
 
-    def _open_old(self) -> tuple[Output, Cache | None]:
-        output = Output(self.path, "CACHE", CACHE)
-        old = open_existing(self.path, self.recipe, rebuild=self.options.rebuild)
-        if old is not None:
-            check_update(old, self.dataset, self.options.limit)
-            refuse_misread(old, self.dataset)
-        output.check()
-        return output, old
+    def _open_old(self) -> None:
+        self.output = Output(self.path, "CACHE", CACHE)
+        self.old = open_existing(self.path, self.recipe, rebuild=self.options.rebuild)
+        if self.old is not None:
+            check_update(self.old, self.dataset, self.options.limit)
+            refuse_misread(self.old, self.dataset)
+        if self.options.rehash or not self.is_up_to_date:  # else nothing will be written
+            self.output.check()
 
     def _is_replaced(self) -> bool:
         return self.path.exists() if self.old is None else not self.old.container.is_current()
@@ -112,7 +111,7 @@ class Job:
         with cache_lock(self.path):
             try:
                 if self._is_replaced():  # before the lock was ours
-                    self.output, self.old = self._open_old()
+                    self._open_old()
                 yield
             finally:
                 self.partial.abandon()

@@ -26,7 +26,7 @@ def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
     if not path.exists():
         return None
     if not path.is_file():  # to open a pipe would block
-        found = "a folder" if path.is_dir() else "a pipe or a device"
+        found = "a folder" if path.is_dir() else "not a regular file"
         raise ConfigError(
             "CACHE", expected="a file", found=found, where=path, hint="Choose another name"
         )

@@ -245,7 +245,7 @@ def glance(data: bytes) -> tuple[int, int, bool, bool]:
     Raises:
         DataError: If it cannot be decoded.
     """
-    values = read(data, fill=False).values
+    values = read(data, fill=False, all_bits=True).values
     height, width = values.shape[:2]
     step = max(1, int((height * width / 2**18) ** 0.5))
     part = values[::step, ::step].astype(np.float64)

@@ -21,11 +21,12 @@ from featcache.heads.training import train
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_backbone: Backbone) -> Path:
-    """As a stranger may write it: finite weights, a variance below 0."""
+    """As a stranger may write it: finite weights that are too large."""
     extract(write_tree(tmp_path / "data"), tmp_path / "c.h5", backbone=tiny_backbone)
     train(tmp_path / "c.h5", tmp_path / "good", hidden=(8,), epochs=1, device="cpu")
     good = load_run(tmp_path / "good")
-    state: dict[str, Any] = dict(good.state) | {"3.running_var": -good.state["3.running_var"]}
+    too_large = np.full_like(good.state["5.weight"], 3e38)
+    state: dict[str, Any] = dict(good.state) | {"5.weight": too_large}
     (tmp_path / "run").mkdir()
     write_run(
         tmp_path / "run", head=good.head, state=state, training=good.training, seed=0, data_seed=0,

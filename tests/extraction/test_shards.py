@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from failing import failing
 
 from featcache.errors import CacheError
+from featcache.extraction import shards
 from featcache.extraction.shards import EngineFacts, PartialCache, Vectors, write_shard
 from featcache.files import canonical_json
 
@@ -113,6 +118,33 @@ def test_a_damaged_shard_is_extracted_again(folder: Path, damage: str) -> None:
     assert list(rows) == [facts(n)["path"] for n in (4, 5)]
     add(partial, [vectors(9)], [facts(9)])  # and the damaged one is off the list
     assert len(json.loads((folder / "manifest.json").read_bytes())["shards"]) == 2
+
+
+class UnreadableFile(io.FileIO):
+    """A file on a disk that fails."""
+
+    read = failing(OSError(errno.EIO, os.strerror(errno.EIO)))
+
+
+@pytest.mark.parametrize("call", ["open", "read", "read again"])
+def test_a_shard_that_cannot_be_read_now_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """An error of the disk may pass: what was extracted is not thrown away for it."""
+    partial = new_partial(folder)
+    partial.open()
+    with monkeypatch.context() as patches:
+        if call == "open":
+            error = OSError(errno.EIO, os.strerror(errno.EIO))
+            patches.setattr(shards, "open_regular", failing(error))
+        else:
+            patches.setattr(shards, "open_regular", UnreadableFile)
+        if call == "read again":  # of the table, once the checksum was found right
+            patches.setattr(shards, "is_whole", lambda *_: True)
+        with pytest.raises(CacheError, match=r"Input/output error .*shard\.00000"):
+            list(partial.read_shards())
+    partial.abandon()
+    assert len(reopen(folder)[1]) == 6
 
 
 def test_a_shard_nobody_listed_does_not_count(folder: Path) -> None:

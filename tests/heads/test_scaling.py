@@ -13,7 +13,7 @@ from sample_fits import fit as fit_blobs
 from sample_heads import as_tensors, logits_of
 
 from featcache import HeadClassifier, evaluate, load_run, predict, train, write_cache
-from featcache.errors import DataError
+from featcache.errors import DataError, FeatcacheWarning
 from featcache.heads import fit
 from featcache.heads.config import FitResult, HeadJob, TrainingConfig
 from featcache.heads.fit import fit_head, fit_heads
@@ -250,7 +250,8 @@ def test_a_run_is_that_of_the_classifier_and_predicts(tmp_path: Path) -> None:
     assert all(np.array_equal(state[name], value) for name, value in run.state.items())
     probs = predict(tmp_path / "run", cache=cache.path).probs[:70]
     np.testing.assert_allclose(probs, head.predict_proba(rows), atol=1e-4)
-    assert evaluate(tmp_path / "run", split="valid")["num_samples"] == 31
+    with pytest.warns(FeatcacheWarning, match="chosen by 31 of the 31 rows"):
+        assert evaluate(tmp_path / "run", split="valid")["num_samples"] == 31
 
 
 # --- numbers that no head can compute with

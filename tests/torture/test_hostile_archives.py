@@ -52,7 +52,7 @@ def judge(place: Path) -> Verdict:
     )
     whole, failed = [], {}
     try:
-        dataset = scan(place)
+        dataset = scan(place, companions="ignore")  # looking at pixels starts a process
     except DataError as error:
         return Verdict(str(error), [], {}, {}, list(opened))
     for sample in dataset.samples[:1000]:
@@ -223,6 +223,7 @@ REFUSED = {
     "size of 3 GiB": (patched(24, "<L", 3 * 2**30), "at most"),
     "overlapping": (overlapping, "apart from each other|Overlapped entries"),
     "directory cut": (cut_directory, "a whole zip file"),
+    "nul in a name": (with_nul, "a name without NUL"),
 }
 TAKEN = {
     # build -> whole, failed: reason, ignored
@@ -232,8 +233,7 @@ TAKEN = {
     "file twins": (named("a/GOOD.png"), ["a/GOOD.png", *GOOD], {}, {}),
     "300 characters": (named(f"a/{'x' * 300}.png"), [*GOOD[:1], f"a/{'x' * 300}.png", GOOD[1]],
                        {}, {}),
-    "nested": (nested, GOOD, {"a/inner.png": "no known image format"}, {"not an image ending": 1}),
-    "nul in a name": (with_nul, [GOOD[0], "a/nul.png", GOOD[1]], {}, {}),
+    "nested": (nested, GOOD, {"a/inner.png": "a zip archive"}, {"not an image ending": 1}),
     "size too small": (patched(24, "<L", 10), GOOD[1:], {GOOD[0]: "directory says"}, {}),
     "size too large": (patched(24, "<L", 10**6), GOOD[1:], {GOOD[0]: "directory says"}, {}),
     "offset elsewhere": (patched(42, "<L", 7), GOOD[1:], {GOOD[0]: "no zip member"}, {}),
@@ -256,7 +256,8 @@ def judged(build: Callable[[Path], None], tmp_path: Path) -> Verdict:
     verdict = ended.value
     assert isinstance(verdict, Verdict)
     python = re.compile(r"\.py$|\.so$|/__pycache__/")  # imports, while it works
-    opened = {opening for opening in verdict.opened if not python.search(opening[0])}
+    # A handle, whose path was an opening of its own, is a number.
+    opened = {o for o in verdict.opened if not python.search(o[0]) and not o[0].isdigit()}
     assert {path for path, _ in opened} == {str(folder / "z.zip")}
     assert {mode for _, mode in opened} <= {"r", "rb", None}
     return verdict

@@ -27,14 +27,14 @@ import featcache.pixels.images as images
 
 read = images.read
 
-def fragile(data, *, fill):
+def fragile(data, **options):
     if data.endswith(b"KILL"):
         os.kill(os.getpid(), signal.SIGKILL)
     if data.endswith(b"CRASH"):
         os.kill(os.getpid(), signal.SIGSEGV)
     if data.endswith(b"HANG"):
         time.sleep(600)
-    return read(data, fill=fill)
+    return read(data, **options)
 
 images.read = fragile
 """
