@@ -10,6 +10,7 @@ instant loses only rows that were not listed yet.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -43,6 +44,7 @@ _MAX_COUNT = 1 << 48  # of rows and vectors
 _MAX_VIEWS = (1 << 16) - 1  # of an image, as the ledger counts them
 _FORMAT = "featcache-partial"
 _SHARD = re.compile(r"shard\.[0-9]+")
+_NO_FILE = {errno.ENOENT, errno.EISDIR, errno.EINVAL}  # of ``open_regular``: nothing can be lost
 _FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
 
 
@@ -187,13 +189,18 @@ class PartialCache:
         """Yield what opens the vectors (M, D), and the table, of every listed shard that is whole.
 
         A damaged one is taken off the list: its images are extracted again.
+
+        Raises:
+            CacheError: If one cannot be read. That may pass, so it stays on the list.
         """
         for receipt in list(self._shards):
             path = self.folder / receipt.file
             try:
                 rows = self._read_table(path, receipt) if is_whole(self.folder, receipt) else None
-            except (OSError, ValueError):
+            except ValueError:
                 rows = None
+            except OSError as error:
+                raise _unreadable(path, error) from error
             if rows is None:
                 self._shards.remove(receipt)
             else:
@@ -225,7 +232,9 @@ class PartialCache:
         try:
             file = open_regular(path)
         except OSError as error:
-            raise changed(error.strerror) from error
+            if error.errno in _NO_FILE:
+                raise changed(error.strerror) from error
+            raise _unreadable(path, error) from error
         return RowReader(file, 0, (num_vectors, self._num_features), self._dtype, changed)
 
     def forget(self) -> None:
@@ -374,12 +383,27 @@ def read_manifest(file: Path) -> Manifest:
 
 
 def is_whole(folder: Path, receipt: Receipt) -> bool:
-    """Return whether a shard is there as it was written."""
+    """Return whether a shard is there as it was written.
+
+    Raises:
+        CacheError: If it cannot be read, so that nobody knows.
+    """
+    path = folder / receipt.file
     try:
-        with open_regular(folder / receipt.file) as file:
+        with open_regular(path) as file:
             return sha256_stream(file) == receipt.sha256
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return False
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CacheError:
+    return CacheError(
+        "shard", expected="a file that can be read", found=error.strerror or error, where=path,
+        hint="Run the same command again. If that does not help, remove this file and repeat the "
+        "extract command: it makes that shard again",
+    )  # fmt: skip
 
 
 def _read_receipt(line: Any) -> Receipt:

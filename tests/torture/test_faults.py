@@ -414,9 +414,11 @@ class LateShards:
         while self._late:
             files.write_bytes(*self._late.popitem())
 
-    def sha256_file(self, path: Path) -> str:
-        late = self._late.get(path)
-        return files.sha256_file(path) if late is None else hashlib.sha256(late).hexdigest()
+    def is_whole(self, folder: Path, receipt: Receipt) -> bool:
+        late = self._late.get(folder / receipt.file)
+        if late is None:
+            return IS_WHOLE(folder, receipt)
+        return hashlib.sha256(late).hexdigest() == receipt.sha256
 
 
 def writer_is(writer: Callable[[Path], Any]) -> list[tuple[Any, str, Any]]:
@@ -430,6 +432,7 @@ def forget_the_old(
     publish(self, temporary)
 
 
+IS_WHOLE = shards.is_whole
 LATE = LateShards()
 MUTANTS: dict[str, tuple[str, list[tuple[Any, str, Any]], str]] = {
     "no fsync of a file": (
@@ -444,7 +447,7 @@ MUTANTS: dict[str, tuple[str, list[tuple[Any, str, Any]], str]] = {
     ),
     "a shard that is listed before it is there": (
         "first run",
-        [(shards, name, getattr(LATE, name)) for name in ("write_bytes", "sha256_file")],
+        [(shards, name, getattr(LATE, name)) for name in ("write_bytes", "is_whole")],
         "killed: the manifest lists a shard that is not whole",
     ),
     "a short write that is believed": (
