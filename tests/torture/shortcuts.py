@@ -3,6 +3,8 @@
 Engines are built once per backbone and remember what they made of which pixels (the first forward
 in a new thread takes 7 ms). libhdf5 lays out each shape of file once (4 ms), versions are read once
 (13 ms). Images that a killed run may have died of are decoded here (a child takes 0.3 s to start).
+No child looks for masks among the images: names made at random (b/p0_0 beside c/p0_0) would call
+for one in nearly every extraction.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import Engine, build_engine
 from featcache.cache import hdf5
+from featcache.data import dataset
 from featcache.extraction import engine_choice, pipeline, recipe, work
 from featcache.pixels.images import deep_maximum
 from featcache.pixels.views import render
@@ -84,6 +87,7 @@ def take_shortcuts(rows_per_shard: int) -> Iterator[Shortcuts]:
             (hdf5, "_make_skeleton", remember),
             (pipeline, "IsolatedDecoder", _InPlace),
             (recipe, "IsolatedDecoder", _InPlace),
+            (dataset, "settle_companions", lambda listed, **_: listed),
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
         yield shortcuts
