@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import TINY, assert_one_line_error
 from sample_companions import write_busi, write_radiography
 from sample_images import write_image
 
@@ -149,3 +151,27 @@ def test_chexpert(tmp_path: Path, evaluated: Any) -> None:
     options = options_of(str(question.value).replace("one of them with", "with"))
     result = evaluated(root / "train.csv", split="all", **options)
     assert result.classes == ("0.0", "1.0")
+
+
+def test_every_command_asks_the_same_question_before_it_writes(tmp_path: Path, run: Any) -> None:
+    write_radiography(tmp_path / "raw", 4)
+    for arguments in (
+        ["extract", "raw", "c.h5", *TINY],
+        ["extract", "raw", "c.h5", *TINY, "--dry-run"],
+        ["split", "raw", "data"],
+    ):
+        done = run(*arguments)
+        assert_one_line_error(
+            done, "COVID/masks/COVID-1.png of COVID/images/COVID-1.png", "*/masks/**"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+    done = run("extract", "raw", "c.h5", *TINY, "--exclude", "*/masks/**", "--json")
+    assert json.loads(done.out)["num_images"] == 12
+    done = run("train", "c.h5", "run", "--hidden", "none", "--epochs", 1,
+               "--valid-fraction", 0.3)  # fmt: skip
+    assert done.code == 0, done.err
+    done = run("predict", "run", "raw/COVID", *TINY)
+    assert_one_line_error(done, "masks/COVID-1.png of images/COVID-1.png", "'masks/**'")
+    for option, number in ((["--exclude", "masks/**"], 4), (["--companions", "keep"], 8)):
+        done = run("predict", "run", "raw/COVID", *TINY, *option, "--json")
+        assert len(json.loads(done.out)["predictions"]) == number

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from command_line import TINY, assert_one_line_error, command
 from sample_companions import write_busi, write_radiography
 from sample_images import write_image
 
@@ -19,28 +17,6 @@ from featcache.extraction.verification import verify
 from featcache.heads.training import train
 
 MASKS = "*/masks/**"
-
-
-def test_every_command_asks_the_same_question_before_it_writes(tmp_path: Path) -> None:
-    write_radiography(tmp_path / "raw", 4)
-    for arguments in (
-        ["extract", "raw", "c.h5", *TINY],
-        ["extract", "raw", "c.h5", *TINY, "--dry-run"],
-        ["split", "raw", "data"],
-    ):
-        done = command(*arguments, cwd=tmp_path)
-        assert_one_line_error(done, "COVID/masks/COVID-1.png of COVID/images/COVID-1.png", MASKS)
-    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
-    done = command("extract", "raw", "c.h5", *TINY, "--exclude", MASKS, "--json", cwd=tmp_path)
-    assert json.loads(done.stdout)["num_images"] == 12
-    done = command("train", "c.h5", "run", "--hidden", "none", "--epochs", 1,
-                   "--valid-fraction", 0.3, cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    done = command("predict", "run", "raw/COVID", *TINY, cwd=tmp_path)
-    assert_one_line_error(done, "masks/COVID-1.png of images/COVID-1.png", "'masks/**'")
-    for option, number in ((["--exclude", "masks/**"], 4), (["--companions", "keep"], 8)):
-        done = command("predict", "run", "raw/COVID", *TINY, *option, "--json", cwd=tmp_path)
-        assert len(json.loads(done.stdout)["predictions"]) == number
 
 
 def test_an_update_and_verify_obey_what_the_cache_remembers(
