@@ -565,7 +565,7 @@ def test_a_cache_is_what_its_images_are_now_or_refused(
     rounds: Callable[[int, int], int],
 ) -> None:  # fmt: skip
     counts: Counter[str] = Counter()
-    run_machines(rounds(300, 5000), rounds(8, 14), counts, tmp_path, shortcuts)
+    run_machines(rounds(200, 5000), rounds(8, 14), counts, tmp_path, shortcuts)
     for outcome, count in counts.items():
         tally("state machine", outcome, count)
     assert counts["extracted"] > counts["machines"] // 2, "the machine idles"
@@ -681,7 +681,7 @@ def test_a_planted_bug_is_found(
     bug: str, tmp_path: Path, shortcuts: Shortcuts, tally: Callable[..., None],
     rounds: Callable[[int, int], int],
 ) -> None:  # fmt: skip
-    if list(BUGS).index(bug) >= rounds(5, len(BUGS)):
+    if list(BUGS).index(bug) >= rounds(4, len(BUGS)):
         pytest.skip("found after 40 to 300 machines: by scripts/torture.sh")
     counts: Counter[str] = Counter()
     BITS.clear()  # another bug may have written wrong ones
