@@ -153,8 +153,10 @@ class Ending:
             target=self._watch, args=[hears, tells, INTERRUPTS], name="featcache-ending",
             daemon=True,
         )  # fmt: skip
-        with contextlib.suppress(RuntimeError, MemoryError):  # no memory for a thread: no watchdog
+        try:
             watchdog.start()
+        except (RuntimeError, MemoryError):  # no memory for a thread: no watchdog
+            signal.set_wakeup_fd(-1)
         sys.unraisablehook = self._show_unraisable
 
     def _interrupt(self, number: int, frame: object) -> None:

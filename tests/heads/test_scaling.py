@@ -87,7 +87,7 @@ def test_features_as_a_networks_keep_the_bits_they_had(monkeypatch: pytest.Monke
 # --- set right
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e-6, 1e-12, 1e12])
+@pytest.mark.parametrize("scale", [1e-6, 1e12])
 @pytest.mark.parametrize("make", [{"max_epochs": 30}, LBFGS], ids=["adam", "lbfgs"])
 def test_the_scale_of_features_does_not_matter(make: Any, scale: float) -> None:
     wanted = score(make, 1)
