@@ -269,7 +269,7 @@ def _brief(value: object) -> str:
 
 def generator_state(generator: Generator) -> dict[str, Any]:
     """Return the state of one of NumPy's generators, MT19937 or PCG64, as JSON values."""
-    state = _bits(generator).state
+    state = _state_of(generator)
     inner = state["state"]
     if state["bit_generator"] == "MT19937":
         return {"key": inner["key"].tolist(), "pos": int(inner["pos"])}
@@ -287,28 +287,35 @@ def set_generator_state(generator: Generator, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError, TypeError, KeyError, OverflowError: If it is no such state.
     """
-    bits = _bits(generator)
-    old = bits.state
+    old = _state_of(generator)
     if old["bit_generator"] == "MT19937":
         key, position = state["key"], _whole(state["pos"], 624)
         if not isinstance(key, list) or len(key) != 624:
             raise ValueError("key")
         key = np.array([_whole(word, (1 << 32) - 1) for word in key], np.uint32)
-        bits.state = old | {"state": {"key": key, "pos": position}}
+        _set_state(generator, old | {"state": {"key": key, "pos": position}})
         return
     inner = {name: _whole(int(state[name], 16), (1 << 128) - 1) for name in ("state", "inc")}
     if not inner["inc"] % 2:
         raise ValueError("inc")
-    bits.state = old | {
+    whole = {
         "state": inner, "has_uint32": _whole(state["has_uint32"], 1),
         "uinteger": _whole(state["uinteger"], (1 << 32) - 1),
     }  # fmt: skip
+    _set_state(generator, old | whole)
 
 
-def _bits(generator: Generator) -> Any:
+def _state_of(generator: Generator) -> Any:
     if isinstance(generator, np.random.Generator):
-        return generator.bit_generator
-    return generator._bit_generator
+        return generator.bit_generator.state
+    return generator.get_state(legacy=False)
+
+
+def _set_state(generator: Generator, state: dict[str, Any]) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
 
 
 def _whole(value: object, at_most: int) -> int:
