@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import tiny_network
 import torch
 from sample_images import write_tree
 
+from featcache import files
 from featcache.backbones.backbone import Backbone
 
 # --- torture: short in CI, long by scripts/torture.sh
@@ -115,3 +117,14 @@ def one_thread() -> Iterator[None]:
 def tree(tmp_path: Path) -> Path:
     """Split folders train, valid, test of class folders covid, normal: 46 small images."""
     return write_tree(tmp_path / "data")
+
+
+@pytest.fixture(params=["renameat2", "without"])
+def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without the calls that refuse to replace, and that exchange two names."""
+    if request.param == "without":
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(files, "_rename_by", fail)

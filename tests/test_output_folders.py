@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from featcache import files, outputs
+from featcache import outputs
 from featcache.errors import FeatcacheError, RunError
 from featcache.heads.run import RUN
 from featcache.locking import writer_lock
@@ -28,17 +28,6 @@ class Boom(BaseException):
 
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
-
-
-@pytest.fixture(params=["renameat2", "without"])
-def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without the calls that refuse to replace, and that exchange two names."""
-    if request.param == "without":
-
-        def fail(*_: object) -> None:
-            raise OSError(errno.ENOSYS, "Function not implemented")
-
-        monkeypatch.setattr(files, "_rename_by", fail)
 
 
 def run_output(path: Path, *, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> Output:

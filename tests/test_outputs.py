@@ -27,17 +27,6 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-@pytest.fixture(params=["renameat2", "without"])
-def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without the calls that refuse to replace, and that exchange two names."""
-    if request.param == "without":
-
-        def fail(*_: object) -> None:
-            raise OSError(errno.ENOSYS, "Function not implemented")
-
-        monkeypatch.setattr(files, "_rename_by", fail)
-
-
 # --- files
 
 

@@ -85,6 +85,7 @@ class Unexportable(nn.Module):
 
 @pytest.mark.parametrize(("network", "why"), [(Untraceable, "eig"), (Unexportable, "bicubic")])
 def test_a_network_that_cannot_be_exported_is_not_usable_and_says_why(network, why, capfd):
+    """Nothing is printed either: by torch._C._jit_onnx_log, a private name, it would be."""
     backbone = wrap_backbone("foreign", network(), image_size=32)
     with pytest.raises(NotUsableError, match=why):
         onnx_forward(backbone, 1)
