@@ -105,8 +105,10 @@ class SavedTraining:
             data = read_regular(self._file, max_bytes=_MAX_BYTES)
         except FileNotFoundError:
             return
-        except OSError as error:
-            self._refuse(error.strerror)
+        except OSError as error:  # of the disk: it may pass
+            self._refuse(
+                error.strerror, "Run the same command again; or begin anew with --overwrite"
+            )
         try:
             arrays: dict[str, Array] = safetensors.load(data)
             facts = parse_json_object(arrays.pop(_FACTS).tobytes())
@@ -136,11 +138,12 @@ class SavedTraining:
                 where=self._file, hint="Repeat that command, or begin anew with --overwrite",
             )  # fmt: skip
 
-    def _refuse(self, found: object) -> NoReturn:
+    def _refuse(
+        self, found: object, hint: str = "It cannot be resumed; begin anew with --overwrite"
+    ) -> NoReturn:
         raise RunError(
-            "unfinished training", expected="its state", found=found, where=self._file,
-            hint="It cannot be resumed; begin anew with --overwrite",
-        )  # fmt: skip
+            "unfinished training", expected="its state", found=found, where=self._file, hint=hint
+        )
 
     def load(
         self, trainer: Trainer, how: Mapping[str, Any], columns: Sequence[str], num_epochs: int
