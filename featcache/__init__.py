@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         RunError,
     )
     from featcache.evaluation.evaluation import Evaluation, evaluate
-    from featcache.evaluation.info import CacheInfo, RunInfo, info
+    from featcache.evaluation.info import CacheInfo, RunInfo, UnfinishedInfo, info
     from featcache.extraction.extraction import extract, plan
     from featcache.extraction.reports import ExtractionSummary, Projection
     from featcache.extraction.verification import Verification, verify
@@ -94,6 +94,7 @@ _MODULES = {
     "Projection": "extraction.reports",
     "CacheInfo": "evaluation.info",
     "RunInfo": "evaluation.info",
+    "UnfinishedInfo": "evaluation.info",
     "Verification": "extraction.verification",
     "SelectionSummary": "cache.selection",
     "TrainSummary": "heads.training",
@@ -122,8 +123,8 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     "HeadClassifier", "Backbone", "Cache", "CacheSplit", "Classifier", "Decision", "Failure",
     "HeadConfig", "Run",
     # the verbs' results
-    "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "Verification",
-    "SelectionSummary", "TrainSummary", "SweepSummary", "Evaluation", "Predictions",
+    "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
+    "Verification", "SelectionSummary", "TrainSummary", "SweepSummary", "Evaluation", "Predictions",
     "ExportSummary",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",

@@ -81,8 +81,15 @@ def _json_value(value: Any) -> Any:
 
 
 def readable_json(value: Any) -> str:
-    """Return ``value`` as indented JSON, without NaN, ending in a newline."""
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+    """Return ``value`` as indented JSON, without NaN, ending in a newline.
+
+    A list of numbers is one line: of a confusion matrix each row.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+
+
+_NUMBERS = re.compile(r"\[\n\s+(-?\d[-\d.e+,\s]*?)\n\s*\]")  # no string holds a line's end
 
 
 def sha256_file(path: Path, offset: int = 0) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import platform
@@ -34,8 +35,9 @@ _REPORTED_PACKAGES = (
 )  # fmt: skip
 
 
-def silent(line: str) -> None:
-    """Say nothing: the default of every ``say`` argument."""
+def log_line(line: str) -> None:
+    """Log a line at level INFO to the logger ``featcache``: the default of every ``say``."""
+    logging.getLogger("featcache").info(line)
 
 
 @dataclass(frozen=True)

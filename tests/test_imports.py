@@ -54,7 +54,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> P
         ("select c.h5 selected.h5", set()),
         ("verify c.h5", set()),
         ("predict run --cache c.h5", set()),
-        ("evaluate run", {"sklearn", "scipy", "matplotlib"}),
+        ("evaluate run", {"matplotlib"}),
         ("evaluate run --split nonsense", set()),
         ("export run out.txt", {"torch"}),
     ],

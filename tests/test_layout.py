@@ -38,7 +38,7 @@ OWNERS = {
     "numba": {"compiling.py"},
     "threadpoolctl": {"heads/compiled/team.py"},
     "matplotlib": {"evaluation/figures.py"},
-    "tqdm": {"extraction/work.py", "sweeps/search.py"},
+    "tqdm": {"progress.py"},
     "onnxruntime": {"backbones/forward.py"},
     "torchvision": {"backbones/libraries.py"},
     "efficientnet_pytorch": {"backbones/libraries.py"},

@@ -18,8 +18,8 @@ import featcache
 from featcache.backbones.backbone import Backbone
 
 RESULTS = {
-    "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "Verification",
-    "SelectionSummary", "TrainSummary", "SweepSummary", "Evaluation", "Predictions",
+    "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
+    "Verification", "SelectionSummary", "TrainSummary", "SweepSummary", "Evaluation", "Predictions",
     "ExportSummary",
 }  # fmt: skip
 ERRORS = [
@@ -47,6 +47,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -
         yield featcache.sweep(cache, folder / "sweep", trials=2, repeats=2)
         yield featcache.evaluate(run, positive="covid")
         yield featcache.info(run)
+        yield featcache.info(Path(__file__).parent / "data" / "partial_v2")
         yield featcache.predict(run, cache=cache)
         yield featcache.export(run, folder / "out.pt", backbone=tiny_backbone)
 

@@ -24,9 +24,9 @@ from featcache.runtime import (
     environment_facts,
     exact_fp32,
     held_signals,
+    log_line,
     processor_name,
     resolve_device,
-    silent,
 )
 
 # --- devices
@@ -248,7 +248,7 @@ def test_a_timer_adds_up_by_name_also_when_the_work_fails() -> None:
 
 
 def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
-    silent("a line")
+    log_line("a line")
     assert capsys.readouterr() == ("", "")
 
 

@@ -48,6 +48,7 @@ from featcache.cache.contents import (
 from featcache.data.folders import SPLITS
 from featcache.errors import CacheError, printable, warn_user
 from featcache.files import local_path
+from featcache.formatting import count
 
 if TYPE_CHECKING:
     import torch
@@ -404,7 +405,7 @@ def warn_of_leaks(cache: Cache) -> None:
         for name, split in cache.splits.items()
     }
     groups = {name: split.groups or [] for name, split in cache.splits.items()}
-    for what, keys_by_split in (("images", images), ("groups", groups)):
+    for what, keys_by_split in (("image", images), ("group", groups)):
         seen: dict[object, tuple[str, str]] = {}
         shared: dict[object, str] = {}
         for name, keys in keys_by_split.items():
@@ -414,7 +415,7 @@ def warn_of_leaks(cache: Cache) -> None:
                     shared.setdefault(key, f"{other}: {other_path} and {name}: {path}")
         if shared:
             message = (
-                f"{len(shared)} {what} stand in more than one split, for example "
+                f"in more than one split: {count(len(shared), what)}, for example "
                 f"{next(iter(shared.values()))}; results will look better than they are"
             )
             warn_user(printable(message))

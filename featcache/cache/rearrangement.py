@@ -19,6 +19,7 @@ from featcache.cache.writing import check_names, os_bytes
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import SPLITS, agree_on_classes
 from featcache.errors import CacheError, ConfigError, printable, warn_user
+from featcache.formatting import count
 from featcache.precision import relative_errors
 from featcache.runtime import Say
 
@@ -93,7 +94,7 @@ class Rearrangement:
         if self.num_unnamed:
             example = next(row.path for row in self.rows if table.find(row.path) is None)
             self.say(
-                f"left out: {self.num_unnamed:,} rows that the table does not name, such as "
+                f"left out: {count(self.num_unnamed, 'row')} that the table does not name, such as "
                 f"{printable(example)}"
             )
         self.names_without_row = table.without_row
@@ -101,7 +102,7 @@ class Rearrangement:
             shown = ", ".join(map(printable, table.without_row[:_NUM_SHOWN]))
             number = len(table.without_row)
             more = ", ..." if number > _NUM_SHOWN else ""
-            warn_user(f"{number:,} paths of the table have no row: {shown}{more}")
+            warn_user(f"{count(number, 'path')} of the table without a row: {shown}{more}")
         self.rows, self.failed = taken, list(_arrange(self.failed, table))
 
     def choose_classes(
@@ -168,11 +169,11 @@ class Rearrangement:
         self.num_merged = len(pairs)
         if pairs:
             _check_pairs(self.caches, pairs)
-            self.say(f"kept once: {len(pairs):,} rows that are the same image under the same path")
+            self.say(f"kept once: {count(len(pairs), 'row')}, the same image under the same path")
         num_without = sum(row.group is None for row in self.rows)
         if 0 < num_without < len(self.rows):
             self.rows = [row._replace(group=row.group or row.path) for row in self.rows]
-            self.say(f"groups: {num_without:,} rows have none; each is a group of its own")
+            self.say(f"groups: {count(num_without, 'row')} without one, each a group of its own")
         check_names("groups", list({row.group or "" for row in self.rows}))
         _say_shared_groups(self.rows, self.say)
         if not self.is_multilabel:
@@ -366,7 +367,9 @@ def _warn_of_contradictions(caches: Sequence[Cache], rows: Sequence[Row]) -> Non
             torn.setdefault(digest, f"{other.path} = {row.path}")
     if torn:
         example = printable(next(iter(torn.values())))
-        warn_user(f"{len(torn):,} byte-identical images have two classes, for example {example}")
+        warn_user(
+            f"two classes for the same bytes: {count(len(torn), 'image')}, for example {example}"
+        )
 
 
 def _say_shared_groups(rows: Sequence[Row], say: Say) -> None:
@@ -379,7 +382,7 @@ def _say_shared_groups(rows: Sequence[Row], say: Say) -> None:
     }
     if shared:
         example = printable(next(iter(shared)))
-        say(f"groups: {len(shared):,} are in several caches, such as {example}; each is one group")
+        say(f"groups: {len(shared):,} in several caches, such as {example}; each is one group")
 
 
 def gather(

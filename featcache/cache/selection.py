@@ -30,9 +30,10 @@ from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import SPLITS, training_split
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.files import local_path, result_as_dict
+from featcache.formatting import count, list_counts
 from featcache.outputs import Output
 from featcache.pixels.views import ViewRules
-from featcache.runtime import Say, environment_facts, silent
+from featcache.runtime import Say, environment_facts, log_line
 from featcache.untrusted import real_path
 
 _BLOCK_BYTES = 4 << 20
@@ -88,7 +89,7 @@ def select(
     columns: Mapping[str, str] | None = None,
     ignore_columns: str | Sequence[str] = (),
     rebuild: bool = False,
-    say: Say = silent,
+    say: Say = log_line,
 ) -> SelectionSummary:
     """Make a cache of rows of other caches, without their images and without a backbone.
 
@@ -285,8 +286,7 @@ def _summarise(
             labels = [*written.classes, "unlabelled"]
             found = sorted(Counter(split.targets.tolist()).items())
             counts[name] = {labels[target]: number for target, number in found}
-        listed = ", ".join(f"{n:,} {printable(label)}" for label, n in counts[name].items())
-        say(f"{name:>6}: {listed}")
+        say(f"{name:>6}: {list_counts(counts[name])}")
     summary = SelectionSummary(
         cache=path, num_images=len(chosen.rows), splits=counts,
         sources=tuple(
@@ -307,7 +307,7 @@ def _summarise(
         for s in summary.sources
     )
     say(
-        f"{printable(summary.cache.as_posix())}: {summary.num_images:,} images ({taken}) in "
+        f"{printable(summary.cache.as_posix())}: {count(summary.num_images, 'image')} ({taken}) in "
         f"{summary.seconds:.1f} s."
     )
     return summary

@@ -23,6 +23,7 @@ from featcache.cli.options import (
     printing_json,
 )
 from featcache.errors import printable
+from featcache.formatting import count
 
 
 @click.command()
@@ -169,7 +170,7 @@ def extract(
     done = extraction.extract(data, cache, backbone=one_or_all, **options)
     summaries = list(done.values()) if isinstance(done, dict) else [done]
     lines = [
-        f"{printable(s.cache)}: up to date, {s.num_images:,} images."
+        f"{printable(s.cache)}: up to date, {count(s.num_images, 'image')}."
         for s in summaries if s.status == "up to date"
     ]  # fmt: skip
     print_facts(_one_or_all([s.as_dict() for s in summaries]), lines, as_json, quiet)
@@ -221,18 +222,26 @@ def select(
 
 @click.command()
 @click.argument("cache_or_run", type=click.Path(path_type=Path))
+@click.option("--layers", is_flag=True, help="Of a run: the layers, and what is trained.")
 @printing_json
-def info(cache_or_run: Path, as_json: bool) -> None:
-    """Show what a cache or a run holds. Reads no features and hashes nothing.
+def info(cache_or_run: Path, as_json: bool, layers: bool) -> None:
+    """Show what a cache or a run holds, or what an interrupted command has kept.
+
+    Reads no features and hashes nothing.
 
     \b
     Example: featcache info covid.h5
+             featcache info run --layers
+             featcache info covid.h5.partial
     """
-    from featcache.cli.wording import facts_lines
+    from featcache.cli.wording import facts_lines, layer_lines
     from featcache.evaluation.info import info as read_info
 
     facts = read_info(cache_or_run).as_dict()
-    print_facts(facts, facts_lines(facts), as_json, False)
+    if layers and "layers" not in facts:
+        raise click.UsageError(f"--layers is of a run; this is a {facts['kind']}.")
+    lines = layer_lines(facts) if layers else facts_lines(facts)
+    print_facts(facts, lines, as_json, False)
 
 
 @click.command()
@@ -261,7 +270,7 @@ def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
         verdict = "whole, but no longer what its images are: extract again"
     if result.repaired:
         verdict = (
-            f"repaired, {len(result.dropped):,} rows dropped, {result.num_rows:,} left. "
+            f"repaired, {count(len(result.dropped), 'row')} dropped, {result.num_rows:,} left. "
             "Repeat the extract command: it makes what is missing"
         )
     print_facts(result.as_dict(), [f"{printable(result.cache)}: {verdict}"], as_json, quiet)

@@ -27,7 +27,7 @@ from featcache.errors import RunError
 from featcache.evaluation import evaluation
 from featcache.extraction import extraction
 from featcache.heads import training
-from featcache.runtime import Say, Timer, device_name, resolve_device, silent
+from featcache.runtime import Say, Timer, device_name, log_line, resolve_device
 
 Plane = NDArray[Any]  # (H, W) floating point
 
@@ -97,7 +97,7 @@ class DemoSummary:
         return asdict(self)
 
 
-def run_demo(folder: Path | str, *, device: str = "auto", say: Say = silent) -> DemoSummary:
+def run_demo(folder: Path | str, *, device: str = "auto", say: Say = log_line) -> DemoSummary:
     """Go the whole way on phantoms: draw, split, extract, train, evaluate.
 
     Args:

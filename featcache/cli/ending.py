@@ -11,14 +11,16 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -127,6 +129,7 @@ class Ending:
     """
 
     def __init__(self) -> None:
+        self._facts: TextIO | None = None
         self.reset()
 
     def reset(self, *, as_json: bool = False) -> None:
@@ -240,6 +243,15 @@ class Ending:
         }
         self.print(json.dumps({"error": facts}))
 
+    def reserve_output(self) -> None:
+        """Keep standard output for what ``print`` prints: for ``--json``, one object.
+
+        What libraries print there, in Python or in C, goes to standard error.
+        """
+        sys.stdout.flush()
+        self._facts = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+        os.dup2(2, 1)
+
     def print(self, text: str) -> None:
         """Print a line on standard output. If it has no room, drop this line and all others.
 
@@ -248,19 +260,37 @@ class Ending:
         Raises:
             BrokenPipeError: If nobody reads any more.
         """
+        stream = self._facts or sys.stdout
         try:
-            click.echo(text)
+            click.echo(text, file=stream)
         except BrokenPipeError:
             raise
         except OSError as error:
             self.lost_output = self.lost_output or error
-            _discard_output()
+            _discard(stream)
 
 
 def complain(text: str) -> None:
     """Print a line on standard error, unless that is full or gone."""
     with contextlib.suppress(OSError, ValueError):
-        click.echo(text, err=True)
+        click.echo(to_width(text, sys.stderr), err=True)
+
+
+def to_width(text: str, stream: TextIO) -> str:
+    """Return a text with lines broken between words, where the stream is a narrower terminal."""
+    if "\n" in text or len(text) <= _NARROW or not stream.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns, _NARROW)
+    if len(text) <= width:
+        return text
+    indent = " " * (len(text) - len(text.lstrip())) + "  "
+    return textwrap.fill(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,
+        drop_whitespace=True, replace_whitespace=False, expand_tabs=False,
+    )  # fmt: skip
+
+
+_NARROW = 40  # columns: in fewer nothing is broken
 
 
 def _hear_nothing() -> None:
@@ -268,12 +298,12 @@ def _hear_nothing() -> None:
         signal.set_wakeup_fd(-1)
 
 
-def _discard_output() -> None:
-    """Let standard output lead nowhere, also what is in its buffer."""
+def _discard(stream: TextIO) -> None:
+    """Let a stream lead nowhere, also what is in its buffer."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(nowhere, sys.stdout.fileno())
-        sys.stdout.flush()
+        os.dup2(nowhere, stream.fileno())
+        stream.flush()
     os.close(nowhere)
 
 

@@ -137,7 +137,8 @@ def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
     """
     from featcache.heads.training import train as train_head
 
-    summary = train_head(cache, run, say=make_say(as_json, quiet), **options)
+    say = make_say(as_json, quiet)
+    summary = train_head(cache, run, say=say, progress=not quiet, **options)
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 
@@ -268,7 +269,7 @@ def predict(
             "images", expected="one or more that can be read", where=path,
             found=f"none of {len(predictions.failures):,}, the first being {reason}",
         )  # fmt: skip
-        click.echo(f"error: {error}", err=True)
+        complain(f"error: {error}")
         raise click.exceptions.Exit(1)
 
 
@@ -301,9 +302,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 error, 2 wrong usage, 128 + N ended by signal N."""
     # What imports make lives until the end: looking for garbage less often saves 4 % of evaluate.
     gc.set_threshold(50_000, 20, 100)
+    given = sys.argv[1:] if arguments is None else arguments
     open_closed_streams()
+    if "--json" in given and sys.stdout is sys.__stdout__:
+        ENDING.reserve_output()
     ENDING.listen()
-    code = _run(arguments)
+    code = _run(given)
     if code > 128:
         # Threads of libraries that are still at work would hold the exit up, or abort it.
         for stream in (sys.stdout, sys.stderr):
@@ -313,9 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(arguments: Sequence[str] | None) -> int:
-    given = sys.argv[1:] if arguments is None else arguments
-    ENDING.reset(as_json="--json" in given)
+def _run(arguments: Sequence[str]) -> int:
+    ENDING.reset(as_json="--json" in arguments)
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", FeatcacheWarning)
     for stream in (sys.stdout, sys.stderr):
@@ -340,7 +343,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     return code
 
 
-def _call(arguments: Sequence[str] | None) -> int:
+def _call(arguments: Sequence[str]) -> int:
     """Call the command and return the exit code; an error is printed."""
     try:
         code = cli.main(args=arguments, prog_name="featcache", standalone_mode=False)

@@ -7,21 +7,35 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import printable
+from featcache.formatting import (
+    FEW,
+    count,
+    in_bytes,
+    in_time,
+    join_few,
+    list_counts,
+    percent,
+    shorten,
+)
 
 if TYPE_CHECKING:
     from featcache.deployment.predictions import Predictions
     from featcache.extraction.reports import Projection
 
 
+_NAME_WIDTH = 30  # of a class beside its probability
+
+
 def projection_lines(projection: Projection) -> Iterator[str]:
     """Yield what an extraction would take."""
     yield f"{printable(projection.identity['backbone'])}:"
     if projection.num_known == projection.num_images:
-        yield f"expected: nothing to run, all {projection.num_images:,} images are known"
+        known = count(projection.num_images, "image")
+        yield f"expected: nothing to run; known already: {known}"
         return
     for path, reason in projection.failures:
         yield f"would fail: {printable(path)}: {printable(reason)}"
-    yield f"sample: {len(projection.failures)} of {projection.num_decoded} images failed"
+    yield f"sample: {len(projection.failures)} of {count(projection.num_decoded, 'image')} failed"
     if projection.deepest is not None:
         yield f"deep greyscale: values up to {projection.deepest:,} in the sample"
     decode, forward = (1000 * s for s in (projection.decode_seconds, projection.forward_seconds))
@@ -30,8 +44,8 @@ def projection_lines(projection: Projection) -> Iterator[str]:
     num_wanted = projection.num_images - projection.num_known
     known = f", {projection.num_known:,} are known" if projection.num_known else ""
     yield (
-        f"expected: {num_wanted:,} images at {projection.images_per_second:,} images/s "
-        f"in {projection.seconds:,.0f} s{known}"
+        f"expected: {count(num_wanted, 'image')} at {projection.images_per_second:,} images/s "
+        f"in {in_time(projection.seconds)}{known}"
     )
     size, working = in_bytes(projection.cache_bytes), in_bytes(projection.working_bytes)
     yield f"disk: {size} for the cache, {working} while working"
@@ -39,9 +53,12 @@ def projection_lines(projection: Projection) -> Iterator[str]:
 
 def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
     """Yield the facts of ``featcache info``."""
-    yield f"{printable(facts['path'])}: a featcache {facts['kind']}"
+    kind = f"a featcache {facts['kind']}"
+    if "command" in facts:
+        kind = f"an unfinished featcache {facts['command']}"
+    yield f"{printable(facts['path'])}: {kind}"
     for key, value in facts.items():
-        if key in {"path", "kind", "failures", "verified"}:
+        if key in {"path", "kind", "command", "failures", "verified", "layers"}:
             continue
         if isinstance(value, dict):
             yield f"{key}:"
@@ -58,51 +75,68 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield "not hashed: featcache verify checks that the file is whole"
 
 
+def layer_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield the layers of a run's network: backbone and head."""
+    identity, number = facts["cache"]["identity"], facts["head"]["num_features"]
+    side = identity.get("image_size", "S")
+    rows = [("layer", "output", "parameters", "trained")]
+    rows.append((printable(identity.get("backbone")), f"(N, {number:,})", "", "no, frozen"))
+    for layer in facts["layers"]:
+        parameters = layer["num_parameters"]
+        rows.append((
+            f"  {layer['name']} {layer['kind']}", f"(N, {layer['num_outputs']:,})",
+            f"{parameters:,}", "yes" if parameters else "",
+        ))  # fmt: skip
+    rows.append(("head", "", f"{facts['num_parameters']:,}", "yes"))
+    yield f"input: (N, 3, {side}, {side})"
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, output, parameters, trained in rows:
+        yield (
+            f"{name:<{widths[0]}}  {output:<{widths[1]}}  {parameters:>{widths[2]}}  {trained}"
+        ).rstrip()
+
+
 def prediction_lines(predictions: Predictions) -> Iterator[str]:
     """Yield a line per image, then the counts."""
-    width = max((len(printable(name)) for name in predictions.classes), default=0)
+    width = min(max((len(printable(name)) for name in predictions.classes), default=0), _NAME_WIDTH)
     has_labels, counted = predictions.task == "multilabel", Counter[str]()
     rows = zip(predictions.paths, predictions.preds, predictions.probs, strict=True)
     for path, pred, probs in rows:
         counted.update(pred if has_labels else [pred])
         if has_labels:
             sure = dict(zip(predictions.classes, probs, strict=True))
-            listed = ", ".join(f"{printable(name)} {sure[name]:.1%}" for name in pred)
+            listed = ", ".join(f"{printable(name)} {percent(sure[name], 1)}" for name in pred)
             yield f"{printable(path)}: {listed or 'none'}"
         else:
-            yield f"{printable(pred):<{width}}  {probs.max():6.1%}  {printable(path)}"
+            name = shorten(printable(pred), _NAME_WIDTH)
+            yield f"{name:<{width}}  {percent(probs.max(), 1):>6}  {printable(path)}"
     for path, reason in predictions.failures:
         yield f"failed: {printable(path)}: {printable(reason)}"
-    counts = [f"{counted[c]:,} {printable(c)}" for c in predictions.classes]
+    found = {name: counted[name] for name in predictions.classes}
+    if len(found) > FEW:
+        found = dict(counted.most_common())
+    listed = join_few((f"{n:,} {name}" for name, n in found.items()), len(found)) or "none"
     failed = f", {len(predictions.failures):,} failed" if predictions.failures else ""
     views = ", by the mean of their views" if predictions.average_views else ""
-    yield f"{len(predictions.paths):,} images{views}: {', '.join(counts)}{failed}"
-
-
-def in_bytes(number: float) -> str:
-    """Return a size in the unit that suits it: ``1.9 MB``."""
-    unit = "bytes"
-    for larger in ("kB", "MB", "GB"):
-        if number < 1000:
-            break
-        number, unit = number / 1000, larger
-    return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+    yield f"{count(len(predictions.paths), 'image')}{views}: {listed}{failed}"
 
 
 def _split_text(split: dict[str, Any]) -> str:
     *shape, dtype = split["features"]
-    known = {n: f" of {k:,} known" for n, k in split.get("num_known_per_class", {}).items()}
-    counts = ", ".join(
-        f"{n:,}{known.get(name, '')} {printable(name)}"
-        for name, n in split["num_per_class"].items()
-    )
-    groups = "" if split["num_groups"] is None else f"; {split['num_groups']:,} groups"
+    known = split.get("num_known_per_class", {})
+    if known:
+        parts = (
+            f"{n:,} of {known[name]:,} known {name}" for name, n in split["num_per_class"].items()
+        )
+        counts = join_few(parts, len(known))
+    else:
+        counts = list_counts(split["num_per_class"])
+    groups = "" if split["num_groups"] is None else f"; {count(split['num_groups'], 'group')}"
     views = "" if split["num_views"] == 1 else f", {split['num_views']} views"
     made = split["num_per_precision"]
     precisions = "; made at " + ", ".join(f"{p} {n:,}" for p, n in made.items())
-    return f"{' x '.join(map(str, shape))} {dtype}{views}; {counts}{groups}" + precisions * (
-        len(made) > 1
-    )
+    size = " x ".join(f"{n:,}" for n in shape)
+    return f"{size} {dtype}{views}; {counts}{groups}" + precisions * (len(made) > 1)
 
 
 def _plain(value: Any) -> str:
@@ -111,5 +145,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{printable(k)} {_plain(v)}" for k, v in value.items())
     if isinstance(value, list):
+        if len(value) > FEW:
+            return f"{len(value):,}: {join_few(map(_plain, value), len(value))}"
         return " ".join(_plain(v) for v in value) or "none"
     return "none" if value is None else printable(value)

@@ -49,6 +49,7 @@ from featcache.data.samples import (
 )
 from featcache.errors import ConfigError, DataError, printable, warn_user
 from featcache.files import local_path
+from featcache.formatting import count
 from featcache.untrusted import why_no_file
 
 __all__ = [
@@ -282,7 +283,7 @@ def _arrange(
         ignored.recognise_dicom(root)
     if num_loose:
         ignored["loose beside folders"] += num_loose
-        warn_user(f"{num_loose} images of {root} lie loose beside folders and are not used")
+        warn_user(f"loose beside folders, and not used: {count(num_loose, 'image')} of {root}")
     if layout.kind == "classes":
         _warn_of_parts(samples, layout.classes)
     dataset = ImageDataset(

@@ -23,8 +23,9 @@ from featcache.data.folders import SPLITS
 from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
+from featcache.formatting import count, in_bytes, join_few, list_counts
 from featcache.outputs import Kind, Output, new_folder, write_output
-from featcache.runtime import Say, silent
+from featcache.runtime import Say, log_line
 from featcache.untrusted import real_path
 
 MODES = ("copy", "symlink", "hardlink")
@@ -81,7 +82,7 @@ def split(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     companions: str | None = None,
-    say: Say = silent,
+    say: Say = log_line,
 ) -> SplitSummary:
     """Split class folders into train, valid and test: stratified, seeded, groups kept together.
 
@@ -120,10 +121,9 @@ def split(
     assigned = _assign(dataset, hashes, shares, seed)
     counts = _count(dataset, assigned)
     if hashes:
-        say(f"{len(hashes)} images have a byte-identical copy and stay with it")
+        say(f"{len(hashes):,} images have a byte-identical copy and stay with it")
     for name, per_class in counts.items():
-        listed = ", ".join(f"{count} {label}" for label, count in per_class.items())
-        say(f"{name}: {sum(per_class.values())} images ({listed})")
+        say(f"{name}: {count(sum(per_class.values()), 'image')} ({list_counts(per_class)})")
     image_bytes = sum(sample.image_bytes for sample in samples)
     if destination.suffix.lower() == ".csv":
         mode = "csv"
@@ -215,15 +215,17 @@ def _count_matched(dataset: ImageDataset, group_by: str, say: Say) -> dict[str, 
     for sample in dataset.samples:
         matched[dataset.classes[sample.target]] += found[sample.path] is not None
     num_groups = _count_groups(dataset.samples)
-    listed = ", ".join(
-        f"{matched[name]} of {total[target]} {name}" for target, name in enumerate(dataset.classes)
+    parts = (
+        f"{matched[name]:,} of {total[target]:,} {name}"
+        for target, name in enumerate(dataset.classes)
     )
-    say(f"groups: {num_groups}; named in {listed} (each of the others is a group of its own)")
-    without = [name for name, count in matched.items() if count == 0]
+    listed = join_few(parts, len(dataset.classes))
+    say(f"groups: {num_groups:,}; named in {listed} (each of the others is a group of its own)")
+    without = [name for name, number in matched.items() if number == 0]
     if without:
         warn_user(
-            f"--group-by matches no file name of {', '.join(without)}: images of one patient may "
-            "be in two splits there"
+            f"--group-by matches no file name of {join_few(without, len(without))}: images of one "
+            "patient may be in two splits there"
         )
     return matched
 
@@ -256,7 +258,7 @@ def _warn_of_contradictions(dataset: ImageDataset, hashes: dict[int, str]) -> No
     if contradicting:
         num_images, num_contents = sum(map(len, contradicting)), len(contradicting)
         warn_user(
-            f"{num_images} images ({num_contents} different by content) have byte-identical "
+            f"{num_images:,} images ({num_contents:,} different by content) have byte-identical "
             "copies in another class, for example "
             + " = ".join(copy.path for copy in contradicting[0])
         )
@@ -295,7 +297,7 @@ def _check_room(destination: Path, image_bytes: int, num_images: int, say: Say) 
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    say(f"copying {num_images} images, {image_bytes:,} bytes, to {destination}")
+    say(f"copying {count(num_images, 'image')}, {in_bytes(image_bytes)}, to {destination}")
     if image_bytes > free:
         raise DataError(
             "disk", expected=f"{image_bytes:,} bytes free for a copy", found=f"{free:,}",

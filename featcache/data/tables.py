@@ -22,6 +22,7 @@ from featcache.data.folders import SPLIT_OF_FOLDER, SPLITS
 from featcache.data.listing import COLUMNS
 from featcache.errors import DataError
 from featcache.files import plain_cell, read_regular
+from featcache.formatting import count
 
 _MAX_CSV_BYTES = 2**32
 _OTHER_NAMES = {
@@ -252,7 +253,7 @@ def _check_targets(rows: Sequence[dict[str, str]], lines: Sequence[int], root: P
         number = sum(row["target"] in empty for row in rows)
         raise ask(
             "class names, and empty cells where the class is not known",
-            f"{empty[0]!r} in {number:,} rows, the first of them in line {first[empty[0]]}",
+            f"{empty[0]!r} in {count(number, 'row')}, the first of them in line {first[empty[0]]}",
             "Empty these cells, or rename the class",
         )
     numbers: dict[float, str] = {}

@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import ConfigError, RunError, printable, warn_user
+from featcache.evaluation.confusions import Confusion, to_matrix
+from featcache.evaluation.confusions import as_csv as cells_as_csv
 from featcache.evaluation.figures import draw_confusion
+from featcache.evaluation.lines import evaluation_lines
 from featcache.evaluation.predicted_rows import CSV, labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_seen
 from featcache.files import read_regular, readable_json, result_as_dict
@@ -26,12 +27,10 @@ from featcache.heads.run import (
     require_own_cache,
     require_same_features,
 )
-from featcache.metrics.scores import compute_metrics
+from featcache.metrics.scores import MAX_MATRIX_CLASSES, compute_metrics
 from featcache.outputs import Kind, Output, write_outputs
-from featcache.runtime import Say, silent
+from featcache.runtime import Say, log_line
 from featcache.untrusted import parse_json_object, why_no_file
-
-_MISTAKES_SAID = 10
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,10 @@ class Evaluation:
             where it is undefined.
         average_precision: Likewise.
         per_class: Class -> its figures, see ``metrics.scores.compute_metrics``.
-        confusion_matrix: (C, C) counts, rows = target; None with several labels.
+        confusion_matrix: (C, C) counts, rows = target; None with several labels, or above 100
+            classes.
+        confusion_matrix_file: Above 100 classes, the CSV in the run with the cells that are not 0
+            (``target, pred, num_samples``); None where nothing is kept in the run.
         positive: The class that is looked for, against the rest; the next five are None without.
         sensitivity: Its recall.
         specificity: The share of the rows of all other classes that are predicted as one of them.
@@ -83,6 +85,7 @@ class Evaluation:
     average_precision: float | None
     per_class: dict[str, dict[str, Any]]
     confusion_matrix: list[list[int]] | None
+    confusion_matrix_file: str | None
     positive: str | None
     sensitivity: float | None
     specificity: float | None
@@ -126,14 +129,15 @@ def evaluate(
     csv: str | Path | None = None,
     average_views: bool = False,
     unseen: bool = False,
-    say: Say = silent,
+    say: Say = log_line,
 ) -> Evaluation:
     """Measure the head of a run on the labelled rows of a split.
 
     Rows that the head was trained on, or that its epoch was chosen by, are warned of: they are
     found by their images' hashes, in any cache, where there are none by their features. Rows with
     several views are predicted by view 0, the plain image. The figures of the run's own
-    cache are also written to ``RUN/evaluation/SPLIT.json``, with a picture of the confusion matrix.
+    cache are also written to ``RUN/evaluation/SPLIT.json``, with a picture of the confusion matrix
+    and, above 100 classes, its cells as a CSV.
 
     Args:
         run: The run folder.
@@ -180,12 +184,15 @@ def evaluate(
         hint = "these figures are too good. Leave such rows out with --unseen"
         warn_of_seen(seen, split, hint)
     counts = (None, None, None) if seen is None else seen.counts
+    confusions = rows.confusions()
+    in_file = is_own and len(loaded.classes) > MAX_MATRIX_CLASSES and confusions is not None
     result = Evaluation(
         split=split,
         task=loaded.task,
         num_samples=len(rows.targets),
         classes=loaded.classes,
         **compute_metrics(rows.targets, rows.probs, loaded.classes, positive),
+        confusion_matrix_file=f"evaluation/{split}_confusion.csv" if in_file else None,
         false_negatives=rows.false_negatives(positive),
         mistakes=rows.mistakes(),
         num_failed=sum(failure.split == split for failure in opened.failures),
@@ -197,18 +204,18 @@ def evaluate(
         fingerprint=opened.fingerprint,
     )
     files = {table: rows.as_csv().encode() for table in tables}
-    _say_result(result, say)
+    for line in evaluation_lines(result, confusions or []):
+        say(line)
     if is_own:
-        _write_with_figures(loaded, result, figures, files)
-        kept = [f"{split}.json"] + [f"{split}_confusion.png"] * (
-            result.confusion_matrix is not None
-        )
+        kept = _write_with_figures(loaded, result, confusions, figures, files)
         place = printable((loaded.path / "evaluation").as_posix())
-        say(f"written to {place}/{' and '.join(kept)}")
+        say(f"written to {place}/: {', '.join(kept)}")
     else:
         if files:
             write_outputs(files)
         say("not kept in the run: another cache's figures would pass for its own")
+    for table in files:
+        say(f"written to {printable(table.path)}")
     return result
 
 
@@ -230,15 +237,25 @@ def _is_picture(path: Path) -> bool:
     return data.startswith(b"\x89PNG\r\n\x1a\n") and _RESOLUTION in data[:200]
 
 
+def _is_cells(path: Path) -> bool:
+    """Return whether a file is a CSV of the cells of a confusion matrix."""
+    try:
+        data = read_regular(path, max_bytes=_MAX_FIGURES_BYTES)
+    except OSError:
+        return False
+    return data.startswith(cells_as_csv([]).encode())
+
+
 _MAX_FIGURES_BYTES = 1 << 28
 _RESOLUTION = b"pHYs" + 2 * (5669).to_bytes(4) + b"\x01"  # 144 dots per inch, per metre
 _JSON = Kind("evaluation", "a new file, or an earlier evaluation", RunError, _is_evaluation,
              may_be_link=False)  # fmt: skip
 _PICTURE = replace(_JSON, is_own=_is_picture)
+_CELLS = replace(_JSON, is_own=_is_cells)
 
 
 def _figure_outputs(run: Run, split: str) -> list[Output]:
-    """Return where a run keeps the figures of a split and their picture, checked.
+    """Return where a run keeps the figures of a split, their picture and the cells, checked.
 
     Raises:
         RunError: If one of them is a link or another file: a stranger's run must not lead
@@ -253,6 +270,7 @@ def _figure_outputs(run: Run, split: str) -> list[Output]:
     outputs = [
         Output(folder / f"{split}.json", "evaluation", _JSON),
         Output(folder / f"{split}_confusion.png", "evaluation", _PICTURE),
+        Output(folder / f"{split}_confusion.csv", "evaluation", _CELLS),
     ]
     for output in outputs:
         output.check()
@@ -260,15 +278,21 @@ def _figure_outputs(run: Run, split: str) -> list[Output]:
 
 
 def _write_with_figures(
-    run: Run, result: Evaluation, figures: Sequence[Output], files: Mapping[Output, bytes]
-) -> None:
-    """Write the figures of the run's own cache into the run, and some files with them."""
-    folder, (facts, picture) = run.path / "evaluation", figures
+    run: Run, result: Evaluation, confusions: Sequence[Confusion] | None,
+    figures: Sequence[Output], files: Mapping[Output, bytes],
+) -> list[str]:  # fmt: skip
+    """Write the figures of the run's own cache into the run, and some files with them.
+
+    Returns:
+        The names of the figures' files.
+    """
+    folder, (facts, picture, cells) = run.path / "evaluation", figures
     contents = {**files, facts: readable_json(result.as_dict()).encode()}
-    if result.confusion_matrix is not None:
+    if confusions is not None:
         title = f"{run.path.resolve().name} on {result.split}, accuracy {result.accuracy:.3f}"
-        matrix = np.array(result.confusion_matrix)
-        contents[picture] = draw_confusion(matrix, run.classes, title)
+        contents[picture] = draw_confusion(to_matrix(confusions, run.classes), run.classes, title)
+    if result.confusion_matrix_file is not None:
+        contents[cells] = cells_as_csv(confusions or []).encode()
     is_new = not folder.exists()
     folder.mkdir(exist_ok=True)
     _figure_outputs(run, result.split)  # again: it may be a link by now
@@ -278,6 +302,7 @@ def _write_with_figures(
         if is_new:
             folder.rmdir()
         raise
+    return [output.path.name for output in figures if output in contents]
 
 
 def _open_own_cache(run: Run) -> Cache:
@@ -300,74 +325,3 @@ def _open_other_cache(run: Run, path: Path) -> Cache:
     refuse_misbuilt(run.cache["identity"], run.path)
     require_same_features(run.cache["identity"], cache.identity, path)
     return cache
-
-
-def _say_result(result: Evaluation, say: Say) -> None:
-    """Say the figures in a few lines, and the most confident mistakes."""
-
-    def shown(value: float | None) -> str:
-        return "undefined" if value is None else f"{value:.3f}"
-
-    failed = f", {result.num_failed} more could not be read" if result.num_failed else ""
-    views = f", mean of {result.num_views} views each" if result.num_views > 1 else ""
-    say(f"{result.num_samples:,} images of {result.split}{views}{failed}")
-    has_labels = result.task == "multilabel"
-    say(f"  accuracy           {shown(result.accuracy)}")
-    if not has_labels:
-        say(f"  balanced accuracy  {shown(result.balanced_accuracy)}")
-    say(f"  roc auc            {shown(result.roc_auc)} (mean of the classes)")
-    say(f"  average precision  {shown(result.average_precision)} (mean of the classes)")
-    if result.positive is not None:
-        against = "" if has_labels else " against the rest"
-        say(printable(f"  positive class     {result.positive}{against}"))
-        say(f"  sensitivity        {shown(result.sensitivity)}")
-        say(f"  specificity        {shown(result.specificity)}")
-        say(f"  its roc auc        {shown(result.positive_roc_auc)}")
-        say(f"  its avg. precision {shown(result.positive_average_precision)}")
-        say(f"  false negatives    {len(result.false_negatives or ())}")
-    _say_classes(result.classes, result.per_class, shown, say)
-    if result.confusion_matrix is not None:
-        _say_confusion(result.classes, result.confusion_matrix, say)
-    mistakes, what = result.mistakes, "wrong labels" if has_labels else "mistakes"
-    if mistakes:
-        most = min(len(mistakes), _MISTAKES_SAID)
-        say(
-            f"{len(mistakes)} {what}"
-            + (f", the {most} most confident:" if len(mistakes) > most else ":")
-        )
-    for row in mistakes[:_MISTAKES_SAID]:
-        predicted, target = row.get("class", row["pred"]), row["target"]
-        if has_labels:
-            target = "yes" if row["target"] else "no"
-        say(printable(f"  {row['prob']:.3f} {predicted}, is {target}: {row['path']}"))
-
-
-def _say_classes(classes: Sequence[str], per_class: dict[str, Any], shown: Any, say: Say) -> None:
-    """Say a line per class: how many images, and how well they were recognised."""
-    columns = {"images": "num_samples"}
-    if "num_positive" in per_class[classes[0]]:
-        columns = {"yes": "num_positive", "no": "num_negative", "unknown": "num_unknown"}
-    columns |= {"roc auc": "roc_auc", "avg. prec.": "average_precision"}
-    columns |= {key: key for key in ("precision", "recall", "f1")}
-    widths = [max(len(head), 6 if key[:4] == "num_" else 9) for head, key in columns.items()]
-    first = max(len(name) for name in [*map(printable, classes), "class"])
-    lines = [("class", [*columns])]
-    for name in classes:
-        values = [per_class[name][key] for key in columns.values()]
-        cells = [f"{value:,}" if type(value) is int else shown(value) for value in values]
-        lines.append((printable(name), cells))
-    for name, cells in lines:
-        line = (f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        say(f"{name:<{first}}" + "".join(line))
-
-
-def _say_confusion(classes: Sequence[str], confusion: list[list[int]], say: Say) -> None:
-    names = [printable(name) for name in classes]
-    widths = [max(len(name), 6) for name in names]
-    corner = "target \\ pred"
-    margin = max(len(name) for name in [*names, corner])
-    heads = [f"  {name:>{width}}" for name, width in zip(names, widths, strict=True)]
-    say(f"{corner:<{margin}}" + "".join(heads))
-    for name, row in zip(names, confusion, strict=True):
-        cells = [f"  {count:>{width},}" for count, width in zip(row, widths, strict=True)]
-        say(f"{name:<{margin}}" + "".join(cells))

@@ -6,7 +6,7 @@ Reads: a cache or a run folder. Writes: nothing.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,9 @@ class RunInfo:
         task: ``multiclass`` or ``multilabel``.
         classes: Names of the head's outputs.
         head: The shape of the head.
+        layers: Its layers, each with ``name, kind, num_outputs, num_parameters``; all parameters
+            are trained, those of the backbone in front of them are not.
+        num_parameters: Of all layers.
         training: How it was trained, a JSON object.
         seed: Decided the initial weights and dropout.
         data_seed: Decided the order of the rows.
@@ -83,6 +86,8 @@ class RunInfo:
     task: str
     classes: tuple[str, ...]
     head: HeadConfig
+    layers: tuple[dict[str, Any], ...]
+    num_parameters: int
     training: dict[str, Any]
     seed: int
     data_seed: int
@@ -95,15 +100,46 @@ class RunInfo:
         return {"kind": "run"} | result_as_dict(self)
 
 
-def info(path: str | Path) -> CacheInfo | RunInfo:
+@dataclass(frozen=True)
+class UnfinishedInfo:
+    """What an interrupted command has kept.
+
+    Attributes:
+        path: The folder: ``CACHE.partial``, ``RUN.partial`` or ``RUN.sweep``.
+        command: ``extract``, ``train`` or ``sweep``.
+        output: The cache or run that it will become.
+        kept: How far it is. extract: ``num_images``, ``num_shards`` and, fixed at its start,
+            ``engine, precision, batch_size, device``. train: ``num_epochs_done``, ``num_epochs``.
+            sweep: ``num_trials_done``, ``num_trials``, ``num_repeats_done``, ``num_repeats``.
+        disk_bytes: Size of its files.
+        next_step: How to go on, a sentence.
+    """
+
+    __module__ = "featcache"
+
+    path: Path
+    command: str
+    output: Path
+    kept: dict[str, Any]
+    disk_bytes: int
+    next_step: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON values."""
+        return {"kind": f"unfinished {self.command}"} | result_as_dict(self)
+
+
+def info(path: str | Path) -> CacheInfo | RunInfo | UnfinishedInfo:
     """Return what a cache or a run holds. Reads no features and hashes no cache.
 
     Args:
-        path: A cache file, or a run folder.
+        path: A cache file, a run folder, or the folder in which an interrupted command keeps what
+            it has done.
 
     Raises:
-        CacheError: If the file is not a cache.
-        RunError: If the folder is not a run.
+        CacheError: If the file is not a cache, or an unfinished extraction cannot be read.
+        RunError: If the folder is not a run, or an unfinished training cannot be read.
+        ConfigError: If an unfinished sweep cannot be read.
 
     Example:
         >>> featcache.info("covid.h5").classes  # doctest: +SKIP
@@ -111,6 +147,9 @@ def info(path: str | Path) -> CacheInfo | RunInfo:
     """
     place = local_path(path, "cache or run")
     if place.is_dir():
+        for name, describe in _UNFINISHED.items():
+            if (place / name).is_file():
+                return describe(place)
         return _run_info(place)
     cache = open_cache(place, verify=False)
     return CacheInfo(
@@ -129,14 +168,18 @@ def info(path: str | Path) -> CacheInfo | RunInfo:
 
 
 def _run_info(folder: Path) -> RunInfo:
+    from featcache.heads.head import list_layers
     from featcache.heads.run import load_run
 
     run = load_run(folder)
+    layers = list_layers(run.head)
     return RunInfo(
         path=folder,
         task=run.task,
         classes=run.classes,
         head=run.head,
+        layers=tuple(layer._asdict() for layer in layers),
+        num_parameters=sum(layer.num_parameters for layer in layers),
         training=run.training,
         seed=run.seed,
         data_seed=run.data_seed,
@@ -144,6 +187,63 @@ def _run_info(folder: Path) -> RunInfo:
         weights_sha256=run.weights_sha256,
         evaluations=tuple(sorted(p.stem for p in folder.glob("evaluation/*.json"))),
     )
+
+
+def _extraction_info(folder: Path) -> UnfinishedInfo:
+    from featcache.extraction.shards import open_manifest
+
+    manifest = open_manifest(folder / "manifest.json")
+    facts = asdict(manifest.engine)
+    kept = {
+        "num_images": sum(receipt.num_rows for receipt in manifest.shards),
+        "num_shards": len(manifest.shards),
+        **{name: facts[name] for name in ("engine", "precision", "batch_size")},
+        "device": facts["device_type"],
+    }
+    return _unfinished(folder, "extract", kept, "discard it with --rebuild")
+
+
+def _training_info(folder: Path) -> UnfinishedInfo:
+    from featcache.heads.resuming import read_saved
+
+    _, facts = read_saved(folder / "training.safetensors")
+    history, training = facts.get("history"), facts["work"].get("training")
+    kept = {
+        "num_epochs_done": len(history) if isinstance(history, list) else None,
+        "num_epochs": training.get("epochs") if isinstance(training, dict) else None,
+    }
+    return _unfinished(folder, "train", kept, "begin anew with --overwrite")
+
+
+def _sweep_info(folder: Path) -> UnfinishedInfo:
+    from featcache.sweeps.journal import read_journal
+
+    work, entries = read_journal(folder / "journal.jsonl")
+    kept = {
+        "num_trials_done": sum(len(entry.get("trials", ())) for entry in entries),
+        "num_trials": work.get("trials"),
+        "num_repeats_done": sum("repeat" in entry for entry in entries),
+        "num_repeats": work.get("repeats"),
+    }
+    return _unfinished(folder, "sweep", kept, "remove this folder to begin anew")
+
+
+_UNFINISHED = {
+    "manifest.json": _extraction_info,
+    "training.safetensors": _training_info,
+    "journal.jsonl": _sweep_info,
+}
+
+
+def _unfinished(
+    folder: Path, command: str, kept: dict[str, Any], else_do: str
+) -> UnfinishedInfo:  # fmt: skip
+    output = folder.with_name(folder.name.removesuffix(".partial").removesuffix(".sweep"))
+    return UnfinishedInfo(
+        path=folder, command=command, output=output, kept=kept,
+        disk_bytes=sum(part.stat().st_size for part in folder.iterdir() if part.is_file()),
+        next_step=f"the featcache {command} that began it, called again, goes on; or {else_do}",
+    )  # fmt: skip
 
 
 def _split_facts(cache: Cache, split: CacheSplit) -> dict[str, Any]:

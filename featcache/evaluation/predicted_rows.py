@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from featcache.cache.reading import Cache
 from featcache.errors import CacheError, ConfigError, RunError, printable
+from featcache.evaluation.confusions import Confusion, count_confusions
 from featcache.files import csv_text, join_names, prob_columns
+from featcache.formatting import count
 from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import RowNumbers, find_labelled
 from featcache.heads.run import Run
@@ -65,6 +67,12 @@ class PredictedRows:
         else:
             missed = (self.targets == index) & (self.preds != index)
         return [self.paths[i] for i in np.flatnonzero(missed)]
+
+    def confusions(self) -> list[Confusion] | None:
+        """Return which class is predicted as which, and how often; None with several labels."""
+        if self.has_labels:
+            return None
+        return count_confusions(self.targets, self.preds, self.classes)
 
     def mistakes(self) -> list[dict[str, Any]]:
         """Return the wrong predictions, the most confident first: per row, or per row and label."""
@@ -135,7 +143,7 @@ def labelled_rows(cache: Cache, split_name: str, say: Say) -> RowNumbers:
             hint="Use featcache predict for images without a class",
         )  # fmt: skip
     if len(labelled) < len(split):
-        say(f"{len(split) - len(labelled):,} unlabelled rows left out")
+        say(f"{count(len(split) - len(labelled), 'unlabelled row')} left out")
     return labelled
 
 

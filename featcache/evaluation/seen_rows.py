@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from featcache.cache.reading import Cache, CacheSplit, open_cache
 from featcache.errors import CacheError, FeatcacheError, RunError, warn_user
+from featcache.formatting import count
 from featcache.heads.config import check_valid_fraction
 from featcache.heads.rows import RowNumbers, choose_rows
 from featcache.heads.run import Run, cache_path
 from featcache.heads.trained_rows import SeenRows, TrainedRows
-from featcache.runtime import Say, silent
+from featcache.runtime import Say
 
 
 def load_trained_rows(run: Run, cache: Cache) -> TrainedRows | None:
@@ -35,7 +36,7 @@ def load_trained_rows(run: Run, cache: Cache) -> TrainedRows | None:
         if not _is_own(run, cache):
             return None
         fraction = check_valid_fraction(run.training.get("valid_fraction"))
-        return TrainedRows.of(choose_rows(cache, fraction, run.data_seed, silent))
+        return TrainedRows.of(choose_rows(cache, fraction, run.data_seed, lambda _: None))
     except (FeatcacheError, OSError):
         return None
 
@@ -69,17 +70,17 @@ def warn_of_seen(seen: SeenRows | None, where: str, consequence: str) -> None:
             "rows.bin, and the cache that it was trained on is gone or has changed"
         )
         return
-    number = len(seen.trained)
+    rows = count(len(seen.trained), "row")
     trained, validated, unclear = seen.counts
     what = [f"was trained on {trained:,}"] * bool(trained)
     what += [f"was chosen by {validated:,}"] * bool(validated)
     if what:
-        warn_user(f"the head {' and '.join(what)} of the {number:,} rows of {where}: {consequence}")
+        warn_user(f"the head {' and '.join(what)} of the {rows} of {where}: {consequence}")
     if unclear:
         warn_user(
-            f"{unclear:,} of the {number:,} rows of {where} have the path of a row that the head "
-            "has seen, but other features, and no hash of the image: whether it is the same image "
-            "cannot be told"
+            f"of {unclear:,} of the {rows} of {where} the path is that of a row that the head has "
+            "seen, but the features are others, and there is no hash of the image: whether it is "
+            "the same image cannot be told"
         )
 
 

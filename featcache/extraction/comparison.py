@@ -29,6 +29,7 @@ from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
 from featcache.extraction.pipeline import Lane, Outcome, hash_images, stream_features
 from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
+from featcache.formatting import count
 from featcache.precision import relative_errors
 from featcache.runtime import Say, resolve_device
 
@@ -242,8 +243,8 @@ def _say_comparison(comparison: Comparison, say: Say) -> None:
         for path in paths[:_LINES_SAID]:
             say(f"{word}: {printable(path)}")
         if len(paths) > _LINES_SAID:
-            say(f"{word}: and {len(paths) - _LINES_SAID:,} more images")
+            say(f"{word}: and {len(paths) - _LINES_SAID:,} more")
     say(
-        f"{comparison.num_compared:,} rows recomputed: largest relative error "
+        f"{count(comparison.num_compared, 'row')} recomputed: largest relative error "
         f"{comparison.largest_error:.1e}, bound {comparison.bound:.0e}"
     )

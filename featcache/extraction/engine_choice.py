@@ -18,6 +18,7 @@ from featcache.errors import BackboneError, CacheError, warn_user
 from featcache.extraction.plan import Job
 from featcache.extraction.recipe import decode_probes
 from featcache.extraction.shards import EngineFacts
+from featcache.formatting import count
 from featcache.precision import PARITY_BOUNDS
 from featcache.runtime import environment_facts
 
@@ -73,9 +74,9 @@ def _note_engine(job: Job, engine: Engine) -> None:
     """Say which engine it is, and note it for resuming and for provenance."""
     against = "no readable image to check it with"
     if engine.parity:
-        worst, number = max(engine.parity), len(engine.parity)
+        worst, images = max(engine.parity), count(len(engine.parity), "image")
         stored = " in float16" if job.recipe.feature_dtype == "float16" else ""
-        against = f"within {worst:.1e} of the eager fp32 network on {number} images{stored}"
+        against = f"within {worst:.1e} of the eager fp32 network on {images}{stored}"
     backbone, old = job.recipe.backbone, job.old
     parities = {} if old is None else read_parities(old)
     parity = [] if old is None else old.parity

@@ -41,7 +41,7 @@ from featcache.extraction.reports import (
 from featcache.extraction.work import work
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
-from featcache.runtime import Say, resolve_device, silent
+from featcache.runtime import Say, log_line, resolve_device
 from featcache.untrusted import real_path
 
 _Backbones = list[str | Backbone] | tuple[str | Backbone, ...]
@@ -112,7 +112,7 @@ def extract(
     ignore_columns: str | Iterable[str] = (),
     rehash: bool = False,
     rebuild: bool = False,
-    say: Say = silent,
+    say: Say = log_line,
     progress: bool = False,
 ) -> ExtractionSummary | dict[str, ExtractionSummary]:
     """Run a frozen backbone over every image of ``data`` and write the features to ``cache``.

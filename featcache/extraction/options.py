@@ -10,7 +10,7 @@ from pathlib import Path
 from featcache.data.listing import Listing
 from featcache.errors import ConfigError
 from featcache.extraction.pipeline import resolve_workers
-from featcache.runtime import Say, silent
+from featcache.runtime import Say, log_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ExtractionOptions:
     ignore_columns: str | Iterable[str] = ()
     rehash: bool = False
     rebuild: bool = False
-    say: Say = silent
+    say: Say = log_line
     progress: bool = False
 
     def __post_init__(self) -> None:

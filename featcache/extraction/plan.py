@@ -32,6 +32,7 @@ from featcache.extraction.update import (
     refuse_other_images,
 )
 from featcache.files import make_folder, remove_temporaries
+from featcache.formatting import count
 from featcache.outputs import Output
 
 
@@ -149,7 +150,7 @@ class Job:
         num_resumed = sum(self.ledger.add_shard(*shard) for shard in self.partial.read_shards())
         if num_resumed:
             self.provenance = self.partial.provenance or self.provenance
-            self.options.say(f"Resuming {self.path.name}: {num_resumed:,} images are done.")
+            self.options.say(f"Resuming {self.path.name}: {count(num_resumed, 'image')} done.")
         return self.ledger.match(rehash=self.options.rehash)
 
     def _check_unfinished(self, device: torch.device) -> None:
@@ -176,7 +177,7 @@ def find_known(jobs: Sequence[Job], device: torch.device) -> Sequence[int]:
     suspects = set[int]().union(*(job.read_known(device) for job in jobs))
     if suspects:
         positions, options, dataset = sorted(suspects), jobs[0].options, jobs[0].dataset
-        options.say(f"Hashing {len(positions):,} images whose content may be known.")
+        options.say(f"Hashing {count(len(positions), 'image')} whose content may be known.")
         samples = [dataset.samples[position] for position in positions]
         hashes = hash_images(dataset, samples, options.workers)
         for position, sha256 in zip(positions, hashes, strict=True):

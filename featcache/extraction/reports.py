@@ -22,6 +22,7 @@ from featcache.extraction.pipeline import stream_views
 from featcache.extraction.plan import Job
 from featcache.extraction.recipe import Recipe, decode_probes, sample_depths
 from featcache.files import result_as_dict
+from featcache.formatting import count, list_counts
 from featcache.runtime import Say
 
 _NUM_DECODED = 64
@@ -240,14 +241,11 @@ class ExtractionSummary:
 def describe_dataset(dataset: ImageDataset, say: Say) -> None:
     """Say what was found: images by split and class, what is left alone, groups."""
     for split, counts in dataset.count().items():
-        listed = ", ".join(f"{count:,} {printable(name)}" for name, count in counts.items())
-        say(f"{split:>6}: {listed}")
+        say(f"{split:>6}: {list_counts(counts)}")
     for line in dataset.describe_ignored():
         say(line)
     if dataset.num_found_by_name:
-        say(
-            f"paths: {dataset.num_found_by_name:,} files were found by their name, in folders below"
-        )
+        say(f"paths: {count(dataset.num_found_by_name, 'file')} found by name, in folders below")
     if dataset.num_grouped == 0:
         warn_user(
             f"--group-by matches none of {len(dataset.samples):,} file names: images of one "
@@ -255,9 +253,8 @@ def describe_dataset(dataset: ImageDataset, say: Say) -> None:
         )
     elif dataset.num_grouped is not None:
         groups = len({s.group for s in dataset.samples})
-        say(
-            f"groups: {groups:,}; {dataset.num_grouped:,} of {len(dataset.samples):,} names matched"
-        )
+        names = count(len(dataset.samples), "name")
+        say(f"groups: {groups:,}; {dataset.num_grouped:,} of {names} matched")
 
 
 def describe_recipe(recipe: Recipe, say: Say) -> None:
@@ -280,9 +277,11 @@ def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
         say(f"failed: {printable(failure.path)}: {printable(failure.reason)}")
     if len(cache.failures) > _NUM_SHOWN_FAILURES:
         more = len(cache.failures) - _NUM_SHOWN_FAILURES
-        say(f"failed: {more} more, listed by featcache info {printable(cache.path)}")
+        say(f"failed: {more:,} more, listed by featcache info {printable(cache.path)}")
     if cache.failures:
-        warn_user(f"{len(cache.failures)} images could not be read and are not in the cache")
+        failed = count(len(cache.failures), "image")
+        are = "is" if len(cache.failures) == 1 else "are"
+        warn_user(f"{failed} could not be read and {are} not in the cache")
     counts = {
         "new": summary.num_new, "kept": summary.num_kept, "moved": summary.num_moved,
         "known": summary.num_known - summary.num_kept - summary.num_moved,
@@ -291,7 +290,7 @@ def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
     listed = ", ".join(f"{n:,} {word}" for word, n in counts.items() if n or word == "new")
     rate = "" if summary.images_per_second is None else f", {summary.images_per_second:,} images/s"
     say(
-        f"{printable(cache.path)}: {summary.num_images:,} images ({listed}) in "
+        f"{printable(cache.path)}: {count(summary.num_images, 'image')} ({listed}) in "
         f"{summary.seconds:.1f} s{rate}."
     )
     stages = cache.provenance.get("stage_seconds")
@@ -337,7 +336,7 @@ def warn_of_precision(cache: Cache, asked: str) -> None:
         return
     measured = "of errors that were not measured"
     if cache.parity:
-        measured = f"within {max(cache.parity):.1e}, measured on {cache.num_probed:,} images"
+        measured = f"within {max(cache.parity):.1e}, measured on {count(cache.num_probed, 'image')}"
     warn_user(
         f"{cache.path.name}: the precision of its rows is {precision or UNKNOWN} ({measured}), "
         f"and --precision {asked} is for new rows only. --rebuild makes all of them again"

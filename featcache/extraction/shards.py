@@ -164,14 +164,7 @@ class PartialCache:
         self.was_killed = self._probing.exists()
         if not self._manifest.exists():
             return False
-        try:
-            manifest = read_manifest(self._manifest)
-        except (OSError, ValueError) as error:
-            raise CacheError(
-                "unfinished extraction", expected="a readable manifest",
-                found=getattr(error, "strerror", None) or error, where=self._manifest,
-                hint="Start afresh with --rebuild",
-            ) from error  # fmt: skip
+        manifest = open_manifest(self._manifest)
         if manifest.fingerprint != self._fingerprint:
             raise CacheError(
                 "unfinished extraction", expected=f"fingerprint {self._fingerprint[:16]}...",
@@ -355,6 +348,24 @@ class Manifest:
     provenance: dict[str, Any]
     running: bool
     shards: tuple[Receipt, ...]
+
+
+def open_manifest(file: Path) -> Manifest:
+    """Read and check the manifest of an unfinished extraction.
+
+    Raises:
+        CacheError: If it cannot be read, or is not what ``PartialCache`` writes.
+    """
+    try:
+        return read_manifest(file)
+    except (OSError, ValueError) as error:
+        hint = "Start afresh with --rebuild"
+        if isinstance(error, OSError):  # of the disk: it may pass
+            hint = f"Run the same command again. If that does not help, {hint.lower()}"
+        raise CacheError(
+            "unfinished extraction", expected="a readable manifest",
+            found=getattr(error, "strerror", None) or error, where=file, hint=hint,
+        ) from error  # fmt: skip
 
 
 def read_manifest(file: Path) -> Manifest:

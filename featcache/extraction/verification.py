@@ -28,8 +28,9 @@ from featcache.files import (
     result_as_dict,
     sync_folder,
 )
+from featcache.formatting import count
 from featcache.outputs import Output
-from featcache.runtime import Say, silent
+from featcache.runtime import Say, log_line
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -91,7 +92,7 @@ def verify(
     backbone: Backbone | str | None = None,
     device: str = "auto",
     repair: bool = False,
-    say: Say = silent,
+    say: Say = log_line,
 ) -> Verification:
     """Check that a cache is whole, and with ``data`` that its features are those of the images.
 
@@ -163,7 +164,8 @@ def _refuse_unfinished(path: Path) -> None:
         shards = read_manifest(folder / "manifest.json").shards
         num_images = sum(shard.num_rows for shard in shards)
         damaged = [shard.file for shard in shards if not is_whole(folder, shard)]
-        found = f"an unfinished extraction, {num_images:,} images in {len(shards)} shards"
+        kept = f"{count(num_images, 'image')} in {count(len(shards), 'shard')}"
+        found = f"an unfinished extraction, {kept}"
     except (OSError, ValueError):
         damaged, found = [], "an unfinished extraction, whose manifest cannot be read"
     hint = "Repeat the extract command it was begun with: it goes on from there"
@@ -313,6 +315,6 @@ def _say_repair(damage: Damage, bad_rows: Sequence[BadRow], say: Say) -> None:
     for row in bad_rows[:20]:
         say(printable(f"dropped: row {row.row} of {row.split}, {row.path}: found {row.found}"))
     if len(bad_rows) > 20:
-        say(f"dropped: and {len(bad_rows) - 20:,} more rows, see featcache info")
+        say(f"dropped: and {len(bad_rows) - 20:,} more, see featcache info")
     for part in damage.parts:
         say(f"damaged and written again: {part}")

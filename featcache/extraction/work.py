@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from featcache.errors import BackboneError, printable
 from featcache.extraction.engine_choice import check_frozen, drop_rows
@@ -26,6 +25,8 @@ from featcache.extraction.pipeline import (
 )
 from featcache.extraction.plan import Job
 from featcache.extraction.shards import write_shard
+from featcache.formatting import count
+from featcache.progress import Progress
 from featcache.runtime import Interrupted, Timer, held_signals
 
 SHARD_BYTES = 16 << 20
@@ -166,25 +167,21 @@ def _stream(
 ) -> Iterator[FeatureBatch]:
     """Run images through the networks, the first of them decoded in a child process."""
     dataset, options = jobs[0].dataset, jobs[0].options
-    bar = tqdm(
-        total=len(positions), unit="img", desc="extract", smoothing=0.1, dynamic_ncols=True,
-        disable=None if options.progress else True,
-    )  # fmt: skip
-    with bar:
+    with Progress("extract", "image", len(positions), shown=options.progress) as progress:
         for part, isolate in ((positions[:num_isolated], True), (positions[num_isolated:], False)):
             for batch in stream_features(
                 dataset, dataset.samples, _lanes(jobs), positions=part, workers=options.workers,
                 timer=timer, isolate=isolate,
             ):  # fmt: skip
                 yield batch
-                bar.set_postfix_str(f"waits for {find_bottleneck(timer.seconds)}", refresh=False)
-                bar.update(len(batch.outcomes))
+                bottleneck = find_bottleneck(timer.seconds)
+                progress.move_by(len(batch.outcomes), f"waits for {bottleneck}")
 
 
 def _describe_kept(job: Job) -> str:
     """Say how far an interrupted run got."""
     num_kept, num_images = job.ledger.num_kept, len(job.dataset.samples)
-    return f"{num_kept:,} of {num_images:,} images are kept in {printable(job.partial.folder)}"
+    return f"{num_kept:,} of {count(num_images, 'image')} kept in {printable(job.partial.folder)}"
 
 
 def _note_speed(job: Job, seconds: float, timer: Timer) -> None:

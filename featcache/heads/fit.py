@@ -42,8 +42,8 @@ from featcache.runtime import (
     Say,
     available_cores,
     available_memory,
+    log_line,
     require_memory_for_products,
-    silent,
 )
 from featcache.threads import Threads
 
@@ -81,7 +81,8 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
     train_weights: npt.NDArray[Any] | None = None,
     classes: Sequence[str] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
-    say: Say = silent,
+    on_share: Callable[[float], None] | None = None,
+    say: Say = log_line,
     saved: SavedTraining | None = None,
 ) -> FitResult:
     """Train a head and keep the epoch with the lowest cross-entropy on the validation rows.
@@ -114,7 +115,8 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
             all rows alike.
         classes: Names for the history's columns; None numbers them.
         on_epoch: Called with each row of the history as it is made.
-        say: As for ``fit_heads``.
+        on_share: As for ``fit_heads``, as is the next.
+        say: For people.
         saved: Where the state is kept, and what is gone on from. Of no use to lbfgs.
 
     Raises:
@@ -127,7 +129,7 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         [HeadJob(head_config, training, seed)], train_features, train_targets, valid_features,
         valid_targets, data_seed=data_seed, device=device, train_weights=train_weights,
         classes=classes, on_epoch=None if on_epoch is None else lambda _, row: on_epoch(row),
-        say=say, saved=saved,
+        on_share=on_share, say=say, saved=saved,
     )  # fmt: skip
     if result.diverged_in is not None:
         found, hint = f"none in epoch {result.diverged_in}", "Lower --learning-rate"
@@ -149,7 +151,8 @@ def fit_heads(
     train_weights: npt.NDArray[Any] | None = None,
     classes: Sequence[str] | None = None,
     on_epoch: Callable[[int, dict[str, Any]], bool | None] | None = None,
-    say: Say = silent,
+    on_share: Callable[[float], None] | None = None,
+    say: Say = log_line,
     saved: SavedTraining | None = None,
 ) -> list[FitResult]:
     """Train many heads on the same rows in the same order, each as ``fit_head`` would.
@@ -170,6 +173,8 @@ def fit_heads(
         on_epoch: Called with the number of a job and each row of its history as it is made, from
             one thread at a time. Where it answers True, the job is given up: it ends there, and
             the others go on the faster.
+        on_share: Called after each batch with what was done of the training of one head, in [0, 1]:
+            of heads that share a batch with their sum. From one thread at a time.
         say: Told when memory has room for fewer heads at once than there would be, and when code
             is compiled.
         saved: As for ``fit_head``, of one job.
@@ -209,11 +214,17 @@ def fit_heads(
         with lock:
             return bool(on_epoch(number, row))
 
+    def tell_share(share: float) -> None:
+        if on_share is not None:
+            with lock:
+                on_share(share)
+
     passes = _plan_passes(jobs, scalings, data, device)
     passes, num_threads = _cut_to_memory(passes, jobs, data, device, say)
     kernels = _choose_kernels(jobs, data, device, say)
     fit = functools.partial(
-        _fit_pass, jobs=jobs, scalings=scalings, data=data, device=device, tell=tell, saved=saved
+        _fit_pass, jobs=jobs, scalings=scalings, data=data, device=device, tell=tell,
+        tell_share=tell_share, saved=saved,
     )  # fmt: skip
     results: dict[int, FitResult] = {}
     with one_blas_thread() if device.type == "cpu" else contextlib.nullcontext():
@@ -351,8 +362,8 @@ def _count_bytes(job: HeadJob, data: TrainingData, device: Device) -> tuple[int,
     return head_values * data.dtype.itemsize, pass_bytes
 
 
-class _Progress:
-    """How far one head is, and its best epoch so far."""
+class _History:
+    """The epochs of one head so far, and the best of them."""
 
     def __init__(self, number: int, training: TrainingConfig) -> None:
         self.number, self.training = number, training
@@ -391,7 +402,8 @@ class _Progress:
 def _fit_pass(  # noqa: PLR0917
     numbers: Sequence[int], kernels: Any, team: Team, jobs: Sequence[HeadJob],
     scalings: Sequence[ColumnScaling | None], data: TrainingData, device: Device,
-    tell: Callable[[int, dict[str, Any]], bool], saved: SavedTraining | None,
+    tell: Callable[[int, dict[str, Any]], bool], tell_share: Callable[[float], None],
+    saved: SavedTraining | None,
 ) -> dict[int, FitResult]:  # fmt: skip
     """Train some heads that share batches; return their results by number, of scaled features."""
     training = jobs[numbers[0]].training
@@ -399,9 +411,11 @@ def _fit_pass(  # noqa: PLR0917
     if training.optimizer == LBFGS:
         from featcache.heads.linear_probe import fit_linear_probe
 
-        return {
-            n: fit_linear_probe(jobs[n], data, device, functools.partial(tell, n)) for n in numbers
-        }
+        results = dict[int, FitResult]()
+        for n in numbers:
+            results[n] = fit_linear_probe(jobs[n], data, device, functools.partial(tell, n))
+            tell_share(1.0)
+        return results
     trainer: HeadGroup | StackTrainer
     if device.type == "cpu":
         trainer = HeadGroup([jobs[number] for number in numbers], data, kernels, team)
@@ -411,18 +425,20 @@ def _fit_pass(  # noqa: PLR0917
         trainer = StackTrainer([jobs[number] for number in numbers], data, device.torch())
     batch_size = training.rows_per_step(len(data.targets))
     num_steps = training.steps_per_epoch(len(data.targets))
-    heads = everyone = [_Progress(number, jobs[number].training) for number in numbers]
+    heads = everyone = [_History(number, jobs[number].training) for number in numbers]
     first = 1
     if saved is not None:
         (head,) = heads
         first += _resume(saved, trainer, head, kernels, data, tell)
+        tell_share((first - 1) / training.epochs)
     for epoch in range(first, training.epochs + 1):
         start = time.perf_counter()
         rates = [
             [head.training.learning_rate_at(epoch, step / num_steps) for head in heads]
             for step in range(1, num_steps + 1)
         ]
-        losses = trainer.train_epoch(batch_size, rates)
+        share = len(heads) / training.epochs / len(data.targets)
+        losses = trainer.train_epoch(batch_size, rates, lambda n, s=share: tell_share(n * s))
         valid = trainer.validate()
         seconds = time.perf_counter() - start
         for place, (head, rate, loss) in enumerate(zip(heads, rates[-1], losses, strict=True)):
@@ -443,7 +459,7 @@ def _fit_pass(  # noqa: PLR0917
 
 
 def _resume(  # noqa: PLR0917
-    saved: SavedTraining, trainer: HeadGroup | StackTrainer, head: _Progress, kernels: Any,
+    saved: SavedTraining, trainer: HeadGroup | StackTrainer, head: _History, kernels: Any,
     data: TrainingData, tell: Callable[[int, dict[str, Any]], bool],
 ) -> int:  # fmt: skip
     """Go on from what is kept; return how many epochs that were. They are told again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,12 +67,16 @@ class HeadGroup:
         (head,) = self._heads
         head.restore(arrays)
 
-    def train_epoch(self, batch_size: int, rates: Sequence[Sequence[float]]) -> list[float]:
+    def train_epoch(
+        self, batch_size: int, rates: Sequence[Sequence[float]],
+        on_rows: Callable[[int], None] | None = None,
+    ) -> list[float]:  # fmt: skip
         """Take one step per batch; return each head's mean loss, batches weighted by their rows.
 
         Args:
             batch_size: Of all but the last.
             rates: For each batch, the learning rate of each head.
+            on_rows: Called with the rows of each batch when all heads have seen them.
         """
         totals, num_rows, rates_left = np.zeros(len(self._heads)), 0, iter(rates)
         with np.errstate(all="ignore"):  # a head that diverges is noticed by its loss
@@ -86,6 +90,8 @@ class HeadGroup:
                     loss = head.step(batch, loss_weights, denominators, rate)
                     totals[place] += loss * size
                 num_rows += size
+                if on_rows is not None:
+                    on_rows(size)
         assert next(rates_left, None) is None, "a rate for each batch"
         return [float(total) for total in totals / num_rows]
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -186,6 +186,37 @@ def _draw_uniform(
     fractions = (draws & 0xFFFFFF) * 2.0**-24  # 24 bits of each
     bound = float(np.float32(bound))
     return (fractions * (2 * bound) - bound).astype(np.float32)
+
+
+class Layer(NamedTuple):
+    """A layer of a head.
+
+    Attributes:
+        name: Its place in the ``nn.Sequential``, as in the state dict.
+        kind: ``BatchNorm1d``, ``Linear``, ``ReLU`` or ``Dropout``.
+        num_outputs: It gives (N, num_outputs).
+        num_parameters: Weights and biases, all of them trained.
+    """
+
+    name: str
+    kind: str
+    num_outputs: int
+    num_parameters: int
+
+
+def list_layers(config: HeadConfig) -> list[Layer]:
+    """Return the layers of ``build_head(config)``, in order, without importing torch."""
+    kinds: list[tuple[str, int]] = []
+    for width, next_width in pairwise([config.num_features, *config.hidden]):
+        kinds += [("BatchNorm1d", width), ("Linear", next_width), ("ReLU", next_width)]
+    width = (config.num_features, *config.hidden)[-1]
+    kinds += [("BatchNorm1d", width), ("Dropout", width), ("Linear", config.num_classes)]
+    layout = state_layout(config)
+    layers = []
+    for place, (kind, num_outputs) in enumerate(kinds):
+        shapes = [layout.get(f"{place}.{part}", (None, (0,)))[1] for part in ("weight", "bias")]
+        layers.append(Layer(str(place), kind, num_outputs, sum(map(math.prod, shapes))))
+    return layers
 
 
 def count_values(config: HeadConfig) -> int:

@@ -30,7 +30,7 @@ from featcache.files import (
     write_bytes,
 )
 from featcache.heads.config import FitResult
-from featcache.runtime import Say, silent
+from featcache.runtime import Say, log_line
 from featcache.untrusted import parse_json_object
 
 STATE_NAME = "training.safetensors"
@@ -60,6 +60,45 @@ class Trainer(Protocol):
         """Return a copy of a head's state dict."""
 
 
+def read_saved(file: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Return the arrays of a saved training, and its facts: ``work``, ``history`` and more.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        RunError: If it cannot be read or is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors import numpy as safetensors
+
+    try:
+        data = read_regular(file, max_bytes=_MAX_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # of the disk: it may pass
+        hint = "Run the same command again; or begin anew with --overwrite"
+        _refuse(file, error.strerror, hint)
+    try:
+        arrays: dict[str, Array] = safetensors.load(data)
+        facts = parse_json_object(arrays.pop(_FACTS).tobytes())
+        is_whole = (
+            facts["sha256"] == json_sha256(facts, without="sha256")
+            and facts["arrays_sha256"] == _hash_arrays(arrays)
+        )  # fmt: skip
+        is_known = (facts["format"], facts["format_version"]) == (_FORMAT, _FORMAT_VERSION)
+        work = facts["work"]
+    except (SafetensorError, ValueError, LookupError, TypeError):
+        _refuse(file, "another file, or a damaged one")
+    if not is_whole or not is_known or not isinstance(work, dict):
+        _refuse(file, "a damaged one, or one of another version")
+    return arrays, facts
+
+
+def _refuse(
+    file: Path, found: object, hint: str = "It cannot be resumed; begin anew with --overwrite"
+) -> NoReturn:
+    raise RunError("unfinished training", expected="its state", found=found, where=file, hint=hint)
+
+
 class SavedTraining:
     """The file with the state of a training of one head, resumed or to be begun.
 
@@ -76,7 +115,7 @@ class SavedTraining:
     """
 
     def __init__(
-        self, file: Path, work: Mapping[str, Any], *, replace: bool = False, say: Say = silent
+        self, file: Path, work: Mapping[str, Any], *, replace: bool = False, say: Say = log_line
     ) -> None:
         self._file, self._replace, self._say = file, replace, say
         self._work: dict[str, Any] = {"version": __version__, **work}
@@ -98,32 +137,12 @@ class SavedTraining:
         self._say("the unfinished training that was there is replaced")
 
     def _read(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors import numpy as safetensors
-
         try:
-            data = read_regular(self._file, max_bytes=_MAX_BYTES)
+            arrays, facts = read_saved(self._file)
         except FileNotFoundError:
             return
-        except OSError as error:  # of the disk: it may pass
-            self._refuse(
-                error.strerror, "Run the same command again; or begin anew with --overwrite"
-            )
-        try:
-            arrays: dict[str, Array] = safetensors.load(data)
-            facts = parse_json_object(arrays.pop(_FACTS).tobytes())
-            is_whole = (
-                facts["sha256"] == json_sha256(facts, without="sha256")
-                and facts["arrays_sha256"] == _hash_arrays(arrays)
-            )  # fmt: skip
-            is_known = (facts["format"], facts["format_version"]) == (_FORMAT, _FORMAT_VERSION)
-            work = facts["work"]
-        except (SafetensorError, ValueError, LookupError, TypeError):
-            self._refuse("another file, or a damaged one")
-        if not is_whole or not is_known or not isinstance(work, dict):
-            self._refuse("a damaged one, or one of another version")
         wanted = json.loads(canonical_json(self._work))
-        self._compare({key: value for key, value in work.items() if key != "how"}, wanted)
+        self._compare({key: value for key, value in facts["work"].items() if key != "how"}, wanted)
         self._arrays, self._facts = arrays, facts
 
     def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -137,13 +156,6 @@ class SavedTraining:
                 "unfinished training", expected=f"the command that began it: {begun}", found=now,
                 where=self._file, hint="Repeat that command, or begin anew with --overwrite",
             )  # fmt: skip
-
-    def _refuse(
-        self, found: object, hint: str = "It cannot be resumed; begin anew with --overwrite"
-    ) -> NoReturn:
-        raise RunError(
-            "unfinished training", expected="its state", found=found, where=self._file, hint=hint
-        )
 
     def load(
         self, trainer: Trainer, how: Mapping[str, Any], columns: Sequence[str], num_epochs: int
@@ -183,15 +195,15 @@ class SavedTraining:
         self, history: object, columns: Sequence[str], num_epochs: int
     ) -> list[dict[str, Any]]:
         if not isinstance(history, list) or not 1 <= len(history) < num_epochs:
-            self._refuse("a history of another length")
+            _refuse(self._file, "a history of another length")
         for epoch, row in enumerate(history, 1):
             is_row = isinstance(row, dict) and set(row) == set(columns)
             if not is_row or type(row["epoch"]) is not int or row["epoch"] != epoch:
-                self._refuse(f"another history in epoch {epoch}")
+                _refuse(self._file, f"another history in epoch {epoch}")
             for name, value in row.items():
                 may_miss = name.startswith("valid_recall_")
                 if not (_is_finite(value) or (may_miss and value is None)):
-                    self._refuse(f"no finite {name} in epoch {epoch}")
+                    _refuse(self._file, f"no finite {name} in epoch {epoch}")
         return [{name: row[name] for name in columns} for row in history]
 
     def _restore(
@@ -204,13 +216,13 @@ class SavedTraining:
             for side in (wanted, arrays)
         ]
         if layouts[0] != layouts[1] or not isinstance(states, list):
-            self._refuse("that of another head")
+            _refuse(self._file, "that of another head")
         try:
             for generator, state in zip(generators, states, strict=True):
                 set_generator_state(generator, state)
             trainer.restore({name: arrays[f"steps/{name}"] for name in steps})
         except (ValueError, TypeError, LookupError, OverflowError):
-            self._refuse("generators that cannot be")
+            _refuse(self._file, "generators that cannot be")
         return {name: arrays[f"best/{name}"].copy() for name in trainer.state(0)}
 
     def keep(self, trainer: Trainer, result: FitResult) -> None:

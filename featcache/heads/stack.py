@@ -9,7 +9,7 @@ the number of layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -246,12 +246,16 @@ class StackTrainer:
         parts = {"params": self.stack.params, "first": self._first, "second": self._second}
         return parts | self.stack.stats
 
-    def train_epoch(self, batch_size: int, rates: Sequence[Sequence[float]]) -> list[float]:
+    def train_epoch(
+        self, batch_size: int, rates: Sequence[Sequence[float]],
+        on_rows: Callable[[int], None] | None = None,
+    ) -> list[float]:  # fmt: skip
         """Take one step per batch; return each head's mean loss, batches weighted by their rows.
 
         Args:
             batch_size: Of all but the last.
             rates: For each batch, the learning rate of each head.
+            on_rows: Called with the rows of each batch when all heads have seen them.
         """
         totals = torch.zeros(len(self._jobs), dtype=self._dtype, device=self._device)
         num_rows, rates_left = 0, iter(rates)
@@ -275,6 +279,8 @@ class StackTrainer:
                     self._move(grads, next(rates_left))
                     totals.add_(losses.detach(), alpha=len(batch))
                     num_rows += len(batch)
+                    if on_rows is not None:
+                        on_rows(len(batch))
         assert next(rates_left, None) is None, "a rate for each batch"
         means: list[float] = (totals / num_rows).tolist()
         return means

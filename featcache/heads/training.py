@@ -19,6 +19,7 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache, open_cache, warn_of_leaks
 from featcache.errors import ConfigError, printable
 from featcache.files import local_path, result_as_dict
+from featcache.formatting import count, join_few, list_counts, shorten
 from featcache.heads.config import (
     LBFGS,
     MAX_ITERATIONS,
@@ -35,10 +36,12 @@ from featcache.heads.resuming import STATE_NAME, SavedTraining
 from featcache.heads.rows import Part, Targets, check_cache, choose_rows, read_rows
 from featcache.heads.run import record_fit, run_output
 from featcache.outputs import check_folder, new_folder
-from featcache.runtime import Say, resolve_device, silent
+from featcache.progress import Progress
+from featcache.runtime import Say, log_line, resolve_device
 
 _IMBALANCE = 5  # beyond 1:5 the loss of the rare class is easily drowned
-_RECALLS_WIDTH = 52  # with what stands before them: lines of up to 96 characters
+_RECALLS_WIDTH = 36  # with what stands before and behind them: lines of up to 80 characters
+_MANY_CLASSES = 20  # more do not get a line each
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def train(
     data_seed: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
-    say: Say = silent,
+    say: Say = log_line,
+    progress: bool = False,
 ) -> TrainSummary:
     """Train a head on the split ``train`` of a cache; the split ``test`` is not touched.
 
@@ -153,6 +157,7 @@ def train(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         overwrite: Replace an existing run, or begin anew where an unfinished one is another's.
         say: Receives the lines for people.
+        progress: Show how far it is: a bar, or without a terminal a line a minute.
 
     Returns:
         The summary; the run itself is the folder.
@@ -203,12 +208,15 @@ def train(
         saved = SavedTraining(partial.parent / STATE_NAME, work, replace=overwrite, say=say)
         fit_start = time.perf_counter()
         features, valid_features = read_rows(parts, where, say)
-        result = fit_head(
-            head, training, features, parts[0].targets, valid_features, parts[1].targets, seed=seed,
-            data_seed=order_seed, device=where, classes=opened.classes,
-            on_epoch=_epoch_lines(opened.classes, say), say=say,
-            saved=None if optimizer == LBFGS else saved,  # it takes no minute
-        )  # fmt: skip
+        with Progress("train", "epoch", epochs, shown=progress) as bar:
+            say_beside = bar.beside(say)
+            result = fit_head(
+                head, training, features, parts[0].targets, valid_features, parts[1].targets,
+                seed=seed, data_seed=order_seed, device=where, classes=opened.classes,
+                on_epoch=_epoch_lines(opened.classes, say_beside),
+                on_share=lambda share: bar.move_by(share * epochs), say=say_beside,
+                saved=None if optimizer == LBFGS else saved,  # it takes no minute
+            )  # fmt: skip
         fit_seconds = time.perf_counter() - fit_start
         weights_sha256 = record_fit(
             partial, output.target, opened, head=head, training=training, result=result, seed=seed,
@@ -250,9 +258,9 @@ def _refuse_unused(training: TrainingConfig) -> None:
 
 
 def _say_kept(summary: TrainSummary, result: FitResult, say: Say) -> None:
-    kept, many = f"epoch {summary.best_epoch}", f"{summary.num_epochs} epochs"
+    kept, many = f"epoch {summary.best_epoch}", count(summary.num_epochs, "epoch")
     if summary.strength is not None:
-        kept, many = f"strength {summary.strength:.2e}", f"{summary.num_epochs} strengths"
+        kept, many = f"strength {summary.strength:.2e}", count(summary.num_epochs, "strength")
         unsolved = sum(not row["converged"] for row in result.history)
         if unsolved:
             say(
@@ -260,10 +268,10 @@ def _say_kept(summary: TrainSummary, result: FitResult, say: Say) -> None:
                 "so little regularisation the weights of linearly separable classes grow without "
                 "bound"
             )
+    say(f"kept {kept}: valid loss {summary.valid_loss:.4f}, accuracy {summary.valid_accuracy:.3f}")
     say(
-        f"kept {kept}: valid loss {summary.valid_loss:.4f}, accuracy "
-        f"{summary.valid_accuracy:.3f}; {many} in {summary.fit_seconds:.1f} s on "
-        f"{summary.device}, written to {printable(summary.run.as_posix())}"
+        f"{many} in {summary.fit_seconds:.1f} s on {summary.device}, written to "
+        f"{printable(summary.run.as_posix())}"
     )
 
 
@@ -272,7 +280,7 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
     counts = [_count_answers(part.targets, len(cache.classes)) for part in parts]
     heads = ("{}",) if cache.task == "multiclass" else ("{}: yes", "no", "unknown")
     names = ["class", *cache.classes, "(unlabelled, left out)", "total"]
-    columns = [[_cut(printable(name), 40) for name in names]]
+    columns = [[shorten(printable(name), 40) for name in names]]
     for part, of_part in zip(parts, counts, strict=True):
         below = [f"{part.num_unlabelled:,}", f"{len(part.rows):,}"]
         for head, column in zip(heads, of_part.T.tolist(), strict=True):
@@ -283,9 +291,15 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
         [f"{cell:>{max(w, 7)}}" for cell, w in zip(line[1:], widths[1:], strict=True)]
         for line in zip(*columns, strict=True)
     ]
-    for i, (name, line) in enumerate(zip(columns[0], lines, strict=True)):
-        if i != len(lines) - 2 or any(part.num_unlabelled for part in parts):
-            say(f"{name:<{widths[0]}}  {'  '.join(line)}".rstrip())
+    if len(cache.classes) > _MANY_CLASSES:
+        for part, of_part in zip(parts, counts, strict=True):
+            found = dict(zip(cache.classes, of_part[:, 0].tolist(), strict=True))
+            found |= {"unlabelled": part.num_unlabelled} if part.num_unlabelled else {}
+            say(f"{part.name}: {list_counts(found)}")
+    else:
+        for i, (name, line) in enumerate(zip(columns[0], lines, strict=True)):
+            if i != len(lines) - 2 or any(part.num_unlabelled for part in parts):
+                say(f"{name:<{widths[0]}}  {'  '.join(line)}".rstrip())
     _say_failures(cache, say)
     num_views = parts[0].split.num_views
     if num_views > 1:
@@ -293,7 +307,7 @@ def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, s
         used = "all count" if training.optimizer == LBFGS else "each epoch draws one of them"
         say(f"views: {num_views} of each training image ({how}), {used}")
     if "test" in cache.splits:
-        say(f"the {len(cache.splits['test']):,} rows of test are not touched")
+        say(f"test is not touched: {count(len(cache.splits['test']), 'row')}")
     if training.class_weights == "none":
         _say_imbalance(cache, counts[0], say)
     if training.optimizer == LBFGS:
@@ -328,8 +342,9 @@ def _say_failures(cache: Cache, say: Say) -> None:
     for failure in cache.failures:
         known = 0 <= failure.target < len(cache.classes)
         counts[f"{failure.split}/{cache.classes[failure.target]}" if known else failure.split] += 1
-    listed = ", ".join(f"{number:,} of {printable(name)}" for name, number in counts.items())
-    say(f"not in this cache: {len(cache.failures):,} failed images ({listed}); see featcache info")
+    listed = join_few((f"{n:,} of {name}" for name, n in counts.most_common()), len(counts))
+    failed = count(len(cache.failures), "failed image")
+    say(f"not in this cache: {failed} ({listed}); see featcache info")
 
 
 def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]], None]:
@@ -349,13 +364,15 @@ def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]],
             is_first = False
             first = f"{'epoch':>5}" if "epoch" in row else f"{'strength':>8}"
             head = f"{first}  train loss  valid loss  accuracy  "
-            names = (f"{_cut(printable(n), w):>{w}}" for n, w in zip(classes, widths, strict=True))
+            names = (
+                f"{shorten(printable(n), w):>{w}}" for n, w in zip(classes, widths, strict=True)
+            )
             say(f"{'(* = lowest valid loss so far)':<{len(head)}}recall on valid")
             say(head + ("  ".join(names) if fits else "lowest of the classes"))
         recalls = [(row[f"valid_recall_{name}"], printable(name)) for name in classes]
         if not fits:
             recall, name = min((p for p in recalls if p[0] is not None), default=(None, ""))
-            shown = "-" if recall is None else f"{recall:.3f} {_cut(name, 30)}"
+            shown = "-" if recall is None else f"{recall:.3f} {shorten(name, 28)}"
         else:
             shown = "  ".join(
                 f"{'-' if recall is None else f'{recall:.3f}':>{w}}"
@@ -370,7 +387,3 @@ def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]],
         )
 
     return line
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,7 +1,10 @@
-"""How good are these probabilities? Figures by scikit-learn, null where they are undefined.
+"""How good are these probabilities? Figures as scikit-learn defines them, null where undefined.
 
 Targets (N,) are one class a row. Targets (N, C) of 0, 1 and NaN are several labels a row: each
 class is a question of its own, asked of the rows where its answer is known.
+
+All are counts and ranks, computed here: scikit-learn takes 15 s for the areas of 3,000 classes and
+9,000 rows, and 0.8 s to import, a third of a whole ``evaluate``. The tests compare with it.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ def compute_metrics(
         rows); ``roc_auc`` and ``average_precision`` (macro mean of one-vs-rest over all classes,
         None if one of them is undefined); ``per_class`` {class: precision, recall, f1, roc_auc and
         average_precision (of the class against the rest), num_samples}; ``confusion_matrix`` (rows
-        = target); ``positive``; and of the positive class against the rest, None without
+        = target; None above 100 classes); ``positive``; and of it against the rest, None without
         ``positive``: ``sensitivity`` (its recall), ``specificity`` (share of the other rows that
         are predicted as any other class), ``positive_roc_auc``, ``positive_average_precision``.
 
@@ -57,23 +60,22 @@ def compute_metrics(
     _check(targets, probs, classes, positive)
     if targets.ndim == 2:
         return _compute_label_metrics(targets, probs, classes, positive)
-    from sklearn import metrics
-
-    indices = list(range(len(classes)))
-    preds = probs.argmax(axis=1)
-    precision, recall, f1, support = metrics.precision_recall_fscore_support(
-        targets, preds, labels=indices, zero_division=np.nan
-    )
+    preds, number = probs.argmax(axis=1), len(classes)
+    num_right, num_targets, num_preds = _count_classes(targets, preds, number)
     per_class = {
         name: {
-            "precision": _number(precision[i]),
-            "recall": _number(recall[i]),
-            "f1": _number(f1[i]),
+            "precision": _ratio(num_right[i], num_preds[i]),
+            "recall": _ratio(num_right[i], num_targets[i]),
+            "f1": _ratio(2 * num_right[i], num_targets[i] + num_preds[i]),
             **_areas(targets == i, probs[:, i]),
-            "num_samples": int(support[i]),
+            "num_samples": num_targets[i],
         }
         for i, name in enumerate(classes)
     }
+    confusion = None
+    if number <= MAX_MATRIX_CLASSES:
+        cells = np.bincount(targets * number + preds, minlength=number**2)
+        confusion = cells.reshape(number, number).tolist()
     recalls = [row["recall"] for row in per_class.values()]
     specificity = None
     if positive is not None:
@@ -82,11 +84,11 @@ def compute_metrics(
             int(((targets != index) & (preds != index)).sum()), int((targets != index).sum())
         )
     return {
-        "accuracy": _mean([float(value) for value in preds == targets]),
+        "accuracy": sum(num_right) / len(targets),
         "balanced_accuracy": _mean([value for value in recalls if value is not None]),
         **{name: _mean_of_all(row[name] for row in per_class.values()) for name in _AREAS},
         "per_class": per_class,
-        "confusion_matrix": metrics.confusion_matrix(targets, preds, labels=indices).tolist(),
+        "confusion_matrix": confusion,
         **_of_positive(per_class, positive, specificity),
     }
 
@@ -123,18 +125,36 @@ def _of_positive(
 
 
 def _areas(is_yes: npt.NDArray[np.bool_], probs: npt.NDArray[Any]) -> dict[str, float | None]:
-    """Return the areas under both curves of one class."""
-    return {name: _area(name, is_yes, probs) for name in _AREAS}
+    """Return the areas under both curves of one class, None without rows on both sides.
+
+    The ROC AUC is the share of pairs of a positive and a negative row that are ranked right, ties
+    half (Mann and Whitney, 1947); the average precision is the mean, over the positive rows, of
+    the precision at the threshold of each.
+    """
+    yes = np.sort(probs[is_yes])
+    num_yes, num_no = len(yes), len(probs) - len(yes)
+    if not num_yes or not num_no:
+        return dict.fromkeys(_AREAS)
+    ranked = np.sort(probs)
+    below, up_to = (np.searchsorted(ranked, yes, side) for side in ("left", "right"))
+    yes_below, yes_up_to = (np.searchsorted(yes, yes, side) for side in ("left", "right"))
+    pairs_right = ((below - yes_below) + (up_to - yes_up_to)).sum() / 2
+    precisions = (num_yes - yes_below) / (len(ranked) - below)
+    return {
+        "roc_auc": float(pairs_right / (num_yes * num_no)),
+        "average_precision": float(precisions.mean()),
+    }
 
 
-def _area(metric: str, is_yes: npt.NDArray[np.bool_], probs: npt.NDArray[Any]) -> float | None:
-    """Return one of ``_AREAS`` of one class, None without rows on both sides."""
-    from sklearn import metrics
-
-    if is_yes.all() or not is_yes.any():
-        return None
-    score = metrics.roc_auc_score if metric == "roc_auc" else metrics.average_precision_score
-    return float(score(is_yes, probs))
+def _count_classes(
+    targets: npt.NDArray[Any], preds: npt.NDArray[Any], num_classes: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Return for each class the rows predicted right, the rows with that target, and with it."""
+    right, of_targets, of_preds = (
+        np.bincount(values, minlength=num_classes).tolist()
+        for values in (targets[targets == preds], targets, preds)
+    )
+    return right, of_targets, of_preds
 
 
 def _measure_label(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> dict[str, Any]:
@@ -189,6 +209,9 @@ def _mean_of_known(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return _mean(known) if known else None
 
+
+MAX_MATRIX_CLASSES = 100
+"""With more, the cells of a confusion matrix outnumber the rows many times over."""
 
 METRICS = ("loss", "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1")
 """What heads can be chosen by; of ``loss`` less is better."""
@@ -269,8 +292,6 @@ def compute_score(
     _check(targets, probs, classes, positive)
     if targets.ndim == 2:
         return _score_labels(metric, targets, probs, classes, positive)
-    from sklearn import metrics
-
     if metric == "loss":
         of_targets = probs[np.arange(len(targets)), targets].astype(np.float64)
         return _mean((-np.log(np.maximum(of_targets, np.finfo(np.float64).tiny))).tolist())
@@ -281,13 +302,12 @@ def compute_score(
         return _mean([float(right[targets == i].mean()) for i in np.unique(targets)])
     wanted = range(len(classes)) if positive is None else [list(classes).index(positive)]
     if metric == "f1":
-        if not np.isin(wanted, targets).all():  # 0 or undefined, as the predictions happen to be
-            return None
-        scores = metrics.f1_score(
-            targets, probs.argmax(axis=1), labels=list(wanted), average=None, zero_division=np.nan
-        )
-        return _number(scores.mean())
-    return _mean_of_all(_area(metric, targets == i, probs[:, i]) for i in wanted)
+        counts = zip(*_count_classes(targets, probs.argmax(axis=1), len(classes)), strict=True)
+        of_wanted = [of_class for i, of_class in enumerate(counts) if i in wanted]
+        if not all(num_targets for _, num_targets, _ in of_wanted):
+            return None  # 0 or undefined, as the predictions happen to be
+        return _mean([2 * right / (rows + preds) for right, rows, preds in of_wanted])
+    return _mean_of_all(_areas(targets == i, probs[:, i])[metric] for i in wanted)
 
 
 def _score_labels(
@@ -302,7 +322,7 @@ def _score_labels(
     wanted = range(len(classes)) if positive is None else [list(classes).index(positive)]
     answers = (_known_answers(targets[:, i], probs[:, i]) for i in wanted)
     return _mean_of_known(
-        _f1(is_yes, of_class) if metric == "f1" else _area(metric, is_yes, of_class)
+        _f1(is_yes, of_class) if metric == "f1" else _areas(is_yes, of_class)[metric]
         for is_yes, of_class in answers
         if is_yes.any() and not is_yes.all()
     )
@@ -334,10 +354,6 @@ def paired_interval(
 
 def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _check(

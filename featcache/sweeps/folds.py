@@ -19,7 +19,7 @@ from featcache.data.stratification import build_units
 from featcache.errors import CacheError, DataError
 from featcache.heads.rows import Part, RowNumbers, Targets, read_rows, share_out
 from featcache.heads.streaming import StoredFeatures
-from featcache.runtime import CPU, Device, Say, available_cores, silent
+from featcache.runtime import CPU, Device, Say, available_cores, log_line
 
 Pair: TypeAlias = tuple[RowNumbers, RowNumbers]
 """Numbers of rows to train on and to judge by."""
@@ -57,7 +57,7 @@ class Pool:
 
     @classmethod
     def of(
-        cls, cache: Cache, parts: tuple[Part, Part], device: Device = CPU, say: Say = silent
+        cls, cache: Cache, parts: tuple[Part, Part], device: Device = CPU, say: Say = log_line
     ) -> Pool:
         """Read the rows of a cache, or leave them in their file where memory has no room for them.
 

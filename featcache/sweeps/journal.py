@@ -74,14 +74,32 @@ class Journal:
         self.entries.append(parse_json(line))
 
 
-def _read_lines(path: Path) -> list[bytes]:
-    """Return the whole lines; what a kill left behind them is cut off."""
+def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what the work of a journal is, and its entries; change nothing.
+
+    Raises:
+        ConfigError: If the file cannot be read or is no journal.
+    """
+    data = _read(path)
     try:
-        data = read_regular(path, max_bytes=_MAX_BYTES)
+        work, *entries = [parse_json_object(line) for line in data.split(b"\n")[:-1]]
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return work, entries
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_regular(path, max_bytes=_MAX_BYTES)
     except FileNotFoundError:
-        return []
+        return b""
     except OSError as error:
         raise _damaged(path, error.strerror) from error
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    """Return the whole lines; what a kill left behind them is cut off."""
+    data = _read(path)
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         with path.open("rb+") as file:

@@ -17,7 +17,7 @@ from typing import Any
 
 from featcache.errors import printable
 from featcache.metrics.scores import paired_interval
-from featcache.sweeps.space import DEFAULTS, Params
+from featcache.sweeps.space import DEFAULTS
 from featcache.sweeps.trials import Trial
 
 NUM_FINALISTS = 3
@@ -58,7 +58,7 @@ class Decision:
 
     def as_json(self) -> dict[str, Any]:
         """Return the decision as a JSON object."""
-        method = METHOD + f", for all {self.num_finalists} finalists at once (Bonferroni)"
+        method = METHOD + f", for {_finalists(self.num_finalists)} (Bonferroni)"
         return dataclasses.asdict(self) | {"over_prior": [*self.over_prior], "method": method}
 
 
@@ -109,11 +109,30 @@ def decide(scores: Scores, sign: int, ratio: float, select: str) -> Decision:
 
 
 def ranking_lines(ranked: Sequence[Trial], metric: str) -> Iterator[str]:
-    """Yield a table of trials, best first."""
-    width = max(len(metric), 8)
-    yield f"{'trial':>5}  {metric:>{width}}  options (trial 0 is the default head)"
-    for trial in ranked:
-        yield f"{trial.number:>5}  {trial.score:>{width}.4f}  {options_text(trial.params)}"
+    """Yield a table of trials, best first: a column for each option in which they differ.
+
+    Options that all trials share stand in a line below.
+    """
+    options = {
+        name: [_option_text((DEFAULTS | trial.params)[name]) for trial in ranked]
+        for name in DEFAULTS
+        if any(name in trial.params for trial in ranked)
+    }
+    shared = {name: texts[0] for name, texts in options.items() if len(set(texts)) == 1}
+    columns = [["", "trial", *(f"{trial.number}" for trial in ranked)]]
+    columns.append(["", metric, *(f"{trial.score:.4f}" for trial in ranked)])
+    for name, texts in options.items():
+        if name not in shared:  # long names take two lines: the table fits 80 columns
+            columns.append([*name.rpartition("_")[::2], *texts])
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns, strict=True):
+        if any(line):
+            yield "  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True))
+    if any(trial.number == 0 for trial in ranked):
+        yield "trial 0 is the default head"
+    if shared:
+        words = (f"--{name.replace('_', '-')} {text}" for name, text in shared.items())
+        yield f"all with {' '.join(words)}"
 
 
 def decision_lines(decision: Decision, metric: str, sign: int) -> Iterator[str]:
@@ -121,22 +140,22 @@ def decision_lines(decision: Decision, metric: str, sign: int) -> Iterator[str]:
     interval = f"{decision.difference:+.4f} [{decision.low:+.4f}, {decision.high:+.4f}]"
     less = "" if sign > 0 else " (less is better)"
     yield printable(f"best minus default: {interval} {metric}{less}, trial {decision.best}")
-    kind = f"for all {decision.num_finalists} finalists at once"
-    yield f"  over {decision.num_splits} new hold-outs; {METHOD}, {kind}"
+    which = _finalists(decision.num_finalists)
+    yield f"  over {decision.num_splits} new hold-outs, for {which};"
+    yield f"  {METHOD}"
     kept = "the default head" if decision.chosen == 0 else f"trial {decision.chosen}"
     yield f"kept: {kept}: {decision.reason}"
 
 
-def options_text(params: Params) -> str:
-    """Return options as ``featcache train`` takes them."""
-    words = []
-    for name, value in params.items():
-        if isinstance(value, tuple):
-            text = ",".join(map(str, value)) or "none"
-        else:
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        words.append(f"--{name.replace('_', '-')} {text}")
-    return " ".join(words) or "(defaults)"
+def _finalists(number: int) -> str:
+    return "the one finalist" if number == 1 else f"all {number} finalists at once"
+
+
+def _option_text(value: Any) -> str:
+    """Return the value of an option as ``featcache train`` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def trial_rows(trials: Iterable[Trial]) -> tuple[list[str], list[list[Any]]]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from featcache.errors import ConfigError
+from featcache.progress import Progress
 from featcache.sweeps.folds import Pair, Pool
 from featcache.sweeps.journal import Journal
 from featcache.sweeps.ranking import NUM_FINALISTS, Decision, decide, rank
@@ -85,7 +85,7 @@ class Search:
         judge: How heads are trained and judged.
         pool: The rows.
         propose: Makes the rounds of a sampler that learns; None for the others.
-        progress: Show a bar on a terminal.
+        progress: Show how far it is.
 
     Raises:
         CacheError: If the rows cannot be parted as the repeats or the folds need it.
@@ -95,7 +95,7 @@ class Search:
         self, plan: Plan, judge: Judge, pool: Pool, propose: Propose | None, *, progress: bool
     ) -> None:
         self._plan, self._judge, self._pool = plan, judge, pool
-        self._propose, self._progress = propose, progress
+        self._propose, self._shown = propose, progress
         self._num_head_steps, self._start = 0, time.perf_counter()
         # Both before any trial: what cannot be parted is said at once.
         number, seed = plan.num_folds, plan.seed
@@ -126,10 +126,11 @@ class Search:
         rounds = [] if self._propose else list(plan_rounds(self._plan))
         num_trials = sum(map(len, rounds)) or self._plan.num_trials
         num_done = sum("trials" in entry for entry in self._journal.entries)
-        with self._bar("trial", num_trials, len(self._trials)) as bar:
+        with self._progress("trial", num_trials, len(self._trials)) as progress:
             while len(self._trials) < num_trials and not self._default_has_failed():
                 propose = self._propose
-                self._round(propose(self._trials, num_done) if propose else rounds[num_done], bar)
+                params = propose(self._trials, num_done) if propose else rounds[num_done]
+                self._round(params, progress)
                 num_done += 1
         if self._default_has_failed():
             raise _default_failed()
@@ -142,34 +143,29 @@ class Search:
     def _default_has_failed(self) -> bool:
         return any(trial.state == "failed" for trial in self._trials[:1])  # it comes first
 
-    def _round(self, params: Mapping[int, Params], bar: Any) -> None:
-        before, unfinished = bar.n, {number: len(self._folds) for number in params}
-
-        def on_epoch(number: int, num_steps: int, is_last: bool) -> None:  # noqa: FBT001
-            unfinished[number] -= is_last
-            self._count(num_steps, bar)
-            if is_last and not unfinished[number]:
-                bar.update()
-
+    def _round(self, params: Mapping[int, Params], progress: Progress) -> None:
         arrays = (self._pool.take(pair) for pair in self._folds)
         done = fit_trials(
-            self._judge, params, arrays, self._trials, seed=self._plan.seed, on_epoch=on_epoch
-        )
+            self._judge, params, arrays, self._trials, seed=self._plan.seed,
+            on_epoch=self._count_steps,
+            on_share=lambda share: progress.move_by(share / len(self._folds), self._speed()),
+        )  # fmt: skip
         self._journal.append({"trials": [trial.as_json() for trial in done]})
         # As a sweep that was killed would read them.
         self._trials += map(Trial.from_json, self._journal.entries[-1]["trials"])
-        bar.update(before + len(done) - bar.n)  # those that ended early
+        progress.move_to(len(self._trials))  # some may have ended early
 
     def _repeat(self, finalists: Sequence[Trial]) -> Decision | None:
         """Train the finalists and the default again, and decide."""
         plan = {0: Params()} | {trial.number: trial.params for trial in finalists}
-        with self._bar("repeat", len(self._again), len(self._repeats)) as bar:
+        with self._progress("repeat", len(self._again), len(self._repeats)) as progress:
             for seed, pairs in self._again[len(self._repeats) :]:
-                found = [self._score_again(plan, pair, seed, bar) for pair in pairs]
+                share = 1 / len(plan) / len(pairs)
+                found = [self._score_again(plan, pair, seed, progress, share) for pair in pairs]
                 repeat = {key: [scores[key] for scores in found] for key in found[0]}
                 self._journal.append({"repeat": repeat})
                 self._repeats.append(repeat)
-                bar.update()
+                progress.move_to(len(self._repeats))
         joined = {key: [x for one in self._repeats for x in one[key]] for key in self._repeats[0]}
         scores: dict[str, list[float]] = {
             key: [x for x in values if x is not None]
@@ -184,36 +180,38 @@ class Search:
         return decide(scores, self._judge.sign, ratio, self._plan.select)
 
     def _score_again(
-        self, plan: Mapping[int, Params], pair: Pair, seed: int, bar: Any
+        self, plan: Mapping[int, Params], pair: Pair, seed: int, progress: Progress, share: float
     ) -> dict[str, float | None]:
         """Train some heads on a pair of rows; return their figures, and that of the prior.
 
-        None stands where the loss was no number.
+        None stands where the loss was no number. Each head is ``share`` of a repeat.
         """
         arrays, judge = self._pool.take(pair), self._judge
         num_rows = len(arrays[1])
         steps = {n: count_steps(params, num_rows) for n, params in plan.items()}
 
         def on_epoch(number: int, _: dict[str, Any]) -> None:
-            self._count(steps[number], bar)
+            self._count_steps(steps[number])
 
-        results = judge.fit(plan, arrays, seed=seed, on_epoch=on_epoch)
+        results = judge.fit(
+            plan, arrays, seed=seed, on_epoch=on_epoch,
+            on_share=lambda done: progress.move_by(done * share, self._speed()),
+        )  # fmt: skip
         scores = {"prior": judge.score_prior(arrays[1], arrays[3])}
         for number, (head, result) in results.items():
             diverged = result.diverged_in is not None
             scores[str(number)] = None if diverged else judge.score(head, result, arrays)
         return scores
 
-    def _bar(self, unit: str, total: int, done: int) -> Any:
-        return tqdm(
-            total=total, initial=done, unit=unit, desc="sweep", smoothing=0.1, dynamic_ncols=True,
-            disable=None if self._progress else True,
-        )  # fmt: skip
+    def _progress(self, unit: str, total: int, done: int) -> Progress:
+        return Progress("sweep", unit, total, done=done, shown=self._shown)
 
-    def _count(self, num_steps: int, bar: Any) -> None:
+    def _count_steps(self, num_steps: int) -> None:
         self._num_head_steps += num_steps
+
+    def _speed(self) -> str:
         rate = self._num_head_steps / (time.perf_counter() - self._start)
-        bar.set_postfix_str(f"{rate:,.0f} head-steps/s", refresh=False)
+        return f"{rate:,.0f} head-steps/s"
 
 
 def plan_rounds(plan: Plan) -> Iterator[dict[int, Params]]:

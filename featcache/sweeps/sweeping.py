@@ -32,6 +32,7 @@ from featcache.files import (
     write_csv,
     write_json,
 )
+from featcache.formatting import count
 from featcache.heads.config import check_seed, check_valid_fraction
 from featcache.heads.fit import fit_head
 from featcache.heads.rows import Part, check_cache, choose_rows
@@ -39,7 +40,7 @@ from featcache.heads.run import record_fit, run_output
 from featcache.locking import folder_lock, remove_lock
 from featcache.metrics.scores import check_metric
 from featcache.outputs import Output, check_folder, new_folder
-from featcache.runtime import Say, resolve_device, silent
+from featcache.runtime import Say, log_line, resolve_device
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.journal import Journal
 from featcache.sweeps.ranking import Decision, decision_lines, ranking_lines, trial_rows
@@ -126,7 +127,7 @@ def sweep(
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
-    say: Say = silent,
+    say: Say = log_line,
     progress: bool = False,
 ) -> SweepSummary:
     """Try many heads on a cache and write one as a run; the split ``test`` is not touched.
@@ -412,24 +413,30 @@ def _say_plan(plan: Plan, judge: Judge, pool: Pool, say: Say) -> None:
     say(printable(f"searching {names} by {judge.description}"))
     num_train, num_valid = map(len, pool.pair)
     how = "to choose by" if plan.num_folds is None else f"in valid, in {plan.num_folds} folds"
-    say(f"{num_train:,} rows to train on, {num_valid:,} {how}")
+    say(f"{count(num_train, 'row')} to train on, {num_valid:,} {how}")
     if "test" in pool.cache.splits:
-        say(f"the {len(pool.cache.splits['test']):,} rows of test are not touched")
+        say(f"test is not touched: {count(len(pool.cache.splits['test']), 'row')}")
 
 
 def _say_result(summary: SweepSummary, found: Found, judge: Judge, say: Say) -> None:
+    if len(found.ranked) > _SHOWN:
+        say(f"the best {_SHOWN} of {len(found.ranked):,} trials that were finished:")
     for line in ranking_lines(found.ranked[:_SHOWN], judge.metric):
         say(line)
     if summary.failed:
         numbers = ", ".join(map(str, summary.failed[:20]))
-        say(f"failed, for the loss was no number: {summary.num_failed:,} trials ({numbers})")
+        failed = count(summary.num_failed, "trial")
+        say(f"failed, for the loss was no number: {failed} ({numbers})")
     if found.decision is None:
         say("kept: the default head: no other trial is left to compare it with")
     else:
         for line in decision_lines(found.decision, judge.metric, judge.sign):
             say(line)
     say(
-        f"{summary.num_trials:,} trials, {summary.num_pruned:,} given up on the way, in "
-        f"{summary.seconds:.1f} s on {summary.device}; valid loss {summary.valid_loss:.4f}, "
-        f"accuracy {summary.valid_accuracy:.3f}, written to {printable(summary.run.as_posix())}"
+        f"{count(summary.num_trials, 'trial')}, {summary.num_pruned:,} given up on the way, in "
+        f"{summary.seconds:.1f} s on {summary.device}"
+    )
+    say(
+        f"valid loss {summary.valid_loss:.4f}, accuracy {summary.valid_accuracy:.3f}, written to "
+        f"{printable(summary.run.as_posix())}"
     )

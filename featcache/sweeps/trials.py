@@ -25,14 +25,14 @@ from featcache.heads.head import HeadConfig
 from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import Targets
 from featcache.metrics.scores import compute_score, describe_metric
-from featcache.runtime import Device, Say, silent
+from featcache.runtime import Device, Say, log_line
 from featcache.sweeps.folds import Arrays
 from featcache.sweeps.space import Params, build_configs, params_from_json
 
 _STATES = ("done", "pruned", "failed")
 _LEAST_REFERENCE = 8  # trials: the median of fewer says little
 
-OnEpoch = Callable[[int, int, bool], None]
+OnEpoch = Callable[[int], None]
 """Called with a trial's number, the steps it took, and whether that was its last epoch here."""
 
 
@@ -100,7 +100,7 @@ class Judge:
     classes: Sequence[str]
     device: Device
     prunes: bool = True
-    say: Say = silent
+    say: Say = log_line
     task: str = "multiclass"
 
     @property
@@ -144,6 +144,7 @@ class Judge:
         *,
         seed: int,
         on_epoch: Callable[[int, dict[str, Any]], bool | None],
+        on_share: Callable[[float], None],
     ) -> dict[int, tuple[HeadConfig, FitResult]]:
         """Train the heads of a plan on one pair of rows; seed and order by ``seed``."""
         num_features, numbers = arrays[0].shape[-1], list(plan)
@@ -151,7 +152,8 @@ class Judge:
         results = fit_heads(
             [HeadJob(head, training, seed) for head, training in configs], *arrays, data_seed=seed,
             device=self.device, classes=self.classes,
-            on_epoch=lambda place, row: on_epoch(numbers[place], row), say=self.say,
+            on_epoch=lambda place, row: on_epoch(numbers[place], row), on_share=on_share,
+            say=self.say,
         )  # fmt: skip
         heads = [head for head, _ in configs]
         return dict(zip(numbers, zip(heads, results, strict=True), strict=True))
@@ -165,6 +167,7 @@ def fit_trials(
     *,
     seed: int,
     on_epoch: OnEpoch,
+    on_share: Callable[[float], None],
 ) -> list[Trial]:
     """Train a round of trials.
 
@@ -175,6 +178,7 @@ def fit_trials(
         earlier: Trials of earlier rounds.
         seed: Decides initial weights, dropout and order, in each trial alike.
         on_epoch: For the progress.
+        on_share: As for ``fit_heads``.
 
     Returns:
         The trials, by their numbers.
@@ -187,7 +191,8 @@ def fit_trials(
         halving = _Halving(earlier, fold)
         num_rows = len(arrays[1])
         watch = _Watch(alive, halving if judge.prunes else None, num_rows, on_epoch)
-        for number, (head, result) in judge.fit(alive, arrays, seed=seed, on_epoch=watch).items():
+        fitted = judge.fit(alive, arrays, seed=seed, on_epoch=watch, on_share=on_share)
+        for number, (head, result) in fitted.items():
             losses[number].append(watch.losses[number])
             if number in watch.given_up:
                 states[number] = "pruned"
@@ -244,7 +249,7 @@ class _Watch:
         if number and of_epochs and self._halving and self._halving.is_hopeless(losses, epochs):
             self.given_up.add(number)
         is_over = number in self.given_up
-        self._on_epoch(number, self._steps[number], is_over or len(losses) == epochs)
+        self._on_epoch(self._steps[number])
         return is_over
 
 

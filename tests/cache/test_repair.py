@@ -104,7 +104,7 @@ PARTS = ["provenance", "failures/paths", "failures/splits", "failures/reasons", 
 def test_damage_outside_the_rows_costs_no_row(folder: Path, part: str) -> None:
     path = folder / "c.h5"
     (folder / "data" / "train" / "covid" / "zz.png").write_bytes(b"no image")
-    with pytest.warns(FeatcacheWarning, match="1 images could not be read"):
+    with pytest.warns(FeatcacheWarning, match="1 image could not be read"):
         extract(folder / "data", path, backbone=tiny_network.build(), max_errors=1)
     wanted = content(open_cache(path))
     flip(path, part, 0)

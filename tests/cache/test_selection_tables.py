@@ -96,7 +96,7 @@ def test_a_table_says_what_it_leaves_out_and_what_is_not_there(
     with pytest.warns(FeatcacheWarning) as caught:
         summary = select(cache.path, tmp_path / "n.h5", table=table, say=said.append)
     assert str(caught[0].message) == (
-        r"10 paths of the table have no row: train/a/\x1b[31m, gone0, gone1, gone2, gone3, ..."
+        r"10 paths of the table without a row: train/a/\x1b[31m, gone0, gone1, gone2, gone3, ..."
     )
     assert summary.names_without_row == ("train/a/\x1b[31m", *(f"gone{i}" for i in range(9)))
     assert summary.num_unnamed == 7
@@ -188,8 +188,8 @@ def test_groups_are_joined_and_what_has_none_is_its_own(
     c = make("c", "all/x/5", groups={"all/x/5": "p"})
     new = whole(a, b, c, say=said.append)
     assert new.splits["all"].groups == ["p", "q", "all/x/3", "all/x/4", "p"]
-    assert "groups: 2 rows have none; each is a group of its own" in said
-    assert "groups: 1 are in several caches, such as p; each is one group" in said
+    assert "groups: 2 rows without one, each a group of its own" in said
+    assert "groups: 1 in several caches, such as p; each is one group" in said
     new.path.unlink()
     assert whole(b).splits["all"].groups is None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import shlex
 import subprocess
 import sys
@@ -150,3 +152,57 @@ def test_every_kind_of_end_is_one_line_and_one_object(
     assert len(said.splitlines()) == len(result.out.splitlines()) == 1
     assert set(json.loads(result.out)["error"]) == {"what", "expected", "found", "where", "hint"}
     assert "\x1b" not in result.out + result.err
+
+
+LOUD = """
+import os, sys
+from tiny_network import build as quiet
+
+def build():
+    print("a line of Python", flush=True)
+    os.write(1, b"a line of C\\n")
+    return quiet()
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("extract data c.h5", "num_images"),
+        ("extract data c.h5 --dry-run", "num_images"),
+        ("extract data /nowhere/c.h5", "error"),
+    ],
+)
+def test_json_is_all_that_reaches_standard_output(
+    tree: Path, tmp_path: Path, line: str, key: str
+) -> None:
+    """Whatever a library prints, in Python or in C: it goes to standard error."""
+    (tmp_path / "loud_network.py").write_text(LOUD)
+    result = shell(f"{line} --backbone python:loud_network:build --json", tmp_path)
+    assert key in json.loads(result.out), result
+    if key != "error":
+        assert "a line of Python" in result.err
+        assert "a line of C" in result.err
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_on_a_terminal_lines_break_between_words(folder: Path, columns: int) -> None:
+    """Of a long line no word is torn; in a pipe it stays one line."""
+    long = "a-rather-long-name-for-a-run-" + 60 * "x"
+    line = f"train c.h5 {long} --epochs 2 --hidden 4 --device cpu"
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "featcache", *line.split()], cwd=folder, stdout=theirs,
+        stderr=theirs, env=os.environ | {"COLUMNS": str(columns)},
+    ):  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal is closed with the child
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    lines = shown.decode().split("\r\n")
+    assert long in shown.decode()
+    assert all(len(x) <= columns or x.strip() == long for x in lines), lines
+    piped = shell(f"train c.h5 {long}2 --epochs 2 --hidden 4 --device cpu", folder)
+    assert any(x.endswith(f"written to {long}2") for x in piped.out.splitlines())

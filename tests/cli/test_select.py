@@ -63,7 +63,7 @@ def test_select_by_a_table_warns_of_names_without_a_row(
     (tmp_path / "t.csv").write_text("\n".join(lines))
     result = run("select", "a.h5", "new.h5", "--table", "t.csv", "--classes", "x")
     assert result.code == 0, result.err
-    assert result.err == "warning: 1 paths of the table have no row: gone.png\n"
+    assert result.err == "warning: 1 path of the table without a row: gone.png\n"
     assert "left out: 6 rows that the table does not name, such as train/1.png" in result.out
     assert open_cache("new.h5").classes == ("x",)
 

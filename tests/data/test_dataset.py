@@ -115,7 +115,7 @@ def test_loose_images_are_counted_and_warned_of(tmp_path, tree):
 
 def test_loose_images_inside_a_split(tmp_path):
     plant(tmp_path, *SPLIT_TREE, "test/loose.png")
-    with pytest.warns(FeatcacheWarning, match="1 images"):
+    with pytest.warns(FeatcacheWarning, match="1 image"):
         assert table(scan(tmp_path)) == SPLIT_TABLE
 
 

@@ -14,6 +14,7 @@ from sample_folders import PATIENT, plain, write_files
 from featcache.data.dataset import scan
 from featcache.data.splitting import split
 from featcache.errors import FeatcacheWarning
+from featcache.formatting import in_bytes
 
 XRAYS = Path(__file__).resolve().parents[3] / "shared" / "data" / "xray-raw"
 needs_links = pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
@@ -66,7 +67,8 @@ def test_a_tree_holds_every_image_once(tmp_path):
     assert {dataset.read(s).decode() for s in dataset.samples} == wanted
     assert {name.name for name in (tmp_path / "new").iterdir()} == {"dst"}
     assert (
-        f"copying 60 images, {summary.image_bytes:,} bytes, to {tmp_path / 'new' / 'dst'}" in lines
+        f"copying 60 images, {in_bytes(summary.image_bytes)}, to {tmp_path / 'new' / 'dst'}"
+        in lines
     )
     assert "train: 42 images (14 covid, 28 normal)" in lines
     assert len(list(source.glob("*/*"))) == 69

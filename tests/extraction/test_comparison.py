@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> P
     folder = tmp_path_factory.mktemp("made")
     write_tree(folder / "data", SIZES)
     (folder / "data" / "train" / "covid" / "broken.png").write_bytes(b"no image")
-    with pytest.warns(FeatcacheWarning, match="1 images could not be read"):
+    with pytest.warns(FeatcacheWarning, match="1 image could not be read"):
         extract(folder / "data", folder / "c.h5", backbone=tiny_backbone, max_errors=1)
     return folder
 

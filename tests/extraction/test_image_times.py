@@ -56,7 +56,7 @@ def test_an_image_of_2300_that_fails_is_listed(tmp_path: Path) -> None:
     odd = sorted(root.rglob("*.png"))[0]
     odd.write_bytes(b"no image")
     set_time(odd, TIMES["2300"])
-    with pytest.warns(FeatcacheWarning, match="1 images could not be read"):
+    with pytest.warns(FeatcacheWarning, match="1 image could not be read"):
         summary = extract(root, tmp_path / "c.h5", backbone=TINY[1], device="cpu", max_errors=1)
     assert (summary.num_images, summary.num_failed) == (3, 1)
 

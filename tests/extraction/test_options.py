@@ -52,6 +52,6 @@ def test_bad_values_are_told_before_anything_is_done(
 
 def test_a_warning_points_at_the_line_that_called_the_verb(tree: Path, tmp_path: Path) -> None:
     next((tree / "train" / "covid").iterdir()).write_bytes(b"broken")
-    with pytest.warns(FeatcacheWarning, match="1 images could not be read") as warned:
+    with pytest.warns(FeatcacheWarning, match="1 image could not be read and is") as warned:
         extract(tree, tmp_path / "c.h5", backbone=tiny_network.build())
     assert [warning.filename for warning in warned] == [__file__]

@@ -58,7 +58,7 @@ def test_of_an_up_to_date_cache_nothing_is_left_to_do(
     assert (planned.num_images, planned.num_known, planned.seconds) == (46, 46, 0)
     assert planned.images_per_second is None
     assert list(projection_lines(planned)) == [
-        f"{tiny_backbone.name}:", "expected: nothing to run, all 46 images are known"
+        f"{tiny_backbone.name}:", "expected: nothing to run; known already: 46 images"
     ]  # fmt: skip
 
 

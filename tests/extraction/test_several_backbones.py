@@ -76,7 +76,7 @@ def test_a_backbone_that_is_ahead_runs_nothing_again(
     hidden = tmp_path / "hidden"
     shutil.move(tree / "train", hidden)
     (bad := tree / "test" / "covid" / "tec000_0.jpg").write_bytes(b"broken")
-    with pytest.warns(FeatcacheWarning, match="1 images could not be read"):
+    with pytest.warns(FeatcacheWarning, match="1 image could not be read"):
         extract(tree, folder / "python-tiny_network-build.h5", backbone=tiny_backbone)
     write_image(bad, 77)
     shutil.move(hidden, tree / "train")

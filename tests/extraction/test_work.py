@@ -229,7 +229,7 @@ def test_what_an_older_version_began_is_finished(begun: Path, touch: bool) -> No
     assert (planned.num_known, planned.num_images) == (4, 6)
     assert json.loads((begun / "c.h5.partial" / "manifest.json").read_bytes()) == manifest
     resumed = extract(begun / "data", begun / "c.h5", backbone=backbone, say=said.append)
-    assert "Resuming c.h5: 4 images are done." in said
+    assert "Resuming c.h5: 4 images done." in said
     assert (resumed.num_new, resumed.num_known) == (2, 4)
     assert resumed.engine == "eager"  # as it was begun
     train = open_cache(begun / "c.h5").splits["train"]

@@ -31,7 +31,7 @@ from featcache.heads.head import HeadConfig
 from featcache.heads.rows import choose_rows
 from featcache.heads.run import load_run
 from featcache.heads.training import train
-from featcache.runtime import CPU, silent
+from featcache.runtime import CPU, log_line
 
 
 def test_the_run_holds_the_head_of_the_rows_with_a_known_target(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_many_classes_without_a_positive_row_to_choose_by(tmp_path: Path) -> Non
 @pytest.mark.parametrize("seed", range(3))
 def test_a_hold_out_has_every_class_and_tears_no_group_apart(tmp_path: Path, seed: int) -> None:
     cache = make_cache(tmp_path / "c.h5", {"all": 200})
-    parts = choose_rows(cache, 0.25, seed, silent)
+    parts = choose_rows(cache, 0.25, seed, log_line)
     rows = [set(part.rows.tolist()) for part in parts]
     _, targets, paths = known_rows(cache, "all")
     split = cache.split("all")

@@ -19,7 +19,7 @@ from featcache.heads.head import HeadConfig
 from featcache.heads.rows import choose_rows
 from featcache.heads.run import load_run
 from featcache.heads.training import train
-from featcache.runtime import CPU, silent
+from featcache.runtime import CPU, log_line
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.sweeping import sweep
 
@@ -62,7 +62,7 @@ def test_a_trial_has_the_figure_that_scikit_learn_gives(
 
 def test_folds_are_by_groups_and_their_mean_is_the_score(tmp_path: Path, space: Path) -> None:
     cache = make_cache(tmp_path / "c.h5")
-    parts = choose_rows(cache, None, 0, silent)
+    parts = choose_rows(cache, None, 0, log_line)
     pool = Pool.of(cache, parts)
     groups = [(part.split.groups or [])[row] for part in parts for row in part.rows]
     features, targets = (

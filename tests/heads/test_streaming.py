@@ -29,7 +29,7 @@ from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import choose_rows, read_rows
 from featcache.heads.streaming import StoredFeatures
 from featcache.heads.training import train
-from featcache.runtime import CPU, _limits_of_groups, available_memory, silent
+from featcache.runtime import CPU, _limits_of_groups, available_memory, log_line
 from featcache.sweeps.folds import Pool
 
 WIDTH, NUM_CLASSES = 16, 3
@@ -130,7 +130,7 @@ def test_every_row_once_an_epoch_by_the_seed_and_anew(
 
 def test_selected_and_joined_rows_are_those_of_arrays(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.h5", 400, views=3)
-    parts = choose_rows(cache, None, 0, silent)
+    parts = choose_rows(cache, None, 0, log_line)
     in_memory = Pool.of(cache, parts)
     joined = StoredFeatures.join([part.features for part in parts]).in_blocks(4096)
     rng = np.random.default_rng(1)
@@ -211,7 +211,7 @@ def test_what_has_no_room_is_streamed_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = make_cache(tmp_path / "c.h5")
-    parts, said = choose_rows(cache, None, 0, silent), list[str]()
+    parts, said = choose_rows(cache, None, 0, log_line), list[str]()
     assert all(isinstance(x, np.ndarray) for x in read_rows(parts, CPU, said.append))
     assert said == []
     need = (900 + 225) * WIDTH * 4

@@ -133,7 +133,7 @@ def test_the_test_split_does_not_matter(tmp_path: Path) -> None:
     said: list[str] = []
     a = train(tmp_path / "a.h5", tmp_path / "a", say=said.append, **SMALL)
     assert a.weights_sha256 == train(tmp_path / "b.h5", tmp_path / "b", **SMALL).weights_sha256
-    assert "the 2 rows of test are not touched" in said
+    assert "test is not touched: 2 rows" in said
 
 
 def test_lines_say_counts_epochs_and_the_kept_one(tmp_path: Path) -> None:
@@ -151,8 +151,9 @@ def test_lines_say_counts_epochs_and_the_kept_one(tmp_path: Path) -> None:
     assert len({len(line.removesuffix("  *")) for line in epochs}) == 1  # aligned
     marked = [int(line[:5]) for line in epochs if line.endswith("  *")]
     assert marked[-1] == summary.best_epoch
-    assert said[-1].startswith(f"kept epoch {summary.best_epoch}: valid loss")
+    assert said[-2].startswith(f"kept epoch {summary.best_epoch}: valid loss")
     assert " s on cpu, written to " in said[-1]
+    assert max(map(len, said[:-1])) <= 80
 
 
 def test_no_hint_within_one_to_five_or_when_balanced(tmp_path: Path) -> None:
@@ -277,7 +278,7 @@ def test_the_same_image_in_two_splits_is_warned_of_once(tmp_path: Path) -> None:
         train(tmp_path / "c.h5", tmp_path / "r", **SMALL)
     assert [str(w.message) for w in caught] == [
         (
-            "2 images stand in more than one split, for example train: train/0003.png and "
+            "in more than one split: 2 images, for example train: train/0003.png and "
             "test: test/0002.png; results will look better than they are"
         )
     ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from featcache.errors import ConfigError, DataError
 from featcache.metrics.scores import compute_metrics, compute_score
@@ -34,6 +35,33 @@ def average_precision_by_steps(positive: Any, score: Any) -> float:
         total += (recall - recall_before) * positive[chosen].mean()
         recall_before = recall
     return total
+
+
+@pytest.mark.parametrize(("num_classes", "digits"), [(2, 8), (2, 1), (4, 1), (30, 3)])
+def test_figures_equal_scikit_learns(num_classes: int, digits: int) -> None:
+    for seed in range(5):
+        targets, probs = random_case(seed, 200, num_classes, digits)
+        classes, preds = [str(i) for i in range(num_classes)], probs.argmax(1)
+        found = compute_metrics(targets, probs, classes)
+        figures = metrics.precision_recall_fscore_support(
+            targets, preds, labels=range(num_classes), zero_division=np.nan
+        )
+        for i, row in enumerate(found["per_class"].values()):
+            for key, values in zip(("precision", "recall", "f1"), figures, strict=False):
+                wanted = None if np.isnan(values[i]) else pytest.approx(values[i], abs=1e-12)
+                assert row[key] == wanted, key
+            is_class, of_class = targets == i, probs[:, i]
+            assert row["roc_auc"] == pytest.approx(
+                metrics.roc_auc_score(is_class, of_class), abs=1e-12
+            )
+            assert row["average_precision"] == pytest.approx(
+                metrics.average_precision_score(is_class, of_class), abs=1e-12
+            )
+        assert found["accuracy"] == pytest.approx(metrics.accuracy_score(targets, preds))
+        assert found["confusion_matrix"] == metrics.confusion_matrix(targets, preds).tolist()
+        assert compute_score("f1", targets, probs, classes) == pytest.approx(
+            metrics.f1_score(targets, preds, average="macro", zero_division=np.nan)
+        )
 
 
 @pytest.mark.parametrize(("num_classes", "digits"), [(2, 8), (2, 1), (3, 8), (5, 2)])

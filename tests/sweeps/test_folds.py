@@ -10,7 +10,7 @@ from sample_rows import array_of, edited, make_cache, rows_of
 
 from featcache.cache.reading import Cache
 from featcache.heads.rows import choose_rows
-from featcache.runtime import silent
+from featcache.runtime import log_line
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.sweeping import sweep
 
@@ -30,7 +30,7 @@ def grouped(path: Path, num_groups: int = 24) -> Cache:
 @pytest.mark.filterwarnings("ignore::featcache.errors.FeatcacheWarning")
 def test_no_group_or_image_stands_on_both_sides(tmp_path: Path) -> None:
     cache = grouped(tmp_path / "c.h5")
-    pool = Pool.of(cache, choose_rows(cache, None, 0, silent))
+    pool = Pool.of(cache, choose_rows(cache, None, 0, log_line))
     groups = np.array([*cache.split("train").groups, *cache.split("valid").groups])
     images = np.concatenate([cache.split(n).image_sha256 for n in ("train", "valid")])
     keys = np.array([image.tobytes().hex() for image in images])
@@ -53,7 +53,7 @@ def test_rows_with_views_are_judged_as_they_are(tmp_path: Path) -> None:
     views = np.random.default_rng(1).normal(size=(40, 3, 10)).astype("<f4")
     views[:, 0] = array_of(part)
     cache = make_cache(tmp_path / "c.h5", train=edited(part, features=views), valid=[0, 1] * 10)
-    pool = Pool.of(cache, choose_rows(cache, None, 0, silent))
+    pool = Pool.of(cache, choose_rows(cache, None, 0, log_line))
     valid = cache.split("valid").features
     assert np.array_equal(pool.plain, np.concatenate([views[:, 0], valid]))
     assert np.array_equal(pool.features[40:], np.repeat(valid[:, None], 3, axis=1))

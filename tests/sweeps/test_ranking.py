@@ -115,6 +115,25 @@ def test_averaging_and_class_are_named() -> None:
 def test_scores_stand_under_their_metric() -> None:
     trials = [Trial(0, {}, "done", 0.5, [[0.6]], [1]), Trial(11, {}, "done", 0.25, [[0.6]], [1])]
     for metric in METRICS:
-        header, *lines = ranking_lines(trials, metric)
+        header, *lines, last = ranking_lines(trials, metric)
         end = header.index(metric) + len(metric)
         assert [line[:end].split() for line in lines] == [["0", "0.5000"], ["11", "0.2500"]]
+        assert last == "trial 0 is the default head"
+
+
+def test_options_that_differ_have_a_column_and_the_others_a_line() -> None:
+    options: list[dict[str, Any]] = [
+        {}, {"hidden": (256,), "learning_rate": 1.2345678e-05, "epochs": 20},
+        {"hidden": (), "learning_rate": 3e-3, "epochs": 20},
+    ]  # fmt: skip
+    trials = [Trial(n, params, "done", 0.5, [[0.6]], [1]) for n, params in enumerate(options)]
+    assert list(ranking_lines(trials, "loss")) == [
+        "                        learning        ",
+        "trial    loss   hidden      rate  epochs",
+        "    0  0.5000  512,128    0.0005      10",
+        "    1  0.5000      256  1.235e-05     20",
+        "    2  0.5000     none     0.003      20",
+        "trial 0 is the default head",
+    ]
+    *_, last = ranking_lines(trials[1:], "loss")
+    assert last == "all with --epochs 20"

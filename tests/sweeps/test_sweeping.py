@@ -27,7 +27,7 @@ from featcache.heads.rows import choose_rows
 from featcache.heads.run import load_run
 from featcache.heads.training import train
 from featcache.metrics.scores import METRICS
-from featcache.runtime import CPU, silent
+from featcache.runtime import CPU, log_line
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.search import Plan
 from featcache.sweeps.space import DEFAULTS, Dimension, Space
@@ -242,7 +242,7 @@ def test_folds_judge_each_trial_by_their_mean(
     summary = go(folds=3, trials=4, prune=False)
     assert summary.decision is not None
     assert summary.decision.num_splits == 2 * 3
-    pool = Pool.of(cache, choose_rows(cache, None, 0, silent))
+    pool = Pool.of(cache, choose_rows(cache, None, 0, log_line))
     judge = Judge("loss", None, CLASSES, CPU)
     losses = []
     for pair in pool.make_folds(3, 0):

@@ -8,7 +8,7 @@ import pytest
 from sample_rows import CLASSES, make_cache, rows_of
 
 from featcache.heads.rows import choose_rows
-from featcache.runtime import CPU, silent
+from featcache.runtime import CPU, log_line
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.trials import Judge, Trial, fit_trials
 
@@ -16,7 +16,7 @@ from featcache.sweeps.trials import Judge, Trial, fit_trials
 def test_the_worse_half_is_given_up_at_a_rung(tmp_path: Path) -> None:
     rows = {"train": rows_of("train", [0, 1] * 30), "valid": rows_of("valid", [0, 1] * 12)}
     cache = make_cache(tmp_path / "c.h5", **rows)
-    pool = Pool.of(cache, choose_rows(cache, None, 0, silent))
+    pool = Pool.of(cache, choose_rows(cache, None, 0, log_line))
     judge = Judge("loss", None, CLASSES, CPU)
     fast = {"hidden": (8,), "learning_rate": 0.02, "epochs": 8}
     slow = fast | {"learning_rate": 1e-6}

@@ -211,7 +211,7 @@ HAZARDS: dict[str, Hazard] = {
          "test/test/4.png": "test"}, bare=True,
     ),
     "loose images": Hazard(
-        names("cover.png"), GOOD, {"loose beside folders": 1}, warning="1 images of .* lie loose"
+        names("cover.png"), GOOD, {"loose beside folders": 1}, warning="loose .*: 1 image of"
     ),
     "folder nobody may read": Hazard(
         deny("c"), "a readable one, found Permission denied.*c", user=NOBODY

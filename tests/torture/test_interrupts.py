@@ -80,7 +80,7 @@ def test_the_first_signal_keeps_what_is_in_hand_and_says_how_much(
     assert wait_for(lambda: noted_rows(place.notes, "taken") >= 20, child)
     child.kill(number)
     said = assert_one_line(child.wait(), number)
-    found = re.search(rf"interrupted: (\d+) of {NUM_IMAGES} images are kept in c.h5.partial", said)
+    found = re.search(rf"interrupted: (\d+) of {NUM_IMAGES} images kept in c.h5.partial", said)
     assert found, said
     kept = int(found[1])
     # What was taken before the signal is in a shard; the note of the last batch may be missing.

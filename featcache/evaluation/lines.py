@@ -1,0 +1,133 @@
+"""The figures of an evaluation as lines of up to 80 columns, however many classes there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from featcache.errors import printable
+from featcache.evaluation.confusions import Confusion
+from featcache.formatting import count, shorten
+
+if TYPE_CHECKING:
+    from featcache.evaluation.evaluation import Evaluation
+
+_WIDTH = 80
+_MOST = 10
+"""Mistakes, confused pairs, and of many classes the worst, that are listed."""
+
+_MANY_CLASSES = 20
+"""More than these do not get a line each."""
+
+
+def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Iterator[str]:
+    """Yield the figures, a table of classes, what is taken for what, the most confident mistakes.
+
+    Args:
+        result: The figures.
+        confusions: How often which class is predicted as which, the most frequent first.
+    """
+    failed = f", {result.num_failed:,} more could not be read" if result.num_failed else ""
+    views = f", mean of {result.num_views} views each" if result.num_views > 1 else ""
+    yield f"{count(result.num_samples, 'image')} of {result.split}{views}{failed}"
+    has_labels = result.task == "multilabel"
+    yield f"  accuracy           {_shown(result.accuracy)}"
+    if not has_labels:
+        yield f"  balanced accuracy  {_shown(result.balanced_accuracy)}"
+    yield f"  roc auc            {_shown(result.roc_auc)} (mean of the classes)"
+    yield f"  average precision  {_shown(result.average_precision)} (mean of the classes)"
+    if result.positive is not None:
+        against = "" if has_labels else " against the rest"
+        yield printable(f"  positive class     {result.positive}{against}")
+        yield f"  sensitivity        {_shown(result.sensitivity)}"
+        yield f"  specificity        {_shown(result.specificity)}"
+        yield f"  its roc auc        {_shown(result.positive_roc_auc)}"
+        yield f"  its avg. precision {_shown(result.positive_average_precision)}"
+        yield f"  false negatives    {len(result.false_negatives or ()):,}"
+    yield from _class_lines(result.classes, result.per_class)
+    if not has_labels:
+        yield from _confusion_lines(result, confusions)
+    yield from _mistake_lines(result.mistakes, has_labels=has_labels)
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _class_lines(classes: Sequence[str], per_class: dict[str, Any]) -> Iterator[str]:
+    """Yield a line per class: how many images, and how well they were recognised."""
+    columns = {"images": "num_samples"}
+    if "num_positive" in per_class[classes[0]]:
+        columns = {"yes": "num_positive", "no": "num_negative", "unknown": "num_unknown"}
+    columns |= {"roc auc": "roc_auc", "avg prec": "average_precision"}
+    columns |= {key: key for key in ("precision", "recall", "f1")}
+    listed = list(classes)
+    if len(classes) > _MANY_CLASSES:
+        yield f"the {_MOST} of {len(classes):,} classes with the lowest f1:"
+        known = [name for name in classes if per_class[name]["f1"] is not None]
+        listed = sorted(known, key=lambda name: (per_class[name]["f1"], name))[:_MOST]
+    rows = [[_cell(per_class[name][key]) for key in columns.values()] for name in listed]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    room = max(_WIDTH - sum(widths) - 2 * len(widths), 8)
+    names = [shorten(printable(name), room) for name in listed]
+    first = max(map(len, ["class", *names]))
+    for name, cells in zip(["class", *names], [[*columns], *rows], strict=True):
+        line = (f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        yield f"{name:<{first}}" + "".join(line)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if type(value) is int else f"{value:.3f}"
+
+
+def _confusion_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Iterator[str]:
+    """Yield the confusion matrix if it fits, with the classes numbered if need be; else pairs."""
+    matrix = result.confusion_matrix
+    names = [printable(name) for name in result.classes]
+    if matrix is not None:
+        cells = [[f"{number:,}" for number in row] for row in matrix]
+        for heads, firsts in (
+            (names, names),
+            ([str(i) for i in range(1, len(names) + 1)],
+             [f"{i:>2} {shorten(name, 14)}" for i, name in enumerate(names, 1)]),
+        ):  # fmt: skip
+            lines = _table("target \\ pred", heads, firsts, cells)
+            if max(map(len, lines)) <= _WIDTH:
+                yield from lines
+                return
+    wrong = [pair for pair in confusions if pair.target != pair.pred]
+    if not wrong:
+        return
+    yield "most confused classes:" if len(wrong) > _MOST else "confused classes:"
+    totals = {name: row.get("num_samples") for name, row in result.per_class.items()}
+    for pair in wrong[:_MOST]:
+        target, pred = (shorten(printable(name), 26) for name in (pair.target, pair.pred))
+        yield f"  {pair.number:,} of {totals[pair.target]:,} {target} taken for {pred}"
+
+
+def _table(
+    corner: str, heads: Sequence[str], firsts: Sequence[str], cells: Sequence[Sequence[str]]
+) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    margin = max(map(len, [corner, *firsts]))
+    gap = "  " if heads[0] != "1" else " "
+    return [
+        f"{first:<{margin}}"
+        + "".join(f"{gap}{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        for first, row in zip([corner, *firsts], [heads, *cells], strict=True)
+    ]
+
+
+def _mistake_lines(mistakes: Sequence[dict[str, Any]], *, has_labels: bool) -> Iterator[str]:
+    if not mistakes:
+        return
+    most = min(len(mistakes), _MOST)
+    number = count(len(mistakes), "wrong label" if has_labels else "mistake")
+    yield number + (f", the {most} most confident:" if len(mistakes) > most else ":")
+    for row in mistakes[:most]:
+        predicted, target = row.get("class", row["pred"]), row["target"]
+        if has_labels:
+            target = "yes" if row["target"] else "no"
+        yield printable(f"  {row['prob']:.3f} {predicted}, is {target}: {row['path']}")
