@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import islice
 
 from featcache.errors import printable
 
@@ -57,17 +56,12 @@ def shorten(text: str, longest: int) -> str:
     return f"{text[:head]}…{text[head + 1 - longest :]}"
 
 
-def join_few(names: Iterable[str], number: int) -> str:
-    """Return names joined by commas, as text that can be printed; of more than 12 the first.
-
-    Args:
-        names: The names.
-        number: How many there are.
-    """
-    if number <= FEW:
-        return ", ".join(map(printable, names))
-    shown = ", ".join(map(printable, islice(names, FEW // 2)))
-    return f"{shown} and {number - FEW // 2:,} more"
+def join_few(names: Iterable[str]) -> str:
+    """Return names joined by commas, as text that can be printed; of more than 12 the first 6."""
+    listed = [*map(printable, names)]
+    if len(listed) <= FEW:
+        return ", ".join(listed)
+    return f"{', '.join(listed[: FEW // 2])} and {len(listed) - FEW // 2:,} more"
 
 
 def list_counts(counts: Mapping[str, int]) -> str:

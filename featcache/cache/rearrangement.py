@@ -19,7 +19,7 @@ from featcache.cache.writing import check_names, os_bytes
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import SPLITS, agree_on_classes
 from featcache.errors import CacheError, ConfigError, printable, warn_user
-from featcache.formatting import count
+from featcache.formatting import count, join_few
 from featcache.precision import relative_errors
 from featcache.runtime import Say
 
@@ -128,8 +128,8 @@ class Rearrangement:
             unknown = [name for name in wanted if name not in present]
             if unknown or not wanted:
                 raise ConfigError(
-                    "--classes", expected="some of " + ", ".join(sorted(present)),
-                    found=", ".join(unknown) or "none",
+                    "--classes", expected="some of " + join_few(sorted(present)),
+                    found=join_few(unknown) or "none",
                 )  # fmt: skip
             present &= set(wanted)
         kept = [row for row in self.rows if row.label is None or row.label in present]
@@ -153,7 +153,7 @@ class Rearrangement:
         for old, new in names.items():
             if old not in known or not new:
                 raise ConfigError(
-                    "--rename", expected="OLD=NEW, OLD one of " + ", ".join(sorted(known)),
+                    "--rename", expected="OLD=NEW, OLD one of " + join_few(sorted(known)),
                     found=f"{old}={new}",
                 )  # fmt: skip
         self.rows, self.failed = _rename_rows(self.rows, names), _rename_rows(self.failed, names)
@@ -202,7 +202,7 @@ class Rearrangement:
 
 
 def _listed(classes: Sequence[str]) -> str:
-    return ", ".join(map(printable, classes)) or "none"
+    return join_few(classes) or "none"
 
 
 def _arrange(rows: Iterable[Row], table: Table) -> Iterator[Row]:

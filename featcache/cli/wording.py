@@ -115,7 +115,7 @@ def prediction_lines(predictions: Predictions) -> Iterator[str]:
     found = {name: counted[name] for name in predictions.classes}
     if len(found) > FEW:
         found = dict(counted.most_common())
-    listed = join_few((f"{n:,} {name}" for name, n in found.items()), len(found)) or "none"
+    listed = join_few(f"{n:,} {name}" for name, n in found.items()) or "none"
     failed = f", {len(predictions.failures):,} failed" if predictions.failures else ""
     views = ", by the mean of their views" if predictions.average_views else ""
     yield f"{count(len(predictions.paths), 'image')}{views}: {listed}{failed}"
@@ -128,7 +128,7 @@ def _split_text(split: dict[str, Any]) -> str:
         parts = (
             f"{n:,} of {known[name]:,} known {name}" for name, n in split["num_per_class"].items()
         )
-        counts = join_few(parts, len(known))
+        counts = join_few(parts)
     else:
         counts = list_counts(split["num_per_class"])
     groups = "" if split["num_groups"] is None else f"; {count(split['num_groups'], 'group')}"
@@ -146,6 +146,6 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{printable(k)} {_plain(v)}" for k, v in value.items())
     if isinstance(value, list):
         if len(value) > FEW:
-            return f"{len(value):,}: {join_few(map(_plain, value), len(value))}"
+            return f"{len(value):,}: {join_few(map(_plain, value))}"
         return " ".join(_plain(v) for v in value) or "none"
     return "none" if value is None else printable(value)

@@ -193,8 +193,8 @@ def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageD
     unknown = sorted(set(wanted) - set(dataset.classes))
     if unknown or not wanted:
         raise DataError(
-            "--classes", expected="some of " + ", ".join(dataset.classes),
-            found=", ".join(map(repr, unknown)) or "none", where=dataset.root,
+            "--classes", expected="some of " + join_few(dataset.classes),
+            found=join_few(map(repr, unknown)) or "none", where=dataset.root,
         )  # fmt: skip
     classes = tuple(name for name in dataset.classes if name in wanted)
     index = {dataset.classes.index(name): target for target, name in enumerate(classes)}
@@ -219,12 +219,12 @@ def _count_matched(dataset: ImageDataset, group_by: str, say: Say) -> dict[str, 
         f"{matched[name]:,} of {total[target]:,} {name}"
         for target, name in enumerate(dataset.classes)
     )
-    listed = join_few(parts, len(dataset.classes))
+    listed = join_few(parts)
     say(f"groups: {num_groups:,}; named in {listed} (each of the others is a group of its own)")
     without = [name for name, number in matched.items() if number == 0]
     if without:
         warn_user(
-            f"--group-by matches no file name of {join_few(without, len(without))}: images of one "
+            f"--group-by matches no file name of {join_few(without)}: images of one "
             "patient may be in two splits there"
         )
     return matched

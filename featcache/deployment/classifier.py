@@ -27,6 +27,7 @@ from featcache.errors import ConfigError, DataError
 from featcache.extraction.earlier import refuse_dark_colour
 from featcache.extraction.pipeline import Lane, stream_features
 from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes, recipe_from_identity
+from featcache.formatting import join_few
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import Run, load_head, load_run
 from featcache.pixels.images import load, load_opened, resize_to_square
@@ -66,7 +67,7 @@ class Classifier:
         self._num_images = 0  # that the engine was chosen for
 
     def __repr__(self) -> str:
-        classes = ", ".join(self.run.classes)
+        classes = join_few(self.run.classes)
         return f"Classifier({self.recipe.backbone.name}: {classes}; on {self.device})"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from featcache.evaluation.lines import evaluation_lines
 from featcache.evaluation.predicted_rows import CSV, labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_seen
 from featcache.files import read_regular, readable_json, result_as_dict
+from featcache.formatting import join_few
 from featcache.heads.run import (
     Run,
     cache_path,
@@ -167,7 +168,7 @@ def evaluate(
     loaded = load_run(run)
     if positive is not None and positive not in loaded.classes:
         raise ConfigError(
-            "--positive", expected="one of " + ", ".join(loaded.classes), found=positive
+            "--positive", expected="one of " + join_few(loaded.classes), found=positive
         )
     tables = [Output(csv, "--csv", CSV, inputs=[cache, cache_path(loaded)])] if csv else []
     for table in tables:

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
-from featcache.errors import CacheError, ConfigError, RunError, printable
+from featcache.errors import CacheError, ConfigError, RunError
 from featcache.evaluation.confusions import Confusion, count_confusions
 from featcache.files import csv_text, join_names, prob_columns
-from featcache.formatting import count
+from featcache.formatting import count, join_few
 from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import RowNumbers, find_labelled
 from featcache.heads.run import Run
@@ -199,13 +199,13 @@ def _match_classes(run: Run, cache: Cache, say: Say) -> npt.NDArray[np.int64]:
     unknown = [name for name in cache.classes if name not in run.classes]
     if unknown:
         raise RunError(
-            "classes", expected="those of the run, " + ", ".join(run.classes),
-            found="also " + ", ".join(unknown), where=cache.path,
+            "classes", expected="those of the run, " + join_few(run.classes),
+            found="also " + join_few(unknown), where=cache.path,
             hint="Evaluate on a cache without them, or train on one with them",
         )  # fmt: skip
     missing = [name for name in run.classes if name not in cache.classes]
     if missing:
-        say(printable(f"this cache has no class {', '.join(missing)}: matched the others by name"))
+        say(f"this cache has no class {join_few(missing)}: matched the others by name")
     return np.array([run.classes.index(name) for name in cache.classes], np.int64)
 
 

@@ -25,6 +25,7 @@ from featcache.errors import (
     printable,
     warn_user,
 )
+from featcache.formatting import join_few
 from featcache.heads.streaming import BLOCK_BYTES, StoredFeatures
 from featcache.runtime import CPU, Device, Say, available_memory
 
@@ -202,7 +203,7 @@ def _check_labels(cache: Cache, part: Part) -> None:
     if unknown:
         raise CacheError(
             f"split {part.split.name}", expected="known targets of each class to train on",
-            found="none of " + ", ".join(unknown), where=cache.path,
+            found="none of " + join_few(unknown), where=cache.path,
             hint="Leave that class out: featcache select --classes takes the others",
         )  # fmt: skip
     one_sided = [
@@ -210,7 +211,7 @@ def _check_labels(cache: Cache, part: Part) -> None:
         for name, yes, no in zip(cache.classes, has_yes, has_no, strict=True) if not (yes and no)
     ]  # fmt: skip
     if one_sided:
-        message = f"cannot be learned from these rows to train on: {', '.join(one_sided)}"
+        message = f"cannot be learned from these rows to train on: {join_few(one_sided)}"
         warn_user(printable(message))
 
 
@@ -220,7 +221,7 @@ def _check_classes(cache: Cache, part: Part, *, at_least: int) -> None:
     if scarce:
         raise CacheError(
             f"split {part.split.name}", expected=f"at least {at_least} labelled rows of each class",
-            found=", ".join(f"{count} of {name}" for name, count in scarce.items()),
+            found=join_few(f"{number:,} of {name}" for name, number in scarce.items()),
             where=cache.path, hint="Add images of that class, or leave its folder out",
         )  # fmt: skip
 

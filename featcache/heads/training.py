@@ -342,7 +342,7 @@ def _say_failures(cache: Cache, say: Say) -> None:
     for failure in cache.failures:
         known = 0 <= failure.target < len(cache.classes)
         counts[f"{failure.split}/{cache.classes[failure.target]}" if known else failure.split] += 1
-    listed = join_few((f"{n:,} of {name}" for name, n in counts.most_common()), len(counts))
+    listed = join_few(f"{n:,} of {name}" for name, n in counts.most_common())
     failed = count(len(cache.failures), "failed image")
     say(f"not in this cache: {failed} ({listed}); see featcache info")
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import ConfigError, DataError
+from featcache.formatting import join_few
 
 
 def compute_metrics(
@@ -244,7 +245,7 @@ def check_metric(
         wanted = "a --metric of one class: " + ", ".join(_OF_CLASSES)
         raise ConfigError("--positive", expected=wanted, found=f"--metric {metric}")
     if positive is not None and positive not in classes:
-        raise ConfigError("--positive", expected="one of " + ", ".join(classes), found=positive)
+        raise ConfigError("--positive", expected="one of " + join_few(classes), found=positive)
 
 
 def describe_metric(metric: str, positive: str | None, *, has_labels: bool = False) -> str:
@@ -377,7 +378,7 @@ def _check(
             found=f"{targets.min()} to {targets.max()}",
         )  # fmt: skip
     if positive is not None and positive not in classes:
-        raise ConfigError("--positive", expected="one of " + ", ".join(classes), found=positive)
+        raise ConfigError("--positive", expected="one of " + join_few(classes), found=positive)
 
 
 def _check_labels(targets: npt.NDArray[Any], probs: npt.NDArray[Any]) -> None:
