@@ -50,11 +50,6 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    @property
-    def done(self) -> float:
-        """How much is done."""
-        return self._done
-
     def move_to(self, done: float, note: str | None = None) -> None:
         """Say how much is done by now.
 
