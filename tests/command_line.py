@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+if sys.platform != "win32":
+    import fcntl
+    import pty
+    import termios
 
 TESTS = Path(__file__).parent
 
@@ -27,6 +35,26 @@ def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "featcache", *map(str, arguments)], cwd=cwd, env=environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def on_terminal(arguments: Sequence[object], cwd: Path, columns: int) -> str:
+    """Run Python on a terminal of so many columns; return what is shown, line ends as they come."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    shown = b""
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    environment.pop("COLUMNS", None)
+    with subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, stdin=theirs,
+        stdout=theirs, stderr=theirs,
+    ) as child:  # fmt: skip
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # the terminal is closed with the child
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    assert child.returncode == 0, shown
+    return shown.decode()
 
 
 def assert_one_line_error(result: Result | subprocess.CompletedProcess[str], *parts: str) -> None:

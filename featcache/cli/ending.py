@@ -251,9 +251,15 @@ class Ending:
         sys.stdout.flush()
         self._facts = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
         os.dup2(2, 1)
+        # Anew: the old one would seek in what it was opened for.
+        sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+
+    def print_line(self, text: str) -> None:
+        """Print a line for people, broken between words where the terminal is narrower."""
+        self.print(to_width(text, sys.stdout))
 
     def print(self, text: str) -> None:
-        """Print a line on standard output. If it has no room, drop this line and all others.
+        """Print a text on standard output. If it has no room, drop this line and all others.
 
         The work goes on: what the command makes is worth more than its lines.
 

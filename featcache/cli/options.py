@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from featcache.cli.ending import ENDING, Command, to_width
+from featcache.cli.ending import ENDING, Command
 from featcache.errors import escaped
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -154,7 +153,7 @@ def make_say(as_json: bool, quiet: bool) -> Callable[[str], None]:
 
 def _echo_line(line: str) -> None:
     """Print a line that holds names of strangers: no terminal command, no second line."""
-    ENDING.print(to_width(escaped(line), sys.stdout))
+    ENDING.print_line(escaped(line))
 
 
 def print_facts(facts: dict[str, Any], lines: Iterable[str], as_json: bool, quiet: bool) -> None:

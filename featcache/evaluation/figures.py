@@ -58,7 +58,9 @@ def draw_confusion(confusion: npt.NDArray[Any], classes: Sequence[str], title: s
 
 def _shares_of_rows(counts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     rows = counts.sum(axis=1, keepdims=True)
-    return np.divide(counts, rows, out=np.zeros(counts.shape), where=rows > 0)
+    shares = np.zeros(counts.shape)
+    np.divide(counts, rows, out=shares, where=rows > 0)
+    return shares
 
 
 def _draw_cells(confusion: npt.NDArray[Any], names: Sequence[str]) -> Figure:
@@ -129,7 +131,7 @@ def _label(axes: Any, which: str = "") -> None:
 
 def _write_cells(axes: Any, confusion: npt.NDArray[Any], shares: npt.NDArray[Any]) -> None:
     for (row, column), count in np.ndenumerate(confusion):
-        share = shares[row, column]
+        share = float(shares[row, column])
         of_row = percent(share) if confusion[row].any() else ""
         texts = ((f"{count:,}", 4, 10.0), (of_row, -9, 7.5))
         for text, points_up, size in texts:

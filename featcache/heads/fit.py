@@ -430,15 +430,17 @@ def _fit_pass(  # noqa: PLR0917
     if saved is not None:
         (head,) = heads
         first += _resume(saved, trainer, head, kernels, data, tell)
-        tell_share((first - 1) / training.epochs)
+        if first > 1:
+            tell_share((first - 1) / training.epochs)
     for epoch in range(first, training.epochs + 1):
         start = time.perf_counter()
         rates = [
             [head.training.learning_rate_at(epoch, step / num_steps) for head in heads]
             for step in range(1, num_steps + 1)
         ]
-        share = len(heads) / training.epochs / len(data.targets)
-        losses = trainer.train_epoch(batch_size, rates, lambda n, s=share: tell_share(n * s))
+        row_share = len(heads) / training.epochs / len(data.targets)
+        on_rows = functools.partial(_tell_rows, tell_share, row_share)
+        losses = trainer.train_epoch(batch_size, rates, on_rows)
         valid = trainer.validate()
         seconds = time.perf_counter() - start
         for place, (head, rate, loss) in enumerate(zip(heads, rates[-1], losses, strict=True)):
@@ -456,6 +458,10 @@ def _fit_pass(  # noqa: PLR0917
         if saved is not None and epoch < training.epochs:
             saved.keep(trainer, heads[0].result())
     return {head.number: head.result() for head in everyone}
+
+
+def _tell_rows(tell_share: Callable[[float], None], share: float, num_rows: int) -> None:
+    tell_share(num_rows * share)
 
 
 def _resume(  # noqa: PLR0917

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import shlex
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import TESTS, TINY, Result
+from command_line import TESTS, TINY, Result, on_terminal
 from failing import failing
 from sample_rows import make_cache
 
@@ -170,7 +168,7 @@ def build():
     [
         ("extract data c.h5", "num_images"),
         ("extract data c.h5 --dry-run", "num_images"),
-        ("extract data /nowhere/c.h5", "error"),
+        ("extract nothing c.h5", "error"),
     ],
 )
 def test_json_is_all_that_reaches_standard_output(
@@ -190,19 +188,9 @@ def test_on_a_terminal_lines_break_between_words(folder: Path, columns: int) -> 
     """Of a long line no word is torn; in a pipe it stays one line."""
     long = "a-rather-long-name-for-a-run-" + 60 * "x"
     line = f"train c.h5 {long} --epochs 2 --hidden 4 --device cpu"
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "featcache", *line.split()], cwd=folder, stdout=theirs,
-        stderr=theirs, env=os.environ | {"COLUMNS": str(columns)},
-    ):  # fmt: skip
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # the terminal is closed with the child
-            while part := os.read(ours, 4096):
-                shown += part
-    os.close(ours)
-    lines = shown.decode().split("\r\n")
-    assert long in shown.decode()
+    shown = on_terminal(["-m", "featcache", *line.split()], folder, columns)
+    lines = shown.split("\r\n")
+    assert long in shown
     assert all(len(x) <= columns or x.strip() == long for x in lines), lines
     piped = shell(f"train c.h5 {long}2 --epochs 2 --hidden 4 --device cpu", folder)
     assert any(x.endswith(f"written to {long}2") for x in piped.out.splitlines())

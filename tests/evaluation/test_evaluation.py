@@ -70,7 +70,8 @@ def test_result_is_the_contracts_object_and_true(run: Path) -> None:
     result = evaluate(run)
     assert list(result) == [
         "split", "task", "num_samples", "classes", "accuracy", "balanced_accuracy", "roc_auc",
-        "average_precision", "per_class", "confusion_matrix", "positive", "sensitivity",
+        "average_precision", "per_class", "confusion_matrix", "confusion_matrix_file",
+        "positive", "sensitivity",
         "specificity", "positive_roc_auc", "positive_average_precision", "false_negatives",
         "mistakes", "num_failed", "num_trained_on", "num_chosen_by", "num_unclear", "unseen",
         "num_views", "fingerprint",

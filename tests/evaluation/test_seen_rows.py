@@ -170,7 +170,7 @@ def test_rows_without_hashes_of_images_are_told_by_features_and_path(tmp_path: P
     with pytest.warns(FeatcacheWarning) as warned:
         evaluate(tmp_path / "run", cache=other)
     said = [str(warning.message) for warning in warned]
-    assert any("40 of the 50 rows of test have the path of a row" in line for line in said)
+    assert any("of 40 of the 50 rows of test the path is that of a row" in line for line in said)
 
 
 def test_hashes_on_one_side_only_still_tell_rows_by_their_features(

@@ -129,11 +129,11 @@ def test_options_that_differ_have_a_column_and_the_others_a_line() -> None:
     ]  # fmt: skip
     trials = [Trial(n, params, "done", 0.5, [[0.6]], [1]) for n, params in enumerate(options)]
     assert list(ranking_lines(trials, "loss")) == [
-        "                        learning        ",
-        "trial    loss   hidden      rate  epochs",
-        "    0  0.5000  512,128    0.0005      10",
-        "    1  0.5000      256  1.235e-05     20",
-        "    2  0.5000     none     0.003      20",
+        "                         learning        ",
+        "trial    loss   hidden       rate  epochs",
+        "    0  0.5000  512,128     0.0005      10",
+        "    1  0.5000      256  1.235e-05      20",
+        "    2  0.5000     none      0.003      20",
         "trial 0 is the default head",
     ]
     *_, last = ranking_lines(trials[1:], "loss")
