@@ -28,6 +28,19 @@ def percent(share: float, digits: int = 0) -> str:
     return text
 
 
+def decimal(value: float, digits: int = 3) -> str:
+    """Return a figure in [0, 1] with decimals: never 0 or 1 where it is not.
+
+    ``0.9997`` is ``>0.999``, with four digits ``0.9997``.
+    """
+    text = f"{value:.{digits}f}"
+    if value < 1 and float(text) >= 1:
+        return f">{1 - 10.0**-digits:.{digits}f}"
+    if value > 0 and float(text) <= 0:
+        return f"<{10.0**-digits:.{digits}f}"
+    return text
+
+
 def in_bytes(number: float) -> str:
     """Return a size in the unit that suits it: ``1.9 MB``."""
     unit = "bytes"

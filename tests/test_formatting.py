@@ -8,6 +8,7 @@ import pytest
 from featcache.formatting import (
     FEW,
     count,
+    decimal,
     in_bytes,
     in_time,
     join_few,
@@ -36,6 +37,14 @@ def test_a_share_is_never_rounded_to_all_or_none(digits: int) -> None:
         if text[0] not in "<>":
             assert text == f"{share:.{digits}%}"
     assert percent(0.9997, digits) == (">99%", ">99.9%", "99.97%")[digits]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1, "1.000"), (0, "0.000"), (0.9997, ">0.999"), (0.9994, "0.999"), (0.0004, "<0.001")],
+)
+def test_a_figure_is_never_rounded_to_all_or_none(value: float, text: str) -> None:
+    assert decimal(value) == text
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from featcache.evaluation.lines import evaluation_lines
 from featcache.evaluation.predicted_rows import CSV, labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_seen
 from featcache.files import read_regular, readable_json, result_as_dict
-from featcache.formatting import join_few
+from featcache.formatting import decimal, join_few
 from featcache.heads.run import (
     Run,
     cache_path,
@@ -290,7 +290,7 @@ def _write_with_figures(
     folder, (facts, picture, cells) = run.path / "evaluation", figures
     contents = {**files, facts: readable_json(result.as_dict()).encode()}
     if confusions is not None:
-        title = f"{run.path.resolve().name} on {result.split}, accuracy {result.accuracy:.3f}"
+        title = f"{run.path.resolve().name} on {result.split}, accuracy {decimal(result.accuracy)}"
         contents[picture] = draw_confusion(to_matrix(confusions, run.classes), run.classes, title)
     if result.confusion_matrix_file is not None:
         contents[cells] = cells_as_csv(confusions or []).encode()

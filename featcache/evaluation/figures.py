@@ -21,7 +21,7 @@ _INK, _FAINT, _PALE = "#1b2733", "#5f6b76", "#9aa5af"
 
 _MAX_CELLS = 40  # classes; of more the picture has shades alone, and names the worst confusions
 _MAX_SHADES = 400  # classes that get a row of their own; of more, neighbours share one
-_NUM_LISTED = 22
+_NUM_LISTED = 24
 
 
 def draw_confusion(confusion: npt.NDArray[Any], classes: Sequence[str], title: str) -> bytes:
@@ -93,8 +93,9 @@ def _draw_shades(confusion: npt.NDArray[Any], names: Sequence[str]) -> Figure:
     """Draw the matrix of many classes, and beside it list what is confused most."""
     from matplotlib.figure import Figure
 
-    figure = Figure((11.0, 6.6), dpi=144, layout="constrained")
-    axes, listed = figure.subplots(1, 2, width_ratios=[6, 4.6])
+    figure = Figure((11.0, 7.0), dpi=144, layout="constrained")
+    axes, listed = figure.subplots(1, 2, width_ratios=[6, 4.4])
+    axes.set_anchor("N")
     number = len(names)
     starts = np.unique(np.linspace(0, number, _MAX_SHADES, endpoint=False).astype(int))
     pooled = np.add.reduceat(np.add.reduceat(confusion, starts, 0), starts, 1)

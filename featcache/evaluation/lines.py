@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.errors import printable
 from featcache.evaluation.confusions import Confusion
-from featcache.formatting import count, shorten
+from featcache.formatting import count, decimal, shorten
 
 if TYPE_CHECKING:
     from featcache.evaluation.evaluation import Evaluation
@@ -51,7 +51,7 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
 
 
 def _shown(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
+    return "undefined" if value is None else decimal(value)
 
 
 def _class_lines(classes: Sequence[str], per_class: dict[str, Any]) -> Iterator[str]:
@@ -79,7 +79,7 @@ def _class_lines(classes: Sequence[str], per_class: dict[str, Any]) -> Iterator[
 def _cell(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,}" if type(value) is int else f"{value:.3f}"
+    return f"{value:,}" if type(value) is int else decimal(value)
 
 
 def _confusion_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Iterator[str]:
@@ -130,4 +130,4 @@ def _mistake_lines(mistakes: Sequence[dict[str, Any]], *, has_labels: bool) -> I
         predicted, target = row.get("class", row["pred"]), row["target"]
         if has_labels:
             target = "yes" if row["target"] else "no"
-        yield printable(f"  {row['prob']:.3f} {predicted}, is {target}: {row['path']}")
+        yield printable(f"  {decimal(row['prob']):>6} {predicted}, is {target}: {row['path']}")

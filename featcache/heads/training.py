@@ -19,7 +19,7 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache, open_cache, warn_of_leaks
 from featcache.errors import ConfigError, printable
 from featcache.files import local_path, result_as_dict
-from featcache.formatting import count, join_few, list_counts, shorten
+from featcache.formatting import count, decimal, join_few, list_counts, shorten
 from featcache.heads.config import (
     LBFGS,
     MAX_ITERATIONS,
@@ -268,7 +268,8 @@ def _say_kept(summary: TrainSummary, result: FitResult, say: Say) -> None:
                 "so little regularisation the weights of linearly separable classes grow without "
                 "bound"
             )
-    say(f"kept {kept}: valid loss {summary.valid_loss:.4f}, accuracy {summary.valid_accuracy:.3f}")
+    accuracy = decimal(summary.valid_accuracy)
+    say(f"kept {kept}: valid loss {summary.valid_loss:.4f}, accuracy {accuracy}")
     say(
         f"{many} in {summary.fit_seconds:.1f} s on {summary.device}, written to "
         f"{printable(summary.run.as_posix())}"
@@ -372,10 +373,10 @@ def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]],
         recalls = [(row[f"valid_recall_{name}"], printable(name)) for name in classes]
         if not fits:
             recall, name = min((p for p in recalls if p[0] is not None), default=(None, ""))
-            shown = "-" if recall is None else f"{recall:.3f} {shorten(name, 28)}"
+            shown = "-" if recall is None else f"{decimal(recall)} {shorten(name, 28)}"
         else:
             shown = "  ".join(
-                f"{'-' if recall is None else f'{recall:.3f}':>{w}}"
+                f"{'-' if recall is None else decimal(recall):>{w}}"
                 for (recall, _), w in zip(recalls, widths, strict=True)
             )
         mark = "  *" if row["valid_loss"] < lowest else ""
@@ -383,7 +384,7 @@ def _epoch_lines(classes: Sequence[str], say: Say) -> Callable[[dict[str, Any]],
         number = f"{row['epoch']:>5}" if "epoch" in row else f"{row['strength']:.2e}"
         say(
             f"{number}  {row['train_loss']:>10.4f}  {row['valid_loss']:>10.4f}  "
-            f"{row['valid_accuracy']:>8.3f}  {shown}{mark}"
+            f"{decimal(row['valid_accuracy']):>8}  {shown}{mark}"
         )
 
     return line

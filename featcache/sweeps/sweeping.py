@@ -32,7 +32,7 @@ from featcache.files import (
     write_csv,
     write_json,
 )
-from featcache.formatting import count
+from featcache.formatting import count, decimal
 from featcache.heads.config import check_seed, check_valid_fraction
 from featcache.heads.fit import fit_head
 from featcache.heads.rows import Part, check_cache, choose_rows
@@ -436,7 +436,5 @@ def _say_result(summary: SweepSummary, found: Found, judge: Judge, say: Say) -> 
         f"{count(summary.num_trials, 'trial')}, {summary.num_pruned:,} given up on the way, in "
         f"{summary.seconds:.1f} s on {summary.device}"
     )
-    say(
-        f"valid loss {summary.valid_loss:.4f}, accuracy {summary.valid_accuracy:.3f}, written to "
-        f"{printable(summary.run.as_posix())}"
-    )
+    figures = f"valid loss {summary.valid_loss:.4f}, accuracy {decimal(summary.valid_accuracy)}"
+    say(f"{figures}, written to {printable(summary.run.as_posix())}")
