@@ -15,7 +15,7 @@ LINE_SECONDS = 60.0
 """Between two lines where there is no terminal."""
 
 BAR_AFTER_SECONDS = 1.0
-"""Work that is done before has no bar."""
+"""Of silence: quick work has no bar, and lines that come fast are not torn by one."""
 
 
 class Progress:
@@ -32,7 +32,7 @@ class Progress:
         shown: Whether it is for people to see: ``progress=True``.
     """
 
-    def __init__(self, verb: str, unit: str, total: int, *, done: float = 0.0, shown: bool) -> None:
+    def __init__(self, verb: str, unit: str, total: int, *, done: float = 0, shown: bool) -> None:
         self._verb, self._unit, self._total = verb, unit, total
         self._before = self._done = done
         self._note, self._shown, self._has_bar = "", shown, shown and _can_draw()
@@ -47,8 +47,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:  # fmt: skip
-        if self._bar is not None:
-            self._bar.close()
+        self._remove_bar()
 
     def move_to(self, done: float, note: str | None = None) -> None:
         """Say how much is done by now.
@@ -59,8 +58,7 @@ class Progress:
         """
         self._done, self._note = min(done, self._total), self._note if note is None else note
         if self._bar is not None:
-            self._bar.set_postfix_str(self._note, refresh=False)
-            self._bar.update(self._rounded() - self._bar.n)
+            self._show()
         elif time.monotonic() >= self._next:
             if self._has_bar:
                 self._draw_bar()
@@ -73,15 +71,11 @@ class Progress:
         self.move_to(self._done + share, note)
 
     def beside(self, say: Say) -> Say:
-        """Return what says a line without tearing the bar."""
+        """Return what says a line in place of the bar, which comes back after it."""
 
         def say_beside(line: str) -> None:
-            if self._bar is None:
-                say(line)
-                return
-            self._bar.clear()
+            self._remove_bar()
             say(line)
-            self._bar.refresh()
 
         return say_beside
 
@@ -95,11 +89,24 @@ class Progress:
 
         self._bar = tqdm(
             total=self._total, initial=self._before, unit=self._unit, desc=self._verb,
-            smoothing=0.1, dynamic_ncols=True, leave=False,
+            mininterval=0.3, smoothing=0.1, dynamic_ncols=True, leave=False,
+            delay=1e-9,  # not before it knows how far it is
         )  # fmt: skip
         self._bar.start_t = self._bar.last_print_t = time.time() - (time.monotonic() - self._start)
+        self._show()
+        self._bar.refresh()
+
+    def _show(self) -> None:
         self._bar.set_postfix_str(self._note, refresh=False)
-        self._bar.update(self._rounded() - self._before)
+        self._bar.n = self._rounded()
+        self._bar.update(0)
+
+    def _remove_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._has_bar:
+            self._next = time.monotonic() + BAR_AFTER_SECONDS
 
     def _line(self) -> str:
         """Return a line for a log: how far, how fast, how long the rest will take."""
