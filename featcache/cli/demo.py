@@ -189,8 +189,8 @@ The whole path took {total:.0f} s on this machine ({summary.device}):
   extract   {summary.extract_seconds:6.1f} s  {BACKBONE}, {rate:.0f} images/s, once
   train     {summary.train_seconds:6.1f} s  a head on the kept features
   evaluate  {summary.evaluate_seconds:6.1f} s  {summary.num_test} unseen phantoms
-On those: accuracy {decimal(summary.accuracy)}; of covid {decimal(summary.sensitivity)} found, \
-of normal {decimal(summary.specificity)} left alone.
+On those: accuracy {decimal(summary.accuracy)}; of covid {decimal(summary.sensitivity or 0)} found, \
+of normal {decimal(summary.specificity or 0)} left alone.
 Phantoms are drawings: this shows that the path works, and nothing about medicine.
 
 Next, another head on the same features; no image is read again:
