@@ -180,7 +180,8 @@ def _describe(summary: DemoSummary) -> str:
     """Return the lines that end the demo."""
     total = sum(v for k, v in summary.as_dict().items() if k.endswith("_seconds"))
     rate = summary.num_images / summary.extract_seconds
-    found, spared = (decimal(x or 0) for x in (summary.sensitivity, summary.specificity))
+    figures = (summary.accuracy, summary.sensitivity, summary.specificity)
+    right, found, spared = (decimal(figure or 0) for figure in figures)
     names = ("features.h5", "run-linear", "run", "split/test/covid")
     cache, new_run, run, pictures = (shlex.quote(f"{summary.folder}/{name}") for name in names)
     return f"""
@@ -190,7 +191,7 @@ The whole path took {total:.0f} s on this machine ({summary.device}):
   extract   {summary.extract_seconds:6.1f} s  {BACKBONE}, {rate:.0f} images/s, once
   train     {summary.train_seconds:6.1f} s  a head on the kept features
   evaluate  {summary.evaluate_seconds:6.1f} s  {summary.num_test} unseen phantoms
-On those: accuracy {decimal(summary.accuracy)}; of covid {found} found, of normal {spared} left alone.
+On those: accuracy {right}; of covid {found} found, of normal {spared} left alone.
 Phantoms are drawings: this shows that the path works, and nothing about medicine.
 
 Next, another head on the same features; no image is read again:
