@@ -87,7 +87,7 @@ def select(
     *,
     table: str | Path | None = None,
     fractions: Sequence[float] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     group_by: str | None = None,
     group_by_path: str | None = None,
     classes: Sequence[str] | None = None,
@@ -111,7 +111,7 @@ def select(
         fractions: Split anew: shares of train, valid and test in every class; 0 leaves a split out.
             It is the split that ``split`` would make of the images: groups, and images of the same
             bytes, stay together.
-        seed: Seed of that split.
+        seed: Seed of that split; 0 if None.
         group_by: Regular expression on the file name; its first group becomes the row's group.
             Without it rows keep their groups.
         group_by_path: Instead, one on the path below the class: see ``scan``.
@@ -141,6 +141,8 @@ def select(
     _check_names_of_caches(sources, output.target, prefix=prefix)
     pattern = GroupPattern.of(group_by, group_by_path)
     shares = None if fractions is None else name_fractions(fractions)
+    if shares is None and seed is not None:
+        raise ConfigError("--seed", expected="--fractions that it is the seed of", found="none")
     if table is None and (columns or ignore_columns):
         raise ConfigError("--columns", expected="a --table that has them", found="none")
     with writing_alone(output, may_discard=rebuild):
@@ -162,7 +164,7 @@ def select(
             name_groups(chosen, pattern)
         chosen.settle_rows()
         if shares is not None:
-            split_anew(chosen, shares, seed)
+            split_anew(chosen, shares, seed or 0)
         written = _write(output, chosen)
     warn_of_leaks(written)
     return _summarise(output.path, written, chosen, start, say)

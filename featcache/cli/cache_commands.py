@@ -192,7 +192,7 @@ def _one_or_all(facts: list[dict[str, Any]]) -> dict[str, Any]:
     "--fractions", type=Numbers(float, "F,F,F"),
     help="Split anew: shares of train, valid and test. Groups and copies stay together.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --fractions.")
+@click.option("--seed", type=int, help="Another seed, another split by --fractions. Default: 0.")
 @grouping
 @click.option("--classes", metavar="A,B,...", help="Only these classes, and what is unlabelled.")
 @click.option(

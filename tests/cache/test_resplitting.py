@@ -133,6 +133,7 @@ def test_what_cannot_be_split_is_refused(make: Any, tmp_path: Path) -> None:
     assert "add up to 1" in refused(tmp_path, ConfigError, cache, fractions=(0.5, 0.2, 0.2))
     text = refused(tmp_path, ConfigError, cache, group_by="(a)", group_by_path="(a)")
     assert "not both" in text
+    assert "--seed: expected --fractions" in refused(tmp_path, ConfigError, cache, seed=3)
 
 
 @pytest.mark.filterwarnings("ignore:.*same bytes")

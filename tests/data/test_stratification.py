@@ -237,6 +237,31 @@ def test_no_structure_is_split_worse_than_by_scikit_learn(structure):
         assert np.mean(ours) < 0.018
 
 
+@pytest.mark.parametrize("fractions", [{"train": 0.7, "valid": 0.3}, FOLDS])
+def test_hold_outs_and_folds_come_as_near(fractions):
+    """Before units were moved: 0.029 and 0.021."""
+    found = []
+    for seed in range(10):
+        rows = across_classes(seed, 600, 79, [0.6, 0.3, 0.1])
+        found.append(largest_deviation(rows[0], assign_rows(*rows, seed, fractions), fractions))
+    assert np.mean(found) < 0.015
+
+
+def test_rows_of_several_labels_in_groups_come_near_the_fractions():
+    """Before units were moved: 0.067."""
+    found = []
+    for seed in range(10):
+        generator = np.random.default_rng(seed)
+        groups = generator.integers(0, 80, 600)
+        is_positive = generator.random((600, 5)) < [0.5, 0.3, 0.2, 0.1, 0.05]
+        units = build_units([f"g{group}" for group in groups], [None] * 600)
+        names = [f"{row:04}" for row in range(600)]
+        parts = np.array(assign_labelled_units(units, is_positive, names, FIFTHS, seed=seed))
+        shares = {p: is_positive[parts == p].sum(0) / is_positive.sum(0) for p in FIFTHS}
+        found.append(max(np.abs(shares[p] - share).max() for p, share in FIFTHS.items()))
+    assert np.mean(found) < 0.035
+
+
 def test_where_no_group_crosses_classes_a_seed_has_the_parts_it_always_had():
     """The hash was made before units were moved and swapped."""
     digest = hashlib.sha256()
