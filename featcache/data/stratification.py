@@ -155,7 +155,8 @@ class _Balance:
         self._held = np.zeros((len(fractions), len(classes)), np.int64)  # rows
         np.add.at(self._held, (self._part[self._unit], self._class), self._rows)
         total = self._held.sum(axis=0)
-        self._weights = math.isqrt(2**58 // len(classes)) // total  # sums of products fit 64 bits
+        # A class' rows weigh alike in all, and sums of products fit 64 bits.
+        self._weights = np.maximum(math.isqrt(2**58 // len(classes)) // total, 1)
         wanted = [[round(f * whole) for whole in (total * self._weights).tolist()]
                   for f in fractions.values()]  # fmt: skip
         self._excess = self._held * self._weights - np.array(wanted)
