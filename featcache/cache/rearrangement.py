@@ -75,8 +75,11 @@ class Rearrangement:
         """Whether the caches have several labels per row."""
         return self.caches[0].task == "multilabel"
 
-    def apply_table(self, file: Path, **columns: Any) -> None:
+    def apply_table(self, file: Path, **columns: Any) -> set[str]:
         """Keep the rows that the table names, with its columns; say which do not match.
+
+        Returns:
+            Which of target, split and group the table has.
 
         Raises:
             DataError: If it is not a table, or names none of the rows.
@@ -104,6 +107,7 @@ class Rearrangement:
             more = ", ..." if number > _NUM_SHOWN else ""
             warn_user(f"{count(number, 'path')} of the table without a row: {shown}{more}")
         self.rows, self.failed = taken, list(_arrange(self.failed, table))
+        return table.columns
 
     def choose_classes(
         self, rename: Mapping[str, str], wanted: Sequence[str] | None, where: Path
@@ -178,12 +182,16 @@ class Rearrangement:
         _say_shared_groups(self.rows, self.say)
         if not self.is_multilabel:
             _warn_of_contradictions(self.caches, self.rows)
-        self.rows.sort(key=lambda row: (SPLITS.index(row.split), os_bytes(row.path)))
+        self.sort_rows()
         if {row.split for row in self.rows} > {"all"}:
             warn_user(
                 "some rows are in split all, others in train, valid or test; heads are trained on "
                 "train alone; name the rows' splits in a --table of path,split"
             )
+
+    def sort_rows(self) -> None:
+        """Sort the rows by split, and by the bytes of their path."""
+        self.rows.sort(key=lambda row: (SPLITS.index(row.split), os_bytes(row.path)))
 
     def _have_equal_labels(self, a: Row, b: Row) -> bool:
         if self.is_multilabel:

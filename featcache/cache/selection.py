@@ -25,9 +25,12 @@ from featcache.cache.provenance import (
 )
 from featcache.cache.reading import Cache, Failure, open_cache, warn_of_leaks
 from featcache.cache.rearrangement import Rearrangement, Row, gather
+from featcache.cache.resplitting import join_splits, name_groups, split_anew
 from featcache.cache.writing import CACHE, SplitRows, write_rows, writing_alone
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import SPLITS, training_split
+from featcache.data.groups import GroupPattern
+from featcache.data.splitting import name_fractions
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.files import local_path, result_as_dict
 from featcache.formatting import count, list_counts
@@ -83,6 +86,10 @@ def select(
     new: str | Path,
     *,
     table: str | Path | None = None,
+    fractions: Sequence[float] | None = None,
+    seed: int | None = None,
+    group_by: str | None = None,
+    group_by_path: str | None = None,
     classes: Sequence[str] | None = None,
     rename: Mapping[str, str] | None = None,
     prefix: bool = False,
@@ -93,14 +100,21 @@ def select(
 ) -> SelectionSummary:
     """Make a cache of rows of other caches, without their images and without a backbone.
 
-    Joins caches of one identity, re-splits and relabels by a table, drops and renames classes. The
-    arrays equal those that extracting the images so arranged would give.
+    Joins caches of one identity, re-splits and relabels by a table, splits anew by fractions, drops
+    and renames classes. The arrays equal those that extracting the images so arranged would give.
 
     Args:
         caches: One or more caches whose features were made alike.
         new: The cache to make.
         table: A CSV of ``path`` and, as far as wanted, ``target``, ``split``, ``group``. Rows that
             it does not name are left out; a column that is missing or empty changes nothing.
+        fractions: Split anew: shares of train, valid and test in every class; 0 leaves a split out.
+            It is the split that ``split`` would make of the images: groups, and images of the same
+            bytes, stay together.
+        seed: Seed of that split; 0 if None.
+        group_by: Regular expression on the file name; its first group becomes the row's group.
+            Without it rows keep their groups.
+        group_by_path: Instead, one on the path below the class: see ``scan``.
         classes: Keep these classes only, and what is unlabelled.
         rename: Old -> new class name. Two classes of one new name become one.
         prefix: Set each cache's file name before its paths and groups: for caches that call
@@ -113,7 +127,8 @@ def select(
     Raises:
         CacheError: If a cache is damaged, the caches do not fit each other, one path means two
             images, or the disk is full. Nothing is left half-written.
-        DataError: If the table is none, or a split would lack a class.
+        DataError: If the table is none, or a split would lack a class, or a class has too few
+            groups for every split.
         ConfigError: If an option has no meaning.
 
     Example:
@@ -124,6 +139,10 @@ def select(
     sources = [local_path(path, "CACHE") for path in listed]
     output = Output(new, "NEW", CACHE, replace=rebuild, inputs=[table])
     _check_names_of_caches(sources, output.target, prefix=prefix)
+    pattern = GroupPattern.of(group_by, group_by_path)
+    shares = None if fractions is None else name_fractions(fractions)
+    if shares is None and seed is not None:
+        raise ConfigError("--seed", expected="--fractions that it is the seed of", found="none")
     if table is None and (columns or ignore_columns):
         raise ConfigError("--columns", expected="a --table that has them", found="none")
     with writing_alone(output, may_discard=rebuild):
@@ -132,9 +151,20 @@ def select(
         warn_of_precisions(opened)
         chosen = Rearrangement(opened, prefix=prefix, say=say)
         if table is not None:
-            chosen.apply_table(Path(table), columns=columns, ignore_columns=ignore_columns)
+            named = chosen.apply_table(Path(table), columns=columns, ignore_columns=ignore_columns)
+            if shares is not None and "split" in named:
+                raise ConfigError(
+                    "--fractions", expected="a --table without splits", found="a column split",
+                    where=table, hint="Add --ignore-columns with the header of its splits",
+                )  # fmt: skip
+        if shares is not None:
+            join_splits(chosen)
         chosen.choose_classes(rename or {}, classes, sources[0] if table is None else Path(table))
+        if pattern is not None:
+            name_groups(chosen, pattern)
         chosen.settle_rows()
+        if shares is not None:
+            split_anew(chosen, shares, seed or 0)
         written = _write(output, chosen)
     warn_of_leaks(written)
     return _summarise(output.path, written, chosen, start, say)

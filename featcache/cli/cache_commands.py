@@ -16,6 +16,7 @@ from featcache.cli.options import (
     OrWord,
     Renaming,
     csv_columns,
+    grouping,
     listing,
     make_say,
     print_facts,
@@ -35,10 +36,7 @@ from featcache.formatting import count
     help="Shares of train, valid and test.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed, another split.")
-@click.option(
-    "--group-by", metavar="REGEX",
-    help="What its first group matches in a file name (a patient, say) is kept together.",
-)  # fmt: skip
+@grouping
 @click.option(
     "--mode", type=click.Choice(["copy", "symlink", "hardlink"]), default="copy",
     show_default=True, help="How a tree gets its files.",
@@ -51,10 +49,12 @@ def split(
     """Split the class folders in SOURCE into train, valid and test.
 
     DESTINATION ending in .csv becomes a manifest and nothing moves; else it becomes a tree
-    DESTINATION/{train,valid,test}/{class}/.
+    DESTINATION/{train,valid,test}/{class}/. SOURCE may be a CSV (path,target,group) too, and
+    becomes another.
 
     \b
     Example: featcache split raw data --classes covid,normal --group-by '^(\\d{8})_'
+             featcache split all.csv split.csv --group-by-path '(patient\\d+)/'
     """
     from featcache.data.splitting import split as split_images
 
@@ -127,7 +127,7 @@ def split(
     "--workers", type=AUTO_OR_NUMBER, default="auto", show_default=True, help="Decoding threads."
 )
 @DEVICE
-@click.option("--group-by", metavar="REGEX", help="First group in the file name, a patient, say.")
+@grouping
 @click.option(
     "--max-errors", default="5%", show_default=True, metavar="N|P%",
     help="Images that may fail, per split and class.",
@@ -141,8 +141,6 @@ def split(
 )
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
 @listing
-@click.option("--no-classes", is_flag=True, help="Folders are no classes: images are unlabelled.")
-@csv_columns
 @printing
 def extract(
     data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool,
@@ -190,6 +188,12 @@ def _one_or_all(facts: list[dict[str, Any]]) -> dict[str, Any]:
     "--table", type=click.Path(path_type=Path),
     help="CSV of path and, as wanted, target, split, group. Rows it does not name are left out.",
 )  # fmt: skip
+@click.option(
+    "--fractions", type=Numbers(float, "F,F,F"),
+    help="Split anew: shares of train, valid and test. Groups and copies stay together.",
+)  # fmt: skip
+@click.option("--seed", type=int, help="Another seed, another split by --fractions. Default: 0.")
+@grouping
 @click.option("--classes", metavar="A,B,...", help="Only these classes, and what is unlabelled.")
 @click.option(
     "--rename", type=Renaming(), multiple=True,
@@ -207,6 +211,7 @@ def select(
 
     \b
     Example: featcache select covid.h5 resplit.h5 --table split2.csv
+             featcache select covid.h5 other.h5 --fractions 0.7,0.15,0.15 --seed 1
              featcache select a.h5 b.h5 both.h5 --prefix --rename viral=pneumonia
     """
     from featcache.cache.selection import select as select_rows

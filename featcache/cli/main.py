@@ -247,7 +247,7 @@ def predict(
     run: Path, images: tuple[Path, ...], cache: Path | None, as_json: bool, quiet: bool,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Classify IMAGES, files or folders, with the head in RUN.
+    """Classify IMAGES, files, folders or CSVs of paths, with the head in RUN.
 
     \b
     Example: featcache predict run new.png --csv predictions.csv
@@ -261,6 +261,7 @@ def predict(
         raise click.UsageError("Name images or folders, or a --cache, and not both.")
     if options["average_views"] and cache is None:
         raise click.UsageError("--average-views goes with --cache: images have no views.")
+    del options["no_classes"]  # whatever a folder is, its images are classified
     predictions = predict_images(run, images or None, cache=cache, **options)
     print_facts(predictions.as_dict(), prediction_lines(predictions), as_json, quiet)
     if predictions.failures and not predictions.paths:

@@ -87,8 +87,12 @@ WEIGHTS = click.option(
 
 
 def listing(command: _F) -> _F:
-    """Add --include, --exclude and --companions, for commands that list images of folders."""
+    """Add the options of commands that list images, --include to --ignore-columns."""
+    command = csv_columns(command)
     for option in (
+        click.option(
+            "--no-classes", is_flag=True, help="Folders are no classes: images are unlabelled."
+        ),
         click.option(
             "--companions", type=click.Choice(["keep"]),
             help="Take masks and the like among the images as images, each with its image.",
@@ -126,6 +130,22 @@ def _split_names(
     ctx: click.Context, param: click.Parameter, value: str | None
 ) -> tuple[str, ...]:  # fmt: skip
     return tuple(name.strip() for name in value.split(",")) if value else ()
+
+
+def grouping(command: _F) -> _F:
+    """Add --group-by and --group-by-path."""
+    for option in (
+        click.option(
+            "--group-by-path", metavar="REGEX",
+            help="The same in the path below the class: for patients that are folders.",
+        ),
+        click.option(
+            "--group-by", metavar="REGEX",
+            help="What its first group matches in a file name (a patient, say) is kept together.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def printing(command: _F) -> _F:

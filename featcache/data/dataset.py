@@ -28,14 +28,13 @@ from featcache.data.folders import (
     ImageFile,
     Layout,
     advise_on_endings,
-    compile_group,
     ending_of,
-    find_group,
     find_layout,
     has_image_ending,
     is_hidden,
     walk_folder,
 )
+from featcache.data.groups import GroupPattern
 from featcache.data.listing import Listing
 from featcache.data.manifests import scan_csv
 from featcache.data.samples import (
@@ -54,7 +53,7 @@ from featcache.untrusted import why_no_file
 
 __all__ = [
     "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
-    "find_groups", "list_images", "scan",
+    "list_images", "scan",
 ]  # fmt: skip
 
 
@@ -62,6 +61,7 @@ def scan(
     data: str | Path,
     *,
     group_by: str | None = None,
+    group_by_path: str | None = None,
     limit: int | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
@@ -80,6 +80,8 @@ def scan(
             group. A name without a match is a group of its own. Overrides a CSV's group column. If
             it matches no name at all, it is searched in the folders below the class; if it matches
             nothing there either, it changes nothing.
+        group_by_path: Instead, one that is searched in the path below the class (in a CSV, in the
+            path without leading folders of its split and class): for patients that are folders.
         limit: Use at most this many images, spread evenly over splits and classes.
         include: Globs on the path below ``data``; if there are any, only files that match one are
             used. ``*`` does not cross ``/``, ``**`` does; a folder's match is that of its files.
@@ -96,7 +98,7 @@ def scan(
         ConfigError: If ``group_by`` is no regular expression with a group, ``limit`` < 1, or
             another option is invalid.
     """
-    compile_group(group_by)
+    pattern = GroupPattern.of(group_by, group_by_path)
     if limit is not None and limit < 1:
         raise ConfigError("--limit", expected="at least 1", found=limit)
     listing = Listing.of(
@@ -111,9 +113,9 @@ def scan(
     elif root.is_file() and root.suffix.lower() == ".zip":
         dataset = _scan_zip(root, listing)
     else:
-        found = why_no_file(root, "nothing there") or "another kind of file"
+        found_there = why_no_file(root, "nothing there") or "another kind of file"
         raise DataError(
-            "data", expected="a folder, .csv or .zip", found=found, where=root,
+            "data", expected="a folder, .csv or .zip", found=found_there, where=root,
             hint=advise_on_endings({ending_of(root.name): 1}, "") if root.is_file() else "",
         )  # fmt: skip
     if (columns or ignore_columns) and dataset.layout != "csv":
@@ -126,14 +128,18 @@ def scan(
                 dataset.ignored_endings, "Images end in " + ", ".join(sorted(IMAGE_SUFFIXES))
             ),
         )  # fmt: skip
-    groups = {} if group_by is None else find_groups(dataset, group_by)
+    groups: dict[str, str | None] = {}
+    if pattern is not None:
+        paths = [sample.path for sample in dataset.samples]
+        found = pattern.find(paths, [dataset.class_of(sample) for sample in dataset.samples])
+        groups = dict(zip(paths, found, strict=True))
     if any(groups.values()):
         grouped = (replace(s, group=groups[s.path] or s.path) for s in dataset.samples)
         dataset = replace(dataset, samples=tuple(grouped))
     if companions != "ignore" and dataset.layout != "csv":  # a CSV names every file on purpose
         dataset = settle_companions(dataset, is_kept=companions == "keep")
     samples = _spread(dataset.samples, limit)
-    num_grouped = None if group_by is None else sum(groups[s.path] is not None for s in samples)
+    num_grouped = None if pattern is None else sum(groups[s.path] is not None for s in samples)
     return replace(dataset, samples=samples, num_grouped=num_grouped)
 
 
@@ -143,21 +149,29 @@ def list_images(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     companions: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: str | Iterable[str] = (),
 ) -> ImageDataset:
-    """Find the images of files and folders (with all folders in them), unlabelled, once each.
+    """Find the images of files, folders (with all folders in them) and CSVs, unlabelled, once each.
 
     A file given by name is used whatever its ending. Paths are relative to the current folder.
 
     Args:
-        paths: Files and folders.
-        include: As for ``scan``, on the path below each folder, or the name of a file.
+        paths: Files, folders, and CSVs that name images.
+        include: As for ``scan``, on the path below each folder, in a CSV, or the name of a file.
         exclude: As for ``scan``.
         companions: As for ``scan``, in each folder.
+        columns: As for ``scan``, in each CSV.
+        ignore_columns: As for ``scan``, in each CSV.
 
     Raises:
-        DataError: If a path does not exist, a folder has no image, or companions of images.
+        DataError: If a path does not exist, a folder has no image, or companions of images; or if
+            a CSV is none, or names files that are not there.
     """
-    listing = Listing.of(include=include, exclude=exclude, companions=companions)
+    listing = Listing.of(
+        include=include, exclude=exclude, companions=companions, no_classes=True,
+        columns=columns, ignore_columns=ignore_columns,
+    )  # fmt: skip
     ignored = Ignored()
     samples: dict[str, Sample] = {}
     for path in map(Path, paths):
@@ -165,8 +179,15 @@ def list_images(
             found = _list_folder(path, listing, ignored)
             prefix = "" if path == Path() else path.as_posix().rstrip("/") + "/"
             images = [image._replace(path=prefix + image.path) for image in found]
+        elif path.is_file() and path.suffix.lower() == ".csv":
+            named = scan_csv(path, listing)
+            ignored.update(named.num_ignored)
+            images = [
+                ImageFile((path.parent / s.path).as_posix(), s.image_bytes, s.mtime_ns)
+                for s in named.samples
+            ]
         elif path.is_file():
-            if path.suffix.lower() in {".zip", ".tar", ".tgz", ".csv"}:
+            if path.suffix.lower() in {".zip", ".tar", ".tgz"}:
                 raise DataError(
                     "image", expected="a file or folder", where=path,
                     found=f"a {path.suffix.lower()} file", hint="Name the images, or unpack them. "
@@ -233,19 +254,6 @@ def _folders_of(images: Iterable[ImageFile]) -> set[str]:
         parts = folder.split("/")
         folders.update("/".join(parts[:n]) for n in range(1, len(parts) + 1))
     return folders
-
-
-def find_groups(dataset: ImageDataset, group_by: str) -> dict[str, str | None]:
-    """Return path -> group, by a regular expression; None where it does not match.
-
-    File names are searched; if none of them matches, the folders below the class are, too.
-    """
-    pattern = compile_group(group_by)
-    assert pattern is not None
-    found = {s.path: find_group(pattern, s.path) for s in dataset.samples}
-    if not any(found.values()):
-        found = {s.path: find_group(pattern, s.path, dataset.class_of(s)) for s in dataset.samples}
-    return found
 
 
 def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...]:

@@ -1,4 +1,4 @@
-"""Walk folders for images; read splits, classes and groups from names.
+"""Walk folders for images; read splits and classes from names.
 
 Reads: names, kinds, sizes and times, but no content. Writes: nothing.
 
@@ -10,7 +10,6 @@ and counted by reason. Names of files and folders need not be UTF-8, but for tho
 from __future__ import annotations
 
 import os
-import re
 import stat
 import unicodedata
 from collections import Counter
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from featcache.data.listing import escape_glob
-from featcache.errors import ConfigError, DataError, escaped, warn_user
+from featcache.errors import DataError, escaped, warn_user
 from featcache.untrusted import find_fault
 
 SPLITS = ("train", "valid", "test", "all")
@@ -338,42 +337,6 @@ def _refuse_twins(classes: Iterable[str], where: Path) -> None:
             "classes", expected="names that differ by more than case and blanks",
             found=f"{twin!r} and {name!r}", where=where, hint="Rename or merge them",
         )  # fmt: skip
-
-
-def compile_group(group_by: str | None) -> re.Pattern[str] | None:
-    """Compile the regular expression that finds the group in a file name; None gives None.
-
-    Raises:
-        ConfigError: If it is not a regular expression, or has no group.
-    """
-    if group_by is None:
-        return None
-    try:
-        pattern = re.compile(group_by)
-    except re.error as error:
-        found = f"{group_by!r}: {error}"
-        raise ConfigError("--group-by", expected="a regular expression", found=found) from error
-    if pattern.groups < 1:
-        raise ConfigError(
-            "--group-by", expected="a regular expression with a group in parentheses",
-            found=repr(group_by), hint=r"For example '^(\d{8})_'",
-        )  # fmt: skip
-    return pattern
-
-
-def find_group(pattern: re.Pattern[str], path: str, class_name: str | None = None) -> str | None:
-    """Return the group in a file name; None if it does not match, or the group is empty.
-
-    With the name of its class, the path below split and class is searched, not the name alone.
-    """
-    text = path.rpartition("/")[2]
-    if class_name is not None:
-        parts = path.split("/")
-        while len(parts) > 1 and (parts[0].casefold() in SPLIT_OF_FOLDER or parts[0] == class_name):
-            del parts[0]
-        text = "/".join(parts)
-    match = pattern.search(text)
-    return (match[1] or None) if match else None
 
 
 def training_split(splits: Iterable[str]) -> str | None:

@@ -26,8 +26,9 @@ from featcache.errors import DataError
 def scan_csv(root: Path, listing: Listing) -> ImageDataset:
     """Return the images that a CSV names. See ``dataset.scan``."""
     table = read_table(
-        root, columns=listing.columns, ignore_columns=listing.ignore_columns, needs_targets=True
-    )
+        root, columns=listing.columns, ignore_columns=listing.ignore_columns,
+        needs_targets=not listing.no_classes,
+    )  # fmt: skip
     reasons = listing.choose([row["path"].strip() for row in table.rows], root)
     rows = [row for row, reason in zip(table.rows, reasons, strict=True) if not reason]
     if listing.no_classes:

@@ -1,25 +1,27 @@
-"""Split class folders into train, valid and test, by patient: as folders or as a CSV.
+"""Split images into train, valid and test, by patient: as folders or as a CSV.
 
 Images of one group (also across classes) and byte-identical files stay together. The split depends
 only on the seed and the paths, so it is the same on every machine (see ``stratification``).
 
-Reads: a folder of class folders. Writes: ``DST/{train,valid,test}/{class}/`` with the images' own
-(nested) names, or ``DST.csv``; whole or not at all.
+Reads: a folder of class folders or of images, or a CSV. Writes: ``DST/{train,valid,test}/{class}/``
+with the images' own (nested) names, or ``DST.csv``; whole or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from featcache.data.dataset import ImageDataset, Sample, find_groups, scan
+from featcache.data.dataset import UNLABELLED, ImageDataset, Sample, scan
 from featcache.data.folders import SPLITS
+from featcache.data.groups import GroupPattern
 from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
@@ -40,9 +42,10 @@ class SplitSummary:
     Args:
         destination: The folder or CSV that was written.
         classes: Class names, sorted.
-        counts: split -> class -> number of images.
-        num_groups: How many groups there are; None without ``group_by``.
-        num_matched: class -> number of names that ``group_by`` matched; None without it.
+        counts: split -> class (or ``unlabelled``) -> number of images.
+        num_groups: How many groups there are; None without any.
+        num_matched: class -> number of names that ``group_by`` or ``group_by_path`` matched; None
+            without them.
         num_ignored: Reason -> number of files and folders that were left out.
         ignored_endings: Ending -> number of files that were left out for it.
         num_identical: Number of images that have a byte-identical copy.
@@ -78,44 +81,66 @@ def split(
     fractions: Sequence[float] = (0.7, 0.15, 0.15),
     seed: int = 0,
     group_by: str | None = None,
+    group_by_path: str | None = None,
     mode: str = "copy",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     companions: str | None = None,
+    no_classes: bool = False,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: str | Iterable[str] = (),
     say: Say = log_line,
 ) -> SplitSummary:
-    """Split class folders into train, valid and test: stratified, seeded, groups kept together.
+    """Split images into train, valid and test: stratified, seeded, groups kept together.
 
     Args:
-        source: Folder of class folders.
+        source: Folder of class folders or of images; or a CSV of path and, if known, target and
+            group.
         destination: A new or empty folder, or a new ``.csv``: then no image is moved.
         classes: The classes to use; all if None.
         fractions: Shares of train, valid and test in every class; 0 leaves a split out.
         seed: Seed of the split.
         group_by: Regular expression whose first group, in the file name, is the patient.
+        group_by_path: Instead, one that is searched in the path below the class: see ``scan``.
         mode: ``copy``, ``symlink`` or ``hardlink`` (not for a CSV).
-        include: As for ``scan``, on the path below ``source``; so are ``exclude`` and
-            ``companions``.
+        include: As for ``scan``, on the path below ``source``; so are ``exclude``,
+            ``companions``, ``no_classes``, ``columns`` and ``ignore_columns``.
         exclude: Globs of files that are left out.
         companions: ``keep`` takes masks and the like as images, in the split of their image.
+        no_classes: Folders are no classes: unlabelled images are split.
+        columns: Column -> its header in a CSV.
+        ignore_columns: Headers of a CSV that are not used.
         say: Called with lines of counts and sizes.
 
     Raises:
         ConfigError: If an option is invalid.
-        DataError: If the source is not a folder of class folders, a class is unknown or has too few
+        DataError: If the source is split already or a zip, a class is unknown or has too few
             groups for every split, or the destination exists or lacks the space.
     """
     source, destination = local_path(source, "split source"), Path(destination)
-    shares = _check_options(fractions, mode)
+    if mode not in MODES:
+        raise ConfigError("--mode", expected="one of " + ", ".join(MODES), found=mode)
+    shares = name_fractions(fractions)
     output = _check_destination(source, destination)
     dataset = scan(
-        source, group_by=group_by, include=include, exclude=exclude, companions=companions
-    )
+        source, group_by=group_by, group_by_path=group_by_path, include=include, exclude=exclude,
+        companions=companions, no_classes=no_classes, columns=columns,
+        ignore_columns=ignore_columns,
+    )  # fmt: skip
     for line in dataset.describe_ignored():
         say(line)
+    _refuse_layout(dataset, no_classes=no_classes)
     dataset = _take_classes(dataset, classes)
     samples = dataset.samples
-    num_matched = None if group_by is None else _count_matched(dataset, group_by, say)
+    pattern = GroupPattern.of(group_by, group_by_path)
+    num_groups = len({s.group or s.path for s in samples})
+    num_matched = None
+    if pattern is not None:
+        paths, labels = [s.path for s in samples], [_label(dataset, s) for s in samples]
+        found = pattern.find(paths, [dataset.class_of(s) for s in samples])
+        num_matched = pattern.count_matches(found, labels, num_groups, say)
+    elif dataset.layout == "csv" and samples[0].group is not None:
+        say(f"groups: {num_groups:,}, of the CSV")
     hashes = _hash_copies(dataset)
     _warn_of_contradictions(dataset, hashes)
     assigned = _assign(dataset, hashes, shares, seed)
@@ -132,12 +157,12 @@ def split(
         if mode == "copy":
             _check_room(destination, image_bytes, len(samples), say)
         _write_tree(dataset, assigned, output, mode)
-    num_groups = None if group_by is None else _count_groups(samples)
+    has_groups = pattern is not None or samples[0].group is not None
     return SplitSummary(
         destination=destination,
         classes=dataset.classes,
         counts=counts,
-        num_groups=num_groups,
+        num_groups=num_groups if has_groups else None,
         num_matched=num_matched,
         num_ignored=dataset.num_ignored,
         ignored_endings=dataset.ignored_endings,
@@ -148,10 +173,12 @@ def split(
     )
 
 
-def _check_options(fractions: Sequence[float], mode: str) -> dict[str, float]:
-    """Return split -> fraction, without splits of fraction 0."""
-    if mode not in MODES:
-        raise ConfigError("--mode", expected="one of " + ", ".join(MODES), found=mode)
+def name_fractions(fractions: Sequence[float]) -> dict[str, float]:
+    """Return split -> fraction, without splits of fraction 0.
+
+    Raises:
+        ConfigError: If they are not three shares that add up to 1.
+    """
     fitting = len(fractions) == 3 and all(0 <= fraction <= 1 for fraction in fractions)
     if not fitting or abs(sum(fractions) - 1) > 1e-6:
         raise ConfigError(
@@ -171,6 +198,11 @@ def _check_destination(source: Path, destination: Path) -> Output:
     kind = _MANIFEST if is_csv else _TREE
     output = Output(destination, "split destination", kind, inputs=[source])
     output.check()
+    if source.is_file() and source.suffix.lower() == ".csv" and not is_csv:
+        raise DataError(
+            "split destination", expected="a new .csv for a SOURCE that is a CSV", found="a folder",
+            where=destination, hint="Name one that ends in .csv: nothing is copied",
+        )  # fmt: skip
     place = real_path(destination)
     if not is_csv and real_path(source) in (place, *place.parents):
         raise DataError(
@@ -180,14 +212,29 @@ def _check_destination(source: Path, destination: Path) -> Output:
     return output
 
 
+def _refuse_layout(dataset: ImageDataset, *, no_classes: bool) -> None:
+    if dataset.layout == "csv":
+        if dataset.splits != ("all",):
+            raise DataError(
+                "source", expected="a CSV, not yet split", where=dataset.root,
+                found="rows of " + ", ".join(dataset.splits),
+                hint="To split it anew, add --ignore-columns with the header of its splits",
+            )  # fmt: skip
+    elif dataset.layout != ("images" if no_classes else "classes"):
+        hints = {"zip": "Unpack it first", "images": "To split unlabelled images: --no-classes"}
+        raise DataError(
+            "source", expected="a folder of class folders, or a CSV, not yet split",
+            found=f"layout {dataset.layout}", where=dataset.root,
+            hint=hints.get(dataset.layout, ""),
+        )  # fmt: skip
+
+
+def _label(dataset: ImageDataset, sample: Sample) -> str:
+    return dataset.class_of(sample) or "unlabelled"
+
+
 def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageDataset:
     """Return the data set with the wanted classes only, and targets to match."""
-    if dataset.layout != "classes":
-        raise DataError(
-            "source", expected="a folder of class folders, not yet split",
-            found=f"layout {dataset.layout}", where=dataset.root,
-            hint="Unpack it first" if dataset.layout == "zip" else "",
-        )  # fmt: skip
     if wanted is None:
         return dataset
     unknown = sorted(set(wanted) - set(dataset.classes))
@@ -201,33 +248,6 @@ def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageD
     samples = (s for s in dataset.samples if s.target in index)
     taken = tuple(replace(sample, target=index[sample.target]) for sample in samples)
     return replace(dataset, classes=classes, samples=taken)
-
-
-def _count_groups(samples: Iterable[Sample]) -> int:
-    return len({sample.group or sample.path for sample in samples})
-
-
-def _count_matched(dataset: ImageDataset, group_by: str, say: Say) -> dict[str, int]:
-    """Return class -> number of names with a group; say it, and warn of classes without any."""
-    matched = dict.fromkeys(dataset.classes, 0)
-    total = Counter(sample.target for sample in dataset.samples)
-    found = find_groups(dataset, group_by)
-    for sample in dataset.samples:
-        matched[dataset.classes[sample.target]] += found[sample.path] is not None
-    num_groups = _count_groups(dataset.samples)
-    parts = (
-        f"{matched[name]:,} of {total[target]:,} {name}"
-        for target, name in enumerate(dataset.classes)
-    )
-    listed = join_few(parts)
-    say(f"groups: {num_groups:,}; named in {listed} (each of the others is a group of its own)")
-    without = [name for name, number in matched.items() if number == 0]
-    if without:
-        warn_user(
-            f"--group-by matches no file name of {join_few(without)}: images of one "
-            "patient may be in two splits there"
-        )
-    return matched
 
 
 def _hash_copies(dataset: ImageDataset) -> dict[int, str]:
@@ -253,8 +273,9 @@ def _warn_of_contradictions(dataset: ImageDataset, hashes: dict[int, str]) -> No
     for index, digest in hashes.items():
         by_hash[digest].append(dataset.samples[index])
     contradicting = [
-        copies for copies in by_hash.values() if len({copy.target for copy in copies}) > 1
-    ]
+        copies for copies in by_hash.values()
+        if len({copy.target for copy in copies} - {UNLABELLED}) > 1
+    ]  # fmt: skip
     if contradicting:
         num_images, num_contents = sum(map(len, contradicting)), len(contradicting)
         warn_user(
@@ -271,21 +292,26 @@ def _assign(
     samples = dataset.samples
     groups = [sample.group for sample in samples]
     units = build_units(groups, [hashes.get(index) for index in range(len(samples))])
-    labels = [dataset.classes[sample.target] for sample in samples]
+    labels = [_label(dataset, sample) for sample in samples]
     paths = [sample.path for sample in samples]
     try:
         return assign_units(units, labels, paths, shares, seed=seed)
     except DataError as error:
         raise DataError(
-            error.what, expected=error.expected, found=error.found, where=dataset.root,
-            hint="Leave the class out with --classes, or a split with a fraction of 0",
+            error.what, expected=error.expected, found=error.found, where=dataset.root, hint=TOO_FEW
         ) from error  # fmt: skip
 
 
+TOO_FEW = "Leave the class out with --classes, or a split with a fraction of 0"
+
+
 def _count(dataset: ImageDataset, assigned: list[str]) -> _Counts:
-    counted = Counter((n, s.target) for n, s in zip(assigned, dataset.samples, strict=True))
+    labels = [_label(dataset, sample) for sample in dataset.samples]
+    counted = Counter(zip(assigned, labels, strict=True))
+    known = list(dataset.classes)
+    known += {*labels} - {*known}  # unlabelled
     return {
-        name: {label: counted[name, target] for target, label in enumerate(dataset.classes)}
+        name: {label: counted[name, label] for label in known}
         for name in SPLITS
         if any(split == name for split, _ in counted)
     }
@@ -307,18 +333,19 @@ def _check_room(destination: Path, image_bytes: int, num_images: int, say: Say) 
 
 def _write_manifest(dataset: ImageDataset, assigned: list[str], output: Output) -> None:
     """Write path, target, split, group; paths relative to the CSV's folder if possible."""
-    folder, root = output.target.parent.resolve(), dataset.root.resolve()
+    root = dataset.root.parent if dataset.layout == "csv" else dataset.root
+    folder, root = output.target.parent.resolve(), root.resolve()
     rows = []
     for name, sample in zip(assigned, dataset.samples, strict=True):
         path = root / sample.path
-        try:
-            path_text = Path(os.path.relpath(path, folder)).as_posix()
-        except ValueError:  # Windows: on another drive
-            path_text = path.as_posix()
+        path_text = path.as_posix()
+        if not Path(sample.path).is_absolute():
+            with contextlib.suppress(ValueError):  # Windows: on another drive
+                path_text = Path(os.path.relpath(path, folder)).as_posix()
         if path_text.lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r")):
             path_text = "./" + path_text  # else csv_text would put an apostrophe before it
         group = sample.group or ""
-        rows.append((path_text, dataset.classes[sample.target], name, group))
+        rows.append((path_text, dataset.class_of(sample), name, group))
     rows.sort(key=lambda row: (SPLITS.index(row[2]), row[0]))
     make_folder(output.target.parent)
     write_output(output, csv_text(("path", "target", "split", "group"), rows).encode())

@@ -2,9 +2,10 @@
 
 A *unit* is a set of rows that stay together: rows of one group (also across classes) and rows of
 equal content, joined until units share neither. Units are assigned one by one, large ones first, to
-the part that lacks their classes most. The order depends only on the seed and the rows' names, and
-on no random generator: the parts are the same on every machine, in every version and for every
-order of rows.
+the part that lacks their classes most. If units have several classes, that alone leaves classes up
+to 6 % of their rows off: single units are moved and swapped as long as that helps. The order
+depends only on the seed and the rows' names, and on no random generator: the parts are the same on
+every machine, in every version and for every order of rows.
 
 Reads and writes nothing.
 """
@@ -12,6 +13,7 @@ Reads and writes nothing.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
@@ -22,6 +24,8 @@ import numpy.typing as npt
 from featcache.errors import DataError
 
 _ANY = "any"
+_MAX_STEPS = 1000
+_MAX_SWAPPED = 1000  # units; all pairs of them are looked at in each step
 
 
 def build_units(
@@ -67,7 +71,7 @@ def assign_units(
 
     Units of several classes come first, then large ones; the single rows at the end even out the
     fractions. As soon as a class has no more units left than parts without it, its units go to
-    those parts.
+    those parts. If any unit has several classes, units are moved and swapped in the end.
 
     Args:
         units: The rows of each unit; every row in one of them.
@@ -97,7 +101,7 @@ def assign_units(
         key = f"{seed}/".encode() + keys[units[index][0]]
         return -len(per_unit[index]), -len(units[index]), hashlib.sha256(key).digest()
 
-    parts = [""] * len(labels)
+    chosen: dict[int, str] = {}  # unit -> part, in the order of assignment
     for index in sorted(range(len(units)), key=order):
         counts = per_unit[index]
         candidates = set(fractions)
@@ -109,11 +113,120 @@ def assign_units(
             need[best][label] -= count
             missing[label].discard(best)
             waiting[label] -= 1
-        for row in units[index]:
-            parts[row] = best
+        chosen[index] = best
     reached = {label: len(fractions) - len(unreached) for label, unreached in missing.items()}
     _refuse_small_classes(reached, fractions)
+    if any(len(counts) > 1 for counts in per_unit):
+        better = _Balance([per_unit[index] for index in chosen], chosen.values(), fractions)
+        better.improve()
+        chosen = dict(zip(chosen, better.parts(), strict=True))
+    parts = [""] * len(labels)
+    for index, part in chosen.items():
+        for row in units[index]:
+            parts[row] = part
     return parts
+
+
+class _Balance:
+    """Moves and swaps units between parts, to lower the squared deviations of all class shares.
+
+    Each step takes the best move or, if there is none, the best swap; the first of equal ones.
+    Shares are whole numbers of a large unit: exact sums, so the same steps on every machine.
+
+    Args:
+        per_unit: Class -> number of rows, of each unit.
+        parts: The part of each unit; every class is in every part, and stays there.
+        fractions: Part -> its share of every class.
+    """
+
+    def __init__(
+        self, per_unit: Sequence[Mapping[str, int]], parts: Collection[str],
+        fractions: Mapping[str, float],
+    ) -> None:  # fmt: skip
+        self._names = list(fractions)
+        classes = {label: c for c, label in enumerate(sorted(set().union(*per_unit)))}
+        # One entry for each unit and class in it; entries of a unit follow each other.
+        lengths = [len(counts) for counts in per_unit]
+        self._class = np.array([classes[label] for counts in per_unit for label in counts])
+        self._rows = np.array([n for counts in per_unit for n in counts.values()])
+        self._unit = np.repeat(np.arange(len(per_unit)), lengths)
+        self._start = np.cumsum([0, *lengths[:-1]])
+        self._part = np.array([self._names.index(part) for part in parts])
+        self._held = np.zeros((len(fractions), len(classes)), np.int64)  # rows
+        np.add.at(self._held, (self._part[self._unit], self._class), self._rows)
+        total = self._held.sum(axis=0)
+        # A class' rows weigh alike in all, and sums of products fit 64 bits.
+        self._weights = np.maximum(math.isqrt(2**58 // len(classes)) // total, 1)
+        wanted = [[round(f * whole) for whole in (total * self._weights).tolist()]
+                  for f in fractions.values()]  # fmt: skip
+        self._excess = self._held * self._weights - np.array(wanted)
+        self._shares = self._rows * self._weights[self._class]
+        self._sizes = self._sum_units(self._shares**2)
+        self._prepare_swaps(len(classes))
+
+    def _prepare_swaps(self, num_classes: int) -> None:
+        """Set the shares (K, C) of the units that may be swapped, and their products (K, K)."""
+        most = min(len(self._part), _MAX_SWAPPED, math.isqrt(10**8 // num_classes))
+        dense = np.zeros((most, num_classes), np.int64)
+        entries = self._unit < most
+        dense[self._unit[entries], self._class[entries]] = self._shares[entries]
+        self._dense, self._products = dense, dense @ dense.T
+
+    def _sum_units(self, of_entries: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        sums: npt.NDArray[np.int64] = np.add.reduceat(of_entries, self._start, axis=-1)
+        return sums
+
+    def parts(self) -> list[str]:
+        """Return the part of each unit."""
+        return [self._names[part] for part in self._part]
+
+    def improve(self) -> None:
+        """Move and swap units until nothing helps, in a limited number of steps."""
+        for _ in range(_MAX_STEPS):
+            pulls = self._sum_units(self._shares * self._excess[:, self._class])  # (parts, units)
+            if not (self._move(pulls) or self._swap(pulls)):
+                break
+
+    def _move(self, pulls: npt.NDArray[np.int64]) -> bool:
+        """Make the best move of one unit, if any helps."""
+        own = pulls[self._part, np.arange(len(self._part))]
+        changes = self._sizes + pulls - own
+        is_last = self._held[self._part[self._unit], self._class] == self._rows
+        changes[:, np.logical_or.reduceat(is_last, self._start)] = 0
+        changes[self._part, np.arange(len(self._part))] = 0
+        part, unit = np.unravel_index(changes.argmin(), changes.shape)
+        if changes[part, unit] >= 0:
+            return False
+        self._put(int(unit), int(part))
+        return True
+
+    def _swap(self, pulls: npt.NDArray[np.int64]) -> bool:
+        """Make the best swap of two units, if any helps."""
+        most = len(self._dense)
+        part, sizes = self._part[:most], self._sizes[:most]
+        across = pulls[part][:, :most]  # [v, u]: of unit u in the part of v
+        one = sizes - across.diagonal() + across
+        changes = one + one.T - 2 * self._products
+        is_in = self._dense > 0
+        rows = self._dense // self._weights
+        is_last = is_in & (self._held[part] == rows)
+        lost = is_last.astype(np.float32) @ (~is_in).T.astype(np.float32)
+        changes[(lost > 0) | (lost.T > 0)] = 0
+        first, second = np.unravel_index(changes.argmin(), changes.shape)
+        if changes[first, second] >= 0:
+            return False
+        there = int(part[second])
+        self._put(int(second), int(part[first]))
+        self._put(int(first), there)
+        return True
+
+    def _put(self, unit: int, part: int) -> None:
+        for entry in np.flatnonzero(self._unit == unit):
+            label, before = self._class[entry], self._part[unit]
+            for place, sign in ((before, -1), (part, 1)):
+                self._held[place, label] += sign * self._rows[entry]
+                self._excess[place, label] += sign * self._shares[entry]
+        self._part[unit] = part
 
 
 def assign_labelled_units(

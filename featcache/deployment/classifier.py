@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -81,19 +81,22 @@ class Classifier:
     def predict(
         self, images: Any, *, preprocessed: bool = False, include: str | Iterable[str] = (),
         exclude: str | Iterable[str] = (), companions: str | None = None,
+        columns: Mapping[str, str] | None = None, ignore_columns: str | Iterable[str] = (),
     ) -> Predictions:  # fmt: skip
         """Classify images, in the order they are given, repeats included.
 
         Files, PIL images and arrays get the same pixels as in the extraction.
 
         Args:
-            images: One or many of: a file or a folder (``str`` or ``Path``; a folder stands for all
-                images in it, sorted); a PIL image; a uint8 array, grey (H, W) or RGB (H, W, 3).
-                Or an array (B, H, W, 3), or what ``scan`` returned.
+            images: One or many of: a file, a folder or a CSV (``str`` or ``Path``; a folder stands
+                for all images in it, a CSV for those it names, sorted); a PIL image; a uint8 array,
+                grey (H, W) or RGB (H, W, 3). Or an array (B, H, W, 3), or what ``scan`` returned.
             preprocessed: ``images`` is a float batch (B, 3, S, S), as ``preprocess`` returns it.
             include: Globs on the path below each folder, or on the name of a file: see ``scan``.
             exclude: Globs of files that are left out.
             companions: ``keep`` takes masks and the like in a folder as images; they are an error.
+            columns: Column -> its header in a CSV of images.
+            ignore_columns: Headers of a CSV of images that are not used.
 
         Returns:
             The predictions; images that cannot be read are among its ``failures``.
@@ -104,7 +107,7 @@ class Classifier:
         """
         names, rows = self._compute(
             images, preprocessed=preprocessed, include=include, exclude=exclude,
-            companions=companions,
+            companions=companions, columns=columns, ignore_columns=ignore_columns,
         )  # fmt: skip
         pairs = list(zip(names, rows, strict=True))
         failures = tuple((name, row) for name, row in pairs if isinstance(row, str))

@@ -37,9 +37,9 @@ def list_inputs(images: Any, **listing: Any) -> Inputs:
     """Return images one by one; a folder becomes all images in it, sorted by path.
 
     Args:
-        images: One or many of: a file or folder (``str`` or ``Path``), a PIL image, a uint8 array
-            (H, W) or (H, W, 3). Or one array (B, H, W, 3), or a scanned data set.
-        **listing: ``include``, ``exclude`` and ``companions`` of ``list_images``.
+        images: One or many of: a file, folder or CSV (``str`` or ``Path``), a PIL image, a uint8
+            array (H, W) or (H, W, 3). Or one array (B, H, W, 3), or a scanned data set.
+        **listing: The keywords of ``list_images``.
 
     Raises:
         DataError: If a path leads nowhere, a folder holds no image, or companions of images.
@@ -50,7 +50,11 @@ def list_inputs(images: Any, **listing: Any) -> Inputs:
         return Inputs(images, [sample.path for sample in images.samples], images.samples)
     names: list[str] = []
     listed: list[Any] = []
-    for image in _as_list(images):
+    given = _as_list(images)
+    has_csv = any(str(i).lower().endswith(".csv") for i in given if isinstance(i, str | Path))
+    if (listing.get("columns") or listing.get("ignore_columns")) and not has_csv:
+        raise ConfigError("--columns", expected="a CSV of images", found="none")
+    for image in given:
         if isinstance(image, str | os.PathLike):
             samples = list_images([local_path(Path(image), "image")], **listing).samples
             names += [sample.path for sample in samples]

@@ -5,7 +5,7 @@ Reads: a run, and images or a cache. Writes: a CSV where asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,8 @@ def predict(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     companions: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: str | Iterable[str] = (),
     csv: str | Path | None = None,
 ) -> Predictions:
     """Classify images, or every row of a cache, with the head of a run.
@@ -137,6 +139,8 @@ def predict(
         include: Globs of the files to use: see ``Classifier.predict``.
         exclude: Globs of files that are left out.
         companions: ``keep`` takes masks and the like in a folder as images; they are an error.
+        columns: Column -> its header in a CSV of images.
+        ignore_columns: Headers of a CSV of images that are not used.
         csv: A file for a line per image.
 
     Raises:
@@ -171,7 +175,10 @@ def predict(
 
         predictions = load_classifier(
             run, weights=weights, backbone=backbone, device=device, batch_size=batch_size
-        ).predict(images, include=include, exclude=exclude, companions=companions)
+        ).predict(
+            images, include=include, exclude=exclude, companions=companions, columns=columns,
+            ignore_columns=ignore_columns,
+        )  # fmt: skip
     if output is not None:
         predictions._write_csv(output)
     return predictions

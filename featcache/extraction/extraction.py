@@ -55,7 +55,8 @@ def extract(
     std: tuple[float, float, float] | None = ..., bit_depth: int | str = ..., truncated: str = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    group_by: str | None = ..., max_errors: int | str = ..., limit: int | None = ...,
+    group_by: str | None = ..., group_by_path: str | None = ...,
+    max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
@@ -71,7 +72,8 @@ def extract(
     std: tuple[float, float, float] | None = ..., bit_depth: int | str = ..., truncated: str = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    group_by: str | None = ..., max_errors: int | str = ..., limit: int | None = ...,
+    group_by: str | None = ..., group_by_path: str | None = ...,
+    max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
@@ -102,6 +104,7 @@ def extract(
     workers: int | str = "auto",
     device: str = "auto",
     group_by: str | None = None,
+    group_by_path: str | None = None,
     max_errors: int | str = "5%",
     limit: int | None = None,
     include: str | Iterable[str] = (),
@@ -146,6 +149,7 @@ def extract(
         workers: Decoding threads, or ``auto``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         group_by: Regular expression on the file name; its first group is the group.
+        group_by_path: Instead, one on the path below the class: see ``scan``.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
         limit: Take only that many images, for a try.
         include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns`` and
@@ -172,8 +176,8 @@ def extract(
         normalize=normalize, mean=mean, std=std, bit_depth=bit_depth, truncated=truncated,
         views=views, augment=augment, precision=precision, feature_dtype=feature_dtype,
         engine=engine, batch_size=batch_size, workers=workers, device=device, group_by=group_by,
-        max_errors=max_errors, limit=limit, include=include, exclude=exclude,
-        companions=companions, no_classes=no_classes, columns=columns,
+        group_by_path=group_by_path, max_errors=max_errors, limit=limit, include=include,
+        exclude=exclude, companions=companions, no_classes=no_classes, columns=columns,
         ignore_columns=ignore_columns, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     if isinstance(backbone, str | Backbone):
@@ -320,10 +324,11 @@ def _scan(
         for path in caches:
             options = _remember(path, data, options)
     dataset = scan(
-        data, group_by=options.group_by, limit=options.limit, **options.listing.as_json()
-    )
-    describe_dataset(dataset, options.say)
-    if options.companions == "keep" and options.group_by is None:
+        data, group_by=options.group_by, group_by_path=options.group_by_path, limit=options.limit,
+        **options.listing.as_json(),
+    )  # fmt: skip
+    describe_dataset(dataset, options.say, by_path=options.group_by_path is not None)
+    if options.companions == "keep" and dataset.num_grouped is None:
         options.say("groups: images and their companions; --group-by would name the patients")
     return dataset, options
 

@@ -39,6 +39,7 @@ class ExtractionOptions:
     workers: int | str = "auto"
     device: str = "auto"
     group_by: str | None = None
+    group_by_path: str | None = None
     max_errors: int | str = "5%"
     limit: int | None = None
     include: str | Iterable[str] = ()

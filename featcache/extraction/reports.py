@@ -238,22 +238,29 @@ class ExtractionSummary:
         return result_as_dict(self)
 
 
-def describe_dataset(dataset: ImageDataset, say: Say) -> None:
-    """Say what was found: images by split and class, what is left alone, groups."""
+def describe_dataset(dataset: ImageDataset, say: Say, *, by_path: bool) -> None:
+    """Say what was found: images by split and class, what is left alone, groups.
+
+    Args:
+        dataset: What was found.
+        say: Called with the lines.
+        by_path: Groups are those of ``group_by_path``, not of ``group_by``.
+    """
     for split, counts in dataset.count().items():
         say(f"{split:>6}: {list_counts(counts)}")
     for line in dataset.describe_ignored():
         say(line)
     if dataset.num_found_by_name:
         say(f"paths: {count(dataset.num_found_by_name, 'file')} found by name, in folders below")
+    option, searched = ("--group-by-path", "path") if by_path else ("--group-by", "file name")
     if dataset.num_grouped == 0:
         warn_user(
-            f"--group-by matches none of {len(dataset.samples):,} file names: images of one "
+            f"{option} matches none of {count(len(dataset.samples), searched)}: images of one "
             "patient may be in two splits"
         )
     elif dataset.num_grouped is not None:
         groups = len({s.group for s in dataset.samples})
-        names = count(len(dataset.samples), "name")
+        names = count(len(dataset.samples), "path" if by_path else "name")
         say(f"groups: {groups:,}; {dataset.num_grouped:,} of {names} matched")
 
 

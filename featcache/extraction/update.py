@@ -74,7 +74,11 @@ def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:
     )
     if has_groups and all(sample.group is None for sample in dataset.samples):
         raise _wrong_update(
-            old, "update of the cache", "groups, as it has", "none", "Repeat --group-by"
+            old,
+            "update of the cache",
+            "groups, as it has",
+            "none",
+            "Repeat --group-by or --group-by-path",
         )
     if "selected_from" in old.provenance:
         _refuse_undoing(old, dataset)

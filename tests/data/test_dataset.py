@@ -216,12 +216,30 @@ def test_a_folder_of_other_files_says_what_to_do(tmp_path, names, advice):
 
 
 def test_archives_are_to_be_unpacked(tmp_path):
-    plant(tmp_path, "d.tar", "d.zip", "d.csv", "a/1.png")
+    plant(tmp_path, "d.tar", "d.zip", "a/1.png")
     with pytest.raises(DataError, match=r"found another kind of file.*unpack"):
         scan(tmp_path / "d.tar")
-    for name in ("d.tar", "d.zip", "d.csv"):
+    for name in ("d.tar", "d.zip"):
         with pytest.raises(DataError, match=r"found a \.\w+ file .*unpack"):
             list_images([tmp_path / name])
+
+
+def test_a_csv_lists_its_images_unlabelled(tmp_path, monkeypatch):
+    text = f"file,label,fold,split\n1.png,a,0,train\n{tmp_path / 'x/2.png'},b,1,test\n"
+    file = sheet(tmp_path / "d", text, "1.png", "3.png")
+    plant(tmp_path, "x/2.png")
+    options = {"columns": {"path": "file"}, "ignore_columns": ["label", "fold"]}
+    monkeypatch.chdir(tmp_path)
+    dataset = list_images(["d/table.csv", "d/3.png"], **options)
+    paths = [(tmp_path / "x/2.png").as_posix(), "d/1.png", "d/3.png"]
+    assert [(s.path, s.target, s.split) for s in dataset.samples] == [
+        (path, UNLABELLED, "all") for path in paths
+    ]
+    assert dataset.read(dataset.samples[1]) == b"1.png"
+    assert len(list_images([file], exclude="1.png", **options).samples) == 1
+    file.write_text("path\nnowhere.png\n")
+    with pytest.raises(DataError, match=r"found 1 of 1 missing: nowhere\.png"):
+        list_images([file])
 
 
 @needs_posix
