@@ -231,7 +231,7 @@ def test_the_same_image_under_the_same_path_is_kept_once(
     new = whole(a, b, say=said.append)
     assert new.splits["train"].paths == ["train/covid/1", "train/normal/2", "train/normal/3"]
     assert new.splits["train"].groups == ["p", "train/normal/2", "q"]  # known there, kept
-    assert "kept once: 1 rows that are the same image under the same path" in said
+    assert "kept once: 1 row, the same image under the same path" in said
     assert "groups: 1 row without one, each a group of its own" in said
     assert select([a.path, a.path], tmp_path / "n2.h5").num_merged == 2
 

@@ -104,7 +104,7 @@ def test_blanks_that_belong_to_a_name_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("targets", "message"), [
-    (["a", "nan"], r"empty cells.*found 'nan' in 1 rows, the first of them in line 3"),
+    (["a", "nan"], r"empty cells.*found 'nan' in 1 row, the first of them in line 3"),
     (["a", "NaN", "NaN"], r"found 'NaN' in 2 rows"), (["<NA>", "a"], "'<NA>'"),
     (["NA", "a"], "'NA'"),
     (["1", "1.0"], "found '1' and '1.0', the same number"), (["01", "1", "2"], "'01' and '1'"),
