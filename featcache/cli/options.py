@@ -13,6 +13,7 @@ import click
 
 from featcache.cli.ending import ENDING, Command, to_width
 from featcache.errors import escaped
+from featcache.untrusted import MAX_PIXELS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -78,6 +79,10 @@ AUTO_OR_NUMBER = OrWord(int, "auto")
 TRUST = click.option(
     "--backbone", metavar="NAME", help="Needed for python: backbones only: says you trust the code."
 )
+LARGEST = click.option(
+    "--max-pixels", type=click.IntRange(min=1), default=MAX_PIXELS, show_default=True, metavar="N",
+    help="Refuse larger images; each takes up to 8 bytes a pixel.",
+)  # fmt: skip
 DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps",
     help="Where to compute.",
