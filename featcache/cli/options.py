@@ -81,7 +81,7 @@ TRUST = click.option(
 )
 LARGEST = click.option(
     "--max-pixels", type=click.IntRange(min=1), default=MAX_PIXELS, show_default=True, metavar="N",
-    help="Refuse larger images; each takes up to 8 bytes a pixel.",
+    help="Refuse larger images, unread.",
 )  # fmt: skip
 DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps",

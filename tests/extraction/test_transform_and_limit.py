@@ -52,7 +52,7 @@ def test_the_librarys_transform_is_in_the_identity_and_kept(tmp_path: Path) -> N
         extract(data, cache, crop_mode="center", **how)
     for option, value in (("crop_mode", "squash"), ("interpolation", "bicubic")):
         with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} with --transform"):
-            extract(data, tmp_path / "d.h5", transform="library", **{option: value}, **how)
+            extract(data, tmp_path / "d.h5", transform="library", **{**how, option: value})
 
 
 def test_other_transforms_and_other_backbones_are_refused(tmp_path: Path) -> None:
