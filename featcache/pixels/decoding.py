@@ -274,7 +274,7 @@ def failure(
 def _refuse_bomb(image: Image.Image, max_pixels: int) -> None:
     for width, height in (image.size, getattr(image, "_tile_size", image.size)):
         if width * height > max_pixels:
-            raise failure(f"{width} x {height} pixels, above --max-pixels {max_pixels}")
+            raise failure(f"{width} x {height} pixels, above --max-pixels {max_pixels:,}")
 
 
 def _find_depth(name: str, image: ImageFile.ImageFile) -> _Depth:

@@ -82,18 +82,18 @@ def test_max_pixels_reaches_extract_verify_and_predict(tmp_path: Path) -> None:
     with pytest.warns(FeatcacheWarning, match="1 image could not be read"):
         extract(data, cache, backbone=backbone, max_pixels=90 * 90, max_errors=1)
     (failure,) = open_cache(cache).failures
-    assert failure.reason == "91 x 90 pixels, above --max-pixels 8100"
+    assert failure.reason == "91 x 90 pixels, above --max-pixels 8,100"
     fingerprint = open_cache(cache).fingerprint
     assert extract(data, cache, backbone=backbone).num_new == 1  # it is tried again
     assert open_cache(cache).fingerprint == fingerprint
     how: dict[str, Any] = {"data": data, "samples": "all", "backbone": backbone}
     assert verify(cache, **how).num_compared == 25
-    with pytest.raises(CacheError, match="above --max-pixels 8100"):
+    with pytest.raises(CacheError, match="above --max-pixels 8,100"):
         verify(cache, max_pixels=90 * 90, **how)
     train(cache, tmp_path / "run", epochs=1)
     assert not predict(tmp_path / "run", large, backbone=backbone).failures
     found = predict(tmp_path / "run", large, backbone=backbone, max_pixels=90 * 90).failures
-    assert "above --max-pixels 8100" in found[0][1]
+    assert "above --max-pixels 8,100" in found[0][1]
     classifier = load_classifier(tmp_path / "run", backbone=backbone, max_pixels=90 * 90)
     assert classifier.predict(large).failures == found
     with pytest.raises(ConfigError, match="--max-pixels"):

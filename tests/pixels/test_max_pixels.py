@@ -23,7 +23,7 @@ def test_every_format_has_the_same_limit(kind):
     for truncated in ("skip", "keep"):
         rules = PixelRules(16, truncated=truncated, max_pixels=2000)
         np.testing.assert_array_equal(decode(data, rules).pixels, truth)
-        with pytest.raises(DataError, match="50 x 40 pixels, above --max-pixels 1999"):
+        with pytest.raises(DataError, match="50 x 40 pixels, above --max-pixels 1,999"):
             decode(data, PixelRules(16, truncated=truncated, max_pixels=1999))
 
 
@@ -40,7 +40,7 @@ def one_colour(kind, **options):
 )
 def test_images_above_the_default_are_read_where_that_is_raised(kind, options):
     data = one_colour(kind, **options)
-    with pytest.raises(DataError, match=f"above --max-pixels {MAX_PIXELS}"):
+    with pytest.raises(DataError, match=f"above --max-pixels {MAX_PIXELS:,}"):
         decode(data, PixelRules(16))
     found = decode(data, PixelRules(16, max_pixels=16_385 * 16_384)).pixels
     assert (found == 77).all()
@@ -52,7 +52,7 @@ def test_the_limit_holds_for_deep_images_and_in_a_child_process():
     assert deep_maximum(data, 1999) is None
     with IsolatedDecoder() as child:
         assert child.deep_maximum(data, 1999) is None
-        with pytest.raises(DataError, match="above --max-pixels 1999"):
+        with pytest.raises(DataError, match="above --max-pixels 1,999"):
             child.render(data, [(PixelRules(16, max_pixels=1999), PLAIN)], bytes(32))
 
 
