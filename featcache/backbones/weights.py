@@ -158,14 +158,19 @@ def _find_states(contents: object) -> list[tuple[tuple[str, ...], dict[str, torc
         seen.add(id(value))
         items = value if isinstance(value, dict) else dict(enumerate(value))
         if items and all(isinstance(v, torch.Tensor) for v in items.values()):
-            found.append((place, {str(name): tensor for name, tensor in items.items()}))
+            found.append((place, {k: v for k, v in items.items() if isinstance(k, str)}))
             continue
         nested = [
             ((*place, str(key)), inner) for key, inner in items.items()
-            if isinstance(key, str | int) and isinstance(inner, dict | list | tuple)
+            if _is_name(key) and isinstance(inner, dict | list | tuple)
         ]  # fmt: skip
         waiting += sorted(nested, key=lambda pair: _rank(pair[0][-1]))[::-1]
     return found
+
+
+def _is_name(key: object) -> bool:
+    """Return whether a key can be shown: a hostile one may be a tuple 100,000 deep."""
+    return isinstance(key, str) or (isinstance(key, int) and key in range(2**32))
 
 
 def _rank(key: str) -> int:
@@ -260,7 +265,7 @@ def _no_fit(
 
 
 def _list_keys(contents: Mapping[str, Any]) -> str:
-    return join_few(shorten(str(key), 30) for key in contents if isinstance(key, str | int))
+    return join_few(shorten(str(key), 30) for key in contents if _is_name(key))
 
 
 def _is_removed(network: nn.Module, name: str) -> bool:

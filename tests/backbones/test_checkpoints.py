@@ -149,4 +149,7 @@ def test_a_file_that_contains_itself_or_is_nested_without_end_is_searched_once(t
     for _ in range(60):  # 2**60 ways lead to the innermost
         doubled = {"a": doubled, "b": doubled}
     assert "none under the keys a, b" in refusal(doubled, tmp_path)
+    odd = {10**100: STATE, (1, 2): STATE, 3: {"net": STATE}, 4: {10**100: torch.ones(1)}}
+    assert_equal_states(load(odd, tmp_path))
+    assert "none under the keys 7" in refusal({7: 1, 10**100: 2, (1,): 3}, tmp_path)
     assert len(refusal({"x" * 10**6: STATE | {"y" * 10**6: torch.ones(1)}}, tmp_path)) < 1000
