@@ -46,7 +46,7 @@ def read_state(file: Path) -> dict[str, Any]:
             contents: Any = load_file(file)
         else:
             _refuse_bomb(file)
-            # timm and many other trainers store their arguments, which are plain values, so
+            # timm's trainer and others store their arguments beside: plain values.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 # weights_only is explicit: an environment variable can turn off torch's default.
                 contents = torch.load(file, map_location="cpu", weights_only=True)
@@ -147,7 +147,7 @@ class _Candidate:
 
 
 def _find_states(contents: object) -> list[tuple[tuple[str, ...], dict[str, torch.Tensor]]]:
-    """Return all dicts of tensors in a file, at any depth, and where; first those that go first."""
+    """Return all dicts of tensors in a file, at any depth, with their keys, preferred ones first."""
     found: list[tuple[tuple[str, ...], dict[str, torch.Tensor]]] = []
     waiting: list[tuple[tuple[str, ...], Any]] = [((), contents)]
     seen: set[int] = set()  # a pickle may contain itself
