@@ -147,7 +147,7 @@ class _Candidate:
 
 
 def _find_states(contents: object) -> list[tuple[tuple[str, ...], dict[str, torch.Tensor]]]:
-    """Return all dicts of tensors in a file, at any depth, with their keys, preferred ones first."""
+    """Return all dicts of tensors in a file, at any depth, each with its keys, best first."""
     found: list[tuple[tuple[str, ...], dict[str, torch.Tensor]]] = []
     waiting: list[tuple[tuple[str, ...], Any]] = [((), contents)]
     seen: set[int] = set()  # a pickle may contain itself
