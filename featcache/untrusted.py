@@ -23,6 +23,9 @@ MAX_DEPTH = 64
 MAX_TEXT = 1 << 20
 """Characters of a name, and of a text or key in JSON."""
 
+MAX_PIXELS = 2**28
+"""By default, images of more pixels are refused unread: a 20 kB PNG can hold 480 MB of pixels."""
+
 _INTEGERS = range(-(1 << 63), 1 << 64)  # what 64 bits hold, signed or not
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # U+DC80 to U+DCFF stand for the bytes of a name that is not UTF-8 (PEP 383).

@@ -6,12 +6,13 @@ This is the only module that imports backbone libraries, each when it is needed.
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -221,6 +222,79 @@ def _timm(name: str) -> Blueprint:
         lambda: timm.create_model(name), classifier, download, build_pretrained,
         is_cut_elsewhere=classifier != facts["classifier"],
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a backbone's library turns images into its input, at test time; sizes in pixels.
+
+    Attributes:
+        crop_mode: ``center`` (the short side to ``resize_size``) or ``squash`` (both sides); then a
+            centre crop.
+        resize_size: Before the crop.
+        interpolation: ``bilinear`` or ``bicubic``, antialiased.
+    """
+
+    crop_mode: str
+    resize_size: int
+    interpolation: str
+
+
+def find_transform(name: str, size: int) -> Transform:
+    """Return the transform that a named network's library documents for its pretrained weights.
+
+    Args:
+        name: The backbone's.
+        size: Side of its input, in pixels.
+
+    Raises:
+        BackboneError: If the library documents none, none for this size, or one that cannot be had.
+    """
+    library, _, rest = name.partition(":")
+    find = {"torchvision": _torchvision_transform, "timm": _timm_transform}.get(library)
+    if find is None:
+        raise BackboneError(
+            "--transform library", expected="a backbone torchvision:NAME or timm:NAME",
+            found=f"{name}, whose library documents no transform",
+            hint="Use --crop-mode and --interpolation",
+        )  # fmt: skip
+    found, own = call_foreign(name, lambda: find(rest, size))
+    if own != size or found.crop_mode == "border":
+        raise BackboneError(
+            f"--transform library of {name}",
+            expected=f"--image-size {own}, which it is for" if own != size else "no coloured bars",
+            found=size if own != size else "crop mode border with bars of the mean colour",
+            hint="Use --crop-mode and --interpolation",
+        )  # fmt: skip
+    assert isinstance(found, Transform)
+    return found
+
+
+def _torchvision_transform(name: str, size: int) -> tuple[Transform, object]:
+    """Return the transform of the weights that ``_torchvision`` takes, and the size it is for."""
+    from torchvision import models
+
+    every = models.get_model_weights(name)
+    presets = [weights.transforms() for weights in (every.DEFAULT, *every)]
+    usable = presets if name.startswith("vit_") else presets[:1]
+    preset = next((preset for preset in usable if preset.crop_size == [size]), presets[0])
+    found = Transform("center", preset.resize_size[0], preset.interpolation.value)
+    return found, preset.crop_size[0]
+
+
+def _timm_transform(name: str, _: int) -> tuple[Transform, object]:
+    """Return what ``timm.data.create_transform`` does for the model's weights, and the size."""
+    from timm.data.config import resolve_data_config
+    from timm.models import get_pretrained_cfg
+
+    documented, resolve = cast(Any, get_pretrained_cfg(name)), cast(Any, resolve_data_config)
+    if documented is None:
+        raise BackboneError("backbone", expected="a model of timm", found=name)
+    config = resolve(pretrained_cfg=documented.to_dict())
+    _, height, width = config["input_size"]
+    size = math.floor(width / config["crop_pct"])
+    found = Transform(config["crop_mode"], size, config["interpolation"])
+    return found, width if height == width else f"{height} x {width}"
 
 
 def _import_function(spec: str) -> Callable[[], nn.Module]:

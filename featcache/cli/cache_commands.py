@@ -10,6 +10,7 @@ import click
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
     DEVICE,
+    LARGEST,
     TRUST,
     WEIGHTS,
     Numbers,
@@ -80,13 +81,16 @@ def split(
     help="Side of the input in pixels; auto is the backbone's own.",
 )  # fmt: skip
 @click.option(
-    "--crop-mode", type=click.Choice(["squash", "center", "border"]), default="squash",
-    show_default=True, help="Squash, centre crop, or pad to a square.",
+    "--transform", type=click.Choice(["library"]),
+    help="Resize and crop as torchvision or timm documents it for the backbone's weights.",
 )  # fmt: skip
 @click.option(
-    "--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear",
-    show_default=True,
+    "--crop-mode", type=click.Choice(["squash", "center", "border"]), show_default="squash",
+    help="Squash, centre crop, or pad to a square.",
 )  # fmt: skip
+@click.option(
+    "--interpolation", type=click.Choice(["bilinear", "bicubic"]), show_default="bilinear"
+)
 @click.option(
     "--normalize", type=click.Choice(["auto", "imagenet", "half"]), default="auto",
     show_default=True, help="Mean and std; auto is the backbone's own, half is the tutorial's.",
@@ -101,6 +105,7 @@ def split(
     "--truncated", type=click.Choice(["skip", "keep"]), default="skip", show_default=True,
     help="Cut-off images: fail them, or fill them in.",
 )  # fmt: skip
+@LARGEST
 @click.option(
     "--views", type=click.IntRange(1, 64), default=1, show_default=True,
     help="Views of every image to train on: the plain one, and others by --augment.",
@@ -260,6 +265,7 @@ def info(cache_or_run: Path, as_json: bool, layers: bool) -> None:
 @TRUST
 @WEIGHTS
 @DEVICE
+@LARGEST
 @printing
 def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check that CACHE is whole, and with --data that its features are true.

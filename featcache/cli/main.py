@@ -24,6 +24,7 @@ from featcache.cli.ending import ENDING, complain, open_closed_streams
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
     DEVICE,
+    LARGEST,
     TRUST,
     WEIGHTS,
     Numbers,
@@ -239,6 +240,7 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @WEIGHTS
 @click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
 @DEVICE
+@LARGEST
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
 @click.option("--average-views", is_flag=True, help="With --cache: mean of a row's views.")
 @listing

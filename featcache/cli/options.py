@@ -12,6 +12,7 @@ import click
 
 from featcache.cli.ending import ENDING, Command
 from featcache.errors import escaped
+from featcache.untrusted import MAX_PIXELS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -77,6 +78,10 @@ AUTO_OR_NUMBER = OrWord(int, "auto")
 TRUST = click.option(
     "--backbone", metavar="NAME", help="Needed for python: backbones only: says you trust the code."
 )
+LARGEST = click.option(
+    "--max-pixels", type=click.IntRange(min=1), default=MAX_PIXELS, show_default=True, metavar="N",
+    help="Refuse larger images, unread.",
+)  # fmt: skip
 DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps",
     help="Where to compute.",

@@ -33,6 +33,7 @@ from featcache.heads.run import Run, load_head, load_run
 from featcache.pixels.images import load, load_opened, resize_to_square
 from featcache.pixels.views import PLAIN
 from featcache.runtime import exact_fp32, resolve_device
+from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
     from featcache.deployment.export import ExportSummary
@@ -300,6 +301,7 @@ def load_classifier(
     backbone: Backbone | str | None = None,
     device: str = "auto",
     batch_size: int | str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> Classifier:
     """Load a run and the backbone its features were made with.
 
@@ -310,6 +312,7 @@ def load_classifier(
             makes it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         batch_size: Images a batch, or ``auto``.
+        max_pixels: Image files of more pixels are refused.
 
     Raises:
         RunError: If the folder is not a whole run.
@@ -317,5 +320,7 @@ def load_classifier(
     """
     loaded = load_run(run)
     place = resolve_device(device).torch()
-    recipe = recipe_from_identity(loaded.cache["identity"], weights=weights, backbone=backbone)
+    recipe = recipe_from_identity(
+        loaded.cache["identity"], weights=weights, backbone=backbone, max_pixels=max_pixels
+    )
     return Classifier(loaded, recipe, place, batch_size)

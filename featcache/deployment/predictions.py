@@ -22,6 +22,7 @@ from featcache.heads.run import load_run, require_same_features
 from featcache.heads.streaming import StoredFeatures
 from featcache.outputs import Output, csv_kind, write_output
 from featcache.runtime import resolve_device
+from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -114,6 +115,7 @@ def predict(
     backbone: Backbone | str | None = None,
     batch_size: int | str = "auto",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     companions: str | None = None,
@@ -136,6 +138,7 @@ def predict(
             makes it.
         batch_size: Images a batch, or ``auto``.
         device: Where the backbone runs: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        max_pixels: Image files of more pixels are refused, and listed as failures.
         include: Globs of the files to use: see ``Classifier.predict``.
         exclude: Globs of files that are left out.
         companions: ``keep`` takes masks and the like in a folder as images; they are an error.
@@ -174,7 +177,8 @@ def predict(
         from featcache.deployment.classifier import load_classifier
 
         predictions = load_classifier(
-            run, weights=weights, backbone=backbone, device=device, batch_size=batch_size
+            run, weights=weights, backbone=backbone, device=device, batch_size=batch_size,
+            max_pixels=max_pixels,
         ).predict(
             images, include=include, exclude=exclude, companions=companions, columns=columns,
             ignore_columns=ignore_columns,

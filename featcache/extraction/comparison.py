@@ -70,7 +70,7 @@ class Comparison:
 
 def compare(
     cache: Cache, data: str | Path, *, samples: int | str, weights: str | Path | None,
-    backbone: Backbone | str | None, device: str, say: Say,
+    backbone: Backbone | str | None, device: str, max_pixels: int, say: Say,
 ) -> Comparison:  # fmt: skip
     """Compare a cache with the images it was made of.
 
@@ -81,6 +81,7 @@ def compare(
         weights: The backbone's weights file, where the library's own were not used.
         backbone: The backbone itself, or its name, as for ``recipe.recipe_from_identity``.
         device: Where to recompute.
+        max_pixels: Images of more pixels count as not true.
         say: Where lines for people go.
 
     Raises:
@@ -88,7 +89,9 @@ def compare(
         BackboneError: If the backbone cannot be built.
     """
     bound = error_bound(cache)
-    recipe = recipe_from_identity(cache.identity, weights=weights, backbone=backbone)
+    recipe = recipe_from_identity(
+        cache.identity, weights=weights, backbone=backbone, max_pixels=max_pixels
+    )
     listing = listing_of(cache).for_data(data)
     dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
     refuse_misread(cache, dataset)

@@ -77,7 +77,7 @@ def refuse_dark_colour(recipe: Recipe, dataset: ImageDataset, where: Path) -> No
     """
     if recipe.rules.bit_depth != 16 or recipe.has_dark_colour:
         return
-    maxima = depths_by_kind(dataset, {"colour"})["colour"]
+    maxima = depths_by_kind(dataset, {"colour"}, recipe.rules.max_pixels)["colour"]
     if is_dark(maxima):
         raise DataError(
             "16-bit colour", expected="values up to 65535, as --bit-depth 16 takes them",

@@ -42,7 +42,7 @@ from featcache.extraction.work import work
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
-from featcache.untrusted import real_path
+from featcache.untrusted import MAX_PIXELS, real_path
 
 _Backbones = list[str | Backbone] | tuple[str | Backbone, ...]
 
@@ -50,9 +50,10 @@ _Backbones = list[str | Backbone] | tuple[str | Backbone, ...]
 @overload
 def extract(
     data: str | Path, cache: str | Path, *, backbone: str | Backbone,
-    weights: str | Path | None = ..., image_size: int | str = ..., crop_mode: str = ...,
-    interpolation: str = ..., normalize: str = ..., mean: tuple[float, float, float] | None = ...,
-    std: tuple[float, float, float] | None = ..., bit_depth: int | str = ..., truncated: str = ...,
+    weights: str | Path | None = ..., image_size: int | str = ..., transform: str | None = ...,
+    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
+    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
+    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
@@ -67,9 +68,10 @@ def extract(
 @overload
 def extract(
     data: str | Path, cache: str | Path, *, backbone: _Backbones,
-    weights: str | Path | None = ..., image_size: int | str = ..., crop_mode: str = ...,
-    interpolation: str = ..., normalize: str = ..., mean: tuple[float, float, float] | None = ...,
-    std: tuple[float, float, float] | None = ..., bit_depth: int | str = ..., truncated: str = ...,
+    weights: str | Path | None = ..., image_size: int | str = ..., transform: str | None = ...,
+    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
+    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
+    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
@@ -88,13 +90,15 @@ def extract(
     backbone: str | Backbone | _Backbones,
     weights: str | Path | None = None,
     image_size: int | str = "auto",
-    crop_mode: str = "squash",
-    interpolation: str = "bilinear",
+    transform: str | None = None,
+    crop_mode: str | None = None,
+    interpolation: str | None = None,
     normalize: str = "auto",
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
     bit_depth: int | str = "auto",
     truncated: str = "skip",
+    max_pixels: int = MAX_PIXELS,
     views: int = 1,
     augment: str | None = None,
     precision: str = "fp32",
@@ -131,13 +135,16 @@ def extract(
             which every image is decoded only once. Each keeps its own image size and normalization.
         weights: See ``build_backbone``; so are ``image_size``, ``normalize``, ``mean``, ``std``.
         image_size: Side of the network's input in pixels, or ``auto``.
-        crop_mode: ``squash``, ``center`` or ``border``.
-        interpolation: ``bilinear`` or ``bicubic``.
+        transform: ``library`` resizes and crops as torchvision or timm documents it for the
+            backbone's pretrained weights; ``crop_mode`` and ``interpolation`` are then left out.
+        crop_mode: ``squash`` (the default), ``center`` or ``border``.
+        interpolation: ``bilinear`` (the default) or ``bicubic``.
         normalize: ``auto``, ``imagenet`` or ``half``.
         mean: Per channel, for pixels in [0, 1].
         std: Per channel, for pixels in [0, 1].
         bit_depth: ``auto``, 12, 14, 16 or ``minmax``, for images of more than 8 bits.
         truncated: ``skip`` counts cut-off images as failed, ``keep`` fills them in.
+        max_pixels: Images of more pixels count as failed. Not part of the cache's identity.
         views: Views of every image to train on (split ``train``, or ``all`` where there is none),
             the plain one among them; other splits get the plain view.
         augment: How the others are made: ``flip``, ``crop`` or ``xray`` (see module ``views``).
@@ -172,12 +179,13 @@ def extract(
             were finished before stay.
     """
     options = ExtractionOptions(
-        weights=weights, image_size=image_size, crop_mode=crop_mode, interpolation=interpolation,
-        normalize=normalize, mean=mean, std=std, bit_depth=bit_depth, truncated=truncated,
-        views=views, augment=augment, precision=precision, feature_dtype=feature_dtype,
-        engine=engine, batch_size=batch_size, workers=workers, device=device, group_by=group_by,
-        group_by_path=group_by_path, max_errors=max_errors, limit=limit, include=include,
-        exclude=exclude, companions=companions, no_classes=no_classes, columns=columns,
+        weights=weights, image_size=image_size, transform=transform, crop_mode=crop_mode,
+        interpolation=interpolation, normalize=normalize, mean=mean, std=std, bit_depth=bit_depth,
+        truncated=truncated, max_pixels=max_pixels, views=views, augment=augment,
+        precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
+        workers=workers, device=device, group_by=group_by,
+        group_by_path=group_by_path, max_errors=max_errors, limit=limit, include=include, exclude=exclude,
+        companions=companions, no_classes=no_classes, columns=columns,
         ignore_columns=ignore_columns, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     if isinstance(backbone, str | Backbone):
@@ -358,8 +366,10 @@ def _choose_recipe(
             normalize=options.normalize, mean=options.mean, std=options.std,
         )  # fmt: skip
     recipe = make_recipe(
-        backbone, dataset, crop_mode=options.crop_mode, interpolation=options.interpolation,
+        backbone, dataset, transform=options.transform, crop_mode=options.crop_mode,
+        interpolation=options.interpolation,
         bit_depth=options.bit_depth, truncated=options.truncated,
+        max_pixels=options.max_pixels,
         feature_dtype=options.feature_dtype, views=options.views, augment=options.augment,
     )  # fmt: skip
     describe_recipe(recipe, options.say)

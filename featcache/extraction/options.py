@@ -11,6 +11,7 @@ from featcache.data.listing import Listing
 from featcache.errors import ConfigError
 from featcache.extraction.pipeline import resolve_workers
 from featcache.runtime import Say, log_line
+from featcache.untrusted import MAX_PIXELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +24,15 @@ class ExtractionOptions:
 
     weights: str | Path | None = None
     image_size: int | str = "auto"
-    crop_mode: str = "squash"
-    interpolation: str = "bilinear"
+    transform: str | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
     normalize: str = "auto"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     bit_depth: int | str = "auto"
     truncated: str = "skip"
+    max_pixels: int = MAX_PIXELS
     views: int = 1
     augment: str | None = None
     precision: str = "fp32"

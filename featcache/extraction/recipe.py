@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.backbones.backbone import Backbone, build_backbone
+from featcache.backbones.libraries import find_transform
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.data.folders import training_split
@@ -27,6 +28,7 @@ from featcache.pixels.images import PixelRules, check_bit_depth, deep_kind
 from featcache.pixels.isolation import DECODE_SECONDS, IsolatedDecoder
 from featcache.pixels.views import PLAIN, ViewRules, render
 from featcache.threads import Threads
+from featcache.untrusted import MAX_PIXELS
 
 NUM_PROBES = 4
 """Real images that go through the plain network and the engine before a run."""
@@ -82,10 +84,12 @@ def make_recipe(
     backbone: Backbone,
     dataset: ImageDataset,
     *,
-    crop_mode: str = "squash",
-    interpolation: str = "bilinear",
+    transform: str | None = None,
+    crop_mode: str | None = None,
+    interpolation: str | None = None,
     bit_depth: int | str = "auto",
     truncated: str = "skip",
+    max_pixels: int = MAX_PIXELS,
     feature_dtype: str = "float32",
     views: int = 1,
     augment: str | None = None,
@@ -93,7 +97,9 @@ def make_recipe(
     """Turn options into a recipe.
 
     Raises:
-        ConfigError: If an option has no such value, or there are views and nothing to train on.
+        BackboneError: If the backbone's library documents no transform that can be used.
+        ConfigError: If an option has no such value, contradicts another, or there are views and
+            nothing to train on.
         DataError: If ``bit_depth`` is ``auto`` and a sample of deep images does not use its bits.
     """
     if feature_dtype not in _FEATURE_DTYPES:
@@ -108,13 +114,37 @@ def make_recipe(
         )  # fmt: skip
     has_dark_colour = False
     if bit_depth == "auto":
-        for maxima in depths_by_kind(dataset).values():
+        for maxima in depths_by_kind(dataset, max_pixels=max_pixels).values():
             check_bit_depth(maxima)
         bit_depth = 16
     elif bit_depth == 16:
-        has_dark_colour = is_dark(depths_by_kind(dataset, {"colour"})["colour"])
-    rules = PixelRules(backbone.image_size, crop_mode, interpolation, bit_depth, truncated)
+        has_dark_colour = is_dark(depths_by_kind(dataset, {"colour"}, max_pixels)["colour"])
+    rules = PixelRules(
+        backbone.image_size, **_choose_transform(backbone, transform, crop_mode, interpolation),
+        bit_depth=bit_depth, truncated=truncated, max_pixels=max_pixels,
+    )  # fmt: skip
     return Recipe(backbone, rules, feature_dtype, view_rules, has_dark_colour)
+
+
+def _choose_transform(
+    backbone: Backbone, transform: str | None, crop_mode: str | None, interpolation: str | None
+) -> dict[str, Any]:
+    """Return the rules of resizing: those of the backbone's library, or the given ones."""
+    if transform is None:
+        return {
+            "crop_mode": crop_mode or "squash", "interpolation": interpolation or "bilinear"
+        }  # fmt: skip
+    if transform != "library":
+        raise ConfigError("--transform", expected="library, or none", found=transform)
+    found = asdict(find_transform(backbone.name, backbone.image_size))
+    for option, given in (("crop_mode", crop_mode), ("interpolation", interpolation)):
+        if given not in {None, found[option]}:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} with --transform library",
+                expected=f"none, or {found[option]}, as {backbone.name}'s library has it",
+                found=given, hint="Leave one of the two out",
+            )  # fmt: skip
+    return found
 
 
 def sample_depths(dataset: ImageDataset) -> list[int]:
@@ -123,7 +153,7 @@ def sample_depths(dataset: ImageDataset) -> list[int]:
 
 
 def depths_by_kind(
-    dataset: ImageDataset, kinds: Collection[str] = ("grey", "colour")
+    dataset: ImageDataset, kinds: Collection[str] = ("grey", "colour"), max_pixels: int = MAX_PIXELS
 ) -> dict[str, list[int]]:
     """Return what ``sample_depths`` returns, of grey and of colour images.
 
@@ -136,7 +166,7 @@ def depths_by_kind(
             try:
                 data = dataset.read(sample)
                 kind = deep_kind(data)
-                maximum = child.deep_maximum(data) if kind in maxima else None
+                maximum = child.deep_maximum(data, max_pixels) if kind in maxima else None
             except DataError:
                 continue  # it will fail, with its reason, when its turn comes
             if kind is not None and maximum is not None:
@@ -189,6 +219,7 @@ def recipe_from_identity(
     *,
     weights: str | Path | None = None,
     backbone: Backbone | str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Recipe:
     """Rebuild the recipe a cache or a run was made by.
 
@@ -199,6 +230,7 @@ def recipe_from_identity(
         identity: A cache's identity.
         weights: The backbone's weights file, where the library's own were not used.
         backbone: The backbone itself, if it was made in Python, or its name.
+        max_pixels: Images of more pixels will be refused.
 
     Raises:
         BackboneError: If the backbone cannot be built, or has other weights than the identity's.
@@ -236,8 +268,8 @@ def recipe_from_identity(
             hint="Use the backbone the cache was made with",
         )  # fmt: skip
     recipe = Recipe(
-        backbone, rules, str(identity.get("feature_dtype")), view_rules,
-        has_dark_colour="dark_colour" in identity,
+        backbone, replace(rules, max_pixels=max_pixels), str(identity.get("feature_dtype")),
+        view_rules, has_dark_colour="dark_colour" in identity,
     )  # fmt: skip
     for key in sorted(recipe.identity.keys() | identity.keys()):
         if recipe.identity.get(key) != identity.get(key):

@@ -269,8 +269,9 @@ def describe_recipe(recipe: Recipe, say: Say) -> None:
     backbone, rules = recipe.backbone, recipe.rules
     say(f"Backbone: {backbone.name}, weights {backbone.weights_source}, {backbone.num_features}-d.")
     mean, std = (" ".join(f"{v:g}" for v in values) for values in (backbone.mean, backbone.std))
+    resized = "" if rules.resize_size is None else f" of {rules.resize_size}"
     say(
-        f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}, "
+        f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}{resized}, "
         f"{rules.interpolation}, mean {mean}, std {std}."
     )
     views = recipe.view_rules

@@ -31,6 +31,7 @@ from featcache.files import (
 from featcache.formatting import count
 from featcache.outputs import Output
 from featcache.runtime import Say, log_line
+from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -91,6 +92,7 @@ def verify(
     weights: str | Path | None = None,
     backbone: Backbone | str | None = None,
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
     repair: bool = False,
     say: Say = log_line,
 ) -> Verification:
@@ -109,6 +111,7 @@ def verify(
         backbone: The backbone itself, if it was made in Python; its name, if a ``python:`` function
             makes it.
         device: Where to recompute.
+        max_pixels: As it was given to ``extract``.
         repair: Write the file again without the rows that are damaged, not finite or, of those
             compared with ``data``, of another image or not true. They are listed among the
             failures, and the next extraction makes them again. A row that cannot be vouched for is
@@ -122,7 +125,10 @@ def verify(
     """
     path = local_path(cache, "CACHE")
     _refuse_unfinished(path)
-    how = {"samples": samples, "weights": weights, "backbone": backbone, "device": device}
+    how = {
+        "samples": samples, "weights": weights, "backbone": backbone, "device": device,
+        "max_pixels": max_pixels,
+    }  # fmt: skip
     if repair:
         return _repair(path, data, how, say)
     container = open_container(path, verify=False)

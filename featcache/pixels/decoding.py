@@ -28,14 +28,12 @@ from PIL.WebPImagePlugin import WebPImageFile
 from featcache.errors import DataError, TransientError, printable
 from featcache.pixels import acceleration, deep, png
 from featcache.pixels.unsupported import foreign_kind, may_wrap, misread_kind, unsupported_kind
+from featcache.untrusted import MAX_PIXELS
 
 try:
     import simplejpeg
 except ImportError:  # no wheel for this platform
     simplejpeg = None
-
-MAX_PIXELS = 2**28
-"""Images above this many pixels are refused unread: a 20 KB PNG can hold 480 MB of pixels."""
 
 _Values: TypeAlias = np.ndarray[Any, Any]
 _Depth: TypeAlias = tuple[int | None, bool, bool]
@@ -81,20 +79,23 @@ class Loaded:
     deep_colour: bool  # 16 bits per channel; ``values`` are their high bytes, or all of them
 
 
-def read(data: bytes, *, fill: bool, all_bits: bool = False) -> Loaded:
+def read(
+    data: bytes, *, fill: bool, all_bits: bool = False, max_pixels: int = MAX_PIXELS
+) -> Loaded:
     """Read the first frame; with ``fill``, fill in the missing part of a cut-off file.
 
     Args:
         data: The file.
         fill: Fill in what is missing.
         all_bits: Return all 16 bits of deep colour, not the high byte.
+        max_pixels: Refuse images of more, unread.
 
     Raises:
         DataError: If the bytes cannot be decoded.
     """
     with _truncation_gate(fill=fill):
         image, values, depth = _without_large_texts(
-            lambda lean: _load(lean, fill=fill, all_bits=all_bits), data
+            lambda lean: _load(lean, fill=fill, all_bits=all_bits, max_pixels=max_pixels), data
         )
     try:
         values = _to_array(image) if values is None else values
@@ -104,10 +105,12 @@ def read(data: bytes, *, fill: bool, all_bits: bool = False) -> Loaded:
         raise failure(f"colours of kind {image.mode}", error) from error
 
 
-def _load(data: bytes, *, fill: bool, all_bits: bool) -> tuple[Image.Image, _Values | None, _Depth]:
+def _load(
+    data: bytes, *, fill: bool, all_bits: bool, max_pixels: int
+) -> tuple[Image.Image, _Values | None, _Depth]:
     """Return a loaded image, its values where it was not Pillow that loaded them, and its depth."""
     name, image = _open(data)
-    _refuse_bomb(image)
+    _refuse_bomb(image, max_pixels)
     depth = _find_depth(name, image)  # loading forgets it
     values = None if fill else _decode_fast(name, image, data)
     if values is None:
@@ -150,7 +153,7 @@ def read_opened(image: Image.Image) -> Loaded:
 
 def _decode_fast(name: str, image: ImageFile.ImageFile, data: bytes) -> _Values | None:
     """Return the same as Pillow for an intact plain JPEG or PNG; None for all others."""
-    if len(image.tile) != 1:
+    if len(image.tile) != 1 or image.width * image.height > MAX_PIXELS:  # untried beyond
         return None
     (width, height), (_, _, offset, arguments) = image.size, image.tile[0]
     raw_mode = str(arguments if isinstance(arguments, str) else (arguments or ("",))[0])
@@ -268,10 +271,10 @@ def failure(
     return kind("image", expected=expected, found=reason)
 
 
-def _refuse_bomb(image: Image.Image) -> None:
+def _refuse_bomb(image: Image.Image, max_pixels: int) -> None:
     for width, height in (image.size, getattr(image, "_tile_size", image.size)):
-        if width * height > MAX_PIXELS:
-            raise failure(f"{width} x {height} pixels, more than {MAX_PIXELS:,} in all")
+        if width * height > max_pixels:
+            raise failure(f"{width} x {height} pixels, above --max-pixels {max_pixels:,}")
 
 
 def _find_depth(name: str, image: ImageFile.ImageFile) -> _Depth:

@@ -12,7 +12,7 @@ Reads: bytes. Writes: nothing. Every failure is a ``DataError`` whose ``found`` 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +20,6 @@ import numpy as np
 from featcache.errors import ConfigError, DataError, TransientError
 from featcache.pixels import acceleration
 from featcache.pixels.decoding import (
-    MAX_PIXELS,
     Loaded,
     MisreadError,
     failure,
@@ -31,6 +30,7 @@ from featcache.pixels.decoding import (
 from featcache.pixels.deep import cmyk_to_rgb, is_deep_colour
 from featcache.pixels.resampling import INTERPOLATIONS, resize
 from featcache.pixels.unsupported import may_wrap
+from featcache.untrusted import MAX_PIXELS
 
 CROP_MODES = ("squash", "center", "border")
 BIT_DEPTHS: tuple[int | str, ...] = (12, 14, 16, "minmax")
@@ -54,6 +54,10 @@ class PixelRules:
             for b = 12, 14 or 16 (of 16-bit colour the high byte, as Pillow reads it), or
             ``minmax``: every image's own range, of all its channels together.
         truncated: ``skip`` fails cut-off files, ``keep`` fills them in as Pillow can.
+        resize_size: Of ``squash`` and ``center``, the size in pixels to resize to before the
+            centre crop of S x S, as the backbone's library documents it; None for the above.
+        max_pixels: Images of more pixels are refused unread. The only one that is not part of the
+            identity: it decides which images there are, and none of their pixels.
 
     Raises:
         ConfigError: If a value is not one of these.
@@ -64,6 +68,8 @@ class PixelRules:
     interpolation: str = "bilinear"
     bit_depth: int | str = 16
     truncated: str = "skip"
+    resize_size: int | None = None
+    max_pixels: int = field(default=MAX_PIXELS, compare=False)
 
     def __post_init__(self) -> None:
         if type(self.image_size) is not int or not 1 <= self.image_size <= 4096:
@@ -77,10 +83,22 @@ class PixelRules:
             if value not in choices:
                 expected = "one of " + ", ".join(map(str, choices))
                 raise ConfigError(option, expected=expected, found=repr(value))
+        if type(self.max_pixels) is not int or self.max_pixels < 1:
+            raise ConfigError("--max-pixels", expected="1 or more", found=repr(self.max_pixels))
+        size = self.resize_size
+        if size is not None and (
+            type(size) is not int or not 1 <= size <= 8192 or self.crop_mode == "border"
+        ):
+            expected = "1 to 8192 pixels, and --crop-mode squash or center"
+            raise ConfigError("resize_size", expected=expected, found=size)
 
     def as_identity(self) -> dict[str, Any]:
         """Return the rules as JSON values, including the fixed ones."""
-        return asdict(self) | _FIXED_IDENTITY
+        values = asdict(self) | _FIXED_IDENTITY
+        del values["max_pixels"]
+        if self.resize_size is None:  # so that other identities stay what they were
+            del values["resize_size"]
+        return values
 
     @classmethod
     def from_identity(cls, identity: dict[str, Any]) -> PixelRules:
@@ -90,12 +108,13 @@ class PixelRules:
             DataError: If a rule is missing, or a fixed rule has another value.
             ConfigError: If this version does not know a value.
         """
-        for key in (*cls.__dataclass_fields__, *_FIXED_IDENTITY):
+        keys = [key for key in cls.__dataclass_fields__ if key not in {"resize_size", "max_pixels"}]
+        for key in (*keys, *_FIXED_IDENTITY):
             expected = _FIXED_IDENTITY.get(key, identity.get(key))
             if expected is None or identity.get(key) != expected:
                 found = repr(identity.get(key))
                 raise DataError("pixel rules", expected=f"{key} {expected}", found=found)
-        return cls(**{key: identity[key] for key in cls.__dataclass_fields__})
+        return cls(**{key: identity[key] for key in keys}, resize_size=identity.get("resize_size"))
 
 
 @dataclass(frozen=True)
@@ -143,12 +162,12 @@ def load(data: bytes, rules: PixelRules) -> Picture:
     """
     all_bits = rules.bit_depth != 16  # else the high byte, as Pillow reads it
     try:
-        loaded = read(data, fill=False, all_bits=all_bits)
+        loaded = read(data, fill=False, all_bits=all_bits, max_pixels=rules.max_pixels)
     except DataError as strict:
         if rules.truncated == "skip" or isinstance(strict, TransientError):
             raise
         try:
-            loaded = read(data, fill=True, all_bits=all_bits)
+            loaded = read(data, fill=True, all_bits=all_bits, max_pixels=rules.max_pixels)
         except DataError:
             raise strict from None
     return _to_8_bits(loaded, rules)
@@ -221,7 +240,7 @@ def misread_reason(data: bytes) -> str | None:
     return None
 
 
-def deep_maximum(data: bytes) -> int | None:
+def deep_maximum(data: bytes, max_pixels: int = MAX_PIXELS) -> int | None:
     """Return the largest stored value of an integer image of more than 8 bits; alpha is left out.
 
     None for images whose range is known (8-bit images, files that state it, such as 12-bit TIFF and
@@ -230,7 +249,7 @@ def deep_maximum(data: bytes) -> int | None:
     if deep_kind(data) is None:
         return None
     try:
-        loaded = read(data, fill=False, all_bits=True)
+        loaded = read(data, fill=False, all_bits=True, max_pixels=max_pixels)
     except DataError:
         return None
     return None if loaded.stated_maximum else int(loaded.values.max())
@@ -298,16 +317,21 @@ def _scale_deep(values: np.ndarray[Any, Any], bit_depth: int | str, stated: int 
     if maximum and (low < 0 or high > maximum):
         odd = low if low < 0 else high
         raise failure(f"a value of {odd} outside the 0 to {maximum} of --bit-depth {bit_depth}")
-    if values.dtype != np.uint16 or not acceleration.is_ready():
+    if values.dtype != np.uint16:
         return _scale_values(values, maximum, low, high)
-    from featcache.pixels import kernels
-
-    # compute each of at most 65,536 values once: 3000 x 2500 pixels in 7 ms instead of 14
+    # compute each of at most 65,536 values once: 3000 x 2500 pixels in 7 ms instead of 14, and
+    # without arrays of float64, which take 48 bytes a pixel of colour
     table = np.zeros(2**16, np.uint8)
     every = np.arange(low, high + 1, dtype=np.uint16)
     table[low : high + 1] = _scale_values(every, maximum, low, high)
     scaled = np.empty(values.shape, np.uint8)
-    kernels.look_up(values.reshape(-1), table, scaled.reshape(-1))
+    if acceleration.is_ready():
+        from featcache.pixels import kernels
+
+        kernels.look_up(values.reshape(-1), table, scaled.reshape(-1))
+    else:
+        for row, scaled_row in zip(values, scaled, strict=True):
+            scaled_row[:] = table[row]
     return scaled
 
 
@@ -328,11 +352,12 @@ def _resize(pixels: _Pixels, rules: PixelRules) -> _Pixels:
     """Return pixels (H, W) or (H, W, 3) as (S, S) or (S, S, 3)."""
     side = rules.image_size
     if rules.crop_mode == "squash":
-        return resize(pixels, side, side, rules.interpolation)
+        size = rules.resize_size or side
+        return _crop_center(resize(pixels, size, size, rules.interpolation), side)
     old_height, old_width = pixels.shape[:2]
     short, long = sorted((old_height, old_width))
-    if rules.crop_mode == "center":  # torchvision: Resize(round(S / 0.875)), CenterCrop(S)
-        new_short = round(side / _CENTER_SHARE)
+    if rules.crop_mode == "center":  # torchvision: Resize(size), CenterCrop(S)
+        new_short = rules.resize_size or round(side / _CENTER_SHARE)
         new_long = int(new_short * long / short)
     else:
         new_short, new_long = max(1, round(side * short / long)), side
@@ -342,9 +367,22 @@ def _resize(pixels: _Pixels, rules: PixelRules) -> _Pixels:
     width, height = (new_long, new_short) if wide else (new_short, new_long)
     scaled = resize(pixels, width, height, rules.interpolation)
     if rules.crop_mode == "center":
-        left, top = round((width - side) / 2), round((height - side) / 2)
-        return scaled[top : top + side, left : left + side].copy()
+        return _crop_center(scaled, side)
     padded = np.zeros((side, side, *pixels.shape[2:]), np.uint8)
     left, top = (side - width) // 2, (side - height) // 2
     padded[top : top + height, left : left + width] = scaled
     return padded
+
+
+def _crop_center(pixels: _Pixels, side: int) -> _Pixels:
+    """Return the middle (S, S) or (S, S, 3) as torchvision's ``CenterCrop``; black beyond edges."""
+    height, width = pixels.shape[:2]
+    if (height, width) == (side, side):
+        return pixels
+    if min(height, width) < side:
+        over, beside = max(0, side - height), max(0, side - width)
+        edges = [(over // 2, (over + 1) // 2), (beside // 2, (beside + 1) // 2)]
+        pixels = np.pad(pixels, edges + [(0, 0)] * (pixels.ndim - 2))
+        height, width = pixels.shape[:2]
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return pixels[top : top + side, left : left + side].copy()

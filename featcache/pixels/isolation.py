@@ -19,6 +19,7 @@ from featcache.errors import DataError, TransientError
 from featcache.files import child_process
 from featcache.pixels.images import PixelRules, deep_maximum, glance
 from featcache.pixels.views import Rendering, ViewRules, render
+from featcache.untrusted import MAX_PIXELS
 
 DECODE_SECONDS = 60.0
 """An image that takes longer fails; a 200-megapixel PNG takes about 3 s."""
@@ -64,14 +65,14 @@ class IsolatedDecoder:
         assert isinstance(rendering, Rendering)
         return rendering
 
-    def deep_maximum(self, data: bytes) -> int | None:
+    def deep_maximum(self, data: bytes, max_pixels: int = MAX_PIXELS) -> int | None:
         """Do what ``images.deep_maximum`` does.
 
         Raises:
             DataError: If the decoder hung on it.
             TransientError: If the decoder's process died.
         """
-        maximum = self._ask("deep_maximum", data)
+        maximum = self._ask("deep_maximum", data, max_pixels)
         assert maximum is None or isinstance(maximum, int)
         return maximum
 

@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
 
 import efficientnet_pytorch.utils
 import pytest
@@ -73,31 +72,6 @@ def test_files_load_into_the_network(name, save, tmp_path):
     truth = tiny_network.network()
     truth.load_state_dict(state)
     assert backbone.weights_sha256 == wrap_backbone("t", truth, image_size=32).weights_sha256
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: {"state_dict": state, "epoch": 3, "best": 0.5},
-        lambda state: {"model": state},
-        lambda state: {"state_dict": {"model": state}} and {"model": state, "args": ["a"]},
-        lambda state: OrderedDict((f"module.{name}", value) for name, value in state.items()),
-        lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
-        lambda state: {name: nn.Parameter(v) if v.is_floating_point() else v
-                       for name, v in state.items()},
-    ],
-)  # fmt: skip
-def test_state_dicts_inside_checkpoints_are_found(wrap, tmp_path):
-    state = tiny_state()
-    torch.save(wrap(state), tmp_path / "w.pt")
-    network = tiny_network.network()
-    load_state(network, read_state(tmp_path / "w.pt"), None, "w.pt")
-    assert_equal_states(network.state_dict(), state)
-
-
-def test_a_prefix_inside_a_name_stays(tmp_path):
-    torch.save({"module.a.module.b": torch.ones(1)}, tmp_path / "w.pt")
-    assert list(read_state(tmp_path / "w.pt")) == ["a.module.b"]
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
