@@ -184,7 +184,8 @@ def extract(
         truncated=truncated, max_pixels=max_pixels, views=views, augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
         workers=workers, device=device, group_by=group_by,
-        group_by_path=group_by_path, max_errors=max_errors, limit=limit, include=include, exclude=exclude,
+        group_by_path=group_by_path, max_errors=max_errors, limit=limit,
+        include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
         ignore_columns=ignore_columns, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
