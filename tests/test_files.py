@@ -26,22 +26,19 @@ from featcache import files
 from featcache.errors import ConfigError
 from featcache.files import (
     atomic_writer,
-    beside,
     canonical_json,
     csv_text,
-    exchange,
     follow_link,
     local_path,
     make_folder,
     plain_cell,
     readable_json,
-    remove_temporaries,
-    rename_new,
     sha256_file,
     write_bytes,
     write_csv,
     write_json,
 )
+from featcache.renames import beside, exchange, remove_temporaries, rename_new
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="kills and fsync of folders")
 

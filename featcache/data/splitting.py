@@ -24,7 +24,8 @@ from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
 from featcache.formatting import count, in_bytes, join_few, list_counts
-from featcache.outputs import Kind, Output, new_folder, write_output
+from featcache.output_folders import new_folder
+from featcache.outputs import Kind, Output, write_output
 from featcache.runtime import Say, log_line
 from featcache.untrusted import real_path
 

@@ -22,14 +22,9 @@ import numpy.typing as npt
 
 from featcache import __version__
 from featcache.errors import FeatcacheError, RunError, printable, warn_user
-from featcache.files import (
-    canonical_json,
-    json_sha256,
-    read_regular,
-    remove_temporaries,
-    write_bytes,
-)
+from featcache.files import canonical_json, json_sha256, read_regular, write_bytes
 from featcache.heads.config import FitResult
+from featcache.renames import remove_temporaries
 from featcache.runtime import Say, log_line
 from featcache.untrusted import parse_json_object
 

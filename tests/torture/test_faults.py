@@ -33,7 +33,8 @@ from featcache.extraction.extraction import extract
 from featcache.extraction.shards import PartialCache, Receipt
 from featcache.files import write_json
 from featcache.heads.run import run_output
-from featcache.outputs import Output, new_folder
+from featcache.output_folders import new_folder
+from featcache.outputs import Output
 
 fcntl = pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")
 

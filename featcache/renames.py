@@ -1,0 +1,124 @@
+"""Names beside an output, and renames that replace nothing by mistake."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+NOT_SUPPORTED = {
+    getattr(errno, name, None) for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "ENOTTY")
+}
+"""Error numbers of a call that a system or a file system does not have."""
+
+_MAX_NAME_BYTES = 255  # of a file's name on Linux, macOS and Windows
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
+_AT_FDCWD = -100
+
+
+def beside(path: Path, ending: str, start: str = "") -> Path:
+    """Return the path START NAME ENDING in the same folder; a NAME too long for that is cut.
+
+    A hash tells long names apart.
+    """
+    name, data = path.name, os.fsencode(path.name)
+    room = _MAX_NAME_BYTES - len(start) - len(ending)
+    if len(data) > room:
+        digest = "~" + hashlib.sha256(data).hexdigest()[:16]
+        name = data[: room - len(digest)].decode("utf-8", "ignore") + digest
+    return path.with_name(start + name + ending)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a name is one of featcache's for temporary files."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove temporary files of killed writers of ``path``. Call it while holding their lock."""
+    start = beside(path, f".{'0' * 16}.tmp", ".").name[: -len("0" * 16 + ".tmp")]
+    for stale in sorted(path.parent.iterdir()) if path.parent.is_dir() else []:
+        name = stale.name
+        if is_temporary(name) and name.startswith(start) and len(name) == len(start) + 20:
+            stale.unlink(missing_ok=True)
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a file or a folder; never replace anything but an empty folder by a folder.
+
+    Raises:
+        FileExistsError: If something has that name already.
+    """
+    try:
+        _rename_by(_RENAME_NOREPLACE, source, target)
+        return
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+    if sys.platform == "win32" or source.is_dir():
+        try:
+            source.rename(target)  # a folder replaces neither a file nor a folder with content
+        except OSError as error:
+            if error.errno in {errno.ENOTEMPTY, errno.ENOTDIR} and os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, "File exists", str(target)) from error
+            raise
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links either: a window that cannot be closed
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "File exists", str(target)) from None
+        source.rename(target)
+    else:
+        source.unlink()
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; return False where the system or the file system cannot.
+
+    Raises:
+        OSError: If one of them is not there, or it fails otherwise.
+    """
+    try:
+        _rename_by(_RENAME_EXCHANGE, one, other)
+    except OSError as error:
+        if error.errno in NOT_SUPPORTED:
+            return False
+        raise
+    return True
+
+
+@functools.cache
+def _find_renameat2() -> Any:
+    import ctypes
+
+    try:
+        return ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # macOS, an old libc, Windows
+        return None
+
+
+def _rename_by(flag: int, source: Path, target: Path) -> None:
+    """Call Linux's ``renameat2``, which Python has not.
+
+    Raises:
+        OSError: ``ENOSYS`` or ``EINVAL`` where there is none.
+    """
+    import ctypes
+
+    renameat2 = _find_renameat2()
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(source), None, str(target))
+    sys.audit("os.rename", source, target, -1, -1)  # as Python's own function does
+    names = os.fsencode(source), os.fsencode(target)
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(source), None, str(target))
