@@ -27,9 +27,12 @@ from typing import Any, BinaryIO
 
 from featcache.errors import CacheError, ConfigError, escaped
 from featcache.renames import NOT_SUPPORTED, beside
-from featcache.untrusted import open_regular
+from featcache.untrusted import open_regular, real_path
 
 _HASH_BLOCK_BYTES = 1 << 20
+_NO_FOLDER_SYNC = NOT_SUPPORTED | {
+    errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR, errno.EROFS
+}  # fmt: skip
 NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 """Error numbers of a disk that is full, or of a limit on file sizes."""
 
@@ -109,25 +112,52 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes > max_bytes:
             raise OSError(errno.EFBIG, f"{num_bytes:,} bytes, more than {max_bytes:,}")
-        return file.read()
+        try:
+            return file.read()
+        except OSError as error:
+            error.filename = str(path)
+            raise
 
 
 def sync_folder(folder: Path) -> None:
     """Sync a folder, so that its names survive a power cut.
 
-    Does nothing where folders cannot be synced: on Windows, on CIFS before Linux 4.17, on vboxsf.
+    Does nothing where folders cannot be opened or synced: on Windows, on file systems of networks
+    and of virtual machines (CIFS before Linux 4.17, vboxsf, DrvFs, some of FUSE), and in folders
+    that one may write but not read.
     """
     if sys.platform == "win32":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            error.filename = str(folder)
+            raise
+
+
+def sync_file(handle: int, path: Path) -> None:
+    """Sync an open file, so that its content survives a power cut, where the file system can.
+
+    Raises:
+        OSError: If the disk fails; names ``path``.
+    """
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
-            error.filename = str(folder)
+            error.filename = str(path)
             raise
-    finally:
-        os.close(handle)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Set the permissions of a file or folder, where the file system has any (vfat, CIFS)."""
+    with contextlib.suppress(OSError):
+        path.chmod(mode)
 
 
 def local_path(path: str | Path, what: str) -> Path:
@@ -153,20 +183,16 @@ def follow_link(path: Path, what: str = "name") -> Path:
         ConfigError: If links lead in a circle.
     """
     try:
-        if not path.is_symlink():
-            return path
-        path.resolve(strict=True)
-    except FileNotFoundError:
-        pass
-    except (OSError, RuntimeError) as error:  # RuntimeError: a circle, before Python 3.13
-        found = "links that lead in a circle"
-        if isinstance(error, OSError) and error.errno != errno.ELOOP:
-            found = str(error.strerror)
-        raise ConfigError(
-            what, expected="a name, or a link to one", found=found, where=path,
-            hint="Choose another name",
-        ) from error  # fmt: skip
-    return path.resolve()
+        target = real_path(path) if path.is_symlink() else path
+        if not target.is_symlink():
+            return target
+        found = "links that lead in a circle"  # ``real_path`` stops there
+    except OSError as error:
+        found = str(error.strerror)
+    raise ConfigError(
+        what, expected="a name, or a link to one", found=found, where=path,
+        hint="Choose another name",
+    )  # fmt: skip
 
 
 def make_folder(path: Path) -> None:
@@ -197,7 +223,7 @@ def atomic_writer(path: Path, publish: Publish | None = None) -> Iterator[Binary
     """
     with _temporary(path) as (temporary, file):
         yield file
-        _sync_file(file)
+        _sync_and_close(file, temporary)
         if publish is None:
             temporary.replace(path)
         else:
@@ -209,13 +235,13 @@ def write_temporary(path: Path, data: bytes) -> Path:
     """Write a temporary file beside ``path``, sync it and return where it is."""
     with _temporary(path) as (temporary, file):
         file.write(data)
-        _sync_file(file)
+        _sync_and_close(file, temporary)
     return temporary
 
 
-def _sync_file(file: BinaryIO) -> None:
+def _sync_and_close(file: BinaryIO, path: Path) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    sync_file(file.fileno(), path)
     file.close()  # Windows renames no open file
 
 
@@ -243,10 +269,11 @@ def _create(temporary: Path, *, like: Path) -> BinaryIO:
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(temporary, flags, mode)
     file = open(handle, "wb")  # noqa: PTH123, SIM115 (of a handle; the caller closes it)
-    if old is not None and hasattr(os, "fchmod"):
+    if old is not None and sys.platform != "win32":
         with contextlib.suppress(OSError):  # only root may give files away
             os.fchown(handle, old.st_uid, old.st_gid)
-        os.fchmod(handle, mode)
+        with contextlib.suppress(OSError):  # no such modes on vfat and CIFS
+            os.fchmod(handle, mode)
     return file
 
 

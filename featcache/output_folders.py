@@ -9,8 +9,8 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from featcache.files import disk_error, make_folder, sync_folder
-from featcache.locking import LOCK_NAME, folder_lock, refuse_held, remove_lock
+from featcache.files import disk_error, make_folder, set_mode, sync_file, sync_folder
+from featcache.locking import folder_lock, refuse_held, remove_lock_alone
 from featcache.outputs import NEW, Output, try_stat
 from featcache.renames import beside
 
@@ -68,8 +68,7 @@ def new_folder(
             found = try_stat(new)
             if identity and found and os.path.samestat(identity, found):
                 shutil.rmtree(new, ignore_errors=True)
-            if [path.name for path in partial.iterdir()] == [LOCK_NAME]:
-                remove_lock(partial)
+            remove_lock_alone(partial)
 
 
 def _finish(output: Output, new: Path, sync: Callable[[Path], None]) -> None:
@@ -88,7 +87,7 @@ def _sync_tree(folder: Path) -> None:
             sync_folder(path)
         else:
             with path.open("rb+") as file:
-                os.fsync(file.fileno())
+                sync_file(file.fileno(), path)
     sync_folder(folder)
 
 
@@ -97,4 +96,4 @@ def _keep_modes(old: Path, new: Path) -> None:
     for path in [new, *new.rglob("*")]:
         before = try_stat(old / path.relative_to(new))
         if before is not None and stat.S_IFMT(before.st_mode) == stat.S_IFMT(path.stat().st_mode):
-            path.chmod(stat.S_IMODE(before.st_mode))
+            set_mode(path, stat.S_IMODE(before.st_mode))

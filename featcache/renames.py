@@ -16,6 +16,8 @@ NOT_SUPPORTED = {
 }
 """Error numbers of a call that a system or a file system does not have."""
 
+_NO_RENAMEAT2 = NOT_SUPPORTED | {errno.EPERM}  # EPERM: forbidden in some containers
+
 _MAX_NAME_BYTES = 255  # of a file's name on Linux, macOS and Windows
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
@@ -59,7 +61,7 @@ def rename_new(source: Path, target: Path) -> None:
         _rename_by(_RENAME_NOREPLACE, source, target)
         return
     except OSError as error:
-        if error.errno not in NOT_SUPPORTED:
+        if error.errno not in _NO_RENAMEAT2:
             raise
     if sys.platform == "win32" or source.is_dir():
         try:
@@ -90,7 +92,7 @@ def exchange(one: Path, other: Path) -> bool:
     try:
         _rename_by(_RENAME_EXCHANGE, one, other)
     except OSError as error:
-        if error.errno in NOT_SUPPORTED:
+        if error.errno in _NO_RENAMEAT2:
             return False
         raise
     return True
@@ -98,11 +100,11 @@ def exchange(one: Path, other: Path) -> bool:
 
 @functools.cache
 def _find_renameat2() -> Any:
-    import ctypes
-
     try:
+        import ctypes
+
         return ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # macOS, an old libc, Windows
+    except (ImportError, AttributeError, OSError, TypeError):  # macOS, an old libc, Windows
         return None
 
 
@@ -112,11 +114,11 @@ def _rename_by(flag: int, source: Path, target: Path) -> None:
     Raises:
         OSError: ``ENOSYS`` or ``EINVAL`` where there is none.
     """
-    import ctypes
-
     renameat2 = _find_renameat2()
     if renameat2 is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(source), None, str(target))
+    import ctypes
+
     sys.audit("os.rename", source, target, -1, -1)  # as Python's own function does
     names = os.fsencode(source), os.fsencode(target)
     if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag):

@@ -169,6 +169,33 @@ def open_regular(path: Path) -> io.FileIO:
     return file
 
 
+_LASTING = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+def reading_hint(error: OSError, otherwise: str) -> str:
+    """Return what to do about a file that could not be read, for a message.
+
+    Errors of a disk or a network may pass: nothing should be given up for them before the same
+    command was tried again.
+
+    Args:
+        error: What reading the file raised.
+        otherwise: What to do about a file that is not there, or is no file: a sentence without its
+            full stop, or nothing.
+    """
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return "Check its permissions"
+    if error.errno in _LASTING:
+        return otherwise
+    again = "Run the same command again"
+    if not otherwise:
+        return again
+    return f"{again}. If that does not help, {otherwise[0].lower()}{otherwise[1:]}"
+
+
 def _is_plain(status: os.stat_result) -> bool:
     """Return whether it is a regular file; raise for a folder, whose own error says more."""
     if stat.S_ISDIR(status.st_mode):

@@ -133,7 +133,7 @@ def test_an_error_is_an_object_on_standard_output_too(
     ("error", "code", "line"),
     [
         (MemoryError("no room"), 1, "error: memory: expected enough, found no room."),
-        (OSError(5, "Input/output error", "c.h5"), 1, "error: Input/output error (c.h5)"),
+        (OSError(5, "Input/output error", "c.h5"), 1, "error: reading or writing: "),
         (DataError("x", expected="\x1b[31m", found="b\udcff", where=Path("/a")), 1, "error: x:"),
         (KeyboardInterrupt(), 130, "interrupted: nothing was changed; the same command"),
     ],
