@@ -29,8 +29,8 @@ from featcache.files import (
     sync_folder,
     write_temporary,
 )
-from featcache.renames import exchange, rename_new
-from featcache.untrusted import real_path
+from featcache.renames import exchange, find_windows_fault, rename_new
+from featcache.untrusted import is_within
 
 NEW, OLD = "new", "old"  # in ``NAME.partial``: a folder in the making, and one that was replaced
 _MAX_HEADER_BYTES = 1 << 24
@@ -109,6 +109,10 @@ class Output:
         Raises:
             FeatcacheError: The kind's error, in one line.
         """
+        if sys.platform == "win32" and not self.is_stream:
+            for name in (self.path.name, self.target.name):
+                if fault := find_windows_fault(name):
+                    raise self._refusal(fault, "Choose another name")
         status = self._stat()
         self._refuse_inputs(status)
         if status is None:
@@ -193,9 +197,7 @@ class Output:
     def _refuse_inputs(self, status: os.stat_result | None) -> None:
         for path in self._inputs:
             found = try_stat(path)
-            is_inside = self.kind.is_folder and (
-                real_path(path).is_relative_to(real_path(self.target))
-            )
+            is_inside = self.kind.is_folder and is_within(path, self.target)
             if (status and found and os.path.samestat(status, found)) or (found and is_inside):
                 raise self.kind.error(
                     self._what, expected="another file than those that are read", found=path,

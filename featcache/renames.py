@@ -19,6 +19,10 @@ NOT_SUPPORTED = {
 _NO_RENAMEAT2 = NOT_SUPPORTED | {errno.EPERM}  # EPERM: forbidden in some containers
 
 _MAX_NAME_BYTES = 255  # of a file's name on Linux, macOS and Windows
+_WINDOWS_DEVICES = {
+    "CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$",
+    *(kind + number for kind in ("COM", "LPT") for number in "123456789¹²³"),
+}  # fmt: skip
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
 _AT_FDCWD = -100
@@ -35,6 +39,31 @@ def beside(path: Path, ending: str, start: str = "") -> Path:
         digest = "~" + hashlib.sha256(data).hexdigest()[:16]
         name = data[: room - len(digest)].decode("utf-8", "ignore") + digest
     return path.with_name(start + name + ending)
+
+
+def find_windows_fault(name: str) -> str | None:
+    """Return why Windows cannot keep a file of this name, in a few words; None if it can.
+
+    Some of these names would be written without an error: ``nul.csv`` into nothing, ``a.h5:b`` into
+    a hidden part of ``a.h5``, and ``run.`` as ``run``.
+    """
+    if name.split(".", maxsplit=1)[0].rstrip().upper() in _WINDOWS_DEVICES:
+        return f"{name}, the name of a device on Windows"
+    if name.endswith((".", " ")):
+        return f"{name!r}, whose end Windows cuts off"
+    if odd := sorted({char for char in name if char in '<>:"/\\|?*' or char < " "}):
+        return f"{name!r} with {odd[0]!r}, which no name has on Windows"
+    return None
+
+
+def ignores_case(folder: Path) -> bool:
+    """Return whether a file system takes names that differ in case for one (Windows, macOS, CIFS).
+
+    Args:
+        folder: A folder that is there, with letters in its name.
+    """
+    other = folder.with_name(folder.name.swapcase())
+    return other.name != folder.name and other.exists() and other.samefile(folder)
 
 
 def is_temporary(name: str) -> bool:

@@ -211,6 +211,17 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def is_within(path: Path, folder: Path) -> bool:
+    """Return whether a path is a folder or leads into it, through links or in another case too."""
+    place = real_path(path)
+    try:
+        found = folder.stat()
+    except OSError:  # nothing is there yet
+        return place.is_relative_to(real_path(folder))
+    there = [one for one in (place, *place.parents) if one.exists()]
+    return any(os.path.samestat(found, one.stat()) for one in there)
+
+
 def why_no_file(path: Path, missing: str = "no such file") -> str | None:
     """Return why a path leads to no regular file, in a few words; None if it leads to one.
 

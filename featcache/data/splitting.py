@@ -9,13 +9,14 @@ Reads: a folder of class folders. Writes: ``DST/{train,valid,test}/{class}/`` wi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featcache.data.dataset import ImageDataset, Sample, find_groups, scan
@@ -26,8 +27,9 @@ from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_fol
 from featcache.formatting import count, in_bytes, join_few, list_counts
 from featcache.output_folders import new_folder
 from featcache.outputs import Kind, Output, write_output
+from featcache.renames import ignores_case
 from featcache.runtime import Say, log_line
-from featcache.untrusted import real_path
+from featcache.untrusted import is_within
 
 MODES = ("copy", "symlink", "hardlink")
 
@@ -172,8 +174,7 @@ def _check_destination(source: Path, destination: Path) -> Output:
     kind = _MANIFEST if is_csv else _TREE
     output = Output(destination, "split destination", kind, inputs=[source])
     output.check()
-    place = real_path(destination)
-    if not is_csv and real_path(source) in (place, *place.parents):
+    if not is_csv and is_within(destination, source):
         raise DataError(
             "split destination", expected="a folder outside the source", found="one inside it",
             where=destination, hint="It would be read as a class the next time",
@@ -333,6 +334,8 @@ def _write_tree(dataset: ImageDataset, assigned: list[str], output: Output, mode
             os.sync()  # once for all: an fsync per file takes minutes for 100,000
 
     with new_folder(output, sync=sync) as folder:
+        if ignores_case(folder):
+            _refuse_same_names(dataset, assigned, output.path)
         try:
             for name, sample in zip(assigned, dataset.samples, strict=True):
                 target = folder / name / sample.path
@@ -352,6 +355,25 @@ def _write_tree(dataset: ImageDataset, assigned: list[str], output: Output, mode
             ) from error  # fmt: skip
 
 
+def _refuse_same_names(dataset: ImageDataset, assigned: list[str], destination: Path) -> None:
+    """Refuse names that differ in case only: two classes would become one folder.
+
+    Raises:
+        DataError: If there are two such names of images or folders in one folder.
+    """
+    names: dict[str, PurePosixPath] = {}
+    for split_name, sample in zip(assigned, dataset.samples, strict=True):
+        path = PurePosixPath(split_name, sample.path)
+        for one in (path, *path.parents):
+            other = names.setdefault(str(one).casefold(), one)
+            if other != one:
+                raise DataError(
+                    "split destination", expected="a file system that tells Covid from covid",
+                    found=f"one that takes {other} and {one} for the same", where=destination,
+                    hint="Rename one of them, or choose a .csv or another disk as destination",
+                )  # fmt: skip
+
+
 def _place(source: Path, target: Path, mode: str) -> None:
     """Make one file of the tree; never overwrite one, as names may clash on some systems."""
     if mode == "symlink":
@@ -362,4 +384,5 @@ def _place(source: Path, target: Path, mode: str) -> None:
         with source.open("rb") as reading, target.open("xb") as writing:
             shutil.copyfileobj(reading, writing, 1 << 20)
         status = source.stat()
-        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with contextlib.suppress(OSError):  # not every file system keeps times
+            os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
