@@ -33,6 +33,7 @@ from featcache.files import (
     plain_cell,
     readable_json,
     sha256_file,
+    sync_folder,
     write_bytes,
     write_csv,
     write_json,
@@ -252,18 +253,45 @@ def test_folders_that_are_made_survive_a_power_cut(
 
 
 @needs_posix
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF])
+@pytest.mark.parametrize("call", ["open", "fsync"])
 def test_a_file_system_that_syncs_no_folders_is_written_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
 ) -> None:
-    real = os.fsync
+    real = getattr(os, call)
 
-    def fsync(handle: int) -> None:
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
+    def fail_for_folders(what: Any, *rest: Any) -> Any:
+        if stat.S_ISDIR((os.fstat if call == "fsync" else os.stat)(what).st_mode):
             raise OSError(code, os.strerror(code))
-        real(handle)
+        return real(what, *rest)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    write_bytes(tmp_path / "a", b"old")
+    if call == "open":  # a new file is not there yet
+        monkeypatch.setattr(files, "_create", lambda path, like: path.open("xb"))
+    monkeypatch.setattr(os, call, fail_for_folders)
+    write_bytes(tmp_path / "a", b"x")
+    make_folder(tmp_path / "b" / "c")
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+@needs_posix
+def test_a_folder_that_is_gone_or_a_disk_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        sync_folder(tmp_path / "none")
+    monkeypatch.setattr(os, "fsync", failing(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match=rf"Input/output error: '{tmp_path}'"):
+        sync_folder(tmp_path)
+
+
+@needs_posix
+def test_modes_that_cannot_be_kept_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    for name in ("fchmod", "fchown"):  # vfat, CIFS
+        monkeypatch.setattr(os, name, failing(PermissionError(errno.EPERM, "not permitted")))
     write_bytes(tmp_path / "a", b"x")
     assert (tmp_path / "a").read_bytes() == b"x"
 

@@ -6,14 +6,22 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from failing import failing
 
 from featcache import renames
+from featcache.errors import ConfigError
 from featcache.files import write_bytes
-from featcache.renames import beside, exchange, remove_temporaries, rename_new
+from featcache.outputs import Kind, Output
+from featcache.renames import (
+    beside,
+    exchange,
+    find_windows_fault,
+    ignores_case,
+    remove_temporaries,
+    rename_new,
+)
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="links and long names of POSIX")
 
@@ -49,17 +57,14 @@ def test_only_temporaries_of_that_file_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted(mine)
 
 
-def no_renameat2(*_: object) -> NoReturn:
-    raise OSError(errno.ENOSYS, "Function not implemented")
-
-
 @needs_posix
-@pytest.mark.parametrize("how", ["renameat2", "link", "neither"])
+@pytest.mark.parametrize("how", ["renameat2", "EINVAL", "ENOSYS", "EPERM", "neither"])
 def test_a_new_name_never_replaces_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     if how != "renameat2":
-        monkeypatch.setattr(renames, "_rename_by", no_renameat2)
+        code = getattr(errno, how, errno.ENOSYS)  # EPERM: as containers forbid it
+        monkeypatch.setattr(renames, "_rename_by", failing(OSError(code, os.strerror(code))))
         assert not exchange(tmp_path / "a", tmp_path / "b")
     if how == "neither":
         monkeypatch.setattr(os, "link", failing(PermissionError(errno.EPERM, "no links")))
@@ -83,3 +88,35 @@ def test_a_new_name_never_replaces_anything(
     rename_new(tmp_path / "new", tmp_path / "name")
     assert (tmp_path / "name").read_text() == "new"
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nul.csv", "CON", "aux.h5", "Com1.tar.gz", "lpt³", "NUL .csv", "run.", "run ", "a.h5:b",
+     "a?.csv", "a|b", "tab\t"],
+)  # fmt: skip
+def test_names_that_windows_would_write_elsewhere_are_no_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    output = Output(tmp_path / name, "CACHE", Kind("cache", "a new file"))
+    output.check()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ConfigError, match=r"CACHE: expected a new file, found .*Windows.* another"):
+        output.check()
+
+
+@pytest.mark.parametrize("name", ["null.csv", "a.nul", "com10", "c.h5.partial", "ä b.h5", ".a"])
+def test_other_names_are_outputs_on_windows(name: str) -> None:
+    assert find_windows_fault(name) is None
+
+
+def test_whether_case_counts_is_asked_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new").mkdir()
+    assert not ignores_case(tmp_path / "new")  # Linux' own file systems
+    (tmp_path / "NEW").mkdir()
+    assert not ignores_case(tmp_path / "new")
+    (tmp_path / "NEW").rmdir()
+    (tmp_path / "NEW").symlink_to("new")  # the nearest thing to a disk that ignores case
+    assert ignores_case(tmp_path / "new")
