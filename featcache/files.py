@@ -3,7 +3,7 @@
 The protocol is: temporary name, write, fsync, rename, fsync of the folder. With it 1,500 of 1,500
 kills and 300 of 300 power cuts lost nothing; without the last fsync 41 of 60 cuts lost a file.
 
-What a verb may write over is decided in module ``outputs``.
+What a verb may write over is decided in module ``outputs``; names and renames are in ``renames``.
 """
 
 from __future__ import annotations
@@ -89,9 +89,13 @@ _NUMBERS = re.compile(r"\[\n\s+(-?\d[-\d.e+,\s]*?)\n\s*\]")  # no string holds a
 
 def sha256_file(path: Path, offset: int = 0) -> str:
     """Return the sha256 (64 hex digits) of the file from byte ``offset`` to its end."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return sha256_stream(file)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return sha256_stream(file)
+    except OSError as error:
+        error.filename = str(path)  # an error of reading has none
+        raise
 
 
 def sha256_stream(file: BinaryIO | io.FileIO) -> str:
