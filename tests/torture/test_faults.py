@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache import files, locking, outputs
+from featcache import files, locking, output_folders
 from featcache.backbones.backbone import Backbone
 from featcache.cache import hdf5
 from featcache.cache.reading import open_cache
@@ -465,7 +465,8 @@ MUTANTS: dict[str, tuple[str, list[tuple[Any, str, Any]], str]] = {
         "resumed run", [(PartialCache, "is_worthless", True)], "EIO: promised work was lost"
     ),
     "a run's folder without fsync": (
-        "run folder", [(module, "sync_folder", lambda _: None) for module in (outputs, locking)],
+        "run folder",
+        [(module, "sync_folder", lambda _: None) for module in (output_folders, locking)],
         "power cut: a false done"
     ),
     "an old run that stays": (
