@@ -57,10 +57,12 @@ def refuse_held(folder: Path, what: str) -> None:
         CacheError: If another process holds its lock.
     """
     path = folder / LOCK_NAME
-    if path.is_file():
-        with path.open("rb", buffering=0) as file:
-            _lock(file, path, what)
-            _unlock(file)
+    if not path.is_file():
+        return
+    # For writing too: NFS locks no file that is open for reading alone. An error the writer tells.
+    with contextlib.suppress(OSError), path.open("rb+", buffering=0) as file:
+        _lock(file, path, what)
+        _unlock(file)
 
 
 def remove_lock(folder: Path) -> None:
@@ -137,6 +139,8 @@ def _open_lock(path: Path, what: str) -> BinaryIO | None:
         sync_folder(path.parent.parent)  # else a power cut could lose the folder
     except OSError as error:
         raise disk_error(error, path.parent, _LOCK_BYTES) from error
+    if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
+        raise _unusable_lock(path, what, "a link")
     # Not through a link. A pipe would block until its other end opens.
     flags = os.O_RDWR | os.O_CREAT
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # some of them on Windows

@@ -7,6 +7,7 @@ it comes in, so that nothing behind these doors meets a value that it cannot pri
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -218,8 +219,11 @@ def is_within(path: Path, folder: Path) -> bool:
         found = folder.stat()
     except OSError:  # nothing is there yet
         return place.is_relative_to(real_path(folder))
-    there = [one for one in (place, *place.parents) if one.exists()]
-    return any(os.path.samestat(found, one.stat()) for one in there)
+    for one in (place, *place.parents):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, one.stat()):
+                return True
+    return False
 
 
 def why_no_file(path: Path, missing: str = "no such file") -> str | None:

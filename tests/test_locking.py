@@ -140,6 +140,27 @@ def test_a_file_system_without_locks_is_told_and_left_as_it_was(
 
 
 @needs_posix
+def test_a_lock_is_asked_for_as_nfs_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    flock = fcntl.flock
+
+    def strict(file: Any, operation: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")  # flock(2) on NFS
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    with writer_lock(tmp_path / "lock", "run"), pytest.raises(CacheError, match="one at work"):
+        refuse_held(tmp_path, "run")
+    refuse_held(tmp_path, "run")
+    (tmp_path / "lock").chmod(0o444)
+    refuse_held(tmp_path, "run")
+
+
+@needs_posix
 def test_by_the_rules_of_windows_there_is_one_writer_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
