@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -206,3 +207,16 @@ def test_on_a_terminal_lines_break_between_words(folder: Path, columns: int) -> 
     assert all(len(x) <= columns or x.strip() == long for x in lines), lines
     piped = shell(f"train c.h5 {long}2 --epochs 2 --hidden 4 --device cpu", folder)
     assert any(x.endswith(f"written to {long}2") for x in piped.out.splitlines())
+
+
+def test_the_signals_of_windows_end_a_command_too() -> None:
+    """There is no SIGHUP there, and Ctrl-Break is SIGBREAK; SIGUSR1 plays its part here."""
+    played = "import os, signal; del signal.SIGHUP; signal.SIGBREAK = signal.SIGUSR1\n"
+    played += "from featcache.cli import main; from featcache.evaluation import info\n"
+    played += "info.info = lambda *_, **__: os.kill(os.getpid(), signal.SIGBREAK)\n"
+    played += "main.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", played, "info", "c.h5"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert done.stderr.strip().startswith("interrupted: ")
