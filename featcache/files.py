@@ -3,7 +3,7 @@
 The protocol is: temporary name, write, fsync, rename, fsync of the folder. With it 1,500 of 1,500
 kills and 300 of 300 power cuts lost nothing; without the last fsync 41 of 60 cuts lost a file.
 
-What a verb may write over is decided in module ``outputs``.
+What a verb may write over is decided in module ``outputs``; names and renames are in ``renames``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import csv
 import dataclasses
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -27,19 +26,15 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from featcache.errors import CacheError, ConfigError, escaped
-from featcache.untrusted import open_regular
+from featcache.renames import NOT_SUPPORTED, beside
+from featcache.untrusted import open_regular, real_path
 
 _HASH_BLOCK_BYTES = 1 << 20
+_NO_FOLDER_SYNC = NOT_SUPPORTED | {
+    errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR, errno.EROFS
+}  # fmt: skip
 NO_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 """Error numbers of a disk that is full, or of a limit on file sizes."""
-
-_NOT_SUPPORTED = {
-    getattr(errno, name, None) for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "ENOTTY")
-}
-_MAX_NAME_BYTES = 255  # of a file's name on Linux, macOS and Windows
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
-_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
-_AT_FDCWD = -100
 
 
 def canonical_json(value: Any) -> str:
@@ -94,9 +89,13 @@ _NUMBERS = re.compile(r"\[\n\s+(-?\d[-\d.e+,\s]*?)\n\s*\]")  # no string holds a
 
 def sha256_file(path: Path, offset: int = 0) -> str:
     """Return the sha256 (64 hex digits) of the file from byte ``offset`` to its end."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return sha256_stream(file)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return sha256_stream(file)
+    except OSError as error:
+        error.filename = str(path)  # an error of reading has none
+        raise
 
 
 def sha256_stream(file: BinaryIO | io.FileIO) -> str:
@@ -117,25 +116,52 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes > max_bytes:
             raise OSError(errno.EFBIG, f"{num_bytes:,} bytes, more than {max_bytes:,}")
-        return file.read()
+        try:
+            return file.read()
+        except OSError as error:
+            error.filename = str(path)
+            raise
 
 
 def sync_folder(folder: Path) -> None:
     """Sync a folder, so that its names survive a power cut.
 
-    Does nothing where folders cannot be synced: on Windows, on CIFS before Linux 4.17, on vboxsf.
+    Does nothing where folders cannot be opened or synced: on Windows, on file systems of networks
+    and of virtual machines (CIFS before Linux 4.17, vboxsf, DrvFs, some of FUSE), and in folders
+    that one may write but not read.
     """
     if sys.platform == "win32":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            error.filename = str(folder)
+            raise
+
+
+def sync_file(handle: int, path: Path) -> None:
+    """Sync an open file, so that its content survives a power cut, where the file system can.
+
+    Raises:
+        OSError: If the disk fails; names ``path``.
+    """
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
-            error.filename = str(folder)
+        if error.errno not in NOT_SUPPORTED:
+            error.filename = str(path)
             raise
-    finally:
-        os.close(handle)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Set the permissions of a file or folder, where the file system has any (vfat, CIFS)."""
+    with contextlib.suppress(OSError):
+        path.chmod(mode)
 
 
 def local_path(path: str | Path, what: str) -> Path:
@@ -161,20 +187,16 @@ def follow_link(path: Path, what: str = "name") -> Path:
         ConfigError: If links lead in a circle.
     """
     try:
-        if not path.is_symlink():
-            return path
-        path.resolve(strict=True)
-    except FileNotFoundError:
-        pass
-    except (OSError, RuntimeError) as error:  # RuntimeError: a circle, before Python 3.13
-        found = "links that lead in a circle"
-        if isinstance(error, OSError) and error.errno != errno.ELOOP:
-            found = str(error.strerror)
-        raise ConfigError(
-            what, expected="a name, or a link to one", found=found, where=path,
-            hint="Choose another name",
-        ) from error  # fmt: skip
-    return path.resolve()
+        target = real_path(path) if path.is_symlink() else path
+        if not target.is_symlink():
+            return target
+        found = "links that lead in a circle"  # ``real_path`` stops there
+    except OSError as error:
+        found = str(error.strerror)
+    raise ConfigError(
+        what, expected="a name, or a link to one", found=found, where=path,
+        hint="Choose another name",
+    )  # fmt: skip
 
 
 def make_folder(path: Path) -> None:
@@ -183,111 +205,6 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync_folder(folder.parent)
-
-
-# ------------------------------------------------------------------------------- names and renames
-
-
-def beside(path: Path, ending: str, start: str = "") -> Path:
-    """Return the path START NAME ENDING in the same folder; a NAME too long for that is cut.
-
-    A hash tells long names apart.
-    """
-    name, data = path.name, os.fsencode(path.name)
-    room = _MAX_NAME_BYTES - len(start) - len(ending)
-    if len(data) > room:
-        digest = "~" + hashlib.sha256(data).hexdigest()[:16]
-        name = data[: room - len(digest)].decode("utf-8", "ignore") + digest
-    return path.with_name(start + name + ending)
-
-
-def is_temporary(name: str) -> bool:
-    """Return whether a name is one of featcache's for temporary files."""
-    return _TEMPORARY.fullmatch(name) is not None
-
-
-def remove_temporaries(path: Path) -> None:
-    """Remove temporary files of killed writers of ``path``. Call it while holding their lock."""
-    start = beside(path, f".{'0' * 16}.tmp", ".").name[: -len("0" * 16 + ".tmp")]
-    for stale in sorted(path.parent.iterdir()) if path.parent.is_dir() else []:
-        name = stale.name
-        if is_temporary(name) and name.startswith(start) and len(name) == len(start) + 20:
-            stale.unlink(missing_ok=True)
-
-
-def rename_new(source: Path, target: Path) -> None:
-    """Rename a file or a folder; never replace anything but an empty folder by a folder.
-
-    Raises:
-        FileExistsError: If something has that name already.
-    """
-    try:
-        _rename_by(_RENAME_NOREPLACE, source, target)
-        return
-    except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
-            raise
-    if sys.platform == "win32" or source.is_dir():
-        try:
-            source.rename(target)  # a folder replaces neither a file nor a folder with content
-        except OSError as error:
-            if error.errno in {errno.ENOTEMPTY, errno.ENOTDIR} and os.path.lexists(target):
-                raise FileExistsError(errno.EEXIST, "File exists", str(target)) from error
-            raise
-        return
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except FileExistsError:
-        raise
-    except OSError:  # no hard links either: a window that cannot be closed
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, "File exists", str(target)) from None
-        source.rename(target)
-    else:
-        source.unlink()
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once; return False where the system or the file system cannot.
-
-    Raises:
-        OSError: If one of them is not there, or it fails otherwise.
-    """
-    try:
-        _rename_by(_RENAME_EXCHANGE, one, other)
-    except OSError as error:
-        if error.errno in _NOT_SUPPORTED:
-            return False
-        raise
-    return True
-
-
-@functools.cache
-def _find_renameat2() -> Any:
-    import ctypes
-
-    try:
-        return ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # macOS, an old libc, Windows
-        return None
-
-
-def _rename_by(flag: int, source: Path, target: Path) -> None:
-    """Call Linux's ``renameat2``, which Python has not.
-
-    Raises:
-        OSError: ``ENOSYS`` or ``EINVAL`` where there is none.
-    """
-    import ctypes
-
-    renameat2 = _find_renameat2()
-    if renameat2 is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(source), None, str(target))
-    sys.audit("os.rename", source, target, -1, -1)  # as Python's own function does
-    names = os.fsencode(source), os.fsencode(target)
-    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(source), None, str(target))
 
 
 # --------------------------------------------------------------------------------- writing files
@@ -310,7 +227,7 @@ def atomic_writer(path: Path, publish: Publish | None = None) -> Iterator[Binary
     """
     with _temporary(path) as (temporary, file):
         yield file
-        _sync_file(file)
+        _sync_and_close(file, temporary)
         if publish is None:
             temporary.replace(path)
         else:
@@ -322,13 +239,13 @@ def write_temporary(path: Path, data: bytes) -> Path:
     """Write a temporary file beside ``path``, sync it and return where it is."""
     with _temporary(path) as (temporary, file):
         file.write(data)
-        _sync_file(file)
+        _sync_and_close(file, temporary)
     return temporary
 
 
-def _sync_file(file: BinaryIO) -> None:
+def _sync_and_close(file: BinaryIO, path: Path) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    sync_file(file.fileno(), path)
     file.close()  # Windows renames no open file
 
 
@@ -356,10 +273,11 @@ def _create(temporary: Path, *, like: Path) -> BinaryIO:
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(temporary, flags, mode)
     file = open(handle, "wb")  # noqa: PTH123, SIM115 (of a handle; the caller closes it)
-    if old is not None and hasattr(os, "fchmod"):
+    if old is not None and sys.platform != "win32":
         with contextlib.suppress(OSError):  # only root may give files away
             os.fchown(handle, old.st_uid, old.st_gid)
-        os.fchmod(handle, mode)
+        with contextlib.suppress(OSError):  # no such modes on vfat and CIFS
+            os.fchmod(handle, mode)
     return file
 
 

@@ -6,6 +6,7 @@ The lock file also marks a folder of unfinished work as ours: ``OUTPUT.partial/l
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import socket
@@ -14,9 +15,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from featcache.errors import CacheError, ConfigError
+from featcache.errors import CacheError
 from featcache.files import NO_SPACE, disk_error, sync_folder
 
 LOCK_NAME = "lock"
@@ -25,8 +26,6 @@ LOCK_NAME = "lock"
 @contextlib.contextmanager
 def folder_lock(folder: Path, what: str, own_names: str) -> Iterator[None]:
     """Hold the lock of a folder of unfinished work, which is made if it is missing.
-
-    Where there is no flock (Windows) it only marks the folder.
 
     Args:
         folder: The folder, ``OUTPUT.partial`` as a rule.
@@ -38,14 +37,17 @@ def folder_lock(folder: Path, what: str, own_names: str) -> Iterator[None]:
         CacheError: If another process holds the lock, or the folder is somebody else's.
     """
     refuse_strangers(folder, what, own_names)
-    if sys.platform == "win32":
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOCK_NAME).write_bytes(_SIGNATURE_START)
-        yield
-        return
-    with writer_lock(folder / LOCK_NAME, what):
-        sync_folder(folder)  # a power cut must not leave our files without the lock that marks them
-        yield
+    was_held = False
+    try:
+        with writer_lock(folder / LOCK_NAME, what):
+            was_held = True
+            sync_folder(folder)  # a power cut must not leave our files without their lock
+            yield
+    finally:
+        # Windows removes no open file: ``remove_lock`` could not, and cannot remove that of the
+        # next writer.
+        if was_held and sys.platform == "win32":
+            remove_lock_alone(folder)
 
 
 def refuse_held(folder: Path, what: str) -> None:
@@ -55,12 +57,12 @@ def refuse_held(folder: Path, what: str) -> None:
         CacheError: If another process holds its lock.
     """
     path = folder / LOCK_NAME
-    if sys.platform == "win32" or not path.is_file():
+    if not path.is_file():
         return
-    import fcntl
-
-    with path.open("rb") as file:
-        _lock(file, path, what, fcntl)
+    # For writing too: NFS locks no file that is open for reading alone. An error the writer tells.
+    with contextlib.suppress(OSError), path.open("rb+", buffering=0) as file:
+        _lock(file, path, what)
+        _unlock(file)
 
 
 def remove_lock(folder: Path) -> None:
@@ -69,6 +71,12 @@ def remove_lock(folder: Path) -> None:
         sync_folder(folder)  # what was removed before it must not come back without it
         (folder / LOCK_NAME).unlink(missing_ok=True)
         folder.rmdir()
+
+
+def remove_lock_alone(folder: Path) -> None:
+    """Remove the lock file and the folder where nothing else is in it."""
+    if [path.name for path in folder.iterdir()] == [LOCK_NAME]:
+        remove_lock(folder)
 
 
 def refuse_strangers(folder: Path, what: str, own_names: str) -> None:
@@ -93,38 +101,35 @@ def refuse_strangers(folder: Path, what: str, own_names: str) -> None:
 
 @contextlib.contextmanager
 def writer_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold an exclusive lock on ``path`` (flock), which is released when the process dies.
+    """Hold an exclusive lock on ``path``, which the system releases when the process dies.
 
     Args:
         path: The lock file. It is created if missing, and may be left behind.
         what: What is locked, for messages.
 
     Raises:
-        CacheError: If another process holds it; names process, host and start.
-        ConfigError: Where the platform has no flock.
+        CacheError: If another process holds it (names process, host and start), or the file system
+            has no locks.
     """
-    try:
-        import fcntl
-    except ImportError as error:  # Windows
-        raise ConfigError(
-            f"writing {what}", expected="a platform with flock (Linux, macOS)", found=sys.platform,
-            hint="Extract on a Linux machine; reading and training work everywhere",
-        ) from error  # fmt: skip
     while True:
         file = _open_lock(path, what)
         if file is None:  # a writer that finished has just removed the folder
             continue
         with file:
-            _lock(file, path, what, fcntl)
+            _lock(file, path, what)
             if _is_current_file(file, path):
                 _sign(file)
-                yield
+                try:
+                    yield
+                finally:
+                    _unlock(file)
                 return
 
 
 _SIGNATURE_START = b"process "
 
 _LOCK_BYTES = 4096  # for messages: a folder and a small file take one disk block
+_LOCKED_BYTE = 1 << 30  # on Windows: nobody can read a byte that is locked, so one beyond the sign
 
 
 def _open_lock(path: Path, what: str) -> BinaryIO | None:
@@ -134,9 +139,14 @@ def _open_lock(path: Path, what: str) -> BinaryIO | None:
         sync_folder(path.parent.parent)  # else a power cut could lose the folder
     except OSError as error:
         raise disk_error(error, path.parent, _LOCK_BYTES) from error
+    if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
+        raise _unusable_lock(path, what, "a link")
+    # Not through a link. A pipe would block until its other end opens.
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # some of them on Windows
+        flags |= getattr(os, name, 0)
     try:
-        # O_NOFOLLOW: not through a link. O_NONBLOCK: a pipe would block until its other end opens.
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        handle = os.open(path, flags, 0o666)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -163,16 +173,15 @@ def _unusable_lock(path: Path, what: str, found: str) -> CacheError:
     )  # fmt: skip
 
 
-def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
-    how = fcntl.LOCK_EX | fcntl.LOCK_NB
+def _lock(file: BinaryIO | io.FileIO, path: Path, what: str) -> None:
     try:
         try:
-            fcntl.flock(file, how)
+            _try_lock(file)
         except BlockingIOError:
             # Try again after reading (which takes a while): after one of 900 kills the lock was
             # not yet free.
             holder = _read_sign(file)
-            fcntl.flock(file, how)
+            _try_lock(file)
     except BlockingIOError as error:
         raise CacheError(
             what, expected="no other writer", found=f"one at work: {holder}", where=path,
@@ -183,6 +192,36 @@ def _lock(file: BinaryIO, path: Path, what: str, fcntl: Any) -> None:
             what, expected="a file system that can lock files", found=str(error.strerror),
             where=path, hint="Write to a local disk and copy the result",
         ) from error  # fmt: skip
+
+
+def _try_lock(file: BinaryIO | io.FileIO) -> None:
+    """Lock an open file for this process alone.
+
+    Raises:
+        BlockingIOError: If another process has locked it.
+        OSError: If the file system has no locks.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(_LOCKED_BYTE)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(error.errno, error.strerror) from error
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unlock(file: BinaryIO | io.FileIO) -> None:
+    """Release a lock: closing the file does so too, but on Windows some time later."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 
 def _sign(file: BinaryIO) -> None:
@@ -196,7 +235,7 @@ def _sign(file: BinaryIO) -> None:
         )
 
 
-def _read_sign(file: BinaryIO) -> str:
+def _read_sign(file: BinaryIO | io.FileIO) -> str:
     """Return who holds the lock. It is signed just after it is taken, so wait up to a second."""
     for _ in range(20):
         time.sleep(0.05)
@@ -210,8 +249,10 @@ def _is_current_file(file: BinaryIO, path: Path) -> bool:
     """Return whether the open file is still the one under its name.
 
     The previous writer may have removed it after we opened and before we locked it. Another process
-    could then lock a new file of this name, and both would write.
+    could then lock a new file of this name, and both would write. Windows removes no open file.
     """
+    if sys.platform == "win32":
+        return True
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -16,27 +16,23 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from featcache.errors import ConfigError, FeatcacheError
 from featcache.files import (
-    beside,
     disk_error,
-    exchange,
     follow_link,
     local_path,
-    make_folder,
-    rename_new,
     sync_folder,
     write_temporary,
 )
-from featcache.locking import LOCK_NAME, folder_lock, refuse_held, remove_lock
-from featcache.untrusted import real_path
+from featcache.renames import exchange, find_windows_fault, rename_new
+from featcache.untrusted import is_within
 
-_NEW, _OLD = "new", "old"
+NEW, OLD = "new", "old"  # in ``NAME.partial``: a folder in the making, and one that was replaced
 _MAX_HEADER_BYTES = 1 << 24
 
 
@@ -104,7 +100,7 @@ class Output:
     @property
     def is_stream(self) -> bool:
         """Whether it is a pipe, a character device or this process's standard output."""
-        status = _status(self.target)
+        status = try_stat(self.target)
         return self.kind.may_stream and status is not None and _is_stream(status)
 
     def check(self) -> None:
@@ -113,6 +109,10 @@ class Output:
         Raises:
             FeatcacheError: The kind's error, in one line.
         """
+        if sys.platform == "win32" and not self.is_stream:
+            for name in (self.path.name, self.target.name):
+                if fault := find_windows_fault(name):
+                    raise self._refusal(fault, "Choose another name")
         status = self._stat()
         self._refuse_inputs(status)
         if status is None:
@@ -151,7 +151,7 @@ class Output:
         if not self.kind.is_folder:
             temporary.replace(self.target)
             return None
-        old = temporary.with_name(_OLD)
+        old = temporary.with_name(OLD)
         rename_new(self.target, old)
         try:
             if not self._may_replace(old):
@@ -164,7 +164,7 @@ class Output:
 
     def recover(self, partial: Path) -> None:
         """Clear away what a killed writer of this folder left; call it while holding its lock."""
-        old, new, is_own = partial / _OLD, partial / _NEW, self.kind.is_own
+        old, new, is_own = partial / OLD, partial / NEW, self.kind.is_own
         if old.is_dir() and not os.path.lexists(self.target):  # killed between two renames
             rename_new(old, self.target)
             self._at_start = _identify(self.target)
@@ -190,16 +190,14 @@ class Output:
         try:
             if self.target.is_symlink() and not self.kind.may_be_link:
                 raise self._refusal("a link", "Remove it")
-            return _status(self.target, strict=True)
+            return try_stat(self.target, strict=True)
         except OSError as error:
             raise self._refusal(str(error.strerror), "Choose another name") from error
 
     def _refuse_inputs(self, status: os.stat_result | None) -> None:
         for path in self._inputs:
-            found = _status(path)
-            is_inside = self.kind.is_folder and (
-                real_path(path).is_relative_to(real_path(self.target))
-            )
+            found = try_stat(path)
+            is_inside = self.kind.is_folder and is_within(path, self.target)
             if (status and found and os.path.samestat(status, found)) or (found and is_inside):
                 raise self.kind.error(
                     self._what, expected="another file than those that are read", found=path,
@@ -246,8 +244,11 @@ class Output:
         )
 
 
-def _status(path: Path, *, strict: bool = False) -> os.stat_result | None:
-    """Return the status of what is at a path, None where nothing is (or it cannot be told)."""
+def try_stat(path: Path, *, strict: bool = False) -> os.stat_result | None:
+    """Return the status of what is at a path, None where nothing is (or it cannot be told).
+
+    With ``strict`` an error other than a missing file is raised.
+    """
     try:
         return path.stat()
     except FileNotFoundError:
@@ -260,7 +261,7 @@ def _status(path: Path, *, strict: bool = False) -> os.stat_result | None:
 
 def _identify(path: Path) -> tuple[int, ...] | None:
     """Return what tells a file from another of that name, None where there is none."""
-    found = _status(path)
+    found = try_stat(path)
     if found is None:
         return None
     is_folder = stat.S_ISDIR(found.st_mode)
@@ -373,91 +374,3 @@ def _write_into(path: Path, data: bytes) -> None:
         if not _is_stream(os.fstat(file.fileno())):
             raise OSError(errno.EEXIST, "it was a pipe or device, and is another file now")
         file.write(data)
-
-
-# ----------------------------------------------------------------------------------------- folders
-
-
-def check_folder(output: Output) -> None:
-    """Refuse a folder that ``new_folder`` would refuse, before any work is done.
-
-    Raises:
-        FeatcacheError: As ``new_folder``.
-    """
-    output.check()
-    refuse_held(beside(output.target, ".partial"), output.target.name)
-
-
-@contextlib.contextmanager
-def new_folder(
-    output: Output, *, state: Iterable[str] = (), sync: Callable[[Path], None] | None = None
-) -> Iterator[Path]:
-    """Build a folder as ``NAME.partial/new``, and give it its name if nothing failed.
-
-    ``NAME.partial/lock`` is held meanwhile: there is one writer at a time. Of what else lies in
-    ``NAME.partial`` nothing is touched but our own.
-
-    Args:
-        output: The folder to make.
-        state: Names of files in ``NAME.partial`` that are kept if something fails, so that the same
-            command can resume, and removed at the end.
-        sync: Makes what was built survive a power cut. None syncs every file and folder.
-
-    Raises:
-        FeatcacheError: If the output must not be replaced, another process is writing it, or
-            ``NAME.partial`` is somebody else's.
-    """
-    output.check()
-    try:
-        make_folder(output.target.parent)
-    except OSError as error:
-        raise disk_error(error, output.target, 4096) from error  # a folder's block
-    partial = beside(output.target, ".partial")
-    with folder_lock(partial, output.target.name, ".*"):
-        new, identity = partial / _NEW, None
-        try:
-            output.recover(partial)
-            output.check()  # again: another process may have made it before the lock was ours
-            new.mkdir()
-            identity = new.stat()
-            yield new
-            try:
-                _finish(output, new, sync or _sync_tree)
-            except OSError as error:
-                raise disk_error(error, output.path, 4096) from error
-            for name in state:
-                (partial / name).unlink(missing_ok=True)
-        finally:
-            found = _status(new)
-            if identity and found and os.path.samestat(identity, found):
-                shutil.rmtree(new, ignore_errors=True)
-            if [path.name for path in partial.iterdir()] == [LOCK_NAME]:
-                remove_lock(partial)
-
-
-def _finish(output: Output, new: Path, sync: Callable[[Path], None]) -> None:
-    """Make a folder survive a power cut, give it its name, and remove the one that had it."""
-    _keep_modes(output.target, new)
-    sync(new)
-    old = output.publish(new)
-    sync_folder(output.target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def _keep_modes(old: Path, new: Path) -> None:
-    """Give a new folder and its files the modes of those that they replace."""
-    for path in [new, *new.rglob("*")]:
-        before = _status(old / path.relative_to(new))
-        if before is not None and stat.S_IFMT(before.st_mode) == stat.S_IFMT(path.stat().st_mode):
-            path.chmod(stat.S_IMODE(before.st_mode))

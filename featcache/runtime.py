@@ -291,9 +291,14 @@ def _read_counts(path: Path) -> dict[str, int]:
 
 
 INTERRUPTS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    if hasattr(signal, name)
 )
-"""Signals that ask a process to end: Ctrl-C, ``kill`` or a scheduler, a closed terminal."""
+"""Signals that ask a process to end: Ctrl-C, ``kill`` or a scheduler, a closed terminal.
+
+SIGBREAK is Windows' Ctrl-Break.
+"""
 
 
 class Interrupted(KeyboardInterrupt):

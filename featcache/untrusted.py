@@ -7,6 +7,7 @@ it comes in, so that nothing behind these doors meets a value that it cannot pri
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -172,6 +173,33 @@ def open_regular(path: Path) -> io.FileIO:
     return file
 
 
+_LASTING = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+def reading_hint(error: OSError, otherwise: str) -> str:
+    """Return what to do about a file that could not be read, for a message.
+
+    Errors of a disk or a network may pass: nothing should be given up for them before the same
+    command was tried again.
+
+    Args:
+        error: What reading the file raised.
+        otherwise: What to do about a file that is not there, or is no file: a sentence without its
+            full stop, or nothing.
+    """
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return "Check its permissions"
+    if error.errno in _LASTING:
+        return otherwise
+    again = "Run the same command again"
+    if not otherwise:
+        return again
+    return f"{again}. If that does not help, {otherwise[0].lower()}{otherwise[1:]}"
+
+
 def _is_plain(status: os.stat_result) -> bool:
     """Return whether it is a regular file; raise for a folder, whose own error says more."""
     if stat.S_ISDIR(status.st_mode):
@@ -185,6 +213,20 @@ def real_path(path: Path) -> Path:
     ``Path.resolve`` raises RuntimeError for a loop of links before Python 3.13.
     """
     return Path(os.path.realpath(path))
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Return whether a path is a folder or leads into it, through links or in another case too."""
+    place = real_path(path)
+    try:
+        found = folder.stat()
+    except OSError:  # nothing is there yet
+        return place.is_relative_to(real_path(folder))
+    for one in (place, *place.parents):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, one.stat()):
+                return True
+    return False
 
 
 def why_no_file(path: Path, missing: str = "no such file") -> str | None:

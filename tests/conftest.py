@@ -15,7 +15,7 @@ import tiny_network
 import torch
 from sample_images import write_tree
 
-from featcache import files
+from featcache import renames as renames_module
 from featcache.backbones.backbone import Backbone
 
 # --- torture: short in CI, long by scripts/torture.sh
@@ -127,4 +127,4 @@ def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         def fail(*_: object) -> None:
             raise OSError(errno.ENOSYS, "Function not implemented")
 
-        monkeypatch.setattr(files, "_rename_by", fail)
+        monkeypatch.setattr(renames_module, "_rename_by", fail)

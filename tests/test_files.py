@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import pytest
 from failing import failing
@@ -26,18 +26,15 @@ from featcache import files
 from featcache.errors import ConfigError
 from featcache.files import (
     atomic_writer,
-    beside,
     canonical_json,
     csv_text,
-    exchange,
     follow_link,
     local_path,
     make_folder,
     plain_cell,
     readable_json,
-    remove_temporaries,
-    rename_new,
     sha256_file,
+    sync_folder,
     write_bytes,
     write_csv,
     write_json,
@@ -257,18 +254,45 @@ def test_folders_that_are_made_survive_a_power_cut(
 
 
 @needs_posix
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF])
+@pytest.mark.parametrize("call", ["open", "fsync"])
 def test_a_file_system_that_syncs_no_folders_is_written_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
 ) -> None:
-    real = os.fsync
+    real = getattr(os, call)
 
-    def fsync(handle: int) -> None:
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
+    def fail_for_folders(what: Any, *rest: Any) -> Any:
+        if stat.S_ISDIR((os.fstat if call == "fsync" else os.stat)(what).st_mode):
             raise OSError(code, os.strerror(code))
-        real(handle)
+        return real(what, *rest)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    write_bytes(tmp_path / "a", b"old")
+    if call == "open":  # a new file is not there yet
+        monkeypatch.setattr(files, "_create", lambda path, like: path.open("xb"))
+    monkeypatch.setattr(os, call, fail_for_folders)
+    write_bytes(tmp_path / "a", b"x")
+    make_folder(tmp_path / "b" / "c")
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+@needs_posix
+def test_a_folder_that_is_gone_or_a_disk_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        sync_folder(tmp_path / "none")
+    monkeypatch.setattr(os, "fsync", failing(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match=rf"Input/output error: '{tmp_path}'"):
+        sync_folder(tmp_path)
+
+
+@needs_posix
+def test_modes_that_cannot_be_kept_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    for name in ("fchmod", "fchown"):  # vfat, CIFS
+        monkeypatch.setattr(os, name, failing(PermissionError(errno.EPERM, "not permitted")))
     write_bytes(tmp_path / "a", b"x")
     assert (tmp_path / "a").read_bytes() == b"x"
 
@@ -281,33 +305,6 @@ def test_an_error_of_the_disk_names_the_file_and_not_the_temporary(
         write_bytes(tmp_path / "a", b"x")
     with pytest.raises(FileNotFoundError, match=r"'.*/no/a'$"):
         write_bytes(tmp_path / "no" / "a", b"x")
-
-
-@needs_posix
-@pytest.mark.parametrize("name", ["n" * 255, "ä" * 127, "n" * 250 + ".h5"])
-def test_names_as_long_as_the_system_allows_have_companions(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    write_bytes(path, b"x")
-    write_bytes(path, b"y")
-    assert [p.name for p in tmp_path.iterdir()] == [name]
-    partial, other = beside(path, ".partial"), beside(tmp_path / (name[:-1] + "m"), ".partial")
-    assert partial != other
-    partial.mkdir()
-
-
-@needs_posix
-def test_only_temporaries_of_that_file_are_removed(tmp_path: Path) -> None:
-    ours, long = "0123456789abcdef.tmp", "n" * 255
-    mine = [".a.notes.tmp", ".a.77.tmp", f".a.b.{ours}", f"a.{ours}", ".a.0123456789abcdef.tmp2"]
-    for name in [f".a.{ours}", *mine]:
-        (tmp_path / name).write_bytes(b"x")
-    remove_temporaries(tmp_path / "a")
-    assert names(tmp_path) == sorted(mine)
-    beside(tmp_path / long, f".{ours}", ".").touch()
-    remove_temporaries(tmp_path / ("n" * 254 + "m"))
-    assert len(names(tmp_path)) == len(mine) + 1
-    remove_temporaries(tmp_path / long)
-    assert names(tmp_path) == sorted(mine)
 
 
 @needs_posix
@@ -337,42 +334,6 @@ def test_nothing_is_written_through_a_planted_link(
         write_bytes(tmp_path / "a", b"x")
     assert (tmp_path / "victim").read_text() == "years of work"
     assert link.is_symlink()
-
-
-def no_renameat2(*_: object) -> NoReturn:
-    raise OSError(errno.ENOSYS, "Function not implemented")
-
-
-@needs_posix
-@pytest.mark.parametrize("how", ["renameat2", "link", "neither"])
-def test_a_new_name_never_replaces_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    if how != "renameat2":
-        monkeypatch.setattr(files, "_rename_by", no_renameat2)
-        assert not exchange(tmp_path / "a", tmp_path / "b")
-    if how == "neither":
-        monkeypatch.setattr(os, "link", failing(PermissionError(errno.EPERM, "no links")))
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "letter").write_text("dear")
-    (tmp_path / "link").symlink_to("file")
-    (tmp_path / "dangling").symlink_to("nowhere")
-    before = names(tmp_path)
-    for target in ("file", "folder", "link", "dangling"):
-        (tmp_path / "new").write_text("new")
-        with pytest.raises(FileExistsError):
-            rename_new(tmp_path / "new", tmp_path / target)
-        (tmp_path / "new").unlink()
-        (tmp_path / "new").mkdir()
-        with pytest.raises(FileExistsError):
-            rename_new(tmp_path / "new", tmp_path / target)
-        (tmp_path / "new").rmdir()
-        assert names(tmp_path) == before
-    (tmp_path / "new").write_text("new")
-    rename_new(tmp_path / "new", tmp_path / "name")
-    assert (tmp_path / "name").read_text() == "new"
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/a", "gs://b/c.h5", "https://x.org/y.png", "HDFS://x"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from failing import failing
+from windows import act_as_windows
 
 from featcache import locking
-from featcache.errors import ConfigError, FeatcacheError
-from featcache.locking import writer_lock
+from featcache.errors import CacheError, FeatcacheError
+from featcache.locking import folder_lock, refuse_held, remove_lock, writer_lock
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and flock of POSIX")
 
@@ -123,9 +126,62 @@ def test_the_lock_is_free_after_its_block_also_after_an_error(tmp_path: Path) ->
     subprocess.run([sys.executable, "-c", take, str(path)], check=True)
 
 
-def test_a_platform_without_flock_is_told_so(
+@needs_posix
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_told_and_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", failing(OSError(code, os.strerror(code))))
+    said = r"that can lock files, found .* \(.*lock\)\. Write to a local disk and copy"
+    with pytest.raises(CacheError, match=said), writer_lock(tmp_path / "lock", "cache"):
+        pytest.fail("not locked")
+
+
+@needs_posix
+def test_a_lock_is_asked_for_as_nfs_allows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    with pytest.raises(ConfigError, match="Linux"), writer_lock(tmp_path / "lock", "cache"):
-        pytest.fail("not locked")
+    import fcntl
+
+    flock = fcntl.flock
+
+    def strict(file: Any, operation: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")  # flock(2) on NFS
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    with writer_lock(tmp_path / "lock", "run"), pytest.raises(CacheError, match="one at work"):
+        refuse_held(tmp_path, "run")
+    refuse_held(tmp_path, "run")
+    (tmp_path / "lock").chmod(0o444)
+    refuse_held(tmp_path, "run")
+
+
+@needs_posix
+def test_by_the_rules_of_windows_there_is_one_writer_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "c.h5.partial"
+    with act_as_windows(monkeypatch):
+        for _ in range(2):
+            with folder_lock(folder, "cache", "x"):
+                remove_lock(folder)  # as every writer does at its end
+                assert [path.name for path in folder.iterdir()] == ["lock"]  # open: it stays
+                with pytest.raises(CacheError, match=f"process {os.getpid()} on .* since 20"):
+                    refuse_held(folder, "cache")
+                with (
+                    pytest.raises(CacheError, match="one at work"),
+                    folder_lock(folder, "cache", "x"),
+                ):
+                    pytest.fail("two writers")
+            assert list(tmp_path.iterdir()) == []
+        with folder_lock(folder, "cache", "x"):
+            (folder / "shard").touch()
+        assert sorted(path.name for path in folder.iterdir()) == ["lock", "shard"]
+        refuse_held(folder, "cache")  # and leaves it free
+        with folder_lock(folder, "cache", "x"):
+            (folder / "shard").unlink()
+        assert list(tmp_path.iterdir()) == []

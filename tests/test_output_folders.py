@@ -15,7 +15,8 @@ from featcache import outputs
 from featcache.errors import FeatcacheError, RunError
 from featcache.heads.run import RUN
 from featcache.locking import writer_lock
-from featcache.outputs import Output, check_folder, new_folder
+from featcache.output_folders import check_folder, new_folder
+from featcache.outputs import Output
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and flock of POSIX")
 

@@ -48,7 +48,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -
         yield featcache.evaluate(run, positive="covid")
         yield featcache.info(run)
         yield featcache.info(Path(__file__).parent / "data" / "partial_v2")
-        yield featcache.predict(run, cache=cache)
+        with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
+            predictions = featcache.predict(run, cache=cache)
+        yield predictions
         yield featcache.export(run, folder / "out.pt", backbone=tiny_backbone)
 
     return {type(result).__name__: result for result in made()}

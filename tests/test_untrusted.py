@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -19,9 +20,11 @@ from featcache.untrusted import (
     MAX_DEPTH,
     MAX_TEXT,
     find_fault,
+    is_within,
     open_regular,
     parse_json,
     parse_json_object,
+    reading_hint,
     why_no_file,
 )
 
@@ -134,3 +137,35 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
     with open_regular(tmp_path / "file") as file:
         assert file.read() == b"abc"
         assert math.isfinite(os.fstat(file.fileno()).st_size)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM])
+def test_what_may_pass_is_tried_again_before_anything_is_given_up(code: int) -> None:
+    hint = reading_hint(OSError(code, os.strerror(code)), "Begin anew with --overwrite")
+    assert hint.startswith("Run the same command again. If that does not help, begin anew with")
+
+
+def test_what_will_not_pass_is_not_tried_again() -> None:
+    assert reading_hint(FileNotFoundError(errno.ENOENT, "none"), "Make it") == "Make it"
+    assert reading_hint(PermissionError(errno.EACCES, "no"), "Remove it") == "Check its permissions"
+
+
+def test_a_place_in_a_folder_is_found_by_links_and_in_another_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    (folder / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder / "deep")
+    for inside in (folder, folder / "c.h5", tmp_path / "link" / "no" / "c.h5"):
+        assert is_within(inside, folder)
+    for outside in (tmp_path, tmp_path / "data2" / "c.h5", tmp_path / "DATA" / "c.h5"):
+        assert not is_within(outside, folder)
+    real = Path.stat
+
+    def stat(path: Path, **options: Any) -> os.stat_result:
+        """As where DATA and data are one."""
+        return real(Path(str(path).replace("DATA", "data")), **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert is_within(tmp_path / "DATA" / "c.h5", folder)
+    assert not is_within(tmp_path / "DATA2" / "c.h5", folder)

@@ -33,7 +33,7 @@ import numpy.typing as npt
 from featcache.cache.row_reader import RowReader
 from featcache.errors import CacheError
 from featcache.files import canonical_json, json_sha256, sha256_stream
-from featcache.untrusted import open_regular, parse_json_object
+from featcache.untrusted import open_regular, parse_json_object, reading_hint
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
@@ -82,10 +82,7 @@ class ArrayReader(RowReader):
         shape, self.path = entry.shape, container.path
         if as_vectors:
             shape = (math.prod(shape[:-1]), shape[-1])
-        super().__init__(
-            container._reopen(), entry.offset, shape, entry.dtype,
-            lambda: container._changed("one that was cut off meanwhile"),
-        )  # fmt: skip
+        super().__init__(container._reopen, entry.offset, shape, entry.dtype, container._unreadable)
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,10 @@ class Container:
     """Identifies the file: device, inode, size, time of change."""
 
     def map(self, name: str) -> npt.NDArray[Any]:
-        """Return the array memory-mapped, read-only: data is read when it is used."""
+        """Return the array memory-mapped, read-only: data is read when it is used.
+
+        Where the file system maps no files, it is read at once.
+        """
         entry = self.entry(name)
         if entry.num_bytes == 0:
             return np.empty(entry.shape, entry.dtype)
@@ -111,7 +111,12 @@ class Container:
         start = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
         size = entry.offset - start + entry.num_bytes
         with self._reopen() as file:
-            view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=start)
+            try:
+                view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=start)
+            except OSError:  # ENODEV: a file system that maps no files (vboxsf, some of FUSE)
+                array = self.read(name)
+                array.flags.writeable = False
+                return array
         flat = np.frombuffer(view, entry.dtype, math.prod(entry.shape), entry.offset - start)
         return flat.reshape(entry.shape)
 
@@ -126,8 +131,10 @@ class Container:
     def _reopen(self) -> io.FileIO:
         try:
             file = open_regular(self.path)
+        except FileNotFoundError as error:
+            raise self._changed("no such file") from error
         except OSError as error:
-            raise self._changed() from error
+            raise self._unreadable(error) from error
         if _identify_file(file.fileno()) != self.stamp:
             file.close()
             raise self._changed()
@@ -159,6 +166,14 @@ class Container:
             hint="Open it again",
         )  # fmt: skip
 
+    def _unreadable(self, error: OSError | None) -> CacheError:
+        if error is None:
+            return self._changed("one that was cut off meanwhile")
+        return CacheError(
+            "cache", expected="a file that can be read", found=error.strerror or error,
+            where=self.path, hint=reading_hint(error, "Copy it again"),
+        )  # fmt: skip
+
 
 def open_container(path: Path, *, verify: bool = True) -> Container:
     """Read the user block of ``path`` and check it against the file.
@@ -178,7 +193,7 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
         found = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
         raise CacheError(
             "cache", expected="a readable file", found=found, where=path,
-            hint="Make it with featcache extract",
+            hint=reading_hint(error, "Make it with featcache extract"),
         ) from error  # fmt: skip
     container = _parse(text, path, stamp)
     if verify:
@@ -211,7 +226,10 @@ def is_payload_whole(container: Container) -> bool:
     """Return whether the bytes after the user block match ``payload_sha256``."""
     with container._reopen() as file:  # an update may have replaced the file
         file.seek(container.user_block_bytes)
-        return sha256_stream(file) == container.payload_sha256
+        try:
+            return sha256_stream(file) == container.payload_sha256
+        except OSError as error:
+            raise container._unreadable(error) from error
 
 
 def check_payload(container: Container) -> None:

@@ -8,7 +8,6 @@ such runs. This is the only module that imports h5py.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -38,6 +37,7 @@ from featcache.cache.container import (
     user_block_sha256,
 )
 from featcache.files import Publish, atomic_writer, canonical_json, child_process, disk_error
+from featcache.renames import NOT_SUPPORTED
 
 _COPY_BYTES = 1 << 22
 _THREAD_BYTES = 1 << 18  # see _call_in_thread
@@ -221,7 +221,7 @@ def _reserve(handle: int, size: int) -> None:
         try:
             os.posix_fallocate(handle, 0, size)
         except OSError as error:
-            if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
+            if error.errno not in NOT_SUPPORTED:
                 raise
 
 

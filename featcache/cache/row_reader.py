@@ -5,9 +5,11 @@ Reads: caches and shards.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,27 +27,32 @@ _PIECE_BYTES = 1 << 22
 class RowReader:
     """Reads rows of one array from an open file; threads may share it.
 
-    The file stays open, so the old file is read on even if it is replaced. Nothing is mapped into
+    The file stays open, so the old file is read on even if it is replaced. On Windows it is opened
+    for each read, as nobody could replace or remove it while it is open. Nothing is mapped into
     memory: ``ulimit -v`` may be smaller than the array, and a file that is cut off meanwhile is an
     error and not the end of the process (SIGBUS).
 
     Args:
-        file: Closed together with the reader.
+        open_file: Opens the file, always the same one, or raises an error.
         offset: Where the array begins in it, in bytes.
         shape: Of the array, its rows first.
         dtype: Of the array.
-        changed: Makes the error to raise where the file has become shorter.
+        failed: Makes the error to raise where the disk fails, or, of None, where the file has
+            become shorter.
     """
 
     def __init__(
-        self, file: io.FileIO, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any],
-        changed: Callable[[], CacheError],
+        self, open_file: Callable[[], io.FileIO], offset: int, shape: tuple[int, ...],
+        dtype: np.dtype[Any], failed: Callable[[OSError | None], CacheError],
     ) -> None:  # fmt: skip
         self.shape, self.dtype = shape, dtype
-        self._file, self._offset, self._changed = file, offset, changed
+        self._open, self._offset, self._failed = open_file, offset, failed
         self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
         self._lock = threading.Lock()
-        weakref.finalize(self, file.close)
+        self._file = open_file()
+        weakref.finalize(self, self._file.close)
+        if sys.platform == "win32":
+            self._file.close()
 
     def read_into(self, array: npt.NDArray[Any], first: int = 0) -> None:
         """Fill a contiguous array of the right dtype with rows, from row ``first`` on."""
@@ -78,16 +85,28 @@ class RowReader:
 
     def _fill(self, target: memoryview, start: int) -> None:
         """Fill ``target`` with the array's bytes from ``start`` on."""
-        with self._lock:
-            self._file.seek(self._offset + start)
+        with self._lock, self._opened() as file:
+            file.seek(self._offset + start)
             while target:
-                count = self._file.readinto(target)
+                try:
+                    count = file.readinto(target)
+                except OSError as error:
+                    raise self._failed(error) from error
                 if not count:
-                    raise self._changed()
+                    raise self._failed(None)
                 target = target[count:]
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[io.FileIO]:
+        if not self._file.closed:
+            yield self._file
+            return
+        with self._open() as file:
+            yield file
 
     def expect(self, first: int, num_rows: int) -> None:
         """Ask the system to read rows ahead, where it can."""
-        if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise") and not self._file.closed:
             where = self._offset + first * self._row_bytes, num_rows * self._row_bytes
-            os.posix_fadvise(self._file.fileno(), *where, os.POSIX_FADV_WILLNEED)
+            with contextlib.suppress(OSError):  # it is advice
+                os.posix_fadvise(self._file.fileno(), *where, os.POSIX_FADV_WILLNEED)

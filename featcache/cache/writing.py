@@ -23,17 +23,10 @@ from featcache.cache.integrity import array_crc32, meaning_crc32, rows_crc32
 from featcache.cache.reading import Cache, Failure, is_content, open_cache
 from featcache.data.folders import SPLITS
 from featcache.errors import CacheError, DataError
-from featcache.files import (
-    Publish,
-    beside,
-    canonical_json,
-    is_temporary,
-    make_folder,
-    read_regular,
-    remove_temporaries,
-)
+from featcache.files import Publish, canonical_json, make_folder, read_regular
 from featcache.locking import folder_lock, remove_lock
 from featcache.outputs import Kind, Output
+from featcache.renames import beside, is_temporary, remove_temporaries
 from featcache.untrusted import find_fault, parse_json
 
 CACHE = Kind("cache", "a new file", CacheError, is_container, switch="--rebuild")

@@ -25,7 +25,8 @@ from typing import Any, TextIO
 import click
 
 from featcache.errors import FeatcacheError, printable
-from featcache.files import beside, follow_link
+from featcache.files import follow_link
+from featcache.renames import beside
 
 _ENDING_SECONDS = 1.5  # after a signal; with the time it takes to be scheduled, 2 s
 _HELD_SECONDS = 9.0  # where extract finishes the batch in hand and writes its shard

@@ -376,12 +376,12 @@ def _call(arguments: Sequence[str]) -> int:
         )
         return 1
     except OSError as error:
-        found, where = printable(error.strerror or error), error.filename
-        place = f" ({printable(where)})" if where else ""
-        ENDING.say_error(
-            FeatcacheError("the system", expected="a call that succeeds", found=found, where=where),
-            f"error: {found}{place}",
-        )
+        hint = "Run the same command again. If that does not help, check the disk and permissions"
+        failed = FeatcacheError(
+            "reading or writing", expected="files that can be used",
+            found=error.strerror or error, where=error.filename, hint=hint,
+        )  # fmt: skip
+        ENDING.say_error(failed)
         return 1
     return code if isinstance(code, int) else 0  # click returns the code of an Exit
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from featcache.errors import DataError
-from featcache.untrusted import open_regular
+from featcache.untrusted import open_regular, reading_hint
 
 _MAX_MEMBERS = 2_000_000
 _MAX_RATIO = 200  # deflate cannot exceed 1032; a 16-bit TIFF of a black image reaches ~100
@@ -75,7 +75,10 @@ def list_entries(root: Path) -> Iterator[Entry]:
         with io.BufferedReader(open_regular(root)) as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise DataError("zip", expected="a whole zip file", found=error, where=root) from error
+        raise DataError(
+            "zip", expected="a whole zip file", found=getattr(error, "strerror", None) or error,
+            where=root, hint=reading_hint(error, "") if isinstance(error, OSError) else "",
+        ) from error  # fmt: skip
     if len(infos) > _MAX_MEMBERS:
         expected = f"at most {_MAX_MEMBERS:,} members"
         raise DataError("zip", expected=expected, found=f"{len(infos):,}", where=root)

@@ -16,7 +16,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featcache.data.dataset import UNLABELLED, ImageDataset, Sample, scan
@@ -26,9 +26,11 @@ from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
 from featcache.formatting import count, in_bytes, join_few, list_counts
-from featcache.outputs import Kind, Output, new_folder, write_output
+from featcache.output_folders import new_folder
+from featcache.outputs import Kind, Output, write_output
+from featcache.renames import ignores_case
 from featcache.runtime import Say, log_line
-from featcache.untrusted import real_path
+from featcache.untrusted import is_within
 
 MODES = ("copy", "symlink", "hardlink")
 
@@ -203,8 +205,7 @@ def _check_destination(source: Path, destination: Path) -> Output:
             "split destination", expected="a new .csv for a SOURCE that is a CSV", found="a folder",
             where=destination, hint="Name one that ends in .csv: nothing is copied",
         )  # fmt: skip
-    place = real_path(destination)
-    if not is_csv and real_path(source) in (place, *place.parents):
+    if not is_csv and is_within(destination, source):
         raise DataError(
             "split destination", expected="a folder outside the source", found="one inside it",
             where=destination, hint="It would be read as a class the next time",
@@ -359,6 +360,8 @@ def _write_tree(dataset: ImageDataset, assigned: list[str], output: Output, mode
             os.sync()  # once for all: an fsync per file takes minutes for 100,000
 
     with new_folder(output, sync=sync) as folder:
+        if ignores_case(folder):
+            _refuse_same_names(dataset, assigned, output.path)
         try:
             for name, sample in zip(assigned, dataset.samples, strict=True):
                 target = folder / name / sample.path
@@ -378,6 +381,25 @@ def _write_tree(dataset: ImageDataset, assigned: list[str], output: Output, mode
             ) from error  # fmt: skip
 
 
+def _refuse_same_names(dataset: ImageDataset, assigned: list[str], destination: Path) -> None:
+    """Refuse names that differ in case only: two classes would become one folder.
+
+    Raises:
+        DataError: If there are two such names of images or folders in one folder.
+    """
+    names: dict[str, PurePosixPath] = {}
+    for split_name, sample in zip(assigned, dataset.samples, strict=True):
+        path = PurePosixPath(split_name, sample.path)
+        for one in (path, *path.parents):
+            other = names.setdefault(str(one).casefold(), one)
+            if other != one:
+                raise DataError(
+                    "split destination", expected="a file system that tells Covid from covid",
+                    found=f"one that takes {other} and {one} for the same", where=destination,
+                    hint="Rename one of them, or choose a .csv or another disk as destination",
+                )  # fmt: skip
+
+
 def _place(source: Path, target: Path, mode: str) -> None:
     """Make one file of the tree; never overwrite one, as names may clash on some systems."""
     if mode == "symlink":
@@ -388,4 +410,5 @@ def _place(source: Path, target: Path, mode: str) -> None:
         with source.open("rb") as reading, target.open("xb") as writing:
             shutil.copyfileobj(reading, writing, 1 << 20)
         status = source.stat()
-        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with contextlib.suppress(OSError):  # not every file system keeps times
+            os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -23,6 +23,7 @@ from featcache.data.listing import COLUMNS
 from featcache.errors import DataError
 from featcache.files import plain_cell, read_regular
 from featcache.formatting import count
+from featcache.untrusted import reading_hint
 
 _MAX_CSV_BYTES = 2**32
 _OTHER_NAMES = {
@@ -113,7 +114,10 @@ def _read_lines(root: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         data = read_regular(root, max_bytes=_MAX_CSV_BYTES)
     except OSError as error:
         found = error.strerror or str(error)
-        raise DataError("CSV", expected="a readable file", found=found, where=root) from error
+        raise DataError(
+            "CSV", expected="a readable file", found=found, where=root,
+            hint=reading_hint(error, ""),
+        ) from error  # fmt: skip
     text = _decode(data, root)
     delimiter, start = ",", text.split("\n", 1)[0].rstrip("\r")
     if start.lower().startswith("sep=") and len(start) == 5:  # written by Excel, for Excel

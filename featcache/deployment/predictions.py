@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import open_cache
-from featcache.errors import ConfigError, RunError
+from featcache.errors import ConfigError, RunError, printable
+from featcache.evaluation.seen_rows import find_all_seen, warn_of_seen
 from featcache.files import csv_text, join_names, prob_columns
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import load_run, require_same_features
@@ -43,6 +44,10 @@ class Predictions:
         failures: (path, reason) of images that could not be read.
         average_views: Whether a row with several views has the mean of their probabilities.
         task: ``multiclass``, or ``multilabel``: several labels an image.
+        num_trained_on: Rows of the cache that the head was trained on, here or as an identical
+            image in another cache; None of images, or where nothing tells. Likewise the next two.
+        num_chosen_by: Rows that its epoch was chosen by.
+        num_unclear: Rows of which it cannot be told: see ``Evaluation``.
     """
 
     __module__ = "featcache"
@@ -53,6 +58,9 @@ class Predictions:
     failures: tuple[tuple[str, str], ...]
     average_views: bool = False
     task: str = "multiclass"
+    num_trained_on: int | None = None
+    num_chosen_by: int | None = None
+    num_unclear: int | None = None
 
     @property
     def preds(self) -> tuple[Any, ...]:
@@ -78,6 +86,9 @@ class Predictions:
             "predictions": rows,
             "failures": [{"path": path, "reason": reason} for path, reason in self.failures],
             "average_views": self.average_views,
+            "num_trained_on": self.num_trained_on,
+            "num_chosen_by": self.num_chosen_by,
+            "num_unclear": self.num_unclear,
         }
 
     def write_csv(self, file: str | Path) -> None:
@@ -131,7 +142,8 @@ def predict(
     Args:
         run: The run folder.
         images: Files, folders, PIL images or uint8 arrays, one or many: see ``Classifier.predict``.
-        cache: A cache to classify instead, by view 0 of each row.
+        cache: A cache to classify instead, by view 0 of each row. Rows that the head was trained
+            on or chosen by are warned of, as by ``evaluate``.
         average_views: With ``cache``, take the mean of the probabilities of a row's views.
         weights: The backbone's weights file, where the library's own were not used.
         backbone: The backbone itself, if it was made in Python; its name, if a ``python:`` function
@@ -212,7 +224,12 @@ def _predict_cache(
         features = StoredFeatures(split, np.arange(len(split)), plain=not average_views)
         probs.append(predict_probs(loaded.head, loaded.state, features, loaded.task))
         paths += split.paths
+    seen = find_all_seen(loaded, opened)
+    consequence = "these predictions are better than those of new images"
+    warn_of_seen(seen, printable(opened.path.name), consequence)
+    counts = (None, None, None) if seen is None else seen.counts
     failures = tuple((f.path, f.reason) for f in opened.failures)
     return Predictions(
-        loaded.classes, tuple(paths), np.concatenate(probs), failures, average_views, loaded.task
-    )
+        loaded.classes, tuple(paths), np.concatenate(probs), failures, average_views, loaded.task,
+        *counts,
+    )  # fmt: skip

@@ -5,6 +5,8 @@ Reads: a run, and the cache it was trained on where it has no ``rows.bin``. Writ
 
 from __future__ import annotations
 
+import numpy as np
+
 from featcache.cache.reading import Cache, CacheSplit, open_cache
 from featcache.errors import CacheError, FeatcacheError, RunError, warn_user
 from featcache.formatting import count
@@ -54,6 +56,24 @@ def find_seen(run: Run, cache: Cache, split: CacheSplit, rows: RowNumbers) -> Se
     """
     known = load_trained_rows(run, cache)
     return None if known is None else known.find(split, rows)
+
+
+def find_all_seen(run: Run, cache: Cache) -> SeenRows | None:
+    """Return which rows of all splits, one split after the other, the head of a run has seen.
+
+    Raises:
+        RunError: If ``rows.bin`` is damaged.
+        CacheError: If a feature is not finite.
+    """
+    known = load_trained_rows(run, cache)
+    if known is None:
+        return None
+    parts = [known.find(split, np.arange(len(split))) for split in cache.splits.values()]
+    return SeenRows(
+        np.concatenate([part.trained for part in parts]),
+        np.concatenate([part.validated for part in parts]),
+        np.concatenate([part.unclear for part in parts]),
+    )
 
 
 def warn_of_seen(seen: SeenRows | None, where: str, consequence: str) -> None:

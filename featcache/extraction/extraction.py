@@ -42,7 +42,7 @@ from featcache.extraction.work import work
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
-from featcache.untrusted import MAX_PIXELS, real_path
+from featcache.untrusted import MAX_PIXELS, is_within
 
 _Backbones = list[str | Backbone] | tuple[str | Backbone, ...]
 
@@ -379,7 +379,7 @@ def _choose_recipe(
 
 def _refuse_inside(path: Path, data: Path) -> None:
     """Refuse a cache among the images: its folder of shards would look like a class."""
-    if data.is_dir() and real_path(path).is_relative_to(real_path(data)):
+    if data.is_dir() and is_within(path, data):
         raise ConfigError(
             "CACHE", expected="a file outside the folder of images", found=path, where=data,
             hint="Name one beside it",

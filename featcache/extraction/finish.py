@@ -18,7 +18,7 @@ from featcache.errors import DataError
 from featcache.extraction.plan import Job
 from featcache.extraction.reports import ExtractionSummary, describe_result, summarise
 from featcache.extraction.update import find_changes, is_unchanged
-from featcache.files import remove_temporaries
+from featcache.renames import remove_temporaries
 
 
 def finish(job: Job, start: float) -> ExtractionSummary:

@@ -31,9 +31,10 @@ from featcache.extraction.update import (
     open_existing,
     refuse_other_images,
 )
-from featcache.files import make_folder, remove_temporaries
+from featcache.files import make_folder
 from featcache.formatting import count
 from featcache.outputs import Output
+from featcache.renames import remove_temporaries
 
 
 class Job:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from featcache.files import (
     sha256_stream,
     write_bytes,
 )
-from featcache.untrusted import open_regular, parse_json, parse_json_object
+from featcache.untrusted import open_regular, parse_json, parse_json_object, reading_hint
 
 Vectors = Callable[[], RowReader]
 """Opens (M, D) features, which are read as they are asked for."""
@@ -216,19 +217,22 @@ class PartialCache:
         return rows
 
     def _open(self, path: Path, num_vectors: int) -> RowReader:
-        def changed(found: object = "a shorter one") -> CacheError:
+        def failed(error: OSError | None) -> CacheError:
+            if error is not None and error.errno not in _NO_FILE:
+                return _unreadable(path, error)
             return CacheError(
-                "shard", expected="the file that was written", found=found, where=path,
+                "shard", expected="the file that was written", where=path,
+                found="a shorter one" if error is None else error.strerror,
                 hint="Run the same command again: it makes that shard again",
             )  # fmt: skip
 
-        try:
-            file = open_regular(path)
-        except OSError as error:
-            if error.errno in _NO_FILE:
-                raise changed(error.strerror) from error
-            raise _unreadable(path, error) from error
-        return RowReader(file, 0, (num_vectors, self._num_features), self._dtype, changed)
+        def open_shard() -> io.FileIO:
+            try:
+                return open_regular(path)
+            except OSError as error:
+                raise failed(error) from error
+
+        return RowReader(open_shard, 0, (num_vectors, self._num_features), self._dtype, failed)
 
     def forget(self) -> None:
         """Take nothing over from an earlier run; its files stay until ``start``."""
@@ -361,7 +365,7 @@ def open_manifest(file: Path) -> Manifest:
     except (OSError, ValueError) as error:
         hint = "Start afresh with --rebuild"
         if isinstance(error, OSError):  # of the disk: it may pass
-            hint = f"Run the same command again. If that does not help, {hint.lower()}"
+            hint = reading_hint(error, hint)
         raise CacheError(
             "unfinished extraction", expected="a readable manifest",
             found=getattr(error, "strerror", None) or error, where=file, hint=hint,

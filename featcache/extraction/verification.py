@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from featcache.files import (
     follow_link,
     local_path,
     result_as_dict,
+    set_mode,
     sync_folder,
 )
 from featcache.formatting import count
@@ -304,7 +306,7 @@ def _work_folder(path: Path) -> Iterator[Path]:
 def _publish(new: Path, output: Output) -> None:
     """Put a repaired cache in the place of the old one."""
     try:
-        shutil.copymode(output.target, new)
+        set_mode(new, stat.S_IMODE(output.target.stat().st_mode))
         output.publish(new)
         sync_folder(output.target.parent)
     except OSError as error:

@@ -22,16 +22,11 @@ import numpy.typing as npt
 
 from featcache import __version__
 from featcache.errors import FeatcacheError, RunError, printable, warn_user
-from featcache.files import (
-    canonical_json,
-    json_sha256,
-    read_regular,
-    remove_temporaries,
-    write_bytes,
-)
+from featcache.files import canonical_json, json_sha256, read_regular, write_bytes
 from featcache.heads.config import FitResult
+from featcache.renames import remove_temporaries
 from featcache.runtime import Say, log_line
-from featcache.untrusted import parse_json_object
+from featcache.untrusted import parse_json_object, reading_hint
 
 STATE_NAME = "training.safetensors"
 SAVE_SECONDS = 60.0
@@ -75,8 +70,7 @@ def read_saved(file: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     except FileNotFoundError:
         raise
     except OSError as error:  # of the disk: it may pass
-        hint = "Run the same command again; or begin anew with --overwrite"
-        _refuse(file, error.strerror, hint)
+        _refuse(file, error.strerror, reading_hint(error, "Begin anew with --overwrite"))
     try:
         arrays: dict[str, Array] = safetensors.load(data)
         facts = parse_json_object(arrays.pop(_FACTS).tobytes())

@@ -42,7 +42,7 @@ from featcache.heads.rows import Part
 from featcache.heads.trained_rows import ROWS_NAME, TrainedRows
 from featcache.outputs import Kind, Output
 from featcache.runtime import Device, environment_facts
-from featcache.untrusted import find_fault, parse_json_object, real_path
+from featcache.untrusted import find_fault, parse_json_object, reading_hint, real_path
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,8 @@ _KEYS = {
 _MAX_JSON_BYTES = 2**28
 _MAX_WEIGHTS_BYTES = 2**31
 _MAY_DIFFER = ("views", "augmentation", "feature_dtype")
-_DAMAGED = "The run is damaged or was edited: copy it again, or train it again"
+_COPY_AGAIN = "copy it again, or train it again"
+_DAMAGED = f"The run is damaged or was edited: {_COPY_AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -331,7 +332,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunError(
             "run", expected="a folder with run.json", found=error.strerror, where=folder,
-            hint="Make it with featcache train",
+            hint=reading_hint(error, "Make it with featcache train"),
         ) from error  # fmt: skip
     except ValueError as error:
         raise _damaged(folder, "run.json", "a JSON object", error) from error
@@ -385,7 +386,10 @@ def _read_weights(
     try:
         data = read_regular(folder / WEIGHTS_NAME, max_bytes=_MAX_WEIGHTS_BYTES)
     except OSError as error:
-        raise _damaged(folder, WEIGHTS_NAME, "a readable file", error.strerror) from error
+        raise RunError(
+            f"run, {WEIGHTS_NAME}", expected="a readable file", found=error.strerror, where=folder,
+            hint=reading_hint(error, _COPY_AGAIN.capitalize()),
+        ) from error  # fmt: skip
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise _damaged(folder, WEIGHTS_NAME, f"sha256 {sha256[:16]}...", f"{found[:16]}...")

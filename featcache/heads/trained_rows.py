@@ -20,6 +20,7 @@ from featcache.errors import RunError
 from featcache.files import read_regular
 from featcache.heads.rows import Part, RowNumbers
 from featcache.heads.streaming import StoredFeatures
+from featcache.untrusted import reading_hint
 
 ROWS_NAME = "rows.bin"
 
@@ -119,7 +120,10 @@ class TrainedRows:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _damaged(run, "a readable file", error.strerror) from error
+            raise RunError(
+                f"run, {ROWS_NAME}", expected="a readable file", found=error.strerror, where=run,
+                hint=reading_hint(error, "Copy the run again, or train it again"),
+            ) from error  # fmt: skip
         if len(data) < _HEADER.size + _SHA256_BYTES or data[: len(_MAGIC)] != _MAGIC:
             raise _damaged(run, "the hashes of the rows trained on", "another file")
         _, version, num_train, num_valid, weights = _HEADER.unpack_from(data)

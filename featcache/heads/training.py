@@ -35,7 +35,7 @@ from featcache.heads.head import HeadConfig
 from featcache.heads.resuming import STATE_NAME, SavedTraining
 from featcache.heads.rows import Part, Targets, check_cache, choose_rows, read_rows
 from featcache.heads.run import record_fit, run_output
-from featcache.outputs import check_folder, new_folder
+from featcache.output_folders import check_folder, new_folder
 from featcache.progress import Progress
 from featcache.runtime import Say, log_line, resolve_device
 

@@ -9,14 +9,20 @@ Reads and writes: a file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from featcache.errors import ConfigError, printable
-from featcache.files import canonical_json, disk_error, read_regular, sync_folder, write_bytes
-from featcache.untrusted import parse_json, parse_json_object
+from featcache.files import (
+    canonical_json,
+    disk_error,
+    read_regular,
+    sync_file,
+    sync_folder,
+    write_bytes,
+)
+from featcache.untrusted import parse_json, parse_json_object, reading_hint
 
 _MAX_BYTES = 1 << 30
 
@@ -68,7 +74,7 @@ class Journal:
             with self._path.open("ab") as file:
                 file.write(line)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno(), self._path)
         except OSError as error:
             raise disk_error(error, self._path, len(line)) from error
         self.entries.append(parse_json(line))
@@ -94,7 +100,7 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         return b""
     except OSError as error:
-        raise _damaged(path, error.strerror) from error
+        raise _unreadable(path, error) from error
 
 
 def _read_lines(path: Path) -> list[bytes]:
@@ -104,7 +110,7 @@ def _read_lines(path: Path) -> list[bytes]:
     if len(whole) < len(data):
         with path.open("rb+") as file:
             file.truncate(len(whole))
-            os.fsync(file.fileno())
+            sync_file(file.fileno(), path)
         sync_folder(path.parent)
     return whole.splitlines()
 
@@ -130,11 +136,16 @@ def _brief(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _damaged(path: Path, found: object) -> ConfigError:
+def _damaged(path: Path, found: object, hint: str = "It cannot be resumed") -> ConfigError:
     return ConfigError(
         "an unfinished sweep", expected="its journal", found=found, where=path,
-        hint=f"It cannot be resumed; {_begin_anew(path)}",
+        hint=f"{hint}; {_begin_anew(path)}",
     )  # fmt: skip
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    hint = reading_hint(error, "It cannot be resumed")
+    return _damaged(path, error.strerror, hint)
 
 
 def _begin_anew(path: Path) -> str:

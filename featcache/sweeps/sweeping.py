@@ -22,12 +22,10 @@ from featcache import __version__
 from featcache.cache.reading import open_cache, warn_of_leaks
 from featcache.errors import ConfigError, printable
 from featcache.files import (
-    beside,
     canonical_json,
     local_path,
     make_folder,
     read_regular,
-    remove_temporaries,
     result_as_dict,
     write_csv,
     write_json,
@@ -39,7 +37,9 @@ from featcache.heads.rows import Part, check_cache, choose_rows
 from featcache.heads.run import record_fit, run_output
 from featcache.locking import folder_lock, remove_lock
 from featcache.metrics.scores import check_metric
-from featcache.outputs import Output, check_folder, new_folder
+from featcache.output_folders import check_folder, new_folder
+from featcache.outputs import Output
+from featcache.renames import beside, remove_temporaries
 from featcache.runtime import Say, log_line, resolve_device
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.journal import Journal

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
+import mmap
 import os
 import pickle
 import random
@@ -16,6 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from failing import failing
 from sample_containers import (
     FINGERPRINT,
     KEYS,
@@ -390,6 +394,37 @@ def test_a_file_replaced_after_opening_is_never_mixed_with_the_old_one(
         assert "another one under its name" in message
     else:
         assert same(found, some_arrays()["splits/train/features"])
+
+
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.EINVAL, errno.EACCES, errno.ENOTSUP])
+def test_where_files_cannot_be_mapped_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    container = write(tmp_path / "c", some_arrays())
+    monkeypatch.setattr(mmap, "mmap", failing(OSError(code, os.strerror(code))))
+    for name, array in some_arrays().items():
+        view = container.map(name)
+        assert same(view, array)
+        assert not array.size or not view.flags.writeable
+
+
+def test_a_disk_that_fails_is_named_with_the_file_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = write(tmp_path / "c", some_arrays())
+    name = "splits/train/features"
+
+    class FailingFile(io.FileIO):
+        readinto = read = readall = failing(OSError(errno.EIO, "Input/output error"))
+
+    monkeypatch.setattr(io, "FileIO", FailingFile)
+    again = r"found Input/output error \(.*/c\)\. Run the same command again\. If"
+    for read in (
+        lambda: container.read(name), lambda: is_payload_whole(container),
+        lambda: open_container(tmp_path / "c"),
+    ):  # fmt: skip
+        with pytest.raises(CacheError, match=again):
+            read()
 
 
 def test_reading_never_imports_h5py(tmp_path: Path) -> None:

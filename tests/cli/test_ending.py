@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_an_error_is_an_object_on_standard_output_too(
     ("error", "code", "line"),
     [
         (MemoryError("no room"), 1, "error: memory: expected enough, found no room."),
-        (OSError(5, "Input/output error", "c.h5"), 1, "error: Input/output error (c.h5)"),
+        (OSError(5, "Input/output error", "c.h5"), 1, "error: reading or writing: "),
         (DataError("x", expected="\x1b[31m", found="b\udcff", where=Path("/a")), 1, "error: x:"),
         (KeyboardInterrupt(), 130, "interrupted: nothing was changed; the same command"),
     ],
@@ -194,3 +195,16 @@ def test_on_a_terminal_lines_break_between_words(folder: Path, columns: int) -> 
     assert all(len(x) <= columns or x.strip() == long for x in lines), lines
     piped = shell(f"train c.h5 {long}2 --epochs 2 --hidden 4 --device cpu", folder)
     assert any(x.endswith(f"written to {long}2") for x in piped.out.splitlines())
+
+
+def test_the_signals_of_windows_end_a_command_too() -> None:
+    """There is no SIGHUP there, and Ctrl-Break is SIGBREAK; SIGUSR1 plays its part here."""
+    played = "import os, signal; del signal.SIGHUP; signal.SIGBREAK = signal.SIGUSR1\n"
+    played += "from featcache.cli import main; from featcache.evaluation import info\n"
+    played += "info.info = lambda *_, **__: os.kill(os.getpid(), signal.SIGBREAK)\n"
+    played += "main.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", played, "info", "c.h5"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert done.stderr.strip().startswith("interrupted: ")

@@ -77,7 +77,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     featcache.extract(folder / "split.csv", folder / "c.h5", backbone=tiny_network.build())
     featcache.train(folder / "c.h5", folder / "run", hidden=(), epochs=1)
     featcache.evaluate(folder / "run", csv=folder / "evaluated.csv")
-    featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
+    with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
+        featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
     os.link(folder / "run" / "head.safetensors", folder / "in.pt")
     return folder
 

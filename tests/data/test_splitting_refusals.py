@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sample_folders import PATIENT, plain, write_files
 
+from featcache.data import splitting
 from featcache.data.dataset import scan
 from featcache.data.splitting import split
 from featcache.errors import ConfigError, DataError, FeatcacheError, FeatcacheWarning
@@ -137,3 +138,17 @@ def test_a_class_without_any_group_is_warned_of(tmp_path):
     assert summary.num_matched == {"a": 0, "b": 9}
     assert summary.num_groups == 20
     assert "groups: 20; named in 0 of 10 a, 9 of 10 b" in lines[0]
+
+
+@pytest.mark.parametrize("clash", ["a/X.PNG", "a/sub/1.png"])
+def test_names_that_a_disk_takes_for_one_are_refused(tmp_path, monkeypatch, clash):
+    """On a disk that ignores case two folders of images would become one."""
+    source = plain(tmp_path / "raw", a=5, b=5)
+    write_files(source, dict.fromkeys(["a/x.png", "a/Sub/1.png", clash]))
+    options = {"fractions": (1, 0, 0)}
+    monkeypatch.setattr(splitting, "ignores_case", lambda folder: folder.name == "new")
+    with pytest.raises(DataError, match=r"one that takes train/\S+ and train/\S+ for the same"):
+        split(source, tmp_path / "dst", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+    monkeypatch.undo()
+    split(source, tmp_path / "dst", **options)

@@ -18,14 +18,16 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from sample_heads import probs_of
 from sample_images import write_image, write_tree
+from sample_selections import write_table
 
 import featcache
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import open_cache
+from featcache.cache.selection import select
 from featcache.cache.writing import write_cache
 from featcache.deployment.classifier import load_classifier
 from featcache.deployment.predictions import predict
-from featcache.errors import BackboneError, ConfigError, DataError, RunError
+from featcache.errors import BackboneError, ConfigError, DataError, FeatcacheWarning, RunError
 from featcache.extraction.extraction import extract
 from featcache.heads.run import load_head, load_run
 from featcache.heads.training import train
@@ -65,11 +67,29 @@ def test_new_images_get_the_cached_path_s_probabilities(
 
 
 def test_a_cache_is_classified_without_images(run: Path, tmp_path: Path) -> None:
-    predictions = predict(run, cache=tmp_path / "c.h5")
+    with pytest.warns(FeatcacheWarning, match="was trained on 24 .* by 10 of the 46 rows of c.h5"):
+        predictions = predict(run, cache=tmp_path / "c.h5")
+    assert (predictions.num_trained_on, predictions.num_chosen_by) == (24, 10)
     wanted = {k: v for s in ("train", "valid", "test") for k, v in cached_probs(run, s).items()}
     assert len(predictions.paths) == 46
     for path, probs in zip(predictions.paths, predictions.probs, strict=True):
         np.testing.assert_allclose(probs, wanted[path], atol=1e-6)
+
+
+def test_rows_of_a_cache_that_the_head_has_not_seen_are_not_warned_of(
+    run: Path, tmp_path: Path
+) -> None:
+    own = open_cache(tmp_path / "c.h5")
+    rows = [(path, "all") for path in own.splits["test"].paths]
+    table = write_table(tmp_path / "test.csv", rows, "path,split")
+    select(own.path, tmp_path / "test.h5", table=table)
+    result = predict(run, cache=tmp_path / "test.h5")  # warnings are errors here
+    assert (result.num_trained_on, result.num_chosen_by, result.num_unclear) == (0, 0, 0)
+    assert result.as_dict()["num_trained_on"] == 0
+    (run / "rows.bin").unlink()
+    own.path.unlink()
+    with pytest.warns(FeatcacheWarning, match="rows of test.h5 cannot be told"):
+        assert predict(run, cache=tmp_path / "test.h5").num_trained_on is None
 
 
 def test_bad_images_are_failures_and_do_not_stop_the_rest(
@@ -303,7 +323,8 @@ def test_the_verb_takes_images_or_a_cache(run: Path, tmp_path: Path) -> None:
             predict(run, **given)
     with pytest.raises(ConfigError, match="--average-views"):
         predict(run, "a.png", average_views=True)
-    predict(run, cache=tmp_path / "c.h5", csv=tmp_path / "p.csv")
+    with pytest.warns(FeatcacheWarning, match="trained on"):
+        predict(run, cache=tmp_path / "c.h5", csv=tmp_path / "p.csv")
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 47
     with pytest.raises(ConfigError, match="--csv"):
         predict(run, cache=tmp_path / "c.h5", csv=tmp_path / "nowhere" / "p.csv")

@@ -28,7 +28,7 @@ from featcache.cache.reading import open_cache
 from featcache.cache.writing import write_cache
 from featcache.deployment.classifier import load_classifier
 from featcache.deployment.predictions import predict
-from featcache.errors import CacheError
+from featcache.errors import CacheError, FeatcacheWarning
 from featcache.evaluation.evaluation import evaluate
 from featcache.extraction.extraction import extract
 from featcache.files import plain_cell
@@ -161,7 +161,8 @@ def test_a_csv_has_the_names_of_every_answer(
 def test_a_cache_is_classified_by_every_label(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call("predict", run, "--cache", tmp_path / "c.h5", "--json", "--csv", tmp_path / "p.csv")
+    with pytest.warns(FeatcacheWarning, match="trained on"):
+        call("predict", run, "--cache", tmp_path / "c.h5", "--json", "--csv", tmp_path / "p.csv")
     printed = json.loads(capsys.readouterr().out)
     with (tmp_path / "p.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -182,7 +183,8 @@ def test_a_cache_is_classified_by_every_label(
         assert split_names(plain_cell(line["preds"])) == set(names)
         np.testing.assert_allclose(row["probs"], probs, atol=1e-6)
         np.testing.assert_allclose([float(line[name]) for name in of_probs], probs, atol=1e-6)
-    call("predict", run, "--cache", tmp_path / "c.h5")
+    with pytest.warns(FeatcacheWarning, match="trained on"):
+        call("predict", run, "--cache", tmp_path / "c.h5")
     *first, last = capsys.readouterr().out.splitlines()
     counts = [f"{sum(p[i] > 0.5 for p in wanted.values()):,} {n}" for i, n in enumerate(CLASSES)]
     assert last == f"330 images: {', '.join(counts)}"
@@ -222,7 +224,8 @@ def test_images_are_classified_and_the_network_is_exported(
     train(tmp_path / "labels.h5", tmp_path / "run", **SMALL)
     classifier = load_classifier(tmp_path / "run", backbone=tiny_backbone)
     found = classifier.predict([tree / "test"])
-    cached = predict(tmp_path / "run", cache=tmp_path / "labels.h5")
+    with pytest.warns(FeatcacheWarning, match="trained on"):
+        cached = predict(tmp_path / "run", cache=tmp_path / "labels.h5")
     wanted = dict(zip(cached.paths, cached.probs, strict=True))
     for path, probs, preds in zip(found.paths, found.probs, found.preds, strict=True):
         of_cache = wanted[Path(path).relative_to(tree).as_posix()]

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from featcache import files
+from featcache import renames
 
 Files = dict[str, bytes | None]
 """What lies in a folder: ``/``-separated name -> bytes, None for a folder."""
@@ -38,7 +38,7 @@ _real = SimpleNamespace(
     open=io.open, FileIO=io.FileIO, os_open=os.open, close=os.close, replace=os.replace,
     unlink=os.unlink, mkdir=os.mkdir, rmdir=os.rmdir, stat=os.stat, scandir=os.scandir,
     listdir=os.listdir, posix_fallocate=os.posix_fallocate, flock=fcntl.flock,
-    rename_by=files._rename_by,
+    rename_by=renames._rename_by,
 )  # fmt: skip
 _GROWING = {"create", "write", "allocate", "mkdir"}
 _CHANGING = {*_GROWING, "truncate", "sync", "rename", "unlink", "rmdir"}
@@ -115,7 +115,7 @@ class Disk:
             (os, "scandir", self._reading(_real.scandir, "list")),
             (os, "listdir", self._reading(_real.listdir, "list")),
             (os, "posix_fallocate", self._allocate), (fcntl, "flock", self._lock),
-            (os, "getpid", lambda: self.pid), (files, "_rename_by", self._rename_by),
+            (os, "getpid", lambda: self.pid), (renames, "_rename_by", self._rename_by),
             (secrets, "token_hex", self._draw),
         ]  # fmt: skip
         for owner, name, function in replaced:
@@ -251,7 +251,7 @@ class Disk:
         one, other = self._relative(source), self._relative(target)
         assert one is not None
         assert other is not None
-        is_exchange = flag == files._RENAME_EXCHANGE
+        is_exchange = flag == renames._RENAME_EXCHANGE
         with self._call("rename"):
             _real.rename_by(flag, source, target)
             self._rewire(

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache import files, locking, outputs
+from featcache import files, locking, output_folders
 from featcache.backbones.backbone import Backbone
 from featcache.cache import hdf5
 from featcache.cache.reading import open_cache
@@ -33,7 +33,8 @@ from featcache.extraction.extraction import extract
 from featcache.extraction.shards import PartialCache, Receipt
 from featcache.files import write_json
 from featcache.heads.run import run_output
-from featcache.outputs import Output, new_folder
+from featcache.output_folders import new_folder
+from featcache.outputs import Output
 
 fcntl = pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")
 
@@ -464,7 +465,8 @@ MUTANTS: dict[str, tuple[str, list[tuple[Any, str, Any]], str]] = {
         "resumed run", [(PartialCache, "is_worthless", True)], "EIO: promised work was lost"
     ),
     "a run's folder without fsync": (
-        "run folder", [(module, "sync_folder", lambda _: None) for module in (outputs, locking)],
+        "run folder",
+        [(module, "sync_folder", lambda _: None) for module in (output_folders, locking)],
         "power cut: a false done"
     ),
     "an old run that stays": (

@@ -423,7 +423,8 @@ def test_names_in_a_cache_are_never_opened_or_run(
     train(cache.path, tmp_path / "run", epochs=1, hidden=(), say=said.append)
     with pytest.warns(FeatcacheWarning, match="trained on 7 of the 7 rows of valid"):
         featcache.evaluate(tmp_path / "run", split="valid", csv=tmp_path / "e.csv", say=said.append)
-    featcache.predict(tmp_path / "run", cache=cache.path)
+    with pytest.warns(FeatcacheWarning, match="trained on 14 of the 14 rows of c.h5"):
+        featcache.predict(tmp_path / "run", cache=cache.path)
     assert all(line.isprintable() for line in said)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5", "e.csv", "run"]
     tally("names in caches", "only names", len(names))
