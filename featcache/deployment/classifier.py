@@ -314,5 +314,8 @@ def load_classifier(
     """
     loaded = load_run(run)
     place = resolve_device(device).torch()
-    recipe = recipe_from_identity(loaded.cache["identity"], weights=weights, backbone=backbone)
+    recipe = recipe_from_identity(
+        loaded.cache["identity"], weights=weights, backbone=backbone,
+        source=loaded.cache.get("weights_source"),
+    )  # fmt: skip
     return Classifier(loaded, recipe, place, batch_size)

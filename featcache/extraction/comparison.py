@@ -88,7 +88,10 @@ def compare(
         BackboneError: If the backbone cannot be built.
     """
     bound = error_bound(cache)
-    recipe = recipe_from_identity(cache.identity, weights=weights, backbone=backbone)
+    recipe = recipe_from_identity(
+        cache.identity, weights=weights, backbone=backbone,
+        source=cache.provenance.get("weights_source"),
+    )  # fmt: skip
     listing = listing_of(cache).for_data(data)
     dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
     refuse_misread(cache, dataset)

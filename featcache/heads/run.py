@@ -76,7 +76,8 @@ class Run:
         classes: Names of the head's outputs, in order.
         task: ``multiclass``, or ``multilabel``: an output per class is a question of its own.
         cache: ``path`` (relative to the folder where possible), ``fingerprint``, ``identity``,
-            ``payload_sha256`` and ``num_failed`` of the cache it was trained on.
+            ``payload_sha256`` and ``num_failed`` of the cache it was trained on, and the backbone's
+            ``weights_source`` if that is ``random``.
         weights_sha256: sha256 of ``head.safetensors``.
     """
 
@@ -477,10 +478,13 @@ def record_fit(
 
 
 def _cache_facts(cache: Cache, folder: Path) -> dict[str, Any]:
+    source = cache.provenance.get("weights_source")
     return {
         "path": relative_path(cache.path, folder),
         "fingerprint": cache.fingerprint,
         "identity": cache.identity,
         "payload_sha256": cache.payload_sha256,
         "num_failed": len(cache.failures),
+        # Only where it helps: without it, predict and export would first download others.
+        **({"weights_source": source} if str(source).startswith("random") else {}),
     }
