@@ -17,11 +17,6 @@ from featcache.errors import BackboneError
 from featcache.files import json_sha256
 
 ALL = ("torchvision:resnet18", "efficientnet-lite0")  # to be downloaded, and at hand
-    "torchvision:resnet18",
-    "efficientnet-b0",
-    "efficientnet-lite0",
-    "timm:mobilenetv3_small_050",
-)
 
 
 @pytest.fixture(params=ALL)
