@@ -30,7 +30,7 @@ from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import SPLITS, training_split
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.files import local_path, result_as_dict
-from featcache.formatting import count, list_counts
+from featcache.formatting import brief_repr, count, list_counts
 from featcache.outputs import Output
 from featcache.pixels.views import ViewRules
 from featcache.runtime import Say, environment_facts, log_line
@@ -59,6 +59,7 @@ class SelectionSummary:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     cache: Path
     num_images: int

@@ -23,7 +23,7 @@ from featcache.data.folders import SPLITS
 from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
-from featcache.formatting import count, in_bytes, join_few, list_counts
+from featcache.formatting import brief_repr, count, in_bytes, join_few, list_counts
 from featcache.outputs import Kind, Output, new_folder, write_output
 from featcache.runtime import Say, log_line
 from featcache.untrusted import real_path
@@ -52,6 +52,7 @@ class SplitSummary:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     destination: Path
     classes: tuple[str, ...]

@@ -28,7 +28,7 @@ from featcache.files import (
     result_as_dict,
     sync_folder,
 )
-from featcache.formatting import count
+from featcache.formatting import brief_repr, count
 from featcache.outputs import Output
 from featcache.runtime import Say, log_line
 
@@ -63,6 +63,7 @@ class Verification:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     cache: Path
     num_rows: int

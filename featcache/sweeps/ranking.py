@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featcache.errors import printable
+from featcache.formatting import brief_repr
 from featcache.metrics.scores import paired_interval
 from featcache.sweeps.space import DEFAULTS
 from featcache.sweeps.trials import Trial
@@ -49,6 +50,7 @@ class Decision:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     best: int
     chosen: int
