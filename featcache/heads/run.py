@@ -36,6 +36,7 @@ from featcache.files import (
     write_csv,
     write_json,
 )
+from featcache.formatting import join_few
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, build_head, state_layout
 from featcache.heads.rows import Part
@@ -93,6 +94,14 @@ class Run:
     cache: dict[str, Any]
     weights_sha256: str
     task: str = "multiclass"
+
+    def __repr__(self) -> str:
+        hidden = ", ".join(map(str, self.head.hidden)) or "none"
+        backbone = printable(str(self.cache["identity"].get("backbone")))[:60]
+        return (
+            f"Run({printable(self.path.name)}: {join_few(self.classes)}; hidden {hidden}; "
+            f"{self.head.num_features:,} features of {backbone})"
+        )
 
 
 _OWN_FILES = re.compile(
