@@ -97,7 +97,7 @@ class _Brief(reprlib.Repr):
 
     def repr_instance(self, x: Any, level: int) -> str:
         """Return an array's dtype and shape, the type of a network, and others cut to 60."""
-        if hasattr(x, "dtype") and getattr(x, "shape", ()):
+        if hasattr(x, "dtype") and hasattr(x, "shape"):
             return f"<{x.dtype} {tuple(x.shape)}>"
         if hasattr(x, "state_dict"):
             return f"<{type(x).__name__}>"

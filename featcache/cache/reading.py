@@ -320,8 +320,8 @@ class Cache:
         }
         targets = np.concatenate([split.targets for split in splits])
         if self.task == "multiclass":
-            names = [*self.classes, None]  # the last is -1's
-            texts["target"] = [names[target] for target in targets]
+            names: list[str | None] = [*self.classes, None]  # the last is -1's
+            texts["target"] = [names[target] for target in targets.tolist()]
         # As objects: a path need not be UTF-8.
         columns: dict[str, Any] = {k: pd.Series(v, dtype=object) for k, v in texts.items()}
         if self.task == "multilabel":
