@@ -316,8 +316,10 @@ class Cache:
         texts: dict[str, list[str | None]] = {
             "split": [name for name, split in self.splits.items() for _ in range(len(split))],
             "path": [path for split in splits for path in split.paths],
-            "group": [g for split in splits for g in split.groups or [None] * len(split)],
+            "group": [],
         }
+        for split in splits:
+            texts["group"] += split.groups or [None] * len(split)
         targets = np.concatenate([split.targets for split in splits])
         if self.task == "multiclass":
             names: list[str | None] = [*self.classes, None]  # the last is -1's
