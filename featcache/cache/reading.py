@@ -46,11 +46,12 @@ from featcache.cache.contents import (
     read_texts,
 )
 from featcache.data.folders import SPLITS
-from featcache.errors import CacheError, printable, warn_user
+from featcache.errors import CacheError, ConfigError, printable, warn_user
 from featcache.files import local_path
-from featcache.formatting import count
+from featcache.formatting import count, join_few
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
 
@@ -82,6 +83,9 @@ class CacheSplit:
     def __init__(self, container: Container, name: str) -> None:
         self.name = name
         self._container = container
+
+    def __repr__(self) -> str:
+        return f"CacheSplit({self.name} of {self._container.path.name}: {self.dtype} {self.shape})"
 
     def _read(self, name: str) -> npt.NDArray[Any]:
         array = self._container.read(f"splits/{self.name}/{name}")
@@ -240,6 +244,12 @@ class Cache:
     failures: tuple[Failure, ...]
     container: Container = field(repr=False)
 
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
+        backbone = printable(str(self.identity.get("backbone")))[:60]
+        text = f"Cache({printable(self.path.name)}: {rows}; {self.num_features:,} features"
+        return f"{text} of {backbone}; classes: {join_few(self.classes) or 'none'})"
+
     @property
     def fingerprint(self) -> str:
         """sha256 of the identity, 64 hex digits."""
@@ -276,6 +286,63 @@ class Cache:
         """How many images the errors of ``parity`` were measured on, or the largest of them."""
         told = self.provenance.get("num_probed")
         return told if type(told) is int and 0 <= told < 2**53 else len(self.parity)
+
+    def to_pandas(self, *, features: bool = True) -> pd.DataFrame:
+        """Return all rows as a data frame, split after split, in the order of the splits' arrays.
+
+        Args:
+            features: Whether the features are columns too; they are read into memory.
+
+        Returns:
+            A data frame of the columns ``split``, ``path``, ``target`` (the class name, None where
+            unlabelled), ``group`` (None where the cache has none), and ``f0`` to ``f<D-1>``,
+            float32, of the plain view. A ``multilabel`` cache has ``target_<class>`` for each class
+            instead of ``target``: 1, 0 or NaN = unknown.
+
+        Raises:
+            ConfigError: If pandas is not installed.
+            CacheError: If the file was cut short since it was opened.
+
+        Example:
+            >>> cache.to_pandas().groupby("split").target.value_counts()  # doctest: +SKIP
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ConfigError(
+                "to_pandas", expected="the package pandas", found="none", hint="pip install pandas"
+            ) from error
+        splits = list(self.splits.values())
+        texts: dict[str, list[str | None]] = {
+            "split": [name for name, split in self.splits.items() for _ in range(len(split))],
+            "path": [path for split in splits for path in split.paths],
+            "group": [],
+        }
+        for split in splits:
+            texts["group"] += split.groups or [None] * len(split)
+        targets = np.concatenate([split.targets for split in splits])
+        if self.task == "multiclass":
+            names: list[str | None] = [*self.classes, None]  # the last is -1's
+            texts["target"] = [names[target] for target in targets.tolist()]
+        # As objects: a path need not be UTF-8.
+        columns: dict[str, Any] = {k: pd.Series(v, dtype=object) for k, v in texts.items()}
+        if self.task == "multilabel":
+            columns |= {f"target_{name}": targets[:, i] for i, name in enumerate(self.classes)}
+        order = ["split", "path", *[k for k in columns if k.startswith("target")], "group"]
+        table = pd.DataFrame({key: columns[key] for key in order})
+        if not features:
+            return table
+        values = np.empty((len(table), self.num_features), np.float32)
+        start = 0
+        for split in splits:
+            plain = (
+                split.read_features() if split.num_views == 1
+                else split.read_rows(np.arange(len(split)))
+            )  # fmt: skip
+            values[start : start + len(split)] = plain.reshape(len(split), -1)
+            start += len(split)
+        named = pd.DataFrame(values, columns=[f"f{i}" for i in range(self.num_features)])
+        return pd.concat([table, named], axis=1)
 
     def split(self, name: str) -> CacheSplit:
         """Return a split by name.

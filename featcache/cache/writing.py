@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from featcache.cache.reading import Cache, Failure, is_content, open_cache
 from featcache.data.folders import SPLITS
 from featcache.errors import CacheError, DataError
 from featcache.files import Publish, canonical_json, make_folder, read_regular
+from featcache.formatting import join_few
 from featcache.locking import folder_lock, remove_lock
 from featcache.outputs import Kind, Output
 from featcache.renames import beside, is_temporary, remove_temporaries
@@ -127,9 +129,10 @@ def os_bytes(path: str) -> bytes:
 
 
 def write_cache(
-    path: str | Path, features: Any, targets: Any, paths: Any, *, classes: Sequence[str],
-    groups: Any = None, identity: Mapping[str, Any] | None = None,
-    provenance: Mapping[str, Any] | None = None, overwrite: bool = False,
+    path: str | Path, features: Any, targets: Any, paths: Any, *,
+    classes: Sequence[str] | None = None, groups: Any = None,
+    identity: Mapping[str, Any] | None = None, provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Cache:  # fmt: skip
     """Write features made elsewhere into a cache, whole or not at all.
 
@@ -138,10 +141,10 @@ def write_cache(
         features: (N, D) or (N, V, D) float32 or float16, or a dict of such arrays by split
             (``train``, ``valid``, ``test``, ``all``). One array alone becomes the split ``all``.
             The first of V views is the plain image, which evaluation uses.
-        targets: (N,) integers in [0, C), -1 = unlabelled; or (N, C) floats of 0, 1 and NaN =
-            unknown for several labels a row; or a dict by split.
+        targets: (N,) class names, None = unlabelled; or (N,) integers in [0, C), -1 = unlabelled;
+            or (N, C) floats of 0, 1 and NaN = unknown for several labels a row; or a dict by split.
         paths: N different strings naming the rows, or a dict by split. Rows are sorted by them.
-        classes: C class names.
+        classes: C class names. Without them, those that ``targets`` has, sorted.
         groups: N strings, say patients, or a dict by split; optional.
         identity: What decides the features' values. Runs refuse caches of another identity, so
             say which backbone, weights and preprocessing made them.
@@ -166,15 +169,18 @@ def write_cache(
     unknown = set(by_split) - set(SPLITS)
     if unknown or not by_split:
         raise DataError("splits", expected=" or ".join(SPLITS), found=sorted(unknown), where=path)
-    names = [str(name) for name in classes]
-    check_names("classes", names)
     for what, value in (("targets", targets), ("paths", paths), ("groups", groups)):
         if isinstance(value, Mapping) and set(value) - set(by_split):
             found = ", ".join(sorted(map(str, set(value) - set(by_split))))
             raise DataError(f"splits of {what}", expected=sorted(by_split), found=found)
+        if isinstance(value, Mapping) and set(by_split) - set(value) and what == "targets":
+            missing = ", ".join(sorted(set(by_split) - set(value)))
+            raise DataError(f"{what} of split {missing}", expected="one per row", found="none")
+    given = {split: _as_targets(select_split(targets, split)) for split in by_split}
+    names = _class_names(given, classes)
     rows = {
         split: _check_new_rows(
-            split, np.asarray(array), np.asarray(select_split(targets, split)),
+            split, np.asarray(array), _number_targets(split, given[split], names),
             select_split(paths, split), groups=select_split(groups, split), num_classes=len(names),
         )
         for split, array in by_split.items()
@@ -198,6 +204,68 @@ def write_cache(
             output.target, rows, identity=facts, provenance=provenance or {}, classes=names,
             task=task, publish=output.publish,
         )  # fmt: skip
+
+
+def _as_targets(targets: Any) -> npt.NDArray[Any]:
+    """Return targets as an array; class names are its objects, and None where there is none."""
+    array = np.asarray(targets)
+    if array.ndim != 1 or array.dtype.kind not in "UO":
+        return array
+    if not hasattr(targets, "dtype"):  # NumPy would make names of 3 and of NaN in a list of names
+        array = np.array([*targets, None], object)[:-1]
+    names = np.array([None if _is_missing(value) else value for value in array.tolist()], object)
+    if len(names) and all(type(value) is int for value in names):  # pandas' nullable integers
+        return names.astype(np.int64)
+    return names
+
+
+def _is_missing(value: object) -> bool:
+    """Return whether a value is None, NaN or pandas' NA."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or type(value).__name__ == "NAType"
+
+
+def _class_names(
+    targets: Mapping[str, npt.NDArray[Any]], classes: Sequence[str] | None
+) -> list[str]:
+    """Return the names of the classes: those given, else those among the targets, sorted.
+
+    Raises:
+        DataError: If there are none: the targets are numbers; or a name that none can have.
+    """
+    if classes is None:
+        if any(array.dtype.kind != "O" for array in targets.values()):
+            raise DataError(
+                "classes", expected="the names of the classes", found="none",
+                hint="Pass classes=[...], or class names as targets",
+            )  # fmt: skip
+        classes = sorted(
+            {v for array in targets.values() for v in array.flat if isinstance(v, str)}
+        )
+    names = [str(name) for name in classes]
+    check_names("classes", names)
+    return names
+
+
+def _number_targets(
+    split: str, targets: npt.NDArray[Any], classes: Sequence[str]
+) -> npt.NDArray[Any]:
+    """Return class names as their numbers, -1 for None; other targets as they are."""
+    if targets.dtype.kind != "O" or targets.ndim != 1:
+        return targets
+    numbers: dict[Any, int] = {name: i for i, name in enumerate(classes)} | {None: -1}
+    for value in targets:
+        if value is not None and not isinstance(value, str):
+            found = f"{value!r:.60} among names"
+        elif value not in numbers:
+            found = repr(value)
+        else:
+            continue
+        raise DataError(
+            f"targets of split {split}", expected=f"names of classes: {join_few(classes)}",
+            found=found,
+        )  # fmt: skip
+    return np.array([numbers[value] for value in targets], np.int64)
 
 
 def _check_new_rows(
@@ -226,7 +294,7 @@ def _check_new_rows(
         check_names(f"groups of split {split}", list(dict.fromkeys(map(str, groups))))
     if groups is not None and len(groups) != num_rows:
         raise wrong("groups", f"{num_rows} groups", len(groups))
-    if targets.ndim == 2:
+    if targets.ndim == 2 and targets.dtype.kind in "biuf":
         targets = targets.astype("<f4")
         known = targets[~np.isnan(targets)]
         if targets.shape != (num_rows, num_classes) or not np.isin(known, (0, 1)).all():
@@ -235,7 +303,8 @@ def _check_new_rows(
             raise wrong("targets", f"0, 1 or NaN, {(num_rows, num_classes)}", found)
     else:
         if targets.shape != (num_rows,) or targets.dtype.kind not in "iu":
-            raise wrong("targets", f"{num_rows} integers", f"{targets.dtype} {targets.shape}")
+            expected = f"{num_rows} integers or class names"
+            raise wrong("targets", expected, f"{targets.dtype} {targets.shape}")
         if num_rows and not (targets.min() >= -1 and targets.max() < num_classes):
             found = f"{targets.min()} to {targets.max()}"
             raise wrong("targets", f"-1 to {num_classes - 1}", found)

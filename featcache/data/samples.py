@@ -15,6 +15,7 @@ from featcache.data.archive import Member, read_member
 from featcache.data.folders import OTHER_ENDING, SPLITS, ImageFile
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
+from featcache.formatting import brief_repr
 
 UNLABELLED = -1
 """The target of a sample whose class is not known."""
@@ -61,6 +62,8 @@ class ImageDataset:
         ignored_columns: Headers of a CSV that were not used.
         num_found_by_name: How many files a CSV gives by their name alone, from folders below it.
     """
+
+    __repr__ = brief_repr
 
     root: Path
     layout: str

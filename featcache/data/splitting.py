@@ -25,7 +25,7 @@ from featcache.data.groups import GroupPattern
 from featcache.data.stratification import assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
-from featcache.formatting import count, in_bytes, join_few, list_counts
+from featcache.formatting import brief_repr, count, in_bytes, join_few, list_counts
 from featcache.output_folders import new_folder
 from featcache.outputs import Kind, Output, write_output
 from featcache.renames import ignores_case
@@ -57,6 +57,7 @@ class SplitSummary:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     destination: Path
     classes: tuple[str, ...]

@@ -321,6 +321,7 @@ def load_classifier(
     loaded = load_run(run)
     place = resolve_device(device).torch()
     recipe = recipe_from_identity(
-        loaded.cache["identity"], weights=weights, backbone=backbone, max_pixels=max_pixels
-    )
+        loaded.cache["identity"], weights=weights, backbone=backbone, max_pixels=max_pixels,
+        source=loaded.cache.get("weights_source"),
+    )  # fmt: skip
     return Classifier(loaded, recipe, place, batch_size)

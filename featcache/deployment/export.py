@@ -21,6 +21,7 @@ from featcache.backbones.engine import eager_features
 from featcache.deployment.classifier import Classifier, load_classifier
 from featcache.errors import ConfigError, RunError
 from featcache.files import local_path, readable_json, result_as_dict
+from featcache.formatting import brief_repr
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.precision import relative_errors
 
@@ -51,6 +52,7 @@ class ExportSummary:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     path: Path
     sha256: str

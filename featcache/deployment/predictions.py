@@ -18,6 +18,7 @@ from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError, RunError, printable
 from featcache.evaluation.seen_rows import find_all_seen, warn_of_seen
 from featcache.files import csv_text, join_names, prob_columns
+from featcache.formatting import brief_repr
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import load_run, require_same_features
 from featcache.heads.streaming import StoredFeatures
@@ -51,6 +52,7 @@ class Predictions:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     classes: tuple[str, ...]
     paths: tuple[str, ...]

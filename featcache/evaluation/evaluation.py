@@ -20,7 +20,7 @@ from featcache.evaluation.lines import evaluation_lines
 from featcache.evaluation.predicted_rows import CSV, labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_seen
 from featcache.files import read_regular, readable_json, result_as_dict
-from featcache.formatting import decimal, join_few
+from featcache.formatting import brief_repr, decimal, join_few
 from featcache.heads.run import (
     Run,
     cache_path,
@@ -75,6 +75,7 @@ class Evaluation:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     split: str
     task: str

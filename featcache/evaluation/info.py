@@ -15,6 +15,7 @@ import numpy as np
 from featcache.cache.provenance import row_precisions
 from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
 from featcache.files import local_path, result_as_dict
+from featcache.formatting import brief_repr
 
 if TYPE_CHECKING:
     from featcache.heads.head import HeadConfig
@@ -41,6 +42,7 @@ class CacheInfo:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     path: Path
     file_bytes: int
@@ -81,6 +83,7 @@ class RunInfo:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     path: Path
     task: str
@@ -116,6 +119,7 @@ class UnfinishedInfo:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     path: Path
     command: str

@@ -90,8 +90,9 @@ def compare(
     """
     bound = error_bound(cache)
     recipe = recipe_from_identity(
-        cache.identity, weights=weights, backbone=backbone, max_pixels=max_pixels
-    )
+        cache.identity, weights=weights, backbone=backbone, max_pixels=max_pixels,
+        source=cache.provenance.get("weights_source"),
+    )  # fmt: skip
     listing = listing_of(cache).for_data(data)
     dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
     refuse_misread(cache, dataset)

@@ -6,6 +6,7 @@ by, so that extraction, verification and prediction preprocess alike by construc
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -220,6 +221,7 @@ def recipe_from_identity(
     weights: str | Path | None = None,
     backbone: Backbone | str | None = None,
     max_pixels: int = MAX_PIXELS,
+    source: object = None,
 ) -> Recipe:
     """Rebuild the recipe a cache or a run was made by.
 
@@ -228,9 +230,12 @@ def recipe_from_identity(
 
     Args:
         identity: A cache's identity.
-        weights: The backbone's weights file, where the library's own were not used.
+        weights: The backbone's weights file, where neither the library's own nor ``random`` were
+            used: those two are found by the identity's sha256.
         backbone: The backbone itself, if it was made in Python, or its name.
         max_pixels: Images of more pixels will be refused.
+        source: Where the cache's weights came from, if that is recorded (``weights_source`` of its
+            provenance): after ``random`` nothing is downloaded.
 
     Raises:
         BackboneError: If the backbone cannot be built, or has other weights than the identity's.
@@ -253,7 +258,8 @@ def recipe_from_identity(
         refuse_misbuilt(identity)
         backbone = _rebuild_backbone(
             _trusted_name(identity, backbone), weights, wanted,
-            image_size=rules.image_size, mean=mean, std=std,
+            is_random=str(source).startswith("random"), image_size=rules.image_size, mean=mean,
+            std=std,
         )  # fmt: skip
     if backbone.weights_sha256 != wanted:
         raise BackboneError(
@@ -283,20 +289,40 @@ def recipe_from_identity(
 
 
 def _rebuild_backbone(
-    name: str, weights: str | Path | None, sha256: str, *, image_size: int, mean: _Colour,
-    std: _Colour,
-) -> Backbone:  # fmt: skip
-    """Build a backbone by its name; if its weights are not at hand, say which are wanted."""
+    name: str, weights: str | Path | None, sha256: str, *, is_random: bool, **options: Any
+) -> Backbone:
+    """Build a backbone by its name; if its weights are not at hand, say which are wanted.
+
+    Without ``weights`` both the library's own and the seeded random ones are tried, those first
+    that ``is_random`` says they were: an identity has their sha256 alone.
+    """
+
+    def build(source: str | Path | None) -> Backbone:
+        return build_backbone(name, weights=source, **options)
+
+    def build_random() -> Backbone | None:
+        with contextlib.suppress(BackboneError, ConfigError):
+            made = build("random")
+            return made if made.weights_sha256 == sha256 else None
+        return None
+
+    if weights is None and is_random and (made := build_random()):
+        return made
     try:
-        return build_backbone(name, weights=weights, image_size=image_size, mean=mean, std=std)
+        backbone = build(weights)
     except BackboneError as error:
         if weights is not None or isinstance(error.__cause__, ModuleNotFoundError):
             raise
+        if not is_random and (made := build_random()):
+            return made
         raise BackboneError(
             f"backbone {name}", expected=f"weights with sha256 {sha256} (of the state)",
             found=error.found, where=error.where,
             hint="Name the file the cache was made with by --weights FILE",
         ) from error  # fmt: skip
+    if weights is None and backbone.weights_sha256 != sha256 and not is_random:
+        return build_random() or backbone
+    return backbone
 
 
 def _trusted_name(identity: Mapping[str, Any], given: str | None) -> str:

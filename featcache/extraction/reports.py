@@ -22,7 +22,7 @@ from featcache.extraction.pipeline import stream_views
 from featcache.extraction.plan import Job
 from featcache.extraction.recipe import Recipe, decode_probes, sample_depths
 from featcache.files import result_as_dict
-from featcache.formatting import count, list_counts
+from featcache.formatting import brief_repr, count, list_counts
 from featcache.runtime import Say
 
 _NUM_DECODED = 64
@@ -57,6 +57,7 @@ class Projection:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     splits: dict[str, dict[str, int]]
     classes: tuple[str, ...]
@@ -209,6 +210,7 @@ class ExtractionSummary:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     cache: Path
     status: str

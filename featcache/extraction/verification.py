@@ -30,7 +30,7 @@ from featcache.files import (
     set_mode,
     sync_folder,
 )
-from featcache.formatting import count
+from featcache.formatting import brief_repr, count
 from featcache.outputs import Output
 from featcache.runtime import Say, log_line
 from featcache.untrusted import MAX_PIXELS
@@ -66,6 +66,7 @@ class Verification:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     cache: Path
     num_rows: int

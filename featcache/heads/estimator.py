@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -27,8 +28,9 @@ from sklearn.utils.validation import (
 from featcache.errors import ConfigError, FeatcacheError
 from featcache.heads.config import TrainingConfig
 from featcache.heads.fit import fit_head
-from featcache.heads.head import HeadConfig, build_head, to_python
+from featcache.heads.head import HeadConfig, build_head, norm_and_linear, to_python
 from featcache.heads.prediction import predict_logits, predict_probs
+from featcache.heads.run import Run, load_run
 from featcache.runtime import resolve_device
 
 if TYPE_CHECKING:
@@ -39,6 +41,13 @@ _PARAMETERS = {
     "--patience": "n_iter_no_change", "--class-weights": "class_weight",
 }  # fmt: skip
 """Options whose parameter here has scikit-learn's name; the others differ by the dashes."""
+
+_FIELDS = {
+    "learning_rate": "learning_rate", "weight_decay": "weight_decay", "solver": "optimizer",
+    "schedule": "schedule", "batch_size": "batch_size", "max_epochs": "epochs",
+    "n_iter_no_change": "patience", "label_smoothing": "label_smoothing", "warmup": "warmup",
+}  # fmt: skip
+"""Parameters here whose values are those of a run's ``training``, and their names there."""
 
 _Compute: TypeAlias = Callable[
     [HeadConfig, Mapping[str, npt.NDArray[Any]], npt.NDArray[Any]], npt.NDArray[np.float64]
@@ -207,6 +216,12 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the probability of each class, (N, C) in the order of ``classes_``."""
         return self._compute(predict_probs, X)
 
+    def predict_log_proba(self, X: Any) -> npt.NDArray[np.float64]:
+        """Return the logarithm of each probability, (N, C): finite where the probability is 0."""
+        logits = self._compute(predict_logits, X)
+        logs: npt.NDArray[np.float64] = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        return logs
+
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Return the most probable class of each row, (N,)."""
         logits = self._compute(predict_logits, X)
@@ -216,6 +231,59 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return the accuracy of ``predict``."""
         return float(super().score(X, _to_numpy(y), _to_numpy(sample_weight)))
+
+    @classmethod
+    def from_run(cls, run: Run | str | Path) -> HeadClassifier:
+        """Return a fitted estimator with the head and the parameters of a run.
+
+        It predicts what the run predicts on features. There is no way back: an estimator knows
+        neither its cache and rows, nor what steps of a pipeline did to them. ``featcache.train``
+        with the same options and seed makes the run, with the same weights.
+
+        Args:
+            run: The run folder, or what ``load_run`` returned.
+
+        Returns:
+            The estimator. ``classes_`` are the names of the run's classes, sorted: compare it with
+            names, not with the numbers in a cache's targets. ``history_`` and ``n_iter_``, which
+            no run has for certain, are missing.
+
+        Raises:
+            RunError: If the folder is not a whole run.
+            ConfigError: If the run is one of several labels an image.
+
+        Example:
+            >>> head = HeadClassifier.from_run("run")  # doctest: +SKIP
+            >>> head.predict(cache.split("test").plain_features)  # doctest: +SKIP
+        """
+        loaded = run if isinstance(run, Run) else load_run(run)
+        if loaded.task != "multiclass":
+            raise ConfigError(
+                "HeadClassifier.from_run", expected="a run of one class an image",
+                found="several labels", where=loaded.path, hint="Use featcache.load_head",
+            )  # fmt: skip
+        told, head = loaded.training, loaded.head
+        parameters = {
+            name: told[option] for name, option in _FIELDS.items() if option in told
+        }  # fmt: skip
+        weights = told.get("class_weights", "none")
+        if not isinstance(weights, str):
+            weights = dict(zip(loaded.classes, weights, strict=True))
+        estimator = cls(
+            head.hidden, head.dropout, random_state=loaded.seed,
+            class_weight=None if weights == "none" else weights, **parameters,
+        )  # fmt: skip
+        order = np.argsort(np.array(loaded.classes))
+        estimator.classes_ = np.array(loaded.classes)[order]
+        estimator.n_features_in_ = head.num_features
+        _, last = norm_and_linear(head, len(head.hidden))
+        outputs = {f"{last}.weight", f"{last}.bias"}
+        estimator._config, estimator._state = head, {
+            name: value[order] if name in outputs else value for name, value in loaded.state.items()
+        }  # fmt: skip
+        if "best_epoch" in told:
+            estimator.best_epoch_ = told["best_epoch"]
+        return estimator
 
     def _check_rows(self, X: Any, *y: Any, **options: Any) -> Any:
         with np.errstate(over="ignore", invalid="ignore"):  # infinities are refused, not warned of

@@ -36,6 +36,7 @@ from featcache.files import (
     write_csv,
     write_json,
 )
+from featcache.formatting import join_few
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, build_head, state_layout
 from featcache.heads.rows import Part
@@ -77,7 +78,8 @@ class Run:
         classes: Names of the head's outputs, in order.
         task: ``multiclass``, or ``multilabel``: an output per class is a question of its own.
         cache: ``path`` (relative to the folder where possible), ``fingerprint``, ``identity``,
-            ``payload_sha256`` and ``num_failed`` of the cache it was trained on.
+            ``payload_sha256`` and ``num_failed`` of the cache it was trained on, and the backbone's
+            ``weights_source`` if that is ``random``.
         weights_sha256: sha256 of ``head.safetensors``.
     """
 
@@ -93,6 +95,14 @@ class Run:
     cache: dict[str, Any]
     weights_sha256: str
     task: str = "multiclass"
+
+    def __repr__(self) -> str:
+        hidden = ", ".join(map(str, self.head.hidden)) or "none"
+        backbone = printable(str(self.cache["identity"].get("backbone")))[:60]
+        return (
+            f"Run({printable(self.path.name)}: {join_few(self.classes)}; hidden {hidden}; "
+            f"{self.head.num_features:,} features of {backbone})"
+        )
 
 
 _OWN_FILES = re.compile(
@@ -481,10 +491,13 @@ def record_fit(
 
 
 def _cache_facts(cache: Cache, folder: Path) -> dict[str, Any]:
+    source = cache.provenance.get("weights_source")
     return {
         "path": relative_path(cache.path, folder),
         "fingerprint": cache.fingerprint,
         "identity": cache.identity,
         "payload_sha256": cache.payload_sha256,
         "num_failed": len(cache.failures),
+        # Only where it helps: without it, predict and export would first download others.
+        **({"weights_source": source} if str(source).startswith("random") else {}),
     }

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache, open_cache, warn_of_leaks
 from featcache.errors import ConfigError, printable
 from featcache.files import local_path, result_as_dict
-from featcache.formatting import count, decimal, join_few, list_counts, shorten
+from featcache.formatting import brief_repr, count, decimal, join_few, list_counts, shorten
 from featcache.heads.config import (
     LBFGS,
     MAX_ITERATIONS,
@@ -69,6 +69,7 @@ class TrainSummary:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     run: Path
     classes: tuple[str, ...]

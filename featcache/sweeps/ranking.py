@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featcache.errors import printable
+from featcache.formatting import brief_repr
 from featcache.metrics.scores import paired_interval
 from featcache.sweeps.space import DEFAULTS
 from featcache.sweeps.trials import Trial
@@ -42,9 +43,14 @@ class Decision:
         num_splits: Hold-outs that were judged by.
         num_finalists: Trials trained again, not counting the default.
         reason: Why that one is kept, in a few words.
+        scores: The metric on each hold-out, by trial (its number as text): the finalists, the
+            default ``0`` and ``prior``, which guesses by the shares of the classes.
+        ratio: Rows judged by over rows trained on, the mean over the hold-outs. With ``scores``,
+            all that the intervals are computed from: see ``metrics.scores.paired_interval``.
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     best: int
     chosen: int
@@ -55,6 +61,8 @@ class Decision:
     num_splits: int
     num_finalists: int
     reason: str
+    scores: dict[str, list[float]]
+    ratio: float
 
     def as_json(self) -> dict[str, Any]:
         """Return the decision as a JSON object."""
@@ -105,6 +113,8 @@ def decide(scores: Scores, sign: int, ratio: float, select: str) -> Decision:
         num_splits=len(scores[best]),
         num_finalists=len(finalists),
         reason=reason,
+        scores={number: [*scores[number]] for number in sorted(scores)},  # as when resumed
+        ratio=ratio,
     )
 
 
@@ -160,7 +170,10 @@ def _option_text(value: Any) -> str:
 
 def trial_rows(trials: Iterable[Trial]) -> tuple[list[str], list[list[Any]]]:
     """Return header and rows of ``trials.csv``, by the trials' numbers."""
-    header = ["trial", "state", "score", "num_epochs", "best_epoch", "lowest_loss", *DEFAULTS]
+    header = [
+        "trial", "state", "score", "fold_scores", "num_epochs", "best_epoch", "lowest_loss",
+        *DEFAULTS,
+    ]  # fmt: skip
     rows = []
     for trial in sorted(trials, key=lambda trial: trial.number):
         params = DEFAULTS | trial.params
@@ -169,7 +182,8 @@ def trial_rows(trials: Iterable[Trial]) -> tuple[list[str], list[list[Any]]]:
         ]
         lowest = [min(losses) for losses in trial.losses if losses]
         rows.append([
-            trial.number, trial.state, trial.score, sum(map(len, trial.losses)),
+            trial.number, trial.state, trial.score, " ".join(map(repr, trial.fold_scores)),
+            sum(map(len, trial.losses)),
             " ".join(map(str, trial.best_epochs)),
             statistics.fmean(lowest) if lowest else None, *cells,
         ])  # fmt: skip

@@ -30,7 +30,7 @@ from featcache.files import (
     write_csv,
     write_json,
 )
-from featcache.formatting import count, decimal
+from featcache.formatting import brief_repr, count, decimal
 from featcache.heads.config import check_seed, check_valid_fraction
 from featcache.heads.fit import fit_head
 from featcache.heads.rows import Part, check_cache, choose_rows
@@ -84,6 +84,7 @@ class SweepSummary:
     """
 
     __module__ = "featcache"
+    __repr__ = brief_repr
 
     run: Path
     num_trials: int

@@ -47,6 +47,7 @@ class Trial:
         score: Mean over the folds; None unless done.
         losses: The validation loss of each epoch, fold by fold.
         best_epochs: The epoch kept of each fold.
+        fold_scores: The score of each fold; none in journals of earlier versions.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Trial:
     score: float | None
     losses: list[list[float]]
     best_epochs: list[int]
+    fold_scores: list[float] = dataclasses.field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return the trial as a JSON object."""
@@ -70,7 +72,8 @@ class Trial:
         try:
             trial = cls(**{**value, "params": params_from_json(value["params"])})
             numbers = [trial.number, *trial.best_epochs]
-            scores = [trial.score or 0.0, *(loss for fold in trial.losses for loss in fold)]
+            scores = [trial.score or 0.0, *trial.fold_scores]
+            scores += [loss for fold in trial.losses for loss in fold]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a trial without {error}") from error
         whole = all(type(number) is int and 0 <= number < 1 << 31 for number in numbers)
@@ -208,7 +211,7 @@ def fit_trials(
         Trial(
             number, params, states[number],
             statistics.fmean(scores[number]) if states[number] == "done" else None,
-            losses[number], best[number],
+            losses[number], best[number], scores[number],
         )
         for number, params in sorted(plan.items())
     ]  # fmt: skip

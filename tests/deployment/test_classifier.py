@@ -21,7 +21,7 @@ from sample_images import write_image, write_tree
 from sample_selections import write_table
 
 import featcache
-from featcache.backbones.backbone import Backbone
+from featcache.backbones.backbone import Backbone, build_backbone
 from featcache.cache.reading import open_cache
 from featcache.cache.selection import select
 from featcache.cache.writing import write_cache
@@ -200,7 +200,11 @@ def test_missing_weights_are_named_by_hash(tmp_path: Path, monkeypatch: pytest.M
     import efficientnet_pytorch.utils
 
     tree = write_tree(tmp_path / "data", {"train": 6, "valid": 2, "test": 2})
-    extract(tree, tmp_path / "c.h5", backbone="efficientnet-b0", weights="random", image_size=32)
+    options = {"backbone": "efficientnet-b0", "image_size": 32}
+    state = build_backbone("efficientnet-b0", weights="random", image_size=32).network.state_dict()
+    state["_conv_head.weight"] *= 2
+    torch.save(state, tmp_path / "mine.pt")
+    extract(tree, tmp_path / "c.h5", weights=tmp_path / "mine.pt", engine="eager", **options)
     train(tmp_path / "c.h5", tmp_path / "run", epochs=1, hidden=())
     wanted = open_cache(tmp_path / "c.h5").identity["weights_sha256"]
     nowhere = {"efficientnet-b0": "http://127.0.0.1:9/efficientnet-b0-355c32eb.pth"}

@@ -17,6 +17,7 @@ import pytest
 from sample_heads import probs_of
 from sample_rows import CLASSES, array_of, edited, make_cache, rows_of
 from sample_sweeps import SPACE, run_files, small_cache, sweep_small
+from scipy import stats
 
 import featcache
 from featcache.cache.reading import Cache
@@ -87,6 +88,34 @@ def test_every_trial_once_and_the_same_twice(
         go("c", sampler=sampler, trials=20, seed=1)
         other = [(row["hidden"], row["learning_rate"]) for row in read_trials(tmp_path / "c")]
         assert set(tried[1:]).isdisjoint(other[1:])
+
+
+@pytest.mark.parametrize("options", [{}, {"folds": 3, "metric": "balanced_accuracy"}], ids=str)
+def test_the_intervals_and_scores_follow_from_the_files_of_the_run(
+    tmp_path: Path, go: Callable[..., SweepSummary], options: dict[str, Any]
+) -> None:
+    """By the formula of Nadeau and Bengio, written out here."""
+    found = go("r", **options)
+    assert found.decision is not None
+    told = json.loads((tmp_path / "r" / "sweep.json").read_text("utf-8"))["decision"]
+    number, num_finalists = told["num_splits"], told["num_finalists"]
+    quantile = stats.t.ppf(1 - 0.05 / 2 / num_finalists, number - 1)
+    best = np.array(told["scores"][str(told["best"])])
+    assert len(told["scores"]) == num_finalists + 2
+    assert {len(scores) for scores in told["scores"].values()} == {number}
+    intervals = {
+        "0": [told["difference"], told["low"], told["high"]], "prior": told["over_prior"],
+    }  # fmt: skip
+    for other, interval in intervals.items():
+        differences = best - told["scores"][other]
+        half = quantile * np.sqrt((1 / number + told["ratio"]) * differences.var(ddof=1))
+        mean = differences.mean()
+        np.testing.assert_allclose(interval, [mean, mean - half, mean + half], rtol=1e-9)
+    done = [row for row in read_trials(tmp_path / "r") if row["state"] == "done"]
+    for row in done:
+        folds = [float(score) for score in row["fold_scores"].split()]
+        assert len(folds) == options.get("folds", 1)
+        assert float(row["score"]) == pytest.approx(np.mean(folds), rel=1e-12)
 
 
 def easy(name: str, targets: list[int]) -> SplitRows:
