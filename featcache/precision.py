@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ def parity_bound(precision: str, spread: float | None = None) -> float:
         precision: One of ``PARITY_BOUNDS``.
         spread: Of the library's own network, its fp32 against float64; None where it is not known.
     """
-    return max(PARITY_BOUNDS[precision], min(3 * (spread or 0), LARGEST_OWN_BOUND))
+    own = 3 * spread if spread is not None and math.isfinite(spread) else 0.0
+    return max(PARITY_BOUNDS[precision], min(own, LARGEST_OWN_BOUND))
 
 
 def format_bound(bound: float) -> str:

@@ -99,17 +99,23 @@ def build_backbone(
         return _use_ready_made(
             network, name, weights=weights, image_size=size, normalize=normalize, mean=mean, std=std
         )
+    classifiers = blueprint.classifier_name or blueprint.removed
     if weights == "random":
-        _calibrate_batch_norms(name, network, size or blueprint.image_size)
+        own = blueprint.image_size if blueprint.resize else size or blueprint.image_size
+        _calibrate_batch_norms(name, network, own)
         source = f"random (seed {RANDOM_WEIGHTS_SEED})"
     elif weights is not None:
-        load_state(network, read_state(Path(weights)), blueprint.classifier_name, str(weights))
+        load_state(network, read_state(Path(weights)), classifiers, str(weights))
         source = Path(weights).name
     elif blueprint.download is not None:
         state, source = blueprint.download()
-        load_state(network, state, blueprint.classifier_name, source)
+        load_state(network, state, classifiers, source)
     else:
         source = "as built by the function"
+    if resize := blueprint.resize:
+        network = call_foreign(name, lambda: resize(network))
+    if blueprint.cut is not None:
+        blueprint.cut(network)
     default = blueprint.normalization if normalize == "auto" else normalize
     mean, std = _resolve_normalization(default, mean, std)
     backbone = wrap_backbone(

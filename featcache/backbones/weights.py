@@ -71,15 +71,19 @@ def _refuse_bomb(file: Path) -> None:
 
 
 def load_state(
-    network: nn.Module, state: Mapping[str, Any], classifier_name: str | None, source: str
+    network: nn.Module,
+    state: Mapping[str, Any],
+    classifiers: str | tuple[str, ...] | None,
+    source: str,
 ) -> None:
-    """Load ``state`` into ``network``; the classifier may be missing or have another shape.
+    """Load ``state`` into ``network``; its classifiers may be missing or have another shape.
 
     Raises:
         BackboneError: If a tensor is missing, unknown, of another shape or not finite.
     """
     own = network.state_dict()
-    prefix = f"{classifier_name}." if classifier_name else "\0"
+    names = (classifiers,) if isinstance(classifiers, str) else classifiers or ()
+    prefix = tuple(f"{name}." for name in names)
     wanted = {name: value for name, value in own.items() if not name.startswith(prefix)}
     given = {
         name: value for name, value in state.items()
