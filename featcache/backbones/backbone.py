@@ -101,7 +101,8 @@ def build_backbone(
         )
     classifiers = blueprint.classifier_name or blueprint.removed
     if weights == "random":
-        own = blueprint.image_size if blueprint.resize else size or blueprint.image_size
+        is_resized = blueprint.resize is not None
+        own = blueprint.image_size if is_resized else size or blueprint.image_size
         _calibrate_batch_norms(name, network, own)
         source = f"random (seed {RANDOM_WEIGHTS_SEED})"
     elif weights is not None:
@@ -217,6 +218,8 @@ def _calibrate_batch_norms(name: str, network: nn.Module, image_size: int) -> No
             variance = inputs[0].var().clamp(1e-20, 1e20)
             norm.running_var.fill_(float(2 ** variance.log2().round()))
 
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return
     noise = torch.randn(2, 3, image_size, image_size, generator=_seeded())
     handles = [module.register_forward_pre_hook(fit) for module in network.modules()]
     network.eval()
