@@ -36,6 +36,8 @@ def format_bound(bound: float) -> str:
 
 def relative_errors(found: npt.NDArray[Any], reference: npt.NDArray[Any]) -> tuple[float, ...]:
     """Return the relative L2 error of each row, (N, D) against (N, D); infinite for NaN."""
-    difference = np.linalg.norm(found.astype(np.float64) - reference, axis=1)
-    length = np.maximum(np.linalg.norm(reference.astype(np.float64), axis=1), 1e-30)
-    return tuple(float(e) if np.isfinite(e) else float("inf") for e in difference / length)
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.linalg.norm(found.astype(np.float64) - reference, axis=1)
+        length = np.maximum(np.linalg.norm(reference.astype(np.float64), axis=1), 1e-30)
+        errors = difference / length
+    return tuple(float(e) if np.isfinite(e) else float("inf") for e in errors)

@@ -249,15 +249,19 @@ def _timm(name: str, size: int | None) -> Blueprint:
 
     def resize(network: nn.Module) -> nn.Module:
         try:  # timm interpolates position embeddings where it can
-            return build_pretrained(network.state_dict(), img_size=side)
+            resized = build_pretrained(network.state_dict(), img_size=side)
         except Exception as error:
-            found = f"{side}, {(str(error).splitlines() or [''])[0]:.80}"
-            raise _wrong_size(name, facts, found) from error
+            raise _wrong_size(name, facts, side) from error
+        if not _runs_at(resized, side):
+            raise _wrong_size(name, facts, side)
+        return resized
 
     side = size or int(facts["input_size"][-1])
     is_fixed = (3, side, side) != tuple(facts["input_size"]) and not _runs_at(network, side)
-    constructors = (inspect.signature(cls.__init__) for cls in type(network).__mro__)
-    if is_fixed and not any("img_size" in made.parameters for made in constructors):
+    constructors = [
+        vars(cls)["__init__"] for cls in type(network).__mro__ if "__init__" in vars(cls)
+    ]
+    if is_fixed and not any("img_size" in inspect.signature(c).parameters for c in constructors):
         raise _wrong_size(name, facts, side)
     # The features of timm's MetaFormers are those in front of its whole head of two layers.
     classifier = listed[0].replace("head.fc.fc2", "head.fc") if len(listed) == 1 else None
