@@ -3,17 +3,19 @@
 With ``--long``: all networks of torchvision, and the first and last of each module of timm; the
 table in featcache/backbones/README.md is of these. Networks of more than 300 million parameters
 are built on the meta device, where nothing is computed: only the shape of their features is
-compared.
+compared. Networks that take any size run at 128 pixels, the others at their own.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
 
+import efficientnet_pytorch
 import pytest
 import timm
 import torch
@@ -27,6 +29,7 @@ from featcache.backbones.libraries import build_network, find_blueprint
 from featcache.errors import BackboneError
 
 LARGE = 300_000_000  # parameters
+SMALL = 128  # pixels
 
 # Of each kind one: two heads, several, no classifier, a layer in front, a convolution at the end.
 SOME_OF_TIMM = ["deit_tiny_distilled_patch16_224", "levit_128s", "repvit_m0_9", "crossvit_9_240",
@@ -102,25 +105,32 @@ def into_last_layer(library: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return inputs[-1] if inputs[-1].ndim == 2 else inputs[-1].mean((2, 3))
 
 
-def is_large(name: str) -> bool:
+def look_at(name: str) -> tuple[bool, bool]:
+    """Return whether a network is large, and whether it is built for one size of images."""
     library, _, rest = name.partition(":")
-    with torch.device("meta"):
-        network = (timm.create_model if library == "timm" else models.get_model)(rest)
-    return sum(parameter.numel() for parameter in network.parameters()) > LARGE
+    create = timm.create_model if library == "timm" else models.get_model
+    try:
+        with torch.device("meta"):
+            network = create(rest)
+    except (RuntimeError, NotImplementedError):  # it cannot be built there
+        network = create(rest)
+    constructors = [
+        vars(cls)["__init__"] for cls in type(network).__mro__ if "__init__" in vars(cls)
+    ]
+    options = {name for made in constructors for name in inspect.signature(made).parameters}
+    is_large = sum(parameter.numel() for parameter in network.parameters()) > LARGE
+    return is_large, bool({"img_size", "image_size", "input_size"} & options)
 
 
 def check(name: str, built: dict[str, nn.Module]) -> str:
     """Compare a backbone with its library's network; return what was compared."""
     library, _, rest = name.partition(":")
     truth = documented if library == "timm" else into_last_layer
-    try:
-        large = is_large(name)
-    except (RuntimeError, NotImplementedError):  # cannot be built there
-        large = False
+    is_large, is_fixed = look_at(name)
     built.clear()
-    if large:
+    if is_large:
         return check_shape(name, truth)
-    backbone = build_backbone(name, weights="random")
+    backbone = build_backbone(name, weights="random", image_size="auto" if is_fixed else SMALL)
     heads = (
         (backbone.classifier_name,)
         if backbone.classifier_name
@@ -159,9 +169,9 @@ def check_all(names, built, tally, kind) -> None:
             outcome = check(name, built)
         except BackboneError as error:
             outcome = f"refused: {error}"
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - all are counted before the test fails
             wrong[name], outcome = f"{type(error).__name__}: {error}"[:500], "wrong"
-        print(name, outcome, wrong.get(name, ""), flush=True)
+        logging.getLogger(__name__).info("%s: %s %s", name, outcome, wrong.get(name, ""))
         tally(kind, outcome)
         built.clear()
         gc.collect()
@@ -190,3 +200,17 @@ def test_torchvisions_features_are_the_input_of_the_last_layer(rounds, tally, bu
 def test_timms_features_are_those_in_front_of_the_logits(rounds, tally, built):
     names = [SOME_OF_TIMM, networks_of_timm()][rounds(0, 1)]
     check_all([f"timm:{name}" for name in names], built, tally, "networks of timm")
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_features_of_efficientnets_are_pooled(number, rounds):
+    name = f"efficientnet-b{number}"
+    if number > rounds(0, 7):
+        pytest.skip("with --long")
+    backbone = build_backbone(name, weights="random", image_size=SMALL)
+    library = efficientnet_pytorch.EfficientNet.from_name(name, image_size=SMALL)
+    own, batch = with_weights(library, backbone.network, ("_fc",)), images(SMALL, 1)
+    with torch.inference_mode():
+        truth = own.extract_features(batch).mean((2, 3))
+    assert off_by(run(backbone.network, batch), truth) < 1e-5
+    assert backbone.num_features == truth.shape[1]

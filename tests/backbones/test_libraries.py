@@ -110,7 +110,8 @@ def test_networks_with_several_classifiers_take_weights_files(name, heads, tmp_p
     torch.save(library.state_dict(), file)
     backbone = build_backbone(f"timm:{name}", weights=file)
     batch = images(backbone.image_size, 1)
-    truth = library.forward_head(library.forward_features(batch), pre_logits=True)
+    with torch.inference_mode():
+        truth = library.forward_head(library.forward_features(batch), pre_logits=True)
     assert off_by(run(backbone.network, batch), truth) < 1e-5
     assert (backbone.classifier_name, backbone.built_as) == (None, None)
     state = {k: v for k, v in library.state_dict().items() if not k.startswith(heads)}
