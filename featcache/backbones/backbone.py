@@ -115,8 +115,8 @@ def build_backbone(
         source = "as built by the function"
     if resize := blueprint.resize:
         network = call_foreign(name, lambda: resize(network))
-    if blueprint.cut is not None:
-        blueprint.cut(network)
+    if cut := blueprint.cut:
+        call_foreign(name, lambda: cut(network))
     default = blueprint.normalization if normalize == "auto" else normalize
     mean, std = _resolve_normalization(default, mean, std)
     backbone = wrap_backbone(

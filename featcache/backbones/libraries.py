@@ -231,7 +231,8 @@ def _timm(name: str, size: int | None) -> Blueprint:
     network = call_foreign(f"timm:{name}", lambda: timm.create_model(name))
     facts: dict[str, Any] = network.pretrained_cfg
     found = facts.get("classifier")
-    listed = (found,) if isinstance(found, str) else tuple(found or ())
+    layers = dict(network.named_modules())  # some encoders name a classifier that they lack
+    listed = tuple(n for n in ([found] if isinstance(found, str) else found or ()) if n in layers)
 
     def download() -> tuple[Mapping[str, Any], str]:
         try:
@@ -270,13 +271,13 @@ def _timm(name: str, size: int | None) -> Blueprint:
         lambda: timm.create_model(name), classifier, download, build_pretrained,
         is_cut_elsewhere=len(listed) == 1 and classifier != listed[0],
         removed=() if classifier else listed,
-        cut=None if classifier else _cut_by_library,
+        cut=_cut_by_library if len(listed) > 1 else None,
         resize=resize if is_fixed else None,
     )  # fmt: skip
 
 
 def _cut_by_library(network: nn.Module) -> None:
-    """Remove all classifiers of a network of timm, in place: there are several, or none."""
+    """Remove all classifiers of a network of timm, in place: there are several."""
     network.reset_classifier(0)  # type: ignore[operator]
 
 
