@@ -7,4 +7,5 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 make_venv dev
 cd "$root"
 "$python" -m pytest --long tests/torture tests/test_xrays.py tests/cache \
-    tests/pixels/test_tiff_matrix.py tests/backbones/test_libraries.py "$@"
+    tests/pixels/test_tiff_matrix.py tests/backbones/test_libraries.py \
+    tests/backbones/test_every_network.py "$@"

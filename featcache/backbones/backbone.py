@@ -101,17 +101,24 @@ def build_backbone(
         return _use_ready_made(
             network, name, weights=weights, image_size=size, normalize=normalize, mean=mean, std=std
         )
+    classifiers = blueprint.classifier_name or blueprint.removed
     if weights == "random":
-        _calibrate_batch_norms(name, network, size or blueprint.image_size)
+        is_resized = blueprint.resize is not None
+        own = blueprint.image_size if is_resized else size or blueprint.image_size
+        _calibrate_batch_norms(name, network, own)
         source = f"random (seed {RANDOM_WEIGHTS_SEED})"
     elif weights is not None:
-        load_state(network, read_state(Path(weights)), blueprint.classifier_name, str(weights))
+        load_state(network, read_state(Path(weights)), classifiers, str(weights))
         source = Path(weights).name
     elif blueprint.download is not None:
         state, source = blueprint.download()
-        load_state(network, state, blueprint.classifier_name, source)
+        load_state(network, state, classifiers, source)
     else:
         source = "as built by the function"
+    if resize := blueprint.resize:
+        network = call_foreign(name, lambda: resize(network))
+    if cut := blueprint.cut:
+        call_foreign(name, lambda: cut(network))
     default = blueprint.normalization if normalize == "auto" else normalize
     mean, std = _resolve_normalization(default, mean, std)
     backbone = wrap_backbone(
@@ -213,6 +220,8 @@ def _calibrate_batch_norms(name: str, network: nn.Module, image_size: int) -> No
             variance = inputs[0].var().clamp(1e-20, 1e20)
             norm.running_var.fill_(float(2 ** variance.log2().round()))
 
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return
     noise = torch.randn(2, 3, image_size, image_size, generator=_seeded())
     handles = [module.register_forward_pre_hook(fit) for module in network.modules()]
     network.eval()

@@ -6,6 +6,7 @@ This is the only module that imports backbone libraries, each when it is needed.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 import warnings
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from featcache.backbones.weights import download_state, read_state, unreachable
@@ -34,8 +36,13 @@ class Blueprint:
         image_size: S, in pixels.
         normalization: ``imagenet``, ``half``, or mean and std per channel.
         build: Builds the network without weights.
-        classifier_name: Dotted name of the layer to remove.
+        classifier_name: Dotted name of the layer to remove, in whose place a head can stand. None
+            where there is none.
         download: Gets the library's own weights, and says where from.
+        removed: Dotted names of layers that ``cut`` removes: several classifiers, or a convolution.
+        cut: Removes them from a network, in place.
+        resize: Makes a network for images of the size asked for, from one for the library's own
+            size and with its weights. None where the network runs at that size as it is.
         build_pretrained: Builds the network as the library does when it is given weights, from a
             state dict; None where that makes no difference.
         is_cut_elsewhere: Whether earlier versions removed another layer.
@@ -48,6 +55,9 @@ class Blueprint:
     download: Callable[[], tuple[Mapping[str, Any], str]] | None
     build_pretrained: Callable[[Mapping[str, Any]], nn.Module] | None = None
     is_cut_elsewhere: bool = False
+    removed: tuple[str, ...] = ()
+    cut: Callable[[nn.Module], None] | None = None
+    resize: Callable[[nn.Module], nn.Module] | None = None
 
 
 def build_network(name: str, blueprint: Blueprint) -> tuple[nn.Module, bool]:
@@ -95,7 +105,7 @@ def find_blueprint(name: str, size: int | None) -> Blueprint:
         if prefix == "torchvision" and rest:
             return _torchvision(rest, size)
         if prefix == "timm" and rest:
-            return _timm(rest)
+            return _timm(rest, size)
         if prefix == "python" and rest.count(":") == 1:
             return Blueprint(224, "imagenet", _import_function(rest), None, None)
     except ModuleNotFoundError as error:
@@ -146,16 +156,22 @@ def _torchvision(name: str, size: int | None) -> Blueprint:
             found=name,
             hint="Names are those of torchvision.models.list_models(module=torchvision.models)",
         )
-    weights, fixed = models.get_model_weights(name).DEFAULT, {}
+    weights, fixed, resize = models.get_model_weights(name).DEFAULT, {}, None
     if name.startswith("vit_"):  # built for one size, that of its weights
         every = [weights, *models.get_model_weights(name)]
         weights = next((w for w in every if size in {None, w.meta["min_size"][0]}), weights)
         fixed = {"image_size": weights.meta["min_size"][0]}
+        if size not in {None, fixed["image_size"]}:
+            resize = _resize_torchvision(name, {"image_size": size})
+    elif name == "maxvit_t" and size not in {None, 224}:  # its weights do not depend on the size
+        resize = _resize_torchvision(name, {"input_size": (size, size)})
     preset = weights.transforms()
     network = call_foreign(f"torchvision:{name}", lambda: _quietly(lambda: models.get_model(name)))
-    linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
-    if not linear or not hasattr(preset, "crop_size"):
-        raise BackboneError("backbone", expected="an image classifier", found=f"torchvision {name}")
+    layers = [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    last = layers[-1]
+    # SqueezeNet's last layer is a convolution, in front of ReLU, which changes nothing then, and
+    # pooling: no head can stand there.
+    is_linear = isinstance(network.get_submodule(last), nn.Linear)
 
     def download() -> tuple[Mapping[str, Any], str]:
         state, source = download_state(weights.url)
@@ -165,9 +181,30 @@ def _torchvision(name: str, size: int | None) -> Blueprint:
 
     return Blueprint(
         int(preset.crop_size[0]), (tuple(preset.mean), tuple(preset.std)),
-        lambda: _quietly(lambda: models.get_model(name, **fixed)), linear[-1], download,
+        lambda: _quietly(lambda: models.get_model(name, **fixed)), last if is_linear else None,
+        download,
         lambda state: _quietly(lambda: models.get_model(name, weights=_stand_in(weights, state))),
+        removed=() if is_linear else (last,),
+        cut=None if is_linear else lambda made: made.set_submodule(last, nn.Identity()),
+        resize=resize,
     )  # fmt: skip
+
+
+def _resize_torchvision(name: str, options: Mapping[str, Any]) -> Callable[[nn.Module], nn.Module]:
+    """Return what builds a network of torchvision for another size, from one with weights."""
+    from torchvision import models
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    def resize(network: nn.Module) -> nn.Module:
+        resized = _quietly(lambda: models.get_model(name, **options))
+        state = network.state_dict()
+        if "image_size" in options:
+            patch: Any = network.patch_size
+            state = interpolate_embeddings(options["image_size"], patch, state)
+        resized.load_state_dict(state)
+        return resized
+
+    return resize
 
 
 def _stand_in(weights: Any, state: Mapping[str, Any]) -> Any:
@@ -185,21 +222,18 @@ def _quietly(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _timm(name: str) -> Blueprint:
+def _timm(name: str, size: int | None) -> Blueprint:
     import timm
 
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
         raise BackboneError(
             "backbone", expected="a model of timm", found=name, hint="See timm.list_models()"
         )
-    facts: dict[str, Any] = call_foreign(
-        f"timm:{name}", lambda: timm.create_model(name)
-    ).pretrained_cfg
-    if not isinstance(facts["classifier"], str):
-        raise BackboneError(
-            f"backbone timm:{name}", expected="one classifier", found=facts["classifier"],
-            hint="Wrap it yourself with featcache.wrap_backbone",
-        )  # fmt: skip
+    network = call_foreign(f"timm:{name}", lambda: timm.create_model(name))
+    facts: dict[str, Any] = network.pretrained_cfg
+    found = facts.get("classifier")
+    layers = dict(network.named_modules())  # some encoders name a classifier that they lack
+    listed = tuple(n for n in ([found] if isinstance(found, str) else found or ()) if n in layers)
 
     def download() -> tuple[Mapping[str, Any], str]:
         try:
@@ -209,18 +243,62 @@ def _timm(name: str) -> Blueprint:
             raise unreachable(wanted, "the weights", error) from error
         return network.state_dict(), name
 
-    def build_pretrained(state: Mapping[str, Any]) -> nn.Module:
+    def build_pretrained(state: Mapping[str, Any], **options: Any) -> nn.Module:
         given = {"state_dict": dict(state)}  # in place of a download
-        built = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given)
+        built = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given, **options)
         assert isinstance(built, nn.Module)
         return built
 
+    def resize(network: nn.Module) -> nn.Module:
+        try:  # timm interpolates position embeddings where it can
+            resized = build_pretrained(network.state_dict(), img_size=side)
+        except Exception as error:
+            raise _wrong_size(name, facts, side) from error
+        if not _runs_at(resized, side):
+            raise _wrong_size(name, facts, side)
+        return resized
+
+    side = size or int(facts["input_size"][-1])
+    is_fixed = (3, side, side) != tuple(facts["input_size"]) and not _runs_at(network, side)
+    constructors = [
+        vars(cls)["__init__"] for cls in type(network).__mro__ if "__init__" in vars(cls)
+    ]
+    if is_fixed and not any("img_size" in inspect.signature(c).parameters for c in constructors):
+        raise _wrong_size(name, facts, side)
     # The features of timm's MetaFormers are those in front of its whole head of two layers.
-    classifier = str(facts["classifier"]).replace("head.fc.fc2", "head.fc")
+    classifier = listed[0].replace("head.fc.fc2", "head.fc") if len(listed) == 1 else None
     return Blueprint(
         int(facts["input_size"][-1]), (tuple(facts["mean"]), tuple(facts["std"])),
         lambda: timm.create_model(name), classifier, download, build_pretrained,
-        is_cut_elsewhere=classifier != facts["classifier"],
+        is_cut_elsewhere=len(listed) == 1 and classifier != listed[0],
+        removed=() if classifier else listed,
+        cut=_cut_by_library if len(listed) > 1 else None,
+        resize=resize if is_fixed else None,
+    )  # fmt: skip
+
+
+def _cut_by_library(network: nn.Module) -> None:
+    """Remove all classifiers of a network of timm, in place: there are several."""
+    network.reset_classifier(0)  # type: ignore[operator]
+
+
+def _runs_at(network: nn.Module, size: int) -> bool:
+    """Return whether a network of timm takes images of a size; only some are built for one."""
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _wrong_size(name: str, facts: Mapping[str, Any], found: object) -> BackboneError:
+    own = facts["input_size"][-1]
+    return BackboneError(
+        f"backbone timm:{name}", expected=f"an image size that its weights fit, such as {own}",
+        found=found, hint=f"Use --image-size {own}, or a multiple of its patches and windows",
     )  # fmt: skip
 
 

@@ -81,9 +81,10 @@ def _refuse_bomb(file: Path) -> None:
 
 
 def load_state(
-    network: nn.Module, contents: Mapping[str, Any], classifier_name: str | None, source: str
-) -> None:
-    """Load the state dict in ``contents`` into ``network``; the classifier may be missing or other.
+    network: nn.Module, contents: Mapping[str, Any], classifiers: str | tuple[str, ...] | None,
+    source: str,
+) -> None:  # fmt: skip
+    """Load the state dict in ``contents`` into ``network``; classifiers may be missing or others.
 
     Trainers keep a state dict under a key, and set a prefix before all names of a network, as
     Lightning does: ``{"state_dict": {"model.conv1.weight": ...}}``. Whatever they are, they are
@@ -93,7 +94,7 @@ def load_state(
     Args:
         network: What to load into.
         contents: A state dict, or a checkpoint that holds one at any depth.
-        classifier_name: Dotted name of the layer whose tensors are not looked at, or None.
+        classifiers: Dotted names of the layers whose tensors are not looked at, or None.
         source: Where the weights are from, for messages.
 
     Raises:
@@ -101,10 +102,11 @@ def load_state(
             several state dicts fit and differ.
     """
     own = network.state_dict()
-    classifier = f"{classifier_name}." if classifier_name else "\0"
-    wanted = {name: value for name, value in own.items() if not name.startswith(classifier)}
+    names = (classifiers,) if isinstance(classifiers, str) else classifiers or ()
+    ignored = tuple(f"{name}." for name in names)
+    wanted = {name: value for name, value in own.items() if not name.startswith(ignored)}
     candidates = [
-        _compare(network, wanted, classifier, state, place=place, prefix=prefix)
+        _compare(network, wanted, ignored, state, place=place, prefix=prefix)
         for place, state in _find_states(contents) or [((), {})]
         for prefix in _find_prefixes(wanted, state)
     ]
@@ -192,7 +194,7 @@ def _find_prefixes(wanted: Mapping[str, Any], state: Mapping[str, Any]) -> list[
 
 
 def _compare(
-    network: nn.Module, wanted: Mapping[str, torch.Tensor], classifier: str,
+    network: nn.Module, wanted: Mapping[str, torch.Tensor], ignored: tuple[str, ...],
     state: Mapping[str, torch.Tensor], *, place: tuple[str, ...], prefix: str,
 ) -> _Candidate:  # fmt: skip
     """Compare the tensors whose names begin with a prefix with those of the backbone."""
@@ -201,7 +203,7 @@ def _compare(
     }
     given = {
         name: value for name, value in given.items()
-        if not name.startswith(classifier) and not _is_removed(network, name)
+        if not name.startswith(ignored) and not _is_removed(network, name)
     }  # fmt: skip
     absent = [name for name in wanted if name not in given and not name.endswith(_COUNTER)]
     unknown = [f"{prefix}{name}" for name in given if name not in wanted]

@@ -16,13 +16,23 @@ from featcache.cache.reading import Cache, name_differences
 from featcache.data.listing import Listing
 from featcache.errors import CacheError, printable, warn_user
 from featcache.files import canonical_json
-from featcache.precision import FLOAT16_STORAGE_ERROR, PARITY_BOUNDS
+from featcache.precision import (
+    FLOAT16_STORAGE_ERROR,
+    LARGEST_OWN_BOUND,
+    PARITY_BOUNDS,
+    format_bound,
+    parity_bound,
+)
 
 # Copied only if all caches agree: an update then continues with this engine.
 _ENGINE_FACTS = ("engine", "precision", "batch_size", "num_threads", "device_type")
 _OTHER_FACTS = ("device", "concurrency", "weights_source", "listing")
 MAX_PARITY = 8  # number of parity errors to keep: the largest ones
-_ORIGIN_FACTS = ("date", "versions", "device", "engine", "precision", "parity", "lost")
+_ORIGIN_FACTS = (
+    "date", "versions", "device", "engine", "precision", "parity", "parity_spread", "parity_bound",
+    "lost",
+)  # fmt: skip
+_SPREAD_FACTS = ("spread", "bound")
 
 
 def check_alike(caches: Sequence[Cache]) -> None:
@@ -84,9 +94,9 @@ def warn_of_precisions(caches: Sequence[Cache]) -> None:
             continue
         for name, measured in read_parities(cache).items():
             worst = max(measured["errors"], default=0.0)
-            if worst > _bound(cache, name):
+            if worst > (bound := _bound(cache, name)):
                 raise CacheError(
-                    "parity of the cache", expected=f"at most {_bound(cache, name):.0e} at {name}",
+                    "parity of the cache", expected=f"at most {format_bound(bound)} at {name}",
                     found=f"{worst:.1e}", where=cache.path, hint="Extract it again",
                 )  # fmt: skip
         known = f"parity {max(parity):.1e}" if parity else "parity unknown"
@@ -100,9 +110,7 @@ def warn_of_precisions(caches: Sequence[Cache]) -> None:
 
 def _parity(cache: Cache) -> list[float]:
     parity = cache.provenance.get("parity") or []
-    if not isinstance(parity, list) or not all(
-        type(error) in {int, float} and 0 <= error < 1e9 for error in parity
-    ):
+    if not isinstance(parity, list) or not all(map(_is_error, parity)):
         raise CacheError(
             "provenance of the cache", expected="a list of numbers as parity",
             found=f"{parity!r:.40}", where=cache.path, hint="Extract it again",
@@ -177,14 +185,40 @@ def _is_run(run: Any, size: int) -> bool:
 
 
 def read_parities(cache: Cache) -> dict[str, dict[str, Any]]:
-    """Return, by precision, ``errors`` and ``num_probed``: see ``Cache.parity``."""
+    """Return, by precision, ``errors`` and ``num_probed``: see ``Cache.parity``.
+
+    Where the library's own fp32 missed the usual bound, also its ``spread`` and the ``bound`` that
+    the rows were judged by.
+    """
     told = cache.provenance.get("parity_per_precision")
     if isinstance(told, dict) and all(map(_is_parity, told.values())):
         return {name: dict(measured) for name, measured in told.items()}
     if not cache.parity:
         return {}
     measured = {"errors": cache.parity, "num_probed": cache.num_probed}
+    spread = {key: cache.provenance.get(f"parity_{key}") for key in _SPREAD_FACTS}
+    measured |= {key: value for key, value in spread.items() if _is_error(value)}
     return {known_precision(cache) or UNKNOWN: measured}
+
+
+def with_spread(
+    precision: str, measured: Mapping[str, Any], *spreads: float | None
+) -> dict[str, Any]:
+    """Return what was measured at a precision with the largest spread, if any was measured.
+
+    Args:
+        precision: Of the rows.
+        measured: ``errors`` and ``num_probed``.
+        spreads: Of the library's own network: see ``parity_bound``.
+    """
+    known = [spread for spread in spreads if spread is not None]
+    if not known or precision not in PARITY_BOUNDS:
+        return dict(measured)
+    return {**measured, "spread": max(known), "bound": parity_bound(precision, max(known))}
+
+
+def _is_error(value: Any) -> bool:
+    return type(value) in {int, float} and 0 <= value < 1e9
 
 
 def _is_parity(measured: Any) -> bool:
@@ -193,7 +227,8 @@ def _is_parity(measured: Any) -> bool:
     number, errors = measured.get("num_probed"), measured["errors"]
     return (
         type(number) is int and len(errors) <= number < 2**53
-        and all(type(error) in {int, float} and 0 <= error < 1e9 for error in errors)
+        and all(map(_is_error, errors))
+        and all(_is_error(measured[key]) for key in _SPREAD_FACTS if key in measured)
     )  # fmt: skip
 
 
@@ -209,6 +244,9 @@ def with_parities(
     told["num_probed"] = sum(measured["num_probed"] for measured in parities.values())
     if len(parities) > 1:
         told["parity_per_precision"] = {name: dict(parities[name]) for name in sorted(parities)}
+    else:
+        (measured,) = parities.values()
+        told |= {f"parity_{key}": measured[key] for key in _SPREAD_FACTS if key in measured}
     return told
 
 
@@ -255,6 +293,8 @@ def _bound(cache: Cache, precision: str) -> float:
     """Return the largest error allowed of a row; where the precision is not known, that of fp32."""
     narrow = cache.identity.get("feature_dtype") == "float16"
     bound = PARITY_BOUNDS.get(precision, PARITY_BOUNDS["fp32"])
+    own = float(read_parities(cache).get(precision, {}).get("bound", 0))
+    bound = max(bound, min(own, LARGEST_OWN_BOUND))
     return bound + (FLOAT16_STORAGE_ERROR if narrow else 0)
 
 
@@ -277,8 +317,9 @@ def error_bounds(cache: Cache) -> dict[str, npt.NDArray[np.float64]]:
             "precision of the cache", expected=" or ".join(PARITY_BOUNDS), found=stated,
             where=cache.path, hint="It was not made by this version of featcache extract",
         )  # fmt: skip
+    bounds = {name: _bound(cache, name) for name in _listed(precisions)}
     return {
-        split: np.array([_bound(cache, name) for name in rows], np.float64)
+        split: np.array([bounds[name] for name in rows], np.float64)
         for split, rows in precisions.items()
     }
 
@@ -320,7 +361,9 @@ def _join_parities(caches: Sequence[Cache]) -> dict[str, dict[str, Any]]:
         # once if caches have them from the same cache
         probed = {tuple(m["errors"]): m["num_probed"] for of, m in every if of == name}
         errors = sorted({error for errors in probed for error in errors})
-        joined[name] = {"errors": errors[-MAX_PARITY:], "num_probed": sum(probed.values())}
+        measured = {"errors": errors[-MAX_PARITY:], "num_probed": sum(probed.values())}
+        spreads = [m.get("spread") for of, m in every if of == name]
+        joined[name] = with_spread(name, measured, *spreads)
     return joined
 
 

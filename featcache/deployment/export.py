@@ -24,6 +24,7 @@ from featcache.files import local_path, readable_json, result_as_dict
 from featcache.formatting import brief_repr
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.precision import relative_errors
+from featcache.runtime import exact_fp32
 
 _OUTPUTS = {
     "multiclass": "logits (B, C); softmax gives the probabilities of the classes in order",
@@ -126,9 +127,10 @@ def _check_network(classifier: Classifier, network: nn.Module) -> None:
     shape = (2, backbone.image_size, backbone.image_size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_fp32():
         images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        joined = network(images).numpy()
+        # One by one, as the features are: some networks amplify the rounding of a batch's sums.
+        joined = torch.cat([network(image[None]) for image in images]).numpy()
         features = torch.from_numpy(eager_features(backbone, pixels))
         apart = copy.deepcopy(classifier.head).cpu()(features).numpy()
     if not (np.isfinite(joined).all() and np.isfinite(apart).all()):

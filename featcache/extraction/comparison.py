@@ -30,7 +30,7 @@ from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
 from featcache.extraction.pipeline import Lane, Outcome, hash_images, stream_features
 from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.formatting import count
-from featcache.precision import relative_errors
+from featcache.precision import format_bound, relative_errors
 from featcache.runtime import Say, resolve_device
 
 _LINES_SAID = 20
@@ -181,7 +181,7 @@ def _compare_features(
             if found is not None:
                 is_known = precisions[sample.split][row] != UNKNOWN
                 judged = "" if is_known else ", as at fp32, since nobody knows their precision"
-                expected = f"features within {bound:.0e}{judged}"
+                expected = f"features within {format_bound(bound)}{judged}"
                 differing.append(BadRow(sample.split, row, sample.path, expected, found))
     return changed, differing, errors
 
@@ -250,5 +250,5 @@ def _say_comparison(comparison: Comparison, say: Say) -> None:
             say(f"{word}: and {len(paths) - _LINES_SAID:,} more")
     say(
         f"{count(comparison.num_compared, 'row')} recomputed: largest relative error "
-        f"{comparison.largest_error:.1e}, bound {comparison.bound:.0e}"
+        f"{comparison.largest_error:.1e}, bound {format_bound(comparison.bound)}"
     )

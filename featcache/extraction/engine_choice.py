@@ -13,7 +13,7 @@ import torch
 
 from featcache.backbones.backbone import state_sha256
 from featcache.backbones.engine import Engine, build_engine
-from featcache.cache.provenance import MAX_PARITY, read_parities, with_parities
+from featcache.cache.provenance import MAX_PARITY, read_parities, with_parities, with_spread
 from featcache.errors import BackboneError, CacheError, warn_user
 from featcache.extraction.plan import Job
 from featcache.extraction.recipe import decode_probes
@@ -180,6 +180,7 @@ def extend_provenance(
     # of older engines the worst: an update a night would else add to it for ever
     errors = [*sorted(old["errors"])[-MAX_PARITY:], *engine.parity]
     measured = {"errors": errors, "num_probed": old["num_probed"] + len(engine.parity)}
+    measured = with_spread(engine.precision, measured, old.get("spread"), engine.spread)
     facts = {
         **{key: provenance[key] for key in _KEPT_FACTS if key in provenance},
         **environment_facts(engine.device), "device_type": engine.device.type,

@@ -11,6 +11,7 @@ from sample_pixels import CPU, images, off_by, run
 from torch import nn
 from torchvision import models
 from torchvision.models import _api
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from featcache.backbones.backbone import build_backbone
 from featcache.backbones.engine import build_engine
@@ -97,6 +98,92 @@ def test_metaformers_give_the_features_that_timm_documents(tmp_path):
     assert backbone.num_features == library.num_features == 512
     assert off_by(run(backbone.network, images(SIDE)), run(library, images(SIDE))) < 1e-5
     assert backbone.built_as == "library"
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [("deit_tiny_distilled_patch16_224", ("head", "head_dist")), ("crossvit_9_240", ("head",))],
+)
+def test_networks_with_several_classifiers_take_weights_files(name, heads, tmp_path):
+    """Also files whose classifiers are of other classes, or missing."""
+    file, library = tmp_path / "weights.pth", timm.create_model(name, num_classes=7).eval()
+    torch.save(library.state_dict(), file)
+    backbone = build_backbone(f"timm:{name}", weights=file)
+    batch = images(backbone.image_size, 1)
+    with torch.inference_mode():
+        truth = library.forward_head(library.forward_features(batch), pre_logits=True)
+    assert off_by(run(backbone.network, batch), truth) < 1e-5
+    assert (backbone.classifier_name, backbone.built_as) == (None, None)
+    state = {k: v for k, v in library.state_dict().items() if not k.startswith(heads)}
+    assert len(state) < len(library.state_dict())
+    torch.save(state, file)
+    assert build_backbone(f"timm:{name}", weights=file).weights_sha256 == backbone.weights_sha256
+
+
+def test_squeezenets_features_are_those_of_its_last_pooling(tmp_path):
+    file, library = tmp_path / "weights.pth", models.squeezenet1_1(num_classes=7).eval()
+    torch.save(library.state_dict(), file)
+    backbone = build_backbone("torchvision:squeezenet1_1", weights=file, image_size=SIDE)
+    truth = run(library.features, images(SIDE)).mean((2, 3))
+    assert off_by(run(backbone.network, images(SIDE)), truth) < 1e-6
+    assert backbone.num_features == 512
+
+
+# ------------------------------------------------------------------- networks built for one size
+
+
+def test_fixed_networks_of_timm_are_built_for_other_sizes_as_timm_does(tmp_path):
+    file, name = tmp_path / "weights.pth", "deit_tiny_distilled_patch16_224"
+    library = timm.create_model(name).eval()
+    torch.save(library.state_dict(), file)
+    backbone = build_backbone(f"timm:{name}", weights=file, image_size=SIDE)
+    resized = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, img_size=SIDE,
+        num_classes=0,
+    ).eval()  # fmt: skip
+    assert off_by(run(backbone.network, images(SIDE)), run(resized, images(SIDE))) < 1e-6
+    assert backbone.image_size == SIDE
+    # The weights of the library's own size are the same as ever.
+    assert build_backbone(f"timm:{name}", weights=file).network.pos_embed.shape == (1, 198, 192)
+
+
+def test_vision_transformers_are_interpolated_as_torchvision_does(tmp_path):
+    file = tmp_path / "weights.pth"
+    library = models.vit_b_32().eval()
+    torch.save(library.state_dict(), file)
+    backbone = build_backbone("torchvision:vit_b_32", weights=file, image_size=SIDE)
+    resized = models.vit_b_32(image_size=SIDE).eval()
+    resized.load_state_dict(interpolate_embeddings(SIDE, 32, library.state_dict()))
+    resized.heads = nn.Identity()
+    assert off_by(run(backbone.network, images(SIDE)), run(resized, images(SIDE))) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("timm:levit_128s", 256),  # weights of its own size
+        ("timm:efficientformer_l1", 256),  # takes img_size, and cannot run
+        ("timm:convit_tiny", 100),
+        ("torchvision:vit_b_32", 100),
+        ("torchvision:maxvit_t", 256),
+    ],
+)
+def test_sizes_that_a_network_cannot_have_are_refused_in_one_line(name, size):
+    with pytest.raises(BackboneError, match=r"expected .*, found .*size") as caught:
+        build_backbone(name, weights="random", image_size=size)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_sizes_that_a_network_takes_as_it_is_change_nothing_of_it():
+    """Else caches of such a network would have another identity."""
+    for name, size in [("test_resnet", 64), ("xcit_nano_12_p16_224", 64)]:
+        own = build_backbone(f"timm:{name}", weights="random", image_size=size).network
+        torch.manual_seed(0)
+        network = timm.create_model(name)
+        names = set(network.state_dict()) & set(own.state_dict())
+        assert names == set(own.state_dict())
+        assert all(own.state_dict()[n].shape == network.state_dict()[n].shape for n in names)
 
 
 @pytest.mark.parametrize(("size", "entry"), [(None, 518), (224, 224), (518, 518)])
