@@ -71,8 +71,18 @@ def test_json_never_holds_nan(value: float) -> None:
 def test_readable_json_is_indented_and_ends_in_a_newline(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"b": 1, "a": [1]})
     text = (tmp_path / "a.json").read_text("utf-8")
-    assert text == '{\n  "b": 1,\n  "a": [\n    1\n  ]\n}\n'
+    assert text == '{\n  "b": 1,\n  "a": [1]\n}\n'
     assert json.loads(text) == {"a": [1], "b": 1}
+
+
+def test_rows_of_numbers_are_lines_and_all_else_stays_as_it_is() -> None:
+    value = {
+        "matrix": [[1, -2.5e-7], [300, 4]], "empty": [], "texts": ["[\n  1\n]", "1", "a, 2"],
+        "mixed": [1, None, "x", True], "nested": [{"a": [0.125]}, [[1]]],
+    }  # fmt: skip
+    text = readable_json(value)
+    assert json.loads(text) == value
+    assert "    [1, -2.5e-07],\n    [300, 4]\n" in text
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 5, 3 << 20])

@@ -66,7 +66,7 @@ class Command:
         """Return a sentence that is true at this moment, for a command that was interrupted."""
         again, output = "the same command starts again", self._output
         if not self._verb:
-            return "nothing was begun"
+            return f"nothing was begun; {again}"
         if output is not None and self._stamp() not in {None, self._before} and self._is_whole():
             return f"{_name(output)} is whole, nothing else is left to do"
         if self._verb == "demo":

@@ -48,7 +48,8 @@ def test_a_run_on_random_weights_predicts_exports_and_is_verified(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     if not is_told:  # as runs were before
         edit(run, weights_source=None)
-    cached = featcache.predict(run, cache=tmp_path / "c.h5")
+    with pytest.warns(featcache.FeatcacheWarning, match="was trained on"):
+        cached = featcache.predict(run, cache=tmp_path / "c.h5")
     images = featcache.predict(run, [tmp_path / "raw" / path for path in cached.paths])
     np.testing.assert_allclose(images.probs, cached.probs, atol=1e-4)
     summary = featcache.export(run, tmp_path / "x.pt")

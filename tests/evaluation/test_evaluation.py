@@ -368,7 +368,8 @@ def test_lines_are_readable_and_safe(tmp_path: Path) -> None:
     text = "\n".join(said)
     assert "\x1b" not in text
     evaluate(tmp_path / "r", csv=tmp_path / "e.csv")
-    predict(tmp_path / "r", cache=tmp_path / "c.h5", csv=tmp_path / "p.csv")
+    with pytest.warns(FeatcacheWarning, match="was trained on"):
+        predict(tmp_path / "r", cache=tmp_path / "c.h5", csv=tmp_path / "p.csv")
     for name in ("e.csv", "p.csv"):  # the same columns in both
         header = (tmp_path / name).read_text("utf-8").splitlines()[0]
         assert "prob_covid\\x1b[31m,prob_normal $x^" in header

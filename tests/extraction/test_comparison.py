@@ -18,6 +18,7 @@ from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, FeatcacheWarning
 from featcache.extraction.comparison import Comparison, compare
 from featcache.extraction.extraction import extract
+from featcache.untrusted import MAX_PIXELS
 
 SIZES = {"train": 2, "valid": 2, "test": 1}
 
@@ -26,7 +27,7 @@ def look(cache: Cache, data: Path, samples: int | str = "all") -> tuple[Comparis
     said: list[str] = []
     comparison = compare(
         open_cache(cache.path), data, samples=samples, weights=None, backbone=TINY, device="cpu",
-        say=said.append,
+        max_pixels=MAX_PIXELS, say=said.append,
     )  # fmt: skip
     return comparison, said
 
@@ -99,7 +100,7 @@ def test_many_names_are_counted_behind_the_first_twenty(folder: Path) -> None:
     comparison, said = look(open_cache(folder / "c.h5"), folder / "data")
     assert len(comparison.appeared) == 23
     assert sum(line.startswith("appeared: test") for line in said) == 20
-    assert "appeared: and 3 more images" in said
+    assert "appeared: and 3 more" in said
 
 
 def test_a_zip_of_the_images_is_compared_alike(

@@ -20,7 +20,7 @@ from sklearn.utils import estimator_checks, get_tags
 
 from featcache import HeadClassifier, load_run, open_cache, predict, train, write_cache
 from featcache.cache.reading import Cache
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, FeatcacheWarning
 
 
 def make_cache(path: Path, dtype: str = "f4") -> Cache:
@@ -128,7 +128,8 @@ def test_weights_and_history_equal_those_of_train(
     assert list(history[0]) == list(fitted.history_[0])
     for name in ("valid_loss", "valid_recall_viral"):
         assert [row[name] for row in history] == [str(row[name]) for row in fitted.history_]
-    predictions = predict(tmp_path / "run", cache=cache.path)
+    with pytest.warns(FeatcacheWarning, match="was trained on"):
+        predictions = predict(tmp_path / "run", cache=cache.path)
     probs = predictions.probs[[path.startswith("test/") for path in predictions.paths]]
     np.testing.assert_allclose(fitted.predict_proba(test.features), probs, atol=2e-6)
     assert fitted.classes_.tolist() == list(cache.classes)
@@ -159,7 +160,8 @@ def test_a_run_becomes_an_estimator(tmp_path: Path, options: Any, parameters: An
     for run in (tmp_path / "run", load_run(tmp_path / "run")):
         made = HeadClassifier.from_run(run)
         assert made.classes_.tolist() == sorted(names)
-        predictions = predict(tmp_path / "run", cache=cache.path)
+        with pytest.warns(FeatcacheWarning, match="was trained on"):
+            predictions = predict(tmp_path / "run", cache=cache.path)
         ordered = np.concatenate([cache.splits[name].features for name in ("train", "valid")])
         wanted = predictions.probs[:, [predictions.classes.index(n) for n in made.classes_]]
         np.testing.assert_allclose(made.predict_proba(ordered), wanted, atol=2e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -252,12 +253,12 @@ def test_the_run_tells_path_and_strength(cache: Path, tmp_path: Path) -> None:
     assert [float(row["strength"]) for row in history] == list(STRENGTHS)
     assert [row["valid_loss"] for row in history] == [str(r["valid_loss"]) for r in wanted.history]
     assert "lbfgs: solved for, without dropout" in "\n".join(said)
-    lines = [line for line in said if line[:1].isdigit()]
+    lines = [line for line in said if re.match(r"\d\.\d\de", line)]
     assert len(lines) == 65
     assert len({len(line.removesuffix("  *")) for line in lines}) == 1  # aligned
     marked = [line for line in lines if line.endswith("*")]
     assert marked[-1].startswith(f"{strength:.2e} ")
-    assert said[-1].startswith(f"kept strength {strength:.2e}: valid loss")
+    assert said[-2].startswith(f"kept strength {strength:.2e}: valid loss")
     assert not any("converged" in line for line in said)
     assert evaluate(tmp_path / "r")["num_samples"] == 40
     again = train(cache, tmp_path / "s", weight_decay=strength, **SOLVED)

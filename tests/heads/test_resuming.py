@@ -20,7 +20,7 @@ from sample_rows import make_cache, rows_of
 from featcache.cache.writing import write_cache
 from featcache.errors import FeatcacheWarning, RunError
 from featcache.files import canonical_json, json_sha256
-from featcache.heads import fit, resuming, rows
+from featcache.heads import fit, one_pass, resuming, rows
 from featcache.heads.resuming import STATE_NAME
 from featcache.heads.stack import StackTrainer
 from featcache.heads.training import train
@@ -51,7 +51,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(fit, "_KERNELS_WORTH", 0 if request.param == "compiled" else math.inf)
     if request.param == "stacked":
         monkeypatch.setattr(
-            fit, "HeadGroup", lambda jobs, data, *_: StackTrainer(jobs, data, CPU.torch())
+            one_pass, "HeadGroup", lambda jobs, data, *_: StackTrainer(jobs, data, CPU.torch())
         )
 
 

@@ -14,7 +14,7 @@ from sample_heads import as_tensors, logits_of
 
 from featcache import HeadClassifier, evaluate, load_run, predict, train, write_cache
 from featcache.errors import DataError, FeatcacheWarning
-from featcache.heads import fit
+from featcache.heads import fit, one_pass
 from featcache.heads.config import FitResult, HeadJob, TrainingConfig
 from featcache.heads.fit import fit_head, fit_heads
 from featcache.heads.head import HeadConfig, build_head
@@ -210,7 +210,7 @@ def test_compiled_and_stacked_heads_are_scaled_alike(
     monkeypatch.setattr(fit, "_KERNELS_WORTH", 0 if way == "compiled" else math.inf)
     if way == "stacked":
         monkeypatch.setattr(
-            fit, "HeadGroup", lambda jobs, data, *_: StackTrainer(jobs, data, CPU.torch())
+            one_pass, "HeadGroup", lambda jobs, data, *_: StackTrainer(jobs, data, CPU.torch())
         )
     found = fit_rows(given[0], targets, valid=given[1])
     logits = [predict_logits(HEAD, result.state, valid) for result in (found, wanted)]
@@ -248,7 +248,8 @@ def test_a_run_is_that_of_the_classifier_and_predicts(tmp_path: Path) -> None:
     state = head.head_.state_dict()
     run = load_run(tmp_path / "run")
     assert all(np.array_equal(state[name], value) for name, value in run.state.items())
-    probs = predict(tmp_path / "run", cache=cache.path).probs[:70]
+    with pytest.warns(FeatcacheWarning, match="was trained on"):
+        probs = predict(tmp_path / "run", cache=cache.path).probs[:70]
     np.testing.assert_allclose(probs, head.predict_proba(rows), atol=1e-4)
     with pytest.warns(FeatcacheWarning, match="chosen by 31 of the 31 rows"):
         assert evaluate(tmp_path / "run", split="valid")["num_samples"] == 31

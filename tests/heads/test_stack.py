@@ -17,7 +17,7 @@ import torch
 from sample_heads import SeededDropout, as_tensors, logits_of
 from torch import nn
 
-from featcache.heads import fit
+from featcache.heads import fit, one_pass
 from featcache.heads.config import FitResult, HeadJob, TrainingConfig
 from featcache.heads.fit import fit_heads
 from featcache.heads.head import HeadConfig, build_head
@@ -55,7 +55,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(fit, "available_cores", lambda: 2)
     if request.param == "stacked":
         monkeypatch.setattr(
-            fit, "HeadGroup", lambda jobs, data, *_: StackTrainer(jobs, data, CPU.torch())
+            one_pass, "HeadGroup", lambda jobs, data, *_: StackTrainer(jobs, data, CPU.torch())
         )
     return str(request.param)
 

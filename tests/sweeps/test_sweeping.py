@@ -20,6 +20,7 @@ from sample_sweeps import SPACE, run_files, small_cache, sweep_small
 from scipy import stats
 
 import featcache
+from featcache import progress
 from featcache.cache.reading import Cache
 from featcache.cache.writing import SplitRows
 from featcache.cli import main as cli
@@ -189,7 +190,7 @@ def test_a_trial_that_diverges_is_listed(tmp_path: Path, go: Callable[..., Sweep
     said: list[str] = []
     summary = go(sampler="grid", trials=3, say=said.append)
     assert (summary.num_failed, summary.failed) == (1, [2])
-    assert "failed, for the loss was no number: 1 trials (2)" in said
+    assert "failed, for the loss was no number: 1 trial (2)" in said
     assert [row["state"] for row in read_trials(tmp_path / "r")] == ["done", "done", "failed"]
     assert read_trials(tmp_path / "r")[2]["score"] == ""
     json.dumps(summary.as_dict(), allow_nan=False)
@@ -276,7 +277,9 @@ def test_folds_judge_each_trial_by_their_mean(
     losses = []
     for pair in pool.make_folds(3, 0):
         arrays = pool.take(pair)
-        (_, result) = judge.fit({0: {}}, arrays, seed=0, on_epoch=lambda *_: None)[0]
+        (_, result) = judge.fit(
+            {0: {}}, arrays, seed=0, on_epoch=lambda *_: None, on_share=lambda _: None
+        )[0]
         losses.append(min(row["valid_loss"] for row in result.history))
     assert float(read_trials(tmp_path / "r")[0]["score"]) == pytest.approx(np.mean(losses))
 
@@ -380,9 +383,10 @@ def test_progress_shows_trials_and_steps_on_standard_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "BAR_AFTER_SECONDS", 0.0)
     summary = go(progress=True)
     out, err = capfd.readouterr()
-    assert "8/8" in err
+    assert "/8 [" in err
     assert "head-steps/s" in err
     assert out == ""
     assert summary.num_head_steps > 8 * 2

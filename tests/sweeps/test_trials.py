@@ -21,12 +21,12 @@ def test_the_worse_half_is_given_up_at_a_rung(tmp_path: Path) -> None:
     fast = {"hidden": (8,), "learning_rate": 0.02, "epochs": 8}
     slow = fast | {"learning_rate": 1e-6}
     plan = {0: slow, 1: slow, 2: fast}
-    steps: list[tuple[int, bool]] = []
+    shares: list[float] = []
 
     def fit(earlier: list[Trial]) -> list[Trial]:
         return fit_trials(
             judge, plan, [pool.take(pool.pair)], earlier, seed=0,
-            on_epoch=lambda number, _, is_last: steps.append((number, is_last)),
+            on_epoch=lambda _: None, on_share=shares.append,
         )  # fmt: skip
 
     whole = fit([])
@@ -34,12 +34,12 @@ def test_the_worse_half_is_given_up_at_a_rung(tmp_path: Path) -> None:
     middling = (whole[1].losses[0][1] + whole[2].losses[0][1]) / 2
     reference = [Trial(i, {}, "done", 1.0, [[middling] * 8], [1]) for i in range(8)]
     assert [trial.state for trial in fit(reference[:7])] == ["done"] * 3, "too few to go by"
-    steps.clear()
+    assert sum(shares) == pytest.approx(2 * 3)  # twice three whole trainings
+    shares.clear()
     zero, given_up, kept = fit(reference)
     assert (zero.state, given_up.state, kept.state) == ("done", "pruned", "done")
     assert len(given_up.losses[0]) == 2
     assert given_up.score is None
     assert given_up.losses[0] == pytest.approx(whole[1].losses[0][:2], rel=1e-4)
     assert len(zero.losses[0]) == 8, "the default is never given up"
-    assert [number for number, is_last in steps if is_last and number == 1] == [1]
-    assert sum(number == 1 for number, _ in steps) == 2
+    assert sum(shares) == pytest.approx(2 + 2 / 8)  # two of its eight epochs
