@@ -24,8 +24,8 @@ def compiled(
 ) -> Callable[[_Function], _Function]:
     """Compile now, for one signature, and keep it on the disk if there is a place for it.
 
-    Numba takes what it has kept for the same when time and size of the function's own file are:
-    those of an installed file may be, of another version. So the name has a hash of the sources.
+    Numba uses kept code again if time and size of the function's file are the same. An installed
+    file of another version may have the same, so the name also has a hash of the sources.
 
     Args:
         signature: Numba's.

@@ -21,8 +21,9 @@ BAR_AFTER_SECONDS = 1.0
 class Progress:
     """Counts work that is done, and shows how far it is and how long the rest will take.
 
-    On a terminal and in a notebook that is a bar on standard error, elsewhere a line a minute. Not
-    shown, the line goes to the logger ``featcache``.
+    On a terminal and in a notebook that is a bar on standard error, elsewhere a line a minute. With
+    ``shown=False`` the line goes to the logger ``featcache``. The bar's text is tqdm's and the
+    line's is ``_line``'s; the note stands in both, and comes from whoever does the work.
 
     Args:
         verb: What is done: ``extract``.
@@ -54,7 +55,7 @@ class Progress:
 
         Args:
             done: Of the total; parts of one count.
-            note: What is told beside it: ``waits for decode``.
+            note: Text that is shown at the end: ``waits for decode``.
         """
         self._done, self._note = min(done, self._total), self._note if note is None else note
         if self._bar is not None:

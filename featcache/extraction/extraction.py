@@ -169,7 +169,8 @@ def extract(
         rehash: Recognise unchanged images by their content, not by size and time.
         rebuild: Replace a cache, or discard an unfinished one, that was made with other settings.
         say: Where lines for people go.
-        progress: Show a progress bar on standard error, on a terminal only.
+        progress: Show how far it is on standard error: a bar on a terminal and in a notebook,
+            elsewhere a line a minute.
 
     Returns:
         What was done; of a list of backbones, a dict of that by name.

@@ -104,7 +104,7 @@ class ShardWriter:
             for position, made in self._rows
         ]
         with self._timer("write"):
-            # Any process may come so far as the receipt; the manifest has one writer.
+            # Any process may write a shard; only the one with the lock writes the manifest.
             receipt = write_shard(job.partial.next_shard, vectors, table)
             stored = job.partial.add_shard(receipt)
         self._rows = []  # listed: an interruption must not write them again
@@ -126,7 +126,8 @@ def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
     """
     timer, begin = Timer(), time.perf_counter()
     writers = [ShardWriter(job, timer) for job in jobs]
-    # Those a killed run may have died of are decoded in a child process.
+    # If an earlier run was killed, one of the next images may have killed it: they are decoded in a
+    # child process.
     num_isolated = 0
     if any(job.partial.was_killed for job in jobs):
         num_isolated = max(writer.rows_per_shard for writer in writers)
@@ -144,7 +145,9 @@ def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
                         writer.take(batch.outcomes, batch.features[number])
                     check_signals()
                 positions = sorted(set[int]().union(*(job.ledger.take_unsettled() for job in jobs)))
-                num_isolated = len(positions)  # a twin of theirs had an accident
+                # An identical file failed for a reason of its own, such as being changed while it
+                # was read: these are tried now, in a child process.
+                num_isolated = len(positions)
     except Interrupted as stop:
         kept = "; ".join(map(_describe_kept, jobs))
         message = f"interrupted: {kept}; the same command goes on"

@@ -7,6 +7,9 @@ With g a gradient plus ``coupled_decay`` times the value, Adam and AdamW move
     value = weight_factor * value - step * first / (sqrt(second) * inverse_root_correction + eps)
 
 and SGD ``first = decay * first + g``, ``value -= step * first``: as in ``torch.optim``.
+
+An optimizer whose step is one of these two with other constants needs a line in ``step_settings``
+and no new kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 # Where each setting stands in the array of step_settings: the kernels take no other type.
-IS_SGD = 0  # 1 for SGD, else 0
+IS_SGD = 0  # 1 for the step with one moment, 0 for that with two
 STEP = 1  # the learning rate; for Adam and AdamW divided by 1 - beta1**t
 COUPLED_DECAY = 2  # the weight decay that is added to the gradient: not AdamW's
 WEIGHT_FACTOR = 3  # what AdamW multiplies the weights with, 1 for the others
@@ -41,7 +44,12 @@ def step_settings(
         rate: The learning rate.
         weight_decay: Added to the gradient (adam, sgd) or taken off the weights (adamw).
         dtype: Of the result.
+
+    Raises:
+        ValueError: If the optimizer is another.
     """
+    if optimizer not in {"adam", "adamw", "sgd"}:
+        raise ValueError(f"no step is known for the optimizer {optimizer}")
     if optimizer == "sgd":
         return np.array([1, rate, weight_decay, 1, _MOMENTUM, 0, 1, 0], dtype)
     first, second = (1 - beta**num_steps for beta in _BETAS)

@@ -159,7 +159,7 @@ def sweep(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         overwrite: Replace an existing run.
         say: Receives the lines for people.
-        progress: Show a bar on a terminal.
+        progress: Show how far it is: a bar, or without a terminal a line a minute.
 
     Raises:
         RunError: If ``run`` exists and ``overwrite`` is not set.

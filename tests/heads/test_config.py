@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 
 from featcache.errors import ConfigError
-from featcache.heads.config import HeadJob, TrainingConfig, check_seed, check_valid_fraction
+from featcache.heads.config import (
+    OPTIMIZERS,
+    HeadJob,
+    TrainingConfig,
+    check_seed,
+    check_valid_fraction,
+)
 from featcache.heads.head import HeadConfig
+from featcache.heads.optimizer import step_settings
 
 
 def test_numpy_scalars_become_pythons() -> None:
@@ -48,3 +55,11 @@ def test_booleans_stay_refused() -> None:
             HeadConfig(5, 2, hidden=(value,))
         with pytest.raises(ConfigError, match="--dropout"):
             HeadConfig(5, 2, dropout=value)
+
+
+def test_an_optimizer_without_a_step_is_refused_where_steps_are_made() -> None:
+    """Whoever adds a name to the list of optimizers must add its step too."""
+    for name in OPTIMIZERS:
+        assert step_settings(name, 1, 0.1, 0.0, np.float32).shape == (8,)
+    with pytest.raises(ValueError, match="rmsprop"):
+        step_settings("rmsprop", 1, 0.1, 0.0, np.float32)
