@@ -46,6 +46,8 @@ make_venv() {
     fi
     say "Installing featcache[$extra] into .venv (once; a few minutes, torch is large) ..."
     rm -f "$done_by"
-    "$python" -m pip install --quiet --disable-pip-version-check --editable "$root[$extra]"
+    # Not compiled ahead: of torch and its like a small part is ever imported.
+    "$python" -m pip install --quiet --disable-pip-version-check --no-compile \
+        --editable "$root[$extra]"
     recipe_key "$extra" >"$done_by"
 }
