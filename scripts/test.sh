@@ -10,10 +10,10 @@ cd "$root"
 # Types are checked while the tests begin: mypy uses one core for most of a minute.
 "$python" -m mypy &
 types=$!
-# A third of the tests' time is waiting for processes, so there is one worker more than cores. A
-# file's tests stay in one worker: they share what is slow to make. Files in the order of conftest.
-workers=$(("$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')" + 1))
+# Hundreds of tests are processes of their own, and each would compile the package again.
+unset PYTHONDONTWRITEBYTECODE
+# A file's tests stay in one process: they share what is slow to make. Files in the order of conftest.
 tests=0
-"$python" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@" || tests=$?
+"$python" -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@" || tests=$?
 wait "$types"
 exit "$tests"

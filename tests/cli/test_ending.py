@@ -168,7 +168,6 @@ def build():
     ("line", "key"),
     [
         ("extract data c.h5", "num_images"),
-        ("extract data c.h5 --dry-run", "num_images"),
         ("extract nothing c.h5", "error"),
     ],
 )

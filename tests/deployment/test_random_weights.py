@@ -36,7 +36,11 @@ def edit(run: Path, **cache: Any) -> None:
     (run / "run.json").write_text(json.dumps(facts))
 
 
-@pytest.mark.parametrize("is_told", [True, False], ids=["new", "old"])
+@pytest.mark.parametrize(
+    ("run", "is_told"),
+    [("torchvision:resnet18", True), ("torchvision:resnet18", False), ("efficientnet-lite0", False)],
+    indirect=["run"], ids=["new", "old", "old, with its library's own weights at hand"],
+)  # fmt: skip
 def test_a_run_on_random_weights_predicts_exports_and_is_verified(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_told: bool
 ) -> None:

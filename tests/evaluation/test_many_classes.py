@@ -130,6 +130,7 @@ def test_100_classes_are_the_most_that_have_a_matrix(number: int) -> None:
     assert found["confusion_matrix"] == wanted
 
 
+@pytest.mark.parametrize("folder", [300], indirect=True)
 def test_a_run_with_that_file_may_be_replaced(folder: Any, tmp_path: Path) -> None:
     place, _ = folder
     featcache.train(place / "c.h5", tmp_path / "r", hidden=(), epochs=1)
