@@ -140,6 +140,4 @@ def _write_cells(axes: Any, confusion: npt.NDArray[Any], shares: npt.NDArray[Any
                 text, (column, row), (0, points_up), textcoords="offset points", fontsize=size,
                 ha="center", va="center", color=_INK if count else _PALE,
             )  # fmt: skip
-            cell.set_in_layout(
-                False
-            )  # it lies within the axes: 20 classes took 2.9 s, and take 1.9
+            cell.set_in_layout(False)  # within the axes; of 20 classes 2.9 s, now 1.9

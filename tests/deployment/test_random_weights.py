@@ -38,7 +38,7 @@ def edit(run: Path, **cache: Any) -> None:
 
 @pytest.mark.parametrize(
     ("run", "is_told"),
-    [("torchvision:resnet18", True), ("torchvision:resnet18", False), ("efficientnet-lite0", False)],
+    [(ALL[0], True), (ALL[0], False), (ALL[1], False)],
     indirect=["run"], ids=["new", "old", "old, with its library's own weights at hand"],
 )  # fmt: skip
 def test_a_run_on_random_weights_predicts_exports_and_is_verified(
