@@ -37,8 +37,8 @@ def test_code_kept_of_other_sources_is_not_used(tmp_path):
             f"from featcache.compiling import part\n@part\ndef scale(x): return x * {factor}\n"
         )
         os.utime(factors, (1e9, 1e9))
-        done = subprocess.run(
-            [sys.executable, "-W", "error", tmp_path / "work.py"], cwd=tmp_path, text=True,
+        done = subprocess.run(  # -B: Python's own bytecode is taken by time and size
+            [sys.executable, "-B", "-W", "error", tmp_path / "work.py"], cwd=tmp_path, text=True,
             capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
