@@ -321,19 +321,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    """Run the command line and return the exit code, whenever a signal comes."""
     ENDING.reset(as_json="--json" in arguments)
-    warnings.showwarning = _show_warning
-    warnings.simplefilter("always", FeatcacheWarning)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     try:
-        code = _call(arguments)
+        code = _call_and_finish(arguments)
     except (KeyboardInterrupt, click.Abort) as stop:
         reason = stop.__cause__ or stop  # click makes an Abort of a KeyboardInterrupt
         number = getattr(reason, "signal_number", signal.SIGINT)
         ENDING.say_interrupted(number, str(reason))
         return 128 + number
+    return code
+
+
+def _call_and_finish(arguments: Sequence[str]) -> int:
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("always", FeatcacheWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    code = _call(arguments)
     if code == 0 and ENDING.lost_output is not None:
         found = ENDING.lost_output.strerror
         error = FeatcacheError(
@@ -342,7 +348,7 @@ def _run(arguments: Sequence[str]) -> int:
         )  # fmt: skip
         ENDING.say_error(error)
         code = 1
-    ENDING.finish()
+    ENDING.finish()  # from here on a signal changes nothing
     return code
 
 
