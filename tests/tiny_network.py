@@ -39,3 +39,14 @@ def network() -> TinyNetwork:
 def build() -> Backbone:
     """Return it as a backbone."""
     return wrap_backbone("python:tiny_network:build", network(), image_size=IMAGE_SIZE)
+
+
+def state(seed: int = 3) -> dict[str, torch.Tensor]:
+    """Return a state dict for the network in which no two tensors are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: value.clone() if name.endswith("tracked") else torch.rand(
+            value.shape, generator=generator
+        )
+        for name, value in network().state_dict().items()
+    }  # fmt: skip

@@ -222,14 +222,9 @@ class Ending:
         with self._lock:
             self._is_over = True
 
-    def say_error(self, error: FeatcacheError, line: str = "") -> None:
-        """Print an error as one line on standard error, and for ``--json`` as an object.
-
-        Args:
-            error: What went wrong.
-            line: The line, where it is not the error's own.
-        """
-        complain(line or f"error: {error}")
+    def say_error(self, error: FeatcacheError) -> None:
+        """Print an error as one line on standard error, and for ``--json`` as an object."""
+        complain(f"error: {error}")
         self.print_error(error.what, error.expected, error.found, error.where, error.hint)
         self.finish()
 

@@ -152,7 +152,7 @@ def info(path: str | Path) -> CacheInfo | RunInfo | UnfinishedInfo:
     place = local_path(path, "cache or run")
     if place.is_dir():
         for name, describe in _UNFINISHED.items():
-            if (place / name).is_file():
+            if (place / name).is_file() and not (place / "run.json").exists():
                 return describe(place)
         return _run_info(place)
     cache = open_cache(place, verify=False)
@@ -223,8 +223,9 @@ def _sweep_info(folder: Path) -> UnfinishedInfo:
     from featcache.sweeps.journal import read_journal
 
     work, entries = read_journal(folder / "journal.jsonl")
+    rounds = [entry["trials"] for entry in entries if isinstance(entry.get("trials"), list)]
     kept = {
-        "num_trials_done": sum(len(entry.get("trials", ())) for entry in entries),
+        "num_trials_done": sum(map(len, rounds)),
         "num_trials": work.get("trials"),
         "num_repeats_done": sum("repeat" in entry for entry in entries),
         "num_repeats": work.get("repeats"),
@@ -239,9 +240,7 @@ _UNFINISHED = {
 }
 
 
-def _unfinished(
-    folder: Path, command: str, kept: dict[str, Any], else_do: str
-) -> UnfinishedInfo:  # fmt: skip
+def _unfinished(folder: Path, command: str, kept: dict[str, Any], else_do: str) -> UnfinishedInfo:
     output = folder.with_name(folder.name.removesuffix(".partial").removesuffix(".sweep"))
     return UnfinishedInfo(
         path=folder, command=command, output=output, kept=kept,

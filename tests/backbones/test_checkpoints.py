@@ -13,19 +13,7 @@ from featcache.backbones.backbone import build_backbone
 from featcache.backbones.weights import load_state, read_state
 from featcache.errors import BackboneError
 
-
-def tiny_state(seed=3):
-    """Return a state dict for the tiny network in which no two tensors are alike."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: value.clone() if name.endswith("tracked") else torch.rand(
-            value.shape, generator=generator
-        )
-        for name, value in tiny_network.network().state_dict().items()
-    }  # fmt: skip
-
-
-STATE, OTHER = tiny_state(), tiny_state(4)
+STATE, OTHER = tiny_network.state(), tiny_network.state(4)
 
 
 def prefixed(prefix, state=STATE):

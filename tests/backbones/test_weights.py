@@ -26,17 +26,6 @@ from featcache.backbones.weights import download_state, load_state, read_state
 from featcache.errors import BackboneError
 
 
-def tiny_state(seed=3):
-    """Return a state dict for the tiny network in which no two tensors are alike."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: value.clone() if name.endswith("tracked") else torch.rand(
-            value.shape, generator=generator
-        )
-        for name, value in tiny_network.network().state_dict().items()
-    }  # fmt: skip
-
-
 def assert_equal_states(found, truth):
     assert found.keys() == truth.keys()
     assert all(torch.equal(found[name], truth[name]) for name in truth)
@@ -63,7 +52,7 @@ def save_legacy(state, file):
     ],
 )
 def test_files_load_into_the_network(name, save, tmp_path):
-    state = tiny_state()
+    state = tiny_network.state()
     save(state, tmp_path / name)
     assert_equal_states(read_state(tmp_path / name), state)
     backbone = build_backbone("python:tiny_network:network", weights=tmp_path / name, image_size=32)
@@ -96,7 +85,7 @@ def test_truncated_files_are_refused(save, tmp_path):
     whole, file = tmp_path / "whole", tmp_path / "w.pt"
     if save is save_file:
         file = tmp_path / "w.safetensors"
-    save(tiny_state(), whole)
+    save(tiny_network.state(), whole)
     data = whole.read_bytes()
     for length in (0, 1, 7, 100, len(data) // 2, len(data) - 1):
         file.write_bytes(data[:length])
@@ -109,7 +98,7 @@ def test_truncated_files_are_refused(save, tmp_path):
 @pytest.mark.parametrize("save", [torch.save, save_legacy, save_file])
 def test_damaged_files_load_or_are_refused_but_nothing_else(save, tmp_path):
     file = tmp_path / ("w.safetensors" if save is save_file else "w.pt")
-    save(tiny_state(), file)
+    save(tiny_network.state(), file)
     data, dice = file.read_bytes(), random.Random(4)
     for _ in range(300):
         damaged = bytearray(data)
@@ -246,7 +235,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_loaded(change, f
     network = tiny_network.network()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(BackboneError, match=found) as caught:
-        load_state(network, change(tiny_state()), None, "given.pt")
+        load_state(network, change(tiny_network.state()), None, "given.pt")
     assert "given.pt" in str(caught.value)
     assert_one_line(caught)
     assert_equal_states(network.state_dict(), before)
@@ -263,7 +252,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_loaded(change, f
 def test_the_classifier_in_a_weights_file_is_ignored(classifier):
     network = nn.Sequential(tiny_network.network(), nn.Linear(24, 2))
     head = network[1].weight.clone()
-    state = tiny_state()
+    state = tiny_network.state()
     load_state(network, {f"0.{k}": v for k, v in state.items()} | classifier, "1", "given.pt")
     assert_equal_states(network[0].state_dict(), state)
     assert torch.equal(network[1].weight, head)
@@ -283,7 +272,7 @@ def test_a_layer_whose_name_begins_like_the_classifiers_is_not_the_classifier():
 
 def test_batch_norm_counters_may_be_missing():
     """Files from before torch 0.4.1 have none, and torch itself loads them with strict=True."""
-    state = without(tiny_state(), "norm.num_batches_tracked")
+    state = without(tiny_network.state(), "norm.num_batches_tracked")
     network = tiny_network.network()
     load_state(network, state, None, "given.pt")
     assert_equal_states(without(network.state_dict(), "norm.num_batches_tracked"), state)
@@ -349,7 +338,7 @@ def test_pretrained_weights_are_downloaded_once(hub, tmp_path, monkeypatch, capf
 
 
 def test_a_file_that_is_not_what_its_name_says_is_refused_and_not_kept(hub, tmp_path):
-    name = publish(tiny_state(), tmp_path / "www", "tiny", wrong_hash=True)
+    name = publish(tiny_network.state(), tmp_path / "www", "tiny", wrong_hash=True)
     with (
         serving(tmp_path / "www") as address,
         pytest.raises(BackboneError, match="hash") as caught,
@@ -360,7 +349,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_and_not_kept(hub, tmp_
 
 
 def test_a_cut_off_download_is_refused_and_not_kept(hub, tmp_path):
-    name = publish(tiny_state(), tmp_path / "www", "tiny")
+    name = publish(tiny_network.state(), tmp_path / "www", "tiny")
     file = tmp_path / "www" / name
     file.write_bytes(file.read_bytes()[:-100])
     with serving(tmp_path / "www") as address, pytest.raises(BackboneError, match="hash"):

@@ -10,7 +10,7 @@ from sample_rows import make_cache
 
 import featcache
 from featcache.errors import CacheError, ConfigError, RunError
-from featcache.evaluation.info import UnfinishedInfo
+from featcache.evaluation.info import RunInfo, UnfinishedInfo
 from featcache.heads import resuming
 from featcache.heads.head import HeadConfig, build_head, list_layers
 from featcache.sweeps.search import Search
@@ -129,3 +129,19 @@ def test_a_damaged_one_is_one_line(tmp_path: Path, name: str, error: type[Except
     done = command("info", "x.partial", cwd=tmp_path)
     assert Result(done.returncode, done.stdout, "") == Result(1, "", "")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_is_a_run_whatever_else_lies_in_it(tmp_path: Path) -> None:
+    make_cache(tmp_path / "c.h5")
+    featcache.train(tmp_path / "c.h5", tmp_path / "run", hidden=(), epochs=1)
+    for name in ("manifest.json", "journal.jsonl"):
+        (tmp_path / "run" / name).write_text("the user's own", encoding="utf-8")
+    assert isinstance(featcache.info(tmp_path / "run"), RunInfo)
+
+
+def test_entries_of_a_strangers_journal_are_only_counted(tmp_path: Path) -> None:
+    (tmp_path / "x.sweep").mkdir()
+    lines = ['{"format": "featcache-sweep"}', '{"trials": 7}', '{"trials": [1, 2]}', "{}"]
+    text = "".join(f"{line}\n" for line in lines)
+    (tmp_path / "x.sweep" / "journal.jsonl").write_text(text, encoding="utf-8")
+    assert unfinished(tmp_path / "x.sweep").kept["num_trials_done"] == 2
