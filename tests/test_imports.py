@@ -53,6 +53,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> P
         ("split data/train split.csv", set()),
         ("select c.h5 selected.h5", set()),
         ("verify c.h5", set()),
+        ("train c.h5 run2 --epochs 1", set()),
+        ("train c.h5 run3 --hidden none --optimizer lbfgs", set()),
         ("predict run --cache c.h5", set()),
         ("evaluate run", {"matplotlib"}),
         ("evaluate run --split nonsense", set()),

@@ -22,17 +22,14 @@ strengths), and a quarter of its time.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from featcache.errors import ConfigError
 from featcache.heads.batches import Features, TrainingData
@@ -41,27 +38,27 @@ from featcache.heads.head import BATCH_NORM_EPS, state_layout
 from featcache.heads.loss import class_weights, target_weights, validation_columns
 from featcache.heads.scaling import ColumnScaling
 from featcache.heads.streaming import StoredFeatures
-from featcache.runtime import Device, available_memory, exact_fp32
+from featcache.runtime import available_memory
 from featcache.threads import stop_if_asked
 
 _BLOCK_STRENGTHS, _BLOCK_BYTES = 16, 1 << 30
-_ONE_THREAD_VALUES = 1 << 24  # of all features, times classes
+
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 
 def fit_linear_probe(
-    job: HeadJob, data: TrainingData, device: Device, tell: Callable[[dict[str, Any]], bool]
+    job: HeadJob, data: TrainingData, tell: Callable[[dict[str, Any]], bool]
 ) -> FitResult:
     """Solve a linear head and keep the strength with the lowest cross-entropy on the valid rows.
 
-    The head that is returned is one of scaled features. Nothing is drawn at random: the seeds do
-    not matter. Of rows with views each view counts, for
-    its share of the row.
+    On the CPU, whatever the device of other heads. The head that is returned is one of scaled
+    features. Nothing is drawn at random: the seeds do not matter. Of rows with views each view
+    counts, for its share of the row.
 
     Args:
         job: A head without hidden layers. Of its training, ``weight_decay``, ``class_weights`` and
             ``label_smoothing`` count.
         data: Rows to solve for, and validation rows to choose the strength by; with a scaling.
-        device: Where to compute.
         tell: Called with each row of the history; where it answers True, the path ends there.
     """
     if data.targets.ndim == 2:
@@ -69,30 +66,7 @@ def fit_linear_probe(
             "--optimizer lbfgs", expected="one class per row", found="several labels",
             hint="Take another optimizer",
         )  # fmt: skip
-    small = math.prod(data.features.shape) * len(data.names) < _ONE_THREAD_VALUES
-    with _one_thread() if small else contextlib.nullcontext(), exact_fp32():
-        return _fit(job, data, device.torch(), tell)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute with one thread, then give the caller its number back.
-
-    A path over 300 rows x 1280 took 1 s with one; 5 to 43 s with two, where others wanted the
-    cores: its small steps wait at barriers.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _fit(
-    job: HeadJob, data: TrainingData, device: torch.device, tell: Callable[[dict[str, Any]], bool]
-) -> FitResult:
-    features = _in_memory(data.features, device)
+    features = _in_memory(data.features)
     history, lowest, best = list[dict[str, Any]](), math.inf, 0
     state = dict[str, npt.NDArray[Any]]()
     for row, weight, bias in _walk(job, data, features):
@@ -107,31 +81,30 @@ def _fit(
     return FitResult(state, history, best)
 
 
-def _standardise(features: Tensor, scaling: ColumnScaling) -> Tensor:
+def _standardise(features: npt.NDArray[Any], scaling: ColumnScaling) -> Floats:
     """Return rows (N, D) in float64, of rows with views (N * V, D)."""
-    mean, inverse = (
-        torch.from_numpy(values).to(features.device, torch.float64)
-        for values in (scaling.mean, scaling.inverse)
-    )
-    return (features.flatten(0, -2).double() - mean).mul_(inverse)
+    rows: Floats = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    rows -= scaling.mean
+    rows *= scaling.inverse
+    return rows
 
 
 def _walk(
-    job: HeadJob, data: TrainingData, features: Tensor
-) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+    job: HeadJob, data: TrainingData, features: npt.NDArray[Any]
+) -> Iterator[tuple[dict[str, Any], npt.NDArray[Any], npt.NDArray[Any]]]:
     """Yield a row of history, weights (C, D) and biases (C,) for each strength.
 
     Blocks of strengths are solved at once, each from where the one before ended. On one core, 3,200
     x 1280, all 65 of them: blocks of 65, 16, 4 and 1 took 6.9, 6.0, 12 and 5.2 s with 2 classes,
-    31, 16, 16 and (scipy's L-BFGS-B on the same terms) 32 s with 10.
+    31, 16, 16 and (scipy's L-BFGS-B on the same terms) 32 s with 10. (In torch, whose place NumPy
+    has taken: for 20,000 rows on a busy machine 10 s instead of 32.)
     """
-    dtype, device = features.dtype, features.device
-    weights = torch.from_numpy(_weigh(job, data)).to(device)
+    dtype, weights = features.dtype, _weigh(job, data)
     assert data.scaling is not None
     problem = SoftmaxRegression(_standardise(features, data.scaling), weights)
     valid = None
     if data.valid_features is not None:
-        valid = _standardise(_in_memory(data.valid_features, device), data.scaling)
+        valid = _standardise(_in_memory(data.valid_features), data.scaling)
     strengths = choose_strengths(job.training, len(data.targets), has_valid=valid is not None)
     size = max(1, min(_BLOCK_STRENGTHS, _BLOCK_BYTES // problem.bytes_per_strength))
     for start in range(0, len(strengths), size):
@@ -140,9 +113,9 @@ def _walk(
         seconds = (time.perf_counter() - began) / len(block)
         for solution in block:
             row: dict[str, Any] = {"strength": solution.strength, "train_loss": solution.loss}
-            weight, bias = solution.weight.to(dtype), solution.bias.to(dtype)
+            weight, bias = solution.weight.astype(dtype), solution.bias.astype(dtype)
             if valid is not None and data.valid_targets is not None:
-                logits = torch.addmm(bias.double(), valid, weight.double().T).cpu().numpy()
+                logits = valid @ weight.T.astype(np.float64) + bias.astype(np.float64)
                 row |= validation_columns(logits, data.valid_targets, data.names)
             row |= {"num_iterations": solution.num_iterations, "converged": solution.converged}
             yield row | {"seconds": seconds}, weight, bias
@@ -158,30 +131,28 @@ def _weigh(job: HeadJob, data: TrainingData) -> npt.NDArray[np.float64]:
     return np.repeat(weights / denominators.sum(), num_views, 0) / num_views
 
 
-def _state(job: HeadJob, weight: Tensor, bias: Tensor) -> dict[str, npt.NDArray[Any]]:
+def _state(
+    job: HeadJob, weight: npt.NDArray[Any], bias: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[Any]]:
     """Return the state dict of the head, of standardised features: its batch norm does nothing."""
     *norm, weights_name, bias_name = state_layout(job.head)
-    last = weight.cpu().numpy(), bias.cpu().numpy()
     ones, zeros = np.ones(job.head.num_features), np.zeros(job.head.num_features)
     values = (
-        math.sqrt(1 + BATCH_NORM_EPS) * ones, zeros.astype(last[0].dtype), zeros, ones,
+        math.sqrt(1 + BATCH_NORM_EPS) * ones, zeros.astype(weight.dtype), zeros, ones,
         np.array(0, np.int64),
     )  # fmt: skip
-    return dict(zip(norm, values, strict=True)) | {weights_name: last[0], bias_name: last[1]}
+    return dict(zip(norm, values, strict=True)) | {weights_name: weight, bias_name: bias}
 
 
-def _in_memory(features: Features, device: torch.device) -> Tensor:
+def _in_memory(features: Features) -> npt.NDArray[Any]:
     """Return features where they can be computed with in float64.
 
     Raises:
         ConfigError: If memory has no room for them, twice: as they are and turned.
     """
-    if device.type == "mps":  # has no float64
-        device = torch.device("cpu")
-    wanted, found = 16 * math.prod(features.shape), available_memory(device)
+    wanted, found = 16 * math.prod(features.shape), available_memory()
     if not isinstance(features, StoredFeatures) and wanted <= found:
-        writable = features if features.flags.writeable else features.copy()
-        return torch.from_numpy(np.ascontiguousarray(writable)).to(device)
+        return features
     raise ConfigError(
         "--optimizer lbfgs", expected=f"{wanted / 1e9:.3g} GB of memory, for all rows in float64",
         found=f"{found / 1e9:.3g} GB", hint="Take adam: it needs a part of the rows at a time",
@@ -193,6 +164,8 @@ _TOLERANCE = 1e-9  # of the objective
 _MEMORY = 20  # steps that L-BFGS remembers
 
 _SUFFICIENT, _HALVINGS = 1e-4, 40
+
+_EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True)
@@ -210,8 +183,8 @@ class Solution:
     """
 
     strength: float
-    weight: Tensor
-    bias: Tensor
+    weight: Floats
+    bias: Floats
     loss: float
     num_iterations: int
     converged: bool
@@ -225,28 +198,28 @@ class SoftmaxRegression:
         weights: (N, C) float64, of the negative log-probability of each class in the loss.
     """
 
-    def __init__(self, rows: Tensor, weights: Tensor) -> None:
-        self._weights, self._row_weights = weights, weights.sum(1)
+    def __init__(self, rows: Floats, weights: Floats) -> None:
+        self._weights, self._row_weights = np.ascontiguousarray(weights.T), weights.sum(1)
         basis = None
         if len(rows) < rows.shape[1]:
-            basis, _ = torch.linalg.qr(rows.T)
+            basis, _ = np.linalg.qr(rows.T)
             rows = rows @ basis
-        moments, axes = torch.linalg.eigh(rows.T @ (rows * self._row_weights[:, None]))
+        moments, axes = np.linalg.eigh(rows.T @ (rows * self._row_weights[:, None]))
         self._basis = axes if basis is None else basis @ axes
-        ones = rows.new_ones(len(rows), 1)
-        self._rows = torch.cat([rows @ axes, ones], 1)  # the last column is the bias's
-        self._moments = torch.cat([moments.clamp(min=0), ones[0]])
-        self._contrasts = _contrasts(weights)
-        self._params = rows.new_zeros(weights.shape[1] - 1, len(self._moments))
+        ones = np.ones((len(rows), 1))
+        self._rows = np.concatenate([rows @ axes, ones], 1)  # the last column is the bias's
+        self._moments = np.append(moments.clip(min=0), 1.0)
+        self._contrasts = _contrasts(weights.shape[1])
+        self._params = np.zeros((weights.shape[1] - 1, len(self._moments)))
 
     @property
     def bytes_per_strength(self) -> int:
         """About the memory that ``solve`` takes for each strength."""
-        return 8 * (6 * self._weights.numel() + (2 * _MEMORY + 8) * self._params.numel())
+        return 8 * (6 * self._weights.size + (2 * _MEMORY + 8) * self._params.size)
 
     def solve(self, strengths: Sequence[float]) -> list[Solution]:
         """Solve for some strengths at once, each from the last solution found."""
-        descent = _Descent(self, self._params.repeat(len(strengths), 1, 1), strengths)
+        descent = _Descent(self, np.tile(self._params, (len(strengths), 1, 1)), strengths)
         for _ in range(MAX_ITERATIONS):
             stop_if_asked()
             if not descent.advance():
@@ -262,27 +235,36 @@ class SoftmaxRegression:
             for i in range(len(strengths))
         ]  # fmt: skip
 
-    def metric(self, decay: Tensor) -> Tensor:
+    def metric(self, decay: Floats) -> Floats:
         """Return 1 / the bound of the Hessian's diagonal, for decay (L, 1, P)."""
         bound = self._moments / 2 + decay
-        return 1 / bound.clamp(min=torch.finfo(bound.dtype).eps * self._moments.max())
+        return 1 / bound.clip(min=_EPS * self._moments.max())
 
-    def project(self, params: Tensor) -> Tensor:
-        """Return the contrasts (N, L, C - 1) of the rows under parameters (L, C - 1, P)."""
-        return (self._rows @ params.flatten(0, 1).T).view(-1, *params.shape[:2])
+    def project(self, params: Floats) -> Floats:
+        """Return the contrasts (L, C - 1, N) of the rows under parameters (L, C - 1, P)."""
+        flat: Floats = params.reshape(-1, params.shape[2]) @ self._rows.T
+        return flat.reshape(*params.shape[:2], -1)
 
-    def losses(self, points: Tensor) -> Tensor:
-        """Return the loss (L,) of contrasts (N, L, C - 1)."""
-        logits = points @ self._contrasts.T
-        of_rows = self._row_weights @ torch.logsumexp(logits, 2)
-        return of_rows - (logits * self._weights[:, None]).sum((0, 2))
+    def losses(self, points: Floats) -> Floats:
+        """Return the loss (L,) of contrasts (L, C - 1, N)."""
+        logits = self._contrasts @ points
+        of_targets = np.einsum("lcn,cn->l", logits, self._weights)
+        highest = logits.max(1, keepdims=True)
+        logits -= highest
+        sums = np.log(np.exp(logits, out=logits).sum(1)) + highest[:, 0]
+        losses: Floats = sums @ self._row_weights - of_targets
+        return losses
 
-    def grads(self, points: Tensor) -> Tensor:
-        """Return the gradient of the loss by the parameters, from the contrasts."""
-        probs = (points @ self._contrasts.T).softmax(2)
-        errors = probs.mul_(self._row_weights[:, None, None]).sub_(self._weights[:, None])
-        of_points = errors @ self._contrasts
-        return (of_points.flatten(1).T @ self._rows).view(*of_points.shape[1:], -1)
+    def grads(self, points: Floats) -> Floats:
+        """Return the gradient (L, C - 1, P) of the loss by the parameters, from the contrasts."""
+        errors = self._contrasts @ points
+        errors -= errors.max(1, keepdims=True)
+        np.exp(errors, out=errors)
+        errors *= self._row_weights / errors.sum(1, keepdims=True)
+        errors -= self._weights
+        of_points = self._contrasts.T @ errors
+        flat: Floats = of_points.reshape(-1, of_points.shape[2]) @ self._rows
+        return flat.reshape(*of_points.shape[:2], -1)
 
 
 class _Descent:
@@ -294,20 +276,20 @@ class _Descent:
     """
 
     def __init__(
-        self, problem: SoftmaxRegression, params: Tensor, strengths: Sequence[float]
+        self, problem: SoftmaxRegression, params: Floats, strengths: Sequence[float]
     ) -> None:
         self._problem, self.params = problem, params
-        decay = params.new_tensor(strengths)[:, None, None].repeat(1, 1, params.shape[2])
-        self._tolerances = 2 * _TOLERANCE * decay[:, 0, 0].clamp(max=1e-2)
+        decay = np.tile(np.array(strengths)[:, None, None], (1, 1, params.shape[2]))
+        self._tolerances = 2 * _TOLERANCE * decay[:, 0, 0].clip(max=1e-2)
         decay[..., -1] = 0
         self._decay = decay
         self._memory = _Memory(problem.metric(decay))
         self._points = problem.project(params)
         self.losses, self._values = self._evaluate(params, self._points)
         self._grads = problem.grads(self._points) + decay * params
-        self.num_iterations = torch.zeros_like(self.losses, dtype=torch.int64)
+        self.num_iterations = np.zeros(len(self.losses), np.int64)
 
-    def active(self) -> Tensor:
+    def active(self) -> npt.NDArray[np.bool_]:
         """Return which strengths (L,) have not arrived."""
         return ~(_dot(self._grads, self._grads) <= self._tolerances)
 
@@ -319,23 +301,23 @@ class _Descent:
         self.num_iterations += active
         directions = -self._memory.multiply(self._grads)
         by_size = self._problem.project(directions)
-        slopes, sizes = _dot(self._grads, directions), active.to(directions.dtype)
-        slack = 8 * torch.finfo(directions.dtype).eps * self._values.abs()
+        slopes, sizes = _dot(self._grads, directions), active.astype(np.float64)
+        slack = 8 * _EPS * np.abs(self._values)
         for _ in range(_HALVINGS):  # cheap: the contrasts are linear in the step's size
             params = self.params + sizes[:, None, None] * directions
-            points = self._points + sizes[:, None] * by_size
+            points = self._points + sizes[:, None, None] * by_size
             losses, values = self._evaluate(params, points)
             fails = active & ~(values <= self._values + _SUFFICIENT * sizes * slopes + slack)
             if not fails.any():
                 break
-            sizes = torch.where(fails, sizes / 2, sizes)
+            sizes = np.where(fails, sizes / 2, sizes)
         grads = self._problem.grads(points) + self._decay * params
         self._memory.add(params - self.params, grads - self._grads)
         self.params, self._points, self._grads = params, points, grads
         self.losses, self._values = losses, values
         return True
 
-    def _evaluate(self, params: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, params: Floats, points: Floats) -> tuple[Floats, Floats]:
         """Return the losses (L,), and with the regularisation."""
         losses = self._problem.losses(points)
         return losses, losses + _dot(self._decay * params, params) / 2
@@ -348,23 +330,22 @@ class _Memory:
         metric: The diagonal it starts from; scaled, as usual, by the latest step.
     """
 
-    def __init__(self, metric: Tensor) -> None:
-        self._metric, self._scale = metric, metric.new_ones(len(metric))
-        self._pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, metric: Floats) -> None:
+        self._metric, self._scale = metric, np.ones(len(metric))
+        self._pairs: list[tuple[Floats, Floats, Floats]] = []
 
-    def add(self, steps: Tensor, changes: Tensor) -> None:
+    def add(self, steps: Floats, changes: Floats) -> None:
         """Remember steps and the changes of the gradient; those of no length count for nothing."""
         products = _dot(steps, changes)
         counts = products > 0
-        inverses = torch.where(counts, 1 / products, 0.0)
-        self._scale = torch.where(
-            counts, products / _dot(changes, self._metric * changes), self._scale
-        )
+        inverses = np.divide(1.0, products, out=np.zeros_like(products), where=counts)
+        scaled = _dot(changes, self._metric * changes)
+        self._scale = np.divide(products, scaled, out=self._scale.copy(), where=counts)
         self._pairs = [*self._pairs[1 - _MEMORY :], (steps, changes, inverses)]
 
-    def multiply(self, grads: Tensor) -> Tensor:
+    def multiply(self, grads: Floats) -> Floats:
         """Return the approximation times the gradients: the two-loop recursion."""
-        result, shares = grads.clone(), list[Tensor]()
+        result, shares = grads.copy(), list[Floats]()
         for steps, changes, inverses in reversed(self._pairs):
             shares.append(inverses * _dot(steps, result))
             result -= shares[-1][:, None, None] * changes
@@ -374,14 +355,12 @@ class _Memory:
         return result
 
 
-def _contrasts(like: Tensor) -> Tensor:
+def _contrasts(num_classes: int) -> Floats:
     """Return (C, C - 1) with orthonormal columns that sum to 0."""
-    num_classes = like.shape[1]
-    centred = torch.eye(num_classes, dtype=like.dtype) - 1 / num_classes
-    contrasts: Tensor = torch.linalg.qr(centred[:, :-1])[0]
-    return contrasts.to(like.device)
+    centred = np.eye(num_classes) - 1 / num_classes
+    return np.linalg.qr(centred[:, :-1])[0]
 
 
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    products: Tensor = (one * other).sum((1, 2))
+def _dot(one: Floats, other: Floats) -> Floats:
+    products: Floats = np.einsum("lcp,lcp->l", one, other)
     return products

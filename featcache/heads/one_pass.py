@@ -82,7 +82,7 @@ def fit_pass(  # noqa: PLR0917
 
         results = dict[int, FitResult]()
         for n in numbers:
-            results[n] = fit_linear_probe(jobs[n], data, device, functools.partial(tell, n))
+            results[n] = fit_linear_probe(jobs[n], data, functools.partial(tell, n))
             tell_share(1.0)
         return results
     trainer: HeadGroup | StackTrainer

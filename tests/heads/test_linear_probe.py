@@ -212,7 +212,7 @@ def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = np.eye(3, dtype=np.float32)[blobs(90)[1]]
     with pytest.raises(ConfigError, match="expected one class per row, found several labels"):
         fit(rows=(blobs(90)[0], labels), valid=False)
-    monkeypatch.setattr("featcache.heads.linear_probe.available_memory", lambda _: 16 * 90 * 12 - 1)
+    monkeypatch.setattr("featcache.heads.linear_probe.available_memory", lambda: 16 * 90 * 12 - 1)
     with pytest.raises(ConfigError, match=r"expected .* GB of memory, for all rows in float64"):
         fit()
 
