@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from featcache.heads.resuming import SavedTraining
 from featcache.heads.scaling import ColumnScaling, check_sizes, choose_scalings
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import (
+    CPU,
     PRODUCT_BYTES,
     Device,
     Say,
@@ -50,6 +51,8 @@ _ROWS_AT_ONCE = 512  # go through a head that is used: 3 MB of 1280 features
 _MEMORY_SHARE = 0.75  # of what is left
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
 _CHECKED_ROWS = 32  # that go through each head at the end: its outputs must be finite
+_PROBE_VALUES = 1 << 23  # of the features, times classes: 3 s on a core
+_STRENGTHS_PER_DECADE = 8
 _STACK_ROWS = 8192  # that go through a stack at once when it is evaluated
 
 _KERNELS_WORTH = 6e7
@@ -238,6 +241,59 @@ def fit_heads(
             _finish(results[number], job, scaling, data)
             for number, (job, scaling) in enumerate(zip(jobs, scalings, strict=True))
         ]
+
+
+def compare_linear_probe(  # noqa: PLR0917 (as fit_head)
+    training: TrainingConfig,
+    train_features: Features,
+    train_targets: npt.NDArray[Any],
+    valid_features: Features,
+    valid_targets: npt.NDArray[Any],
+    classes: Sequence[str],
+) -> dict[str, Any] | None:
+    """Return how good a linear probe of the same rows is, to hold beside a trained head.
+
+    It is solved for with ever weaker regularisation, and given up once a decade of that brought no
+    lower validation loss: for 200 rows x 1280 this takes 0.1 s, for 3,200 rows 3 s. The whole path,
+    which ``--optimizer lbfgs`` takes, may have a lower one beyond.
+
+    Args:
+        training: Its class weights and label smoothing count.
+        train_features: As for ``fit_head``, as are the three that follow.
+        train_targets: (N,) or (N, C).
+        valid_features: (M, D).
+        valid_targets: (M,) or (M, C).
+        classes: Names.
+
+    Returns:
+        ``strength``, ``valid_loss``, ``valid_accuracy``, ``valid_recall`` {class: recall, None
+        without rows}. None for several labels per row, for features that stay in their file, above
+        3,276 rows x 1280 of two classes (``_PROBE_VALUES``), and where the loss was no number.
+    """
+    size = math.prod(train_features.shape) * len(classes)
+    in_memory = not isinstance(train_features, StoredFeatures)
+    if train_targets.ndim == 2 or not in_memory or size > _PROBE_VALUES:
+        return None
+    losses = list[float]()
+
+    def is_over(_: int, row: Mapping[str, Any]) -> bool:
+        losses.append(row["valid_loss"])
+        return len(losses) - losses.index(min(losses)) > _STRENGTHS_PER_DECADE
+
+    solved = TrainingConfig(
+        optimizer=LBFGS, class_weights=training.class_weights,
+        label_smoothing=training.label_smoothing,
+    )  # fmt: skip
+    head = HeadConfig(train_features.shape[-1], len(classes), (), 0.0)
+    (result,) = fit_heads(
+        [HeadJob(head, solved, 0)], train_features, train_targets, valid_features, valid_targets,
+        data_seed=0, device=CPU, classes=classes, on_epoch=is_over,
+    )  # fmt: skip
+    if result.diverged_in is not None:
+        return None
+    kept = result.history[result.best_epoch - 1]
+    figures = {name: kept[name] for name in ("strength", "valid_loss", "valid_accuracy")}
+    return figures | {"valid_recall": {name: kept[f"valid_recall_{name}"] for name in classes}}
 
 
 def _finish(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from featcache.heads.config import (
     check_seed,
     check_valid_fraction,
 )
-from featcache.heads.fit import fit_head
+from featcache.heads.fit import compare_linear_probe, fit_head
 from featcache.heads.head import HeadConfig
 from featcache.heads.resuming import STATE_NAME, SavedTraining
 from featcache.heads.rows import Part, Targets, check_cache, choose_rows, read_rows
@@ -61,6 +61,8 @@ class TrainSummary:
         best_epoch: The epoch (strength) kept, from 1; loss, accuracy and recalls (None without
             rows) are its own.
         strength: Of the regularisation, with lbfgs.
+        linear_probe: What ``fit.compare_linear_probe`` says of the same rows: ``strength,
+            valid_loss, valid_accuracy, valid_recall``; None with lbfgs and where there is none.
         fit_seconds: Wall time of the fitting alone.
         total_seconds: Wall time from opening the cache to the finished folder.
         device: Where it ran.
@@ -82,6 +84,7 @@ class TrainSummary:
     num_epochs: int
     best_epoch: int
     strength: float | None
+    linear_probe: dict[str, Any] | None
     valid_loss: float
     valid_accuracy: float
     valid_recall: dict[str, float | None]
@@ -219,6 +222,12 @@ def train(
                 saved=None if optimizer == LBFGS else saved,  # it takes no minute
             )  # fmt: skip
         fit_seconds = time.perf_counter() - fit_start
+        linear_probe = None
+        if optimizer != LBFGS:
+            linear_probe = compare_linear_probe(
+                training, features, parts[0].targets, valid_features, parts[1].targets,
+                opened.classes,
+            )  # fmt: skip
         weights_sha256 = record_fit(
             partial, output.target, opened, head=head, training=training, result=result, seed=seed,
             data_seed=order_seed, device=where, parts=parts,
@@ -231,6 +240,7 @@ def train(
         num_unlabelled=sum(part.num_unlabelled for part in parts),
         num_failed=len(opened.failures), num_views=parts[0].split.num_views,
         num_epochs=len(result.history), best_epoch=result.best_epoch, strength=kept.get("strength"),
+        linear_probe=linear_probe,
         valid_loss=kept["valid_loss"], valid_accuracy=kept["valid_accuracy"],
         valid_recall={name: kept[f"valid_recall_{name}"] for name in opened.classes},
         fit_seconds=fit_seconds, total_seconds=time.perf_counter() - start,
@@ -271,10 +281,18 @@ def _say_kept(summary: TrainSummary, result: FitResult, say: Say) -> None:
             )
     accuracy = decimal(summary.valid_accuracy)
     say(f"kept {kept}: valid loss {summary.valid_loss:.4f}, accuracy {accuracy}")
+    if summary.linear_probe is not None:
+        say(probe_line(summary.linear_probe))
     say(
         f"{many} in {summary.fit_seconds:.1f} s on {summary.device}, written to "
         f"{printable(summary.run.as_posix())}"
     )
+
+
+def probe_line(probe: Mapping[str, Any]) -> str:
+    """Return the line on a linear probe of the same rows."""
+    figures = f"valid loss {probe['valid_loss']:.4f}, accuracy {decimal(probe['valid_accuracy'])}"
+    return f"beside it, a linear probe: {figures} (strength {probe['strength']:.2g})"
 
 
 def _say_counts(cache: Cache, parts: Sequence[Part], training: TrainingConfig, say: Say) -> None:

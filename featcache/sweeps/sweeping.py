@@ -31,10 +31,11 @@ from featcache.files import (
     write_json,
 )
 from featcache.formatting import brief_repr, count, decimal
-from featcache.heads.config import check_seed, check_valid_fraction
-from featcache.heads.fit import fit_head
+from featcache.heads.config import LBFGS, check_seed, check_valid_fraction
+from featcache.heads.fit import compare_linear_probe, fit_head
 from featcache.heads.rows import Part, check_cache, choose_rows
 from featcache.heads.run import record_fit, run_output
+from featcache.heads.training import probe_line
 from featcache.locking import folder_lock, remove_lock
 from featcache.metrics.scores import check_metric
 from featcache.output_folders import check_folder, new_folder
@@ -76,6 +77,7 @@ class SweepSummary:
         valid_loss: Of the run, as are the two that follow.
         valid_accuracy: On ``valid``.
         best_epoch: The epoch kept.
+        linear_probe: As for ``train``.
         num_head_steps: Optimizer steps of all heads, in this process.
         seconds: Wall time of this process.
         device: Where it ran.
@@ -99,6 +101,7 @@ class SweepSummary:
     valid_loss: float
     valid_accuracy: float
     best_epoch: int
+    linear_probe: dict[str, Any] | None
     num_head_steps: int
     seconds: float
     device: str
@@ -346,6 +349,9 @@ def _write(
     write_csv(partial / "trials.csv", *trial_rows(found.trials))
     write_json(partial / _ANSWER_NAME, {"sweep": dict(work), "decision": decision})
     kept = result.history[result.best_epoch - 1]
+    linear_probe = None
+    if training.optimizer != LBFGS:
+        linear_probe = compare_linear_probe(training, *arrays, cache.classes)
     return SweepSummary(
         run=output.path, num_trials=len(found.trials),
         num_pruned=sum(trial.state == "pruned" for trial in found.trials),
@@ -356,7 +362,8 @@ def _write(
         ],
         failed=found.failed, decision=found.decision, chosen=found.chosen, options=options,
         valid_loss=kept["valid_loss"], valid_accuracy=kept["valid_accuracy"],
-        best_epoch=result.best_epoch, num_head_steps=found.num_head_steps,
+        best_epoch=result.best_epoch, linear_probe=linear_probe,
+        num_head_steps=found.num_head_steps,
         seconds=time.perf_counter() - start, device=str(judge.device),
         fingerprint=cache.fingerprint, weights_sha256=weights_sha256,
     )  # fmt: skip
@@ -439,3 +446,5 @@ def _say_result(summary: SweepSummary, found: Found, judge: Judge, say: Say) -> 
     )
     figures = f"valid loss {summary.valid_loss:.4f}, accuracy {decimal(summary.valid_accuracy)}"
     say(f"{figures}, written to {printable(summary.run.as_posix())}")
+    if summary.linear_probe is not None:
+        say(probe_line(summary.linear_probe))

@@ -25,8 +25,9 @@ from featcache.heads.config import (
     TrainingConfig,
     choose_strengths,
 )
-from featcache.heads.fit import fit_head, fit_heads
+from featcache.heads.fit import compare_linear_probe, fit_head, fit_heads
 from featcache.heads.head import HeadConfig, build_head
+from featcache.heads.linear_probe import SoftmaxRegression
 from featcache.runtime import CPU
 from featcache.sweeps.space import read_space
 
@@ -234,6 +235,48 @@ def cache(tmp_path: Path) -> Path:
 
 
 SOLVED: dict[str, Any] = {"hidden": (), "optimizer": "lbfgs", "device": "cpu"}
+
+
+def test_train_and_sweep_report_the_probe_that_lbfgs_keeps(cache: Path, tmp_path: Path) -> None:
+    weighed = {"class_weights": "balanced", "device": "cpu"}
+    solved = train(cache, tmp_path / "solved", hidden=(), optimizer="lbfgs", **weighed)
+    trained = train(cache, tmp_path / "trained", hidden=(4,), epochs=2, **weighed)
+    assert solved.linear_probe is None
+    assert trained.linear_probe == {
+        name: getattr(solved, name)
+        for name in ("strength", "valid_loss", "valid_accuracy", "valid_recall")
+    }
+    assert trained.valid_loss != solved.valid_loss
+    plain = train(cache, tmp_path / "plain", hidden=(), optimizer="lbfgs", device="cpu")
+    swept = sweep(cache, tmp_path / "swept", trials=2, device="cpu")
+    assert swept.linear_probe is not None
+    assert swept.linear_probe["valid_loss"] == plain.valid_loss
+
+
+def test_the_probe_beside_a_head_ends_a_decade_after_the_lowest_loss() -> None:
+    rows, held_out = blobs(90), blobs(50, 1)
+    whole = [row["valid_loss"] for row in fit().history]
+    lowest = int(np.argmin(whole))
+    assert lowest + 9 < 65  # or this test shows nothing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featcache.heads.linear_probe._BLOCK_STRENGTHS", 1)
+        calls = list[int]()
+        real = SoftmaxRegression.solve
+        patch.setattr(SoftmaxRegression, "solve", lambda *given: [calls.append(1), real(*given)][1])
+        found = compare_linear_probe(TrainingConfig(), *rows, *held_out, ["a", "b", "c"])
+    assert found is not None
+    assert found["valid_loss"] == pytest.approx(whole[lowest], rel=1e-5)
+    assert len(calls) == lowest + 9
+
+
+def test_no_probe_of_several_labels_or_of_many_rows() -> None:
+    rows, held_out, names = blobs(90), blobs(50, 1), ["a", "b", "c"]
+    labels = np.eye(3, dtype=np.float32)
+    of_labels = rows[0], labels[rows[1]], held_out[0], labels[held_out[1]]
+    assert compare_linear_probe(TrainingConfig(), *of_labels, names) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featcache.heads.fit._PROBE_VALUES", 90 * 12 * 3 - 1)
+        assert compare_linear_probe(TrainingConfig(), *rows, *held_out, names) is None
 
 
 def test_the_run_tells_path_and_strength(cache: Path, tmp_path: Path) -> None:

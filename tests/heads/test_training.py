@@ -151,7 +151,8 @@ def test_lines_say_counts_epochs_and_the_kept_one(tmp_path: Path) -> None:
     assert len({len(line.removesuffix("  *")) for line in epochs}) == 1  # aligned
     marked = [int(line[:5]) for line in epochs if line.endswith("  *")]
     assert marked[-1] == summary.best_epoch
-    assert said[-2].startswith(f"kept epoch {summary.best_epoch}: valid loss")
+    assert said[-3].startswith(f"kept epoch {summary.best_epoch}: valid loss")
+    assert said[-2].startswith("beside it, a linear probe: valid loss ")
     assert " s on cpu, written to " in said[-1]
     assert max(len(line) for line in said[:-1] if not line.startswith("hint")) <= 80
 
