@@ -122,7 +122,10 @@ for made in (split, extract, select, info, verify):
     help="balanced: rare classes (with several labels an image, rare labels) count more.",
 )
 @click.option("--label-smoothing", type=float, default=0.0, show_default=True)
-@click.option("--valid-fraction", type=float, help="Hold out part of train, by groups.")
+@click.option(
+    "--valid-fraction", type=float,
+    help="Hold out part of train, by groups; a split valid is then not touched.",
+)  # fmt: skip
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of initial weights and dropout."
 )
@@ -180,7 +183,10 @@ def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 @click.option(
     "--prune/--no-prune", default=True, show_default=True, help="Stop trials early that cannot win."
 )
-@click.option("--valid-fraction", type=float, help="Hold out part of train, by groups.")
+@click.option(
+    "--valid-fraction", type=float,
+    help="Hold out part of train, by groups; a split valid is then not touched.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @DEVICE
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")

@@ -20,12 +20,11 @@ from featcache.data.folders import training_split
 from featcache.data.stratification import assign_labelled_units, assign_units, build_units
 from featcache.errors import (
     CacheError,
-    ConfigError,
     DataError,
     printable,
     warn_user,
 )
-from featcache.formatting import join_few
+from featcache.formatting import count, join_few
 from featcache.heads.streaming import BLOCK_BYTES, StoredFeatures
 from featcache.runtime import CPU, Device, Say, available_memory
 
@@ -133,7 +132,7 @@ def choose_rows(
         cache: One with ``train`` (or ``all``) and, without ``valid_fraction``, ``valid``.
         valid_fraction: Share of ``train`` (or of ``all``) to hold out: stratified (of several
             labels a row, by its rarest positive one), groups and identical images together; None
-            takes ``valid``.
+            takes ``valid``. A split ``valid`` is not touched then.
         seed: Another seed, another hold-out.
         say: Where lines for people go.
 
@@ -141,7 +140,6 @@ def choose_rows(
         CacheError: If a split is missing or a class lacks rows; for multilabel caches, if a class
             is unknown in all rows to train on. One that is never positive, or never negative,
             there is warned of.
-        ConfigError: If there is a ``valid`` already.
     """
     source = training_split(cache.splits)
     if source is None or (source == "all" and "valid" in cache.splits):
@@ -155,11 +153,6 @@ def choose_rows(
             found="only " + ", ".join(cache.splits), where=cache.path,
             hint="Hold out a part of the others with, say, --valid-fraction 0.2",
         )  # fmt: skip
-    if valid_fraction is not None and "valid" in cache.splits:
-        raise ConfigError(
-            "--valid-fraction", expected="a cache without the split valid", found="one with it",
-            where=cache.path, hint="Leave --valid-fraction out",
-        )  # fmt: skip
     train_part = _labelled(cache, source, "train")
     if valid_fraction is None:
         parts = train_part, _labelled(cache, "valid", "valid")
@@ -169,6 +162,11 @@ def choose_rows(
         parts = _hold_out(cache, train_part, valid_fraction, seed)
         if train_part.split.groups is None:
             say("this cache has no groups: images of one patient may be in both train and valid")
+        if "valid" in cache.splits:
+            say(
+                f"split valid is not touched: {count(len(cache.splits['valid']), 'row')}; the "
+                "hold-out below is of train"
+            )
     if cache.task == "multilabel":
         _check_labels(cache, parts[0])
     else:

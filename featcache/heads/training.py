@@ -152,7 +152,7 @@ def train(
         warmup: Epochs in which the learning rate rises from 0, step by step.
         valid_fraction: Share of ``train`` (or of ``all``) held out as ``valid``, stratified (of
             several labels, by the rarest positive one of a row), with groups and identical images
-            kept together; for caches without ``valid``.
+            kept together. A split ``valid`` stays fresh then: it is not touched.
         seed: Decides the initial weights and dropout.
         data_seed: Decides the order of the rows, their views and the hold-out; None takes ``seed``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
