@@ -187,7 +187,7 @@ def train(
         label_smoothing=label_smoothing,
         warmup=warmup,
     )
-    _refuse_unused(training)
+    refuse_unused(training)
     seed = check_seed("--seed", seed)
     order_seed = seed if data_seed is None else check_seed("--data-seed", data_seed)
     valid_fraction = check_valid_fraction(valid_fraction)
@@ -240,7 +240,7 @@ def train(
     return summary
 
 
-def _refuse_unused(training: TrainingConfig) -> None:
+def refuse_unused(training: TrainingConfig) -> None:
     """Refuse options that L-BFGS has no use for: whoever gives them expects them to do something.
 
     Raises:
