@@ -12,7 +12,6 @@ Reads: a cache. Writes: a folder with ``crossval.json`` and ``predictions.csv``.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,20 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from featcache import __version__
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, ConfigError, warn_user
-from featcache.files import (
-    csv_text,
-    json_sha256,
-    local_path,
-    read_regular,
-    result_as_dict,
-    write_bytes,
-    write_json,
-)
+from featcache.files import local_path, result_as_dict
 from featcache.formatting import brief_repr, count, join_few, percent
 from featcache.heads.config import (
     LBFGS,
@@ -43,7 +33,6 @@ from featcache.heads.config import (
     check_valid_fraction,
 )
 from featcache.heads.head import HeadConfig
-from featcache.heads.prediction import prediction_table
 from featcache.heads.rows import (
     Part,
     check_cache,
@@ -51,49 +40,19 @@ from featcache.heads.rows import (
     labelled_part,
     training_source,
 )
-from featcache.heads.run import relative_path
 from featcache.heads.training import refuse_unused
 from featcache.output_folders import check_folder, new_folder
-from featcache.outputs import Kind, Output
+from featcache.outputs import Output
 from featcache.runtime import Say, log_line, resolve_device
-from featcache.sweeps.crossval_figures import (
-    crossval_lines,
-    mean_figures,
-    measure_fold,
-    pool_figures,
-)
-from featcache.sweeps.fold_heads import Fold, FoldPlan
+from featcache.sweeps.crossval_figures import crossval_lines
+from featcache.sweeps.crossval_files import CROSSVAL, FORMAT, write_crossval
+from featcache.sweeps.fold_heads import FoldPlan
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.journal import Journal
-from featcache.untrusted import parse_json_object
 
-FORMAT, FORMAT_VERSION = "featcache-crossval", 1
-FACTS_NAME, ROWS_NAME = "crossval.json", "predictions.csv"
 JOURNAL_NAME = "journal.jsonl"
-_MAX_JSON_BYTES = 1 << 28
 _INNER_SHARE = 0.2  # held out to choose the epoch by, where no split valid says how much
 _UNFINISHED = "an unfinished cross-validation"
-
-
-def _is_crossval(path: Path) -> bool:
-    try:
-        facts = parse_json_object(read_regular(path / FACTS_NAME, max_bytes=_MAX_JSON_BYTES))
-    except (OSError, ValueError):
-        return False
-    return facts.get("format") == FORMAT
-
-
-def _list_others(folder: Path) -> list[str]:
-    return [
-        path.name for path in sorted(folder.iterdir())
-        if path.name not in {FACTS_NAME, ROWS_NAME} or path.is_symlink() or not path.is_file()
-    ]  # fmt: skip
-
-
-_KIND = Kind(
-    "cross-validation", "a new or empty folder", ConfigError, _is_crossval, switch="--overwrite",
-    is_folder=True, list_others=_list_others,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -226,7 +185,7 @@ def crossval(
     """
     start = time.perf_counter()
     inputs = [local_path(cache, "CACHE")]
-    output = Output(folder, "output folder", _KIND, replace=overwrite, inputs=inputs)
+    output = Output(folder, "output folder", CROSSVAL, replace=overwrite, inputs=inputs)
     check_folder(output)
     _check_options(folds, repeats)
     training = TrainingConfig(
@@ -261,7 +220,7 @@ def crossval(
             if journal.entries:
                 say(f"going on after {count(len(journal.entries), 'fold')} that are finished")
             entries = plan.fit(pool, pairs, journal, where, progress=progress, say=say)
-        facts = _write(partial, output.target, pool, parts, plan, pairs, entries)
+        facts = write_crossval(partial, output.target, pool, parts, plan, pairs, entries)
     summary = CrossvalSummary(
         folder=Path(folder), classes=opened.classes, task=opened.task,
         splits=tuple(part.split.name for part in parts), num_rows=len(pool.targets),
@@ -337,70 +296,6 @@ def _open_journal(path: Path, work: Mapping[str, Any], *, replace: bool) -> Iter
         if not journal.entries:
             path.unlink(missing_ok=True)
         raise
-
-
-def _write(  # noqa: PLR0917 (where, and what was done)
-    partial: Path, target: Path, pool: Pool, parts: Sequence[Part], plan: FoldPlan,
-    folds: Sequence[Fold], entries: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:  # fmt: skip
-    """Write both files into the folder ``partial`` and return the facts."""
-    shape = plan.num_repeats, len(pool.targets), len(pool.classes)
-    probs, fold_of, per_fold = np.empty(shape), np.empty(shape[:2], np.int64), []
-    for fold, entry in zip(folds, entries, strict=True):
-        probs[fold.repeat, fold.rows] = entry["probs"]
-        fold_of[fold.repeat, fold.rows] = fold.number + 1
-        strength = {} if entry["strength"] is None else {"strength": entry["strength"]}
-        per_fold.append(
-            {
-                "repeat": fold.repeat + 1, "fold": fold.number + 1, "num_rows": len(fold.rows),
-                "num_train": len(fold.train), "num_valid": len(fold.valid),
-                "best_epoch": entry["best_epoch"], **strength, "valid_loss": entry["valid_loss"],
-            }
-            | measure_fold(pool.targets[fold.rows], probs[fold.repeat, fold.rows], pool.classes)
-        )  # fmt: skip
-    ratio = float(np.mean([len(fold.rows) / len(fold.train) for fold in folds]))
-    data = csv_text(*_table(pool, parts, probs, fold_of)).encode()
-    write_bytes(partial / ROWS_NAME, data)
-    cache = pool.cache
-    facts = {
-        "format": FORMAT, "format_version": FORMAT_VERSION,
-        "cache": {
-            "path": relative_path(cache.path, target), "fingerprint": cache.fingerprint,
-            "payload_sha256": cache.payload_sha256, "content_sha256": cache.content_sha256,
-        },
-        "classes": list(cache.classes), "task": cache.task,
-        "splits": [part.split.name for part in parts], **plan.as_json(),
-        "num_rows": len(pool.targets), "per_fold": per_fold, "mean": mean_figures(per_fold, ratio),
-        "pooled": [
-            {"repeat": i + 1} | pool_figures(pool.targets, of_repeat, pool.classes)
-            for i, of_repeat in enumerate(probs)
-        ],
-        "predictions_sha256": hashlib.sha256(data).hexdigest(),
-    }  # fmt: skip
-    write_json(partial / FACTS_NAME, facts | {"sha256": json_sha256(facts, without="sha256")})
-    return facts
-
-
-def _table(
-    pool: Pool, parts: Sequence[Part], probs: npt.NDArray[np.float64],
-    fold_of: npt.NDArray[np.int64],
-) -> tuple[list[str], Iterator[list[object]]]:  # fmt: skip
-    """Return the header and the rows of ``predictions.csv``, repeat by repeat."""
-    splits, paths, groups = list[str](), list[str](), list[str]()
-    for part in parts:
-        rows = part.rows.tolist()
-        splits += [part.split.name] * len(rows)
-        paths += [part.split.paths[row] for row in rows]
-        groups += [part.split.groups[row] if part.split.groups else "" for row in rows]
-    tables = [
-        prediction_table(pool.classes, paths, groups, pool.targets, of_repeat)
-        for of_repeat in probs
-    ]
-    return ["split", "fold", "repeat", *tables[0][0]], (
-        [split, number, repeat, *row]
-        for repeat, (_, table) in enumerate(tables, 1)
-        for split, number, row in zip(splits, fold_of[repeat - 1].tolist(), table, strict=True)
-    )
 
 
 def _say_plan(

@@ -145,7 +145,7 @@ def _check_entry(entry: Any, fold: Fold, num_classes: int, journal: Journal) -> 
         raise journal.damaged(f"another entry for fold {fold.number + 1}")
 
 
-def _refuse_unknown(pool: Pool, folds: Sequence[_Fold]) -> None:
+def _refuse_unknown(pool: Pool, folds: Sequence[Fold]) -> None:
     for fold in folds:
         unknown = np.isnan(pool.targets[fold.train]).all(axis=0)
         if unknown.any():
