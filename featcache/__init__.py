@@ -10,9 +10,10 @@ The verbs, as on the command line, in the order of the work::
     featcache.predict("run", "new.png")
     featcache.export("run", "covid.pt")
 
-Also ``plan``, ``verify``, ``select`` and ``sweep``. ``load_classifier`` keeps a network for many
-predictions, ``load_head`` returns the trained ``nn.Module``, ``open_cache`` gives the arrays, and
-``HeadClassifier`` is a scikit-learn estimator. Results are dataclasses with ``as_dict()``.
+Also ``plan``, ``verify``, ``select``, ``sweep`` and ``crossval``. ``load_classifier`` keeps a
+network for many predictions, ``load_head`` returns the trained ``nn.Module``, ``open_cache`` gives
+the arrays, and ``HeadClassifier`` is a scikit-learn estimator. Results are dataclasses with
+``as_dict()``.
 
 Importing this package imports neither torch nor anything else that is slow; a name's module is
 imported when the name is first used.
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from featcache.heads.head import HeadConfig
     from featcache.heads.run import Run, load_head, load_run
     from featcache.heads.training import TrainSummary, train
+    from featcache.sweeps.crossval import CrossvalSummary, crossval
     from featcache.sweeps.ranking import Decision
     from featcache.sweeps.sweeping import SweepSummary, sweep
 
@@ -66,6 +68,7 @@ _MODULES = {
     "select": "cache.selection",
     "train": "heads.training",
     "sweep": "sweeps.sweeping",
+    "crossval": "sweeps.crossval",
     "evaluate": "evaluation.evaluation",
     "predict": "deployment.predictions",
     "export": "deployment.export",
@@ -99,6 +102,7 @@ _MODULES = {
     "SelectionSummary": "cache.selection",
     "TrainSummary": "heads.training",
     "SweepSummary": "sweeps.sweeping",
+    "CrossvalSummary": "sweeps.crossval",
     "Evaluation": "evaluation.evaluation",
     "Predictions": "deployment.predictions",
     "ExportSummary": "deployment.export",
@@ -114,8 +118,8 @@ _MODULES = {
 
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
-    "split", "extract", "plan", "info", "verify", "select", "train", "sweep", "evaluate",
-    "predict", "export",
+    "split", "extract", "plan", "info", "verify", "select", "train", "sweep", "crossval",
+    "evaluate", "predict", "export",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
@@ -124,8 +128,8 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     "HeadConfig", "Run",
     # the verbs' results
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
-    "Verification", "SelectionSummary", "TrainSummary", "SweepSummary", "Evaluation", "Predictions",
-    "ExportSummary",
+    "Verification", "SelectionSummary", "TrainSummary", "SweepSummary", "CrossvalSummary",
+    "Evaluation", "Predictions", "ExportSummary",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

@@ -33,7 +33,7 @@ _HELD_SECONDS = 9.0  # where extract finishes the batch in hand and writes its s
 
 _OUTPUTS = {
     "split": "destination", "extract": "cache", "select": "new", "verify": "cache", "train": "run",
-    "sweep": "run", "predict": "csv", "export": "file",
+    "sweep": "run", "crossval": "folder", "predict": "csv", "export": "file",
 }  # fmt: skip
 """The option or argument that names what a command makes. evaluate makes several files."""
 
@@ -87,7 +87,7 @@ class Command:
         return self._verb != "extract" or self._output is None or not self._output.is_dir()
 
     def _kept_in_part(self, output: Path) -> str:
-        """Return what an unfinished extract, train or sweep has kept, or nothing."""
+        """Return what an unfinished extract, train, sweep or crossval has kept, or nothing."""
         partial, journal = (_beside(output, ending) for ending in (".partial", ".sweep"))
         if self._verb == "extract":
             if output.is_dir():
@@ -98,6 +98,8 @@ class Command:
             return f"the training up to its last save, once a minute, is kept in {_name(partial)}"
         if self._verb == "sweep" and _has_entries(journal / "journal.jsonl"):
             return f"the trials of the rounds that are done are kept in {_name(journal)}"
+        if self._verb == "crossval" and _has_entries(partial / "journal.jsonl"):
+            return f"the folds that are done are kept in {_name(partial)}"
         return ""
 
 
@@ -114,7 +116,7 @@ def _name(path: Path) -> str:
 
 
 def _has_entries(journal: Path) -> bool:
-    """Whether a sweep's journal has more than its first line, which says what the sweep is."""
+    """Whether a journal has more than its first line, which says what the work is."""
     with contextlib.suppress(OSError), journal.open("rb") as file:
         return len(file.readline()) > 0 and file.readline().endswith(b"\n")
     return False

@@ -27,7 +27,8 @@ from featcache.cli.options import (
     LARGEST,
     TRUST,
     WEIGHTS,
-    Numbers,
+    head_options,
+    head_seeds,
     listing,
     make_say,
     print_facts,
@@ -84,49 +85,12 @@ for made in (split, extract, select, info, verify):
 @cli.command()
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
+@head_options
 @click.option(
-    "--hidden", type=Numbers(int, "N,N|none", none=True), default="512,128", show_default=True,
-    help="Widths of the hidden layers, or none.",
+    "--valid-fraction", type=float,
+    help="Hold out part of train, by groups; a split valid is then not touched.",
 )  # fmt: skip
-@click.option("--dropout", type=float, default=0.4, show_default=True)
-@click.option("--learning-rate", type=float, default=5e-4, show_default=True)
-@click.option(
-    "--weight-decay", type=float, default=0.0, show_default=True,
-    help="With lbfgs: this one strength of regularisation.",
-)  # fmt: skip
-# heads.config has this list too, but to import it would import NumPy before every --help.
-@click.option(
-    "--optimizer", type=click.Choice(["adam", "adamw", "sgd", "lbfgs"]), default="adam",
-    show_default=True,
-    help="lbfgs, with --hidden none, solves for a path of regularisation strengths.",
-)  # fmt: skip
-@click.option(
-    "--schedule", type=click.Choice(["constant", "cosine"]), default="constant", show_default=True
-)
-@click.option(
-    "--warmup", type=click.IntRange(min=0), default=0, show_default=True,
-    help="Epochs in which the learning rate rises from 0.",
-)  # fmt: skip
-@click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
-@click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True)
-@click.option(
-    "--patience",
-    type=click.IntRange(min=1),
-    help="Stop after N epochs without a lower validation loss.",
-)
-@click.option(
-    "--class-weights",
-    type=click.Choice(["none", "balanced"]),
-    default="none",
-    show_default=True,
-    help="balanced: rare classes (with several labels an image, rare labels) count more.",
-)
-@click.option("--label-smoothing", type=float, default=0.0, show_default=True)
-@click.option("--valid-fraction", type=float, help="Hold out part of train, by groups.")
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of initial weights and dropout."
-)
-@click.option("--data-seed", type=int, help="Seed of the order of the rows; default: --seed.")
+@head_seeds
 @DEVICE
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")
 @printing
@@ -180,7 +144,10 @@ def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 @click.option(
     "--prune/--no-prune", default=True, show_default=True, help="Stop trials early that cannot win."
 )
-@click.option("--valid-fraction", type=float, help="Hold out part of train, by groups.")
+@click.option(
+    "--valid-fraction", type=float,
+    help="Hold out part of train, by groups; a split valid is then not touched.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @DEVICE
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")
@@ -205,6 +172,41 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 
     say = make_say(as_json, quiet)
     summary = sweep_heads(cache, run, say=say, progress=not quiet, **options)
+    print_facts(summary.as_dict(), [], as_json, quiet)
+
+
+@cli.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True)
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Part the rows so often, each time anew.",
+)  # fmt: skip
+@click.option("--with-test", is_flag=True, help="Use the rows of test too: no test is left then.")
+@head_options
+@click.option(
+    "--valid-fraction", type=float,
+    help="Of the rows outside a fold, the share to choose the epoch by; default: that of valid, "
+    "else 0.2.",
+)  # fmt: skip
+@head_seeds
+@DEVICE
+@click.option("--overwrite", is_flag=True, help="Replace an existing FOLDER.")
+@printing
+def crossval(cache: Path, folder: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Predict each row of train and valid in CACHE by a head trained without it.
+
+    \b
+    Example: featcache crossval covid.h5 folds --repeats 3
+
+    FOLDER gets predictions.csv and crossval.json. Groups and identical images stay in one fold.
+    After an interruption, the same command goes on.
+    """
+    from featcache.sweeps.crossval import crossval as cross_validate
+
+    say = make_say(as_json, quiet)
+    summary = cross_validate(cache, folder, say=say, progress=not quiet, **options)
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 

@@ -153,6 +153,65 @@ def grouping(command: _F) -> _F:
     return command
 
 
+def head_options(command: _F) -> _F:
+    """Add the options that decide a head and its training, --hidden to --label-smoothing."""
+    for option in (
+        click.option("--label-smoothing", type=float, default=0.0, show_default=True),
+        click.option(
+            "--class-weights", type=click.Choice(["none", "balanced"]), default="none",
+            show_default=True,
+            help="balanced: rare classes (with several labels an image, rare labels) count more.",
+        ),
+        click.option(
+            "--patience", type=click.IntRange(min=1),
+            help="Stop after N epochs without a lower validation loss.",
+        ),
+        click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True),
+        click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True),
+        click.option(
+            "--warmup", type=click.IntRange(min=0), default=0, show_default=True,
+            help="Epochs in which the learning rate rises from 0.",
+        ),
+        click.option(
+            "--schedule", type=click.Choice(["constant", "cosine"]), default="constant",
+            show_default=True,
+        ),
+        # heads.config has this list too, but to import it would import NumPy before every --help.
+        click.option(
+            "--optimizer", type=click.Choice(["adam", "adamw", "sgd", "lbfgs"]), default="adam",
+            show_default=True,
+            help="lbfgs, with --hidden none, solves for a path of regularisation strengths.",
+        ),
+        click.option(
+            "--weight-decay", type=float, default=0.0, show_default=True,
+            help="With lbfgs: this one strength of regularisation.",
+        ),
+        click.option("--learning-rate", type=float, default=5e-4, show_default=True),
+        click.option("--dropout", type=float, default=0.4, show_default=True),
+        click.option(
+            "--hidden", type=Numbers(int, "N,N|none", none=True), default="512,128",
+            show_default=True, help="Widths of the hidden layers, or none.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def head_seeds(command: _F) -> _F:
+    """Add --seed and --data-seed."""
+    for option in (
+        click.option(
+            "--data-seed", type=int, help="Seed of the order of the rows; default: --seed."
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True,
+            help="Seed of initial weights and dropout.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def printing(command: _F) -> _F:
     """Add --json and --quiet: facts as one JSON object, or no lines at all."""
     command = click.option("--quiet", is_flag=True, help="No progress, no lines.")(command)

@@ -108,12 +108,13 @@ class UnfinishedInfo:
     """What an interrupted command has kept.
 
     Attributes:
-        path: The folder: ``CACHE.partial``, ``RUN.partial`` or ``RUN.sweep``.
-        command: ``extract``, ``train`` or ``sweep``.
-        output: The cache or run that it will become.
+        path: The folder: ``CACHE.partial``, ``RUN.partial``, ``RUN.sweep`` or ``FOLDER.partial``.
+        command: ``extract``, ``train``, ``sweep`` or ``crossval``.
+        output: The cache, run or folder that it will become.
         kept: How far it is. extract: ``num_images``, ``num_shards`` and, fixed at its start,
             ``engine, precision, batch_size, device``. train: ``num_epochs_done``, ``num_epochs``.
             sweep: ``num_trials_done``, ``num_trials``, ``num_repeats_done``, ``num_repeats``.
+            crossval: ``num_folds_done`` of all repeats, ``num_folds``, ``num_repeats``.
         disk_bytes: Size of its files.
         next_step: How to go on, a sentence.
     """
@@ -143,7 +144,7 @@ def info(path: str | Path) -> CacheInfo | RunInfo | UnfinishedInfo:
     Raises:
         CacheError: If the file is not a cache, or an unfinished extraction cannot be read.
         RunError: If the folder is not a run, or an unfinished training cannot be read.
-        ConfigError: If an unfinished sweep cannot be read.
+        ConfigError: If an unfinished sweep or cross-validation cannot be read.
 
     Example:
         >>> featcache.info("covid.h5").classes  # doctest: +SKIP
@@ -219,10 +220,16 @@ def _training_info(folder: Path) -> UnfinishedInfo:
     return _unfinished(folder, "train", kept, "begin anew with --overwrite")
 
 
-def _sweep_info(folder: Path) -> UnfinishedInfo:
+def _journal_info(folder: Path) -> UnfinishedInfo:
     from featcache.sweeps.journal import read_journal
 
     work, entries = read_journal(folder / "journal.jsonl")
+    if work.get("format") == "featcache-crossval":
+        kept = {
+            "num_folds_done": len(entries), "num_folds": work.get("folds"),
+            "num_repeats": work.get("repeats"),
+        }  # fmt: skip
+        return _unfinished(folder, "crossval", kept, "begin anew with --overwrite")
     rounds = [entry["trials"] for entry in entries if isinstance(entry.get("trials"), list)]
     kept = {
         "num_trials_done": sum(map(len, rounds)),
@@ -236,7 +243,7 @@ def _sweep_info(folder: Path) -> UnfinishedInfo:
 _UNFINISHED = {
     "manifest.json": _extraction_info,
     "training.safetensors": _training_info,
-    "journal.jsonl": _sweep_info,
+    "journal.jsonl": _journal_info,
 }
 
 

@@ -5,7 +5,6 @@ Reads: a cache. Writes: nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +14,21 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache
 from featcache.errors import CacheError, ConfigError, RunError
 from featcache.evaluation.confusions import Confusion, count_confusions
-from featcache.files import csv_text, join_names, prob_columns
+from featcache.files import csv_text
 from featcache.formatting import count, join_few
-from featcache.heads.prediction import predict_probs
+from featcache.heads.prediction import (
+    COLUMNS,
+    COLUMNS_OF_LABELS,
+    predict_probs,
+    prediction_table,
+)
 from featcache.heads.rows import RowNumbers, find_labelled
 from featcache.heads.run import Run
 from featcache.heads.streaming import StoredFeatures
 from featcache.outputs import csv_kind
 from featcache.runtime import Say
 
-_COLUMNS = ("path", "group", "target", "pred")
-_COLUMNS_OF_LABELS = ("path", "group", "targets", "unknown", "preds")
-CSV = csv_kind("CSV of featcache evaluate", _COLUMNS, _COLUMNS_OF_LABELS)
+CSV = csv_kind("CSV of featcache evaluate", COLUMNS, COLUMNS_OF_LABELS)
 
 
 @dataclass(frozen=True)
@@ -109,24 +111,9 @@ class PredictedRows:
 
     def as_csv(self) -> str:
         """Return a CSV with a line per row."""
-        if self.has_labels:
-            header = [*_COLUMNS_OF_LABELS]
-            cells = zip(
-                self._join(self.targets == 1), self._join(np.isnan(self.targets)),
-                self._join(self.preds), strict=True,
-            )  # fmt: skip
-        else:
-            header = [*_COLUMNS]
-            names = ([self.classes[i] for i in which] for which in (self.targets, self.preds))
-            cells = zip(*names, strict=True)
-        rows = zip(self.paths, self.groups, cells, self.probs.tolist(), strict=True)
-        header += prob_columns(self.classes)
         return csv_text(
-            header, ([name, group, *words, *probs] for name, group, words, probs in rows)
+            *prediction_table(self.classes, self.paths, self.groups, self.targets, self.probs)
         )
-
-    def _join(self, chosen: npt.NDArray[np.bool_]) -> Iterable[str]:
-        return (join_names(self.classes[c] for c in np.flatnonzero(row)) for row in chosen)
 
 
 def labelled_rows(cache: Cache, split_name: str, say: Say) -> RowNumbers:

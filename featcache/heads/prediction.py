@@ -7,18 +7,23 @@ Reads: features of a cache. Writes: nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import RunError
+from featcache.files import join_names, prob_columns
 from featcache.heads.head import BATCH_NORM_EPS, HeadConfig, norm_and_linear
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import require_memory_for_products
 
 _BLOCK_ROWS = 512  # 3 MB of 1280 features: a block and its activations stay in the cache
+
+COLUMNS = ("path", "group", "target", "pred")
+COLUMNS_OF_LABELS = ("path", "group", "targets", "unknown", "preds")
+"""Of a CSV of predicted rows, before the probabilities: see ``prediction_table``."""
 
 Features: TypeAlias = npt.NDArray[Any] | StoredFeatures
 State: TypeAlias = Mapping[str, npt.NDArray[Any]]
@@ -117,6 +122,35 @@ def compute_logits(
             if layer < len(config.hidden):
                 np.maximum(hidden, 0, out=hidden)
     return hidden
+
+
+def prediction_table(
+    classes: Sequence[str], paths: Sequence[str], groups: Sequence[str],
+    targets: npt.NDArray[Any], probs: npt.NDArray[np.float64],
+) -> tuple[list[str], list[list[object]]]:  # fmt: skip
+    """Return header and rows of a CSV of labelled rows with their probabilities.
+
+    Args:
+        classes: C names.
+        paths: n paths.
+        groups: n groups, empty where there are none.
+        targets: (n,) class indices; or (n, C) of 0, 1 and NaN = unknown: several labels a row.
+        probs: (n, C).
+    """
+    if targets.ndim == 2:
+        header = [*COLUMNS_OF_LABELS]
+        chosen = (targets == 1, np.isnan(targets), probs > 0.5)
+        words = [
+            [join_names(classes[c] for c in np.flatnonzero(row).tolist()) for row in which]
+            for which in chosen
+        ]
+    else:
+        header = [*COLUMNS]
+        words = [[classes[i] for i in which.tolist()] for which in (targets, probs.argmax(1))]
+    rows = zip(paths, groups, zip(*words, strict=True), probs.tolist(), strict=True)
+    return header + prob_columns(classes), [
+        [path, group, *named, *of_row] for path, group, named, of_row in rows
+    ]
 
 
 def _softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -20,12 +20,11 @@ from featcache.data.folders import training_split
 from featcache.data.stratification import assign_labelled_units, assign_units, build_units
 from featcache.errors import (
     CacheError,
-    ConfigError,
     DataError,
     printable,
     warn_user,
 )
-from featcache.formatting import join_few
+from featcache.formatting import count, join_few
 from featcache.heads.streaming import BLOCK_BYTES, StoredFeatures
 from featcache.runtime import CPU, Device, Say, available_memory
 
@@ -124,6 +123,21 @@ def check_cache(cache: Cache) -> None:
         )  # fmt: skip
 
 
+def training_source(cache: Cache) -> str:
+    """Return the split that heads are trained on, ``train`` or ``all``.
+
+    Raises:
+        CacheError: If there is neither.
+    """
+    source = training_split(cache.splits)
+    if source is None or (source == "all" and "valid" in cache.splits):
+        raise CacheError(
+            "split train", expected="rows to train on", found="only " + ", ".join(cache.splits),
+            where=cache.path, hint="Extract a data set that has train and valid",
+        )  # fmt: skip
+    return source
+
+
 def choose_rows(
     cache: Cache, valid_fraction: float | None, seed: int, say: Say
 ) -> tuple[Part, Part]:
@@ -133,7 +147,7 @@ def choose_rows(
         cache: One with ``train`` (or ``all``) and, without ``valid_fraction``, ``valid``.
         valid_fraction: Share of ``train`` (or of ``all``) to hold out: stratified (of several
             labels a row, by its rarest positive one), groups and identical images together; None
-            takes ``valid``.
+            takes ``valid``. A split ``valid`` is not touched then.
         seed: Another seed, another hold-out.
         say: Where lines for people go.
 
@@ -141,36 +155,30 @@ def choose_rows(
         CacheError: If a split is missing or a class lacks rows; for multilabel caches, if a class
             is unknown in all rows to train on. One that is never positive, or never negative,
             there is warned of.
-        ConfigError: If there is a ``valid`` already.
     """
-    source = training_split(cache.splits)
-    if source is None or (source == "all" and "valid" in cache.splits):
-        raise CacheError(
-            "split train", expected="rows to train on", found="only " + ", ".join(cache.splits),
-            where=cache.path, hint="Extract a data set that has train and valid",
-        )  # fmt: skip
+    source = training_source(cache)
     if valid_fraction is None and "valid" not in cache.splits:
         raise CacheError(
             "split valid", expected="rows to choose the epoch by",
             found="only " + ", ".join(cache.splits), where=cache.path,
             hint="Hold out a part of the others with, say, --valid-fraction 0.2",
         )  # fmt: skip
-    if valid_fraction is not None and "valid" in cache.splits:
-        raise ConfigError(
-            "--valid-fraction", expected="a cache without the split valid", found="one with it",
-            where=cache.path, hint="Leave --valid-fraction out",
-        )  # fmt: skip
-    train_part = _labelled(cache, source, "train")
+    train_part = labelled_part(cache, source, "train")
     if valid_fraction is None:
-        parts = train_part, _labelled(cache, "valid", "valid")
+        parts = train_part, labelled_part(cache, "valid", "valid")
     else:
         if cache.task == "multiclass":
             _check_classes(cache, train_part, at_least=2)
         parts = _hold_out(cache, train_part, valid_fraction, seed)
         if train_part.split.groups is None:
             say("this cache has no groups: images of one patient may be in both train and valid")
+        if "valid" in cache.splits:
+            say(
+                f"split valid is not touched: {count(len(cache.splits['valid']), 'row')}; the "
+                "hold-out below is of train"
+            )
     if cache.task == "multilabel":
-        _check_labels(cache, parts[0])
+        check_labels(cache, parts[0].targets, f"split {parts[0].split.name}")
     else:
         _check_classes(cache, parts[0], at_least=1)
     if not len(parts[1].rows):
@@ -181,7 +189,8 @@ def choose_rows(
     return parts
 
 
-def _labelled(cache: Cache, split_name: str, name: str) -> Part:
+def labelled_part(cache: Cache, split_name: str, name: str) -> Part:
+    """Return the labelled rows of a split, for the purpose ``name``: ``train`` or ``valid``."""
     split = cache.split(split_name)
     rows = find_labelled(split.targets)
     return Part(name, split, rows, len(split) - len(rows))
@@ -194,15 +203,23 @@ def find_labelled(targets: Targets) -> RowNumbers:
     return rows
 
 
-def _check_labels(cache: Cache, part: Part) -> None:
-    """Refuse a class that is unknown in all rows; warn of one that has but one answer."""
-    targets = part.targets
+def check_labels(cache: Cache, targets: Targets, what: str) -> None:
+    """Refuse a class that is unknown in all rows to train on; warn of one with but one answer.
+
+    Args:
+        cache: For messages.
+        targets: (N, C) of the rows.
+        what: What they are rows of, for messages.
+
+    Raises:
+        CacheError: If a class is unknown in all of them.
+    """
     has_yes, has_no = (targets == 1).any(axis=0), (targets == 0).any(axis=0)
     is_known = (has_yes | has_no).tolist()
     unknown = [name for name, known in zip(cache.classes, is_known, strict=True) if not known]
     if unknown:
         raise CacheError(
-            f"split {part.split.name}", expected="known targets of each class to train on",
+            what, expected="known targets of each class to train on",
             found="none of " + join_few(unknown), where=cache.path,
             hint="Leave that class out: featcache select --classes takes the others",
         )  # fmt: skip

@@ -155,7 +155,7 @@ def train(
         warmup: Epochs in which the learning rate rises from 0, step by step.
         valid_fraction: Share of ``train`` (or of ``all``) held out as ``valid``, stratified (of
             several labels, by the rarest positive one of a row), with groups and identical images
-            kept together; for caches without ``valid``.
+            kept together. A split ``valid`` stays fresh then: it is not touched.
         seed: Decides the initial weights and dropout.
         data_seed: Decides the order of the rows, their views and the hold-out; None takes ``seed``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
@@ -190,7 +190,7 @@ def train(
         label_smoothing=label_smoothing,
         warmup=warmup,
     )
-    _refuse_unused(training)
+    refuse_unused(training)
     seed = check_seed("--seed", seed)
     order_seed = seed if data_seed is None else check_seed("--data-seed", data_seed)
     valid_fraction = check_valid_fraction(valid_fraction)
@@ -250,7 +250,7 @@ def train(
     return summary
 
 
-def _refuse_unused(training: TrainingConfig) -> None:
+def refuse_unused(training: TrainingConfig) -> None:
     """Refuse options that L-BFGS has no use for: whoever gives them expects them to do something.
 
     Raises:

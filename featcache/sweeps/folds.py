@@ -8,6 +8,7 @@ Reads: a cache. Writes: nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -35,11 +36,11 @@ class Pool:
     """The rows to train on and to choose by, in one.
 
     Attributes:
-        features: (N, D), or (N, V, D) of rows with views. Validation rows repeat their one view V
-            times.
+        features: (N, D), or (N, V, D) of rows with views. Rows of parts other than the first
+            repeat their one view V times.
         plain: (N, D), the images as they are.
         targets: (N,) int64, or (N, C) for multilabel caches.
-        pair: The cache's own rows to train on and to choose by.
+        pair: The rows of the first part, to train on, and of the others, to choose by.
         units: Rows of each unit that stays together.
         names: Of the rows, which decide with the seed what goes where.
         classes: Names.
@@ -57,13 +58,13 @@ class Pool:
 
     @classmethod
     def of(
-        cls, cache: Cache, parts: tuple[Part, Part], device: Device = CPU, say: Say = log_line
+        cls, cache: Cache, parts: Sequence[Part], device: Device = CPU, say: Say = log_line
     ) -> Pool:
         """Read the rows of a cache, or leave them in their file where memory has no room for them.
 
         Args:
             cache: The cache.
-            parts: Rows to train on and to choose by.
+            parts: Rows to train on, and one or more parts to choose by.
             device: Where they will be worked on.
             say: Where lines for people go.
 
@@ -71,7 +72,7 @@ class Pool:
             CacheError: If a feature is not finite.
         """
         num_readers = available_cores() if device.type == "cpu" else 1
-        features, plain = _join(*read_rows(parts, device, say, copies=2, readers=num_readers))
+        features, plain = _join(read_rows(parts, device, say, copies=2, readers=num_readers))
         groups, images, names = [], [], []
         for part in parts:
             split, rows = part.split, part.rows.tolist()
@@ -123,6 +124,32 @@ class Pool:
         parts = self._assign({"train": 1 - share, "valid": share}, seed, "--repeats")
         return np.flatnonzero(parts == "train"), np.flatnonzero(parts == "valid")
 
+    def split_off(self, rows: RowNumbers, share: float, seed: int) -> Pair:
+        """Return some rows as a pair, about ``share`` of each class to judge by.
+
+        It is the pair that ``train --valid-fraction`` would choose of a cache of these rows.
+
+        Args:
+            rows: Ascending; all rows of a unit, or none.
+            share: Between 0 and 1.
+            seed: Another seed, another pair.
+
+        Raises:
+            CacheError: If a class has too few units.
+        """
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        units = [[place[row] for row in unit] for unit in self.units if unit[0] in place]
+        names, shares = [self.names[row] for row in rows], {"train": 1 - share, "valid": share}
+        try:
+            parts = share_out(self.targets[rows], self.classes, units, names, shares, seed)
+        except DataError as error:
+            raise CacheError(
+                "--folds", expected=f"{error.what} in the fold, in the rows to train on and in "
+                "those to choose the epoch by", found="its images in too few groups to part them",
+                where=self.cache.path, hint="Add images of other groups, or leave that class out",
+            ) from error  # fmt: skip
+        return rows[parts == "train"], rows[parts == "valid"]
+
     def _assign(self, shares: dict[str, float], seed: int, option: str) -> npt.NDArray[Any]:
         try:
             return share_out(self.targets, self.classes, self.units, self.names, shares, seed)
@@ -134,15 +161,15 @@ class Pool:
             ) from error  # fmt: skip
 
 
-def _join(train: Features, valid: Features) -> tuple[Features, Features]:
-    """Return the features of both, and of both the images as they are."""
-    if isinstance(train, StoredFeatures) and isinstance(valid, StoredFeatures):
-        joined = StoredFeatures.join([train, valid])
+def _join(parts: Sequence[Features]) -> tuple[Features, Features]:
+    """Return the features of all parts, and of all the images as they are."""
+    stored = [part for part in parts if isinstance(part, StoredFeatures)]
+    if stored:
+        joined = StoredFeatures.join(stored)
         return joined, joined.plain()
-    assert not isinstance(train, StoredFeatures)
-    assert not isinstance(valid, StoredFeatures)
+    train, *others = [part for part in parts if not isinstance(part, StoredFeatures)]
     if train.ndim == 2:
-        features = np.concatenate([train, valid])
+        features = np.concatenate([train, *others])
         return features, features
-    plain, same = np.concatenate([train[:, 0], valid]), (len(valid), *train.shape[1:])
-    return np.concatenate([train, np.broadcast_to(valid[:, None], same)]), plain
+    views = [np.broadcast_to(part[:, None], (len(part), *train.shape[1:])) for part in others]
+    return np.concatenate([train, *views]), np.concatenate([train[:, 0], *others])

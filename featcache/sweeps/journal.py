@@ -33,6 +33,7 @@ class Journal:
     Args:
         path: The file.
         work: What the work is, a JSON object: ``format``, and all that decides the entries.
+        name: What is unfinished, for messages.
 
     Attributes:
         entries: Those that are there, in order.
@@ -41,8 +42,10 @@ class Journal:
         ConfigError: If the file has entries of other work (says of which), or is no journal.
     """
 
-    def __init__(self, path: Path, work: Mapping[str, Any]) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, work: Mapping[str, Any], name: str = "an unfinished sweep"
+    ) -> None:
+        self._path, self._name = path, name
         self.entries: list[Any] = []
         lines = _read_lines(path)
         if not lines:
@@ -55,13 +58,25 @@ class Journal:
         if found.get("format") != work.get("format"):
             raise self.damaged("that of something else")
         if self.entries:
-            _compare(path, parse_json(canonical_json(work)), found)
+            self._compare(parse_json(canonical_json(work)), found)
         else:  # nothing would be lost
             write_bytes(path, _line(work))
 
     def damaged(self, found: object) -> ConfigError:
         """Return the error for a journal, or an entry of it, that is not what was written."""
-        return _damaged(self._path, found)
+        return _damaged(self._path, found, name=self._name)
+
+    def _compare(self, work: Any, found: dict[str, Any]) -> None:
+        keys = [key for key in sorted({*work, *found}) if work.get(key) != found.get(key)]
+        if keys:
+            begun, now = (
+                ", ".join(f"{key} {_brief(side.get(key))}" for key in keys)
+                for side in (found, work)
+            )
+            raise ConfigError(
+                self._name, expected=f"the command that began it: {begun}", found=now,
+                where=self._path, hint=f"Repeat that command; {_begin_anew(self._path)}",
+            )  # fmt: skip
 
     def append(self, entry: Any) -> None:
         """Add an entry; it is there for good when this returns.
@@ -119,26 +134,16 @@ def _line(value: Any) -> bytes:
     return canonical_json(value).encode() + b"\n"
 
 
-def _compare(path: Path, work: Any, found: dict[str, Any]) -> None:
-    keys = [key for key in sorted({*work, *found}) if work.get(key) != found.get(key)]
-    if keys:
-        begun, now = (
-            ", ".join(f"{key} {_brief(side.get(key))}" for key in keys) for side in (found, work)
-        )
-        raise ConfigError(
-            "an unfinished sweep", expected=f"the command that began it: {begun}", found=now,
-            where=path, hint=f"Repeat that command; {_begin_anew(path)}",
-        )  # fmt: skip
-
-
 def _brief(value: object) -> str:
     text = value if isinstance(value, str) else canonical_json(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _damaged(path: Path, found: object, hint: str = "It cannot be resumed") -> ConfigError:
+def _damaged(
+    path: Path, found: object, hint: str = "It cannot be resumed", name: str = "an unfinished sweep"
+) -> ConfigError:
     return ConfigError(
-        "an unfinished sweep", expected="its journal", found=found, where=path,
+        name, expected="its journal", found=found, where=path,
         hint=f"{hint}; {_begin_anew(path)}",
     )  # fmt: skip
 

@@ -157,7 +157,7 @@ def sweep(
         repeats: New hold-outs (or repetitions of all folds), two or more.
         select: ``safe``, or ``best``: keep the highest mean over the repeats.
         prune: Give hopeless trials up on the way.
-        valid_fraction: As for ``train``, for caches without ``valid``.
+        valid_fraction: As for ``train``.
         seed: Decides everything that is drawn.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         overwrite: Replace an existing run.

@@ -29,6 +29,7 @@ VERBS = {
     "train": ["train", "c.h5", "r2", "--epochs", 1],
     "lbfgs": ["train", "c.h5", "r2", "--hidden", "none", "--optimizer", "lbfgs"],
     "sweep": ["sweep", "c.h5", "r2", "--trials", 2],
+    "crossval": ["crossval", "c.h5", "r2", "--folds", 2, "--hidden", "none", "--epochs", 1],
     "evaluate": ["evaluate", "run"],
     "predict": ["predict", "run", "--cache", "c.h5"],
     "update": ["extract", "data", "c.h5", *TINY, "--device", "cpu"],

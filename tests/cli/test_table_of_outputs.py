@@ -34,6 +34,7 @@ VERBS = {
     "cache of write_cache": "",
     "run of train": "train c.h5 OUT --overwrite --hidden none --epochs 1",
     "run of sweep": "sweep c.h5 OUT --overwrite --trials 2 --repeats 2 --space s.toml",
+    "folder of crossval": "crossval c.h5 OUT --overwrite --folds 2 --hidden none --epochs 1",
     "CSV of evaluate": "evaluate run --csv OUT",
     "CSV of predict": "predict run --cache c.h5 --csv OUT",
     "network of export": f"export run OUT {' '.join(TINY)}",
@@ -77,6 +78,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     featcache.extract(folder / "split.csv", folder / "c.h5", backbone=tiny_network.build())
     featcache.train(folder / "c.h5", folder / "run", hidden=(), epochs=1)
     featcache.evaluate(folder / "run", csv=folder / "evaluated.csv")
+    featcache.crossval(folder / "c.h5", folder / "folds", folds=2, hidden=(), epochs=1, seed=1)
     with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
         featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
     os.link(folder / "run" / "head.safetensors", folder / "in.pt")
@@ -100,6 +102,8 @@ def own_kind(output: str, out: Path, things: Path) -> None:
     if output.startswith("run of"):
         shutil.copytree(things / "run", out)
         shutil.rmtree(out / "evaluation")
+    elif output == "folder of crossval":
+        shutil.copytree(things / "folds", out)
     else:
         names = {
             "CSV of split": "split.csv", "CSV of evaluate": "evaluated.csv",
@@ -210,7 +214,8 @@ def test_nothing_is_lost(
     after = snapshot(tmp_path)
     left = {n.split("/")[0] for n in after if re.search(r"\.(partial|sweep|[0-9a-f]{16}\.tmp)", n)}
     if there == "something made while it worked":  # the work is kept for another name
-        left -= {"out.partial" if output == "cache of extract" else "out.sweep"}
+        in_partial = output in {"cache of extract", "folder of crossval"}
+        left -= {"out.partial" if in_partial else "out.sweep"}
     assert not left, "something was left behind"
     if outcome == "refused":
         assert code == 1, said
@@ -238,4 +243,6 @@ def test_nothing_is_lost(
             assert read[0].startswith(b"path,")
     else:
         assert name in after
-        assert after[name] != before.get(name) or output.startswith(("CSV", "run", "evaluation"))
+        assert after[name] != before.get(name) or output.startswith(
+            ("CSV", "run", "folder of crossval", "evaluation")
+        )

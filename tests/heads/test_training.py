@@ -13,6 +13,7 @@ from sample_rows import CLASSES, array_of, edited, make_cache, rows_of
 from featcache.cache.reading import Failure, open_cache
 from featcache.cache.writing import SplitRows
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError
+from featcache.evaluation.seen_rows import find_all_seen
 from featcache.heads.config import TrainingConfig
 from featcache.heads.fit import fit_head
 from featcache.heads.head import HeadConfig
@@ -358,6 +359,27 @@ def test_hold_out_keeps_groups_and_identical_images_together(tmp_path: Path) -> 
         assert not any("no groups" in line for line in said)
 
 
+def test_a_hold_out_beside_valid_leaves_valid_fresh(tmp_path: Path) -> None:
+    """The run is that of the same cache without ``valid``, whatever ``valid`` holds."""
+    rows = rows_of("train", [0, 1] * 30)
+    make_cache(tmp_path / "alone.h5", train=rows)
+    said: list[str] = []
+    made = []
+    for name, valid in (("a", [0, 1] * 8), ("b", [1] * 5)):
+        cache = make_cache(tmp_path / f"{name}.h5", train=rows, valid=valid)
+        made.append(
+            train(cache.path, tmp_path / name, valid_fraction=0.2, say=said.append, **SMALL)
+        )
+        seen = find_all_seen(load_run(tmp_path / name), cache)
+        assert seen is not None
+        assert seen.counts == (48, 12, 0)
+        assert not seen.any[60:].any()
+    alone = train(tmp_path / "alone.h5", tmp_path / "alone", valid_fraction=0.2, **SMALL)
+    assert {s.weights_sha256 for s in (*made, alone)} == {alone.weights_sha256}
+    wanted = "split valid is not touched: 16 rows; the hold-out below is of train"
+    assert [line for line in said if "16 rows" in line] == [wanted]
+
+
 def test_hold_out_reaches_every_class_or_says_that_it_cannot(tmp_path: Path) -> None:
     targets = [0] * 8 + [1] * 20
     groups = [f"big{i // 4}" for i in range(8)] + [f"p{i}" for i in range(20)]
@@ -375,7 +397,6 @@ def test_hold_out_reaches_every_class_or_says_that_it_cannot(tmp_path: Path) -> 
     ("options", "wanted"),
     [
         ({"valid_fraction": 0.0}, "--valid-fraction"), ({"valid_fraction": 1}, "--valid-fraction"),
-        ({"valid_fraction": 0.2}, "expected a cache without the split valid"),
         ({"seed": -1}, "--seed"), ({"data_seed": 1.5}, "--data-seed"),
         ({"dropout": 2}, "--dropout"), ({"hidden": (0,)}, "--hidden"),
         ({"optimizer": "lion"}, "--optimizer"),

@@ -309,7 +309,7 @@ def test_too_few_groups_are_told_before_anything_is_trained(tmp_path: Path) -> N
         ({"metric": "f1", "positive": "x"}, "--positive: expected one of covid, normal, found x"),
         ({"seed": -1}, "--seed: expected a whole number from 0"),
         ({"sampler": "grid"}, "--trials: expected 54, .*found 8"),
-        ({"valid_fraction": 0.5}, "--valid-fraction: expected a cache without"),
+        ({"valid_fraction": 1.5}, "--valid-fraction: expected a number between 0 and 1"),
     ],
 )
 def test_bad_options_are_one_line(

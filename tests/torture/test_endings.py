@@ -38,6 +38,9 @@ COMMANDS: dict[str, tuple[object, ...]] = {
         "sweep", "c.h5", "new", "--trials", 3, "--space", "s.toml", "--repeats", 2, "--device",
         "cpu",
     ),
+    "crossval": (
+        "crossval", "c.h5", "new", "--folds", 3, "--epochs", 4, "--hidden", 8, "--device", "cpu",
+    ),
     "evaluate": ("evaluate", "run", "--csv", "new.csv"),
     "predict": ("predict", "run", "data/test", *BACKBONE, "--csv", "new.csv"),
     "export": ("export", "run", "new.pt", *BACKBONE),
@@ -123,6 +126,7 @@ STUCK: dict[str, tuple[str, str]] = {
     "verify": ("featcache.extraction.verification", "_check_whole"),
     "train": ("featcache.heads.group", "HeadGroup.train_epoch"),
     "sweep": ("featcache.heads.group", "HeadGroup.train_epoch"),  # in threads
+    "crossval": ("featcache.heads.group", "HeadGroup.train_epoch"),
     "evaluate": ("featcache.evaluation.predicted_rows", "predict_probs"),
     "predict": ("featcache.deployment.classifier", "build_engine"),
     "export": ("featcache.deployment.export", "load_classifier"),
