@@ -16,6 +16,7 @@ from featcache.errors import ConfigError, RunError, printable, warn_user
 from featcache.evaluation.confusions import Confusion, to_matrix
 from featcache.evaluation.confusions import as_csv as cells_as_csv
 from featcache.evaluation.figures import draw_confusion
+from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.lines import evaluation_lines
 from featcache.evaluation.predicted_rows import CSV, labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_seen
@@ -70,6 +71,10 @@ class Evaluation:
         num_unclear: Labelled rows of which it cannot be told: they have the path of such a row, but
             other features, and there is no hash of one of the images.
         unseen: Whether these rows were left out.
+        intervals: Two-sided 95 % intervals ``[low, high]`` of rates, None where undefined:
+            ``accuracy`` and ``balanced_accuracy`` (None with several labels), ``sensitivity``,
+            ``specificity``, ``per_class`` {class: {recall}}; with ``confidence``, ``method`` and
+            ``num_groups`` (rows without a group count as one each; None where there are none).
         num_views: Views of a row whose probabilities were averaged; 1 is view 0 alone.
         fingerprint: Of the cache's identity.
     """
@@ -100,6 +105,7 @@ class Evaluation:
     num_chosen_by: int | None
     num_unclear: int | None
     unseen: bool
+    intervals: dict[str, Any]
     num_views: int
     fingerprint: str
 
@@ -202,6 +208,7 @@ def evaluate(
         num_chosen_by=counts[1],
         num_unclear=counts[2],
         unseen=unseen,
+        intervals=measure_intervals(rows, positive),
         num_views=opened.split(split).num_views if average_views else 1,
         fingerprint=opened.fingerprint,
     )

@@ -31,30 +31,41 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     views = f", mean of {result.num_views} views each" if result.num_views > 1 else ""
     yield f"{count(result.num_samples, 'image')} of {result.split}{views}{failed}"
     has_labels = result.task == "multilabel"
-    yield f"  accuracy           {_shown(result.accuracy)}"
+    intervals = result.intervals
+    yield f"  accuracy           {_shown(result.accuracy, intervals['accuracy'])}"
     if not has_labels:
-        yield f"  balanced accuracy  {_shown(result.balanced_accuracy)}"
+        balanced = _shown(result.balanced_accuracy, intervals["balanced_accuracy"])
+        yield f"  balanced accuracy  {balanced}"
     yield f"  roc auc            {_shown(result.roc_auc)} (mean of the classes)"
     yield f"  average precision  {_shown(result.average_precision)} (mean of the classes)"
     if result.positive is not None:
         against = "" if has_labels else " against the rest"
         yield printable(f"  positive class     {result.positive}{against}")
-        yield f"  sensitivity        {_shown(result.sensitivity)}"
-        yield f"  specificity        {_shown(result.specificity)}"
+        yield f"  sensitivity        {_shown(result.sensitivity, intervals['sensitivity'])}"
+        yield f"  specificity        {_shown(result.specificity, intervals['specificity'])}"
         yield f"  its roc auc        {_shown(result.positive_roc_auc)}"
         yield f"  its avg. precision {_shown(result.positive_average_precision)}"
         yield f"  false negatives    {len(result.false_negatives or ()):,}"
-    yield from _class_lines(result.classes, result.per_class)
+    of_groups = intervals["num_groups"]
+    units = "" if of_groups is None else f", of {count(of_groups, 'group')}"
+    yield f'  (brackets and "recall 95 %": 95 % intervals{units})'
+    yield from _class_lines(result.classes, result.per_class, intervals["per_class"])
     if not has_labels:
         yield from _confusion_lines(result, confusions)
     yield from _mistake_lines(result.mistakes, has_labels=has_labels)
 
 
-def _shown(value: float | None) -> str:
-    return "undefined" if value is None else decimal(value)
+def _shown(value: float | None, interval: Sequence[float] | None = None) -> str:
+    if value is None:
+        return "undefined"
+    return decimal(value) + (
+        "" if interval is None else f" ({' to '.join(map(decimal, interval))})"
+    )
 
 
-def _class_lines(classes: Sequence[str], per_class: dict[str, Any]) -> Iterator[str]:
+def _class_lines(
+    classes: Sequence[str], per_class: dict[str, Any], intervals: dict[str, Any]
+) -> Iterator[str]:
     """Yield a line per class: how many images, and how well they were recognised."""
     columns = {"images": "num_samples"}
     if "num_positive" in per_class[classes[0]]:
@@ -67,11 +78,16 @@ def _class_lines(classes: Sequence[str], per_class: dict[str, Any]) -> Iterator[
         known = [name for name in classes if per_class[name]["f1"] is not None]
         listed = sorted(known, key=lambda name: (per_class[name]["f1"], name))[:_MOST]
     rows = [[_cell(per_class[name][key]) for key in columns.values()] for name in listed]
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    heads, place = [*columns], [*columns].index("recall") + 1
+    heads.insert(place, "recall 95 %")
+    for name, row in zip(listed, rows, strict=True):
+        interval = intervals[name]["recall"]
+        row.insert(place, "-" if interval is None else "{:.2f}-{:.2f}".format(*interval))
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     room = max(_WIDTH - sum(widths) - 2 * len(widths), 8)
     names = [shorten(printable(name), room) for name in listed]
     first = max(map(len, ["class", *names]))
-    for name, cells in zip(["class", *names], [[*columns], *rows], strict=True):
+    for name, cells in zip(["class", *names], [heads, *rows], strict=True):
         line = (f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         yield f"{name:<{first}}" + "".join(line)
 

@@ -1,0 +1,77 @@
+"""The rates of an evaluation with their 95 % intervals, which respect groups where there are any.
+
+Reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.evaluation.predicted_rows import PredictedRows
+from featcache.metrics.rates import count_groups, grouped_rate_interval, mean_rate_interval
+
+WILSON = "Wilson"
+OF_GROUPS = "Wilson, effective sample size of the groups (Korn and Graubard)"
+
+_Mask = npt.NDArray[np.bool_]
+
+
+def measure_intervals(rows: PredictedRows, positive: str | None) -> dict[str, Any]:
+    """Return what ``Evaluation.intervals`` says.
+
+    Args:
+        rows: With their predictions.
+        positive: The class that is looked for, or None.
+    """
+    has_groups = any(rows.groups)
+    facts: dict[str, Any] = {
+        "confidence": 0.95, "method": OF_GROUPS if has_groups else WILSON,
+        "num_groups": count_groups(rows.groups) if has_groups else None,
+    }  # fmt: skip
+    targets, preds = rows.targets, rows.preds
+    if rows.has_labels:
+        of_class = {
+            name: _interval(rows, targets[:, i] == 1, preds[:, i])
+            for i, name in enumerate(rows.classes)
+        }
+        facts |= {"accuracy": None, "balanced_accuracy": None}
+    else:
+        right = preds == targets
+        order = np.argsort(targets, kind="stable")
+        ends = np.searchsorted(targets[order], np.arange(len(rows.classes) + 1))
+        of_class = {
+            name: _interval_of(rows, order[ends[i] : ends[i + 1]], right)
+            for i, name in enumerate(rows.classes)
+        }
+        known = [
+            (float(right[order[ends[i] : ends[i + 1]]].mean()), interval)
+            for i, interval in enumerate(of_class.values()) if interval is not None
+        ]  # fmt: skip
+        rates, intervals = zip(*known, strict=True)
+        facts["accuracy"] = _interval(rows, np.ones(len(targets), bool), right)
+        facts["balanced_accuracy"] = list(mean_rate_interval(rates, intervals))
+    facts |= {"sensitivity": None, "specificity": None}
+    if positive is not None:
+        index = rows.classes.index(positive)
+        of_others = targets[:, index] == 0 if rows.has_labels else targets != index
+        says_no = ~preds[:, index] if rows.has_labels else preds != index
+        facts["sensitivity"] = of_class[positive]
+        facts["specificity"] = _interval(rows, of_others, says_no)
+    return facts | {"per_class": {name: {"recall": value} for name, value in of_class.items()}}
+
+
+def _interval(rows: PredictedRows, counts: _Mask, is_hit: _Mask) -> list[float] | None:
+    """Return the interval of the share of hits among the rows that count."""
+    return _interval_of(rows, np.flatnonzero(counts), is_hit)
+
+
+def _interval_of(
+    rows: PredictedRows, which: npt.NDArray[np.int64], is_hit: _Mask
+) -> list[float] | None:
+    if not len(which):
+        return None
+    groups = [rows.groups[row] for row in which.tolist()]
+    return list(grouped_rate_interval(is_hit[which], groups))
