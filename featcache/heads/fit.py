@@ -51,7 +51,7 @@ _ROWS_AT_ONCE = 512  # go through a head that is used: 3 MB of 1280 features
 _MEMORY_SHARE = 0.75  # of what is left
 _PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
 _CHECKED_ROWS = 32  # that go through each head at the end: its outputs must be finite
-_PROBE_VALUES = 1 << 23  # of the features, times classes: 3 s on a core
+_PROBE_VALUES = 1 << 23  # rows * classes * (features + classes): 3 s on a core
 _STRENGTHS_PER_DECADE = 8
 _STACK_ROWS = 8192  # that go through a stack at once when it is evaluated
 
@@ -268,9 +268,11 @@ def compare_linear_probe(  # noqa: PLR0917 (as fit_head)
     Returns:
         ``strength``, ``valid_loss``, ``valid_accuracy``, ``valid_recall`` {class: recall, None
         without rows}. None for several labels per row, for features that stay in their file, above
-        3,276 rows x 1280 of two classes (``_PROBE_VALUES``), and where the loss was no number.
+        3,271 rows x 1280 of two classes (``_PROBE_VALUES``), and where the loss was no number.
     """
-    size = math.prod(train_features.shape) * len(classes)
+    num_features, number = train_features.shape[-1], len(classes)
+    # The solver's contrasts of the classes take classes ** 2 per row: with 1,000 they rule.
+    size = math.prod(train_features.shape[:-1]) * number * (num_features + number)
     in_memory = not isinstance(train_features, StoredFeatures)
     if train_targets.ndim == 2 or not in_memory or size > _PROBE_VALUES:
         return None

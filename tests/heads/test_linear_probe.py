@@ -275,7 +275,7 @@ def test_no_probe_of_several_labels_or_of_many_rows() -> None:
     of_labels = rows[0], labels[rows[1]], held_out[0], labels[held_out[1]]
     assert compare_linear_probe(TrainingConfig(), *of_labels, names) is None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featcache.heads.fit._PROBE_VALUES", 90 * 12 * 3 - 1)
+        patch.setattr("featcache.heads.fit._PROBE_VALUES", 90 * 3 * (12 + 3) - 1)
         assert compare_linear_probe(TrainingConfig(), *rows, *held_out, names) is None
 
 
