@@ -374,7 +374,10 @@ def test_lines_are_readable_and_safe(tmp_path: Path) -> None:
         header = (tmp_path / name).read_text("utf-8").splitlines()[0]
         assert "prob_covid\\x1b[31m,prob_normal $x^" in header
     assert f"{len(result['mistakes'])} mistakes, the 10 most confident:" in said
-    assert f"  sensitivity        {result['sensitivity']:.3f}" in said
+    low, high = result["intervals"]["sensitivity"]
+    assert 0 < low < result["sensitivity"] < high < 1
+    shown = f"{result['sensitivity']:.3f} ({low:.3f} to {high:.3f})"
+    assert f"  sensitivity        {shown}" in said
     assert max(map(len, said[:-1])) <= 100
 
 
