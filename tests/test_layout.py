@@ -48,7 +48,7 @@ OWNERS = {
     "optuna": {"sweeps/sweeping.py"},
     "pandas": {"cache/reading.py"},
     "safetensors": {"heads/run.py", "heads/resuming.py", "backbones/weights.py"},
-    "scipy": {"metrics/rates.py", "metrics/scores.py"},
+    "scipy": {"metrics/areas.py", "metrics/rates.py", "metrics/scores.py"},
 }
 FREE = {"numpy", "torch", "sklearn", "featcache", *sys.stdlib_module_names}
 

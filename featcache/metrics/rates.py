@@ -87,7 +87,7 @@ def grouped_rate_interval(
     """
     total, hits = len(is_hit), int(is_hit.sum())
     _check(hits, total)
-    numbers = _number_groups(groups)
+    numbers = number_groups(groups)
     num_groups = int(numbers.max()) + 1
     if num_groups == total:
         return rate_interval(hits, total, confidence=confidence)
@@ -123,10 +123,10 @@ def mean_rate_interval(rates: Sequence[float], intervals: Sequence[Interval]) ->
 
 def count_groups(groups: Sequence[str]) -> int:
     """Return how many groups rows are in; a row without a name is one of its own."""
-    return int(_number_groups(groups).max(initial=-1)) + 1
+    return int(number_groups(groups).max(initial=-1)) + 1
 
 
-def _number_groups(groups: Sequence[str]) -> npt.NDArray[np.int64]:
+def number_groups(groups: Sequence[str]) -> npt.NDArray[np.int64]:
     """Return a number from 0 for the group of each row."""
     known: dict[tuple[str, int], int] = {}
     keys = ((name, -1 if name else row) for row, name in enumerate(groups))
