@@ -71,10 +71,12 @@ class Evaluation:
         num_unclear: Labelled rows of which it cannot be told: they have the path of such a row, but
             other features, and there is no hash of one of the images.
         unseen: Whether these rows were left out.
-        intervals: Two-sided 95 % intervals ``[low, high]`` of rates, None where undefined:
+        intervals: Two-sided 95 % intervals ``[low, high]``, None where undefined:
             ``accuracy`` and ``balanced_accuracy`` (None with several labels), ``sensitivity``,
-            ``specificity``, ``per_class`` {class: {recall}}; with ``confidence``, ``method`` and
-            ``num_groups`` (rows without a group count as one each; None where there are none).
+            ``specificity``, ``per_class`` {class: {recall}}, ``roc_auc`` (of two classes; else
+            None), ``positive_roc_auc``; with ``confidence``, ``method`` (of rates; areas: see
+            ``metrics.areas.auc_interval``) and ``num_groups`` (rows without a group count as one
+            each; None where there are none).
         num_views: Views of a row whose probabilities were averaged; 1 is view 0 alone.
         fingerprint: Of the cache's identity.
     """

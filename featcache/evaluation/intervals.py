@@ -1,4 +1,4 @@
-"""The rates of an evaluation with their 95 % intervals, which respect groups where there are any.
+"""The 95 % intervals of an evaluation, which respect groups where there are any.
 
 Reads and writes nothing.
 """
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.evaluation.predicted_rows import PredictedRows
+from featcache.metrics.areas import auc_interval
 from featcache.metrics.rates import count_groups, grouped_rate_interval, mean_rate_interval
 
 WILSON = "Wilson"
@@ -53,14 +54,30 @@ def measure_intervals(rows: PredictedRows, positive: str | None) -> dict[str, An
         rates, intervals = zip(*known, strict=True)
         facts["accuracy"] = _interval(rows, np.ones(len(targets), bool), right)
         facts["balanced_accuracy"] = list(mean_rate_interval(rates, intervals))
-    facts |= {"sensitivity": None, "specificity": None}
+    facts |= {"sensitivity": None, "specificity": None, "positive_roc_auc": None}
+    is_pair = not rows.has_labels and len(rows.classes) == 2  # both areas are the same
+    facts["roc_auc"] = _interval_of_area(rows, 1) if is_pair else None
     if positive is not None:
         index = rows.classes.index(positive)
         of_others = targets[:, index] == 0 if rows.has_labels else targets != index
         says_no = ~preds[:, index] if rows.has_labels else preds != index
         facts["sensitivity"] = of_class[positive]
         facts["specificity"] = _interval(rows, of_others, says_no)
+        facts["positive_roc_auc"] = _interval_of_area(rows, index)
     return facts | {"per_class": {name: {"recall": value} for name, value in of_class.items()}}
+
+
+def _interval_of_area(rows: PredictedRows, index: int) -> list[float] | None:
+    """Return the interval of the ROC AUC of a class against the rest; None without both sides."""
+    if rows.has_labels:
+        known, is_yes = ~np.isnan(rows.targets[:, index]), rows.targets[:, index] == 1
+    else:
+        known, is_yes = np.ones(len(rows.targets), bool), rows.targets == index
+    is_yes = is_yes[known]
+    if not is_yes.any() or is_yes.all():
+        return None
+    groups = [rows.groups[row] for row in np.flatnonzero(known).tolist()]
+    return list(auc_interval(is_yes, rows.probs[known, index], groups=groups))
 
 
 def _interval(rows: PredictedRows, counts: _Mask, is_hit: _Mask) -> list[float] | None:

@@ -36,14 +36,16 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     if not has_labels:
         balanced = _shown(result.balanced_accuracy, intervals["balanced_accuracy"])
         yield f"  balanced accuracy  {balanced}"
-    yield f"  roc auc            {_shown(result.roc_auc)} (mean of the classes)"
+    area = _shown(result.roc_auc, intervals["roc_auc"])
+    yield f"  roc auc            {area} (mean of the classes)"
     yield f"  average precision  {_shown(result.average_precision)} (mean of the classes)"
     if result.positive is not None:
         against = "" if has_labels else " against the rest"
         yield printable(f"  positive class     {result.positive}{against}")
         yield f"  sensitivity        {_shown(result.sensitivity, intervals['sensitivity'])}"
         yield f"  specificity        {_shown(result.specificity, intervals['specificity'])}"
-        yield f"  its roc auc        {_shown(result.positive_roc_auc)}"
+        its_area = _shown(result.positive_roc_auc, intervals["positive_roc_auc"])
+        yield f"  its roc auc        {its_area}"
         yield f"  its avg. precision {_shown(result.positive_average_precision)}"
         yield f"  false negatives    {len(result.false_negatives or ()):,}"
     of_groups = intervals["num_groups"]

@@ -20,6 +20,7 @@ from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError
 from featcache.evaluation.evaluation import evaluate
 from featcache.heads.run import load_head, load_run
 from featcache.heads.training import train
+from featcache.metrics.areas import auc_interval
 
 IDENTITY = {"backbone": "fake", "image_size": 32}
 CLASSES = ("covid", "normal")
@@ -173,6 +174,9 @@ def test_csv_has_every_labelled_row(run: Path, tmp_path: Path) -> None:
         found = [float(row["prob_covid"]), float(row["prob_normal"])]
         assert found == pytest.approx(probs[index], abs=1e-5)
     assert any(row["path"].startswith("'=") for row in rows)
+    known = targets >= 0
+    expected = auc_interval(targets[known] == 1, probs[known, 1], groups=[*np.array(groups)[known]])
+    assert result["intervals"]["roc_auc"] == pytest.approx(expected, abs=1e-5)
     for bad in (tmp_path, tmp_path / "none" / "o.csv"):
         with pytest.raises(ConfigError, match="--csv"):
             evaluate(run, csv=bad, **options)
@@ -200,6 +204,7 @@ def test_classes_of_another_cache_are_matched_by_name(run: Path, tmp_path: Path)
     subset = evaluate(run, cache=tmp_path / "covid.h5", **options)
     assert subset["accuracy"] == pytest.approx(own["per_class"]["covid"]["recall"])
     assert (subset["roc_auc"], subset["specificity"]) == (None, None)
+    assert [subset["intervals"][key] for key in ("roc_auc", "positive_roc_auc")] == [None, None]
     assert subset["confusion_matrix"][1] == [0, 0]
     assert any("has no class normal" in line for line in said)
 
@@ -378,6 +383,12 @@ def test_lines_are_readable_and_safe(tmp_path: Path) -> None:
     assert 0 < low < result["sensitivity"] < high < 1
     shown = f"{result['sensitivity']:.3f} ({low:.3f} to {high:.3f})"
     assert f"  sensitivity        {shown}" in said
+    low, high = result["intervals"]["positive_roc_auc"]
+    assert 0 < low < result["positive_roc_auc"] < high <= 1
+    assert result["intervals"]["roc_auc"] == pytest.approx([low, high], abs=1e-6)
+    shown = f"{result['roc_auc']:.3f} ({low:.3f} to {high:.3f})"
+    assert f"  its roc auc        {shown}" in said
+    assert f"  roc auc            {shown} (mean of the classes)" in said
     assert max(map(len, said[:-1])) <= 100
 
 

@@ -34,6 +34,7 @@ from featcache.extraction.extraction import extract
 from featcache.files import plain_cell
 from featcache.heads.run import load_run
 from featcache.heads.training import train
+from featcache.metrics.areas import auc_interval
 
 
 @pytest.fixture
@@ -59,6 +60,16 @@ def test_figures_equal_scikit_learns_over_the_known_targets(run: Path, tmp_path:
     (no_no, no_yes), _ = of_mass["confusion_matrix"]
     assert result["sensitivity"] == pytest.approx(of_mass["recall"])
     assert result["specificity"] == pytest.approx(no_no / (no_no + no_yes))
+    low, high = result["intervals"]["positive_roc_auc"]
+    assert low < result["positive_roc_auc"] < high
+    is_known = ~np.isnan(targets[:, 2])
+    assert 0 < is_known.sum() < 81
+    part = open_cache(tmp_path / "c.h5").split("test")
+    group_of = dict(zip(part.paths, part.groups or [""] * len(part), strict=True))
+    names = [group_of[path] for path, known in zip(paths, is_known, strict=True) if known]
+    interval = auc_interval(targets[is_known, 2] == 1, probs[is_known, 2], groups=names)
+    assert (low, high) == pytest.approx(interval, abs=1e-6)
+    assert result["intervals"]["roc_auc"] is None  # a mean of several areas
     missed = [paths[i] for i in range(81) if targets[i, 2] == 1 and probs[i, 2] <= 0.5]
     assert result["false_negatives"] == missed
     assert missed

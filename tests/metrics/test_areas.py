@@ -52,7 +52,7 @@ def slow_variance(is_yes: Any, pairs: Any, groups: Any) -> float:
 
 def logit_interval(area: float, variance: float) -> tuple[float, float]:
     odds, half = math.log(area / (1 - area)), Z * math.sqrt(variance) / (area * (1 - area))
-    return tuple(1 / (1 + math.exp(-odds + sign * half)) for sign in (1, -1))  # type: ignore[return-value]
+    return 1 / (1 + math.exp(half - odds)), 1 / (1 + math.exp(-half - odds))
 
 
 @pytest.mark.parametrize(("num_yes", "num_no"), [(30, 30), (20, 90)])
