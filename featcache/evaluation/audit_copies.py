@@ -21,7 +21,9 @@ from featcache.files import csv_text
 
 COLUMNS = ["path", "group", "copies"]
 EXAMPLES = 5
-FLOOR = 0.9
+# 60 chest X-rays saved again as JPEG of quality 75 have 0.83 to 0.99 (EfficientNet-Lite0); of the
+# 404 different files there, all but one pair (one radiograph twice, 0.94) have at most 0.79.
+FLOOR = 0.8
 _BLOCK_ROWS = 2048
 _LEAST_ROWS = 20  # a median and a spread of fewer neighbours say little
 _FALSE_ALARMS = 0.05  # expected among all rows, where the null holds
