@@ -59,7 +59,7 @@ class AuditRows:
         """Read everything but the features."""
         parts = list(cache.splits.values())
         hashes = np.concatenate([part.image_sha256 for part in parts])
-        has_hash = hashes.any(axis=1)
+        has_hash: npt.NDArray[np.bool_] = np.asarray(hashes.any(axis=1))
         numbers: dict[bytes, int] = {}
         images = [
             numbers.setdefault(row.tobytes(), i) if known else i

@@ -172,19 +172,21 @@ def _compare(
     ratio = float(np.mean([len(judged) / len(train) for train, judged in pairs]))
     differences = [one - other for one, other in zip(head, scores[best], strict=True)]
     mean, low, high = paired_interval(differences, ratio, len(scores))
-    beats = low > 0
     alike = low == high
-    if beats:
-        how = "every fold alike" if alike else f"{low:.3f} to {high:.3f}"
+    how = "every fold alike" if alike else f"{low:.3f} to {high:.3f}"
+    if low > 0:
         verdict = "beats"
-        sentence = (f"the head beats the best shortcut by {mean:.3f} ({how}), which does not prove "
-                    "that it reads lungs")  # fmt: skip
+        sentence = (
+            f"the head beats the best shortcut by {mean:.3f} ({how}), which does not prove "
+            "that it reads lungs"
+        )
     else:
         verdict = "not shown to beat"
-        how = "every fold alike" if alike else f"{low:.3f} to {high:.3f}"
-        sentence = (f"the head is not shown to beat the best shortcut: difference {mean:.3f} "
-                    f"({how})")  # fmt: skip
-    rows = [
+        sentence = (
+            f"the head is not shown to beat the best shortcut: balanced accuracy differs by "
+            f"{mean:.3f} ({how})"
+        )
+    rows: list[dict[str, Any]] = [
         {"fact": fact, **{name: float(np.mean(scores[fact, name])) for name in models}}
         for fact in facts
     ]
