@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sample_images import write_tree
 from sample_rows import array_of, edited, make_cache, rows_of
 
 import featcache
+from featcache.backbones.backbone import Backbone
 from featcache.cache.writing import write_cache
 from featcache.evaluation import audit_copies
 from featcache.evaluation.audit_shortcuts import file_facts
@@ -78,6 +81,21 @@ def test_a_file_in_two_splits_classes_or_groups_is_named(tmp_path: Path) -> None
     assert found.num_leaks == 2
 
 
+def test_copies_of_image_files_are_found_in_what_extract_makes(
+    tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    tree = write_tree(tmp_path / "data")
+    covid = sorted((tree / "train" / "covid").iterdir())
+    shutil.copy(covid[0], tree / "test" / "covid" / f"other{covid[0].suffix}")
+    shutil.copy(covid[1], tree / "train" / "normal" / f"other{covid[1].suffix}")
+    featcache.extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, say=lambda line: None)
+    found = quiet(tmp_path / "c.h5", only="same")
+    assert found.same is not None
+    kinds = ("across_splits", "label_conflicts")
+    assert [found.same[kind]["num_sets"] for kind in kinds] == [1, 1]
+    assert found.num_leaks == 2
+
+
 def test_an_unlabelled_copy_contradicts_nobody(tmp_path: Path) -> None:
     part = rows_of("train", [0, -1] * 15)
     hashes = part.image_sha256.copy()
@@ -130,6 +148,7 @@ def test_blocks_find_what_one_matrix_finds(tmp_path: Path, monkeypatch: pytest.M
     parted = audit_copies.find_near(rows)
     assert sorted(parted.pairs.tolist()) == sorted(whole.pairs.tolist())
     assert parted.threshold == pytest.approx(whole.threshold, abs=1e-6)
+    assert parted.median == pytest.approx(whole.median, abs=1e-6)
     features = np.concatenate([s.read_features() for s in rows.cache.splits.values()])
     scaled = (features - features.mean(0)) / features.std(0)
     scaled /= np.linalg.norm(scaled, axis=1, keepdims=True)
@@ -149,6 +168,16 @@ def test_independent_rows_are_no_copies(width: int, most: int) -> None:
         nearest = alike.max(axis=1)
         passed += nearest.max() >= audit_copies.choose_threshold(nearest)[0]
     assert passed <= most
+
+
+def test_rows_of_few_features_are_alike_and_no_copies(tmp_path: Path) -> None:
+    """Many pairs lie above the floor; the threshold from the neighbours is far above it."""
+    features = np.random.default_rng(0).normal(size=(404, 4)).astype(np.float32)
+    write_cache(tmp_path / "c.h5", features, ["a", "b"] * 202, [f"{i:03}" for i in range(404)])
+    found = quiet(tmp_path / "c.h5", only="near")
+    assert found.near is not None
+    assert found.near["threshold"] > 0.99
+    assert found.near["num_pairs"] == 0
 
 
 def test_many_copies_do_not_raise_the_threshold() -> None:
