@@ -10,10 +10,10 @@ The verbs, as on the command line, in the order of the work::
     featcache.predict("run", "new.png")
     featcache.export("run", "covid.pt")
 
-Also ``plan``, ``verify``, ``select``, ``sweep`` and ``crossval``. ``load_classifier`` keeps a
-network for many predictions, ``load_head`` returns the trained ``nn.Module``, ``open_cache`` gives
-the arrays, and ``HeadClassifier`` is a scikit-learn estimator. Results are dataclasses with
-``as_dict()``.
+Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep`` and ``crossval``. ``load_classifier``
+keeps a network for many predictions, ``load_head`` returns the trained ``nn.Module``,
+``open_cache`` gives the arrays, and ``HeadClassifier`` is a scikit-learn estimator. Results are
+dataclasses with ``as_dict()``.
 
 Importing this package imports neither torch nor anything else that is slow; a name's module is
 imported when the name is first used.
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         FeatcacheWarning,
         RunError,
     )
+    from featcache.evaluation.audit import Audit, audit
     from featcache.evaluation.evaluation import Evaluation, evaluate
     from featcache.evaluation.info import CacheInfo, RunInfo, UnfinishedInfo, info
     from featcache.extraction.extraction import extract, plan
@@ -66,6 +67,7 @@ _MODULES = {
     "info": "evaluation.info",
     "verify": "extraction.verification",
     "select": "cache.selection",
+    "audit": "evaluation.audit",
     "train": "heads.training",
     "sweep": "sweeps.sweeping",
     "crossval": "sweeps.crossval",
@@ -100,6 +102,7 @@ _MODULES = {
     "UnfinishedInfo": "evaluation.info",
     "Verification": "extraction.verification",
     "SelectionSummary": "cache.selection",
+    "Audit": "evaluation.audit",
     "TrainSummary": "heads.training",
     "SweepSummary": "sweeps.sweeping",
     "CrossvalSummary": "sweeps.crossval",
@@ -118,8 +121,8 @@ _MODULES = {
 
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
-    "split", "extract", "plan", "info", "verify", "select", "train", "sweep", "crossval",
-    "evaluate", "predict", "export",
+    "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
+    "crossval", "evaluate", "predict", "export",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
@@ -128,8 +131,8 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     "HeadConfig", "Run",
     # the verbs' results
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
-    "Verification", "SelectionSummary", "TrainSummary", "SweepSummary", "CrossvalSummary",
-    "Evaluation", "Predictions", "ExportSummary",
+    "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
+    "CrossvalSummary", "Evaluation", "Predictions", "ExportSummary",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

@@ -19,8 +19,8 @@ from featcache.backbones.backbone import Backbone
 
 RESULTS = {
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
-    "Verification", "SelectionSummary", "TrainSummary", "SweepSummary", "CrossvalSummary",
-    "Evaluation", "Predictions", "ExportSummary",
+    "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
+    "CrossvalSummary", "Evaluation", "Predictions", "ExportSummary",
 }  # fmt: skip
 ERRORS = [
     name for name in featcache.__all__
@@ -43,6 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -
         yield featcache.info(cache)
         yield featcache.verify(cache)
         yield featcache.select(cache, folder / "selected.h5")
+        yield featcache.audit(cache)
         yield featcache.train(cache, run, hidden=(), epochs=2)
         yield featcache.sweep(cache, folder / "sweep", trials=2, repeats=2)
         yield featcache.crossval(cache, folder / "folds", folds=2, hidden=(), epochs=1)

@@ -84,6 +84,34 @@ for made in (split, extract, select, info, verify):
 
 @cli.command()
 @click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--only", metavar="A,B,...", help="Some of same, near, shortcuts. Default: all.")
+@click.option(
+    "--csv", type=click.Path(path_type=Path),
+    help="Write a table for select --table: copies in one group.",
+)  # fmt: skip
+@click.option("--strict", is_flag=True, help="Exit 1 on copies across splits or of two classes.")
+@printing
+def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any) -> None:
+    """Look in CACHE for copies, and for file facts that tell the classes as well as features do.
+
+    \b
+    Example: featcache audit covid.h5 --strict
+
+    No images are read. Scores are of train and valid (or all); of test, only copies are looked for.
+    """
+    from featcache.evaluation.audit import audit as audit_cache
+    from featcache.evaluation.audit import leak_error
+
+    found = audit_cache(cache, say=make_say(as_json, quiet), **options)
+    print_facts(found.as_dict(), [], as_json, quiet)
+    error = leak_error(found) if strict else None
+    if error is not None:
+        complain(f"error: {error}")
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@click.argument("cache", type=click.Path(path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
 @head_options
 @click.option(

@@ -26,6 +26,7 @@ VERBS = {
     "repair": ["verify", "c.h5", "--repair"],
     "compare": ["verify", "c.h5", "--data", "data", *TINY],
     "select": ["select", "c.h5", "n.h5", "--classes", "covid,normal"],
+    "audit": ["audit", "c.h5"],
     "train": ["train", "c.h5", "r2", "--epochs", 1],
     "lbfgs": ["train", "c.h5", "r2", "--hidden", "none", "--optimizer", "lbfgs"],
     "sweep": ["sweep", "c.h5", "r2", "--trials", 2],

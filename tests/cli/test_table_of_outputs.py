@@ -35,6 +35,7 @@ VERBS = {
     "run of train": "train c.h5 OUT --overwrite --hidden none --epochs 1",
     "run of sweep": "sweep c.h5 OUT --overwrite --trials 2 --repeats 2 --space s.toml",
     "folder of crossval": "crossval c.h5 OUT --overwrite --folds 2 --hidden none --epochs 1",
+    "CSV of audit": "audit c.h5 --only same --csv OUT",
     "CSV of evaluate": "evaluate run --csv OUT",
     "CSV of predict": "predict run --cache c.h5 --csv OUT",
     "network of export": f"export run OUT {' '.join(TINY)}",
@@ -78,6 +79,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     featcache.extract(folder / "split.csv", folder / "c.h5", backbone=tiny_network.build())
     featcache.train(folder / "c.h5", folder / "run", hidden=(), epochs=1)
     featcache.evaluate(folder / "run", csv=folder / "evaluated.csv")
+    featcache.audit(folder / "c.h5", only="same", csv=folder / "a.csv")
     featcache.crossval(folder / "c.h5", folder / "folds", folds=2, hidden=(), epochs=1, seed=1)
     with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
         featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
@@ -107,6 +109,7 @@ def own_kind(output: str, out: Path, things: Path) -> None:
     else:
         names = {
             "CSV of split": "split.csv", "CSV of evaluate": "evaluated.csv",
+            "CSV of audit": "a.csv",
             "CSV of predict": "p.csv", "network of export": "in.pt",
             "evaluation in a run": "run/evaluation/test.json",
         }  # fmt: skip

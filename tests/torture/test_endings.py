@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "select": ("select", "c.h5", "new.h5", "--classes", "covid,normal"),
     "info": ("info", "c.h5"),
     "verify": ("verify", "c.h5", "--data", "data", *BACKBONE),
+    "audit": ("audit", "c.h5", "--csv", "new.csv"),
     "train": TRAIN,
     "sweep": (
         "sweep", "c.h5", "new", "--trials", 3, "--space", "s.toml", "--repeats", 2, "--device",
@@ -124,6 +125,7 @@ STUCK: dict[str, tuple[str, str]] = {
     "extract": ("featcache.extraction.work", "write_shard"),
     "select": ("featcache.cache.selection", "write_rows"),
     "verify": ("featcache.extraction.verification", "_check_whole"),
+    "audit": ("featcache.evaluation.audit", "find_near"),
     "train": ("featcache.heads.group", "HeadGroup.train_epoch"),
     "sweep": ("featcache.heads.group", "HeadGroup.train_epoch"),  # in threads
     "crossval": ("featcache.heads.group", "HeadGroup.train_epoch"),

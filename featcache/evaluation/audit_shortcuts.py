@@ -1,0 +1,220 @@
+"""Can file facts that look at no lung tell the classes? The same folds judge them and the features.
+
+Reads: a cache, no images. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.reading import Cache
+from featcache.errors import CacheError
+from featcache.heads.rows import labelled_part, training_source
+from featcache.metrics.scores import paired_interval
+from featcache.runtime import Say
+from featcache.sweeps.folds import Pool
+
+NUM_FOLDS = 5
+_LEAST_PER_CLASS = 20  # four rows of each class in a fold: a recall of fewer is a coin
+_MOST_TRAINED_ON = 10_000  # rows of a fold's training part, thinned: a linear fit takes a minute
+_STRENGTH = 0.01  # C of the linear head on standardised features; fixed, so nothing is chosen
+_DEPTH = 3
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Balanced accuracies of classifiers that see no image, and of a linear head on the features.
+
+    All are means over the same folds, which keep groups and identical images together.
+
+    Attributes:
+        verdict: ``beats``, ``not shown to beat``, ``too few`` or, where there is nothing to
+            compare, ``not measured``.
+        sentence: The verdict as one sentence.
+        reason: Why there are too few, None where there are enough.
+        splits: Whose rows were used.
+        num_rows: Labelled rows in them.
+        num_folds: How many folds; 0 where there are too few rows.
+        head: The linear head's mean balanced accuracy.
+        facts: A row per fact, and ``all together`` (of two facts or more): ``fact``, ``logistic``
+            and ``tree``, balanced accuracies; the best first.
+        best: The best of them: ``fact``, ``model``, ``balanced_accuracy``.
+        difference: Head less the best: ``mean``, and ``low`` and ``high`` of its 95 % interval
+            (Nadeau and Bengio; Bonferroni over all the classifiers of which it is the best), None
+            where every fold agrees.
+    """
+
+    verdict: str
+    sentence: str
+    reason: str | None
+    splits: tuple[str, ...]
+    num_rows: int
+    num_folds: int = 0
+    head: float | None = None
+    facts: tuple[dict[str, Any], ...] = ()
+    best: dict[str, Any] | None = None
+    difference: dict[str, Any] | None = None
+
+
+def measure_shortcuts(cache: Cache, say: Say) -> Shortcuts:
+    """Compare shortcuts with a linear head on the labelled rows of train and valid, or all.
+
+    Args:
+        cache: The cache.
+        say: Where lines for people go.
+
+    Raises:
+        CacheError: If there are no rows to train on, or a feature is not finite.
+    """
+    names = [training_source(cache)]
+    names += [name for name in ("valid",) if name in cache.splits]
+    parts = [labelled_part(cache, name, "train" if not i else "valid")
+             for i, name in enumerate(names)]  # fmt: skip
+    num_rows = sum(len(part.rows) for part in parts)
+
+    def left_out(verdict: str, reason: str) -> Shortcuts:
+        return Shortcuts(verdict, f"{verdict}: {reason}", reason, tuple(names), num_rows)
+
+    if cache.task == "multilabel":
+        return left_out("not measured", "the rows have several labels, not one class each")
+    counts = np.bincount(
+        np.concatenate([part.targets for part in parts]), minlength=len(cache.classes)
+    )
+    if len(counts) < 2 or counts.min() < _LEAST_PER_CLASS:
+        return left_out(
+            "too few",
+            f"a class has {counts.min(initial=num_rows):,} labelled rows of {' and '.join(names)}, "
+            f"and at least {_LEAST_PER_CLASS} of each of two classes are needed",
+        )
+    facts = file_facts(
+        [part.split.paths[row] for part in parts for row in part.rows.tolist()],
+        np.concatenate([part.split.image_bytes[part.rows] for part in parts]),
+    )
+    if not facts:
+        return left_out("not measured", "no fact of the files differs between rows")
+    pool = Pool.of(cache, [part for part in parts if len(part.rows)], say=say)
+    try:
+        folds = pool.make_folds(NUM_FOLDS, 0)
+    except CacheError:
+        return left_out("too few", f"a class has images in fewer than {NUM_FOLDS} groups")
+    if not isinstance(pool.plain, np.ndarray):
+        return left_out("not measured", "the features are larger than the memory")
+    return _compare(pool.plain, pool.targets, facts, folds, tuple(names))
+
+
+def file_facts(paths: Sequence[str], image_bytes: Array) -> dict[str, Array]:
+    """Return the facts that differ between rows, each as columns (N, k) float64.
+
+    The name is the last part of the path: folders may be the classes themselves.
+    """
+    names = [posixpath.basename(path) for path in paths]
+    stems, endings = zip(*(posixpath.splitext(name.casefold()) for name in names), strict=True)
+    facts = {
+        "image_bytes": np.log1p(np.asarray(image_bytes, np.float64))[:, None],
+        "file ending": _one_hot(list(endings)),
+        "name length": np.array([[len(stem)] for stem in stems], np.float64),
+        "digits in name": np.array([[sum(map(str.isdigit, s))] for s in stems], np.float64),
+        "first letter kind": _one_hot([_kind(name) for name in names]),
+    }
+    return {name: columns for name, columns in facts.items() if np.ptp(columns, axis=0).any()}
+
+
+def _kind(name: str) -> str:
+    first = name[:1]
+    if first.isalpha():
+        return "upper" if first.isupper() else "lower"
+    return "digit" if first.isdigit() else "other"
+
+
+def _one_hot(values: Sequence[str]) -> Array:
+    kinds = sorted(set(values))[:50]  # an ending of its own for each file tells nothing
+    return np.array([[value == kind for kind in kinds] for value in values], np.float64)
+
+
+def _compare(
+    features: Array, targets: Array, facts: dict[str, Array], folds: Sequence[tuple[Array, Array]],
+    splits: tuple[str, ...],
+) -> Shortcuts:  # fmt: skip
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.tree import DecisionTreeClassifier
+
+    def logistic(strength: float) -> Any:
+        return make_pipeline(
+            StandardScaler(),
+            LogisticRegression(C=strength, class_weight="balanced", max_iter=2000),
+        )
+
+    models: dict[str, Callable[[], Any]] = {
+        "logistic": lambda: logistic(1.0),
+        "tree": lambda: DecisionTreeClassifier(
+            max_depth=_DEPTH, class_weight="balanced", random_state=0
+        ),
+    }
+    pairs = [(_thin(train), judged) for train, judged in folds]
+    head = _scores(lambda: logistic(_STRENGTH), features, targets, pairs)
+    if len(facts) > 1:
+        facts = facts | {"all together": np.concatenate(list(facts.values()), axis=1)}
+    scores = {
+        (fact, name): _scores(make, columns, targets, pairs)
+        for fact, columns in facts.items() for name, make in models.items()
+    }  # fmt: skip
+    best = max(scores, key=lambda key: float(np.mean(scores[key])))
+    ratio = float(np.mean([len(judged) / len(train) for train, judged in pairs]))
+    differences = [one - other for one, other in zip(head, scores[best], strict=True)]
+    mean, low, high = paired_interval(differences, ratio, len(scores))
+    alike = low == high
+    how = "every fold alike" if alike else f"{low:.3f} to {high:.3f}"
+    if low > 0:
+        verdict = "beats"
+        sentence = (
+            f"the head beats the best shortcut by {mean:.3f} ({how}), which does not prove "
+            "that it reads lungs"
+        )
+    else:
+        verdict = "not shown to beat"
+        sentence = (
+            f"the head is not shown to beat the best shortcut: balanced accuracy differs by "
+            f"{mean:.3f} ({how})"
+        )
+    rows: list[dict[str, Any]] = [
+        {"fact": fact, **{name: float(np.mean(scores[fact, name])) for name in models}}
+        for fact in facts
+    ]
+    rows.sort(key=lambda row: -max(row["logistic"], row["tree"]))
+    return Shortcuts(
+        verdict, sentence, None, splits, len(targets), len(folds), float(np.mean(head)),
+        tuple(rows),
+        {"fact": best[0], "model": best[1], "balanced_accuracy": float(np.mean(scores[best]))},
+        {"mean": mean, "low": None if alike else low, "high": None if alike else high},
+    )  # fmt: skip
+
+
+def _thin(rows: Array) -> Array:
+    if len(rows) <= _MOST_TRAINED_ON:
+        return rows
+    chosen = np.random.default_rng(0).choice(len(rows), _MOST_TRAINED_ON, replace=False)
+    return rows[np.sort(chosen)]
+
+
+def _scores(
+    make: Callable[[], Any], columns: Array, targets: Array, pairs: Sequence[tuple[Array, Array]]
+) -> list[float]:
+    """Return the balanced accuracy of each fold, by a classifier of the other folds' rows."""
+    from sklearn.metrics import balanced_accuracy_score
+
+    scores = []
+    for train, judged in pairs:
+        fitted = make().fit(columns[train], targets[train])
+        scores.append(float(balanced_accuracy_score(targets[judged],
+                                                    fitted.predict(columns[judged]))))  # fmt: skip
+    return scores
