@@ -325,7 +325,8 @@ def test_an_error_while_the_network_runs_exits_1(
 ) -> None:
     """A thread that is inside the network when the process ends would abort it: 134."""
     (tree / "train" / "covid" / "trc000_0.jpg").write_bytes(b"broken")
-    options = ["--backbone", "torchvision:resnet18", "--weights", "random", "--max-errors", "0"]
+    options = ["--backbone", "torchvision:resnet18", "--weights", "random", "--image-size", "64",
+               "--max-errors", "0"]  # fmt: skip
     for engine in ("folded", "onnx")[: rounds(1, 2)]:
         done = command("extract", "data", "c.h5", *options, "--engine", engine, cwd=tmp_path)
         assert done.returncode == 1, done.stderr
