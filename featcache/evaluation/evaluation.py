@@ -29,6 +29,7 @@ from featcache.heads.run import (
     require_own_cache,
     require_same_features,
 )
+from featcache.metrics.calibration import measure_calibration
 from featcache.metrics.scores import MAX_MATRIX_CLASSES, compute_metrics
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.runtime import Say, log_line
@@ -77,6 +78,8 @@ class Evaluation:
             None), ``positive_roc_auc``; with ``confidence``, ``method`` (of rates; areas: see
             ``metrics.areas.auc_interval``) and ``num_groups`` (rows without a group count as one
             each; None where there are none).
+        calibration: ``brier``, ``log_loss``, ``ece`` and ``num_bins``, see
+            ``metrics.calibration.measure_calibration``.
         num_views: Views of a row whose probabilities were averaged; 1 is view 0 alone.
         fingerprint: Of the cache's identity.
     """
@@ -108,6 +111,7 @@ class Evaluation:
     num_unclear: int | None
     unseen: bool
     intervals: dict[str, Any]
+    calibration: dict[str, Any]
     num_views: int
     fingerprint: str
 
@@ -211,6 +215,7 @@ def evaluate(
         num_unclear=counts[2],
         unseen=unseen,
         intervals=measure_intervals(rows, positive),
+        calibration=measure_calibration(rows.targets, rows.probs, loaded.classes),
         num_views=opened.split(split).num_views if average_views else 1,
         fingerprint=opened.fingerprint,
     )

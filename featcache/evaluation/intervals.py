@@ -15,7 +15,8 @@ from featcache.metrics.areas import auc_interval
 from featcache.metrics.rates import count_groups, grouped_rate_interval, mean_rate_interval
 
 WILSON = "Wilson"
-OF_GROUPS = "Wilson, effective sample size of the groups (Korn and Graubard)"
+OF_GROUPS = "Clopper and Pearson, effective sample size of the groups (Korn and Graubard)"
+"""A rate whose rows are each a group of their own has Wilson's."""
 
 _Mask = npt.NDArray[np.bool_]
 

@@ -39,6 +39,11 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     area = _shown(result.roc_auc, intervals["roc_auc"])
     yield f"  roc auc            {area} (mean of the classes)"
     yield f"  average precision  {_shown(result.average_precision)} (mean of the classes)"
+    facts = result.calibration
+    yield (
+        f"  calibration        log loss {decimal(facts['log_loss'])}, Brier score "
+        f"{decimal(facts['brier'])}, ECE {decimal(facts['ece'])} ({facts['num_bins']} bins)"
+    )
     if result.positive is not None:
         against = "" if has_labels else " against the rest"
         yield printable(f"  positive class     {result.positive}{against}")

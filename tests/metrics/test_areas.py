@@ -50,8 +50,14 @@ def slow_variance(is_yes: Any, pairs: Any, groups: Any) -> float:
     return float(s_yes / num_yes + s_no / num_no + 2 * s_both / (num_yes * num_no))
 
 
-def logit_interval(area: float, variance: float) -> tuple[float, float]:
-    odds, half = math.log(area / (1 - area)), Z * math.sqrt(variance) / (area * (1 - area))
+def num_units(is_yes: Any, groups: Any) -> int:
+    """Groups with a yes or with a no, whichever are fewer."""
+    groups = np.asarray(groups)
+    return min(len(set(groups[is_yes])), len(set(groups[~is_yes])))
+
+
+def logit_interval(area: float, variance: float, quantile: float = Z) -> tuple[float, float]:
+    odds, half = math.log(area / (1 - area)), quantile * math.sqrt(variance) / (area * (1 - area))
     return 1 / (1 + math.exp(half - odds)), 1 / (1 + math.exp(-half - odds))
 
 
@@ -73,7 +79,8 @@ def test_of_groups_it_is_obuchowskis(mixed: bool) -> None:
     kinds = np.zeros(150, int) if mixed else is_yes.astype(int)
     names = [f"{kind}-{i % 25}" for i, kind in enumerate(kinds)]
     variance = slow_variance(is_yes, kernels(is_yes, scores), names)
-    expected = logit_interval(float(roc_auc_score(is_yes, scores)), variance)
+    quantile = stats.t.ppf(0.975, num_units(is_yes, names) - 1)
+    expected = logit_interval(float(roc_auc_score(is_yes, scores)), variance, quantile)
     assert auc_interval(is_yes, scores, groups=names) == pytest.approx(expected, abs=1e-12)
 
 
@@ -81,7 +88,9 @@ def test_rows_that_are_repeated_in_their_group_add_nothing() -> None:
     is_yes, scores = made_up(40, 40, 1.0, seed=1)
     names = [f"p{i}" for i in range(80) for _ in range(4)]
     found = auc_interval(is_yes.repeat(4), scores.repeat(4), groups=names)
-    assert found == pytest.approx(auc_interval(is_yes, scores), abs=1e-12)
+    area, quantile = float(roc_auc_score(is_yes, scores)), stats.t.ppf(0.975, 39)
+    variance = slow_variance(is_yes, kernels(is_yes, scores), names[::4])
+    assert found == pytest.approx(logit_interval(area, variance, quantile), abs=1e-12)
     low, high = auc_interval(is_yes.repeat(4), scores.repeat(4))
     assert found[0] < low < high < found[1]
 
@@ -140,9 +149,11 @@ def test_two_areas_are_compared_by_the_variance_of_their_difference(grouped: boo
     error = math.sqrt(slow_variance(is_yes, pairs, names))
     found = compare_auc(is_yes, scores, other, names if grouped else None)
     difference = float(roc_auc_score(is_yes, scores) - roc_auc_score(is_yes, other))
-    expected = (difference, difference - Z * error, difference + Z * error)
+    law = stats.t(num_units(is_yes, names) - 1) if grouped else stats.norm()
+    half = law.ppf(0.975) * error
+    expected = (difference, difference - half, difference + half)
     assert found[:3] == pytest.approx(expected, abs=1e-12)
-    assert found.p_value == pytest.approx(2 * stats.norm.sf(abs(difference) / error), abs=1e-12)
+    assert found.p_value == pytest.approx(2 * law.sf(abs(difference) / error), abs=1e-12)
     turned = compare_auc(is_yes, other, scores, names if grouped else None)
     assert turned == pytest.approx((-found[0], -found[2], -found[1], found[3]), abs=1e-12)
 
