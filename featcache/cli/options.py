@@ -124,6 +124,11 @@ def csv_columns(command: _F) -> _F:
         callback=_split_names,
         help="Headers of a CSV that are not used.",
     )(command)
+    return path_column(command)
+
+
+def path_column(command: _F) -> _F:
+    """Add --columns alone, for a command that reads little but the path."""
     return click.option(
         "--columns", type=Renaming("KEY=HEADER"), multiple=True,
         callback=lambda _, __, pairs: dict(pairs),

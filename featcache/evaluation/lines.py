@@ -116,7 +116,7 @@ def _confusion_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
             ([str(i) for i in range(1, len(names) + 1)],
              [f"{i:>2} {shorten(name, 14)}" for i, name in enumerate(names, 1)]),
         ):  # fmt: skip
-            lines = _table("target \\ pred", heads, firsts, cells)
+            lines = table_lines("target \\ pred", heads, firsts, cells)
             if max(map(len, lines)) <= _WIDTH:
                 yield from lines
                 return
@@ -130,9 +130,17 @@ def _confusion_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
         yield f"  {pair.number:,} of {totals[pair.target]:,} {target} taken for {pred}"
 
 
-def _table(
+def table_lines(
     corner: str, heads: Sequence[str], firsts: Sequence[str], cells: Sequence[Sequence[str]]
 ) -> list[str]:
+    """Return a table as lines, its columns aligned to the right.
+
+    Args:
+        corner: Head of the first column.
+        heads: Heads of the others.
+        firsts: Cells of the first column.
+        cells: A row of cells for each.
+    """
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     margin = max(map(len, [corner, *firsts]))
     gap = "  " if heads[0] != "1" else " "

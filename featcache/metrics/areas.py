@@ -23,6 +23,9 @@ Of 2,000 simulated sets each, normal scores, 20 and 20, 13 and 27, or 10 and 150
 0.8 to 0.997, the interval holds the area in 95.7 to 99.9 %; without this in 87 to 98 %. With 2 it
 is up to a third wider."""
 
+_MOST_EXACT = 10_000
+"""Rows in which one of two heads leads up to which a p of groups is exact: 0.1 s."""
+
 _Floats = npt.NDArray[np.float64]
 
 
@@ -65,6 +68,20 @@ def auc_interval(
     sides = _Sides(is_yes, groups)
     yes, no = _placements(is_yes, scores)
     return sides.interval(float(yes.mean()), sides.variance(yes, no), confidence)
+
+
+def roc_auc(is_yes: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating]) -> float:
+    """Return the area under the ROC curve, ties half.
+
+    Args:
+        is_yes: As for ``auc_interval``, as are the scores.
+        scores: (n,).
+
+    Raises:
+        DataError: As ``auc_interval``.
+    """
+    _check(is_yes, scores, None)
+    return float(_placements(is_yes, scores)[0].mean())
 
 
 def compare_auc(
@@ -113,27 +130,59 @@ def compare_auc(
     )
 
 
-def mcnemar(a_right: npt.NDArray[np.bool_], b_right: npt.NDArray[np.bool_]) -> float:
+def mcnemar(
+    a_right: npt.NDArray[np.bool_],
+    b_right: npt.NDArray[np.bool_],
+    groups: Sequence[str] | None = None,
+) -> float:
     """Return the exact two-sided p that two heads are right equally often (McNemar, 1947).
 
     Of the rows where exactly one is right, either would be that one in half of the cases: a
-    binomial test, twice the smaller tail. Rows must be independent: it knows of no groups.
+    binomial test, twice the smaller tail.
+
+    Of groups, the heads are exchanged for all rows of a group at once, each group with a
+    probability of one half: the p is the share of these exchanges in which one head leads by as
+    many rows or more. This is the exact form of Obuchowski's test (1998; as in Yang, Sun and
+    Hardin, 2010), whose statistic is the squared sum of the groups' leads over the sum of their
+    squares. With a row a group it is McNemar's.
 
     Args:
         a_right: (n,) where the first head is right.
         b_right: (n,) where the second is.
+        groups: n names such as patients; a row without a name is a group of its own.
 
     Raises:
         DataError: If the lengths differ.
     """
-    if a_right.shape != b_right.shape:
-        raise DataError("b_right", expected=f"{len(a_right)} rows", found=str(len(b_right)))
-    only_a, only_b = int((a_right & ~b_right).sum()), int((b_right & ~a_right).sum())
-    if only_a == only_b:
+    for what, values in (("b_right", b_right), ("groups", groups)):
+        if values is not None and len(values) != len(a_right):
+            raise DataError(what, expected=f"{len(a_right)} rows", found=str(len(values)))
+    leads = a_right.astype(np.int64) - b_right
+    if groups is not None:
+        leads = np.bincount(number_groups(groups), weights=leads).astype(np.int64)
+    total, sizes = abs(int(leads.sum())), np.abs(leads[leads != 0])
+    if total == 0:
         return 1.0
+    if sizes.max() > 1:
+        return _p_of_exchanges(total, sizes)
     from scipy.special import bdtr
 
-    return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
+    number = len(sizes)
+    return min(1.0, 2 * float(bdtr((number - total) // 2, number, 0.5)))
+
+
+def _p_of_exchanges(total: int, sizes: npt.NDArray[np.int64]) -> float:
+    """Return how probable a sum of at least ``total`` is, either way, of sizes of random sign."""
+    most = int(sizes.sum())
+    if most > _MOST_EXACT:  # the normal limit: the exact way takes time with the square of it
+        return math.erfc(total / math.sqrt(2 * float((sizes**2).sum())))
+    chances = np.ones(1)  # of each possible sum of the sizes with a plus
+    for size in sizes:
+        longer = np.zeros(len(chances) + size)
+        longer[: len(chances)] += chances / 2
+        longer[size:] += chances / 2
+        chances = longer
+    return min(1.0, 2 * float(chances[: (most - total) // 2 + 1].sum()))
 
 
 class _Sides:
