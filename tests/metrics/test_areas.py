@@ -188,6 +188,41 @@ def test_mcnemars_is_scipys_binomial_test(only_a: int, only_b: int) -> None:
     assert mcnemar(a, b) == pytest.approx(expected, abs=1e-12)
 
 
+def test_mcnemars_of_groups_is_the_share_of_exchanges_that_lead_by_as_much() -> None:
+    """All 4,096 ways to exchange the heads in 12 patients, by going through them."""
+    rng = np.random.default_rng(4)
+    patients = rng.integers(0, 12, 60)
+    a, b = rng.random(60) < 0.8, rng.random(60) < 0.6
+    leads = np.array([(a[patients == i].astype(int) - b[patients == i]).sum() for i in range(12)])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 12)).reshape(12, -1)
+    expected = (np.abs(leads @ signs) >= abs(leads.sum())).mean()
+    names = [f"p{i}" for i in patients]
+    assert mcnemar(a, b, names) == mcnemar(b, a, names) == pytest.approx(expected, abs=1e-12)
+    assert 0 < expected < 1
+    assert mcnemar(a, b, [""] * 60) == mcnemar(a, b) == mcnemar(a, b, [str(i) for i in range(60)])
+
+
+def test_mcnemars_of_many_groups_is_obuchowskis_chi_square() -> None:
+    rng = np.random.default_rng(5)
+    names = [f"p{i}" for i in np.arange(8_000).repeat(3)]
+    easy, hard = rng.random(8_000).repeat(3) < 0.45, rng.random(8_000).repeat(3) < 0.44
+    leads = (easy.astype(int) - hard).reshape(-1, 3).sum(axis=1)
+    chi_square = leads.sum() ** 2 / (leads**2).sum()
+    expected = stats.chi2.sf(chi_square, 1)
+    assert mcnemar(easy, hard, names) == pytest.approx(expected, rel=1e-9)  # beyond the exact
+    few = slice(0, 3 * 3_000)
+    chi_square = leads[:3_000].sum() ** 2 / (leads[:3_000] ** 2).sum()
+    close = stats.chi2.sf(chi_square, 1)
+    assert mcnemar(easy[few], hard[few], names[few]) == pytest.approx(close, abs=0.02)
+
+
+def test_images_that_only_repeat_their_patient_add_nothing() -> None:
+    a, b = np.arange(30) < 24, np.arange(30) >= 10
+    names = [f"p{i}" for i in range(30) for _ in range(4)]
+    assert mcnemar(a.repeat(4), b.repeat(4), names) == pytest.approx(mcnemar(a, b))
+    assert mcnemar(a.repeat(4), b.repeat(4)) < mcnemar(a, b)
+
+
 def test_what_is_no_area_is_refused() -> None:
     yes, scores = np.array([True, False, True]), np.array([0.1, 0.2, 0.3])
     wrong: list[Callable[[], object]] = [
@@ -198,6 +233,7 @@ def test_what_is_no_area_is_refused() -> None:
         lambda: auc_interval(yes, scores, groups=["a"]),
         lambda: compare_auc(yes, scores, scores[:2]),
         lambda: mcnemar(yes, yes[:2]),
+        lambda: mcnemar(yes, yes, ["a"]),
     ]
     for call in wrong:
         with pytest.raises(DataError, match="expected"):
