@@ -19,11 +19,11 @@ WILSON = "Wilson"
 OF_GROUPS = "Clopper and Pearson, effective sample size of the groups (Korn and Graubard)"
 """A rate whose rows are each a group of their own has Wilson's."""
 
-FEW_UNITS = 100
-"""With a class of fewer units (groups, or images without one) the text warns. By the binomial
-distribution, for true recalls of 0.8, 0.9, 0.95 and 0.98: with 100 of each class the intervals of
-recalls and of their mean hold in 93.6 to 96.6 % of the cases; with 75 in 92.0 % at worst, with 20
-in 88.0 %."""
+FEW_IMAGES = 100
+"""With a class of fewer images, no two of one group, the text warns: Wilson's interval holds on
+average only. By the binomial distribution, for true recalls of 0.8, 0.9, 0.95 and 0.98: with 100 of
+each class the intervals of recalls and of their mean hold in 93.6 to 96.6 % of the cases; with 75
+in 92.0 % at worst, with 20 in 88.0 %. Those of groups are wider: 94 % at worst of 40 images."""
 
 _Mask = npt.NDArray[np.bool_]
 
@@ -73,15 +73,15 @@ def measure_intervals(rows: PredictedRows, positive: str | None) -> dict[str, An
 
 
 def _find_few(rows: PredictedRows, members: Sequence[npt.NDArray[np.int64]]) -> Any:
-    """Return the class with the fewest units, if they are few: class and number; else None."""
-    units = {
-        name: count_groups([rows.groups[row] for row in which.tolist()])
-        for name, which in zip(rows.classes, members, strict=True) if len(which)
+    """Return the class with the fewest images, and how many, if they are few; else None."""
+    numbers = {
+        name: len(which) for name, which in zip(rows.classes, members, strict=True)
+        if 0 < len(which) == count_groups([rows.groups[row] for row in which.tolist()])
     }  # fmt: skip
-    fewest = min(units, key=lambda name: units[name], default=None)
-    if fewest is None or units[fewest] >= FEW_UNITS:
+    fewest = min(numbers, key=lambda name: numbers[name], default=None)
+    if fewest is None or numbers[fewest] >= FEW_IMAGES:
         return None
-    return {"class": fewest, "num_units": units[fewest]}
+    return {"class": fewest, "num_samples": numbers[fewest]}
 
 
 def _interval_of_area(rows: PredictedRows, index: int) -> list[float] | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.errors import printable
 from featcache.evaluation.confusions import Confusion
-from featcache.evaluation.intervals import FEW_UNITS
+from featcache.evaluation.intervals import FEW_IMAGES
 from featcache.formatting import count, decimal, shorten
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     units = "" if of_groups is None else f", of {count(of_groups, 'group')}"
     yield f'  (brackets and "recall 95 %": 95 % intervals{units})'
     if (few := intervals["few"]) is not None:
-        what = "images" if of_groups is None else "groups"
-        fewest = f"{few['num_units']} of {shorten(printable(few['class']), 16)}"
-        yield f"few {what}: {fewest}; below {FEW_UNITS} a class, a 95 % interval may hold in 88 %"
+        fewest = f"{few['num_samples']} of {shorten(printable(few['class']), 16)}"
+        yield f"few images: {fewest}; below {FEW_IMAGES} a class, a 95 % interval may hold in 88 %"
     yield from _class_lines(result.classes, result.per_class, intervals["per_class"])
     if not has_labels:
         yield from _confusion_lines(result, confusions)

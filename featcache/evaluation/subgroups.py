@@ -5,6 +5,7 @@ Reads: a table (CSV) where one is named. Writes: nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +140,7 @@ def measure_subgroups(
         "unit": "group" if any(rows.groups) else "image",
         "subgroups": [
             {"value": value, **_measure(_choose(rows, numbers[value]), needed, positive)}
-            for value in sorted(numbers, key=lambda value: (value is None, value or ""))
+            for value in sorted(numbers, key=_place)
         ],
     }
 
@@ -198,6 +199,15 @@ def _cell(figure: Mapping[str, Any]) -> str:
     interval = figure["interval"]
     limits = "" if interval is None else " {:.2f}-{:.2f}".format(*interval)
     return decimal(figure["value"], 2) + limits
+
+
+def _place(value: str | None) -> tuple[bool, float, str]:
+    """Return what subgroups are sorted by: numbers by size, then texts, then what has no value."""
+    try:
+        number = float(value or "")
+    except ValueError:
+        number = math.inf
+    return value is None, math.inf if math.isnan(number) else number, value or ""
 
 
 def _choose(rows: PredictedRows, numbers: Sequence[int]) -> PredictedRows:

@@ -114,6 +114,13 @@ def test_of_many_subgroups_the_largest_are_shown() -> None:
     assert lines[-1].split()[:2] == ["s29", "65"]
 
 
+def test_numbers_are_sorted_by_size_and_what_has_no_value_is_last() -> None:
+    values = [None, "100", "20", "9.5", "nan", "old"] * 16 + ["20"] * 4
+    facts = measure_subgroups(made_up(), "age", values, None)
+    found = [part["value"] for part in facts["subgroups"]]
+    assert found == ["9.5", "20", "100", "nan", "old", None]
+
+
 def test_labels_have_subgroups_of_a_positive_class() -> None:
     rng = np.random.default_rng(2)
     targets = rng.integers(0, 2, (40, 2)).astype(float)
@@ -198,6 +205,6 @@ def test_evaluate_tells_how_well_calibrated_the_head_is_and_that_images_are_few(
     assert result.calibration == pytest.approx(expected, abs=1e-6)
     shown = f"log loss {expected['log_loss']:.3f}, Brier score {expected['brier']:.3f}, ECE "
     assert any(line.startswith(f"  calibration        {shown}") for line in said)
-    assert result.intervals["few"] == {"class": "covid", "num_units": 30}
-    assert any(line.startswith("few groups: 30 of covid; below 100 a class") for line in said)
+    assert result.intervals["few"] == {"class": "covid", "num_samples": 30}
+    assert any(line.startswith("few images: 30 of covid; below 100 a class") for line in said)
     assert result.by is result.against is None
