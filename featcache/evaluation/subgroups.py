@@ -70,6 +70,9 @@ class Column:
             raise ConfigError("--by", expected=expected, found=by)
         if columns and table is None:
             raise ConfigError("--columns", expected="a --table that has them", found="none")
+        if {*(columns or {})} - {"path"}:
+            found = ", ".join(columns or {})
+            raise ConfigError("--columns", expected="path=HEADER and no other", found=found)
 
     def measure(
         self, rows: PredictedRows, positive: str | None, split: CacheSplit, numbers: RowNumbers,

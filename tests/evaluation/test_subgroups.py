@@ -187,6 +187,8 @@ def test_what_does_not_go_together_is_refused(run: Path, tmp_path: Path) -> None
         evaluate(run, table=table)
     with pytest.raises(ConfigError, match="--columns: expected a --table that has them"):
         evaluate(run, by="group", columns={"path": "p"})
+    with pytest.raises(ConfigError, match="--columns: expected path=HEADER and no other"):
+        evaluate(run, by="sex", table=table, columns={"target": "sex"})
     write_cache(tmp_path / "n.h5", np.ones((4, 4), "<f4"), [0, 1] * 2, list("abcd"),
                 classes=["covid", "normal"], identity={"backbone": "fake"})  # fmt: skip
     with pytest.raises(CacheError, match="--by group: expected groups in the cache, found none"):
