@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from featcache.cache.reading import Cache, CacheSplit
 from featcache.errors import ConfigError, RunError, printable
+from featcache.evaluation.lines import units_text
 from featcache.evaluation.predicted_rows import PredictedRows, predict_rows
 from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_seen
 from featcache.formatting import count, decimal, join_few
@@ -139,10 +140,11 @@ def compare_rows(
         positive: The class that is looked for, or None.
 
     Returns:
-        A JSON object: ``run``; ``num_samples``; ``num_groups`` (None where there are none);
-        ``test``; ``accuracy`` (None with several labels), ``sensitivity`` and ``specificity`` (None
-        without ``positive``), each with the two rates ``first`` and ``second``, the rows that
-        ``only_first`` and ``only_second`` gets right, and the ``p_value`` of McNemar's test;
+        A JSON object: ``run``; ``num_samples``; ``num_groups`` and ``num_ungrouped`` as in
+        ``Evaluation.intervals``; ``test``; ``accuracy`` (None with several labels), ``sensitivity``
+        and ``specificity`` (None without ``positive``), each with the two rates ``first`` and
+        ``second``, the rows that ``only_first`` and ``only_second`` gets right, and the ``p_value``
+        of McNemar's test;
         ``roc_auc`` of ``positive`` or of two classes, else None: ``first``, ``second``,
         ``difference`` with its 95 % ``interval`` and ``p_value`` (``metrics.areas.compare_auc``).
     """
@@ -150,6 +152,7 @@ def compare_rows(
     facts: dict[str, Any] = {
         "run": run, "num_samples": len(first.targets),
         "num_groups": count_groups(first.groups) if has_groups else None,
+        "num_ungrouped": first.groups.count("") if has_groups else None,
         "test": OF_GROUPS if has_groups else MCNEMAR,
         "accuracy": None, "sensitivity": None, "specificity": None, "roc_auc": None,
     }  # fmt: skip
@@ -188,8 +191,7 @@ def comparison_lines(facts: Mapping[str, Any] | None) -> Iterator[str]:
     """
     if facts is None:
         return
-    groups = "" if facts["num_groups"] is None else f" of {count(facts['num_groups'], 'group')}"
-    rows = count(facts["num_samples"], "image")
+    rows, groups = count(facts["num_samples"], "image"), units_text(facts)
     yield printable(f"this run against {facts['run']}, on the same {rows}{groups}")
     for name in ("accuracy", "sensitivity", "specificity"):
         if (row := facts[name]) is not None:

@@ -78,9 +78,10 @@ class Evaluation:
             ``accuracy`` and ``balanced_accuracy`` (None with several labels), ``sensitivity``,
             ``specificity``, ``per_class`` {class: {recall}}, ``roc_auc`` (of two classes; else
             None), ``positive_roc_auc``; with ``confidence``, ``method`` (of rates; areas: see
-            ``metrics.areas.auc_interval``) and ``num_groups`` (rows without a group count as one
-            each; None where there are none), and ``few``: ``class`` and ``num_samples`` of the
-            smallest class, where these are below 100 and no two of one group, else None.
+            ``metrics.areas.auc_interval``), ``num_groups`` (rows without a group count as one
+            each), ``num_ungrouped`` of these (both None where there are no groups), and ``few``:
+            ``class`` and ``num_samples`` of the smallest class, where these are below 100 and no
+            two of one group, else None.
         calibration: ``brier``, ``log_loss``, ``ece`` and ``num_bins``, see
             ``metrics.calibration.measure_calibration``.
         by: The figures of each subgroup, see ``subgroups.measure_subgroups``; None where none are

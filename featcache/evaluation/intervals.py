@@ -39,6 +39,7 @@ def measure_intervals(rows: PredictedRows, positive: str | None) -> dict[str, An
     facts: dict[str, Any] = {
         "confidence": 0.95, "method": OF_GROUPS if has_groups else WILSON,
         "num_groups": count_groups(rows.groups) if has_groups else None,
+        "num_ungrouped": rows.groups.count("") if has_groups else None,
     }  # fmt: skip
     targets, preds = rows.targets, rows.preds
     if rows.has_labels:

@@ -382,7 +382,7 @@ def test_lines_are_readable_and_safe(tmp_path: Path) -> None:
     low, high = result["intervals"]["sensitivity"]
     assert 0 < low < result["sensitivity"] < high < 1
     shown = f"{result['sensitivity']:.3f} ({low:.3f} to {high:.3f})"
-    assert f"  sensitivity        {shown}" in said
+    assert any(line.startswith(f"  sensitivity        {shown}, ") for line in said)
     low, high = result["intervals"]["positive_roc_auc"]
     assert 0 < low < result["positive_roc_auc"] < high <= 1
     assert result["intervals"]["roc_auc"] == pytest.approx([low, high], abs=1e-6)
