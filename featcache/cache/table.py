@@ -32,6 +32,8 @@ class Table:
         say: Called with lines for the user.
         columns: Column (path, target, split, group) -> its header.
         ignore_columns: Headers that are not used.
+        extra: Header of a further column, the key ``extra`` of a line. Only the path is used
+            besides.
 
     Raises:
         DataError: If it is not such a CSV, names a path twice, or names none of the known paths;
@@ -41,12 +43,13 @@ class Table:
     def __init__(
         self, file: Path, known: Iterable[str], say: Say, *,
         columns: Mapping[str, str] | None = None, ignore_columns: str | Iterable[str] = (),
+        extra: str | None = None,
     ) -> None:  # fmt: skip
         listing = Listing.of(columns=columns, ignore_columns=ignore_columns)
         table = read_table(
-            file, columns=listing.columns, ignore_columns=listing.ignore_columns
+            file, columns=listing.columns, ignore_columns=listing.ignore_columns, extra=extra
         )  # fmt: skip
-        if table.unused:
+        if table.unused and extra is None:
             say(f"table: columns that are not used: {', '.join(map(printable, table.unused))}")
         lines = table.rows
         keys = {posixpath.normpath(path) for path in known}

@@ -31,6 +31,7 @@ from featcache.cli.options import (
     head_seeds,
     listing,
     make_say,
+    path_column,
     print_facts,
     printing,
 )
@@ -249,12 +250,29 @@ def crossval(cache: Path, folder: Path, as_json: bool, quiet: bool, **options: A
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
 @click.option("--average-views", is_flag=True, help="Mean of a row's views, not view 0 alone.")
 @click.option("--unseen", is_flag=True, help="Leave out rows that RUN was trained on or chosen by.")
+@click.option(
+    "--by", metavar="COLUMN",
+    help="Measure each subgroup too: by a column of --table, such as sex or view, or by group.",
+)  # fmt: skip
+@click.option(
+    "--table", type=click.Path(path_type=Path), help="CSV with the columns path and --by."
+)
+@path_column
+@click.option(
+    "--against", metavar="RUN2", type=click.Path(path_type=Path),
+    help="Compare with a second run on the same rows: which is better, beyond chance?",
+)  # fmt: skip
 @printing
 def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure RUN on a split it was not trained on.
 
     \b
     Example: featcache evaluate run --positive covid --csv test.csv
+             featcache evaluate run --positive covid --by sex --table patients.csv
+             featcache evaluate run --positive covid --against run2
+
+    Figures have 95 % intervals. A subgroup's figure is "too few" where fewer than 10 groups, or
+    images without a group, stand behind it.
     """
     from featcache.evaluation.evaluation import evaluate as evaluate_run
 

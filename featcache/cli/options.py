@@ -124,11 +124,20 @@ def csv_columns(command: _F) -> _F:
         callback=_split_names,
         help="Headers of a CSV that are not used.",
     )(command)
+    text = "Which header of a CSV is path, target, split or group. May be repeated."
+    return _columns(text)(command)
+
+
+def path_column(command: _F) -> _F:
+    """Add --columns for a command that reads the path and one column more."""
+    return _columns("path=HEADER where the table's paths have another header.")(command)
+
+
+def _columns(text: str) -> Callable[[_F], _F]:
     return click.option(
         "--columns", type=Renaming("KEY=HEADER"), multiple=True,
-        callback=lambda _, __, pairs: dict(pairs),
-        help="Which header of a CSV is path, target, split or group. May be repeated.",
-    )(command)  # fmt: skip
+        callback=lambda _, __, pairs: dict(pairs), help=text,
+    )  # fmt: skip
 
 
 def _split_names(

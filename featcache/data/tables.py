@@ -46,7 +46,8 @@ class ImageTable:
     """The rows of a CSV of images.
 
     Args:
-        rows: With the keys path, target, split, group; "" for what is not known.
+        rows: With the keys path, target, split, group, and ``extra`` where a further column was
+            asked for; "" for what is not known.
         unused: Headers that are none of these.
     """
 
@@ -56,7 +57,7 @@ class ImageTable:
 
 def read_table(
     root: Path, *, columns: Iterable[tuple[str, str]] = (), ignore_columns: Collection[str] = (),
-    needs_targets: bool = False,
+    needs_targets: bool = False, extra: str | None = None,
 ) -> ImageTable:  # fmt: skip
     """Read a CSV of images.
 
@@ -68,6 +69,7 @@ def read_table(
         columns: (key, header) of columns with other headers than path, target, split, group.
         ignore_columns: Headers that are not used.
         needs_targets: Ask about columns that look like several labels of an image.
+        extra: Header of one further column. Of the others only the path is read then.
 
     Raises:
         DataError: If it is not a CSV with such a header, or a header or a target is a question.
@@ -81,20 +83,23 @@ def read_table(
             found=", ".join(names) or "nothing", where=root,
         )  # fmt: skip
     used = _find_columns(names, dict(columns), ignore_columns, root)
+    if extra is not None:
+        used = _only_path_and(extra, used, names, root)
     others = [
         name for name in names
         if name and name not in {*used.values(), *ignore_columns} and not _is_our_own(name, names)
     ]  # fmt: skip
-    asked = _resembling(used, others)
+    asked = _resembling(used, others, COLUMNS if extra is None else ("path",))
     if needs_targets and "target" not in used and "target" not in asked.values():
         _refuse_flags(names, others, lines, _answers(asked), root)
     if asked:
+        otherwise = ", or that they are something else with --ignore-columns "
+        otherwise = otherwise + shlex.quote(",".join(asked)) if extra is None else ""
         raise DataError(
             "CSV header", where=root,
             expected="path, target, split, group, and others that resemble none of them",
             found=", ".join(f"{name!r} ({key}?)" for name, key in asked.items()),
-            hint=f"Say what they are with {_answers(asked)}, or that they are something else with "
-            f"--ignore-columns {shlex.quote(','.join(asked))}",
+            hint=f"Say what they are with {_answers(asked)}{otherwise}",
         )  # fmt: skip
     if "path" not in used:
         raise DataError(
@@ -167,6 +172,18 @@ def _find_columns(
     return plain | dict(columns)
 
 
+def _only_path_and(
+    extra: str, used: Mapping[str, str], names: Sequence[str], root: Path
+) -> dict[str, str]:
+    """Return column -> header of the path and of a further column."""
+    if extra not in names:
+        raise DataError(
+            "column", expected="a header of the CSV: " + ", ".join(filter(None, names)),
+            found=repr(extra), where=root,
+        )  # fmt: skip
+    return {key: name for key, name in used.items() if key == "path"} | {"extra": extra}
+
+
 def _is_our_own(name: str, names: Sequence[str]) -> bool:
     """Return whether a header is one that ``evaluate`` or ``predict`` writes."""
     is_result = not {"pred", "preds"}.isdisjoint(names)
@@ -177,10 +194,13 @@ def _is_our_own(name: str, names: Sequence[str]) -> bool:
     )  # fmt: skip
 
 
-def _resembling(used: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
-    """Return header -> the missing column that it resembles."""
+def _resembling(
+    used: Mapping[str, str], others: Sequence[str], columns: Sequence[str]
+) -> dict[str, str]:
+    """Return header -> which of some columns it resembles, if that one is missing."""
     alike = {name: _COLUMN_OF.get(_plain_name(name)) for name in others}
-    return {name: key for name, key in alike.items() if key is not None and key not in used}
+    missing = set(columns) - set(used)
+    return {name: key for name, key in alike.items() if key is not None and key in missing}
 
 
 def _answers(asked: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import ConfigError, RunError, printable, warn_user
+from featcache.evaluation.comparison import OtherRun, comparison_lines
 from featcache.evaluation.confusions import Confusion, to_matrix
 from featcache.evaluation.confusions import as_csv as cells_as_csv
 from featcache.evaluation.figures import draw_confusion
@@ -20,6 +21,7 @@ from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.lines import evaluation_lines
 from featcache.evaluation.predicted_rows import CSV, labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_seen
+from featcache.evaluation.subgroups import Column, subgroup_lines
 from featcache.files import read_regular, readable_json, result_as_dict
 from featcache.formatting import brief_repr, decimal, join_few
 from featcache.heads.run import (
@@ -29,6 +31,7 @@ from featcache.heads.run import (
     require_own_cache,
     require_same_features,
 )
+from featcache.metrics.calibration import measure_calibration
 from featcache.metrics.scores import MAX_MATRIX_CLASSES, compute_metrics
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.runtime import Say, log_line
@@ -75,8 +78,15 @@ class Evaluation:
             ``accuracy`` and ``balanced_accuracy`` (None with several labels), ``sensitivity``,
             ``specificity``, ``per_class`` {class: {recall}}, ``roc_auc`` (of two classes; else
             None), ``positive_roc_auc``; with ``confidence``, ``method`` (of rates; areas: see
-            ``metrics.areas.auc_interval``) and ``num_groups`` (rows without a group count as one
-            each; None where there are none).
+            ``metrics.areas.auc_interval``), ``num_groups`` (rows without a group count as one
+            each), ``num_ungrouped`` of these (both None where there are no groups), and ``few``:
+            ``class`` and ``num_samples`` of the smallest class, where these are below 100 and no
+            two of one group, else None.
+        calibration: ``brier``, ``log_loss``, ``ece`` and ``num_bins``, see
+            ``metrics.calibration.measure_calibration``.
+        by: The figures of each subgroup, see ``subgroups.measure_subgroups``; None where none are
+            asked for.
+        against: A second run on the same rows, see ``comparison.compare_rows``; or None.
         num_views: Views of a row whose probabilities were averaged; 1 is view 0 alone.
         fingerprint: Of the cache's identity.
     """
@@ -108,6 +118,9 @@ class Evaluation:
     num_unclear: int | None
     unseen: bool
     intervals: dict[str, Any]
+    calibration: dict[str, Any]
+    by: dict[str, Any] | None
+    against: dict[str, Any] | None
     num_views: int
     fingerprint: str
 
@@ -139,6 +152,10 @@ def evaluate(
     csv: str | Path | None = None,
     average_views: bool = False,
     unseen: bool = False,
+    by: str | None = None,
+    table: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    against: str | Path | None = None,
     say: Say = log_line,
 ) -> Evaluation:
     """Measure the head of a run on the labelled rows of a split.
@@ -160,7 +177,14 @@ def evaluate(
         csv: A file for path, group, target, prediction and probabilities of every labelled row.
             With several labels, targets, unknown and predictions are names joined by ``|``.
         average_views: Predict a row by the mean of its views' probabilities.
-        unseen: Leave out the rows that the head has seen, and those of which it cannot be told.
+        unseen: Leave out the rows that the head has seen, and those of which it cannot be told;
+            with ``against`` also those that its head has seen.
+        by: Measure each subgroup too: a column of ``table``, or ``group`` without one.
+        table: A CSV with the columns ``path`` and ``by``; rows that it does not name are a subgroup
+            of their own.
+        columns: ``{"path": HEADER}`` where the path's column has another header.
+        against: A second run of the same classes, which is measured on the same rows: on the same
+            cache, or on its own if that has the same images.
         say: Receives the lines for people.
 
     Raises:
@@ -168,20 +192,20 @@ def evaluate(
             not those it was trained on.
         CacheError: If the cache is damaged, lacks the split or has no labelled rows in it; with
             ``unseen``, no such rows that the head has not seen.
-        ConfigError: If ``positive`` is not a class, ``csv`` cannot be written, or there are no
-            views to average.
+        ConfigError: If ``positive`` is not a class, ``csv`` cannot be written, there are no views
+            to average, or ``by``, ``table`` and ``columns`` do not go together.
+        DataError: If the table is none, or lacks the column or all the images.
 
     Example:
         >>> featcache.evaluate("run", positive="covid").sensitivity  # doctest: +SKIP
     """
     loaded = load_run(run)
-    if positive is not None and positive not in loaded.classes:
-        raise ConfigError(
-            "--positive", expected="one of " + join_few(loaded.classes), found=positive
-        )
-    tables = [Output(csv, "--csv", CSV, inputs=[cache, cache_path(loaded)])] if csv else []
-    for table in tables:
-        table.check()
+    _check_positive(positive, loaded.classes)
+    column = Column(by, table, columns)
+    other = None if against is None else OtherRun(against, loaded, positive)
+    tables = [Output(csv, "--csv", CSV, inputs=[cache, cache_path(loaded), table])] if csv else []
+    for output in tables:
+        output.check()
     opened = _open_own_cache(loaded) if cache is None else _open_other_cache(loaded, Path(cache))
     is_own = cache is None or opened.payload_sha256 == loaded.cache.get("payload_sha256")
     figures = _figure_outputs(loaded, split) if is_own else []
@@ -189,6 +213,10 @@ def evaluate(
     seen = find_seen(loaded, opened, opened.split(split), labelled)
     if unseen:
         labelled = leave_out_seen(labelled, seen, opened, split, say)
+    if other is not None:
+        labelled = other.find_rows(
+            opened, opened.split(split), labelled, _open_own_cache, unseen=unseen, say=say
+        )
     rows = predict_rows(loaded, opened, split, labelled, say, average_views=average_views)
     if not unseen:
         hint = "these figures are too good. Leave such rows out with --unseen"
@@ -211,11 +239,20 @@ def evaluate(
         num_unclear=counts[2],
         unseen=unseen,
         intervals=measure_intervals(rows, positive),
+        calibration=measure_calibration(rows.targets, rows.probs, loaded.classes),
+        by=column.measure(rows, positive, opened.split(split), labelled, say),
+        against=None
+        if other is None
+        else other.compare(rows, positive, say, average_views=average_views),
         num_views=opened.split(split).num_views if average_views else 1,
         fingerprint=opened.fingerprint,
     )
-    files = {table: rows.as_csv().encode() for table in tables}
-    for line in evaluation_lines(result, confusions or []):
+    files = {output: rows.as_csv().encode() for output in tables}
+    for line in (
+        *evaluation_lines(result, confusions or []),
+        *subgroup_lines(result.by, positive),
+        *comparison_lines(result.against),
+    ):
         say(line)
     if is_own:
         kept = _write_with_figures(loaded, result, confusions, figures, files)
@@ -225,9 +262,14 @@ def evaluate(
         if files:
             write_outputs(files)
         say("not kept in the run: another cache's figures would pass for its own")
-    for table in files:
-        say(f"written to {printable(table.path)}")
+    for output in files:
+        say(f"written to {printable(output.path)}")
     return result
+
+
+def _check_positive(positive: str | None, classes: Sequence[str]) -> None:
+    if positive is not None and positive not in classes:
+        raise ConfigError("--positive", expected="one of " + join_few(classes), found=positive)
 
 
 def _is_evaluation(path: Path) -> bool:

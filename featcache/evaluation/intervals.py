@@ -5,6 +5,7 @@ Reads and writes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,14 @@ from featcache.metrics.areas import auc_interval
 from featcache.metrics.rates import count_groups, grouped_rate_interval, mean_rate_interval
 
 WILSON = "Wilson"
-OF_GROUPS = "Wilson, effective sample size of the groups (Korn and Graubard)"
+OF_GROUPS = "Clopper and Pearson, effective sample size of the groups (Korn and Graubard)"
+"""A rate whose rows are each a group of their own has Wilson's."""
+
+FEW_IMAGES = 100
+"""With a class of fewer images, no two of one group, the text warns: Wilson's interval holds on
+average only. By the binomial distribution, for true recalls of 0.8, 0.9, 0.95 and 0.98: with 100 of
+each class the intervals of recalls and of their mean hold in 93.6 to 96.6 % of the cases; with 75
+in 92.0 % at worst, with 20 in 88.0 %. Those of groups are wider: 94 % at worst of 40 images."""
 
 _Mask = npt.NDArray[np.bool_]
 
@@ -31,29 +39,27 @@ def measure_intervals(rows: PredictedRows, positive: str | None) -> dict[str, An
     facts: dict[str, Any] = {
         "confidence": 0.95, "method": OF_GROUPS if has_groups else WILSON,
         "num_groups": count_groups(rows.groups) if has_groups else None,
+        "num_ungrouped": rows.groups.count("") if has_groups else None,
     }  # fmt: skip
     targets, preds = rows.targets, rows.preds
     if rows.has_labels:
-        of_class = {
-            name: _interval(rows, targets[:, i] == 1, preds[:, i])
-            for i, name in enumerate(rows.classes)
-        }
+        members = [np.flatnonzero(targets[:, i] == 1) for i in range(len(rows.classes))]
+        recalls = [_interval_of(rows, which, preds[:, i]) for i, which in enumerate(members)]
         facts |= {"accuracy": None, "balanced_accuracy": None}
     else:
-        right = preds == targets
-        order = np.argsort(targets, kind="stable")
-        ends = np.searchsorted(targets[order], np.arange(len(rows.classes) + 1))
-        of_class = {
-            name: _interval_of(rows, order[ends[i] : ends[i + 1]], right)
-            for i, name in enumerate(rows.classes)
-        }
+        right, order = preds == targets, np.argsort(targets, kind="stable")
+        ends = np.searchsorted(targets[order], np.arange(1, len(rows.classes)))
+        members = np.split(order, ends)
+        recalls = [_interval_of(rows, which, right) for which in members]
         known = [
-            (float(right[order[ends[i] : ends[i + 1]]].mean()), interval)
-            for i, interval in enumerate(of_class.values()) if interval is not None
+            (float(right[which].mean()), interval)
+            for which, interval in zip(members, recalls, strict=True) if interval is not None
         ]  # fmt: skip
         rates, intervals = zip(*known, strict=True)
         facts["accuracy"] = _interval(rows, np.ones(len(targets), bool), right)
         facts["balanced_accuracy"] = list(mean_rate_interval(rates, intervals))
+    of_class = dict(zip(rows.classes, recalls, strict=True))
+    facts["few"] = _find_few(rows, members)
     facts |= {"sensitivity": None, "specificity": None, "positive_roc_auc": None}
     is_pair = not rows.has_labels and len(rows.classes) == 2  # both areas are the same
     facts["roc_auc"] = _interval_of_area(rows, 1) if is_pair else None
@@ -65,6 +71,18 @@ def measure_intervals(rows: PredictedRows, positive: str | None) -> dict[str, An
         facts["specificity"] = _interval(rows, of_others, says_no)
         facts["positive_roc_auc"] = _interval_of_area(rows, index)
     return facts | {"per_class": {name: {"recall": value} for name, value in of_class.items()}}
+
+
+def _find_few(rows: PredictedRows, members: Sequence[npt.NDArray[np.int64]]) -> Any:
+    """Return the class with the fewest images, and how many, if they are few; else None."""
+    numbers = {
+        name: len(which) for name, which in zip(rows.classes, members, strict=True)
+        if 0 < len(which) == count_groups([rows.groups[row] for row in which.tolist()])
+    }  # fmt: skip
+    fewest = min(numbers, key=lambda name: numbers[name], default=None)
+    if fewest is None or numbers[fewest] >= FEW_IMAGES:
+        return None
+    return {"class": fewest, "num_samples": numbers[fewest]}
 
 
 def _interval_of_area(rows: PredictedRows, index: int) -> list[float] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import printable
 from featcache.evaluation.confusions import Confusion
+from featcache.evaluation.intervals import FEW_IMAGES
 from featcache.formatting import count, decimal, shorten
 
 if TYPE_CHECKING:
@@ -32,36 +33,77 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     yield f"{count(result.num_samples, 'image')} of {result.split}{views}{failed}"
     has_labels = result.task == "multilabel"
     intervals = result.intervals
-    yield f"  accuracy           {_shown(result.accuracy, intervals['accuracy'])}"
+    sizes = _sizes(result)
+    accuracy = _shown(result.accuracy, intervals["accuracy"], sizes["accuracy"])
+    yield f"  accuracy           {accuracy}"
     if not has_labels:
         balanced = _shown(result.balanced_accuracy, intervals["balanced_accuracy"])
         yield f"  balanced accuracy  {balanced}"
     area = _shown(result.roc_auc, intervals["roc_auc"])
     yield f"  roc auc            {area} (mean of the classes)"
     yield f"  average precision  {_shown(result.average_precision)} (mean of the classes)"
+    facts = result.calibration
+    yield (
+        f"  calibration        log loss {decimal(facts['log_loss'])}, Brier score "
+        f"{decimal(facts['brier'])}, ECE {decimal(facts['ece'])} ({facts['num_bins']} bins)"
+    )
     if result.positive is not None:
         against = "" if has_labels else " against the rest"
         yield printable(f"  positive class     {result.positive}{against}")
-        yield f"  sensitivity        {_shown(result.sensitivity, intervals['sensitivity'])}"
-        yield f"  specificity        {_shown(result.specificity, intervals['specificity'])}"
+        for name in ("sensitivity", "specificity"):
+            yield f"  {name}        {_shown(result[name], intervals[name], sizes[name])}"
         its_area = _shown(result.positive_roc_auc, intervals["positive_roc_auc"])
         yield f"  its roc auc        {its_area}"
         yield f"  its avg. precision {_shown(result.positive_average_precision)}"
         yield f"  false negatives    {len(result.false_negatives or ()):,}"
-    of_groups = intervals["num_groups"]
-    units = "" if of_groups is None else f", of {count(of_groups, 'group')}"
-    yield f'  (brackets and "recall 95 %": 95 % intervals{units})'
+    yield f'  (brackets and "recall 95 %": 95 % intervals{units_text(intervals)})'
+    if (few := intervals["few"]) is not None:
+        fewest = f"{few['num_samples']} of {shorten(printable(few['class']), 16)}"
+        yield f"few images: {fewest}; below {FEW_IMAGES} a class, a 95 % interval may hold in 88 %"
     yield from _class_lines(result.classes, result.per_class, intervals["per_class"])
     if not has_labels:
         yield from _confusion_lines(result, confusions)
     yield from _mistake_lines(result.mistakes, has_labels=has_labels)
 
 
-def _shown(value: float | None, interval: Sequence[float] | None = None) -> str:
+def _sizes(result: Evaluation) -> dict[str, int]:
+    """Return how many rows, or labels, the rates are of."""
+    if result.task != "multilabel":
+        sizes = {"accuracy": result.num_samples}
+        if result.positive is not None:
+            number = result.per_class[result.positive]["num_samples"]
+            sizes |= {"sensitivity": number, "specificity": result.num_samples - number}
+        return sizes
+    counts = {name: (row["num_positive"], row["num_negative"])
+              for name, row in result.per_class.items()}  # fmt: skip
+    sizes = {"accuracy": sum(yes + no for yes, no in counts.values())}
+    if result.positive is not None:
+        sizes |= zip(("sensitivity", "specificity"), counts[result.positive], strict=True)
+    return sizes
+
+
+def units_text(facts: Mapping[str, Any]) -> str:
+    """Return what intervals rest on where that is not images alone: ``, of 30 groups``.
+
+    Args:
+        facts: ``num_groups``, None where there are none, and ``num_ungrouped`` of these.
+    """
+    if facts["num_groups"] is None:
+        return ""
+    alone = facts["num_ungrouped"]
+    others = f" and {count(alone, 'image')} without one" if alone else ""
+    return f", of {count(facts['num_groups'] - alone, 'group')}{others}"
+
+
+def _shown(
+    value: float | None, interval: Sequence[float] | None = None, size: int | None = None
+) -> str:
+    """Return a figure with its interval and, of a rate of so many rows, how many are right."""
     if value is None:
         return "undefined"
-    return decimal(value) + (
-        "" if interval is None else f" ({' to '.join(map(decimal, interval))})"
+    limits = "" if interval is None else f" ({' to '.join(map(decimal, interval))})"
+    return (
+        decimal(value) + limits + ("" if size is None else f", {round(value * size):,} of {size:,}")
     )
 
 
@@ -111,7 +153,7 @@ def _confusion_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
             ([str(i) for i in range(1, len(names) + 1)],
              [f"{i:>2} {shorten(name, 14)}" for i, name in enumerate(names, 1)]),
         ):  # fmt: skip
-            lines = _table("target \\ pred", heads, firsts, cells)
+            lines = table_lines("target \\ pred", heads, firsts, cells)
             if max(map(len, lines)) <= _WIDTH:
                 yield from lines
                 return
@@ -125,9 +167,17 @@ def _confusion_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
         yield f"  {pair.number:,} of {totals[pair.target]:,} {target} taken for {pred}"
 
 
-def _table(
+def table_lines(
     corner: str, heads: Sequence[str], firsts: Sequence[str], cells: Sequence[Sequence[str]]
 ) -> list[str]:
+    """Return a table as lines, its columns aligned to the right.
+
+    Args:
+        corner: Head of the first column.
+        heads: Heads of the others.
+        firsts: Cells of the first column.
+        cells: A row of cells for each.
+    """
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     margin = max(map(len, [corner, *firsts]))
     gap = "  " if heads[0] != "1" else " "

@@ -71,11 +71,16 @@ def grouped_rate_interval(
 ) -> Interval:
     """Return the two-sided interval of a rate whose rows come in groups, such as patients.
 
-    Wilson's, for the effective sample size of Korn and Graubard (1998): rows / design effect, less
-    for few groups (Student's t in place of the normal quantile), and never more than there are
-    rows. The design effect is the variance of the rate between groups over that of independent
-    rows. Where all rows are hits, or none is, nothing tells the design effect: then the effective
-    sample size is the number of groups.
+    Clopper's and Pearson's, for the effective sample size of Korn and Graubard (1998): rows /
+    design effect, less for few groups (Student's t of the groups against that of the rows), and
+    never more than there are rows. The design effect is the variance of the rate between groups
+    over that of independent rows. Where all rows are hits, or none is, nothing tells the design
+    effect: then the effective sample size is the number of groups. Where each row is its own group,
+    the interval is Wilson's, of the rows.
+
+    Wilson's with the same effective size held the rate in 92.2 to 94 % of simulated sets for rates
+    near 0.95 whose few misses share patients; this one in 94.2 % or more of all kinds of sets
+    (``benchmarks/coverage.py``), and is 4 to 9 % wider.
 
     Args:
         is_hit: (n,), n >= 1.
@@ -98,11 +103,12 @@ def grouped_rate_interval(
         rate, sizes = hits / total, np.bincount(numbers)
         excess = np.bincount(numbers, weights=is_hit) - rate * sizes
         variance = num_groups / (num_groups - 1) * float((excess**2).sum()) / total**2
-        quantile = (1 + confidence) / 2
-        fewer = NormalDist().inv_cdf(quantile) / float(stdtrit(num_groups - 1, quantile))
+        of_rows, of_groups = stdtrit([total - 1, num_groups - 1], (1 + confidence) / 2).tolist()
         if variance > 0:
-            effective = min(rate * (1 - rate) / variance * fewer**2, float(total))
-    return rate_interval(hits / total * effective, effective, confidence=confidence)
+            effective = min(rate * (1 - rate) / variance * (of_rows / of_groups) ** 2, float(total))
+    return rate_interval(
+        hits / total * effective, effective, method="exact", confidence=confidence
+    )  # fmt: skip
 
 
 def mean_rate_interval(rates: Sequence[float], intervals: Sequence[Interval]) -> Interval:

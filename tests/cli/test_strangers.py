@@ -421,6 +421,8 @@ def test_no_regular_file_is_said_at_once(kind: str, place: Path, run: Any) -> No
          "x.safetensors"],
         ["sweep", "c.h5", "r2", "--trials", 2, "--space", "x.toml"], ["info", "x.csv"],
         ["evaluate", "x.h5"], ["predict", "x.h5", "data"], ["export", "x.h5", "n.pt"],
+        ["evaluate", "run", "--against", "x.h5"],
+        ["evaluate", "run", "--by", "sex", "--table", "x.csv"],
     ):  # fmt: skip
         done = run(*verb)
         assert_one_line_error(done)

@@ -75,7 +75,7 @@ def test_result_is_the_contracts_object_and_true(run: Path) -> None:
         "positive", "sensitivity",
         "specificity", "positive_roc_auc", "positive_average_precision", "false_negatives",
         "mistakes", "num_failed", "num_trained_on", "num_chosen_by", "num_unclear", "unseen",
-        "intervals", "num_views", "fingerprint",
+        "intervals", "calibration", "by", "against", "num_views", "fingerprint",
     ]  # fmt: skip
     features, targets, paths = arrays([0, 1] * 20, 2)
     probs = probs_of(run, features)
@@ -382,7 +382,7 @@ def test_lines_are_readable_and_safe(tmp_path: Path) -> None:
     low, high = result["intervals"]["sensitivity"]
     assert 0 < low < result["sensitivity"] < high < 1
     shown = f"{result['sensitivity']:.3f} ({low:.3f} to {high:.3f})"
-    assert f"  sensitivity        {shown}" in said
+    assert any(line.startswith(f"  sensitivity        {shown}, ") for line in said)
     low, high = result["intervals"]["positive_roc_auc"]
     assert 0 < low < result["positive_roc_auc"] < high <= 1
     assert result["intervals"]["roc_auc"] == pytest.approx([low, high], abs=1e-6)

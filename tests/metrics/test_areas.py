@@ -50,8 +50,14 @@ def slow_variance(is_yes: Any, pairs: Any, groups: Any) -> float:
     return float(s_yes / num_yes + s_no / num_no + 2 * s_both / (num_yes * num_no))
 
 
-def logit_interval(area: float, variance: float) -> tuple[float, float]:
-    odds, half = math.log(area / (1 - area)), Z * math.sqrt(variance) / (area * (1 - area))
+def num_units(is_yes: Any, groups: Any) -> int:
+    """Groups with a yes or with a no, whichever are fewer."""
+    groups = np.asarray(groups)
+    return min(len(set(groups[is_yes])), len(set(groups[~is_yes])))
+
+
+def logit_interval(area: float, variance: float, quantile: float = Z) -> tuple[float, float]:
+    odds, half = math.log(area / (1 - area)), quantile * math.sqrt(variance) / (area * (1 - area))
     return 1 / (1 + math.exp(half - odds)), 1 / (1 + math.exp(-half - odds))
 
 
@@ -73,7 +79,8 @@ def test_of_groups_it_is_obuchowskis(mixed: bool) -> None:
     kinds = np.zeros(150, int) if mixed else is_yes.astype(int)
     names = [f"{kind}-{i % 25}" for i, kind in enumerate(kinds)]
     variance = slow_variance(is_yes, kernels(is_yes, scores), names)
-    expected = logit_interval(float(roc_auc_score(is_yes, scores)), variance)
+    quantile = stats.t.ppf(0.975, num_units(is_yes, names) - 1)
+    expected = logit_interval(float(roc_auc_score(is_yes, scores)), variance, quantile)
     assert auc_interval(is_yes, scores, groups=names) == pytest.approx(expected, abs=1e-12)
 
 
@@ -81,7 +88,9 @@ def test_rows_that_are_repeated_in_their_group_add_nothing() -> None:
     is_yes, scores = made_up(40, 40, 1.0, seed=1)
     names = [f"p{i}" for i in range(80) for _ in range(4)]
     found = auc_interval(is_yes.repeat(4), scores.repeat(4), groups=names)
-    assert found == pytest.approx(auc_interval(is_yes, scores), abs=1e-12)
+    area, quantile = float(roc_auc_score(is_yes, scores)), stats.t.ppf(0.975, 39)
+    variance = slow_variance(is_yes, kernels(is_yes, scores), names[::4])
+    assert found == pytest.approx(logit_interval(area, variance, quantile), abs=1e-12)
     low, high = auc_interval(is_yes.repeat(4), scores.repeat(4))
     assert found[0] < low < high < found[1]
 
@@ -140,9 +149,11 @@ def test_two_areas_are_compared_by_the_variance_of_their_difference(grouped: boo
     error = math.sqrt(slow_variance(is_yes, pairs, names))
     found = compare_auc(is_yes, scores, other, names if grouped else None)
     difference = float(roc_auc_score(is_yes, scores) - roc_auc_score(is_yes, other))
-    expected = (difference, difference - Z * error, difference + Z * error)
+    law = stats.t(num_units(is_yes, names) - 1) if grouped else stats.norm()
+    half = law.ppf(0.975) * error
+    expected = (difference, difference - half, difference + half)
     assert found[:3] == pytest.approx(expected, abs=1e-12)
-    assert found.p_value == pytest.approx(2 * stats.norm.sf(abs(difference) / error), abs=1e-12)
+    assert found.p_value == pytest.approx(2 * law.sf(abs(difference) / error), abs=1e-12)
     turned = compare_auc(is_yes, other, scores, names if grouped else None)
     assert turned == pytest.approx((-found[0], -found[2], -found[1], found[3]), abs=1e-12)
 
@@ -177,6 +188,41 @@ def test_mcnemars_is_scipys_binomial_test(only_a: int, only_b: int) -> None:
     assert mcnemar(a, b) == pytest.approx(expected, abs=1e-12)
 
 
+def test_mcnemars_of_groups_is_the_share_of_exchanges_that_lead_by_as_much() -> None:
+    """All 4,096 ways to exchange the heads in 12 patients, by going through them."""
+    rng = np.random.default_rng(4)
+    patients = rng.integers(0, 12, 60)
+    a, b = rng.random(60) < 0.8, rng.random(60) < 0.6
+    leads = np.array([(a[patients == i].astype(int) - b[patients == i]).sum() for i in range(12)])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 12)).reshape(12, -1)
+    expected = (np.abs(leads @ signs) >= abs(leads.sum())).mean()
+    names = [f"p{i}" for i in patients]
+    assert mcnemar(a, b, names) == mcnemar(b, a, names) == pytest.approx(expected, abs=1e-12)
+    assert 0 < expected < 1
+    assert mcnemar(a, b, [""] * 60) == mcnemar(a, b) == mcnemar(a, b, [str(i) for i in range(60)])
+
+
+def test_mcnemars_of_many_groups_is_obuchowskis_chi_square() -> None:
+    rng = np.random.default_rng(5)
+    names = [f"p{i}" for i in np.arange(8_000).repeat(3)]
+    easy, hard = rng.random(8_000).repeat(3) < 0.45, rng.random(8_000).repeat(3) < 0.44
+    leads = (easy.astype(int) - hard).reshape(-1, 3).sum(axis=1)
+    chi_square = leads.sum() ** 2 / (leads**2).sum()
+    expected = stats.chi2.sf(chi_square, 1)
+    assert mcnemar(easy, hard, names) == pytest.approx(expected, rel=1e-9)  # beyond the exact
+    few = slice(0, 3 * 3_000)
+    chi_square = leads[:3_000].sum() ** 2 / (leads[:3_000] ** 2).sum()
+    close = stats.chi2.sf(chi_square, 1)
+    assert mcnemar(easy[few], hard[few], names[few]) == pytest.approx(close, abs=0.02)
+
+
+def test_images_that_only_repeat_their_patient_add_nothing() -> None:
+    a, b = np.arange(30) < 24, np.arange(30) >= 10
+    names = [f"p{i}" for i in range(30) for _ in range(4)]
+    assert mcnemar(a.repeat(4), b.repeat(4), names) == pytest.approx(mcnemar(a, b))
+    assert mcnemar(a.repeat(4), b.repeat(4)) < mcnemar(a, b)
+
+
 def test_what_is_no_area_is_refused() -> None:
     yes, scores = np.array([True, False, True]), np.array([0.1, 0.2, 0.3])
     wrong: list[Callable[[], object]] = [
@@ -187,6 +233,7 @@ def test_what_is_no_area_is_refused() -> None:
         lambda: auc_interval(yes, scores, groups=["a"]),
         lambda: compare_auc(yes, scores, scores[:2]),
         lambda: mcnemar(yes, yes[:2]),
+        lambda: mcnemar(yes, yes, ["a"]),
     ]
     for call in wrong:
         with pytest.raises(DataError, match="expected"):
