@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,28 +23,18 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.contents import TASKS
-from featcache.cache.reading import Cache
-from featcache.errors import ConfigError, RunError, escaped, printable, warn_user
+from featcache.errors import ConfigError, RunError, printable, warn_user
 from featcache.files import (
     canonical_json,
     json_sha256,
     local_path,
     read_regular,
-    write_bytes,
-    write_csv,
-    write_json,
 )
 from featcache.formatting import join_few
-from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, build_head, state_layout
-from featcache.heads.rows import Part
-from featcache.heads.trained_rows import ROWS_NAME, TrainedRows
-from featcache.outputs import Kind, Output
-from featcache.runtime import Device, environment_facts
 from featcache.untrusted import find_fault, parse_json_object, reading_hint, real_path
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 FORMAT = "featcache-run"
@@ -105,13 +93,6 @@ class Run:
         )
 
 
-_OWN_FILES = re.compile(
-    r"(run|environment|sweep|decision)\.json|head\.safetensors|rows\.bin|(history|trials)\.csv"
-    r"|evaluation(/[a-z]+(\.json|_confusion\.(png|csv)))?"
-)
-"""What verbs write into a run. Other files in it are the user's: such a run is not replaced."""
-
-
 def is_run(path: Path) -> bool:
     """Return whether ``path`` is the folder of a run, of any version, damaged or not."""
     try:
@@ -119,85 +100,6 @@ def is_run(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return facts.get("format") == FORMAT
-
-
-def _list_others(run: Path) -> list[str]:
-    """Return the names of files in a run's folder that are not the run's."""
-    paths = {path.relative_to(run).as_posix(): path for path in sorted(run.rglob("*"))}
-    return [
-        name for name, path in paths.items()
-        if not _OWN_FILES.fullmatch(name) or path.is_symlink()
-        or path.is_dir() != (name == "evaluation")
-    ]  # fmt: skip
-
-
-RUN = Kind(
-    "run", "a new or empty folder", RunError, is_run, switch="--overwrite", is_folder=True,
-    list_others=_list_others,
-)  # fmt: skip
-
-
-def run_output(run: str | Path, *, overwrite: bool, inputs: Sequence[str | Path | None]) -> Output:
-    """Return the folder of a new run as an output; ``inputs`` are what it is made of."""
-    return Output(run, "output folder", RUN, replace=overwrite, inputs=inputs)
-
-
-def write_run(
-    folder: Path,
-    *,
-    head: HeadConfig,
-    state: Mapping[str, npt.ArrayLike],
-    training: Mapping[str, Any],
-    seed: int,
-    data_seed: int,
-    classes: Sequence[str],
-    cache: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
-    environment: Mapping[str, Any],
-    task: str = "multiclass",
-) -> str:
-    """Write the files of a run into ``folder`` and return the sha256 of its weights.
-
-    Args:
-        folder: An existing folder, as a rule the one that ``outputs.new_folder`` gives.
-        head: The shape of the head.
-        state: Its state dict, of arrays or of torch tensors on the CPU.
-        training: A JSON object: how it was trained.
-        seed: Decided the initial weights and dropout.
-        data_seed: Decided the order of the rows.
-        classes: Names of the outputs, in order.
-        cache: See ``Run.cache``; ``relative_path`` makes its ``path``.
-        history: A row per epoch, all with the same keys.
-        environment: A JSON object: ``runtime.environment_facts``.
-        task: ``multiclass`` or ``multilabel``.
-    """
-    from safetensors import numpy as safetensors
-
-    arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
-    weights = safetensors.save(arrays, _weights_metadata(head, classes, task))
-    weights_sha256 = hashlib.sha256(weights).hexdigest()
-    write_bytes(folder / WEIGHTS_NAME, weights)
-    columns = list(history[0])
-    write_csv(
-        folder / "history.csv",
-        [escaped(name) for name in columns],
-        [[row[name] for name in columns] for row in history],
-    )
-    write_json(folder / "environment.json", dict(environment))
-    facts = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "head": head.as_json(),
-        "training": dict(training),
-        "seed": seed,
-        "data_seed": data_seed,
-        "classes": list(classes),
-        "task": task,
-        "cache": dict(cache),
-        "weights_sha256": weights_sha256,
-    }
-    write_json(folder / "run.json", facts | {"sha256": json_sha256(facts, without="sha256")})
-    return weights_sha256
 
 
 def load_run(path: str | Path) -> Run:
@@ -257,18 +159,6 @@ def load_head(run: Run | str | Path) -> nn.Sequential:
     head = build_head(loaded.head, seed=0)
     head.load_state_dict({name: torch.tensor(value) for name, value in loaded.state.items()})
     return head.eval()
-
-
-def relative_path(cache: Path, run: Path) -> str:
-    """Return the cache's path as seen from the run folder, ``/``-separated.
-
-    Relative, so that both can move together; absolute only from another drive.
-    """
-    target = cache.resolve()
-    try:
-        return Path(os.path.relpath(target, run.resolve())).as_posix()
-    except ValueError:  # Windows: another drive
-        return target.as_posix()
 
 
 def cache_path(run: Run) -> Path:
@@ -411,7 +301,7 @@ def _read_weights(
         header = parse_json_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except ValueError as error:
         raise _damaged(folder, WEIGHTS_NAME, "a header as featcache writes it", error) from error
-    if header.get("__metadata__") != _weights_metadata(head, classes, task):
+    if header.get("__metadata__") != weights_metadata(head, classes, task):
         found = "others in run.json"
         raise _damaged(folder, WEIGHTS_NAME, "the head, classes and task it was saved with", found)
     layout = {name: (value.dtype, value.shape) for name, value in state.items()}
@@ -425,7 +315,7 @@ def _read_weights(
     return state
 
 
-def _weights_metadata(head: HeadConfig, classes: Sequence[str], task: str) -> dict[str, str]:
+def weights_metadata(head: HeadConfig, classes: Sequence[str], task: str) -> dict[str, str]:
     """One key only: safetensors writes several in no fixed order, and the bytes are hashed.
 
     The task stands there if it is not ``multiclass``: a featcache from before there were tasks
@@ -440,64 +330,3 @@ def _weights_metadata(head: HeadConfig, classes: Sequence[str], task: str) -> di
 def _damaged(folder: Path, what: str, expected: object, found: object) -> RunError:
     brief = str(found)[:200]
     return RunError(f"run, {what}", expected=expected, found=brief, where=folder, hint=_DAMAGED)
-
-
-def record_fit(
-    partial: Path,
-    folder: Path,
-    cache: Cache,
-    *,
-    head: HeadConfig,
-    training: TrainingConfig,
-    result: FitResult,
-    seed: int,
-    data_seed: int,
-    device: Device | torch.device,
-    parts: Sequence[Part],
-    valid_fraction: float | None,
-    details: Mapping[str, Any] | None = None,
-) -> str:
-    """Write a fit as a run and return the sha256 of its weights.
-
-    Args:
-        partial: Where it is written.
-        folder: Where it will be.
-        cache: What it was trained on.
-        head: Its shape.
-        training: How it was trained.
-        result: What came of it.
-        seed: Decided the initial weights and dropout.
-        data_seed: Decided the order of the rows, and the hold-out.
-        device: Where it was trained.
-        parts: The rows it was trained on, and those its epoch was chosen by.
-        valid_fraction: Share that was held out, if any.
-        details: Further facts for ``training`` in ``run.json``.
-    """
-    facts: dict[str, Any] = {"valid_fraction": valid_fraction}
-    if training.optimizer == LBFGS:
-        strengths = [row["strength"] for row in result.history]
-        facts |= {"strength": strengths[result.best_epoch - 1], "strengths": strengths}
-    else:
-        facts["batch_size"] = training.rows_per_step(len(parts[0].rows))
-        facts["best_epoch"] = result.best_epoch
-    weights_sha256 = write_run(
-        partial, head=head, state=result.state,
-        training=training.as_json() | facts | dict(details or {}),
-        seed=seed, data_seed=data_seed, classes=cache.classes, cache=_cache_facts(cache, folder),
-        history=result.history, environment=environment_facts(device), task=cache.task,
-    )  # fmt: skip
-    write_bytes(partial / ROWS_NAME, TrainedRows.of(parts).as_bytes(weights_sha256))
-    return weights_sha256
-
-
-def _cache_facts(cache: Cache, folder: Path) -> dict[str, Any]:
-    source = cache.provenance.get("weights_source")
-    return {
-        "path": relative_path(cache.path, folder),
-        "fingerprint": cache.fingerprint,
-        "identity": cache.identity,
-        "payload_sha256": cache.payload_sha256,
-        "num_failed": len(cache.failures),
-        # Only where it helps: without it, predict and export would first download others.
-        **({"weights_source": source} if str(source).startswith("random") else {}),
-    }

@@ -21,7 +21,7 @@ from featcache.errors import ConfigError
 from featcache.files import csv_text, json_sha256, read_regular, write_bytes, write_json
 from featcache.heads.prediction import prediction_table
 from featcache.heads.rows import Part
-from featcache.heads.run import relative_path
+from featcache.heads.run_writing import relative_path
 from featcache.outputs import Kind
 from featcache.sweeps.crossval_figures import mean_figures, measure_fold, pool_figures
 from featcache.sweeps.fold_heads import Fold, FoldPlan

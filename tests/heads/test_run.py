@@ -18,10 +18,9 @@ from featcache.heads.run import (
     cache_path,
     load_head,
     load_run,
-    relative_path,
     require_same_features,
-    write_run,
 )
+from featcache.heads.run_writing import relative_path, write_run
 
 HEAD = HeadConfig(6, 2, hidden=(4,))
 CLASSES = ("covid", "normal")
