@@ -1,4 +1,4 @@
-"""The run: a folder with one trained head and what it was trained on.
+"""The run: a folder with a trained head, or several and their mean, and what it was trained on.
 
 ``RUN/run.json`` holds the configuration, the classes and the cache's fingerprint and identity;
 ``head.safetensors`` the weights; ``rows.bin`` hashes of the rows trained on (``trained_rows``);
@@ -31,14 +31,15 @@ from featcache.files import (
     read_regular,
 )
 from featcache.formatting import join_few
-from featcache.heads.head import HeadConfig, build_head, state_layout
+from featcache.heads.head import HeadConfig, build_head, run_layout, split_members
 from featcache.untrusted import find_fault, parse_json_object, reading_hint, real_path
 
 if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = "featcache-run"
-FORMAT_VERSION = 1
+FORMAT_VERSION, ENSEMBLE_VERSION = 1, 2
+"""Of run.json: a run with one head stays as older featcache reads it, and refuses an ensemble."""
 WEIGHTS_NAME = "head.safetensors"
 
 _KEYS = {
@@ -69,6 +70,8 @@ class Run:
             ``payload_sha256`` and ``num_failed`` of the cache it was trained on, and the backbone's
             ``weights_source`` if that is ``random``.
         weights_sha256: sha256 of ``head.safetensors``.
+        members: Of an ensemble how each of its heads was trained, else empty. ``head`` is the shape
+            of each, and ``state`` has ``members.0.0.weight`` and so on.
     """
 
     __module__ = "featcache"
@@ -83,9 +86,16 @@ class Run:
     cache: dict[str, Any]
     weights_sha256: str
     task: str = "multiclass"
+    members: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def num_members(self) -> int:
+        """How many heads the mean of the probabilities is of: 1 without an ensemble."""
+        return max(len(self.members), 1)
 
     def __repr__(self) -> str:
         hidden = ", ".join(map(str, self.head.hidden)) or "none"
+        hidden += f"; mean of {self.num_members} heads" * bool(self.members)
         backbone = printable(str(self.cache["identity"].get("backbone")))[:60]
         return (
             f"Run({printable(self.path.name)}: {join_few(self.classes)}; hidden {hidden}; "
@@ -124,10 +134,13 @@ def load_run(path: str | Path) -> Run:
     task = facts.get("task", "multiclass")  # the first runs do not say
     if task not in TASKS:
         raise _damaged(folder, "task", " or ".join(TASKS), task)
+    members = tuple(facts.get("members", ()))
     return Run(
         path=folder,
         head=head,
-        state=_read_weights(folder, facts["weights_sha256"], head, classes, task),
+        state=_read_weights(
+            folder, facts["weights_sha256"], head, classes, task, max(len(members), 1)
+        ),
         training=facts["training"],
         seed=facts["seed"],
         data_seed=facts["data_seed"],
@@ -135,6 +148,7 @@ def load_run(path: str | Path) -> Run:
         cache=facts["cache"],
         weights_sha256=facts["weights_sha256"],
         task=task,
+        members=members,
     )
 
 
@@ -145,7 +159,9 @@ def load_head(run: Run | str | Path) -> nn.Sequential:
         run: The run folder, or what ``load_run`` returned.
 
     Returns:
-        Features (B, D) float32 -> logits (B, C); on the CPU, in eval mode.
+        Features (B, D) float32 -> logits (B, C); on the CPU, in eval mode. That of an ensemble has
+        one layer, ``members``; softmax (sigmoid) of its logits is the mean of its heads'
+        probabilities.
 
     Raises:
         RunError: If the folder is not a whole run.
@@ -156,9 +172,15 @@ def load_head(run: Run | str | Path) -> nn.Sequential:
     import torch
 
     loaded = run if isinstance(run, Run) else load_run(run)
-    head = build_head(loaded.head, seed=0)
-    head.load_state_dict({name: torch.tensor(value) for name, value in loaded.state.items()})
-    return head.eval()
+    heads = []
+    for state in split_members(loaded.state):
+        heads.append(build_head(loaded.head, seed=0))
+        heads[-1].load_state_dict({name: torch.tensor(value) for name, value in state.items()})
+    if not loaded.members:
+        return heads[0].eval()
+    from featcache.heads.ensemble import mean_of_heads
+
+    return mean_of_heads(heads, loaded.task).eval()
 
 
 def cache_path(run: Run) -> Path:
@@ -241,9 +263,9 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     version = facts.get("format_version")
     if type(version) is not int or version < 1:
         raise _damaged(folder, "format_version", "a whole number from 1", version)
-    if version > FORMAT_VERSION:
+    if version > ENSEMBLE_VERSION:
         raise RunError(
-            "run", expected=f"format version {FORMAT_VERSION}", found=f"version {version}",
+            "run", expected=f"format version {ENSEMBLE_VERSION}", found=f"version {version}",
             where=folder, hint="A newer featcache wrote it: upgrade with pip install -U featcache",
         )  # fmt: skip
     if not _is_as_written(facts):
@@ -259,11 +281,24 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     for key, kind in {"path": str, "fingerprint": str, "identity": dict}.items():
         if not isinstance(cache.get(key), kind):
             raise _damaged(folder, f"cache.{key}", f"a JSON {kind.__name__}", cache.get(key))
+    _check_members(folder, version, facts.get("members"))
     numbers = {"seed": facts["seed"], "data_seed": facts["data_seed"]}
     for key, number in (numbers | {"cache.num_failed": cache.get("num_failed", 0)}).items():
         if type(number) is not int or not 0 <= number < 1 << 63:
             raise _damaged(folder, key, "a whole number from 0 to below 2**63", number)
     return facts
+
+
+def _check_members(folder: Path, version: int, members: object) -> None:
+    is_ensemble = (
+        isinstance(members, list)
+        and len(members) > 1
+        and all(isinstance(member, dict) for member in members)
+    )
+    if version == ENSEMBLE_VERSION and not is_ensemble:
+        raise _damaged(folder, "members", "a JSON object for each of two or more heads", members)
+    if version == FORMAT_VERSION and members is not None:
+        raise _damaged(folder, "members", f"none in format version {FORMAT_VERSION}", members)
 
 
 def _is_as_written(facts: Mapping[str, Any]) -> bool:
@@ -277,8 +312,13 @@ def _is_as_written(facts: Mapping[str, Any]) -> bool:
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest() == fingerprint
 
 
-def _read_weights(
-    folder: Path, sha256: str, head: HeadConfig, classes: Sequence[str], task: str
+def _read_weights(  # noqa: PLR0917 (what the file is to be of)
+    folder: Path,
+    sha256: str,
+    head: HeadConfig,
+    classes: Sequence[str],
+    task: str,
+    num_members: int,
 ) -> dict[str, npt.NDArray[Any]]:
     from safetensors import SafetensorError
     from safetensors import numpy as safetensors
@@ -301,11 +341,11 @@ def _read_weights(
         header = parse_json_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except ValueError as error:
         raise _damaged(folder, WEIGHTS_NAME, "a header as featcache writes it", error) from error
-    if header.get("__metadata__") != weights_metadata(head, classes, task):
+    if header.get("__metadata__") != weights_metadata(head, classes, task, num_members):
         found = "others in run.json"
         raise _damaged(folder, WEIGHTS_NAME, "the head, classes and task it was saved with", found)
     layout = {name: (value.dtype, value.shape) for name, value in state.items()}
-    if layout != state_layout(head):
+    if layout != run_layout(head, num_members):
         raise _damaged(folder, WEIGHTS_NAME, "the entries of the head in run.json", "others")
     if not all(np.isfinite(value).all() for value in state.values()):
         raise _damaged(folder, WEIGHTS_NAME, "finite weights", "NaN or infinity")
@@ -315,15 +355,20 @@ def _read_weights(
     return state
 
 
-def weights_metadata(head: HeadConfig, classes: Sequence[str], task: str) -> dict[str, str]:
+def weights_metadata(
+    head: HeadConfig, classes: Sequence[str], task: str, num_members: int
+) -> dict[str, str]:
     """One key only: safetensors writes several in no fixed order, and the bytes are hashed.
 
-    The task stands there if it is not ``multiclass``: a featcache from before there were tasks
-    reads the other heads as ever, and refuses these.
+    The task stands there if it is not ``multiclass``, and the number of members if there are
+    several: a featcache from before there were such heads reads the other ones as ever, and
+    refuses these.
     """
     facts: dict[str, Any] = {"head": head.as_json(), "classes": list(classes)}
     if task != "multiclass":
         facts["task"] = task
+    if num_members > 1:
+        facts["members"] = num_members
     return {"featcache": canonical_json(facts)}
 
 

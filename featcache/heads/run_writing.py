@@ -19,9 +19,16 @@ from featcache.cache.reading import Cache
 from featcache.errors import RunError, escaped
 from featcache.files import json_sha256, write_bytes, write_csv, write_json
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
-from featcache.heads.head import HeadConfig
+from featcache.heads.head import HeadConfig, join_members
 from featcache.heads.rows import Part
-from featcache.heads.run import FORMAT, FORMAT_VERSION, WEIGHTS_NAME, is_run, weights_metadata
+from featcache.heads.run import (
+    ENSEMBLE_VERSION,
+    FORMAT,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    is_run,
+    weights_metadata,
+)
 from featcache.heads.trained_rows import ROWS_NAME, TrainedRows
 from featcache.outputs import Kind, Output
 from featcache.runtime import Device, environment_facts
@@ -70,6 +77,7 @@ def write_run(
     history: Sequence[Mapping[str, Any]],
     environment: Mapping[str, Any],
     task: str = "multiclass",
+    members: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Write the files of a run into ``folder`` and return the sha256 of its weights.
 
@@ -85,11 +93,13 @@ def write_run(
         history: A row per epoch, all with the same keys.
         environment: A JSON object: ``runtime.environment_facts``.
         task: ``multiclass`` or ``multilabel``.
+        members: Of an ensemble of two or more heads, whose ``state`` is that of ``join_members``: a
+            JSON object per head, how it was trained.
     """
     from safetensors import numpy as safetensors
 
     arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
-    weights = safetensors.save(arrays, weights_metadata(head, classes, task))
+    weights = safetensors.save(arrays, weights_metadata(head, classes, task, max(len(members), 1)))
     weights_sha256 = hashlib.sha256(weights).hexdigest()
     write_bytes(folder / WEIGHTS_NAME, weights)
     columns = list(history[0])
@@ -101,7 +111,7 @@ def write_run(
     write_json(folder / "environment.json", dict(environment))
     facts = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": ENSEMBLE_VERSION if members else FORMAT_VERSION,
         "head": head.as_json(),
         "training": dict(training),
         "seed": seed,
@@ -110,6 +120,7 @@ def write_run(
         "task": task,
         "cache": dict(cache),
         "weights_sha256": weights_sha256,
+        **({"members": [dict(member) for member in members]} if members else {}),
     }
     write_json(folder / "run.json", facts | {"sha256": json_sha256(facts, without="sha256")})
     return weights_sha256
@@ -170,6 +181,46 @@ def record_fit(
         training=training.as_json() | facts | dict(details or {}),
         seed=seed, data_seed=data_seed, classes=cache.classes, cache=_cache_facts(cache, folder),
         history=result.history, environment=environment_facts(device), task=cache.task,
+    )  # fmt: skip
+    write_bytes(partial / ROWS_NAME, TrainedRows.of(parts).as_bytes(weights_sha256))
+    return weights_sha256
+
+
+def record_ensemble(
+    partial: Path,
+    folder: Path,
+    cache: Cache,
+    *,
+    head: HeadConfig,
+    states: Sequence[Mapping[str, npt.ArrayLike]],
+    members: Sequence[Mapping[str, Any]],
+    training: Mapping[str, Any],
+    seed: int,
+    data_seed: int,
+    device: Device | torch.device,
+    parts: Sequence[Part],
+    history: Sequence[Mapping[str, Any]],
+) -> str:
+    """Write the mean of several heads as a run and return the sha256 of its weights.
+
+    Args:
+        partial: Where it is written.
+        folder: Where it will be.
+        cache: What they were trained on.
+        head: The shape of each.
+        states: The state dict of each.
+        members: How each was trained, JSON objects.
+        training: How all were, a JSON object.
+        seed: Of the first.
+        data_seed: Of the first.
+        device: Where they were trained.
+        parts: The rows that any of them was trained on, and the others that any was chosen by.
+        history: A row per head and epoch.
+    """
+    weights_sha256 = write_run(
+        partial, head=head, state=join_members(states), training=training, seed=seed,
+        data_seed=data_seed, classes=cache.classes, cache=_cache_facts(cache, folder),
+        history=history, environment=environment_facts(device), task=cache.task, members=members,
     )  # fmt: skip
     write_bytes(partial / ROWS_NAME, TrainedRows.of(parts).as_bytes(weights_sha256))
     return weights_sha256
