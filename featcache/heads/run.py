@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = "featcache-run"
-FORMAT_VERSION, ENSEMBLE_VERSION = 1, 2
-"""Of run.json: a run with one head stays as older featcache reads it, and refuses an ensemble."""
+FORMAT_VERSION, NEWEST_VERSION = 1, 2
+"""Of run.json: 2 if it has ``members``, so that an earlier featcache refuses it."""
 WEIGHTS_NAME = "head.safetensors"
 
 _KEYS = {
@@ -263,9 +263,9 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     version = facts.get("format_version")
     if type(version) is not int or version < 1:
         raise _damaged(folder, "format_version", "a whole number from 1", version)
-    if version > ENSEMBLE_VERSION:
+    if version > NEWEST_VERSION:
         raise RunError(
-            "run", expected=f"format version {ENSEMBLE_VERSION}", found=f"version {version}",
+            "run", expected=f"format version {NEWEST_VERSION}", found=f"version {version}",
             where=folder, hint="A newer featcache wrote it: upgrade with pip install -U featcache",
         )  # fmt: skip
     if not _is_as_written(facts):
@@ -295,10 +295,8 @@ def _check_members(folder: Path, version: int, members: object) -> None:
         and len(members) > 1
         and all(isinstance(member, dict) for member in members)
     )
-    if version == ENSEMBLE_VERSION and not is_ensemble:
+    if members is not None and not (is_ensemble and version == NEWEST_VERSION):
         raise _damaged(folder, "members", "a JSON object for each of two or more heads", members)
-    if version == FORMAT_VERSION and members is not None:
-        raise _damaged(folder, "members", f"none in format version {FORMAT_VERSION}", members)
 
 
 def _is_as_written(facts: Mapping[str, Any]) -> bool:

@@ -22,9 +22,9 @@ from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, join_members
 from featcache.heads.rows import Part
 from featcache.heads.run import (
-    ENSEMBLE_VERSION,
     FORMAT,
     FORMAT_VERSION,
+    NEWEST_VERSION,
     WEIGHTS_NAME,
     is_run,
     weights_metadata,
@@ -111,7 +111,7 @@ def write_run(
     write_json(folder / "environment.json", dict(environment))
     facts = {
         "format": FORMAT,
-        "format_version": ENSEMBLE_VERSION if members else FORMAT_VERSION,
+        "format_version": NEWEST_VERSION if members else FORMAT_VERSION,
         "head": head.as_json(),
         "training": dict(training),
         "seed": seed,
@@ -176,14 +176,11 @@ def record_fit(
     else:
         facts["batch_size"] = training.rows_per_step(len(parts[0].rows))
         facts["best_epoch"] = result.best_epoch
-    weights_sha256 = write_run(
-        partial, head=head, state=result.state,
-        training=training.as_json() | facts | dict(details or {}),
-        seed=seed, data_seed=data_seed, classes=cache.classes, cache=_cache_facts(cache, folder),
-        history=result.history, environment=environment_facts(device), task=cache.task,
+    return _write_with_rows(
+        partial, folder, cache, parts, head=head, state=result.state,
+        training=training.as_json() | facts | dict(details or {}), seed=seed, data_seed=data_seed,
+        history=result.history, environment=environment_facts(device),
     )  # fmt: skip
-    write_bytes(partial / ROWS_NAME, TrainedRows.of(parts).as_bytes(weights_sha256))
-    return weights_sha256
 
 
 def record_ensemble(
@@ -217,11 +214,20 @@ def record_ensemble(
         parts: The rows that any of them was trained on, and the others that any was chosen by.
         history: A row per head and epoch.
     """
-    weights_sha256 = write_run(
-        partial, head=head, state=join_members(states), training=training, seed=seed,
-        data_seed=data_seed, classes=cache.classes, cache=_cache_facts(cache, folder),
-        history=history, environment=environment_facts(device), task=cache.task, members=members,
+    return _write_with_rows(
+        partial, folder, cache, parts, head=head, state=join_members(states), members=members,
+        training=training, seed=seed, data_seed=data_seed, history=history,
+        environment=environment_facts(device),
     )  # fmt: skip
+
+
+def _write_with_rows(
+    partial: Path, folder: Path, cache: Cache, parts: Sequence[Part], **facts: Any
+) -> str:
+    """Write a run of a cache and the hashes of the rows that it has seen: see ``write_run``."""
+    weights_sha256 = write_run(
+        partial, classes=cache.classes, task=cache.task, cache=_cache_facts(cache, folder), **facts
+    )
     write_bytes(partial / ROWS_NAME, TrainedRows.of(parts).as_bytes(weights_sha256))
     return weights_sha256
 

@@ -163,9 +163,10 @@ def _table_lines(summary: CrossvalSummary) -> Iterator[str]:
     rows = [("", "mean of folds", "all rows, out of fold" + (" (repeat 1)" * _repeats(summary)))]
     for name in _FIGURES:
         if summary.mean[name]["mean"] is not None:
-            found = "" if name == "roc_auc" else _pooled(pooled[name], intervals[name])
-            title = "roc auc, mean of classes" if name == "roc_auc" else name.replace("_", " ")
-            rows.append((title, _interval(summary.mean[name]), found))
+            found = "the scores of different heads are not compared"
+            if name != "roc_auc":
+                found = _pooled(pooled[name], intervals[name])
+            rows.append((name.replace("_", " "), interval_text(summary.mean[name]), found))
     of_classes, names = summary.mean["per_class"], list(summary.classes)
     if len(names) > _MANY_CLASSES:
         known = [name for name in names if of_classes[name]["recall"]["mean"] is not None]
@@ -177,7 +178,9 @@ def _table_lines(summary: CrossvalSummary) -> Iterator[str]:
         if total:
             rate = _pooled(row["recall"], intervals["per_class"][name]["recall"])
             found = f"{rate}, {round(row['recall'] * total):,} of {total:,}"
-        rows.append((f"recall of {printable(name)}", _interval(of_classes[name]["recall"]), found))
+        rows.append(
+            (f"recall of {printable(name)}", interval_text(of_classes[name]["recall"]), found)
+        )
     last = max(len(found) for _, _, found in rows)
     width = min(max(len(title) for title, _, _ in rows), max(_WIDTH - last - 28, 14))
     for title, mean, found in rows:
@@ -215,7 +218,8 @@ def _matrix_lines(summary: CrossvalSummary) -> Iterator[str]:
         yield f"{first:<{margin}}{line}"
 
 
-def _interval(figure: Mapping[str, Any]) -> str:
+def interval_text(figure: Mapping[str, Any]) -> str:
+    """Return a mean over folds with its interval: see ``mean_figures``."""
     if figure["mean"] is None:
         return "undefined"
     if figure["low"] is None:

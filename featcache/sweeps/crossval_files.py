@@ -32,7 +32,12 @@ from featcache.untrusted import parse_json_object, reading_hint
 
 FORMAT, FORMAT_VERSION = "featcache-crossval", 1
 FACTS_NAME, ROWS_NAME, ENSEMBLE_NAME = "crossval.json", "predictions.csv", "ensemble"
-_MAX_JSON_BYTES = 1 << 28
+_KINDS = {
+    "task": str, "classes": list, "splits": list, "num_rows": int, "folds": int, "repeats": int,
+    "head": dict, "training": dict, "valid_fraction": float, "seed": int, "data_seed": int,
+    "cache": dict, "mean": dict,
+}  # fmt: skip
+_MAX_JSON_BYTES, _MAX_ROWS_BYTES = 1 << 28, 1 << 31
 
 
 def _is_crossval(path: Path) -> bool:
@@ -60,18 +65,13 @@ CROSSVAL = Kind(
 
 
 def read_crossval(folder: Path) -> dict[str, Any]:
-    """Return what ``crossval.json`` says; ``predictions.csv`` is not looked at.
+    """Return what ``crossval.json`` says, after checking its hash and that of ``predictions.csv``.
 
     Raises:
-        RunError: If it cannot be read, is damaged, edited or of a newer version.
+        RunError: If a file cannot be read, is damaged, edited or of a newer version.
     """
     try:
-        facts = parse_json_object(read_regular(folder / FACTS_NAME, max_bytes=_MAX_JSON_BYTES))
-    except OSError as error:
-        raise RunError(
-            "cross-validation", expected=f"a folder with {FACTS_NAME}", found=error.strerror,
-            where=folder, hint=reading_hint(error, "Make it with featcache crossval"),
-        ) from error  # fmt: skip
+        facts = parse_json_object(_read(folder, FACTS_NAME, _MAX_JSON_BYTES))
     except ValueError as error:
         raise _damaged(folder, f"a JSON object in {FACTS_NAME}", error) from error
     if facts.get("format") != FORMAT:
@@ -84,8 +84,41 @@ def read_crossval(folder: Path) -> dict[str, Any]:
             hint="A newer featcache wrote it: upgrade with pip install -U featcache",
         )  # fmt: skip
     if json_sha256(facts, without="sha256") != facts.get("sha256"):
-        raise _damaged(folder, "its own sha256", "another")
+        raise _damaged(folder, f"{FACTS_NAME} with its own sha256", "another")
+    for key, kind in _KINDS.items():
+        if not isinstance(facts.get(key), kind):
+            raise _damaged(folder, f"{key}, a JSON {kind.__name__}", facts.get(key))
+    if not _are_figures(facts["mean"]):
+        raise _damaged(folder, "mean, figures with their intervals", facts["mean"])
+    predictions = _read(folder, ROWS_NAME, _MAX_ROWS_BYTES)
+    if hashlib.sha256(predictions).hexdigest() != facts.get("predictions_sha256"):
+        raise _damaged(folder, f"the {ROWS_NAME} that {FACTS_NAME} names", "another")
     return facts
+
+
+def _are_figures(mean: Mapping[str, Any]) -> bool:
+    """Whether this is what ``mean_figures`` returns."""
+    of_classes = mean.get("per_class")
+    if not isinstance(of_classes, dict):
+        return False
+    rows = [row for row in of_classes.values() if isinstance(row, dict)]
+    figures = [row.get("recall") for row in rows]
+    figures += [mean[name] for name in mean if name != "per_class"]
+    return len(rows) == len(of_classes) and all(
+        isinstance(figure, dict)
+        and all(isinstance(figure.get(key, ""), float | None) for key in ("mean", "low", "high"))
+        for figure in figures
+    )
+
+
+def _read(folder: Path, name: str, max_bytes: int) -> bytes:
+    try:
+        return read_regular(folder / name, max_bytes=max_bytes)
+    except OSError as error:
+        raise RunError(
+            "cross-validation", expected=f"a folder with {name}", found=error.strerror,
+            where=folder, hint=reading_hint(error, "Make it with featcache crossval"),
+        ) from error  # fmt: skip
 
 
 def _damaged(folder: Path, expected: str, found: object) -> RunError:
