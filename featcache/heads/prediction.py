@@ -68,7 +68,7 @@ def predict_logits(config: HeadConfig, state: State, features: Features) -> npt.
         CacheError: If a stored feature is not finite.
         MemoryError: If there is no memory left for matrix products.
     """
-    dtype = next(iter(state.values())).dtype
+    dtype = next(value.dtype for value in state.values() if value.dtype.kind == "f")
     all_logits = np.empty((len(features), config.num_classes), dtype)
     for rows, (logits,) in _logit_blocks(config, state, features):
         all_logits[rows] = logits[:, 0]

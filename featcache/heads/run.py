@@ -342,15 +342,15 @@ def _read_weights(  # noqa: PLR0917 (what the file is to be of)
     if header.get("__metadata__") != weights_metadata(head, classes, task, num_members):
         found = "others in run.json"
         raise _damaged(folder, WEIGHTS_NAME, "the head, classes and task it was saved with", found)
-    layout = {name: (value.dtype, value.shape) for name, value in state.items()}
-    if layout != run_layout(head, num_members):
+    layout = run_layout(head, num_members)
+    if {name: (value.dtype, value.shape) for name, value in state.items()} != layout:
         raise _damaged(folder, WEIGHTS_NAME, "the entries of the head in run.json", "others")
     if not all(np.isfinite(value).all() for value in state.values()):
         raise _damaged(folder, WEIGHTS_NAME, "finite weights", "NaN or infinity")
     for name, value in state.items():  # the square root of less is NaN
         if name.endswith("running_var") and (value < 0).any():
             raise _damaged(folder, WEIGHTS_NAME, "variances from 0", f"{value.min()} in {name}")
-    return state
+    return {name: state[name] for name in layout}  # safetensors' order is another each time
 
 
 def weights_metadata(

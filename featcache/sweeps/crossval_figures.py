@@ -142,6 +142,8 @@ def crossval_lines(summary: CrossvalSummary) -> Iterator[str]:
         f"{count(number, 'head')} in {summary.seconds:.1f} s on {summary.device}, written to "
         f"{printable(summary.folder.as_posix())}"
     )
+    if summary.ensemble is not None:
+        yield f"their mean, a run like any other: {printable(summary.ensemble.as_posix())}"
 
 
 def _fold_lines(summary: CrossvalSummary) -> Iterator[str]:

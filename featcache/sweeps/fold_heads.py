@@ -125,8 +125,8 @@ class FoldPlan:
 
         Returns:
             ``repeat``, ``fold``, ``best_epoch``, ``strength`` (None but with lbfgs), ``valid_loss``
-            and ``probs`` (n, C) of the fold's rows; of heads that are kept also ``history`` and
-            ``head_sha256``.
+            and ``probs`` (n, C) of the fold's rows; of heads that are kept also ``history`` (its
+            columns, then its rows) and ``head_sha256``.
 
         Raises:
             ConfigError: If the journal is damaged, or a loss is no longer a finite number.
@@ -151,7 +151,9 @@ class FoldPlan:
                 kept = {}
                 if heads is not None:
                     sha256 = heads.write(len(journal.entries), result.state)
-                    kept = {"history": result.history, "head_sha256": sha256}
+                    columns = [*result.history[0]]  # the journal sorts keys
+                    history = [columns, *([row[c] for c in columns] for row in result.history)]
+                    kept = {"history": history, "head_sha256": sha256}
                 journal.append({
                     "repeat": fold.repeat, "fold": fold.number, "best_epoch": result.best_epoch,
                     "strength": best.get("strength"), "valid_loss": best["valid_loss"],

@@ -83,7 +83,11 @@ class KeptHeads:
             if hashlib.sha256(part).hexdigest() != entry.get("head_sha256"):
                 raise journal.damaged(f"{HEADS_NAME} with another head {number + 1}")
             history = entry.get("history")
-            if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+            if (
+                not isinstance(history, list)
+                or not history
+                or not all(isinstance(row, list) and len(row) == len(history[0]) for row in history)
+            ):
                 raise journal.damaged(f"no history of head {number + 1}")
             heads.append(self._unpack(part))
         return heads
@@ -121,8 +125,9 @@ def write_ensemble(  # noqa: PLR0917 (where, and what was done)
         for fold, entry in zip(folds, entries, strict=True)
     ]
     history = [
-        {"repeat": entry["repeat"], "fold": entry["fold"], **row}
-        for entry in entries for row in entry["history"]
+        {"repeat": entry["repeat"], "fold": entry["fold"]}
+        | dict(zip(entry["history"][0], row, strict=True))
+        for entry in entries for row in entry["history"][1:]
     ]  # fmt: skip
     training = plan.training.as_json() | {
         "valid_fraction": plan.share, "folds": plan.num_folds, "repeats": plan.num_repeats,
