@@ -165,7 +165,7 @@ def _table_lines(summary: CrossvalSummary) -> Iterator[str]:
     rows = [("", "mean of folds", "all rows, out of fold" + (" (repeat 1)" * _repeats(summary)))]
     for name in _FIGURES:
         if summary.mean[name]["mean"] is not None:
-            found = "the scores of different heads are not compared"
+            found = "not pooled"
             if name != "roc_auc":
                 found = _pooled(pooled[name], intervals[name])
             rows.append((name.replace("_", " "), interval_text(summary.mean[name]), found))
