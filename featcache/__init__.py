@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     )
     from featcache.evaluation.audit import Audit, audit
     from featcache.evaluation.evaluation import Evaluation, evaluate
-    from featcache.evaluation.info import CacheInfo, RunInfo, UnfinishedInfo, info
+    from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, UnfinishedInfo, info
     from featcache.extraction.extraction import extract, plan
     from featcache.extraction.reports import ExtractionSummary, Projection
     from featcache.extraction.verification import Verification, verify
@@ -99,6 +99,7 @@ _MODULES = {
     "Projection": "extraction.reports",
     "CacheInfo": "evaluation.info",
     "RunInfo": "evaluation.info",
+    "CrossvalInfo": "evaluation.info",
     "UnfinishedInfo": "evaluation.info",
     "Verification": "extraction.verification",
     "SelectionSummary": "cache.selection",
@@ -130,8 +131,8 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     "HeadClassifier", "Backbone", "Cache", "CacheSplit", "Classifier", "Decision", "Failure",
     "HeadConfig", "Run",
     # the verbs' results
-    "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
-    "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
+    "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
+    "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "Evaluation", "Predictions", "ExportSummary",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",

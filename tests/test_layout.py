@@ -47,7 +47,12 @@ OWNERS = {
     "timm": {"backbones/libraries.py"},
     "optuna": {"sweeps/sweeping.py"},
     "pandas": {"cache/reading.py"},
-    "safetensors": {"heads/run.py", "heads/resuming.py", "backbones/weights.py"},
+    "safetensors": {
+        "heads/run.py",
+        "heads/run_writing.py",
+        "heads/resuming.py",
+        "backbones/weights.py",
+    },
     "scipy": {"metrics/areas.py", "metrics/rates.py", "metrics/scores.py"},
 }
 FREE = {"numpy", "torch", "sklearn", "featcache", *sys.stdlib_module_names}

@@ -13,7 +13,7 @@ import pytest
 
 from featcache import outputs
 from featcache.errors import FeatcacheError, RunError
-from featcache.heads.run import RUN
+from featcache.heads.run_writing import RUN
 from featcache.locking import writer_lock
 from featcache.output_folders import check_folder, new_folder
 from featcache.outputs import Output

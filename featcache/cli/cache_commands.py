@@ -235,13 +235,14 @@ def select(
 @click.option("--layers", is_flag=True, help="Of a run: the layers, and what is trained.")
 @printing_json
 def info(cache_or_run: Path, as_json: bool, layers: bool) -> None:
-    """Show what a cache or a run holds, or what an interrupted command has kept.
+    """Show what a cache, a run or the folder of crossval holds.
 
-    Reads no features and hashes nothing.
+    Or what an interrupted command has kept. Reads no features and hashes no cache.
 
     \b
     Example: featcache info covid.h5
              featcache info run --layers
+             featcache info folds
              featcache info covid.h5.partial
     """
     from featcache.cli.wording import facts_lines, layer_lines

@@ -213,6 +213,10 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
     help="Part the rows so often, each time anew.",
 )  # fmt: skip
 @click.option("--with-test", is_flag=True, help="Use the rows of test too: no test is left then.")
+@click.option(
+    "--keep-ensemble", is_flag=True,
+    help="Keep the mean of the heads' probabilities as a run, FOLDER/ensemble.",
+)  # fmt: skip
 @head_options
 @click.option(
     "--valid-fraction", type=float,
@@ -230,6 +234,7 @@ def crossval(cache: Path, folder: Path, as_json: bool, quiet: bool, **options: A
     Example: featcache crossval covid.h5 folds --repeats 3
 
     FOLDER gets predictions.csv and crossval.json. Groups and identical images stay in one fold.
+    FOLDER/ensemble is a run like any other: evaluate, predict, decide and export take it.
     After an interruption, the same command goes on.
     """
     from featcache.sweeps.crossval import crossval as cross_validate

@@ -60,6 +60,12 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
     for key, value in facts.items():
         if key in {"path", "kind", "command", "failures", "verified", "layers"}:
             continue
+        if (key, value) in (("num_members", 1), ("ensemble", None)):
+            continue
+        if key == "mean":
+            yield "mean of the folds (in brackets the 95 % interval of Nadeau and Bengio):"
+            yield from _mean_lines(value)
+            continue
         if isinstance(value, dict):
             yield f"{key}:"
             for name, part in value.items():
@@ -75,6 +81,18 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield "not hashed: featcache verify checks that the file is whole"
 
 
+def _mean_lines(mean: dict[str, Any]) -> Iterator[str]:
+    """Yield the figures of a cross-validation."""
+    from featcache.sweeps.crossval_figures import interval_text
+
+    figures = {name.replace("_", " "): mean[name] for name in mean if name != "per_class"}
+    of_classes = list(mean["per_class"].items())
+    figures |= {f"recall of {printable(name)}": row["recall"] for name, row in of_classes[:FEW]}
+    for name, figure in figures.items():
+        if figure["mean"] is not None:
+            yield f"  {name}: {interval_text(figure)}"
+
+
 def layer_lines(facts: dict[str, Any]) -> Iterator[str]:
     """Yield the layers of a run's network: backbone and head."""
     identity, number = facts["cache"]["identity"], facts["head"]["num_features"]
@@ -87,7 +105,9 @@ def layer_lines(facts: dict[str, Any]) -> Iterator[str]:
             f"  {layer['name']} {layer['kind']}", f"(N, {layer['num_outputs']:,})",
             f"{parameters:,}", "yes" if parameters else "",
         ))  # fmt: skip
-    rows.append(("head", "", f"{facts['num_parameters']:,}", "yes"))
+    number = facts["num_members"]
+    name = "head" if number == 1 else f"mean of {number} such heads"
+    rows.append((name, "", f"{facts['num_parameters']:,}", "yes"))
     yield f"input: (N, 3, {side}, {side})"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, output, parameters, trained in rows:

@@ -22,6 +22,7 @@ from featcache.deployment.classifier import Classifier, load_classifier
 from featcache.errors import ConfigError, RunError
 from featcache.files import local_path, readable_json, result_as_dict
 from featcache.formatting import brief_repr
+from featcache.heads.head import build_head
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.precision import relative_errors
 from featcache.runtime import exact_fp32
@@ -29,6 +30,10 @@ from featcache.runtime import exact_fp32
 _OUTPUTS = {
     "multiclass": "logits (B, C); softmax gives the probabilities of the classes in order",
     "multilabel": "logits (B, C); sigmoid gives the probability of each class in order, one by one",
+}
+_OF_MEMBERS = {
+    "multiclass": "logsumexp over the members of log_softmax(logits), minus log of their number",
+    "multilabel": "logsumexp over the members of logsigmoid(logits), minus that of their negatives",
 }
 _NETWORK = Kind("network", "a new file in an existing folder", RunError, needs_folder=True)
 _TOLERANCE = 1e-4  # relative, on logits: another summation order, nothing more
@@ -43,7 +48,8 @@ class ExportSummary:
         sha256: Of the file.
         backbone: Name of the backbone.
         classifier_name: Name of the module that the head replaces, None where there was none.
-        head: The shape of the head, and its ``layers`` as torch prints them.
+        head: The shape of the head, and its ``layers`` as torch prints them. Of an ensemble those
+            of each member, with ``num_members`` and, in words, how their logits become the output.
         task: ``multiclass`` or ``multilabel``.
         classes: Names of the outputs, in order.
         preprocessing: How an image becomes the network's input.
@@ -84,7 +90,8 @@ def export(
     """Write the state dict of backbone and head to a file, and how to use it to ``FILE.json``.
 
     The file loads with ``strict=True`` into the backbone's library once its classifier was
-    replaced by the head's ``nn.Sequential``.
+    replaced by the head's ``nn.Sequential``. Of an ensemble it is a module with the heads in an
+    ``nn.ModuleList`` named ``members``: README.md of ``featcache/heads`` has its six lines.
 
     Args:
         run: The run folder.
@@ -148,12 +155,14 @@ def _check_network(classifier: Classifier, network: nn.Module) -> None:
 
 def _summarise(classifier: Classifier, path: Path, sha256: str) -> ExportSummary:
     run, backbone, rules = classifier.run, classifier.recipe.backbone, classifier.recipe.rules
+    layers = build_head(run.head, seed=0)
+    mean = {"num_members": run.num_members, "mean": _OF_MEMBERS[run.task]} if run.members else {}
     return ExportSummary(
         path=path,
         sha256=sha256,
         backbone=backbone.name,
         classifier_name=backbone.classifier_name,
-        head={**run.head.as_json(), "layers": [str(layer) for layer in classifier.head]},
+        head={**run.head.as_json(), "layers": [str(layer) for layer in layers], **mean},
         task=run.task,
         classes=run.classes,
         preprocessing={

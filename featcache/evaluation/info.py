@@ -1,12 +1,13 @@
-"""Info: what a cache or a run holds, without hashing it.
+"""Info: what a cache, a run or a cross-validation holds, without hashing a cache.
 
-Reads: a cache or a run folder. Writes: nothing.
+Reads: a cache, a run or the folder of a cross-validation. Writes: nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,9 @@ class RunInfo:
         head: The shape of the head.
         layers: Its layers, each with ``name, kind, num_outputs, num_parameters``; all parameters
             are trained, those of the backbone in front of them are not.
-        num_parameters: Of all layers.
+        num_parameters: Of all layers; of an ensemble, of all its heads.
+        num_members: How many heads the mean of the probabilities is of, each with these layers; 1
+            without an ensemble.
         training: How it was trained, a JSON object.
         seed: Decided the initial weights and dropout.
         data_seed: Decided the order of the rows.
@@ -91,6 +94,7 @@ class RunInfo:
     head: HeadConfig
     layers: tuple[dict[str, Any], ...]
     num_parameters: int
+    num_members: int
     training: dict[str, Any]
     seed: int
     data_seed: int
@@ -101,6 +105,54 @@ class RunInfo:
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as JSON values."""
         return {"kind": "run"} | result_as_dict(self)
+
+
+@dataclass(frozen=True)
+class CrossvalInfo:
+    """What the folder of a cross-validation holds.
+
+    Attributes:
+        path: The folder.
+        made: When, by the date of its ``crossval.json``.
+        task: ``multiclass`` or ``multilabel``.
+        classes: Class names.
+        splits: Whose rows were used.
+        num_rows: Labelled rows, each in one fold of every repeat.
+        num_folds: Of each repeat.
+        num_repeats: How often the rows were parted anew.
+        head: The shape of the heads.
+        training: How they were trained, a JSON object.
+        valid_fraction: Share of a fold's rows to train on that chose the epoch.
+        seed: Of the first repeat.
+        data_seed: Of the first repeat.
+        cache: Path, fingerprint and hashes of the cache.
+        mean: Of each figure over all folds: see ``CrossvalSummary``.
+        ensemble: The run with the mean of the heads, None where none is kept.
+    """
+
+    __module__ = "featcache"
+    __repr__ = brief_repr
+
+    path: Path
+    made: str
+    task: str
+    classes: tuple[str, ...]
+    splits: tuple[str, ...]
+    num_rows: int
+    num_folds: int
+    num_repeats: int
+    head: dict[str, Any]
+    training: dict[str, Any]
+    valid_fraction: float
+    seed: int
+    data_seed: int
+    cache: dict[str, Any]
+    mean: dict[str, Any]
+    ensemble: Path | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON values."""
+        return {"kind": "cross-validation"} | result_as_dict(self)
 
 
 @dataclass(frozen=True)
@@ -134,28 +186,30 @@ class UnfinishedInfo:
         return {"kind": f"unfinished {self.command}"} | result_as_dict(self)
 
 
-def info(path: str | Path) -> CacheInfo | RunInfo | UnfinishedInfo:
-    """Return what a cache or a run holds. Reads no features and hashes no cache.
+def info(path: str | Path) -> CacheInfo | RunInfo | CrossvalInfo | UnfinishedInfo:
+    """Return what a cache, a run or a cross-validation holds. Reads no features, hashes no cache.
 
     Args:
-        path: A cache file, a run folder, or the folder in which an interrupted command keeps what
-            it has done.
+        path: A cache file, the folder of a run or of a cross-validation, or the folder in which an
+            interrupted command keeps what it has done: itself, or what it will become.
 
     Raises:
         CacheError: If the file is not a cache, or an unfinished extraction cannot be read.
-        RunError: If the folder is not a run, or an unfinished training cannot be read.
+        RunError: If the folder is neither a whole run nor a whole cross-validation, or an
+            unfinished training cannot be read.
         ConfigError: If an unfinished sweep or cross-validation cannot be read.
 
     Example:
         >>> featcache.info("covid.h5").classes  # doctest: +SKIP
         ('covid', 'normal')
     """
-    place = local_path(path, "cache or run")
+    place = _find_unfinished(local_path(path, "cache or run"))
     if place.is_dir():
         for name, describe in _UNFINISHED.items():
             if (place / name).is_file() and not (place / "run.json").exists():
                 return describe(place)
-        return _run_info(place)
+        has_folds = (place / "crossval.json").exists() and not (place / "run.json").exists()
+        return _crossval_info(place) if has_folds else _run_info(place)
     cache = open_cache(place, verify=False)
     return CacheInfo(
         path=place,
@@ -172,6 +226,31 @@ def info(path: str | Path) -> CacheInfo | RunInfo | UnfinishedInfo:
     )
 
 
+def _find_unfinished(path: Path) -> Path:
+    """Return where an interrupted command keeps what it has of ``path``, if that is not there."""
+    if path.exists():
+        return path
+    partials = [path.with_name(path.name + ending) for ending in (".partial", ".sweep")]
+    return next((partial for partial in partials if partial.is_dir()), path)
+
+
+def _crossval_info(folder: Path) -> CrossvalInfo:
+    from featcache.sweeps.crossval_files import ENSEMBLE_NAME, FACTS_NAME, read_crossval
+
+    facts = read_crossval(folder)
+    ensemble = folder / ENSEMBLE_NAME
+    has_ensemble = "ensemble_weights_sha256" in facts and ensemble.is_dir()
+    made = datetime.fromtimestamp((folder / FACTS_NAME).stat().st_mtime, UTC)
+    return CrossvalInfo(
+        path=folder, made=made.isoformat(timespec="seconds"), task=facts["task"],
+        classes=tuple(facts["classes"]), splits=tuple(facts["splits"]), num_rows=facts["num_rows"],
+        num_folds=facts["folds"], num_repeats=facts["repeats"], head=facts["head"],
+        training=facts["training"], valid_fraction=facts["valid_fraction"], seed=facts["seed"],
+        data_seed=facts["data_seed"], cache=facts["cache"], mean=facts["mean"],
+        ensemble=ensemble if has_ensemble else None,
+    )  # fmt: skip
+
+
 def _run_info(folder: Path) -> RunInfo:
     from featcache.heads.head import list_layers
     from featcache.heads.run import load_run
@@ -184,7 +263,8 @@ def _run_info(folder: Path) -> RunInfo:
         classes=run.classes,
         head=run.head,
         layers=tuple(layer._asdict() for layer in layers),
-        num_parameters=sum(layer.num_parameters for layer in layers),
+        num_parameters=run.num_members * sum(layer.num_parameters for layer in layers),
+        num_members=run.num_members,
         training=run.training,
         seed=run.seed,
         data_seed=run.data_seed,

@@ -250,7 +250,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Raises:
             RunError: If the folder is not a whole run.
-            ConfigError: If the run is one of several labels an image.
+            ConfigError: If the run is one of several labels an image, or an ensemble.
 
         Example:
             >>> head = HeadClassifier.from_run("run")  # doctest: +SKIP
@@ -261,6 +261,12 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ConfigError(
                 "HeadClassifier.from_run", expected="a run of one class an image",
                 found="several labels", where=loaded.path, hint="Use featcache.load_head",
+            )  # fmt: skip
+        if loaded.members:
+            raise ConfigError(
+                "HeadClassifier.from_run", expected="a run with one head",
+                found=f"the mean of {loaded.num_members}", where=loaded.path,
+                hint="Use featcache.load_head",
             )  # fmt: skip
         told, head = loaded.training, loaded.head
         parameters = {

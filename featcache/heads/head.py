@@ -11,10 +11,10 @@ the head of the tutorial this project grew from, so its state dict fits wherever
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MAX_WIDTH = 1 << 20
+MEMBERS = "members"
+Value = TypeVar("Value")
 BATCH_NORM_EPS, BATCH_NORM_MOMENTUM = 1e-5, 0.1  # torch.nn.BatchNorm1d's
 
 
@@ -236,6 +238,34 @@ def state_layout(config: HeadConfig) -> dict[str, tuple[npt.DTypeLike, tuple[int
         layout[f"{linear}.weight"] = (np.float32, (next_width, width))
         layout[f"{linear}.bias"] = (np.float32, (next_width,))
     return layout
+
+
+def run_layout(
+    config: HeadConfig, num_members: int
+) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
+    """Return ``state_layout`` of a run: of one head, or of an ensemble of two or more."""
+    layout = state_layout(config)
+    return join_members([layout] * num_members) if num_members > 1 else layout
+
+
+def join_members(states: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
+    """Return the state dict of an ensemble: ``members.0.0.weight`` and so on."""
+    return {
+        f"{MEMBERS}.{number}.{name}": value
+        for number, state in enumerate(states)
+        for name, value in state.items()
+    }
+
+
+def split_members(state: Mapping[str, Value]) -> list[Mapping[str, Value]]:
+    """Return the state dict of each head in a run's: the members of an ensemble, else the one."""
+    if not all(name.startswith(f"{MEMBERS}.") for name in state):
+        return [state]
+    members: dict[int, dict[str, Value]] = {}
+    for key, value in state.items():
+        _, number, name = key.split(".", 2)
+        members.setdefault(int(number), {})[name] = value
+    return [members[number] for number in sorted(members)]
 
 
 def norm_and_linear(config: HeadConfig, layer: int) -> tuple[int, int]:

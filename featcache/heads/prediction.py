@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from featcache.errors import RunError
 from featcache.files import join_names, prob_columns
-from featcache.heads.head import BATCH_NORM_EPS, HeadConfig, norm_and_linear
+from featcache.heads.head import BATCH_NORM_EPS, HeadConfig, norm_and_linear, split_members
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import require_memory_for_products
 
@@ -27,7 +27,9 @@ COLUMNS_OF_LABELS = ("path", "group", "targets", "unknown", "preds")
 
 Features: TypeAlias = npt.NDArray[Any] | StoredFeatures
 State: TypeAlias = Mapping[str, npt.NDArray[Any]]
-"""A head's state dict as arrays, by the names of ``nn.Sequential``: ``0.weight`` and so on."""
+"""A head's state dict as arrays, by the names of ``nn.Sequential``: ``0.weight`` and so on.
+
+That of an ensemble has the members' one after the other: ``members.0.0.weight`` and so on."""
 
 
 def predict_probs(
@@ -35,12 +37,14 @@ def predict_probs(
 ) -> npt.NDArray[np.float64]:
     """Return the probabilities (N, C) that a head gives to features, in blocks of 512 rows.
 
+    An ensemble gives the mean of its members' probabilities.
+
     Logits are float32, as torch computes them, and probabilities float64: a very sure head still
     ranks its rows instead of giving them all 1.
 
     Args:
         config: The shape of the head.
-        state: Its weights.
+        state: Its weights, or those of an ensemble of heads of that shape.
         features: (N, D); or (N, V, D) for the mean of the probabilities of V views.
         task: ``multiclass`` for the softmax, ``multilabel`` for the sigmoid of each logit.
 
@@ -51,39 +55,43 @@ def predict_probs(
     """
     probs = np.empty((len(features), config.num_classes))
     for rows, logits in _logit_blocks(config, state, features):
-        block_probs = _sigmoid(logits) if task == "multilabel" else _softmax(logits)
-        probs[rows] = block_probs.mean(axis=1)
+        members = (_sigmoid(z) if task == "multilabel" else _softmax(z) for z in logits)
+        probs[rows] = np.mean([of_views.mean(axis=1) for of_views in members], axis=0)
     return probs
 
 
 def predict_logits(config: HeadConfig, state: State, features: Features) -> npt.NDArray[Any]:
-    """Return the logits (N, C) that a head gives to features (N, D), in the weights' dtype.
+    """Return the logits (N, C) that one head gives to features (N, D), in the weights' dtype.
 
     Raises:
         RunError: If a logit is not finite: of weights out of range, or of such features.
         CacheError: If a stored feature is not finite.
         MemoryError: If there is no memory left for matrix products.
     """
-    dtype = next(iter(state.values())).dtype
+    dtype = next(value.dtype for value in state.values() if value.dtype.kind == "f")
     all_logits = np.empty((len(features), config.num_classes), dtype)
-    for rows, logits in _logit_blocks(config, state, features):
+    for rows, (logits,) in _logit_blocks(config, state, features):
         all_logits[rows] = logits[:, 0]
     return all_logits
 
 
 def _logit_blocks(
     config: HeadConfig, state: State, features: Features
-) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
-    """Yield the logits (n, V, C) of some rows after the other."""
+) -> Iterator[tuple[slice, list[npt.NDArray[Any]]]]:
+    """Yield the logits (n, V, C) that each member gives to some rows after the other."""
     require_memory_for_products()
+    members = split_members(state)
     num_views = features.shape[1] if features.ndim == 3 else 1
     num_rows = max(1, _BLOCK_ROWS // num_views)
     for i in range(0, len(features), num_rows):
         part = features[i : i + num_rows]
         block = part.load() if isinstance(part, StoredFeatures) else part
-        logits = compute_logits(config, state, block.reshape(-1, block.shape[-1]))
-        logits = logits.reshape(len(block), num_views, -1)
-        is_finite = np.isfinite(logits).all((1, 2))
+        flat = block.reshape(-1, block.shape[-1])
+        logits = [
+            compute_logits(config, member, flat).reshape(len(block), num_views, -1)
+            for member in members
+        ]
+        is_finite = np.all([np.isfinite(part).all((1, 2)) for part in logits], axis=0)
         if not is_finite.all():
             hint = "Its weights or these features are out of range: look at them, and train again"
             raise RunError(

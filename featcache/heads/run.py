@@ -1,4 +1,4 @@
-"""The run: a folder with one trained head and what it was trained on.
+"""The run: a folder with a trained head, or several and their mean, and what it was trained on.
 
 ``RUN/run.json`` holds the configuration, the classes and the cache's fingerprint and identity;
 ``head.safetensors`` the weights; ``rows.bin`` hashes of the rows trained on (``trained_rows``);
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,32 +23,23 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.contents import TASKS
-from featcache.cache.reading import Cache
-from featcache.errors import ConfigError, RunError, escaped, printable, warn_user
+from featcache.errors import ConfigError, RunError, printable, warn_user
 from featcache.files import (
     canonical_json,
     json_sha256,
     local_path,
     read_regular,
-    write_bytes,
-    write_csv,
-    write_json,
 )
 from featcache.formatting import join_few
-from featcache.heads.config import LBFGS, FitResult, TrainingConfig
-from featcache.heads.head import HeadConfig, build_head, state_layout
-from featcache.heads.rows import Part
-from featcache.heads.trained_rows import ROWS_NAME, TrainedRows
-from featcache.outputs import Kind, Output
-from featcache.runtime import Device, environment_facts
+from featcache.heads.head import HeadConfig, build_head, run_layout, split_members
 from featcache.untrusted import find_fault, parse_json_object, reading_hint, real_path
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 FORMAT = "featcache-run"
-FORMAT_VERSION = 1
+FORMAT_VERSION, NEWEST_VERSION = 1, 2
+"""Of run.json: 2 if it has ``members``, so that an earlier featcache refuses it."""
 WEIGHTS_NAME = "head.safetensors"
 
 _KEYS = {
@@ -81,6 +70,8 @@ class Run:
             ``payload_sha256`` and ``num_failed`` of the cache it was trained on, and the backbone's
             ``weights_source`` if that is ``random``.
         weights_sha256: sha256 of ``head.safetensors``.
+        members: Of an ensemble how each of its heads was trained, else empty. ``head`` is the shape
+            of each, and ``state`` has ``members.0.0.weight`` and so on.
     """
 
     __module__ = "featcache"
@@ -95,21 +86,21 @@ class Run:
     cache: dict[str, Any]
     weights_sha256: str
     task: str = "multiclass"
+    members: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def num_members(self) -> int:
+        """How many heads the mean of the probabilities is of: 1 without an ensemble."""
+        return max(len(self.members), 1)
 
     def __repr__(self) -> str:
         hidden = ", ".join(map(str, self.head.hidden)) or "none"
+        hidden += f"; mean of {self.num_members} heads" * bool(self.members)
         backbone = printable(str(self.cache["identity"].get("backbone")))[:60]
         return (
             f"Run({printable(self.path.name)}: {join_few(self.classes)}; hidden {hidden}; "
             f"{self.head.num_features:,} features of {backbone})"
         )
-
-
-_OWN_FILES = re.compile(
-    r"(run|environment|sweep|decision)\.json|head\.safetensors|rows\.bin|(history|trials)\.csv"
-    r"|evaluation(/[a-z]+(\.json|_confusion\.(png|csv)))?"
-)
-"""What verbs write into a run. Other files in it are the user's: such a run is not replaced."""
 
 
 def is_run(path: Path) -> bool:
@@ -119,85 +110,6 @@ def is_run(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return facts.get("format") == FORMAT
-
-
-def _list_others(run: Path) -> list[str]:
-    """Return the names of files in a run's folder that are not the run's."""
-    paths = {path.relative_to(run).as_posix(): path for path in sorted(run.rglob("*"))}
-    return [
-        name for name, path in paths.items()
-        if not _OWN_FILES.fullmatch(name) or path.is_symlink()
-        or path.is_dir() != (name == "evaluation")
-    ]  # fmt: skip
-
-
-RUN = Kind(
-    "run", "a new or empty folder", RunError, is_run, switch="--overwrite", is_folder=True,
-    list_others=_list_others,
-)  # fmt: skip
-
-
-def run_output(run: str | Path, *, overwrite: bool, inputs: Sequence[str | Path | None]) -> Output:
-    """Return the folder of a new run as an output; ``inputs`` are what it is made of."""
-    return Output(run, "output folder", RUN, replace=overwrite, inputs=inputs)
-
-
-def write_run(
-    folder: Path,
-    *,
-    head: HeadConfig,
-    state: Mapping[str, npt.ArrayLike],
-    training: Mapping[str, Any],
-    seed: int,
-    data_seed: int,
-    classes: Sequence[str],
-    cache: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
-    environment: Mapping[str, Any],
-    task: str = "multiclass",
-) -> str:
-    """Write the files of a run into ``folder`` and return the sha256 of its weights.
-
-    Args:
-        folder: An existing folder, as a rule the one that ``outputs.new_folder`` gives.
-        head: The shape of the head.
-        state: Its state dict, of arrays or of torch tensors on the CPU.
-        training: A JSON object: how it was trained.
-        seed: Decided the initial weights and dropout.
-        data_seed: Decided the order of the rows.
-        classes: Names of the outputs, in order.
-        cache: See ``Run.cache``; ``relative_path`` makes its ``path``.
-        history: A row per epoch, all with the same keys.
-        environment: A JSON object: ``runtime.environment_facts``.
-        task: ``multiclass`` or ``multilabel``.
-    """
-    from safetensors import numpy as safetensors
-
-    arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
-    weights = safetensors.save(arrays, _weights_metadata(head, classes, task))
-    weights_sha256 = hashlib.sha256(weights).hexdigest()
-    write_bytes(folder / WEIGHTS_NAME, weights)
-    columns = list(history[0])
-    write_csv(
-        folder / "history.csv",
-        [escaped(name) for name in columns],
-        [[row[name] for name in columns] for row in history],
-    )
-    write_json(folder / "environment.json", dict(environment))
-    facts = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "head": head.as_json(),
-        "training": dict(training),
-        "seed": seed,
-        "data_seed": data_seed,
-        "classes": list(classes),
-        "task": task,
-        "cache": dict(cache),
-        "weights_sha256": weights_sha256,
-    }
-    write_json(folder / "run.json", facts | {"sha256": json_sha256(facts, without="sha256")})
-    return weights_sha256
 
 
 def load_run(path: str | Path) -> Run:
@@ -222,10 +134,13 @@ def load_run(path: str | Path) -> Run:
     task = facts.get("task", "multiclass")  # the first runs do not say
     if task not in TASKS:
         raise _damaged(folder, "task", " or ".join(TASKS), task)
+    members = tuple(facts.get("members", ()))
     return Run(
         path=folder,
         head=head,
-        state=_read_weights(folder, facts["weights_sha256"], head, classes, task),
+        state=_read_weights(
+            folder, facts["weights_sha256"], head, classes, task, max(len(members), 1)
+        ),
         training=facts["training"],
         seed=facts["seed"],
         data_seed=facts["data_seed"],
@@ -233,6 +148,7 @@ def load_run(path: str | Path) -> Run:
         cache=facts["cache"],
         weights_sha256=facts["weights_sha256"],
         task=task,
+        members=members,
     )
 
 
@@ -243,7 +159,9 @@ def load_head(run: Run | str | Path) -> nn.Sequential:
         run: The run folder, or what ``load_run`` returned.
 
     Returns:
-        Features (B, D) float32 -> logits (B, C); on the CPU, in eval mode.
+        Features (B, D) float32 -> logits (B, C); on the CPU, in eval mode. That of an ensemble has
+        one layer, ``members``; softmax (sigmoid) of its logits is the mean of its heads'
+        probabilities.
 
     Raises:
         RunError: If the folder is not a whole run.
@@ -254,21 +172,15 @@ def load_head(run: Run | str | Path) -> nn.Sequential:
     import torch
 
     loaded = run if isinstance(run, Run) else load_run(run)
-    head = build_head(loaded.head, seed=0)
-    head.load_state_dict({name: torch.tensor(value) for name, value in loaded.state.items()})
-    return head.eval()
+    heads = []
+    for state in split_members(loaded.state):
+        heads.append(build_head(loaded.head, seed=0))
+        heads[-1].load_state_dict({name: torch.tensor(value) for name, value in state.items()})
+    if not loaded.members:
+        return heads[0].eval()
+    from featcache.heads.ensemble import mean_of_heads
 
-
-def relative_path(cache: Path, run: Path) -> str:
-    """Return the cache's path as seen from the run folder, ``/``-separated.
-
-    Relative, so that both can move together; absolute only from another drive.
-    """
-    target = cache.resolve()
-    try:
-        return Path(os.path.relpath(target, run.resolve())).as_posix()
-    except ValueError:  # Windows: another drive
-        return target.as_posix()
+    return mean_of_heads(heads, loaded.task).eval()
 
 
 def cache_path(run: Run) -> Path:
@@ -351,9 +263,9 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     version = facts.get("format_version")
     if type(version) is not int or version < 1:
         raise _damaged(folder, "format_version", "a whole number from 1", version)
-    if version > FORMAT_VERSION:
+    if version > NEWEST_VERSION:
         raise RunError(
-            "run", expected=f"format version {FORMAT_VERSION}", found=f"version {version}",
+            "run", expected=f"format version {NEWEST_VERSION}", found=f"version {version}",
             where=folder, hint="A newer featcache wrote it: upgrade with pip install -U featcache",
         )  # fmt: skip
     if not _is_as_written(facts):
@@ -369,11 +281,22 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     for key, kind in {"path": str, "fingerprint": str, "identity": dict}.items():
         if not isinstance(cache.get(key), kind):
             raise _damaged(folder, f"cache.{key}", f"a JSON {kind.__name__}", cache.get(key))
+    _check_members(folder, version, facts.get("members"))
     numbers = {"seed": facts["seed"], "data_seed": facts["data_seed"]}
     for key, number in (numbers | {"cache.num_failed": cache.get("num_failed", 0)}).items():
         if type(number) is not int or not 0 <= number < 1 << 63:
             raise _damaged(folder, key, "a whole number from 0 to below 2**63", number)
     return facts
+
+
+def _check_members(folder: Path, version: int, members: object) -> None:
+    is_ensemble = (
+        isinstance(members, list)
+        and len(members) > 1
+        and all(isinstance(member, dict) for member in members)
+    )
+    if members is not None and not (is_ensemble and version == NEWEST_VERSION):
+        raise _damaged(folder, "members", "a JSON object for each of two or more heads", members)
 
 
 def _is_as_written(facts: Mapping[str, Any]) -> bool:
@@ -387,8 +310,13 @@ def _is_as_written(facts: Mapping[str, Any]) -> bool:
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest() == fingerprint
 
 
-def _read_weights(
-    folder: Path, sha256: str, head: HeadConfig, classes: Sequence[str], task: str
+def _read_weights(  # noqa: PLR0917 (what the file is to be of)
+    folder: Path,
+    sha256: str,
+    head: HeadConfig,
+    classes: Sequence[str],
+    task: str,
+    num_members: int,
 ) -> dict[str, npt.NDArray[Any]]:
     from safetensors import SafetensorError
     from safetensors import numpy as safetensors
@@ -411,93 +339,37 @@ def _read_weights(
         header = parse_json_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except ValueError as error:
         raise _damaged(folder, WEIGHTS_NAME, "a header as featcache writes it", error) from error
-    if header.get("__metadata__") != _weights_metadata(head, classes, task):
+    if header.get("__metadata__") != weights_metadata(head, classes, task, num_members):
         found = "others in run.json"
         raise _damaged(folder, WEIGHTS_NAME, "the head, classes and task it was saved with", found)
-    layout = {name: (value.dtype, value.shape) for name, value in state.items()}
-    if layout != state_layout(head):
+    layout = run_layout(head, num_members)
+    if {name: (value.dtype, value.shape) for name, value in state.items()} != layout:
         raise _damaged(folder, WEIGHTS_NAME, "the entries of the head in run.json", "others")
     if not all(np.isfinite(value).all() for value in state.values()):
         raise _damaged(folder, WEIGHTS_NAME, "finite weights", "NaN or infinity")
     for name, value in state.items():  # the square root of less is NaN
         if name.endswith("running_var") and (value < 0).any():
             raise _damaged(folder, WEIGHTS_NAME, "variances from 0", f"{value.min()} in {name}")
-    return state
+    return {name: state[name] for name in layout}  # safetensors' order is another each time
 
 
-def _weights_metadata(head: HeadConfig, classes: Sequence[str], task: str) -> dict[str, str]:
+def weights_metadata(
+    head: HeadConfig, classes: Sequence[str], task: str, num_members: int
+) -> dict[str, str]:
     """One key only: safetensors writes several in no fixed order, and the bytes are hashed.
 
-    The task stands there if it is not ``multiclass``: a featcache from before there were tasks
-    reads the other heads as ever, and refuses these.
+    The task stands there if it is not ``multiclass``, and the number of members if there are
+    several: a featcache from before there were such heads reads the other ones as ever, and
+    refuses these.
     """
     facts: dict[str, Any] = {"head": head.as_json(), "classes": list(classes)}
     if task != "multiclass":
         facts["task"] = task
+    if num_members > 1:
+        facts["members"] = num_members
     return {"featcache": canonical_json(facts)}
 
 
 def _damaged(folder: Path, what: str, expected: object, found: object) -> RunError:
     brief = str(found)[:200]
     return RunError(f"run, {what}", expected=expected, found=brief, where=folder, hint=_DAMAGED)
-
-
-def record_fit(
-    partial: Path,
-    folder: Path,
-    cache: Cache,
-    *,
-    head: HeadConfig,
-    training: TrainingConfig,
-    result: FitResult,
-    seed: int,
-    data_seed: int,
-    device: Device | torch.device,
-    parts: Sequence[Part],
-    valid_fraction: float | None,
-    details: Mapping[str, Any] | None = None,
-) -> str:
-    """Write a fit as a run and return the sha256 of its weights.
-
-    Args:
-        partial: Where it is written.
-        folder: Where it will be.
-        cache: What it was trained on.
-        head: Its shape.
-        training: How it was trained.
-        result: What came of it.
-        seed: Decided the initial weights and dropout.
-        data_seed: Decided the order of the rows, and the hold-out.
-        device: Where it was trained.
-        parts: The rows it was trained on, and those its epoch was chosen by.
-        valid_fraction: Share that was held out, if any.
-        details: Further facts for ``training`` in ``run.json``.
-    """
-    facts: dict[str, Any] = {"valid_fraction": valid_fraction}
-    if training.optimizer == LBFGS:
-        strengths = [row["strength"] for row in result.history]
-        facts |= {"strength": strengths[result.best_epoch - 1], "strengths": strengths}
-    else:
-        facts["batch_size"] = training.rows_per_step(len(parts[0].rows))
-        facts["best_epoch"] = result.best_epoch
-    weights_sha256 = write_run(
-        partial, head=head, state=result.state,
-        training=training.as_json() | facts | dict(details or {}),
-        seed=seed, data_seed=data_seed, classes=cache.classes, cache=_cache_facts(cache, folder),
-        history=result.history, environment=environment_facts(device), task=cache.task,
-    )  # fmt: skip
-    write_bytes(partial / ROWS_NAME, TrainedRows.of(parts).as_bytes(weights_sha256))
-    return weights_sha256
-
-
-def _cache_facts(cache: Cache, folder: Path) -> dict[str, Any]:
-    source = cache.provenance.get("weights_source")
-    return {
-        "path": relative_path(cache.path, folder),
-        "fingerprint": cache.fingerprint,
-        "identity": cache.identity,
-        "payload_sha256": cache.payload_sha256,
-        "num_failed": len(cache.failures),
-        # Only where it helps: without it, predict and export would first download others.
-        **({"weights_source": source} if str(source).startswith("random") else {}),
-    }

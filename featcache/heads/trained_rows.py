@@ -82,10 +82,16 @@ class TrainedRows:
     def of(cls, parts: Sequence[Part]) -> TrainedRows:
         """Return the keys of the rows to train on and of those to choose by.
 
+        Args:
+            parts: Those named ``train`` and those named ``valid``.
+
         Raises:
             CacheError: If a feature is not finite, or the file was cut short.
         """
-        train, valid = (np.sort(_row_keys(part.split, part.rows)) for part in parts)
+        keys = {name: [np.empty(0, _KEYS)] for name in ("train", "valid")}
+        for part in parts:
+            keys[part.name].append(_row_keys(part.split, part.rows))
+        train, valid = (np.sort(np.concatenate(found)) for found in keys.values())
         return cls(train, valid)
 
     def find(self, split: CacheSplit, rows: RowNumbers) -> SeenRows:

@@ -34,7 +34,7 @@ from featcache.heads.fit import compare_linear_probe, fit_head
 from featcache.heads.head import HeadConfig
 from featcache.heads.resuming import STATE_NAME, SavedTraining
 from featcache.heads.rows import Part, Targets, check_cache, choose_rows, read_rows
-from featcache.heads.run import record_fit, run_output
+from featcache.heads.run_writing import record_fit, run_output
 from featcache.output_folders import check_folder, new_folder
 from featcache.progress import Progress
 from featcache.runtime import Say, log_line, resolve_device

@@ -4,9 +4,10 @@ What belongs together (a group, copies of one image, also across splits) lies in
 of a fold is trained on the other folds, and its epoch or strength is chosen on an inner hold-out of
 those rows: nothing of the fold decides anything about the head that judges it.
 
-``FOLDER.partial/journal.jsonl`` has an entry per finished fold until the folder is there.
+``FOLDER.partial/journal.jsonl`` has an entry per finished fold until the folder is there, and
+``heads.bin`` beside it the heads that are kept.
 
-Reads: a cache. Writes: a folder with ``crossval.json`` and ``predictions.csv``.
+Reads: a cache. Writes: a folder with ``crossval.json`` and ``predictions.csv``, and a run in it.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ from featcache.heads.rows import (
 from featcache.heads.training import refuse_unused
 from featcache.output_folders import check_folder, new_folder
 from featcache.outputs import Output
-from featcache.runtime import Say, log_line, resolve_device
+from featcache.runtime import Device, Say, log_line, resolve_device
 from featcache.sweeps.crossval_figures import crossval_lines
-from featcache.sweeps.crossval_files import CROSSVAL, FORMAT, write_crossval
-from featcache.sweeps.fold_heads import FoldPlan
+from featcache.sweeps.crossval_files import CROSSVAL, ENSEMBLE_NAME, FORMAT, write_crossval
+from featcache.sweeps.fold_heads import Fold, FoldPlan
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.journal import Journal
+from featcache.sweeps.kept_heads import HEADS_NAME, KeptHeads, write_ensemble
 
 JOURNAL_NAME = "journal.jsonl"
 _INNER_SHARE = 0.2  # held out to choose the epoch by, where no split valid says how much
@@ -70,18 +72,21 @@ class CrossvalSummary:
         num_repeats: How often the rows were parted anew.
         valid_fraction: Share of a fold's rows to train on that was held out to choose the epoch by.
         per_fold: A row per repeat and fold, from 1: ``num_rows``; ``num_train`` and ``num_valid``,
-            trained on and chosen by; ``best_epoch`` (and ``strength`` with lbfgs); ``accuracy``,
-            ``balanced_accuracy``, ``roc_auc``; ``per_class`` with ``recall``, ``roc_auc`` and the
-            numbers of rows.
+            trained on and chosen by; ``best_epoch`` and ``batch_size`` (with lbfgs ``strength`` in
+            place of the latter); ``accuracy``, ``balanced_accuracy``, ``roc_auc``; ``per_class``
+            with ``recall``, ``roc_auc`` and the numbers of rows.
         mean: Of each figure over all folds: ``mean``, and ``low`` and ``high`` of its 95 %
             interval (corrected resampled t, Nadeau and Bengio 2003; None where all folds agree or
             fewer than two define the figure).
         pooled: A row per repeat, of all its rows in one: rates alone, for scores of different
-            heads have no common order.
+            heads have no common order. ``intervals`` has 95 % ones, two-sided, as
+            ``Evaluation.intervals``: for these heads on other images, while those of ``mean`` are
+            for heads trained on other rows too.
         seconds: Wall time of this process.
         device: Where it ran.
         fingerprint: That of the cache.
         predictions_sha256: That of ``predictions.csv``.
+        ensemble: The run with the mean of the heads, None where none is kept.
     """
 
     __module__ = "featcache"
@@ -103,6 +108,7 @@ class CrossvalSummary:
     device: str
     fingerprint: str
     predictions_sha256: str
+    ensemble: Path | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as JSON values."""
@@ -116,6 +122,7 @@ def crossval(
     folds: int = 5,
     repeats: int = 1,
     with_test: bool = False,
+    keep_ensemble: bool = False,
     hidden: Sequence[int] = (512, 128),
     dropout: float = 0.4,
     learning_rate: float = 5e-4,
@@ -148,9 +155,11 @@ def crossval(
         folder: The folder to make, with ``crossval.json`` and ``predictions.csv``: a line per row
             and repeat with the probabilities, which read back to the same floats.
         folds: How many parts, two or more.
-        repeats: How often, each time with other folds. Repeat r, from 0, uses ``seed + r`` and
-            ``data_seed + r``.
+        repeats: How often, each time with other folds. The first uses ``seed`` and ``data_seed``,
+            the second ``seed + 1`` and ``data_seed + 1``, and so on.
         with_test: Use the rows of ``test`` too: it is then no test of these heads' options.
+        keep_ensemble: Keep the heads of all folds and repeats as one run, ``FOLDER/ensemble``: its
+            probabilities are the mean of theirs.
         hidden: As for ``train``, as are the next eleven.
         dropout: In [0, 1).
         learning_rate: Above 0.
@@ -203,35 +212,81 @@ def crossval(
     opened = open_cache(cache)
     check_cache(opened)
     parts = _choose_parts(opened, with_test=with_test)
-    share = _inner_share(parts) if valid_fraction is None else valid_fraction
-    pool = Pool.of(opened, parts, where, say)
     plan = FoldPlan(
         HeadConfig(opened.num_features, len(opened.classes), tuple(hidden), dropout), training,
-        folds, repeats, share, seed, order_seed,
+        folds, repeats, _inner_share(parts) if valid_fraction is None else valid_fraction, seed,
+        order_seed,
     )  # fmt: skip
-    pairs = plan.choose_rows(pool)
-    _say_plan(plan, parts, pool, say, with_test=with_test)
-    work = {
-        "format": FORMAT, "version": __version__, "cache_sha256": opened.payload_sha256,
-        "splits": [part.split.name for part in parts], "device": where.type, **plan.as_json(),
-    }  # fmt: skip
-    with new_folder(output, state=[JOURNAL_NAME]) as partial:
-        with _open_journal(partial.parent / JOURNAL_NAME, work, replace=overwrite) as journal:
-            if journal.entries:
-                say(f"going on after {count(len(journal.entries), 'fold')} that are finished")
-            entries = plan.fit(pool, pairs, journal, where, progress=progress, say=say)
-        facts = write_crossval(partial, output.target, pool, parts, plan, pairs, entries)
+    work = _Work(
+        Pool.of(opened, parts, where, say), parts, plan, where, keep_ensemble=keep_ensemble
+    )
+    chosen = plan.choose_rows(work.pool)
+    _say_plan(plan, parts, work.pool, say, with_test=with_test)
+    facts = work.run(output, chosen, replace=overwrite, progress=progress, say=say)
     summary = CrossvalSummary(
         folder=Path(folder), classes=opened.classes, task=opened.task,
-        splits=tuple(part.split.name for part in parts), num_rows=len(pool.targets),
+        splits=tuple(part.split.name for part in parts), num_rows=len(work.pool.targets),
         num_unlabelled=sum(part.num_unlabelled for part in parts), num_folds=folds,
-        num_repeats=repeats, valid_fraction=share, per_fold=facts["per_fold"], mean=facts["mean"],
-        pooled=facts["pooled"], seconds=time.perf_counter() - start, device=str(where),
-        fingerprint=opened.fingerprint, predictions_sha256=facts["predictions_sha256"],
+        num_repeats=repeats, valid_fraction=plan.share, per_fold=facts["per_fold"],
+        mean=facts["mean"], pooled=facts["pooled"], seconds=time.perf_counter() - start,
+        device=str(where), fingerprint=opened.fingerprint,
+        predictions_sha256=facts["predictions_sha256"],
+        ensemble=Path(folder) / ENSEMBLE_NAME if keep_ensemble else None,
     )  # fmt: skip
     for line in crossval_lines(summary):
         say(line)
     return summary
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A cross-validation that is about to be done.
+
+    Attributes:
+        pool: The rows.
+        parts: The splits that they are of, in the same order.
+        plan: How the heads are trained.
+        device: Where.
+        keep_ensemble: Whether their mean is kept.
+    """
+
+    pool: Pool
+    parts: Sequence[Part]
+    plan: FoldPlan
+    device: Device
+    keep_ensemble: bool
+
+    def run(
+        self, output: Output, folds: Sequence[Fold], *, replace: bool, progress: bool, say: Say
+    ) -> dict[str, Any]:
+        """Train the heads that are not yet trained, write the folder, return its facts."""
+        pool, plan, ensemble = self.pool, self.plan, dict[str, str]()
+        with new_folder(output, state=[JOURNAL_NAME, HEADS_NAME]) as new:
+            file = new.parent / HEADS_NAME
+            heads = KeptHeads(file, plan.head) if self.keep_ensemble else None
+            with _open_journal(new.parent, self._as_json(), replace=replace) as journal:
+                if journal.entries:
+                    say(f"going on after {count(len(journal.entries), 'fold')} that are finished")
+                entries = plan.fit(
+                    pool, folds, journal, heads, self.device, progress=progress, say=say
+                )
+            if heads is not None:
+                ensemble["ensemble_weights_sha256"] = write_ensemble(
+                    new / ENSEMBLE_NAME, output.target / ENSEMBLE_NAME, pool, self.parts, plan,
+                    folds, entries, heads.read(journal), self.device,
+                )  # fmt: skip
+            return write_crossval(
+                new, output.target, pool, self.parts, plan, folds, entries, ensemble
+            )
+
+    def _as_json(self) -> dict[str, Any]:
+        """Return all that decides what is found, as a JSON object."""
+        return {
+            "format": FORMAT, "version": __version__,
+            "cache_sha256": self.pool.cache.payload_sha256,
+            "splits": [part.split.name for part in self.parts], "device": self.device.type,
+            "keep_ensemble": self.keep_ensemble, **self.plan.as_json(),
+        }  # fmt: skip
 
 
 def _check_options(folds: Any, repeats: Any) -> None:
@@ -281,8 +336,9 @@ def _inner_share(parts: Sequence[Part]) -> float:
 
 
 @contextlib.contextmanager
-def _open_journal(path: Path, work: Mapping[str, Any], *, replace: bool) -> Iterator[Journal]:
+def _open_journal(folder: Path, work: Mapping[str, Any], *, replace: bool) -> Iterator[Journal]:
     """Open the journal, or begin anew with ``replace``; one without entries is not left behind."""
+    path = folder / JOURNAL_NAME
     try:
         journal = Journal(path, work, _UNFINISHED)
     except ConfigError:
@@ -295,6 +351,7 @@ def _open_journal(path: Path, work: Mapping[str, Any], *, replace: bool) -> Iter
     except BaseException:
         if not journal.entries:
             path.unlink(missing_ok=True)
+            (folder / HEADS_NAME).unlink(missing_ok=True)
         raise
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from featcache.errors import printable
 from featcache.formatting import count, decimal, shorten
+from featcache.metrics.rates import count_groups, grouped_rate_interval, mean_rate_interval
 from featcache.metrics.scores import compute_metrics, paired_interval
 
 if TYPE_CHECKING:
@@ -39,11 +40,18 @@ def measure_fold(
 
 
 def pool_figures(
-    targets: npt.NDArray[Any], probs: npt.NDArray[np.float64], classes: Sequence[str]
-) -> dict[str, Any]:
-    """Return the rates of all rows in one.
+    targets: npt.NDArray[Any], probs: npt.NDArray[np.float64], classes: Sequence[str],
+    groups: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the rates of all rows in one, with their 95 % intervals.
 
     No area under a curve: it would rank scores of different heads against each other.
+
+    Args:
+        targets: As for ``metrics.compute_metrics``, as are the next two.
+        probs: Out of fold.
+        classes: Names.
+        groups: Of each row, empty where it has none.
     """
     found = compute_metrics(targets, probs, classes)
     kept = ("recall", "confusion_matrix", *_NUMBERS)
@@ -55,7 +63,41 @@ def pool_figures(
             for name, row in found["per_class"].items()
         },
         "confusion_matrix": found["confusion_matrix"],
+        "intervals": _pooled_intervals(targets, probs, classes, groups),
     }  # fmt: skip
+
+
+def _pooled_intervals(
+    targets: npt.NDArray[Any], probs: npt.NDArray[np.float64], classes: Sequence[str],
+    groups: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the intervals of pooled rates, by groups where there are any (keys: README.md)."""
+    has_labels = targets.ndim == 2
+
+    def interval(counts: npt.NDArray[np.bool_], is_hit: npt.NDArray[np.bool_]) -> Any:
+        which = np.flatnonzero(counts)
+        if not len(which):
+            return None
+        return list(grouped_rate_interval(is_hit[which], [groups[i] for i in which.tolist()]))
+
+    preds: npt.NDArray[Any] = probs > 0.5 if has_labels else probs.argmax(axis=1)
+    of_class = {
+        name: interval(targets[:, i] == 1, preds[:, i])
+        if has_labels
+        else interval(targets == i, preds == i)
+        for i, name in enumerate(classes)
+    }
+    facts: dict[str, Any] = {
+        "confidence": 0.95, "num_groups": count_groups(groups) if any(groups) else None,
+        "accuracy": None, "balanced_accuracy": None,
+        "per_class": {name: {"recall": found} for name, found in of_class.items()},
+    }  # fmt: skip
+    if not has_labels:
+        right = preds == targets
+        rates = [float(right[targets == i].mean()) for i in range(len(classes))]
+        facts["accuracy"] = interval(np.ones(len(targets), bool), right)
+        facts["balanced_accuracy"] = list(mean_rate_interval(rates, [*of_class.values()]))
+    return facts
 
 
 def mean_figures(per_fold: Sequence[Mapping[str, Any]], ratio: float) -> dict[str, Any]:
@@ -93,18 +135,15 @@ def crossval_lines(summary: CrossvalSummary) -> Iterator[str]:
     """Yield the figures as lines of up to 80 columns."""
     yield from _fold_lines(summary)
     number = len(summary.per_fold)
-    yield f"mean of {number:,} folds (in brackets the 95 % interval of Nadeau and Bengio):"
-    figures = {"accuracy": "accuracy", "balanced accuracy": "balanced_accuracy"}
-    figures |= {"roc auc (mean of the classes)": "roc_auc"}
-    for title, name in figures.items():
-        if summary.mean[name]["mean"] is not None:
-            yield f"  {title:<30}{_interval(summary.mean[name])}"
-    yield from _class_lines(summary)
+    yield from _table_lines(summary)
+    yield from _explanation(summary)
     yield from _matrix_lines(summary)
     yield (
         f"{count(number, 'head')} in {summary.seconds:.1f} s on {summary.device}, written to "
         f"{printable(summary.folder.as_posix())}"
     )
+    if summary.ensemble is not None:
+        yield f"their mean, a run like any other: {printable(summary.ensemble.as_posix())}"
 
 
 def _fold_lines(summary: CrossvalSummary) -> Iterator[str]:
@@ -119,25 +158,49 @@ def _fold_lines(summary: CrossvalSummary) -> Iterator[str]:
         yield f"{row['repeat']:>6}  {row['fold']:>4}  {row['num_rows']:>7,}  {chosen:>8}{cells}"
 
 
-def _class_lines(summary: CrossvalSummary) -> Iterator[str]:
-    """Yield a line per class: its recall over the folds, and over all rows in one."""
-    of_classes, pooled = summary.mean["per_class"], summary.pooled[0]["per_class"]
-    names = list(summary.classes)
+def _table_lines(summary: CrossvalSummary) -> Iterator[str]:
+    """Yield a line per figure: its mean over the folds, and that of all rows in one."""
+    pooled = summary.pooled[0]
+    intervals = pooled["intervals"]
+    rows = [("", "mean of folds", "all rows, out of fold" + (" (repeat 1)" * _repeats(summary)))]
+    for name in _FIGURES:
+        if summary.mean[name]["mean"] is not None:
+            found = "not pooled"
+            if name != "roc_auc":
+                found = _pooled(pooled[name], intervals[name])
+            rows.append((name.replace("_", " "), interval_text(summary.mean[name]), found))
+    of_classes, names = summary.mean["per_class"], list(summary.classes)
     if len(names) > _MANY_CLASSES:
         known = [name for name in names if of_classes[name]["recall"]["mean"] is not None]
         names = sorted(known, key=lambda name: of_classes[name]["recall"]["mean"])[:10]
-        yield f"the {len(names)} of {len(summary.classes):,} classes with the lowest recall:"
-    width = min(max(len("recall of class"), *(len(printable(n)) for n in names)), 28)
-    again = " (repeat 1)" if summary.num_repeats > 1 else ""
-    yield f"  {'recall of class':<{width}}  {'mean of folds':<22}  all rows, out of fold{again}"
     for name in names:
-        row = pooled[name]
+        row = pooled["per_class"][name]
         total = row.get("num_samples", row.get("num_positive"))
         found = "none there"
         if total:
-            found = f"{round(row['recall'] * total):,} of {total:,}: {decimal(row['recall'])}"
-        shown = _interval(of_classes[name]["recall"])
-        yield f"  {shorten(printable(name), width):<{width}}  {shown:<22}  {found}"
+            rate = _pooled(row["recall"], intervals["per_class"][name]["recall"])
+            found = f"{rate}, {round(row['recall'] * total):,} of {total:,}"
+        rows.append(
+            (f"recall of {printable(name)}", interval_text(of_classes[name]["recall"]), found)
+        )
+    last = max(len(found) for _, _, found in rows)
+    width = min(max(len(title) for title, _, _ in rows), max(_WIDTH - last - 28, 14))
+    for title, mean, found in rows:
+        yield f"  {shorten(title, width):<{width}}  {mean:<22}  {found}".rstrip()
+    if len(names) < len(summary.classes):
+        yield f"  ({len(names)} of {len(summary.classes):,} classes, those with the lowest recall)"
+
+
+def _repeats(summary: CrossvalSummary) -> bool:
+    return summary.num_repeats > 1
+
+
+def _explanation(summary: CrossvalSummary) -> Iterator[str]:
+    """Yield which of the intervals is which."""
+    number = summary.pooled[0]["intervals"]["num_groups"]
+    groups = "" if number is None else f", {count(number, 'group')}"
+    yield "in brackets 95 % intervals: of the mean (Nadeau and Bengio) for heads trained on"
+    yield f"other rows too; of all rows (Wilson{groups}) for these heads on other images"
 
 
 def _matrix_lines(summary: CrossvalSummary) -> Iterator[str]:
@@ -157,12 +220,19 @@ def _matrix_lines(summary: CrossvalSummary) -> Iterator[str]:
         yield f"{first:<{margin}}{line}"
 
 
-def _interval(figure: Mapping[str, Any]) -> str:
+def interval_text(figure: Mapping[str, Any]) -> str:
+    """Return a mean over folds with its interval: see ``mean_figures``."""
     if figure["mean"] is None:
         return "undefined"
     if figure["low"] is None:
         return f"{decimal(figure['mean'])} (folds alike)"
     return f"{decimal(figure['mean'])} ({decimal(figure['low'])} to {decimal(figure['high'])})"
+
+
+def _pooled(rate: float, interval: Sequence[float] | None) -> str:
+    if interval is None:
+        return decimal(rate)
+    return f"{decimal(rate)} ({decimal(interval[0])} to {decimal(interval[1])})"
 
 
 def _cell(value: float | None) -> str:

@@ -2,9 +2,10 @@
 
 ``predictions.csv`` has a line per row and repeat: ``split, fold, repeat`` (both from 1), then the
 columns of ``evaluate --csv``. ``crossval.json`` says how they were made and how good they are; it
-bears the hash of the other file and its own, as ``run.json`` does.
+bears the hash of the other file and its own, as ``run.json`` does. ``ensemble``, if it is kept, is
+a run: the mean of the heads.
 
-Reads: nothing. Writes: the files of such a folder.
+Reads, writes: the files of such a folder.
 """
 
 from __future__ import annotations
@@ -17,20 +18,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, RunError
 from featcache.files import csv_text, json_sha256, read_regular, write_bytes, write_json
 from featcache.heads.prediction import prediction_table
 from featcache.heads.rows import Part
-from featcache.heads.run import relative_path
+from featcache.heads.run import is_run
+from featcache.heads.run_writing import RUN, relative_path
 from featcache.outputs import Kind
 from featcache.sweeps.crossval_figures import mean_figures, measure_fold, pool_figures
 from featcache.sweeps.fold_heads import Fold, FoldPlan
 from featcache.sweeps.folds import Pool
-from featcache.untrusted import parse_json_object
+from featcache.untrusted import parse_json_object, reading_hint
 
 FORMAT, FORMAT_VERSION = "featcache-crossval", 1
-FACTS_NAME, ROWS_NAME = "crossval.json", "predictions.csv"
-_MAX_JSON_BYTES = 1 << 28
+FACTS_NAME, ROWS_NAME, ENSEMBLE_NAME = "crossval.json", "predictions.csv", "ensemble"
+_KINDS = {
+    "task": str, "classes": list, "splits": list, "num_rows": int, "folds": int, "repeats": int,
+    "head": dict, "training": dict, "valid_fraction": float, "seed": int, "data_seed": int,
+    "cache": dict, "mean": dict,
+}  # fmt: skip
+_MAX_JSON_BYTES, _MAX_ROWS_BYTES = 1 << 28, 1 << 31
 
 
 def _is_crossval(path: Path) -> bool:
@@ -42,10 +49,13 @@ def _is_crossval(path: Path) -> bool:
 
 
 def _list_others(folder: Path) -> list[str]:
-    return [
-        path.name for path in sorted(folder.iterdir())
-        if path.name not in {FACTS_NAME, ROWS_NAME} or path.is_symlink() or not path.is_file()
-    ]  # fmt: skip
+    others = []
+    for path in sorted(folder.iterdir()):
+        if path.name == ENSEMBLE_NAME and not path.is_symlink() and is_run(path):
+            others += [f"{ENSEMBLE_NAME}/{name}" for name in RUN.list_others(path)]
+        elif path.name not in {FACTS_NAME, ROWS_NAME} or path.is_symlink() or not path.is_file():
+            others.append(path.name)
+    return others
 
 
 CROSSVAL = Kind(
@@ -54,9 +64,73 @@ CROSSVAL = Kind(
 )  # fmt: skip
 
 
+def read_crossval(folder: Path) -> dict[str, Any]:
+    """Return what ``crossval.json`` says, after checking its hash and that of ``predictions.csv``.
+
+    Raises:
+        RunError: If a file cannot be read, is damaged, edited or of a newer version.
+    """
+    try:
+        facts = parse_json_object(_read(folder, FACTS_NAME, _MAX_JSON_BYTES))
+    except ValueError as error:
+        raise _damaged(folder, f"a JSON object in {FACTS_NAME}", error) from error
+    if facts.get("format") != FORMAT:
+        raise _damaged(folder, f"format {FORMAT}", "another")
+    version = facts.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise RunError(
+            "cross-validation", expected=f"format version {FORMAT_VERSION}",
+            found=f"version {version}", where=folder,
+            hint="A newer featcache wrote it: upgrade with pip install -U featcache",
+        )  # fmt: skip
+    if json_sha256(facts, without="sha256") != facts.get("sha256"):
+        raise _damaged(folder, f"{FACTS_NAME} with its own sha256", "another")
+    for key, kind in _KINDS.items():
+        if not isinstance(facts.get(key), kind):
+            raise _damaged(folder, f"{key}, a JSON {kind.__name__}", facts.get(key))
+    if not _are_figures(facts["mean"]):
+        raise _damaged(folder, "mean, figures with their intervals", facts["mean"])
+    predictions = _read(folder, ROWS_NAME, _MAX_ROWS_BYTES)
+    if hashlib.sha256(predictions).hexdigest() != facts.get("predictions_sha256"):
+        raise _damaged(folder, f"the {ROWS_NAME} that {FACTS_NAME} names", "another")
+    return facts
+
+
+def _are_figures(mean: Mapping[str, Any]) -> bool:
+    """Whether this is what ``mean_figures`` returns."""
+    of_classes = mean.get("per_class")
+    if not isinstance(of_classes, dict):
+        return False
+    rows = [row for row in of_classes.values() if isinstance(row, dict)]
+    figures = [row.get("recall") for row in rows]
+    figures += [mean[name] for name in mean if name != "per_class"]
+    return len(rows) == len(of_classes) and all(
+        isinstance(figure, dict)
+        and all(isinstance(figure.get(key, ""), float | None) for key in ("mean", "low", "high"))
+        for figure in figures
+    )
+
+
+def _read(folder: Path, name: str, max_bytes: int) -> bytes:
+    try:
+        return read_regular(folder / name, max_bytes=max_bytes)
+    except OSError as error:
+        raise RunError(
+            "cross-validation", expected=f"a folder with {name}", found=error.strerror,
+            where=folder, hint=reading_hint(error, "Make it with featcache crossval"),
+        ) from error  # fmt: skip
+
+
+def _damaged(folder: Path, expected: str, found: object) -> RunError:
+    return RunError(
+        "cross-validation", expected=expected, found=str(found)[:200], where=folder,
+        hint="It is damaged or was edited: make it again with featcache crossval",
+    )  # fmt: skip
+
+
 def write_crossval(  # noqa: PLR0917 (where, and what was done)
     partial: Path, target: Path, pool: Pool, parts: Sequence[Part], plan: FoldPlan,
-    folds: Sequence[Fold], entries: Sequence[Mapping[str, Any]],
+    folds: Sequence[Fold], entries: Sequence[Mapping[str, Any]], ensemble: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Write both files and return what ``crossval.json`` says, without its own hash.
 
@@ -68,23 +142,22 @@ def write_crossval(  # noqa: PLR0917 (where, and what was done)
         plan: How the heads were trained.
         folds: All of them.
         entries: What became of each: see ``FoldPlan.fit``.
+        ensemble: ``ensemble_weights_sha256``, if one was kept.
     """
     shape = plan.num_repeats, len(pool.targets), len(pool.classes)
     probs, fold_of, per_fold = np.empty(shape), np.empty(shape[:2], np.int64), []
     for fold, entry in zip(folds, entries, strict=True):
-        probs[fold.repeat, fold.rows] = entry["probs"]
-        fold_of[fold.repeat, fold.rows] = fold.number + 1
-        strength = {} if entry["strength"] is None else {"strength": entry["strength"]}
+        of_repeat = probs[fold.repeat - 1]
+        of_repeat[fold.rows] = entry["probs"]
+        fold_of[fold.repeat - 1, fold.rows] = fold.number
         per_fold.append(
-            {
-                "repeat": fold.repeat + 1, "fold": fold.number + 1, "num_rows": len(fold.rows),
-                "num_train": len(fold.train), "num_valid": len(fold.valid),
-                "best_epoch": entry["best_epoch"], **strength, "valid_loss": entry["valid_loss"],
-            }
-            | measure_fold(pool.targets[fold.rows], probs[fold.repeat, fold.rows], pool.classes)
-        )  # fmt: skip
+            {"repeat": fold.repeat, "fold": fold.number, "num_rows": len(fold.rows)}
+            | plan.head_facts(fold, entry)
+            | measure_fold(pool.targets[fold.rows], of_repeat[fold.rows], pool.classes)
+        )
     ratio = float(np.mean([len(fold.rows) / len(fold.train) for fold in folds]))
-    data = csv_text(*_table(pool, parts, probs, fold_of)).encode()
+    groups = _list_groups(parts)
+    data = csv_text(*_table(pool, parts, groups, probs, fold_of)).encode()
     write_bytes(partial / ROWS_NAME, data)
     cache = pool.cache
     facts = {
@@ -97,26 +170,33 @@ def write_crossval(  # noqa: PLR0917 (where, and what was done)
         "splits": [part.split.name for part in parts], **plan.as_json(),
         "num_rows": len(pool.targets), "per_fold": per_fold, "mean": mean_figures(per_fold, ratio),
         "pooled": [
-            {"repeat": i + 1} | pool_figures(pool.targets, of_repeat, pool.classes)
-            for i, of_repeat in enumerate(probs)
+            {"repeat": i} | pool_figures(pool.targets, of_repeat, pool.classes, groups)
+            for i, of_repeat in enumerate(probs, 1)
         ],
-        "predictions_sha256": hashlib.sha256(data).hexdigest(),
+        "predictions_sha256": hashlib.sha256(data).hexdigest(), **ensemble,
     }  # fmt: skip
     write_json(partial / FACTS_NAME, facts | {"sha256": json_sha256(facts, without="sha256")})
     return facts
 
 
+def _list_groups(parts: Sequence[Part]) -> list[str]:
+    """Return the group of each row, empty where it has none."""
+    return [
+        part.split.groups[row] if part.split.groups else ""
+        for part in parts for row in part.rows.tolist()
+    ]  # fmt: skip
+
+
 def _table(
-    pool: Pool, parts: Sequence[Part], probs: npt.NDArray[np.float64],
+    pool: Pool, parts: Sequence[Part], groups: Sequence[str], probs: npt.NDArray[np.float64],
     fold_of: npt.NDArray[np.int64],
 ) -> tuple[list[str], Iterator[list[object]]]:  # fmt: skip
     """Return the header and the rows of ``predictions.csv``, repeat by repeat."""
-    splits, paths, groups = list[str](), list[str](), list[str]()
+    splits, paths = list[str](), list[str]()
     for part in parts:
         rows = part.rows.tolist()
         splits += [part.split.name] * len(rows)
         paths += [part.split.paths[row] for row in rows]
-        groups += [part.split.groups[row] if part.split.groups else "" for row in rows]
     tables = [
         prediction_table(pool.classes, paths, groups, pool.targets, of_repeat)
         for of_repeat in probs

@@ -1,11 +1,11 @@
 """Rows in, out-of-fold probabilities out: a head per fold, which nothing of the fold decides.
 
-Reads nothing. Writes: a journal, through what it is given.
+Reads nothing. Writes: a journal and heads, through what it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from featcache.progress import Progress
 from featcache.runtime import Device, Say
 from featcache.sweeps.folds import Pair, Pool
 from featcache.sweeps.journal import Journal
+from featcache.sweeps.kept_heads import KeptHeads
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Fold:
     """The rows of a fold, and those that its head is made of; no group is in two of them.
 
     Attributes:
-        repeat: From 0.
-        number: From 0.
+        repeat: From 1.
+        number: From 1, in its repeat.
         train: Numbers of the rows to train on.
         valid: Of the rows to choose the epoch or strength by.
         rows: Of the rows to predict.
@@ -56,7 +57,7 @@ class FoldPlan:
         head: Their shape.
         training: Optimizer, epochs and the rest.
         num_folds: Of each repeat.
-        num_repeats: How often the rows are parted, with seeds one higher each time.
+        num_repeats: How often the rows are parted, with both seeds one higher each time.
         share: Of the rows outside a fold, held out to choose the epoch by.
         seed: Decides initial weights and dropout.
         data_seed: Decides folds, hold-outs, the order of the rows and their views.
@@ -85,25 +86,47 @@ class FoldPlan:
             CacheError: If a class has too few units, or is unknown wherever a fold's head learns.
         """
         chosen = [
-            Fold(repeat, number, *pool.split_off(rest, self.share, self.data_seed + repeat), rows)
-            for repeat in range(self.num_repeats)
-            for number, (rest, rows) in enumerate(
-                pool.make_folds(self.num_folds, self.data_seed + repeat)
-            )
+            Fold(repeat, number, *pool.split_off(rest, self.share, data_seed), rows)
+            for repeat, data_seed in enumerate(self._seeds(self.data_seed), 1)
+            for number, (rest, rows) in enumerate(pool.make_folds(self.num_folds, data_seed), 1)
         ]
         if pool.targets.ndim == 2:
             _refuse_unknown(pool, chosen)
         return chosen
 
+    def head_facts(self, fold: Fold, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return how the head of a fold was trained, as a JSON object: see ``fit``."""
+        of_solver = {"strength": entry["strength"]}
+        if entry["strength"] is None:
+            of_solver = {"batch_size": self.training.rows_per_step(len(fold.train))}
+        return {
+            "num_train": len(fold.train), "num_valid": len(fold.valid),
+            "best_epoch": entry["best_epoch"], **of_solver, "valid_loss": entry["valid_loss"],
+        }  # fmt: skip
+
+    def _seeds(self, first: int) -> range:
+        """Return the seed of each repeat."""
+        return range(first, first + self.num_repeats)
+
     def fit(
-        self, pool: Pool, folds: Sequence[Fold], journal: Journal, device: Device, *,
-        progress: bool, say: Say,
+        self, pool: Pool, folds: Sequence[Fold], journal: Journal, heads: KeptHeads | None,
+        device: Device, *, progress: bool, say: Say,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Return an entry per fold; those that the journal has are not trained again.
 
+        Args:
+            pool: The rows.
+            folds: From ``choose_rows``.
+            journal: Gets an entry per fold.
+            heads: Gets the head of each fold, if it is to be kept.
+            device: Where to train.
+            progress: Whether to show how far it is.
+            say: Receives the lines for people.
+
         Returns:
             ``repeat``, ``fold``, ``best_epoch``, ``strength`` (None but with lbfgs), ``valid_loss``
-            and ``probs`` (n, C) of the fold's rows.
+            and ``probs`` (n, C) of the fold's rows; of heads that are kept also ``history`` (its
+            columns, then its rows) and ``head_sha256``.
 
         Raises:
             ConfigError: If the journal is damaged, or a loss is no longer a finite number.
@@ -113,19 +136,29 @@ class FoldPlan:
             raise journal.damaged(f"{num_done} entries for {len(folds)} folds")
         for fold, entry in zip(folds, journal.entries, strict=False):
             _check_entry(entry, fold, len(pool.classes), journal)
+        if heads is not None:
+            heads.read(journal)
         with Progress("crossval", "fold", len(folds), done=num_done, shown=progress) as bar:
             for fold in folds[num_done:]:
                 result = fit_head(
-                    self.head, self.training, *pool.take(fold.pair), seed=self.seed + fold.repeat,
-                    data_seed=self.data_seed + fold.repeat, device=device, classes=pool.classes,
-                    on_share=bar.move_by, say=bar.beside(say),
+                    self.head, self.training, *pool.take(fold.pair),
+                    seed=self._seeds(self.seed)[fold.repeat - 1],
+                    data_seed=self._seeds(self.data_seed)[fold.repeat - 1], device=device,
+                    classes=pool.classes, on_share=bar.move_by, say=bar.beside(say),
                 )  # fmt: skip
                 features, task = pool.plain[fold.rows], pool.cache.task
-                kept = result.history[result.best_epoch - 1]
+                best = result.history[result.best_epoch - 1]
+                kept = {}
+                if heads is not None:
+                    sha256 = heads.write(len(journal.entries), result.state)
+                    columns = [*result.history[0]]  # the journal sorts keys
+                    history = [columns, *([row[c] for c in columns] for row in result.history)]
+                    kept = {"history": history, "head_sha256": sha256}
                 journal.append({
                     "repeat": fold.repeat, "fold": fold.number, "best_epoch": result.best_epoch,
-                    "strength": kept.get("strength"), "valid_loss": kept["valid_loss"],
+                    "strength": best.get("strength"), "valid_loss": best["valid_loss"],
                     "probs": predict_probs(self.head, result.state, features, task).tolist(),
+                    **kept,
                 })  # fmt: skip
                 bar.move_to(len(journal.entries))
         return journal.entries
@@ -142,7 +175,7 @@ def _check_entry(entry: Any, fold: Fold, num_classes: int, journal: Journal) -> 
     except (KeyError, TypeError, ValueError):
         is_its = False
     if not is_its:
-        raise journal.damaged(f"another entry for fold {fold.number + 1}")
+        raise journal.damaged(f"another entry for fold {fold.number}")
 
 
 def _refuse_unknown(pool: Pool, folds: Sequence[Fold]) -> None:
@@ -152,6 +185,6 @@ def _refuse_unknown(pool: Pool, folds: Sequence[Fold]) -> None:
             names = join_few(pool.classes[i] for i in np.flatnonzero(unknown))
             raise CacheError(
                 "--folds", expected="known targets of each class outside every fold",
-                found=f"none of {names} outside fold {fold.number + 1}", where=pool.cache.path,
+                found=f"none of {names} outside fold {fold.number}", where=pool.cache.path,
                 hint="Leave that class out: featcache select --classes takes the others",
             )  # fmt: skip

@@ -15,7 +15,8 @@ from featcache import load_classifier, open_cache, predict, write_cache
 from featcache.backbones.backbone import Backbone
 from featcache.errors import RunError
 from featcache.extraction.extraction import extract
-from featcache.heads.run import load_run, write_run
+from featcache.heads.run import load_run
+from featcache.heads.run_writing import write_run
 from featcache.heads.training import train
 
 

@@ -82,6 +82,17 @@ def test_stored_features_give_the_same_as_arrays_and_infinity_is_refused(tmp_pat
         predict_probs(config, state, StoredFeatures(bad, np.arange(len(bad))))
 
 
+def test_logits_do_not_depend_on_the_order_of_the_entries() -> None:
+    """The first may be the number of batches, which is whole."""
+    config = HeadConfig(10, 3, (8,))
+    state = state_of(trained_head(config))
+    features = np.random.default_rng(0).normal(size=(5, 10)).astype("<f4")
+    wanted = predict_logits(config, state, features)
+    first = {"0.num_batches_tracked": state["0.num_batches_tracked"]}
+    assert np.array_equal(predict_logits(config, first | state, features), wanted)
+    assert wanted.dtype == np.float32
+
+
 def test_logits_are_those_of_the_head_in_its_dtype() -> None:
     config = HeadConfig(12, 3, hidden=(8,))
     head = build_head(config, seed=0).eval()

@@ -18,10 +18,9 @@ from featcache.heads.run import (
     cache_path,
     load_head,
     load_run,
-    relative_path,
     require_same_features,
-    write_run,
 )
+from featcache.heads.run_writing import relative_path, write_run
 
 HEAD = HeadConfig(6, 2, hidden=(4,))
 CLASSES = ("covid", "normal")
@@ -111,7 +110,7 @@ def test_every_flipped_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"format_version": 2}, "found version 2 .* A newer featcache wrote it"),
+        ({"format_version": 3}, "found version 3 .* A newer featcache wrote it"),
         ({"format_version": "1"}, "format_version"),
         ({"format": "zip"}, "expected format featcache-run"),
         ({"classes": ["covid", "normal", "pneumonia"]}, "expected 2 different names"),

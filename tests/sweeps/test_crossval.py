@@ -24,6 +24,7 @@ from featcache.cli import main as cli
 from featcache.errors import FeatcacheWarning
 from featcache.evaluation.evaluation import evaluate
 from featcache.heads.training import train
+from featcache.metrics.rates import grouped_rate_interval, mean_rate_interval
 from featcache.sweeps.crossval import CrossvalSummary, crossval
 from featcache.sweeps.folds import Pair, Pool
 
@@ -98,6 +99,8 @@ def test_a_fold_is_what_train_and_evaluate_make_of_its_rows(
             summary.best_epoch, summary.valid_loss,
         )  # fmt: skip
         assert facts.get("strength") == summary.strength
+        own = json.loads((run / "run.json").read_text("utf-8"))["training"]
+        assert facts.get("batch_size") == own.get("batch_size")
 
 
 @pytest.mark.parametrize("options", [SMALL | {"class_weights": "balanced"}, LBFGS], ids=str)
@@ -229,7 +232,10 @@ def test_several_labels_an_image(tmp_path: Path) -> None:
         assert row.pop("recall") == pytest.approx(own["recall"])
         assert row == {key: own[key] for key in row}
         assert len(row) == 4
-    assert pooled["balanced_accuracy"] is None
+    assert pooled["balanced_accuracy"] is pooled["intervals"]["accuracy"] is None
+    number, recall = len(rows), wanted["per_class"]["mass"]["recall"]
+    low, high = pooled["intervals"]["per_class"]["mass"]["recall"]
+    assert low < recall < high < 1 < number
     assert "roc_auc" not in pooled
 
 
@@ -291,6 +297,48 @@ def test_the_files_are_as_documented_and_the_figures_are_scikit_learns(
         assert pooled["accuracy"] == pytest.approx(metrics.accuracy_score(truth, preds))
     assert (made.per_fold, made.mean) == (facts["per_fold"], facts["mean"])
     assert made.pooled == facts["pooled"]
+
+
+def test_rates_of_all_rows_have_intervals_that_respect_groups(
+    tmp_path: Path, go: Callable[..., CrossvalSummary]
+) -> None:
+    """Without groups SciPy's; with groups of the rows as predictions.csv has them."""
+    make_cache(tmp_path / "plain.h5", all=[0, 1] * 40)
+    said: list[str] = []
+    plain = crossval(tmp_path / "plain.h5", tmp_path / "p", say=said.append, **SMALL)
+    (pooled,) = plain.pooled
+    assert pooled["intervals"]["num_groups"] is None
+    assert any("of all rows (Wilson) for" in line for line in said)
+    found = {name: pooled["intervals"]["per_class"][name]["recall"] for name in plain.classes}
+    found["all"] = pooled["intervals"]["accuracy"]
+    rates = {name: (row["recall"], 40) for name, row in pooled["per_class"].items()}
+    for name, (rate, number) in (rates | {"all": (pooled["accuracy"], 80)}).items():
+        hits = round(rate * number)
+        assert 0 < hits < number, "an interval worth testing"
+        wanted = stats.binomtest(hits, number).proportion_ci(method="wilson")
+        assert found[name] == pytest.approx([wanted.low, wanted.high])
+    said.clear()
+    made = go(repeats=2, say=said.append)
+    rows = read_rows(tmp_path / "f")
+    for number, pooled in enumerate(made.pooled, 1):
+        own = [row for row in rows if row["repeat"] == str(number)]
+        intervals, of_class = pooled["intervals"], {}
+        for name in made.classes:
+            of_class[name] = [row for row in own if row["target"] == name]
+        for name, which in (of_class | {"all": own}).items():
+            is_hit = np.array([row["pred"] == row["target"] for row in which])
+            wanted = grouped_rate_interval(is_hit, [row["group"] for row in which])
+            key = intervals["accuracy"]
+            if name != "all":
+                key = intervals["per_class"][name]["recall"]
+            assert key == pytest.approx(wanted)
+        recalls = [pooled["per_class"][name]["recall"] for name in made.classes]
+        ends = [intervals["per_class"][name]["recall"] for name in made.classes]
+        wanted = mean_rate_interval(recalls, ends)
+        assert intervals["balanced_accuracy"] == pytest.approx(wanted)
+        assert intervals["num_groups"] == len({row["group"] for row in own}) == 17
+    assert any("of all rows (Wilson, 17 groups) for" in line for line in said)
+    assert max(map(len, said[:-1])) <= 80  # the last names the folder
 
 
 def test_folds_that_agree_give_no_interval_of_width_zero(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from sample_crossval import LBFGS, SMALL, crossval_small, grouped_cache
 from sample_rows import edited, make_cache, rows_of
 
 import featcache
-from featcache.errors import CacheError, ConfigError
+from featcache.errors import CacheError, ConfigError, RunError
+from featcache.files import json_sha256
 from featcache.heads.fit import fit_head
 from featcache.sweeps.crossval import CrossvalSummary, crossval
 
@@ -56,6 +58,7 @@ def test_a_killed_one_goes_on_and_ends_as_if_it_had_not_been(
             facts = featcache.info(tmp_path / "f.partial").as_dict()
             assert facts["kept"] == {"num_folds_done": number, "num_folds": 4, "num_repeats": 2}
             assert facts["output"] == (tmp_path / "f").as_posix()
+            assert featcache.info(tmp_path / "f").as_dict() == facts, "by the name it will have"
             with (tmp_path / "f.partial" / "journal.jsonl").open("ab") as file:
                 file.write(b'{"repeat": 0')  # torn by a power cut
         with pytest.MonkeyPatch.context() as patch:
@@ -94,6 +97,47 @@ def test_an_unfinished_one_of_other_arguments_is_refused(
         go()
     assert go(folds=3, overwrite=True).num_folds == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5", "f"]
+
+
+# --- looked at
+
+
+def test_what_a_finished_one_holds_and_a_damaged_one_is_one_line(
+    tmp_path: Path, go: Callable[..., CrossvalSummary]
+) -> None:
+    made = go(repeats=2)
+    facts = featcache.info(tmp_path / "f")
+    assert isinstance(facts, featcache.CrossvalInfo)
+    assert (facts.num_rows, facts.num_folds, facts.num_repeats) == (80, 4, 2)
+    assert (facts.head["hidden"], facts.training["epochs"]) == ([8], 3)
+    assert facts.cache["fingerprint"] == made.fingerprint
+    assert (facts.mean, facts.ensemble) == (made.mean, None)
+    assert facts.as_dict()["kind"] == "cross-validation"
+    json_file, csv_file = tmp_path / "f" / "crossval.json", tmp_path / "f" / "predictions.csv"
+    whole, rows = json_file.read_text("utf-8"), csv_file.read_bytes()
+    known = json.loads(whole)
+
+    def signed(**change: Any) -> str:
+        edited = known | change
+        return json.dumps(edited | {"sha256": json_sha256(edited, without="sha256")})
+
+    for text, found in (
+        ("[", "text that is not JSON"), ("{}", "expected format featcache-crossval"),
+        (whole.replace('"folds": 4', '"folds": 5'), "its own sha256"),
+        (signed(format_version=9), "found version 9 .* A newer featcache"),
+        (signed(mean={}), "figures with their intervals"), (signed(head=None), "head, a JSON dict"),
+        (signed(mean=known["mean"] | {"accuracy": {"mean": "high"}}), "with their intervals"),
+        (signed(predictions_sha256="0" * 64), "predictions.csv that crossval.json names"),
+    ):  # fmt: skip
+        json_file.write_text(text, "utf-8")
+        with pytest.raises(RunError, match=f"cross-validation: .*{found}"):
+            featcache.info(tmp_path / "f")
+    json_file.write_text(whole, "utf-8")
+    csv_file.unlink()
+    with pytest.raises(RunError, match=r"expected a folder with predictions\.csv, found No such"):
+        featcache.info(tmp_path / "f")
+    csv_file.write_bytes(rows)
+    assert featcache.info(tmp_path / "f") == facts
 
 
 # --- bad input

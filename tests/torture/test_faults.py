@@ -32,7 +32,7 @@ from featcache.extraction import shards
 from featcache.extraction.extraction import extract
 from featcache.extraction.shards import PartialCache, Receipt
 from featcache.files import write_json
-from featcache.heads.run import run_output
+from featcache.heads.run_writing import run_output
 from featcache.output_folders import new_folder
 from featcache.outputs import Output
 

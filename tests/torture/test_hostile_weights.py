@@ -32,7 +32,8 @@ from featcache.backbones.weights import download_state
 from featcache.errors import FeatcacheError
 from featcache.files import canonical_json
 from featcache.heads.head import HeadConfig, build_head
-from featcache.heads.run import load_run, write_run
+from featcache.heads.run import load_run
+from featcache.heads.run_writing import write_run
 
 TINY = ["--backbone", "python:tiny_network:network", "--image-size", "32"]
 
