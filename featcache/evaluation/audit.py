@@ -1,36 +1,52 @@
-"""Audit: cache -> copies among its rows, and whether file facts tell the classes, before training.
+"""Audit: cache -> copies, wrong labels, shortcuts, outliers and sources, before training.
 
-Reads: a cache, no images. Writes: a CSV where one is asked for.
+A part is one call that returns facts (JSON values), and one function in ``audit_lines`` that makes
+lines of them.
+
+Reads: a cache, no images; a table of sources. Writes: a verdict beside the cache, and a CSV where
+one is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.cache.reading import open_cache
-from featcache.errors import CacheError, ConfigError, printable
+import numpy as np
+
+from featcache.cache.reading import Cache, open_cache
+from featcache.cache.verdict import write_verdict
+from featcache.data.groups import GroupPattern
+from featcache.errors import CacheError, ConfigError
 from featcache.evaluation.audit_copies import (
     COLUMNS,
     EXAMPLES,
     FLOOR,
     AuditRows,
+    NearPairs,
     copies_csv,
     find_near,
     find_same,
     join_copies,
     summarise_sets,
 )
-from featcache.evaluation.audit_shortcuts import Shortcuts, measure_shortcuts
+from featcache.evaluation.audit_folds import FoldedRows
+from featcache.evaluation.audit_labels import measure_labels
+from featcache.evaluation.audit_lines import audit_lines, judge
+from featcache.evaluation.audit_outliers import measure_outliers
+from featcache.evaluation.audit_shortcuts import measure_shortcuts
+from featcache.evaluation.audit_sources import measure_sources, read_sources
 from featcache.files import csv_text, local_path, result_as_dict
-from featcache.formatting import brief_repr, count, decimal, join_few, list_counts, shorten
+from featcache.formatting import brief_repr, count, join_few
 from featcache.outputs import Kind, Output, write_output
 from featcache.runtime import Say, log_line
 
-PARTS = ("same", "near", "shortcuts")
-_WIDTH = 80
+PARTS = ("same", "near", "labels", "shortcuts", "outliers", "sources")
+_COPIES = {"same", "near"}
+_KEPT_FIRST = ("test", "valid", "train", "all")  # of copies, when the others are dropped
 
 
 def _is_own(path: Path) -> bool:
@@ -55,16 +71,21 @@ class Audit:
 
     Attributes:
         cache: The file.
-        parts: Which of ``same``, ``near`` and ``shortcuts`` were looked at.
+        parts: Which of ``PARTS`` were looked at.
         splits: Rows per split.
         same: Rows of one image file; also ``num_unknown``, rows without an image's hash.
         near: Rows of different files whose features are more alike than those of different images;
             also ``num_pairs``, ``is_cut`` (there are more pairs), ``threshold`` and ``median`` of
             cosines (None below 20 different rows), ``floor``, and ``pairs``: the most alike five
             with ``similarity`` and ``rows``. Candidates: no image was read.
+        labels: Rows whose label looks wrong: see ``audit_labels.measure_labels``.
         shortcuts: Balanced accuracies of file facts beside those of a linear head on the same
             folds: see ``verdict`` and ``sentence``.
+        outliers: Rows far from the others of their class: see ``audit_outliers.measure_outliers``.
+        sources: Whether sources are told within a class: see ``audit_sources.measure_sources``;
+            None too where no column names them.
         num_leaks: Sets of copies, same and near, across splits or of classes that conflict.
+        verdict: A paragraph for people.
         csv: The CSV that was written.
         fingerprint: Of the cache's identity.
         content_sha256: Of its content.
@@ -78,8 +99,12 @@ class Audit:
     splits: dict[str, int]
     same: dict[str, Any] | None
     near: dict[str, Any] | None
+    labels: dict[str, Any] | None
     shortcuts: dict[str, Any] | None
+    outliers: dict[str, Any] | None
+    sources: dict[str, Any] | None
     num_leaks: int
+    verdict: str
     csv: Path | None
     fingerprint: str
     content_sha256: str
@@ -93,71 +118,91 @@ def audit(
     cache: str | Path,
     *,
     only: str | Sequence[str] | None = None,
+    group_by: str | None = None,
+    group_by_path: str | None = None,
+    table: str | Path | None = None,
+    source: str | None = None,
     csv: str | Path | None = None,
+    copies: str = "group",
     strict: bool = False,
     say: Say = log_line,
 ) -> Audit:
-    """Look for what would make a head look better than it is: copies, and shortcuts.
+    """Look for what would make a head look better than it is: copies, shortcuts, wrong labels.
 
-    Copies are looked for in all splits. Scores come from the labelled rows of train and valid (or
-    of ``all``), never of test. No image is read.
+    Copies are looked for in all splits. Everything else is of the labelled rows of train and valid
+    (or of ``all``), never of test. No image is read. Where both ``same`` and ``near`` were looked
+    at, the verdict is kept beside the cache for ``train`` and ``info``.
 
     Args:
         cache: The cache.
-        only: ``same``, ``near``, ``shortcuts``, or several; None for all.
+        only: Some of ``PARTS``; None for all, ``sources`` where a column names them.
+        group_by: A regular expression whose first group, in the file name, is the group of a row,
+            in place of the cache's groups.
+        group_by_path: The same, in the path below the class.
+        table: A CSV with ``path`` and the column ``source``.
+        source: The column of ``table`` that names where an image comes from.
         csv: A file that ``select --table`` takes: every row, copies in one group.
+        copies: ``group`` or ``drop``: leave all but one of the copies out of ``csv``, preferably
+            that of test; and all of them where their classes conflict.
         strict: Raise an error, at the end, if there are copies across splits or of two classes.
         say: Where lines for people go.
 
     Raises:
         CacheError: If the cache is damaged or a feature is not finite; with ``strict``, if there
             are leaks.
-        ConfigError: If ``only`` names no part, or ``csv`` cannot be written.
+        ConfigError: If ``only`` names no part, an option lacks the other that it needs, or ``csv``
+            cannot be written.
+        DataError: If the table cannot be read.
 
     Example:
         >>> featcache.audit("covid.h5", csv="copies.csv").num_leaks  # doctest: +SKIP
     """
     parts = _choose_parts(only)
-    source = local_path(cache, "CACHE")
-    if csv is not None and parts == ("shortcuts",):
-        raise ConfigError("--csv", expected="copies to write: --only same,near", found="shortcuts")
-    table = None if csv is None else Output(csv, "--csv", _CSV, inputs=[source])
-    if table is not None:
-        table.check()
-    opened = open_cache(source)
+    if not _has_sources(table, source) and "sources" in parts:
+        if only is not None:
+            raise ConfigError(
+                "--only sources", expected="a column that names them: --table CSV --source COLUMN",
+                found="none",
+            )  # fmt: skip
+        parts = tuple(part for part in parts if part != "sources")
+    _check_table(parts, csv, copies)
+    place = local_path(cache, "CACHE")
+    output = None if csv is None else Output(csv, "--csv", _CSV, inputs=[place, table])
+    if output is not None:
+        output.check()
+    pattern = GroupPattern.of(group_by, group_by_path)
+    opened = open_cache(place)
+    if pattern is not None:
+        _regroup(opened, pattern, say)
     rows = AuditRows.of(opened)
+    sources = read_sources(table, source, rows.paths, say) if table and source else []
     same = find_same(rows) if "same" in parts else []
     near = find_near(rows) if "near" in parts else None
-    shortcuts = measure_shortcuts(opened, say) if "shortcuts" in parts else None
-    copies = join_copies(rows, same, near)
-    near_facts = None
-    if near is not None:
-        near_facts = summarise_sets(rows, join_copies(rows, [], near)) | {
-            "num_pairs": len(near.pairs), "is_cut": near.is_cut, "threshold": near.threshold,
-            "median": near.median, "floor": FLOOR,
-            "pairs": [
-                {"similarity": float(similarity), "rows": [rows.describe(int(n)) for n in pair]}
-                for pair, similarity in zip(
-                    near.pairs[:EXAMPLES], near.similarities[:EXAMPLES], strict=True
-                )
-            ],
-        }  # fmt: skip
+    sets = join_copies(rows, same, near)
+    folded = FoldedRows(opened, say) if {*parts} - _COPIES else None
     found = Audit(
         cache=Path(cache), parts=parts,
         splits={name: len(split) for name, split in opened.splits.items()},
         same=None if "same" not in parts
         else summarise_sets(rows, same) | {"num_unknown": int((~rows.has_hash).sum())},
-        near=near_facts, shortcuts=None if shortcuts is None else result_as_dict(shortcuts),
-        num_leaks=sum(
-            len({rows.splits[row] for row in copy}) > 1 or rows.disagree(copy) for copy in copies
-        ),
+        near=None if near is None else _near_facts(rows, near),
+        labels=measure_labels(folded, rows) if folded and "labels" in parts else None,
+        shortcuts=result_as_dict(measure_shortcuts(opened, say, folded))
+        if folded and "shortcuts" in parts else None,
+        outliers=measure_outliers(folded, rows) if folded and "outliers" in parts else None,
+        sources=measure_sources(folded, sources, str(source))
+        if folded and "sources" in parts else None,
+        num_leaks=sum(_is_leak(rows, copy) for copy in sets), verdict="",
         csv=None if csv is None else Path(csv),
         fingerprint=opened.fingerprint, content_sha256=opened.content_sha256,
     )  # fmt: skip
-    if table is not None:
-        write_output(table, copies_csv(rows, copies).encode())
-    for line in audit_lines(found, shortcuts):
+    found = dataclasses.replace(found, verdict=judge(found))
+    if output is not None:
+        write_output(output, _table_of(rows, sets, copies).encode())
+    for line in audit_lines(found):
         say(line)
+    if {*parts} >= _COPIES:
+        write_verdict(opened, parts=parts, num_leaks=found.num_leaks, verdict=found.verdict)
     error = leak_error(found)
     if strict and error is not None:
         raise error
@@ -175,6 +220,10 @@ def leak_error(found: Audit) -> CacheError | None:
     )  # fmt: skip
 
 
+def _is_leak(rows: AuditRows, copies: Sequence[int]) -> bool:
+    return len({rows.splits[row] for row in copies}) > 1 or rows.disagree(copies)
+
+
 def _choose_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
     if only is None:
         return PARTS
@@ -187,77 +236,65 @@ def _choose_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in PARTS if name in wanted)
 
 
-# ----------------------------------------------------------------------------- text
+def _has_sources(table: object, source: str | None) -> bool:
+    if (table is None) != (source is None):
+        given = "--table" if source is None else "--source"
+        raise ConfigError(given, expected="--table and --source together", found=f"only {given}")
+    return source is not None
 
 
-def audit_lines(found: Audit, shortcuts: Shortcuts | None) -> Iterator[str]:
-    """Yield one page of lines of up to 80 columns, the most important first."""
-    place = shorten(printable(found.cache.as_posix()), 30)
-    yield f"audit of {place}: {list_counts(found.splits)}"
-    if "same" in found.parts or "near" in found.parts:
-        what = "sets of copies across splits or of two classes"
-        yield f"leaks: {found.num_leaks:,} {what}" if found.num_leaks else f"leaks: no {what}"
-    if found.same is not None:
-        if found.same["num_unknown"]:
-            yield (f"hashes of images: {found.same['num_unknown']:,} rows have none, which are "
-                   "not compared")  # fmt: skip
-        yield from _set_lines("same file", found.same)
-    if found.near is not None:
-        near = found.near
-        if near["threshold"] is None:
-            yield "near copies: too few different rows to tell what is near"
-        else:
-            more = " or more" if near["is_cut"] else ""
-            look = ", to be looked at" if near["num_pairs"] else ""
-            yield f"near copies: {count(near['num_pairs'], 'pair')}{more}{look}"
-            yield (f"  cosine from {near['threshold']:.3f} on; nearest neighbours have "
-                   f"{near['median']:.3f} (median)")  # fmt: skip
-            for pair in near["pairs"]:
-                yield f"  {decimal(pair['similarity'])}"
-                yield from (f"    {_row_text(row)}" for row in pair["rows"])
-            yield from _set_lines("near", near, examples=False)
-    if shortcuts is not None:
-        yield from _shortcut_lines(shortcuts)
-    if found.csv is not None:
-        yield f"written to {printable(found.csv.as_posix())}: for select --table"
+def _check_table(parts: tuple[str, ...], csv: object, copies: str) -> None:
+    if csv is not None and not _COPIES.intersection(parts):
+        raise ConfigError("--csv", expected="copies to write: --only same,near",
+                          found=", ".join(parts))  # fmt: skip
+    if copies not in {"group", "drop"}:
+        raise ConfigError("--copies", expected="group or drop", found=copies)
+    if copies == "drop" and csv is None:
+        raise ConfigError("--copies", expected="--csv FILE beside it", found="none")
 
 
-def _set_lines(name: str, facts: dict[str, Any], *, examples: bool = True) -> Iterator[str]:
-    if not facts["num_sets"]:
-        if examples:
-            yield f"{name}: none"
-        return
-    rows = count(facts["num_rows"], "row")
-    yield f"{name}: {count(facts['num_sets'], 'set')} of copies, {rows}"
-    titles = {"across_splits": "across splits", "label_conflicts": "of classes that conflict",
-              "across_groups": "across groups"}  # fmt: skip
-    for key, title in titles.items():
-        number = facts[key]["num_sets"]
-        if number:
-            yield f"  {title}: {number:,}"
-        for example in facts[key]["examples"] if examples else []:
-            yield f"    {_row_text(example[0])}"
-            for row in example[1:2]:
-                yield f"      = {_row_text(row)}"
+def _regroup(cache: Cache, pattern: GroupPattern, say: Say) -> None:
+    """Set the groups of all rows by a pattern; if it matches none, they stay as they are."""
+    paths = [path for split in cache.splits.values() for path in split.paths]
+    names = [*cache.classes, ""]  # the last is -1's
+    classes = [
+        "" if cache.task == "multilabel" else names[target]
+        for split in cache.splits.values() for target in split.targets.tolist()
+    ]  # fmt: skip
+    found = pattern.find(paths, classes)
+    groups = [group or path for group, path in zip(found, paths, strict=True)]
+    labels = [name or "unlabelled" for name in classes]
+    pattern.count_matches(found, labels, len({*groups}), say)
+    if any(found):
+        for split in cache.splits.values():
+            split.groups, groups = groups[: len(split)], groups[len(split) :]
 
 
-def _row_text(row: dict[str, Any]) -> str:
-    name = f", {shorten(printable(row['class']), 16)}" if row["class"] is not None else ""
-    return f"{row['split']}: {shorten(printable(row['path']), 48)}{name}"
+def _near_facts(rows: AuditRows, near: NearPairs) -> dict[str, Any]:
+    pairs = zip(near.pairs[:EXAMPLES], near.similarities[:EXAMPLES], strict=True)
+    return summarise_sets(rows, join_copies(rows, [], near)) | {
+        "num_pairs": len(near.pairs), "is_cut": near.is_cut, "threshold": near.threshold,
+        "median": near.median, "floor": FLOOR,
+        "pairs": [
+            {"similarity": float(similarity), "rows": [rows.describe(int(n)) for n in pair]}
+            for pair, similarity in pairs
+        ],
+    }  # fmt: skip
 
 
-def _shortcut_lines(found: Shortcuts) -> Iterator[str]:
-    yield f"shortcuts, {count(found.num_rows, 'row')} of {' and '.join(found.splits)}:"
-    yield from _wrapped(found.sentence)
-    if found.head is None:
-        return
-    yield f"  balanced accuracy, mean of {found.num_folds} folds    logistic    tree"
-    yield f"  {'linear head on the features':<38}{decimal(found.head):>8}"
-    for row in found.facts:
-        yield f"  {row['fact']:<38}{decimal(row['logistic']):>8}{decimal(row['tree']):>8}"
-
-
-def _wrapped(text: str) -> Iterator[str]:
-    import textwrap
-
-    yield from textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+def _table_of(rows: AuditRows, sets: Sequence[Sequence[int]], copies: str) -> str:
+    """Return the CSV for ``select --table``: copies in one group, or one row of each set."""
+    if copies == "group":
+        return copies_csv(rows, sets)
+    dropped = {row for found in sets for row in found}
+    for found in sets:
+        if not rows.disagree(found):
+            dropped.remove(min(found, key=lambda row: _KEPT_FIRST.index(rows.splits[row])))
+    kept = [row for row in range(len(rows.paths)) if row not in dropped]
+    numbers = np.array(kept, np.int64)
+    left = dataclasses.replace(
+        rows, splits=[rows.splits[row] for row in kept], paths=[rows.paths[row] for row in kept],
+        groups=[rows.groups[row] for row in kept], targets=rows.targets[numbers],
+        images=rows.images[numbers], has_hash=rows.has_hash[numbers],
+    )  # fmt: skip
+    return copies_csv(left, [])

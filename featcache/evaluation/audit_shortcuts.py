@@ -14,16 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
-from featcache.errors import CacheError
+from featcache.evaluation.audit_folds import LEAST_PER_CLASS, FoldedRows, thin
 from featcache.heads.rows import labelled_part, training_source
 from featcache.metrics.scores import paired_interval
 from featcache.runtime import Say
-from featcache.sweeps.folds import Pool
 
-NUM_FOLDS = 5
-_LEAST_PER_CLASS = 20  # four rows of each class in a fold: a recall of fewer is a coin
-_MOST_TRAINED_ON = 10_000  # rows of a fold's training part, thinned: a linear fit takes a minute
-_STRENGTH = 0.01  # C of the linear head on standardised features; fixed, so nothing is chosen
 _DEPTH = 3
 
 Array = npt.NDArray[Any]
@@ -64,12 +59,13 @@ class Shortcuts:
     difference: dict[str, Any] | None = None
 
 
-def measure_shortcuts(cache: Cache, say: Say) -> Shortcuts:
+def measure_shortcuts(cache: Cache, say: Say, folded: FoldedRows | None = None) -> Shortcuts:
     """Compare shortcuts with a linear head on the labelled rows of train and valid, or all.
 
     Args:
         cache: The cache.
         say: Where lines for people go.
+        folded: The same rows in folds, where another part has them already.
 
     Raises:
         CacheError: If there are no rows to train on, or a feature is not finite.
@@ -88,11 +84,11 @@ def measure_shortcuts(cache: Cache, say: Say) -> Shortcuts:
     counts = np.bincount(
         np.concatenate([part.targets for part in parts]), minlength=len(cache.classes)
     )
-    if len(counts) < 2 or counts.min() < _LEAST_PER_CLASS:
+    if len(counts) < 2 or counts.min() < LEAST_PER_CLASS:
         return left_out(
             "too few",
             f"a class has {counts.min(initial=num_rows):,} labelled rows of {' and '.join(names)}, "
-            f"and at least {_LEAST_PER_CLASS} of each of two classes are needed",
+            f"and at least {LEAST_PER_CLASS} of each of two classes are needed",
         )
     facts = file_facts(
         [part.split.paths[row] for part in parts for row in part.rows.tolist()],
@@ -100,14 +96,10 @@ def measure_shortcuts(cache: Cache, say: Say) -> Shortcuts:
     )
     if not facts:
         return left_out("not measured", "no fact of the files differs between rows")
-    pool = Pool.of(cache, [part for part in parts if len(part.rows)], say=say)
-    try:
-        folds = pool.make_folds(NUM_FOLDS, 0)
-    except CacheError:
-        return left_out("too few", f"a class has images in fewer than {NUM_FOLDS} groups")
-    if not isinstance(pool.plain, np.ndarray):
-        return left_out("not measured", "the features are larger than the memory")
-    return _compare(pool.plain, pool.targets, facts, folds, tuple(names))
+    folded = FoldedRows(cache, say) if folded is None else folded
+    if isinstance(folded.folds, str):
+        return left_out("not measured" if folded.pool is None else "too few", folded.folds)
+    return _compare(folded.probs, folded.targets, facts, folded.folds, tuple(names))
 
 
 def file_facts(paths: Sequence[str], image_bytes: Array) -> dict[str, Array]:
@@ -140,28 +132,28 @@ def _one_hot(values: Sequence[str]) -> Array:
 
 
 def _compare(
-    features: Array, targets: Array, facts: dict[str, Array], folds: Sequence[tuple[Array, Array]],
+    probs: Array, targets: Array, facts: dict[str, Array], folds: Sequence[tuple[Array, Array]],
     splits: tuple[str, ...],
 ) -> Shortcuts:  # fmt: skip
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.tree import DecisionTreeClassifier
 
-    def logistic(strength: float) -> Any:
-        return make_pipeline(
-            StandardScaler(),
-            LogisticRegression(C=strength, class_weight="balanced", max_iter=2000),
-        )
-
     models: dict[str, Callable[[], Any]] = {
-        "logistic": lambda: logistic(1.0),
+        "logistic": lambda: make_pipeline(
+            StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000)
+        ),
         "tree": lambda: DecisionTreeClassifier(
             max_depth=_DEPTH, class_weight="balanced", random_state=0
         ),
     }
-    pairs = [(_thin(train), judged) for train, judged in folds]
-    head = _scores(lambda: logistic(_STRENGTH), features, targets, pairs)
+    pairs = [(thin(train), judged) for train, judged in folds]
+    head = [
+        float(balanced_accuracy_score(targets[judged], probs[judged].argmax(axis=1)))
+        for _, judged in folds
+    ]
     if len(facts) > 1:
         facts = facts | {"all together": np.concatenate(list(facts.values()), axis=1)}
     scores = {
@@ -197,13 +189,6 @@ def _compare(
         {"fact": best[0], "model": best[1], "balanced_accuracy": float(np.mean(scores[best]))},
         {"mean": mean, "low": None if alike else low, "high": None if alike else high},
     )  # fmt: skip
-
-
-def _thin(rows: Array) -> Array:
-    if len(rows) <= _MOST_TRAINED_ON:
-        return rows
-    chosen = np.random.default_rng(0).choice(len(rows), _MOST_TRAINED_ON, replace=False)
-    return rows[np.sort(chosen)]
 
 
 def _scores(
