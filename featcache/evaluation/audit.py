@@ -1,36 +1,59 @@
-"""Audit: cache -> copies among its rows, and whether file facts tell the classes, before training.
+"""Audit: cache -> copies, wrong labels, shortcuts, outliers and sources, before training.
 
-Reads: a cache, no images. Writes: a CSV where one is asked for.
+A part is one call that returns facts (JSON values), and one function in ``audit_lines`` that makes
+lines of them.
+
+Reads: a cache; its images, where they are given; a table of sources. Writes: a verdict beside the
+cache, and a CSV where one is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from featcache.cache.reading import open_cache
-from featcache.errors import CacheError, ConfigError, printable
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.reading import Cache, open_cache
+from featcache.cache.verdict import write_verdict
+from featcache.data.groups import GroupPattern
+from featcache.errors import CacheError, ConfigError
 from featcache.evaluation.audit_copies import (
     COLUMNS,
     EXAMPLES,
     FLOOR,
     AuditRows,
+    NearPairs,
     copies_csv,
     find_near,
     find_same,
     join_copies,
     summarise_sets,
 )
-from featcache.evaluation.audit_shortcuts import Shortcuts, measure_shortcuts
+from featcache.evaluation.audit_folds import FoldedRows
+from featcache.evaluation.audit_labels import measure_labels
+from featcache.evaluation.audit_lines import audit_lines, judge
+from featcache.evaluation.audit_outliers import measure_outliers
+from featcache.evaluation.audit_pictures import confirm_near
+from featcache.evaluation.audit_shortcuts import measure_shortcuts
+from featcache.evaluation.audit_sources import measure_sources, read_sources
 from featcache.files import csv_text, local_path, result_as_dict
-from featcache.formatting import brief_repr, count, decimal, join_few, list_counts, shorten
+from featcache.formatting import brief_repr, count, join_few
 from featcache.outputs import Kind, Output, write_output
 from featcache.runtime import Say, log_line
+from featcache.untrusted import MAX_PIXELS
 
-PARTS = ("same", "near", "shortcuts")
-_WIDTH = 80
+if TYPE_CHECKING:
+    from featcache.backbones.backbone import Backbone
+    from featcache.evaluation.audit_images import AuditImages
+
+PARTS = ("same", "near", "labels", "shortcuts", "outliers", "sources")
+_COPIES = {"same", "near"}
+_KEPT_FIRST = ("test", "valid", "train", "all")  # of copies, when the others are dropped
 
 
 def _is_own(path: Path) -> bool:
@@ -55,16 +78,31 @@ class Audit:
 
     Attributes:
         cache: The file.
-        parts: Which of ``same``, ``near`` and ``shortcuts`` were looked at.
+        parts: Which of ``PARTS`` were looked at.
         splits: Rows per split.
-        same: Rows of one image file; also ``num_unknown``, rows without an image's hash.
+        same: Rows of one image file, with ``data`` of one picture (decoded pixels at full size);
+            also ``num_unknown``, rows that are not compared as neither an image's hash nor its
+            pixels are known, and ``num_by_pixels``, sets of different files (None without
+            ``data``).
         near: Rows of different files whose features are more alike than those of different images;
             also ``num_pairs``, ``is_cut`` (there are more pairs), ``threshold`` and ``median`` of
             cosines (None below 20 different rows), ``floor``, and ``pairs``: the most alike five
-            with ``similarity`` and ``rows``. Candidates: no image was read.
+            with ``similarity`` and ``rows``. Candidates, if no image was read. With ``data``,
+            ``pictures`` has ``threshold``, ``num_compared`` and ``num_rejected``, and a pair also
+            ``confirmed`` (its similarity is then the agreement of pictures), ``mirrored`` and
+            ``inverted``.
+        labels: Rows whose label looks wrong: see ``audit_labels.measure_labels``.
         shortcuts: Balanced accuracies of file facts beside those of a linear head on the same
             folds: see ``verdict`` and ``sentence``.
+        outliers: Rows far from the others of their class: see ``audit_outliers.measure_outliers``.
+        sources: Whether sources are told within a class: see ``audit_sources.measure_sources``;
+            None too where no column names them.
+        images: With ``data``, ``num_read``, and ``missing``, ``changed`` and ``unreadable`` with
+            ``num_rows`` and up to five ``paths``; None without.
+        blackout: The head on images without, and with only, their centre: see
+            ``audit_blackout.Blackout``.
         num_leaks: Sets of copies, same and near, across splits or of classes that conflict.
+        verdict: A paragraph for people.
         csv: The CSV that was written.
         fingerprint: Of the cache's identity.
         content_sha256: Of its content.
@@ -78,8 +116,14 @@ class Audit:
     splits: dict[str, int]
     same: dict[str, Any] | None
     near: dict[str, Any] | None
+    labels: dict[str, Any] | None
     shortcuts: dict[str, Any] | None
+    outliers: dict[str, Any] | None
+    sources: dict[str, Any] | None
+    images: dict[str, Any] | None
+    blackout: dict[str, Any] | None
     num_leaks: int
+    verdict: str
     csv: Path | None
     fingerprint: str
     content_sha256: str
@@ -93,71 +137,123 @@ def audit(
     cache: str | Path,
     *,
     only: str | Sequence[str] | None = None,
+    group_by: str | None = None,
+    group_by_path: str | None = None,
+    table: str | Path | None = None,
+    source: str | None = None,
     csv: str | Path | None = None,
+    copies: str = "group",
     strict: bool = False,
+    data: str | Path | None = None,
+    blackout: float | Sequence[float] | None = None,
+    weights: str | Path | None = None,
+    backbone: Backbone | str | None = None,
+    device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
     say: Say = log_line,
 ) -> Audit:
-    """Look for what would make a head look better than it is: copies, and shortcuts.
+    """Look for what would make a head look better than it is: copies, shortcuts, wrong labels.
 
-    Copies are looked for in all splits. Scores come from the labelled rows of train and valid (or
-    of ``all``), never of test. No image is read.
+    Copies are looked for in all splits. Everything else is of the labelled rows of train and valid
+    (or of ``all``), never of test. No image is read without ``data``. Where both ``same`` and
+    ``near`` were looked at, the verdict is kept beside the cache for ``train`` and ``info``.
 
     Args:
         cache: The cache.
-        only: ``same``, ``near``, ``shortcuts``, or several; None for all.
+        only: Some of ``PARTS``; None for all, ``sources`` where a column names them.
+        group_by: A regular expression whose first group, in the file name, is the group of a row,
+            in place of the cache's groups.
+        group_by_path: The same, in the path below the class.
+        table: A CSV with ``path`` and the column ``source``.
+        source: The column of ``table`` that names where an image comes from.
         csv: A file that ``select --table`` takes: every row, copies in one group.
+        copies: ``group`` or ``drop``: leave all but one of the copies out of ``csv``, preferably
+            that of test; and all of them where their classes conflict.
         strict: Raise an error, at the end, if there are copies across splits or of two classes.
+        data: The images it was made of, as ``extract`` took them: copies are then found by their
+            pixels and pictures too, and shortcuts by sizes, colours, brightness and borders.
+        blackout: Shares of the width and height of what the network sees: the head is also judged
+            on images whose centre of that size is black, and on the centre alone. Needs ``data``.
+        weights: For ``blackout``, the weights file that the cache was made with, where the
+            library's own were not used.
+        backbone: For ``blackout``, as for ``verify``.
+        device: Where ``blackout`` computes.
+        max_pixels: Larger images count as unreadable.
         say: Where lines for people go.
 
     Raises:
         CacheError: If the cache is damaged or a feature is not finite; with ``strict``, if there
             are leaks.
-        ConfigError: If ``only`` names no part, or ``csv`` cannot be written.
+        ConfigError: If ``only`` names no part, an option lacks the other that it needs, or ``csv``
+            cannot be written.
+        BackboneError: If ``blackout`` cannot build the backbone.
+        DataError: If the table or ``data`` cannot be read.
 
     Example:
         >>> featcache.audit("covid.h5", csv="copies.csv").num_leaks  # doctest: +SKIP
     """
     parts = _choose_parts(only)
-    source = local_path(cache, "CACHE")
-    if csv is not None and parts == ("shortcuts",):
-        raise ConfigError("--csv", expected="copies to write: --only same,near", found="shortcuts")
-    table = None if csv is None else Output(csv, "--csv", _CSV, inputs=[source])
-    if table is not None:
-        table.check()
-    opened = open_cache(source)
+    if not _has_sources(table, source) and "sources" in parts:
+        if only is not None:
+            raise ConfigError(
+                "--only sources", expected="a column that names them: --table CSV --source COLUMN",
+                found="none",
+            )  # fmt: skip
+        parts = tuple(part for part in parts if part != "sources")
+    _check_table(parts, csv, copies)
+    shares = _check_shares(blackout, data, weights)
+    place = local_path(cache, "CACHE")
+    output = None if csv is None else Output(csv, "--csv", _CSV, inputs=[place, table])
+    if output is not None:
+        output.check()
+    pattern = GroupPattern.of(group_by, group_by_path)
+    opened = open_cache(place)
+    if pattern is not None:
+        _regroup(opened, pattern, say)
     rows = AuditRows.of(opened)
+    sources = read_sources(table, source, rows.paths, say) if table and source else []
+    recipe, images, files = None, None, rows.images
+    if data is not None:
+        # torch is imported for images only
+        from featcache.evaluation.audit_blackout import blackout_recipe, measure_blackout
+        from featcache.evaluation.audit_images import read_images, with_pixels
+
+        if shares:  # built first: it may fail, and images may be many
+            recipe = blackout_recipe(opened, weights, backbone, max_pixels)
+        images = read_images(rows, data, max_pixels)
+        rows = with_pixels(rows, images)
     same = find_same(rows) if "same" in parts else []
     near = find_near(rows) if "near" in parts else None
-    shortcuts = measure_shortcuts(opened, say) if "shortcuts" in parts else None
-    copies = join_copies(rows, same, near)
-    near_facts = None
-    if near is not None:
-        near_facts = summarise_sets(rows, join_copies(rows, [], near)) | {
-            "num_pairs": len(near.pairs), "is_cut": near.is_cut, "threshold": near.threshold,
-            "median": near.median, "floor": FLOOR,
-            "pairs": [
-                {"similarity": float(similarity), "rows": [rows.describe(int(n)) for n in pair]}
-                for pair, similarity in zip(
-                    near.pairs[:EXAMPLES], near.similarities[:EXAMPLES], strict=True
-                )
-            ],
-        }  # fmt: skip
+    if near is not None and images is not None:
+        near = confirm_near(rows, images, near)
+    sets = join_copies(rows, same, near)
+    folded = FoldedRows(opened, say) if {*parts} - _COPIES or shares else None
     found = Audit(
         cache=Path(cache), parts=parts,
         splits={name: len(split) for name, split in opened.splits.items()},
         same=None if "same" not in parts
-        else summarise_sets(rows, same) | {"num_unknown": int((~rows.has_hash).sum())},
-        near=near_facts, shortcuts=None if shortcuts is None else result_as_dict(shortcuts),
-        num_leaks=sum(
-            len({rows.splits[row] for row in copy}) > 1 or rows.disagree(copy) for copy in copies
-        ),
+        else summarise_sets(rows, same) | _same_facts(rows, same, files, images),
+        near=None if near is None else _near_facts(rows, near),
+        labels=measure_labels(folded, rows) if folded and "labels" in parts else None,
+        shortcuts=result_as_dict(measure_shortcuts(opened, say, folded, images))
+        if folded and "shortcuts" in parts else None,
+        outliers=measure_outliers(folded, rows) if folded and "outliers" in parts else None,
+        sources=measure_sources(folded, sources, str(source))
+        if folded and "sources" in parts else None,
+        images=None if images is None else images.as_dict(rows),
+        blackout=None if folded is None or images is None or recipe is None
+        else result_as_dict(measure_blackout(folded, images, recipe, shares, device, say)),
+        num_leaks=sum(_is_leak(rows, copy) for copy in sets), verdict="",
         csv=None if csv is None else Path(csv),
         fingerprint=opened.fingerprint, content_sha256=opened.content_sha256,
     )  # fmt: skip
-    if table is not None:
-        write_output(table, copies_csv(rows, copies).encode())
-    for line in audit_lines(found, shortcuts):
+    found = dataclasses.replace(found, verdict=judge(found))
+    if output is not None:
+        write_output(output, _table_of(rows, sets, copies).encode())
+    for line in audit_lines(found):
         say(line)
+    if {*parts} >= _COPIES:
+        write_verdict(opened, parts=parts, num_leaks=found.num_leaks, verdict=found.verdict)
     error = leak_error(found)
     if strict and error is not None:
         raise error
@@ -175,6 +271,10 @@ def leak_error(found: Audit) -> CacheError | None:
     )  # fmt: skip
 
 
+def _is_leak(rows: AuditRows, copies: Sequence[int]) -> bool:
+    return len({rows.splits[row] for row in copies}) > 1 or rows.disagree(copies)
+
+
 def _choose_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
     if only is None:
         return PARTS
@@ -187,77 +287,105 @@ def _choose_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in PARTS if name in wanted)
 
 
-# ----------------------------------------------------------------------------- text
+def _has_sources(table: object, source: str | None) -> bool:
+    if (table is None) != (source is None):
+        given = "--table" if source is None else "--source"
+        raise ConfigError(given, expected="--table and --source together", found=f"only {given}")
+    return source is not None
 
 
-def audit_lines(found: Audit, shortcuts: Shortcuts | None) -> Iterator[str]:
-    """Yield one page of lines of up to 80 columns, the most important first."""
-    place = shorten(printable(found.cache.as_posix()), 30)
-    yield f"audit of {place}: {list_counts(found.splits)}"
-    if "same" in found.parts or "near" in found.parts:
-        what = "sets of copies across splits or of two classes"
-        yield f"leaks: {found.num_leaks:,} {what}" if found.num_leaks else f"leaks: no {what}"
-    if found.same is not None:
-        if found.same["num_unknown"]:
-            yield (f"hashes of images: {found.same['num_unknown']:,} rows have none, which are "
-                   "not compared")  # fmt: skip
-        yield from _set_lines("same file", found.same)
-    if found.near is not None:
-        near = found.near
-        if near["threshold"] is None:
-            yield "near copies: too few different rows to tell what is near"
-        else:
-            more = " or more" if near["is_cut"] else ""
-            look = ", to be looked at" if near["num_pairs"] else ""
-            yield f"near copies: {count(near['num_pairs'], 'pair')}{more}{look}"
-            yield (f"  cosine from {near['threshold']:.3f} on; nearest neighbours have "
-                   f"{near['median']:.3f} (median)")  # fmt: skip
-            for pair in near["pairs"]:
-                yield f"  {decimal(pair['similarity'])}"
-                yield from (f"    {_row_text(row)}" for row in pair["rows"])
-            yield from _set_lines("near", near, examples=False)
-    if shortcuts is not None:
-        yield from _shortcut_lines(shortcuts)
-    if found.csv is not None:
-        yield f"written to {printable(found.csv.as_posix())}: for select --table"
+def _check_table(parts: tuple[str, ...], csv: object, copies: str) -> None:
+    if csv is not None and not _COPIES.intersection(parts):
+        raise ConfigError("--csv", expected="copies to write: --only same,near",
+                          found=", ".join(parts))  # fmt: skip
+    if copies not in {"group", "drop"}:
+        raise ConfigError("--copies", expected="group or drop", found=copies)
+    if copies == "drop" and csv is None:
+        raise ConfigError("--copies", expected="--csv FILE beside it", found="none")
 
 
-def _set_lines(name: str, facts: dict[str, Any], *, examples: bool = True) -> Iterator[str]:
-    if not facts["num_sets"]:
-        if examples:
-            yield f"{name}: none"
-        return
-    rows = count(facts["num_rows"], "row")
-    yield f"{name}: {count(facts['num_sets'], 'set')} of copies, {rows}"
-    titles = {"across_splits": "across splits", "label_conflicts": "of classes that conflict",
-              "across_groups": "across groups"}  # fmt: skip
-    for key, title in titles.items():
-        number = facts[key]["num_sets"]
-        if number:
-            yield f"  {title}: {number:,}"
-        for example in facts[key]["examples"] if examples else []:
-            yield f"    {_row_text(example[0])}"
-            for row in example[1:2]:
-                yield f"      = {_row_text(row)}"
+def _regroup(cache: Cache, pattern: GroupPattern, say: Say) -> None:
+    """Set the groups of all rows by a pattern; if it matches none, they stay as they are."""
+    paths = [path for split in cache.splits.values() for path in split.paths]
+    names = [*cache.classes, ""]  # the last is -1's
+    classes = [
+        "" if cache.task == "multilabel" else names[target]
+        for split in cache.splits.values() for target in split.targets.tolist()
+    ]  # fmt: skip
+    found = pattern.find(paths, classes)
+    groups = [group or path for group, path in zip(found, paths, strict=True)]
+    labels = [name or "unlabelled" for name in classes]
+    pattern.count_matches(found, labels, len({*groups}), say)
+    if any(found):
+        for split in cache.splits.values():
+            split.groups, groups = groups[: len(split)], groups[len(split) :]
 
 
-def _row_text(row: dict[str, Any]) -> str:
-    name = f", {shorten(printable(row['class']), 16)}" if row["class"] is not None else ""
-    return f"{row['split']}: {shorten(printable(row['path']), 48)}{name}"
+def _check_shares(
+    blackout: float | Sequence[float] | None, data: object, weights: object
+) -> tuple[float, ...]:
+    """Return the shares to black out, each once."""
+    if blackout is None:
+        if weights is not None:
+            raise ConfigError("--weights", expected="--blackout beside it", found="none")
+        return ()
+    shares = (blackout,) if isinstance(blackout, int | float) else tuple(blackout)
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise ConfigError(
+            "--blackout", expected="shares of width and height, between 0 and 1",
+            found=", ".join(map(str, shares)) or "none",
+        )  # fmt: skip
+    if data is None:
+        raise ConfigError(
+            "--blackout", expected="the images, by --data DATA", found="none",
+            hint="Name the data set that the cache was made of",
+        )  # fmt: skip
+    return tuple(dict.fromkeys(map(float, shares)))
 
 
-def _shortcut_lines(found: Shortcuts) -> Iterator[str]:
-    yield f"shortcuts, {count(found.num_rows, 'row')} of {' and '.join(found.splits)}:"
-    yield from _wrapped(found.sentence)
-    if found.head is None:
-        return
-    yield f"  balanced accuracy, mean of {found.num_folds} folds    logistic    tree"
-    yield f"  {'linear head on the features':<38}{decimal(found.head):>8}"
-    for row in found.facts:
-        yield f"  {row['fact']:<38}{decimal(row['logistic']):>8}{decimal(row['tree']):>8}"
+def _same_facts(
+    rows: AuditRows, same: Sequence[Sequence[int]], files: npt.NDArray[np.int64],
+    images: AuditImages | None,
+) -> dict[str, Any]:  # fmt: skip
+    if images is None:
+        return {"num_unknown": int((~rows.has_hash).sum()), "num_by_pixels": None}
+    return {
+        "num_unknown": int((~rows.has_hash & ~images.is_read).sum()),
+        "num_by_pixels": sum(len({*files[list(found)].tolist()}) > 1 for found in same),
+    }
 
 
-def _wrapped(text: str) -> Iterator[str]:
-    import textwrap
+def _near_facts(rows: AuditRows, near: NearPairs) -> dict[str, Any]:
+    pairs = zip(near.pairs[:EXAMPLES], near.similarities[:EXAMPLES], strict=True)
+    looked = near.pictures
+    return summarise_sets(rows, join_copies(rows, [], near)) | {
+        "num_pairs": len(near.pairs), "is_cut": near.is_cut, "threshold": near.threshold,
+        "median": near.median, "floor": FLOOR,
+        "pairs": [
+            {"similarity": float(similarity), "rows": [rows.describe(int(n)) for n in pair]}
+            | ({} if looked is None else looked.describe(number))
+            for number, (pair, similarity) in enumerate(pairs)
+        ],
+        "pictures": None if looked is None else {
+            "threshold": looked.threshold, "num_compared": looked.num_compared,
+            "num_rejected": looked.num_rejected,
+        },
+    }  # fmt: skip
 
-    yield from textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+def _table_of(rows: AuditRows, sets: Sequence[Sequence[int]], copies: str) -> str:
+    """Return the CSV for ``select --table``: copies in one group, or one row of each set."""
+    if copies == "group":
+        return copies_csv(rows, sets)
+    dropped = {row for found in sets for row in found}
+    for found in sets:
+        if not rows.disagree(found):
+            dropped.remove(min(found, key=lambda row: _KEPT_FIRST.index(rows.splits[row])))
+    kept = [row for row in range(len(rows.paths)) if row not in dropped]
+    numbers = np.array(kept, np.int64)
+    left = dataclasses.replace(
+        rows, splits=[rows.splits[row] for row in kept], paths=[rows.paths[row] for row in kept],
+        groups=[rows.groups[row] for row in kept], targets=rows.targets[numbers],
+        images=rows.images[numbers], has_hash=rows.has_hash[numbers],
+    )  # fmt: skip
+    return copies_csv(left, [])

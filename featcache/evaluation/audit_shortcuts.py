@@ -1,6 +1,6 @@
 """Can file facts that look at no lung tell the classes? The same folds judge them and the features.
 
-Reads: a cache, no images. Writes: nothing.
+Reads: a cache; facts of images that were read. Writes: nothing.
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
-from featcache.errors import CacheError
+from featcache.evaluation.audit_folds import LEAST_PER_CLASS, FoldedRows, thin
 from featcache.heads.rows import labelled_part, training_source
 from featcache.metrics.scores import paired_interval
 from featcache.runtime import Say
-from featcache.sweeps.folds import Pool
 
-NUM_FOLDS = 5
-_LEAST_PER_CLASS = 20  # four rows of each class in a fold: a recall of fewer is a coin
-_MOST_TRAINED_ON = 10_000  # rows of a fold's training part, thinned: a linear fit takes a minute
-_STRENGTH = 0.01  # C of the linear head on standardised features; fixed, so nothing is chosen
+if TYPE_CHECKING:
+    from featcache.evaluation.audit_images import AuditImages
+
 _DEPTH = 3
+_TOGETHER = "all together"
+_NEARLY, _MOST_NAMED = 0.03, 6
 
 Array = npt.NDArray[Any]
 
@@ -64,12 +64,16 @@ class Shortcuts:
     difference: dict[str, Any] | None = None
 
 
-def measure_shortcuts(cache: Cache, say: Say) -> Shortcuts:
+def measure_shortcuts(
+    cache: Cache, say: Say, folded: FoldedRows | None = None, images: AuditImages | None = None
+) -> Shortcuts:
     """Compare shortcuts with a linear head on the labelled rows of train and valid, or all.
 
     Args:
         cache: The cache.
         say: Where lines for people go.
+        folded: The same rows in folds, where another part has them already.
+        images: Their images, whose sizes, colours, brightness and borders are facts too.
 
     Raises:
         CacheError: If there are no rows to train on, or a feature is not finite.
@@ -88,26 +92,24 @@ def measure_shortcuts(cache: Cache, say: Say) -> Shortcuts:
     counts = np.bincount(
         np.concatenate([part.targets for part in parts]), minlength=len(cache.classes)
     )
-    if len(counts) < 2 or counts.min() < _LEAST_PER_CLASS:
+    if len(counts) < 2 or counts.min() < LEAST_PER_CLASS:
         return left_out(
             "too few",
             f"a class has {counts.min(initial=num_rows):,} labelled rows of {' and '.join(names)}, "
-            f"and at least {_LEAST_PER_CLASS} of each of two classes are needed",
+            f"and at least {LEAST_PER_CLASS} of each of two classes are needed",
         )
     facts = file_facts(
         [part.split.paths[row] for part in parts for row in part.rows.tolist()],
         np.concatenate([part.split.image_bytes[part.rows] for part in parts]),
     )
+    folded = FoldedRows(cache, say) if folded is None else folded
+    if images is not None:
+        facts |= picture_facts(images, folded.numbers)
     if not facts:
         return left_out("not measured", "no fact of the files differs between rows")
-    pool = Pool.of(cache, [part for part in parts if len(part.rows)], say=say)
-    try:
-        folds = pool.make_folds(NUM_FOLDS, 0)
-    except CacheError:
-        return left_out("too few", f"a class has images in fewer than {NUM_FOLDS} groups")
-    if not isinstance(pool.plain, np.ndarray):
-        return left_out("not measured", "the features are larger than the memory")
-    return _compare(pool.plain, pool.targets, facts, folds, tuple(names))
+    if isinstance(folded.folds, str):
+        return left_out("not measured" if folded.pool is None else "too few", folded.folds)
+    return _compare(folded.probs, folded.targets, facts, folded.folds, tuple(names))
 
 
 def file_facts(paths: Sequence[str], image_bytes: Array) -> dict[str, Array]:
@@ -127,6 +129,20 @@ def file_facts(paths: Sequence[str], image_bytes: Array) -> dict[str, Array]:
     return {name: columns for name, columns in facts.items() if np.ptp(columns, axis=0).any()}
 
 
+def picture_facts(images: AuditImages, rows: npt.NDArray[np.int64]) -> dict[str, Array]:
+    """Return the facts of the pictures that differ between rows, each as columns (N, k) float64.
+
+    Rows whose image was not read have the medians of the others.
+    """
+    facts = {}
+    for name, values in images.facts.items():
+        columns = values[rows]
+        known = columns[~np.isnan(columns).any(axis=1)]
+        if len(known) and np.ptp(known, axis=0).any():
+            facts[name] = np.where(np.isnan(columns), np.median(known, axis=0), columns)
+    return facts
+
+
 def _kind(name: str) -> str:
     first = name[:1]
     if first.isalpha():
@@ -140,70 +156,78 @@ def _one_hot(values: Sequence[str]) -> Array:
 
 
 def _compare(
-    features: Array, targets: Array, facts: dict[str, Array], folds: Sequence[tuple[Array, Array]],
+    probs: Array, targets: Array, facts: dict[str, Array], folds: Sequence[tuple[Array, Array]],
     splits: tuple[str, ...],
 ) -> Shortcuts:  # fmt: skip
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.tree import DecisionTreeClassifier
 
-    def logistic(strength: float) -> Any:
-        return make_pipeline(
-            StandardScaler(),
-            LogisticRegression(C=strength, class_weight="balanced", max_iter=2000),
-        )
-
     models: dict[str, Callable[[], Any]] = {
-        "logistic": lambda: logistic(1.0),
+        "logistic": lambda: make_pipeline(
+            StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000)
+        ),
         "tree": lambda: DecisionTreeClassifier(
             max_depth=_DEPTH, class_weight="balanced", random_state=0
         ),
     }
-    pairs = [(_thin(train), judged) for train, judged in folds]
-    head = _scores(lambda: logistic(_STRENGTH), features, targets, pairs)
+    pairs = [(thin(train), judged) for train, judged in folds]
+    head = [
+        float(balanced_accuracy_score(targets[judged], probs[judged].argmax(axis=1)))
+        for _, judged in folds
+    ]
     if len(facts) > 1:
-        facts = facts | {"all together": np.concatenate(list(facts.values()), axis=1)}
+        facts = facts | {_TOGETHER: np.concatenate(list(facts.values()), axis=1)}
     scores = {
         (fact, name): _scores(make, columns, targets, pairs)
         for fact, columns in facts.items() for name, make in models.items()
     }  # fmt: skip
-    best = max(scores, key=lambda key: float(np.mean(scores[key])))
+
+    def mean_of(key: tuple[str, str]) -> float:
+        return float(np.mean(scores[key]))
+
+    best = max(scores, key=mean_of)
     ratio = float(np.mean([len(judged) / len(train) for train, judged in pairs]))
     differences = [one - other for one, other in zip(head, scores[best], strict=True)]
     mean, low, high = paired_interval(differences, ratio, len(scores))
     alike = low == high
+    rows: list[dict[str, Any]] = [
+        {"fact": fact, **{name: mean_of((fact, name)) for name in models}} for fact in facts
+    ]
+    rows.sort(key=lambda row: -max(row["logistic"], row["tree"]))
+    named = _name_best(rows, float(np.mean(head)))
     how = "every fold alike" if alike else f"{low:.3f} to {high:.3f}"
     if low > 0:
         verdict = "beats"
         sentence = (
-            f"the head beats the best shortcut by {mean:.3f} ({how}), which does not prove "
-            "that it reads lungs"
+            f"the head beats the best shortcut ({named}) by {mean:.3f} ({how}), which does not "
+            "prove that it reads lungs"
         )
     else:
         verdict = "not shown to beat"
         sentence = (
-            f"the head is not shown to beat the best shortcut: balanced accuracy differs by "
-            f"{mean:.3f} ({how})"
+            f"the head is not shown to beat the best shortcut ({named}): balanced accuracy differs "
+            f"by {mean:.3f} ({how})"
         )
-    rows: list[dict[str, Any]] = [
-        {"fact": fact, **{name: float(np.mean(scores[fact, name])) for name in models}}
-        for fact in facts
-    ]
-    rows.sort(key=lambda row: -max(row["logistic"], row["tree"]))
     return Shortcuts(
         verdict, sentence, None, splits, len(targets), len(folds), float(np.mean(head)),
         tuple(rows),
-        {"fact": best[0], "model": best[1], "balanced_accuracy": float(np.mean(scores[best]))},
+        {"fact": best[0], "model": best[1], "balanced_accuracy": mean_of(best)},
         {"mean": mean, "low": None if alike else low, "high": None if alike else high},
     )  # fmt: skip
 
 
-def _thin(rows: Array) -> Array:
-    if len(rows) <= _MOST_TRAINED_ON:
-        return rows
-    chosen = np.random.default_rng(0).choice(len(rows), _MOST_TRAINED_ON, replace=False)
-    return rows[np.sort(chosen)]
+def _name_best(rows: Sequence[dict[str, Any]], head: float) -> str:
+    """Return the best of sorted rows, and up to six facts that alone are nearly as good."""
+    named = list[str]()
+    for row in rows:
+        score = max(row["logistic"], row["tree"])
+        if not named or (score >= head - _NEARLY and len(named) <= _MOST_NAMED):
+            alone = "" if row["fact"] == _TOGETHER else " alone"
+            named.append(f"{row['fact']}{alone}: {score:.3f}")
+    return "; ".join(named)
 
 
 def _scores(

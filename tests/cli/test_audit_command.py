@@ -29,7 +29,7 @@ def test_strict_on_the_command_line_prints_its_facts_and_one_error(
     ("arguments", "part"),
     [
         (("--only", "same,colours"), "found colours"),
-        (("--only", ""), "some of same, near, shortcuts"),
+        (("--only", ""), "some of same, near, labels, shortcuts, outliers, sources"),
         (("--only", "shortcuts", "--csv", "x.csv"), "copies to write"),
     ],
 )

@@ -1,0 +1,102 @@
+"""The verdict of an audit: a small JSON file beside a cache, tied to its content.
+
+Reads and writes: ``CACHE.audit.json``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from featcache import __version__
+from featcache.cache.reading import Cache
+from featcache.errors import ConfigError, FeatcacheError, printable, warn_user
+from featcache.files import follow_link, json_sha256, read_regular, readable_json
+from featcache.formatting import count, shorten
+from featcache.outputs import Kind, Output, write_output
+from featcache.renames import beside
+from featcache.untrusted import parse_json_object
+
+FORMAT, FORMAT_VERSION = "featcache-audit", 1
+_MAX_BYTES = 1 << 20
+
+
+def verdict_path(cache: Path) -> Path:
+    """Return where the verdict on a cache lies: beside the file itself, not beside a link to it."""
+    return beside(follow_link(cache.absolute(), "CACHE"), ".audit.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the file as a JSON object, empty if it is no verdict."""
+    try:
+        facts = parse_json_object(read_regular(path, max_bytes=_MAX_BYTES))
+    except (OSError, ValueError):
+        return {}
+    return facts if facts.get("format") == FORMAT else {}
+
+
+def _is_own(path: Path) -> bool:
+    return bool(_read(path))
+
+
+_VERDICT = Kind(
+    "verdict of featcache audit", "a new file, or an older verdict", ConfigError, _is_own,
+    needs_folder=True, may_be_link=False,
+)  # fmt: skip
+
+
+def read_verdict(cache: Cache) -> dict[str, Any] | None:
+    """Return the verdict of the last audit of a cache of this content, None if there was none.
+
+    Returns:
+        ``parts`` that were looked at, ``num_leaks`` (sets of copies across splits or of two
+        classes), ``verdict``, a paragraph for people, and ``version`` of featcache. A file that was
+        edited, or written by a newer version in another format, counts as none.
+    """
+    facts = _read(verdict_path(cache.path))
+    keys: dict[str, type] = {"parts": list, "num_leaks": int, "verdict": str, "version": str}
+    if (
+        facts.get("format_version") != FORMAT_VERSION
+        or facts.get("content_sha256") != cache.content_sha256
+        or facts.get("sha256") != json_sha256(facts, without="sha256")
+        or any(type(facts.get(key)) is not kind for key, kind in keys.items())
+    ):
+        return None
+    return {key: facts[key] for key in keys}
+
+
+def write_verdict(cache: Cache, *, parts: tuple[str, ...], num_leaks: int, verdict: str) -> None:
+    """Write the verdict beside a cache; where that cannot be done, warn in one line.
+
+    The audit itself is then none the worse. Something else that has the name is left alone.
+
+    Args:
+        cache: The cache.
+        parts: What was looked at.
+        num_leaks: Sets of copies across splits or of two classes.
+        verdict: A paragraph for people.
+    """
+    facts = {
+        "format": FORMAT, "format_version": FORMAT_VERSION, "version": __version__,
+        "fingerprint": cache.fingerprint, "content_sha256": cache.content_sha256,
+        "parts": list(parts), "num_leaks": num_leaks, "verdict": verdict,
+    }  # fmt: skip
+    text = readable_json(facts | {"sha256": json_sha256(facts, without="sha256")})
+    path = verdict_path(cache.path)
+    try:
+        write_output(Output(path, "verdict", _VERDICT), text.encode())
+    except (FeatcacheError, OSError) as error:
+        found = error.found if isinstance(error, FeatcacheError) else error.strerror
+        warn_user(printable(f"the verdict is not kept in {path.name}: {found}"))
+
+
+def verdict_line(cache: Cache) -> str | None:
+    """Return a line for those who train on a cache that leaks or was never audited, else None."""
+    found = read_verdict(cache)
+    if found is None:
+        name = shorten(printable(cache.path.name), 30)
+        return f"this cache was never audited: featcache audit {name}"
+    if found["num_leaks"]:
+        sets = count(found["num_leaks"], "set")
+        return f"the audit found leaks: {sets} of copies across splits or of two classes"
+    return None

@@ -1,0 +1,207 @@
+"""The findings of an audit as one page of text of up to 80 columns, and its verdict.
+
+Reads nothing. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from featcache.errors import printable
+from featcache.evaluation.audit_labels import label_lines
+from featcache.evaluation.audit_outliers import outlier_lines
+from featcache.evaluation.audit_sources import source_lines, told_classes
+from featcache.formatting import count, decimal, join_few, list_counts, shorten
+
+if TYPE_CHECKING:
+    from featcache.evaluation.audit import Audit
+
+_WIDTH = 80
+
+
+def audit_lines(found: Audit) -> Iterator[str]:
+    """Yield one page of lines, the leaks first and the verdict last."""
+    place = shorten(printable(found.cache.as_posix()), 30)
+    yield f"audit of {place}: {list_counts(found.splits)}"
+    if found.images is not None:
+        yield from _image_lines(found.images)
+    if found.same is not None or found.near is not None:
+        yield f"leaks: {_leaks(found.num_leaks)}"
+    if found.same is not None:
+        yield from _same_lines(found.same)
+    if found.near is not None:
+        yield from _near_lines(found.near)
+    if found.labels is not None:
+        yield from label_lines(found.labels)
+    if found.outliers is not None:
+        yield from outlier_lines(found.outliers)
+    if found.shortcuts is not None:
+        yield from _shortcut_lines(found.shortcuts)
+    if found.blackout is not None:
+        yield from _blackout_lines(found.blackout)
+    if found.sources is not None:
+        yield from source_lines(found.sources)
+    if found.csv is not None:
+        yield f"written to {printable(found.csv.as_posix())}: for select --table"
+    yield from _wrapped(f"verdict: {found.verdict}", "")
+
+
+def _leaks(number: int) -> str:
+    what = "of copies across splits or of two classes"
+    return f"{count(number, 'set')} {what}" if number else f"no sets {what}"
+
+
+def _same_lines(facts: dict[str, Any]) -> Iterator[str]:
+    if facts["num_unknown"]:
+        yield f"hashes of images: {facts['num_unknown']:,} rows have none, which are not compared"
+    by_pixels = facts["num_by_pixels"]
+    if by_pixels:
+        yield f"same pixels in different files: {count(by_pixels, 'set')}"
+    yield from _set_lines("same file" if by_pixels is None else "same file or pixels", facts)
+
+
+def _near_lines(near: dict[str, Any]) -> Iterator[str]:
+    if near["threshold"] is None:
+        yield "near copies: too few different rows to tell what is near"
+        return
+    more = " or more" if near["is_cut"] else ""
+    look = ", to be looked at" if near["num_pairs"] else ""
+    yield f"near copies: {count(near['num_pairs'], 'pair')}{more}{look}"
+    yield (f"  cosine from {near['threshold']:.3f} on; nearest neighbours have "
+           f"{near['median']:.3f} (median)")  # fmt: skip
+    if near["pictures"] is not None:
+        yield from _picture_lines(near["pictures"])
+    for pair in near["pairs"]:
+        kinds = [word for word in ("mirrored", "inverted") if pair.get(word)]
+        kinds += ["by features only"] if pair.get("confirmed") is False else []
+        yield f"  {decimal(pair['similarity'])}{''.join(', ' + kind for kind in kinds)}"
+        yield from (f"    {_row_text(row)}" for row in pair["rows"])
+    yield from _set_lines("near", near, examples=False)
+
+
+def _picture_lines(facts: dict[str, Any]) -> Iterator[str]:
+    yield (f"  pictures: {count(facts['num_compared'], 'pair')} laid over each other, agreement "
+           f"from {facts['threshold']:.3f} on")  # fmt: skip
+    if facts["num_rejected"]:
+        yield f"  alike by features alone, and not by pictures: {facts['num_rejected']:,}"
+
+
+def _set_lines(name: str, facts: dict[str, Any], *, examples: bool = True) -> Iterator[str]:
+    if not facts["num_sets"]:
+        if examples:
+            yield f"{name}: none"
+        return
+    rows = count(facts["num_rows"], "row")
+    yield f"{name}: {count(facts['num_sets'], 'set')} of copies, {rows}"
+    titles = {"across_splits": "across splits", "label_conflicts": "of classes that conflict",
+              "across_groups": "across groups"}  # fmt: skip
+    for key, title in titles.items():
+        number = facts[key]["num_sets"]
+        if number:
+            yield f"  {title}: {number:,}"
+        for example in facts[key]["examples"] if examples else []:
+            yield f"    {_row_text(example[0])}"
+            for row in example[1:2]:
+                yield f"      = {_row_text(row)}"
+
+
+def _row_text(row: dict[str, Any]) -> str:
+    name = f", {shorten(printable(row['class']), 16)}" if row["class"] is not None else ""
+    return f"{row['split']}: {shorten(printable(row['path']), 48)}{name}"
+
+
+def _shortcut_lines(found: dict[str, Any]) -> Iterator[str]:
+    yield f"shortcuts, {count(found['num_rows'], 'row')} of {' and '.join(found['splits'])}:"
+    yield from _wrapped(found["sentence"], "  ")
+    if found["head"] is None:
+        return
+    yield f"  balanced accuracy, mean of {found['num_folds']} folds    logistic    tree"
+    yield f"  {'linear head on the features':<38}{decimal(found['head']):>8}"
+    for row in found["facts"]:
+        name = row["fact"] if row["fact"] == "all together" else f"{row['fact']} alone"
+        yield f"  {name:<38}{decimal(row['logistic']):>8}{decimal(row['tree']):>8}"
+
+
+def _blackout_lines(facts: dict[str, Any]) -> Iterator[str]:
+    rows = f"{count(facts['num_rows'], 'row')} of {' and '.join(facts['splits'])}"
+    yield f"centre blacked out, {rows}:"
+    yield from _wrapped(facts["sentence"], "  ")
+    if facts["head"] is None:
+        return
+    yield f"  balanced accuracy, mean of {facts['num_folds']} folds        head"
+    yield f"  {'whole image':<38}{decimal(facts['head']):>8}"
+    for row in facts["blacked_out"]:
+        name = f"{row['way']}, {row['share']:g} of each side"
+        yield f"  {name:<38}{decimal(row['balanced_accuracy']):>8}"
+
+
+def _image_lines(images: dict[str, Any]) -> Iterator[str]:
+    words = {"missing": "missing", "changed": "changed", "unreadable": "unreadable"}
+    parts = [
+        f"{count(images[name]['num_rows'], 'image')} {word} "
+        f"({join_few(map(printable, images[name]['paths']))})"
+        for name, word in words.items() if images[name]["num_rows"]
+    ]  # fmt: skip
+    if parts:
+        yield f"not audited by their images: {'; '.join(parts)}"
+
+
+def _wrapped(text: str, indent: str) -> Iterator[str]:
+    yield from textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent or "  ")
+
+
+# -------------------------------------------------------------------------------------- verdict
+
+
+def judge(found: Audit) -> str:
+    """Return one paragraph: what must be settled, what may not be believed, what to look at."""
+    return " ".join([*_of_copies(found), *_of_shortcuts(found), *_to_look_at(found)])
+
+
+def _of_copies(found: Audit) -> Iterator[str]:
+    if found.num_leaks:
+        sets = count(found.num_leaks, "set")
+        yield f"Leaks: {sets} of copies across splits or of two classes."
+        yield "Until that is settled (--csv, then select --table) figures look too good."
+    elif found.same is not None or found.near is not None:
+        yield "No copies across splits or of two classes were found."
+    torn = max((facts["across_groups"]["num_sets"] for facts in (found.same, found.near) if facts),
+               default=0)  # fmt: skip
+    if torn and not found.num_leaks:
+        sets = "1 set of copies lies" if torn == 1 else f"{torn:,} sets of copies lie"
+        yield f"{sets} in several groups, which folds may tear apart: --csv joins them."
+
+
+def _of_shortcuts(found: Audit) -> Iterator[str]:
+    verdict = found.shortcuts and found.shortcuts["verdict"]
+    if found.shortcuts and verdict == "not shown to beat":
+        best = found.shortcuts["best"]
+        yield (f"What looks at no lung ({best['fact']}: {decimal(best['balanced_accuracy'])}) "
+               "tells the classes as well as a head does: a high accuracy on these data shows "
+               "nothing about the images.")  # fmt: skip
+    elif verdict == "beats":
+        yield "The head beats the shortcuts that were tried, which are not all there are."
+    elif verdict:
+        yield f"Shortcuts: {verdict}."
+    of_sources = found.sources["verdict"] if found.sources else None
+    if of_sources == "not separable by design":
+        yield ("Each class has one source: a head that tells sources cannot be told from one that "
+               "tells classes.")  # fmt: skip
+    elif found.sources and of_sources == "told":
+        yield (f"Sources can be told within {told_classes(found.sources)}: judge the head on a "
+               "source that it has not seen.")  # fmt: skip
+
+
+def _to_look_at(found: Audit) -> Iterator[str]:
+    things = []
+    if found.near and found.near["num_pairs"]:
+        things.append("near copies")
+    if found.labels and found.labels["num_suspicious"]:
+        things.append("labels that look wrong")
+    if found.outliers and found.outliers["per_class"]:
+        things.append("outliers")
+    if things:
+        yield f"Look at the images: {', '.join(things)}."
+    yield "An audit finds what it looks for; it does not show that the rest is sound."

@@ -1,0 +1,162 @@
+"""Can the source of an image be told within a class? If so, a head may learn sources for classes.
+
+If every source has one class, no split of these data can tell a head that reads lungs from one that
+reads sources: DeGrave, Janizek and Lee (2021), Nature Machine Intelligence 3.
+
+Reads: a table (CSV). Writes: nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.cache.table import Table
+from featcache.errors import CacheError, ConfigError, printable
+from featcache.evaluation.audit_folds import (
+    LEAST_PER_CLASS,
+    NUM_FOLDS,
+    FoldedRows,
+    out_of_fold_probs,
+)
+from featcache.formatting import decimal, join_few, list_counts, shorten
+from featcache.metrics.scores import paired_interval
+from featcache.runtime import Say
+
+
+def read_sources(table: str | Path, column: str, paths: list[str], say: Say) -> list[str]:
+    """Return the source of each row of a cache, empty where the table does not say.
+
+    Args:
+        table: A CSV with the column ``path``, as ``select --table`` takes it.
+        column: The header of the column that names sources.
+        paths: Of the rows.
+        say: Where lines for people go.
+
+    Raises:
+        DataError: If the CSV cannot be read, or has no such column or path.
+        ConfigError: If the column is empty for all rows.
+    """
+    lines = Table(Path(table), paths, lambda line: _unless_unused(line, say),
+                  columns={"group": column})  # fmt: skip
+    found = [lines.find(path) for path in paths]
+    sources = ["" if line is None else line["group"] for line in found]
+    if not any(sources):
+        raise ConfigError("--source", expected="names of sources",
+                          found=f"none in the column {column}", where=table)  # fmt: skip
+    return sources
+
+
+def _unless_unused(line: str, say: Say) -> None:
+    if not line.startswith("table: columns that are not used"):
+        say(line)
+
+
+def measure_sources(folded: FoldedRows, sources: list[str], column: str) -> dict[str, Any]:
+    """Return, for each class, how well a linear head tells the sources of its rows apart.
+
+    Folds keep groups together, and are stratified by source. A source of fewer than 20 rows of a
+    class is left out there.
+
+    Args:
+        folded: The labelled rows of train and valid.
+        sources: Of all rows of the cache, empty where unknown.
+        column: What named them.
+
+    Returns:
+        ``column``; ``reason`` (why nothing was measured, else None); ``verdict``: ``not separable
+        by design`` where no class has two sources, ``told``, ``not shown`` or ``too few``; and
+        ``per_class``: ``sources`` (name -> rows), ``reason``, ``chance``, ``balanced_accuracy`` and
+        ``low`` and ``high`` of its 95 % interval (None where all folds agree).
+    """
+    facts: dict[str, Any] = {"column": column, "reason": None, "verdict": None, "per_class": {}}
+    if folded.targets.ndim == 2:
+        return facts | {"reason": "the rows have several labels, not one class each"}
+    if folded.pool is None:
+        return facts | {"reason": "the features are larger than the memory"}
+    of_rows = np.array([sources[n] for n in folded.numbers.tolist()])
+    for i, name in enumerate(folded.cache.classes):
+        own = np.flatnonzero((folded.targets == i) & (of_rows != ""))
+        facts["per_class"][name] = _tell_apart(folded, own, of_rows)
+    found = facts["per_class"].values()
+    if all(len(of_class["sources"]) < 2 for of_class in found):
+        facts["verdict"] = "not separable by design"
+    elif all(of_class["balanced_accuracy"] is None for of_class in found):
+        facts["verdict"] = "too few"
+    else:
+        facts["verdict"] = "told" if any(map(is_told, found)) else "not shown"
+    return facts
+
+
+def is_told(of_class: dict[str, Any]) -> bool:
+    """Whether sources are told apart better than by chance in a class."""
+    accuracy, low = of_class["balanced_accuracy"], of_class["low"]
+    return accuracy is not None and (accuracy if low is None else low) > of_class["chance"]
+
+
+def _tell_apart(folded: FoldedRows, own: Any, of_rows: Any) -> dict[str, Any]:
+    """Return the facts of one class, whose rows with a known source are ``own``."""
+    counts = dict(sorted(Counter(of_rows[own].tolist()).items()))
+    facts: dict[str, Any] = {"sources": counts, "reason": None, "chance": None,
+                             "balanced_accuracy": None, "low": None, "high": None}  # fmt: skip
+    names = [name for name, number in counts.items() if number >= LEAST_PER_CLASS]
+    if len(counts) < 2:
+        return facts | {"reason": "one source" if counts else "no known source"}
+    if len(names) < 2:
+        return facts | {"reason": f"fewer than two sources of {LEAST_PER_CLASS} rows"}
+    rows = own[np.isin(of_rows[own], names)]
+    targets = np.searchsorted(np.array(names), of_rows[rows])
+    pool = folded.of_class(rows, targets, names)
+    try:
+        folds = pool.make_folds(NUM_FOLDS, 0)
+    except CacheError:
+        return facts | {"reason": f"a source has images in fewer than {NUM_FOLDS} groups"}
+    preds = out_of_fold_probs(pool.plain, targets, folds).argmax(axis=1)
+    scores = [
+        float(np.mean([(preds[judged][targets[judged] == i] == i).mean()
+                       for i in np.unique(targets[judged])]))
+        for _, judged in folds
+    ]  # fmt: skip
+    ratio = float(np.mean([len(judged) / len(train) for train, judged in folds]))
+    mean, low, high = paired_interval(scores, ratio)
+    alike = low == high
+    return facts | {
+        "chance": 1 / len(names), "balanced_accuracy": mean, "low": None if alike else low,
+        "high": None if alike else min(high, 1.0),
+    }  # fmt: skip
+
+
+def source_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield lines of up to 80 columns."""
+    column = shorten(printable(facts["column"]), 20)
+    if facts["reason"] is not None:
+        yield f"sources ({column}): not measured, {facts['reason']}"
+        return
+    yield f"sources ({column}): {SENTENCES[facts['verdict']]}"
+    for name, of_class in facts["per_class"].items():
+        listed = shorten(list_counts(of_class["sources"]) or "unknown", 50)
+        yield f"  {shorten(printable(name), 24)}: {listed}"
+        if of_class["balanced_accuracy"] is not None:
+            ends = of_class["low"], of_class["high"]
+            how = "every fold alike" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}"
+            yield (f"    told with balanced accuracy {decimal(of_class['balanced_accuracy'])} "
+                   f"({how}), chance {of_class['chance']:.2f}")  # fmt: skip
+        elif len(of_class["sources"]) > 1:
+            yield f"    too few: {of_class['reason']}"
+
+
+SENTENCES = {
+    "not separable by design": "not separable by design, a class has one source",
+    "told": "can be told within a class",
+    "not shown": "not shown to be told within a class",
+    "too few": "too few rows to tell",
+}
+
+
+def told_classes(facts: dict[str, Any]) -> str:
+    """Return the names of the classes whose sources can be told."""
+    return join_few(name for name, of_class in facts["per_class"].items() if is_told(of_class))
