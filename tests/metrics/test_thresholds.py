@@ -6,13 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit, logit
 from scipy.stats import binomtest
 
 from featcache.errors import ConfigError
 from featcache.metrics.thresholds import (
     MAX_THRESHOLD,
+    STABLE_GAP,
     choose_for_recall,
     choose_for_specificity,
+    log_odds,
     measure_recall,
     measure_specificity,
     most_misses,
@@ -55,7 +60,7 @@ def draw(seed: int, num_positive: int, num_negative: int, digits: int = 16) -> t
 
 @pytest.mark.parametrize("digits", [16, 2, 1])
 @pytest.mark.parametrize("num_positive", [1, 13, 59, 93, 200])
-def test_the_threshold_is_in_the_widest_gap_that_keeps_the_misses(
+def test_the_threshold_is_in_the_highest_stable_gap_that_keeps_the_misses(
     num_positive: int, digits: int
 ) -> None:
     scores, is_positive = draw(num_positive, num_positive, 80, digits)
@@ -72,14 +77,53 @@ def test_the_threshold_is_in_the_widest_gap_that_keeps_the_misses(
         assert all(ordered[k - 1] == ordered[k] for k in range(misses + 1, choice.num_allowed + 1))
     values = np.unique(scores)
     gaps = [
-        high - low for low, high in itertools.pairwise(values)
+        (low, high) for low, high in itertools.pairwise(values)
         if (scores[is_positive] < (low + high) / 2).sum() == misses
     ]  # fmt: skip
     assert not (scores == choice.threshold).any()
     below, above = scores[scores < choice.threshold], scores[scores >= choice.threshold]
     if gaps:
-        assert above.min() - below.max() == pytest.approx(max(gaps))
-        assert choice.threshold == pytest.approx((above.min() + below.max()) / 2)
+        stable = [gap for gap in gaps if width(gap) >= STABLE_GAP]
+        low, high = max(stable) if stable else max(gaps, key=width)
+        assert (below.max(), above.min()) == (low, high)
+        assert choice.threshold == pytest.approx((low + high) / 2)
+
+
+def width(gap: tuple[float, float]) -> float:
+    return float(logit(gap[1]) - logit(gap[0]))
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.3, 1.5, 4.0, 12.0]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_no_noise_of_half_a_stable_gap_changes_a_decision(
+    seed: int, spread: float, for_recall: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    is_positive = np.arange(40) < rng.integers(1, 40)
+    logits = spread * (rng.normal(size=40) + 1.5 * is_positive)
+    choose = choose_for_recall if for_recall else choose_for_specificity
+    threshold = choose(expit(logits), is_positive, 0.9).threshold
+    inside = np.sort(logits[is_positive == for_recall])
+    # where no neighbour is so far away, nothing can be promised
+    if np.abs(logits - logit(threshold)).min() < STABLE_GAP / 2 - 4e-4:
+        allowed = most_misses(len(inside), 0.9) or 0
+        low, high = (
+            (inside[allowed - 1] if allowed else -np.inf, inside[allowed]) if for_recall
+            else (inside[::-1][allowed], inside[::-1][allowed - 1] if allowed else np.inf)
+        )  # fmt: skip
+        between = np.unique(logits[(logits >= low) & (logits <= high)])
+        assert (np.diff(between) < STABLE_GAP).all()
+        return
+    noisy = logits + rng.uniform(-1, 1, 40) * (STABLE_GAP / 2 - 4e-4)
+    assert ((expit(noisy) >= threshold) == (expit(logits) >= threshold)).all()
+
+
+def test_a_sure_head_has_scores_of_0_and_1() -> None:
+    scores = np.array([0, 1e-300, 1e-5, 1 - 1e-16, 1, 1])
+    choice = choose_for_recall(scores, scores > 0.5, 0.5)
+    assert 1e-5 < choice.threshold < 1 - 1e-10
+    assert choice.num_right == 3
+    assert np.isfinite(log_odds(scores)).all()
 
 
 def test_specificity_is_recall_of_the_others() -> None:
