@@ -48,7 +48,12 @@ OWNERS = {
     "optuna": {"sweeps/sweeping.py"},
     "pandas": {"cache/reading.py"},
     "safetensors": {"heads/run.py", "heads/resuming.py", "backbones/weights.py"},
-    "scipy": {"metrics/areas.py", "metrics/rates.py", "metrics/scores.py"},
+    "scipy": {
+        "metrics/areas.py",
+        "metrics/rates.py",
+        "metrics/scores.py",
+        "metrics/temperature.py",
+    },
 }
 FREE = {"numpy", "torch", "sklearn", "featcache", *sys.stdlib_module_names}
 

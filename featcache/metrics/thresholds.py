@@ -295,10 +295,7 @@ def _choose_gap(scores: Scores, low: float, high: float, *, highest: bool) -> fl
             return 0.0 if low == -np.inf else MAX_THRESHOLD
     widths = np.diff(log_odds(within))
     wide = np.flatnonzero(widths >= STABLE_GAP)
-    if len(wide):
-        place = int(wide[-1 if highest else 0])
-    else:
-        place = int(widths.argmax())
+    place = int(wide[-1 if highest else 0]) if len(wide) else int(widths.argmax())
     return _middle(float(within[place]), float(within[place + 1]))
 
 
