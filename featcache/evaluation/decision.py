@@ -11,38 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from featcache.errors import ConfigError, RunError, printable, warn_user
+from featcache.errors import CacheError, ConfigError, RunError, printable, warn_user
 from featcache.evaluation.decision_file import REFER, decision_output, write_decision
 from featcache.evaluation.decision_lines import decision_lines, unmet_wish
-from featcache.evaluation.decision_rows import (
-    ESTIMATE,
-    GUARANTEE,
-    ScoredRows,
-    read_folds,
-    read_valid,
+from featcache.evaluation.decision_rates import (
+    rates_beside_referred,
+    rates_of_groups,
+    rates_of_images,
 )
+from featcache.evaluation.decision_rows import GUARANTEE, ScoredRows, read_folds, read_valid
 from featcache.files import result_as_dict
-from featcache.formatting import brief_repr, join_few
+from featcache.formatting import brief_repr, count, join_few
 from featcache.heads.run import Run, load_run
-from featcache.metrics.rates import lower_bound
+from featcache.metrics.rates import count_groups, lower_bound
+from featcache.metrics.temperature import LEAST_POSITIVE, calibrate
 from featcache.metrics.thresholds import (
     CONFIDENCE,
     Choice,
-    Rate,
     check_wish,
     choose_for_recall,
     choose_for_specificity,
-    measure_recall,
-    measure_specificity,
     predictive_values,
     refer_below,
-    unit_scores,
 )
 from featcache.runtime import Say, log_line
-
-__all__ = ["ESTIMATE", "GUARANTEE", "DecideSummary", "decide"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,10 @@ class DecideSummary:
         refer_below: Rows from ``threshold`` to below this one are referred; None without.
         wish: ``recall``, ``specificity`` or ``threshold`` -> the number that was asked for.
         on: ``valid`` or ``crossval``, where the rows are from.
+        repeat: Of a cross-validation, the repeat whose scores were used, from 1; else None. Each
+            repeat has a threshold, and the median one is taken; of two the one that keeps the wish
+            more surely.
+        num_repeats: Of the cross-validation; None of ``valid``.
         basis: What the bound is: ``guarantee``, ``estimate`` or
             ``cross-validated bound, not a guarantee``.
         reason: Why, in words.
@@ -75,6 +72,10 @@ class DecideSummary:
         refer: ``share``, ``num_referred`` and, among the other images, ``recall`` and
             ``specificity``; None without.
         prevalence: ``prevalence``, ``ppv`` and ``npv``; None without.
+        temperature: Of the calibrated probabilities; None where they are left out. Threshold and
+            probabilities above are without it.
+        calibration: ``fitted`` (the temperature before it was judged), ``log_loss``,
+            ``log_loss_out_of_fold``, all three None where too few are positive, and ``reason``.
     """
 
     __module__ = "featcache"
@@ -86,6 +87,8 @@ class DecideSummary:
     refer_below: float | None
     wish: dict[str, float]
     on: str
+    repeat: int | None
+    num_repeats: int | None
     basis: str
     reason: str
     unit: str
@@ -100,6 +103,8 @@ class DecideSummary:
     group: dict[str, Any] | None
     refer: dict[str, Any] | None
     prevalence: dict[str, Any] | None
+    temperature: float | None
+    calibration: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as JSON values."""
@@ -122,7 +127,9 @@ def decide(
     """Choose the threshold of a class and write it to ``RUN/decision.json``.
 
     ``evaluate`` and ``predict`` then show the decision beside the most probable class. The bound is
-    called a guarantee only if the rows neither fitted the head nor chose anything of it.
+    called a guarantee only if the rows neither fitted the head nor chose anything of it. Where
+    there are 30 positive units, a temperature is fitted too, and kept if it lowers the log loss
+    out of fold: ``predict`` then gives calibrated probabilities besides the others.
 
     Args:
         run: The run folder.
@@ -132,8 +139,8 @@ def decide(
             highest score, where there are groups.
         specificity: Or the wished share of the other units that are left alone.
         threshold: Or the threshold itself. One of these three.
-        on: ``valid``, or the folder of ``crossval``. Never ``test``: it is to tell how good the
-            threshold is.
+        on: ``valid``, or the folder of a ``crossval`` of the same cache and options. Never
+            ``test``: it is to tell how good the threshold is.
         refer: Share of the images that may be referred: those just above the threshold.
         prevalence: Share of positives where it will be used: gives PPV and NPV there.
         strict: Write nothing and raise if the wish cannot be promised.
@@ -161,8 +168,11 @@ def decide(
             "--on", expected="valid, or the folder of a cross-validation", found="test",
             hint="A threshold chosen on test could not be tested: evaluate does that",
         )  # fmt: skip
-    rows = read_valid(loaded, positive) if str(on) == "valid" else read_folds(loaded, on, positive)
-    summary = _choose(loaded, positive, wish, rows, refer, prevalence)
+    is_valid = str(on) == "valid"
+    repeats = read_valid(loaded, positive) if is_valid else read_folds(loaded, on, positive)
+    rows, choice = _choose(wish, repeats)
+    num_repeats = None if is_valid else len(repeats)
+    summary = _summarise(loaded, positive, wish, rows, choice, num_repeats, refer, prevalence)
     warning = unmet_wish(summary)
     if strict and warning:
         raise RunError(
@@ -209,70 +219,93 @@ def _check_class(run: Run, positive: str, refer: float | None) -> None:
         raise ConfigError("--refer", expected=f"no class called {REFER}", found="one")
 
 
-def _choose(  # noqa: PLR0917 (the parts of one question)
-    run: Run, positive: str, wish: dict[str, float], rows: ScoredRows, refer: float | None,
-    prevalence: float | None,
-) -> DecideSummary:  # fmt: skip
+def _choose(wish: dict[str, float], repeats: list[ScoredRows]) -> tuple[ScoredRows, Choice | None]:
+    """Return the repeat with the median threshold, and its choice; None for a fixed one.
+
+    Raises:
+        CacheError: If the wish is about rows that are not there.
+    """
     ((name, value),) = wish.items()
-    scores, is_positive, groups = rows.scores, rows.is_positive, rows.groups
-    choice: Choice | None = None
-    if name == "recall":
-        choice = choose_for_recall(scores, is_positive, value, groups)
-    elif name == "specificity":
-        choice = choose_for_specificity(scores, is_positive, value, groups)
-    threshold = value if choice is None else choice.threshold
-    image = _rates(scores, is_positive, threshold, groups)
-    of_groups = None
-    if groups is not None:
-        of_units = unit_scores(scores, is_positive, groups)
-        of_groups = _rates(*of_units, threshold, None)
-    wished = (of_groups or image)["specificity" if name == "specificity" else "recall"]
-    upper = None if refer is None else refer_below(scores, threshold, refer)
+    first = repeats[0]
+    if name == "threshold":
+        return first, None
+    if name == "specificity" and first.is_positive.all():
+        raise CacheError(
+            "--specificity", expected="labelled rows of other classes", found="none",
+            where=first.where, hint="Wish for a recall, or add images of other classes",
+        )  # fmt: skip
+    choose = choose_for_recall if name == "recall" else choose_for_specificity
+    choices = [choose(rows.scores, rows.is_positive, value, rows.groups) for rows in repeats]
+    order = sorted(range(len(repeats)), key=lambda i: choices[i].threshold)
+    if name == "specificity":  # of two the one that keeps it
+        order.reverse()
+    middle = order[(len(order) - 1) // 2]
+    return repeats[middle], choices[middle]
+
+
+def _summarise(  # noqa: PLR0917 (the parts of one question)
+    run: Run, positive: str, wish: dict[str, float], rows: ScoredRows, choice: Choice | None,
+    num_repeats: int | None, refer: float | None, prevalence: float | None,
+) -> DecideSummary:  # fmt: skip
+    scored = rows.scores, rows.is_positive
+    threshold = wish["threshold"] if choice is None else choice.threshold
+    image = rates_of_images(*scored, threshold, rows.groups)
+    group = rates_of_groups(*scored, threshold, rows.groups)
+    wished = (group or image)["specificity" if "specificity" in wish else "recall"]
+    upper = None if refer is None else refer_below(rows.scores, threshold, refer)
+    reason = rows.reason
+    if choice is None:
+        bound = lower_bound(wished["hits"], wished["total"], CONFIDENCE)
+        if rows.basis == GUARANTEE:
+            reason += ", if the threshold was fixed before a look at them"
+    else:
+        bound = choice.bound
+    temperature, calibration = _calibrate(rows)
     return DecideSummary(
         run=run.path, positive=positive, threshold=threshold, refer_below=upper, wish=wish,
-        on=rows.on, basis=rows.basis, reason=rows.reason,
-        unit="image" if groups is None else "group",
-        num_without_group=(
-            int(is_positive.sum()) if groups is None
-            else sum(not groups[row] for row in np.flatnonzero(is_positive).tolist())
-        ),
-        bound=(
-            lower_bound(wished["hits"], wished["total"], CONFIDENCE) if choice is None
-            else choice.bound
-        ),
-        num_units=wished["total"], num_right=wished["hits"],
+        on=rows.on, repeat=rows.repeat, num_repeats=num_repeats, basis=rows.basis, reason=reason,
+        unit="image" if rows.groups is None else "group", num_without_group=_num_lone(rows),
+        bound=bound, num_units=wished["total"], num_right=wished["hits"],
         num_allowed=None if choice is None else choice.num_allowed,
         is_reached=None if choice is None else choice.is_reached,
         num_needed=None if choice is None else choice.num_needed,
-        image=image, group=of_groups,
-        refer=None if upper is None else _referred(rows, threshold, upper),
+        image=image, group=group,
+        refer=(
+            None if upper is None
+            else rates_beside_referred(*scored, threshold, upper, rows.groups)
+        ),
         prevalence=None if prevalence is None else _at_prevalence(image, prevalence),
+        temperature=temperature, calibration=calibration,
     )  # fmt: skip
 
 
-def _rates(
-    scores: npt.NDArray[Any], is_positive: npt.NDArray[np.bool_], threshold: float,
-    groups: list[str] | None,
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "recall": _as_json(measure_recall(scores, is_positive, threshold, groups)),
-        "specificity": _as_json(measure_specificity(scores, is_positive, threshold, groups)),
-        "share_positive": float((scores >= threshold).mean()),
-    }
+def _num_lone(rows: ScoredRows) -> int:
+    """Return how many positive images have no group."""
+    positive = np.flatnonzero(rows.is_positive).tolist()
+    return sum(rows.groups is None or not rows.groups[row] for row in positive)
 
 
-def _referred(rows: ScoredRows, low: float, high: float) -> dict[str, Any]:
-    """Return how many images are between two thresholds, and the rates among the others."""
-    is_referred = (rows.scores >= low) & (rows.scores < high)
-    groups = rows.groups
-    if groups is not None:
-        groups = [groups[row] for row in np.flatnonzero(~is_referred).tolist()]
-    rest = rows.scores[~is_referred], rows.is_positive[~is_referred], high, groups
-    return {
-        "share": float(is_referred.mean()), "num_referred": int(is_referred.sum()),
-        "recall": _as_json(measure_recall(*rest)),
-        "specificity": _as_json(measure_specificity(*rest)),
+def _calibrate(rows: ScoredRows) -> tuple[float | None, dict[str, Any]]:
+    """Return the temperature that is kept, and what was found."""
+    positive = np.flatnonzero(rows.is_positive).tolist()
+    unit, number = "image", len(positive)
+    if rows.groups is not None:
+        unit, number = "group", count_groups([rows.groups[row] for row in positive])
+    facts: dict[str, Any] = dict.fromkeys(("fitted", "log_loss", "log_loss_out_of_fold"))
+    if number < LEAST_POSITIVE:
+        units = count(number, f"positive {unit}")
+        return None, facts | {"reason": f"{units}, below {LEAST_POSITIVE}: too few to fit one"}
+    found = calibrate(rows.probs, rows.targets, rows.groups)
+    reason = "it lowers the log loss out of fold"
+    if found.is_at_limit:
+        reason = "it runs to its limit: too few rows are wrong to tell how sure the head may be"
+    elif not found.helps:
+        reason = "it does not lower the log loss out of fold"
+    facts = {
+        "fitted": found.temperature, "log_loss": found.log_loss,
+        "log_loss_out_of_fold": found.log_loss_out_of_fold, "reason": reason,
     }  # fmt: skip
+    return found.temperature if found.helps else None, facts
 
 
 def _at_prevalence(image: dict[str, Any], prevalence: float) -> dict[str, Any]:
@@ -282,7 +315,3 @@ def _at_prevalence(image: dict[str, Any], prevalence: float) -> dict[str, Any]:
         rates = [rate["hits"] / rate["total"] for rate in (recall, specificity)]
         ppv, npv = predictive_values(rates[0], rates[1], prevalence)
     return {"prevalence": prevalence, "ppv": ppv, "npv": npv}
-
-
-def _as_json(rate: Rate) -> dict[str, Any]:
-    return result_as_dict(rate)

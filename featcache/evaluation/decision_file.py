@@ -20,6 +20,7 @@ import numpy.typing as npt
 from featcache.errors import RunError
 from featcache.files import json_sha256, read_regular, readable_json
 from featcache.heads.run import Run
+from featcache.metrics.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE, apply_temperature
 from featcache.metrics.thresholds import MAX_THRESHOLD
 from featcache.outputs import Kind, Output, write_output
 from featcache.untrusted import parse_json_object, reading_hint
@@ -28,6 +29,8 @@ DECISION_NAME, REFER = "decision.json", "refer"
 
 _FORMAT, _FORMAT_VERSION = "featcache-decision", 1
 _MAX_BYTES = 1 << 24
+_USED = {"threshold", "refer_below", "temperature", "wish", "on", "basis", "unit", "bound"}
+_WISHES = {"recall", "specificity", "threshold"}
 _AGAIN = "Decide again: featcache decide"
 
 
@@ -44,6 +47,34 @@ class Decisions:
     classes: tuple[str, ...]
     task: str
     rules: dict[str, dict[str, Any]]
+
+    def brief(self) -> dict[str, dict[str, Any]]:
+        """Return of each class what is needed to apply its threshold, and what it promises."""
+        return {
+            name: {key: rule[key] for key in rule if key in _USED}
+            for name, rule in self.rules.items()
+        }  # fmt: skip
+
+    def calibrate(self, probs: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
+        """Return the calibrated probabilities (N,) of the classes that have a temperature.
+
+        One label a row: of all classes, if the threshold came with a temperature.
+
+        Args:
+            probs: (N, C)
+        """
+        calibrated = dict[str, npt.NDArray[np.float64]]()
+        for name, rule in self.rules.items():
+            if rule["temperature"] is None:
+                continue
+            if self.task == "multilabel":
+                of_class = probs[:, self.classes.index(name)]
+                pair = np.stack([1 - of_class, of_class], axis=1)
+                calibrated[name] = apply_temperature(pair, rule["temperature"])[:, 1]
+            else:
+                softened = apply_temperature(probs, rule["temperature"])
+                calibrated |= dict(zip(self.classes, softened.T, strict=True))
+        return calibrated
 
     def apply(self, probs: npt.NDArray[np.float64]) -> tuple[Any, ...]:
         """Return the decision of each row.
@@ -65,7 +96,7 @@ class Decisions:
         column = self.classes.index(name)
         others = probs.copy()
         others[:, column] = -1
-        chosen = [self.classes[i] for i in others.argmax(axis=1).tolist()] if len(probs) else []
+        chosen = [self.classes[i] for i in others.argmax(axis=1).tolist()]
         upper = rule["threshold"] if rule["refer_below"] is None else rule["refer_below"]
         for row, prob in enumerate(probs[:, column].tolist()):
             if prob >= upper:
@@ -109,7 +140,7 @@ def load_decisions(run: Run) -> Decisions | None:
         )
     rules = facts.get("decisions")
     if not isinstance(rules, dict) or not _fit(rules, run):
-        raise _damaged(run, "a threshold in [0, 1] of a class of this run", "another")
+        raise _damaged(run, "thresholds in [0, 1] of classes of this run", "others")
     return Decisions(run.classes, run.task, rules)
 
 
@@ -130,7 +161,7 @@ def write_decision(output: Output, run: Run, rule: Mapping[str, Any]) -> None:
     Args:
         output: What ``decision_output`` returned.
         run: The run.
-        rule: With ``positive``, ``threshold`` and ``refer_below``.
+        rule: What ``DecideSummary.as_dict`` says, without the run.
 
     Raises:
         RunError: With several labels, if the thresholds that are there are not of this head.
@@ -167,17 +198,30 @@ def _is_as_written(facts: Mapping[str, Any]) -> bool:
 
 
 def _fit(rules: Mapping[str, Any], run: Run) -> bool:
-    """Return whether rules are of classes of the run, with thresholds that are in order."""
-    for name, rule in rules.items():
-        if name not in run.classes or not isinstance(rule, dict):
-            return False
-        low, high = rule.get("threshold"), rule.get("refer_below")
-        high = low if high is None else high
-        if type(low) is not float or type(high) is not float:
-            return False
-        if not (math.isfinite(low) and 0 <= low <= high <= MAX_THRESHOLD):
-            return False
-    return bool(rules) and (run.task == "multilabel" or len(rules) == 1)
+    """Return whether rules are of classes of the run, and what is used of them makes sense."""
+    if not rules or (run.task != "multilabel" and len(rules) > 1):
+        return False
+    return all(name in run.classes and _is_rule(rule) for name, rule in rules.items())
+
+
+def _is_rule(rule: Any) -> bool:
+    if not isinstance(rule, dict) or not rule.keys() >= _USED:
+        return False
+    low, high, temperature = rule["threshold"], rule["refer_below"], rule["temperature"]
+    high = low if high is None else high
+    temperature = 1.0 if temperature is None else temperature
+    numbers = (low, high, temperature, rule["bound"])
+    if any(type(number) is not float or not math.isfinite(number) for number in numbers):
+        return False
+    wish = rule["wish"]
+    is_wish = isinstance(wish, dict) and len(wish) == 1 and wish.keys() <= _WISHES
+    return (
+        0 <= low <= high <= MAX_THRESHOLD and MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE
+        and 0 <= rule["bound"] <= 1 and is_wish
+        and all(type(value) is float for value in wish.values())
+        and rule["unit"] in {"group", "image"}
+        and all(isinstance(rule[key], str) for key in ("on", "basis"))
+    )  # fmt: skip
 
 
 def _damaged(run: Run, expected: str, found: object) -> RunError:

@@ -12,7 +12,7 @@ import csv
 import hashlib
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, RunError
+from featcache.evaluation.decision_rates import known_groups
 from featcache.evaluation.predicted_rows import labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen
 from featcache.files import join_names, json_sha256, local_path, plain_cell, read_regular
@@ -38,29 +39,44 @@ _AGAIN = "Make it with featcache crossval"
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """Rows with the probability of the positive class.
+    """Rows with their probabilities, and what they may be used for.
 
     Attributes:
-        scores: (n,) probabilities.
-        is_positive: (n,)
+        probs: (n, C) probabilities. With several labels a row (n, 2): those of no and yes.
+        targets: (n,) class indices, or with several labels 0 and 1.
+        column: Of the positive class.
         groups: n names, empty where a row has none; None where no row has one.
         on: ``valid`` or ``crossval``.
         basis: ``guarantee``, ``estimate`` or ``cross-validated bound, not a guarantee``.
         reason: Why, in words.
         where: The file they are of.
+        repeat: Of a cross-validation, from 1; else None.
     """
 
-    scores: npt.NDArray[np.float64]
-    is_positive: npt.NDArray[np.bool_]
+    probs: npt.NDArray[np.float64]
+    targets: npt.NDArray[np.int64]
+    column: int
     groups: list[str] | None
     on: str
     basis: str
     reason: str
     where: Path
+    repeat: int | None = None
+
+    @property
+    def scores(self) -> npt.NDArray[np.float64]:
+        """(n,) probabilities of the positive class."""
+        return self.probs[:, self.column]
+
+    @property
+    def is_positive(self) -> npt.NDArray[np.bool_]:
+        """(n,), whether a row is of the positive class."""
+        positive: npt.NDArray[np.bool_] = self.targets == self.column
+        return positive
 
 
-def read_valid(run: Run, positive: str) -> ScoredRows:
-    """Return the rows of ``valid``, or of the hold-out where the cache has no such split.
+def read_valid(run: Run, positive: str) -> list[ScoredRows]:
+    """Return the rows of ``valid``, or of the hold-out where the cache has no such split: one item.
 
     Raises:
         RunError: If the run's cache is gone or has changed.
@@ -86,27 +102,29 @@ def read_valid(run: Run, positive: str) -> ScoredRows:
             basis, reason = GUARANTEE, "these rows neither fitted nor chose anything"
     rows = predict_rows(run, cache, split.name, numbers, lambda _: None, average_views=False)
     column = run.classes.index(positive)
-    targets = rows.targets
-    known = np.ones(len(targets), bool)
+    known, probs, targets = np.arange(len(rows.targets)), rows.probs, rows.targets
     if rows.has_labels:
-        known, targets = ~np.isnan(targets[:, column]), targets[:, column] == 1
-    else:
-        targets = targets == column
-    groups = [rows.groups[row] for row in np.flatnonzero(known).tolist()]
-    return _require_positive(
-        ScoredRows(
-            rows.probs[known, column], targets[known], groups if any(groups) else None, "valid",
-            basis, reason, cache.path,
-        ),
-        positive, "split valid",
+        known = np.flatnonzero(~np.isnan(targets[:, column]))
+        probs, targets = _of_one_label(probs[:, column]), targets[:, column] == 1
+        column = 1
+    groups = known_groups([rows.groups[row] for row in known.tolist()])
+    found = ScoredRows(
+        probs[known], targets[known].astype(np.int64), column, groups, "valid", basis, reason,
+        cache.path,
     )  # fmt: skip
+    _require_positive(found, positive, "split valid")
+    return [found]
 
 
-def read_folds(run: Run, folder: str | Path, positive: str) -> ScoredRows:
+def read_folds(run: Run, folder: str | Path, positive: str) -> list[ScoredRows]:
     """Return the out-of-fold rows of a cross-validation of the run's cache and options.
 
-    Of several repeats the first: its scores are, as those of the run, of one head each. Rows of
-    ``test`` are left out.
+    Rows of ``test`` are left out.
+
+    Returns:
+        An item per repeat, of the same rows in the same order. They are not averaged: the mean of
+        a row's probabilities is of several heads, so it spreads less than the scores of the run,
+        and a threshold that is chosen by it is too high. See README.md of this folder.
 
     Raises:
         RunError: If the folder is no whole cross-validation, or is of another head, of other
@@ -119,12 +137,35 @@ def read_folds(run: Run, folder: str | Path, positive: str) -> ScoredRows:
     data = _read(place, "predictions.csv")
     if hashlib.sha256(data).hexdigest() != facts.get("predictions_sha256"):
         raise _damaged(place, "the sha256 that crossval.json names", "another predictions.csv")
-    scores, is_positive, groups = _parse(data, run, positive, place)
-    rows = ScoredRows(
-        np.array(scores, np.float64), np.array(is_positive, bool), groups if any(groups) else None,
-        "crossval", CROSSVAL, "the scores are of the heads of the folds, not of this one", place,
-    )  # fmt: skip
-    return _require_positive(rows, positive, "cross-validation")
+    reason = "the scores are of the heads of the folds, not of this one"
+    if facts.get("ensemble_weights_sha256") == run.weights_sha256:
+        reason = "each score is of one of the heads whose mean this run is"
+    has_labels = run.task == "multilabel"
+    column = run.classes.index(positive)
+    repeats = _parse(data, run, column, place)
+    found = []
+    for number, of_repeat in sorted(repeats.items()):
+        probs = np.array(of_repeat.probs, np.float64).reshape(-1, len(run.classes))
+        if not (np.isfinite(probs).all() and (probs >= 0).all() and (probs <= 1).all()):
+            raise _damaged(place, "probabilities in predictions.csv", "others")
+        if of_repeat.paths != repeats[min(repeats)].paths:
+            raise _damaged(place, "the same rows in each repeat", f"others in repeat {number}")
+        if has_labels:
+            probs = _of_one_label(probs[:, column])
+        found.append(
+            ScoredRows(
+                probs, np.array(of_repeat.targets, np.int64), 1 if has_labels else column,
+                known_groups(of_repeat.groups), "crossval", CROSSVAL, reason, place, number,
+            )
+        )  # fmt: skip
+    if not found:
+        raise _damaged(place, "rows in predictions.csv", "none")
+    _require_positive(found[0], positive, "cross-validation")
+    return found
+
+
+def _of_one_label(probs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.stack([1 - probs, probs], axis=1)
 
 
 def _open_unchanged(run: Run) -> Cache:
@@ -144,13 +185,12 @@ def _open_unchanged(run: Run) -> Cache:
     return cache
 
 
-def _require_positive(rows: ScoredRows, positive: str, what: str) -> ScoredRows:
+def _require_positive(rows: ScoredRows, positive: str, what: str) -> None:
     if not rows.is_positive.any():
         raise CacheError(
             what, expected=f"labelled rows of {positive}", found="none", where=rows.where,
             hint="Choose the threshold by out-of-fold rows: featcache crossval, then --on FOLDER",
         )  # fmt: skip
-    return rows
 
 
 def _read(folder: Path, name: str) -> bytes:
@@ -200,37 +240,47 @@ def _require_same(run: Run, facts: dict[str, Any], folder: Path) -> None:
         )  # fmt: skip
 
 
-def _parse(
-    data: bytes, run: Run, positive: str, folder: Path
-) -> tuple[list[float], list[bool], list[str]]:
-    """Return score, whether it is positive, and group of the rows of the first repeat."""
+@dataclass
+class _Repeat:
+    """The rows of a repeat in ``predictions.csv``, in their order."""
+
+    paths: list[tuple[str, str]] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    probs: list[list[float]] = field(default_factory=list)
+
+
+def _parse(data: bytes, run: Run, column: int, folder: Path) -> dict[int, _Repeat]:
+    """Return the rows of each repeat; with several labels those whose target is known."""
     has_labels = run.task == "multilabel"
     words = ("targets", "unknown", "preds") if has_labels else ("target", "pred")
     first = ["split", "fold", "repeat", "path", "group", *words]
     csv.field_size_limit(min(sys.maxsize, 1 << 30))
-    scores, is_positive, groups = list[float](), list[bool](), list[str]()
+    found = dict[int, _Repeat]()
     try:
         table = csv.reader(io.StringIO(data.decode(), newline=""))
         header = next(table, [])
         if header[: len(first)] != first or len(header) != len(first) + len(run.classes):
             raise _damaged(folder, "the columns of crossval in predictions.csv", "others")
-        column, name = len(first) + run.classes.index(positive), join_names([positive])
+        name = join_names([run.classes[column]])
         for row in table:
-            if row[0] == "test" or row[2] != "1":
+            if row[0] == "test":
                 continue
-            if has_labels:
-                if name in _names(plain_cell(row[6])):
-                    continue
-                is_positive.append(name in _names(plain_cell(row[5])))
-            else:
-                is_positive.append(plain_cell(row[5]) == positive)
-            groups.append(plain_cell(row[4]))
-            scores.append(float(row[column]))
+            if has_labels and name in _names(plain_cell(row[6])):
+                continue
+            targets = plain_cell(row[5])
+            target = int(name in _names(targets)) if has_labels else run.classes.index(targets)
+            probs = [float(cell) for cell in row[len(first) :]]
+            if len(probs) != len(run.classes):
+                raise _damaged(folder, "a probability of each class", f"{len(probs)} in a row")
+            of_repeat = found.setdefault(int(row[2]), _Repeat())
+            of_repeat.paths.append((row[0], row[3]))
+            of_repeat.groups.append(plain_cell(row[4]))
+            of_repeat.targets.append(target)
+            of_repeat.probs.append(probs)
     except (ValueError, IndexError, csv.Error) as error:
         raise _damaged(folder, "numbers and names in predictions.csv", error) from error
-    if not np.isfinite(scores).all() or any(not 0 <= score <= 1 for score in scores):
-        raise _damaged(folder, "probabilities in predictions.csv", "others")
-    return scores, is_positive, groups
+    return found
 
 
 def _names(cell: str) -> list[str]:

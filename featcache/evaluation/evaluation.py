@@ -15,6 +15,8 @@ from featcache.cache.reading import Cache, open_cache
 from featcache.errors import ConfigError, RunError, printable, warn_user
 from featcache.evaluation.confusions import Confusion, to_matrix
 from featcache.evaluation.confusions import as_csv as cells_as_csv
+from featcache.evaluation.decided_rows import measure_decisions
+from featcache.evaluation.decision_file import load_decisions
 from featcache.evaluation.figures import draw_confusion
 from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.lines import evaluation_lines
@@ -77,6 +79,8 @@ class Evaluation:
             None), ``positive_roc_auc``; with ``confidence``, ``method`` (of rates; areas: see
             ``metrics.areas.auc_interval``) and ``num_groups`` (rows without a group count as one
             each; None where there are none).
+        decision: Class -> what its threshold does to these rows, see ``measure_decisions``; None
+            where ``decide`` was not called. All other figures are of the most probable class.
         num_views: Views of a row whose probabilities were averaged; 1 is view 0 alone.
         fingerprint: Of the cache's identity.
     """
@@ -108,6 +112,7 @@ class Evaluation:
     num_unclear: int | None
     unseen: bool
     intervals: dict[str, Any]
+    decision: dict[str, dict[str, Any]] | None
     num_views: int
     fingerprint: str
 
@@ -164,8 +169,8 @@ def evaluate(
         say: Receives the lines for people.
 
     Raises:
-        RunError: If the run is damaged, its cache is gone or changed, or features or classes are
-            not those it was trained on.
+        RunError: If the run is damaged, its cache is gone or changed, features or classes are not
+            those it was trained on, or ``decision.json`` is damaged or of another head.
         CacheError: If the cache is damaged, lacks the split or has no labelled rows in it; with
             ``unseen``, no such rows that the head has not seen.
         ConfigError: If ``positive`` is not a class, ``csv`` cannot be written, or there are no
@@ -179,6 +184,7 @@ def evaluate(
         raise ConfigError(
             "--positive", expected="one of " + join_few(loaded.classes), found=positive
         )
+    decisions = load_decisions(loaded)
     tables = [Output(csv, "--csv", CSV, inputs=[cache, cache_path(loaded)])] if csv else []
     for table in tables:
         table.check()
@@ -211,6 +217,7 @@ def evaluate(
         num_unclear=counts[2],
         unseen=unseen,
         intervals=measure_intervals(rows, positive),
+        decision=measure_decisions(decisions, rows),
         num_views=opened.split(split).num_views if average_views else 1,
         fingerprint=opened.fingerprint,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.errors import printable
 from featcache.evaluation.confusions import Confusion
+from featcache.evaluation.decision_lines import decided_lines
 from featcache.formatting import count, decimal, shorten
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     of_groups = intervals["num_groups"]
     units = "" if of_groups is None else f", of {count(of_groups, 'group')}"
     yield f'  (brackets and "recall 95 %": 95 % intervals{units})'
+    yield from decided_lines(result.decision)
     yield from _class_lines(result.classes, result.per_class, intervals["per_class"])
     if not has_labels:
         yield from _confusion_lines(result, confusions)
