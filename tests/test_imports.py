@@ -18,7 +18,7 @@ from featcache.backbones.backbone import Backbone
 PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 VERBS = ("demo", "split", "extract", "select", "info", "verify", "train", "sweep")
-VERBS += ("audit", "crossval", "evaluate", "predict", "export")
+VERBS += ("audit", "crossval", "decide", "evaluate", "predict", "export")
 HEAVY = {"torch", "sklearn", "scipy", "matplotlib", "numba"}
 SLOW = {"torch", "numpy", "h5py", "PIL", "sklearn", "matplotlib", "scipy", "numba"}
 
@@ -56,6 +56,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> P
         ("train c.h5 run2 --epochs 1", set()),
         ("train c.h5 run3 --hidden none --optimizer lbfgs", set()),
         ("predict run --cache c.h5", set()),
+        ("decide run --positive covid --recall 0.9", {"scipy"}),
         ("evaluate run", {"matplotlib"}),
         ("evaluate run --split nonsense", set()),
         ("export run out.txt", {"torch"}),

@@ -56,8 +56,9 @@ class DecideSummary:
         basis: What the bound is: ``guarantee``, ``estimate`` or
             ``cross-validated bound, not a guarantee``.
         reason: Why, in words.
-        unit: ``group`` or ``image``: what the threshold was chosen by.
-        num_without_group: Positive images of which no group is known.
+        unit: ``group`` or ``image``: what the threshold was chosen by. An image without a group
+            is a group of its own; where all of the class are, ``image``.
+        num_without_group: Images of the class that the wish is about of which no group is known.
         bound: One-sided exact 95 % lower bound of the wished rate, per unit.
         num_units: Units of the class that the wish is about.
         num_right: Of them, those on the right side.
@@ -260,11 +261,13 @@ def _summarise(  # noqa: PLR0917 (the parts of one question)
             reason += ", if the threshold was fixed before a look at them"
     else:
         bound = choice.bound
+    of_wish = np.flatnonzero(rows.is_positive != ("specificity" in wish)).tolist()
+    num_lone = sum(map(rows.is_lone, of_wish))
     temperature, calibration = _calibrate(rows)
     return DecideSummary(
         run=run.path, positive=positive, threshold=threshold, refer_below=upper, wish=wish,
         on=rows.on, repeat=rows.repeat, num_repeats=num_repeats, basis=rows.basis, reason=reason,
-        unit="image" if rows.groups is None else "group", num_without_group=_num_lone(rows),
+        unit="group" if num_lone < len(of_wish) else "image", num_without_group=num_lone,
         bound=bound, num_units=wished["total"], num_right=wished["hits"],
         num_allowed=None if choice is None else choice.num_allowed,
         is_reached=None if choice is None else choice.is_reached,
@@ -277,12 +280,6 @@ def _summarise(  # noqa: PLR0917 (the parts of one question)
         prevalence=None if prevalence is None else _at_prevalence(image, prevalence),
         temperature=temperature, calibration=calibration,
     )  # fmt: skip
-
-
-def _num_lone(rows: ScoredRows) -> int:
-    """Return how many positive images have no group."""
-    positive = np.flatnonzero(rows.is_positive).tolist()
-    return sum(rows.groups is None or not rows.groups[row] for row in positive)
 
 
 def _calibrate(rows: ScoredRows) -> tuple[float | None, dict[str, Any]]:

@@ -42,8 +42,9 @@ def decision_lines(result: DecideSummary) -> Iterator[str]:
         yield from _rate_lines(result.group)
         yield "per image (intervals respect groups):"
         yield from _rate_lines(result.image)
-        yield "One image is decided alone: for it the figures per image apply. A group's"
-        yield "bound is of groups with all their images."
+        if result.unit == "group":
+            yield "One image is decided alone: for it the figures per image apply. A group's"
+            yield "bound is of groups with all their images."
     else:
         yield "per image:"
         yield from _rate_lines(result.image)

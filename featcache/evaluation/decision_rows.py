@@ -45,6 +45,7 @@ class ScoredRows:
         probs: (n, C) probabilities. With several labels a row (n, 2): those of no and yes.
         targets: (n,) class indices, or with several labels 0 and 1.
         column: Of the positive class.
+        paths: n paths.
         groups: n names, empty where a row has none; None where no row has one.
         on: ``valid`` or ``crossval``.
         basis: ``guarantee``, ``estimate`` or ``cross-validated bound, not a guarantee``.
@@ -56,6 +57,7 @@ class ScoredRows:
     probs: npt.NDArray[np.float64]
     targets: npt.NDArray[np.int64]
     column: int
+    paths: list[str]
     groups: list[str] | None
     on: str
     basis: str
@@ -73,6 +75,14 @@ class ScoredRows:
         """(n,), whether a row is of the positive class."""
         positive: npt.NDArray[np.bool_] = self.targets == self.column
         return positive
+
+    def is_lone(self, row: int) -> bool:
+        """Return whether a row has no group but itself: none, or one that is named like its file.
+
+        ``split`` names the group of an image that ``--group-by`` does not match by its path.
+        """
+        group, path = "" if self.groups is None else self.groups[row], self.paths[row]
+        return not group or path == group or path.endswith("/" + group)
 
 
 def read_valid(run: Run, positive: str) -> list[ScoredRows]:
@@ -107,10 +117,11 @@ def read_valid(run: Run, positive: str) -> list[ScoredRows]:
         known = np.flatnonzero(~np.isnan(targets[:, column]))
         probs, targets = _of_one_label(probs[:, column]), targets[:, column] == 1
         column = 1
+    paths = [rows.paths[row] for row in known.tolist()]
     groups = known_groups([rows.groups[row] for row in known.tolist()])
     found = ScoredRows(
-        probs[known], targets[known].astype(np.int64), column, groups, "valid", basis, reason,
-        cache.path,
+        probs[known], targets[known].astype(np.int64), column, paths, groups, "valid", basis,
+        reason, cache.path,
     )  # fmt: skip
     _require_positive(found, positive, "split valid")
     return [found]
@@ -137,7 +148,7 @@ def read_folds(run: Run, folder: str | Path, positive: str) -> list[ScoredRows]:
     data = _read(place, "predictions.csv")
     if hashlib.sha256(data).hexdigest() != facts.get("predictions_sha256"):
         raise _damaged(place, "the sha256 that crossval.json names", "another predictions.csv")
-    reason = "the scores are of the heads of the folds, not of this one"
+    reason = "the scores are of the folds' heads, not of this one: prefer --keep-ensemble"
     if facts.get("ensemble_weights_sha256") == run.weights_sha256:
         reason = "each score is of one of the heads whose mean this run is"
     has_labels = run.task == "multilabel"
@@ -152,12 +163,11 @@ def read_folds(run: Run, folder: str | Path, positive: str) -> list[ScoredRows]:
             raise _damaged(place, "the same rows in each repeat", f"others in repeat {number}")
         if has_labels:
             probs = _of_one_label(probs[:, column])
-        found.append(
-            ScoredRows(
-                probs, np.array(of_repeat.targets, np.int64), 1 if has_labels else column,
-                known_groups(of_repeat.groups), "crossval", CROSSVAL, reason, place, number,
-            )
-        )  # fmt: skip
+        paths = [plain_cell(path) for _, path in of_repeat.paths]
+        found.append(ScoredRows(
+            probs, np.array(of_repeat.targets, np.int64), 1 if has_labels else column, paths,
+            known_groups(of_repeat.groups), "crossval", CROSSVAL, reason, place, number,
+        ))  # fmt: skip
     if not found:
         raise _damaged(place, "rows in predictions.csv", "none")
     _require_positive(found[0], positive, "cross-validation")

@@ -52,10 +52,10 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     of_groups = intervals["num_groups"]
     units = "" if of_groups is None else f", of {count(of_groups, 'group')}"
     yield f'  (brackets and "recall 95 %": 95 % intervals{units})'
-    yield from decided_lines(result.decision)
     yield from _class_lines(result.classes, result.per_class, intervals["per_class"])
     if not has_labels:
         yield from _confusion_lines(result, confusions)
+    yield from decided_lines(result.decision)
     yield from _mistake_lines(result.mistakes, has_labels=has_labels)
 
 
