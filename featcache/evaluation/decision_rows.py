@@ -25,7 +25,7 @@ from featcache.evaluation.decision_rates import known_groups
 from featcache.evaluation.predicted_rows import labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen
 from featcache.files import join_names, json_sha256, local_path, plain_cell, read_regular
-from featcache.heads.config import check_valid_fraction
+from featcache.heads.config import LBFGS, TrainingConfig, check_valid_fraction
 from featcache.heads.rows import choose_rows
 from featcache.heads.run import Run, cache_path, require_own_cache
 from featcache.untrusted import parse_json_object, reading_hint, why_no_file
@@ -232,7 +232,7 @@ def _require_same(run: Run, facts: dict[str, Any], folder: Path) -> None:
     """Refuse a cross-validation of another cache, head or training."""
     cache, training = facts.get("cache"), facts.get("training")
     cache = cache if isinstance(cache, dict) else {}
-    training = training if isinstance(training, dict) else {"training": None}
+    training = training if isinstance(training, dict) else {}
     if cache.get("payload_sha256") != run.cache.get("payload_sha256"):
         found = "another cache"
     elif facts.get("head") != run.head.as_json():
@@ -240,9 +240,13 @@ def _require_same(run: Run, facts: dict[str, Any], folder: Path) -> None:
     elif facts.get("classes") != [*run.classes]:
         found = "other classes"
     else:
-        auto = {"batch_size"} if training.get("batch_size") == "auto" else set()  # a number in RUN
-        keys = [k for k, v in training.items() if run.training.get(k) != v and k not in auto]
-        found = f"another {keys[0]}, {training[keys[0]]}" if keys else ""
+        is_lbfgs = run.training.get("optimizer") == LBFGS
+        options = TrainingConfig(optimizer=LBFGS if is_lbfgs else "adam").as_json()
+        if training.get("batch_size") == "auto":  # a number in RUN
+            options.pop("batch_size", None)
+        wanted = options | run.training  # an older run does not name all
+        keys = [key for key in options if training.get(key) != wanted[key]]
+        found = f"another {keys[0]}, {str(training.get(keys[0]))[:100]}" if keys else ""
     if found:
         raise RunError(
             "cross-validation", expected="one of the run's cache, head and options", found=found,
