@@ -163,7 +163,8 @@ def evaluate(
         positive: The class that is looked for, against all others; never guessed. It gives
             sensitivity, specificity, its ROC AUC and average precision, and its false negatives.
         csv: A file for path, group, target, prediction and probabilities of every labelled row.
-            With several labels, targets, unknown and predictions are names joined by ``|``.
+            With several labels, targets, unknown and predictions are names joined by ``|``. With a
+            threshold there is a column ``decision`` after the prediction.
         average_views: Predict a row by the mean of its views' probabilities.
         unseen: Leave out the rows that the head has seen, and those of which it cannot be told.
         say: Receives the lines for people.
@@ -221,7 +222,8 @@ def evaluate(
         num_views=opened.split(split).num_views if average_views else 1,
         fingerprint=opened.fingerprint,
     )
-    files = {table: rows.as_csv().encode() for table in tables}
+    decision = None if decisions is None else decisions.apply(rows.probs)
+    files = {table: rows.as_csv(decision).encode() for table in tables}
     for line in evaluation_lines(result, confusions or []):
         say(line)
     if is_own:

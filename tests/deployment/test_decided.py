@@ -44,13 +44,14 @@ def test_evaluate_sets_both_side_by_side_and_changes_nothing_else(
     assert before["decision"] is None
     decided = decide_quietly(run, recall=0.9, refer=0.1, on="valid")
     said: list[str] = []
-    result = evaluate(run, positive="covid", say=said.append)
+    result = evaluate(run, positive="covid", say=said.append, csv=tmp_path / "t.csv")
     after = result.as_dict()
     facts = after["decision"]["covid"]
     assert before | {"decision": after["decision"]} == after
     kept = json.loads((run / "evaluation" / "test.json").read_text("utf-8"))
     assert kept["decision"] == after["decision"]
     rows = read_csv(tmp_path / "t.csv")
+    assert [*rows[0]][3:6] == ["pred", "decision", "prob_covid"]
     scores = np.array([float(row["prob_covid"]) for row in rows])
     is_positive = np.array([row["target"] == "covid" for row in rows])
     called = scores >= decided.threshold
@@ -66,10 +67,12 @@ def test_evaluate_sets_both_side_by_side_and_changes_nothing_else(
     )
     assert facts["threshold"] == decided.threshold
     between = called & (scores < decided.refer_below)
+    wanted = np.where(between, "refer", np.where(called, "covid", "normal"))
+    assert [row["decision"] for row in rows] == wanted.tolist()
     assert facts["refer"]["num_referred"] == between.sum()
     rest = is_positive & ~between
     assert facts["refer"]["recall"]["hits"] == (scores >= decided.refer_below)[rest].sum()
-    assert max(map(len, said[:-1])) <= 80
+    assert max(len(line) for line in said if not line.startswith("written to")) <= 80
     shown = "\n".join(said)
     missed = f"{before['num_samples'] and int((is_positive & ~called).sum()):,}"
     assert f"{len(before['false_negatives']):<26,}" + missed in shown
