@@ -10,10 +10,10 @@ The verbs, as on the command line, in the order of the work::
     featcache.predict("run", "new.png")
     featcache.export("run", "covid.pt")
 
-Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep`` and ``crossval``. ``load_classifier``
-keeps a network for many predictions, ``load_head`` returns the trained ``nn.Module``,
-``open_cache`` gives the arrays, and ``HeadClassifier`` is a scikit-learn estimator. Results are
-dataclasses with ``as_dict()``.
+Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep``, ``crossval`` and ``decide``.
+``load_classifier`` keeps a network for many predictions, ``load_head`` returns the trained
+``nn.Module``, ``open_cache`` gives the arrays, and ``HeadClassifier`` is a scikit-learn estimator.
+Results are dataclasses with ``as_dict()``.
 
 Importing this package imports neither torch nor anything else that is slow; a name's module is
 imported when the name is first used.
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         RunError,
     )
     from featcache.evaluation.audit import Audit, audit
+    from featcache.evaluation.decision import DecideSummary, decide
     from featcache.evaluation.evaluation import Evaluation, evaluate
     from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, UnfinishedInfo, info
     from featcache.extraction.extraction import extract, plan
@@ -71,6 +72,7 @@ _MODULES = {
     "train": "heads.training",
     "sweep": "sweeps.sweeping",
     "crossval": "sweeps.crossval",
+    "decide": "evaluation.decision",
     "evaluate": "evaluation.evaluation",
     "predict": "deployment.predictions",
     "export": "deployment.export",
@@ -107,6 +109,7 @@ _MODULES = {
     "TrainSummary": "heads.training",
     "SweepSummary": "sweeps.sweeping",
     "CrossvalSummary": "sweeps.crossval",
+    "DecideSummary": "evaluation.decision",
     "Evaluation": "evaluation.evaluation",
     "Predictions": "deployment.predictions",
     "ExportSummary": "deployment.export",
@@ -123,7 +126,7 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
-    "crossval", "evaluate", "predict", "export",
+    "crossval", "decide", "evaluate", "predict", "export",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
@@ -133,7 +136,7 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # the verbs' results
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
-    "CrossvalSummary", "Evaluation", "Predictions", "ExportSummary",
+    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExportSummary",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

@@ -343,9 +343,9 @@ def join_names(names: Iterable[str]) -> str:
     return "|".join(re.sub(r"([\\|])", r"\\\1", name) for name in names)
 
 
-def prob_columns(classes: Iterable[str]) -> list[str]:
+def prob_columns(classes: Iterable[str], kind: str = "prob") -> list[str]:
     """Return the headers of a CSV's columns of probabilities: ``prob_NAME`` of each class."""
-    return [f"prob_{escaped(name)}" for name in classes]
+    return [f"{kind}_{escaped(name)}" for name in classes]
 
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")

@@ -306,7 +306,8 @@ def csv_kind(name: str, *starts: Sequence[str], ends: Sequence[str] = ()) -> Kin
         last = len(header) - len(ends)
         middles = [header[len(s) : last] for s in starts if header[: len(s)] == [*s]]
         is_whole = line.endswith("\n") and header[last:] == [*ends]
-        return is_whole and any(m and all(h.startswith("prob_") for h in m) for m in middles)
+        kinds = ("prob_", "calibrated_")
+        return is_whole and any(m and all(h.startswith(kinds) for h in m) for m in middles)
 
     return Kind(
         name, "a new file in an existing folder, or one of the same columns", is_own=is_own,

@@ -53,7 +53,12 @@ OWNERS = {
         "heads/resuming.py",
         "backbones/weights.py",
     },
-    "scipy": {"metrics/areas.py", "metrics/rates.py", "metrics/scores.py"},
+    "scipy": {
+        "metrics/areas.py",
+        "metrics/rates.py",
+        "metrics/scores.py",
+        "metrics/temperature.py",
+    },
 }
 FREE = {"numpy", "torch", "sklearn", "featcache", *sys.stdlib_module_names}
 

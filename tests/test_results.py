@@ -20,7 +20,8 @@ from featcache.backbones.backbone import Backbone
 RESULTS = {
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
     "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
-    "CrossvalSummary", "CrossvalInfo", "Evaluation", "Predictions", "ExportSummary",
+    "CrossvalSummary", "CrossvalInfo", "DecideSummary", "Evaluation", "Predictions",
+    "ExportSummary",
 }  # fmt: skip
 ERRORS = [
     name for name in featcache.__all__
@@ -48,6 +49,8 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -
         yield featcache.sweep(cache, folder / "sweep", trials=2, repeats=2)
         yield featcache.crossval(cache, folder / "folds", folds=2, hidden=(), epochs=1)
         yield featcache.info(folder / "folds")
+        with pytest.warns(featcache.FeatcacheWarning, match="cannot be promised"):
+            yield featcache.decide(run, positive="covid", recall=0.9, prevalence=0.1)
         yield featcache.evaluate(run, positive="covid")
         yield featcache.info(run)
         yield featcache.info(Path(__file__).parent / "data" / "partial_v2")

@@ -35,7 +35,9 @@ _OUTPUTS = {
     "split": "destination", "extract": "cache", "select": "new", "verify": "cache", "train": "run",
     "sweep": "run", "crossval": "folder", "audit": "csv", "predict": "csv", "export": "file",
 }  # fmt: skip
-"""The option or argument that names what a command makes. evaluate makes several files."""
+"""The option or argument that names what a command makes.
+
+evaluate makes several files, decide one in a run."""
 
 TRAINING_NAME = "training.safetensors"
 
@@ -72,6 +74,8 @@ class Command:
         if self._verb == "demo":
             folder = _name(self._options["folder"])
             return f"{folder} is unfinished; the same command makes it anew"
+        if self._verb == "decide":
+            return "the decision in the run is the old one or the new one, whole; " + again
         if self._verb == "evaluate":
             return "some figures may be written and others not; the same command writes them all"
         if self._verb == "info" or self._options.get("dry_run"):

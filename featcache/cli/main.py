@@ -276,6 +276,37 @@ def crossval(cache: Path, folder: Path, as_json: bool, quiet: bool, **options: A
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--positive", metavar="CLASS", required=True, help="The class to find.")
+@click.option("--recall", type=float, help="Wished share of its patients (images) that is found.")
+@click.option("--specificity", type=float, help="Or of the others that is left alone.")
+@click.option("--threshold", type=float, help="Or the threshold itself, chosen by you.")
+@click.option(
+    "--on", default="valid", show_default=True, metavar="valid|FOLDER",
+    help="Choose it by the rows of valid, or by a FOLDER of crossval.",
+)  # fmt: skip
+@click.option("--refer", type=float, metavar="SHARE", help="Refer so many images to a person.")
+@click.option("--prevalence", type=float, help="PPV and NPV where so many are positive.")
+@click.option("--strict", is_flag=True, help="Exit 1 if the wish cannot be promised.")
+@printing
+def decide(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Choose the threshold of a class, and say what it promises; RUN keeps it.
+
+    \b
+    Example: featcache decide run --positive covid --recall 0.95
+
+    Positive is a probability >= the threshold, else the most probable other class. evaluate and
+    predict show this decision beside the most probable class, export hands it on. The bound is
+    one-sided, 95 %, per patient where there are groups. It is a guarantee only of rows that
+    neither fitted nor chose anything: train --valid-fraction 0.2 keeps valid fresh.
+    """
+    from featcache.evaluation.decision import decide as decide_run
+
+    summary = decide_run(run, say=make_say(as_json, quiet), **options)
+    print_facts(summary.as_dict(), [], as_json, quiet)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
 @click.option("--cache", type=click.Path(path_type=Path), help="Another cache than the run's.")
 @click.option("--split", default="test", show_default=True)
 @click.option(
@@ -376,7 +407,8 @@ def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) ->
     summary = export_run(run, file, **options)
     lines = [
         f"{printable(file)}: {summary.backbone} with its head, sha256 {summary.sha256[:16]}...",
-        f"{printable(file)}.json: classes and preprocessing",
+        f"{printable(file)}.json: classes and preprocessing"
+        + (", and the threshold" if summary.decision else ""),
     ]
     print_facts(summary.as_dict(), lines, as_json, quiet)
 

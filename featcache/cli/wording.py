@@ -121,15 +121,17 @@ def prediction_lines(predictions: Predictions) -> Iterator[str]:
     width = min(max((len(printable(name)) for name in predictions.classes), default=0), _NAME_WIDTH)
     has_labels, counted = predictions.task == "multilabel", Counter[str]()
     rows = zip(predictions.paths, predictions.preds, predictions.probs, strict=True)
-    for path, pred, probs in rows:
+    decision = predictions.decision or predictions.preds
+    for (path, pred, probs), chosen in zip(rows, decision, strict=True):
+        mark = "" if chosen == pred else f"  decision: {_decided(chosen)}"
         counted.update(pred if has_labels else [pred])
         if has_labels:
             sure = dict(zip(predictions.classes, probs, strict=True))
             listed = ", ".join(f"{printable(name)} {percent(sure[name], 1)}" for name in pred)
-            yield f"{printable(path)}: {listed or 'none'}"
+            yield f"{printable(path)}: {listed or 'none'}{mark}"
         else:
             name = shorten(printable(pred), _NAME_WIDTH)
-            yield f"{name:<{width}}  {percent(probs.max(), 1):>6}  {printable(path)}"
+            yield f"{name:<{width}}  {percent(probs.max(), 1):>6}  {printable(path)}{mark}"
     for path, reason in predictions.failures:
         yield f"failed: {printable(path)}: {printable(reason)}"
     found = {name: counted[name] for name in predictions.classes}
@@ -139,6 +141,25 @@ def prediction_lines(predictions: Predictions) -> Iterator[str]:
     failed = f", {len(predictions.failures):,} failed" if predictions.failures else ""
     views = ", by the mean of their views" if predictions.average_views else ""
     yield f"{count(len(predictions.paths), 'image')}{views}: {listed}{failed}"
+    if predictions.decision is not None:
+        yield from _decision_lines(predictions)
+
+
+def _decided(chosen: Any) -> str:
+    names = chosen if isinstance(chosen, tuple) else (chosen,)
+    return ", ".join(shorten(printable(name), _NAME_WIDTH) for name in names) or "none"
+
+
+def _decision_lines(predictions: Predictions) -> Iterator[str]:
+    """Yield the thresholds, and how many images are decided as what."""
+    decision, thresholds = predictions.decision or (), predictions.thresholds or {}
+    counted = Counter[str]()
+    for chosen in decision:
+        counted.update(chosen if isinstance(chosen, tuple) else [chosen])
+    known = [*predictions.classes, *(name for name in counted if name not in predictions.classes)]
+    listed = join_few(f"{counted[name]:,} {name}" for name in known if counted[name]) or "none"
+    limits = join_few(f"{name} from {rule['threshold']:.6g}" for name, rule in thresholds.items())
+    yield f"by the decision ({limits}): {listed}"
 
 
 def _split_text(split: dict[str, Any]) -> str:

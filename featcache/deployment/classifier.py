@@ -24,6 +24,7 @@ from featcache.data.dataset import Sample
 from featcache.deployment.inputs import Inputs, list_inputs
 from featcache.deployment.predictions import Predictions
 from featcache.errors import ConfigError, DataError
+from featcache.evaluation.decision_file import Decisions, load_decisions
 from featcache.extraction.earlier import refuse_dark_colour
 from featcache.extraction.pipeline import Lane, stream_features
 from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes, recipe_from_identity
@@ -55,15 +56,17 @@ class Classifier:
         recipe: Backbone and preprocessing, those of the run's cache.
         device: Where the backbone runs.
         batch_size: Images a batch.
+        decisions: The thresholds that ``decide`` wrote into the run, None without.
     """
 
     __module__ = "featcache"
 
     def __init__(
-        self, run: Run, recipe: Recipe, device: torch.device, batch_size: int | str = "auto"
-    ) -> None:
+        self, run: Run, recipe: Recipe, device: torch.device, batch_size: int | str = "auto",
+        decisions: Decisions | None = None,
+    ) -> None:  # fmt: skip
         self.run, self.device, self.batch_size = run, device, batch_size
-        self.recipe = replace(recipe, view_rules=PLAIN)
+        self.recipe, self.decisions = replace(recipe, view_rules=PLAIN), decisions
         self._engine: Engine | None = None
         self._num_images = 0  # that the engine was chosen for
 
@@ -119,7 +122,7 @@ class Classifier:
             probs=self._head_probs(self._stack([row for _, row in good])),
             failures=failures,
             task=self.run.task,
-        )
+        ).with_decisions(self.decisions)
 
     def predict_proba(self, images: Any, *, preprocessed: bool = False) -> npt.NDArray[np.float64]:
         """Return the probabilities (N, C) of N images, in their order.
@@ -315,13 +318,15 @@ def load_classifier(
         max_pixels: Image files of more pixels are refused.
 
     Raises:
-        RunError: If the folder is not a whole run.
+        RunError: If the folder is not a whole run, or its ``decision.json`` is damaged or of
+            another head.
         BackboneError: If the backbone's weights are not at hand; names the wanted sha256.
     """
     loaded = load_run(run)
+    decisions = load_decisions(loaded)
     place = resolve_device(device).torch()
     recipe = recipe_from_identity(
         loaded.cache["identity"], weights=weights, backbone=backbone, max_pixels=max_pixels,
         source=loaded.cache.get("weights_source"),
     )  # fmt: skip
-    return Classifier(loaded, recipe, place, batch_size)
+    return Classifier(loaded, recipe, place, batch_size, decisions)

@@ -35,6 +35,11 @@ _OF_MEMBERS = {
     "multiclass": "logsumexp over the members of log_softmax(logits), minus log of their number",
     "multilabel": "logsumexp over the members of logsigmoid(logits), minus that of their negatives",
 }
+_RULES = {
+    "multiclass": "the class if its probability >= threshold (from threshold to below refer_below: "
+    "refer), else the most probable other class; probabilities at temperature 1",
+    "multilabel": "each class if its probability >= its threshold; probabilities at temperature 1",
+}
 _NETWORK = Kind("network", "a new file in an existing folder", RunError, needs_folder=True)
 _TOLERANCE = 1e-4  # relative, on logits: another summation order, nothing more
 
@@ -56,6 +61,8 @@ class ExportSummary:
         output: What the outputs are, in words.
         fingerprint: Of the cache the head was trained on.
         head_sha256: sha256 of the run's weights.
+        decision: ``rule``, in words, and ``thresholds``: class -> ``threshold`` and what is known
+            of it; None where ``decide`` was not called.
     """
 
     __module__ = "featcache"
@@ -72,6 +79,7 @@ class ExportSummary:
     output: str
     fingerprint: str
     head_sha256: str
+    decision: dict[str, Any] | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as JSON values: what ``FILE.json`` holds."""
@@ -157,6 +165,7 @@ def _summarise(classifier: Classifier, path: Path, sha256: str) -> ExportSummary
     run, backbone, rules = classifier.run, classifier.recipe.backbone, classifier.recipe.rules
     layers = build_head(run.head, seed=0)
     mean = {"num_members": run.num_members, "mean": _OF_MEMBERS[run.task]} if run.members else {}
+    decisions = classifier.decisions
     return ExportSummary(
         path=path,
         sha256=sha256,
@@ -172,6 +181,10 @@ def _summarise(classifier: Classifier, path: Path, sha256: str) -> ExportSummary
         output=_OUTPUTS[run.task],
         fingerprint=run.cache["fingerprint"],
         head_sha256=run.weights_sha256,
+        decision=(
+            None if decisions is None
+            else {"rule": _RULES[run.task], "thresholds": decisions.brief()}
+        ),
     )  # fmt: skip
 
 

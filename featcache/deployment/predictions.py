@@ -6,7 +6,7 @@ Reads: a run, and images or a cache. Writes: a CSV where asked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError, RunError, printable
+from featcache.evaluation.decision_file import Decisions, load_decisions
 from featcache.evaluation.seen_rows import find_all_seen, warn_of_seen
 from featcache.files import csv_text, join_names, prob_columns
 from featcache.formatting import brief_repr
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
 
 _COLUMNS, _COLUMNS_OF_LABELS, _LAST = ("path", "pred", "prob"), ("path", "preds"), ("failure",)
-_CSV = csv_kind("CSV of featcache predict", _COLUMNS, _COLUMNS_OF_LABELS, ends=_LAST)
+_DECISION = ("decision",)
+_CSV = csv_kind(
+    "CSV of featcache predict", (*_COLUMNS, *_DECISION), (*_COLUMNS_OF_LABELS, *_DECISION),
+    _COLUMNS, _COLUMNS_OF_LABELS, ends=_LAST,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,12 @@ class Predictions:
             image in another cache; None of images, or where nothing tells. Likewise the next two.
         num_chosen_by: Rows that its epoch was chosen by.
         num_unclear: Rows of which it cannot be told: see ``Evaluation``.
+        decision: What the threshold of ``decide`` makes of each image: the positive class, the most
+            probable other class, or ``refer``; with several labels an image, a tuple of the classes
+            above their thresholds. None where there is no threshold.
+        thresholds: Class -> ``threshold`` and what is known of it; None likewise.
+        calibrated: Class -> its calibrated probabilities (N,), of classes that have a temperature:
+            of all, or with several labels of some. Empty without.
     """
 
     __module__ = "featcache"
@@ -63,6 +74,18 @@ class Predictions:
     num_trained_on: int | None = None
     num_chosen_by: int | None = None
     num_unclear: int | None = None
+    decision: tuple[Any, ...] | None = None
+    thresholds: dict[str, dict[str, Any]] | None = None
+    calibrated: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+    def with_decisions(self, decisions: Decisions | None) -> Predictions:
+        """Return them with what the thresholds of a run make of them."""
+        if decisions is None:
+            return self
+        return replace(
+            self, decision=decisions.apply(self.probs), thresholds=decisions.brief(),
+            calibrated=decisions.calibrate(self.probs),
+        )  # fmt: skip
 
     @property
     def preds(self) -> tuple[Any, ...]:
@@ -79,9 +102,17 @@ class Predictions:
     def as_dict(self) -> dict[str, Any]:
         """Return the predictions as JSON values."""
         has_labels, rows = self.task == "multilabel", []
-        for path, pred, row in zip(self.paths, self.preds, self.probs, strict=True):
-            best = {"preds": [*pred]} if has_labels else {"pred": pred, "prob": float(row.max())}
-            rows.append({"path": path, **best, "probs": row.tolist()})
+        for i, (path, pred, row) in enumerate(zip(self.paths, self.preds, self.probs, strict=True)):
+            facts: dict[str, Any] = {"preds": [*pred]}
+            if not has_labels:
+                facts = {"pred": pred, "prob": float(row.max())}
+            if self.decision is not None:
+                chosen = self.decision[i]
+                facts["decision"] = [*chosen] if has_labels else chosen
+            if self.calibrated:
+                softened = {name: float(of_class[i]) for name, of_class in self.calibrated.items()}
+                facts["calibrated"] = softened
+            rows.append({"path": path, **facts, "probs": row.tolist()})
         return {
             "classes": list(self.classes),
             "task": self.task,
@@ -91,13 +122,15 @@ class Predictions:
             "num_trained_on": self.num_trained_on,
             "num_chosen_by": self.num_chosen_by,
             "num_unclear": self.num_unclear,
+            "thresholds": self.thresholds,
         }
 
     def write_csv(self, file: str | Path) -> None:
         """Write path, pred, prob and the probability of each class; failures come last.
 
         With several labels an image, ``preds`` holds their names joined by ``|`` and stands in
-        place of pred and prob.
+        place of pred and prob. With thresholds there is a column ``decision`` after these, with a
+        temperature ``calibrated_CLASS`` after the other probabilities.
 
         Raises:
             ConfigError: If there is something that is no such CSV; an older one is replaced.
@@ -108,11 +141,19 @@ class Predictions:
     def _write_csv(self, output: Output) -> None:
         has_labels = self.task == "multilabel"
         columns = _COLUMNS_OF_LABELS if has_labels else _COLUMNS
-        header = [*columns, *prob_columns(self.classes), *_LAST]
+        header = [
+            *columns, *(() if self.decision is None else _DECISION),
+            *prob_columns(self.classes), *prob_columns(self.calibrated, "calibrated"), *_LAST,
+        ]  # fmt: skip
         rows: list[list[object]] = []
-        for path, pred, probs in zip(self.paths, self.preds, self.probs, strict=True):
+        for i, (path, pred, probs) in enumerate(
+            zip(self.paths, self.preds, self.probs, strict=True)
+        ):
             cells = [join_names(pred)] if has_labels else [pred, float(probs.max())]
-            rows.append([path, *cells, *map(float, probs), ""])
+            if self.decision is not None:
+                cells.append(join_names(self.decision[i]) if has_labels else self.decision[i])
+            softened = [float(of_class[i]) for of_class in self.calibrated.values()]
+            rows.append([path, *cells, *map(float, probs), *softened, ""])
         blank = [""] * (len(header) - 2)
         rows += [[path, *blank, reason] for path, reason in self.failures]
         write_output(output, csv_text(header, rows).encode())
@@ -164,7 +205,8 @@ def predict(
         ConfigError: Unless images or a cache are given, and not both; if views are to be averaged
             and there are none; or if ``csv`` cannot be written.
         DataError: If a path leads nowhere, a folder holds no image, or companions of images.
-        RunError: If the run is not whole, or the cache's features were made otherwise.
+        RunError: If the run is not whole, its ``decision.json`` is damaged or of another head, or
+            the cache's features were made otherwise.
         CacheError: If the cache is not whole.
         BackboneError: If the backbone's weights are not at hand.
 
@@ -207,6 +249,7 @@ def _predict_cache(
 ) -> Predictions:
     """Classify every row of a cache; the head is computed on the CPU, on any device."""
     loaded, opened = load_run(run), open_cache(cache)
+    decisions = load_decisions(loaded)
     refuse_misbuilt(loaded.cache["identity"], loaded.path)
     require_same_features(loaded.cache["identity"], opened.identity, opened.path)
     if average_views and all(split.num_views == 1 for split in opened.splits.values()):
@@ -234,4 +277,4 @@ def _predict_cache(
     return Predictions(
         loaded.classes, tuple(paths), np.concatenate(probs), failures, average_views, loaded.task,
         *counts,
-    )  # fmt: skip
+    ).with_decisions(decisions)  # fmt: skip

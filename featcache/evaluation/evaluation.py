@@ -16,6 +16,8 @@ from featcache.errors import ConfigError, RunError, printable, warn_user
 from featcache.evaluation.comparison import OtherRun, comparison_lines
 from featcache.evaluation.confusions import Confusion, to_matrix
 from featcache.evaluation.confusions import as_csv as cells_as_csv
+from featcache.evaluation.decided_rows import measure_decisions
+from featcache.evaluation.decision_file import load_decisions
 from featcache.evaluation.figures import draw_confusion
 from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.lines import evaluation_lines
@@ -84,6 +86,8 @@ class Evaluation:
             two of one group, else None.
         calibration: ``brier``, ``log_loss``, ``ece`` and ``num_bins``, see
             ``metrics.calibration.measure_calibration``.
+        decision: Class -> what its threshold does to these rows, see ``measure_decisions``; None
+            where ``decide`` was not called. All other figures are of the most probable class.
         by: The figures of each subgroup, see ``subgroups.measure_subgroups``; None where none are
             asked for.
         against: A second run on the same rows, see ``comparison.compare_rows``; or None.
@@ -119,6 +123,7 @@ class Evaluation:
     unseen: bool
     intervals: dict[str, Any]
     calibration: dict[str, Any]
+    decision: dict[str, dict[str, Any]] | None
     by: dict[str, Any] | None
     against: dict[str, Any] | None
     num_views: int
@@ -175,7 +180,8 @@ def evaluate(
         positive: The class that is looked for, against all others; never guessed. It gives
             sensitivity, specificity, its ROC AUC and average precision, and its false negatives.
         csv: A file for path, group, target, prediction and probabilities of every labelled row.
-            With several labels, targets, unknown and predictions are names joined by ``|``.
+            With several labels, targets, unknown and predictions are names joined by ``|``. With a
+            threshold there is a column ``decision`` after the prediction.
         average_views: Predict a row by the mean of its views' probabilities.
         unseen: Leave out the rows that the head has seen, and those of which it cannot be told;
             with ``against`` also those that its head has seen.
@@ -188,8 +194,8 @@ def evaluate(
         say: Receives the lines for people.
 
     Raises:
-        RunError: If the run is damaged, its cache is gone or changed, or features or classes are
-            not those it was trained on.
+        RunError: If the run is damaged, its cache is gone or changed, features or classes are not
+            those it was trained on, or ``decision.json`` is damaged or of another head.
         CacheError: If the cache is damaged, lacks the split or has no labelled rows in it; with
             ``unseen``, no such rows that the head has not seen.
         ConfigError: If ``positive`` is not a class, ``csv`` cannot be written, there are no views
@@ -201,6 +207,7 @@ def evaluate(
     """
     loaded = load_run(run)
     _check_positive(positive, loaded.classes)
+    decisions = load_decisions(loaded)
     column = Column(by, table, columns)
     other = None if against is None else OtherRun(against, loaded, positive)
     tables = [Output(csv, "--csv", CSV, inputs=[cache, cache_path(loaded), table])] if csv else []
@@ -240,6 +247,7 @@ def evaluate(
         unseen=unseen,
         intervals=measure_intervals(rows, positive),
         calibration=measure_calibration(rows.targets, rows.probs, loaded.classes),
+        decision=measure_decisions(decisions, rows),
         by=column.measure(rows, positive, opened.split(split), labelled, say),
         against=None
         if other is None
@@ -247,7 +255,8 @@ def evaluate(
         num_views=opened.split(split).num_views if average_views else 1,
         fingerprint=opened.fingerprint,
     )
-    files = {output: rows.as_csv().encode() for output in tables}
+    decided = None if decisions is None else decisions.apply(rows.probs)
+    files = {output: rows.as_csv(decided).encode() for output in tables}
     for line in (
         *evaluation_lines(result, confusions or []),
         *subgroup_lines(result.by, positive),

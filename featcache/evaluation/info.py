@@ -83,6 +83,8 @@ class RunInfo:
         cache: Path, fingerprint, identity and hash of the cache it was trained on.
         weights_sha256: sha256 of the weights file.
         evaluations: Names of the splits it was evaluated on.
+        decision: Class -> ``threshold`` and what is known of it; None where ``decide`` was not
+            called.
     """
 
     __module__ = "featcache"
@@ -101,6 +103,7 @@ class RunInfo:
     cache: dict[str, Any]
     weights_sha256: str
     evaluations: tuple[str, ...]
+    decision: dict[str, dict[str, Any]] | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as JSON values."""
@@ -252,10 +255,12 @@ def _crossval_info(folder: Path) -> CrossvalInfo:
 
 
 def _run_info(folder: Path) -> RunInfo:
+    from featcache.evaluation.decision_file import load_decisions
     from featcache.heads.head import list_layers
     from featcache.heads.run import load_run
 
     run = load_run(folder)
+    decisions = load_decisions(run)
     layers = list_layers(run.head)
     return RunInfo(
         path=folder,
@@ -271,6 +276,7 @@ def _run_info(folder: Path) -> RunInfo:
         cache=run.cache,
         weights_sha256=run.weights_sha256,
         evaluations=tuple(sorted(p.stem for p in folder.glob("evaluation/*.json"))),
+        decision=None if decisions is None else decisions.brief(),
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.errors import printable
 from featcache.evaluation.confusions import Confusion
+from featcache.evaluation.decision_lines import decided_lines
 from featcache.evaluation.intervals import FEW_IMAGES
 from featcache.formatting import count, decimal, shorten
 
@@ -63,6 +64,7 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     yield from _class_lines(result.classes, result.per_class, intervals["per_class"])
     if not has_labels:
         yield from _confusion_lines(result, confusions)
+    yield from decided_lines(result.decision)
     yield from _mistake_lines(result.mistakes, has_labels=has_labels)
 
 

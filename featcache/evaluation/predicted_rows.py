@@ -5,6 +5,7 @@ Reads: a cache. Writes: nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache
 from featcache.errors import CacheError, ConfigError, RunError
 from featcache.evaluation.confusions import Confusion, count_confusions
-from featcache.files import csv_text
+from featcache.files import csv_text, join_names
 from featcache.formatting import count, join_few
 from featcache.heads.prediction import (
     COLUMNS,
@@ -28,7 +29,11 @@ from featcache.heads.streaming import StoredFeatures
 from featcache.outputs import csv_kind
 from featcache.runtime import Say
 
-CSV = csv_kind("CSV of featcache evaluate", COLUMNS, COLUMNS_OF_LABELS)
+_DECISION = ("decision",)
+CSV = csv_kind(
+    "CSV of featcache evaluate", COLUMNS, COLUMNS_OF_LABELS, (*COLUMNS, *_DECISION),
+    (*COLUMNS_OF_LABELS, *_DECISION),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,11 +114,21 @@ class PredictedRows:
             for at in by_confidence
         ]
 
-    def as_csv(self) -> str:
-        """Return a CSV with a line per row."""
-        return csv_text(
-            *prediction_table(self.classes, self.paths, self.groups, self.targets, self.probs)
+    def as_csv(self, decision: Sequence[Any] | None = None) -> str:
+        """Return a CSV with a line per row.
+
+        Args:
+            decision: What ``Decisions.apply`` says of each row, for a column behind the prediction.
+        """
+        header, rows = prediction_table(
+            self.classes, self.paths, self.groups, self.targets, self.probs
         )
+        if decision is not None:
+            place = len(COLUMNS_OF_LABELS if self.has_labels else COLUMNS)
+            header.insert(place, *_DECISION)
+            for row, chosen in zip(rows, decision, strict=True):
+                row.insert(place, join_names(chosen) if self.has_labels else chosen)
+        return csv_text(header, rows)
 
 
 def labelled_rows(cache: Cache, split_name: str, say: Say) -> RowNumbers:

@@ -31,6 +31,7 @@ VERBS = {
     "lbfgs": ["train", "c.h5", "r2", "--hidden", "none", "--optimizer", "lbfgs"],
     "sweep": ["sweep", "c.h5", "r2", "--trials", 2],
     "crossval": ["crossval", "c.h5", "r2", "--folds", 2, "--hidden", "none", "--epochs", 1],
+    "decide": ["decide", "run", "--positive", "covid", "--recall", "0.9"],
     "evaluate": ["evaluate", "run"],
     "predict": ["predict", "run", "--cache", "c.h5"],
     "update": ["extract", "data", "c.h5", *TINY, "--device", "cpu"],

@@ -40,6 +40,7 @@ VERBS = {
     "CSV of predict": "predict run --cache c.h5 --csv OUT",
     "network of export": f"export run OUT {' '.join(TINY)}",
     "evaluation in a run": "evaluate run",
+    "decision in a run": "decide run --positive covid --recall 0.5",
     "folder of demo": "demo OUT",
 }
 INPUTS = {
@@ -78,6 +79,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     featcache.split(folder / "raw", folder / "split.csv")
     featcache.extract(folder / "split.csv", folder / "c.h5", backbone=tiny_network.build())
     featcache.train(folder / "c.h5", folder / "run", hidden=(), epochs=1)
+    featcache.decide(folder / "run", positive="covid", threshold=0.4)
+    (folder / "run" / "decision.json").rename(folder / "decision.json")
     featcache.evaluate(folder / "run", csv=folder / "evaluated.csv")
     featcache.audit(folder / "c.h5", only="same", csv=folder / "a.csv")
     featcache.crossval(folder / "c.h5", folder / "folds", folds=2, hidden=(), epochs=1, seed=1)
@@ -112,6 +115,7 @@ def own_kind(output: str, out: Path, things: Path) -> None:
             "CSV of audit": "a.csv",
             "CSV of predict": "p.csv", "network of export": "in.pt",
             "evaluation in a run": "run/evaluation/test.json",
+            "decision in a run": "decision.json",
         }  # fmt: skip
         shutil.copyfile(things / names.get(output, "c.h5"), out)
 
@@ -160,6 +164,8 @@ def place_of(output: str, there: str, folder: Path) -> Path:
     ending = ENDINGS.get(output, "")
     if output == "evaluation in a run":
         return folder / "run" / "evaluation" / "test.json"
+    if output == "decision in a run":
+        return folder / "run" / "decision.json"
     if there == "its own input":
         return folder / INPUTS.get(output, "c.h5")
     if there == "a read-only place":
@@ -247,5 +253,5 @@ def test_nothing_is_lost(
     else:
         assert name in after
         assert after[name] != before.get(name) or output.startswith(
-            ("CSV", "run", "folder of crossval", "evaluation")
+            ("CSV", "run", "folder of crossval", "evaluation", "decision")
         )

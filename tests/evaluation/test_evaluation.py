@@ -75,7 +75,7 @@ def test_result_is_the_contracts_object_and_true(run: Path) -> None:
         "positive", "sensitivity",
         "specificity", "positive_roc_auc", "positive_average_precision", "false_negatives",
         "mistakes", "num_failed", "num_trained_on", "num_chosen_by", "num_unclear", "unseen",
-        "intervals", "calibration", "by", "against", "num_views", "fingerprint",
+        "intervals", "calibration", "decision", "by", "against", "num_views", "fingerprint",
     ]  # fmt: skip
     features, targets, paths = arrays([0, 1] * 20, 2)
     probs = probs_of(run, features)

@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "crossval": (
         "crossval", "c.h5", "new", "--folds", 3, "--epochs", 4, "--hidden", 8, "--device", "cpu",
     ),
+    "decide": ("decide", "run", "--positive", "covid", "--recall", "0.5"),
     "evaluate": ("evaluate", "run", "--csv", "new.csv"),
     "predict": ("predict", "run", "data/test", *BACKBONE, "--csv", "new.csv"),
     "export": ("export", "run", "new.pt", *BACKBONE),
@@ -129,6 +130,7 @@ STUCK: dict[str, tuple[str, str]] = {
     "train": ("featcache.heads.group", "HeadGroup.train_epoch"),
     "sweep": ("featcache.heads.group", "HeadGroup.train_epoch"),  # in threads
     "crossval": ("featcache.heads.group", "HeadGroup.train_epoch"),
+    "decide": ("featcache.evaluation.predicted_rows", "predict_probs"),
     "evaluate": ("featcache.evaluation.predicted_rows", "predict_probs"),
     "predict": ("featcache.deployment.classifier", "build_engine"),
     "export": ("featcache.deployment.export", "load_classifier"),
