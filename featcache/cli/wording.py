@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from featcache.errors import printable
+from featcache.errors import escaped, printable
 from featcache.formatting import (
     FEW,
     count,
@@ -58,7 +59,7 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
         kind = f"an unfinished featcache {facts['command']}"
     yield f"{printable(facts['path'])}: {kind}"
     for key, value in facts.items():
-        if key in {"path", "kind", "command", "failures", "verified", "layers"}:
+        if key in {"path", "kind", "command", "failures", "verified", "layers", "audit"}:
             continue
         if isinstance(value, dict):
             yield f"{key}:"
@@ -72,7 +73,20 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
     for failure in facts.get("failures", []):
         yield f"failed: {printable(failure['path'])}: {printable(failure['reason'])}"
     if facts["kind"] == "cache":
+        yield from _audit_lines(facts["audit"])
         yield "not hashed: featcache verify checks that the file is whole"
+
+
+def _audit_lines(verdict: dict[str, Any] | None) -> Iterator[str]:
+    if verdict is None:
+        yield "audit: never audited"
+        return
+    leaks = f"leaks in {count(verdict['num_leaks'], 'set')} of copies"
+    parts = ", ".join(map(printable, verdict["parts"]))
+    yield f"audit of {parts}: {leaks if verdict['num_leaks'] else 'no leaks'}"
+    yield from textwrap.wrap(
+        escaped(verdict["verdict"][:2000]), 80, initial_indent="  ", subsequent_indent="  "
+    )
 
 
 def layer_lines(facts: dict[str, Any]) -> Iterator[str]:
@@ -100,16 +114,18 @@ def prediction_lines(predictions: Predictions) -> Iterator[str]:
     """Yield a line per image, then the counts."""
     width = min(max((len(printable(name)) for name in predictions.classes), default=0), _NAME_WIDTH)
     has_labels, counted = predictions.task == "multilabel", Counter[str]()
-    rows = zip(predictions.paths, predictions.preds, predictions.probs, strict=True)
-    for path, pred, probs in rows:
+    unlike = predictions.unlike_training or [False] * len(predictions.paths)
+    rows = zip(predictions.paths, predictions.preds, predictions.probs, unlike, strict=True)
+    for path, pred, probs, is_unlike in rows:
+        mark = "  (unlike any training image)" * is_unlike
         counted.update(pred if has_labels else [pred])
         if has_labels:
             sure = dict(zip(predictions.classes, probs, strict=True))
             listed = ", ".join(f"{printable(name)} {percent(sure[name], 1)}" for name in pred)
-            yield f"{printable(path)}: {listed or 'none'}"
+            yield f"{printable(path)}: {listed or 'none'}{mark}"
         else:
             name = shorten(printable(pred), _NAME_WIDTH)
-            yield f"{name:<{width}}  {percent(probs.max(), 1):>6}  {printable(path)}"
+            yield f"{name:<{width}}  {percent(probs.max(), 1):>6}  {printable(path)}{mark}"
     for path, reason in predictions.failures:
         yield f"failed: {printable(path)}: {printable(reason)}"
     found = {name: counted[name] for name in predictions.classes}
@@ -119,6 +135,17 @@ def prediction_lines(predictions: Predictions) -> Iterator[str]:
     failed = f", {len(predictions.failures):,} failed" if predictions.failures else ""
     views = ", by the mean of their views" if predictions.average_views else ""
     yield f"{count(len(predictions.paths), 'image')}{views}: {listed}{failed}"
+    if any(unlike) and predictions.novelty is not None:
+        yield _unlike_line(sum(unlike), predictions.novelty)
+
+
+def _unlike_line(number: int, novelty: dict[str, Any]) -> str:
+    rows, compared = novelty["num_rows"], novelty["num_compared_with"]
+    sample = "" if compared == rows else f", of which {compared:,} were compared"
+    return (
+        f"unlike any of {rows:,} training images{sample}: {number:,}, farther from each than "
+        "99.9% of those are from their nearest"
+    )
 
 
 def _split_text(split: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError, RunError, printable
+from featcache.evaluation.novelty import Novelty
 from featcache.evaluation.seen_rows import find_all_seen, warn_of_seen
 from featcache.files import csv_text, join_names, prob_columns
 from featcache.formatting import brief_repr
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
 
 _COLUMNS, _COLUMNS_OF_LABELS, _LAST = ("path", "pred", "prob"), ("path", "preds"), ("failure",)
-_CSV = csv_kind("CSV of featcache predict", _COLUMNS, _COLUMNS_OF_LABELS, ends=_LAST)
+_UNLIKE = "unlike_training"  # before the last; older CSVs lack it
+_CSV = csv_kind(
+    "CSV of featcache predict", _COLUMNS, _COLUMNS_OF_LABELS, ends=_LAST, may_have=(_UNLIKE,)
+)
+_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Predictions:
             image in another cache; None of images, or where nothing tells. Likewise the next two.
         num_chosen_by: Rows that its epoch was chosen by.
         num_unclear: Rows of which it cannot be told: see ``Evaluation``.
+        unlike_training: N, whether an image is unlike any training image: see ``Novelty``. None
+            where the cache that the head was trained on is not at hand.
+        novelty: ``threshold`` of the distance to the nearest training image beyond which that is
+            so, ``num_rows`` to train on and ``num_compared_with``, all or a sample; None likewise.
     """
 
     __module__ = "featcache"
@@ -63,6 +72,8 @@ class Predictions:
     num_trained_on: int | None = None
     num_chosen_by: int | None = None
     num_unclear: int | None = None
+    unlike_training: tuple[bool, ...] | None = None
+    novelty: dict[str, Any] | None = None
 
     @property
     def preds(self) -> tuple[Any, ...]:
@@ -79,9 +90,12 @@ class Predictions:
     def as_dict(self) -> dict[str, Any]:
         """Return the predictions as JSON values."""
         has_labels, rows = self.task == "multilabel", []
-        for path, pred, row in zip(self.paths, self.preds, self.probs, strict=True):
+        unlike = self.unlike_training or [None] * len(self.paths)
+        for path, pred, row, is_unlike in zip(
+            self.paths, self.preds, self.probs, unlike, strict=True
+        ):
             best = {"preds": [*pred]} if has_labels else {"pred": pred, "prob": float(row.max())}
-            rows.append({"path": path, **best, "probs": row.tolist()})
+            rows.append({"path": path, **best, "probs": row.tolist(), _UNLIKE: is_unlike})
         return {
             "classes": list(self.classes),
             "task": self.task,
@@ -91,10 +105,13 @@ class Predictions:
             "num_trained_on": self.num_trained_on,
             "num_chosen_by": self.num_chosen_by,
             "num_unclear": self.num_unclear,
+            "novelty": self.novelty,
         }
 
     def write_csv(self, file: str | Path) -> None:
-        """Write path, pred, prob and the probability of each class; failures come last.
+        """Write path, pred, prob, the probability of each class, and whether it is unlike training.
+
+        The last is yes, no, or empty where it cannot be told. Failures come last.
 
         With several labels an image, ``preds`` holds their names joined by ``|`` and stands in
         place of pred and prob.
@@ -108,11 +125,13 @@ class Predictions:
     def _write_csv(self, output: Output) -> None:
         has_labels = self.task == "multilabel"
         columns = _COLUMNS_OF_LABELS if has_labels else _COLUMNS
-        header = [*columns, *prob_columns(self.classes), *_LAST]
+        header = [*columns, *prob_columns(self.classes), _UNLIKE, *_LAST]
         rows: list[list[object]] = []
-        for path, pred, probs in zip(self.paths, self.preds, self.probs, strict=True):
+        words = [("no", "yes")[unlike] for unlike in self.unlike_training or ()]
+        words = words or [""] * len(self.paths)
+        for path, pred, probs, word in zip(self.paths, self.preds, self.probs, words, strict=True):
             cells = [join_names(pred)] if has_labels else [pred, float(probs.max())]
-            rows.append([path, *cells, *map(float, probs), ""])
+            rows.append([path, *cells, *map(float, probs), word, ""])
         blank = [""] * (len(header) - 2)
         rows += [[path, *blank, reason] for path, reason in self.failures]
         write_output(output, csv_text(header, rows).encode())
@@ -222,16 +241,22 @@ def _predict_cache(
     if device != "auto":
         resolve_device(device)  # one that is not there is refused, as ever
     paths, probs = [], [np.empty((0, len(loaded.classes)))]
+    novelty, unlike = Novelty.of(loaded), list[bool]()
     for split in opened.splits.values():
         features = StoredFeatures(split, np.arange(len(split)), plain=not average_views)
         probs.append(predict_probs(loaded.head, loaded.state, features, loaded.task))
         paths += split.paths
+        for i in range(0, len(split) if novelty else 0, _BLOCK_ROWS):
+            rows = np.arange(i, min(i + _BLOCK_ROWS, len(split)))
+            assert novelty is not None
+            unlike += novelty.find_unlike(split.read_rows(rows))
     seen = find_all_seen(loaded, opened)
     consequence = "these predictions are better than those of new images"
     warn_of_seen(seen, printable(opened.path.name), consequence)
-    counts = (None, None, None) if seen is None else seen.counts
+    trained, chosen, unclear = (None, None, None) if seen is None else seen.counts
     failures = tuple((f.path, f.reason) for f in opened.failures)
     return Predictions(
         loaded.classes, tuple(paths), np.concatenate(probs), failures, average_views, loaded.task,
-        *counts,
+        trained, chosen, unclear, unlike_training=None if novelty is None else tuple(unlike),
+        novelty=None if novelty is None else novelty.facts,
     )  # fmt: skip

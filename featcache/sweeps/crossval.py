@@ -22,6 +22,7 @@ import numpy as np
 
 from featcache import __version__
 from featcache.cache.reading import Cache, open_cache
+from featcache.cache.verdict import say_verdict
 from featcache.errors import CacheError, ConfigError, warn_user
 from featcache.files import local_path, result_as_dict
 from featcache.formatting import brief_repr, count, join_few, percent
@@ -202,6 +203,7 @@ def crossval(
     where = resolve_device(device)
     opened = open_cache(cache)
     check_cache(opened)
+    say_verdict(opened, say)
     parts = _choose_parts(opened, with_test=with_test)
     share = _inner_share(parts) if valid_fraction is None else valid_fraction
     pool = Pool.of(opened, parts, where, say)
