@@ -8,6 +8,7 @@ Reads nothing. Writes nothing.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,7 @@ def measure_labels(folded: FoldedRows, rows: AuditRows) -> dict[str, Any]:
         these two, and ``neighbours``: how many of the nearest ten rows of other groups have the
         given and the suggested class.
     """
-    facts: dict[str, Any] = {"num_rows": len(folded), "reason": None, "num_suspicious": 0,
+    facts: dict[str, Any] = {"num_rows": folded.num_rows, "reason": None, "num_suspicious": 0,
                              "suspicious": []}  # fmt: skip
     if isinstance(folded.folds, str):
         return facts | {"reason": folded.folds}
@@ -124,7 +125,7 @@ def rank_labels(
 
 def neighbour_labels(folded: FoldedRows) -> npt.NDArray[np.int64]:
     """Return the classes (N, k) of each row's nearest rows of other groups, -1 for none."""
-    chosen = sample_rows(len(folded))
+    chosen = sample_rows(folded.num_rows)
     nearest, distances = find_nearest(
         folded.directions, folded.directions[chosen], NUM_NEIGHBOURS, folded.units,
         folded.units[chosen],
@@ -136,7 +137,8 @@ def neighbour_labels(folded: FoldedRows) -> npt.NDArray[np.int64]:
 def label_lines(facts: dict[str, Any]) -> Iterator[str]:
     """Yield lines of up to 80 columns."""
     if facts["reason"] is not None:
-        yield f"labels: not measured, {facts['reason']}"
+        text = f"labels: not measured, {facts['reason']}"
+        yield from textwrap.wrap(text, 80, subsequent_indent="  ")
         return
     number, rows = facts["num_suspicious"], count(facts["num_rows"], "row")
     if not number:

@@ -57,7 +57,7 @@ class Novelty:
             cache = open_cache(path, verify=is_small)
             if cache.payload_sha256 != run.cache.get("payload_sha256"):
                 return None
-            return cls._measure(cache)
+            return cls._measure(cache) if cache.num_features == run.head.num_features else None
         except (FeatcacheError, OSError):
             return None
 

@@ -74,6 +74,15 @@ def test_classes_of_few_rows_are_left_out(tmp_path: Path) -> None:
     assert any("too few" in line for line in lines)
 
 
+def test_unlabelled_rows_are_said_in_every_part(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    write_cache(tmp_path / "c.h5", rows, [None] * 40, [f"{i:02}" for i in range(40)])
+    lines: list[str] = []
+    found = featcache.audit(tmp_path / "c.h5", say=lines.append)
+    assert found.outliers == {"reason": "no labelled rows in all", "per_class": {}}
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize("block_rows", [7, 1024])
 def test_blocks_find_what_one_matrix_finds(
     block_rows: int, monkeypatch: pytest.MonkeyPatch
