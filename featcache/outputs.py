@@ -285,13 +285,16 @@ def _own_handle(status: os.stat_result) -> int | None:
     return None
 
 
-def csv_kind(name: str, *starts: Sequence[str], ends: Sequence[str] = ()) -> Kind:
+def csv_kind(
+    name: str, *starts: Sequence[str], ends: Sequence[str] = (), may_have: Sequence[str] = ()
+) -> Kind:
     """Return the kind of a CSV with a column per class.
 
     Args:
         name: For messages.
         *starts: Headers of the first columns, in each form that the verb writes.
         ends: Those of the last.
+        may_have: Others, which some versions write and others do not.
     """
 
     def is_own(path: Path) -> bool:
@@ -303,6 +306,7 @@ def csv_kind(name: str, *starts: Sequence[str], ends: Sequence[str] = ()) -> Kin
             header = next(csv.reader([line]), [])
         except (OSError, ValueError, csv.Error):
             return False
+        header = [column for column in header if column not in may_have]
         last = len(header) - len(ends)
         middles = [header[len(s) : last] for s in starts if header[: len(s)] == [*s]]
         is_whole = line.endswith("\n") and header[last:] == [*ends]

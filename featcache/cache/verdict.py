@@ -15,6 +15,7 @@ from featcache.files import follow_link, json_sha256, read_regular, readable_jso
 from featcache.formatting import count, shorten
 from featcache.outputs import Kind, Output, write_output
 from featcache.renames import beside
+from featcache.runtime import Say
 from featcache.untrusted import parse_json_object
 
 FORMAT, FORMAT_VERSION = "featcache-audit", 1
@@ -90,13 +91,12 @@ def write_verdict(cache: Cache, *, parts: tuple[str, ...], num_leaks: int, verdi
         warn_user(printable(f"the verdict is not kept in {path.name}: {found}"))
 
 
-def verdict_line(cache: Cache) -> str | None:
-    """Return a line for those who train on a cache that leaks or was never audited, else None."""
+def say_verdict(cache: Cache, say: Say) -> None:
+    """Say in one line that a cache was never audited or leaks; else say nothing."""
     found = read_verdict(cache)
     if found is None:
         name = shorten(printable(cache.path.name), 30)
-        return f"this cache was never audited: featcache audit {name}"
-    if found["num_leaks"]:
+        say(f"this cache was never audited: featcache audit {name}")
+    elif found["num_leaks"]:
         sets = count(found["num_leaks"], "set")
-        return f"the audit found leaks: {sets} of copies across splits or of two classes"
-    return None
+        say(f"the audit found leaks: {sets} of copies across splits or of two classes")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from featcache.errors import printable
+from featcache.errors import escaped, printable
 from featcache.formatting import (
     FEW,
     count,
@@ -58,7 +59,7 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
         kind = f"an unfinished featcache {facts['command']}"
     yield f"{printable(facts['path'])}: {kind}"
     for key, value in facts.items():
-        if key in {"path", "kind", "command", "failures", "verified", "layers"}:
+        if key in {"path", "kind", "command", "failures", "verified", "layers", "audit"}:
             continue
         if (key, value) in (("num_members", 1), ("ensemble", None)):
             continue
@@ -78,6 +79,7 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
     for failure in facts.get("failures", []):
         yield f"failed: {printable(failure['path'])}: {printable(failure['reason'])}"
     if facts["kind"] == "cache":
+        yield from _audit_lines(facts["audit"])
         yield "not hashed: featcache verify checks that the file is whole"
 
 
@@ -91,6 +93,18 @@ def _mean_lines(mean: dict[str, Any]) -> Iterator[str]:
     for name, figure in figures.items():
         if figure["mean"] is not None:
             yield f"  {name}: {interval_text(figure)}"
+
+
+def _audit_lines(verdict: dict[str, Any] | None) -> Iterator[str]:
+    if verdict is None:
+        yield "audit: never audited"
+        return
+    leaks = f"leaks in {count(verdict['num_leaks'], 'set')} of copies"
+    parts = ", ".join(map(printable, verdict["parts"]))
+    yield f"audit of {parts}: {leaks if verdict['num_leaks'] else 'no leaks'}"
+    yield from textwrap.wrap(
+        escaped(verdict["verdict"][:2000]), 80, initial_indent="  ", subsequent_indent="  "
+    )
 
 
 def layer_lines(facts: dict[str, Any]) -> Iterator[str]:
@@ -120,10 +134,14 @@ def prediction_lines(predictions: Predictions) -> Iterator[str]:
     """Yield a line per image, then the counts."""
     width = min(max((len(printable(name)) for name in predictions.classes), default=0), _NAME_WIDTH)
     has_labels, counted = predictions.task == "multilabel", Counter[str]()
-    rows = zip(predictions.paths, predictions.preds, predictions.probs, strict=True)
+    unlike = predictions.unlike_training or [False] * len(predictions.paths)
     decision = predictions.decision or predictions.preds
-    for (path, pred, probs), chosen in zip(rows, decision, strict=True):
+    rows = zip(
+        predictions.paths, predictions.preds, predictions.probs, decision, unlike, strict=True
+    )
+    for path, pred, probs, chosen, is_unlike in rows:
         mark = "" if chosen == pred else f"  decision: {_decided(chosen)}"
+        mark += "  (unlike any training image)" * is_unlike
         counted.update(pred if has_labels else [pred])
         if has_labels:
             sure = dict(zip(predictions.classes, probs, strict=True))
@@ -143,6 +161,17 @@ def prediction_lines(predictions: Predictions) -> Iterator[str]:
     yield f"{count(len(predictions.paths), 'image')}{views}: {listed}{failed}"
     if predictions.decision is not None:
         yield from _decision_lines(predictions)
+    if any(unlike) and predictions.novelty is not None:
+        yield _unlike_line(sum(unlike), predictions.novelty)
+
+
+def _unlike_line(number: int, novelty: dict[str, Any]) -> str:
+    rows, compared = novelty["num_rows"], novelty["num_compared_with"]
+    sample = "" if compared == rows else f", of which {compared:,} were compared"
+    return (
+        f"unlike any of {rows:,} training images{sample}: {number:,}, farther from each than "
+        "99.9% of those are from their nearest"
+    )
 
 
 def _decided(chosen: Any) -> str:

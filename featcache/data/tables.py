@@ -36,7 +36,14 @@ _OTHER_NAMES = {
         caseid person personid participant participantid lesionid""",
 }
 _COLUMN_OF = {name: key for key, names in _OTHER_NAMES.items() for name in names.split()}
-_OWN_HEADERS = {"pred", "preds", "prob", "failure", "unknown"}  # of evaluate and predict
+_OWN_HEADERS = {
+    "pred",
+    "preds",
+    "prob",
+    "failure",
+    "unknown",
+    "unlike_training",
+}  # of evaluate and predict
 _NOT_KNOWN = {"nan", "<na>", "nat", "n/a", "#n/a", "null"}
 _FLAGS = {"", "0", "1", "-1", "0.0", "1.0", "-1.0"}
 

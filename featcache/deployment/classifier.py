@@ -25,6 +25,7 @@ from featcache.deployment.inputs import Inputs, list_inputs
 from featcache.deployment.predictions import Predictions
 from featcache.errors import ConfigError, DataError
 from featcache.evaluation.decision_file import Decisions, load_decisions
+from featcache.evaluation.novelty import Novelty
 from featcache.extraction.earlier import refuse_dark_colour
 from featcache.extraction.pipeline import Lane, stream_features
 from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes, recipe_from_identity
@@ -82,6 +83,10 @@ class Classifier:
         """The head as a torch module on the CPU, eval mode: features (B, D) to logits (B, C)."""
         return load_head(self.run)
 
+    @cached_property
+    def _novelty(self) -> Novelty | None:
+        return Novelty.of(self.run)
+
     def predict(
         self, images: Any, *, preprocessed: bool = False, include: str | Iterable[str] = (),
         exclude: str | Iterable[str] = (), companions: str | None = None,
@@ -116,12 +121,15 @@ class Classifier:
         pairs = list(zip(names, rows, strict=True))
         failures = tuple((name, row) for name, row in pairs if isinstance(row, str))
         good = [(name, row) for name, row in pairs if not isinstance(row, str)]
+        features, novelty = self._stack([row for _, row in good]), self._novelty
         return Predictions(
             classes=self.run.classes,
             paths=tuple(name for name, _ in good),
-            probs=self._head_probs(self._stack([row for _, row in good])),
+            probs=self._head_probs(features),
             failures=failures,
             task=self.run.task,
+            unlike_training=None if novelty is None else novelty.find_unlike(features),
+            novelty=None if novelty is None else novelty.facts,
         ).with_decisions(self.decisions)
 
     def predict_proba(self, images: Any, *, preprocessed: bool = False) -> npt.NDArray[np.float64]:

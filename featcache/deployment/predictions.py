@@ -17,6 +17,7 @@ from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError, RunError, printable
 from featcache.evaluation.decision_file import Decisions, load_decisions
+from featcache.evaluation.novelty import Novelty
 from featcache.evaluation.seen_rows import find_all_seen, warn_of_seen
 from featcache.files import csv_text, join_names, prob_columns
 from featcache.formatting import brief_repr
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
 
 _COLUMNS, _COLUMNS_OF_LABELS, _LAST = ("path", "pred", "prob"), ("path", "preds"), ("failure",)
 _DECISION = ("decision",)
+_UNLIKE = "unlike_training"  # before the last; older CSVs lack it
 _CSV = csv_kind(
     "CSV of featcache predict", (*_COLUMNS, *_DECISION), (*_COLUMNS_OF_LABELS, *_DECISION),
-    _COLUMNS, _COLUMNS_OF_LABELS, ends=_LAST,
+    _COLUMNS, _COLUMNS_OF_LABELS, ends=_LAST, may_have=(_UNLIKE,),
 )  # fmt: skip
+_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class Predictions:
         thresholds: Class -> ``threshold`` and what is known of it; None likewise.
         calibrated: Class -> its calibrated probabilities (N,), of classes that have a temperature:
             of all, or with several labels of some. Empty without.
+        unlike_training: N, whether an image is unlike any training image: see ``Novelty``. None
+            where the cache that the head was trained on is not at hand.
+        novelty: ``threshold`` of the distance to the nearest training image beyond which that is
+            so, ``num_rows`` to train on and ``num_compared_with``, all or a sample; None likewise.
     """
 
     __module__ = "featcache"
@@ -77,6 +84,8 @@ class Predictions:
     decision: tuple[Any, ...] | None = None
     thresholds: dict[str, dict[str, Any]] | None = None
     calibrated: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    unlike_training: tuple[bool, ...] | None = None
+    novelty: dict[str, Any] | None = None
 
     def with_decisions(self, decisions: Decisions | None) -> Predictions:
         """Return them with what the thresholds of a run make of them."""
@@ -112,7 +121,8 @@ class Predictions:
             if self.calibrated:
                 softened = {name: float(of_class[i]) for name, of_class in self.calibrated.items()}
                 facts["calibrated"] = softened
-            rows.append({"path": path, **facts, "probs": row.tolist()})
+            unlike = None if self.unlike_training is None else self.unlike_training[i]
+            rows.append({"path": path, **facts, "probs": row.tolist(), _UNLIKE: unlike})
         return {
             "classes": list(self.classes),
             "task": self.task,
@@ -123,10 +133,13 @@ class Predictions:
             "num_chosen_by": self.num_chosen_by,
             "num_unclear": self.num_unclear,
             "thresholds": self.thresholds,
+            "novelty": self.novelty,
         }
 
     def write_csv(self, file: str | Path) -> None:
-        """Write path, pred, prob and the probability of each class; failures come last.
+        """Write path, pred, prob, the probability of each class, and whether it is unlike training.
+
+        The last is yes, no, or empty where it cannot be told. Failures come last.
 
         With several labels an image, ``preds`` holds their names joined by ``|`` and stands in
         place of pred and prob. With thresholds there is a column ``decision`` after these, with a
@@ -143,9 +156,12 @@ class Predictions:
         columns = _COLUMNS_OF_LABELS if has_labels else _COLUMNS
         header = [
             *columns, *(() if self.decision is None else _DECISION),
-            *prob_columns(self.classes), *prob_columns(self.calibrated, "calibrated"), *_LAST,
+            *prob_columns(self.classes), *prob_columns(self.calibrated, "calibrated"),
+            _UNLIKE, *_LAST,
         ]  # fmt: skip
         rows: list[list[object]] = []
+        words = [("no", "yes")[unlike] for unlike in self.unlike_training or ()]
+        words = words or [""] * len(self.paths)
         for i, (path, pred, probs) in enumerate(
             zip(self.paths, self.preds, self.probs, strict=True)
         ):
@@ -153,7 +169,7 @@ class Predictions:
             if self.decision is not None:
                 cells.append(join_names(self.decision[i]) if has_labels else self.decision[i])
             softened = [float(of_class[i]) for of_class in self.calibrated.values()]
-            rows.append([path, *cells, *map(float, probs), *softened, ""])
+            rows.append([path, *cells, *map(float, probs), *softened, words[i], ""])
         blank = [""] * (len(header) - 2)
         rows += [[path, *blank, reason] for path, reason in self.failures]
         write_output(output, csv_text(header, rows).encode())
@@ -265,16 +281,22 @@ def _predict_cache(
     if device != "auto":
         resolve_device(device)  # one that is not there is refused, as ever
     paths, probs = [], [np.empty((0, len(loaded.classes)))]
+    novelty, unlike = Novelty.of(loaded), list[bool]()
     for split in opened.splits.values():
         features = StoredFeatures(split, np.arange(len(split)), plain=not average_views)
         probs.append(predict_probs(loaded.head, loaded.state, features, loaded.task))
         paths += split.paths
+        for i in range(0, len(split) if novelty else 0, _BLOCK_ROWS):
+            rows = np.arange(i, min(i + _BLOCK_ROWS, len(split)))
+            assert novelty is not None
+            unlike += novelty.find_unlike(split.read_rows(rows))
     seen = find_all_seen(loaded, opened)
     consequence = "these predictions are better than those of new images"
     warn_of_seen(seen, printable(opened.path.name), consequence)
-    counts = (None, None, None) if seen is None else seen.counts
+    trained, chosen, unclear = (None, None, None) if seen is None else seen.counts
     failures = tuple((f.path, f.reason) for f in opened.failures)
     return Predictions(
         loaded.classes, tuple(paths), np.concatenate(probs), failures, average_views, loaded.task,
-        *counts,
+        trained, chosen, unclear, unlike_training=None if novelty is None else tuple(unlike),
+        novelty=None if novelty is None else novelty.facts,
     ).with_decisions(decisions)  # fmt: skip

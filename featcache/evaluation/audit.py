@@ -21,7 +21,7 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.verdict import write_verdict
 from featcache.data.groups import GroupPattern
-from featcache.errors import CacheError, ConfigError
+from featcache.errors import CacheError, ConfigError, printable
 from featcache.evaluation.audit_copies import (
     COLUMNS,
     EXAMPLES,
@@ -42,7 +42,7 @@ from featcache.evaluation.audit_pictures import confirm_near
 from featcache.evaluation.audit_shortcuts import measure_shortcuts
 from featcache.evaluation.audit_sources import measure_sources, read_sources
 from featcache.files import csv_text, local_path, result_as_dict
-from featcache.formatting import brief_repr, count, join_few
+from featcache.formatting import count, join_few
 from featcache.outputs import Kind, Output, write_output
 from featcache.runtime import Say, log_line
 from featcache.untrusted import MAX_PIXELS
@@ -109,7 +109,6 @@ class Audit:
     """
 
     __module__ = "featcache"
-    __repr__ = brief_repr
 
     cache: Path
     parts: tuple[str, ...]
@@ -127,6 +126,10 @@ class Audit:
     csv: Path | None
     fingerprint: str
     content_sha256: str
+
+    def __repr__(self) -> str:
+        leaks = count(self.num_leaks, "leak")
+        return f"Audit({printable(self.cache.name)}: {', '.join(self.parts)}; {leaks})"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the findings as JSON values."""

@@ -37,6 +37,7 @@ class FoldedRows:
     Attributes:
         cache: The cache.
         splits: Names of the splits.
+        num_rows: N.
         numbers: (N,) of the rows among all rows of the cache, split after split.
         targets: (N,) int64; (N, C) for multilabel caches.
 
@@ -54,16 +55,25 @@ class FoldedRows:
         self.cache, self.splits, self._say = cache, tuple(names), say
         self._parts = [part for part in parts if len(part.rows)]
         self.numbers: Numbers = np.concatenate([starts[p.split.name] + p.rows for p in parts])
+        self.num_rows = len(self.numbers)
         self.targets: npt.NDArray[Any] = np.concatenate([part.targets for part in parts])
-
-    def __len__(self) -> int:
-        return len(self.numbers)
 
     @cached_property
     def pool(self) -> Pool | None:
-        """The rows with their features, None where memory has no room for them."""
+        """The rows with their features, None where there are none or memory has no room."""
+        if not self._parts:
+            return None
         pool = Pool.of(self.cache, self._parts, say=self._say)
         return pool if isinstance(pool.plain, np.ndarray) else None
+
+    @cached_property
+    def fault(self) -> str | None:
+        """Why nothing can be measured of each row's class, None where it can."""
+        if self.targets.ndim == 2:
+            return "the rows have several labels, not one class each"
+        if not self.num_rows:
+            return f"no labelled rows in {' and '.join(self.splits)}"
+        return "the features are larger than the memory" if self.pool is None else None
 
     @cached_property
     def directions(self) -> Array:
@@ -82,16 +92,16 @@ class FoldedRows:
     def folds(self) -> list[Pair] | str:
         """Pairs of rows to train on and to judge, or why there are none."""
         if self.targets.ndim == 2:
-            return "the rows have several labels, not one class each"
+            return str(self.fault)
         counts = np.bincount(self.targets, minlength=len(self.cache.classes))
         if len(counts) < 2 or counts.min() < LEAST_PER_CLASS:
             return (
-                f"a class has {counts.min(initial=len(self)):,} labelled rows of "
+                f"a class has {counts.min(initial=self.num_rows):,} labelled rows of "
                 f"{' and '.join(self.splits)}, and at least {LEAST_PER_CLASS} of each of two "
                 "classes are needed"
             )
         if self.pool is None:
-            return "the features are larger than the memory"
+            return str(self.fault)
         try:
             return self.pool.make_folds(NUM_FOLDS, 0)
         except CacheError:

@@ -8,6 +8,7 @@ Reads nothing. Writes nothing.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,7 @@ def measure_labels(folded: FoldedRows, rows: AuditRows) -> dict[str, Any]:
         these two, and ``neighbours``: how many of the nearest ten rows of other groups have the
         given and the suggested class.
     """
-    facts: dict[str, Any] = {"num_rows": len(folded), "reason": None, "num_suspicious": 0,
+    facts: dict[str, Any] = {"num_rows": folded.num_rows, "reason": None, "num_suspicious": 0,
                              "suspicious": []}  # fmt: skip
     if isinstance(folded.folds, str):
         return facts | {"reason": folded.folds}
@@ -62,21 +63,38 @@ def measure_labels(folded: FoldedRows, rows: AuditRows) -> dict[str, Any]:
 
 
 def suggest_labels(probs: Probs, targets: Targets) -> Targets:
-    """Return a class for each row (N,): another than its own where the head is confident of it.
+    """Return a class for each row (N,): the most probable other one where its own looks wrong.
 
     A row counts for a class if its probability is at least the mean probability that rows of that
     label have of it: the class's threshold, so that a class of which the head is never sure is
-    judged by its own measure. Of several such classes the most probable counts; of none, the row's
-    own. Rows with another class are the off-diagonal cells of the confident joint.
+    judged by its own measure. Of several such classes the most probable counts. The counts of given
+    and counted classes, scaled to the rows of each label, say how many labels of each kind are
+    wrong; so many rows of that label look wrong, those with the largest difference of the two
+    probabilities (the paper's pruning by noise rate). Left out are rows whose own class is the most
+    probable of all, as in cleanlab.
 
     Args:
         probs: (N, C) out of fold.
         targets: (N,) indices; each class has rows.
     """
-    thresholds = np.array([probs[targets == c, c].mean() for c in range(probs.shape[1])])
-    counts = probs >= thresholds
-    best = np.where(counts, probs, -1.0).argmax(axis=1)
-    return np.where(counts.any(axis=1), best, targets)
+    num_classes, numbers = probs.shape[1], np.arange(len(targets))
+    thresholds = np.array([probs[targets == c, c].mean() for c in range(num_classes)])
+    is_counted = probs >= thresholds
+    counted = np.where(is_counted, probs, -1.0).argmax(axis=1)
+    suggested = targets.copy()
+    for given in range(num_classes):
+        own = np.flatnonzero(targets == given)
+        counts = np.bincount(counted[own[is_counted[own].any(axis=1)]], minlength=num_classes)
+        scaled = np.rint(counts * len(own) / max(counts.sum(), 1)).astype(np.int64)
+        for other in np.flatnonzero(scaled).tolist():
+            if other != given:
+                margins = probs[own, given] - probs[own, other]
+                wrong = own[np.argsort(margins, kind="stable")[: scaled[other]]]
+                suggested[wrong] = -1
+    rivals = probs.copy()
+    rivals[numbers, targets] = -1
+    looks_wrong = (suggested == -1) & (probs.argmax(axis=1) != targets)
+    return np.where(looks_wrong, rivals.argmax(axis=1), targets)
 
 
 def rank_labels(
@@ -93,11 +111,10 @@ def rank_labels(
         targets: (N,) indices.
         neighbours: (N, k) classes of each row's nearest rows, -1 for none.
     """
-    suggested = suggest_labels(probs, targets)
-    numbers = np.arange(len(targets))
+    suggested, numbers = suggest_labels(probs, targets), np.arange(len(targets))
     rivals = probs.copy()
     rivals[numbers, targets] = -1
-    rival = np.where(suggested != targets, suggested, rivals.argmax(axis=1))
+    rival = rivals.argmax(axis=1)
     sizes = np.bincount(targets, minlength=probs.shape[1])
     given, other = (
         ((neighbours == side[:, None]).sum(axis=1) + 0.5) / sizes[side] for side in (targets, rival)
@@ -108,7 +125,7 @@ def rank_labels(
 
 def neighbour_labels(folded: FoldedRows) -> npt.NDArray[np.int64]:
     """Return the classes (N, k) of each row's nearest rows of other groups, -1 for none."""
-    chosen = sample_rows(len(folded))
+    chosen = sample_rows(folded.num_rows)
     nearest, distances = find_nearest(
         folded.directions, folded.directions[chosen], NUM_NEIGHBOURS, folded.units,
         folded.units[chosen],
@@ -120,7 +137,8 @@ def neighbour_labels(folded: FoldedRows) -> npt.NDArray[np.int64]:
 def label_lines(facts: dict[str, Any]) -> Iterator[str]:
     """Yield lines of up to 80 columns."""
     if facts["reason"] is not None:
-        yield f"labels: not measured, {facts['reason']}"
+        text = f"labels: not measured, {facts['reason']}"
+        yield from textwrap.wrap(text, 80, subsequent_indent="  ")
         return
     number, rows = facts["num_suspicious"], count(facts["num_rows"], "row")
     if not number:

@@ -8,6 +8,7 @@ Reads nothing. Writes nothing.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,10 +41,8 @@ def measure_outliers(folded: FoldedRows, rows: AuditRows) -> dict[str, Any]:
         ``num_compared_with`` (at most 4,096), ``median`` distance and ``farthest``: up to 20 of
         ``row`` and ``distance``.
     """
-    if folded.targets.ndim == 2:
-        return {"reason": "the rows have several labels, not one class each", "per_class": {}}
-    if folded.pool is None:
-        return {"reason": "the features are larger than the memory", "per_class": {}}
+    if folded.fault is not None:
+        return {"reason": folded.fault, "per_class": {}}
     per_class = {}
     for i, name in enumerate(folded.cache.classes):
         own = np.flatnonzero(folded.targets == i)
@@ -73,7 +72,8 @@ def measure_outliers(folded: FoldedRows, rows: AuditRows) -> dict[str, Any]:
 def outlier_lines(facts: dict[str, Any]) -> Iterator[str]:
     """Yield lines of up to 80 columns."""
     if facts["reason"] is not None:
-        yield f"outliers: not measured, {facts['reason']}"
+        text = f"outliers: not measured, {facts['reason']}"
+        yield from textwrap.wrap(text, 80, subsequent_indent="  ")
         return
     yield "outliers: farthest from the others of their class, to be looked at"
     found = facts["per_class"]

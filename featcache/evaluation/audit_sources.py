@@ -8,6 +8,7 @@ Reads: a table (CSV). Writes: nothing.
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,10 +75,8 @@ def measure_sources(folded: FoldedRows, sources: list[str], column: str) -> dict
         ``low`` and ``high`` of its 95 % interval (None where all folds agree).
     """
     facts: dict[str, Any] = {"column": column, "reason": None, "verdict": None, "per_class": {}}
-    if folded.targets.ndim == 2:
-        return facts | {"reason": "the rows have several labels, not one class each"}
-    if folded.pool is None:
-        return facts | {"reason": "the features are larger than the memory"}
+    if folded.fault is not None:
+        return facts | {"reason": folded.fault}
     of_rows = np.array([sources[n] for n in folded.numbers.tolist()])
     for i, name in enumerate(folded.cache.classes):
         own = np.flatnonzero((folded.targets == i) & (of_rows != ""))
@@ -132,10 +131,11 @@ def _tell_apart(folded: FoldedRows, own: Any, of_rows: Any) -> dict[str, Any]:
 
 def source_lines(facts: dict[str, Any]) -> Iterator[str]:
     """Yield lines of up to 80 columns."""
-    column = shorten(printable(facts["column"]), 20)
     if facts["reason"] is not None:
-        yield f"sources ({column}): not measured, {facts['reason']}"
+        text = f"sources: not measured, {facts['reason']}"
+        yield from textwrap.wrap(text, 80, subsequent_indent="  ")
         return
+    column = shorten(printable(facts["column"]), 20)
     yield f"sources ({column}): {SENTENCES[facts['verdict']]}"
     for name, of_class in facts["per_class"].items():
         listed = shorten(list_counts(of_class["sources"]) or "unknown", 50)

@@ -15,6 +15,7 @@ import numpy as np
 
 from featcache.cache.provenance import row_precisions
 from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
+from featcache.cache.verdict import read_verdict
 from featcache.files import local_path, result_as_dict
 from featcache.formatting import brief_repr
 
@@ -40,6 +41,8 @@ class CacheInfo:
             ``num_per_class``; with several labels an image ``num_known_per_class``; ``num_groups``,
             None without groups; ``num_per_precision``, rows made at each.
         failures: Images that could not be read.
+        audit: The verdict of the last audit of this content: ``parts``, ``num_leaks``, ``verdict``
+            and ``version``; None if it was never audited.
     """
 
     __module__ = "featcache"
@@ -56,6 +59,7 @@ class CacheInfo:
     classes: tuple[str, ...]
     splits: dict[str, dict[str, Any]]
     failures: tuple[Failure, ...]
+    audit: dict[str, Any] | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as JSON values."""
@@ -226,6 +230,7 @@ def info(path: str | Path) -> CacheInfo | RunInfo | CrossvalInfo | UnfinishedInf
         classes=cache.classes,
         splits={name: _split_facts(cache, split) for name, split in cache.splits.items()},
         failures=cache.failures,
+        audit=read_verdict(cache),
     )
 
 

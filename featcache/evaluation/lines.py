@@ -60,7 +60,8 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     yield f'  (brackets and "recall 95 %": 95 % intervals{units_text(intervals)})'
     if (few := intervals["few"]) is not None:
         fewest = f"{few['num_samples']} of {shorten(printable(few['class']), 16)}"
-        yield f"few images: {fewest}; below {FEW_IMAGES} a class, a 95 % interval may hold in 88 %"
+        yield (f"few images ({fewest}): below {FEW_IMAGES} of a class, what is called a 95 % "
+               "interval may hold in 88 % of cases")  # fmt: skip
     yield from _class_lines(result.classes, result.per_class, intervals["per_class"])
     if not has_labels:
         yield from _confusion_lines(result, confusions)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache, open_cache, warn_of_leaks
+from featcache.cache.verdict import say_verdict
 from featcache.errors import ConfigError, printable
 from featcache.files import local_path, result_as_dict
 from featcache.formatting import brief_repr, count, decimal, join_few, list_counts, shorten
@@ -200,6 +201,7 @@ def train(
     opened = open_cache(cache)
     check_cache(opened)
     warn_of_leaks(opened)
+    say_verdict(opened, say)
     parts = choose_rows(opened, valid_fraction, order_seed, say)
     _say_counts(opened, parts, training, say)
     head = HeadConfig(opened.num_features, len(opened.classes), tuple(hidden), dropout)

@@ -23,6 +23,7 @@ import numpy as np
 
 from featcache import __version__
 from featcache.cache.reading import Cache, open_cache
+from featcache.cache.verdict import say_verdict
 from featcache.errors import CacheError, ConfigError, warn_user
 from featcache.files import local_path, result_as_dict
 from featcache.formatting import brief_repr, count, join_few, percent
@@ -211,6 +212,7 @@ def crossval(
     where = resolve_device(device)
     opened = open_cache(cache)
     check_cache(opened)
+    say_verdict(opened, say)
     parts = _choose_parts(opened, with_test=with_test)
     plan = FoldPlan(
         HeadConfig(opened.num_features, len(opened.classes), tuple(hidden), dropout), training,

@@ -20,6 +20,7 @@ from typing import Any
 
 from featcache import __version__
 from featcache.cache.reading import open_cache, warn_of_leaks
+from featcache.cache.verdict import say_verdict
 from featcache.errors import ConfigError, printable
 from featcache.files import (
     canonical_json,
@@ -189,6 +190,7 @@ def sweep(
     has_labels = opened.task == "multilabel"
     check_metric(metric, positive, opened.classes, has_labels=has_labels)
     warn_of_leaks(opened)
+    say_verdict(opened, say)
     parts = choose_rows(opened, valid_fraction, seed, say)
     pool = Pool.of(opened, parts, where, say)
     chosen_space = read or default_space(len(pool.pair[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def test_strict_on_the_command_line_prints_its_facts_and_one_error(
         (("--only", "same,colours"), "found colours"),
         (("--only", ""), "some of same, near, labels, shortcuts, outliers, sources"),
         (("--only", "shortcuts", "--csv", "x.csv"), "copies to write"),
+        (("--only", "sources"), "--table CSV --source COLUMN"),
+        (("--table", "t.csv"), "--table and --source together"),
+        (("--source", "hospital"), "--table and --source together"),
+        (("--table", "t.csv", "--source", "hospital"), "a readable file"),
+        (("--copies", "drop"), "--csv FILE beside it"),
+        (("--group-by", "no group"), "a group in parentheses"),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -38,3 +45,18 @@ def test_bad_input_gets_one_line(
 ) -> None:
     make_cache(tmp_path / "c.h5")
     assert_one_line_error(run("audit", tmp_path / "c.h5", *arguments), part)
+
+
+def test_info_and_train_tell_what_the_audit_found(tmp_path: Path, run: Any) -> None:
+    part = rows_of("train", [0, 1] * 20)
+    hashes = part.image_sha256.copy()
+    hashes[:2] = 1
+    make_cache(tmp_path / "c.h5", train=edited(part, image_sha256=hashes), valid=[0, 1] * 8)
+    assert "audit: never audited" in run("info", "c.h5").out
+    assert run("audit", "c.h5", "--only", "same,near", "--quiet").code == 0
+    out = run("info", "c.h5").out
+    assert "audit of same, near: leaks in 1 set of copies" in out
+    assert json.loads(run("info", "c.h5", "--json").out)["audit"]["num_leaks"] == 1
+    lines = run("train", "c.h5", "r", "--hidden", "none", "--epochs", 1).out.splitlines()
+    wanted = "the audit found leaks: 1 set of copies across splits or of two classes"
+    assert [line for line in lines if "audit" in line] == [wanted]

@@ -15,7 +15,7 @@ from sample_rows import array_of, edited, make_cache, rows_of
 import featcache
 from featcache.backbones.backbone import Backbone
 from featcache.cache.writing import write_cache
-from featcache.evaluation import audit_copies
+from featcache.evaluation import audit_copies, audit_folds
 from featcache.evaluation.audit_shortcuts import file_facts
 
 WIDTH = 64
@@ -259,7 +259,7 @@ def test_too_few_rows_or_groups_are_said(tmp_path: Path) -> None:
     assert (grouped["verdict"], grouped["num_folds"]) == ("too few", 0)
 
 
-def test_shortcuts_do_not_look_at_test(tmp_path: Path) -> None:
+def test_nothing_but_copies_looks_at_test(tmp_path: Path) -> None:
     """Other features and names in test change no figure."""
     rng = np.random.default_rng(4)
     train = rng.normal(size=(120, 6)).astype(np.float32)
@@ -272,10 +272,11 @@ def test_shortcuts_do_not_look_at_test(tmp_path: Path) -> None:
             {"train": [f"{'n' * (1 + i % 3)}{i}.png" for i in range(120)],
              "test": [f"t{i}.{ending}" for i in range(40)]}, overwrite=True,
         )  # fmt: skip
-        figures.append(quiet(tmp_path / "c.h5", only="shortcuts").shortcuts)
+        found = quiet(tmp_path / "c.h5", only="shortcuts,labels,outliers")
+        figures.append((found.shortcuts, found.labels, found.outliers))
     assert figures[0] == figures[1]
-    assert figures[0] is not None
-    assert figures[0]["splits"] == ["train"]
+    assert figures[0][0] is not None
+    assert figures[0][0]["splits"] == ["train"]
 
 
 def test_the_facts_are_of_the_name_and_not_of_the_folder() -> None:
@@ -314,6 +315,59 @@ def test_without_groups_only_copies_get_one(tmp_path: Path) -> None:
         groups = {line["path"]: line["group"] for line in csv.DictReader(file)}
     assert sum(group != "" for group in groups.values()) == 12
     assert groups["train/003.png"] == groups["test/003.png"] != groups["test/004.png"]
+
+
+def test_dropped_copies_leave_the_row_of_test_and_none_of_two_classes(tmp_path: Path) -> None:
+    cache, table = planted(tmp_path / "c.h5"), tmp_path / "copies.csv"
+    quiet(cache, only=("same", "near"), csv=table, copies="drop")
+    with table.open(newline="", encoding="utf-8") as file:
+        named = {line["path"] for line in csv.DictReader(file)}
+    assert len(named) == 176
+    assert "test/0002.png" in named
+    assert named.isdisjoint({"train/0000.png", "train/0004.png", "train/0005.png"})
+    assert len({"valid/0006.png", "valid/0008.png"} & named) == 1
+    featcache.select(cache, tmp_path / "new.h5", table=table, say=lambda _: None)
+    made = quiet(tmp_path / "new.h5", only="same")
+    assert made.same is not None
+    assert made.same["num_sets"] == made.num_leaks == 0
+    assert made.splits == {"train": 57, "valid": 59, "test": 60}
+
+
+def test_groups_by_a_pattern_stand_in_for_the_cache_s(tmp_path: Path) -> None:
+    said: list[str] = []
+    cache = planted(tmp_path / "c.h5")
+    found = featcache.audit(cache, only="same", group_by=r"^(\d)", say=said.append)
+    assert found.same is not None
+    assert found.same["across_groups"]["num_sets"] == 0  # all file names begin with 0
+    assert found.same["across_splits"]["examples"][0][0]["group"] == "0"
+    assert said[0].startswith("groups: 1; ")
+
+
+def test_heads_of_the_folds_are_trained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, train = [], audit_folds.out_of_fold_probs
+    monkeypatch.setattr(
+        audit_folds, "out_of_fold_probs", lambda *given: trained.append(1) or train(*given)
+    )
+    cache = named(tmp_path / "c.h5", lambda i: f"{'x' * (1 + i // 60)}{i:03}.png", signal=2.0)
+    found = quiet(cache, only=("labels", "shortcuts"))
+    assert found.labels is not None
+    assert found.shortcuts is not None
+    assert found.shortcuts["head"] > 0.6
+    assert len(trained) == 1
+
+
+def test_the_page_ends_in_a_verdict(tmp_path: Path) -> None:
+    lines: list[str] = []
+    cache = named(tmp_path / "c.h5", lambda i: f"{'x' * (1 + i // 60)}{i:03}.png", signal=2.0)
+    found = featcache.audit(cache, say=lines.append)
+    start = [i for i, line in enumerate(lines) if line.startswith("verdict: ")]
+    assert len(start) == 1
+    assert " ".join(line.strip() for line in lines[start[0] :]) == f"verdict: {found.verdict}"
+    assert "What looks at no lung (name length: 1.000) tells the classes" in found.verdict
+    assert found.parts == ("same", "near", "labels", "shortcuts", "outliers")
+    assert featcache.info(cache).audit["verdict"] == found.verdict  # type: ignore[union-attr,index]
 
 
 def test_strict_raises_on_leaks_alone(tmp_path: Path) -> None:

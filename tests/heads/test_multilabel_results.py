@@ -178,7 +178,7 @@ def test_a_cache_is_classified_by_every_label(
     with (tmp_path / "p.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     of_probs = [f"prob_{name}" for name in CLASSES]
-    assert list(lines[0]) == ["path", "preds", *of_probs, "failure"]
+    assert list(lines[0]) == ["path", "preds", *of_probs, "unlike_training", "failure"]
     cache, state = open_cache(tmp_path / "c.h5"), load_run(run).state
     wanted = {
         path: row
@@ -189,7 +189,7 @@ def test_a_cache_is_classified_by_every_label(
     for line, row in zip(lines, printed["predictions"], strict=True):
         probs = wanted[line["path"]]
         names = [name for name, prob in zip(CLASSES, probs, strict=True) if prob > 0.5]
-        assert set(row) == {"path", "preds", "probs"}
+        assert set(row) == {"path", "preds", "probs", "unlike_training"}
         assert (row["path"], row["preds"]) == (line["path"], names)
         assert split_names(plain_cell(line["preds"])) == set(names)
         np.testing.assert_allclose(row["probs"], probs, atol=1e-6)

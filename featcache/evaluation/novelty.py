@@ -1,0 +1,106 @@
+"""Novelty: is an image farther from every training image than those are from each other?
+
+Reads: the cache that a run was trained on, where it is at hand. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.reading import Cache, open_cache
+from featcache.data.stratification import build_units
+from featcache.errors import FeatcacheError
+from featcache.evaluation.nearest_rows import (
+    Array,
+    Numbers,
+    find_nearest,
+    number_units,
+    sample_rows,
+    to_directions,
+)
+from featcache.heads.rows import training_source
+from featcache.heads.run import Run, cache_path
+
+QUANTILE = 0.999
+_MOST_ROWS = 2000  # compared with each other in 0.2 s on two cores
+_HASHED_BYTES = 1 << 28  # a larger cache is not hashed again for one image
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """The training images of a run, and how far apart they are.
+
+    Distance is 1 less the cosine of the features of two images, as for the outliers of ``audit``.
+    The threshold is the 99.9 % quantile of the training images' distances to the nearest of another
+    group, below 1,000 of them their largest.
+
+    Attributes:
+        rows: (N, D) features of length 1, of train and valid (or of all), or a sample of them.
+        threshold: Beyond it, an image is unlike any training image.
+        num_rows: Rows of which they are a sample, or all.
+    """
+
+    rows: Array
+    threshold: float
+    num_rows: int
+
+    @classmethod
+    def of(cls, run: Run) -> Novelty | None:
+        """Return it for a run, None where its cache is gone or has changed, or is too small."""
+        try:
+            path = cache_path(run)
+            is_small = path.stat().st_size <= _HASHED_BYTES
+            cache = open_cache(path, verify=is_small)
+            if cache.payload_sha256 != run.cache.get("payload_sha256"):
+                return None
+            return cls._measure(cache) if cache.num_features == run.head.num_features else None
+        except (FeatcacheError, OSError):
+            return None
+
+    @classmethod
+    def _measure(cls, cache: Cache) -> Novelty | None:
+        names = [training_source(cache), *(["valid"] if "valid" in cache.splits else [])]
+        splits = [cache.splits[name] for name in names]
+        owners = np.repeat(np.arange(len(splits)), [len(split) for split in splits])
+        places = np.concatenate([np.arange(len(split)) for split in splits])
+        chosen = sample_rows(len(owners), _MOST_ROWS)
+        features, groups, images = [], list[str | None](), list[bytes | None]()
+        for i, split in enumerate(splits):
+            rows = places[chosen[owners[chosen] == i]]
+            features.append(split.read_rows(rows))
+            groups += [split.groups[row] if split.groups else None for row in rows.tolist()]
+            images += [image.tobytes() if image.any() else None for image in
+                       split.image_sha256[rows]]  # fmt: skip
+        vectors = np.concatenate(features)
+        if not np.isfinite(vectors).all():
+            return None
+        units = number_units(build_units(groups, images))
+        if units.max(initial=0) < 1:  # nothing to measure a distance to
+            return None
+        directions = to_directions(vectors)
+        nearest = _nearest(directions, directions, units, units)
+        threshold = float(np.quantile(nearest, QUANTILE, method="higher"))
+        return cls(directions, threshold, len(owners))
+
+    def find_unlike(self, features: npt.NDArray[Any]) -> tuple[bool, ...]:
+        """Return which images (n, D) are farther from every row than the threshold."""
+        queries, own = np.full(len(features), -1), np.zeros(len(self.rows), np.int64)
+        distances = _nearest(to_directions(features), self.rows, queries, own)
+        return tuple((distances > self.threshold).tolist())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``threshold``, ``num_rows`` and ``num_compared_with``, as JSON values."""
+        return {
+            "threshold": self.threshold, "num_rows": self.num_rows,
+            "num_compared_with": len(self.rows),
+        }  # fmt: skip
+
+
+def _nearest(queries: Array, rows: Array, query_units: Numbers, row_units: Numbers) -> Array:
+    distances: Array = find_nearest(queries, rows, 1, query_units, row_units)[1][:, 0]
+    return distances
