@@ -203,7 +203,6 @@ def crossval(
     where = resolve_device(device)
     opened = open_cache(cache)
     check_cache(opened)
-    say_verdict(opened, say)
     parts = _choose_parts(opened, with_test=with_test)
     share = _inner_share(parts) if valid_fraction is None else valid_fraction
     pool = Pool.of(opened, parts, where, say)
@@ -213,6 +212,7 @@ def crossval(
     )  # fmt: skip
     pairs = plan.choose_rows(pool)
     _say_plan(plan, parts, pool, say, with_test=with_test)
+    say_verdict(opened, say)
     work = {
         "format": FORMAT, "version": __version__, "cache_sha256": opened.payload_sha256,
         "splits": [part.split.name for part in parts], "device": where.type, **plan.as_json(),
