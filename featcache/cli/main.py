@@ -368,7 +368,8 @@ def predict(
     \b
     Example: featcache predict run new.png --csv predictions.csv
 
-    Images that cannot be read are listed; if none can be, the exit code is 1.
+    Images that cannot be read are listed; if none can be, the exit code is 1. Images unlike any
+    training image are marked, where the cache that RUN was trained on is at hand.
     """
     from featcache.cli.wording import prediction_lines
     from featcache.deployment.predictions import predict as predict_images

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.errors import printable
 from featcache.evaluation.audit_labels import label_lines
 from featcache.evaluation.audit_outliers import outlier_lines
-from featcache.evaluation.audit_sources import source_lines, told_classes
+from featcache.evaluation.audit_sources import SENTENCES, source_lines, told_classes
 from featcache.formatting import count, decimal, join_few, list_counts, shorten
 
 if TYPE_CHECKING:
@@ -179,8 +179,8 @@ def _of_shortcuts(found: Audit) -> Iterator[str]:
     if found.shortcuts and verdict == "not shown to beat":
         best = found.shortcuts["best"]
         yield (f"What looks at no lung ({best['fact']}: {decimal(best['balanced_accuracy'])}) "
-               "tells the classes as well as a head does: a high accuracy on these data shows "
-               "nothing about the images.")  # fmt: skip
+               "tells the classes as well as a head does: a high accuracy on these data does not "
+               "show that a head reads the images.")  # fmt: skip
     elif verdict == "beats":
         yield "The head beats the shortcuts that were tried, which are not all there are."
     elif verdict:
@@ -192,6 +192,8 @@ def _of_shortcuts(found: Audit) -> Iterator[str]:
     elif found.sources and of_sources == "told":
         yield (f"Sources can be told within {told_classes(found.sources)}: judge the head on a "
                "source that it has not seen.")  # fmt: skip
+    elif of_sources:
+        yield f"Sources: {SENTENCES[of_sources]}."
 
 
 def _to_look_at(found: Audit) -> Iterator[str]:

@@ -70,7 +70,8 @@ def measure_sources(folded: FoldedRows, sources: list[str], column: str) -> dict
 
     Returns:
         ``column``; ``reason`` (why nothing was measured, else None); ``verdict``: ``not separable
-        by design`` where no class has two sources, ``told``, ``not shown`` or ``too few``; and
+        by design`` where each class has one source of its own (or shares it), ``one source`` where
+        all rows do, ``told``, ``not shown`` or ``too few``; and
         ``per_class``: ``sources`` (name -> rows), ``reason``, ``chance``, ``balanced_accuracy`` and
         ``low`` and ``high`` of its 95 % interval (None where all folds agree).
     """
@@ -83,7 +84,8 @@ def measure_sources(folded: FoldedRows, sources: list[str], column: str) -> dict
         facts["per_class"][name] = _tell_apart(folded, own, of_rows)
     found = facts["per_class"].values()
     if all(len(of_class["sources"]) < 2 for of_class in found):
-        facts["verdict"] = "not separable by design"
+        names = {name for of_class in found for name in of_class["sources"]}
+        facts["verdict"] = "not separable by design" if len(names) > 1 else "one source"
     elif all(of_class["balanced_accuracy"] is None for of_class in found):
         facts["verdict"] = "too few"
     else:
@@ -151,6 +153,7 @@ def source_lines(facts: dict[str, Any]) -> Iterator[str]:
 
 SENTENCES = {
     "not separable by design": "not separable by design, a class has one source",
+    "one source": "all rows have one",
     "told": "can be told within a class",
     "not shown": "not shown to be told within a class",
     "too few": "too few rows to tell",

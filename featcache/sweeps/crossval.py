@@ -212,7 +212,6 @@ def crossval(
     where = resolve_device(device)
     opened = open_cache(cache)
     check_cache(opened)
-    say_verdict(opened, say)
     parts = _choose_parts(opened, with_test=with_test)
     plan = FoldPlan(
         HeadConfig(opened.num_features, len(opened.classes), tuple(hidden), dropout), training,
@@ -224,6 +223,7 @@ def crossval(
     )
     chosen = plan.choose_rows(work.pool)
     _say_plan(plan, parts, work.pool, say, with_test=with_test)
+    say_verdict(opened, say)
     facts = work.run(output, chosen, replace=overwrite, progress=progress, say=say)
     summary = CrossvalSummary(
         folder=Path(folder), classes=opened.classes, task=opened.task,

@@ -80,6 +80,13 @@ def test_one_source_a_class_is_not_separable_by_design(tmp_path: Path) -> None:
     assert any("not separable by design" in line for line in lines)
 
 
+def test_one_source_of_all_rows_confounds_nothing(tmp_path: Path) -> None:
+    make(tmp_path, lambda i: "A")
+    facts, lines = audit_sources(tmp_path)
+    assert facts["verdict"] == "one source"
+    assert lines[1] == "sources (hospital): all rows have one"
+
+
 def test_few_rows_or_groups_of_a_source_are_too_few(tmp_path: Path) -> None:
     make(tmp_path, lambda i: "B" if i % 10 == 0 else "A")
     facts, lines = audit_sources(tmp_path)
