@@ -59,23 +59,8 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
         kind = f"an unfinished featcache {facts['command']}"
     yield f"{printable(facts['path'])}: {kind}"
     for key, value in facts.items():
-        if key in {"path", "kind", "command", "failures", "verified", "layers", "audit"}:
-            continue
-        if (key, value) in (("num_members", 1), ("ensemble", None)):
-            continue
-        if key == "mean":
-            yield "mean of the folds (in brackets the 95 % interval of Nadeau and Bengio):"
-            yield from _mean_lines(value)
-            continue
-        if isinstance(value, dict):
-            yield f"{key}:"
-            for name, part in value.items():
-                if name == "row_precisions":  # the splits say it in one number each
-                    continue
-                text = _split_text(part) if key == "splits" else _plain(part)
-                yield f"  {printable(name)}: {text}"
-        else:
-            yield f"{key}: {in_bytes(value) if key.endswith('_bytes') else _plain(value)}"
+        if key not in {"path", "kind", "command", "failures", "verified", "layers", "audit"}:
+            yield from _fact_lines(key, value)
     for failure in facts.get("failures", []):
         yield f"failed: {printable(failure['path'])}: {printable(failure['reason'])}"
     if facts["kind"] == "cache":
@@ -83,10 +68,27 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield "not hashed: featcache verify checks that the file is whole"
 
 
+def _fact_lines(key: str, value: Any) -> Iterator[str]:
+    """Yield one of the facts."""
+    if (key, value) in (("num_members", 1), ("ensemble", None)):
+        return
+    if key == "mean":
+        yield from _mean_lines(value)
+    elif isinstance(value, dict):
+        yield f"{key}:"
+        for name, part in value.items():
+            if name != "row_precisions":  # the splits say it in one number each
+                text = _split_text(part) if key == "splits" else _plain(part)
+                yield f"  {printable(name)}: {text}"
+    else:
+        yield f"{key}: {in_bytes(value) if key.endswith('_bytes') else _plain(value)}"
+
+
 def _mean_lines(mean: dict[str, Any]) -> Iterator[str]:
     """Yield the figures of a cross-validation."""
     from featcache.sweeps.crossval_figures import interval_text
 
+    yield "mean of the folds (in brackets the 95 % interval of Nadeau and Bengio):"
     figures = {name.replace("_", " "): mean[name] for name in mean if name != "per_class"}
     of_classes = list(mean["per_class"].items())
     figures |= {f"recall of {printable(name)}": row["recall"] for name, row in of_classes[:FEW]}

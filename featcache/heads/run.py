@@ -295,7 +295,8 @@ def _check_members(folder: Path, version: int, members: object) -> None:
         and len(members) > 1
         and all(isinstance(member, dict) for member in members)
     )
-    if members is not None and not (is_ensemble and version == NEWEST_VERSION):
+    has_members = version == NEWEST_VERSION or members is not None
+    if has_members and not (is_ensemble and version > FORMAT_VERSION):
         raise _damaged(folder, "members", "a JSON object for each of two or more heads", members)
 
 

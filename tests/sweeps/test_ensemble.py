@@ -219,6 +219,7 @@ def test_only_an_ensemble_has_another_version(
         with pytest.raises(RunError, match=r"members|the head, classes and task it was saved"):
             featcache.load_run(file.parent)
     del facts["members"]
+    facts["format_version"] = 1
     facts["sha256"] = json_sha256(facts, without="sha256")
     file.write_text(json.dumps(facts), "utf-8")
     with pytest.raises(RunError, match="the head, classes and task it was saved with"):
