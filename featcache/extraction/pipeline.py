@@ -11,12 +11,14 @@ file with its decoded picture a decoding thread. It does not grow with the numbe
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import ConfigError, DataError, TransientError, printable
 from featcache.extraction.recipe import Recipe
 from featcache.pixels import acceleration
+from featcache.pixels.facts import PictureFacts
 from featcache.pixels.images import PixelRules
 from featcache.pixels.isolation import DECODE_SECONDS, IsolatedDecoder
 from featcache.pixels.views import Rendering, ViewRules, render
@@ -38,6 +41,18 @@ _AHEAD_IMAGES = 32  # ... so many images, or one large file stops the small batc
 Views = tuple[npt.NDArray[np.uint8], ...]
 """Of one image: per recipe, (V, S, S) or (V, S, S, 3) uint8."""
 _Render = Callable[[bytes, Sequence[tuple[PixelRules, ViewRules]], bytes], Rendering]
+
+
+class PixelRecipe(Protocol):
+    """What ``stream_views`` needs of a recipe."""
+
+    @property
+    def rules(self) -> PixelRules:
+        """How bytes become pixels."""
+
+    @property
+    def view_rules(self) -> ViewRules:
+        """Which views are made of images to train on."""
 
 
 def _claim_all(position: int, sha256: bytes) -> bool:
@@ -72,6 +87,7 @@ class Outcome:
         truncated: It was cut off and has been filled in.
         claims: Per lane. Whether this lane took the image; then ``features`` or ``reason`` is set.
         is_transient: The reason says nothing of other images of the same content.
+        facts: Of the picture, where they were asked for.
     """
 
     position: int
@@ -81,6 +97,7 @@ class Outcome:
     truncated: bool
     claims: tuple[bool, ...] = ()
     is_transient: bool = False
+    facts: PictureFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +228,7 @@ def _forward_chunk(
 def stream_views(
     dataset: ImageDataset,
     samples: Sequence[Sample],
-    recipes: Sequence[Recipe],
+    recipes: Sequence[PixelRecipe],
     size: int,
     *,
     positions: Sequence[int] | None = None,
@@ -219,12 +236,13 @@ def stream_views(
     timer: Timer | None = None,
     isolate: bool = False,
     claim: Callable[[int, bytes], tuple[bool, ...]] | None = None,
+    with_facts: bool = False,
 ) -> Generator[tuple[tuple[Outcome, ...], tuple[Views | None, ...]], None, None]:
     """Decode samples, ``size`` views at a time; the next ones are decoded meanwhile.
 
     Arguments are those of ``stream_features``. An image that has not come back after
     ``DECODE_SECONDS`` is tried again in a child process. One that ``claim`` says nobody claims is
-    read and hashed, and not decoded.
+    read and hashed, and not decoded. ``with_facts`` has each picture measured too.
 
     Yields:
         The outcomes of the samples that have up to ``size`` views for any recipe, one at least, and
@@ -240,7 +258,9 @@ def stream_views(
         IsolatedDecoder() as child,
         Threads("decode", 1 if isolate else resolve_workers(workers)) as threads,
     ):
-        renderer: _Render = child.render if isolate else render
+        here: _Render = functools.partial(render, with_facts=True) if with_facts else render
+        in_child: _Render = functools.partial(child.render, with_facts=with_facts)
+        renderer = in_child if isolate else here
 
         def start_chunk() -> None:
             if part := next(chunks, None):
@@ -257,7 +277,7 @@ def stream_views(
                         decoded.append(future.result(None if isolate else DECODE_SECONDS))
                     except FutureTimeoutError:
                         threads.replace_one()
-                        outcome, of_image = job.decode(position, child.render)
+                        outcome, of_image = job.decode(position, in_child)
                         # twice is no accident: each of its copies would hang too
                         decoded.append((replace(outcome, is_transient=False), of_image))
             start_chunk()
@@ -310,7 +330,7 @@ class _Job:
 
     dataset: ImageDataset
     samples: Sequence[Sample]
-    recipes: Sequence[Recipe]
+    recipes: Sequence[PixelRecipe]
     clock: Timer
     claim: Callable[[int, bytes], tuple[bool, ...]]
 
@@ -344,4 +364,5 @@ class _Job:
         except (OSError, MemoryError) as error:
             return outcome(printable(error) or type(error).__name__, is_transient=True), None
         views = tuple(rendering.views[different.index(plan)] for plan in plans)
-        return outcome(None, truncated=rendering.truncated), views
+        done = outcome(None, truncated=rendering.truncated)
+        return replace(done, facts=rendering.facts), views

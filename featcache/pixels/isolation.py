@@ -6,6 +6,7 @@ and those that were being decoded when an earlier run was killed.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import struct
 import subprocess
@@ -53,15 +54,17 @@ class IsolatedDecoder:
             self._stop()
 
     def render(
-        self, data: bytes, recipes: Sequence[tuple[PixelRules, ViewRules]], sha256: bytes
-    ) -> Rendering:
+        self, data: bytes, recipes: Sequence[tuple[PixelRules, ViewRules]], sha256: bytes, *,
+        with_facts: bool = False,
+    ) -> Rendering:  # fmt: skip
         """Do what ``views.render`` does.
 
         Raises:
             DataError: If the image is bad, or the decoder hung on it.
             TransientError: If the decoder's process died.
         """
-        rendering = self._ask("render", data, list(recipes), sha256)
+        name = "render_with_facts" if with_facts else "render"
+        rendering = self._ask(name, data, list(recipes), sha256)
         assert isinstance(rendering, Rendering)
         return rendering
 
@@ -139,7 +142,8 @@ def _receive(stream: IO[bytes]) -> object:
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Call the functions that are requested, (name, *arguments), until the parent is gone."""
     functions: dict[str, Callable[..., object]] = {
-        "render": render, "deep_maximum": deep_maximum, "glance": glance,
+        "render": render, "render_with_facts": functools.partial(render, with_facts=True),
+        "deep_maximum": deep_maximum, "glance": glance,
     }  # fmt: skip
     while True:
         try:

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from featcache.data.folders import training_split
 from featcache.errors import ConfigError
-from featcache.pixels.images import PixelRules, load, resize_to_square
+from featcache.pixels.facts import PictureFacts, measure_picture
+from featcache.pixels.images import PixelRules, deep_kind, load, resize_to_square
 from featcache.pixels.resampling import warp
 
 MAX_VIEWS = 64
@@ -106,14 +107,20 @@ class Rendering:
     Attributes:
         views: One array per recipe: (V, S, S) if the image is grey, else (V, S, S, 3), uint8.
         truncated: Whether the file was cut off and has been filled in.
+        facts: Of the picture at its own size, where they were asked for.
     """
 
     views: tuple[npt.NDArray[np.uint8], ...]
     truncated: bool
+    facts: PictureFacts | None = None
 
 
 def render(
-    data: bytes, recipes: Sequence[tuple[PixelRules, ViewRules]], sha256: bytes
+    data: bytes,
+    recipes: Sequence[tuple[PixelRules, ViewRules]],
+    sha256: bytes,
+    *,
+    with_facts: bool = False,
 ) -> Rendering:
     """Decode an image file once and make each recipe's views of it.
 
@@ -121,13 +128,17 @@ def render(
         data: The file's bytes.
         recipes: Pixel and view rules, all with the same bit depth and treatment of cut-off files.
         sha256: sha256 of the bytes; seeds the augmentation.
+        with_facts: Measure the picture too.
 
     Raises:
         DataError: If the bytes cannot be decoded; ``found`` says why.
     """
     picture = load(data, recipes[0][0])
     views = [_make_views(picture.pixels, rules, wanted, sha256) for rules, wanted in recipes]
-    return Rendering(tuple(views), picture.truncated)
+    facts = None
+    if with_facts:
+        facts = measure_picture(picture.pixels, is_deep=deep_kind(data) is not None)
+    return Rendering(tuple(views), picture.truncated, facts)
 
 
 def _make_views(picture: _Pixels, rules: PixelRules, wanted: ViewRules, sha256: bytes) -> _Pixels:
