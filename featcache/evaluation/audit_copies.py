@@ -25,7 +25,7 @@ EXAMPLES = 5
 # 404 different files there, all but one pair (one radiograph twice, 0.94) have at most 0.79.
 FLOOR = 0.8
 _BLOCK_ROWS = 2048
-_LEAST_ROWS = 20  # a median and a spread of fewer neighbours say little
+LEAST_ROWS = 20  # a median and a spread of fewer neighbours say little
 _FALSE_ALARMS = 0.05  # expected among all rows, where the null holds
 _GUMBEL_MAD = 0.767049  # median absolute deviation of the Gumbel distribution of scale 1
 _MAX_PAIRS = 1_000_000
@@ -124,6 +124,7 @@ class NearPairs:
         threshold: From which similarity on two rows are a pair; None for too few rows.
         median: Of the rows' similarities to their nearest neighbours.
         is_cut: Whether there were more pairs than are kept.
+        pictures: How pictures were compared, None where no image was read.
     """
 
     pairs: npt.NDArray[np.int64]
@@ -131,6 +132,36 @@ class NearPairs:
     threshold: float | None
     median: float | None
     is_cut: bool = False
+    pictures: PicturePairs | None = None
+
+
+@dataclass(frozen=True)
+class PicturePairs:
+    """How the pairs of ``NearPairs`` were confirmed by their pictures.
+
+    Attributes:
+        threshold: From which agreement on two pictures are a pair; None for too few pictures.
+        num_compared: Pairs that were laid over each other.
+        num_rejected: Of the pairs by features, those that their pictures do not confirm.
+        is_confirmed: (P,) bool, whether the similarity is the agreement of pictures; else an image
+            was not read, and it is the cosine of features.
+        mirrored: (P,) bool.
+        inverted: (P,) bool.
+    """
+
+    threshold: float | None
+    num_compared: int
+    num_rejected: int
+    is_confirmed: npt.NDArray[np.bool_]
+    mirrored: npt.NDArray[np.bool_]
+    inverted: npt.NDArray[np.bool_]
+
+    def describe(self, pair: int) -> dict[str, Any]:
+        """Return what is told of a pair beside its rows."""
+        return {
+            "confirmed": bool(self.is_confirmed[pair]), "mirrored": bool(self.mirrored[pair]),
+            "inverted": bool(self.inverted[pair]),
+        }  # fmt: skip
 
 
 def find_near(rows: AuditRows) -> NearPairs:
@@ -144,7 +175,7 @@ def find_near(rows: AuditRows) -> NearPairs:
         CacheError: If a feature is not finite.
     """
     none = np.empty((0, 2), np.int64), np.empty(0, np.float32)
-    if len(np.unique(rows.images)) < _LEAST_ROWS:
+    if len(np.unique(rows.images)) < LEAST_ROWS:
         return NearPairs(*none, None, None)
     features = _directions(rows.cache)
     number, floor, is_cut = len(features), FLOOR, False

@@ -93,21 +93,13 @@ def compare(
         cache.identity, weights=weights, backbone=backbone, max_pixels=max_pixels,
         source=cache.provenance.get("weights_source"),
     )  # fmt: skip
-    listing = listing_of(cache).for_data(data)
-    dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
+    dataset, now, rows = find_images(cache, data)
     refuse_misread(cache, dataset)
     refuse_dark_colour(recipe, dataset, cache.path)
-    now = {(s.split, s.path): s for s in dataset.samples}
-    rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     common = rows.keys() & now.keys()
     changed = _compare_sizes(cache, rows, [now[key] for key in common])
     # The same size may be the same image: times differ between copies, so only content decides.
     same = sorted(common - {(bad.split, bad.path) for bad in changed})
-    if rows and not common:
-        raise CacheError(
-            "images of the cache", expected="those it was made of", where=data,
-            found=f"none of {len(rows):,} with the same name", hint="Check --data",
-        )  # fmt: skip
     chosen = _choose_rows(same, samples)
     touched = [
         now[key] for key in same
@@ -136,6 +128,30 @@ def compare(
     )  # fmt: skip
     _say_comparison(comparison, say)
     return comparison
+
+
+def find_images(
+    cache: Cache, data: str | Path
+) -> tuple[ImageDataset, dict[_Key, Sample], dict[_Key, int]]:
+    """List the images that a cache was made of, as ``extract`` listed them.
+
+    Returns:
+        The data set, its samples by split and path, and by split and path the number of each row
+        of the cache in its split.
+
+    Raises:
+        CacheError: If ``data`` has none of the images.
+    """
+    listing = listing_of(cache).for_data(data)
+    dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
+    now = {(s.split, s.path): s for s in dataset.samples}
+    rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
+    if rows and not rows.keys() & now.keys():
+        raise CacheError(
+            "images of the cache", expected="those it was made of", where=data,
+            found=f"none of {len(rows):,} with the same name", hint="Check --data",
+        )  # fmt: skip
+    return dataset, now, rows
 
 
 def _compare_sizes(cache: Cache, rows: _Rows, samples: Iterable[Sample]) -> list[BadRow]:
