@@ -27,6 +27,7 @@ from featcache.cli.options import (
     LARGEST,
     TRUST,
     WEIGHTS,
+    Numbers,
     grouping,
     head_options,
     head_seeds,
@@ -103,6 +104,18 @@ for made in (split, extract, select, info, verify):
     help="drop: one row of each set in --csv, that of test if there is one; none of two classes.",
 )  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit 1 on copies across splits or of two classes.")
+@click.option(
+    "--data", type=click.Path(path_type=Path),
+    help="The images: copies by pixels and pictures, shortcuts by size, colour and borders.",
+)  # fmt: skip
+@click.option(
+    "--blackout", type=Numbers(float, "S,S,..."), metavar="S,S,...",
+    help="Judge the head without, and with only, a centre of this share of width and height.",
+)  # fmt: skip
+@TRUST
+@WEIGHTS
+@DEVICE
+@LARGEST
 @printing
 def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any) -> None:
     """Look in CACHE for copies, wrong labels, shortcuts and outliers, before a head is trained.
@@ -110,9 +123,11 @@ def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any)
     \b
     Example: featcache audit covid.h5 --csv copies.csv
              featcache select covid.h5 sound.h5 --table copies.csv --fractions 0.7,0.15,0.15
+             featcache audit covid.h5 --data data --blackout 0.6
 
-    No images are read, nothing is deleted. All but copies is of train and valid (or all), never of
-    test. CACHE.audit.json keeps the verdict, for info and train, if same and near are looked at.
+    No images are read without --data, nothing is deleted. All but copies is of train and valid (or
+    all), never of test. CACHE.audit.json keeps the verdict, for info and train, if same and near
+    are looked at.
     """
     from featcache.evaluation.audit import audit as audit_cache
     from featcache.evaluation.audit import leak_error

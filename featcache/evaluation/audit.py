@@ -3,8 +3,8 @@
 A part is one call that returns facts (JSON values), and one function in ``audit_lines`` that makes
 lines of them.
 
-Reads: a cache, no images; a table of sources. Writes: a verdict beside the cache, and a CSV where
-one is asked for.
+Reads: a cache; its images, where they are given; a table of sources. Writes: a verdict beside the
+cache, and a CSV where one is asked for.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.verdict import write_verdict
@@ -37,12 +38,18 @@ from featcache.evaluation.audit_folds import FoldedRows
 from featcache.evaluation.audit_labels import measure_labels
 from featcache.evaluation.audit_lines import audit_lines, judge
 from featcache.evaluation.audit_outliers import measure_outliers
+from featcache.evaluation.audit_pictures import confirm_near
 from featcache.evaluation.audit_shortcuts import measure_shortcuts
 from featcache.evaluation.audit_sources import measure_sources, read_sources
 from featcache.files import csv_text, local_path, result_as_dict
 from featcache.formatting import count, join_few
 from featcache.outputs import Kind, Output, write_output
 from featcache.runtime import Say, log_line
+from featcache.untrusted import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from featcache.backbones.backbone import Backbone
+    from featcache.evaluation.audit_images import AuditImages
 
 PARTS = ("same", "near", "labels", "shortcuts", "outliers", "sources")
 _COPIES = {"same", "near"}
@@ -73,17 +80,27 @@ class Audit:
         cache: The file.
         parts: Which of ``PARTS`` were looked at.
         splits: Rows per split.
-        same: Rows of one image file; also ``num_unknown``, rows without an image's hash.
+        same: Rows of one image file, with ``data`` of one picture (decoded pixels at full size);
+            also ``num_unknown``, rows that are not compared as neither an image's hash nor its
+            pixels are known, and ``num_by_pixels``, sets of different files (None without
+            ``data``).
         near: Rows of different files whose features are more alike than those of different images;
             also ``num_pairs``, ``is_cut`` (there are more pairs), ``threshold`` and ``median`` of
             cosines (None below 20 different rows), ``floor``, and ``pairs``: the most alike five
-            with ``similarity`` and ``rows``. Candidates: no image was read.
+            with ``similarity`` and ``rows``. Candidates, if no image was read. With ``data``,
+            ``pictures`` has ``threshold``, ``num_compared`` and ``num_rejected``, and a pair also
+            ``confirmed`` (its similarity is then the agreement of pictures), ``mirrored`` and
+            ``inverted``.
         labels: Rows whose label looks wrong: see ``audit_labels.measure_labels``.
         shortcuts: Balanced accuracies of file facts beside those of a linear head on the same
             folds: see ``verdict`` and ``sentence``.
         outliers: Rows far from the others of their class: see ``audit_outliers.measure_outliers``.
         sources: Whether sources are told within a class: see ``audit_sources.measure_sources``;
             None too where no column names them.
+        images: With ``data``, ``num_read``, and ``missing``, ``changed`` and ``unreadable`` with
+            ``num_rows`` and up to five ``paths``; None without.
+        blackout: The head on images without, and with only, their centre: see
+            ``audit_blackout.Blackout``.
         num_leaks: Sets of copies, same and near, across splits or of classes that conflict.
         verdict: A paragraph for people.
         csv: The CSV that was written.
@@ -102,6 +119,8 @@ class Audit:
     shortcuts: dict[str, Any] | None
     outliers: dict[str, Any] | None
     sources: dict[str, Any] | None
+    images: dict[str, Any] | None
+    blackout: dict[str, Any] | None
     num_leaks: int
     verdict: str
     csv: Path | None
@@ -128,13 +147,19 @@ def audit(
     csv: str | Path | None = None,
     copies: str = "group",
     strict: bool = False,
+    data: str | Path | None = None,
+    blackout: float | Sequence[float] | None = None,
+    weights: str | Path | None = None,
+    backbone: Backbone | str | None = None,
+    device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
     say: Say = log_line,
 ) -> Audit:
     """Look for what would make a head look better than it is: copies, shortcuts, wrong labels.
 
     Copies are looked for in all splits. Everything else is of the labelled rows of train and valid
-    (or of ``all``), never of test. No image is read. Where both ``same`` and ``near`` were looked
-    at, the verdict is kept beside the cache for ``train`` and ``info``.
+    (or of ``all``), never of test. No image is read without ``data``. Where both ``same`` and
+    ``near`` were looked at, the verdict is kept beside the cache for ``train`` and ``info``.
 
     Args:
         cache: The cache.
@@ -148,6 +173,15 @@ def audit(
         copies: ``group`` or ``drop``: leave all but one of the copies out of ``csv``, preferably
             that of test; and all of them where their classes conflict.
         strict: Raise an error, at the end, if there are copies across splits or of two classes.
+        data: The images it was made of, as ``extract`` took them: copies are then found by their
+            pixels and pictures too, and shortcuts by sizes, colours, brightness and borders.
+        blackout: Shares of the width and height of what the network sees: the head is also judged
+            on images whose centre of that size is black, and on the centre alone. Needs ``data``.
+        weights: For ``blackout``, the weights file that the cache was made with, where the
+            library's own were not used.
+        backbone: For ``blackout``, as for ``verify``.
+        device: Where ``blackout`` computes.
+        max_pixels: Larger images count as unreadable.
         say: Where lines for people go.
 
     Raises:
@@ -155,7 +189,8 @@ def audit(
             are leaks.
         ConfigError: If ``only`` names no part, an option lacks the other that it needs, or ``csv``
             cannot be written.
-        DataError: If the table cannot be read.
+        BackboneError: If ``blackout`` cannot build the backbone.
+        DataError: If the table or ``data`` cannot be read.
 
     Example:
         >>> featcache.audit("covid.h5", csv="copies.csv").num_leaks  # doctest: +SKIP
@@ -169,6 +204,7 @@ def audit(
             )  # fmt: skip
         parts = tuple(part for part in parts if part != "sources")
     _check_table(parts, csv, copies)
+    shares = _check_shares(blackout, data, weights)
     place = local_path(cache, "CACHE")
     output = None if csv is None else Output(csv, "--csv", _CSV, inputs=[place, table])
     if output is not None:
@@ -179,22 +215,37 @@ def audit(
         _regroup(opened, pattern, say)
     rows = AuditRows.of(opened)
     sources = read_sources(table, source, rows.paths, say) if table and source else []
+    recipe, images, files = None, None, rows.images
+    if data is not None:
+        # torch is imported for images only
+        from featcache.evaluation.audit_blackout import blackout_recipe, measure_blackout
+        from featcache.evaluation.audit_images import read_images, with_pixels
+
+        if shares:  # built first: it may fail, and images may be many
+            recipe = blackout_recipe(opened, weights, backbone, max_pixels)
+        images = read_images(rows, data, max_pixels)
+        rows = with_pixels(rows, images)
     same = find_same(rows) if "same" in parts else []
     near = find_near(rows) if "near" in parts else None
+    if near is not None and images is not None:
+        near = confirm_near(rows, images, near)
     sets = join_copies(rows, same, near)
-    folded = FoldedRows(opened, say) if {*parts} - _COPIES else None
+    folded = FoldedRows(opened, say) if {*parts} - _COPIES or shares else None
     found = Audit(
         cache=Path(cache), parts=parts,
         splits={name: len(split) for name, split in opened.splits.items()},
         same=None if "same" not in parts
-        else summarise_sets(rows, same) | {"num_unknown": int((~rows.has_hash).sum())},
+        else summarise_sets(rows, same) | _same_facts(rows, same, files, images),
         near=None if near is None else _near_facts(rows, near),
         labels=measure_labels(folded, rows) if folded and "labels" in parts else None,
-        shortcuts=result_as_dict(measure_shortcuts(opened, say, folded))
+        shortcuts=result_as_dict(measure_shortcuts(opened, say, folded, images))
         if folded and "shortcuts" in parts else None,
         outliers=measure_outliers(folded, rows) if folded and "outliers" in parts else None,
         sources=measure_sources(folded, sources, str(source))
         if folded and "sources" in parts else None,
+        images=None if images is None else images.as_dict(rows),
+        blackout=None if folded is None or images is None or recipe is None
+        else result_as_dict(measure_blackout(folded, images, recipe, shares, device, say)),
         num_leaks=sum(_is_leak(rows, copy) for copy in sets), verdict="",
         csv=None if csv is None else Path(csv),
         fingerprint=opened.fingerprint, content_sha256=opened.content_sha256,
@@ -273,15 +324,55 @@ def _regroup(cache: Cache, pattern: GroupPattern, say: Say) -> None:
             split.groups, groups = groups[: len(split)], groups[len(split) :]
 
 
+def _check_shares(
+    blackout: float | Sequence[float] | None, data: object, weights: object
+) -> tuple[float, ...]:
+    """Return the shares to black out, each once."""
+    if blackout is None:
+        if weights is not None:
+            raise ConfigError("--weights", expected="--blackout beside it", found="none")
+        return ()
+    shares = (blackout,) if isinstance(blackout, int | float) else tuple(blackout)
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise ConfigError(
+            "--blackout", expected="shares of width and height, between 0 and 1",
+            found=", ".join(map(str, shares)) or "none",
+        )  # fmt: skip
+    if data is None:
+        raise ConfigError(
+            "--blackout", expected="the images, by --data DATA", found="none",
+            hint="Name the data set that the cache was made of",
+        )  # fmt: skip
+    return tuple(dict.fromkeys(map(float, shares)))
+
+
+def _same_facts(
+    rows: AuditRows, same: Sequence[Sequence[int]], files: npt.NDArray[np.int64],
+    images: AuditImages | None,
+) -> dict[str, Any]:  # fmt: skip
+    if images is None:
+        return {"num_unknown": int((~rows.has_hash).sum()), "num_by_pixels": None}
+    return {
+        "num_unknown": int((~rows.has_hash & ~images.is_read).sum()),
+        "num_by_pixels": sum(len({*files[list(found)].tolist()}) > 1 for found in same),
+    }
+
+
 def _near_facts(rows: AuditRows, near: NearPairs) -> dict[str, Any]:
     pairs = zip(near.pairs[:EXAMPLES], near.similarities[:EXAMPLES], strict=True)
+    looked = near.pictures
     return summarise_sets(rows, join_copies(rows, [], near)) | {
         "num_pairs": len(near.pairs), "is_cut": near.is_cut, "threshold": near.threshold,
         "median": near.median, "floor": FLOOR,
         "pairs": [
             {"similarity": float(similarity), "rows": [rows.describe(int(n)) for n in pair]}
-            for pair, similarity in pairs
+            | ({} if looked is None else looked.describe(number))
+            for number, (pair, similarity) in enumerate(pairs)
         ],
+        "pictures": None if looked is None else {
+            "threshold": looked.threshold, "num_compared": looked.num_compared,
+            "num_rejected": looked.num_rejected,
+        },
     }  # fmt: skip
 
 

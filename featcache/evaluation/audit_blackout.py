@@ -5,7 +5,7 @@ Reads: images. Writes: nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.backbones.engine import Engine, build_engine
-from featcache.errors import ConfigError
+from featcache.cache.reading import Cache
 from featcache.evaluation.audit_folds import FoldedRows, out_of_fold_probs
 from featcache.evaluation.audit_images import AuditImages
 from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
 from featcache.extraction.pipeline import Lane, stream_features
-from featcache.extraction.recipe import Recipe, decode_probes
+from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.formatting import count, decimal
 from featcache.metrics.scores import paired_interval
 from featcache.pixels.views import PLAIN
@@ -27,6 +27,8 @@ from featcache.runtime import Say, resolve_device
 
 if TYPE_CHECKING:
     import torch
+
+    from featcache.backbones.backbone import Backbone
 
 WAYS = ("centre removed", "centre only")
 
@@ -57,29 +59,22 @@ class Blackout:
     blacked_out: tuple[dict[str, Any], ...] = ()
 
 
-def check_shares(blackout: Sequence[float] | float | None, data: object) -> tuple[float, ...]:
-    """Return the shares to black out, each once.
+def blackout_recipe(
+    cache: Cache, weights: str | Path | None, backbone: Backbone | str | None, max_pixels: int
+) -> Recipe:
+    """Return how the cache's features of plain images were made.
 
     Raises:
-        ConfigError: If one is not between 0 and 1, or there are no images.
+        FeatcacheError: As ``recipe_from_identity``.
     """
-    if blackout is None:
-        return ()
-    shares = (blackout,) if isinstance(blackout, int | float) else tuple(blackout)
-    if not shares or not all(0 < share < 1 for share in shares):
-        found = ", ".join(map(str, shares)) or "none"
-        raise ConfigError(
-            "--blackout", expected="shares of width and height, between 0 and 1", found=found
-        )
-    if data is None:
-        raise ConfigError(
-            "--blackout", expected="the images, by --data DATA", found="none",
-            hint="Name the data set that the cache was made of",
-        )  # fmt: skip
-    return tuple(dict.fromkeys(map(float, shares)))
+    recipe = recipe_from_identity(
+        cache.identity, weights=weights, backbone=backbone, max_pixels=max_pixels,
+        source=cache.provenance.get("weights_source"),
+    )  # fmt: skip
+    return replace(recipe, view_rules=PLAIN)
 
 
-def measure_blackout(
+def measure_blackout(  # noqa: PLR0917
     folded: FoldedRows, images: AuditImages, recipe: Recipe, shares: Sequence[float],
     device: str, say: Say,
 ) -> Blackout:  # fmt: skip
@@ -95,8 +90,11 @@ def measure_blackout(
 
     Raises:
         BackboneError: If no engine is within the bound.
-        CacheError: If an earlier version read the images wrongly.
+        CacheError: If an earlier version read the cache's images wrongly.
+        DataError: Likewise.
     """
+    refuse_misread(folded.cache, images.dataset)
+    refuse_dark_colour(recipe, images.dataset, folded.cache.path)
     is_read = images.is_read[folded.numbers]
     if isinstance(folded.folds, str) or folded.pool is None:
         reason = "the features are larger than the memory"
@@ -130,19 +128,6 @@ def measure_blackout(
     )  # fmt: skip
 
 
-def blackout_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """Yield lines of up to 80 columns, the sentence without its wrapping."""
-    rows = f"{count(facts['num_rows'], 'row')} of {' and '.join(facts['splits'])}"
-    yield f"centre blacked out, {rows}:"
-    if facts["head"] is None:
-        return
-    yield f"  balanced accuracy, mean of {facts['num_folds']} folds        head"
-    yield f"  {'whole image':<38}{decimal(facts['head']):>8}"
-    for row in facts["blacked_out"]:
-        name = f"{row['way']}, {row['share']:g} of each side"
-        yield f"  {name:<38}{decimal(row['balanced_accuracy']):>8}"
-
-
 def _sentence(head: float, rows: Sequence[dict[str, Any]]) -> str:
     removed = [row for row in rows if row["way"] == WAYS[0]]
     row = max(removed, key=lambda row: row["share"])
@@ -173,8 +158,6 @@ def _masked_features(  # noqa: PLR0917
     recipe: Recipe, shares: Sequence[float], device: str, say: Say,
 ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.bool_]]:  # fmt: skip
     """Return features (N, D) per share and way, and which rows have them."""
-    recipe = replace(recipe, view_rules=PLAIN)
-    refuse_misread_source(recipe, images)
     asked = np.flatnonzero(is_read).tolist()
     samples = [images.samples[numbers[row]] for row in asked]
     probes = decode_probes(images.dataset, samples, recipe.rules)

@@ -5,7 +5,6 @@ Reads: images. Writes: nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
-from featcache.errors import DataError, printable
+from featcache.data.dataset import ImageDataset, Sample
+from featcache.errors import DataError
 from featcache.evaluation.audit_copies import AuditRows
 from featcache.extraction.comparison import find_images
 from featcache.extraction.pipeline import stream_views
-from featcache.formatting import count, join_few
 from featcache.pixels.facts import to_grey
 from featcache.pixels.images import PixelRules
 from featcache.pixels.views import PLAIN, ViewRules
@@ -51,6 +50,8 @@ class AuditImages:
         missing: Rows whose image is gone.
         changed: Rows whose image is another one now.
         unreadable: Rows whose image cannot be decoded (any more).
+        dataset: Where they were read from.
+        samples: The image of each row that was read.
     """
 
     small: npt.NDArray[np.uint8]
@@ -60,6 +61,8 @@ class AuditImages:
     missing: list[int]
     changed: list[int]
     unreadable: list[int]
+    dataset: ImageDataset
+    samples: dict[int, Sample]
 
     def as_dict(self, rows: AuditRows) -> dict[str, Any]:
         """Return how many images were read, and up to five paths of each kind that was not."""
@@ -95,6 +98,7 @@ def read_images(rows: AuditRows, data: str | Path, max_pixels: int = MAX_PIXELS)
     small = np.zeros((len(keys), SIDE, SIDE), np.uint8)
     pixels: list[bytes | None] = [None] * len(keys)
     facts: dict[str, Array] = {}
+    read: dict[int, Sample] = {}
     changed, unreadable = [], []
     recipe = _SmallPictures(_rules_of(rows.cache, max_pixels))
     stream = stream_views(dataset, wanted, [recipe], _CHUNK, with_facts=True)
@@ -107,14 +111,14 @@ def read_images(rows: AuditRows, data: str | Path, max_pixels: int = MAX_PIXELS)
                 unreadable.append(row)
             else:
                 small[row] = to_grey(view[0][0])
-                pixels[row] = outcome.facts.pixels_sha256
+                pixels[row], read[row] = outcome.facts.pixels_sha256, outcome.sample
                 for name, values in outcome.facts.values.items():
                     column = facts.setdefault(name, np.full((len(keys), len(values)), np.nan))
                     column[row] = values
     return AuditImages(
         small, np.array([sha256 is not None for sha256 in pixels], np.bool_), pixels, facts,
         [row for row, key in enumerate(keys) if key not in samples], sorted(changed),
-        sorted(unreadable),
+        sorted(unreadable), dataset, read,
     )  # fmt: skip
 
 
@@ -138,15 +142,3 @@ def with_pixels(rows: AuditRows, images: AuditImages) -> AuditRows:
         if sha256 is not None:
             joined.setdefault(numbers[row], first.setdefault(sha256, numbers[row]))
     return replace(rows, images=np.array([joined.get(n, n) for n in numbers], np.int64))
-
-
-def image_lines(images: dict[str, Any]) -> Iterator[str]:
-    """Yield a line on images that were not read, none where all were."""
-    words = {"missing": "missing", "changed": "changed", "unreadable": "unreadable"}
-    parts = [
-        f"{count(images[name]['num_rows'], 'image')} {word} "
-        f"({join_few(map(printable, images[name]['paths']))})"
-        for name, word in words.items() if images[name]["num_rows"]
-    ]  # fmt: skip
-    if parts:
-        yield f"not audited by their images: {'; '.join(parts)}"

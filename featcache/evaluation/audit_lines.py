@@ -13,7 +13,7 @@ from featcache.errors import printable
 from featcache.evaluation.audit_labels import label_lines
 from featcache.evaluation.audit_outliers import outlier_lines
 from featcache.evaluation.audit_sources import SENTENCES, source_lines, told_classes
-from featcache.formatting import count, decimal, list_counts, shorten
+from featcache.formatting import count, decimal, join_few, list_counts, shorten
 
 if TYPE_CHECKING:
     from featcache.evaluation.audit import Audit
@@ -25,6 +25,8 @@ def audit_lines(found: Audit) -> Iterator[str]:
     """Yield one page of lines, the leaks first and the verdict last."""
     place = shorten(printable(found.cache.as_posix()), 30)
     yield f"audit of {place}: {list_counts(found.splits)}"
+    if found.images is not None:
+        yield from _image_lines(found.images)
     if found.same is not None or found.near is not None:
         yield f"leaks: {_leaks(found.num_leaks)}"
     if found.same is not None:
@@ -37,6 +39,8 @@ def audit_lines(found: Audit) -> Iterator[str]:
         yield from outlier_lines(found.outliers)
     if found.shortcuts is not None:
         yield from _shortcut_lines(found.shortcuts)
+    if found.blackout is not None:
+        yield from _blackout_lines(found.blackout)
     if found.sources is not None:
         yield from source_lines(found.sources)
     if found.csv is not None:
@@ -52,7 +56,10 @@ def _leaks(number: int) -> str:
 def _same_lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts["num_unknown"]:
         yield f"hashes of images: {facts['num_unknown']:,} rows have none, which are not compared"
-    yield from _set_lines("same file", facts)
+    by_pixels = facts["num_by_pixels"]
+    if by_pixels:
+        yield f"same pixels in different files: {count(by_pixels, 'set')}"
+    yield from _set_lines("same file" if by_pixels is None else "same file or pixels", facts)
 
 
 def _near_lines(near: dict[str, Any]) -> Iterator[str]:
@@ -64,10 +71,21 @@ def _near_lines(near: dict[str, Any]) -> Iterator[str]:
     yield f"near copies: {count(near['num_pairs'], 'pair')}{more}{look}"
     yield (f"  cosine from {near['threshold']:.3f} on; nearest neighbours have "
            f"{near['median']:.3f} (median)")  # fmt: skip
+    if near["pictures"] is not None:
+        yield from _picture_lines(near["pictures"])
     for pair in near["pairs"]:
-        yield f"  {decimal(pair['similarity'])}"
+        kinds = [word for word in ("mirrored", "inverted") if pair.get(word)]
+        kinds += ["by features only"] if pair.get("confirmed") is False else []
+        yield f"  {decimal(pair['similarity'])}{''.join(', ' + kind for kind in kinds)}"
         yield from (f"    {_row_text(row)}" for row in pair["rows"])
     yield from _set_lines("near", near, examples=False)
+
+
+def _picture_lines(facts: dict[str, Any]) -> Iterator[str]:
+    yield (f"  pictures: {count(facts['num_compared'], 'pair')} laid over each other, agreement "
+           f"from {facts['threshold']:.3f} on")  # fmt: skip
+    if facts["num_rejected"]:
+        yield f"  alike by features alone, and not by pictures: {facts['num_rejected']:,}"
 
 
 def _set_lines(name: str, facts: dict[str, Any], *, examples: bool = True) -> Iterator[str]:
@@ -103,6 +121,30 @@ def _shortcut_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  {'linear head on the features':<38}{decimal(found['head']):>8}"
     for row in found["facts"]:
         yield f"  {row['fact']:<38}{decimal(row['logistic']):>8}{decimal(row['tree']):>8}"
+
+
+def _blackout_lines(facts: dict[str, Any]) -> Iterator[str]:
+    rows = f"{count(facts['num_rows'], 'row')} of {' and '.join(facts['splits'])}"
+    yield f"centre blacked out, {rows}:"
+    yield from _wrapped(facts["sentence"], "  ")
+    if facts["head"] is None:
+        return
+    yield f"  balanced accuracy, mean of {facts['num_folds']} folds        head"
+    yield f"  {'whole image':<38}{decimal(facts['head']):>8}"
+    for row in facts["blacked_out"]:
+        name = f"{row['way']}, {row['share']:g} of each side"
+        yield f"  {name:<38}{decimal(row['balanced_accuracy']):>8}"
+
+
+def _image_lines(images: dict[str, Any]) -> Iterator[str]:
+    words = {"missing": "missing", "changed": "changed", "unreadable": "unreadable"}
+    parts = [
+        f"{count(images[name]['num_rows'], 'image')} {word} "
+        f"({join_few(map(printable, images[name]['paths']))})"
+        for name, word in words.items() if images[name]["num_rows"]
+    ]  # fmt: skip
+    if parts:
+        yield f"not audited by their images: {'; '.join(parts)}"
 
 
 def _wrapped(text: str, indent: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ Reads: arrays. Writes: nothing.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,11 @@ from featcache.evaluation.audit_copies import (
     PicturePairs,
     choose_threshold,
 )
-from featcache.evaluation.audit_images import AuditImages
 from featcache.evaluation.audit_registration import compare_pictures
 from featcache.evaluation.audit_thumbnails import find_candidates
+
+if TYPE_CHECKING:
+    from featcache.evaluation.audit_images import AuditImages
 
 # Agreement of pictures. 404 chest X-rays: of 1,690 pairs of neighbours the first (one radiograph,
 # twice) has 0.99, the next, of one patient, 0.89, 99 % up to 0.75. 340 planted copies of 17 kinds

@@ -1,6 +1,6 @@
 """Can file facts that look at no lung tell the classes? The same folds judge them and the features.
 
-Reads: a cache, no images. Writes: nothing.
+Reads: a cache; facts of images that were read. Writes: nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,11 @@ from featcache.heads.rows import labelled_part, training_source
 from featcache.metrics.scores import paired_interval
 from featcache.runtime import Say
 
+if TYPE_CHECKING:
+    from featcache.evaluation.audit_images import AuditImages
+
 _DEPTH = 3
+_TOGETHER = "all together"
 
 Array = npt.NDArray[Any]
 
@@ -59,13 +63,16 @@ class Shortcuts:
     difference: dict[str, Any] | None = None
 
 
-def measure_shortcuts(cache: Cache, say: Say, folded: FoldedRows | None = None) -> Shortcuts:
+def measure_shortcuts(
+    cache: Cache, say: Say, folded: FoldedRows | None = None, images: AuditImages | None = None
+) -> Shortcuts:
     """Compare shortcuts with a linear head on the labelled rows of train and valid, or all.
 
     Args:
         cache: The cache.
         say: Where lines for people go.
         folded: The same rows in folds, where another part has them already.
+        images: Their images, whose sizes, colours, brightness and borders are facts too.
 
     Raises:
         CacheError: If there are no rows to train on, or a feature is not finite.
@@ -94,9 +101,11 @@ def measure_shortcuts(cache: Cache, say: Say, folded: FoldedRows | None = None) 
         [part.split.paths[row] for part in parts for row in part.rows.tolist()],
         np.concatenate([part.split.image_bytes[part.rows] for part in parts]),
     )
+    folded = FoldedRows(cache, say) if folded is None else folded
+    if images is not None:
+        facts |= picture_facts(images, folded.numbers)
     if not facts:
         return left_out("not measured", "no fact of the files differs between rows")
-    folded = FoldedRows(cache, say) if folded is None else folded
     if isinstance(folded.folds, str):
         return left_out("not measured" if folded.pool is None else "too few", folded.folds)
     return _compare(folded.probs, folded.targets, facts, folded.folds, tuple(names))
@@ -117,6 +126,20 @@ def file_facts(paths: Sequence[str], image_bytes: Array) -> dict[str, Array]:
         "first letter kind": _one_hot([_kind(name) for name in names]),
     }
     return {name: columns for name, columns in facts.items() if np.ptp(columns, axis=0).any()}
+
+
+def picture_facts(images: AuditImages, rows: npt.NDArray[np.int64]) -> dict[str, Array]:
+    """Return the facts of the pictures that differ between rows, each as columns (N, k) float64.
+
+    Rows whose image was not read have the medians of the others.
+    """
+    facts = {}
+    for name, values in images.facts.items():
+        columns = values[rows]
+        known = columns[~np.isnan(columns).any(axis=1)]
+        if len(known) and np.ptp(known, axis=0).any():
+            facts[name] = np.where(np.isnan(columns), np.median(known, axis=0), columns)
+    return facts
 
 
 def _kind(name: str) -> str:
@@ -155,28 +178,36 @@ def _compare(
         for _, judged in folds
     ]
     if len(facts) > 1:
-        facts = facts | {"all together": np.concatenate(list(facts.values()), axis=1)}
+        facts = facts | {_TOGETHER: np.concatenate(list(facts.values()), axis=1)}
     scores = {
         (fact, name): _scores(make, columns, targets, pairs)
         for fact, columns in facts.items() for name, make in models.items()
     }  # fmt: skip
-    best = max(scores, key=lambda key: float(np.mean(scores[key])))
+
+    def mean_of(key: tuple[str, str]) -> float:
+        return float(np.mean(scores[key]))
+
+    best = max(scores, key=mean_of)
     ratio = float(np.mean([len(judged) / len(train) for train, judged in pairs]))
     differences = [one - other for one, other in zip(head, scores[best], strict=True)]
     mean, low, high = paired_interval(differences, ratio, len(scores))
     alike = low == high
+    alone = max((key for key in scores if key[0] != _TOGETHER), key=mean_of)
+    named = f"{alone[0]} alone: {mean_of(alone):.3f}"
+    if best[0] == _TOGETHER:
+        named = f"{_TOGETHER}: {mean_of(best):.3f}; {named}"
     how = "every fold alike" if alike else f"{low:.3f} to {high:.3f}"
     if low > 0:
         verdict = "beats"
         sentence = (
-            f"the head beats the best shortcut by {mean:.3f} ({how}), which does not prove "
-            "that it reads lungs"
+            f"the head beats the best shortcut ({named}) by {mean:.3f} ({how}), which does not "
+            "prove that it reads lungs"
         )
     else:
         verdict = "not shown to beat"
         sentence = (
-            f"the head is not shown to beat the best shortcut: balanced accuracy differs by "
-            f"{mean:.3f} ({how})"
+            f"the head is not shown to beat the best shortcut ({named}): balanced accuracy differs "
+            f"by {mean:.3f} ({how})"
         )
     rows: list[dict[str, Any]] = [
         {"fact": fact, **{name: float(np.mean(scores[fact, name])) for name in models}}
@@ -186,7 +217,7 @@ def _compare(
     return Shortcuts(
         verdict, sentence, None, splits, len(targets), len(folds), float(np.mean(head)),
         tuple(rows),
-        {"fact": best[0], "model": best[1], "balanced_accuracy": float(np.mean(scores[best]))},
+        {"fact": best[0], "model": best[1], "balanced_accuracy": mean_of(best)},
         {"mean": mean, "low": None if alike else low, "high": None if alike else high},
     )  # fmt: skip
 
