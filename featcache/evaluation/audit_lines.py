@@ -120,7 +120,8 @@ def _shortcut_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  balanced accuracy, mean of {found['num_folds']} folds    logistic    tree"
     yield f"  {'linear head on the features':<38}{decimal(found['head']):>8}"
     for row in found["facts"]:
-        yield f"  {row['fact']:<38}{decimal(row['logistic']):>8}{decimal(row['tree']):>8}"
+        name = row["fact"] if row["fact"] == "all together" else f"{row['fact']} alone"
+        yield f"  {name:<38}{decimal(row['logistic']):>8}{decimal(row['tree']):>8}"
 
 
 def _blackout_lines(facts: dict[str, Any]) -> Iterator[str]:

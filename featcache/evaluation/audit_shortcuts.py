@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _DEPTH = 3
 _TOGETHER = "all together"
+_NEARLY, _MOST_NAMED = 0.03, 6
 
 Array = npt.NDArray[Any]
 
@@ -192,10 +193,11 @@ def _compare(
     differences = [one - other for one, other in zip(head, scores[best], strict=True)]
     mean, low, high = paired_interval(differences, ratio, len(scores))
     alike = low == high
-    alone = max((key for key in scores if key[0] != _TOGETHER), key=mean_of)
-    named = f"{alone[0]} alone: {mean_of(alone):.3f}"
-    if best[0] == _TOGETHER:
-        named = f"{_TOGETHER}: {mean_of(best):.3f}; {named}"
+    rows: list[dict[str, Any]] = [
+        {"fact": fact, **{name: mean_of((fact, name)) for name in models}} for fact in facts
+    ]
+    rows.sort(key=lambda row: -max(row["logistic"], row["tree"]))
+    named = _name_best(rows, float(np.mean(head)))
     how = "every fold alike" if alike else f"{low:.3f} to {high:.3f}"
     if low > 0:
         verdict = "beats"
@@ -209,17 +211,23 @@ def _compare(
             f"the head is not shown to beat the best shortcut ({named}): balanced accuracy differs "
             f"by {mean:.3f} ({how})"
         )
-    rows: list[dict[str, Any]] = [
-        {"fact": fact, **{name: float(np.mean(scores[fact, name])) for name in models}}
-        for fact in facts
-    ]
-    rows.sort(key=lambda row: -max(row["logistic"], row["tree"]))
     return Shortcuts(
         verdict, sentence, None, splits, len(targets), len(folds), float(np.mean(head)),
         tuple(rows),
         {"fact": best[0], "model": best[1], "balanced_accuracy": mean_of(best)},
         {"mean": mean, "low": None if alike else low, "high": None if alike else high},
     )  # fmt: skip
+
+
+def _name_best(rows: Sequence[dict[str, Any]], head: float) -> str:
+    """Return the best of sorted rows, and up to six facts that alone are nearly as good."""
+    named = list[str]()
+    for row in rows:
+        score = max(row["logistic"], row["tree"])
+        if not named or (score >= head - _NEARLY and len(named) <= _MOST_NAMED):
+            alone = "" if row["fact"] == _TOGETHER else " alone"
+            named.append(f"{row['fact']}{alone}: {score:.3f}")
+    return "; ".join(named)
 
 
 def _scores(

@@ -25,22 +25,23 @@ class PictureFacts:
     Attributes:
         pixels_sha256: sha256 of the decoded 8-bit pixels at full size, with height and width. Equal
             channels count as one, so that grey saved as RGB is the same picture.
-        values: Fact -> its numbers, always as many. All are 0 to 255 but sizes and answers (0, 1).
+        values: Fact -> its numbers, always as many: sizes in pixels, brightness of 0 to 255, and
+            answers (0, 1): whether the file is ``grey``, and whether there is ``colour`` in it.
     """
 
     pixels_sha256: bytes
     values: dict[str, tuple[float, ...]]
 
 
-def measure_picture(pixels: _Pixels, *, is_deep: bool) -> PictureFacts:
+def measure_picture(pixels: _Pixels, *, num_channels: int, is_deep: bool) -> PictureFacts:
     """Return the facts of an upright picture (H, W) or (H, W, 3) uint8.
 
     Args:
         pixels: At the file's own size.
+        num_channels: That the file stores.
         is_deep: Whether the file has more than 8 bits a channel.
     """
     height, width = pixels.shape[:2]
-    channels = 1 if pixels.ndim == 2 else 3
     plain = _one_channel(pixels)
     digest = hashlib.sha256(repr(plain.shape).encode())
     digest.update(np.ascontiguousarray(plain).data)
@@ -54,7 +55,8 @@ def measure_picture(pixels: _Pixels, *, is_deep: bool) -> PictureFacts:
         digest.digest(),
         {
             "width": (float(width),), "height": (float(height),), "aspect": (width / height,),
-            "channels": (float(channels),), "grey": (float(plain.ndim == 2),),
+            "grey": (float(pixels.ndim == 2),), "channels": (float(num_channels),),
+            "colour": (float(plain.ndim == 3),),
             "more than 8 bits": (float(is_deep),),
             "mean": (float(shade.mean()),), "standard deviation": (float(shade.std()),),
             "border stripes": (*(float(s.mean()) for s in stripes),

@@ -227,6 +227,15 @@ def deep_kind(data: bytes) -> str | None:
     return "colour" if is_deep_colour(name, image) else None
 
 
+def stored_channels(data: bytes) -> int:
+    """Return how many channels a file stores, alpha among them; of a palette one.
+
+    Raises:
+        DataError: If there is no header of a known format.
+    """
+    return len(open_unread(data)[1].getbands())
+
+
 def misread_reason(data: bytes) -> str | None:
     """Return why an image is refused that earlier versions read wrongly; None for all others."""
     try:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from featcache.data.folders import training_split
 from featcache.errors import ConfigError
 from featcache.pixels.facts import PictureFacts, measure_picture
-from featcache.pixels.images import PixelRules, deep_kind, load, resize_to_square
+from featcache.pixels.images import PixelRules, deep_kind, load, resize_to_square, stored_channels
 from featcache.pixels.resampling import warp
 
 MAX_VIEWS = 64
@@ -137,7 +137,9 @@ def render(
     views = [_make_views(picture.pixels, rules, wanted, sha256) for rules, wanted in recipes]
     facts = None
     if with_facts:
-        facts = measure_picture(picture.pixels, is_deep=deep_kind(data) is not None)
+        facts = measure_picture(
+            picture.pixels, num_channels=stored_channels(data), is_deep=deep_kind(data) is not None
+        )
     return Rendering(tuple(views), picture.truncated, facts)
 
 
