@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from tiny_network import IMAGE_SIZE
 import featcache
 from featcache.backbones.backbone import Backbone
 from featcache.evaluation import audit_registration, audit_thumbnails
+from featcache.evaluation.audit_shortcuts import picture_facts
 from featcache.pixels.facts import measure_picture
 from featcache.pixels.images import PixelRules
 from featcache.pixels.isolation import IsolatedDecoder
@@ -284,8 +286,15 @@ def test_blackout_leaves_rows_without_an_image_out(
     data = shutil.copytree(bordered.data, tmp_path / "data")
     for path in sorted((data / "a").iterdir())[:3]:
         path.unlink()
-    found = quiet(bordered.cache, only="shortcuts", data=data, blackout=0.5, backbone=tiny_backbone)
+    found = quiet(bordered.cache, only="same", data=data, blackout=0.5, backbone=tiny_backbone)
     assert found.blackout is not None
-    assert found.blackout["num_rows"] == 57
-    assert found.shortcuts is not None
-    assert found.shortcuts["num_rows"] == 60
+    assert (found.blackout["num_rows"], found.blackout["reason"]) == (57, None)
+
+
+def test_pictures_that_were_not_read_have_the_median_facts() -> None:
+    images: Any = SimpleNamespace(facts={
+        "mean": np.array([[1.0], [2], [np.nan], [9]]), "grey": np.array([[1.0], [1], [np.nan], [0]])
+    })  # fmt: skip
+    facts = picture_facts(images, np.array([0, 1, 2]))
+    assert set(facts) == {"mean"}  # of these rows, all that were read are grey
+    assert facts["mean"].ravel().tolist() == [1, 2, 1.5]
