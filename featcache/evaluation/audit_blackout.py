@@ -108,7 +108,10 @@ def measure_blackout(  # noqa: PLR0917
     if any(len(np.unique(folded.targets[rows])) < num_classes for pair in folds for rows in pair):
         reason = "a class has too few images that were read"
         return Blackout(f"not measured: {reason}", reason, folded.splits, int(is_read.sum()))
-    own = _fold_scores(folded.pool.plain, folded.targets, folds)
+    if is_read.all():  # other parts have these probabilities too
+        own = _scores_of(folded.probs, folded.targets, folds)
+    else:
+        own = _fold_scores(folded.pool.plain, folded.targets, folds)
     ratio = float(np.mean([len(judged) / len(train) for train, judged in folds]))
     ways = [(share, way) for share in shares for way in WAYS]
     blacked_out = []
@@ -145,9 +148,15 @@ def _fold_scores(
     features: Any, targets: npt.NDArray[Any], folds: list[tuple[Any, Any]]
 ) -> list[float]:
     """Return the balanced accuracy of each fold, by the head of the other folds' rows."""
+    return _scores_of(out_of_fold_probs(features, targets, folds), targets, folds)
+
+
+def _scores_of(
+    probs: npt.NDArray[np.float64], targets: npt.NDArray[Any], folds: list[tuple[Any, Any]]
+) -> list[float]:
     from sklearn.metrics import balanced_accuracy_score
 
-    preds = out_of_fold_probs(features, targets, folds).argmax(axis=1)
+    preds = probs.argmax(axis=1)
     return [
         float(balanced_accuracy_score(targets[judged], preds[judged])) for _, judged in folds
     ]  # fmt: skip

@@ -258,8 +258,10 @@ def stream_views(
         IsolatedDecoder() as child,
         Threads("decode", 1 if isolate else resolve_workers(workers)) as threads,
     ):
-        here: _Render = functools.partial(render, with_facts=True) if with_facts else render
-        in_child: _Render = functools.partial(child.render, with_facts=with_facts)
+        here: _Render = render
+        in_child: _Render = child.render
+        if with_facts:
+            here, in_child = (functools.partial(r, with_facts=True) for r in (render, child.render))
         renderer = in_child if isolate else here
 
         def start_chunk() -> None:
