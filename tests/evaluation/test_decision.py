@@ -103,7 +103,9 @@ def test_rows_that_chose_the_epoch_give_an_estimate(
 
 
 def test_of_repeats_the_median_threshold_is_taken(work: Path, run: Path) -> None:
-    found = decide_quietly(run, recall=0.8, on=work / "folds")
+    said: list[str] = []
+    found = decide_quietly(run, recall=0.8, on=work / "folds", say=said.append)
+    assert max(map(len, said[:-1])) <= 80
     rows = read_csv(work / "folds" / "predictions.csv")
     lowest = []
     for repeat in "123":
