@@ -6,11 +6,12 @@ The verbs, as on the command line, in the order of the work::
     featcache.extract("data", "covid.h5", backbone="efficientnet-b0")
     featcache.info("covid.h5")
     featcache.train("covid.h5", "run")
+    featcache.decide("run", positive="covid", recall=0.95)
     featcache.evaluate("run", positive="covid")
     featcache.predict("run", "new.png")
     featcache.export("run", "covid.pt")
 
-Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep``, ``crossval`` and ``decide``.
+Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep`` and ``crossval``.
 ``load_classifier`` keeps a network for many predictions, ``load_head`` returns the trained
 ``nn.Module``, ``open_cache`` gives the arrays, and ``HeadClassifier`` is a scikit-learn estimator.
 Results are dataclasses with ``as_dict()``.

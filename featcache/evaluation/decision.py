@@ -285,9 +285,10 @@ def _summarise(  # noqa: PLR0917 (the parts of one question)
 def _calibrate(rows: ScoredRows) -> tuple[float | None, dict[str, Any]]:
     """Return the temperature that is kept, and what was found."""
     positive = np.flatnonzero(rows.is_positive).tolist()
-    unit, number = "image", len(positive)
+    number = len(positive)
     if rows.groups is not None:
-        unit, number = "group", count_groups([rows.groups[row] for row in positive])
+        number = count_groups([rows.groups[row] for row in positive])
+    unit = "image" if all(map(rows.is_lone, positive)) else "group"
     facts: dict[str, Any] = dict.fromkeys(("fitted", "log_loss", "log_loss_out_of_fold"))
     if number < LEAST_POSITIVE:
         units = count(number, f"positive {unit}")

@@ -148,7 +148,7 @@ def read_folds(run: Run, folder: str | Path, positive: str) -> list[ScoredRows]:
     data = _read(place, "predictions.csv")
     if hashlib.sha256(data).hexdigest() != facts.get("predictions_sha256"):
         raise _damaged(place, "the sha256 that crossval.json names", "another predictions.csv")
-    reason = "the scores are of the folds' heads, not of this one: prefer --keep-ensemble"
+    reason = "scores of the folds' heads, not of this one: --keep-ensemble helps"
     if facts.get("ensemble_weights_sha256") == run.weights_sha256:
         reason = "each score is of one of the heads whose mean this run is"
     has_labels = run.task == "multilabel"

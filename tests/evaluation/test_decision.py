@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +21,12 @@ from sample_decisions import (
     read_csv,
     rewrite_json,
 )
-from sample_rows import make_cache
+from sample_rows import edited, make_cache, rows_of
 
 from featcache.deployment.classifier import load_classifier
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError
 from featcache.evaluation.decision import decide
+from featcache.evaluation.decision_file import load_decisions
 from featcache.evaluation.evaluation import evaluate
 from featcache.evaluation.info import info
 from featcache.heads.run import load_run
@@ -100,7 +103,9 @@ def test_rows_that_chose_the_epoch_give_an_estimate(
 
 
 def test_of_repeats_the_median_threshold_is_taken(work: Path, run: Path) -> None:
-    found = decide_quietly(run, recall=0.8, on=work / "folds")
+    said: list[str] = []
+    found = decide_quietly(run, recall=0.8, on=work / "folds", say=said.append)
+    assert max(map(len, said[:-1])) <= 80
     rows = read_csv(work / "folds" / "predictions.csv")
     lowest = []
     for repeat in "123":
@@ -126,8 +131,6 @@ def test_of_repeats_the_median_threshold_is_taken(work: Path, run: Path) -> None
 
 
 def sha256(text: str) -> str:
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -180,11 +183,9 @@ def test_referred_images_prevalence_and_patients_unknown(run: Path) -> None:
 
 
 def test_groups_named_like_files_are_no_patients(tmp_path: Path) -> None:
-    from sample_rows import edited, rows_of
-
     rows = {name: rows_of(name, [0, 1] * 20) for name in ("train", "valid", "test")}
     for name, part in rows.items():
-        groups = [f"{i:04d}.png" if i % 2 == 0 else f"{name}-{i // 8}" for i in range(40)]
+        groups = [f"{name}-{i // 8}" for i in range(40)]
         groups[::2] = part.paths[::2]
         rows[name] = edited(part, groups=groups)
     make_cache(tmp_path / "c.h5", **rows)
@@ -359,6 +360,23 @@ def test_a_decision_that_was_edited_or_is_no_file(run: Path) -> None:
         info(run)
     with pytest.raises(RunError, match="a new file, or an earlier decision"):
         decide_quietly(run, threshold=0.5)
+
+
+def test_no_damage_of_the_file_is_silent(run: Path) -> None:
+    decide_quietly(run, recall=0.8)
+    path, rng, loaded = run / "decision.json", random.Random(0), load_run(run)
+    raw, wanted = path.read_bytes(), load_decisions(loaded)
+    num_refused = 0
+    for number in range(300):
+        spoilt = bytearray(raw)
+        for _ in range(1 + number % 4):
+            spoilt[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        path.write_bytes(spoilt if number % 3 else spoilt[: rng.randrange(len(raw))])
+        try:
+            assert load_decisions(loaded) == wanted
+        except RunError:
+            num_refused += 1
+    assert num_refused > 250
 
 
 def test_the_file_says_what_was_returned_and_goes_with_the_weights(run: Path) -> None:

@@ -46,7 +46,7 @@ def test_units_that_a_wish_needs(wish: float, numbers: list[int]) -> None:
 
 @pytest.mark.parametrize("wish", [0.3, 0.8, 0.95])
 def test_most_misses_are_those_of_a_search_through_all(wish: float) -> None:
-    for total in (1, 2, 13, 60, 149, 400):
+    for total in (1, 2, 13, 60, 149):
         serving = [k for k in range(total) if exact(total - k, total) >= wish]
         assert most_misses(total, wish) == max(serving, default=None)
 
