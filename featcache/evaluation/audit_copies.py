@@ -140,7 +140,8 @@ class PicturePairs:
     """How the pairs of ``NearPairs`` were confirmed by their pictures.
 
     Attributes:
-        threshold: From which agreement on two pictures are a pair; None for too few pictures.
+        threshold: From which agreement on two pictures are a pair; None where there are too few
+            pictures, or too little in them, to tell. The pairs are then those by features.
         num_compared: Pairs that were laid over each other.
         num_rejected: Of the pairs by features, those that their pictures do not confirm.
         is_confirmed: (P,) bool, whether the similarity is the agreement of pictures; else an image

@@ -82,6 +82,9 @@ def _near_lines(near: dict[str, Any]) -> Iterator[str]:
 
 
 def _picture_lines(facts: dict[str, Any]) -> Iterator[str]:
+    if facts["threshold"] is None:
+        yield "  pictures: too few, or too little in them, to tell copies by; features alone"
+        return
     yield (f"  pictures: {count(facts['num_compared'], 'pair')} laid over each other, agreement "
            f"from {facts['threshold']:.3f} on")  # fmt: skip
     if facts["num_rejected"]:
