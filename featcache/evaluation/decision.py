@@ -296,7 +296,7 @@ def _calibrate(rows: ScoredRows) -> tuple[float | None, dict[str, Any]]:
     found = calibrate(rows.probs, rows.targets, rows.groups)
     reason = "it lowers the log loss out of fold"
     if found.is_at_limit:
-        reason = "it runs to its limit: too few rows are wrong to tell how sure the head may be"
+        reason = "too few rows are wrong to fit a temperature"
     elif not found.helps:
         reason = "it does not lower the log loss out of fold"
     facts = {

@@ -148,8 +148,8 @@ def _temperature_lines(result: DecideSummary) -> Iterator[str]:
         return
     before, after = facts["log_loss"], facts["log_loss_out_of_fold"]
     yield (
-        f"temperature {result.temperature:.3g} for calibrated probabilities: "
-        f"log loss {before:.3f}, out of fold {after:.3f}"
+        f"temperature {result.temperature:.3g} calibrates the probabilities: "
+        f"log loss {before:.3f}, then {after:.3f}"
     )
 
 
