@@ -9,6 +9,7 @@ import click
 
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
+    CACHES,
     DEVICE,
     LARGEST,
     TRUST,
@@ -185,9 +186,7 @@ def _one_or_all(facts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument(
-    "caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path)
-)
+@CACHES
 @click.argument("new", type=click.Path(path_type=Path))
 @click.option(
     "--table", type=click.Path(path_type=Path),

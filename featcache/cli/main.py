@@ -23,6 +23,7 @@ from featcache.cli.cache_commands import extract, info, select, split, verify
 from featcache.cli.ending import ENDING, complain, open_closed_streams
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
+    CACHES,
     DEVICE,
     LARGEST,
     TRUST,
@@ -31,6 +32,7 @@ from featcache.cli.options import (
     head_seeds,
     listing,
     make_say,
+    none_if_empty,
     print_facts,
     printing,
 )
@@ -111,7 +113,7 @@ def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any)
 
 
 @cli.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@CACHES
 @click.argument("run", type=click.Path(path_type=Path))
 @head_options
 @click.option(
@@ -122,21 +124,27 @@ def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any)
 @DEVICE
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")
 @printing
-def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def train(
+    caches: tuple[Path, ...], run: Path, as_json: bool, quiet: bool, **options: Any
+) -> None:  # fmt: skip
     """Train a head on CACHE and write it to the folder RUN.
 
     \b
     Example: featcache train covid.h5 run --class-weights balanced
+             featcache train size224.h5 size448.h5 run
+
+    Of several caches of the same images, or a folder of them, the features are put side by side.
+    Images, splits, classes, targets and groups must be the same in all.
     """
     from featcache.heads.training import train as train_head
 
     say = make_say(as_json, quiet)
-    summary = train_head(cache, run, say=say, progress=not quiet, **options)
+    summary = train_head(caches, run, say=say, progress=not quiet, **options)
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 
 @cli.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@CACHES
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--trials", type=click.IntRange(min=2), required=True, help="The default head is one of them."
@@ -180,11 +188,15 @@ def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 @DEVICE
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")
 @printing
-def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def sweep(
+    caches: tuple[Path, ...], run: Path, as_json: bool, quiet: bool, **options: Any
+) -> None:  # fmt: skip
     """Try many heads on CACHE and write the best to RUN, if it is better than the default.
 
     \b
     Example: featcache sweep covid.h5 best --trials 200 --metric roc_auc --positive covid
+
+    Several caches of the same images: features side by side, as train has it.
 
     FILE.toml has a line per option of train that is to vary; the others stay as they are there:
 
@@ -199,12 +211,12 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
     from featcache.sweeps.sweeping import sweep as sweep_heads
 
     say = make_say(as_json, quiet)
-    summary = sweep_heads(cache, run, say=say, progress=not quiet, **options)
+    summary = sweep_heads(caches, run, say=say, progress=not quiet, **options)
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 
 @cli.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@CACHES
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True)
 @click.option(
@@ -222,25 +234,31 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 @DEVICE
 @click.option("--overwrite", is_flag=True, help="Replace an existing FOLDER.")
 @printing
-def crossval(cache: Path, folder: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def crossval(
+    caches: tuple[Path, ...], folder: Path, as_json: bool, quiet: bool, **options: Any
+) -> None:  # fmt: skip
     """Predict each row of train and valid in CACHE by a head trained without it.
 
     \b
     Example: featcache crossval covid.h5 folds --repeats 3
 
     FOLDER gets predictions.csv and crossval.json. Groups and identical images stay in one fold.
-    After an interruption, the same command goes on.
+    After an interruption, the same command goes on. Several caches of the same images: features
+    side by side, as train has it.
     """
     from featcache.sweeps.crossval import crossval as cross_validate
 
     say = make_say(as_json, quiet)
-    summary = cross_validate(cache, folder, say=say, progress=not quiet, **options)
+    summary = cross_validate(caches, folder, say=say, progress=not quiet, **options)
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--cache", type=click.Path(path_type=Path), help="Another cache than the run's.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), multiple=True, callback=none_if_empty,
+    help="Another cache than the run's. Of a run of several caches, once for each.",
+)  # fmt: skip
 @click.option("--split", default="test", show_default=True)
 @click.option(
     "--positive", metavar="CLASS",
@@ -265,7 +283,10 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--cache", type=click.Path(path_type=Path), help="Classify a cache's rows instead.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), multiple=True, callback=none_if_empty,
+    help="Classify a cache's rows instead. Of a run of several caches, once for each.",
+)  # fmt: skip
 @TRUST
 @WEIGHTS
 @click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
@@ -276,7 +297,7 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @listing
 @printing
 def predict(
-    run: Path, images: tuple[Path, ...], cache: Path | None, as_json: bool, quiet: bool,
+    run: Path, images: tuple[Path, ...], cache: tuple[Path, ...] | None, as_json: bool, quiet: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Classify IMAGES, files, folders or CSVs of paths, with the head in RUN.

@@ -78,6 +78,9 @@ AUTO_OR_NUMBER = OrWord(int, "auto")
 TRUST = click.option(
     "--backbone", metavar="NAME", help="Needed for python: backbones only: says you trust the code."
 )
+CACHES = click.argument(
+    "caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
 LARGEST = click.option(
     "--max-pixels", type=click.IntRange(min=1), default=MAX_PIXELS, show_default=True, metavar="N",
     help="Refuse larger images, unread.",
@@ -89,6 +92,13 @@ DEVICE = click.option(
 WEIGHTS = click.option(
     "--weights", metavar="FILE|random", help="Backbone weights; default: the library's pretrained."
 )
+
+
+def none_if_empty(
+    ctx: click.Context, param: click.Parameter, values: tuple[Path, ...]
+) -> tuple[Path, ...] | None:
+    """Return the values of an option that may be repeated, None where it was not given."""
+    return values or None
 
 
 def listing(command: _F) -> _F:

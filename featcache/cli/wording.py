@@ -60,7 +60,12 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
     for key, value in facts.items():
         if key in {"path", "kind", "command", "failures", "verified", "layers"}:
             continue
-        if isinstance(value, dict):
+        if key == "caches":  # the first has been told as the cache
+            for number, of_one in enumerate(value[1:], 2):
+                yield f"cache {number}, side by side with it:"
+                for name, part in of_one.items():
+                    yield f"  {name}: {_plain(part)}"
+        elif isinstance(value, dict):
             yield f"{key}:"
             for name, part in value.items():
                 if name == "row_precisions":  # the splits say it in one number each
@@ -77,10 +82,14 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
 
 def layer_lines(facts: dict[str, Any]) -> Iterator[str]:
     """Yield the layers of a run's network: backbone and head."""
-    identity, number = facts["cache"]["identity"], facts["head"]["num_features"]
-    side = identity.get("image_size", "S")
+    caches = facts.get("caches") or [
+        facts["cache"] | {"num_features": facts["head"]["num_features"]}
+    ]
+    sides = [cache["identity"].get("image_size", "S") for cache in caches]
     rows = [("layer", "output", "parameters", "trained")]
-    rows.append((printable(identity.get("backbone")), f"(N, {number:,})", "", "no, frozen"))
+    for cache in caches:
+        name, number = printable(cache["identity"].get("backbone")), cache["num_features"]
+        rows.append((name, f"(N, {number:,})", "", "no, frozen"))
     for layer in facts["layers"]:
         parameters = layer["num_parameters"]
         rows.append((
@@ -88,7 +97,8 @@ def layer_lines(facts: dict[str, Any]) -> Iterator[str]:
             f"{parameters:,}", "yes" if parameters else "",
         ))  # fmt: skip
     rows.append(("head", "", f"{facts['num_parameters']:,}", "yes"))
-    yield f"input: (N, 3, {side}, {side})"
+    for side in sides:
+        yield f"input: (N, 3, {side}, {side})"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, output, parameters, trained in rows:
         yield (

@@ -16,12 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
+from featcache.cache.side_by_side import members_of
 from featcache.errors import RunError, escaped
 from featcache.files import json_sha256, write_bytes, write_csv, write_json
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig
 from featcache.heads.rows import Part
-from featcache.heads.run import FORMAT, FORMAT_VERSION, WEIGHTS_NAME, is_run, weights_metadata
+from featcache.heads.run import (
+    FORMAT,
+    FORMAT_VERSION,
+    SEVERAL_CACHES_VERSION,
+    WEIGHTS_NAME,
+    is_run,
+    weights_metadata,
+)
 from featcache.heads.trained_rows import ROWS_NAME, TrainedRows
 from featcache.outputs import Kind, Output
 from featcache.runtime import Device, environment_facts
@@ -70,6 +78,7 @@ def write_run(
     history: Sequence[Mapping[str, Any]],
     environment: Mapping[str, Any],
     task: str = "multiclass",
+    caches: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Write the files of a run into ``folder`` and return the sha256 of its weights.
 
@@ -85,6 +94,7 @@ def write_run(
         history: A row per epoch, all with the same keys.
         environment: A JSON object: ``runtime.environment_facts``.
         task: ``multiclass`` or ``multilabel``.
+        caches: See ``Run.caches``; where there is one, ``cache`` alone is written.
     """
     from safetensors import numpy as safetensors
 
@@ -111,6 +121,8 @@ def write_run(
         "cache": dict(cache),
         "weights_sha256": weights_sha256,
     }
+    if len(caches) > 1:
+        facts |= {"format_version": SEVERAL_CACHES_VERSION, "caches": [*map(dict, caches)]}
     write_json(folder / "run.json", facts | {"sha256": json_sha256(facts, without="sha256")})
     return weights_sha256
 
@@ -165,11 +177,17 @@ def record_fit(
     else:
         facts["batch_size"] = training.rows_per_step(len(parts[0].rows))
         facts["best_epoch"] = result.best_epoch
+    members = members_of(cache)
+    caches = [_cache_facts(member, folder) for member in members]
     weights_sha256 = write_run(
         partial, head=head, state=result.state,
         training=training.as_json() | facts | dict(details or {}),
-        seed=seed, data_seed=data_seed, classes=cache.classes, cache=_cache_facts(cache, folder),
+        seed=seed, data_seed=data_seed, classes=cache.classes, cache=caches[0],
         history=result.history, environment=environment_facts(device), task=cache.task,
+        caches=[
+            of_one | {"num_features": member.num_features}
+            for of_one, member in zip(caches, members, strict=True)
+        ],
     )  # fmt: skip
     write_bytes(partial / ROWS_NAME, TrainedRows.of(parts).as_bytes(weights_sha256))
     return weights_sha256
