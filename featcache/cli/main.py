@@ -26,13 +26,13 @@ from featcache.cli.options import (
     CACHES,
     DEVICE,
     LARGEST,
-    TRUST,
-    WEIGHTS,
+    TRUST_EACH,
+    WEIGHTS_EACH,
     head_options,
     head_seeds,
     listing,
     make_say,
-    none_if_empty,
+    one_or_all,
     print_facts,
     printing,
 )
@@ -256,7 +256,7 @@ def crossval(
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--cache", type=click.Path(path_type=Path), multiple=True, callback=none_if_empty,
+    "--cache", type=click.Path(path_type=Path), multiple=True, callback=one_or_all,
     help="Another cache than the run's. Of a run of several caches, once for each.",
 )  # fmt: skip
 @click.option("--split", default="test", show_default=True)
@@ -284,11 +284,11 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
-    "--cache", type=click.Path(path_type=Path), multiple=True, callback=none_if_empty,
+    "--cache", type=click.Path(path_type=Path), multiple=True, callback=one_or_all,
     help="Classify a cache's rows instead. Of a run of several caches, once for each.",
 )  # fmt: skip
-@TRUST
-@WEIGHTS
+@TRUST_EACH
+@WEIGHTS_EACH
 @click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
 @DEVICE
 @LARGEST
@@ -297,8 +297,8 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @listing
 @printing
 def predict(
-    run: Path, images: tuple[Path, ...], cache: tuple[Path, ...] | None, as_json: bool, quiet: bool,
-    **options: Any,
+    run: Path, images: tuple[Path, ...], cache: Path | tuple[Path, ...] | None, as_json: bool,
+    quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Classify IMAGES, files, folders or CSVs of paths, with the head in RUN.
 
@@ -330,14 +330,16 @@ def predict(
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path))
-@TRUST
-@WEIGHTS
+@TRUST_EACH
+@WEIGHTS_EACH
 @printing
 def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write backbone and head in RUN as one state dict to FILE (.pt), and FILE.json beside it.
 
     \b
     Example: featcache export run covid.pt
+
+    Of a RUN of several caches: all backbones and the head, as backbones.0, backbones.1, head.
     """
     from featcache.deployment.export import export as export_run
 

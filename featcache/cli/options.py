@@ -75,6 +75,24 @@ class Renaming(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
 
 AUTO_OR_NUMBER = OrWord(int, "auto")
+
+
+def one_or_all(
+    ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]
+) -> Any:  # fmt: skip
+    """Return the values of an option that may be repeated: one alone as it is, none as None."""
+    return values if len(values) > 1 else next(iter(values), None)
+
+
+TRUST_EACH = click.option(
+    "--backbone", metavar="NAME", multiple=True, callback=one_or_all,
+    help="Needed for python: backbones only: says you trust the code. May be repeated.",
+)  # fmt: skip
+WEIGHTS_EACH = click.option(
+    "--weights", metavar="FILE|random", multiple=True, callback=one_or_all,
+    help="Backbone weights; default: the library's pretrained. Of a run of several caches, for all "
+    "of them or once for each.",
+)  # fmt: skip
 TRUST = click.option(
     "--backbone", metavar="NAME", help="Needed for python: backbones only: says you trust the code."
 )
@@ -92,13 +110,6 @@ DEVICE = click.option(
 WEIGHTS = click.option(
     "--weights", metavar="FILE|random", help="Backbone weights; default: the library's pretrained."
 )
-
-
-def none_if_empty(
-    ctx: click.Context, param: click.Parameter, values: tuple[Path, ...]
-) -> tuple[Path, ...] | None:
-    """Return the values of an option that may be repeated, None where it was not given."""
-    return values or None
 
 
 def listing(command: _F) -> _F:

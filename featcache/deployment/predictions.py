@@ -27,7 +27,7 @@ from featcache.runtime import resolve_device
 from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
-    from featcache.backbones.backbone import Backbone
+    from featcache.deployment.recipes import Backbones, Weights
 
 _COLUMNS, _COLUMNS_OF_LABELS, _LAST = ("path", "pred", "prob"), ("path", "preds"), ("failure",)
 _CSV = csv_kind("CSV of featcache predict", _COLUMNS, _COLUMNS_OF_LABELS, ends=_LAST)
@@ -124,8 +124,8 @@ def predict(
     *,
     cache: Caches | None = None,
     average_views: bool = False,
-    weights: str | Path | None = None,
-    backbone: Backbone | str | None = None,
+    weights: Weights = None,
+    backbone: Backbones = None,
     batch_size: int | str = "auto",
     device: str = "auto",
     max_pixels: int = MAX_PIXELS,
@@ -148,9 +148,10 @@ def predict(
             on or chosen by are warned of, as by ``evaluate``. Of a run of several caches, as many,
             in any order.
         average_views: With ``cache``, take the mean of the probabilities of a row's views.
-        weights: The backbone's weights file, where the library's own were not used.
+        weights: The backbone's weights file, where the library's own were not used. Of a run of
+            several caches, a file for all of them or a list in their order.
         backbone: The backbone itself, if it was made in Python; its name, if a ``python:`` function
-            makes it.
+            makes it. Of a run of several caches, a list in any order.
         batch_size: Images a batch, or ``auto``.
         device: Where the backbone runs: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         max_pixels: Image files of more pixels are refused, and listed as failures.
@@ -184,7 +185,8 @@ def predict(
     if csv is not None:
         given = images if isinstance(images, list | tuple) else [images]
         caches = [] if cache is None else list_caches(cache)
-        inputs = [*caches, weights, *(i for i in given if isinstance(i, str | Path))]
+        files = [weights] if weights is None or isinstance(weights, str | Path) else weights
+        inputs = [*caches, *files, *(i for i in given if isinstance(i, str | Path))]
         output = Output(csv, "--csv", _CSV, inputs=inputs)
         output.check()
     if cache is not None:
