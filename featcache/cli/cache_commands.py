@@ -17,6 +17,7 @@ from featcache.cli.options import (
     Numbers,
     OrWord,
     Renaming,
+    Sizes,
     csv_columns,
     grouping,
     listing,
@@ -78,8 +79,9 @@ def split(
 )  # fmt: skip
 @WEIGHTS
 @click.option(
-    "--image-size", type=AUTO_OR_NUMBER, default="auto", show_default=True,
-    help="Side of the input in pixels; auto is the backbone's own.",
+    "--image-size", type=Sizes(), default="auto", show_default=True,
+    help="Side of the input in pixels; auto is the backbone's own. Several: CACHE is a folder and "
+    "gets a cache of each, every image being decoded once.",
 )  # fmt: skip
 @click.option(
     "--transform", type=click.Choice(["library"]),
@@ -159,6 +161,7 @@ def extract(
 
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0
+             featcache extract data sizes --backbone efficientnet-b0 --image-size 224,448
     """
     from featcache.cli.wording import projection_lines
     from featcache.extraction import extraction

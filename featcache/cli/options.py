@@ -36,6 +36,24 @@ class OrWord(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             return self.fail(f"{value!r} is neither a whole number nor {self._words}", param, ctx)
 
 
+class Sizes(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """``auto``, a number, or several separated by commas."""
+
+    name = "auto|N[,N]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | int | tuple[int, ...]:
+        """Return the word, the number or the numbers, or fail as click wants it."""
+        if value == "auto" or not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            return self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
+        return numbers if len(numbers) > 1 else numbers[0]
+
+
 class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     """Comma-separated numbers: ``0.7,0.15,0.15``."""
 
