@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -109,14 +110,15 @@ def _refuse_twice(caches: Sequence[Cache]) -> None:
 
 def _check_classes(first: Cache, other: Cache) -> None:
     """Refuse another task, other classes or other splits."""
-    facts = [
+    classes = [join_few(cache.classes) for cache in (first, other)]
+    if first.classes != other.classes and classes[0] == classes[1]:  # they differ further on
+        pairs = zip_longest(first.classes, other.classes, fillvalue="no more")
+        classes = list(next(pair for pair in pairs if pair[0] != pair[1]))
+    for what, expected, found in (
         ("task", first.task, other.task),
-        ("classes", join_few(first.classes), join_few(other.classes)),
+        ("classes", *classes),
         ("splits", ", ".join(first.splits), ", ".join(other.splits)),
-    ]
-    if first.classes != other.classes and facts[1][1] == facts[1][2]:  # they differ further on
-        facts[1] = ("number of classes", str(len(first.classes)), str(len(other.classes)))
-    for what, expected, found in facts:
+    ):
         if expected != found:
             raise _differing(what, f"{expected}, as in {first.path.name}", found, other)
 

@@ -180,6 +180,22 @@ def test_caches_that_differ_are_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ((*"abcdefgh", "z0"), (*"abcdefgh", "z1"), "classes: expected z0, .* found z1"),
+        (("a", "b, c"), ("a", "b", "c"), "classes: expected b, c, as in a.h5, found b "),
+    ],
+)
+def test_all_classes_count_not_only_those_that_are_listed(
+    tmp_path: Path, ours: tuple[str, ...], theirs: tuple[str, ...], said: str
+) -> None:
+    a = write_side(tmp_path / "a.h5", 3, rows=images(FEW), classes=ours)
+    b = write_side(tmp_path / "b.h5", 3, rows=images(FEW), classes=theirs, seed=1)
+    with pytest.raises(CacheError, match=said):
+        join_caches([a, b])
+
+
 def test_images_of_other_collections_tasks_and_augmentations_are_refused(tmp_path: Path) -> None:
     views: dict[str, Any] = {"rows": images(FEW), "views": 2}
     a = write_side(tmp_path / "a.h5", 3, **views)
