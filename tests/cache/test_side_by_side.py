@@ -183,7 +183,11 @@ def test_caches_that_differ_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("ours", "theirs", "said"),
     [
-        ((*"abcdefgh", "z0"), (*"abcdefgh", "z1"), "classes: expected z0, .* found z1"),
+        (
+            (*"abcdefghijklmnopqrst", "z0"),
+            (*"abcdefghijklmnopqrst", "z1"),
+            "classes: expected z0, .* found z1",
+        ),
         (("a", "b, c"), ("a", "b", "c"), "classes: expected b, c, as in a.h5, found b "),
     ],
 )
