@@ -144,10 +144,10 @@ class JoinedCache(Cache):
     Its identity lists theirs under ``side_by_side``, and its hashes are of the list of theirs.
 
     Attributes:
-        members: The caches, in the order of their features.
+        caches: The caches, in the order of their features.
     """
 
-    members: tuple[Cache, ...] = ()
+    caches: tuple[Cache, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -157,12 +157,12 @@ class JoinedCache(Cache):
     @property
     def payload_sha256(self) -> str:
         """sha256 of the list of the caches' own."""
-        return _hash_of([cache.payload_sha256 for cache in self.members])
+        return _hash_of([cache.payload_sha256 for cache in self.caches])
 
     @property
     def content_sha256(self) -> str:
         """sha256 of the list of the caches' own."""
-        return _hash_of([cache.content_sha256 for cache in self.members])
+        return _hash_of([cache.content_sha256 for cache in self.caches])
 
 
 def _hash_of(value: Any) -> str:

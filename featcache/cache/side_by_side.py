@@ -33,9 +33,9 @@ _Numbers: TypeAlias = npt.NDArray[np.int64]
 _SAME = "Extract both from the same images, or take the rows that both have: select --table"
 
 
-def members_of(cache: Cache) -> tuple[Cache, ...]:
+def caches_of(cache: Cache) -> tuple[Cache, ...]:
     """Return the caches that stand side by side in a cache: of one file, itself alone."""
-    return cache.members if isinstance(cache, JoinedCache) else (cache,)
+    return cache.caches if isinstance(cache, JoinedCache) else (cache,)
 
 
 def list_caches(caches: Caches) -> list[Path]:
@@ -92,7 +92,7 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
     return JoinedCache(
         path=first.path, identity=identity, provenance=first.provenance, classes=first.classes,
         task=first.task, splits=splits, failures=tuple(failures.values()),
-        container=first.container, members=tuple(caches),
+        container=first.container, caches=tuple(caches),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, open_cache
-from featcache.cache.side_by_side import Caches, join_caches, list_caches, members_of
+from featcache.cache.side_by_side import Caches, caches_of, join_caches, list_caches
 from featcache.errors import RunError, printable, warn_user
 from featcache.formatting import count
 from featcache.heads.run import (
@@ -78,7 +78,7 @@ def open_other_caches(run: Run, caches: Caches) -> Cache:
 def is_own(run: Run, cache: Cache) -> bool:
     """Return whether a cache, or several side by side, is what a run was trained on, unchanged."""
     hashes = [trained_on.get("payload_sha256") for trained_on in run.caches]
-    return [member.payload_sha256 for member in members_of(cache)] == hashes
+    return [each.payload_sha256 for each in caches_of(cache)] == hashes
 
 
 def _in_order(run: Run, opened: Sequence[Cache], names: Sequence[str]) -> list[Cache]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
-from featcache.cache.side_by_side import members_of
+from featcache.cache.side_by_side import caches_of
 from featcache.errors import RunError, escaped
 from featcache.files import json_sha256, write_bytes, write_csv, write_json
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
@@ -177,16 +177,15 @@ def record_fit(
     else:
         facts["batch_size"] = training.rows_per_step(len(parts[0].rows))
         facts["best_epoch"] = result.best_epoch
-    members = members_of(cache)
-    caches = [_cache_facts(member, folder) for member in members]
+    caches = [_cache_facts(each, folder) for each in caches_of(cache)]
     weights_sha256 = write_run(
         partial, head=head, state=result.state,
         training=training.as_json() | facts | dict(details or {}),
         seed=seed, data_seed=data_seed, classes=cache.classes, cache=caches[0],
         history=result.history, environment=environment_facts(device), task=cache.task,
         caches=[
-            of_one | {"num_features": member.num_features}
-            for of_one, member in zip(caches, members, strict=True)
+            facts_of_one | {"num_features": each.num_features}
+            for facts_of_one, each in zip(caches, caches_of(cache), strict=True)
         ],
     )  # fmt: skip
     write_bytes(partial / ROWS_NAME, TrainedRows.of(parts).as_bytes(weights_sha256))

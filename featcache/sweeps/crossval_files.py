@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
-from featcache.cache.side_by_side import members_of
+from featcache.cache.side_by_side import caches_of
 from featcache.errors import ConfigError
 from featcache.files import csv_text, json_sha256, read_regular, write_bytes, write_json
 from featcache.heads.prediction import prediction_table
@@ -31,7 +31,6 @@ from featcache.sweeps.folds import Pool
 from featcache.untrusted import parse_json_object
 
 FORMAT, FORMAT_VERSION = "featcache-crossval", 1
-SEVERAL_CACHES_VERSION = 2  # of those with ``caches``
 FACTS_NAME, ROWS_NAME = "crossval.json", "predictions.csv"
 _MAX_JSON_BYTES = 1 << 28
 
@@ -90,7 +89,7 @@ def write_crossval(  # noqa: PLR0917 (where, and what was done)
     data = csv_text(*_table(pool, parts, probs, fold_of)).encode()
     write_bytes(partial / ROWS_NAME, data)
     cache = pool.cache
-    caches = [_cache_facts(member, target) for member in members_of(cache)]
+    caches = [_cache_facts(each, target) for each in caches_of(cache)]
     facts = {
         "format": FORMAT, "format_version": FORMAT_VERSION, "cache": caches[0],
         "classes": list(cache.classes), "task": cache.task,
@@ -103,7 +102,7 @@ def write_crossval(  # noqa: PLR0917 (where, and what was done)
         "predictions_sha256": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
     if len(caches) > 1:
-        facts |= {"format_version": SEVERAL_CACHES_VERSION, "caches": caches}
+        facts["caches"] = caches
     write_json(partial / FACTS_NAME, facts | {"sha256": json_sha256(facts, without="sha256")})
     return facts
 

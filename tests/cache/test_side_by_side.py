@@ -12,7 +12,7 @@ import pytest
 from sample_sides import CLASSES, features_of, images, write_side
 
 from featcache.cache.reading import Failure, open_cache
-from featcache.cache.side_by_side import join_caches, list_caches, members_of, open_caches
+from featcache.cache.side_by_side import caches_of, join_caches, list_caches, open_caches
 from featcache.errors import CacheError, ConfigError
 
 FEW = {"train": 6, "valid": 4}
@@ -73,12 +73,12 @@ def test_rows_are_matched_and_their_features_concatenated(
 def test_one_cache_stays_itself_and_hashes_tell_the_order(tmp_path: Path) -> None:
     a, b = (write_side(tmp_path / f"{s}.h5", 3, seed=s, rows=images(FEW)) for s in (0, 1))
     assert type(open_caches(a.path)) is type(open_caches([a.path])) is type(a)
-    assert members_of(a) == (a,)
+    assert caches_of(a) == (a,)
     one, other = join_caches([a, b]), join_caches([b, a])
     for name in ("fingerprint", "payload_sha256", "content_sha256"):
         assert len({getattr(cache, name) for cache in (a, b, one, other)}) == 4
         assert len(getattr(one, name)) == 64
-    assert [cache.path for cache in members_of(other)] == [b.path, a.path]
+    assert [cache.path for cache in caches_of(other)] == [b.path, a.path]
     assert "b0 + b1" in repr(one)
 
 
