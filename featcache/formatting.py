@@ -125,10 +125,13 @@ _BRIEF = _Brief()
 
 
 def brief_repr(self: Any) -> str:
-    """Return ``Name(field=value, ...)`` of a dataclass, every value short: its ``__repr__``."""
+    """Return ``Name(field=value, ...)`` of a dataclass, every value short: its ``__repr__``.
+
+    Fields that are None, most of which were not asked for, are left out.
+    """
     values = (
         f"{field.name}={_BRIEF.repr(getattr(self, field.name))}"
         for field in dataclasses.fields(self)
-        if field.repr
+        if field.repr and getattr(self, field.name) is not None
     )
     return f"{type(self).__name__}({', '.join(values)})"

@@ -10,6 +10,7 @@ from typing import Any
 
 from featcache import __version__
 from featcache.cache.reading import Cache
+from featcache.cache.side_by_side import caches_of
 from featcache.errors import ConfigError, FeatcacheError, printable, warn_user
 from featcache.files import follow_link, json_sha256, read_regular, readable_json
 from featcache.formatting import count, shorten
@@ -92,8 +93,12 @@ def write_verdict(cache: Cache, *, parts: tuple[str, ...], num_leaks: int, verdi
 
 
 def say_verdict(cache: Cache, say: Say) -> None:
-    """Say in one line that a cache was never audited or leaks; else say nothing."""
-    found = read_verdict(cache)
+    """Say in one line that a cache was never audited or leaks; else say nothing.
+
+    Caches side by side have the same images: the worst that was found of one of them holds for all.
+    """
+    verdicts = [verdict for each in caches_of(cache) if (verdict := read_verdict(each))]
+    found = max(verdicts, key=lambda verdict: int(verdict["num_leaks"]), default=None)
     if found is None:
         name = shorten(printable(cache.path.name), 30)
         say(f"this cache was never audited: featcache audit {name}")

@@ -9,6 +9,7 @@ import click
 
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
+    CACHES,
     DEVICE,
     LARGEST,
     TRUST,
@@ -16,6 +17,7 @@ from featcache.cli.options import (
     Numbers,
     OrWord,
     Renaming,
+    Sizes,
     csv_columns,
     grouping,
     listing,
@@ -77,8 +79,9 @@ def split(
 )  # fmt: skip
 @WEIGHTS
 @click.option(
-    "--image-size", type=AUTO_OR_NUMBER, default="auto", show_default=True,
-    help="Side of the input in pixels; auto is the backbone's own.",
+    "--image-size", type=Sizes(), default="auto", show_default=True,
+    help="Side of the input in pixels; auto is the backbone's own. Several: CACHE is a folder and "
+    "gets a cache of each, every image being decoded once.",
 )  # fmt: skip
 @click.option(
     "--transform", type=click.Choice(["library"]),
@@ -158,6 +161,7 @@ def extract(
 
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0
+             featcache extract data sizes --backbone efficientnet-b0 --image-size 224,448
     """
     from featcache.cli.wording import projection_lines
     from featcache.extraction import extraction
@@ -185,9 +189,7 @@ def _one_or_all(facts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument(
-    "caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path)
-)
+@CACHES
 @click.argument("new", type=click.Path(path_type=Path))
 @click.option(
     "--table", type=click.Path(path_type=Path),

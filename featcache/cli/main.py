@@ -23,16 +23,20 @@ from featcache.cli.cache_commands import extract, info, select, split, verify
 from featcache.cli.ending import ENDING, complain, open_closed_streams
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
+    CACHES,
     DEVICE,
     LARGEST,
     TRUST,
+    TRUST_EACH,
     WEIGHTS,
+    WEIGHTS_EACH,
     Numbers,
     grouping,
     head_options,
     head_seeds,
     listing,
     make_say,
+    one_or_all,
     path_column,
     print_facts,
     printing,
@@ -142,7 +146,7 @@ def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any)
 
 
 @cli.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@CACHES
 @click.argument("run", type=click.Path(path_type=Path))
 @head_options
 @click.option(
@@ -153,21 +157,27 @@ def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any)
 @DEVICE
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")
 @printing
-def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def train(
+    caches: tuple[Path, ...], run: Path, as_json: bool, quiet: bool, **options: Any
+) -> None:  # fmt: skip
     """Train a head on CACHE and write it to the folder RUN.
 
     \b
     Example: featcache train covid.h5 run --class-weights balanced
+             featcache train size224.h5 size448.h5 run
+
+    Of several caches of the same images, or a folder of them, the features are put side by side.
+    Images, splits, classes, targets and groups must be the same in all.
     """
     from featcache.heads.training import train as train_head
 
     say = make_say(as_json, quiet)
-    summary = train_head(cache, run, say=say, progress=not quiet, **options)
+    summary = train_head(caches, run, say=say, progress=not quiet, **options)
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 
 @cli.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@CACHES
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--trials", type=click.IntRange(min=2), required=True, help="The default head is one of them."
@@ -211,11 +221,15 @@ def train(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 @DEVICE
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")
 @printing
-def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def sweep(
+    caches: tuple[Path, ...], run: Path, as_json: bool, quiet: bool, **options: Any
+) -> None:  # fmt: skip
     """Try many heads on CACHE and write the best to RUN, if it is better than the default.
 
     \b
     Example: featcache sweep covid.h5 best --trials 200 --metric roc_auc --positive covid
+
+    Several caches of the same images: features side by side, as train has it.
 
     FILE.toml has a line per option of train that is to vary; the others stay as they are there:
 
@@ -230,12 +244,12 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
     from featcache.sweeps.sweeping import sweep as sweep_heads
 
     say = make_say(as_json, quiet)
-    summary = sweep_heads(cache, run, say=say, progress=not quiet, **options)
+    summary = sweep_heads(caches, run, say=say, progress=not quiet, **options)
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 
 @cli.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@CACHES
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True)
 @click.option(
@@ -257,7 +271,9 @@ def sweep(cache: Path, run: Path, as_json: bool, quiet: bool, **options: Any) ->
 @DEVICE
 @click.option("--overwrite", is_flag=True, help="Replace an existing FOLDER.")
 @printing
-def crossval(cache: Path, folder: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def crossval(
+    caches: tuple[Path, ...], folder: Path, as_json: bool, quiet: bool, **options: Any
+) -> None:  # fmt: skip
     """Predict each row of train and valid in CACHE by a head trained without it.
 
     \b
@@ -265,12 +281,13 @@ def crossval(cache: Path, folder: Path, as_json: bool, quiet: bool, **options: A
 
     FOLDER gets predictions.csv and crossval.json. Groups and identical images stay in one fold.
     FOLDER/ensemble is a run like any other: evaluate, predict, decide and export take it.
-    After an interruption, the same command goes on.
+    After an interruption, the same command goes on. Several caches of the same images: features
+    side by side, as train has it.
     """
     from featcache.sweeps.crossval import crossval as cross_validate
 
     say = make_say(as_json, quiet)
-    summary = cross_validate(cache, folder, say=say, progress=not quiet, **options)
+    summary = cross_validate(caches, folder, say=say, progress=not quiet, **options)
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 
@@ -307,7 +324,10 @@ def decide(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--cache", type=click.Path(path_type=Path), help="Another cache than the run's.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), multiple=True, callback=one_or_all,
+    help="Another cache than the run's. Of a run of several caches, once for each.",
+)  # fmt: skip
 @click.option("--split", default="test", show_default=True)
 @click.option(
     "--positive", metavar="CLASS",
@@ -349,9 +369,12 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--cache", type=click.Path(path_type=Path), help="Classify a cache's rows instead.")
-@TRUST
-@WEIGHTS
+@click.option(
+    "--cache", type=click.Path(path_type=Path), multiple=True, callback=one_or_all,
+    help="Classify a cache's rows instead. Of a run of several caches, once for each.",
+)  # fmt: skip
+@TRUST_EACH
+@WEIGHTS_EACH
 @click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
 @DEVICE
 @LARGEST
@@ -360,8 +383,8 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @listing
 @printing
 def predict(
-    run: Path, images: tuple[Path, ...], cache: Path | None, as_json: bool, quiet: bool,
-    **options: Any,
+    run: Path, images: tuple[Path, ...], cache: Path | tuple[Path, ...] | None, as_json: bool,
+    quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Classify IMAGES, files, folders or CSVs of paths, with the head in RUN.
 
@@ -394,14 +417,16 @@ def predict(
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path))
-@TRUST
-@WEIGHTS
+@TRUST_EACH
+@WEIGHTS_EACH
 @printing
 def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write backbone and head in RUN as one state dict to FILE (.pt), and FILE.json beside it.
 
     \b
     Example: featcache export run covid.pt
+
+    Of a RUN of several caches: all backbones and the head, as backbones.0, backbones.1, head.
     """
     from featcache.deployment.export import export as export_run
 

@@ -36,6 +36,24 @@ class OrWord(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             return self.fail(f"{value!r} is neither a whole number nor {self._words}", param, ctx)
 
 
+class Sizes(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """``auto``, a number, or several separated by commas."""
+
+    name = "auto|N[,N]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | int | tuple[int, ...]:
+        """Return the word, the number or the numbers, or fail as click wants it."""
+        if value == "auto" or not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            return self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
+        return numbers if len(numbers) > 1 else numbers[0]
+
+
 class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     """Comma-separated numbers: ``0.7,0.15,0.15``."""
 
@@ -75,8 +93,29 @@ class Renaming(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
 
 AUTO_OR_NUMBER = OrWord(int, "auto")
+
+
+def one_or_all(
+    ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]
+) -> Any:  # fmt: skip
+    """Return the values of an option that may be repeated: one alone as it is, none as None."""
+    return values if len(values) > 1 else next(iter(values), None)
+
+
+TRUST_EACH = click.option(
+    "--backbone", metavar="NAME", multiple=True, callback=one_or_all,
+    help="Needed for python: backbones only: says you trust the code. May be repeated.",
+)  # fmt: skip
+WEIGHTS_EACH = click.option(
+    "--weights", metavar="FILE|random", multiple=True, callback=one_or_all,
+    help="Backbone weights; default: the library's pretrained. Of a run of several caches, for all "
+    "of them or once for each.",
+)  # fmt: skip
 TRUST = click.option(
     "--backbone", metavar="NAME", help="Needed for python: backbones only: says you trust the code."
+)
+CACHES = click.argument(
+    "caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 LARGEST = click.option(
     "--max-pixels", type=click.IntRange(min=1), default=MAX_PIXELS, show_default=True, metavar="N",

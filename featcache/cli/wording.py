@@ -74,6 +74,11 @@ def _fact_lines(key: str, value: Any) -> Iterator[str]:
         return
     if key == "mean":
         yield from _mean_lines(value)
+    elif key == "caches":  # the first has been told as the cache
+        for number, of_one in enumerate(value[1:], 2):
+            yield f"cache {number}, side by side with it:"
+            for name, part in of_one.items():
+                yield f"  {name}: {_plain(part)}"
     elif isinstance(value, dict):
         yield f"{key}:"
         for name, part in value.items():
@@ -111,10 +116,14 @@ def _audit_lines(verdict: dict[str, Any] | None) -> Iterator[str]:
 
 def layer_lines(facts: dict[str, Any]) -> Iterator[str]:
     """Yield the layers of a run's network: backbone and head."""
-    identity, number = facts["cache"]["identity"], facts["head"]["num_features"]
-    side = identity.get("image_size", "S")
+    caches = facts.get("caches") or [
+        facts["cache"] | {"num_features": facts["head"]["num_features"]}
+    ]
+    sides = [cache["identity"].get("image_size", "S") for cache in caches]
     rows = [("layer", "output", "parameters", "trained")]
-    rows.append((printable(identity.get("backbone")), f"(N, {number:,})", "", "no, frozen"))
+    for cache in caches:
+        name, number = printable(cache["identity"].get("backbone")), cache["num_features"]
+        rows.append((name, f"(N, {number:,})", "", "no, frozen"))
     for layer in facts["layers"]:
         parameters = layer["num_parameters"]
         rows.append((
@@ -124,7 +133,8 @@ def layer_lines(facts: dict[str, Any]) -> Iterator[str]:
     number = facts["num_members"]
     name = "head" if number == 1 else f"mean of {number} such heads"
     rows.append((name, "", f"{facts['num_parameters']:,}", "yes"))
-    yield f"input: (N, 3, {side}, {side})"
+    for side in sides:
+        yield f"input: (N, 3, {side}, {side})"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, output, parameters, trained in rows:
         yield (

@@ -1,12 +1,14 @@
 """The classifier: the backbone and the trained head of a run, together.
 
+A run of several caches has a backbone for each: an image is decoded once for all of them, and its
+features stand side by side as in the caches.
+
 Reads: a run, images. Writes: nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,17 +20,18 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import ONNX_PAYS_FROM, Engine, Images, build_engine
 from featcache.data.dataset import Sample
 from featcache.deployment.inputs import Inputs, list_inputs
+from featcache.deployment.network import join_network
 from featcache.deployment.predictions import Predictions
+from featcache.deployment.recipes import Backbones, Weights, rebuild_recipes
 from featcache.errors import ConfigError, DataError
 from featcache.evaluation.decision_file import Decisions, load_decisions
 from featcache.evaluation.novelty import Novelty
 from featcache.extraction.earlier import refuse_dark_colour
 from featcache.extraction.pipeline import Lane, stream_features
-from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes, recipe_from_identity
+from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes
 from featcache.formatting import join_few
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import Run, load_head, load_run
@@ -54,7 +57,8 @@ class Classifier:
 
     Attributes:
         run: The run the head comes from.
-        recipe: Backbone and preprocessing, those of the run's cache.
+        recipes: Backbone and preprocessing of each of the run's caches.
+        recipe: The first of them, as a rule the only one.
         device: Where the backbone runs.
         batch_size: Images a batch.
         decisions: The thresholds that ``decide`` wrote into the run, None without.
@@ -63,20 +67,22 @@ class Classifier:
     __module__ = "featcache"
 
     def __init__(
-        self, run: Run, recipe: Recipe, device: torch.device, batch_size: int | str = "auto",
-        decisions: Decisions | None = None,
+        self, run: Run, recipes: Sequence[Recipe], device: torch.device,
+        batch_size: int | str = "auto", decisions: Decisions | None = None,
     ) -> None:  # fmt: skip
         self.run, self.device, self.batch_size = run, device, batch_size
-        self.recipe, self.decisions = replace(recipe, view_rules=PLAIN), decisions
-        self._engine: Engine | None = None
-        self._num_images = 0  # that the engine was chosen for
+        self.recipes = tuple(replace(recipe, view_rules=PLAIN) for recipe in recipes)
+        self.recipe, self.decisions = self.recipes[0], decisions
+        # Per recipe its engine, and the number of images that it was chosen for.
+        self._engines: dict[int, tuple[Engine, int]] = {}
 
     def __repr__(self) -> str:
         classes = join_few(self.run.classes)
-        return f"Classifier({self.recipe.backbone.name}: {classes}; on {self.device})"
+        names = " + ".join(recipe.backbone.name for recipe in self.recipes)
+        return f"Classifier({names}: {classes}; on {self.device})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_engine": None}  # each process chooses its own
+        return self.__dict__ | {"_engines": {}}  # each process chooses its own
 
     @cached_property
     def head(self) -> nn.Sequential:
@@ -100,7 +106,8 @@ class Classifier:
             images: One or many of: a file, a folder or a CSV (``str`` or ``Path``; a folder stands
                 for all images in it, a CSV for those it names, sorted); a PIL image; a uint8 array,
                 grey (H, W) or RGB (H, W, 3). Or an array (B, H, W, 3), or what ``scan`` returned.
-            preprocessed: ``images`` is a float batch (B, 3, S, S), as ``preprocess`` returns it.
+            preprocessed: ``images`` is a float batch (B, 3, S, S), as ``preprocess`` returns it; of
+                several backbones, the tuple of batches that ``preprocess_each`` returns.
             include: Globs on the path below each folder, or on the name of a file: see ``scan``.
             exclude: Globs of files that are left out.
             companions: ``keep`` takes masks and the like in a folder as images; they are an error.
@@ -148,6 +155,8 @@ class Classifier:
     def transform(self, images: Any, *, preprocessed: bool = False) -> npt.NDArray[np.float32]:
         """Return the backbone's features (N, D) float32 of N images, in their order.
 
+        Those of several backbones stand side by side.
+
         Args:
             images: As for ``predict``.
             preprocessed: As for ``predict``.
@@ -173,23 +182,38 @@ class Classifier:
 
         Raises:
             DataError: As for ``predict``, and if an image cannot be read.
+            ConfigError: As for ``predict``, and if there are several backbones.
+        """
+        if len(self.recipes) > 1:
+            raise ConfigError(
+                "preprocess", expected="one backbone", found=len(self.recipes),
+                hint="preprocess_each returns a batch for each",
+            )  # fmt: skip
+        return self.preprocess_each(images)[0]
+
+    def preprocess_each(self, images: Any) -> tuple[torch.Tensor, ...]:
+        """Return what ``preprocess`` returns, for each backbone: their sizes may differ.
+
+        Args:
+            images: As for ``predict``.
+
+        Raises:
+            DataError: As for ``predict``, and if an image cannot be read.
             ConfigError: As for ``predict``.
         """
-        inputs, backbone = list_inputs(images), self.recipe.backbone
-        pixels = np.empty((len(inputs.images), *[backbone.image_size] * 2, 3), np.uint8)
-        for slot, image in zip(pixels, inputs.images, strict=True):
-            fitted = self._fit(inputs.dataset.read(image) if isinstance(image, Sample) else image)
-            slot[:] = fitted[:, :, None] if fitted.ndim == 2 else fitted
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
-        scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-        normalized: torch.Tensor = (scaled - mean) / std
-        return normalized
-
-    def _fit(self, image: Any) -> npt.NDArray[np.uint8]:
-        """Return pixels (S, S) or (S, S, 3) of a file's bytes, a PIL image or an array."""
-        rules = self.recipe.rules
-        picture = load(image, rules) if isinstance(image, bytes) else load_opened(image, rules)
-        return resize_to_square(picture.pixels, rules)
+        inputs = list_inputs(images)
+        batches = []
+        for recipe in self.recipes:
+            backbone = recipe.backbone
+            pixels = np.empty((len(inputs.images), *[backbone.image_size] * 2, 3), np.uint8)
+            for slot, image in zip(pixels, inputs.images, strict=True):
+                data = inputs.dataset.read(image) if isinstance(image, Sample) else image
+                fitted = _fit(data, recipe)
+                slot[:] = fitted[:, :, None] if fitted.ndim == 2 else fitted
+            mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
+            scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+            batches.append((scaled - mean) / std)
+        return tuple(batches)
 
     def _compute(
         self, images: Any, *, preprocessed: bool, **listing: Any
@@ -207,55 +231,94 @@ class Classifier:
         ]
 
     def _run_files(self, inputs: Inputs) -> dict[Sample, _Row]:
-        dataset, rows = inputs.dataset, dict[Sample, _Row]()
+        dataset = inputs.dataset
         if not dataset.samples:
-            return rows
-        refuse_dark_colour(self.recipe, dataset, self.run.path)
-        engine = self._choose_engine(
-            len(dataset.samples),
-            lambda: decode_probes(dataset, dataset.samples, self.recipe.rules),
-        )
-        for batch in stream_features(dataset, dataset.samples, [Lane(self.recipe, engine)]):
-            for outcome, features in zip(batch.outcomes, batch.features[0], strict=True):
-                rows[outcome.sample] = str(outcome.reason) if features is None else features[0]
-        return rows
+            return {}
+        made: list[dict[Sample, _Row]] = [{} for _ in self.recipes]
+        for numbers in self._decoded_alike():
+            lanes = []
+            for number in numbers:
+                recipe = self.recipes[number]
+                refuse_dark_colour(recipe, dataset, self.run.path)
+                probes = partial(decode_probes, dataset, dataset.samples, recipe.rules)
+                engine = self._choose_engine(number, len(dataset.samples), probes)
+                lanes.append(Lane(recipe, engine))
+            for batch in stream_features(dataset, dataset.samples, lanes):
+                for number, of_lane in zip(numbers, batch.features, strict=True):
+                    for outcome, features in zip(batch.outcomes, of_lane, strict=True):
+                        made[number][outcome.sample] = (
+                            str(outcome.reason) if features is None else features[0]
+                        )
+        return {sample: _join_rows([rows[sample] for rows in made]) for sample in dataset.samples}
+
+    def _decoded_alike(self) -> Iterable[list[int]]:
+        """Return the numbers of the recipes in groups that can share a decoded picture."""
+        groups: dict[tuple[int | str, str], list[int]] = {}
+        for number, recipe in enumerate(self.recipes):
+            rules = recipe.rules
+            groups.setdefault((rules.bit_depth, rules.truncated), []).append(number)
+        return groups.values()
 
     def _run_opened(self, images: Sequence[Any]) -> Iterator[_Row]:
         """Yield the features of PIL images and arrays, or why they could not be used."""
         for i in range(0, len(images), _IMAGES_AT_ONCE):
-            fitted: list[npt.NDArray[np.uint8] | str] = []
-            for image in images[i : i + _IMAGES_AT_ONCE]:
-                try:
-                    fitted.append(self._fit(image))
-                except DataError as error:
-                    fitted.append(str(error.found))
-            pixels = [image for image in fitted if not isinstance(image, str)]
-            probes = pixels[:NUM_PROBES]
-            engine = self._choose_engine(len(images), partial(list, probes))
-            rows = iter(engine.run(pixels))
-            yield from (image if isinstance(image, str) else next(rows) for image in fitted)
+            part = images[i : i + _IMAGES_AT_ONCE]
+            made = [self._run_pixels(n, part, len(images)) for n in range(len(self.recipes))]
+            yield from map(_join_rows, zip(*made, strict=True))
 
-    def _choose_engine(self, num_images: int, probes: Callable[[], Images]) -> Engine:
+    def _run_pixels(self, number: int, images: Sequence[Any], num_images: int) -> list[_Row]:
+        """Return the features of some images by one recipe, ``num_images`` being all of them."""
+        fitted: list[npt.NDArray[np.uint8] | str] = []
+        for image in images:
+            try:
+                fitted.append(_fit(image, self.recipes[number]))
+            except DataError as error:
+                fitted.append(str(error.found))
+        pixels = [image for image in fitted if not isinstance(image, str)]
+        engine = self._choose_engine(number, num_images, partial(list, pixels[:NUM_PROBES]))
+        rows = iter(engine.run(pixels))
+        return [image if isinstance(image, str) else next(rows) for image in fitted]
+
+    def _choose_engine(
+        self, number: int, num_images: int, probes: Callable[[], Images]
+    ) -> Engine:  # fmt: skip
         """Return the engine to run so many images: the one there is, or a new one.
 
         Args:
+            number: Of the recipe.
             num_images: How many; where there are many, an export to ONNX pays.
             probes: Gives a few of them, to compare a new engine with the plain network on.
         """
-        pays = self._num_images < ONNX_PAYS_FROM <= num_images
-        if self._engine is not None and not pays:
-            return self._engine
+        known, chosen_for = self._engines.get(number, (None, 0))
+        if known is not None and not chosen_for < ONNX_PAYS_FROM <= num_images:
+            return known
         engine = build_engine(
-            self.recipe.backbone, self.device, probes(), batch_size=self.batch_size,
+            self.recipes[number].backbone, self.device, probes(), batch_size=self.batch_size,
             num_images=num_images,
         )  # fmt: skip
         if engine.parity:  # else no image could be read, and nothing was compared
-            self._engine, self._num_images = engine, num_images
+            self._engines[number] = engine, num_images
         return engine
 
-    def _run_preprocessed(self, batch: Any) -> npt.NDArray[np.float32]:
-        """Return the features (B, D) of a preprocessed batch, by the library's own network."""
-        side = self.recipe.backbone.image_size
+    def _run_preprocessed(self, images: Any) -> npt.NDArray[np.float32]:
+        """Return the features (B, D) of preprocessed batches, by the library's own networks."""
+        batches = images if len(self.recipes) > 1 else [images]
+        if not isinstance(batches, list | tuple) or len(batches) != len(self.recipes):
+            raise ConfigError(
+                "preprocessed images", expected=f"{len(self.recipes)} batches, one a backbone",
+                found=f"{type(batches).__name__}", hint="Make them with preprocess_each",
+            )  # fmt: skip
+        made = [self._run_batch(number, batch) for number, batch in enumerate(batches)]
+        if len({len(features) for features in made}) > 1:
+            raise ConfigError(
+                "preprocessed images", expected="batches of the same images",
+                found=" and ".join(str(len(features)) for features in made),
+            )  # fmt: skip
+        return np.concatenate(made, axis=1)
+
+    def _run_batch(self, number: int, batch: Any) -> npt.NDArray[np.float32]:
+        backbone = self.recipes[number].backbone
+        side = backbone.image_size
         shape = tuple(getattr(batch, "shape", ()))
         if not (
             isinstance(batch, torch.Tensor)
@@ -269,17 +332,20 @@ class Classifier:
             )  # fmt: skip
         with torch.inference_mode(), exact_fp32():
             parts = torch.split(batch.to(torch.float32), _IMAGES_AT_ONCE)
-            rows = [r for p in parts for r in self._network(p.to(self.device)).cpu().numpy()]
-        return self._stack(rows)
+            network = self._networks[number]
+            rows = [row for part in parts for row in network(part.to(self.device)).cpu().numpy()]
+        return np.array(rows, np.float32).reshape(-1, backbone.num_features)
 
     @cached_property
-    def _network(self) -> nn.Module:
-        """The library's network on the device."""
-        network = self.recipe.backbone.network.eval()
-        return network if self.device.type == "cpu" else copy.deepcopy(network).to(self.device)
+    def _networks(self) -> list[nn.Module]:
+        """The libraries' networks on the device."""
+        networks = [recipe.backbone.network.eval() for recipe in self.recipes]
+        if self.device.type == "cpu":
+            return networks
+        return [copy.deepcopy(network).to(self.device) for network in networks]
 
     def _stack(self, rows: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-        return np.array(rows, np.float32).reshape(-1, self.recipe.backbone.num_features)
+        return np.array(rows, np.float32).reshape(-1, self.run.head.num_features)
 
     def _head_probs(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         return predict_probs(self.run.head, self.run.state, features, self.run.task)
@@ -288,15 +354,9 @@ class Classifier:
         """Return backbone and head as one module, (B, 3, S, S) normalized pixels to logits (B, C).
 
         The head stands where the library's classifier was (``_fc`` of efficientnet_pytorch), or
-        behind the backbone where it had none.
+        behind the backbone where it had none. Of several backbones it takes a batch for each.
         """
-        network = copy.deepcopy(self.recipe.backbone.network)
-        head = copy.deepcopy(self.head).cpu()
-        name = self.recipe.backbone.classifier_name
-        if name is None:
-            return nn.Sequential(OrderedDict(backbone=network, head=head)).eval()
-        network.set_submodule(name, head)
-        return network.eval()
+        return join_network([recipe.backbone for recipe in self.recipes], self.head)
 
     def export(self, file: str | Path) -> ExportSummary:
         """Write backbone and head as one state dict: see ``featcache.export``."""
@@ -308,8 +368,8 @@ class Classifier:
 def load_classifier(
     run: str | Path,
     *,
-    weights: str | Path | None = None,
-    backbone: Backbone | str | None = None,
+    weights: Weights = None,
+    backbone: Backbones = None,
     device: str = "auto",
     batch_size: int | str = "auto",
     max_pixels: int = MAX_PIXELS,
@@ -318,9 +378,10 @@ def load_classifier(
 
     Args:
         run: The run folder.
-        weights: The backbone's weights file, where the library's own were not used.
+        weights: The backbone's weights file, where the library's own were not used. Of a run of
+            several caches, a file for all of them or a list in their order.
         backbone: The backbone itself, if it was made in Python; its name, if a ``python:`` function
-            makes it.
+            makes it. Of a run of several caches, a list in any order.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         batch_size: Images a batch, or ``auto``.
         max_pixels: Image files of more pixels are refused.
@@ -329,12 +390,27 @@ def load_classifier(
         RunError: If the folder is not a whole run, or its ``decision.json`` is damaged or of
             another head.
         BackboneError: If the backbone's weights are not at hand; names the wanted sha256.
+        ConfigError: If there are several weights files, and not one for each cache.
     """
     loaded = load_run(run)
     decisions = load_decisions(loaded)
     place = resolve_device(device).torch()
-    recipe = recipe_from_identity(
-        loaded.cache["identity"], weights=weights, backbone=backbone, max_pixels=max_pixels,
-        source=loaded.cache.get("weights_source"),
-    )  # fmt: skip
-    return Classifier(loaded, recipe, place, batch_size, decisions)
+    recipes = rebuild_recipes(loaded, weights, backbone, max_pixels)
+    return Classifier(loaded, recipes, place, batch_size, decisions)
+
+
+def _fit(image: Any, recipe: Recipe) -> npt.NDArray[np.uint8]:
+    """Return pixels (S, S) or (S, S, 3) of a file's bytes, a PIL image or an array."""
+    rules = recipe.rules
+    picture = load(image, rules) if isinstance(image, bytes) else load_opened(image, rules)
+    return resize_to_square(picture.pixels, rules)
+
+
+def _join_rows(rows: Sequence[_Row]) -> _Row:
+    """Return the features of one image side by side, or the first reason why there are none."""
+    features = list[npt.NDArray[np.float32]]()
+    for row in rows:
+        if isinstance(row, str):
+            return row
+        features.append(row)
+    return features[0] if len(features) == 1 else np.concatenate(features)

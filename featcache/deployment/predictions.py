@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.earlier import refuse_misbuilt
-from featcache.cache.reading import open_cache
+from featcache.cache.side_by_side import Caches, list_caches
 from featcache.errors import ConfigError, RunError, printable
 from featcache.evaluation.decision_file import Decisions, load_decisions
 from featcache.evaluation.novelty import Novelty
@@ -22,14 +21,15 @@ from featcache.evaluation.seen_rows import find_all_seen, warn_of_seen
 from featcache.files import csv_text, join_names, prob_columns
 from featcache.formatting import brief_repr
 from featcache.heads.prediction import predict_probs
-from featcache.heads.run import load_run, require_same_features
+from featcache.heads.run import load_run
+from featcache.heads.run_caches import open_other_caches
 from featcache.heads.streaming import StoredFeatures
 from featcache.outputs import Output, csv_kind, write_output
 from featcache.runtime import resolve_device
 from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
-    from featcache.backbones.backbone import Backbone
+    from featcache.deployment.recipes import Backbones, Weights
 
 _COLUMNS, _COLUMNS_OF_LABELS, _LAST = ("path", "pred", "prob"), ("path", "preds"), ("failure",)
 _DECISION = ("decision",)
@@ -179,10 +179,10 @@ def predict(
     run: str | Path,
     images: Any = None,
     *,
-    cache: str | Path | None = None,
+    cache: Caches | None = None,
     average_views: bool = False,
-    weights: str | Path | None = None,
-    backbone: Backbone | str | None = None,
+    weights: Weights = None,
+    backbone: Backbones = None,
     batch_size: int | str = "auto",
     device: str = "auto",
     max_pixels: int = MAX_PIXELS,
@@ -202,11 +202,13 @@ def predict(
         run: The run folder.
         images: Files, folders, PIL images or uint8 arrays, one or many: see ``Classifier.predict``.
         cache: A cache to classify instead, by view 0 of each row. Rows that the head was trained
-            on or chosen by are warned of, as by ``evaluate``.
+            on or chosen by are warned of, as by ``evaluate``. Of a run of several caches, as many,
+            in any order.
         average_views: With ``cache``, take the mean of the probabilities of a row's views.
-        weights: The backbone's weights file, where the library's own were not used.
+        weights: The backbone's weights file, where the library's own were not used. Of a run of
+            several caches, a file for all of them or a list in their order.
         backbone: The backbone itself, if it was made in Python; its name, if a ``python:`` function
-            makes it.
+            makes it. Of a run of several caches, a list in any order.
         batch_size: Images a batch, or ``auto``.
         device: Where the backbone runs: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         max_pixels: Image files of more pixels are refused, and listed as failures.
@@ -240,7 +242,9 @@ def predict(
     output = None
     if csv is not None:
         given = images if isinstance(images, list | tuple) else [images]
-        inputs = [cache, weights, *(i for i in given if isinstance(i, str | Path))]
+        caches = [] if cache is None else list_caches(cache)
+        files = [weights] if weights is None or isinstance(weights, str | Path) else weights
+        inputs = [*caches, *files, *(i for i in given if isinstance(i, str | Path))]
         output = Output(csv, "--csv", _CSV, inputs=inputs)
         output.check()
     if cache is not None:
@@ -261,13 +265,12 @@ def predict(
 
 
 def _predict_cache(
-    run: str | Path, cache: str | Path, device: str, *, average_views: bool
+    run: str | Path, cache: Caches, device: str, *, average_views: bool
 ) -> Predictions:
     """Classify every row of a cache; the head is computed on the CPU, on any device."""
-    loaded, opened = load_run(run), open_cache(cache)
+    loaded = load_run(run)
     decisions = load_decisions(loaded)
-    refuse_misbuilt(loaded.cache["identity"], loaded.path)
-    require_same_features(loaded.cache["identity"], opened.identity, opened.path)
+    opened = open_other_caches(loaded, cache)
     if average_views and all(split.num_views == 1 for split in opened.splits.values()):
         raise ConfigError(
             "--average-views", expected="several views of a row", found="one in every split",
@@ -276,7 +279,7 @@ def _predict_cache(
     if opened.num_features != loaded.head.num_features:
         raise RunError(
             "features", expected=f"{loaded.head.num_features} a row", found=opened.num_features,
-            where=cache, hint="Use the cache it was trained on",
+            where=opened.path, hint="Use the cache it was trained on",
         )  # fmt: skip
     if device != "auto":
         resolve_device(device)  # one that is not there is refused, as ever

@@ -70,7 +70,7 @@ class OtherRun:
             cache: The cache that the first run is measured on.
             split: One of its splits.
             rows: n numbers of its rows.
-            open_own: Opens the cache that a run was trained on.
+            open_own: Opens the caches that a run was trained on.
             unseen: Leave out the rows that the second run has seen; else they are warned of.
             say: Receives lines for people.
 
@@ -79,7 +79,8 @@ class OtherRun:
             CacheError: If no row is left.
         """
         self._cache, its_split, its_rows = cache, split, rows
-        if self.run.cache["fingerprint"] != self._first.cache["fingerprint"]:
+        fingerprints = [[c["fingerprint"] for c in run.caches] for run in (self.run, self._first)]
+        if fingerprints[0] != fingerprints[1]:
             self._cache = open_own(self.run)
             its_split = self._cache.split(split.name)
             its_rows = _match_rows(split, its_split, rows, self._cache.path)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, RunError
 from featcache.evaluation.decision_rates import known_groups
 from featcache.evaluation.predicted_rows import labelled_rows, predict_rows
@@ -27,8 +26,9 @@ from featcache.evaluation.seen_rows import find_seen
 from featcache.files import join_names, json_sha256, local_path, plain_cell, read_regular
 from featcache.heads.config import LBFGS, TrainingConfig, check_valid_fraction
 from featcache.heads.rows import choose_rows
-from featcache.heads.run import Run, cache_path, require_own_cache
-from featcache.untrusted import parse_json_object, reading_hint, why_no_file
+from featcache.heads.run import Run
+from featcache.heads.run_caches import open_own_caches
+from featcache.untrusted import parse_json_object, reading_hint
 
 GUARANTEE, ESTIMATE = "guarantee", "estimate"
 CROSSVAL = "cross-validated bound, not a guarantee"
@@ -89,10 +89,17 @@ def read_valid(run: Run, positive: str) -> list[ScoredRows]:
     """Return the rows of ``valid``, or of the hold-out where the cache has no such split: one item.
 
     Raises:
-        RunError: If the run's cache is gone or has changed.
+        RunError: If the run's cache is gone or has changed, or the run is an ensemble, whose heads
+            were trained on these rows.
         CacheError: If it is damaged, or has no labelled rows of the class in ``valid``.
     """
-    cache = _open_unchanged(run)
+    if run.members:
+        raise RunError(
+            "--on", expected="the folder of the cross-validation, for a mean of its heads",
+            found="valid, of which each row trained some of the heads", where=run.path,
+            hint="featcache decide RUN --on FOLDER",
+        )  # fmt: skip
+    cache = open_own_caches(run, unchanged=True)
     if "valid" in cache.splits:
         split = cache.split("valid")
         numbers = labelled_rows(cache, "valid", lambda _: None)
@@ -178,23 +185,6 @@ def _of_one_label(probs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.stack([1 - probs, probs], axis=1)
 
 
-def _open_unchanged(run: Run) -> Cache:
-    path = cache_path(run)
-    if found := why_no_file(path):
-        raise RunError(
-            "the run's cache", expected="the cache it was trained on", found=found, where=path,
-            hint="Put it back, or train again",
-        )  # fmt: skip
-    cache = open_cache(path)
-    require_own_cache(run, cache.identity, path)
-    if cache.payload_sha256 != run.cache.get("payload_sha256"):
-        raise RunError(
-            "the run's cache", expected="the one it was trained on", found="one that has changed",
-            where=path, hint="Train again on it",
-        )  # fmt: skip
-    return cache
-
-
 def _require_positive(rows: ScoredRows, positive: str, what: str) -> None:
     if not rows.is_positive.any():
         raise CacheError(
@@ -230,10 +220,13 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 
 def _require_same(run: Run, facts: dict[str, Any], folder: Path) -> None:
     """Refuse a cross-validation of another cache, head or training."""
-    cache, training = facts.get("cache"), facts.get("training")
-    cache = cache if isinstance(cache, dict) else {}
+    training, caches = facts.get("training"), facts.get("caches", [facts.get("cache")])
     training = training if isinstance(training, dict) else {}
-    if cache.get("payload_sha256") != run.cache.get("payload_sha256"):
+    hashes = [
+        cache.get("payload_sha256") if isinstance(cache, dict) else None
+        for cache in (caches if isinstance(caches, list) else [])
+    ]
+    if hashes != [cache.get("payload_sha256") for cache in run.caches]:
         found = "another cache"
     elif facts.get("head") != run.head.as_json():
         found = "another head"

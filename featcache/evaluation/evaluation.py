@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from featcache.cache.earlier import refuse_misbuilt
-from featcache.cache.reading import Cache, open_cache
-from featcache.errors import ConfigError, RunError, printable, warn_user
+from featcache.cache.side_by_side import Caches, list_caches
+from featcache.errors import ConfigError, RunError, printable
 from featcache.evaluation.comparison import OtherRun, comparison_lines
 from featcache.evaluation.confusions import Confusion, to_matrix
 from featcache.evaluation.confusions import as_csv as cells_as_csv
@@ -26,18 +25,14 @@ from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_se
 from featcache.evaluation.subgroups import Column, subgroup_lines
 from featcache.files import read_regular, readable_json, result_as_dict
 from featcache.formatting import brief_repr, decimal, join_few
-from featcache.heads.run import (
-    Run,
-    cache_path,
-    load_run,
-    require_own_cache,
-    require_same_features,
-)
+from featcache.heads.run import Run, cache_paths, load_run
+from featcache.heads.run_caches import is_own as is_own_cache
+from featcache.heads.run_caches import open_other_caches, open_own_caches
 from featcache.metrics.calibration import measure_calibration
 from featcache.metrics.scores import MAX_MATRIX_CLASSES, compute_metrics
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.runtime import Say, log_line
-from featcache.untrusted import parse_json_object, why_no_file
+from featcache.untrusted import parse_json_object
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,7 @@ class Evaluation:
 def evaluate(
     run: str | Path,
     *,
-    cache: str | Path | None = None,
+    cache: Caches | None = None,
     split: str = "test",
     positive: str | None = None,
     csv: str | Path | None = None,
@@ -175,7 +170,7 @@ def evaluate(
         run: The run folder.
         cache: The cache to take the split from; None takes the one the run was trained on, which
             must still be the same. Classes of another cache are matched by name; it may have some
-            of them only.
+            of them only. Of a run of several caches, as many, in any order.
         split: ``test`` unless told otherwise.
         positive: The class that is looked for, against all others; never guessed. It gives
             sensitivity, specificity, its ROC AUC and average precision, and its false negatives.
@@ -210,11 +205,12 @@ def evaluate(
     decisions = load_decisions(loaded)
     column = Column(by, table, columns)
     other = None if against is None else OtherRun(against, loaded, positive)
-    tables = [Output(csv, "--csv", CSV, inputs=[cache, cache_path(loaded), table])] if csv else []
+    inputs = [*([] if cache is None else list_caches(cache)), *cache_paths(loaded), table]
+    tables = [Output(csv, "--csv", CSV, inputs=inputs)] if csv else []
     for output in tables:
         output.check()
-    opened = _open_own_cache(loaded) if cache is None else _open_other_cache(loaded, Path(cache))
-    is_own = cache is None or opened.payload_sha256 == loaded.cache.get("payload_sha256")
+    opened = open_own_caches(loaded) if cache is None else open_other_caches(loaded, cache)
+    is_own = cache is None or is_own_cache(loaded, opened)
     figures = _figure_outputs(loaded, split) if is_own else []
     labelled = labelled_rows(opened, split, say)
     seen = find_seen(loaded, opened, opened.split(split), labelled)
@@ -222,7 +218,7 @@ def evaluate(
         labelled = leave_out_seen(labelled, seen, opened, split, say)
     if other is not None:
         labelled = other.find_rows(
-            opened, opened.split(split), labelled, _open_own_cache, unseen=unseen, say=say
+            opened, opened.split(split), labelled, open_own_caches, unseen=unseen, say=say
         )
     rows = predict_rows(loaded, opened, split, labelled, say, average_views=average_views)
     if not unseen:
@@ -365,25 +361,3 @@ def _write_with_figures(
             folder.rmdir()
         raise
     return [output.path.name for output in figures if output in contents]
-
-
-def _open_own_cache(run: Run) -> Cache:
-    path, hint = cache_path(run), "Name the cache with --cache, or train again"
-    if found := why_no_file(path):
-        raise RunError(
-            "the run's cache", expected="the cache it was trained on", found=found, where=path,
-            hint=hint,
-        )  # fmt: skip
-    cache = open_cache(path)
-    refuse_misbuilt(cache.identity, path)
-    require_own_cache(run, cache.identity, path)
-    if cache.payload_sha256 != run.cache.get("payload_sha256"):
-        warn_user(printable(f"{path} has changed since the training"))
-    return cache
-
-
-def _open_other_cache(run: Run, path: Path) -> Cache:
-    cache = open_cache(path)
-    refuse_misbuilt(run.cache["identity"], run.path)
-    require_same_features(run.cache["identity"], cache.identity, path)
-    return cache

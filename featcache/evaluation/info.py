@@ -85,6 +85,7 @@ class RunInfo:
         seed: Decided the initial weights and dropout.
         data_seed: Decided the order of the rows.
         cache: Path, fingerprint, identity and hash of the cache it was trained on.
+        caches: The same of all caches, where several stand side by side; else empty.
         weights_sha256: sha256 of the weights file.
         evaluations: Names of the splits it was evaluated on.
         decision: Class -> ``threshold`` and what is known of it; None where ``decide`` was not
@@ -105,13 +106,17 @@ class RunInfo:
     seed: int
     data_seed: int
     cache: dict[str, Any]
+    caches: tuple[dict[str, Any], ...]
     weights_sha256: str
     evaluations: tuple[str, ...]
     decision: dict[str, dict[str, Any]] | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as JSON values."""
-        return {"kind": "run"} | result_as_dict(self)
+        facts = result_as_dict(self)
+        if not self.caches:
+            del facts["caches"]
+        return {"kind": "run"} | facts
 
 
 @dataclass(frozen=True)
@@ -279,6 +284,7 @@ def _run_info(folder: Path) -> RunInfo:
         seed=run.seed,
         data_seed=run.data_seed,
         cache=run.cache,
+        caches=run.caches if len(run.caches) > 1 else (),
         weights_sha256=run.weights_sha256,
         evaluations=tuple(sorted(p.stem for p in folder.glob("evaluation/*.json"))),
         decision=None if decisions is None else decisions.brief(),

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache, open_cache
+from featcache.cache.side_by_side import join_caches
 from featcache.data.stratification import build_units
 from featcache.errors import FeatcacheError
 from featcache.evaluation.nearest_rows import (
@@ -23,7 +24,8 @@ from featcache.evaluation.nearest_rows import (
     to_directions,
 )
 from featcache.heads.rows import training_source
-from featcache.heads.run import Run, cache_path
+from featcache.heads.run import Run, cache_paths
+from featcache.heads.run_caches import is_own
 
 QUANTILE = 0.999
 _MOST_ROWS = 2000  # compared with each other in 0.2 s on two cores
@@ -52,10 +54,11 @@ class Novelty:
     def of(cls, run: Run) -> Novelty | None:
         """Return it for a run, None where its cache is gone or has changed, or is too small."""
         try:
-            path = cache_path(run)
-            is_small = path.stat().st_size <= _HASHED_BYTES
-            cache = open_cache(path, verify=is_small)
-            if cache.payload_sha256 != run.cache.get("payload_sha256"):
+            paths = cache_paths(run)
+            is_small = sum(path.stat().st_size for path in paths) <= _HASHED_BYTES
+            caches = [open_cache(path, verify=is_small) for path in paths]
+            cache = join_caches(caches)
+            if not is_own(run, cache):
                 return None
             return cls._measure(cache) if cache.num_features == run.head.num_features else None
         except (FeatcacheError, OSError):

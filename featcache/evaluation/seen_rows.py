@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from featcache.cache.reading import Cache, CacheSplit, open_cache
+from featcache.cache.side_by_side import join_caches
 from featcache.errors import CacheError, FeatcacheError, RunError, warn_user
 from featcache.formatting import count
 from featcache.heads.config import check_valid_fraction
 from featcache.heads.rows import RowNumbers, choose_rows
-from featcache.heads.run import Run, cache_path
+from featcache.heads.run import Run, cache_paths
+from featcache.heads.run_caches import is_own
 from featcache.heads.trained_rows import SeenRows, TrainedRows
 from featcache.runtime import Say
 
@@ -33,18 +35,14 @@ def load_trained_rows(run: Run, cache: Cache) -> TrainedRows | None:
     if rows is not None:
         return rows
     try:
-        if not _is_own(run, cache):
-            cache = open_cache(cache_path(run))
-        if not _is_own(run, cache):
+        if not is_own(run, cache):
+            cache = join_caches([open_cache(path) for path in cache_paths(run)])
+        if not is_own(run, cache):
             return None
         fraction = check_valid_fraction(run.training.get("valid_fraction"))
         return TrainedRows.of(choose_rows(cache, fraction, run.data_seed, lambda _: None))
     except (FeatcacheError, OSError):
         return None
-
-
-def _is_own(run: Run, cache: Cache) -> bool:
-    return cache.payload_sha256 == run.cache.get("payload_sha256")
 
 
 def find_seen(run: Run, cache: Cache, split: CacheSplit, rows: RowNumbers) -> SeenRows | None:

@@ -102,13 +102,15 @@ def check_threads(jobs: Sequence[Job]) -> None:
     for job in jobs:
         fixed = job.partial.engine
         if fixed and fixed.num_threads != torch.get_num_threads():
+            is_one = isinstance(job.options.image_size, int | str)
+            side = "" if is_one else f" --image-size {job.recipe.rules.image_size}"
             raise CacheError(
                 "unfinished extraction",
                 expected=f"{fixed.num_threads} torch threads, with which it was begun",
                 found=f"{torch.get_num_threads()}, with which another backbone's rows were made",
                 where=job.path,
                 hint=f"Finish it by itself: featcache extract DATA {job.path.as_posix()} "
-                f"--backbone {job.recipe.backbone.name}",
+                f"--backbone {job.recipe.backbone.name}{side}",
             )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ Reads: images, and the cache that is there already. Writes: ``CACHE.partial/``, 
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from featcache.data.dataset import ImageDataset, scan
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.engine_choice import check_threads, choose_engine
 from featcache.extraction.finish import finish
-from featcache.extraction.options import ExtractionOptions
+from featcache.extraction.options import ExtractionOptions, Target, name_caches
 from featcache.extraction.plan import Job, find_known
 from featcache.extraction.recipe import Recipe, make_recipe
 from featcache.extraction.reports import (
@@ -45,6 +44,7 @@ from featcache.runtime import Say, log_line, resolve_device
 from featcache.untrusted import MAX_PIXELS, is_within
 
 _Backbones = list[str | Backbone] | tuple[str | Backbone, ...]
+_Sizes = list[int] | tuple[int, ...]
 
 
 @overload
@@ -68,7 +68,26 @@ def extract(
 @overload
 def extract(
     data: str | Path, cache: str | Path, *, backbone: _Backbones,
-    weights: str | Path | None = ..., image_size: int | str = ..., transform: str | None = ...,
+    weights: str | Path | None = ..., image_size: int | str | _Sizes = ...,
+    transform: str | None = ...,
+    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
+    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
+    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
+    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
+    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    group_by: str | None = ..., group_by_path: str | None = ...,
+    max_errors: int | str = ..., limit: int | None = ...,
+    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
+    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
+    ignore_columns: str | Iterable[str] = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+) -> dict[str, ExtractionSummary]: ...  # fmt: skip
+
+
+@overload
+def extract(
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone,
+    weights: str | Path | None = ..., image_size: _Sizes, transform: str | None = ...,
     crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
     mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
@@ -89,7 +108,7 @@ def extract(
     *,
     backbone: str | Backbone | _Backbones,
     weights: str | Path | None = None,
-    image_size: int | str = "auto",
+    image_size: int | str | _Sizes = "auto",
     transform: str | None = None,
     crop_mode: str | None = None,
     interpolation: str | None = None,
@@ -130,11 +149,13 @@ def extract(
     Args:
         data: Split folders of class folders, class folders, a folder of images, a CSV or a zip.
         cache: The HDF5 file to make; of several backbones, a folder for a file of each, such as
-            ``efficientnet-b0.h5`` and ``timm-resnet18.h5``.
+            ``efficientnet-b0.h5`` and ``timm-resnet18.h5``, and of several sizes likewise, such as
+            ``efficientnet-b0-224.h5`` and ``efficientnet-b0-448.h5``.
         backbone: A name (see ``build_backbone``) or a ready ``Backbone``; or a list of them, for
             which every image is decoded only once. Each keeps its own image size and normalization.
         weights: See ``build_backbone``; so are ``image_size``, ``normalize``, ``mean``, ``std``.
-        image_size: Side of the network's input in pixels, or ``auto``.
+        image_size: Side of the network's input in pixels, or ``auto``; or a list of sides, for
+            which every image is decoded only once.
         transform: ``library`` resizes and crops as torchvision or timm documents it for the
             backbone's pretrained weights; ``crop_mode`` and ``interpolation`` are then left out.
         crop_mode: ``squash`` (the default), ``center`` or ``border``.
@@ -173,7 +194,8 @@ def extract(
             elsewhere a line a minute.
 
     Returns:
-        What was done; of a list of backbones, a dict of that by name.
+        What was done; of a list of backbones, a dict of that by name, of a list of sizes by name
+        and size (``efficientnet-b0-224``).
 
     Raises:
         FeatcacheError: One of its kinds, in one line; nothing is left half-written. Caches that
@@ -190,25 +212,28 @@ def extract(
         companions=companions, no_classes=no_classes, columns=columns,
         ignore_columns=ignore_columns, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
-    if isinstance(backbone, str | Backbone):
-        return _extract(data, [(local_path(cache, "CACHE"), backbone)], options)[0]
-    targets = _name_caches(local_path(cache, "CACHE"), backbone, options)
+    place = local_path(cache, "CACHE")
+    if isinstance(backbone, str | Backbone) and isinstance(image_size, int | str):
+        return _extract(data, [Target(place, backbone, image_size)], options)[0]
+    targets = name_caches(place, backbone, options)
     return dict(zip(targets, _extract(data, [*targets.values()], options), strict=True))
 
 
 def _extract(
-    data: str | Path, targets: Sequence[tuple[Path, str | Backbone]], options: ExtractionOptions
+    data: str | Path, targets: Sequence[Target], options: ExtractionOptions
 ) -> list[ExtractionSummary]:
-    """Make the cache of each backbone, all from one pass over the images."""
+    """Make the cache of each target, all from one pass over the images."""
     start = time.perf_counter()
-    targets = [(follow_link(path), backbone) for path, backbone in targets]
-    dataset, options = _scan(local_path(data, "data"), [path for path, _ in targets], options)
-    if not all(path.exists() for path, _ in targets):  # beside the building of backbone and engine
+    targets = [target._replace(path=follow_link(target.path)) for target in targets]
+    dataset, options = _scan(local_path(data, "data"), [t.path for t in targets], options)
+    if not all(
+        target.path.exists() for target in targets
+    ):  # beside the building of backbone and engine
         acceleration.start_for(sum(sample.image_bytes for sample in dataset.samples))
     done: dict[Path, ExtractionSummary] = {}
     jobs: list[Job] = []
-    for path, backbone in targets:
-        job = Job(path, dataset, _choose_recipe(dataset, backbone, options), options)
+    for target in targets:
+        path, job = target.path, _plan_job(dataset, target, options)
         if job.old is not None and job.is_up_to_date and not options.rehash:
             job.remove_leftovers()
             done[path] = summarise(
@@ -221,7 +246,7 @@ def _extract(
     for path, summary in done.items():
         if not summary.num_new:
             warn_of_precision(open_cache(path, verify=False), options.precision)
-    return [done[path] for path, _ in targets]
+    return [done[target.path] for target in targets]
 
 
 def _make_caches(
@@ -244,6 +269,13 @@ def _make_caches(
             work(unfinished, positions)
         for job in jobs:
             done[job.path] = finish(job, start)
+
+
+@overload
+def plan(
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone | _Backbones,
+    image_size: _Sizes, **options: Any,
+) -> dict[str, Projection]: ...  # fmt: skip
 
 
 @overload
@@ -273,55 +305,30 @@ def plan(
         **options: As for ``extract``.
 
     Returns:
-        What is expected; of a list of backbones, a dict of that by name.
+        What is expected; of a list of backbones or sizes, a dict of that by name.
 
     Raises:
         FeatcacheError: As ``extract`` would at its start.
     """
-    chosen = ExtractionOptions(**options)
-    if isinstance(backbone, str | Backbone):
-        return _plan(data, [(local_path(cache, "CACHE"), backbone)], chosen)[0]
-    targets = _name_caches(local_path(cache, "CACHE"), backbone, chosen)
+    chosen, place = ExtractionOptions(**options), local_path(cache, "CACHE")
+    if isinstance(backbone, str | Backbone) and isinstance(chosen.image_size, int | str):
+        return _plan(data, [Target(place, backbone, chosen.image_size)], chosen)[0]
+    targets = name_caches(place, backbone, chosen)
     return dict(zip(targets, _plan(data, [*targets.values()], chosen), strict=True))
 
 
 def _plan(
-    data: str | Path, targets: Sequence[tuple[Path, str | Backbone]], options: ExtractionOptions
-) -> list[Projection]:
-    targets = [(follow_link(path), backbone) for path, backbone in targets]
-    dataset, options = _scan(local_path(data, "data"), [path for path, _ in targets], options)
-    jobs = [
-        Job(path, dataset, _choose_recipe(dataset, backbone, options), options)
-        for path, backbone in targets
-    ]
+    data: str | Path, targets: Sequence[Target], options: ExtractionOptions
+) -> list[Projection]:  # fmt: skip
+    targets = [target._replace(path=follow_link(target.path)) for target in targets]
+    dataset, options = _scan(local_path(data, "data"), [t.path for t in targets], options)
+    jobs = [_plan_job(dataset, target, options) for target in targets]
     device = resolve_device(options.device).torch()
     find_known(jobs, device)
     for job in jobs:
         if job.old is not None:
             warn_of_precision(job.old, options.precision)
     return [project(job, device) for job in jobs]
-
-
-def _name_caches(
-    folder: Path, backbones: Sequence[str | Backbone], options: ExtractionOptions
-) -> dict[str, tuple[Path, str | Backbone]]:
-    """Return name -> cache and backbone, of several backbones."""
-    names = [b if isinstance(b, str) else b.name for b in backbones]
-    files = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".h5" for name in names]
-    if len(set(files)) != len(files) or not files:
-        raise ConfigError("--backbone", expected="different backbones", found=", ".join(names))
-    if len(files) > 1 and options.weights not in {None, "random"}:
-        raise ConfigError(
-            "--weights", expected="random, or none with several backbones", found=options.weights,
-            hint="Extract with one backbone at a time",
-        )  # fmt: skip
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(
-            "CACHE", expected="a folder, for the caches of several backbones", found="a file",
-            where=folder,
-        )  # fmt: skip
-    paths = [folder / file for file in files]
-    return dict(zip(names, zip(paths, backbones, strict=True), strict=True))
 
 
 def _scan(
@@ -358,13 +365,18 @@ def _remember(path: Path, data: Path, options: ExtractionOptions) -> ExtractionO
     return replace(options, **listing.as_json())
 
 
+def _plan_job(dataset: ImageDataset, target: Target, options: ExtractionOptions) -> Job:
+    return Job(target.path, dataset, _choose_recipe(dataset, target, options), options)
+
+
 def _choose_recipe(
-    dataset: ImageDataset, backbone: str | Backbone, options: ExtractionOptions
-) -> Recipe:
+    dataset: ImageDataset, target: Target, options: ExtractionOptions
+) -> Recipe:  # fmt: skip
     """Settle what makes features of the images."""
+    backbone = target.backbone
     if isinstance(backbone, str):
         backbone = build_backbone(
-            backbone, weights=options.weights, image_size=options.image_size,
+            backbone, weights=options.weights, image_size=target.image_size,
             normalize=options.normalize, mean=options.mean, std=options.std,
         )  # fmt: skip
     recipe = make_recipe(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
+from featcache.backbones.backbone import Backbone
 from featcache.data.listing import Listing
 from featcache.errors import ConfigError
 from featcache.extraction.pipeline import resolve_workers
@@ -23,7 +26,7 @@ class ExtractionOptions:
     """
 
     weights: str | Path | None = None
-    image_size: int | str = "auto"
+    image_size: int | str | Sequence[int] = "auto"
     transform: str | None = None
     crop_mode: str | None = None
     interpolation: str | None = None
@@ -84,3 +87,64 @@ def parse_max_errors(value: int | str) -> int | float:
     if number < 0 or (isinstance(number, float) and number > 1):
         raise ConfigError("--max-errors", expected="a count or a share such as 5%", found=value)
     return number
+
+
+class Target(NamedTuple):
+    """A cache to make.
+
+    Attributes:
+        path: The file.
+        backbone: What makes its features.
+        image_size: Side of its input, or ``auto``.
+    """
+
+    path: Path
+    backbone: str | Backbone
+    image_size: int | str
+
+
+def name_caches(
+    folder: Path, backbone: str | Backbone | Sequence[str | Backbone], options: ExtractionOptions
+) -> dict[str, Target]:
+    """Return name -> cache to make in a folder, of several backbones, several sizes or both.
+
+    Raises:
+        ConfigError: If a backbone or a size is named twice, a ready backbone has one size only,
+            weights are given that are those of one, or ``folder`` is a file.
+    """
+    backbones = [backbone] if isinstance(backbone, str | Backbone) else backbone
+    size = options.image_size
+    sizes: Sequence[int | str] = [size] if isinstance(size, int | str) else size
+    names = [b if isinstance(b, str) else b.name for b in backbones]
+    for what, named, wanted in (
+        ("--backbone", names, "different backbones"),
+        ("--image-size", [str(size) for size in sizes], "different sizes"),
+    ):
+        if not named or len(set(map(_file_stem, named))) < len(named):
+            raise ConfigError(what, expected=wanted, found=", ".join(named) or "none")
+    if len(backbones) > 1 and options.weights not in {None, "random"}:
+        raise ConfigError(
+            "--weights", expected="random, or none with several backbones", found=options.weights,
+            hint="Extract with one backbone at a time",
+        )  # fmt: skip
+    ready = [b.name for b in backbones if isinstance(b, Backbone)]
+    if len(sizes) > 1 and ready:
+        raise ConfigError(
+            "--image-size", expected=f"one, that of the ready backbone {ready[0]}",
+            found=", ".join(map(str, sizes)), hint="Give a list of backbones, one of each size",
+        )  # fmt: skip
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(
+            "CACHE", expected="a folder, for the caches of several backbones", found="a file",
+            where=folder,
+        )  # fmt: skip
+    targets = dict[str, Target]()
+    for name, each in zip(names, backbones, strict=True):
+        for size in sizes:
+            full_name = f"{name}-{size}" if len(sizes) > 1 else name
+            targets[full_name] = Target(folder / f"{_file_stem(full_name)}.h5", each, size)
+    return targets
+
+
+def _file_stem(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)

@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = "featcache-run"
-FORMAT_VERSION, NEWEST_VERSION = 1, 2
-"""Of run.json: 2 if it has ``members``, so that an earlier featcache refuses it."""
+FORMAT_VERSION, ENSEMBLE_VERSION, SEVERAL_CACHES_VERSION = 1, 2, 3
+"""Of run.json: 2 if it has ``members``, 3 if it has ``caches`` (and ``members`` or not), so that an
+earlier featcache, which would read the first alone, refuses it."""
 WEIGHTS_NAME = "head.safetensors"
 
 _KEYS = {
@@ -69,6 +70,8 @@ class Run:
         cache: ``path`` (relative to the folder where possible), ``fingerprint``, ``identity``,
             ``payload_sha256`` and ``num_failed`` of the cache it was trained on, and the backbone's
             ``weights_source`` if that is ``random``.
+        caches: The same of all caches, in the order of their features, with ``num_features`` where
+            there are several.
         weights_sha256: sha256 of ``head.safetensors``.
         members: Of an ensemble how each of its heads was trained, else empty. ``head`` is the shape
             of each, and ``state`` has ``members.0.0.weight`` and so on.
@@ -87,6 +90,7 @@ class Run:
     weights_sha256: str
     task: str = "multiclass"
     members: tuple[dict[str, Any], ...] = ()
+    caches: tuple[dict[str, Any], ...] = ()
 
     @property
     def num_members(self) -> int:
@@ -96,7 +100,8 @@ class Run:
     def __repr__(self) -> str:
         hidden = ", ".join(map(str, self.head.hidden)) or "none"
         hidden += f"; mean of {self.num_members} heads" * bool(self.members)
-        backbone = printable(str(self.cache["identity"].get("backbone")))[:60]
+        names = " + ".join(str(cache["identity"].get("backbone")) for cache in self.caches)
+        backbone = printable(names)[:60]
         return (
             f"Run({printable(self.path.name)}: {join_few(self.classes)}; hidden {hidden}; "
             f"{self.head.num_features:,} features of {backbone})"
@@ -149,6 +154,7 @@ def load_run(path: str | Path) -> Run:
         weights_sha256=facts["weights_sha256"],
         task=task,
         members=members,
+        caches=tuple(_read_caches(folder, facts, head)),
     )
 
 
@@ -184,8 +190,13 @@ def load_head(run: Run | str | Path) -> nn.Sequential:
 
 
 def cache_path(run: Run) -> Path:
-    """Return where the cache that the run was trained on should be."""
-    return real_path(run.path.resolve() / str(run.cache["path"]))
+    """Return where the cache that the run was trained on should be, of several the first."""
+    return cache_paths(run)[0]
+
+
+def cache_paths(run: Run) -> list[Path]:
+    """Return where the caches that the run was trained on should be."""
+    return [real_path(run.path.resolve() / str(cache["path"])) for cache in run.caches]
 
 
 def require_same_features(
@@ -204,8 +215,7 @@ def require_same_features(
         RunError: If backbone, weights or preprocessing differ; one line says in what.
     """
     differing = _differing_keys(run_identity, identity)
-    blocking = [key for key in differing if key not in _MAY_DIFFER]
-    if blocking:
+    if blocking := list_blocking(run_identity, identity):
         raise RunError(
             "features", found=_listed(identity, blocking), where=where,
             expected="those the head was trained on, " + _listed(run_identity, blocking),
@@ -219,13 +229,23 @@ def require_same_features(
         warn_user(printable(message))
 
 
-def require_own_cache(run: Run, cache_identity: Mapping[str, Any], where: Path) -> None:
-    """Insist that the cache a run was trained on has still the identity it had.
+def list_blocking(run_identity: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which features differ from those that a head was trained on.
+
+    Those that may differ, with a warning, are left out.
+    """
+    differing = _differing_keys(run_identity, identity)
+    return [key for key in differing if key not in _MAY_DIFFER]
+
+
+def require_own_cache(
+    trained_on: Mapping[str, Any], cache_identity: Mapping[str, Any], where: Path
+) -> None:
+    """Insist that a cache a run was trained on has still the identity it had.
 
     Raises:
         RunError: If it was rebuilt with other settings; one line says in what they differ.
     """
-    trained_on = run.cache["identity"]
     keys = _differing_keys(trained_on, cache_identity)
     if keys:
         raise RunError(
@@ -263,9 +283,10 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     version = facts.get("format_version")
     if type(version) is not int or version < 1:
         raise _damaged(folder, "format_version", "a whole number from 1", version)
-    if version > NEWEST_VERSION:
+    if version > SEVERAL_CACHES_VERSION:
         raise RunError(
-            "run", expected=f"format version {NEWEST_VERSION}", found=f"version {version}",
+            "run", expected=f"format version {SEVERAL_CACHES_VERSION} or lower",
+            found=f"version {version}",
             where=folder, hint="A newer featcache wrote it: upgrade with pip install -U featcache",
         )  # fmt: skip
     if not _is_as_written(facts):
@@ -277,16 +298,45 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(facts.get(key), kind):
             raise _damaged(folder, key, f"a JSON {kind.__name__}", facts.get(key))
-    cache = facts["cache"]
+    for key in ("seed", "data_seed"):
+        _check_number(folder, key, facts[key])
+    _check_cache_facts(folder, "cache", facts["cache"])
+    _check_members(folder, version, facts.get("members"))
+    return facts
+
+
+def _check_cache_facts(folder: Path, what: str, cache: Any) -> None:
+    if not isinstance(cache, dict):
+        raise _damaged(folder, what, "a JSON object", cache)
     for key, kind in {"path": str, "fingerprint": str, "identity": dict}.items():
         if not isinstance(cache.get(key), kind):
-            raise _damaged(folder, f"cache.{key}", f"a JSON {kind.__name__}", cache.get(key))
-    _check_members(folder, version, facts.get("members"))
-    numbers = {"seed": facts["seed"], "data_seed": facts["data_seed"]}
-    for key, number in (numbers | {"cache.num_failed": cache.get("num_failed", 0)}).items():
-        if type(number) is not int or not 0 <= number < 1 << 63:
-            raise _damaged(folder, key, "a whole number from 0 to below 2**63", number)
-    return facts
+            raise _damaged(folder, f"{what}.{key}", f"a JSON {kind.__name__}", cache.get(key))
+    _check_number(folder, f"{what}.num_failed", cache.get("num_failed", 0))
+
+
+def _check_number(folder: Path, what: str, number: Any) -> None:
+    if type(number) is not int or not 0 <= number < 1 << 63:
+        raise _damaged(folder, what, "a whole number from 0 to below 2**63", number)
+
+
+def _read_caches(folder: Path, facts: Mapping[str, Any], head: HeadConfig) -> list[dict[str, Any]]:
+    """Return the facts of all caches of a run: ``cache`` alone, or ``caches``."""
+    caches = facts.get("caches")
+    if facts["format_version"] != SEVERAL_CACHES_VERSION:
+        if caches is not None:
+            raise _damaged(folder, "caches", "none in this format version", "some")
+        return [facts["cache"]]
+    if not isinstance(caches, list) or len(caches) < 2:
+        raise _damaged(folder, "caches", "two or more", caches)
+    for number, cache in enumerate(caches):
+        _check_cache_facts(folder, f"caches.{number}", cache)
+        _check_number(folder, f"caches.{number}.num_features", cache.get("num_features"))
+    num_features = sum(cache["num_features"] for cache in caches)
+    if num_features != head.num_features:
+        raise _damaged(folder, "caches", f"{head.num_features} features together", num_features)
+    if caches[0]["fingerprint"] != facts["cache"]["fingerprint"]:
+        raise _damaged(folder, "caches", "the cache first", "another")
+    return caches
 
 
 def _check_members(folder: Path, version: int, members: object) -> None:
@@ -295,7 +345,7 @@ def _check_members(folder: Path, version: int, members: object) -> None:
         and len(members) > 1
         and all(isinstance(member, dict) for member in members)
     )
-    has_members = version == NEWEST_VERSION or members is not None
+    has_members = version == ENSEMBLE_VERSION or members is not None
     if has_members and not (is_ensemble and version > FORMAT_VERSION):
         raise _damaged(folder, "members", "a JSON object for each of two or more heads", members)
 

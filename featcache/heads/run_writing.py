@@ -16,15 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
+from featcache.cache.side_by_side import caches_of
 from featcache.errors import RunError, escaped
 from featcache.files import json_sha256, write_bytes, write_csv, write_json
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, join_members
 from featcache.heads.rows import Part
 from featcache.heads.run import (
+    ENSEMBLE_VERSION,
     FORMAT,
     FORMAT_VERSION,
-    NEWEST_VERSION,
+    SEVERAL_CACHES_VERSION,
     WEIGHTS_NAME,
     is_run,
     weights_metadata,
@@ -78,6 +80,7 @@ def write_run(
     environment: Mapping[str, Any],
     task: str = "multiclass",
     members: Sequence[Mapping[str, Any]] = (),
+    caches: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Write the files of a run into ``folder`` and return the sha256 of its weights.
 
@@ -95,6 +98,7 @@ def write_run(
         task: ``multiclass`` or ``multilabel``.
         members: Of an ensemble of two or more heads, whose ``state`` is that of ``join_members``: a
             JSON object per head, how it was trained.
+        caches: See ``Run.caches``; where there is one, ``cache`` alone is written.
     """
     from safetensors import numpy as safetensors
 
@@ -111,7 +115,7 @@ def write_run(
     write_json(folder / "environment.json", dict(environment))
     facts = {
         "format": FORMAT,
-        "format_version": NEWEST_VERSION if members else FORMAT_VERSION,
+        "format_version": ENSEMBLE_VERSION if members else FORMAT_VERSION,
         "head": head.as_json(),
         "training": dict(training),
         "seed": seed,
@@ -122,6 +126,8 @@ def write_run(
         "weights_sha256": weights_sha256,
         **({"members": [dict(member) for member in members]} if members else {}),
     }
+    if len(caches) > 1:
+        facts |= {"format_version": SEVERAL_CACHES_VERSION, "caches": [*map(dict, caches)]}
     write_json(folder / "run.json", facts | {"sha256": json_sha256(facts, without="sha256")})
     return weights_sha256
 
@@ -225,9 +231,14 @@ def _write_with_rows(
     partial: Path, folder: Path, cache: Cache, parts: Sequence[Part], **facts: Any
 ) -> str:
     """Write a run of a cache and the hashes of the rows that it has seen: see ``write_run``."""
+    caches = [_cache_facts(each, folder) for each in caches_of(cache)]
     weights_sha256 = write_run(
-        partial, classes=cache.classes, task=cache.task, cache=_cache_facts(cache, folder), **facts
-    )
+        partial, classes=cache.classes, task=cache.task, cache=caches[0],
+        caches=[
+            facts_of_one | {"num_features": each.num_features}
+            for facts_of_one, each in zip(caches, caches_of(cache), strict=True)
+        ], **facts,
+    )  # fmt: skip
     write_bytes(partial / ROWS_NAME, TrainedRows.of(parts).as_bytes(weights_sha256))
     return weights_sha256
 

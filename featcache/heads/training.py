@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import Cache, open_cache, warn_of_leaks
+from featcache.cache.reading import Cache, warn_of_leaks
+from featcache.cache.side_by_side import Caches, list_caches, open_caches
 from featcache.cache.verdict import say_verdict
 from featcache.errors import ConfigError, printable
-from featcache.files import local_path, result_as_dict
+from featcache.files import result_as_dict
 from featcache.formatting import brief_repr, count, decimal, join_few, list_counts, shorten
 from featcache.heads.config import (
     LBFGS,
@@ -67,7 +68,7 @@ class TrainSummary:
         fit_seconds: Wall time of the fitting alone.
         total_seconds: Wall time from opening the cache to the finished folder.
         device: Where it ran.
-        fingerprint: That of the cache.
+        fingerprint: That of the cache; of several, sha256 of the list of their identities.
         weights_sha256: That of the weights.
     """
 
@@ -101,7 +102,7 @@ class TrainSummary:
 
 
 def train(
-    cache: str | Path,
+    cache: Caches,
     run: str | Path,
     *,
     hidden: Sequence[int] = (512, 128),
@@ -138,7 +139,8 @@ def train(
     been.
 
     Args:
-        cache: The cache.
+        cache: The cache; or several of the same images, or a folder of them: their features are
+            put side by side (see module ``side_by_side``).
         run: The folder to make.
         hidden: Width of each hidden layer; empty for a linear head.
         dropout: Before the last layer, in [0, 1).
@@ -171,13 +173,14 @@ def train(
         RunError: If ``run`` exists and ``overwrite`` is not set; if an unfinished training of this
             name was begun with other arguments.
         ConfigError: If an option has no meaning.
-        CacheError: If the cache is damaged, lacks a split, or its rows cannot be trained on.
+        CacheError: If the cache is damaged, lacks a split, or its rows cannot be trained on; if
+            several caches are not of the same rows.
 
     Example:
         >>> featcache.train("covid.h5", "runs/covid", seed=1)  # doctest: +SKIP
     """
     start, folder = time.perf_counter(), Path(run)
-    output = run_output(run, overwrite=overwrite, inputs=[local_path(cache, "CACHE")])
+    output = run_output(run, overwrite=overwrite, inputs=list_caches(cache))
     check_folder(output)
     training = TrainingConfig(
         learning_rate=learning_rate,
@@ -198,7 +201,7 @@ def train(
     # What does not fit is told before the cache is read.
     HeadJob(HeadConfig(1, 2, tuple(hidden), dropout), training, seed)
     where = resolve_device(device)
-    opened = open_cache(cache)
+    opened = open_caches(cache)
     check_cache(opened)
     warn_of_leaks(opened)
     say_verdict(opened, say)

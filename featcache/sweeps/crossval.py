@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from featcache import __version__
-from featcache.cache.reading import Cache, open_cache
+from featcache.cache.reading import Cache
+from featcache.cache.side_by_side import Caches, list_caches, open_caches
 from featcache.cache.verdict import say_verdict
 from featcache.errors import CacheError, ConfigError, warn_user
-from featcache.files import local_path, result_as_dict
+from featcache.files import result_as_dict
 from featcache.formatting import brief_repr, count, join_few, percent
 from featcache.heads.config import (
     LBFGS,
@@ -117,7 +118,7 @@ class CrossvalSummary:
 
 
 def crossval(
-    cache: str | Path,
+    cache: Caches,
     folder: str | Path,
     *,
     folds: int = 5,
@@ -152,7 +153,7 @@ def crossval(
     the same arguments, it goes on after the folds that are finished.
 
     Args:
-        cache: The cache.
+        cache: As for ``train``: one, or several side by side.
         folder: The folder to make, with ``crossval.json`` and ``predictions.csv``: a line per row
             and repeat with the probabilities, which read back to the same floats.
         folds: How many parts, two or more.
@@ -194,7 +195,7 @@ def crossval(
         >>> featcache.crossval("covid.h5", "folds", seed=1)  # doctest: +SKIP
     """
     start = time.perf_counter()
-    inputs = [local_path(cache, "CACHE")]
+    inputs = list_caches(cache)
     output = Output(folder, "output folder", CROSSVAL, replace=overwrite, inputs=inputs)
     check_folder(output)
     _check_options(folds, repeats)
@@ -210,7 +211,7 @@ def crossval(
     valid_fraction = check_valid_fraction(valid_fraction)
     HeadJob(HeadConfig(1, 2, tuple(hidden), dropout), training, seed)
     where = resolve_device(device)
-    opened = open_cache(cache)
+    opened = open_caches(cache)
     check_cache(opened)
     parts = _choose_parts(opened, with_test=with_test)
     plan = FoldPlan(

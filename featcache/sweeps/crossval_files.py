@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.reading import Cache
+from featcache.cache.side_by_side import caches_of
 from featcache.errors import ConfigError, RunError
 from featcache.files import csv_text, json_sha256, read_regular, write_bytes, write_json
 from featcache.heads.prediction import prediction_table
@@ -160,12 +162,9 @@ def write_crossval(  # noqa: PLR0917 (where, and what was done)
     data = csv_text(*_table(pool, parts, groups, probs, fold_of)).encode()
     write_bytes(partial / ROWS_NAME, data)
     cache = pool.cache
+    caches = [_cache_facts(each, target) for each in caches_of(cache)]
     facts = {
-        "format": FORMAT, "format_version": FORMAT_VERSION,
-        "cache": {
-            "path": relative_path(cache.path, target), "fingerprint": cache.fingerprint,
-            "payload_sha256": cache.payload_sha256, "content_sha256": cache.content_sha256,
-        },
+        "format": FORMAT, "format_version": FORMAT_VERSION, "cache": caches[0],
         "classes": list(cache.classes), "task": cache.task,
         "splits": [part.split.name for part in parts], **plan.as_json(),
         "num_rows": len(pool.targets), "per_fold": per_fold, "mean": mean_figures(per_fold, ratio),
@@ -175,6 +174,8 @@ def write_crossval(  # noqa: PLR0917 (where, and what was done)
         ],
         "predictions_sha256": hashlib.sha256(data).hexdigest(), **ensemble,
     }  # fmt: skip
+    if len(caches) > 1:
+        facts["caches"] = caches
     write_json(partial / FACTS_NAME, facts | {"sha256": json_sha256(facts, without="sha256")})
     return facts
 
@@ -185,6 +186,13 @@ def _list_groups(parts: Sequence[Part]) -> list[str]:
         part.split.groups[row] if part.split.groups else ""
         for part in parts for row in part.rows.tolist()
     ]  # fmt: skip
+
+
+def _cache_facts(cache: Cache, folder: Path) -> dict[str, Any]:
+    return {
+        "path": relative_path(cache.path, folder), "fingerprint": cache.fingerprint,
+        "payload_sha256": cache.payload_sha256, "content_sha256": cache.content_sha256,
+    }  # fmt: skip
 
 
 def _table(

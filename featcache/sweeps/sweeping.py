@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from featcache import __version__
-from featcache.cache.reading import open_cache, warn_of_leaks
+from featcache.cache.reading import warn_of_leaks
+from featcache.cache.side_by_side import Caches, list_caches, open_caches
 from featcache.cache.verdict import say_verdict
 from featcache.errors import ConfigError, printable
 from featcache.files import (
     canonical_json,
-    local_path,
     make_folder,
     read_regular,
     result_as_dict,
@@ -116,7 +116,7 @@ class SweepSummary:
 
 
 def sweep(
-    cache: str | Path,
+    cache: Caches,
     run: str | Path,
     *,
     trials: int,
@@ -144,7 +144,7 @@ def sweep(
     called again with the same arguments, a sweep goes on.
 
     Args:
-        cache: The cache.
+        cache: As for ``train``: one, or several side by side.
         run: The folder to make; it has ``trials.csv`` and ``sweep.json`` besides a run's files.
         trials: How many, the default among them.
         sampler: ``random``, ``grid`` or ``tpe`` (Optuna's, 16 trials a round).
@@ -175,7 +175,7 @@ def sweep(
         >>> featcache.sweep("covid.h5", "runs/best", trials=200)  # doctest: +SKIP
     """
     start, folder = time.perf_counter(), Path(run)
-    inputs = [local_path(cache, "CACHE"), space]
+    inputs = [*list_caches(cache), space]
     output = run_output(run, overwrite=overwrite, inputs=inputs)
     journal_folder = beside(output.target, ".sweep")
     if not (journal_folder / _JOURNAL_NAME).exists():
@@ -185,7 +185,7 @@ def sweep(
     valid_fraction = check_valid_fraction(valid_fraction)
     read = None if space is None else read_space(Path(space))
     where = resolve_device(device)
-    opened = open_cache(cache)
+    opened = open_caches(cache)
     check_cache(opened)
     has_labels = opened.task == "multilabel"
     check_metric(metric, positive, opened.classes, has_labels=has_labels)

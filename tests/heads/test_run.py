@@ -110,7 +110,7 @@ def test_every_flipped_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"format_version": 3}, "found version 3 .* A newer featcache wrote it"),
+        ({"format_version": 4}, "found version 4 .* A newer featcache wrote it"),
         ({"format_version": 2}, "run, members: expected a JSON object for each"),
         ({"format_version": "1"}, "format_version"),
         ({"format": "zip"}, "expected format featcache-run"),

@@ -1,0 +1,133 @@
+"""Open the caches of a run: those it was trained on, or others with the same features.
+
+A run has one cache, or several of the same images side by side.
+
+Reads: caches. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from featcache.cache.earlier import refuse_misbuilt
+from featcache.cache.reading import Cache, open_cache
+from featcache.cache.side_by_side import Caches, caches_of, join_caches, list_caches
+from featcache.errors import RunError, printable, warn_user
+from featcache.formatting import count
+from featcache.heads.run import (
+    Run,
+    cache_paths,
+    list_blocking,
+    require_own_cache,
+    require_same_features,
+)
+from featcache.untrusted import why_no_file
+
+_NOT_NAMED = {"backbone", "weights_sha256", "num_features"}  # the first stands before all
+
+
+def open_own_caches(run: Run, *, unchanged: bool = False) -> Cache:
+    """Open the caches that a run was trained on, side by side if there are several.
+
+    Args:
+        run: The run.
+        unchanged: Refuse one that has changed since, in place of a warning.
+
+    Raises:
+        RunError: If one is gone, has changed and may not, or was rebuilt with other settings.
+        CacheError: If one is damaged, or they do not fit together any more.
+    """
+    opened = list[Cache]()
+    for path, trained_on in zip(cache_paths(run), run.caches, strict=True):
+        if found := why_no_file(path):
+            raise RunError(
+                "the run's cache", expected="the cache it was trained on", found=found, where=path,
+                hint="Name the cache with --cache, or train again",
+            )  # fmt: skip
+        cache = open_cache(path)
+        refuse_misbuilt(cache.identity, path)
+        require_own_cache(trained_on["identity"], cache.identity, path)
+        if cache.payload_sha256 != trained_on.get("payload_sha256"):
+            if unchanged:
+                raise RunError(
+                    "the run's cache", expected="the one it was trained on",
+                    found="one that has changed", where=path, hint="Train again on it",
+                )  # fmt: skip
+            warn_user(printable(f"{path} has changed since the training"))
+        opened.append(cache)
+    return _join(run, opened)
+
+
+def open_other_caches(run: Run, caches: Caches) -> Cache:
+    """Open caches with features as a run was trained on, in any order.
+
+    Raises:
+        RunError: If there are more or fewer than the run has, or their features are others.
+        CacheError: If one is damaged, or they do not fit together.
+    """
+    for trained_on in run.caches:
+        refuse_misbuilt(trained_on["identity"], run.path)
+    opened = [open_cache(path) for path in list_caches(caches)]
+    if len(run.caches) == len(opened) == 1:
+        require_same_features(run.cache["identity"], opened[0].identity, opened[0].path)
+        return opened[0]
+    names = _name_caches(run)
+    if len(opened) != len(run.caches):
+        raise RunError(
+            "--cache", found=count(len(opened), "cache"), where=opened[0].path,
+            expected=f"{count(len(run.caches), 'cache')}, as the run was trained on: "
+            + " and ".join(names), hint="Name each with --cache",
+        )  # fmt: skip
+    return _join(run, _in_order(run, opened, names))
+
+
+def is_own(run: Run, cache: Cache) -> bool:
+    """Return whether a cache, or several side by side, is what a run was trained on, unchanged."""
+    hashes = [trained_on.get("payload_sha256") for trained_on in run.caches]
+    return [each.payload_sha256 for each in caches_of(cache)] == hashes
+
+
+def _in_order(run: Run, opened: Sequence[Cache], names: Sequence[str]) -> list[Cache]:
+    """Return caches in the order of the run's, found by their identities."""
+    left, ordered = list(opened), list[Cache]()
+    for trained_on, name in zip(run.caches, names, strict=True):
+        equal = [c for c in left if c.fingerprint == trained_on["fingerprint"]]
+        alike = [c for c in left if not list_blocking(trained_on["identity"], c.identity)]
+        if not equal + alike:
+            raise RunError(
+                "features", expected=f"those the head was trained on, {name}",
+                found="others in " + ", ".join(cache.path.name for cache in left), where=run.path,
+                hint="Extract the images again with the run's backbone and options",
+            )  # fmt: skip
+        chosen = (equal + alike)[0]
+        require_same_features(trained_on["identity"], chosen.identity, chosen.path)
+        left.remove(chosen)
+        ordered.append(chosen)
+    return ordered
+
+
+def _join(run: Run, caches: Sequence[Cache]) -> Cache:
+    """Return caches side by side, each with as many features as it had."""
+    if len(caches) > 1:
+        for cache, trained_on in zip(caches, run.caches, strict=True):
+            if cache.num_features != trained_on["num_features"]:
+                raise RunError(
+                    "features", expected=f"{trained_on['num_features']} per image, as trained on",
+                    found=cache.num_features, where=cache.path,
+                    hint="Extract the images with the run's backbone",
+                )  # fmt: skip
+    return join_caches(caches)
+
+
+def _name_caches(run: Run) -> list[str]:
+    """Return for each cache of a run in what it differs from the others, beside its backbone."""
+    identities: list[Mapping[str, Any]] = [cache["identity"] for cache in run.caches]
+    keys = {key for identity in identities for key in list_blocking(identities[0], identity)}
+    shown = [key for key in sorted(keys) if key not in _NOT_NAMED]
+    return [
+        " ".join([
+            str(identity.get("backbone")), *(f"{key} {identity.get(key)}" for key in shown)
+        ])
+        for identity in identities
+    ]  # fmt: skip
