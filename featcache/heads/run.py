@@ -322,12 +322,13 @@ def _check_number(folder: Path, what: str, number: Any) -> None:
 def _read_caches(folder: Path, facts: Mapping[str, Any], head: HeadConfig) -> list[dict[str, Any]]:
     """Return the facts of all caches of a run: ``cache`` alone, or ``caches``."""
     caches = facts.get("caches")
-    if facts["format_version"] != SEVERAL_CACHES_VERSION:
-        if caches is not None:
-            raise _damaged(folder, "caches", "none in this format version", "some")
+    if facts["format_version"] != SEVERAL_CACHES_VERSION and caches is None:
         return [facts["cache"]]
     if not isinstance(caches, list) or len(caches) < 2:
         raise _damaged(folder, "caches", "two or more", caches)
+    if facts["format_version"] != SEVERAL_CACHES_VERSION:
+        wanted = f"format version {SEVERAL_CACHES_VERSION}"
+        raise _damaged(folder, "caches", wanted, f"version {facts['format_version']}")
     for number, cache in enumerate(caches):
         _check_cache_facts(folder, f"caches.{number}", cache)
         _check_number(folder, f"caches.{number}.num_features", cache.get("num_features"))

@@ -194,7 +194,7 @@ def test_a_second_cache_that_is_gone_rebuilt_or_changed_is_told(
         ({"num_features": -1}, r"caches\.0\.num_features: expected a whole number"),
         ({"fingerprint": "0" * 64}, "run, caches: expected the cache first, found another"),
         ({"format_version": 2}, "run, members: expected a JSON object for each"),
-        ({"format_version": 1}, "run, caches: expected none in this format version"),
+        ({"format_version": 1}, "run, caches: expected format version 3, found version 1"),
     ],
 )
 def test_a_damaged_list_of_caches_is_refused(
