@@ -141,12 +141,12 @@ def _blackout_lines(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _image_lines(images: dict[str, Any]) -> Iterator[str]:
-    words = {"missing": "missing", "changed": "changed", "unreadable": "unreadable"}
-    parts = [
-        f"{count(images[name]['num_rows'], 'image')} {word} "
-        f"({join_few(map(printable, images[name]['paths']))})"
-        for name, word in words.items() if images[name]["num_rows"]
-    ]  # fmt: skip
+    parts = []
+    for word in ("missing", "changed", "unreadable"):
+        number, paths = images[word]["num_rows"], images[word]["paths"]
+        if number:
+            more = ", ..." if number > len(paths) else ""
+            parts.append(f"{count(number, 'image')} {word} ({join_few(paths)}{more})")
     if parts:
         yield f"not audited by their images: {'; '.join(parts)}"
 
