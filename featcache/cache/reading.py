@@ -471,7 +471,10 @@ def warn_of_leaks(cache: Cache) -> None:
         name: [row.tobytes() if row.any() else None for row in split.image_sha256]
         for name, split in cache.splits.items()
     }
-    groups = {name: split.groups or [] for name, split in cache.splits.items()}
+    groups = {
+        name: [group or None for group in split.groups or []]
+        for name, split in cache.splits.items()
+    }
     for what, keys_by_split in (("image", images), ("group", groups)):
         seen: dict[object, tuple[str, str]] = {}
         shared: dict[object, str] = {}
