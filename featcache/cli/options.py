@@ -114,9 +114,23 @@ WEIGHTS_EACH = click.option(
 TRUST = click.option(
     "--backbone", metavar="NAME", help="Needed for python: backbones only: says you trust the code."
 )
+
+
+def _require_caches(
+    ctx: click.Context, param: click.Parameter, caches: tuple[Path, ...]
+) -> tuple[Path, ...]:
+    """Return the caches; of one name alone, it is the argument behind them that is missing."""
+    if not caches:
+        last = [p.name for p in ctx.command.params if isinstance(p, click.Argument)][-1]
+        hint = f"'{str(last).upper()}'"
+        raise click.MissingParameter(ctx=ctx, param_hint=hint, param_type="argument")
+    return caches
+
+
 CACHES = click.argument(
-    "caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path)
-)
+    "caches", metavar="CACHE...", nargs=-1, type=click.Path(path_type=Path),
+    callback=_require_caches,
+)  # fmt: skip
 LARGEST = click.option(
     "--max-pixels", type=click.IntRange(min=1), default=MAX_PIXELS, show_default=True, metavar="N",
     help="Refuse larger images, unread.",
