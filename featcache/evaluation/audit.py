@@ -159,7 +159,8 @@ def audit(
 
     Copies are looked for in all splits. Everything else is of the labelled rows of train and valid
     (or of ``all``), never of test. No image is read without ``data``. Where both ``same`` and
-    ``near`` were looked at, the verdict is kept beside the cache for ``train`` and ``info``.
+    ``near`` were looked at, the verdict is kept beside the cache for ``train`` and ``info``, unless
+    an earlier audit of the same content looked at more.
 
     Args:
         cache: The cache.
@@ -256,7 +257,10 @@ def audit(
     for line in audit_lines(found):
         say(line)
     if {*parts} >= _COPIES:
-        write_verdict(opened, parts=parts, num_leaks=found.num_leaks, verdict=found.verdict)
+        write_verdict(
+            opened, parts=parts, num_images=found.images["num_read"] if found.images else 0,
+            num_leaks=found.num_leaks, verdict=found.verdict, say=say,
+        )  # fmt: skip
     error = leak_error(found)
     if strict and error is not None:
         raise error

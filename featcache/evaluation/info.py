@@ -41,8 +41,9 @@ class CacheInfo:
             ``num_per_class``; with several labels an image ``num_known_per_class``; ``num_groups``,
             None without groups; ``num_per_precision``, rows made at each.
         failures: Images that could not be read.
-        audit: The verdict of the last audit of this content: ``parts``, ``num_leaks``, ``verdict``
-            and ``version``; None if it was never audited.
+        audit: The verdict on this content of the audit that looked at most: ``parts``,
+            ``num_images`` read, ``num_leaks``, ``verdict`` and ``version``; None if it was never
+            audited.
     """
 
     __module__ = "featcache"
