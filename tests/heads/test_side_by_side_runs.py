@@ -92,6 +92,8 @@ def test_lbfgs_sweep_and_crossval_equal_those_of_one_cache_too(sides: Path, tmp_
     facts = json.loads((tmp_path / "0" / "folds" / "crossval.json").read_text())
     assert [Path(cache["path"]).name for cache in facts["caches"]] == ["a.h5", "b.h5"]
     assert facts["cache"] == facts["caches"][0]
+    assert info(tmp_path / "0" / "folds").as_dict()["caches"] == facts["caches"]
+    assert "caches" not in info(tmp_path / "1" / "folds").as_dict()
     facts = json.loads((tmp_path / "1" / "folds" / "crossval.json").read_text())
     assert "caches" not in facts
 
