@@ -5,6 +5,7 @@ Reads: the second run, and its cache where its features are others. Writes: noth
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -196,11 +197,12 @@ def comparison_lines(facts: Mapping[str, Any] | None) -> Iterator[str]:
     yield printable(f"this run against {facts['run']}, on the same {rows}{groups}")
     for name in ("accuracy", "sensitivity", "specificity"):
         if (row := facts[name]) is not None:
-            yield (
+            text = (
                 f"  {name:<12} {decimal(row['first'])} against {decimal(row['second'])}; right "
                 f"only here {row['only_first']:,}, only there {row['only_second']:,}; "
                 f"McNemar p {_p(row['p_value'])}"
             )
+            yield from textwrap.wrap(text, 80, subsequent_indent="               ")
     if (row := facts["roc_auc"]) is not None:
         low, high = row["interval"]
         yield f"  roc auc      {decimal(row['first'])} against {decimal(row['second'])}"

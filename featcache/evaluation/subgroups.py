@@ -127,10 +127,10 @@ def measure_subgroups(
         A JSON object: ``column``; ``least_units``: see ``LEAST_UNITS``; ``unit``: ``group`` or
         ``image``; ``subgroups``, sorted by value: ``value``, ``num_samples``, ``num_units``,
         ``num_positive`` (None without ``positive``) and ``figures``. These are ``accuracy`` and
-        ``balanced_accuracy`` (None with several labels), with ``positive`` its ``sensitivity``,
+        ``balanced_accuracy`` (not with several labels), with ``positive`` its ``sensitivity``,
         ``specificity`` and ``positive_roc_auc``, without and of two classes ``roc_auc``; each with
-        ``value`` (None where it is undefined), ``interval``, ``num_units`` behind it and
-        ``too_few``.
+        ``value`` and ``interval`` (None where they are undefined, and where the subgroup has fewer
+        than ``least_units``: it is not measured), ``num_units`` behind it and ``too_few``.
     """
     numbers: dict[str | None, list[int]] = {}
     for row, value in enumerate(values):
@@ -228,21 +228,24 @@ def _measure(rows: PredictedRows, needed: Sequence[str], positive: str | None) -
         needed: Classes that there are in the whole evaluation.
         positive: The class that is looked for, or None.
     """
-    metrics = compute_metrics(rows.targets, rows.probs, rows.classes, positive)
-    intervals = measure_intervals(rows, positive)
     everything = _count_units(rows, np.ones(len(rows.targets), bool))
     units = {"accuracy": everything}
     if not rows.has_labels:
-        smallest = min(_count_units(rows, _is_class(rows, name)) for name in needed)
-        units["balanced_accuracy"] = smallest
-        if not smallest:
-            metrics["balanced_accuracy"] = intervals["balanced_accuracy"] = None
+        units["balanced_accuracy"] = min(
+            _count_units(rows, _is_class(rows, name)) for name in needed
+        )
         if positive is None and len(rows.classes) == 2:
             units["roc_auc"] = min(_count_units(rows, _is_class(rows, n)) for n in rows.classes)
     if positive is not None:
         units["sensitivity"] = _count_units(rows, _is_class(rows, positive))
         units["specificity"] = _count_units(rows, _is_other(rows, positive))
         units["positive_roc_auc"] = min(units["sensitivity"], units["specificity"])
+    metrics, intervals = dict.fromkeys(units), dict.fromkeys(units)
+    if everything >= LEAST_UNITS:  # of 20,000 small subgroups the rest takes a minute
+        metrics |= compute_metrics(rows.targets, rows.probs, rows.classes, positive)
+        intervals |= measure_intervals(rows, positive)
+        if not units.get("balanced_accuracy"):
+            metrics["balanced_accuracy"] = intervals["balanced_accuracy"] = None
     return {
         "num_samples": len(rows.targets),
         "num_units": everything,
