@@ -204,7 +204,9 @@ def test_rows_that_the_second_run_has_seen_are_warned_of_or_left_out(
     with pytest.warns(FeatcacheWarning, match=r"trained on 30 and was chosen by 10 of the 50 rows "
                       r"of test: the figures of .*/s are too good"):  # fmt: skip
         evaluate(folder / "one", against=tmp_path / "s")
-    left = evaluate(folder / "one", against=tmp_path / "s", unseen=True)
+    said: list[str] = []
+    left = evaluate(folder / "one", against=tmp_path / "s", unseen=True, say=said.append)
+    assert said[1].startswith(f"rows left out: 30 that the head of {tmp_path / 's'} was trained on")
     assert left.against is not None
     assert left.num_samples == left.against["num_samples"] == 10
 
