@@ -70,7 +70,7 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     yield from _class_lines(result.classes, result.per_class, intervals["per_class"])
     if not has_labels:
         yield from _confusion_lines(result, confusions)
-    yield from decided_lines(result.decision)
+    yield from decided_lines(result.decision, has_labels=has_labels)
     yield from _mistake_lines(result.mistakes, has_labels=has_labels)
 
 
