@@ -51,7 +51,7 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     )
     if result.positive is not None:
         against = "" if has_labels else " against the rest"
-        yield printable(f"  positive class     {result.positive}{against}")
+        yield f"  positive class     {shorten(printable(result.positive), 42)}{against}"
         for name in ("sensitivity", "specificity"):
             yield f"  {name}        {_shown(result[name], intervals[name], sizes[name])}"
         its_area = _shown(result.positive_roc_auc, intervals["positive_roc_auc"])

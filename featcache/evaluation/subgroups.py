@@ -6,6 +6,7 @@ Reads: a table (CSV) where one is named. Writes: nothing.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -175,7 +176,8 @@ def subgroup_lines(facts: Mapping[str, Any] | None, positive: str | None) -> Ite
     if small:
         listed = [f"{_name(part)} ({part['num_samples']:,})" for part in small[:_MOST_SMALL]]
         listed += ["..."] * (len(small) > _MOST_SMALL)
-        yield f"too few images in {count(len(small), 'subgroup')}: {', '.join(listed)}"
+        text = f"too few images in {count(len(small), 'subgroup')}: {', '.join(listed)}"
+        yield from textwrap.wrap(text, 80, subsequent_indent="  ")
 
 
 def _table_of(parts: Sequence[Mapping[str, Any]], positive: str | None) -> list[str]:

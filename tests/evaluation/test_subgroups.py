@@ -109,6 +109,9 @@ def test_of_many_subgroups_the_largest_are_shown() -> None:
     text = "\n".join(subgroup_lines(measure_subgroups(rows, "site", values, "b"), "b"))
     assert "\x1b" not in text
     assert "too few images in 3 subgroups: site 0\\x1b (4), site 1\\x1b (4)" in text
+    long = [f"hospital number {i // 5}" for i in range(100)]
+    lines = [*subgroup_lines(measure_subgroups(rows, "site", long, "b"), "b")]
+    assert max(map(len, lines)) <= 80
     many = PredictedRows(rows.classes, rows.paths * 5, rows.groups * 5, np.tile(rows.targets, 5),
                          np.tile(rows.probs, (5, 1)))  # fmt: skip
     names = [f"s{min(i // 15, 29):02d}" for i in range(500)]
