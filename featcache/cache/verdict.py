@@ -5,6 +5,7 @@ Reads and writes: ``CACHE.audit.json``.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import caches_of
 from featcache.errors import ConfigError, FeatcacheError, printable, warn_user
 from featcache.files import follow_link, json_sha256, read_regular, readable_json
-from featcache.formatting import count, shorten
+from featcache.formatting import count
 from featcache.outputs import Kind, Output, write_output
 from featcache.renames import beside
 from featcache.runtime import Say
@@ -51,12 +52,15 @@ def read_verdict(cache: Cache) -> dict[str, Any] | None:
     """Return the verdict of the last audit of a cache of this content, None if there was none.
 
     Returns:
-        ``parts`` that were looked at, ``num_leaks`` (sets of copies across splits or of two
-        classes), ``verdict``, a paragraph for people, and ``version`` of featcache. A file that was
-        edited, or written by a newer version in another format, counts as none.
+        ``parts`` that were looked at, ``num_images`` that were read, ``num_leaks`` (sets of copies
+        across splits or of two classes), ``verdict``, a paragraph for people, and ``version`` of
+        featcache. A file that was edited, or written by a newer version in another format, counts
+        as none.
     """
     facts = _read(verdict_path(cache.path))
-    keys: dict[str, type] = {"parts": list, "num_leaks": int, "verdict": str, "version": str}
+    keys: dict[str, type] = {
+        "parts": list, "num_images": int, "num_leaks": int, "verdict": str, "version": str
+    }  # fmt: skip
     if (
         facts.get("format_version") != FORMAT_VERSION
         or facts.get("content_sha256") != cache.content_sha256
@@ -67,21 +71,32 @@ def read_verdict(cache: Cache) -> dict[str, Any] | None:
     return {key: facts[key] for key in keys}
 
 
-def write_verdict(cache: Cache, *, parts: tuple[str, ...], num_leaks: int, verdict: str) -> None:
+def write_verdict(
+    cache: Cache, *, parts: tuple[str, ...], num_images: int, num_leaks: int, verdict: str, say: Say
+) -> None:  # fmt: skip
     """Write the verdict beside a cache; where that cannot be done, warn in one line.
 
-    The audit itself is then none the worse. Something else that has the name is left alone.
+    The audit itself is then none the worse. Something else that has the name is left alone. So is
+    the verdict on the same content of an audit that read more images, or as many and looked at more
+    parts; a line says so.
 
     Args:
         cache: The cache.
         parts: What was looked at.
+        num_images: How many images were read.
         num_leaks: Sets of copies across splits or of two classes.
         verdict: A paragraph for people.
+        say: Receives the line.
     """
+    earlier = read_verdict(cache)
+    if earlier and (earlier["num_images"], len(earlier["parts"])) > (num_images, len(parts)):
+        images = count(earlier["num_images"], "image")
+        say(f"an earlier audit's verdict stays: {', '.join(earlier['parts'])}; {images} read")
+        return
     facts = {
         "format": FORMAT, "format_version": FORMAT_VERSION, "version": __version__,
         "fingerprint": cache.fingerprint, "content_sha256": cache.content_sha256,
-        "parts": list(parts), "num_leaks": num_leaks, "verdict": verdict,
+        "parts": list(parts), "num_images": num_images, "num_leaks": num_leaks, "verdict": verdict,
     }  # fmt: skip
     text = readable_json(facts | {"sha256": json_sha256(facts, without="sha256")})
     path = verdict_path(cache.path)
@@ -100,7 +115,7 @@ def say_verdict(cache: Cache, say: Say) -> None:
     verdicts = [verdict for each in caches_of(cache) if (verdict := read_verdict(each))]
     found = max(verdicts, key=lambda verdict: int(verdict["num_leaks"]), default=None)
     if found is None:
-        name = shorten(printable(cache.path.name), 30)
+        name = shlex.quote(printable(cache.path.as_posix()))
         say(f"this cache was never audited: featcache audit {name}")
     elif found["num_leaks"]:
         sets = count(found["num_leaks"], "set")

@@ -108,7 +108,9 @@ def _audit_lines(verdict: dict[str, Any] | None) -> Iterator[str]:
         return
     leaks = f"leaks in {count(verdict['num_leaks'], 'set')} of copies"
     parts = ", ".join(map(printable, verdict["parts"]))
-    yield f"audit of {parts}: {leaks if verdict['num_leaks'] else 'no leaks'}"
+    images = verdict["num_images"]
+    read = f" (and {count(images, 'image')})" if images else ""
+    yield f"audit of {parts}{read}: {leaks if verdict['num_leaks'] else 'no leaks'}"
     yield from textwrap.wrap(
         escaped(verdict["verdict"][:2000]), 80, initial_indent="  ", subsequent_indent="  "
     )

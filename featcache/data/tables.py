@@ -44,6 +44,7 @@ _OWN_HEADERS = {
     "unknown",
     "unlike_training",
 }  # of evaluate and predict
+_OF_AUDIT = ["path", "group", "copies"]
 _NOT_KNOWN = {"nan", "<na>", "nat", "n/a", "#n/a", "null"}
 _FLAGS = {"", "0", "1", "-1", "0.0", "1.0", "-1.0"}
 
@@ -192,7 +193,9 @@ def _only_path_and(
 
 
 def _is_our_own(name: str, names: Sequence[str]) -> bool:
-    """Return whether a header is one that ``evaluate`` or ``predict`` writes."""
+    """Return whether a header is one that ``evaluate``, ``predict`` or ``audit`` writes."""
+    if [*names] == _OF_AUDIT:
+        return name == "copies"
     is_result = not {"pred", "preds"}.isdisjoint(names)
     return is_result and (
         name in _OWN_HEADERS

@@ -43,6 +43,7 @@ from featcache.evaluation.audit_shortcuts import measure_shortcuts
 from featcache.evaluation.audit_sources import measure_sources, read_sources
 from featcache.files import csv_text, local_path, result_as_dict
 from featcache.formatting import count, join_few
+from featcache.heads.rows import training_source
 from featcache.outputs import Kind, Output, write_output
 from featcache.runtime import Say, log_line
 from featcache.untrusted import MAX_PIXELS
@@ -159,11 +160,13 @@ def audit(
 
     Copies are looked for in all splits. Everything else is of the labelled rows of train and valid
     (or of ``all``), never of test. No image is read without ``data``. Where both ``same`` and
-    ``near`` were looked at, the verdict is kept beside the cache for ``train`` and ``info``.
+    ``near`` were looked at, the verdict is kept beside the cache for ``train`` and ``info``, unless
+    an earlier audit of the same content looked at more.
 
     Args:
         cache: The cache.
-        only: Some of ``PARTS``; None for all, ``sources`` where a column names them.
+        only: Some of ``PARTS``; None for all, ``sources`` where a column names them. A cache
+            without rows to train on has copies only.
         group_by: A regular expression whose first group, in the file name, is the group of a row,
             in place of the cache's groups.
         group_by_path: The same, in the path below the class.
@@ -211,6 +214,8 @@ def audit(
         output.check()
     pattern = GroupPattern.of(group_by, group_by_path)
     opened = open_cache(place)
+    if only is None:
+        parts = _without_unlearnable(opened, parts, say)
     if pattern is not None:
         _regroup(opened, pattern, say)
     rows = AuditRows.of(opened)
@@ -256,7 +261,10 @@ def audit(
     for line in audit_lines(found):
         say(line)
     if {*parts} >= _COPIES:
-        write_verdict(opened, parts=parts, num_leaks=found.num_leaks, verdict=found.verdict)
+        write_verdict(
+            opened, parts=parts, num_images=found.images["num_read"] if found.images else 0,
+            num_leaks=found.num_leaks, verdict=found.verdict, say=say,
+        )  # fmt: skip
     error = leak_error(found)
     if strict and error is not None:
         raise error
@@ -288,6 +296,16 @@ def _choose_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
             "--only", expected="some of " + ", ".join(PARTS), found=join_few(unknown) or "none"
         )
     return tuple(name for name in PARTS if name in wanted)
+
+
+def _without_unlearnable(cache: Cache, parts: tuple[str, ...], say: Say) -> tuple[str, ...]:
+    """Return the parts that a cache has rows for: without rows to train on, copies alone."""
+    try:
+        training_source(cache)
+    except CacheError:
+        say("copies only: there is no split train or all for the other parts")
+        return tuple(part for part in parts if part in _COPIES)
+    return parts
 
 
 def _has_sources(table: object, source: str | None) -> bool:

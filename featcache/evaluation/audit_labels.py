@@ -149,5 +149,8 @@ def label_lines(facts: dict[str, Any]) -> Iterator[str]:
         given, other = (shorten(printable(found[key]), 16) for key in ("given", "suggested"))
         row = found["row"]
         yield f"    {row['split']}: {shorten(printable(row['path']), 66)}"
-        yield (f"      {given}, but looks like {other} ({decimal(found['probs'][1], 2)}), as do "
-               f"{found['neighbours'][1]} of {NUM_NEIGHBOURS} neighbours")  # fmt: skip
+        text = (
+            f"      {given}, but looks like {other} ({decimal(found['probs'][1], 2)}), as do "
+            f"{found['neighbours'][1]} of {NUM_NEIGHBOURS} neighbours"
+        )
+        yield from textwrap.wrap(text, 80, subsequent_indent="        ")

@@ -42,19 +42,13 @@ def read_sources(table: str | Path, column: str, paths: list[str], say: Say) -> 
         DataError: If the CSV cannot be read, or has no such column or path.
         ConfigError: If the column is empty for all rows.
     """
-    lines = Table(Path(table), paths, lambda line: _unless_unused(line, say),
-                  columns={"group": column})  # fmt: skip
+    lines = Table(Path(table), paths, say, extra=column)
     found = [lines.find(path) for path in paths]
-    sources = ["" if line is None else line["group"] for line in found]
+    sources = ["" if line is None else line["extra"] for line in found]
     if not any(sources):
         raise ConfigError("--source", expected="names of sources",
                           found=f"none in the column {column}", where=table)  # fmt: skip
     return sources
-
-
-def _unless_unused(line: str, say: Say) -> None:
-    if not line.startswith("table: columns that are not used"):
-        say(line)
 
 
 def measure_sources(folded: FoldedRows, sources: list[str], column: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Reads: the second run, and its cache where its features are others. Writes: noth
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache, CacheSplit
+from featcache.cache.side_by_side import caches_of, join_caches
 from featcache.errors import ConfigError, RunError, printable
 from featcache.evaluation.lines import units_text
 from featcache.evaluation.predicted_rows import PredictedRows, predict_rows
@@ -62,9 +64,10 @@ class OtherRun:
     ) -> RowNumbers:  # fmt: skip
         """Find some rows where the second run can be measured on them; return those to be used.
 
-        A run that was trained on features of the same identity is measured on the same cache,
-        another on its own, whose split must have the same images: of equal paths and, where they
-        are known, equal hashes.
+        A run that was trained on features of the same identity is measured on the same cache, or
+        on those of several side by side that it was trained on the like of. Another is measured on
+        its own, whose split must have the same images: of equal paths and, where they are known,
+        equal hashes.
 
         Args:
             cache: The cache that the first run is measured on.
@@ -81,12 +84,22 @@ class OtherRun:
         self._cache, its_split, its_rows = cache, split, rows
         fingerprints = [[c["fingerprint"] for c in run.caches] for run in (self.run, self._first)]
         if fingerprints[0] != fingerprints[1]:
-            self._cache = open_own(self.run)
+            at_hand = dict(zip(fingerprints[1], caches_of(cache), strict=True))
+            wanted = [at_hand.get(fingerprint) for fingerprint in fingerprints[0]]
+            found = [each for each in wanted if each is not None]
+            self._cache = join_caches(found) if len(found) == len(wanted) else open_own(self.run)
             its_split = self._cache.split(split.name)
             its_rows = _match_rows(split, its_split, rows, self._cache.path)
         seen = find_seen(self.run, self._cache, its_split, its_rows)
         if unseen:
-            kept = leave_out_seen(np.arange(len(rows)), seen, self._cache, split.name, say)
+            kept = leave_out_seen(
+                np.arange(len(rows)),
+                seen,
+                self._cache,
+                split.name,
+                say,
+                head=f"the head of {self.name}",
+            )
             rows, its_rows = rows[kept], its_rows[kept]
         else:
             warn_of_seen(seen, split.name, f"the figures of {printable(self.name)} are too good")
@@ -196,11 +209,12 @@ def comparison_lines(facts: Mapping[str, Any] | None) -> Iterator[str]:
     yield printable(f"this run against {facts['run']}, on the same {rows}{groups}")
     for name in ("accuracy", "sensitivity", "specificity"):
         if (row := facts[name]) is not None:
-            yield (
+            text = (
                 f"  {name:<12} {decimal(row['first'])} against {decimal(row['second'])}; right "
                 f"only here {row['only_first']:,}, only there {row['only_second']:,}; "
                 f"McNemar p {_p(row['p_value'])}"
             )
+            yield from textwrap.wrap(text, 80, subsequent_indent="               ")
     if (row := facts["roc_auc"]) is not None:
         low, high = row["interval"]
         yield f"  roc auc      {decimal(row['first'])} against {decimal(row['second'])}"

@@ -68,15 +68,23 @@ def unmet_wish(result: DecideSummary) -> str:
     )
 
 
-def decided_lines(decisions: Mapping[str, Mapping[str, Any]] | None) -> Iterator[str]:
-    """Yield what the thresholds of a run do to the rows of an evaluation, beside the argmax."""
+def decided_lines(
+    decisions: Mapping[str, Mapping[str, Any]] | None, *, has_labels: bool
+) -> Iterator[str]:
+    """Yield what the thresholds of a run do to the rows of an evaluation, beside the argmax.
+
+    Args:
+        decisions: What ``measure_decisions`` returned.
+        has_labels: Whether a row has several labels, each of which is yes above 0.5.
+    """
+    usual = "above 0.5" if has_labels else "most probable class"
     for name, facts in (decisions or {}).items():
         shown = shorten(printable(name), 30)
         yield f"decision: {shown} if its probability >= {facts['threshold']:.6g}"
         if facts["image"] is None:
             yield "  undefined, no such rows"
             continue
-        yield f"  {'':<16}  {'most probable class':<24}  decision"
+        yield f"  {'':<16}  {usual:<24}  decision"
         beside = [facts["argmax"], facts["image"]]
         for rate in ("recall", "specificity"):
             cells = [_brief_rate(rates[rate]) for rates in beside]

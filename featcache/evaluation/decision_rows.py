@@ -9,7 +9,6 @@ Reads: the cache of a run, or the folder of a cross-validation. Writes: nothing.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import sys
 from dataclasses import dataclass, field
@@ -23,18 +22,15 @@ from featcache.errors import CacheError, RunError
 from featcache.evaluation.decision_rates import known_groups
 from featcache.evaluation.predicted_rows import labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen
-from featcache.files import join_names, json_sha256, local_path, plain_cell, read_regular
+from featcache.files import join_names, local_path, plain_cell
 from featcache.heads.config import LBFGS, TrainingConfig, check_valid_fraction
 from featcache.heads.rows import choose_rows
 from featcache.heads.run import Run
 from featcache.heads.run_caches import open_own_caches
-from featcache.untrusted import parse_json_object, reading_hint
+from featcache.sweeps.crossval_files import damaged, read_crossval
 
 GUARANTEE, ESTIMATE = "guarantee", "estimate"
 CROSSVAL = "cross-validated bound, not a guarantee"
-
-_MAX_BYTES = 1 << 31
-_AGAIN = "Make it with featcache crossval"
 
 
 @dataclass(frozen=True)
@@ -150,11 +146,8 @@ def read_folds(run: Run, folder: str | Path, positive: str) -> list[ScoredRows]:
         CacheError: If it has no rows of the class.
     """
     place = local_path(folder, "--on")
-    facts = _read_facts(place)
+    facts, data = read_crossval(place)
     _require_same(run, facts, place)
-    data = _read(place, "predictions.csv")
-    if hashlib.sha256(data).hexdigest() != facts.get("predictions_sha256"):
-        raise _damaged(place, "the sha256 that crossval.json names", "another predictions.csv")
     reason = "scores of the folds' heads, not of this one: --keep-ensemble helps"
     if facts.get("ensemble_weights_sha256") == run.weights_sha256:
         reason = "each score is of one of the heads whose mean this run is"
@@ -165,9 +158,9 @@ def read_folds(run: Run, folder: str | Path, positive: str) -> list[ScoredRows]:
     for number, of_repeat in sorted(repeats.items()):
         probs = np.array(of_repeat.probs, np.float64).reshape(-1, len(run.classes))
         if not (np.isfinite(probs).all() and (probs >= 0).all() and (probs <= 1).all()):
-            raise _damaged(place, "probabilities in predictions.csv", "others")
+            raise damaged(place, "probabilities in predictions.csv", "others")
         if of_repeat.paths != repeats[min(repeats)].paths:
-            raise _damaged(place, "the same rows in each repeat", f"others in repeat {number}")
+            raise damaged(place, "the same rows in each repeat", f"others in repeat {number}")
         if has_labels:
             probs = _of_one_label(probs[:, column])
         paths = [plain_cell(path) for _, path in of_repeat.paths]
@@ -176,7 +169,7 @@ def read_folds(run: Run, folder: str | Path, positive: str) -> list[ScoredRows]:
             known_groups(of_repeat.groups), "crossval", CROSSVAL, reason, place, number,
         ))  # fmt: skip
     if not found:
-        raise _damaged(place, "rows in predictions.csv", "none")
+        raise damaged(place, "rows in predictions.csv", "none")
     _require_positive(found[0], positive, "cross-validation")
     return found
 
@@ -193,44 +186,15 @@ def _require_positive(rows: ScoredRows, positive: str, what: str) -> None:
         )  # fmt: skip
 
 
-def _read(folder: Path, name: str) -> bytes:
-    try:
-        return read_regular(folder / name, max_bytes=_MAX_BYTES)
-    except OSError as error:
-        raise RunError(
-            "--on", expected=f"valid, or a folder with {name}", found=error.strerror, where=folder,
-            hint=reading_hint(error, _AGAIN),
-        ) from error  # fmt: skip
-
-
-def _read_facts(folder: Path) -> dict[str, Any]:
-    try:
-        facts = parse_json_object(_read(folder, "crossval.json"))
-        digest = json_sha256(facts, without="sha256")
-    except ValueError as error:
-        raise _damaged(folder, "a JSON object in crossval.json", error) from error
-    if facts.get("format") != "featcache-crossval":
-        raise _damaged(folder, "format featcache-crossval", "another")
-    if facts.get("format_version") != 1:
-        raise _damaged(folder, "format version 1", facts.get("format_version"))
-    if digest != facts.get("sha256"):
-        raise _damaged(folder, "its own sha256", "another")
-    return facts
-
-
 def _require_same(run: Run, facts: dict[str, Any], folder: Path) -> None:
     """Refuse a cross-validation of another cache, head or training."""
-    training, caches = facts.get("training"), facts.get("caches", [facts.get("cache")])
-    training = training if isinstance(training, dict) else {}
-    hashes = [
-        cache.get("payload_sha256") if isinstance(cache, dict) else None
-        for cache in (caches if isinstance(caches, list) else [])
-    ]
-    if hashes != [cache.get("payload_sha256") for cache in run.caches]:
+    training = facts["training"]
+    hashes = [[cache.get("payload_sha256") for cache in of] for of in (facts["caches"], run.caches)]
+    if hashes[0] != hashes[1]:
         found = "another cache"
-    elif facts.get("head") != run.head.as_json():
+    elif facts["head"] != run.head.as_json():
         found = "another head"
-    elif facts.get("classes") != [*run.classes]:
+    elif facts["classes"] != [*run.classes]:
         found = "other classes"
     else:
         is_lbfgs = run.training.get("optimizer") == LBFGS
@@ -268,7 +232,7 @@ def _parse(data: bytes, run: Run, column: int, folder: Path) -> dict[int, _Repea
         table = csv.reader(io.StringIO(data.decode(), newline=""))
         header = next(table, [])
         if header[: len(first)] != first or len(header) != len(first) + len(run.classes):
-            raise _damaged(folder, "the columns of crossval in predictions.csv", "others")
+            raise damaged(folder, "the columns of crossval in predictions.csv", "others")
         name = join_names([run.classes[column]])
         for row in table:
             if row[0] == "test":
@@ -279,14 +243,14 @@ def _parse(data: bytes, run: Run, column: int, folder: Path) -> dict[int, _Repea
             target = int(name in _names(targets)) if has_labels else run.classes.index(targets)
             probs = [float(cell) for cell in row[len(first) :]]
             if len(probs) != len(run.classes):
-                raise _damaged(folder, "a probability of each class", f"{len(probs)} in a row")
+                raise damaged(folder, "a probability of each class", f"{len(probs)} in a row")
             of_repeat = found.setdefault(int(row[2]), _Repeat())
             of_repeat.paths.append((row[0], row[3]))
             of_repeat.groups.append(plain_cell(row[4]))
             of_repeat.targets.append(target)
             of_repeat.probs.append(probs)
     except (ValueError, IndexError, csv.Error) as error:
-        raise _damaged(folder, "numbers and names in predictions.csv", error) from error
+        raise damaged(folder, "numbers and names in predictions.csv", error) from error
     return found
 
 
@@ -300,10 +264,3 @@ def _names(cell: str) -> list[str]:
             names[-1] += char
         escaped = char == "\\" and not escaped
     return names
-
-
-def _damaged(folder: Path, expected: str, found: object) -> RunError:
-    return RunError(
-        "cross-validation", expected=expected, found=found, where=folder,
-        hint="It is damaged or was edited: make it again with featcache crossval",
-    )  # fmt: skip

@@ -41,8 +41,9 @@ class CacheInfo:
             ``num_per_class``; with several labels an image ``num_known_per_class``; ``num_groups``,
             None without groups; ``num_per_precision``, rows made at each.
         failures: Images that could not be read.
-        audit: The verdict of the last audit of this content: ``parts``, ``num_leaks``, ``verdict``
-            and ``version``; None if it was never audited.
+        audit: The verdict on this content of the audit that looked at most: ``parts``,
+            ``num_images`` read, ``num_leaks``, ``verdict`` and ``version``; None if it was never
+            audited.
     """
 
     __module__ = "featcache"
@@ -138,6 +139,7 @@ class CrossvalInfo:
         seed: Of the first repeat.
         data_seed: Of the first repeat.
         cache: Path, fingerprint and hashes of the cache.
+        caches: The same of all caches, where several stand side by side; else empty.
         mean: Of each figure over all folds: see ``CrossvalSummary``.
         ensemble: The run with the mean of the heads, None where none is kept.
     """
@@ -159,12 +161,16 @@ class CrossvalInfo:
     seed: int
     data_seed: int
     cache: dict[str, Any]
+    caches: tuple[dict[str, Any], ...]
     mean: dict[str, Any]
     ensemble: Path | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as JSON values."""
-        return {"kind": "cross-validation"} | result_as_dict(self)
+        facts = result_as_dict(self)
+        if not self.caches:
+            del facts["caches"]
+        return {"kind": "cross-validation"} | facts
 
 
 @dataclass(frozen=True)
@@ -250,7 +256,7 @@ def _find_unfinished(path: Path) -> Path:
 def _crossval_info(folder: Path) -> CrossvalInfo:
     from featcache.sweeps.crossval_files import ENSEMBLE_NAME, FACTS_NAME, read_crossval
 
-    facts = read_crossval(folder)
+    facts, _ = read_crossval(folder)
     ensemble = folder / ENSEMBLE_NAME
     has_ensemble = "ensemble_weights_sha256" in facts and ensemble.is_dir()
     made = datetime.fromtimestamp((folder / FACTS_NAME).stat().st_mtime, UTC)
@@ -259,7 +265,8 @@ def _crossval_info(folder: Path) -> CrossvalInfo:
         classes=tuple(facts["classes"]), splits=tuple(facts["splits"]), num_rows=facts["num_rows"],
         num_folds=facts["folds"], num_repeats=facts["repeats"], head=facts["head"],
         training=facts["training"], valid_fraction=facts["valid_fraction"], seed=facts["seed"],
-        data_seed=facts["data_seed"], cache=facts["cache"], mean=facts["mean"],
+        data_seed=facts["data_seed"], cache=facts["cache"],
+        caches=tuple(facts["caches"]) if len(facts["caches"]) > 1 else (), mean=facts["mean"],
         ensemble=ensemble if has_ensemble else None,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,22 +51,26 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
     )
     if result.positive is not None:
         against = "" if has_labels else " against the rest"
-        yield printable(f"  positive class     {result.positive}{against}")
+        yield f"  positive class     {shorten(printable(result.positive), 42)}{against}"
         for name in ("sensitivity", "specificity"):
             yield f"  {name}        {_shown(result[name], intervals[name], sizes[name])}"
         its_area = _shown(result.positive_roc_auc, intervals["positive_roc_auc"])
         yield f"  its roc auc        {its_area}"
         yield f"  its avg. precision {_shown(result.positive_average_precision)}"
         yield f"  false negatives    {len(result.false_negatives or ()):,}"
-    yield f'  (brackets and "recall 95 %": 95 % intervals{units_text(intervals)})'
+    text = f'  (brackets and "recall 95 %": 95 % intervals{units_text(intervals)})'
+    yield from textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
     if (few := intervals["few"]) is not None:
         fewest = f"{few['num_samples']} of {shorten(printable(few['class']), 16)}"
-        yield (f"few images ({fewest}): below {FEW_IMAGES} of a class, what is called a 95 % "
-               "interval may hold in 88 % of cases")  # fmt: skip
+        text = (
+            f"few images ({fewest}): below {FEW_IMAGES} of a class, what is called a 95 % interval "
+            "may hold in 88 % of cases"
+        )
+        yield from textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
     yield from _class_lines(result.classes, result.per_class, intervals["per_class"])
     if not has_labels:
         yield from _confusion_lines(result, confusions)
-    yield from decided_lines(result.decision)
+    yield from decided_lines(result.decision, has_labels=has_labels)
     yield from _mistake_lines(result.mistakes, has_labels=has_labels)
 
 

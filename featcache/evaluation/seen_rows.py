@@ -103,9 +103,18 @@ def warn_of_seen(seen: SeenRows | None, where: str, consequence: str) -> None:
 
 
 def leave_out_seen(
-    rows: RowNumbers, seen: SeenRows | None, cache: Cache, split: str, say: Say
-) -> RowNumbers:
+    rows: RowNumbers, seen: SeenRows | None, cache: Cache, split: str, say: Say, *,
+    head: str = "the head",
+) -> RowNumbers:  # fmt: skip
     """Return the rows that the head is known not to have seen.
+
+    Args:
+        rows: Numbers of the rows.
+        seen: Of them, which the head has seen.
+        cache: Where they are.
+        split: Their split.
+        say: Receives a line for people.
+        head: What the head is called in it.
 
     Raises:
         RunError: If nothing tells.
@@ -118,11 +127,11 @@ def leave_out_seen(
         )  # fmt: skip
     unseen = rows[~seen.any]
     trained, chosen, unclear = seen.counts
-    found = f"{trained:,} that the head was trained on, {chosen:,} that it was chosen by"
+    found = f"{trained:,} that {head} was trained on, {chosen:,} that it was chosen by"
     found += f", {unclear:,} of which it cannot be told" * bool(unclear)
     if not len(unseen):
         raise CacheError(
-            f"split {split}", expected="labelled rows that the head has not seen", found=found,
+            f"split {split}", expected=f"labelled rows that {head} has not seen", found=found,
             where=cache.path, hint="Evaluate on other images, or leave --unseen out",
         )  # fmt: skip
     say(f"rows left out: {found}")

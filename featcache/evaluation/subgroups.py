@@ -6,6 +6,7 @@ Reads: a table (CSV) where one is named. Writes: nothing.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -127,10 +128,10 @@ def measure_subgroups(
         A JSON object: ``column``; ``least_units``: see ``LEAST_UNITS``; ``unit``: ``group`` or
         ``image``; ``subgroups``, sorted by value: ``value``, ``num_samples``, ``num_units``,
         ``num_positive`` (None without ``positive``) and ``figures``. These are ``accuracy`` and
-        ``balanced_accuracy`` (None with several labels), with ``positive`` its ``sensitivity``,
+        ``balanced_accuracy`` (not with several labels), with ``positive`` its ``sensitivity``,
         ``specificity`` and ``positive_roc_auc``, without and of two classes ``roc_auc``; each with
-        ``value`` (None where it is undefined), ``interval``, ``num_units`` behind it and
-        ``too_few``.
+        ``value`` and ``interval`` (None where they are undefined, and where the subgroup has fewer
+        than ``least_units``: it is not measured), ``num_units`` behind it and ``too_few``.
     """
     numbers: dict[str | None, list[int]] = {}
     for row, value in enumerate(values):
@@ -175,7 +176,8 @@ def subgroup_lines(facts: Mapping[str, Any] | None, positive: str | None) -> Ite
     if small:
         listed = [f"{_name(part)} ({part['num_samples']:,})" for part in small[:_MOST_SMALL]]
         listed += ["..."] * (len(small) > _MOST_SMALL)
-        yield f"too few images in {count(len(small), 'subgroup')}: {', '.join(listed)}"
+        text = f"too few images in {count(len(small), 'subgroup')}: {', '.join(listed)}"
+        yield from textwrap.wrap(text, 80, subsequent_indent="  ")
 
 
 def _table_of(parts: Sequence[Mapping[str, Any]], positive: str | None) -> list[str]:
@@ -228,21 +230,24 @@ def _measure(rows: PredictedRows, needed: Sequence[str], positive: str | None) -
         needed: Classes that there are in the whole evaluation.
         positive: The class that is looked for, or None.
     """
-    metrics = compute_metrics(rows.targets, rows.probs, rows.classes, positive)
-    intervals = measure_intervals(rows, positive)
     everything = _count_units(rows, np.ones(len(rows.targets), bool))
     units = {"accuracy": everything}
     if not rows.has_labels:
-        smallest = min(_count_units(rows, _is_class(rows, name)) for name in needed)
-        units["balanced_accuracy"] = smallest
-        if not smallest:
-            metrics["balanced_accuracy"] = intervals["balanced_accuracy"] = None
+        units["balanced_accuracy"] = min(
+            _count_units(rows, _is_class(rows, name)) for name in needed
+        )
         if positive is None and len(rows.classes) == 2:
             units["roc_auc"] = min(_count_units(rows, _is_class(rows, n)) for n in rows.classes)
     if positive is not None:
         units["sensitivity"] = _count_units(rows, _is_class(rows, positive))
         units["specificity"] = _count_units(rows, _is_other(rows, positive))
         units["positive_roc_auc"] = min(units["sensitivity"], units["specificity"])
+    metrics, intervals = dict.fromkeys(units), dict.fromkeys(units)
+    if everything >= LEAST_UNITS:  # of 20,000 small subgroups the rest takes a minute
+        metrics |= compute_metrics(rows.targets, rows.probs, rows.classes, positive)
+        intervals |= measure_intervals(rows, positive)
+        if not units.get("balanced_accuracy"):
+            metrics["balanced_accuracy"] = intervals["balanced_accuracy"] = None
     return {
         "num_samples": len(rows.targets),
         "num_units": everything,

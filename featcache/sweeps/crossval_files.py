@@ -66,8 +66,10 @@ CROSSVAL = Kind(
 )  # fmt: skip
 
 
-def read_crossval(folder: Path) -> dict[str, Any]:
-    """Return what ``crossval.json`` says, after checking its hash and that of ``predictions.csv``.
+def read_crossval(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """Return what ``crossval.json`` says, and ``predictions.csv``, after checking their hashes.
+
+    ``cache`` is the first of ``caches``, which has one or more.
 
     Raises:
         RunError: If a file cannot be read, is damaged, edited or of a newer version.
@@ -75,27 +77,30 @@ def read_crossval(folder: Path) -> dict[str, Any]:
     try:
         facts = parse_json_object(_read(folder, FACTS_NAME, _MAX_JSON_BYTES))
     except ValueError as error:
-        raise _damaged(folder, f"a JSON object in {FACTS_NAME}", error) from error
+        raise damaged(folder, f"a JSON object in {FACTS_NAME}", error) from error
     if facts.get("format") != FORMAT:
-        raise _damaged(folder, f"format {FORMAT}", "another")
+        raise damaged(folder, f"format {FORMAT}", "another")
     version = facts.get("format_version")
-    if type(version) is int and version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise RunError(
             "cross-validation", expected=f"format version {FORMAT_VERSION}",
-            found=f"version {version}", where=folder,
+            found=f"version {str(version)[:20]}", where=folder,
             hint="A newer featcache wrote it: upgrade with pip install -U featcache",
         )  # fmt: skip
     if json_sha256(facts, without="sha256") != facts.get("sha256"):
-        raise _damaged(folder, f"{FACTS_NAME} with its own sha256", "another")
+        raise damaged(folder, f"{FACTS_NAME} with its own sha256", "another")
     for key, kind in _KINDS.items():
         if not isinstance(facts.get(key), kind):
-            raise _damaged(folder, f"{key}, a JSON {kind.__name__}", facts.get(key))
+            raise damaged(folder, f"{key}, a JSON {kind.__name__}", facts.get(key))
     if not _are_figures(facts["mean"]):
-        raise _damaged(folder, "mean, figures with their intervals", facts["mean"])
+        raise damaged(folder, "mean, figures with their intervals", facts["mean"])
+    caches = facts.setdefault("caches", [facts["cache"]])
+    if not isinstance(caches, list) or not all(isinstance(cache, dict) for cache in caches):
+        raise damaged(folder, "caches, JSON objects", caches)
     predictions = _read(folder, ROWS_NAME, _MAX_ROWS_BYTES)
     if hashlib.sha256(predictions).hexdigest() != facts.get("predictions_sha256"):
-        raise _damaged(folder, f"the {ROWS_NAME} that {FACTS_NAME} names", "another")
-    return facts
+        raise damaged(folder, f"the {ROWS_NAME} that {FACTS_NAME} names", f"another {ROWS_NAME}")
+    return facts, predictions
 
 
 def _are_figures(mean: Mapping[str, Any]) -> bool:
@@ -123,7 +128,8 @@ def _read(folder: Path, name: str, max_bytes: int) -> bytes:
         ) from error  # fmt: skip
 
 
-def _damaged(folder: Path, expected: str, found: object) -> RunError:
+def damaged(folder: Path, expected: str, found: object) -> RunError:
+    """Return the error for a cross-validation whose files are not as they were written."""
     return RunError(
         "cross-validation", expected=expected, found=str(found)[:200], where=folder,
         hint="It is damaged or was edited: make it again with featcache crossval",

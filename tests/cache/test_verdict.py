@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_caches import TINY
+from sample_images import write_tree
 from sample_rows import array_of, edited, make_cache, rows_of
 
 import featcache
@@ -50,7 +53,7 @@ def test_a_verdict_counts_until_the_content_changes(tmp_path: Path) -> None:
     features[5] += 1
     make_cache(cache, train=edited(rows, features=features), valid=[0, 1] * 8)
     assert read_verdict(featcache.open_cache(cache)) is None
-    assert line_of(cache) == ["this cache was never audited: featcache audit c.h5"]
+    assert line_of(cache) == [f"this cache was never audited: featcache audit {cache}"]
     featcache.audit(cache, only="same,near", say=lambda line: None)
     assert line_of(cache) == []
 
@@ -77,7 +80,8 @@ def test_who_trains_is_told_in_one_line(tmp_path: Path, verb: str) -> None:
         getattr(featcache, verb)(tmp_path / "c.h5", tmp_path / run, say=lines.append, **options)
         said.append([line for line in lines if "audit" in line])
         featcache.audit(tmp_path / "c.h5", only="same,near", say=lambda line: None)
-    assert said == [["this cache was never audited: featcache audit c.h5"], []]
+    command = f"featcache audit {tmp_path / 'c.h5'}"
+    assert said == [[f"this cache was never audited: {command}"], []]
 
 
 def test_an_edited_or_newer_verdict_counts_as_none(tmp_path: Path) -> None:
@@ -91,6 +95,40 @@ def test_an_edited_or_newer_verdict_counts_as_none(tmp_path: Path) -> None:
         assert "never audited" in line_of(cache)[0]
     path.write_text(whole, "utf-8")
     assert "found leaks" in line_of(cache)[0]
+
+
+def test_an_audit_of_less_does_not_replace_the_verdict_of_one_of_more(tmp_path: Path) -> None:
+    def audit(**options: Any) -> tuple[list[str], int, int]:
+        lines: list[str] = []
+        featcache.audit(tmp_path / "c.h5", say=lines.append, **options)
+        kept = [line for line in lines if "stays" in line]
+        found = featcache.info(tmp_path / "c.h5").audit  # type: ignore[union-attr]
+        assert found is not None
+        return kept, found["num_images"], len(found["parts"])
+
+    write_tree(tmp_path / "data", {"train": 6, "test": 2})
+    tiny = {"backbone": TINY, "progress": False, "say": lambda line: None}
+    featcache.extract(tmp_path / "data", tmp_path / "c.h5", **tiny)
+    data, copies = {"data": tmp_path / "data"}, {"only": "same,near"}
+    assert audit(**copies) == ([], 0, 2)
+    assert audit() == ([], 0, 5)
+    with_more = "an earlier audit's verdict stays: same, near, labels, shortcuts, outliers; "
+    assert audit(**copies) == ([with_more + "0 images read"], 0, 5)
+    assert audit(**copies, **data) == ([], 16, 2)
+    assert audit() == (["an earlier audit's verdict stays: same, near; 16 images read"], 16, 2)
+    assert audit(**data) == ([], 16, 5)
+    next((tmp_path / "data" / "test" / "covid").iterdir()).unlink()
+    assert audit(**data) == ([with_more + "16 images read"], 16, 5)
+    write_tree(tmp_path / "data2", {"train": 7, "test": 2})
+    featcache.extract(tmp_path / "data2", tmp_path / "c.h5", rebuild=True, **tiny)
+    assert audit(**copies) == ([], 0, 2)  # other content: nothing is known of it
+
+
+def test_the_command_that_is_named_can_be_typed(tmp_path: Path) -> None:
+    (tmp_path / "my caches").mkdir()
+    (line,) = line_of(make_cache(tmp_path / "my caches" / "a cache with quite a long name.h5").path)
+    words = shlex.split(line)
+    assert words[-1] == str(tmp_path / "my caches" / "a cache with quite a long name.h5")
 
 
 @pytest.mark.parametrize("kind", ["a stranger's file", "a folder", "a link"])

@@ -166,7 +166,9 @@ def test_several_labels_are_decided_one_by_one(tmp_path: Path) -> None:
     rows = read_csv(tmp_path / "p.csv")
     assert [*rows[0]][:3] == ["path", "preds", "decision"]
     assert "calibrated_=rare" in rows[0]
-    evaluate(tmp_path / "run", say=lambda _: None)
+    said: list[str] = []
+    evaluate(tmp_path / "run", say=said.append)
+    assert sum("above 0.5" in line for line in said) == 2  # a table for each threshold
 
 
 def test_images_and_exports_have_it_too(tmp_path: Path, tiny_backbone: Backbone) -> None:

@@ -279,6 +279,16 @@ def test_nothing_but_copies_looks_at_test(tmp_path: Path) -> None:
     assert figures[0][0]["splits"] == ["train"]
 
 
+def test_without_rows_to_train_on_copies_are_looked_for(tmp_path: Path) -> None:
+    make_cache(tmp_path / "c.h5", test=[0, 1] * 30)
+    said: list[str] = []
+    found = featcache.audit(tmp_path / "c.h5", say=said.append)
+    assert (found.parts, found.labels) == (("same", "near"), None)
+    assert said[0] == "copies only: there is no split train or all for the other parts"
+    with pytest.raises(featcache.CacheError, match="rows to train on, found only test"):
+        quiet(tmp_path / "c.h5", only="labels")
+
+
 def test_the_facts_are_of_the_name_and_not_of_the_folder() -> None:
     facts = file_facts(["covid/A1.PNG", "normal/b22.jpg", "normal/_.png"], np.array([1, 1, 1]))
     assert set(facts) == {"file ending", "name length", "digits in name", "first letter kind"}
@@ -299,8 +309,10 @@ def test_select_takes_the_table_and_keeps_copies_together(tmp_path: Path) -> Non
     assert len(lines) == 180
     assert sum(line["copies"] != "" for line in lines) == 6
     again = tmp_path / "new.h5"
+    said: list[str] = []
     with pytest.warns(featcache.FeatcacheWarning, match="two classes for the same bytes"):
-        featcache.select(cache, again, table=table, fractions=(0.6, 0.2, 0.2), say=lambda _: None)
+        featcache.select(cache, again, table=table, fractions=(0.6, 0.2, 0.2), say=said.append)
+    assert not any("not used" in line for line in said)  # the column copies is for people
     made = quiet(again, only="same")
     assert made.same is not None
     assert made.same["num_sets"] == 3

@@ -11,7 +11,12 @@ import pytest
 import featcache
 from featcache.cache.writing import write_cache
 from featcache.evaluation.audit_folds import FoldedRows
-from featcache.evaluation.audit_labels import neighbour_labels, rank_labels, suggest_labels
+from featcache.evaluation.audit_labels import (
+    label_lines,
+    neighbour_labels,
+    rank_labels,
+    suggest_labels,
+)
 
 NUM_SWAPPED = 12
 
@@ -140,3 +145,13 @@ def test_too_few_rows_and_several_labels_are_said(tmp_path: Path) -> None:
         assert found is not None
         assert part in found["reason"]
         assert found["suspicious"] == []
+
+
+def test_long_names_of_classes_fit_into_80_columns() -> None:
+    row = {"split": "train", "path": "a/" * 50, "class": "a" * 60, "group": ""}
+    one = {"row": row, "given": "a" * 60, "suggested": "b" * 60, "probs": [0.1, 0.9],
+           "neighbours": [0, 10]}  # fmt: skip
+    facts = {"num_rows": 99, "reason": None, "num_suspicious": 1, "suspicious": [one]}
+    lines = [*label_lines(facts)]
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].endswith("neighbours")

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.writing import SplitRows, write_cache, write_rows
 from featcache.errors import ConfigError, FeatcacheWarning, RunError
-from featcache.evaluation.comparison import compare_rows
+from featcache.evaluation.comparison import compare_rows, comparison_lines
 from featcache.evaluation.evaluation import evaluate
 from featcache.evaluation.predicted_rows import PredictedRows
 from featcache.heads.training import train
@@ -99,6 +99,18 @@ def test_a_run_against_itself_differs_by_nothing(folder: Path) -> None:
     assert facts["accuracy"]["p_value"] == facts["roc_auc"]["p_value"] == 1
     assert facts["accuracy"]["only_first"] == facts["roc_auc"]["difference"] == 0
     assert facts["sensitivity"] is facts["specificity"] is None
+
+
+def test_lines_have_80_columns() -> None:
+    rng, targets = np.random.default_rng(3), np.arange(9000) % 2
+    groups = [f"p{i // 2}" for i in range(9000)]
+    first = PredictedRows(
+        ("a", "b"), groups, groups, targets, rng.dirichlet(np.ones(2), 9000)
+    )  # fmt: skip
+    second = replace(first, probs=rng.dirichlet(np.ones(2), 9000))
+    lines = [*comparison_lines(compare_rows(first, second, "other", "a"))]
+    assert max(map(len, lines)) <= 80
+    assert sum("McNemar p" in line for line in lines) == 3
 
 
 def test_without_groups_the_tests_are_mcnemars_and_delongs() -> None:
@@ -192,7 +204,9 @@ def test_rows_that_the_second_run_has_seen_are_warned_of_or_left_out(
     with pytest.warns(FeatcacheWarning, match=r"trained on 30 and was chosen by 10 of the 50 rows "
                       r"of test: the figures of .*/s are too good"):  # fmt: skip
         evaluate(folder / "one", against=tmp_path / "s")
-    left = evaluate(folder / "one", against=tmp_path / "s", unseen=True)
+    said: list[str] = []
+    left = evaluate(folder / "one", against=tmp_path / "s", unseen=True, say=said.append)
+    assert said[1].startswith(f"rows left out: 30 that the head of {tmp_path / 's'} was trained on")
     assert left.against is not None
     assert left.num_samples == left.against["num_samples"] == 10
 

@@ -11,7 +11,9 @@ from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from featcache.cache.writing import write_cache
 from featcache.errors import CacheError, ConfigError, DataError
+from featcache.evaluation import subgroups
 from featcache.evaluation.evaluation import evaluate
+from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.predicted_rows import PredictedRows
 from featcache.evaluation.subgroups import measure_subgroups, subgroup_lines
 from featcache.heads.training import train
@@ -90,6 +92,8 @@ def test_a_figure_of_few_units_or_without_a_class_is_too_few() -> None:
     assert not man["accuracy"]["too_few"]
     assert nobody["accuracy"]["too_few"]
     assert nobody["accuracy"]["num_units"] == 9
+    unmeasured = {(figure["value"], figure["interval"]) for figure in nobody.values()}
+    assert unmeasured == {(None, None)}
     of_groups = measure_subgroups(made_up(), "sex", values, None)
     assert of_groups["subgroups"][2]["figures"]["accuracy"]["num_units"] == 4
     lines = [*subgroup_lines(facts, None)]
@@ -105,6 +109,9 @@ def test_of_many_subgroups_the_largest_are_shown() -> None:
     text = "\n".join(subgroup_lines(measure_subgroups(rows, "site", values, "b"), "b"))
     assert "\x1b" not in text
     assert "too few images in 3 subgroups: site 0\\x1b (4), site 1\\x1b (4)" in text
+    long = [f"hospital number {i // 5}" for i in range(100)]
+    lines = [*subgroup_lines(measure_subgroups(rows, "site", long, "b"), "b")]
+    assert max(map(len, lines)) <= 80
     many = PredictedRows(rows.classes, rows.paths * 5, rows.groups * 5, np.tile(rows.targets, 5),
                          np.tile(rows.probs, (5, 1)))  # fmt: skip
     names = [f"s{min(i // 15, 29):02d}" for i in range(500)]
@@ -112,6 +119,21 @@ def test_of_many_subgroups_the_largest_are_shown() -> None:
     assert lines[1] == "the 20 largest of 30:"
     assert len(lines) == 23
     assert lines[-1].split()[:2] == ["s29", "65"]
+
+
+def test_subgroups_below_the_limit_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many groups of a few images each take no minute."""
+    sizes: list[int] = []
+
+    def counting(rows: PredictedRows, positive: str | None) -> dict[str, Any]:
+        sizes.append(len(rows.targets))
+        return measure_intervals(rows, positive)
+
+    monkeypatch.setattr(subgroups, "measure_intervals", counting)
+    values = [f"p{i // 4}" if i < 80 else "rest" for i in range(100)]
+    facts = measure_subgroups(made_up(False), "group", values, "b")
+    assert len(facts["subgroups"]) == 21
+    assert sizes == [20]
 
 
 def test_numbers_are_sorted_by_size_and_what_has_no_value_is_last() -> None:
@@ -208,8 +230,9 @@ def test_evaluate_tells_how_well_calibrated_the_head_is_and_that_images_are_few(
     shown = f"log loss {expected['log_loss']:.3f}, Brier score {expected['brier']:.3f}, ECE "
     assert any(line.startswith(f"  calibration        {shown}") for line in said)
     assert result.intervals["few"] == {"class": "covid", "num_samples": 30}
-    assert any(line.startswith("few images: 30 of covid; below 100 a class") for line in said)
-    assert any(line.endswith("of 28 groups and 4 images without one)") for line in said)
+    assert any(line.startswith("few images (30 of covid): below 100 of a class") for line in said)
+    assert max(len(line) for line in said if "written to" not in line) <= 80
+    assert "of 28 groups and 4 images without one)" in " ".join(map(str.strip, said))
     right = 60 - len(result.mistakes)
     assert any(line.endswith(f"), {right} of 60") for line in said)
     assert result.by is result.against is None

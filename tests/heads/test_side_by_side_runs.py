@@ -92,6 +92,8 @@ def test_lbfgs_sweep_and_crossval_equal_those_of_one_cache_too(sides: Path, tmp_
     facts = json.loads((tmp_path / "0" / "folds" / "crossval.json").read_text())
     assert [Path(cache["path"]).name for cache in facts["caches"]] == ["a.h5", "b.h5"]
     assert facts["cache"] == facts["caches"][0]
+    assert info(tmp_path / "0" / "folds").as_dict()["caches"] == facts["caches"]
+    assert "caches" not in info(tmp_path / "1" / "folds").as_dict()
     facts = json.loads((tmp_path / "1" / "folds" / "crossval.json").read_text())
     assert "caches" not in facts
 
@@ -114,6 +116,25 @@ def test_a_run_names_all_caches_and_an_earlier_featcache_refuses_it(sides: Path,
     assert json.loads(texts[0])["format_version"] == 1
     assert "caches" not in json.loads(texts[0])
     assert "caches" not in info(sides / "alone").as_dict()
+
+
+def test_other_images_compare_a_run_of_one_cache_with_one_of_several(
+    sides: Path, run: Path, tmp_path: Path
+) -> None:
+    train(sides / "b.h5", tmp_path / "alone", **SMALL)
+    train([sides / "b.h5", sides / "a.h5"], tmp_path / "turned", **SMALL)
+    others = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    for seed, (other, width) in enumerate(zip(others, (6, 10), strict=True)):
+        write_side(other, width, seed=seed, rows=images({"test": 50}))
+    for second, caches in (("alone", others[1]), ("turned", others)):
+        found = evaluate(run, cache=others, against=tmp_path / second, say=lambda _: None)
+        wanted = evaluate(tmp_path / second, cache=caches, say=lambda _: None)
+        assert found.against is not None
+        assert found.against["num_samples"] == 50
+        assert found.against["accuracy"]["second"] == wanted.accuracy
+        assert found.against["roc_auc"]["second"] == pytest.approx(wanted.roc_auc)
+    with pytest.raises(RunError, match="--against: expected the same 50 images"):
+        evaluate(tmp_path / "alone", cache=others[1], against=run, say=lambda _: None)
 
 
 def test_caches_are_taken_in_any_order_and_are_known_as_its_own(sides: Path, run: Path) -> None:

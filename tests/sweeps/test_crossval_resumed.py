@@ -125,6 +125,8 @@ def test_what_a_finished_one_holds_and_a_damaged_one_is_one_line(
         ("[", "text that is not JSON"), ("{}", "expected format featcache-crossval"),
         (whole.replace('"folds": 4', '"folds": 5'), "its own sha256"),
         (signed(format_version=9), "found version 9 .* A newer featcache"),
+        (signed(format_version=[2]), "expected format version 1"),
+        (signed(caches=[1]), "caches, JSON objects"),
         (signed(mean={}), "figures with their intervals"), (signed(head=None), "head, a JSON dict"),
         (signed(mean=known["mean"] | {"accuracy": {"mean": "high"}}), "with their intervals"),
         (signed(predictions_sha256="0" * 64), "predictions.csv that crossval.json names"),
