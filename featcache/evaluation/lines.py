@@ -57,11 +57,11 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
         yield f"  its roc auc        {its_area}"
         yield f"  its avg. precision {_shown(result.positive_average_precision)}"
         yield f"  false negatives    {len(result.false_negatives or ()):,}"
-    yield f'  (brackets and "recall 95 %": 95 % intervals{units_text(intervals)})'
+    yield f'  (in brackets and in "recall 95 %": 95 % intervals{units_text(intervals)})'
     if (few := intervals["few"]) is not None:
         fewest = f"{few['num_samples']} of {shorten(printable(few['class']), 16)}"
-        yield (f"few images ({fewest}): below {FEW_IMAGES} of a class, what is called a 95 % "
-               "interval may hold in 88 % of cases")  # fmt: skip
+        yield f"few images ({fewest}): with fewer than {FEW_IMAGES} in a class, 95 % intervals"
+        yield "may cover the true value in only 88 % of cases"
     yield from _class_lines(result.classes, result.per_class, intervals["per_class"])
     if not has_labels:
         yield from _confusion_lines(result, confusions)

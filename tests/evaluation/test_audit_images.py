@@ -293,7 +293,7 @@ def test_blackout_is_what_images_with_black_centres_give(
     removed, only = (row["balanced_accuracy"] for row in found["blacked_out"][:2])
     assert removed > 0.95 > 0.75 > only
     assert found["head"] > 0.95
-    assert "is not shown to need the centre" in found["sentence"]
+    assert "no evidence that the head needs the centre" in found["sentence"]
     assert any(line.startswith("  centre removed, 0.75 of each side") for line in lines)
     assert max(map(len, lines)) <= 80
 
