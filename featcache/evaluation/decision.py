@@ -258,7 +258,7 @@ def _summarise(  # noqa: PLR0917 (the parts of one question)
     if choice is None:
         bound = lower_bound(wished["hits"], wished["total"], CONFIDENCE)
         if rows.basis == GUARANTEE:
-            reason += ", provided that you fixed the threshold before you looked at them"
+            reason += "; it holds only if you fixed the threshold before you looked at them"
     else:
         bound = choice.bound
     of_wish = np.flatnonzero(rows.is_positive != ("specificity" in wish)).tolist()

@@ -237,7 +237,7 @@ def test_a_head_that_tells_more_beats_the_shortcuts(tmp_path: Path) -> None:
     found = featcache.audit(cache, only=["shortcuts"], say=lines.append).shortcuts
     assert found is not None
     assert found["verdict"] == "beats"
-    assert "does not prove that it reads lungs" in found["sentence"]
+    assert "does not prove that it reads the images" in found["sentence"]
     assert found["head"] > 0.95
     low, mean = found["difference"]["low"], found["difference"]["mean"]
     assert low is None or 0 < low < mean

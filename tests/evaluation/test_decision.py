@@ -160,7 +160,7 @@ def test_a_fixed_threshold_that_finds_nothing_has_no_bound(run: Path) -> None:
     assert "  bound   none: no group is found" in said
     assert not any("guaranteed" in line for line in said)
     decide(run, positive="covid", threshold=0.5, say=said.append)
-    assert any("trained nor chosen on these rows, provided" in line for line in said)
+    assert any("trained nor chosen on these rows; it holds only" in line for line in said)
     assert evaluate(run, say=said.append).decision is not None
 
 
