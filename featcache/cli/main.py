@@ -93,29 +93,36 @@ for made in (split, extract, select, info, verify):
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option(
     "--only", metavar="A,B,...",
-    help="Some of same, near, labels, shortcuts, outliers, sources. Default: all.",
+    help="Some of same and near (copies), labels, shortcuts, outliers, sources. Default: all.",
 )  # fmt: skip
 @grouping
 @click.option(
-    "--table", type=click.Path(path_type=Path), help="CSV with path and the column of --source."
+    "--table", type=click.Path(path_type=Path), help="CSV with the columns path and --source."
 )
-@click.option("--source", metavar="COLUMN", help="The column of --table that names sources.")
+@click.option(
+    "--source", metavar="COLUMN", help="Column of --table with the source (hospital, say)."
+)
 @click.option(
     "--csv", type=click.Path(path_type=Path),
-    help="Write a table for select --table: copies in one group.",
+    help="Write a table for select --table that puts copies in one group.",
 )  # fmt: skip
 @click.option(
     "--copies", type=click.Choice(["group", "drop"]), default="group", show_default=True,
-    help="drop: one row of each set in --csv, that of test if there is one; none of two classes.",
+    help="drop: --csv keeps one row of each set of copies, that of test if there is one, and none "
+    "if their classes differ.",
 )  # fmt: skip
-@click.option("--strict", is_flag=True, help="Exit 1 on copies across splits or of two classes.")
+@click.option(
+    "--strict", is_flag=True, help="Exit 1 if there are copies across splits or of two classes."
+)
 @click.option(
     "--data", type=click.Path(path_type=Path),
-    help="The images: copies by pixels and pictures, shortcuts by size, colour and borders.",
+    help="The images that extract read: finds altered copies, and shortcuts by size, colour and "
+    "borders.",
 )  # fmt: skip
 @click.option(
     "--blackout", type=Numbers(float, "S,S,..."), metavar="S,S,...",
-    help="Judge the head without, and with only, a centre of this share of width and height.",
+    help="Test the head on images without their centre, and on the centre alone; S is its share of "
+    "width and height.",
 )  # fmt: skip
 @TRUST
 @WEIGHTS
@@ -123,16 +130,16 @@ for made in (split, extract, select, info, verify):
 @LARGEST
 @printing
 def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any) -> None:
-    """Look in CACHE for copies, wrong labels, shortcuts and outliers, before a head is trained.
+    """Check CACHE for copies, wrong labels, shortcuts and outliers before a head is trained.
 
     \b
     Example: featcache audit covid.h5 --csv copies.csv
              featcache select covid.h5 sound.h5 --table copies.csv --fractions 0.7,0.15,0.15
              featcache audit covid.h5 --data data --blackout 0.6
 
-    No images are read without --data, nothing is deleted. All but copies is of train and valid (or
-    all), never of test. CACHE.audit.json keeps the verdict, for info and train, if same and near
-    are looked at.
+    Nothing is deleted, and images are read only with --data. Copies are looked for in all splits;
+    everything else uses train and valid (or all), never test. If same and near are checked,
+    CACHE.audit.json keeps the verdict for info and train.
     """
     from featcache.evaluation.audit import audit as audit_cache
     from featcache.evaluation.audit import leak_error
@@ -254,9 +261,11 @@ def sweep(
 @click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True)
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=1, show_default=True,
-    help="Part the rows so often, each time anew.",
+    help="How often, each time with new folds.",
 )  # fmt: skip
-@click.option("--with-test", is_flag=True, help="Use the rows of test too: no test is left then.")
+@click.option(
+    "--with-test", is_flag=True, help="Use the rows of test too; none are left to test on."
+)
 @click.option(
     "--keep-ensemble", is_flag=True,
     help="Keep the mean of the heads' probabilities as a run, FOLDER/ensemble.",
@@ -264,7 +273,7 @@ def sweep(
 @head_options
 @click.option(
     "--valid-fraction", type=float,
-    help="Of the rows outside a fold, the share to choose the epoch by; default: that of valid, "
+    help="Share of the rows outside a fold that the epoch is chosen on; default: that of valid, "
     "else 0.2.",
 )  # fmt: skip
 @head_seeds
@@ -278,11 +287,12 @@ def crossval(
 
     \b
     Example: featcache crossval covid.h5 folds --repeats 3
+             featcache crossval covid.h5 folds --keep-ensemble
 
     FOLDER gets predictions.csv and crossval.json. Groups and identical images stay in one fold.
-    FOLDER/ensemble is a run like any other: evaluate, predict, decide and export take it.
-    After an interruption, the same command goes on. Several caches of the same images: features
-    side by side, as train has it.
+    With --keep-ensemble, FOLDER/ensemble is a run like any other: evaluate, predict, decide and
+    export take it. After an interruption, the same command resumes. The features of several
+    caches of the same images are put side by side, as by train.
     """
     from featcache.sweeps.crossval import crossval as cross_validate
 
@@ -294,27 +304,40 @@ def crossval(
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--positive", metavar="CLASS", required=True, help="The class to find.")
-@click.option("--recall", type=float, help="Wished share of its patients (images) that is found.")
-@click.option("--specificity", type=float, help="Or of the others that is left alone.")
-@click.option("--threshold", type=float, help="Or the threshold itself, chosen by you.")
+@click.option("--recall", type=float, help="Share of its patients (images) to find, say 0.95.")
+@click.option("--specificity", type=float, help="Or: share of the others to call negative.")
+@click.option("--threshold", type=float, help="Or: a threshold of your own.")
 @click.option(
     "--on", default="valid", show_default=True, metavar="valid|FOLDER",
-    help="Choose it by the rows of valid, or by a FOLDER of crossval.",
+    help="Choose it on the rows of valid, or on the out-of-fold rows in a FOLDER of crossval.",
 )  # fmt: skip
-@click.option("--refer", type=float, metavar="SHARE", help="Refer so many images to a person.")
-@click.option("--prevalence", type=float, help="PPV and NPV where so many are positive.")
-@click.option("--strict", is_flag=True, help="Exit 1 if the wish cannot be promised.")
+@click.option(
+    "--refer", type=float, metavar="SHARE",
+    help="Refer at most this share of the images, those just above the threshold, to a person.",
+)  # fmt: skip
+@click.option(
+    "--prevalence", type=float, metavar="SHARE",
+    help="Print PPV and NPV where this share is positive.",
+)  # fmt: skip
+@click.option(
+    "--strict", is_flag=True,
+    help="Exit 1 and write nothing if the recall or specificity cannot be promised.",
+)  # fmt: skip
 @printing
 def decide(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Choose the threshold of a class, and say what it promises; RUN keeps it.
+    """Choose the threshold for a class, and keep it in RUN with what it promises.
 
     \b
     Example: featcache decide run --positive covid --recall 0.95
+             featcache decide folds/ensemble --on folds --positive covid --recall 0.95
 
-    Positive is a probability >= the threshold, else the most probable other class. evaluate and
-    predict show this decision beside the most probable class, export hands it on. The bound is
-    one-sided, 95 %, per patient where there are groups. It is a guarantee only of rows that
-    neither fitted nor chose anything: train --valid-fraction 0.2 keeps valid fresh.
+    Give one of --recall, --specificity and --threshold. An image is positive if the probability of
+    the class is >= the threshold; else it gets the most probable other class. evaluate and predict
+    show this decision beside the most probable class, and export includes it.
+
+    The bound is one-sided, 95 %, and per patient where there are groups. It is a guarantee only if
+    the head was neither trained nor chosen on the rows: train --valid-fraction 0.2 leaves valid
+    alone.
     """
     from featcache.evaluation.decision import decide as decide_run
 
@@ -328,17 +351,17 @@ def decide(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     "--cache", type=click.Path(path_type=Path), multiple=True, callback=one_or_all,
     help="Another cache than the run's. Of a run of several caches, once for each.",
 )  # fmt: skip
-@click.option("--split", default="test", show_default=True)
+@click.option("--split", default="test", show_default=True, help="Split to measure on.")
 @click.option(
     "--positive", metavar="CLASS",
     help="The class to find, against the rest: sensitivity, specificity, its AUC, missed images.",
 )  # fmt: skip
 @click.option("--csv", type=click.Path(path_type=Path), help="Write a line per image.")
 @click.option("--average-views", is_flag=True, help="Mean of a row's views, not view 0 alone.")
-@click.option("--unseen", is_flag=True, help="Leave out rows that RUN was trained on or chosen by.")
+@click.option("--unseen", is_flag=True, help="Leave out rows that RUN was trained or chosen on.")
 @click.option(
     "--by", metavar="COLUMN",
-    help="Measure each subgroup too: by a column of --table, such as sex or view, or by group.",
+    help="Measure each subgroup too: by a column of --table, such as sex, or by group.",
 )  # fmt: skip
 @click.option(
     "--table", type=click.Path(path_type=Path), help="CSV with the columns path and --by."
@@ -346,7 +369,7 @@ def decide(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @path_column
 @click.option(
     "--against", metavar="RUN2", type=click.Path(path_type=Path),
-    help="Compare with a second run on the same rows: which is better, beyond chance?",
+    help="Compare with a second run on the same rows: is one better by more than chance?",
 )  # fmt: skip
 @printing
 def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -357,8 +380,8 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
              featcache evaluate run --positive covid --by sex --table patients.csv
              featcache evaluate run --positive covid --against run2
 
-    Figures have 95 % intervals. A subgroup's figure is "too few" where fewer than 10 groups, or
-    images without a group, stand behind it.
+    Figures have 95 % intervals. A subgroup's figure is "too few" if it is based on fewer than 10
+    groups, or images without a group.
     """
     from featcache.evaluation.evaluation import evaluate as evaluate_run
 

@@ -204,11 +204,11 @@ def grouping(command: _F) -> _F:
     for option in (
         click.option(
             "--group-by-path", metavar="REGEX",
-            help="The same in the path below the class: for patients that are folders.",
+            help="The same for the path below the class, where patients are folders.",
         ),
         click.option(
             "--group-by", metavar="REGEX",
-            help="What its first group matches in a file name (a patient, say) is kept together.",
+            help="What its first group matches in a file name (say, the patient) is kept together.",
         ),
     ):  # fmt: skip
         command = option(command)

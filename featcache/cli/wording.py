@@ -201,7 +201,7 @@ def _decision_lines(predictions: Predictions) -> Iterator[str]:
         counted.update(chosen if isinstance(chosen, tuple) else [chosen])
     known = [*predictions.classes, *(name for name in counted if name not in predictions.classes)]
     listed = join_few(f"{counted[name]:,} {name}" for name in known if counted[name]) or "none"
-    limits = join_few(f"{name} from {rule['threshold']:.6g}" for name, rule in thresholds.items())
+    limits = join_few(f"{name} if >= {rule['threshold']:.6g}" for name, rule in thresholds.items())
     yield f"by the decision ({limits}): {listed}"
 
 

@@ -141,7 +141,7 @@ def _sentence(head: float, rows: Sequence[dict[str, Any]]) -> str:
     )
     if (mean if low is None else low) > 0:
         return f"the head does worse without the centre: {figures}"
-    return f"the head is not shown to need the centre: {figures}"
+    return f"no evidence that the head needs the centre: {figures}"
 
 
 def _fold_scores(

@@ -144,7 +144,7 @@ def label_lines(facts: dict[str, Any]) -> Iterator[str]:
     if not number:
         yield f"labels: none of {rows} looks wrong"
         return
-    yield f"labels: {number:,} of {rows} look wrong, to be looked at"
+    yield f"labels: {number:,} of {rows} look wrong, to check by eye"
     for found in facts["suspicious"][:_EXAMPLES]:
         given, other = (shorten(printable(found[key]), 16) for key in ("given", "suggested"))
         row = found["row"]

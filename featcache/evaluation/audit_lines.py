@@ -55,7 +55,7 @@ def _leaks(number: int) -> str:
 
 def _same_lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts["num_unknown"]:
-        yield f"hashes of images: {facts['num_unknown']:,} rows have none, which are not compared"
+        yield f"hashes of images: {facts['num_unknown']:,} rows have none and are not compared"
     by_pixels = facts["num_by_pixels"]
     if by_pixels:
         yield f"same pixels in different files: {count(by_pixels, 'set')}"
@@ -67,10 +67,10 @@ def _near_lines(near: dict[str, Any]) -> Iterator[str]:
         yield "near copies: too few different rows to tell what is near"
         return
     more = " or more" if near["is_cut"] else ""
-    look = ", to be looked at" if near["num_pairs"] else ""
+    look = " to check by eye" if near["num_pairs"] else ""
     yield f"near copies: {count(near['num_pairs'], 'pair')}{more}{look}"
-    yield (f"  cosine from {near['threshold']:.3f} on; nearest neighbours have "
-           f"{near['median']:.3f} (median)")  # fmt: skip
+    yield (f"  threshold: cosine {near['threshold']:.3f} (median of nearest neighbours: "
+           f"{near['median']:.3f})")  # fmt: skip
     if near["pictures"] is not None:
         yield from _picture_lines(near["pictures"])
     for pair in near["pairs"]:
@@ -83,12 +83,12 @@ def _near_lines(near: dict[str, Any]) -> Iterator[str]:
 
 def _picture_lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts["threshold"] is None:
-        yield "  pictures: too few, or too little in them, to tell copies by; features alone"
+        yield "  pictures: too few, or too little detail, to compare; by features alone"
         return
-    yield (f"  pictures: {count(facts['num_compared'], 'pair')} laid over each other, agreement "
-           f"from {facts['threshold']:.3f} on")  # fmt: skip
+    yield (f"  pictures: {count(facts['num_compared'], 'pair')} registered; threshold: agreement "
+           f"{facts['threshold']:.3f}")  # fmt: skip
     if facts["num_rejected"]:
-        yield f"  alike by features alone, and not by pictures: {facts['num_rejected']:,}"
+        yield f"  alike by features but not by pictures, left out: {facts['num_rejected']:,}"
 
 
 def _set_lines(name: str, facts: dict[str, Any], *, examples: bool = True) -> Iterator[str]:
@@ -167,34 +167,34 @@ def _of_copies(found: Audit) -> Iterator[str]:
     if found.num_leaks:
         sets = count(found.num_leaks, "set")
         yield f"Leaks: {sets} of copies across splits or of two classes."
-        yield "Until that is settled (--csv, then select --table) figures look too good."
+        yield "Until they are removed (--csv, then select --table) figures are too good."
     elif found.same is not None or found.near is not None:
         yield "No copies across splits or of two classes were found."
     torn = max((facts["across_groups"]["num_sets"] for facts in (found.same, found.near) if facts),
                default=0)  # fmt: skip
     if torn and not found.num_leaks:
-        sets = "1 set of copies lies" if torn == 1 else f"{torn:,} sets of copies lie"
-        yield f"{sets} in several groups, which folds may tear apart: --csv joins them."
+        sets = "1 set of copies is" if torn == 1 else f"{torn:,} sets of copies are"
+        yield f"{sets} spread over several groups, so folds may separate them: --csv joins them."
 
 
 def _of_shortcuts(found: Audit) -> Iterator[str]:
     verdict = found.shortcuts and found.shortcuts["verdict"]
     if found.shortcuts and verdict == "not shown to beat":
         best = found.shortcuts["best"]
-        yield (f"What looks at no lung ({best['fact']}: {decimal(best['balanced_accuracy'])}) "
-               "tells the classes as well as a head does: a high accuracy on these data does not "
-               "show that a head reads the images.")  # fmt: skip
+        yield (f"A shortcut ({best['fact']}: {decimal(best['balanced_accuracy'])}) may separate "
+               "the classes as well as a head does: a high accuracy on these data does not show "
+               "that a head reads the images.")  # fmt: skip
     elif verdict == "beats":
-        yield "The head beats the shortcuts that were tried, which are not all there are."
+        yield "The head beats the shortcuts that were tried; there may be others."
     elif verdict:
         yield f"Shortcuts: {verdict}."
     of_sources = found.sources["verdict"] if found.sources else None
     if of_sources == "not separable by design":
-        yield ("Each class has one source: a head that tells sources cannot be told from one that "
-               "tells classes.")  # fmt: skip
+        yield ("Each class has one source: whether a head recognises the class or only its source "
+               "cannot be found out.")  # fmt: skip
     elif found.sources and of_sources == "told":
-        yield (f"Sources can be told within {told_classes(found.sources)}: judge the head on a "
-               "source that it has not seen.")  # fmt: skip
+        yield (f"Sources can be told apart within {told_classes(found.sources)}: test the head on "
+               "a source that it has not seen.")  # fmt: skip
     elif of_sources:
         yield f"Sources: {SENTENCES[of_sources]}."
 

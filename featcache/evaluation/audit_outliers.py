@@ -75,7 +75,7 @@ def outlier_lines(facts: dict[str, Any]) -> Iterator[str]:
         text = f"outliers: not measured, {facts['reason']}"
         yield from textwrap.wrap(text, 80, subsequent_indent="  ")
         return
-    yield "outliers: farthest from the others of their class, to be looked at"
+    yield "outliers: farthest from the rest of their class, to check by eye"
     found = facts["per_class"]
     if len(found) <= _MANY_CLASSES:
         for name, of_class in found.items():

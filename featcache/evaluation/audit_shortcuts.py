@@ -203,13 +203,13 @@ def _compare(
         verdict = "beats"
         sentence = (
             f"the head beats the best shortcut ({named}) by {mean:.3f} ({how}), which does not "
-            "prove that it reads lungs"
+            "prove that it reads the images"
         )
     else:
         verdict = "not shown to beat"
         sentence = (
-            f"the head is not shown to beat the best shortcut ({named}): balanced accuracy differs "
-            f"by {mean:.3f} ({how})"
+            f"no evidence that the head beats the best shortcut ({named}): balanced accuracy "
+            f"differs by {mean:.3f} ({how})"
         )
     return Shortcuts(
         verdict, sentence, None, splits, len(targets), len(folds), float(np.mean(head)),

@@ -139,8 +139,9 @@ def source_lines(facts: dict[str, Any]) -> Iterator[str]:
         if of_class["balanced_accuracy"] is not None:
             ends = of_class["low"], of_class["high"]
             how = "every fold alike" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}"
-            yield (f"    told with balanced accuracy {decimal(of_class['balanced_accuracy'])} "
-                   f"({how}), chance {of_class['chance']:.2f}")  # fmt: skip
+            score = decimal(of_class["balanced_accuracy"])
+            yield (f"    told apart with balanced accuracy {score} ({how}), "
+                   f"chance {of_class['chance']:.2f}")  # fmt: skip
         elif len(of_class["sources"]) > 1:
             yield f"    too few: {of_class['reason']}"
 
@@ -148,8 +149,8 @@ def source_lines(facts: dict[str, Any]) -> Iterator[str]:
 SENTENCES = {
     "not separable by design": "not separable by design, a class has one source",
     "one source": "all rows have one",
-    "told": "can be told within a class",
-    "not shown": "not shown to be told within a class",
+    "told": "can be told apart within a class",
+    "not shown": "no evidence that they can be told apart within a class",
     "too few": "too few rows to tell",
 }
 

@@ -211,7 +211,7 @@ def comparison_lines(facts: Mapping[str, Any] | None) -> Iterator[str]:
         if (row := facts[name]) is not None:
             text = (
                 f"  {name:<12} {decimal(row['first'])} against {decimal(row['second'])}; right "
-                f"only here {row['only_first']:,}, only there {row['only_second']:,}; "
+                f"only here {row['only_first']:,}, there {row['only_second']:,}; "
                 f"McNemar p {_p(row['p_value'])}"
             )
             yield from textwrap.wrap(text, 80, subsequent_indent="               ")

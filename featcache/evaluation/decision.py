@@ -167,7 +167,7 @@ def decide(
     if str(on) == "test":
         raise ConfigError(
             "--on", expected="valid, or the folder of a cross-validation", found="test",
-            hint="A threshold chosen on test could not be tested: evaluate does that",
+            hint="A threshold chosen on test could not be tested there: evaluate does that",
         )  # fmt: skip
     is_valid = str(on) == "valid"
     repeats = read_valid(loaded, positive) if is_valid else read_folds(loaded, on, positive)
@@ -178,8 +178,8 @@ def decide(
     if strict and warning:
         raise RunError(
             f"--{next(iter(wish))}", expected=f"{summary.num_needed:,} or more {summary.unit}s",
-            found=f"{summary.num_units:,}, which give {summary.bound:.3f}", where=rows.where,
-            hint="Nothing was written: leave --strict out, or wish for less",
+            found=f"{summary.num_units:,}, which can promise {summary.bound:.3f}", where=rows.where,
+            hint="Nothing was written: leave --strict out, or ask for less",
         )  # fmt: skip
     facts = summary.as_dict()
     del facts["run"]
@@ -201,7 +201,7 @@ def _only_wish(
     if len(wishes) != 1:
         found = " and ".join(f"--{name}" for name in wishes) or "none"
         raise ConfigError(
-            "wish", expected="one of --recall, --specificity, --threshold", found=found
+            "options", expected="one of --recall, --specificity, --threshold", found=found
         )
     ((name, value),) = wishes.items()
     if name != "threshold":
@@ -233,7 +233,7 @@ def _choose(wish: dict[str, float], repeats: list[ScoredRows]) -> tuple[ScoredRo
     if name == "specificity" and first.is_positive.all():
         raise CacheError(
             "--specificity", expected="labelled rows of other classes", found="none",
-            where=first.where, hint="Wish for a recall, or add images of other classes",
+            where=first.where, hint="Use --recall, or add images of other classes",
         )  # fmt: skip
     choose = choose_for_recall if name == "recall" else choose_for_specificity
     choices = [choose(rows.scores, rows.is_positive, value, rows.groups) for rows in repeats]
@@ -258,7 +258,7 @@ def _summarise(  # noqa: PLR0917 (the parts of one question)
     if choice is None:
         bound = lower_bound(wished["hits"], wished["total"], CONFIDENCE)
         if rows.basis == GUARANTEE:
-            reason += ", if the threshold was fixed before a look at them"
+            reason += "; it holds only if you fixed the threshold before you looked at them"
     else:
         bound = choice.bound
     of_wish = np.flatnonzero(rows.is_positive != ("specificity" in wish)).tolist()
@@ -292,7 +292,7 @@ def _calibrate(rows: ScoredRows) -> tuple[float | None, dict[str, Any]]:
     facts: dict[str, Any] = dict.fromkeys(("fitted", "log_loss", "log_loss_out_of_fold"))
     if number < LEAST_POSITIVE:
         units = count(number, f"positive {unit}")
-        return None, facts | {"reason": f"{units}, below {LEAST_POSITIVE}: too few to fit one"}
+        return None, facts | {"reason": f"{units}, fewer than the {LEAST_POSITIVE} needed"}
     found = calibrate(rows.probs, rows.targets, rows.groups)
     reason = "it lowers the log loss out of fold"
     if found.is_at_limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,44 +13,48 @@ if TYPE_CHECKING:
     from featcache.evaluation.decision import DecideSummary
 
 _ONE_SIDED = "one-sided 95 %"
+_WIDTH = 80
 
 
 def decision_lines(result: DecideSummary) -> Iterator[str]:
     """Yield the threshold, the point, the bound and what would be needed, each apart."""
     name = shorten(printable(result.positive), 30)
-    yield f"{name} if its probability >= {result.threshold:.6g}"
+    yield f"{name} if its probability is >= {result.threshold:.6g}"
     wished = "specificity" if "specificity" in result.wish else "recall"
     units = result.unit + "s"
     again = "" if (result.num_repeats or 1) == 1 else f", repeat {result.repeat}"
-    how = "fixed, measured" if "threshold" in result.wish else "chosen"
+    how = "given by you, measured" if "threshold" in result.wish else "chosen"
     number = count(result.num_units, result.unit)
-    yield f"{how} on {number}{_of(wished, name)} of {result.on}{again}"
+    rows = "in valid" if result.on == "valid" else "out of fold"
+    yield f"{how} on {number}{_of(wished, name)}, {rows}{again}"
     if again and "threshold" not in result.wish:
         yield f"  (each of {result.num_repeats} repeats has a threshold; this is the median one)"
-    verb = "found" if wished == "recall" else "left alone"
-    yield f"  point   {result.num_right:,} of {result.num_units:,} {units} {verb}"
+    verb = "found" if wished == "recall" else "called negative"
+    yield f"  here    {result.num_right:,} of {result.num_units:,} {units} {verb}"
     if result.bound > 0:
         yield f"  bound   {wished} {_bound_words(result)} ({_ONE_SIDED})"
-        yield f"          {result.basis}:"
-        yield f"          {result.reason}"
+        margin = " " * 10
+        yield from textwrap.wrap(
+            _basis_words(result), _WIDTH, initial_indent=margin, subsequent_indent=margin
+        )
     else:
         yield f"  bound   none: no {result.unit} is {verb}"
     if result.num_needed is not None:
         needed = count(result.num_needed, result.unit)
-        yield f"  needed  {needed} with none wrong, for {_wish(result)}"
+        yield f"  needed  at least {needed}, if none is wrong, for {_wish(result)}"
     if result.group is not None:
         yield "per group, by its highest score (a group with a positive image is positive):"
         yield from _rate_lines(result.group)
-        yield "per image (intervals respect groups):"
+        yield "per image (intervals allow for groups):"
         yield from _rate_lines(result.image)
         if result.unit == "group":
-            yield "One image is decided alone: for it the figures per image apply. A group's"
-            yield "bound is of groups with all their images."
+            yield "predict decides each image by itself: the figures per image apply to it. The"
+            yield "bound per group is for groups with all their images."
     else:
         yield "per image:"
         yield from _rate_lines(result.image)
     yield from _unknown_lines(result)
-    yield from _referred_lines(result.refer, result.refer_below)
+    yield from _referred_lines(result.refer, result.threshold, result.refer_below)
     yield from _temperature_lines(result)
     if result.prevalence is not None:
         facts = result.prevalence
@@ -63,8 +68,8 @@ def unmet_wish(result: DecideSummary) -> str:
         return ""
     return (
         f"{_wish(result)} cannot be promised: it needs "
-        f"{count(result.num_needed or 0, result.unit)} without a miss, and there are "
-        f"{result.num_units:,}; the highest that can be is {decimal(result.bound)}"
+        f"{count(result.num_needed or 0, result.unit)} without an error, and there are "
+        f"{result.num_units:,}, which can promise {decimal(result.bound)} at most"
     )
 
 
@@ -80,7 +85,7 @@ def decided_lines(
     usual = "above 0.5" if has_labels else "most probable class"
     for name, facts in (decisions or {}).items():
         shown = shorten(printable(name), 30)
-        yield f"decision: {shown} if its probability >= {facts['threshold']:.6g}"
+        yield f"decision: {shown} if its probability is >= {facts['threshold']:.6g}"
         if facts["image"] is None:
             yield "  undefined, no such rows"
             continue
@@ -96,13 +101,13 @@ def decided_lines(
         if facts["group"] is not None:
             recall = facts["group"]["recall"]
             found = f"{recall['hits']:,} of {count(recall['total'], 'group')}"
-            yield f"  {found} {_of('recall', shown).strip()} found, by the highest score"
+            yield f"  {found} {_of('recall', shown).strip()} found, by their highest score"
         ((wished, value),) = facts["wish"].items()
-        yield f"  wished: {wished} {value:g}; on {facts['on']}: {_promise(facts)}"
-        yield from _referred_lines(facts["refer"], facts["refer_below"])
+        yield f"  asked for: {wished} {value:g}; bound from {facts['on']}: {_promise(facts)}"
+        yield from _referred_lines(facts["refer"], facts["threshold"], facts["refer_below"])
         if facts["log_loss"] is not None:
             before, after = facts["log_loss"], facts["calibrated_log_loss"]
-            yield f"  log loss {before:.3f}, of calibrated probabilities {after:.3f}"
+            yield f"  log loss {before:.3f}, calibrated {after:.3f}"
 
 
 def _brief_rate(rate: Mapping[str, Any]) -> str:
@@ -113,12 +118,11 @@ def _brief_rate(rate: Mapping[str, Any]) -> str:
 
 
 def _promise(facts: Mapping[str, Any]) -> str:
-    per = f"at least {decimal(facts['bound'])} per {facts['unit']}"
     if facts["bound"] == 0:
-        return "no bound"
-    if facts["basis"] not in {"guarantee", "estimate"}:
-        return f"{per}, no guarantee"
-    return f"{facts['basis']}, {per}"
+        return "none"
+    label = {"guarantee": "guaranteed", "estimate": "an estimate"}
+    words = label.get(facts["basis"], "no guarantee")
+    return f"{decimal(facts['bound'])} per {facts['unit']}, {words}"
 
 
 def _wish(result: DecideSummary) -> str:
@@ -131,8 +135,13 @@ def _of(wished: str, name: str) -> str:
 
 
 def _bound_words(result: DecideSummary) -> str:
-    lead = {"guarantee": "guaranteed to be at least", "estimate": "estimate: at least"}
-    return f"{lead.get(result.basis, 'at least')} {decimal(result.bound)}"
+    lead = "guaranteed to be at least" if result.basis == "guarantee" else "at least"
+    return f"{lead} {decimal(result.bound)}"
+
+
+def _basis_words(result: DecideSummary) -> str:
+    label = {"guarantee": "", "estimate": "estimate: "}
+    return label.get(result.basis, f"{result.basis}: ") + result.reason
 
 
 def _rate_lines(rates: dict[str, Any]) -> Iterator[str]:
@@ -157,7 +166,7 @@ def _temperature_lines(result: DecideSummary) -> Iterator[str]:
     before, after = facts["log_loss"], facts["log_loss_out_of_fold"]
     yield (
         f"temperature {result.temperature:.3g} calibrates the probabilities: "
-        f"log loss {before:.3f}, then {after:.3f}"
+        f"log loss from {before:.3f} to {after:.3f}"
     )
 
 
@@ -167,11 +176,14 @@ def _unknown_lines(result: DecideSummary) -> Iterator[str]:
         yield f"{images}, patients unknown: too optimistic if some share a patient"
 
 
-def _referred_lines(facts: Mapping[str, Any] | None, upper: float | None) -> Iterator[str]:
+def _referred_lines(
+    facts: Mapping[str, Any] | None, lower: float, upper: float | None
+) -> Iterator[str]:
     if facts is None or upper is None:
         return
-    yield f"  refer if below {upper:.6g}: {count(facts['num_referred'], 'image')}"
-    yield f"  that is {percent(facts['share'], 1)} of them; among the rest, per image:"
+    number = f"{count(facts['num_referred'], 'image')}, {percent(facts['share'], 1)}"
+    yield f"  refer to a person from {lower:.6g} to below {upper:.6g}: {number}"
+    yield "  the rest, per image:"
     for name in ("recall", "specificity"):
         yield f"    {name:<11}  {_rate_words(facts[name])}"
 

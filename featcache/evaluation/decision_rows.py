@@ -91,9 +91,9 @@ def read_valid(run: Run, positive: str) -> list[ScoredRows]:
     """
     if run.members:
         raise RunError(
-            "--on", expected="the folder of the cross-validation, for a mean of its heads",
-            found="valid, of which each row trained some of the heads", where=run.path,
-            hint="featcache decide RUN --on FOLDER",
+            "--on", expected="the cross-validation's folder, as this run is the mean of its heads",
+            found="valid, whose rows trained some of these heads", where=run.path,
+            hint="Add --on FOLDER",
         )  # fmt: skip
     cache = open_own_caches(run, unchanged=True)
     if "valid" in cache.splits:
@@ -108,11 +108,11 @@ def read_valid(run: Run, positive: str) -> list[ScoredRows]:
     if seen is not None:
         trained, chosen, unclear = seen.counts
         if trained:
-            reason = f"the head was trained on {trained:,} of these rows: too good"
+            reason = f"the head was trained on {trained:,} of these rows, so it is too good"
         elif chosen:
-            reason = "these rows also chose the head's epoch"
+            reason = "the head's epoch was chosen on these rows"
         elif not unclear:
-            basis, reason = GUARANTEE, "these rows neither fitted nor chose anything"
+            basis, reason = GUARANTEE, "the head was neither trained nor chosen on these rows"
     rows = predict_rows(run, cache, split.name, numbers, lambda _: None, average_views=False)
     column = run.classes.index(positive)
     known, probs, targets = np.arange(len(rows.targets)), rows.probs, rows.targets
@@ -148,9 +148,9 @@ def read_folds(run: Run, folder: str | Path, positive: str) -> list[ScoredRows]:
     place = local_path(folder, "--on")
     facts, data = read_crossval(place)
     _require_same(run, facts, place)
-    reason = "scores of the folds' heads, not of this one: --keep-ensemble helps"
+    reason = "the folds' heads made these scores, not this head (crossval --keep-ensemble helps)"
     if facts.get("ensemble_weights_sha256") == run.weights_sha256:
-        reason = "each score is of one of the heads whose mean this run is"
+        reason = "each score is from one head, and this run is the mean of these heads"
     has_labels = run.task == "multilabel"
     column = run.classes.index(positive)
     repeats = _parse(data, run, column, place)
@@ -182,7 +182,7 @@ def _require_positive(rows: ScoredRows, positive: str, what: str) -> None:
     if not rows.is_positive.any():
         raise CacheError(
             what, expected=f"labelled rows of {positive}", found="none", where=rows.where,
-            hint="Choose the threshold by out-of-fold rows: featcache crossval, then --on FOLDER",
+            hint="Choose the threshold on out-of-fold rows: featcache crossval, then --on FOLDER",
         )  # fmt: skip
 
 

@@ -58,13 +58,13 @@ def evaluation_lines(result: Evaluation, confusions: Sequence[Confusion]) -> Ite
         yield f"  its roc auc        {its_area}"
         yield f"  its avg. precision {_shown(result.positive_average_precision)}"
         yield f"  false negatives    {len(result.false_negatives or ()):,}"
-    text = f'  (brackets and "recall 95 %": 95 % intervals{units_text(intervals)})'
+    text = f'  (in brackets and in "recall 95 %": 95 % intervals{units_text(intervals)})'
     yield from textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
     if (few := intervals["few"]) is not None:
         fewest = f"{few['num_samples']} of {shorten(printable(few['class']), 16)}"
         text = (
-            f"few images ({fewest}): below {FEW_IMAGES} of a class, what is called a 95 % interval "
-            "may hold in 88 % of cases"
+            f"few images ({fewest}): with fewer than {FEW_IMAGES} in a class, 95 % intervals may "
+            "cover the true value in only 88 % of cases"
         )
         yield from textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
     yield from _class_lines(result.classes, result.per_class, intervals["per_class"])

@@ -51,6 +51,7 @@ _MAX_JSON_BYTES = 2**28
 _MAX_WEIGHTS_BYTES = 2**31
 _MAY_DIFFER = ("views", "augmentation", "feature_dtype")
 _COPY_AGAIN = "copy it again, or train it again"
+_NO_RUN = "Make it with featcache train, or name FOLDER/ensemble of crossval --keep-ensemble"
 _DAMAGED = f"The run is damaged or was edited: {_COPY_AGAIN}"
 
 
@@ -274,7 +275,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunError(
             "run", expected="a folder with run.json", found=error.strerror, where=folder,
-            hint=reading_hint(error, "Make it with featcache train"),
+            hint=reading_hint(error, _NO_RUN),
         ) from error  # fmt: skip
     except ValueError as error:
         raise _damaged(folder, "run.json", "a JSON object", error) from error

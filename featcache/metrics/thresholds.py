@@ -84,7 +84,7 @@ def check_wish(name: str, wish: float) -> float:
     if not 0 < wish < 1:
         raise ConfigError(
             f"--{name}", expected="a number above 0 and below 1", found=wish,
-            hint="No number of images can promise 1" if wish == 1 else "",
+            hint="No number of images can promise 1" if wish == 1 else "For 95 % write 0.95",
         )  # fmt: skip
     return float(wish)
 

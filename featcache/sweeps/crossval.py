@@ -367,7 +367,7 @@ def _say_plan(
     if unlabelled := sum(part.num_unlabelled for part in parts):
         say(f"{count(unlabelled, 'unlabelled row')} left out")
     what = "strength" if plan.training.optimizer == LBFGS else "epoch"
-    say(f"inner hold-out to choose the {what} by: {percent(plan.share)} of the rows outside a fold")
+    say(f"the {what} is chosen on {percent(plan.share)} of the rows outside a fold")
     if all(part.split.groups is None for part in parts):
         say("this cache has no groups: images of one patient may be in several folds")
     splits = pool.cache.splits

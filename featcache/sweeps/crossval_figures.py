@@ -199,8 +199,8 @@ def _explanation(summary: CrossvalSummary) -> Iterator[str]:
     """Yield which of the intervals is which."""
     number = summary.pooled[0]["intervals"]["num_groups"]
     groups = "" if number is None else f" ({count(number, 'group')})"
-    yield "in brackets 95 % intervals: of the mean (Nadeau and Bengio) for heads trained on"
-    yield f"other rows too; of all rows{groups} for these heads on other images"
+    yield "95 % intervals in brackets: on the left (Nadeau and Bengio) for heads trained on"
+    yield f"other rows; on the right{groups} for these heads on other images"
 
 
 def _matrix_lines(summary: CrossvalSummary) -> Iterator[str]:

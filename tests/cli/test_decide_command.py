@@ -35,10 +35,10 @@ def test_a_decision_is_printed_and_then_shown_by_the_others(place: Path, run: An
     assert json.loads(run("info", "run", "--json").out)["decision"]["covid"]["threshold"] == 1
     predicted = run("predict", "run", "--cache", "c.h5").out
     assert "  decision: normal\n" in predicted
-    assert "by the decision (covid from 1): 74 normal\n" in predicted
+    assert "by the decision (covid if >= 1): 74 normal\n" in predicted
     evaluated = run("evaluate", "run").out
-    assert "decision: covid if its probability >= 1\n" in evaluated
-    assert "no bound" in evaluated
+    assert "decision: covid if its probability is >= 1\n" in evaluated
+    assert "bound from valid: none\n" in evaluated
 
 
 def test_a_wish_too_high_is_exit_0_with_a_warning_and_1_with_strict(place: Path, run: Any) -> None:

@@ -129,7 +129,7 @@ def test_suspicious_rows_are_named_and_the_cache_stays_as_it_is(tmp_path: Path) 
         assert row["probs"][1] > row["probs"][0]
         assert sum(row["neighbours"]) <= 10
     assert cache.read_bytes() == before
-    assert lines[1] == f"labels: {len(named)} of 190 rows look wrong, to be looked at"
+    assert lines[1] == f"labels: {len(named)} of 190 rows look wrong, to check by eye"
     assert found["suspicious"][0]["row"]["path"] in lines[2]
     assert max(map(len, lines)) <= 80
 

@@ -61,8 +61,8 @@ def test_sources_that_features_tell_are_told(tmp_path: Path) -> None:
         assert of_class["chance"] == 0.5
         assert of_class["balanced_accuracy"] > 0.95
         assert of_class["low"] is None or of_class["low"] > 0.5
-    assert lines[1] == "sources (hospital): can be told within a class"
-    assert "Sources can be told within covid, normal" in " ".join(map(str.strip, lines))
+    assert lines[1] == "sources (hospital): can be told apart within a class"
+    assert "Sources can be told apart within covid, normal" in " ".join(map(str.strip, lines))
 
 
 def test_sources_that_features_do_not_tell_are_not_shown(tmp_path: Path) -> None:

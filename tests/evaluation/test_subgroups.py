@@ -230,7 +230,7 @@ def test_evaluate_tells_how_well_calibrated_the_head_is_and_that_images_are_few(
     shown = f"log loss {expected['log_loss']:.3f}, Brier score {expected['brier']:.3f}, ECE "
     assert any(line.startswith(f"  calibration        {shown}") for line in said)
     assert result.intervals["few"] == {"class": "covid", "num_samples": 30}
-    assert any(line.startswith("few images (30 of covid): below 100 of a class") for line in said)
+    assert any(line.startswith("few images (30 of covid): with fewer than 100") for line in said)
     assert max(len(line) for line in said if "written to" not in line) <= 80
     assert "of 28 groups and 4 images without one)" in " ".join(map(str.strip, said))
     right = 60 - len(result.mistakes)

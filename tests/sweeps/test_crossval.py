@@ -308,7 +308,7 @@ def test_rates_of_all_rows_have_intervals_that_respect_groups(
     plain = crossval(tmp_path / "plain.h5", tmp_path / "p", say=said.append, **SMALL)
     (pooled,) = plain.pooled
     assert pooled["intervals"]["num_groups"] is None
-    assert any("of all rows for" in line for line in said)
+    assert any("on the right for" in line for line in said)
     found = {name: pooled["intervals"]["per_class"][name]["recall"] for name in plain.classes}
     found["all"] = pooled["intervals"]["accuracy"]
     rates = {name: (row["recall"], 40) for name, row in pooled["per_class"].items()}
@@ -337,7 +337,7 @@ def test_rates_of_all_rows_have_intervals_that_respect_groups(
         wanted = mean_rate_interval(recalls, ends)
         assert intervals["balanced_accuracy"] == pytest.approx(wanted)
         assert intervals["num_groups"] == len({row["group"] for row in own}) == 17
-    assert any("of all rows (17 groups) for" in line for line in said)
+    assert any("on the right (17 groups) for" in line for line in said)
     assert max(map(len, said[:-1])) <= 80  # the last names the folder
 
 
