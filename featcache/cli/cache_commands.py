@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from featcache.cli.ending import complain
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
     CACHES,
@@ -288,3 +289,66 @@ def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
             "Repeat the extract command: it makes what is missing"
         )
     print_facts(result.as_dict(), [f"{printable(result.cache)}: {verdict}"], as_json, quiet)
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option(
+    "--only", metavar="A,B,...",
+    help="Some of same and near (copies), labels, shortcuts, outliers, sources. Default: all.",
+)  # fmt: skip
+@grouping
+@click.option(
+    "--table", type=click.Path(path_type=Path), help="CSV with the columns path and --source."
+)
+@click.option(
+    "--source", metavar="COLUMN", help="Column of --table with the source (hospital, say)."
+)
+@click.option(
+    "--csv", type=click.Path(path_type=Path),
+    help="Write a table for select --table that puts copies in one group.",
+)  # fmt: skip
+@click.option(
+    "--copies", type=click.Choice(["group", "drop"]), default="group", show_default=True,
+    help="drop: --csv keeps one row of each set of copies, that of test if there is one, and none "
+    "if their classes differ.",
+)  # fmt: skip
+@click.option(
+    "--strict", is_flag=True, help="Exit 1 if there are copies across splits or of two classes."
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path),
+    help="The images that extract read: finds altered copies, and shortcuts by size, colour and "
+    "borders.",
+)  # fmt: skip
+@click.option(
+    "--blackout", type=Numbers(float, "S,S,..."), metavar="S,S,...",
+    help="Test the head on images without their centre, and on the centre alone; S is its share of "
+    "width and height.",
+)  # fmt: skip
+@TRUST
+@WEIGHTS
+@DEVICE
+@LARGEST
+@printing
+def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any) -> None:
+    """Check CACHE for copies, wrong labels, shortcuts and outliers before a head is trained.
+
+    \b
+    Example: featcache audit covid.h5 --csv copies.csv
+             featcache select covid.h5 sound.h5 --table copies.csv --fractions 0.7,0.15,0.15
+             featcache audit covid.h5 --data data --blackout 0.6
+
+    Nothing is deleted, and images are read only with --data. Copies are looked for in all splits;
+    everything else uses train and valid (or all), never test. If same and near are checked,
+    CACHE.audit.json keeps the verdict for info and train.
+    """
+    from featcache.evaluation.audit import audit as audit_cache
+    from featcache.evaluation.audit import leak_error
+
+    found = audit_cache(cache, say=make_say(as_json, quiet), **options)
+    print_facts(found.as_dict(), [], as_json, quiet)
+    error = leak_error(found) if strict else None
+    if error is not None:
+        complain(f"error: {error}")
+        raise click.exceptions.Exit(1)
