@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import CacheError, ConfigError, RunError, printable, warn_user
-from featcache.evaluation.decision_file import REFER, decision_output, write_decision
+from featcache.evaluation.decision_file import REFER, decision_output, find_replaced, write_decision
 from featcache.evaluation.decision_lines import decision_lines, unmet_wish
 from featcache.evaluation.decision_rates import (
     rates_beside_referred,
@@ -183,12 +183,15 @@ def decide(
         )  # fmt: skip
     facts = summary.as_dict()
     del facts["run"]
+    replaced = find_replaced(loaded, positive)
     write_decision(output, loaded, facts)
     for line in decision_lines(summary):
         say(line)
     if warning:
         warn_user(warning)
     say(f"written to {printable(output.path.as_posix())}")
+    if replaced is not None:
+        say(f"it replaces the threshold for {printable(replaced)}: a run has one")
     return summary
 
 

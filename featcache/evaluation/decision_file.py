@@ -178,6 +178,17 @@ def write_decision(output: Output, run: Run, rule: Mapping[str, Any]) -> None:
     write_output(output, readable_json(facts).encode())
 
 
+def find_replaced(run: Run, positive: str) -> str | None:
+    """Return the other class whose threshold a run has, which one for this class replaces."""
+    if run.task == "multilabel":
+        return None
+    try:
+        known = load_decisions(run)
+    except RunError:  # of another head, or damaged
+        return None
+    return next((name for name in (known.rules if known else {}) if name != positive), None)
+
+
 def _is_decision(path: Path) -> bool:
     try:
         facts = parse_json_object(read_regular(path, max_bytes=_MAX_BYTES))

@@ -135,7 +135,9 @@ def _of(wished: str, name: str) -> str:
 
 
 def _bound_words(result: DecideSummary) -> str:
-    lead = "guaranteed to be at least" if result.basis == "guarantee" else "at least"
+    # Of a threshold that was given, featcache cannot tell whether these rows were looked at before.
+    is_sure = result.basis == "guarantee" and "threshold" not in result.wish
+    lead = "guaranteed to be at least" if is_sure else "at least"
     return f"{lead} {decimal(result.bound)}"
 
 

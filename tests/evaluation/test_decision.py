@@ -161,6 +161,9 @@ def test_a_fixed_threshold_that_finds_nothing_has_no_bound(run: Path) -> None:
     assert not any("guaranteed" in line for line in said)
     decide(run, positive="covid", threshold=0.5, say=said.append)
     assert any("trained nor chosen on these rows; it holds only" in line for line in said)
+    assert not any("guaranteed" in line or "replaces" in line for line in said)
+    decide(run, positive="normal", threshold=0.5, say=said.append)
+    assert said[-1] == "it replaces the threshold for covid: a run has one"
     assert evaluate(run, say=said.append).decision is not None
 
 
