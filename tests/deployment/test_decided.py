@@ -128,7 +128,7 @@ def test_below_30_positives_no_temperature_is_fitted(tmp_path: Path) -> None:
     said: list[str] = []
     found = featcache.decide(tmp_path / "run", positive="covid", recall=0.9, say=said.append)
     assert (found.temperature, found.calibration["fitted"]) == (None, None)
-    assert any("29 positive images, below 30" in line for line in said)
+    assert any("29 positive images, fewer than the 30" in line for line in said)
     other = decide_quietly(tmp_path / "run", positive="normal", recall=0.9)
     assert other.calibration["fitted"] is not None
 
