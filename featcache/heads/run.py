@@ -190,11 +190,6 @@ def load_head(run: Run | str | Path) -> nn.Sequential:
     return mean_of_heads(heads, loaded.task).eval()
 
 
-def cache_path(run: Run) -> Path:
-    """Return where the cache that the run was trained on should be, of several the first."""
-    return cache_paths(run)[0]
-
-
 def cache_paths(run: Run) -> list[Path]:
     """Return where the caches that the run was trained on should be."""
     return [real_path(run.path.resolve() / str(cache["path"])) for cache in run.caches]

@@ -15,7 +15,7 @@ from featcache.errors import FeatcacheWarning, RunError
 from featcache.files import canonical_json
 from featcache.heads.head import HeadConfig, build_head
 from featcache.heads.run import (
-    cache_path,
+    cache_paths,
     load_head,
     load_run,
     require_same_features,
@@ -222,10 +222,10 @@ def test_cache_path_is_relative_and_moves_with_the_run(
     assert relative_path(Path("caches/c.h5"), Path("runs/r")) == path
     record = {"path": path, "fingerprint": "", "identity": {}}
     make_run(tmp_path / "a" / "runs" / "r", cache=record)
-    assert cache_path(load_run("runs/r")) == cache.resolve()
+    assert cache_paths(load_run("runs/r")) == [cache.resolve()]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").rename(tmp_path / "b")
-    assert cache_path(load_run("b/runs/r")) == (tmp_path / "b/caches/c.h5").resolve()
+    assert cache_paths(load_run("b/runs/r")) == [(tmp_path / "b/caches/c.h5").resolve()]
 
 
 def test_cache_path_from_another_drive_is_absolute(

@@ -18,7 +18,7 @@ from featcache.heads.config import TrainingConfig
 from featcache.heads.fit import fit_head
 from featcache.heads.head import HeadConfig
 from featcache.heads.rows import choose_rows
-from featcache.heads.run import cache_path, load_run
+from featcache.heads.run import cache_paths, load_run
 from featcache.heads.training import train
 from featcache.runtime import CPU
 
@@ -50,7 +50,7 @@ def test_run_holds_the_head_that_fit_head_gives(tmp_path: Path) -> None:
         "path": "../../c.h5", "fingerprint": cache.fingerprint, "identity": cache.identity,
         "payload_sha256": cache.payload_sha256, "num_failed": 1,
     }  # fmt: skip
-    assert cache_path(run) == cache.path.resolve()
+    assert cache_paths(run) == [cache.path.resolve()]
     with (tmp_path / "runs" / "r" / "history.csv").open(newline="") as file:
         history = list(csv.DictReader(file))
     assert [row["valid_loss"] for row in history] == [str(r["valid_loss"]) for r in wanted.history]
