@@ -20,6 +20,7 @@ import click
 
 from featcache import __version__
 from featcache.cli.cache_commands import extract, info, select, split, verify
+from featcache.cli.conversion_commands import convert, neighbours
 from featcache.cli.ending import ENDING, complain, open_closed_streams
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
@@ -437,6 +438,10 @@ def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) ->
         + (", and the threshold" if summary.decision else ""),
     ]
     print_facts(summary.as_dict(), lines, as_json, quiet)
+
+
+for made in (convert, neighbours):
+    cli.add_command(made)
 
 
 # ----------------------------------------------------------------------------- errors, exit codes
