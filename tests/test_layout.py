@@ -24,7 +24,8 @@ IMAGES = {"pixels", "backbones", "extraction"}
 
 # Who may import a library, at any depth of the file; the others may be imported by all.
 OWNERS = {
-    "h5py": {"cache/hdf5.py"},
+    "h5py": {"cache/hdf5.py", "cache/conversion_h5ad.py"},
+    "pyarrow": {"cache/conversion_tables.py"},
     "PIL": {
         "pixels/decoding.py",
         "pixels/deep.py",
@@ -32,7 +33,13 @@ OWNERS = {
         "pixels/resampling.py",
         "cli/demo.py",
     },
-    "click": {"cli/main.py", "cli/cache_commands.py", "cli/ending.py", "cli/options.py"},
+    "click": {
+        "cli/main.py",
+        "cli/cache_commands.py",
+        "cli/ending.py",
+        "cli/options.py",
+        "cli/conversion_commands.py",
+    },
     "simplejpeg": {"pixels/decoding.py"},
     "isal": {"pixels/png.py"},
     "numba": {"compiling.py"},
@@ -52,6 +59,7 @@ OWNERS = {
         "heads/run_writing.py",
         "heads/resuming.py",
         "backbones/weights.py",
+        "cache/conversion_arrays.py",
     },
     "scipy": {
         "metrics/areas.py",

@@ -161,7 +161,13 @@ def _export(source: Path, made: Path) -> ConversionSummary:
     table = _table_of(cache)
 
     def publish(temporary: Path) -> None:
-        _compare(cache, read_table_of_rows(temporary, ending), made)
+        try:
+            _compare(cache, read_table_of_rows(temporary, ending), made)
+        except DataError as error:  # do not name the temporary file
+            raise DataError(
+                error.what, expected=error.expected, found=error.found, where=source,
+                hint=error.hint or "Convert to another format",
+            ) from error  # fmt: skip
         output.publish(temporary)
 
     size = table.features.nbytes

@@ -42,7 +42,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,19}")
 def write_csv_table(table: RowTable, file: BinaryIO) -> None:
     """Write a table as CSV: the columns f0 to f<D-1>, and the JSON object in the first row.
 
-    Features have as many digits as tell them apart from every other float32 (float16).
+    Features have as many digits as tell them apart from every other float32.
 
     Raises:
         DataError: If there are no rows: nothing could hold the JSON object.
@@ -70,7 +70,8 @@ def _cells(table: RowTable, row: int) -> Iterator[object]:
             yield "" if math.isnan(value) else int(value)
         else:
             yield value
-    yield from table.features[row]  # NumPy's numbers: str() gives the shortest digits
+    # str() of NumPy's numbers has the fewest digits; those of float16 would be another float32
+    yield from table.features[row].astype(np.float32, copy=False)
     yield table.metadata if row == 0 else ""
 
 
