@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.contents import TASKS
 from featcache.cache.conversion_rows import LABEL, METADATA, NUMBERS, RowTable, wrong
 from featcache.cache.reading import Failure
 from featcache.cache.writing import SplitRows, check_names, check_new_rows, os_bytes
@@ -154,6 +155,19 @@ def _image_columns(table: RowTable, chosen: Sequence[int], path: Path) -> dict[s
     return columns
 
 
+_KINDS = {
+    "classes": list, "task": str, "identity": dict, "provenance": dict, "feature_dtype": str,
+    "splits": dict, "names": dict, "failures": list, "content_sha256": str,
+}  # fmt: skip
+
+
+def _is_split(told: Any) -> bool:
+    return (
+        isinstance(told, dict) and type(told.get("num_rows")) is int
+        and type(told.get("has_groups")) is bool
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Facts:
     """What the JSON object of a file says; nothing in a file that others made."""
@@ -188,26 +202,24 @@ class _Facts:
             raise odd(error) from error
         if told.get("format_version") != FORMAT_VERSION:
             raise odd(f"format_version {told.get('format_version')!r:.20}")
-        try:
-            splits = dict(told["splits"])
-            facts = cls(
-                list(told["classes"]), told["task"], dict(told["identity"]),
-                dict(told["provenance"]), told["feature_dtype"],
-                {name: split["num_rows"] for name, split in splits.items()},
-                {name: split["has_groups"] for name, split in splits.items()},
-                dict(told["names"]), [dict(failure) for failure in told["failures"]],
-                told["content_sha256"],
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise odd(f"none of {error}") from error
-        texts = [*(facts.classes or []), *facts.names.values(), facts.content_sha256]
-        if not all(isinstance(text, str) for text in texts) or set(splits) - set(SPLITS):
-            raise odd("names that are no texts, or other splits")
-        if facts.task not in {"multiclass", "multilabel"} or not facts.identity.get("backbone"):
-            raise odd("no such task, or an identity without a backbone")
-        if facts.feature_dtype not in {"float32", "float16"}:
-            raise odd(f"feature_dtype {facts.feature_dtype!r:.20}")
-        return facts
+        for key, kind in _KINDS.items():
+            if not isinstance(told.get(key), kind):
+                raise odd(f"{key} that is no {kind.__name__}")
+        classes, splits, names = told["classes"], told["splits"], told["names"]
+        if not all(isinstance(text, str) for text in (*classes, *names.values())):
+            raise odd("classes or names that are no texts")
+        if set(splits) - set(SPLITS) or not all(map(_is_split, splits.values())):
+            raise odd("splits that no cache has")
+        if told["task"] not in TASKS:
+            raise odd(f"the task {told['task']!r:.20}")
+        if told["feature_dtype"] not in {"float32", "float16"}:
+            raise odd(f"feature_dtype {told['feature_dtype']!r:.20}")
+        return cls(
+            classes, told["task"], told["identity"], told["provenance"], told["feature_dtype"],
+            {name: split["num_rows"] for name, split in splits.items()},
+            {name: split["has_groups"] for name, split in splits.items()},
+            names, told["failures"], told["content_sha256"],
+        )  # fmt: skip
 
     def failures(self, classes: Sequence[str], path: Path) -> list[Failure]:
         """Return the failed images.

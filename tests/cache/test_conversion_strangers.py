@@ -147,15 +147,18 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def changes() -> Iterator[tuple[str, Change]]:
     yield "format_version", lambda facts: facts.update(format_version=2)
     yield "identity", lambda facts: facts.update(identity=[1])
-    yield "identity", lambda facts: facts.update(identity={})
-    yield "a name twice", lambda facts: facts.update(classes=["covid", "covid"])
+    yield "--backbone-name", lambda facts: facts.update(identity={})
+    yield "a name twice", lambda facts: facts.update(classes=["covid", "normal", "covid"])
     yield "no texts", lambda facts: facts.update(classes=["covid", 3])
     yield "classes", lambda facts: facts.update(classes=["covid"])
     yield "num_features|features", lambda facts: facts["identity"].update(num_features=3)
     yield "float16", lambda facts: facts.update(feature_dtype="float16")
     yield "feature_dtype", lambda facts: facts.update(feature_dtype="object")
     yield "splits", lambda facts: facts.update(splits={"train": 3})
-    yield "other splits", lambda facts: facts["splits"].update(evil=facts["splits"]["train"])
+    yield (
+        "splits that no cache has",
+        lambda facts: facts["splits"].update(evil=facts["splits"]["train"]),
+    )
     yield "failures", lambda facts: facts.update(failures=[{"path": 1}])
     yield "task", lambda facts: facts.update(task="regression")
     yield "different paths", lambda facts: facts.update(names={"a/1": "c"})
