@@ -20,6 +20,7 @@ from featcache.cache.contents import decode_texts
 from featcache.cache.conversion_rows import (
     MAX_METADATA_BYTES,
     METADATA,
+    TEXT_BYTES,
     TEXTS,
     RowTable,
     check_features,
@@ -96,7 +97,7 @@ def read_npz(path: Path, most: float) -> RowTable:
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
         # NotImplementedError: a compression or version; RuntimeError: an encrypted member
         raise wrong("npz", path, "a whole file of arrays", f"{error}"[:200]) from error
-    return _as_table(arrays, path, lambda name: _strings(arrays, name, path))
+    return _as_table(arrays, path, most, lambda name: _strings(arrays, name, path))
 
 
 def _read_member(name: str, stream: Any, size: int, path: Path) -> npt.NDArray[Any]:
@@ -178,7 +179,7 @@ def read_safetensors(path: Path, most: float) -> RowTable:
         raise wrong("safetensors", path, "a whole file of arrays", found) from error
     if metadata is not None:
         arrays[METADATA] = np.array(metadata)
-    return _as_table(arrays, path, lambda name: _bytes(arrays, name, path))
+    return _as_table(arrays, path, most, lambda name: _bytes(arrays, name, path))
 
 
 def _bytes(arrays: Arrays, name: str, path: Path) -> list[str]:
@@ -195,13 +196,18 @@ def _bytes(arrays: Arrays, name: str, path: Path) -> list[str]:
 # -------------------------------------------------------------------------------------------- both
 
 
-def _as_table(arrays: Arrays, path: Path, read_texts: Callable[[str], list[str]]) -> RowTable:
+def _as_table(
+    arrays: Arrays, path: Path, most: float, read_texts: Callable[[str], list[str]]
+) -> RowTable:  # fmt: skip
     for name in ("features", "path"):
         if name not in arrays:
             found = ", ".join(sorted(arrays)[:5]) or "none of featcache's"
             raise wrong("arrays", path, "features and path", found)
     features = arrays["features"]
     check_features(features.dtype, features.shape, path)
+    num_bytes = sum(a.nbytes for a in arrays.values())
+    num_bytes += sum(TEXT_BYTES * len(arrays[n]) for n in TEXTS if n in arrays and arrays[n].ndim)
+    require_room("table", num_bytes, most, path)
     texts: dict[str, list[str | None]] = {}
     for name in TEXTS:
         array = arrays.get(name)

@@ -31,6 +31,9 @@ MAX_METADATA_BYTES = 1 << 26
 TEXTS = ("path", "split", "target", "group", "image_sha256")
 NUMBERS = ("image_bytes", "mtime_ns")
 LABEL = "target_"
+TEXT_BYTES = 64
+"""Memory that a text takes besides its characters."""
+
 _FEATURE = re.compile(r"f(0|[1-9][0-9]{0,6})")
 _SHARE = 0.4  # of the free memory that a table may take: it stands there twice for a moment
 

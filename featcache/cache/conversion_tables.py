@@ -21,6 +21,7 @@ from featcache.cache.conversion_rows import (
     LABEL,
     MAX_METADATA_BYTES,
     METADATA,
+    TEXT_BYTES,
     TEXTS,
     RowTable,
     check_features,
@@ -34,6 +35,7 @@ from featcache.files import csv_text, plain_cell
 from featcache.untrusted import open_regular
 
 _BLOCK_ROWS = 1024
+_BATCH_ROWS = 256  # few, as a text may have a million characters
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 
 # --------------------------------------------------------------------------------------------- CSV
@@ -88,13 +90,13 @@ def read_csv_table(path: Path, most: float) -> RowTable:
         text = io.TextIOWrapper(io.BufferedReader(raw), encoding="utf-8-sig", newline="")
         stack.callback(csv.field_size_limit, csv.field_size_limit(MAX_METADATA_BYTES))
         try:
-            return _read_lines(csv.reader(stack.enter_context(text), strict=True), path)
+            return _read_lines(csv.reader(stack.enter_context(text), strict=True), path, most)
         except (UnicodeDecodeError, csv.Error) as error:
             found = "another encoding" if isinstance(error, UnicodeDecodeError) else error
             raise wrong("CSV", path, "a whole table in UTF-8", found) from error
 
 
-def _read_lines(lines: Any, path: Path) -> RowTable:
+def _read_lines(lines: Any, path: Path, most: float) -> RowTable:
     header: list[str] = next(lines, [])
     if len(set(header)) < len(header) or "path" not in header:
         raise wrong("CSV", path, "a header with path, each column once", ", ".join(header[:8]))
@@ -103,8 +105,10 @@ def _read_lines(lines: Any, path: Path) -> RowTable:
         raise wrong("CSV", path, "columns f0, f1, ... of features", ", ".join(header[:8]))
     others = {name: i for i, name in enumerate(header) if is_column(name) or name == METADATA}
     is_run = wide == [*range(wide[0], wide[0] + len(wide))]
-    features: list[npt.NDArray[Any]] = []
+    blocks: list[npt.NDArray[Any]] = []
+    rows: list[npt.NDArray[Any]] = []
     columns: dict[str, list[str]] = {name: [] for name in others}
+    num_bytes = 0
     for cells in lines:
         if not cells:
             continue
@@ -114,18 +118,25 @@ def _read_lines(lines: Any, path: Path) -> RowTable:
         numbers = cells[wide[0] : wide[0] + len(wide)] if is_run else [cells[i] for i in wide]
         try:
             with np.errstate(over="ignore"):  # infinity: refused with its row
-                features.append(np.array(numbers, np.float32))
+                rows.append(np.array(numbers, np.float32))
         except ValueError as error:
             raise wrong(what, path, "numbers in f0, f1, ...", str(error)[:80]) from error
         for name, i in others.items():
             columns[name].append(cells[i])
-    if not features:
+        num_bytes += 4 * len(wide) + sum(TEXT_BYTES + len(cells[i]) for i in others.values())
+        if len(rows) == _BLOCK_ROWS:
+            require_room("table", num_bytes, most, path)
+            blocks.append(np.stack(rows))
+            rows.clear()
+    if rows:
+        blocks.append(np.stack(rows))
+    if not blocks:
         raise wrong("CSV", path, "one or more rows", "none")
     metadata = columns.pop(METADATA, [""])[0] or None
     texts = {n: [plain_cell(c) for c in columns[n]] for n in TEXTS if n in columns}
     numbers_of = {n: _parse_numbers(n, c, path) for n, c in columns.items() if n not in TEXTS}
     plain = None if metadata is None else plain_cell(metadata)
-    return RowTable(np.stack(features), texts, numbers_of, plain)
+    return RowTable(np.concatenate(blocks), texts, numbers_of, plain)
 
 
 def _parse_numbers(name: str, cells: Sequence[str], path: Path) -> npt.NDArray[Any]:
@@ -202,13 +213,13 @@ def read_parquet(path: Path, most: float) -> RowTable:
         chosen = [name for name in names if is_column(name)] + (wide or ["features"])
         features: npt.NDArray[Any] | None = None
         columns: dict[str, list[Any]] = {name: [] for name in names if is_column(name)}
-        position = 0
-        for batch in file.iter_batches(batch_size=_BLOCK_ROWS, columns=chosen):
+        position = text_bytes = 0
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=chosen):
             block = _batch_features(pa, batch, wide, path)
             if features is None:
                 check_features(block.dtype, block.shape, path)
-                size = num_rows * (block.shape[1] * block.dtype.itemsize + 64 * len(columns))
-                require_room("table", size, most, path)
+                row_bytes = block.shape[1] * block.dtype.itemsize + TEXT_BYTES * len(columns)
+                require_room("table", num_rows * row_bytes, most, path)
                 features = np.empty((num_rows, block.shape[1]), block.dtype)
             if block.shape[1:] != features.shape[1:] or position + len(block) > num_rows:
                 raise wrong("features", path, f"{features.shape}", "rows of another length")
@@ -216,6 +227,9 @@ def read_parquet(path: Path, most: float) -> RowTable:
             position += len(block)
             for name, cells in columns.items():
                 cells.append(_batch_column(pa, name, batch.column(name), path))
+                if name in TEXTS:
+                    text_bytes += sum(len(text) for text in cells[-1] if text)
+            require_room("texts", 4 * text_bytes, most, path)
         if features is None or position != num_rows:
             raise wrong("Parquet", path, f"one or more rows ({num_rows:,} by its header)", position)
         metadata = (schema.metadata or {}).get(METADATA.encode())

@@ -128,6 +128,16 @@ def test_a_broken_parquet_or_h5ad(tmp_path: Path) -> None:
         assert "its library cannot read" in refusal(tmp_path / f"x{ending}")
 
 
+def test_a_parquet_whose_texts_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), ["x" * 500_000])
+    table = pa.table({"path": names, "f0": pa.array([0.0] * 200, pa.float32())})
+    pq.write_table(table, tmp_path / "x.parquet", compression="zstd")
+    assert (tmp_path / "x.parquet").stat().st_size < 5000
+    monkeypatch.setattr(conversion_reading, "room", lambda: 3e7)
+    assert "texts: expected at most" in refusal(tmp_path / "x.parquet", backbone_name="b")
+
+
 def test_h5ad_follows_no_link_and_reads_no_other_file(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(64))
