@@ -11,7 +11,8 @@ The verbs, as on the command line, in the order of the work::
     featcache.predict("run", "new.png")
     featcache.export("run", "covid.pt")
 
-Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep`` and ``crossval``.
+Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep``, ``crossval``, ``convert`` and
+``neighbours``.
 ``load_classifier`` keeps a network for many predictions, ``load_head`` returns the trained
 ``nn.Module``, ``open_cache`` gives the arrays, and ``HeadClassifier`` is a scikit-learn estimator.
 Results are dataclasses with ``as_dict()``.
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone, build_backbone, wrap_backbone
+    from featcache.cache.conversion import ConversionSummary, convert
     from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
     from featcache.cache.selection import SelectionSummary, select
     from featcache.cache.writing import write_cache
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from featcache.evaluation.decision import DecideSummary, decide
     from featcache.evaluation.evaluation import Evaluation, evaluate
     from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, UnfinishedInfo, info
+    from featcache.evaluation.neighbours import Neighbours, neighbours
     from featcache.extraction.extraction import extract, plan
     from featcache.extraction.reports import ExtractionSummary, Projection
     from featcache.extraction.verification import Verification, verify
@@ -77,6 +80,8 @@ _MODULES = {
     "evaluate": "evaluation.evaluation",
     "predict": "deployment.predictions",
     "export": "deployment.export",
+    "convert": "cache.conversion",
+    "neighbours": "evaluation.neighbours",
     # open, load, build
     "scan": "data.dataset",
     "open_cache": "cache.reading",
@@ -114,6 +119,8 @@ _MODULES = {
     "Evaluation": "evaluation.evaluation",
     "Predictions": "deployment.predictions",
     "ExportSummary": "deployment.export",
+    "ConversionSummary": "cache.conversion",
+    "Neighbours": "evaluation.neighbours",
     # errors
     "FeatcacheError": "errors",
     "DataError": "errors",
@@ -127,7 +134,7 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
-    "crossval", "decide", "evaluate", "predict", "export",
+    "crossval", "decide", "evaluate", "predict", "export", "convert", "neighbours",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
@@ -138,6 +145,7 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExportSummary",
+    "ConversionSummary", "Neighbours",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

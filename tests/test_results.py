@@ -21,7 +21,7 @@ RESULTS = {
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
     "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "CrossvalInfo", "DecideSummary", "Evaluation", "Predictions",
-    "ExportSummary",
+    "ExportSummary", "ConversionSummary", "Neighbours",
 }  # fmt: skip
 ERRORS = [
     name for name in featcache.__all__
@@ -58,6 +58,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -
             predictions = featcache.predict(run, cache=cache)
         yield predictions
         yield featcache.export(run, folder / "out.pt", backbone=tiny_backbone)
+        yield featcache.convert(cache, folder / "rows.npz")
+        path = featcache.open_cache(cache).splits["test"].paths[0]
+        yield featcache.neighbours(cache, path, k=2)
 
     return {type(result).__name__: result for result in made()}
 

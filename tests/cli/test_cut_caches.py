@@ -34,6 +34,8 @@ VERBS = {
     "decide": ["decide", "run", "--positive", "covid", "--recall", "0.9"],
     "evaluate": ["evaluate", "run"],
     "predict": ["predict", "run", "--cache", "c.h5"],
+    "convert": ["convert", "c.h5", "rows.npz"],
+    "neighbours": ["neighbours", "c.h5", "train/covid/trc000_0.jpg"],
     "update": ["extract", "data", "c.h5", *TINY, "--device", "cpu"],
 }
 

@@ -39,15 +39,17 @@ VERBS = {
     "CSV of evaluate": "evaluate run --csv OUT",
     "CSV of predict": "predict run --cache c.h5 --csv OUT",
     "network of export": f"export run OUT {' '.join(TINY)}",
+    "file of convert": "convert c.h5 OUT",
+    "cache of convert": "convert in.npz OUT --rebuild",
     "evaluation in a run": "evaluate run",
     "decision in a run": "decide run --positive covid --recall 0.5",
     "folder of demo": "demo OUT",
 }
 INPUTS = {
     "CSV of split": "raw/in.csv", "cache of extract": "raw/covid/0.png", "tree of split": "raw",
-    "network of export": "in.pt",
+    "network of export": "in.pt", "cache of convert": "in.npz",
 }  # fmt: skip
-ENDINGS = {"CSV of split": ".csv", "network of export": ".pt"}
+ENDINGS = {"CSV of split": ".csv", "network of export": ".pt", "file of convert": ".npz"}
 
 
 def read_table() -> dict[tuple[str, str], str]:
@@ -87,6 +89,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
         featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
     os.link(folder / "run" / "head.safetensors", folder / "in.pt")
+    featcache.convert(folder / "c.h5", folder / "in.npz")
     return folder
 
 
@@ -114,7 +117,7 @@ def own_kind(output: str, out: Path, things: Path) -> None:
             "CSV of split": "split.csv", "CSV of evaluate": "evaluated.csv",
             "CSV of audit": "a.csv",
             "CSV of predict": "p.csv", "network of export": "in.pt",
-            "evaluation in a run": "run/evaluation/test.json",
+            "file of convert": "in.npz", "evaluation in a run": "run/evaluation/test.json",
             "decision in a run": "decision.json",
         }  # fmt: skip
         shutil.copyfile(things / names.get(output, "c.h5"), out)
