@@ -1,6 +1,6 @@
 """Export: backbone and head of a run as one network, for use without featcache.
 
-Reads: a run. Writes: ``FILE.pt`` and ``FILE.pt.json``.
+Reads: a run. Writes: ``FILE.pt`` and ``FILE.pt.json``; ``FILE.onnx``; or a folder.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from featcache.outputs import Kind, Output, write_outputs
 from featcache.precision import relative_errors
 from featcache.runtime import exact_fp32
 
+if TYPE_CHECKING:
+    from featcache.deployment.delivery import DeliverySummary
+
 _OUTPUTS = {
     "multiclass": "logits (B, C); softmax gives the probabilities of the classes in order",
     "multilabel": "logits (B, C); sigmoid gives the probability of each class in order, one by one",
@@ -37,7 +41,7 @@ _OF_MEMBERS = {
     "multiclass": "logsumexp over the members of log_softmax(logits), minus log of their number",
     "multilabel": "logsumexp over the members of logsigmoid(logits), minus that of their negatives",
 }
-_RULES = {
+RULES = {
     "multiclass": "the class if its probability >= threshold (from threshold to below refer_below: "
     "refer), else the most probable other class; probabilities at temperature 1",
     "multilabel": "each class if its probability >= its threshold; probabilities at temperature 1",
@@ -107,32 +111,59 @@ def export(
     *,
     weights: Weights = None,
     backbone: Backbones = None,
-) -> ExportSummary:
-    """Write the state dict of backbone and head to a file, and how to use it to ``FILE.json``.
+    data: str | Path | None = None,
+    golden: str | Path | None = None,
+) -> ExportSummary | DeliverySummary:
+    """Write backbone and head as one network: a state dict, an ONNX file, or a folder.
 
-    The file loads with ``strict=True`` into the backbone's library once its classifier was
-    replaced by the head's ``nn.Sequential``. Of an ensemble it is a module with the heads in an
-    ``nn.ModuleList`` named ``members``: README.md of ``featcache/heads`` has its six lines. Of a
-    run of several caches it has the backbones' entries under ``backbones.0.``, ``backbones.1.`` and
-    so on, and the head's under ``head.``.
+    ``FILE.pt`` is a state dict; ``FILE.pt.json`` says how to use it. It loads with ``strict=True``
+    into the backbone's library once its classifier was replaced by the head's ``nn.Sequential``. Of
+    an ensemble it is a module with the heads in an ``nn.ModuleList`` named ``members``: README.md
+    of ``featcache/heads`` has its six lines. Of a run of several caches it has the backbones'
+    entries under ``backbones.0.``, ``backbones.1.`` and so on, and the head's under ``head.``.
+
+    ``FILE.onnx`` takes uint8 pixels (B, S, S, 3) and gives ``probabilities``, ``calibrated`` and
+    ``decision``. It is compared with the run in ONNX Runtime before it gets its name.
+
+    ``FOLDER/`` holds that file, and ``predict.py`` that classifies image files with it and needs
+    Pillow, NumPy and onnxruntime alone: see README.md of ``featcache/deployment``.
 
     Args:
         run: The run folder.
-        file: ``NAME.pt``; must not exist.
+        file: ``NAME.pt``, ``NAME.onnx``, or ``FOLDER/``, with the slash at its end if there is no
+            such folder; must not exist, or be an empty folder.
         weights: See ``classifier.load_classifier``.
         backbone: Likewise.
+        data: The images of the run's caches: ONNX and folder are also compared on those nearest
+            the threshold.
+        golden: A folder of real images that FOLDER/ shall hold and be tested with. Those who get it
+            can see them.
 
     Raises:
-        ConfigError: If the file's ending is not ``.pt``.
+        ConfigError: If the file's ending is another, or an option does not go with it.
         RunError: If the file exists, the folder is not a whole run, or the network disagrees with
             the cached path.
-        BackboneError: If the backbone's weights are not at hand.
+        BackboneError: If the backbone's weights are not at hand, or it cannot be ONNX.
 
     Example:
-        >>> featcache.export("run", "covid.pt")  # doctest: +SKIP
+        >>> featcache.export("run", "covid.onnx")  # doctest: +SKIP
     """
     path = local_path(file, "export")
+    is_folder = str(file).endswith(("/", os.sep)) or path.is_dir()
+    if is_folder or path.suffix == ".onnx":
+        from featcache.deployment.delivery import delivery_output, export_folder, export_onnx_file
+
+        output = delivery_output(path, is_folder=is_folder)
+        if golden is not None and not is_folder:
+            raise ConfigError("--golden", expected="an export to FOLDER/", found=path.name)
+        classifier = load_classifier(run, weights=weights, backbone=backbone, device="cpu")
+        if is_folder:
+            return export_folder(classifier, output, data, golden)
+        return export_onnx_file(classifier, output, data)
     _outputs(path)
+    for option, given in (("--data", data), ("--golden", golden)):
+        if given is not None:
+            raise ConfigError(option, expected="an export to FILE.onnx or FOLDER/", found=path.name)
     classifier = load_classifier(run, weights=weights, backbone=backbone, device="cpu")
     return export_classifier(classifier, path)
 
@@ -182,7 +213,7 @@ def _check_network(classifier: Classifier, network: nn.Module) -> None:
 def _summarise(classifier: Classifier, path: Path, sha256: str) -> ExportSummary:
     run, decisions = classifier.run, classifier.decisions
     described = [
-        _describe(recipe, cache)
+        describe_backbone(recipe, cache)
         for recipe, cache in zip(classifier.recipes, run.caches, strict=True)
     ]
     is_one = len(described) == 1
@@ -202,14 +233,14 @@ def _summarise(classifier: Classifier, path: Path, sha256: str) -> ExportSummary
         head_sha256=run.weights_sha256,
         decision=(
             None if decisions is None
-            else {"rule": _RULES[run.task], "thresholds": decisions.brief()}
+            else {"rule": RULES[run.task], "thresholds": decisions.brief()}
         ),
         backbones=() if is_one else tuple(described),
     )  # fmt: skip
 
 
-def _describe(recipe: Recipe, cache: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``FILE.json`` says of one backbone."""
+def describe_backbone(recipe: Recipe, cache: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an export says of one backbone."""
     backbone, rules = recipe.backbone, recipe.rules
     return {
         "backbone": backbone.name,
@@ -232,8 +263,8 @@ def _outputs(path: Path) -> tuple[Output, Output]:
     """
     if path.suffix != ".pt":
         raise ConfigError(
-            "export", expected="a file name ending in .pt", found=path.name,
-            hint="It will hold a torch state dict",
+            "export", expected="a file name ending in .pt or .onnx, or FOLDER/", found=path.name,
+            hint=".pt holds a torch state dict, .onnx a graph, a folder what uses it",
         )  # fmt: skip
     weights = Output(path, "export", _NETWORK)
     facts = Output(path.with_name(path.name + ".json"), "export", _NETWORK)
