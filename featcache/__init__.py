@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from featcache.data.dataset import scan
     from featcache.data.splitting import SplitSummary, split
     from featcache.deployment.classifier import Classifier, load_classifier
+    from featcache.deployment.delivery import DeliverySummary
     from featcache.deployment.export import ExportSummary, export
     from featcache.deployment.predictions import Predictions, predict
     from featcache.errors import (
@@ -114,6 +115,7 @@ _MODULES = {
     "Evaluation": "evaluation.evaluation",
     "Predictions": "deployment.predictions",
     "ExportSummary": "deployment.export",
+    "DeliverySummary": "deployment.delivery",
     # errors
     "FeatcacheError": "errors",
     "DataError": "errors",
@@ -138,6 +140,7 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExportSummary",
+    "DeliverySummary",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

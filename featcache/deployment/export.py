@@ -26,6 +26,7 @@ from featcache.extraction.recipe import Recipe
 from featcache.files import local_path, readable_json, result_as_dict
 from featcache.formatting import brief_repr
 from featcache.heads.head import build_head
+from featcache.output_folders import check_folder
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.precision import relative_errors
 from featcache.runtime import exact_fp32
@@ -47,6 +48,7 @@ RULES = {
     "multilabel": "each class if its probability >= its threshold; probabilities at temperature 1",
 }
 _NETWORK = Kind("network", "a new file in an existing folder", RunError, needs_folder=True)
+_FOLDER = Kind("exported folder", "a new or an empty folder", RunError, is_folder=True)
 _OF_ONE = ["backbone", "classifier_name", "preprocessing", "fingerprint"]
 _TOLERANCE = 1e-4  # relative, on logits: another summation order, nothing more
 
@@ -148,34 +150,34 @@ def export(
     Example:
         >>> featcache.export("run", "covid.onnx")  # doctest: +SKIP
     """
-    path = local_path(file, "export")
-    is_folder = str(file).endswith(("/", os.sep)) or path.is_dir()
-    if is_folder or path.suffix == ".onnx":
-        from featcache.deployment.delivery import delivery_output, export_folder, export_onnx_file
-
-        output = delivery_output(path, is_folder=is_folder)
-        if golden is not None and not is_folder:
-            raise ConfigError("--golden", expected="an export to FOLDER/", found=path.name)
-        classifier = load_classifier(run, weights=weights, backbone=backbone, device="cpu")
-        if is_folder:
-            return export_folder(classifier, output, data, golden)
-        return export_onnx_file(classifier, output, data)
-    _outputs(path)
-    for option, given in (("--data", data), ("--golden", golden)):
-        if given is not None:
-            raise ConfigError(option, expected="an export to FILE.onnx or FOLDER/", found=path.name)
+    _check_place(file, data, golden)
     classifier = load_classifier(run, weights=weights, backbone=backbone, device="cpu")
-    return export_classifier(classifier, path)
+    return export_classifier(classifier, file, data, golden)
 
 
-def export_classifier(classifier: Classifier, path: Path) -> ExportSummary:
-    """Write a classifier's state dict: see ``export``."""
-    weights, facts = _outputs(path)
+def export_classifier(
+    classifier: Classifier, file: str | Path, data: str | Path | None = None,
+    golden: str | Path | None = None,
+) -> ExportSummary | DeliverySummary:  # fmt: skip
+    """Write a classifier as one network: see ``export``."""
+    kind, outputs = _check_place(file, data, golden)
+    if kind == ".pt":
+        return _export_state(classifier, *outputs)
+    from featcache.deployment.delivery import export_folder, export_onnx_file
+
+    if kind == ".onnx":
+        return export_onnx_file(classifier, outputs[0], data)
+    return export_folder(classifier, outputs[0], data, golden)
+
+
+def _export_state(classifier: Classifier, weights: Output, facts: Output) -> ExportSummary:
+    """Write a classifier's state dict and how to use it."""
     network = classifier.as_network()
     _check_network(classifier, network)
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
-    summary = _summarise(classifier, path, hashlib.sha256(buffer.getvalue()).hexdigest())
+    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    summary = _summarise(classifier, weights.path, sha256)
     # Together: where one of them exists, the next try would be refused.
     write_outputs({facts: readable_json(summary.as_dict()).encode(), weights: buffer.getvalue()})
     return summary
@@ -254,20 +256,32 @@ def describe_backbone(recipe: Recipe, cache: Mapping[str, Any]) -> dict[str, Any
     }  # fmt: skip
 
 
-def _outputs(path: Path) -> tuple[Output, Output]:
-    """Return the two files to export to, checked before any work is done.
+def _check_place(
+    file: str | Path, data: object, golden: object
+) -> tuple[str, tuple[Output, ...]]:  # fmt: skip
+    """Return what to export, ``.pt``, ``.onnx`` or ``/``, and the places, checked before any work.
 
     Raises:
-        ConfigError: If the ending is not ``.pt``.
-        RunError: If one exists, or its folder does not.
+        ConfigError: If the ending is another, or an option does not go with it.
+        RunError: If something is there, or a file's folder does not exist.
     """
-    if path.suffix != ".pt":
+    path = local_path(file, "export")
+    kind = "/" if str(file).endswith(("/", os.sep)) or path.is_dir() else path.suffix
+    if kind not in {".pt", ".onnx", "/"}:
         raise ConfigError(
             "export", expected="a file name ending in .pt or .onnx, or FOLDER/", found=path.name,
             hint=".pt holds a torch state dict, .onnx a graph, a folder what uses it",
         )  # fmt: skip
-    weights = Output(path, "export", _NETWORK)
-    facts = Output(path.with_name(path.name + ".json"), "export", _NETWORK)
-    for output in (weights, facts):
+    if data is not None and kind == ".pt":
+        raise ConfigError("--data", expected="an export to FILE.onnx or FOLDER/", found=path.name)
+    if golden is not None and kind != "/":
+        raise ConfigError("--golden", expected="an export to FOLDER/", found=path.name)
+    if kind == "/":
+        folder = Output(path, "export", _FOLDER)
+        check_folder(folder)
+        return kind, (folder,)
+    names = [path.name, f"{path.name}.json"] if kind == ".pt" else [path.name]
+    outputs = tuple(Output(path.with_name(name), "export", _NETWORK) for name in names)
+    for output in outputs:
         output.check()
-    return weights, facts
+    return kind, outputs

@@ -86,24 +86,26 @@ def draw_phantoms(side: int, num_images: int = _NUM_PHANTOMS) -> npt.NDArray[np.
     return images
 
 
+def decision_names(
+    decisions: Decisions | None, classes: Sequence[str], task: str, probs: _Array
+) -> list[Any]:  # fmt: skip
+    """Return the decision of each row: as ``Decisions.apply``, or without it the usual one."""
+    if decisions is not None:
+        return [[*said] if task == "multilabel" else said for said in decisions.apply(probs)]
+    if task == "multilabel":
+        return [[classes[i] for i in np.flatnonzero(row > 0.5).tolist()] for row in probs]
+    return [classes[i] for i in probs.argmax(axis=1)]
+
+
 def decision_numbers(
     decisions: Decisions | None, classes: Sequence[str], task: str, probs: _Array
 ) -> npt.NDArray[np.int64]:
     """Return the decisions as the graph numbers them, (N,) or with several labels (N, C)."""
+    said = decision_names(decisions, classes, task, probs)
     if task == "multilabel":
-        said = (
-            [[name for name, p in zip(classes, row, strict=True) if p > 0.5] for row in probs]
-            if decisions is None else decisions.apply(probs)
-        )  # fmt: skip
-        return np.array([[name in row for name in classes] for row in said], np.int64).reshape(
-            -1, len(classes)
-        )
-    if decisions is None:
-        return probs.argmax(1)
-    numbers = {name: number for number, name in enumerate(classes)}
-    return np.array(
-        [REFERRED if n == REFER else numbers[n] for n in decisions.apply(probs)], np.int64
-    )
+        return np.array([[name in row for name in classes] for row in said], np.int64)
+    numbers = {REFER: REFERRED} | {name: number for number, name in enumerate(classes)}
+    return np.array([numbers[name] for name in said], np.int64)
 
 
 def calibrated_probs(decisions: Decisions | None, probs: _Array) -> _Array:
@@ -128,7 +130,8 @@ def distance_to_threshold(decisions: Decisions | None, task: str, probs: _Array)
         for name, rule in {} if decisions is None else decisions.rules.items():
             assert decisions is not None
             columns[decisions.classes.index(name)] = rule["threshold"]
-        return np.abs(probs - columns).min(axis=1)
+        of_labels: _Array = np.abs(probs - columns).min(axis=1)
+        return of_labels
     others, distance = probs, np.full(len(probs), np.inf)
     goes_to_others = np.ones(len(probs), bool)
     if decisions is not None:
@@ -143,6 +146,25 @@ def distance_to_threshold(decisions: Decisions | None, task: str, probs: _Array)
         gap = np.where(goes_to_others, (first - second) / 2, np.inf)
         distance = np.minimum(distance, gap)
     return distance
+
+
+def probability_reach(classifier: Classifier, features: _Array, bound: float) -> _Array:
+    """Return how far probabilities (N,) can move when features (N, D) move by a relative bound.
+
+    To first order: the length of the step times the largest slope of a class's probability; and
+    what the head's own rounding may add.
+    """
+    outcome = outcome_of(classifier)
+    leaf = torch.from_numpy(features).requires_grad_()
+    with torch.enable_grad(), exact_fp32():
+        probs = outcome.probabilities(leaf)
+        slopes = [
+            torch.autograd.grad(probs[:, column].sum(), leaf, retain_graph=True)[0].norm(dim=1)
+            for column in range(probs.shape[1])
+        ]
+    lengths = np.linalg.norm(features.astype(np.float64), axis=1)
+    reach: _Array = bound * lengths * torch.stack(slopes).amax(0).double().numpy() + HEAD_BOUND
+    return reach
 
 
 def check_model(
@@ -204,9 +226,7 @@ class _Check:
         """Find the images whose decision could change within the bound."""
         run, decisions = self._classifier.run, self._classifier.decisions
         self._decision = self._number(self._probs)
-        lengths = np.linalg.norm(self._features.astype(np.float64), axis=1)
-        slopes = _slopes(self._classifier, self._features)
-        reach = self.bound * lengths * slopes + HEAD_BOUND
+        reach = probability_reach(self._classifier, self._features, self.bound)
         self.is_near = distance_to_threshold(decisions, run.task, self._probs) <= reach
 
     def _number(self, probs: _Array) -> _Array:
@@ -271,19 +291,6 @@ class _Check:
         )  # fmt: skip
 
 
-def _slopes(classifier: Classifier, features: _Array) -> _Array:
-    """Return the largest slope (N,) of a class's probability along the features."""
-    outcome = outcome_of(classifier)
-    leaf = torch.from_numpy(features).requires_grad_()
-    with torch.enable_grad(), exact_fp32():
-        probs = outcome.probabilities(leaf)
-        slopes = [
-            torch.autograd.grad(probs[:, column].sum(), leaf, retain_graph=True)[0].norm(dim=1)
-            for column in range(probs.shape[1])
-        ]
-    return torch.stack(slopes).amax(0).double().numpy()
-
-
 def _read_nearest(classifier: Classifier, data: str | Path) -> tuple[_Pixels, int]:
     """Return pixels of the caches' rows nearest the threshold, and how many could not be read."""
     run = classifier.run
@@ -305,9 +312,9 @@ def _read_nearest(classifier: Classifier, data: str | Path) -> tuple[_Pixels, in
                 found.append([decode(content, r.rules).pixels for r in classifier.recipes])
         except DataError:
             continue
-    return [_stack(p) for p in zip(*found, strict=True)] or [
-        np.empty((0, 1, 1, 3), np.uint8)
-    ], len(nearest) - len(found)
+    return [_stack(p) for p in zip(*found, strict=True)] or [np.empty((0, 1, 1, 3), np.uint8)], len(
+        nearest
+    ) - len(found)
 
 
 def _stack(images: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:

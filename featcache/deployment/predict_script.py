@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
+from PIL import __version__ as pillow_version
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -300,7 +301,7 @@ def self_test(folder: Path) -> int:
             made = model.config["versions"]["pillow"]
             raise SelfTestError(
                 f"pixels of {example['file']}: other ones than Pillow {made} made; this is Pillow "
-                f"{Image.__version__}"
+                f"{pillow_version}"
             )
         read.append(pixels)
     for example, pixels in zip(examples, read, strict=True):
@@ -346,6 +347,9 @@ def sums_of(folder: Path, names: Sequence[str]) -> bytes:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
     Image.MAX_IMAGE_PIXELS = None  # the folder has its own limit
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     folder = Path(__file__).resolve().parent
     names = [argument for argument in arguments if argument != "--json"]
     if names == ["--self-test"]:
@@ -370,7 +374,7 @@ def classify(model: Model, names: Sequence[str], *, as_json: bool) -> int:
             found = model.predict(model.read(Path(name).read_bytes()))
         except (RefusedError, OSError) as error:
             failures.append({"path": name, "reason": one_line(error)})
-            say(sys.stderr, f"{name}: refused: {one_line(error)}")
+            say(sys.stderr, f"{printable(name)}: refused: {one_line(error)}")
             continue
         rows.append({"path": name, **found})
         if not as_json:
@@ -378,17 +382,21 @@ def classify(model: Model, names: Sequence[str], *, as_json: bool) -> int:
             said = decision if isinstance(decision, str) else "|".join(decision) or "none"
             pairs = zip(model.classes, found["probs"], strict=True)
             probs = "  ".join(f"{each} {prob:.4f}" for each, prob in pairs)
-            say(sys.stdout, f"{name}: {said}  ({probs})")
+            say(sys.stdout, f"{printable(name)}: {said}  ({probs})")
     if as_json:
         facts = {"classes": model.classes, "predictions": rows, "failures": failures}
         say(sys.stdout, json.dumps(facts))
     return 1 if failures else 0
 
 
+def printable(name: str) -> str:
+    """Return a file's name with what a terminal would act on escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def say(stream: Any, text: str) -> None:
-    """Print lines; what a terminal would act on in a file's name is escaped."""
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    stream.write(shown.encode("utf-8", "backslashreplace").decode() + "\n")
+    """Print a line."""
+    stream.write(text + "\n")
 
 
 if __name__ == "__main__":
