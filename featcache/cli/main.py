@@ -41,7 +41,7 @@ from featcache.cli.options import (
     print_facts,
     printing,
 )
-from featcache.errors import DataError, FeatcacheError, FeatcacheWarning, escaped, printable
+from featcache.errors import DataError, FeatcacheError, FeatcacheWarning, escaped
 
 
 class _InOrder(click.Group):
@@ -421,7 +421,7 @@ def predict(
 @WEIGHTS_EACH
 @click.option(
     "--data", type=click.Path(path_type=Path),
-    help="The images of RUN's cache: .onnx and FOLDER/ are compared on those nearest the threshold.",
+    help="The images of RUN's cache: ONNX is compared on those nearest the threshold too.",
 )  # fmt: skip
 @click.option(
     "--golden", type=click.Path(path_type=Path), metavar="DIR",

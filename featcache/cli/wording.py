@@ -66,18 +66,18 @@ def export_lines(summary: ExportSummary | DeliverySummary) -> Iterator[str]:
     model = f"{name}/model.onnx" if summary.files else name
     yield f"{model}: {backbones} with its head, sha256 {summary.sha256[:16]}..."
     parity = summary.parity
-    compared = f"{parity.num_phantoms} drawn images at batches of " + ", ".join(
-        map(str, parity.batches)
+    compared = f"{parity['num_phantoms']} drawn images at batches of " + ", ".join(
+        map(str, parity["batches"])
     )
-    if parity.num_rows:
-        compared += f", and {count(parity.num_rows, 'image')} nearest the threshold"
+    if parity["num_rows"]:
+        compared += f", and {count(parity['num_rows'], 'image')} nearest the threshold"
     yield (
-        f"compared with the run: {compared}: features within {parity.largest_error:.1e} (bound "
-        f"{parity.bound:.1e}), {count(parity.num_changed, 'other decision')}, "
-        f"{count(parity.num_within_bound, 'image')} within the bound of the threshold"
+        f"compared with the run: {compared}: features within {parity['largest_error']:.1e} (bound "
+        f"{parity['bound']:.1e}), {count(parity['num_changed'], 'other decision')}, "
+        f"{count(parity['num_within_bound'], 'image')} within the bound of the threshold"
     )
-    if parity.num_unread:
-        yield f"{count(parity.num_unread, 'image')} of these rows not at hand, or not readable"
+    if parity["num_unread"]:
+        yield f"{count(parity['num_unread'], 'image')} of these rows not at hand, or not readable"
     if summary.files:
         yield f"{name}/predict.py: self-test passed on {count(summary.num_golden, 'image')}"
         open_items = summary.num_items - summary.num_answered

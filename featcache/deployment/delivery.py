@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class DeliverySummary:
     outputs: dict[str, str]
     decision: dict[str, Any]
     head_sha256: str
-    parity: Parity
+    parity: dict[str, Any]
     files: dict[str, str] = field(default_factory=dict)
     num_golden: int = 0
     num_answered: int = 0
@@ -257,5 +257,5 @@ def _summarise(
         path=path, sha256=hashlib.sha256(model).hexdigest(), num_bytes=len(model),
         task=facts["task"], classes=tuple(facts["classes"]), inputs=tuple(facts["inputs"]),
         outputs=facts["outputs"], decision=facts["decision"], head_sha256=facts["head_sha256"],
-        parity=parity, **of_folder,
+        parity=asdict(parity), **of_folder,
     )  # fmt: skip

@@ -159,12 +159,30 @@ def build_graph(classifier: Classifier, metadata: Mapping[str, str]) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
+def behind_features(model: bytes, num_features: int) -> bytes:
+    """Return what follows the features in an ONNX file of ``build_graph``: they are its input."""
+    loaded = onnx.load_from_string(model)
+    needed, kept = {output.name for output in loaded.graph.output}, []
+    for node in reversed(loaded.graph.node):
+        if needed.intersection(node.output) and FEATURES not in node.output:
+            kept.append(node)
+            needed.update(node.input)
+    initial = [each for each in loaded.graph.initializer if each.name in needed]
+    made = onnx.helper.make_graph(
+        kept[::-1], "outcome", [_features_info(num_features)], loaded.graph.output, initial
+    )
+    part = onnx.helper.make_model(made, opset_imports=loaded.opset_import)
+    part.ir_version = loaded.ir_version
+    return bytes(part.SerializeToString())
+
+
 def with_features(model: bytes, num_features: int) -> bytes:
     """Return an ONNX file of ``build_graph`` with its features (B, D) as its last output."""
     loaded = onnx.load_from_string(model)
-    loaded.graph.output.append(
-        onnx.helper.make_tensor_value_info(
-            FEATURES, onnx.TensorProto.FLOAT, ["batch", num_features]
-        )
-    )
+    loaded.graph.output.append(_features_info(num_features))
     return bytes(loaded.SerializeToString())
+
+
+def _features_info(num_features: int) -> onnx.ValueInfoProto:
+    shape = ["batch", num_features]
+    return onnx.helper.make_tensor_value_info(FEATURES, onnx.TensorProto.FLOAT, shape)

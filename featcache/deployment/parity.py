@@ -18,7 +18,14 @@ from featcache.backbones.engine import eager_features, measure_spread
 from featcache.backbones.forward import onnx_session
 from featcache.cache.side_by_side import caches_of
 from featcache.deployment.classifier import Classifier
-from featcache.deployment.graph import REFERRED, input_names, outcome_of, with_features
+from featcache.deployment.graph import (
+    FEATURES,
+    REFERRED,
+    behind_features,
+    input_names,
+    outcome_of,
+    with_features,
+)
 from featcache.errors import DataError, RunError
 from featcache.evaluation.decision_file import REFER, Decisions
 from featcache.extraction.comparison import find_images
@@ -182,15 +189,15 @@ def check_model(
         RunError: If features, probabilities or decisions differ.
         DataError: If ``data`` has none of the images.
     """
-    session = onnx_session(
-        with_features(model, classifier.run.head.num_features), available_cores()
-    )
+    num_features = classifier.run.head.num_features
+    session = onnx_session(with_features(model, num_features), available_cores())
     sides = [recipe.backbone.image_size for recipe in classifier.recipes]
     phantoms = [draw_phantoms(side) for side in sides]
     checks = [_Check(classifier, phantoms, where)]
     for size in BATCHES:
         order = np.arange(size) % _NUM_PHANTOMS
         checks[0].compare(session, order, f"batch of {size}")
+    checks[0].compare_outcome(onnx_session(behind_features(model, num_features), 1))
     num_rows = num_unread = 0
     if data is not None:
         pixels, num_unread = _read_nearest(classifier, data)
@@ -248,24 +255,42 @@ class _Check:
                 what, "outputs", (str(error) or type(error).__name__).splitlines()[0][:200]
             ) from error
         self._compare_features(features, rows, what)
-        run = self._classifier.run
-        if not np.isfinite(probs).all():
-            raise self._refusal(what, "finite probabilities", "NaN or infinity")
+        self._compare_outputs((probs, calibrated, decision), features, what)
+        differs = (decision != self._decision[rows]).reshape(len(rows), -1).any(axis=1)
+        if (differs & ~self.is_near[rows]).any():
+            found = f"{int((differs & ~self.is_near[rows]).sum())} others"
+            raise self._refusal(what, "the run's decisions away from the threshold", found)
+        self.changed |= set(rows[differs].tolist())
+
+    def compare_outcome(self, session: Any) -> None:
+        """Compare what follows the features, on lines through those of the images.
+
+        Few images lie near a threshold. A line through two passes through all probabilities, as a
+        rule, so that a wrong threshold or temperature shows.
+
+        Args:
+            session: Of ``behind_features``.
+        """
+        steps = np.linspace(-20, 21, 165, dtype=np.float32)[:, None]
+        for first, second in zip(self._features, np.roll(self._features, 1, axis=0), strict=True):
+            features = first + steps * (second - first)
+            outputs = session.run(None, {FEATURES: features})
+            self._compare_outputs(outputs, features, "features between those of images")
+
+    def _compare_outputs(self, outputs: Sequence[_Array], features: _Array, what: str) -> None:
+        """Compare outputs with what NumPy makes of the features."""
+        run, decisions = self._classifier.run, self._classifier.decisions
+        probs, calibrated, decision = outputs
         wanted = predict_probs(run.head, run.state, features, run.task)
         for found, expected, name in (
             (probs, wanted, "probabilities"),
-            (calibrated, calibrated_probs(self._classifier.decisions, wanted), "calibrated ones"),
+            (calibrated, calibrated_probs(decisions, probs), "calibrated probabilities"),
         ):
             worst = float(np.abs(found - expected).max())
             if not worst <= HEAD_BOUND:
                 raise self._refusal(what, f"{name} within {HEAD_BOUND:.0e}", f"{worst:.1e}")
         if not np.array_equal(self._number(probs), decision):
             raise self._refusal(what, "decisions by the thresholds", "others")
-        differs = (decision != self._decision[rows]).reshape(len(rows), -1).any(axis=1)
-        if (differs & ~self.is_near[rows]).any():
-            found = f"{int((differs & ~self.is_near[rows]).sum())} others"
-            raise self._refusal(what, "the run's decisions away from the threshold", found)
-        self.changed |= set(rows[differs].tolist())
 
     def _compare_features(self, features: _Array, rows: _Array, what: str) -> None:
         """Compare the features of each backbone; see ``engine.build_engine`` for the bound."""
