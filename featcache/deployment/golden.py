@@ -81,6 +81,9 @@ def _drawn_files(rules: PixelRules) -> dict[str, bytes]:
     deep_image = Image.fromarray(deep.round().astype(np.uint16))
     turned = Image.Exif()
     turned[_UPRIGHT_TAG] = _QUARTER_TURN
+    # Versions of Pillow differ in which axis of such an image they resize first.
+    side = rules.image_size
+    tall = draw_phantoms(6 * side, 1)[0, :, : 3 * side // 2, 0]
     clear = np.concatenate([tinted, other[:, :, :1]], axis=2)
     return {
         f"{GOLDEN}/{name}": _encoded(image, name, **options)
@@ -90,6 +93,7 @@ def _drawn_files(rules: PixelRules) -> dict[str, bytes]:
             ("colour_turned.jpg", Image.fromarray(tinted), {"quality": 90, "exif": turned}),
             ("alpha.png", Image.fromarray(clear), {}),
             ("16_bits.png", deep_image, {}),
+            ("tall.jpg", Image.fromarray(tall), {"quality": 90}),
         )
     }
 
