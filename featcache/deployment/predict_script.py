@@ -290,21 +290,7 @@ def self_test(folder: Path) -> int:
     """
     test_files(folder)
     model = Model(folder)
-    examples = model.config["golden"]
-    if not examples:
-        raise SelfTestError("config.json has no golden examples")
-    read = []
-    for example in examples:
-        pixels = model.read((folder / example["file"]).read_bytes())
-        hashes = {name: hashlib.sha256(p.tobytes()).hexdigest() for name, p in pixels.items()}
-        if hashes != example["pixels_sha256"]:
-            made = model.config["versions"]["pillow"]
-            raise SelfTestError(
-                f"pixels of {example['file']}: other ones than Pillow {made} made; this is Pillow "
-                f"{pillow_version}"
-            )
-        read.append(pixels)
-    for example, pixels in zip(examples, read, strict=True):
+    for example, pixels in test_pixels(model):
         found = model.predict(pixels)
         for key in ("probs", "calibrated"):
             worst = float(np.abs(np.subtract(found[key], example[key])).max())
@@ -312,7 +298,29 @@ def self_test(folder: Path) -> int:
                 raise SelfTestError(f"{key} of {example['file']}: off by {worst:.1e}")
         if example["decision"] is not None and found["decision"] != example["decision"]:
             raise SelfTestError(f"decision of {example['file']}: {found['decision']}")
-    return len(examples)
+    return len(model.config["golden"])
+
+
+def test_pixels(model: Model) -> list[tuple[dict[str, Any], dict[str, Pixels]]]:
+    """Return the golden examples and their pixels, which are what they were.
+
+    Raises:
+        SelfTestError: If they are not: versions of Pillow may differ.
+    """
+    read = []
+    for example in model.config["golden"]:
+        pixels = model.read((model.folder / example["file"]).read_bytes())
+        hashes = {name: hashlib.sha256(p.tobytes()).hexdigest() for name, p in pixels.items()}
+        if hashes != example["pixels_sha256"]:
+            made = model.config["versions"]["pillow"]
+            raise SelfTestError(
+                f"pixels of {example['file']}: other ones than Pillow {made} made; this is Pillow "
+                f"{pillow_version}"
+            )
+        read.append((example, pixels))
+    if not read:
+        raise SelfTestError("config.json has no golden examples")
+    return read
 
 
 def test_files(folder: Path) -> None:
@@ -352,18 +360,20 @@ def main(arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     folder = Path(__file__).resolve().parent
     names = [argument for argument in arguments if argument != "--json"]
-    if names == ["--self-test"]:
-        try:
-            number = self_test(folder)
-        except SelfTestError as error:
-            say(sys.stderr, f"self-test failed: {error}")
-            return 1
-        say(sys.stdout, f"self-test passed: files, pixels and outputs of {number} images")
-        return 0
-    if not names or names[0].startswith("-"):
+    if names != ["--self-test"] and (not names or names[0].startswith("-")):
         say(sys.stderr, (__doc__ or "").strip())
         return 0 if names and names[0] in {"-h", "--help"} else 2
-    return classify(Model(folder), names, as_json="--json" in arguments)
+    try:
+        if names == ["--self-test"]:
+            number = self_test(folder)
+            say(sys.stdout, f"self-test passed: files, pixels and outputs of {number} images")
+            return 0
+        model = Model(folder)
+        test_pixels(model)  # every time: another Pillow would change predictions without a word
+    except (SelfTestError, RefusedError) as error:
+        say(sys.stderr, f"self-test failed: {error}")
+        return 1
+    return classify(model, names, as_json="--json" in arguments)
 
 
 def classify(model: Model, names: Sequence[str], *, as_json: bool) -> int:

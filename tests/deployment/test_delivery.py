@@ -129,6 +129,10 @@ def test_self_test_looks_at_pixels_and_outputs_too(
     rewrite_sums(out)
     with pytest.raises(predict_script.SelfTestError, match=message):
         predict_script.self_test(out)
+    if key == "pixels_sha256":
+        refused = python(out / "predict.py", out / "golden" / "grey.png", cwd=tmp_path)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "other ones than Pillow" in refused.stderr
 
 
 def test_card_says_what_the_files_know_and_counts_what_is_open(place: Path) -> None:
