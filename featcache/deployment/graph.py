@@ -184,5 +184,5 @@ def with_features(model: bytes, num_features: int) -> bytes:
 
 
 def _features_info(num_features: int) -> onnx.ValueInfoProto:
-    shape = ["batch", num_features]
+    shape: list[str | int | None] = ["batch", num_features]
     return onnx.helper.make_tensor_value_info(FEATURES, onnx.TensorProto.FLOAT, shape)
