@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from featcache.data.dataset import scan
     from featcache.data.splitting import SplitSummary, split
     from featcache.deployment.classifier import Classifier, load_classifier
+    from featcache.deployment.delivery import DeliverySummary
     from featcache.deployment.export import ExportSummary, export
     from featcache.deployment.predictions import Predictions, predict
     from featcache.errors import (
@@ -121,6 +122,7 @@ _MODULES = {
     "ExportSummary": "deployment.export",
     "ConversionSummary": "cache.conversion",
     "Neighbours": "evaluation.neighbours",
+    "DeliverySummary": "deployment.delivery",
     # errors
     "FeatcacheError": "errors",
     "DataError": "errors",
@@ -146,6 +148,7 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExportSummary",
     "ConversionSummary", "Neighbours",
+    "DeliverySummary",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

@@ -31,6 +31,8 @@ OWNERS = {
         "pixels/deep.py",
         "pixels/unsupported.py",
         "pixels/resampling.py",
+        "deployment/golden.py",
+        "deployment/predict_script.py",  # which is copied out of the package
         "cli/demo.py",
     },
     "click": {"cli/*"},
@@ -40,7 +42,8 @@ OWNERS = {
     "threadpoolctl": {"heads/compiled/team.py"},
     "matplotlib": {"evaluation/figures.py"},
     "tqdm": {"progress.py"},
-    "onnxruntime": {"backbones/forward.py"},
+    "onnx": {"deployment/graph.py"},
+    "onnxruntime": {"backbones/forward.py", "deployment/predict_script.py"},
     "torchvision": {"backbones/libraries.py"},
     "efficientnet_pytorch": {"backbones/libraries.py"},
     "efficientnet_lite_pytorch": {"backbones/libraries.py"},

@@ -21,7 +21,7 @@ RESULTS = {
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
     "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "CrossvalInfo", "DecideSummary", "Evaluation", "Predictions",
-    "ExportSummary", "ConversionSummary", "Neighbours",
+    "ExportSummary", "DeliverySummary", "ConversionSummary", "Neighbours",
 }  # fmt: skip
 ERRORS = [
     name for name in featcache.__all__
@@ -58,6 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -
             predictions = featcache.predict(run, cache=cache)
         yield predictions
         yield featcache.export(run, folder / "out.pt", backbone=tiny_backbone)
+        yield featcache.export(run, folder / "out.onnx", backbone=tiny_backbone)
         yield featcache.convert(cache, folder / "rows.npz")
         path = featcache.open_cache(cache).splits["test"].paths[0]
         yield featcache.neighbours(cache, path, k=2)

@@ -41,6 +41,7 @@ from featcache.runtime import exact_fp32, resolve_device
 from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
+    from featcache.deployment.delivery import DeliverySummary
     from featcache.deployment.export import ExportSummary
 
 _IMAGES_AT_ONCE = 64  # of those in memory: 10 MB of pixels at 224 x 224
@@ -358,11 +359,11 @@ class Classifier:
         """
         return join_network([recipe.backbone for recipe in self.recipes], self.head)
 
-    def export(self, file: str | Path) -> ExportSummary:
-        """Write backbone and head as one state dict: see ``featcache.export``."""
+    def export(self, file: str | Path) -> ExportSummary | DeliverySummary:
+        """Write backbone and head as one network: see ``featcache.export``."""
         from featcache.deployment.export import export_classifier
 
-        return export_classifier(self, Path(file))
+        return export_classifier(self, file)
 
 
 def load_classifier(

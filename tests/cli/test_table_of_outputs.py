@@ -39,6 +39,8 @@ VERBS = {
     "CSV of evaluate": "evaluate run --csv OUT",
     "CSV of predict": "predict run --cache c.h5 --csv OUT",
     "network of export": f"export run OUT {' '.join(TINY)}",
+    "ONNX of export": f"export run OUT {' '.join(TINY)}",
+    "folder of export": f"export run OUT/ {' '.join(TINY)}",
     "file of convert": "convert c.h5 OUT",
     "cache of convert": "convert in.npz OUT --rebuild",
     "evaluation in a run": "evaluate run",
@@ -47,9 +49,13 @@ VERBS = {
 }
 INPUTS = {
     "CSV of split": "raw/in.csv", "cache of extract": "raw/covid/0.png", "tree of split": "raw",
-    "network of export": "in.pt", "cache of convert": "in.npz",
+    "network of export": "in.pt", "ONNX of export": "delivered/model.onnx",
+    "folder of export": "delivered", "cache of convert": "in.npz",
 }  # fmt: skip
-ENDINGS = {"CSV of split": ".csv", "network of export": ".pt", "file of convert": ".npz"}
+ENDINGS = {
+    "CSV of split": ".csv", "network of export": ".pt", "ONNX of export": ".onnx",
+    "file of convert": ".npz",
+}  # fmt: skip
 
 
 def read_table() -> dict[tuple[str, str], str]:
@@ -88,6 +94,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     featcache.crossval(folder / "c.h5", folder / "folds", folds=2, hidden=(), epochs=1, seed=1)
     with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
         featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
+    featcache.export(folder / "run", f"{folder}/delivered/", backbone=tiny_network.build())
     os.link(folder / "run" / "head.safetensors", folder / "in.pt")
     featcache.convert(folder / "c.h5", folder / "in.npz")
     return folder
@@ -110,6 +117,8 @@ def own_kind(output: str, out: Path, things: Path) -> None:
     if output.startswith("run of"):
         shutil.copytree(things / "run", out)
         shutil.rmtree(out / "evaluation")
+    elif output == "folder of export":
+        shutil.copytree(things / "delivered", out)
     elif output == "folder of crossval":
         shutil.copytree(things / "folds", out)
     else:
@@ -117,7 +126,8 @@ def own_kind(output: str, out: Path, things: Path) -> None:
             "CSV of split": "split.csv", "CSV of evaluate": "evaluated.csv",
             "CSV of audit": "a.csv",
             "CSV of predict": "p.csv", "network of export": "in.pt",
-            "file of convert": "in.npz", "evaluation in a run": "run/evaluation/test.json",
+            "ONNX of export": "delivered/model.onnx", "file of convert": "in.npz",
+            "evaluation in a run": "run/evaluation/test.json",
             "decision in a run": "decision.json",
         }  # fmt: skip
         shutil.copyfile(things / names.get(output, "c.h5"), out)
@@ -213,7 +223,8 @@ def test_nothing_is_lost(
         reader.start()
 
     if VERBS[output]:
-        arguments = [str(out) if word == "OUT" else word for word in VERBS[output].split()]
+        places = {"OUT": str(out), "OUT/": f"{out}/"}
+        arguments = [places.get(word, word) for word in VERBS[output].split()]
         result = run(*arguments, "--quiet")
         code, said = result.code, result.err
     else:
