@@ -9,6 +9,7 @@ The verbs, as on the command line, in the order of the work::
     featcache.decide("run", positive="covid", recall=0.95)
     featcache.evaluate("run", positive="covid")
     featcache.predict("run", "new.png")
+    featcache.report("run", "covid.html")
     featcache.export("run", "covid.pt")
 
 Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep`` and ``crossval``.
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from featcache.heads.head import HeadConfig
     from featcache.heads.run import Run, load_head, load_run
     from featcache.heads.training import TrainSummary, train
+    from featcache.reporting.report import ReportSummary, report
     from featcache.sweeps.crossval import CrossvalSummary, crossval
     from featcache.sweeps.ranking import Decision
     from featcache.sweeps.sweeping import SweepSummary, sweep
@@ -76,6 +78,7 @@ _MODULES = {
     "decide": "evaluation.decision",
     "evaluate": "evaluation.evaluation",
     "predict": "deployment.predictions",
+    "report": "reporting.report",
     "export": "deployment.export",
     # open, load, build
     "scan": "data.dataset",
@@ -113,6 +116,7 @@ _MODULES = {
     "DecideSummary": "evaluation.decision",
     "Evaluation": "evaluation.evaluation",
     "Predictions": "deployment.predictions",
+    "ReportSummary": "reporting.report",
     "ExportSummary": "deployment.export",
     # errors
     "FeatcacheError": "errors",
@@ -127,7 +131,7 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
-    "crossval", "decide", "evaluate", "predict", "export",
+    "crossval", "decide", "evaluate", "predict", "report", "export",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
@@ -137,7 +141,8 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # the verbs' results
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
-    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExportSummary",
+    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ReportSummary",
+    "ExportSummary",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

@@ -41,6 +41,7 @@ from featcache.cli.options import (
     print_facts,
     printing,
 )
+from featcache.cli.report_command import report
 from featcache.errors import DataError, FeatcacheError, FeatcacheWarning, escaped, printable
 
 
@@ -437,6 +438,9 @@ def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) ->
         + (", and the threshold" if summary.decision else ""),
     ]
     print_facts(summary.as_dict(), lines, as_json, quiet)
+
+
+cli.add_command(report)
 
 
 # ----------------------------------------------------------------------------- errors, exit codes

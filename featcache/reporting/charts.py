@@ -120,8 +120,9 @@ def _precision_recall(facts: SplitFacts, curves: Sequence[tuple[int, _Mask, _Sco
         recall = _at_threshold(facts)[1]
         marks.append(Mark((recall, precision), "chosen", f"{facts.name}-pr"))
     key = "average_precision"
+    per_class, classes = facts.metrics["per_class"], facts.rows.classes
     precisions = [
-        f"{_name(facts, column)} {_shown(facts.metrics['per_class'][facts.rows.classes[column]][key])}"
+        f"{_name(facts, column)} {_shown(per_class[classes[column]][key])}"
         for column, _, _ in curves[:_MOST_CURVES]
     ]
     summary = (
@@ -228,7 +229,11 @@ def loss_chart(history: dict[str, list[float]] | None, best_epoch: int | None) -
         return None
     low, high = min(values), max(values)
     is_log = high / low > 5
-    y = Axis("loss", low / 1.15, high * 1.15, is_log=True) if is_log else Axis("loss", 0, high * 1.08)
+    y = (
+        Axis("loss", low / 1.15, high * 1.15, is_log=True)
+        if is_log
+        else Axis("loss", 0, high * 1.08)
+    )
     lines, legend = [], []
     for number, name in enumerate(names):
         lines.append(Line(list(zip(epochs, history[name], strict=True)), number))
@@ -296,7 +301,7 @@ def map_chart(facts: FeatureMap, classes: Sequence[str]) -> Chart | None:
     if right - left <= 0 or top - bottom <= 0:
         return None
     across, up = 0.04 * (right - left), 0.04 * (top - bottom)
-    kinds = [name for name in classes if name in facts.targets][:_MOST_CURVES - 1]
+    kinds = [name for name in classes if name in facts.targets][: _MOST_CURVES - 1]
     clouds, legend = [], []
     targets = np.array(facts.targets, dtype=object)
     for number, name in enumerate([*kinds, None]):
@@ -357,7 +362,8 @@ def _corners(points: Sequence[Point]) -> list[Point]:
 
 def _few(number: int) -> list[int]:
     """Return places in a list, evenly spread, with both ends."""
-    return np.unique(np.linspace(0, number - 1, min(number, _MOST_LISTED)).round().astype(int)).tolist()
+    places = np.linspace(0, number - 1, min(number, _MOST_LISTED)).round().tolist()
+    return sorted({int(place) for place in places})
 
 
 def _name(facts: SplitFacts, column: int) -> str:

@@ -184,9 +184,7 @@ def _axes(x: Axis, y: Axis) -> str:
         parts.append(f'<path class="grid" d="M{_LEFT},{at:.1f}H{right}"/>')
         parts.append(f'<text x="{_LEFT - 7}" y="{at + 4:.1f}" class="end">{_number(value)}</text>')
     middle = (_LEFT + right) / 2
-    parts.append(
-        f'<text x="{middle}" y="{HEIGHT - 8}" class="mid name">{escape(x.label)}</text>'
-    )
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" class="mid name">{escape(x.label)}</text>')
     middle = (_TOP + bottom) / 2
     parts.append(
         f'<text transform="translate(14,{middle}) rotate(-90)" class="mid name">'
