@@ -74,6 +74,7 @@
     return row[1] ? (called ? "tp" : "fn") : (called ? "fp" : "tn");
   }
 
+  const decisions = { tp: "found", fn: "missed", fp: "false alarm", tn: "left alone" };
   const words = { tp: "found", fn: "missed", fp: "false alarms", tn: "left alone" };
   function list(threshold) {
     const wanted = chosenCell ? [chosenCell] : ["fn", "fp"];
@@ -90,7 +91,7 @@
       name.scope = "row";
       name.textContent = row[0];
       line.append(name);
-      for (const text of [words[cell], data.classes[row[3]], data.classes[row[4]], row[2].toFixed(4)]) {
+      for (const text of [decisions[cell], data.classes[row[3]], data.classes[row[4]], row[2].toFixed(4)]) {
         if (text === undefined) continue;
         const cellElement = document.createElement("td");
         cellElement.textContent = text;
@@ -98,10 +99,9 @@
       }
       return line;
     }));
-    const what = wanted.map((cell) => words[cell]).join(", then ");
-    const more = found.length > data.most ? ", the first " + data.most : "";
-    byId("mistakes-caption").textContent =
-      what + ": " + found.length.toLocaleString("en-US") + more + ", the worst first";
+    const what = wanted.map((cell) =>
+      words[cell] + " " + document.querySelector('[data-count="' + cell + '"]').textContent);
+    byId("mistakes-caption").textContent = what.join(", ") + "; the worst first";
   }
 
   function bayes() {

@@ -65,10 +65,11 @@ def render(facts: Facts, *, has_paths: bool) -> str:
         style=Markup(style),
         script=Markup(script),
         data=None if data is None else Markup(_as_json(data)),
-        title=short(facts.run.path.resolve().name),
-        lead=f"A head that tells {classes} apart, on frozen features of {backbones}."
-        if facts.run.task == "multiclass"
-        else f"A head that says which of {classes} an image shows, on features of {backbones}.",
+        title=f"{short(facts.run.path.resolve().name)}: {classes}",
+        lead="A small head on the features of a frozen network, "
+        f"{backbones}, says which of "
+        f"{count(len(facts.run.classes), 'class', 'classes')} an image "
+        f"{'is' if facts.run.task == 'multiclass' else 'shows'}.",
         purpose="These figures describe these images only; they say nothing of other hospitals, "
         "devices or patients.",
         contains="This page contains no images of patients. "

@@ -182,7 +182,7 @@ def _axes(x: Axis, y: Axis) -> str:
     for value in y.ticks():
         at = bottom - y.share(value) * (bottom - _TOP)
         parts.append(f'<path class="grid" d="M{_LEFT},{at:.1f}H{right}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{at + 4:.1f}" class="end">{_number(value)}</text>')
+        parts.append(f'<text x="{_LEFT - 10}" y="{at + 4:.1f}" class="end">{_number(value)}</text>')
     middle = (_LEFT + right) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" class="mid name">{escape(x.label)}</text>')
     middle = (_TOP + bottom) / 2

@@ -15,6 +15,7 @@ from featcache.errors import printable
 from featcache.evaluation.intervals import FEW_IMAGES
 from featcache.evaluation.lines import units_text
 from featcache.formatting import count, decimal, percent, shorten
+from featcache.metrics.rates import count_groups
 from featcache.reporting.charts import curves_of
 from featcache.reporting.facts import Positive, SplitFacts
 from featcache.reporting.svg import interval_bar
@@ -199,7 +200,7 @@ def _listed(facts: SplitFacts, names: Names) -> list[dict[str, Any]]:
     """Return the mistakes that the table begins with, the worst first."""
     if facts.positive is not None:
         missed, alarms = _wrong_side(facts, facts.positive)
-        words = ["missed"] * len(missed) + ["false alarms"] * len(alarms)
+        words = ["missed"] * len(missed) + ["false alarm"] * len(alarms)
         found = list(zip(missed + alarms, words, strict=True))[:MOST_MISTAKES]
         return [
             {"cells": [names.of(facts, row), word, *_of_row(facts, row, facts.positive)]}
@@ -245,7 +246,7 @@ def _mistakes(
 ) -> dict[str, Any]:
     if positive is not None:
         missed, alarms = map(len, _wrong_side(facts, positive))
-        title = f"missed: {missed:,}, then false alarms: {alarms:,}"
+        title = f"missed {missed:,}, false alarms {alarms:,}"
         name = short(positive.name)
         header = ["image", "decision", "is", "most probable", f"probability of {name}"]
         if facts.rows.has_labels:
@@ -263,7 +264,7 @@ def _mistakes(
     if total > MOST_MISTAKES:
         note += f" {MOST_MISTAKES} are listed at a time; featcache evaluate --csv has all."
     return {
-        "mistakes": listed, "mistakes_title": f"{title}, the worst first",
+        "mistakes": listed, "mistakes_title": f"{title}; the worst first",
         "mistakes_header": header, "mistakes_note": note,
     }  # fmt: skip
 
@@ -376,7 +377,9 @@ def _with_interval(value: float, interval: Sequence[float] | None) -> str:
 def _method(facts: SplitFacts, groups: list[str] | None) -> str:
     if groups is None:
         return "Intervals: Wilson."
-    return f"Intervals: {facts.intervals['method']}; Wilson where each image is a group."
+    if count_groups(groups) == len(groups):
+        return "Intervals: Wilson; every image is a group of its own."
+    return f"Intervals: {facts.intervals['method']}."
 
 
 def _rows_for_script(
