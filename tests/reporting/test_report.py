@@ -35,7 +35,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with groups of two images, a run and its decision, audited."""
     folder = make_work(tmp_path_factory.mktemp("report"))
     decide_quietly(folder / "run", recall=0.8, refer=0.1)
-    featcache.audit(folder / "c.h5", only="same", say=quiet)
+    featcache.audit(folder / "c.h5", only="same,near", say=quiet)
     return folder
 
 
