@@ -29,6 +29,7 @@ OWNERS = {
         "pixels/deep.py",
         "pixels/unsupported.py",
         "pixels/resampling.py",
+        "reporting/pictures.py",
         "cli/demo.py",
     },
     "click": {

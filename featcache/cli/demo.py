@@ -187,7 +187,9 @@ def _describe(summary: DemoSummary) -> str:
     figures = (summary.accuracy, summary.sensitivity, summary.specificity)
     right, found, spared = (decimal(figure or 0) for figure in figures)
     names = ("features.h5", "run-linear", "run", "split/test/covid", "run/report.html")
-    cache, new_run, run, pictures, page = (shlex.quote(f"{summary.folder}/{name}") for name in names)
+    cache, new_run, run, pictures, page = (
+        shlex.quote(f"{summary.folder}/{name}") for name in names
+    )
     return f"""
 The whole path took {total:.0f} s on this machine ({summary.device}):
   draw      {summary.draw_seconds:6.1f} s  {summary.num_images} phantom X-rays

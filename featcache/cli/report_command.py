@@ -16,6 +16,11 @@ from featcache.cli.options import make_say, print_facts, printing
 @click.option(
     "--positive", metavar="CLASS", help="The class to find; default: that of featcache decide."
 )
+@click.option("--data", type=click.Path(path_type=Path), help="The images, for --images.")
+@click.option(
+    "--images", type=click.Choice(["none", "mistakes", "all"]), default="none", show_default=True,
+    help="Small pictures of these images of valid and test.",
+)  # fmt: skip
 @click.option("--no-paths", is_flag=True, help="Call images by numbers, not by their files.")
 @printing
 def report(run: Path, file: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -23,6 +28,7 @@ def report(run: Path, file: Path | None, as_json: bool, quiet: bool, **options: 
 
     \b
     Example: featcache report run covid.html
+             featcache report run covid.html --data data --images mistakes --no-paths
 
     One file without any request to a network: it opens from a disk, prints, and is readable without
     JavaScript. The slider moves the threshold on valid; test is folded away. It shows the audit's

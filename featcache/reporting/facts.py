@@ -66,6 +66,7 @@ class SplitFacts:
 
     Attributes:
         name: ``valid`` or ``test``.
+        split: The split of the cache that they are of.
         source: What the rows are, for people: ``split valid``, or the hold-out of the training.
         rows: n rows with their predictions.
         metrics: ``metrics.scores.compute_metrics``.
@@ -80,6 +81,7 @@ class SplitFacts:
     """
 
     name: str
+    split: str
     source: str
     rows: PredictedRows
     metrics: dict[str, Any]
@@ -251,6 +253,7 @@ def _measure(  # noqa: PLR0917 (what is measured, and by what)
     is_fresh, freshness = _freshness(run, cache, split, numbers)
     return SplitFacts(
         name="test" if split == "test" else "valid",
+        split=split,
         source=source,
         rows=rows,
         metrics=compute_metrics(rows.targets, rows.probs, rows.classes, name),

@@ -74,6 +74,12 @@
     return row[1] ? (called ? "tp" : "fn") : (called ? "fp" : "tn");
   }
 
+  // Pictures stand in the page once: they are taken from where they were.
+  const pictures = new Map();
+  document.querySelectorAll("#mistakes th img, #errors .gallery img").forEach((picture) => {
+    const name = picture.closest("th") || picture.nextElementSibling;
+    pictures.set(name.textContent, picture.src);
+  });
   const decisions = { tp: "found", fn: "missed", fp: "false alarm", tn: "left alone" };
   const words = { tp: "found", fn: "missed", fp: "false alarms", tn: "left alone" };
   function list(threshold) {
@@ -89,7 +95,13 @@
     body.replaceChildren(...found.slice(0, data.most).map(([row, cell]) => {
       const line = document.createElement("tr"), name = document.createElement("th");
       name.scope = "row";
-      name.textContent = row[0];
+      if (pictures.has(row[0])) {
+        const picture = document.createElement("img");
+        picture.alt = "";
+        picture.src = pictures.get(row[0]);
+        name.append(picture);
+      }
+      name.append(row[0]);
       line.append(name);
       for (const text of [decisions[cell], data.classes[row[3]], data.classes[row[4]], row[2].toFixed(4)]) {
         if (text === undefined) continue;

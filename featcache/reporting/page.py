@@ -35,14 +35,15 @@ _MOST_FAILURES = 50
 _MANY_CLASSES = 2  # with more, the matrix of the most probable class is shown beside the threshold
 
 
-def render(facts: Facts, *, has_paths: bool) -> str:
+def render(facts: Facts, pictures: Mapping[tuple[str, str], str], *, has_paths: bool) -> str:
     """Return the page.
 
     Args:
         facts: What it says.
+        pictures: ``data:`` URLs of images, by split and path.
         has_paths: Whether images are called by their paths, or by numbers.
     """
-    names = Names(has_paths)
+    names = Names(has_paths, pictures)
     style, script = _read("page.css"), _read("page.js")
     valid = None if facts.valid is None else describe(facts.valid, names)
     test = None if facts.test is None else describe(facts.test, names)
@@ -72,7 +73,11 @@ def render(facts: Facts, *, has_paths: bool) -> str:
         f"{'is' if facts.run.task == 'multiclass' else 'shows'}.",
         purpose="These figures describe these images only; they say nothing of other hospitals, "
         "devices or patients.",
-        contains="This page contains no images of patients. "
+        has_images=bool(pictures),
+        contains=(
+            f"This page contains {count(len(pictures), 'small picture')} of patients: treat it as "
+            "you treat the images. " if pictures else "This page contains no images of patients. "
+        )
         + ("It names image files." if has_paths else "Images are called by numbers, not by files."),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,

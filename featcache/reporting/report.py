@@ -14,11 +14,14 @@ from featcache.files import read_regular, result_as_dict
 from featcache.formatting import brief_repr, count, in_bytes
 from featcache.heads.run import cache_paths, load_run
 from featcache.outputs import Kind, Output, write_output
-from featcache.reporting.facts import gather
+from featcache.reporting.facts import Facts, gather
 from featcache.reporting.page import GENERATOR, render
+from featcache.reporting.pictures import read_pictures
+from featcache.reporting.wording import mistaken_rows
 from featcache.runtime import Say, log_line
 
 REPORT_NAME = "report.html"
+IMAGES = ("none", "mistakes", "all")
 _HEAD_BYTES = 4096
 _MAX_BYTES = 1 << 30
 
@@ -64,6 +67,8 @@ def report(
     file: str | Path | None = None,
     *,
     positive: str | None = None,
+    data: str | Path | None = None,
+    images: str = "none",
     no_paths: bool = False,
     say: Say = log_line,
 ) -> ReportSummary:
@@ -77,24 +82,39 @@ def report(
         file: The page; None writes ``report.html`` into the run. An earlier report is replaced.
         positive: The class that is looked for; None takes that of ``decide``. Without one, there is
             no threshold to choose, and the recalls of all classes are shown.
+        data: The images that the cache was made of, to show some.
+        images: ``none``; ``mistakes``: small pictures of the mistakes that are listed, on valid and
+            test; ``all``: of all images of both. Those that changed since are left out.
         no_paths: Call images by split and number instead of by their paths.
         say: Receives the lines for people.
 
     Raises:
         RunError: If the run is damaged, or its cache is gone or was rebuilt.
         CacheError: If the cache is damaged, or the disk is full.
-        ConfigError: If ``positive`` is not a class, or something else is in the page's place.
+        DataError: If ``data`` is no data set.
+        ConfigError: If ``positive`` is not a class, ``data`` and ``images`` do not go together, or
+            something else is in the page's place.
 
     Example:
         >>> featcache.report("run", "covid.html").num_bytes  # doctest: +SKIP
     """
+    if images not in IMAGES:
+        raise ConfigError("--images", expected=" or ".join(IMAGES), found=images)
+    if (data is None) != (images == "none"):
+        found = "--images without --data" if data is None else "--data without --images"
+        raise ConfigError("--images", expected="mistakes or all, with --data", found=found)
     loaded = load_run(run)
     place = loaded.path / REPORT_NAME if file is None else file
-    inputs = [*cache_paths(loaded), loaded.path / "run.json"]
+    inputs = [data, *cache_paths(loaded), loaded.path / "run.json"]
     output = Output(place, "FILE.html", _KIND, inputs=inputs)
     output.check()
     facts = gather(loaded, positive)
-    page = render(facts, has_paths=not no_paths).encode("utf-8")
+    pictures = dict[tuple[str, str], str]()
+    if data is not None:
+        pictures = read_pictures(facts.cache, data, _wanted(facts, images))
+        if not pictures:
+            say("no picture is shown: there is none to show, or the images have changed")
+    page = render(facts, pictures, has_paths=not no_paths).encode("utf-8")
     write_output(output, page)
     num_valid, num_test = (
         0 if split is None else len(split.rows.targets) for split in (facts.valid, facts.test)
@@ -104,7 +124,7 @@ def report(
         positive=None if facts.positive is None else facts.positive.name,
         threshold=None if facts.positive is None else facts.positive.threshold,
         num_valid=num_valid, num_test=num_test,
-        is_audited=None not in facts.audits, has_paths=not no_paths, has_images=False,
+        is_audited=None not in facts.audits, has_paths=not no_paths, has_images=bool(pictures),
     )  # fmt: skip
     say(f"{printable(output.path)}: one page, {in_bytes(len(page))}, no request to any network")
     if facts.positive is None:
@@ -113,8 +133,19 @@ def report(
         say("the cache was never audited, and the page says so: featcache audit")
     named = "it names image files (--no-paths: numbers)" if summary.has_paths else "no file names"
     say(f"it shows {count(num_valid, 'image')} of valid; {num_test:,} of test are folded away")
-    say(f"it contains no images of patients; {named}")
+    shown = "no images" if not pictures else count(len(pictures), "small picture")
+    say(f"it contains {shown} of patients; {named}")
     return summary
+
+
+def _wanted(facts: Facts, images: str) -> list[tuple[str, str]]:
+    """Return split and path of the images to show."""
+    wanted = []
+    for split in (facts.valid, facts.test):
+        if split is not None:
+            rows = range(len(split.rows.paths)) if images == "all" else mistaken_rows(split)
+            wanted += [(split.split, split.rows.paths[row]) for row in rows]
+    return wanted
 
 
 def _is_report(path: Path) -> bool:

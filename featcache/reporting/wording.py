@@ -5,8 +5,8 @@ All text is for people: names of strangers are made printable here, and escaped 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,13 +39,19 @@ _RATES = {
 
 @dataclass(frozen=True)
 class Names:
-    """What images are called in the page.
+    """What images are called in the page, and what is shown of them.
 
     Attributes:
         has_paths: Whether by their paths; else by split and number.
+        pictures: ``data:`` URLs by split and path.
     """
 
     has_paths: bool
+    pictures: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    def picture(self, facts: SplitFacts, row: int) -> str:
+        """Return the URL of a row's picture, empty where there is none."""
+        return self.pictures.get((facts.split, facts.rows.paths[row]), "")
 
     def of(self, facts: SplitFacts, row: int) -> str:
         """Return the name of a row of a split."""
@@ -89,6 +95,7 @@ def describe(facts: SplitFacts, names: Names) -> dict[str, Any]:
         "matrix_classes": [short(name) for name in facts.rows.classes],
         "charts": curves_of(facts),
         "by": _subgroups(facts),
+        "gallery": _gallery(facts, names, listed),
         **_mistakes(facts, listed, positive),
     }  # fmt: skip
 
@@ -203,7 +210,10 @@ def _listed(facts: SplitFacts, names: Names) -> list[dict[str, Any]]:
         words = ["missed"] * len(missed) + ["false alarm"] * len(alarms)
         found = list(zip(missed + alarms, words, strict=True))[:MOST_MISTAKES]
         return [
-            {"cells": [names.of(facts, row), word, *_of_row(facts, row, facts.positive)]}
+            {
+                "cells": [names.of(facts, row), word, *_of_row(facts, row, facts.positive)],
+                "picture": names.picture(facts, row),
+            }
             for row, word in found
         ]
     if facts.rows.has_labels:
@@ -213,7 +223,8 @@ def _listed(facts: SplitFacts, names: Names) -> list[dict[str, Any]]:
                 "cells": [
                     names.of(facts, places[wrong["path"]]), short(wrong["class"]),
                     "yes" if wrong["target"] else "no", f"{wrong['prob']:.4f}",
-                ]
+                ],
+                "picture": names.picture(facts, places[wrong["path"]]),
             }
             for wrong in facts.rows.mistakes()[:MOST_MISTAKES]
         ]  # fmt: skip
@@ -227,6 +238,7 @@ def _listed(facts: SplitFacts, names: Names) -> list[dict[str, Any]]:
                 short(facts.rows.classes[preds[row]]), f"{probs[row, preds[row]]:.4f}",
             ],
             "pair": f"{targets[row]}-{preds[row]}",
+            "picture": names.picture(facts, row),
         }
         for row in wrong_rows[:MOST_MISTAKES]
     ]  # fmt: skip
@@ -239,6 +251,35 @@ def _of_row(facts: SplitFacts, row: int, positive: Positive) -> list[str]:
         return ["yes" if facts.rows.targets[row, positive.column] == 1 else "no", prob]
     classes = facts.rows.classes
     return [short(classes[facts.rows.targets[row]]), short(classes[facts.rows.preds[row]]), prob]
+
+
+def mistaken_rows(facts: SplitFacts) -> list[int]:
+    """Return the rows of the mistakes that the page lists first."""
+    if facts.positive is not None:
+        missed, alarms = _wrong_side(facts, facts.positive)
+        return (missed + alarms)[:MOST_MISTAKES]
+    places = {path: row for row, path in enumerate(facts.rows.paths)}
+    return [places[wrong["path"]] for wrong in facts.rows.mistakes()[:MOST_MISTAKES]]
+
+
+def _gallery(
+    facts: SplitFacts, names: Names, listed: list[dict[str, Any]]
+) -> list[tuple[str, str, str]]:  # fmt: skip
+    """Return name, picture and class of the images that are shown and not among the mistakes."""
+    shown = {entry["cells"][0] for entry in listed}
+    found = []
+    for row in range(len(facts.rows.paths)):
+        name, picture = names.of(facts, row), names.picture(facts, row)
+        if picture and name not in shown:
+            found.append((name, picture, _target(facts, row)))
+    return found
+
+
+def _target(facts: SplitFacts, row: int) -> str:
+    if not facts.rows.has_labels:
+        return short(facts.rows.classes[facts.rows.targets[row]])
+    answers = zip(facts.rows.classes, facts.rows.targets[row].tolist(), strict=True)
+    return ", ".join(short(name) for name, answer in answers if answer == 1) or "none"
 
 
 def _mistakes(

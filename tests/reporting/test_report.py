@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from sample_decisions import SMALL, copy_run, decide_quietly, make_work
+from sample_images import write_tree
 from sample_rows import edited, make_cache, rows_of
 
 import featcache
+from featcache.backbones.backbone import Backbone
 from featcache.errors import ConfigError
 from featcache.evaluation.decision_rows import read_valid
 from featcache.heads.run import load_run
@@ -304,3 +306,30 @@ def test_a_browser_takes_hostile_names_for_text(hostile: str, tmp_path: Path) ->
     tags = [tag for tag, _ in Parser(dom).tags]
     assert (tags.count("script"), tags.count("img")) == (2, 0)
     assert "valid&lt;img src=x onerror=a()&gt;" in dom
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_are_shown_only_when_asked_for(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    tree = write_tree(tmp_path / "data", {"train": 6, "valid": 6, "test": 6})
+    featcache.extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, say=quiet, progress=False)
+    run = tmp_path / "run"
+    featcache.train(tmp_path / "c.h5", run, hidden=(), epochs=1, say=quiet, progress=False)
+    paths = featcache.open_cache(tmp_path / "c.h5").split("valid").paths
+    (tree / "valid" / paths[0]).write_bytes((tree / "valid" / paths[1]).read_bytes())
+
+    summary = featcache.report(run, positive="covid", data=tree, images="all", say=quiet)
+    page = (run / "report.html").read_text("utf-8")
+    pictures = [a["src"] for tag, a in Parser(page).tags if tag == "img"]
+    assert (
+        len(pictures) == len(paths) + len(featcache.open_cache(tmp_path / "c.h5").split("test")) - 1
+    )
+    assert all(str(url).startswith("data:image/jpeg;base64,") for url in pictures)
+    assert summary.has_images
+    assert f"contains {len(pictures)} small pictures of patients" in Parser(page).text
+    for options in ({"data": tree}, {"images": "all"}, {"images": "some", "data": tree}):
+        with pytest.raises(ConfigError, match="--images"):
+            featcache.report(run, say=quiet, **options)
+    assert not featcache.report(run, say=quiet).has_images
+    assert "<img" not in (run / "report.html").read_text("utf-8")
