@@ -219,10 +219,10 @@ def _reliability(facts: SplitFacts) -> list[Chart]:
 def loss_chart(history: dict[str, list[float]] | None, best_epoch: int | None) -> Chart | None:
     """Return the losses by epoch; None where the run has none."""
     names = [name for name in ("train_loss", "valid_loss") if name in (history or {})]
-    if history is None or not names or "epoch" not in history or "head" in history:
+    if history is None or not names or "epoch" not in history:
         return None
     epochs = history["epoch"]
-    if len(epochs) < 2:
+    if len(epochs) < 2 or epochs != sorted(set(epochs)):  # of several heads
         return None
     values = [value for name in names for value in history[name] if value > 0]
     if not values:

@@ -317,7 +317,7 @@ def test_pictures_are_shown_only_when_asked_for(tmp_path: Path, tiny_backbone: B
     run = tmp_path / "run"
     featcache.train(tmp_path / "c.h5", run, hidden=(), epochs=1, say=quiet, progress=False)
     paths = featcache.open_cache(tmp_path / "c.h5").split("valid").paths
-    (tree / "valid" / paths[0]).write_bytes((tree / "valid" / paths[1]).read_bytes())
+    (tree / paths[0]).write_bytes((tree / paths[1]).read_bytes())
 
     summary = featcache.report(run, positive="covid", data=tree, images="all", say=quiet)
     page = (run / "report.html").read_text("utf-8")
