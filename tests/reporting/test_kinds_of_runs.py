@@ -86,7 +86,8 @@ def test_several_labels_an_image(tmp_path: Path, positive: str | None) -> None:
         write(tmp_path / "c.h5", labels=True), run, hidden=(4,), epochs=2, **QUIET
     )  # fmt: skip
     _, page = report(run, positive=positive)
-    evaluation = featcache.evaluate(run, split="valid", positive="a", say=quiet)
+    with pytest.warns(featcache.FeatcacheWarning, match="chosen by"):
+        evaluation = featcache.evaluate(run, split="valid", positive="a", say=quiet)
     assert f"{evaluation.calibration['log_loss']:.3f}" in page
     if positive is not None:
         found = re.search(r'"num_yes":(\d+),"num_no":(\d+)', page)
@@ -111,7 +112,9 @@ def test_subgroups_are_those_of_the_last_evaluation(tmp_path: Path) -> None:
     paths = featcache.open_cache(tmp_path / "c.h5").split("valid").paths
     lines = [f"{path},{'<b>F' if i % 3 else 'M'}" for i, path in enumerate(paths)]
     table.write_text("\n".join(["path,sex", *lines]) + "\n", "utf-8")
-    featcache.evaluate(run, split="valid", positive="covid", by="sex", table=table, say=quiet)
+    options: dict[str, Any] = {"by": "sex", "table": table, "split": "valid", "say": quiet}
+    with pytest.warns(featcache.FeatcacheWarning, match="chosen by"):
+        featcache.evaluate(run, positive="covid", **options)
     _, page = report(run, positive="covid")
     assert "By sex" in page
     assert "&lt;b&gt;F" in page
