@@ -26,7 +26,8 @@ from featcache.formatting import count, decimal, join_few
 from featcache.heads.config import TrainingConfig
 from featcache.reporting.charts import Chart, loss_chart, map_chart, sweep_chart
 from featcache.reporting.facts import Facts, Positive
-from featcache.reporting.wording import Names, as_text, describe, short, slider_of
+from featcache.reporting.slider import slider_of
+from featcache.reporting.wording import Names, as_text, describe, short
 
 GENERATOR = b'<meta name="generator" content="featcache report">'
 """By this, in the first bytes of a file, a report is recognised."""

@@ -16,7 +16,6 @@ from featcache.heads.run import cache_paths, load_run
 from featcache.outputs import Kind, Output, write_output
 from featcache.reporting.facts import Facts, gather
 from featcache.reporting.page import GENERATOR, render
-from featcache.reporting.pictures import read_pictures
 from featcache.reporting.wording import mistaken_rows
 from featcache.runtime import Say, log_line
 
@@ -111,6 +110,8 @@ def report(
     facts = gather(loaded, positive)
     pictures = dict[tuple[str, str], str]()
     if data is not None:
+        from featcache.reporting.pictures import read_pictures  # imports torch
+
         pictures = read_pictures(facts.cache, data, _wanted(facts, images))
         if not pictures:
             say("no picture is shown: there is none to show, or the images have changed")
