@@ -1,4 +1,4 @@
-"""The thresholds on valid as the page shows them: what stands there, and what the script looks up."""
+"""The thresholds on valid: what the page shows of them, and what its script looks up."""
 
 from __future__ import annotations
 
