@@ -9,6 +9,7 @@ The verbs, as on the command line, in the order of the work::
     featcache.decide("run", positive="covid", recall=0.95)
     featcache.evaluate("run", positive="covid")
     featcache.predict("run", "new.png")
+    featcache.report("run", "covid.html")
     featcache.export("run", "covid.pt")
 
 Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep``, ``crossval``, ``convert`` and
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from featcache.heads.head import HeadConfig
     from featcache.heads.run import Run, load_head, load_run
     from featcache.heads.training import TrainSummary, train
+    from featcache.reporting.report import ReportSummary, report
     from featcache.sweeps.crossval import CrossvalSummary, crossval
     from featcache.sweeps.ranking import Decision
     from featcache.sweeps.sweeping import SweepSummary, sweep
@@ -80,6 +82,7 @@ _MODULES = {
     "decide": "evaluation.decision",
     "evaluate": "evaluation.evaluation",
     "predict": "deployment.predictions",
+    "report": "reporting.report",
     "export": "deployment.export",
     "convert": "cache.conversion",
     "neighbours": "evaluation.neighbours",
@@ -119,6 +122,7 @@ _MODULES = {
     "DecideSummary": "evaluation.decision",
     "Evaluation": "evaluation.evaluation",
     "Predictions": "deployment.predictions",
+    "ReportSummary": "reporting.report",
     "ExportSummary": "deployment.export",
     "ConversionSummary": "cache.conversion",
     "Neighbours": "evaluation.neighbours",
@@ -136,7 +140,7 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
-    "crossval", "decide", "evaluate", "predict", "export", "convert", "neighbours",
+    "crossval", "decide", "evaluate", "predict", "report", "export", "convert", "neighbours",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
@@ -146,9 +150,8 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # the verbs' results
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
-    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExportSummary",
-    "ConversionSummary", "Neighbours",
-    "DeliverySummary",
+    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ReportSummary",
+    "ExportSummary", "DeliverySummary", "ConversionSummary", "Neighbours",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

@@ -21,7 +21,7 @@ RESULTS = {
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
     "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "CrossvalInfo", "DecideSummary", "Evaluation", "Predictions",
-    "ExportSummary", "DeliverySummary", "ConversionSummary", "Neighbours",
+    "ReportSummary", "ExportSummary", "DeliverySummary", "ConversionSummary", "Neighbours",
 }  # fmt: skip
 ERRORS = [
     name for name in featcache.__all__
@@ -57,6 +57,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -
         with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
             predictions = featcache.predict(run, cache=cache)
         yield predictions
+        yield featcache.report(run)
         yield featcache.export(run, folder / "out.pt", backbone=tiny_backbone)
         yield featcache.export(run, folder / "out.onnx", backbone=tiny_backbone)
         yield featcache.convert(cache, folder / "rows.npz")

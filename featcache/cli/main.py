@@ -29,6 +29,7 @@ from featcache.cli.options import (
     print_facts,
     printing,
 )
+from featcache.cli.report_command import report
 from featcache.cli.run_commands import decide, evaluate, export, predict
 from featcache.errors import FeatcacheError, FeatcacheWarning, escaped
 
@@ -76,7 +77,7 @@ def demo(folder: Path, device: str, as_json: bool, quiet: bool) -> None:
 
 for command in (
     split, extract, select, info, verify, audit,
-    train, sweep, crossval, decide, evaluate, predict, export, convert, neighbours,
+    train, sweep, crossval, decide, evaluate, predict, report, export, convert, neighbours,
 ):  # fmt: skip
     cli.add_command(command)
 

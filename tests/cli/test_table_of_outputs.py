@@ -43,6 +43,7 @@ VERBS = {
     "folder of export": f"export run OUT/ {' '.join(TINY)}",
     "file of convert": "convert c.h5 OUT",
     "cache of convert": "convert in.npz OUT --rebuild",
+    "page of report": "report run OUT",
     "evaluation in a run": "evaluate run",
     "decision in a run": "decide run --positive covid --recall 0.5",
     "folder of demo": "demo OUT",
@@ -91,6 +92,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run" / "decision.json").rename(folder / "decision.json")
     featcache.evaluate(folder / "run", csv=folder / "evaluated.csv")
     featcache.audit(folder / "c.h5", only="same", csv=folder / "a.csv")
+    featcache.report(folder / "run", folder / "page.html")
     featcache.crossval(folder / "c.h5", folder / "folds", folds=2, hidden=(), epochs=1, seed=1)
     with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
         featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
@@ -127,6 +129,7 @@ def own_kind(output: str, out: Path, things: Path) -> None:
             "CSV of audit": "a.csv",
             "CSV of predict": "p.csv", "network of export": "in.pt",
             "ONNX of export": "delivered/model.onnx", "file of convert": "in.npz",
+            "page of report": "page.html",
             "evaluation in a run": "run/evaluation/test.json",
             "decision in a run": "decision.json",
         }  # fmt: skip
@@ -267,5 +270,5 @@ def test_nothing_is_lost(
     else:
         assert name in after
         assert after[name] != before.get(name) or output.startswith(
-            ("CSV", "run", "folder of crossval", "evaluation", "decision")
+            ("CSV", "run", "folder of crossval", "page", "evaluation", "decision")
         )
