@@ -9,6 +9,7 @@ The verbs, as on the command line, in the order of the work::
     featcache.decide("run", positive="covid", recall=0.95)
     featcache.evaluate("run", positive="covid")
     featcache.predict("run", "new.png")
+    featcache.explain("run", "new.png", "explained")
     featcache.export("run", "covid.pt")
 
 Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep`` and ``crossval``.
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from featcache.data.dataset import scan
     from featcache.data.splitting import SplitSummary, split
     from featcache.deployment.classifier import Classifier, load_classifier
+    from featcache.deployment.explainer import Explanation
+    from featcache.deployment.explanation import ExplainSummary, explain
     from featcache.deployment.export import ExportSummary, export
     from featcache.deployment.predictions import Predictions, predict
     from featcache.errors import (
@@ -76,6 +79,7 @@ _MODULES = {
     "decide": "evaluation.decision",
     "evaluate": "evaluation.evaluation",
     "predict": "deployment.predictions",
+    "explain": "deployment.explanation",
     "export": "deployment.export",
     # open, load, build
     "scan": "data.dataset",
@@ -113,6 +117,8 @@ _MODULES = {
     "DecideSummary": "evaluation.decision",
     "Evaluation": "evaluation.evaluation",
     "Predictions": "deployment.predictions",
+    "ExplainSummary": "deployment.explanation",
+    "Explanation": "deployment.explainer",
     "ExportSummary": "deployment.export",
     # errors
     "FeatcacheError": "errors",
@@ -127,7 +133,7 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
-    "crossval", "decide", "evaluate", "predict", "export",
+    "crossval", "decide", "evaluate", "predict", "explain", "export",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
@@ -137,7 +143,8 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # the verbs' results
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
-    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExportSummary",
+    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExplainSummary",
+    "Explanation", "ExportSummary",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

@@ -21,6 +21,7 @@ import click
 from featcache import __version__
 from featcache.cli.cache_commands import extract, info, select, split, verify
 from featcache.cli.ending import ENDING, complain, open_closed_streams
+from featcache.cli.explain_command import explain
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
     CACHES,
@@ -412,6 +413,9 @@ def predict(
         )  # fmt: skip
         complain(f"error: {error}")
         raise click.exceptions.Exit(1)
+
+
+cli.add_command(explain)
 
 
 @cli.command()
