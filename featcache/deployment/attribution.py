@@ -118,19 +118,26 @@ def attribute(
         end: (D,) those of the image.
         log_odds: What the score at the end is by the network's own features.
         num_steps: To begin with: 1 is exact where the score is linear.
-        tolerance: By how much parts and baseline may miss the log-odds, where those are above 1 in
-            size relative to them.
+        tolerance: See ``completeness_bound``.
     """
     first, last = torch.from_numpy(start), torch.from_numpy(end)
     with torch.no_grad():
         baseline = float(score(first[None])[0])
+    bound = completeness_bound(log_odds, tolerance)
     while True:
         weights = _mean_gradient(score, first, last, num_steps)
         residual = float(weights @ (last - first)) + baseline - log_odds
-        is_complete = abs(residual) <= tolerance * max(1.0, abs(log_odds))
-        if is_complete or num_steps >= _MAX_STEPS:
+        if abs(residual) <= bound or num_steps >= _MAX_STEPS:
             return Attribution(weights.numpy(), start, baseline, residual, num_steps)
         num_steps *= 2
+
+
+def completeness_bound(log_odds: float, tolerance: float) -> float:
+    """Return by how much parts and baseline may miss the log-odds.
+
+    By the tolerance; beyond 100, where features are float32, by that share of a hundredth of them.
+    """
+    return tolerance * max(1.0, abs(log_odds) / 100)
 
 
 def _mean_gradient(

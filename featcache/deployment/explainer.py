@@ -22,6 +22,7 @@ from featcache.deployment.attribution import (
     before_norm,
     behind_norms,
     choose_side,
+    completeness_bound,
     cover_cells,
     log_odds_of,
     place_parts,
@@ -172,7 +173,7 @@ class Explainer:
             behind_norms(score, self._widths, norms), np.concatenate(starts), np.concatenate(ends),
             log_odds, num_steps=num_steps, tolerance=tolerance,
         )  # fmt: skip
-        if abs(found.residual) > tolerance * max(1.0, abs(log_odds)):
+        if abs(found.residual) > completeness_bound(log_odds, tolerance):
             warn_user(f"{path}: the parts miss the log-odds by {found.residual:.2g}")
         parts = zip(np.split(found.weights, edges), starts, strict=True)
         described = [
