@@ -39,13 +39,14 @@ VERBS = {
     "CSV of evaluate": "evaluate run --csv OUT",
     "CSV of predict": "predict run --cache c.h5 --csv OUT",
     "network of export": f"export run OUT {' '.join(TINY)}",
+    "folder of explain": f"explain run raw/covid/0.png --out OUT --overwrite {' '.join(TINY)}",
     "evaluation in a run": "evaluate run",
     "decision in a run": "decide run --positive covid --recall 0.5",
     "folder of demo": "demo OUT",
 }
 INPUTS = {
     "CSV of split": "raw/in.csv", "cache of extract": "raw/covid/0.png", "tree of split": "raw",
-    "network of export": "in.pt",
+    "network of export": "in.pt", "folder of explain": "raw",
 }  # fmt: skip
 ENDINGS = {"CSV of split": ".csv", "network of export": ".pt"}
 
@@ -84,6 +85,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     featcache.evaluate(folder / "run", csv=folder / "evaluated.csv")
     featcache.audit(folder / "c.h5", only="same", csv=folder / "a.csv")
     featcache.crossval(folder / "c.h5", folder / "folds", folds=2, hidden=(), epochs=1, seed=1)
+    image, backbone = folder / "raw" / "covid" / "0.png", tiny_network.build()
+    featcache.explain(folder / "run", image, folder / "explained", backbone=backbone)
     with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
         featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
     os.link(folder / "run" / "head.safetensors", folder / "in.pt")
@@ -109,6 +112,8 @@ def own_kind(output: str, out: Path, things: Path) -> None:
         shutil.rmtree(out / "evaluation")
     elif output == "folder of crossval":
         shutil.copytree(things / "folds", out)
+    elif output == "folder of explain":
+        shutil.copytree(things / "explained", out)
     else:
         names = {
             "CSV of split": "split.csv", "CSV of evaluate": "evaluated.csv",
@@ -253,5 +258,5 @@ def test_nothing_is_lost(
     else:
         assert name in after
         assert after[name] != before.get(name) or output.startswith(
-            ("CSV", "run", "folder of crossval", "evaluation", "decision")
+            ("CSV", "run", "folder of crossval", "folder of explain", "evaluation", "decision")
         )
