@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -183,25 +182,22 @@ def choose_side(map_side: int | None) -> int:
     return next((side for side in range(14, 6, -1) if map_side % side == 0), 7)
 
 
-def cover_cells(
-    pixels: npt.NDArray[np.uint8], side: int, colour: Sequence[float]
-) -> list[npt.NDArray[np.uint8]]:
-    """Return copies of an image, in each of which one of side x side cells is covered.
+def cover_cells(pixels: npt.NDArray[np.uint8], side: int) -> list[npt.NDArray[np.uint8]]:
+    """Return copies of an image, in each of which one of side x side cells has its mean colour.
+
+    Of nine phantoms the cell that mattered most lay in the sign of disease in 5 with the mean of
+    the image, in 2 with that of the network's normalization, in 4 blurred; 1.6 by chance.
 
     Args:
         pixels: (S, S) or (S, S, 3)
         side: Cells a side.
-        colour: Of the cover, red, green and blue in [0, 1].
     """
-    paint: Any = np.round(np.multiply(colour, 255)).astype(np.uint8)
-    if pixels.ndim == 2 and len(set(paint.tolist())) > 1:
-        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
-    paint = paint[0] if pixels.ndim == 2 else paint
     edges, covered = _edges(len(pixels), side), []
     for row in range(side):
         for column in range(side):
             copy = pixels.copy()
-            copy[edges[row] : edges[row + 1], edges[column] : edges[column + 1]] = paint
+            cell = slice(edges[row], edges[row + 1]), slice(edges[column], edges[column + 1])
+            copy[cell] = np.round(pixels.mean(axis=(0, 1)))
             covered.append(copy)
     return covered
 

@@ -264,7 +264,7 @@ class Explainer:
     ) -> npt.NDArray[np.float64]:  # fmt: skip
         """Return by how much the log-odds fall where a cell of one backbone's input is covered."""
         positive, against, log_odds = asked
-        covered = cover_cells(pixels, side, self._classifier.recipes[number].backbone.mean)
+        covered = cover_cells(pixels, side)
         engine = self._classifier.choose_engine(number, len(covered), lambda: [pixels])
         rows = np.repeat(features[None], len(covered), axis=0)
         end = sum(self._widths[: number + 1])

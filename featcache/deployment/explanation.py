@@ -36,7 +36,7 @@ _PICTURE_NAME = re.compile(r"\d{4,}_[A-Za-z0-9._-]{0,80}\.png")
 _HOW = (
     "log_odds = baseline + sum of every map + unlocated of backbones without one; baseline is the "
     "log-odds at the mean of the training images; occlusion is what the log-odds lose where a cell "
-    "is covered with the mean colour of the backbone's normalization"
+    "is covered with the image's mean colour"
 )
 
 
