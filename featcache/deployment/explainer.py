@@ -6,6 +6,7 @@ Reads: the cache of the run where it is at hand. Writes: nothing.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ MIDDLE = 0.6
 
 _LINEAR, _CURVED = (1, 1e-4), (64, 1e-3)  # steps to begin with, and what the sum may be off by
 _NUM_NEAREST = 5
-_LEAST_AGREEMENT = 0.3  # rank correlation of map and occlusion
+_CHANCE = 1.645  # / sqrt(n - 1): above it is one in twenty rank correlations of n unrelated values
 _LEAST_CELLS = 9  # fewer say nothing about agreement
 
 
@@ -71,7 +72,8 @@ class Explanation:
             log-odds, None where its features are not the mean over a map; ``unlocated``, what such
             a backbone adds as a whole; ``occlusion``, by how much the log-odds fall where a cell
             (rows of columns) of its input is covered; ``rank_correlation`` of both (None where
-            there is no map, or fewer than 9 cells), and ``disagree``, whether it is below 0.3;
+            there is no map, or fewer than 9 cells); ``disagree``, whether that is no higher than of
+            unrelated maps (0.24 of 49 cells, which one in twenty of those exceeds);
             ``share_inside``, the share of what speaks ``for``, and of what speaks ``against``, that
             lies in the middle 0.6 x 0.6 of the map (else of the occlusion).
         nearest: The nearest training images: see ``TrainingImages.find_nearest``. Empty where the
@@ -245,16 +247,18 @@ class Explainer:
         has_map = self._poolings is not None and self._poolings[number] is not None
         side = choose_side(min(plane.shape) if has_map else None)
         occlusion = self._cover(number, pixels[number], side, features, asked)
-        correlation = None
+        correlation, disagree = None, None
         if has_map and side * side >= _LEAST_CELLS and side <= min(plane.shape):
             correlation = rank_correlation(sum_cells(plane, side), occlusion)
+        if correlation is not None:
+            disagree = correlation < _CHANCE / math.sqrt(side * side - 1)
         return {
             "backbone": self._classifier.recipes[number].backbone.name,
             "map": plane.tolist() if has_map else None,
             "unlocated": None if has_map else float(plane.sum()),
             "occlusion": occlusion.tolist(),
             "rank_correlation": correlation,
-            "disagree": None if correlation is None else correlation < _LEAST_AGREEMENT,
+            "disagree": disagree,
             "share_inside": share_inside(plane if has_map else occlusion, MIDDLE),
         }
 
