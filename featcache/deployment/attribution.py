@@ -185,8 +185,9 @@ def choose_side(map_side: int | None) -> int:
 def cover_cells(pixels: npt.NDArray[np.uint8], side: int) -> list[npt.NDArray[np.uint8]]:
     """Return copies of an image, in each of which one of side x side cells has its mean colour.
 
-    Of nine phantoms the cell that mattered most lay in the sign of disease in 5 with the mean of
-    the image, in 2 with that of the network's normalization, in 4 blurred; 1.6 by chance.
+    Of 35 sick phantoms (Lite0, 7 x 7) the cell that mattered most lay in the sign of disease in 12
+    by the default head and in 11 by a linear one, by chance in 6. Blurred cells, and covers two or
+    three cells wide, were better for one of the heads and worse for the other.
 
     Args:
         pixels: (S, S) or (S, S, 3)
