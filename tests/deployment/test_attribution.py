@@ -39,11 +39,12 @@ NETWORKS = [  # the first two in CI
 def random_head(width: int, hidden: tuple[int, ...], features: torch.Tensor, seed: int) -> Any:
     """Return a head in float64 whose batch norms know the features, with uneven weights."""
     head = build_head(HeadConfig(width, 3, hidden, 0.0), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _ in range(60):
             head(features.float())
         for parameter in head.parameters():
-            parameter.mul_(1 + torch.rand_like(parameter))
+            parameter.mul_(1 + torch.rand(parameter.shape, generator=generator))
     return head.double().eval().requires_grad_(False)
 
 
@@ -130,9 +131,10 @@ def test_another_head_gives_another_map(maps: Any) -> None:
     made = [
         explained(positions, norm, log_odds_of(random_head(len(mean), (16,), features, seed), 0, 1),
                   mean, is_linear=False)[1]
-        for seed in (0, 1)
+        for seed in range(6)
     ]  # fmt: skip
-    assert np.linalg.norm(made[0] - made[1]) > 0.5 * np.linalg.norm(made[0])
+    pairs = [np.linalg.norm(one - made[0]) / np.linalg.norm(made[0]) for one in made[1:]]
+    assert np.median(pairs) > 0.5
 
 
 def test_steps_are_doubled_until_the_sum_is_right() -> None:
