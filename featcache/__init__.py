@@ -9,6 +9,7 @@ The verbs, as on the command line, in the order of the work::
     featcache.decide("run", positive="covid", recall=0.95)
     featcache.evaluate("run", positive="covid")
     featcache.predict("run", "new.png")
+    featcache.explain("run", "new.png", "explained")
     featcache.report("run", "covid.html")
     featcache.export("run", "covid.pt")
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from featcache.data.splitting import SplitSummary, split
     from featcache.deployment.classifier import Classifier, load_classifier
     from featcache.deployment.delivery import DeliverySummary
+    from featcache.deployment.explainer import Explanation
+    from featcache.deployment.explanation import ExplainSummary, explain
     from featcache.deployment.export import ExportSummary, export
     from featcache.deployment.predictions import Predictions, predict
     from featcache.errors import (
@@ -82,6 +85,7 @@ _MODULES = {
     "decide": "evaluation.decision",
     "evaluate": "evaluation.evaluation",
     "predict": "deployment.predictions",
+    "explain": "deployment.explanation",
     "report": "reporting.report",
     "export": "deployment.export",
     "convert": "cache.conversion",
@@ -122,6 +126,8 @@ _MODULES = {
     "DecideSummary": "evaluation.decision",
     "Evaluation": "evaluation.evaluation",
     "Predictions": "deployment.predictions",
+    "ExplainSummary": "deployment.explanation",
+    "Explanation": "deployment.explainer",
     "ReportSummary": "reporting.report",
     "ExportSummary": "deployment.export",
     "ConversionSummary": "cache.conversion",
@@ -140,7 +146,8 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
-    "crossval", "decide", "evaluate", "predict", "report", "export", "convert", "neighbours",
+    "crossval", "decide", "evaluate", "predict", "explain", "report", "export", "convert",
+    "neighbours",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
@@ -150,8 +157,9 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # the verbs' results
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
-    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ReportSummary",
-    "ExportSummary", "DeliverySummary", "ConversionSummary", "Neighbours",
+    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExplainSummary",
+    "Explanation", "ReportSummary", "ExportSummary", "DeliverySummary", "ConversionSummary",
+    "Neighbours",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

@@ -42,7 +42,7 @@ OWNERS = {
     "isal": {"pixels/png.py"},
     "numba": {"compiling.py"},
     "threadpoolctl": {"heads/compiled/team.py"},
-    "matplotlib": {"evaluation/figures.py"},
+    "matplotlib": {"evaluation/figures.py", "deployment/explanation_picture.py"},
     "tqdm": {"progress.py"},
     "onnx": {"deployment/graph.py"},
     "onnxruntime": {"backbones/forward.py", "deployment/predict_script.py"},
