@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.deployment.classifier import Classifier, load_classifier
-from featcache.deployment.explainer import MIDDLE, Explainer, Explanation
+from featcache.deployment.explainer import Explainer, Explanation
 from featcache.deployment.explanation_lines import explanation_lines, last_lines
 from featcache.deployment.explanation_picture import draw_explanation
 from featcache.deployment.inputs import list_inputs
 from featcache.errors import ConfigError, DataError
+from featcache.evaluation.evidence import MIDDLE
 from featcache.extraction.earlier import refuse_dark_colour
 from featcache.files import local_path, read_regular, write_bytes, write_json
 from featcache.formatting import brief_repr

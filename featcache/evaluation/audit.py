@@ -102,6 +102,7 @@ class Audit:
             ``num_rows`` and up to five ``paths``; None without.
         blackout: The head on images without, and with only, their centre: see
             ``audit_blackout.Blackout``.
+        evidence: Where in the images the evidence of a head lies: see ``audit_evidence.Evidence``.
         num_leaks: Sets of copies, same and near, across splits or of classes that conflict.
         verdict: A paragraph for people.
         csv: The CSV that was written.
@@ -122,6 +123,7 @@ class Audit:
     sources: dict[str, Any] | None
     images: dict[str, Any] | None
     blackout: dict[str, Any] | None
+    evidence: dict[str, Any] | None
     num_leaks: int
     verdict: str
     csv: Path | None
@@ -150,6 +152,7 @@ def audit(
     strict: bool = False,
     data: str | Path | None = None,
     blackout: float | Sequence[float] | None = None,
+    evidence: bool = False,
     weights: str | Path | None = None,
     backbone: Backbone | str | None = None,
     device: str = "auto",
@@ -180,10 +183,12 @@ def audit(
             pixels and pictures too, and shortcuts by sizes, colours, brightness and borders.
         blackout: Shares of the width and height of what the network sees: the head is also judged
             on images whose centre of that size is black, and on the centre alone. Needs ``data``.
-        weights: For ``blackout``, the weights file that the cache was made with, where the
-            library's own were not used.
-        backbone: For ``blackout``, as for ``verify``.
-        device: Where ``blackout`` computes.
+        evidence: Whether to measure which share of the evidence for and against each class lies
+            outside the middle of its images. Needs ``data``.
+        weights: For ``blackout`` and ``evidence``, the weights file that the cache was made with,
+            where the library's own were not used.
+        backbone: For both, as for ``verify``.
+        device: Where both compute.
         max_pixels: Larger images count as unreadable.
         say: Where lines for people go.
 
@@ -192,7 +197,7 @@ def audit(
             are leaks.
         ConfigError: If ``only`` names no part, an option lacks the other that it needs, or ``csv``
             cannot be written.
-        BackboneError: If ``blackout`` cannot build the backbone.
+        BackboneError: If ``blackout`` or ``evidence`` cannot build the backbone.
         DataError: If the table or ``data`` cannot be read.
 
     Example:
@@ -207,7 +212,8 @@ def audit(
             )  # fmt: skip
         parts = tuple(part for part in parts if part != "sources")
     _check_table(parts, csv, copies)
-    shares = _check_shares(blackout, data, weights)
+    shares = _check_shares(blackout)
+    _check_network({"--blackout": bool(shares), "--evidence": evidence}, data, weights)
     place = local_path(cache, "CACHE")
     output = None if csv is None else Output(csv, "--csv", _CSV, inputs=[place, table])
     if output is not None:
@@ -224,9 +230,10 @@ def audit(
     if data is not None:
         # torch is imported for images only
         from featcache.evaluation.audit_blackout import blackout_recipe, measure_blackout
+        from featcache.evaluation.audit_evidence import measure_evidence
         from featcache.evaluation.audit_images import read_images, with_pixels
 
-        if shares:  # built first: it may fail, and images may be many
+        if shares or evidence:  # built first: it may fail, and images may be many
             recipe = blackout_recipe(opened, weights, backbone, max_pixels)
         images = read_images(rows, data, max_pixels)
         rows = with_pixels(rows, images)
@@ -235,7 +242,7 @@ def audit(
     if near is not None and images is not None:
         near = confirm_near(rows, images, near)
     sets = join_copies(rows, same, near)
-    folded = FoldedRows(opened, say) if {*parts} - _COPIES or shares else None
+    folded = FoldedRows(opened, say) if {*parts} - _COPIES or recipe else None
     found = Audit(
         cache=Path(cache), parts=parts,
         splits={name: len(split) for name, split in opened.splits.items()},
@@ -249,8 +256,10 @@ def audit(
         sources=measure_sources(folded, sources, str(source))
         if folded and "sources" in parts else None,
         images=None if images is None else images.as_dict(rows),
-        blackout=None if folded is None or images is None or recipe is None
+        blackout=None if folded is None or images is None or recipe is None or not shares
         else result_as_dict(measure_blackout(folded, images, recipe, shares, device, say)),
+        evidence=None if folded is None or images is None or recipe is None or not evidence
+        else result_as_dict(measure_evidence(folded, images, recipe, device, say)),
         num_leaks=sum(_is_leak(rows, copy) for copy in sets), verdict="",
         csv=None if csv is None else Path(csv),
         fingerprint=opened.fingerprint, content_sha256=opened.content_sha256,
@@ -342,13 +351,9 @@ def _regroup(cache: Cache, pattern: GroupPattern, say: Say) -> None:
             split.groups, groups = groups[: len(split)], groups[len(split) :]
 
 
-def _check_shares(
-    blackout: float | Sequence[float] | None, data: object, weights: object
-) -> tuple[float, ...]:
+def _check_shares(blackout: float | Sequence[float] | None) -> tuple[float, ...]:
     """Return the shares to black out, each once."""
     if blackout is None:
-        if weights is not None:
-            raise ConfigError("--weights", expected="--blackout beside it", found="none")
         return ()
     shares = (blackout,) if isinstance(blackout, int | float) else tuple(blackout)
     if not shares or not all(0 < share < 1 for share in shares):
@@ -356,12 +361,20 @@ def _check_shares(
             "--blackout", expected="shares of width and height, between 0 and 1",
             found=", ".join(map(str, shares)) or "none",
         )  # fmt: skip
-    if data is None:
+    return tuple(dict.fromkeys(map(float, shares)))
+
+
+def _check_network(asked: dict[str, bool], data: object, weights: object) -> None:
+    """Refuse options that need the backbone and images without these, and these without them."""
+    named = [option for option, is_asked in asked.items() if is_asked]
+    if named and data is None:
         raise ConfigError(
-            "--blackout", expected="the images, by --data DATA", found="none",
+            named[0], expected="the images, by --data DATA", found="none",
             hint="Name the data set that the cache was made of",
         )  # fmt: skip
-    return tuple(dict.fromkeys(map(float, shares)))
+    if weights is not None and not named:
+        expected = f"{' or '.join(asked)} beside it"
+        raise ConfigError("--weights", expected=expected, found="none")
 
 
 def _same_facts(

@@ -13,20 +13,22 @@ from torch import nn
 
 from featcache.backbones.backbone import build_backbone
 from featcache.backbones.pooling import apply_norm, find_pooling, read_map
-from featcache.deployment.attribution import (
+from featcache.deployment.occlusion import (
+    choose_side,
+    cover_cells,
+    rank_correlation,
+    sum_cells,
+)
+from featcache.evaluation.attribution import (
     Attribution,
     Score,
     attribute,
     before_norm,
     behind_norms,
-    choose_side,
-    cover_cells,
     log_odds_of,
     place_parts,
-    rank_correlation,
-    share_inside,
-    sum_cells,
 )
+from featcache.evaluation.evidence import share_inside
 from featcache.heads.ensemble import mean_of_heads
 from featcache.heads.head import HeadConfig, build_head
 
@@ -175,10 +177,10 @@ def test_ranks_shares_and_cells() -> None:
         stats.spearmanr(one.ravel(), other.ravel()).statistic
     )
     assert rank_correlation(one, np.zeros((6, 6))) is None
-    assert share_inside(np.ones((10, 10)), 0.6) == {"for": pytest.approx(0.36), "against": None}
+    assert share_inside(np.ones((10, 10))) == {"for": pytest.approx(0.36), "against": None}
     plane = np.zeros((5, 5))
     plane[2, 2], plane[0, 0] = 1, -1
-    assert share_inside(plane, 0.6) == {"for": 1, "against": 0}
+    assert share_inside(plane) == {"for": 1, "against": 0}
     assert [choose_side(side) for side in (None, 1, 2, 7, 14, 16, 28, 56, 17)] == [
         7, 7, 2, 7, 14, 8, 14, 14, 7,
     ]  # fmt: skip
