@@ -49,8 +49,9 @@ class ClassEvidence:
         """
         self.num_images += 1
         self._sums = [*map(np.add, self._sums, planes)] if self._sums else [*planes]
-        both = sum(_outside_and_all(plane) for plane in planes)
-        self._per_unit[unit] = self._per_unit.get(unit, 0) + both
+        both = np.sum([_outside_and_all(plane) for plane in planes], axis=0)
+        known = self._per_unit.get(unit)
+        self._per_unit[unit] = both if known is None else known + both
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values.
