@@ -63,7 +63,7 @@ def _inside(made: Mapping[str, Any], middle: float) -> str:
         for sign, share in made["share_inside"].items() if share is not None
     ]  # fmt: skip
     area = percent(middle * middle)
-    return f"in the middle ({area} of the image): {', '.join(shares) or 'nothing'}"
+    return f"in the middle {area}: {', '.join(shares) or 'nothing'}"
 
 
 def last_lines(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -154,11 +154,11 @@ def _part(
 ) -> EvidencePart:
     text = (
         "What each place of the network's last map adds, on average, to the log-odds of the class "
-        f"that the images are of (+, red) or takes from them (\N{MINUS SIGN}, blue), of up to "
-        f"{MOST_IMAGES} images of each class, drawn at random with a fixed seed. The dashed square "
-        f"is the middle, {MIDDLE:g} of each side. Signs of disease in a chest are rarely at the "
-        "border; evidence there may be of how and where the pictures were taken. A map shows what "
-        "the network used, not where disease is."
+        f"that an image is of (+, red), or takes from them (\N{MINUS SIGN}, blue): the mean over "
+        f"up to {MOST_IMAGES} images of each class, drawn with a fixed seed. The strongest place "
+        f"of each map is the darkest. The dashed square is the middle, {MIDDLE:g} of each side: "
+        "evidence outside it may be of how and where pictures were taken. A map shows what the "
+        "network used, not where disease is."
     )
     charts = [
         _chart(f"evidence-{name}-{number}-{part}", found, part, backbones)

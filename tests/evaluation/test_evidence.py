@@ -28,6 +28,9 @@ def test_even_evidence_lies_outside_by_area() -> None:
     for side in (1, 7, 10, 16):
         assert share_inside(np.ones((side, side))) == {"for": pytest.approx(0.36), "against": None}
     assert pytest.approx(0.64) == EXPECTED_OUTSIDE
+    plane = np.zeros((5, 5))
+    plane[2, 2], plane[0, 0] = 1, -1
+    assert share_inside(plane) == {"for": 1, "against": 0}
 
 
 def test_shares_are_of_the_sums_and_their_intervals_of_the_units() -> None:
