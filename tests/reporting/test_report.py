@@ -329,7 +329,7 @@ def test_pictures_are_shown_only_when_asked_for(tmp_path: Path, tiny_backbone: B
     assert summary.has_images
     assert f"contains {len(pictures)} small pictures of patients" in Parser(page).text
     for options in ({"weights": "w.pt"}, {"images": "all"}, {"images": "some", "data": tree}):
-        with pytest.raises(ConfigError, match="--images|--data beside"):
+        with pytest.raises(ConfigError, match=r"--images|--data beside"):
             featcache.report(run, say=quiet, **options)
     assert not featcache.report(run, say=quiet).has_images
     assert "<img" not in (run / "report.html").read_text("utf-8")
