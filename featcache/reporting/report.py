@@ -124,15 +124,16 @@ def report(
     output.check()
     facts = gather(loaded, positive)
     pictures = dict[tuple[str, str], str]()
-    evidence = dict[str, Any]()
-    if data is not None:  # what follows imports torch
-        from featcache.reporting.evidence import measure_evidence
-        from featcache.reporting.pictures import read_pictures
+    if data is not None and images != "none":
+        from featcache.reporting.pictures import read_pictures  # imports torch
 
-        if images != "none":
-            pictures = read_pictures(facts.cache, data, _wanted(facts, images))
-            if not pictures:
-                say("no picture is shown: there is none to show, or the images have changed")
+        pictures = read_pictures(facts.cache, data, _wanted(facts, images))
+        if not pictures:
+            say("no picture is shown: there is none to show, or the images have changed")
+    evidence = dict[str, Any]()
+    if data is not None:
+        from featcache.reporting.evidence import measure_evidence  # imports torch
+
         evidence = measure_evidence(
             facts, data, weights=weights, backbone=backbone, device=device, say=say
         )
