@@ -128,14 +128,14 @@ def explain(
         local_path(out, "--out"), "--out", EXPLANATIONS, replace=overwrite, inputs=inputs
     )
     check_folder(output)
-    classifier = load_classifier(
-        run, weights=weights, backbone=backbone, device=device, max_pixels=max_pixels
-    )
-    explainer = Explainer(classifier, positive, against)
     found = list_inputs(
         images, include=include, exclude=exclude, companions=companions, columns=columns,
         ignore_columns=ignore_columns,
     )  # fmt: skip
+    classifier = load_classifier(
+        run, weights=weights, backbone=backbone, device=device, max_pixels=max_pixels
+    )
+    explainer = Explainer(classifier, positive, against)
     for recipe in classifier.recipes:
         refuse_dark_colour(recipe, found.dataset, classifier.run.path)
     explanations, failures = list[Explanation](), list[tuple[str, str]]()

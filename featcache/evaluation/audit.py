@@ -37,12 +37,20 @@ from featcache.evaluation.audit_copies import (
 from featcache.evaluation.audit_folds import FoldedRows
 from featcache.evaluation.audit_labels import measure_labels
 from featcache.evaluation.audit_lines import audit_lines, judge
+from featcache.evaluation.audit_options import (
+    COPIES,
+    check_network,
+    check_shares,
+    check_table,
+    choose_parts,
+    has_sources,
+)
 from featcache.evaluation.audit_outliers import measure_outliers
 from featcache.evaluation.audit_pictures import confirm_near
 from featcache.evaluation.audit_shortcuts import measure_shortcuts
 from featcache.evaluation.audit_sources import measure_sources, read_sources
 from featcache.files import csv_text, local_path, result_as_dict
-from featcache.formatting import count, join_few
+from featcache.formatting import count
 from featcache.heads.rows import training_source
 from featcache.outputs import Kind, Output, write_output
 from featcache.runtime import Say, log_line
@@ -52,8 +60,6 @@ if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
     from featcache.evaluation.audit_images import AuditImages
 
-PARTS = ("same", "near", "labels", "shortcuts", "outliers", "sources")
-_COPIES = {"same", "near"}
 _KEPT_FIRST = ("test", "valid", "train", "all")  # of copies, when the others are dropped
 
 
@@ -203,17 +209,17 @@ def audit(
     Example:
         >>> featcache.audit("covid.h5", csv="copies.csv").num_leaks  # doctest: +SKIP
     """
-    parts = _choose_parts(only)
-    if not _has_sources(table, source) and "sources" in parts:
+    parts = choose_parts(only)
+    if not has_sources(table, source) and "sources" in parts:
         if only is not None:
             raise ConfigError(
                 "--only sources", expected="a column that names them: --table CSV --source COLUMN",
                 found="none",
             )  # fmt: skip
         parts = tuple(part for part in parts if part != "sources")
-    _check_table(parts, csv, copies)
-    shares = _check_shares(blackout)
-    _check_network({"--blackout": bool(shares), "--evidence": evidence}, data, weights)
+    check_table(parts, csv, copies)
+    shares = check_shares(blackout)
+    check_network({"--blackout": bool(shares), "--evidence": evidence}, data, weights)
     place = local_path(cache, "CACHE")
     output = None if csv is None else Output(csv, "--csv", _CSV, inputs=[place, table])
     if output is not None:
@@ -242,7 +248,7 @@ def audit(
     if near is not None and images is not None:
         near = confirm_near(rows, images, near)
     sets = join_copies(rows, same, near)
-    folded = FoldedRows(opened, say) if {*parts} - _COPIES or recipe else None
+    folded = FoldedRows(opened, say) if {*parts} - COPIES or recipe else None
     found = Audit(
         cache=Path(cache), parts=parts,
         splits={name: len(split) for name, split in opened.splits.items()},
@@ -269,7 +275,7 @@ def audit(
         write_output(output, _table_of(rows, sets, copies).encode())
     for line in audit_lines(found):
         say(line)
-    if {*parts} >= _COPIES:
+    if {*parts} >= COPIES:
         write_verdict(
             opened, parts=parts, num_images=found.images["num_read"] if found.images else 0,
             num_leaks=found.num_leaks, verdict=found.verdict, say=say,
@@ -295,43 +301,14 @@ def _is_leak(rows: AuditRows, copies: Sequence[int]) -> bool:
     return len({rows.splits[row] for row in copies}) > 1 or rows.disagree(copies)
 
 
-def _choose_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
-    if only is None:
-        return PARTS
-    wanted = [*map(str.strip, only.split(","))] if isinstance(only, str) else [*map(str, only)]
-    unknown = [name for name in wanted if name not in PARTS]
-    if unknown or not wanted:
-        raise ConfigError(
-            "--only", expected="some of " + ", ".join(PARTS), found=join_few(unknown) or "none"
-        )
-    return tuple(name for name in PARTS if name in wanted)
-
-
 def _without_unlearnable(cache: Cache, parts: tuple[str, ...], say: Say) -> tuple[str, ...]:
     """Return the parts that a cache has rows for: without rows to train on, copies alone."""
     try:
         training_source(cache)
     except CacheError:
         say("copies only: there is no split train or all for the other parts")
-        return tuple(part for part in parts if part in _COPIES)
+        return tuple(part for part in parts if part in COPIES)
     return parts
-
-
-def _has_sources(table: object, source: str | None) -> bool:
-    if (table is None) != (source is None):
-        given = "--table" if source is None else "--source"
-        raise ConfigError(given, expected="--table and --source together", found=f"only {given}")
-    return source is not None
-
-
-def _check_table(parts: tuple[str, ...], csv: object, copies: str) -> None:
-    if csv is not None and not _COPIES.intersection(parts):
-        raise ConfigError("--csv", expected="copies to write: --only same,near",
-                          found=", ".join(parts))  # fmt: skip
-    if copies not in {"group", "drop"}:
-        raise ConfigError("--copies", expected="group or drop", found=copies)
-    if copies == "drop" and csv is None:
-        raise ConfigError("--copies", expected="--csv FILE beside it", found="none")
 
 
 def _regroup(cache: Cache, pattern: GroupPattern, say: Say) -> None:
@@ -349,32 +326,6 @@ def _regroup(cache: Cache, pattern: GroupPattern, say: Say) -> None:
     if any(found):
         for split in cache.splits.values():
             split.groups, groups = groups[: len(split)], groups[len(split) :]
-
-
-def _check_shares(blackout: float | Sequence[float] | None) -> tuple[float, ...]:
-    """Return the shares to black out, each once."""
-    if blackout is None:
-        return ()
-    shares = (blackout,) if isinstance(blackout, int | float) else tuple(blackout)
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise ConfigError(
-            "--blackout", expected="shares of width and height, between 0 and 1",
-            found=", ".join(map(str, shares)) or "none",
-        )  # fmt: skip
-    return tuple(dict.fromkeys(map(float, shares)))
-
-
-def _check_network(asked: dict[str, bool], data: object, weights: object) -> None:
-    """Refuse options that need the backbone and images without these, and these without them."""
-    named = [option for option, is_asked in asked.items() if is_asked]
-    if named and data is None:
-        raise ConfigError(
-            named[0], expected="the images, by --data DATA", found="none",
-            hint="Name the data set that the cache was made of",
-        )  # fmt: skip
-    if weights is not None and not named:
-        expected = f"{' or '.join(asked)} beside it"
-        raise ConfigError("--weights", expected=expected, found="none")
 
 
 def _same_facts(

@@ -119,7 +119,8 @@ def report(
         raise ConfigError("--weights, --backbone", expected="--data beside them", found="none")
     loaded = load_run(run)
     place = loaded.path / REPORT_NAME if file is None else file
-    inputs = [data, *cache_paths(loaded), loaded.path / "run.json"]
+    files = [weights] if weights is None or isinstance(weights, str | Path) else weights
+    inputs = [data, *files, *cache_paths(loaded), loaded.path / "run.json"]
     output = Output(place, "FILE.html", _KIND, inputs=inputs)
     output.check()
     facts = gather(loaded, positive)
