@@ -44,6 +44,7 @@ Array = npt.NDArray[Any]
 def train_heads(data: Path, folder: Path, group_by: str) -> dict[str, Explainer]:
     """Return an explainer of each head, and of a head with random weights, for Lite0."""
     quiet: dict[str, Any] = {"say": lambda _: None}
+    folder.mkdir()
     featcache.extract(
         data, folder / "c.h5", backbone="efficientnet-lite0", group_by=group_by, **quiet
     )
@@ -152,11 +153,11 @@ def main() -> None:
     with TemporaryDirectory() as place:
         folder = Path(place)
         demo.make_phantoms(folder / "raw", num_per_class=90)
-        explainers = train_heads(folder / "raw", folder, demo.GROUP_BY)
+        explainers = train_heads(folder / "raw", folder / "phantoms", demo.GROUP_BY)
         images = [draw_sick(1000 + seed) for seed in range(options.phantoms)]
         results["phantoms"] = measure_all(explainers, images)
         if options.data is not None:
-            explainers = train_heads(options.data, folder, r"^(\d{8})_")
+            explainers = train_heads(options.data, folder / "xrays", r"^(\d{8})_")
             paths = sorted((options.data / "covid").iterdir())
             chosen = np.random.default_rng(0).permutation(len(paths))[: options.xrays]
             results["xrays"] = measure_all(explainers, [
