@@ -147,7 +147,7 @@ def _evidence_lines(facts: dict[str, Any]) -> Iterator[str]:
     title = f"evidence outside the middle ({facts['middle']:g} of each side)"
     if facts["reason"] is not None:
         yield f"{title}: not measured"
-        yield f"  {facts['reason']}"
+        yield from _wrapped(facts["reason"], "  ")
         return
     yield f"{title}, by a linear head:"
     yield f"  {'images':<34}{'for their class':>20}{'against it':>20}"
