@@ -120,7 +120,7 @@ class FoldedRows:
         """A head for each fold, of the other folds' rows; asked for only where there are folds."""
         assert self.pool is not None
         assert not isinstance(self.folds, str)
-        return [*_fit_heads(self.pool.plain, self.targets, self.folds)]
+        return [*fit_heads(self.pool.plain, self.targets, self.folds)]
 
     def of_class(self, rows: Numbers, targets: npt.NDArray[np.int64], names: list[str]) -> Pool:
         """Return some rows as a pool with other targets, to be told apart within them.
@@ -154,10 +154,10 @@ def out_of_fold_probs(
         targets: (N,) indices of C classes, each of which is outside every fold.
         folds: Pairs of rows to train on and to judge; each row is judged once.
     """
-    return _probs_of(_fit_heads(features, targets, folds), features, targets, folds)
+    return _probs_of(fit_heads(features, targets, folds), features, targets, folds)
 
 
-def _fit_heads(features: Any, targets: npt.NDArray[Any], folds: list[Pair]) -> Iterator[Any]:
+def fit_heads(features: Any, targets: npt.NDArray[Any], folds: list[Pair]) -> Iterator[Any]:
     """Yield a pipeline of a scaler and a logistic regression for each fold."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
