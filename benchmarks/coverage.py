@@ -4,10 +4,11 @@
     python benchmarks/coverage.py --sets 50 --out try      (a try)
 
 Test sets of 40, 200 and 1,000 images are drawn 2,000 times from a known truth; an interval holds if
-the truth lies in it. Without groups, rates and balanced accuracies are not drawn: the binomial
-distribution itself gives their coverage. The number of images is that behind the figure: for a
-recall of 0.95 "40 images" are 40 images of the class. A balanced accuracy and an area have half of
-the images in each of two classes; both recalls are the true one.
+the truth lies in it. Without groups only areas are drawn: of all others the binomial distribution
+itself gives the coverage. The number of images is that behind the figure: for a recall of 0.95 "40
+images" are 40 images of the class. A balanced accuracy, a predictive value and an area have half of
+the images in each of two classes; both recalls are the true one. Predictive values are those at a
+prevalence of 0.05.
 
 Patients have 1 to 5 images (all as likely; the last one is cut so that the number comes out).
 Rates: each patient has a rate of its own, beta distributed, so that two images of a patient are
@@ -44,11 +45,13 @@ from featcache.metrics.rates import (
     mean_rate_interval,
     rate_interval,
 )
+from featcache.metrics.thresholds import predictive_value_intervals, predictive_values
 
 SIZES = (40, 200, 1_000)
 RATES = (0.8, 0.9, 0.95, 0.98)
 AREAS = (0.8, 0.9, 0.97, 0.99)
 CORRELATIONS = (0.5, 0.9)
+PREVALENCE = 0.05
 LARGEST_PATIENT = 5
 SEED = 0
 
@@ -86,6 +89,32 @@ def enumerate_means() -> list[Cell]:
             ])  # fmt: skip
             both = np.array([chances[i] * chances[j] for i, j in pairs])
             cells.append(_weigh("balanced accuracy", size, rate, intervals, both))
+    return cells
+
+
+def enumerate_predictive_values() -> list[Cell]:
+    """Return the coverage of PPV and NPV without groups; nothing is drawn."""
+    cells = []
+    for place, name in enumerate(("ppv", "npv")):
+        for size in SIZES:
+            half = size // 2
+            of_class = [rate_interval(hits, half) for hits in range(half + 1)]
+            for rate in RATES:
+                truth = predictive_values(rate, rate, PREVALENCE)[place]
+                chances = stats.binom.pmf(np.arange(half + 1), half, rate)
+                likely = np.flatnonzero(chances > 1e-9).tolist()
+                found = [
+                    (predictive_value_intervals(
+                        i / half, j / half, (of_class[i], of_class[j]), PREVALENCE
+                    )[place], chances[i] * chances[j])
+                    for i in likely for j in likely
+                ]  # fmt: skip
+                pairs = [(interval, chance) for interval, chance in found if interval is not None]
+                both = np.array([chance for _, chance in pairs])
+                way, intervals = f"{name} at 0.05", np.array([interval for interval, _ in pairs])
+                assert truth is not None
+                cell = _weigh(way, size, truth, intervals, both / both.sum())
+                cells.append(cell | {"truth": rate})
     return cells
 
 
@@ -134,6 +163,25 @@ def grouped_mean(random: Random, size: int, rate: float, correlation: float) -> 
         rates.append(float(hits.mean()))
         intervals.append(grouped_rate_interval(hits, _names(patients)))
     return mean_rate_interval(rates, intervals)
+
+
+def grouped_predictive_value(
+    random: Random, size: int, rate: float, correlation: float, *, place: int
+) -> Interval:
+    """Return how far an interval of PPV or NPV lies from the truth; a patient has one class."""
+    rates, intervals = [], []
+    for _ in range(2):
+        patients = draw_patients(random, size // 2)
+        hits = draw_hits(random, patients, rate, correlation)
+        rates.append(float(hits.mean()))
+        intervals.append(grouped_rate_interval(hits, _names(patients)))
+    found = predictive_value_intervals(
+        rates[0], rates[1], (intervals[0], intervals[1]), PREVALENCE
+    )[place]
+    truth = predictive_values(rate, rate, PREVALENCE)[place]
+    assert found is not None
+    assert truth is not None
+    return found[0] - truth + rate, found[1] - truth + rate  # a cell is of the rate
 
 
 def area(random: Random, size: int, truth: float) -> Interval:
@@ -200,6 +248,14 @@ def measure(sets: int) -> list[Cell]:
             f"balanced accuracy, patients {c}", RATES, sets,
             lambda random, size, truth, c=c: grouped_mean(random, size, truth, c),
         )  # fmt: skip
+    cells += enumerate_predictive_values()
+    for place, name in enumerate(("ppv", "npv")):
+        for c in CORRELATIONS:
+            cells += draw(
+                f"{name} at 0.05, patients {c}", RATES, sets,
+                lambda random, size, truth, c=c, place=place:
+                    grouped_predictive_value(random, size, truth, c, place=place),
+            )  # fmt: skip
     cells += draw("roc auc", AREAS, sets, area)
     for c in CORRELATIONS:
         for mixed in (False, True):
