@@ -6,9 +6,9 @@
 Test sets of 40, 200 and 1,000 images are drawn 2,000 times from a known truth; an interval holds if
 the truth lies in it. Without groups only areas are drawn: of all others the binomial distribution
 itself gives the coverage. The number of images is that behind the figure: for a recall of 0.95 "40
-images" are 40 images of the class. A balanced accuracy, a predictive value and an area have half of
-the images in each of two classes; both recalls are the true one. Predictive values are those at a
-prevalence of 0.05.
+images" are 40 images of the class. A balanced accuracy, a PPV and an area have half of
+the images in each of two classes; both recalls are the true one. PPV is that at a prevalence of
+0.05; as both rates are alike, NPV's interval holds as often.
 
 Patients have 1 to 5 images (all as likely; the last one is cut so that the number comes out).
 Rates: each patient has a rate of its own, beta distributed, so that two images of a patient are
@@ -92,29 +92,25 @@ def enumerate_means() -> list[Cell]:
     return cells
 
 
-def enumerate_predictive_values() -> list[Cell]:
-    """Return the coverage of PPV and NPV without groups; nothing is drawn."""
+def enumerate_ppv() -> list[Cell]:
+    """Return the coverage of PPV without groups; nothing is drawn. Its columns are the rates."""
     cells = []
-    for place, name in enumerate(("ppv", "npv")):
-        for size in SIZES:
-            half = size // 2
-            of_class = [rate_interval(hits, half) for hits in range(half + 1)]
-            for rate in RATES:
-                truth = predictive_values(rate, rate, PREVALENCE)[place]
-                chances = stats.binom.pmf(np.arange(half + 1), half, rate)
-                likely = np.flatnonzero(chances > 1e-9).tolist()
-                found = [
-                    (predictive_value_intervals(
-                        i / half, j / half, (of_class[i], of_class[j]), PREVALENCE
-                    )[place], chances[i] * chances[j])
-                    for i in likely for j in likely
-                ]  # fmt: skip
-                pairs = [(interval, chance) for interval, chance in found if interval is not None]
-                both = np.array([chance for _, chance in pairs])
-                way, intervals = f"{name} at 0.05", np.array([interval for interval, _ in pairs])
-                assert truth is not None
-                cell = _weigh(way, size, truth, intervals, both / both.sum())
-                cells.append(cell | {"truth": rate})
+    for size in SIZES:
+        half = size // 2
+        of_class = [rate_interval(hits, half) for hits in range(half + 1)]
+        for rate in RATES:
+            chances = stats.binom.pmf(np.arange(half + 1), half, rate)
+            likely = np.flatnonzero(chances > 1e-9).tolist()
+            pairs = [(i, j) for i in likely for j in likely if i or j < half]  # else undefined
+            intervals = np.array([
+                predictive_value_intervals(
+                    i / half, j / half, (of_class[i], of_class[j]), PREVALENCE
+                )[0]
+                for i, j in pairs
+            ])  # fmt: skip
+            both = np.array([chances[i] * chances[j] for i, j in pairs])
+            truth = predictive_values(rate, rate, PREVALENCE)[0] or 0.0
+            cells.append(_weigh("ppv at 0.05", size, truth, intervals, both) | {"truth": rate})
     return cells
 
 
@@ -165,23 +161,18 @@ def grouped_mean(random: Random, size: int, rate: float, correlation: float) -> 
     return mean_rate_interval(rates, intervals)
 
 
-def grouped_predictive_value(
-    random: Random, size: int, rate: float, correlation: float, *, place: int
-) -> Interval:
-    """Return how far an interval of PPV or NPV lies from the truth; a patient has one class."""
-    rates, intervals = [], []
+def grouped_ppv(random: Random, size: int, rate: float, correlation: float) -> Interval:
+    """Return the interval of PPV of one drawn set, moved so that the truth is the rate."""
+    rates, intervals = [], list[Interval]()
     for _ in range(2):
         patients = draw_patients(random, size // 2)
         hits = draw_hits(random, patients, rate, correlation)
         rates.append(float(hits.mean()))
         intervals.append(grouped_rate_interval(hits, _names(patients)))
-    found = predictive_value_intervals(
-        rates[0], rates[1], (intervals[0], intervals[1]), PREVALENCE
-    )[place]
-    truth = predictive_values(rate, rate, PREVALENCE)[place]
-    assert found is not None
-    assert truth is not None
-    return found[0] - truth + rate, found[1] - truth + rate  # a cell is of the rate
+    pair = intervals[0], intervals[1]
+    low, high = predictive_value_intervals(rates[0], rates[1], pair, PREVALENCE)[0] or (0.0, 1.0)
+    moved = rate - (predictive_values(rate, rate, PREVALENCE)[0] or 0.0)
+    return low + moved, high + moved
 
 
 def area(random: Random, size: int, truth: float) -> Interval:
@@ -248,14 +239,12 @@ def measure(sets: int) -> list[Cell]:
             f"balanced accuracy, patients {c}", RATES, sets,
             lambda random, size, truth, c=c: grouped_mean(random, size, truth, c),
         )  # fmt: skip
-    cells += enumerate_predictive_values()
-    for place, name in enumerate(("ppv", "npv")):
-        for c in CORRELATIONS:
-            cells += draw(
-                f"{name} at 0.05, patients {c}", RATES, sets,
-                lambda random, size, truth, c=c, place=place:
-                    grouped_predictive_value(random, size, truth, c, place=place),
-            )  # fmt: skip
+    cells += enumerate_ppv()
+    for c in CORRELATIONS:
+        cells += draw(
+            f"ppv at 0.05, patients {c}", RATES, sets,
+            lambda random, size, truth, c=c: grouped_ppv(random, size, truth, c),
+        )  # fmt: skip
     cells += draw("roc auc", AREAS, sets, area)
     for c in CORRELATIONS:
         for mixed in (False, True):
