@@ -141,10 +141,10 @@ def scan(
     samples = _spread(dataset.samples, limit)
     if pattern is None:
         return replace(dataset, samples=samples)
-    grouped = dict.fromkeys((dataset.class_of(s) or "unlabelled" for s in samples), 0)
+    of_class = dict.fromkeys((dataset.class_of(s) or "unlabelled" for s in samples), 0)
     for sample in samples:
-        grouped[dataset.class_of(sample) or "unlabelled"] += groups[sample.path] is not None
-    return replace(dataset, samples=samples, grouped=grouped)
+        of_class[dataset.class_of(sample) or "unlabelled"] += groups[sample.path] is not None
+    return replace(dataset, samples=samples, grouped=of_class)
 
 
 def list_images(
