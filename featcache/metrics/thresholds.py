@@ -24,8 +24,9 @@ STABLE_GAP = 0.05
 """Two neighbouring scores are wide enough apart if their log-odds differ by so much.
 
 Another engine may change features by 1e-4 (relative L2, the bound of fp32). Such noise moved the
-log-odds of 284 X-rays by up to 0.0135 (five heads, 20 seeds each). Half this gap is 0.025, so no
-row changes sides. That is not so for noise made on purpose (0.15), nor for tf32, fp16 and bf16.
+log-odds of 284 X-rays by up to 0.0135 (five heads, 20 seeds each; measured once, script not kept).
+Half this gap is 0.025, so no row changes sides. That is not so for noise made on purpose (0.15),
+nor for tf32, fp16 and bf16.
 """
 MAX_THRESHOLD = math.nextafter(1, 2)  # above every probability: nothing is called positive
 
