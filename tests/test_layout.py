@@ -31,6 +31,7 @@ OWNERS = {
         "pixels/unsupported.py",
         "pixels/resampling.py",
         "deployment/golden.py",
+        "deployment/occlusion.py",
         "deployment/predict_script.py",  # which is copied out of the package
         "reporting/pictures.py",
         "cli/demo.py",
