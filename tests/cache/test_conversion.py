@@ -172,6 +172,16 @@ def test_files_of_others_need_a_backbone_and_little_else(tmp_path: Path) -> None
     assert split.targets.tolist() == [0, -1]
 
 
+def test_a_name_is_added_to_an_identity_without_one(tmp_path: Path) -> None:
+    cache = small(tmp_path / "c.h5", identity={"weights": "mine", "backbone": "b7"})
+    convert(cache.path, tmp_path / "c.csv", say=quiet)
+    text = (tmp_path / "c.csv").read_text("utf-8")
+    (tmp_path / "c.csv").write_text(text.replace('""backbone"":""b7"",', ""), "utf-8")
+    convert(tmp_path / "c.csv", tmp_path / "again.h5", backbone_name="b8", say=quiet)
+    identity = open_cache(tmp_path / "again.h5").identity
+    assert (identity["backbone"], identity["weights"]) == ("b8", "mine")
+
+
 def test_a_changed_file_is_said_to_be_changed(tmp_path: Path) -> None:
     small(tmp_path / "c.h5")
     convert(tmp_path / "c.h5", tmp_path / "c.csv", say=quiet)
