@@ -50,7 +50,7 @@ from featcache.untrusted import why_no_file
 STATED = "stated, not verified"
 """In ``provenance["identity"]`` of a cache whose features came from another file."""
 
-_BLOCK_ROWS = 4096
+_BLOCK_ROWS = 1024
 _TABLE = Kind("file of rows", "a new file in an existing folder", needs_folder=True)
 
 
