@@ -44,7 +44,7 @@ OWNERS = {
     "isal": {"pixels/png.py"},
     "numba": {"compiling.py"},
     "threadpoolctl": {"heads/compiled/team.py"},
-    "matplotlib": {"evaluation/figures.py"},
+    "matplotlib": {"evaluation/figures.py", "evaluation/curve_figures.py"},
     "tqdm": {"progress.py"},
     "onnxruntime": {"backbones/forward.py"},
     "torchvision": {"backbones/libraries.py"},

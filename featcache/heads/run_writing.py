@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _OWN_FILES = re.compile(
     r"(run|environment|sweep|decision)\.json|head\.safetensors|rows\.bin|(history|trials)\.csv"
-    r"|evaluation(/[a-z]+(\.json|_confusion\.(png|csv)))?"
+    r"|loss_curves\.png|evaluation(/[a-z]+(\.json|_confusion\.csv|_[a-z]+\.png))?"
 )
 """What verbs write into a run. Other files in it are the user's: such a run is not replaced."""
 
