@@ -62,7 +62,7 @@ class _Plot:
     """
 
     def __init__(
-        self, figure: Figure, bottom: float, height: float, across: Sequence[float] = (0, 1),
+        self, figure: Figure, bottom: float, height: float, *, across: Sequence[float] = (0, 1),
         up: Sequence[float] = (0, 1), is_log: tuple[bool, bool] = (False, False),
     ) -> None:  # fmt: skip
         self._figure, self._bottom, self._height, self._is_log = figure, bottom, height, is_log
@@ -90,7 +90,9 @@ class _Plot:
         ys = np.stack([lows, highs, gap], axis=1).ravel()
         self.line(np.repeat(xs, 3), ys, color, **style)
 
-    def text(self, x: float, y: float, text: str, inches: tuple[float, float] = (0, 0), **style: Any) -> None:  # fmt: skip
+    def text(
+        self, x: float, y: float, text: str, inches: tuple[float, float] = (0, 0), **style: Any
+    ) -> None:
         """Write text at a point, moved by inches."""
         right, top = inches[0] / _WIDTH, inches[1] / self._figure.get_figheight()
         x, y = float(self._place([x], 0)[0]) + right, float(self._place([y], 1)[0]) + top
@@ -107,8 +109,9 @@ class _Plot:
         )
         at = [x for x, _ in across]
         self.segments(at, [low] * len(at), [high] * len(at), "#e7ebee", linewidth=0.7)
+        ys = np.repeat([y for y, _ in up], 3)
+        self.line([left, right, np.nan] * len(up), ys, "#e7ebee", linewidth=0.7)
         for y, text in up:
-            self.line([left, right], [y, y], "#e7ebee", linewidth=0.7)
             self.text(left, y, text, (-0.06, 0), ha="right", va="center_baseline")
         for x, text in across if has_numbers else ():
             self.text(x, low, text, (0, -0.06), ha="center", va="top")
@@ -167,7 +170,7 @@ def draw_roc(curves: Sequence[RocCurve], where: str, num_samples: int, num_class
     if len(curves) == 1:
         title = f"ROC of {_short(curves[0].name)}: AUC {_area(curves[0], '95 %: ')}"
     where += f", {count(num_samples, 'image')}"
-    if 1 < len(curves):
+    if len(curves) > 1:
         where += "; in brackets: 95 % intervals"
     if 1 < len(curves) < num_classes:
         where += f"; of {num_classes - len(curves):,} classes undefined"
@@ -245,7 +248,7 @@ def draw_losses(histories: Sequence[History], name: str) -> bytes | None:
     values = [value for h in shown for column in names for value in h.columns[column]]
     across, steps, is_path = _scale_steps([at for h in shown for at in h.steps], step)
     up, losses, is_log = _scale_losses(values)
-    plot = _Plot(figure, bottom, 2.6, across, up, (is_path, is_log))
+    plot = _Plot(figure, bottom, 2.6, across=across, up=up, is_log=(is_path, is_log))
     plot.frame(steps, losses, ("strength of the penalty" if is_path else step, "loss"))
     style = {"linewidth": 0.7, "alpha": 0.7} if is_many else {}
     for column, (its_color, dashes) in styles:

@@ -6,12 +6,12 @@ Reads: a run, a cache. Writes: ``RUN/evaluation/``, ``RUN/loss_curves.png``, and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from featcache.cache.side_by_side import Caches, list_caches
-from featcache.errors import ConfigError, RunError, printable
+from featcache.errors import ConfigError, printable
 from featcache.evaluation.comparison import OtherRun, comparison_lines
 from featcache.evaluation.decided_rows import measure_decisions
 from featcache.evaluation.decision_file import load_decisions
@@ -21,16 +21,15 @@ from featcache.evaluation.lines import evaluation_lines
 from featcache.evaluation.predicted_rows import CSV, labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_seen
 from featcache.evaluation.subgroups import Column, subgroup_lines
-from featcache.files import read_regular, readable_json, result_as_dict
-from featcache.formatting import brief_repr, decimal, join_few
-from featcache.heads.run import Run, cache_paths, load_run
+from featcache.files import readable_json, result_as_dict
+from featcache.formatting import brief_repr, join_few
+from featcache.heads.run import cache_paths, load_run
 from featcache.heads.run_caches import is_own as is_own_cache
 from featcache.heads.run_caches import open_other_caches, open_own_caches
 from featcache.metrics.calibration import measure_calibration
 from featcache.metrics.scores import MAX_MATRIX_CLASSES, compute_metrics
-from featcache.outputs import Kind, Output, write_outputs
+from featcache.outputs import Output, write_outputs
 from featcache.runtime import Say, log_line
-from featcache.untrusted import parse_json_object
 
 
 @dataclass(frozen=True)
@@ -260,8 +259,9 @@ def evaluate(
         say(line)
     if figures is not None:
         figures.write(
-            readable_json(result.as_dict()).encode(), result.accuracy, rows, confusions, decisions,
-            positive, files, say, has_cells=in_file,
+            readable_json(result.as_dict()).encode(), rows, accuracy=result.accuracy,
+            confusions=confusions, decisions=decisions, positive=positive, has_cells=in_file,
+            others=files, say=say,
         )  # fmt: skip
     else:
         if files:

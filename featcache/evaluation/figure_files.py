@@ -102,22 +102,22 @@ class FigureFiles:
             output.check()
 
     def write(
-        self, facts: bytes, accuracy: float, rows: PredictedRows,
+        self, facts: bytes, rows: PredictedRows, *, accuracy: float,
         confusions: Sequence[Confusion] | None, decisions: Decisions | None, positive: str | None,
-        others: Mapping[Output, bytes], say: Say, *, has_cells: bool,
+        has_cells: bool, others: Mapping[Output, bytes], say: Say,
     ) -> None:  # fmt: skip
         """Write what an evaluation found, and the picture of the losses if there is none.
 
         Args:
             facts: ``SPLIT.json``.
-            accuracy: For a title.
             rows: What was measured.
+            accuracy: For a title.
             confusions: None with several labels.
             decisions: The thresholds of the run, or None.
             positive: The class that is looked for, or None.
+            has_cells: Whether the confusion matrix is also kept as a CSV.
             others: Further files, written with these or not at all.
             say: Receives a line for people.
-            has_cells: Whether the confusion matrix is also kept as a CSV.
         """
         run = self._run
         name = f"{run.path.resolve().name} on {self._split}"

@@ -101,7 +101,7 @@ def area_interval(rows: PredictedRows, index: int) -> Interval | None:
 def class_answers(
     rows: PredictedRows, index: int
 ) -> tuple[_Mask, npt.NDArray[np.float64], list[str]]:
-    """Return which rows are of a class, its probabilities, and the groups; unknown ones left out."""
+    """Return which rows are of a class, its probabilities and the groups, of known rows."""
     if not rows.has_labels:
         return rows.targets == index, rows.probs[:, index], rows.groups
     known = np.flatnonzero(~np.isnan(rows.targets[:, index]))
