@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from featcache.errors import printable
 from featcache.evaluation.curves import MAX_NAMED, Reliability, RocCurve
-from featcache.evaluation.figures import DPI, FAINT, INK, LONGEST_NAME, PALE, as_png
+from featcache.evaluation.figures import DPI, FAINT, INK, PALE, as_png
 from featcache.evaluation.history import History
 from featcache.formatting import count, decimal, shorten
 
@@ -31,7 +31,7 @@ assert len(_STYLES) == MAX_NAMED
 
 _WIDTH, _LEFT, _SIDE, _TOP = 4.8, 0.72, 3.75, 0.72  # inches
 _MARGIN, _BOTTOM, _LINE = 0.14, 0.62, 0.2  # beside the titles, of a label, of a legend's line
-_TITLE, _SUBTITLE, _KEYED = 60, 80, 18  # characters
+_MAX_NAME, _MAX_PLACE = 18, 30  # characters
 _DOTS = (0, (1, 3))
 _SHARES = [(tick / 5, f"{tick / 5:g}") for tick in range(6)]
 _MAX_HEADS = 30
@@ -145,7 +145,7 @@ def draw_roc(curves: Sequence[RocCurve], where: str, num_samples: int, num_class
     named, others = [c for c in curves if c.interval], [c for c in curves if not c.interval]
     keys = list[_Key]()
     for curve, (color, dashes) in zip(named, _STYLES, strict=False):
-        text = f"{_short(curve.name, _KEYED)}, {count(curve.num_yes, 'image')}"
+        text = f"{_short(curve.name)}, {count(curve.num_yes, 'image')}"
         text += f", AUC {_area(curve)}" if len(curves) > 1 else ""
         keys.append(_Key(text, color, dashes))
         if curve.chosen is not None:
@@ -155,6 +155,9 @@ def draw_roc(curves: Sequence[RocCurve], where: str, num_samples: int, num_class
     if others:
         text = f"{count(len(others), 'class', 'classes')} with larger areas"
         keys.append(_Key(text, PALE, "-", width=0.8))
+    if 1 < len(curves) < num_classes:
+        missing = count(num_classes - len(curves), "class", "classes")
+        keys.append(_Key(f"{missing} without images, or with all of them", PALE))
     figure, bottom = _figure(keys, _SIDE)
     plot = _Plot(figure, bottom, _SIDE)
     plot.frame(_SHARES, _SHARES, ("false alarms (1 - specificity)", "recall (sensitivity)"))
@@ -169,12 +172,9 @@ def draw_roc(curves: Sequence[RocCurve], where: str, num_samples: int, num_class
     title = f"ROC, each class against the rest: mean AUC {mean}"
     if len(curves) == 1:
         title = f"ROC of {_short(curves[0].name)}: AUC {_area(curves[0], '95 %: ')}"
-    where += f", {count(num_samples, 'image')}"
-    if len(curves) > 1:
-        where += "; in brackets: 95 % intervals"
-    if 1 < len(curves) < num_classes:
-        where += f"; of {num_classes - len(curves):,} classes undefined"
-    return _finish(figure, title, where, keys)
+    subtitle = f"{_short(where, _MAX_PLACE)}, {count(num_samples, 'image')}"
+    subtitle += "; in brackets: 95 %" if len(curves) > 1 else ""
+    return _finish(figure, title, subtitle, keys)
 
 
 def draw_reliability(facts: Reliability, where: str, task: str) -> bytes:
@@ -219,7 +219,8 @@ def draw_reliability(facts: Reliability, where: str, task: str) -> bytes:
         bars.text(middle, height, _brief(point.num_samples), (0, 0.03), fontsize=7, ha="center",
                   va="bottom")  # fmt: skip
     title = f"Reliability{noun}: calibration error {decimal(facts.error)}"
-    return _finish(figure, title, f"{where}, {count(facts.num_samples, unit)}", keys)
+    subtitle = f"{_short(where, _MAX_PLACE)}, {count(facts.num_samples, unit)}"
+    return _finish(figure, title, subtitle, keys)
 
 
 def draw_losses(histories: Sequence[History], name: str) -> bytes | None:
@@ -259,11 +260,8 @@ def draw_losses(histories: Sequence[History], name: str) -> bytes | None:
         plot.mark(*at, color, size=4 if is_many else 7.5)
     num_steps = max(len(history.steps) for history in shown)
     heads = f", {count(len(histories), 'head')}" if len(histories) > 1 else ""
-    where = f"{name}{heads}, {num_steps:,} {step if num_steps == 1 else _PLURALS[step]}"
-    return _finish(figure, "Losses of the training", where, keys)
-
-
-_PLURALS = {"epoch": "epochs", "strength": "strengths"}
+    subtitle = f"{_short(name, _MAX_PLACE)}{heads}, {count(num_steps, step)}"
+    return _finish(figure, "Losses of the training", subtitle, keys)
 
 
 def _scale_losses(values: Sequence[float]) -> tuple[tuple[float, float], list[_Tick], bool]:
@@ -311,9 +309,8 @@ def _finish(figure: Figure, title: str, subtitle: str, keys: Sequence[_Key]) -> 
     from matplotlib.lines import Line2D
 
     height, left = figure.get_figheight(), _MARGIN / _WIDTH
-    figure.text(left, 1 - 0.27 / height, shorten(title, _TITLE), fontsize=10.5, color=INK)
-    text = shorten(printable(subtitle), _SUBTITLE)
-    figure.text(left, 1 - 0.48 / height, text, fontsize=8.5, color=FAINT)
+    figure.text(left, 1 - 0.27 / height, title, fontsize=10.5, color=INK)
+    figure.text(left, 1 - 0.48 / height, subtitle, fontsize=8.5, color=FAINT)
     for number, key in enumerate(reversed(keys)):
         up = (0.15 + number * _LINE) / height
         at = [x / _WIDTH for x in (_MARGIN, _MARGIN + 0.2, _MARGIN + 0.4)]
@@ -326,7 +323,7 @@ def _finish(figure: Figure, title: str, subtitle: str, keys: Sequence[_Key]) -> 
     return as_png(figure)
 
 
-def _short(name: str, longest: int = LONGEST_NAME) -> str:
+def _short(name: str, longest: int = _MAX_NAME) -> str:
     return shorten(printable(name), longest)
 
 

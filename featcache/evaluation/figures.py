@@ -16,7 +16,7 @@ from featcache.formatting import percent, shorten
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONGEST_NAME, DPI = 22, 144
+_LONGEST_NAME, DPI = 22, 144
 INK, FAINT, PALE = "#1b2733", "#5f6b76", "#9aa5af"
 
 _MAX_CELLS = 40  # classes; of more the picture has shades alone, and names the worst confusions
@@ -37,7 +37,7 @@ def draw_confusion(confusion: npt.NDArray[Any], classes: Sequence[str], title: s
         title: One line above the picture.
     """
     confusion = np.asarray(confusion)
-    names = [shorten(printable(name), LONGEST_NAME) for name in classes]
+    names = [shorten(printable(name), _LONGEST_NAME) for name in classes]
     draw = _draw_cells if len(names) <= _MAX_CELLS else _draw_shades
     figure = draw(confusion, names)
     figure.suptitle(shorten(printable(title), 60), fontsize=11, color=INK)
