@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sample_crossval import LBFGS, crossval_small, grouped_cache
+from sample_crossval import LBFGS, crossval_small
+from sample_rows import make_cache, rows_of
 from sklearn import metrics
 
 import featcache
-from featcache.errors import FeatcacheWarning, RunError
+from featcache.errors import RunError
 from featcache.evaluation.curve_figures import draw_losses, draw_reliability, draw_roc
 from featcache.evaluation.curves import measure_reliability, roc_curves
 from featcache.evaluation.decision_file import Decisions
@@ -129,14 +130,16 @@ def test_lines_differ_in_grey_and_the_same_rows_give_the_same_bytes() -> None:
     png = draw_roc(curves, "run", 120, 6)
     assert png == draw_roc(curves, "run", 120, 6)
     grey = pixels_of(png)[-190:, 20:76] @ [0.299, 0.587, 0.114]
-    patterns = {tuple((row < 235).tolist()) + (round(row.min() / 40),) for row in grey}
+    patterns = {(*(row < 235).tolist(), round(row.min() / 40)) for row in grey}
     assert len(patterns) >= 6  # dashes and lightness
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
-    grouped_cache(folder / "c.h5")
+    sizes = {"train": 60, "valid": 24, "test": 12}
+    rows = {name: rows_of(name, np.arange(n) % 2, width=16) for name, n in sizes.items()}
+    make_cache(folder / "c.h5", **rows)
     featcache.train(folder / "c.h5", folder / "r", hidden=(4,), epochs=3, device="cpu")
     return folder
 
@@ -196,9 +199,8 @@ def test_rows_of_one_class_have_no_curve() -> None:
 
 
 def test_heads_of_an_ensemble_and_of_a_linear_probe_are_drawn(work: Path) -> None:
-    with pytest.warns(FeatcacheWarning):
-        crossval_small(work, "f", folds=2, keep_ensemble=True, overwrite=True)
-        crossval_small(work, "g", folds=2, keep_ensemble=True, overwrite=True, **LBFGS)
+    crossval_small(work, "f", folds=2, keep_ensemble=True)
+    crossval_small(work, "g", folds=2, keep_ensemble=True, **LBFGS)
     for name, step in (("f", "epoch"), ("g", "strength")):
         histories = read_histories(load_run(work / name / "ensemble"))
         assert [history.member["fold"] for history in histories] == [1, 2]
