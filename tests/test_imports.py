@@ -18,7 +18,8 @@ from featcache.backbones.backbone import Backbone
 PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 VERBS = ("demo", "split", "extract", "select", "info", "verify", "train", "sweep")
-VERBS += ("audit", "crossval", "decide", "evaluate", "predict", "export")
+VERBS += ("audit", "crossval", "decide", "evaluate", "predict", "explain", "report", "export")
+VERBS += ("convert", "neighbours")
 HEAVY = {"torch", "sklearn", "scipy", "matplotlib", "numba"}
 SLOW = {"torch", "numpy", "h5py", "PIL", "sklearn", "matplotlib", "scipy", "numba"}
 
@@ -56,9 +57,12 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> P
         ("train c.h5 run2 --epochs 1", set()),
         ("train c.h5 run3 --hidden none --optimizer lbfgs", set()),
         ("predict run --cache c.h5", set()),
+        ("convert c.h5 rows.npz", set()),
+        ("neighbours c.h5 train/covid/trc000_0.jpg", set()),
         ("evaluate run", {"matplotlib"}),
         ("evaluate run --split nonsense", set()),
         ("export run out.txt", {"torch"}),
+        ("report run", set()),
         ("decide run --positive covid --recall 0.9", {"scipy"}),  # last: the others then use it
     ],
 )
@@ -98,9 +102,12 @@ def test_only_the_command_line_prints(module: str) -> None:
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     # verbose=True: scikit-learn's estimators print
     assert calls.count("print") == (module == "heads/estimator.py")
-    # The next two answer as child processes; outputs flushes it before --csv /dev/stdout.
+    # The next two answer as child processes; outputs flushes it before --csv /dev/stdout;
+    # predict_script is a command line of its own, copied out of the package.
     if module not in {
         "cli/main.py", "cli/ending.py", "cache/hdf5.py", "pixels/isolation.py", "outputs.py",
+            "cache/conversion_reading.py",
+        "deployment/predict_script.py",
     }:  # fmt: skip
         assert "sys.stdout" not in ast.unparse(tree)
 

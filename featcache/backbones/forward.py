@@ -16,7 +16,7 @@ import copy
 import io
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,16 +136,11 @@ def onnx_forward(backbone: Backbone, rows: int) -> Forward:
         NotUsableError: If the network cannot be exported, or ONNX Runtime is not installed.
     """
     try:
-        import onnxruntime as ort
-
-        model = _FromPixels(backbone, _copy_network(backbone, folded=True)).eval()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors only, which are raised as well
-        session = ort.InferenceSession(
-            _export(model, (rows, backbone.image_size, backbone.image_size, 3)), options,
-            providers=["CPUExecutionProvider"],
+        model = export_onnx(
+            folded_from_pixels(backbone), [(rows, backbone.image_size, backbone.image_size, 3)],
+            ["pixels"], ["features"],
         )  # fmt: skip
+        session = onnx_session(model, num_threads=1)
     except Exception as error:  # the exporter may raise anything
         raise NotUsableError(_reason(error)) from error
 
@@ -157,17 +152,49 @@ def onnx_forward(backbone: Backbone, rows: int) -> Forward:
     return forward
 
 
-def _export(model: nn.Module, shape: tuple[int, ...]) -> bytes:
-    """Return the model as ONNX, for one input shape.
+def folded_from_pixels(backbone: Backbone) -> nn.Module:
+    """Return (B, S, S, 3) uint8 to features (B, D): normalization and the folded network.
+
+    Raises:
+        NotUsableError: If the network cannot be copied or folded.
+    """
+    return _FromPixels(backbone, _copy_network(backbone, folded=True)).eval()
+
+
+def onnx_session(model: bytes | str, num_threads: int) -> Any:
+    """Return an ``onnxruntime.InferenceSession`` on the CPU of a model, or of its file."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only, which are raised as well
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def export_onnx(
+    model: nn.Module, shapes: Sequence[tuple[int, ...]], inputs: Sequence[str],
+    outputs: Sequence[str], *, any_batch: bool = False,
+) -> bytes:  # fmt: skip
+    """Return a model of uint8 inputs as ONNX.
 
     The tracing exporter takes 0.9 s for B0; the newer one takes 6 s and needs two more packages.
+
+    Args:
+        model: The module, in eval mode.
+        shapes: Of each input.
+        inputs: Their names.
+        outputs: Names of the outputs.
+        any_batch: The first dimension of all may be any number, else it is that of the shapes.
     """
     buffer: Any = io.BytesIO()
+    batches = tuple(torch.zeros(shape, dtype=torch.uint8) for shape in shapes)
+    axes = {name: {0: "batch"} for name in (*inputs, *outputs)} if any_batch else None
     with warnings.catch_warnings(), torch.inference_mode(), exact_fp32(), _no_onnx_log():
         warnings.simplefilter("ignore")  # its deprecation, and Python values in traces
         torch.onnx.export(
-            model, (torch.zeros(shape, dtype=torch.uint8),), buffer, dynamo=False,
-            opset_version=_OPSET, input_names=["pixels"], output_names=["features"],
+            model, batches, buffer, dynamo=False, opset_version=_OPSET, input_names=[*inputs],
+            output_names=[*outputs], dynamic_axes=axes,
         )  # fmt: skip
     return bytes(buffer.getvalue())
 

@@ -2,7 +2,7 @@
 
 libhdf5 makes only the skeleton, in memory (3.5 KB for 100,000 rows). Plain Python writes the arrays
 to their offsets, so that a full disk is an ``OSError``: libhdf5 crashed the interpreter in 29 of 32
-such runs. This is the only module that imports h5py.
+such runs. Of caches, this is the only module that imports h5py.
 """
 
 from __future__ import annotations

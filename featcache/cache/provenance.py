@@ -347,7 +347,8 @@ def join_provenances(caches: Sequence[Cache]) -> dict[str, Any]:
         joined |= engine  # else rows were made by different engines or batch shapes
     else:
         joined["engine"] = ", ".join(sorted({str(p.get("engine", "unknown")) for p in made}))
-    joined |= next(({"lost": p["lost"]} for p in made if "lost" in p), {})
+    for key in ("lost", "identity"):  # that a converted file stated its identity, of any of them
+        joined |= next(({key: p[key]} for p in made if key in p), {})
     return with_parities(joined, _join_parities(caches))
 
 

@@ -179,7 +179,7 @@ def write_cache(
     given = {split: _as_targets(select_split(targets, split)) for split in by_split}
     names = _class_names(given, classes)
     rows = {
-        split: _check_new_rows(
+        split: check_new_rows(
             split, np.asarray(array), _number_targets(split, given[split], names),
             select_split(paths, split), groups=select_split(groups, split), num_classes=len(names),
         )
@@ -268,7 +268,7 @@ def _number_targets(
     return np.array([numbers[value] for value in targets], np.int64)
 
 
-def _check_new_rows(
+def check_new_rows(
     split: str, features: npt.NDArray[Any], targets: npt.NDArray[Any], paths: Any, *,
     groups: Any, num_classes: int,
 ) -> SplitRows:  # fmt: skip

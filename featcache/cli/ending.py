@@ -34,6 +34,9 @@ _HELD_SECONDS = 9.0  # where extract finishes the batch in hand and writes its s
 _OUTPUTS = {
     "split": "destination", "extract": "cache", "select": "new", "verify": "cache", "train": "run",
     "sweep": "run", "crossval": "folder", "audit": "csv", "predict": "csv", "export": "file",
+    "explain": "out",
+    "report": "file",
+    "convert": "output",
 }  # fmt: skip
 """The option or argument that names what a command makes.
 
@@ -78,7 +81,7 @@ class Command:
             return "the decision in the run is the old one or the new one, whole; " + again
         if self._verb == "evaluate":
             return "some figures may be written and others not; the same command writes them all"
-        if self._verb == "info" or self._options.get("dry_run"):
+        if self._verb in {"info", "neighbours"} or self._options.get("dry_run"):
             return f"nothing was changed; {again}"
         if self._verb == "verify":
             assert output is not None

@@ -21,7 +21,7 @@ from featcache.cli.options import (
     print_facts,
     printing,
 )
-from featcache.errors import DataError, printable
+from featcache.errors import DataError
 
 
 @click.command()
@@ -162,27 +162,31 @@ def predict(
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path())  # as text: a slash at its end means a folder
 @TRUST_EACH
 @WEIGHTS_EACH
+@click.option(
+    "--data", type=click.Path(path_type=Path),
+    help="The images of RUN's cache: ONNX is compared on those nearest the threshold too.",
+)  # fmt: skip
+@click.option(
+    "--golden", type=click.Path(path_type=Path), metavar="DIR",
+    help="Real images for the self-test of FOLDER/, which then holds them for anyone to see.",
+)  # fmt: skip
 @printing
-def export(run: Path, file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Write backbone and head in RUN as one state dict to FILE (.pt), and FILE.json beside it.
+def export(run: Path, file: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write backbone and head in RUN as one network to FILE.pt, FILE.onnx or FOLDER/.
 
     \b
-    Example: featcache export run covid.pt
+    Example: featcache export run covid.pt       a torch state dict, and covid.pt.json beside it
+             featcache export run covid.onnx     uint8 pixels in; probabilities, decision out
+             featcache export run deliver/       predict.py, model.onnx, self-test, model card
 
-    Of a RUN of several caches: all backbones and the head, as backbones.0, backbones.1, head.
+    ONNX is compared with RUN before it is kept. Of a RUN of several caches FILE.pt has all
+    backbones and the head, as backbones.0, backbones.1, head; ONNX an input for each.
     """
+    from featcache.cli.wording import export_lines
     from featcache.deployment.export import export as export_run
 
     summary = export_run(run, file, **options)
-    lines = [
-        f"{printable(file)}: {summary.backbone} with its head, sha256 {summary.sha256[:16]}...",
-        f"{printable(file)}.json: classes and preprocessing"
-        + (", and the threshold" if summary.decision else ""),
-    ]
-    print_facts(summary.as_dict(), lines, as_json, quiet)
-
-
-# ----------------------------------------------------------------------------- errors, exit codes
+    print_facts(summary.as_dict(), export_lines(summary), as_json, quiet)

@@ -20,6 +20,8 @@ from featcache.formatting import (
 )
 
 if TYPE_CHECKING:
+    from featcache.deployment.delivery import DeliverySummary
+    from featcache.deployment.export import ExportSummary
     from featcache.deployment.predictions import Predictions
     from featcache.extraction.reports import Projection
 
@@ -50,6 +52,39 @@ def projection_lines(projection: Projection) -> Iterator[str]:
     )
     size, working = in_bytes(projection.cache_bytes), in_bytes(projection.working_bytes)
     yield f"disk: {size} for the cache, {working} while working"
+
+
+def export_lines(summary: ExportSummary | DeliverySummary) -> Iterator[str]:
+    """Yield what ``featcache export`` wrote."""
+    name = printable(summary.path)
+    if hasattr(summary, "backbone"):
+        yield f"{name}: {summary.backbone} with its head, sha256 {summary.sha256[:16]}..."
+        thresholds = ", and the threshold" if summary.decision else ""
+        yield f"{name}.json: classes and preprocessing{thresholds}"
+        return
+    backbones = " + ".join(printable(each["backbone"]) for each in summary.inputs)
+    model = f"{name}/model.onnx" if summary.files else name
+    yield f"{model}: {backbones} with its head, sha256 {summary.sha256[:16]}..."
+    parity = summary.parity
+    compared = f"{parity['num_phantoms']} drawn images at batches of " + ", ".join(
+        map(str, parity["batches"])
+    )
+    if parity["num_rows"]:
+        compared += f", and {count(parity['num_rows'], 'image')} nearest the threshold"
+    yield (
+        f"compared with the run: {compared}: features within {parity['largest_error']:.1e} (bound "
+        f"{parity['bound']:.1e}), {count(parity['num_changed'], 'other decision')}, "
+        f"{count(parity['num_within_bound'], 'image')} within the bound of the threshold"
+    )
+    if parity["num_unread"]:
+        yield f"{count(parity['num_unread'], 'image')} of these rows not at hand, or not readable"
+    if summary.files:
+        yield f"{name}/predict.py: self-test passed on {count(summary.num_golden, 'image')}"
+        open_items = summary.num_items - summary.num_answered
+        yield (
+            f"{name}/README.md: {summary.num_answered} of {summary.num_items} items answered from "
+            f"the files, {open_items} TO FILL"
+        )
 
 
 def facts_lines(facts: dict[str, Any]) -> Iterator[str]:

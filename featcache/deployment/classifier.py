@@ -41,6 +41,7 @@ from featcache.runtime import exact_fp32, resolve_device
 from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
+    from featcache.deployment.delivery import DeliverySummary
     from featcache.deployment.export import ExportSummary
 
 _IMAGES_AT_ONCE = 64  # of those in memory: 10 MB of pixels at 224 x 224
@@ -90,7 +91,8 @@ class Classifier:
         return load_head(self.run)
 
     @cached_property
-    def _novelty(self) -> Novelty | None:
+    def novelty(self) -> Novelty | None:
+        """What tells whether an image is unlike any training image; None where nothing does."""
         return Novelty.of(self.run)
 
     def predict(
@@ -128,7 +130,7 @@ class Classifier:
         pairs = list(zip(names, rows, strict=True))
         failures = tuple((name, row) for name, row in pairs if isinstance(row, str))
         good = [(name, row) for name, row in pairs if not isinstance(row, str)]
-        features, novelty = self._stack([row for _, row in good]), self._novelty
+        features, novelty = self._stack([row for _, row in good]), self.novelty
         return Predictions(
             classes=self.run.classes,
             paths=tuple(name for name, _ in good),
@@ -208,7 +210,7 @@ class Classifier:
             pixels = np.empty((len(inputs.images), *[backbone.image_size] * 2, 3), np.uint8)
             for slot, image in zip(pixels, inputs.images, strict=True):
                 data = inputs.dataset.read(image) if isinstance(image, Sample) else image
-                fitted = _fit(data, recipe)
+                fitted = fit_image(data, recipe)
                 slot[:] = fitted[:, :, None] if fitted.ndim == 2 else fitted
             mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
             scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
@@ -241,7 +243,7 @@ class Classifier:
                 recipe = self.recipes[number]
                 refuse_dark_colour(recipe, dataset, self.run.path)
                 probes = partial(decode_probes, dataset, dataset.samples, recipe.rules)
-                engine = self._choose_engine(number, len(dataset.samples), probes)
+                engine = self.choose_engine(number, len(dataset.samples), probes)
                 lanes.append(Lane(recipe, engine))
             for batch in stream_features(dataset, dataset.samples, lanes):
                 for number, of_lane in zip(numbers, batch.features, strict=True):
@@ -271,15 +273,15 @@ class Classifier:
         fitted: list[npt.NDArray[np.uint8] | str] = []
         for image in images:
             try:
-                fitted.append(_fit(image, self.recipes[number]))
+                fitted.append(fit_image(image, self.recipes[number]))
             except DataError as error:
                 fitted.append(str(error.found))
         pixels = [image for image in fitted if not isinstance(image, str)]
-        engine = self._choose_engine(number, num_images, partial(list, pixels[:NUM_PROBES]))
+        engine = self.choose_engine(number, num_images, partial(list, pixels[:NUM_PROBES]))
         rows = iter(engine.run(pixels))
         return [image if isinstance(image, str) else next(rows) for image in fitted]
 
-    def _choose_engine(
+    def choose_engine(
         self, number: int, num_images: int, probes: Callable[[], Images]
     ) -> Engine:  # fmt: skip
         """Return the engine to run so many images: the one there is, or a new one.
@@ -332,12 +334,12 @@ class Classifier:
             )  # fmt: skip
         with torch.inference_mode(), exact_fp32():
             parts = torch.split(batch.to(torch.float32), _IMAGES_AT_ONCE)
-            network = self._networks[number]
+            network = self.networks[number]
             rows = [row for part in parts for row in network(part.to(self.device)).cpu().numpy()]
         return np.array(rows, np.float32).reshape(-1, backbone.num_features)
 
     @cached_property
-    def _networks(self) -> list[nn.Module]:
+    def networks(self) -> list[nn.Module]:
         """The libraries' networks on the device."""
         networks = [recipe.backbone.network.eval() for recipe in self.recipes]
         if self.device.type == "cpu":
@@ -358,11 +360,11 @@ class Classifier:
         """
         return join_network([recipe.backbone for recipe in self.recipes], self.head)
 
-    def export(self, file: str | Path) -> ExportSummary:
-        """Write backbone and head as one state dict: see ``featcache.export``."""
+    def export(self, file: str | Path) -> ExportSummary | DeliverySummary:
+        """Write backbone and head as one network: see ``featcache.export``."""
         from featcache.deployment.export import export_classifier
 
-        return export_classifier(self, Path(file))
+        return export_classifier(self, file)
 
 
 def load_classifier(
@@ -399,7 +401,7 @@ def load_classifier(
     return Classifier(loaded, recipes, place, batch_size, decisions)
 
 
-def _fit(image: Any, recipe: Recipe) -> npt.NDArray[np.uint8]:
+def fit_image(image: Any, recipe: Recipe) -> npt.NDArray[np.uint8]:
     """Return pixels (S, S) or (S, S, 3) of a file's bytes, a PIL image or an array."""
     rules = recipe.rules
     picture = load(image, rules) if isinstance(image, bytes) else load_opened(image, rules)

@@ -1,6 +1,6 @@
 """Export: backbone and head of a run as one network, for use without featcache.
 
-Reads: a run. Writes: ``FILE.pt`` and ``FILE.pt.json``.
+Reads: a run. Writes: ``FILE.pt`` and ``FILE.pt.json``; ``FILE.onnx``; or a folder.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,9 +26,13 @@ from featcache.extraction.recipe import Recipe
 from featcache.files import local_path, readable_json, result_as_dict
 from featcache.formatting import brief_repr
 from featcache.heads.head import build_head
+from featcache.output_folders import check_folder
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.precision import relative_errors
 from featcache.runtime import exact_fp32
+
+if TYPE_CHECKING:
+    from featcache.deployment.delivery import DeliverySummary
 
 _OUTPUTS = {
     "multiclass": "logits (B, C); softmax gives the probabilities of the classes in order",
@@ -37,12 +42,13 @@ _OF_MEMBERS = {
     "multiclass": "logsumexp over the members of log_softmax(logits), minus log of their number",
     "multilabel": "logsumexp over the members of logsigmoid(logits), minus that of their negatives",
 }
-_RULES = {
+RULES = {
     "multiclass": "the class if its probability >= threshold (from threshold to below refer_below: "
     "refer), else the most probable other class; probabilities at temperature 1",
     "multilabel": "each class if its probability >= its threshold; probabilities at temperature 1",
 }
 _NETWORK = Kind("network", "a new file in an existing folder", RunError, needs_folder=True)
+_FOLDER = Kind("exported folder", "a new or an empty folder", RunError, is_folder=True)
 _OF_ONE = ["backbone", "classifier_name", "preprocessing", "fingerprint"]
 _TOLERANCE = 1e-4  # relative, on logits: another summation order, nothing more
 
@@ -107,44 +113,71 @@ def export(
     *,
     weights: Weights = None,
     backbone: Backbones = None,
-) -> ExportSummary:
-    """Write the state dict of backbone and head to a file, and how to use it to ``FILE.json``.
+    data: str | Path | None = None,
+    golden: str | Path | None = None,
+) -> ExportSummary | DeliverySummary:
+    """Write backbone and head as one network: a state dict, an ONNX file, or a folder.
 
-    The file loads with ``strict=True`` into the backbone's library once its classifier was
-    replaced by the head's ``nn.Sequential``. Of an ensemble it is a module with the heads in an
-    ``nn.ModuleList`` named ``members``: README.md of ``featcache/heads`` has its six lines. Of a
-    run of several caches it has the backbones' entries under ``backbones.0.``, ``backbones.1.`` and
-    so on, and the head's under ``head.``.
+    ``FILE.pt`` is a state dict; ``FILE.pt.json`` says how to use it. It loads with ``strict=True``
+    into the backbone's library once its classifier was replaced by the head's ``nn.Sequential``. Of
+    an ensemble it is a module with the heads in an ``nn.ModuleList`` named ``members``: README.md
+    of ``featcache/heads`` has its six lines. Of a run of several caches it has the backbones'
+    entries under ``backbones.0.``, ``backbones.1.`` and so on, and the head's under ``head.``.
+
+    ``FILE.onnx`` takes uint8 pixels (B, S, S, 3) and gives ``probabilities``, ``calibrated`` and
+    ``decision``. It is compared with the run in ONNX Runtime before it gets its name.
+
+    ``FOLDER/`` holds that file, and ``predict.py`` that classifies image files with it and needs
+    Pillow, NumPy and onnxruntime alone: see README.md of ``featcache/deployment``.
 
     Args:
         run: The run folder.
-        file: ``NAME.pt``; must not exist.
+        file: ``NAME.pt``, ``NAME.onnx``, or ``FOLDER/``, with the slash at its end if there is no
+            such folder; must not exist, or be an empty folder.
         weights: See ``classifier.load_classifier``.
         backbone: Likewise.
+        data: The images of the run's caches: ONNX and folder are also compared on those nearest
+            the threshold.
+        golden: A folder of real images that FOLDER/ shall hold and be tested with. Those who get it
+            can see them.
 
     Raises:
-        ConfigError: If the file's ending is not ``.pt``.
+        ConfigError: If the file's ending is another, or an option does not go with it.
         RunError: If the file exists, the folder is not a whole run, or the network disagrees with
             the cached path.
-        BackboneError: If the backbone's weights are not at hand.
+        BackboneError: If the backbone's weights are not at hand, or it cannot be ONNX.
 
     Example:
-        >>> featcache.export("run", "covid.pt")  # doctest: +SKIP
+        >>> featcache.export("run", "covid.onnx")  # doctest: +SKIP
     """
-    path = local_path(file, "export")
-    _outputs(path)
+    _check_place(file, data, golden)
     classifier = load_classifier(run, weights=weights, backbone=backbone, device="cpu")
-    return export_classifier(classifier, path)
+    return export_classifier(classifier, file, data, golden)
 
 
-def export_classifier(classifier: Classifier, path: Path) -> ExportSummary:
-    """Write a classifier's state dict: see ``export``."""
-    weights, facts = _outputs(path)
+def export_classifier(
+    classifier: Classifier, file: str | Path, data: str | Path | None = None,
+    golden: str | Path | None = None,
+) -> ExportSummary | DeliverySummary:  # fmt: skip
+    """Write a classifier as one network: see ``export``."""
+    kind, outputs = _check_place(file, data, golden)
+    if kind == ".pt":
+        return _export_state(classifier, *outputs)
+    from featcache.deployment.delivery import export_folder, export_onnx_file
+
+    if kind == ".onnx":
+        return export_onnx_file(classifier, outputs[0], data)
+    return export_folder(classifier, outputs[0], data, golden)
+
+
+def _export_state(classifier: Classifier, weights: Output, facts: Output) -> ExportSummary:
+    """Write a classifier's state dict and how to use it."""
     network = classifier.as_network()
     _check_network(classifier, network)
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
-    summary = _summarise(classifier, path, hashlib.sha256(buffer.getvalue()).hexdigest())
+    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    summary = _summarise(classifier, weights.path, sha256)
     # Together: where one of them exists, the next try would be refused.
     write_outputs({facts: readable_json(summary.as_dict()).encode(), weights: buffer.getvalue()})
     return summary
@@ -182,7 +215,7 @@ def _check_network(classifier: Classifier, network: nn.Module) -> None:
 def _summarise(classifier: Classifier, path: Path, sha256: str) -> ExportSummary:
     run, decisions = classifier.run, classifier.decisions
     described = [
-        _describe(recipe, cache)
+        describe_backbone(recipe, cache)
         for recipe, cache in zip(classifier.recipes, run.caches, strict=True)
     ]
     is_one = len(described) == 1
@@ -202,14 +235,14 @@ def _summarise(classifier: Classifier, path: Path, sha256: str) -> ExportSummary
         head_sha256=run.weights_sha256,
         decision=(
             None if decisions is None
-            else {"rule": _RULES[run.task], "thresholds": decisions.brief()}
+            else {"rule": RULES[run.task], "thresholds": decisions.brief()}
         ),
         backbones=() if is_one else tuple(described),
     )  # fmt: skip
 
 
-def _describe(recipe: Recipe, cache: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``FILE.json`` says of one backbone."""
+def describe_backbone(recipe: Recipe, cache: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an export says of one backbone."""
     backbone, rules = recipe.backbone, recipe.rules
     return {
         "backbone": backbone.name,
@@ -223,20 +256,32 @@ def _describe(recipe: Recipe, cache: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _outputs(path: Path) -> tuple[Output, Output]:
-    """Return the two files to export to, checked before any work is done.
+def _check_place(
+    file: str | Path, data: object, golden: object
+) -> tuple[str, tuple[Output, ...]]:  # fmt: skip
+    """Return what to export, ``.pt``, ``.onnx`` or ``/``, and the places, checked before any work.
 
     Raises:
-        ConfigError: If the ending is not ``.pt``.
-        RunError: If one exists, or its folder does not.
+        ConfigError: If the ending is another, or an option does not go with it.
+        RunError: If something is there, or a file's folder does not exist.
     """
-    if path.suffix != ".pt":
+    path = local_path(file, "export")
+    kind = "/" if str(file).endswith(("/", os.sep)) or path.is_dir() else path.suffix
+    if kind not in {".pt", ".onnx", "/"}:
         raise ConfigError(
-            "export", expected="a file name ending in .pt", found=path.name,
-            hint="It will hold a torch state dict",
+            "export", expected="a file name ending in .pt or .onnx, or FOLDER/", found=path.name,
+            hint=".pt holds a torch state dict, .onnx a graph, a folder what uses it",
         )  # fmt: skip
-    weights = Output(path, "export", _NETWORK)
-    facts = Output(path.with_name(path.name + ".json"), "export", _NETWORK)
-    for output in (weights, facts):
+    if data is not None and kind == ".pt":
+        raise ConfigError("--data", expected="an export to FILE.onnx or FOLDER/", found=path.name)
+    if golden is not None and kind != "/":
+        raise ConfigError("--golden", expected="an export to FOLDER/", found=path.name)
+    if kind == "/":
+        folder = Output(path, "export", _FOLDER)
+        check_folder(folder)
+        return kind, (folder,)
+    names = [path.name, f"{path.name}.json"] if kind == ".pt" else [path.name]
+    outputs = tuple(Output(path.with_name(name), "export", _NETWORK) for name in names)
+    for output in outputs:
         output.check()
-    return weights, facts
+    return kind, outputs

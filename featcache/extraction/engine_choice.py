@@ -22,8 +22,8 @@ from featcache.formatting import count
 from featcache.precision import PARITY_BOUNDS
 from featcache.runtime import environment_facts
 
-# What ``select`` and ``verify --repair`` said of the rows holds also after an update.
-_KEPT_FACTS = ("selected_from", "origins", "lost")
+# What ``select``, ``verify --repair`` and ``convert`` said of the rows holds also after an update.
+_KEPT_FACTS = ("selected_from", "origins", "lost", "converted_from", "identity")
 
 
 def facts_as_before(job: Job, device: torch.device) -> EngineFacts | None:

@@ -39,15 +39,25 @@ VERBS = {
     "CSV of evaluate": "evaluate run --csv OUT",
     "CSV of predict": "predict run --cache c.h5 --csv OUT",
     "network of export": f"export run OUT {' '.join(TINY)}",
+    "folder of explain": f"explain run raw/covid/0.png --out OUT --overwrite {' '.join(TINY)}",
+    "ONNX of export": f"export run OUT {' '.join(TINY)}",
+    "folder of export": f"export run OUT/ {' '.join(TINY)}",
+    "file of convert": "convert c.h5 OUT",
+    "cache of convert": "convert in.npz OUT --rebuild",
+    "page of report": "report run OUT",
     "evaluation in a run": "evaluate run",
     "decision in a run": "decide run --positive covid --recall 0.5",
     "folder of demo": "demo OUT",
 }
 INPUTS = {
     "CSV of split": "raw/in.csv", "cache of extract": "raw/covid/0.png", "tree of split": "raw",
-    "network of export": "in.pt",
+    "network of export": "in.pt", "ONNX of export": "delivered/model.onnx",
+    "folder of export": "delivered", "cache of convert": "in.npz", "folder of explain": "raw",
 }  # fmt: skip
-ENDINGS = {"CSV of split": ".csv", "network of export": ".pt"}
+ENDINGS = {
+    "CSV of split": ".csv", "network of export": ".pt", "ONNX of export": ".onnx",
+    "file of convert": ".npz",
+}  # fmt: skip
 
 
 def read_table() -> dict[tuple[str, str], str]:
@@ -83,10 +93,15 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run" / "decision.json").rename(folder / "decision.json")
     featcache.evaluate(folder / "run", csv=folder / "evaluated.csv")
     featcache.audit(folder / "c.h5", only="same", csv=folder / "a.csv")
+    featcache.report(folder / "run", folder / "page.html")
     featcache.crossval(folder / "c.h5", folder / "folds", folds=2, hidden=(), epochs=1, seed=1)
+    image, backbone = folder / "raw" / "covid" / "0.png", tiny_network.build()
+    featcache.explain(folder / "run", image, folder / "explained", backbone=backbone)
     with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
         featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
+    featcache.export(folder / "run", f"{folder}/delivered/", backbone=tiny_network.build())
     os.link(folder / "run" / "head.safetensors", folder / "in.pt")
+    featcache.convert(folder / "c.h5", folder / "in.npz")
     return folder
 
 
@@ -107,13 +122,19 @@ def own_kind(output: str, out: Path, things: Path) -> None:
     if output.startswith("run of"):
         shutil.copytree(things / "run", out)
         shutil.rmtree(out / "evaluation")
+    elif output == "folder of export":
+        shutil.copytree(things / "delivered", out)
     elif output == "folder of crossval":
         shutil.copytree(things / "folds", out)
+    elif output == "folder of explain":
+        shutil.copytree(things / "explained", out)
     else:
         names = {
             "CSV of split": "split.csv", "CSV of evaluate": "evaluated.csv",
             "CSV of audit": "a.csv",
             "CSV of predict": "p.csv", "network of export": "in.pt",
+            "ONNX of export": "delivered/model.onnx", "file of convert": "in.npz",
+            "page of report": "page.html",
             "evaluation in a run": "run/evaluation/test.json",
             "decision in a run": "decision.json",
         }  # fmt: skip
@@ -210,7 +231,8 @@ def test_nothing_is_lost(
         reader.start()
 
     if VERBS[output]:
-        arguments = [str(out) if word == "OUT" else word for word in VERBS[output].split()]
+        places = {"OUT": str(out), "OUT/": f"{out}/"}
+        arguments = [places.get(word, word) for word in VERBS[output].split()]
         result = run(*arguments, "--quiet")
         code, said = result.code, result.err
     else:
@@ -255,5 +277,13 @@ def test_nothing_is_lost(
     else:
         assert name in after
         assert after[name] != before.get(name) or output.startswith(
-            ("CSV", "run", "folder of crossval", "evaluation", "decision")
+            (
+                "CSV",
+                "run",
+                "folder of crossval",
+                "folder of explain",
+                "page",
+                "evaluation",
+                "decision",
+            )
         )

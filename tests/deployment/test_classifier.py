@@ -148,7 +148,7 @@ def test_an_export_never_replaces_a_file(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such folder"):
         classifier.export(tmp_path / "nowhere" / "out.pt")
     with pytest.raises(ConfigError, match=r"\.pt"):
-        classifier.export(tmp_path / "out.onnx")
+        classifier.export(tmp_path / "out.tflite")
 
 
 _WITHOUT_FEATCACHE = """
