@@ -42,7 +42,7 @@ class History:
 
 def read_histories(run: Run) -> list[History]:
     """Return how each head of a run was trained; an empty list where the file is none."""
-    table = _read_table(run.path / "history.csv")
+    table = read_table(run.path / "history.csv")
     if not table:
         return []
     step = next((name for name in _STEPS if name in table[0]), None)
@@ -82,7 +82,8 @@ def _number_columns(rows: list[dict[str, str]]) -> dict[str, list[float]]:
     return columns
 
 
-def _read_table(path: Path) -> list[dict[str, str]]:
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV of a run; none where it is not there, or damaged."""
     try:
         text = read_regular(path, max_bytes=_MAX_BYTES).decode()
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
