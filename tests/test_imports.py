@@ -59,7 +59,6 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> P
         ("predict run --cache c.h5", set()),
         ("convert c.h5 rows.npz", set()),
         ("log run --to tensorboard", set()),
-        ("log run --to tensorboard", set()),
         ("neighbours c.h5 train/covid/trc000_0.jpg", set()),
         ("evaluate run", {"matplotlib"}),
         ("evaluate run --split nonsense", set()),

@@ -17,7 +17,7 @@ from sample_rows import make_cache, rows_of
 from sample_trackers import MemoryTracker
 
 import featcache
-from featcache.errors import ConfigError, FeatcacheWarning, RunError
+from featcache.errors import ConfigError, RunError
 from featcache.reporting import tracking
 from featcache.reporting.tracked import Part, Tracked, read_tracked, safe_name
 
@@ -270,8 +270,6 @@ def test_mlflow_reads_what_was_logged_once(place: Path, capfd: pytest.CaptureFix
     assert client.get_run(summary.tracker_run).to_dictionary() == before
     experiment = made.info.experiment_id
     assert len(client.search_runs([experiment])) == 1
-    with pytest.warns(FeatcacheWarning):
-        featcache.predict("run", cache="c.h5")
     featcache.evaluate("run", split="valid", say=lambda _: None)
     added = log("run", "mlflow")
     assert (added.tracker_run, added.num_new) == (summary.tracker_run, 1)
@@ -283,5 +281,7 @@ def test_mlflow_reads_what_was_logged_once(place: Path, capfd: pytest.CaptureFix
     assert len(trials) == whole.num_runs - 1 > 1
     assert all("score" in trial.data.metrics for trial in trials)
     assert capfd.readouterr().out == ""
-    with pytest.raises(ConfigError, match="--uri sqlite:///no/folder/x.db: expected an MLflow"):
-        log("run", "mlflow", uri="sqlite:///no/folder/x.db")
+    Path("mine.txt").write_text("years of work " * 100)
+    with pytest.raises(ConfigError, match=r"--uri sqlite:///mine\.txt: expected an MLflow"):
+        log("run", "mlflow", uri="sqlite:///mine.txt")
+    assert Path("mine.txt").read_text() == "years of work " * 100
