@@ -96,7 +96,8 @@ class _Plot:
         """Write text at a point, moved by inches."""
         right, top = inches[0] / _WIDTH, inches[1] / self._figure.get_figheight()
         x, y = float(self._place([x], 0)[0]) + right, float(self._place([y], 1)[0]) + top
-        self._figure.text(x, y, text, **{"color": INK, "fontsize": 8.5} | style)
+        shown: dict[str, Any] = {"color": INK, "fontsize": 8.5} | style
+        self._figure.text(x, y, text, **shown)
 
     def frame(
         self, across: Sequence[_Tick], up: Sequence[_Tick], labels: tuple[str, str],

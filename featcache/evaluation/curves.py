@@ -5,7 +5,6 @@ Reads and writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,7 +162,7 @@ def measure_reliability(
 
 def _all_answers(
     rows: PredictedRows,
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64], Sequence[str]]:
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64], list[str]]:
     if not rows.has_labels:
         preds = rows.preds
         return preds == rows.targets, rows.probs[np.arange(len(preds)), preds], rows.groups

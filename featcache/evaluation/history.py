@@ -60,11 +60,11 @@ def read_histories(run: Run) -> list[History]:
             best = facts.get("best_epoch")
             if facts.get("strength") in columns.get("strength", []):
                 best = columns["strength"].index(facts["strength"]) + 1
-            is_row = type(best) is int and 1 <= best <= len(rows)
+            kept = best - 1 if isinstance(best, int) and 1 <= best <= len(rows) else None
             member = {name: int(value) for name, value in zip(which, key, strict=True)}
             steps = columns.pop(step)
-            kept = {name: values for name, values in columns.items() if name not in which}
-            histories.append(History(member, step, steps, kept, best - 1 if is_row else None))
+            others = {name: values for name, values in columns.items() if name not in which}
+            histories.append(History(member, step, steps, others, kept))
     except (KeyError, ValueError):
         return []
     return histories

@@ -108,9 +108,9 @@ def log(
     """
     if to not in TRACKERS:
         raise ConfigError("--to", expected=" or ".join(TRACKERS), found=to)
-    for name, value, tracker in (("--uri", uri, "mlflow"), ("--out", out, "tensorboard")):
-        if value is not None and to != tracker:
-            raise ConfigError(name, expected=f"--to {tracker}", found=f"--to {to}")
+    for name, value, goes_with in (("--uri", uri, "mlflow"), ("--out", out, "tensorboard")):
+        if value is not None and to != goes_with:
+            raise ConfigError(name, expected=f"--to {goes_with}", found=f"--to {to}")
     tracked = read_tracked(run, model, has_paths=paths)
     tracker = _open_mlflow(uri) if to == "mlflow" else _open_tensorboard(out or "tensorboard")
     counts = [0, 0, 0]

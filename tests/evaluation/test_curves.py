@@ -200,7 +200,7 @@ def test_rows_of_one_class_have_no_curve() -> None:
 
 def test_heads_of_an_ensemble_and_of_a_linear_probe_are_drawn(work: Path) -> None:
     crossval_small(work, "f", folds=2, keep_ensemble=True)
-    crossval_small(work, "g", folds=2, keep_ensemble=True, **LBFGS)
+    featcache.crossval(work / "c.h5", work / "g", folds=2, keep_ensemble=True, **LBFGS)
     for name, step in (("f", "epoch"), ("g", "strength")):
         histories = read_histories(load_run(work / name / "ensemble"))
         assert [history.member["fold"] for history in histories] == [1, 2]
