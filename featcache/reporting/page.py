@@ -33,6 +33,7 @@ GENERATOR = b'<meta name="generator" content="featcache report">'
 """By this, in the first bytes of a file, a report is recognised."""
 
 _MOST_FAILURES = 50
+_MOST_NAMED = 8  # classes in the first sentence
 _MANY_CLASSES = 2  # with more, the matrix of the most probable class is shown beside the threshold
 
 
@@ -68,10 +69,7 @@ def render(facts: Facts, pictures: Mapping[tuple[str, str], str], *, has_paths: 
         script=Markup(script),
         data=None if data is None else Markup(_as_json(data)),
         title=f"{short(facts.run.path.resolve().name)}: {classes}",
-        lead="A small head on the features of a frozen network, "
-        f"{backbones}, says which of "
-        f"{count(len(facts.run.classes), 'class', 'classes')} an image "
-        f"{'is' if facts.run.task == 'multiclass' else 'shows'}.",
+        lead=_lead(facts, backbones),
         purpose="These figures describe these images only; they say nothing of other hospitals, "
         "devices or patients.",
         has_images=bool(pictures),
@@ -102,6 +100,19 @@ def render(facts: Facts, pictures: Mapping[tuple[str, str], str], *, has_paths: 
         commands=_commands(facts),
         size_note="Figures are drawn once; only the threshold and the lists move.",
     )  # fmt: skip
+
+
+def _lead(facts: Facts, backbones: str) -> str:
+    """Return what is classified, and by what."""
+    names, shows = facts.run.classes, facts.run.task != "multiclass"
+    if len(names) == 2 and not shows:
+        what = f"whether an image is {short(names[0])} or {short(names[1])}"
+    elif len(names) <= _MOST_NAMED:
+        listed = ", ".join(map(short, names))
+        what = f"which of these an image {'shows' if shows else 'is'}: {listed}"
+    else:
+        what = f"which of {len(names):,} classes an image {'shows' if shows else 'is'}"
+    return f"A small head on the features of a frozen network, {backbones}, says {what}."
 
 
 def _read(name: str) -> str:
@@ -187,11 +198,11 @@ def _audit(facts: Facts) -> dict[str, Any]:
         texts.append(text if len(facts.audits) == 1 else f"{name}: {text}")
     if not facts.is_own_cache:
         texts.insert(0, "The cache has changed since the training.")
-    title = "The verdict of the audit"
+    title = "What the audit of the images says"
     if num_leaks:
         title = f"The audit found leaks: {count(num_leaks, 'set')} of copies"
     elif None in facts.audits:
-        title = "Nobody has looked"
+        title = "The images were never audited"
     is_bad = bool(num_leaks) or None in facts.audits or not facts.is_own_cache
     return {"title": title, "texts": texts, "is_bad": is_bad}
 

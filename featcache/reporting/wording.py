@@ -75,6 +75,7 @@ def describe(facts: SplitFacts, names: Names) -> dict[str, Any]:
         "count": count(len(facts.rows.targets), "image"),
         "is_one": len(facts.rows.targets) == 1,
         "freshness": facts.freshness,
+        "in_short": _in_short(facts),
         "cards": _cards(facts),
         "resting": f"Intervals are two-sided, 95 %{units_text(facts.units)}."
         + (f" {count(facts.num_failed, 'image')} could not be read." if facts.num_failed else ""),
@@ -93,15 +94,41 @@ def describe(facts: SplitFacts, names: Names) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _in_short(facts: SplitFacts) -> str:
+    """Return how good it is in a sentence or two, without a word of statistics."""
+    if facts.positive is not None and facts.rates is not None:
+        name, at = short(facts.positive.name), as_text(facts.positive.threshold)
+        recall, specificity = facts.rates["recall"], facts.rates["specificity"]
+        text = f"Called {name} where its probability is at least {at}. "
+        text += (
+            f"Of {count(recall['total'], 'image')} of {name}, {recall['hits']:,} "
+            f"{'is' if recall['hits'] == 1 else 'are'} found and "
+            f"{recall['total'] - recall['hits']:,} missed. "
+            if recall["total"] else f"There is no image of {name}. "
+        )  # fmt: skip
+        if not specificity["total"]:
+            return text + "There is no other image."
+        alarms = specificity["total"] - specificity["hits"]
+        return text + (
+            f"Of {count(specificity['total'], 'other image')}, {alarms:,} "
+            f"{'is' if alarms == 1 else 'are'} called {name} by mistake."
+        )
+    if facts.rows.has_labels:
+        size = int((~np.isnan(facts.rows.targets)).sum())
+        right = round(facts.metrics["accuracy"] * size)
+        return f"Of {size:,} answers, yes or no for each label of each image, {right:,} are right."
+    size = len(facts.rows.targets)
+    right = round(facts.metrics["accuracy"] * size)
+    return f"The most probable class is the right one for {right:,} of {count(size, 'image')}."
+
+
 def _cards(facts: SplitFacts) -> list[dict[str, Any]]:
     """Return the figures that stand first, each with its interval."""
     metrics, intervals, number = facts.metrics, facts.intervals, len(facts.rows.targets)
     cards = []
     if facts.positive is not None and facts.rates is not None:
-        name, at = short(facts.positive.name), as_text(facts.positive.threshold)
-        for key, label in (
-            ("recall", f"recall of {name} at {at}"), ("specificity", f"specificity at {at}"),
-        ):  # fmt: skip
+        name = short(facts.positive.name)
+        for key, label in (("recall", f"recall of {name}"), ("specificity", "specificity")):
             rate = facts.rates[key]
             value = rate["hits"] / rate["total"] if rate["total"] else None
             word = "found" if key == "recall" else "left alone"
@@ -325,6 +352,11 @@ def _subgroups(facts: SplitFacts) -> dict[str, Any] | None:
         "column": short(str(facts.by["column"])),
         "least": facts.by["least_units"],
         "unit": facts.by["unit"],
+        "note": ""
+        if facts.positive is None
+        else "Sensitivity and specificity are those of the "
+        + ("answer above 0.5" if facts.rows.has_labels else "most probable class")
+        + ", not of the threshold above.",
         "header": ["value", "images", *(_HEADS.get(name, short(name)) for name in names)],
         "rows": rows,
     }
