@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -18,10 +19,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 _SECONDS = 120.0  # nothing takes this long unless it hangs
+
+
+def _above_9(descriptor: int) -> int:
+    """Return another number of a file, so that 3 and 4 are free, and close the first."""
+    other = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(descriptor)
+    return other
 
 
 class Browser:
@@ -34,11 +43,12 @@ class Browser:
 
     def __init__(self, folder: Path) -> None:
         assert CHROMIUM is not None
-        to_read, self._to_write = os.pipe()
-        self._to_read, to_write = os.pipe()
+        folder.parent.mkdir(exist_ok=True)
+        to_read, self._to_write = map(_above_9, os.pipe())
+        self._to_read, to_write = map(_above_9, os.pipe())
         # Chromium wants 3 and 4, which may be taken here: a shell moves them.
         command = [
-            "/bin/sh", "-c", f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}', CHROMIUM,
+            "bash", "-c", f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}', CHROMIUM,
             "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
             "--disable-background-networking", "--disable-component-update", "--no-first-run",
             f"--user-data-dir={folder}", "about:blank",
@@ -121,13 +131,14 @@ class Browser:
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", media="", features=[scheme])
-        self.send("Page.navigate", url="about:blank")  # else another anchor would load nothing
-        self._wait_for("Page.loadEventFired")
-        self._events.clear()
         self._own = path.as_uri()
-        start = time.monotonic()
-        self.send("Page.navigate", url=self._own + (f"#{anchor}" if anchor else ""))
-        self._wait_for("Page.loadEventFired")
+        address = self._own + (f"#{quote(anchor, safe='=&')}" if anchor else "")
+        for url in ("about:blank", address):  # else another anchor would load nothing
+            self._events.clear()
+            start = time.monotonic()
+            found = self.send("Page.navigate", url=url)
+            assert "errorText" not in found, found
+            self._wait_for("Page.loadEventFired")
         if script:
             self.run("1")
         return time.monotonic() - start
@@ -179,7 +190,7 @@ class Browser:
 
     @property
     def messages(self) -> list[str]:
-        """What the page wrote to the console since ``open``: its errors, and what was refused it."""
+        """What the page wrote to the console since ``open``, errors and refusals included."""
         return [
             json.dumps(each["params"]) for each in self._events
             if each["method"] in {"Runtime.consoleAPICalled", "Runtime.exceptionThrown",

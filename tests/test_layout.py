@@ -33,6 +33,7 @@ OWNERS = {
         "deployment/golden.py",
         "deployment/predict_script.py",  # which is copied out of the package
         "reporting/pictures.py",
+        "reporting/explained.py",
         "cli/demo.py",
     },
     "click": {"cli/*"},

@@ -22,12 +22,12 @@ from markupsafe import Markup
 from featcache import __version__
 from featcache.cache.side_by_side import caches_of
 from featcache.errors import escaped, printable
-from featcache.formatting import count, decimal, join_few
+from featcache.formatting import count, decimal, join_few, shorten
 from featcache.heads.config import TrainingConfig
 from featcache.reporting.charts import Chart, loss_chart, map_chart, sweep_chart
 from featcache.reporting.facts import Facts, Positive
 from featcache.reporting.slider import slider_of
-from featcache.reporting.wording import Names, as_text, describe, short
+from featcache.reporting.wording import Names, Shown, as_text, describe, short
 
 GENERATOR = b'<meta name="generator" content="featcache report">'
 """By this, in the first bytes of a file, a report is recognised."""
@@ -37,15 +37,15 @@ _MOST_NAMED = 8  # classes in the first sentence
 _MANY_CLASSES = 2  # with more, the matrix of the most probable class is shown beside the threshold
 
 
-def render(facts: Facts, pictures: Mapping[tuple[str, str], str], *, has_paths: bool) -> str:
+def render(facts: Facts, shown: Shown, *, has_paths: bool) -> str:
     """Return the page.
 
     Args:
         facts: What it says.
-        pictures: ``data:`` URLs of images, by split and path.
+        shown: Pictures of images.
         has_paths: Whether images are called by their paths, or by numbers.
     """
-    names = Names(has_paths, pictures)
+    names, pictures = Names(has_paths, shown), shown.pictures
     style, script = _read("page.css"), _read("page.js")
     valid = None if facts.valid is None else describe(facts.valid, names)
     test = None if facts.test is None else describe(facts.test, names)
@@ -57,7 +57,7 @@ def render(facts: Facts, pictures: Mapping[tuple[str, str], str], *, has_paths: 
         slider, data = (None, None) if found is None else found
     identities = [cache.identity for cache in caches_of(facts.cache)]
     backbones = " + ".join(short(str(identity.get("backbone"))) for identity in identities)
-    classes = join_few(facts.run.classes)
+    classes = join_few([shorten(printable(name), 24) for name in facts.run.classes])
     metric = str((facts.sweep or {}).get("metric", "score"))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -73,6 +73,7 @@ def render(facts: Facts, pictures: Mapping[tuple[str, str], str], *, has_paths: 
         purpose="These figures describe these images only; they say nothing of other hospitals, "
         "devices or patients.",
         has_images=bool(pictures),
+        pictures_note=shown.note,
         contains=(
             f"This page contains {count(len(pictures), 'small picture')} of patients: treat it as "
             "you treat the images. " if pictures else "This page contains no images of patients. "
@@ -159,8 +160,8 @@ def _decision(positive: Positive | None) -> str:
     name, at = short(positive.name), as_text(positive.threshold)
     if positive.rule is None:
         return (
-            f"{name} is called where its probability is at least {at}. Nobody has decided on a "
-            "threshold yet: featcache decide chooses one and says what it promises."
+            f"Nobody has decided on a threshold for {name} yet, so {at} is taken: featcache decide "
+            "chooses one and says what it promises."
         )
     rule = positive.rule
     ((wish, value),) = rule["wish"].items()

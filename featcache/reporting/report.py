@@ -16,7 +16,7 @@ from featcache.heads.run import cache_paths, load_run
 from featcache.outputs import Kind, Output, write_output
 from featcache.reporting.facts import Facts, gather
 from featcache.reporting.page import GENERATOR, render
-from featcache.reporting.wording import mistaken_rows
+from featcache.reporting.wording import Shown, mistaken_rows
 from featcache.runtime import Say, log_line
 
 REPORT_NAME = "report.html"
@@ -83,7 +83,9 @@ def report(
             no threshold to choose, and the recalls of all classes are shown.
         data: The images that the cache was made of, to show some.
         images: ``none``; ``mistakes``: small pictures of the mistakes that are listed, on valid and
-            test; ``all``: of all images of both. Those that changed since are left out.
+            test; ``all``: of all images of both. Those that changed since are left out. Beside a
+            mistake is a map of what spoke for and against the class, where the backbone's weights
+            are at hand.
         no_paths: Call images by split and number instead of by their paths.
         say: Receives the lines for people.
 
@@ -108,14 +110,13 @@ def report(
     output = Output(place, "FILE.html", _KIND, inputs=inputs)
     output.check()
     facts = gather(loaded, positive)
-    pictures = dict[tuple[str, str], str]()
+    shown = Shown()
     if data is not None:
-        from featcache.reporting.pictures import read_pictures  # imports torch
-
-        pictures = read_pictures(facts.cache, data, _wanted(facts, images))
-        if not pictures:
+        shown = _show(facts, data, images, say)
+        if not shown.pictures:
             say("no picture is shown: there is none to show, or the images have changed")
-    page = render(facts, pictures, has_paths=not no_paths).encode("utf-8")
+    pictures = shown.pictures
+    page = render(facts, shown, has_paths=not no_paths).encode("utf-8")
     write_output(output, page)
     num_valid, num_test = (
         0 if split is None else len(split.rows.targets) for split in (facts.valid, facts.test)
@@ -134,9 +135,24 @@ def report(
         say("the cache was never audited, and the page says so: featcache audit")
     named = "it names image files (--no-paths: numbers)" if summary.has_paths else "no file names"
     say(f"it shows {count(num_valid, 'image')} of valid; {num_test:,} of test are folded away")
-    shown = "no images" if not pictures else count(len(pictures), "small picture")
-    say(f"it contains {shown} of patients; {named}")
+    number = "no images" if not pictures else count(len(pictures), "small picture")
+    say(f"it contains {number} of patients; {named}")
     return summary
+
+
+def _show(facts: Facts, data: str | Path, images: str, say: Say) -> Shown:
+    """Return the pictures of images, and the maps of those that are mistakes."""
+    from featcache.reporting.explained import explain_images  # these import torch
+    from featcache.reporting.pictures import FoundImages, read_pictures
+
+    found = FoundImages.of(facts.cache, data)
+    pictures = read_pictures(found, _wanted(facts, images))
+    mistakes = [key for key in _wanted(facts, "mistakes") if key in pictures]
+    if not mistakes:
+        return Shown(pictures)
+    positive = None if facts.positive is None else facts.positive.name
+    maps = explain_images(facts.run, found, mistakes, positive, say)
+    return Shown(pictures, maps.by_image, maps.note)
 
 
 def _wanted(facts: Facts, images: str) -> list[tuple[str, str]]:
