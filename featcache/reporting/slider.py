@@ -72,6 +72,7 @@ def slider_of(
     ]  # fmt: skip
     for_page = {
         "chosen": chosen, "last": len(steps) - 1, "threshold_text": as_text(positive.threshold),
+        "exact_text": f"{min(positive.threshold, 1.0)!r}",
         "chosen_text": f"{as_text(positive.threshold)}, "
         + ("as decided" if positive.rule else "the usual one"),
         "tp": f"{true:,}", "fn": f"{num_yes - true:,}", "fp": f"{false:,}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from headless_browser import CHROMIUM, Browser
-from sample_decisions import decide_quietly, make_work
+from sample_decisions import copy_run, decide_quietly, make_work
 from sample_rows import edited, make_cache, rows_of
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 
@@ -65,6 +66,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     featcache.report(folder / "run", folder / "none.html", say=quiet)
     decide_quietly(folder / "run", recall=0.8, refer=0.1)
     featcache.report(folder / "run", folder / "page.html", say=quiet)
+    (folder / "at_a_score").mkdir()
+    copy = copy_run(folder, folder / "at_a_score")
+    scores = np.sort(rows_of_valid(folder).scores)
+    decide_quietly(copy, threshold=float(scores[len(scores) // 2]))
+    featcache.report(copy, folder / "score.html", say=quiet)
     return folder
 
 
@@ -140,10 +146,14 @@ def test_another_prevalence_gives_the_rates_of_bayes(work: Path, browser: Browse
     assert page["npv"] == f"{cleared / (cleared + missed):.3f}"
 
 
-def test_a_cell_lists_its_images_the_worst_first(work: Path, browser: Browser) -> None:
+@pytest.mark.parametrize(("name", "anchor"), [("page", "threshold=0.35&"), ("score", "")])
+def test_a_cell_lists_its_images_the_worst_first(
+    work: Path, browser: Browser, name: str, anchor: str
+) -> None:
     rows = rows_of_valid(work)
-    browser.open(work / "page.html", "threshold=0.35&cell=fp")
+    browser.open(work / f"{name}.html", f"{anchor}cell=fp")
     threshold = browser.run("Number(document.getElementById('threshold-value').dataset.value)")
+    assert (threshold in rows.scores) == (name == "score")
     called = rows.scores >= threshold
     which = {
         "fp": called & ~rows.is_positive, "fn": ~called & rows.is_positive,
@@ -216,6 +226,8 @@ def test_without_javascript_all_numbers_are_there(work: Path, browser: Browser) 
     assert browser.run("[...document.querySelectorAll('button')].every((button) => "
                        "button.disabled || button.offsetHeight === 0)")  # fmt: skip
     assert "Not for diagnosis." in with_script_off
+    threshold = json.loads(decision.read_text("utf-8"))["decisions"]["covid"]["threshold"]
+    assert f"--positive covid --threshold {threshold!r}" in with_script_off
 
 
 def test_a_cell_of_three_classes_lists_its_mistakes(tmp_path: Path, browser: Browser) -> None:

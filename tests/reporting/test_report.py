@@ -216,3 +216,42 @@ def test_pictures_are_shown_only_when_asked_for(tmp_path: Path, tiny_backbone: B
             featcache.report(run, say=quiet, **options)
     assert not featcache.report(run, say=quiet).has_images
     assert "<img" not in (run / "report.html").read_text("utf-8")
+
+
+def test_mistakes_have_maps_where_the_backbone_can_be_had(
+    tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = write_tree(tmp_path / "data", {"train": 6, "valid": 6, "test": 6})
+    featcache.extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, say=quiet, progress=False)
+    run, said = tmp_path / "run", list[str]()
+    featcache.train(tmp_path / "c.h5", run, hidden=(), epochs=1, say=quiet, progress=False)
+    options: dict[str, Any] = {"positive": "covid", "data": tree, "images": "mistakes"}
+    decide_quietly(run, positive="covid", threshold=0.0)  # all are called: half are mistakes
+
+    featcache.report(run, say=said.append, **options)
+    page = (run / "report.html").read_text("utf-8")
+    num_pictures = page.count("<img")
+    assert num_pictures > 0
+    assert any("pictures without maps" in line for line in said)
+    assert "pictures have no maps" in page
+
+    monkeypatch.setattr(
+        "featcache.reporting.explained.load_classifier",
+        lambda run: featcache.load_classifier(run, backbone=tiny_backbone),
+    )
+    featcache.report(run, say=quiet, **options)
+    parser = Parser((run / "report.html").read_text("utf-8"))
+    pictures = [a for tag, a in parser.tags if tag == "img"]
+    maps = [a for a in pictures if a["alt"]]
+    explained = featcache.explain(
+        run, tree / featcache.open_cache(tmp_path / "c.h5").split("valid").paths[-1],
+        tmp_path / "out", positive="covid", backbone=tiny_backbone, say=quiet,
+    ).explanations[0]  # fmt: skip
+    assert f"for covid: log-odds {explained.log_odds:+.2f}" in parser.text
+    assert len(pictures) == num_pictures + len(maps)
+    if explained.maps[0]["map"] is None:
+        assert "this network has no map" in parser.text
+    else:
+        assert len(maps) == num_pictures
+        assert all(str(a["alt"]).startswith("map for covid: log-odds") for a in maps)
+        assert "not where disease is" in parser.text
