@@ -34,6 +34,7 @@ OWNERS = {
         "deployment/occlusion.py",
         "deployment/predict_script.py",  # which is copied out of the package
         "reporting/pictures.py",
+        "reporting/explained.py",
         "cli/demo.py",
     },
     "click": {"cli/*"},

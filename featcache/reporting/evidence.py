@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.side_by_side import caches_of
-from featcache.deployment.classifier import Classifier, load_classifier
+from featcache.deployment.classifier import Classifier
 from featcache.deployment.explainer import Explainer
 from featcache.deployment.occlusion import choose_side, sum_cells
-from featcache.errors import DataError, FeatcacheError, printable
+from featcache.errors import DataError, printable
 from featcache.evaluation.evidence import (
     EXPECTED_OUTSIDE,
     MIDDLE,
@@ -34,9 +34,6 @@ from featcache.formatting import count, percent, shorten
 from featcache.reporting.charts import Chart
 from featcache.reporting.facts import Facts, SplitFacts
 from featcache.runtime import Say
-
-if TYPE_CHECKING:
-    from featcache.deployment.recipes import Backbones, Weights
 
 _MOST_CLASSES = 8  # whose maps are shown
 _SIDE, _GAP = 280, 1  # of a map in the picture's own units
@@ -58,32 +55,21 @@ class EvidencePart:
 
 
 def measure_evidence(
-    facts: Facts, data: str | Path, *, weights: Weights, backbone: Backbones, device: str, say: Say
+    facts: Facts, classifier: Classifier, data: str | Path, say: Say
 ) -> dict[str, EvidencePart]:
     """Return the mean maps of the classes in valid and test, by the name of the split.
 
-    Empty, after a line that says why, where the backbone is not at hand or has no map.
+    Empty, after a line that says why, where the backbone has no map.
 
     Args:
         facts: The run, and the rows.
+        classifier: The run, with its backbones.
         data: The images.
-        weights: See ``load_classifier``; where it or ``backbone`` is given, its errors are raised.
-        backbone: Likewise.
-        device: Likewise.
         say: Gets lines for people.
 
     Raises:
-        FeatcacheError: As ``load_classifier``, and as ``find_images``.
+        FeatcacheError: As ``find_images``.
     """
-    try:
-        classifier = load_classifier(
-            facts.run.path, weights=weights, backbone=backbone, device=device
-        )
-    except FeatcacheError as error:
-        if weights is not None or backbone is not None:
-            raise
-        say(f"no maps of the evidence: {error}")
-        return {}
     reader = _Reader(facts, classifier, data)
     splits = [split for split in (facts.valid, facts.test) if split is not None]
     say(f"evidence: the maps of up to {MOST_IMAGES} images of each class")

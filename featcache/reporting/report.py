@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.errors import ConfigError, printable
+from featcache.errors import ConfigError, FeatcacheError, printable
 from featcache.files import read_regular, result_as_dict
 from featcache.formatting import brief_repr, count, in_bytes
 from featcache.heads.run import cache_paths, load_run
 from featcache.outputs import Kind, Output, write_output
 from featcache.reporting.facts import Facts, gather
 from featcache.reporting.page import GENERATOR, render
-from featcache.reporting.wording import mistaken_rows
+from featcache.reporting.wording import Shown, mistaken_rows
 from featcache.runtime import Say, log_line
 
 if TYPE_CHECKING:
     from featcache.deployment.recipes import Backbones, Weights
+    from featcache.reporting.evidence import EvidencePart
 
 REPORT_NAME = "report.html"
 IMAGES = ("none", "mistakes", "all")
@@ -93,7 +94,9 @@ def report(
             to 200 images of each class. That is left out, and said, where the backbone's weights
             are not at hand or it has no map.
         images: ``none``; ``mistakes``: small pictures of the mistakes that are listed, on valid and
-            test; ``all``: of all images of both. Those that changed since are left out.
+            test; ``all``: of all images of both. Those that changed since are left out. Beside a
+            mistake is a map of what spoke for and against the class, where the backbone's weights
+            are at hand.
         no_paths: Call images by split and number instead of by their paths.
         weights: For ``data``, the backbone's weights file: see ``predict``.
         backbone: For ``data``, the backbone itself: see ``predict``.
@@ -124,21 +127,13 @@ def report(
     output = Output(place, "FILE.html", _KIND, inputs=inputs)
     output.check()
     facts = gather(loaded, positive)
-    pictures = dict[tuple[str, str], str]()
-    if data is not None and images != "none":
-        from featcache.reporting.pictures import read_pictures  # imports torch
-
-        pictures = read_pictures(facts.cache, data, _wanted(facts, images))
-        if not pictures:
-            say("no picture is shown: there is none to show, or the images have changed")
-    evidence = dict[str, Any]()
+    shown, evidence = Shown(), dict[str, Any]()
     if data is not None:
-        from featcache.reporting.evidence import measure_evidence  # imports torch
-
-        evidence = measure_evidence(
-            facts, data, weights=weights, backbone=backbone, device=device, say=say
+        shown, evidence = _look(
+            facts, data, images, weights=weights, backbone=backbone, device=device, say=say
         )
-    page = render(facts, pictures, evidence, has_paths=not no_paths).encode("utf-8")
+    pictures = shown.pictures
+    page = render(facts, shown, evidence, has_paths=not no_paths).encode("utf-8")
     write_output(output, page)
     num_valid, num_test = (
         0 if split is None else len(split.rows.targets) for split in (facts.valid, facts.test)
@@ -158,9 +153,42 @@ def report(
         say("the cache was never audited, and the page says so: featcache audit")
     named = "it names image files (--no-paths: numbers)" if summary.has_paths else "no file names"
     say(f"it shows {count(num_valid, 'image')} of valid; {num_test:,} of test are folded away")
-    shown = "no images" if not pictures else count(len(pictures), "small picture")
-    say(f"it contains {shown} of patients; {named}")
+    number = "no images" if not pictures else count(len(pictures), "small picture")
+    say(f"it contains {number} of patients; {named}")
     return summary
+
+
+def _look(
+    facts: Facts, data: str | Path, images: str, *, weights: Weights, backbone: Backbones,
+    device: str, say: Say,
+) -> tuple[Shown, dict[str, EvidencePart]]:  # fmt: skip
+    """Return pictures of images, with maps of those that are mistakes, and the mean maps.
+
+    Without maps, after a line that says why, where the backbone is not at hand.
+    """
+    from featcache.deployment.classifier import load_classifier  # these import torch
+    from featcache.reporting.evidence import measure_evidence
+    from featcache.reporting.explained import NO_MAPS, explain_images
+    from featcache.reporting.pictures import FoundImages, read_pictures
+
+    found = FoundImages.of(facts.cache, data)
+    pictures = {} if images == "none" else read_pictures(found, _wanted(facts, images))
+    if images != "none" and not pictures:
+        say("no picture is shown: there is none to show, or the images have changed")
+    try:
+        classifier = load_classifier(
+            facts.run.path, weights=weights, backbone=backbone, device=device
+        )
+    except FeatcacheError as error:
+        if weights is not None or backbone is not None:
+            raise
+        say(f"no maps of what the network used: {printable(' '.join(str(error).split()))}")
+        return Shown(pictures, note=NO_MAPS if pictures else ""), {}
+    evidence = measure_evidence(facts, classifier, data, say)
+    mistakes = [key for key in _wanted(facts, "mistakes") if key in pictures]
+    positive = None if facts.positive is None else facts.positive.name
+    maps = explain_images(classifier, found, mistakes, positive, say)
+    return Shown(pictures, maps.by_image, maps.note), evidence
 
 
 def _wanted(facts: Facts, images: str) -> list[tuple[str, str]]:
