@@ -7,6 +7,7 @@ sentence and ends the process: a kill loses nothing, as ``tests/torture`` shows.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import json
@@ -79,6 +80,8 @@ class Command:
             return f"{folder} is unfinished; the same command makes it anew"
         if self._verb == "decide":
             return "the decision in the run is the old one or the new one, whole; " + again
+        if self._verb == "log":
+            return "what was logged is in the tracker; the same command goes on"
         if self._verb == "evaluate":
             return "some figures may be written and others not; the same command writes them all"
         if self._verb in {"info", "neighbours"} or self._options.get("dry_run"):
@@ -162,12 +165,9 @@ class Ending:
         signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
         if hasattr(os, "register_at_fork"):  # a child's signals are not ours
             os.register_at_fork(after_in_child=_hear_nothing)
-        watchdog = threading.Thread(
-            target=self._watch, args=[hears, tells, INTERRUPTS], name="featcache-ending",
-            daemon=True,
-        )  # fmt: skip
         try:
-            watchdog.start()
+            # Not threading.Thread: its start() waits for ever if the thread finds no memory.
+            _thread.start_new_thread(self._watch, (hears, tells, INTERRUPTS))
         except (RuntimeError, MemoryError):  # no memory for a thread: no watchdog
             signal.set_wakeup_fd(-1)
         sys.unraisablehook = self._show_unraisable
