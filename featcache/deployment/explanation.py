@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.deployment.classifier import Classifier, load_classifier
-from featcache.deployment.explainer import MIDDLE, Explainer, Explanation
+from featcache.deployment.explainer import Explainer, Explanation
 from featcache.deployment.explanation_lines import explanation_lines, last_lines
 from featcache.deployment.explanation_picture import draw_explanation
 from featcache.deployment.inputs import list_inputs
 from featcache.errors import ConfigError, DataError
+from featcache.evaluation.evidence import MIDDLE
 from featcache.extraction.earlier import refuse_dark_colour
 from featcache.files import local_path, read_regular, write_bytes, write_json
 from featcache.formatting import brief_repr
@@ -127,14 +128,14 @@ def explain(
         local_path(out, "--out"), "--out", EXPLANATIONS, replace=overwrite, inputs=inputs
     )
     check_folder(output)
-    classifier = load_classifier(
-        run, weights=weights, backbone=backbone, device=device, max_pixels=max_pixels
-    )
-    explainer = Explainer(classifier, positive, against)
     found = list_inputs(
         images, include=include, exclude=exclude, companions=companions, columns=columns,
         ignore_columns=ignore_columns,
     )  # fmt: skip
+    classifier = load_classifier(
+        run, weights=weights, backbone=backbone, device=device, max_pixels=max_pixels
+    )
+    explainer = Explainer(classifier, positive, against)
     for recipe in classifier.recipes:
         refuse_dark_colour(recipe, found.dataset, classifier.run.path)
     explanations, failures = list[Explanation](), list[tuple[str, str]]()

@@ -6,7 +6,7 @@ Reads: images, the weights of the backbone. Writes: nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,10 @@ class Maps:
     note: str
 
 
-def explain_images(
-    run: Run, images: FoundImages, wanted: Sequence[Key], positive: str | None, say: Say
-) -> Maps:
+def explain_images(  # noqa: PLR0917 (which run, images, class and network)
+    run: Run, images: FoundImages, wanted: Sequence[Key], positive: str | None,
+    network: Mapping[str, Any], say: Say,
+) -> Maps:  # fmt: skip
     """Return the maps of images; none, and why, where the run's backbone cannot be had.
 
     Args:
@@ -54,6 +55,7 @@ def explain_images(
         images: Where they are.
         wanted: Split and path of each, the worst first; so many of each split are explained.
         positive: The class to explain; None takes the most probable one of each image.
+        network: ``weights``, ``backbone`` and ``device`` of ``load_classifier``.
         say: Receives how long it takes, where that is long.
     """
     made, splits = dict[Key, Explained](), dict.fromkeys(split for split, _ in wanted)
@@ -62,7 +64,7 @@ def explain_images(
         for key in [each for each in wanted if each[0] == split][:_MOST_EXPLAINED]
     ]  # fmt: skip
     try:
-        classifier = load_classifier(run.path)
+        classifier = load_classifier(run.path, **network)
         explainer = Explainer(classifier, positive)
         for recipe in classifier.recipes:
             refuse_dark_colour(recipe, images.dataset, run.path)

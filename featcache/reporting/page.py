@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
@@ -29,6 +29,9 @@ from featcache.reporting.facts import Facts, Positive
 from featcache.reporting.slider import slider_of
 from featcache.reporting.wording import Names, Shown, as_text, describe, short
 
+if TYPE_CHECKING:
+    from featcache.reporting.evidence import EvidencePart
+
 GENERATOR = b'<meta name="generator" content="featcache report">'
 """By this, in the first bytes of a file, a report is recognised."""
 
@@ -37,12 +40,15 @@ _MOST_NAMED = 8  # classes in the first sentence
 _MANY_CLASSES = 2  # with more, the matrix of the most probable class is shown beside the threshold
 
 
-def render(facts: Facts, shown: Shown, *, has_paths: bool) -> str:
+def render(
+    facts: Facts, shown: Shown, evidence: Mapping[str, EvidencePart], *, has_paths: bool
+) -> str:
     """Return the page.
 
     Args:
         facts: What it says.
         shown: Pictures of images.
+        evidence: Mean maps, by the name of the split.
         has_paths: Whether images are called by their paths, or by numbers.
     """
     names, pictures = Names(has_paths, shown), shown.pictures
@@ -95,6 +101,7 @@ def render(facts: Facts, shown: Shown, *, has_paths: bool) -> str:
         no_loss="There are no losses by epoch to draw: the head was solved for, or is a mean of "
         "several heads.",
         sweep=_safe_chart(sweep_chart(facts.trials, metric)),
+        evidence={name: _safe_evidence(part) for name, part in evidence.items()},
         map=_safe_chart(map_chart(facts.feature_map, facts.cache.classes)),
         made_of=_made_of(facts),
         failures=_failures(facts, has_paths=has_paths),
@@ -146,6 +153,10 @@ def _safe_chart(chart: Chart | None) -> Chart | None:
         return None
     keys = [(Markup(key), name) for key, name in chart.legend]
     return replace(chart, svg=Markup(chart.svg), legend=keys)  # type: ignore[arg-type]
+
+
+def _safe_evidence(part: EvidencePart) -> dict[str, Any]:
+    return {"text": part.text, "charts": [_safe_chart(chart) for chart in part.charts]}
 
 
 def _safe(split: dict[str, Any]) -> dict[str, Any]:

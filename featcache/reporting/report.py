@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcache.errors import ConfigError, printable
 from featcache.files import read_regular, result_as_dict
@@ -18,6 +18,9 @@ from featcache.reporting.facts import Facts, gather
 from featcache.reporting.page import GENERATOR, render
 from featcache.reporting.wording import Shown, mistaken_rows
 from featcache.runtime import Say, log_line
+
+if TYPE_CHECKING:
+    from featcache.deployment.recipes import Backbones, Weights
 
 REPORT_NAME = "report.html"
 IMAGES = ("none", "mistakes", "all")
@@ -40,6 +43,7 @@ class ReportSummary:
         is_audited: Whether it shows the verdict of an audit.
         has_paths: Whether it names image files.
         has_images: Whether it contains images.
+        has_evidence: Whether it shows where in the images the evidence lies.
     """
 
     __module__ = "featcache"
@@ -55,6 +59,7 @@ class ReportSummary:
     is_audited: bool
     has_paths: bool
     has_images: bool
+    has_evidence: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as JSON values."""
@@ -69,6 +74,9 @@ def report(
     data: str | Path | None = None,
     images: str = "none",
     no_paths: bool = False,
+    weights: Weights = None,
+    backbone: Backbones = None,
+    device: str = "auto",
     say: Say = log_line,
 ) -> ReportSummary:
     """Write one page about a run: how good it is, where to put the threshold, how it was made.
@@ -81,15 +89,21 @@ def report(
         file: The page; None writes ``report.html`` into the run. An earlier report is replaced.
         positive: The class that is looked for; None takes that of ``decide``. Without one, there is
             no threshold to choose, and the recalls of all classes are shown.
-        data: The images that the cache was made of, to show some.
+        data: The images that the cache was made of: to show some, and where the evidence lies in up
+            to 200 images of each class. That is left out, and said, where the backbone's weights
+            are not at hand or it has no map.
         images: ``none``; ``mistakes``: small pictures of the mistakes that are listed, on valid and
             test; ``all``: of all images of both. Those that changed since are left out. Beside a
             mistake is a map of what spoke for and against the class, where the backbone's weights
             are at hand.
         no_paths: Call images by split and number instead of by their paths.
+        weights: For ``data``, the backbone's weights file: see ``predict``.
+        backbone: For ``data``, the backbone itself: see ``predict``.
+        device: Where the backbone runs.
         say: Receives the lines for people.
 
     Raises:
+        BackboneError: If ``weights`` or ``backbone`` are not the run's.
         RunError: If the run is damaged, or its cache is gone or was rebuilt.
         CacheError: If the cache is damaged, or the disk is full.
         DataError: If ``data`` is no data set.
@@ -101,22 +115,29 @@ def report(
     """
     if images not in IMAGES:
         raise ConfigError("--images", expected=" or ".join(IMAGES), found=images)
-    if (data is None) != (images == "none"):
-        found = "--images without --data" if data is None else "--data without --images"
-        raise ConfigError("--images", expected="mistakes or all, with --data", found=found)
+    if data is None and images != "none":
+        raise ConfigError(f"--images {images}", expected="the images, by --data", found="none")
+    if data is None and (weights is not None or backbone is not None):
+        raise ConfigError("--weights, --backbone", expected="--data beside them", found="none")
     loaded = load_run(run)
     place = loaded.path / REPORT_NAME if file is None else file
-    inputs = [data, *cache_paths(loaded), loaded.path / "run.json"]
+    files = [weights] if weights is None or isinstance(weights, str | Path) else weights
+    inputs = [data, *files, *cache_paths(loaded), loaded.path / "run.json"]
     output = Output(place, "FILE.html", _KIND, inputs=inputs)
     output.check()
     facts = gather(loaded, positive)
-    shown = Shown()
+    shown, evidence = Shown(), dict[str, Any]()
     if data is not None:
-        shown = _show(facts, data, images, say)
-        if not shown.pictures:
-            say("no picture is shown: there is none to show, or the images have changed")
+        from featcache.reporting.evidence import measure_evidence  # imports torch
+
+        network = {"weights": weights, "backbone": backbone, "device": device}
+        if images != "none":
+            shown = _show(facts, data, images, network, say)
+            if not shown.pictures:
+                say("no picture is shown: there is none to show, or the images have changed")
+        evidence = measure_evidence(facts, data, **network, say=say)
     pictures = shown.pictures
-    page = render(facts, shown, has_paths=not no_paths).encode("utf-8")
+    page = render(facts, shown, evidence, has_paths=not no_paths).encode("utf-8")
     write_output(output, page)
     num_valid, num_test = (
         0 if split is None else len(split.rows.targets) for split in (facts.valid, facts.test)
@@ -127,6 +148,7 @@ def report(
         threshold=None if facts.positive is None else facts.positive.threshold,
         num_valid=num_valid, num_test=num_test,
         is_audited=None not in facts.audits, has_paths=not no_paths, has_images=bool(pictures),
+        has_evidence=bool(evidence),
     )  # fmt: skip
     say(f"{printable(output.path)}: one page, {in_bytes(len(page))}, no request to any network")
     if facts.positive is None:
@@ -140,7 +162,9 @@ def report(
     return summary
 
 
-def _show(facts: Facts, data: str | Path, images: str, say: Say) -> Shown:
+def _show(
+    facts: Facts, data: str | Path, images: str, network: dict[str, Any], say: Say
+) -> Shown:  # fmt: skip
     """Return the pictures of images, and the maps of those that are mistakes."""
     from featcache.reporting.explained import explain_images  # these import torch
     from featcache.reporting.pictures import FoundImages, read_pictures
@@ -151,7 +175,7 @@ def _show(facts: Facts, data: str | Path, images: str, say: Say) -> Shown:
     if not mistakes:
         return Shown(pictures)
     positive = None if facts.positive is None else facts.positive.name
-    maps = explain_images(facts.run, found, mistakes, positive, say)
+    maps = explain_images(facts.run, found, mistakes, positive, network, say)
     return Shown(pictures, maps.by_image, maps.note)
 
 

@@ -211,15 +211,15 @@ def test_pictures_are_shown_only_when_asked_for(tmp_path: Path, tiny_backbone: B
     assert all(str(url).startswith("data:image/jpeg;base64,") for url in pictures)
     assert summary.has_images
     assert f"contains {len(pictures)} small pictures of patients" in Parser(page).text
-    for options in ({"data": tree}, {"images": "all"}, {"images": "some", "data": tree}):
-        with pytest.raises(ConfigError, match="--images"):
+    for options in ({"weights": "w.pt"}, {"images": "all"}, {"images": "some", "data": tree}):
+        with pytest.raises(ConfigError, match=r"--images|--data beside"):
             featcache.report(run, say=quiet, **options)
     assert not featcache.report(run, say=quiet).has_images
     assert "<img" not in (run / "report.html").read_text("utf-8")
 
 
 def test_mistakes_have_maps_where_the_backbone_can_be_had(
-    tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_backbone: Backbone
 ) -> None:
     tree = write_tree(tmp_path / "data", {"train": 6, "valid": 6, "test": 6})
     featcache.extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, say=quiet, progress=False)
@@ -235,11 +235,7 @@ def test_mistakes_have_maps_where_the_backbone_can_be_had(
     assert any("pictures without maps" in line for line in said)
     assert "pictures have no maps" in page
 
-    monkeypatch.setattr(
-        "featcache.reporting.explained.load_classifier",
-        lambda run: featcache.load_classifier(run, backbone=tiny_backbone),
-    )
-    featcache.report(run, say=quiet, **options)
+    featcache.report(run, say=quiet, backbone=tiny_backbone, **options)
     parser = Parser((run / "report.html").read_text("utf-8"))
     pictures = [a for tag, a in parser.tags if tag == "img"]
     maps = [a for a in pictures if a["alt"]]
