@@ -130,7 +130,7 @@ def report(
     if data is not None:
         from featcache.reporting.evidence import measure_evidence  # imports torch
 
-        network = {"weights": weights, "backbone": backbone, "device": device}
+        network: dict[str, Any] = {"weights": weights, "backbone": backbone, "device": device}
         if images != "none":
             shown = _show(facts, data, images, network, say)
             if not shown.pictures:
