@@ -74,10 +74,12 @@ def cover_in_ways(pixels: Array, seed: int) -> dict[str, tuple[list[Array], Call
     masks = np.random.default_rng(seed).random((NUM_MASKS, SIDE * SIDE)) < SHARE_COVERED
     size = len(pixels) // SIDE
 
-    def blur(cells: Array) -> Array:
+    mean = np.broadcast_to(np.round(pixels.mean(axis=(0, 1))).astype(np.uint8), pixels.shape)
+
+    def cover(cells: Array, by: Array) -> Array:
         covered = np.kron(cells.reshape(SIDE, SIDE), np.ones((size, size)))
         covered = covered if pixels.ndim == 2 else covered[:, :, None]
-        return np.where(covered > 0, blurred, pixels)
+        return np.where(covered > 0, by, pixels)
 
     def regress(falls: Array) -> Array:
         centred = masks - masks.mean(axis=0)
@@ -86,9 +88,9 @@ def cover_in_ways(pixels: Array, seed: int) -> dict[str, tuple[list[Array], Call
 
     one_by_one = np.eye(SIDE * SIDE)
     return {
-        "cells, mean colour (explain)": (cover_cells(pixels, SIDE), np.asarray),
-        "cells, blurred": ([blur(cells) for cells in one_by_one], np.asarray),
-        "random fifths, blurred": ([blur(mask) for mask in masks], regress),
+        "cells, mean colour": ([cover(cells, mean) for cells in one_by_one], np.asarray),
+        "cells, blurred (explain)": (cover_cells(pixels, SIDE), np.asarray),
+        "random fifths, blurred": ([cover(mask, blurred) for mask in masks], regress),
     }
 
 

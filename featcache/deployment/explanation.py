@@ -37,7 +37,7 @@ _PICTURE_NAME = re.compile(r"\d{4,}_[A-Za-z0-9._-]{0,80}\.png")
 _HOW = (
     "log_odds = baseline + sum of every map + unlocated of backbones without one; baseline is the "
     "log-odds at the mean of the training images; occlusion is what the log-odds lose where a cell "
-    "is covered with the image's mean colour"
+    "is blurred"
 )
 
 
@@ -89,7 +89,7 @@ def explain(
     """Explain what in images spoke for and against a class, and draw it into a folder.
 
     A map adds up to the log-odds; it shows what the network used, not where disease is. Beside it
-    stands what the log-odds lose where a part of the image is covered, which knows nothing of the
+    stands what the log-odds lose where a part of the image is blurred, which knows nothing of the
     network's inside.
 
     Args:

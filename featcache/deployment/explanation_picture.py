@@ -60,7 +60,7 @@ def draw_explanation(
             square = [low, high, high, low, low], [low, low, high, high, low]
             of_map.plot(*square, color=_INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
             of_map.set_xlabel(f"dashed: the middle {percent(MIDDLE**2)}", color=_FAINT)
-        title = "occlusion: log-odds lost where covered"
+        title = "occlusion: log-odds lost where blurred"
         _overlay(figure, of_occlusion, seen, np.array(made["occlusion"]), title)
         if made["rank_correlation"] is not None:
             said = f"rank correlation with the map {_signed(made['rank_correlation'])}"
