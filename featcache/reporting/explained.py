@@ -26,7 +26,7 @@ from featcache.runtime import Say
 _FOR, _AGAINST = (178, 24, 43), (33, 102, 172)  # ends of ColorBrewer's RdBu
 _STRONGEST = 0.6  # opacity of the strongest cell
 _SIGNED = 0.25  # of the strongest cell: those above it bear a plus or a minus
-_MOST_EXPLAINED = 20  # the worst of each split: each is seen some fifty times, covered elsewhere
+_MOST_EXPLAINED = 10  # the worst of each split: each is seen some fifty times, covered elsewhere
 _LONG_SECONDS = 10.0  # what takes longer is announced
 
 
