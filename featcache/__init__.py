@@ -9,6 +9,8 @@ The verbs, as on the command line, in the order of the work::
     featcache.decide("run", positive="covid", recall=0.95)
     featcache.evaluate("run", positive="covid")
     featcache.predict("run", "new.png")
+    featcache.explain("run", "new.png", "explained")
+    featcache.report("run", "covid.html")
     featcache.export("run", "covid.pt")
 
 Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep``, ``crossval``, ``convert`` and
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from featcache.data.splitting import SplitSummary, split
     from featcache.deployment.classifier import Classifier, load_classifier
     from featcache.deployment.delivery import DeliverySummary
+    from featcache.deployment.explainer import Explanation
+    from featcache.deployment.explanation import ExplainSummary, explain
     from featcache.deployment.export import ExportSummary, export
     from featcache.deployment.predictions import Predictions, predict
     from featcache.errors import (
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     from featcache.heads.head import HeadConfig
     from featcache.heads.run import Run, load_head, load_run
     from featcache.heads.training import TrainSummary, train
+    from featcache.reporting.report import ReportSummary, report
     from featcache.sweeps.crossval import CrossvalSummary, crossval
     from featcache.sweeps.ranking import Decision
     from featcache.sweeps.sweeping import SweepSummary, sweep
@@ -80,6 +85,8 @@ _MODULES = {
     "decide": "evaluation.decision",
     "evaluate": "evaluation.evaluation",
     "predict": "deployment.predictions",
+    "explain": "deployment.explanation",
+    "report": "reporting.report",
     "export": "deployment.export",
     "convert": "cache.conversion",
     "neighbours": "evaluation.neighbours",
@@ -119,6 +126,9 @@ _MODULES = {
     "DecideSummary": "evaluation.decision",
     "Evaluation": "evaluation.evaluation",
     "Predictions": "deployment.predictions",
+    "ExplainSummary": "deployment.explanation",
+    "Explanation": "deployment.explainer",
+    "ReportSummary": "reporting.report",
     "ExportSummary": "deployment.export",
     "ConversionSummary": "cache.conversion",
     "Neighbours": "evaluation.neighbours",
@@ -136,7 +146,8 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
-    "crossval", "decide", "evaluate", "predict", "export", "convert", "neighbours",
+    "crossval", "decide", "evaluate", "predict", "explain", "report", "export", "convert",
+    "neighbours",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",
@@ -146,9 +157,9 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # the verbs' results
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
-    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExportSummary",
-    "ConversionSummary", "Neighbours",
-    "DeliverySummary",
+    "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExplainSummary",
+    "Explanation", "ReportSummary", "ExportSummary", "DeliverySummary", "ConversionSummary",
+    "Neighbours",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

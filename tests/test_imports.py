@@ -18,8 +18,8 @@ from featcache.backbones.backbone import Backbone
 PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 VERBS = ("demo", "split", "extract", "select", "info", "verify", "train", "sweep")
-VERBS += ("audit", "crossval", "decide", "evaluate", "predict", "export", "convert")
-VERBS += ("neighbours",)
+VERBS += ("audit", "crossval", "decide", "evaluate", "predict", "explain", "report", "export")
+VERBS += ("convert", "neighbours")
 HEAVY = {"torch", "sklearn", "scipy", "matplotlib", "numba"}
 SLOW = {"torch", "numpy", "h5py", "PIL", "sklearn", "matplotlib", "scipy", "numba"}
 
@@ -62,6 +62,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> P
         ("evaluate run", {"matplotlib"}),
         ("evaluate run --split nonsense", set()),
         ("export run out.txt", {"torch"}),
+        ("report run", set()),
         ("decide run --positive covid --recall 0.9", {"scipy"}),  # last: the others then use it
     ],
 )

@@ -50,7 +50,8 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) 
     package = ROOT / "featcache"
     wanted = {f"featcache/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert packed == wanted | {"featcache/py.typed"}
+    page = {f"featcache/reporting/page.{ending}" for ending in ("html.jinja", "css", "js")}
+    assert packed == wanted | page | {"featcache/py.typed"}
 
 
 def test_command_starts_from_an_unpacked_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ RESULTS = {
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "UnfinishedInfo",
     "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "CrossvalInfo", "DecideSummary", "Evaluation", "Predictions",
-    "ExportSummary", "DeliverySummary", "ConversionSummary", "Neighbours",
+    "ExplainSummary", "ReportSummary", "ExportSummary", "DeliverySummary", "ConversionSummary",
+    "Neighbours",
 }  # fmt: skip
 ERRORS = [
     name for name in featcache.__all__
@@ -57,6 +58,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -
         with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
             predictions = featcache.predict(run, cache=cache)
         yield predictions
+        image = tree / "test/covid/tec000_0.jpg"
+        yield featcache.explain(run, image, folder / "explained", backbone=tiny_backbone)
+        yield featcache.report(run)
         yield featcache.export(run, folder / "out.pt", backbone=tiny_backbone)
         yield featcache.export(run, folder / "out.onnx", backbone=tiny_backbone)
         yield featcache.convert(cache, folder / "rows.npz")

@@ -28,6 +28,7 @@ from featcache.evaluation import evaluation
 from featcache.extraction import extraction
 from featcache.formatting import decimal
 from featcache.heads import training
+from featcache.reporting import report
 from featcache.runtime import Say, Timer, device_name, log_line, resolve_device
 
 Plane = NDArray[Any]  # (H, W) floating point
@@ -50,7 +51,7 @@ _FILES = re.compile(
     rf"(raw|split/(train|valid|test))/{_CLASS}/P\d{{4}}_\d\.(png|jpg)"
     r"|features\.h5|features\.h5\.partial/(lock|probing|manifest\.json|shard\.\d+|\..*\.tmp)"
     r"|run\.partial/(lock|training\.safetensors)|run(\.partial/new)?/(\..*\.tmp|run\.json|environment\.json"
-    r"|history\.csv|head\.safetensors|rows\.bin|evaluation/test(\.json|_confusion\.png))"
+    r"|report\.html|history\.csv|head\.safetensors|rows\.bin|evaluation/test(\.json|_confusion\.png))"
 )
 _MARKER = "demo.json"  # with this text in it a folder is ours to write in again
 _MARKER_TEXT = files.readable_json({"format": "featcache-demo", "made_anew": _OUTPUTS}).encode()
@@ -91,6 +92,7 @@ class DemoSummary:
     extract_seconds: float
     train_seconds: float
     evaluate_seconds: float
+    report_seconds: float
     device: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,7 +101,7 @@ class DemoSummary:
 
 
 def run_demo(folder: Path | str, *, device: str = "auto", say: Say = log_line) -> DemoSummary:
-    """Go the whole way on phantoms: draw, split, extract, train, evaluate.
+    """Go the whole way on phantoms: draw, split, extract, train, evaluate, report.
 
     Args:
         folder: A new or empty folder, or one of an earlier demo: then ``raw``, ``split``,
@@ -128,6 +130,8 @@ def run_demo(folder: Path | str, *, device: str = "auto", say: Say = log_line) -
         training.train(folder / "features.h5", folder / "run", device=device, say=say)
     with timer("evaluate"):
         result = evaluation.evaluate(folder / "run", positive=CLASSES[0], say=say)
+    with timer("report"):
+        report.report(folder / "run", positive=CLASSES[0], say=lambda _: None)
     summary = DemoSummary(
         folder=folder.as_posix(),
         num_images=num_images,
@@ -182,8 +186,10 @@ def _describe(summary: DemoSummary) -> str:
     rate = summary.num_images / summary.extract_seconds
     figures = (summary.accuracy, summary.sensitivity, summary.specificity)
     right, found, spared = (decimal(figure or 0) for figure in figures)
-    names = ("features.h5", "run-linear", "run", "split/test/covid")
-    cache, new_run, run, pictures = (shlex.quote(f"{summary.folder}/{name}") for name in names)
+    names = ("features.h5", "run-linear", "run", "split/test/covid", "run/report.html")
+    cache, new_run, run, pictures, page = (
+        shlex.quote(f"{summary.folder}/{name}") for name in names
+    )
     return f"""
 The whole path took {total:.0f} s on this machine ({summary.device}):
   draw      {summary.draw_seconds:6.1f} s  {summary.num_images} phantom X-rays
@@ -191,8 +197,11 @@ The whole path took {total:.0f} s on this machine ({summary.device}):
   extract   {summary.extract_seconds:6.1f} s  {BACKBONE}, {rate:.0f} images/s, once
   train     {summary.train_seconds:6.1f} s  a head on the kept features
   evaluate  {summary.evaluate_seconds:6.1f} s  {summary.num_test} unseen phantoms
+  report    {summary.report_seconds:6.1f} s  one page, also for who has no featcache
 On those: accuracy {right}; of covid {found} found, of normal {spared} left alone.
 Phantoms are drawings: this shows that the path works, and nothing about medicine.
+
+All of it on one page, for any browser: {page}
 
 Next, another head on the same features; no image is read again:
   featcache train {cache} {new_run} --hidden none --epochs 30

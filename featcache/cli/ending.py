@@ -34,6 +34,8 @@ _HELD_SECONDS = 9.0  # where extract finishes the batch in hand and writes its s
 _OUTPUTS = {
     "split": "destination", "extract": "cache", "select": "new", "verify": "cache", "train": "run",
     "sweep": "run", "crossval": "folder", "audit": "csv", "predict": "csv", "export": "file",
+    "explain": "out",
+    "report": "file",
     "convert": "output",
 }  # fmt: skip
 """The option or argument that names what a command makes.

@@ -22,6 +22,7 @@ from featcache import __version__
 from featcache.cli.cache_commands import audit, extract, info, select, split, verify
 from featcache.cli.conversion_commands import convert, neighbours
 from featcache.cli.ending import ENDING, complain, open_closed_streams
+from featcache.cli.explain_command import explain
 from featcache.cli.head_commands import crossval, sweep, train
 from featcache.cli.options import (
     DEVICE,
@@ -29,6 +30,7 @@ from featcache.cli.options import (
     print_facts,
     printing,
 )
+from featcache.cli.report_command import report
 from featcache.cli.run_commands import decide, evaluate, export, predict
 from featcache.errors import FeatcacheError, FeatcacheWarning, escaped
 
@@ -76,7 +78,8 @@ def demo(folder: Path, device: str, as_json: bool, quiet: bool) -> None:
 
 for command in (
     split, extract, select, info, verify, audit,
-    train, sweep, crossval, decide, evaluate, predict, export, convert, neighbours,
+    train, sweep, crossval, decide, evaluate, predict, explain, report,
+    export, convert, neighbours,
 ):  # fmt: skip
     cli.add_command(command)
 

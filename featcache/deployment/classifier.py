@@ -91,7 +91,8 @@ class Classifier:
         return load_head(self.run)
 
     @cached_property
-    def _novelty(self) -> Novelty | None:
+    def novelty(self) -> Novelty | None:
+        """What tells whether an image is unlike any training image; None where nothing does."""
         return Novelty.of(self.run)
 
     def predict(
@@ -140,7 +141,7 @@ class Classifier:
         pairs = list(zip(names, rows, strict=True))
         failures = tuple((name, row) for name, row in pairs if isinstance(row, str))
         good = [(name, row) for name, row in pairs if not isinstance(row, str)]
-        features, novelty = self._stack([row for _, row in good]), self._novelty
+        features, novelty = self._stack([row for _, row in good]), self.novelty
         return Predictions(
             classes=self.run.classes,
             paths=tuple(name for name, _ in good),
@@ -220,7 +221,7 @@ class Classifier:
             pixels = np.empty((len(inputs.images), *[backbone.image_size] * 2, 3), np.uint8)
             for slot, image in zip(pixels, inputs.images, strict=True):
                 data = inputs.dataset.read(image) if isinstance(image, Sample) else image
-                fitted = _fit(data, recipe)
+                fitted = fit_image(data, recipe)
                 slot[:] = fitted[:, :, None] if fitted.ndim == 2 else fitted
             mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
             scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
@@ -253,7 +254,7 @@ class Classifier:
                 recipe = self.recipes[number]
                 refuse_dark_colour(recipe, dataset, self.run.path)
                 probes = partial(decode_probes, dataset, dataset.samples, recipe.rules)
-                engine = self._choose_engine(number, len(dataset.samples), probes)
+                engine = self.choose_engine(number, len(dataset.samples), probes)
                 lanes.append(Lane(recipe, engine))
             for batch in stream_features(dataset, dataset.samples, lanes):
                 for number, of_lane in zip(numbers, batch.features, strict=True):
@@ -283,11 +284,11 @@ class Classifier:
         fitted: list[npt.NDArray[np.uint8] | str] = []
         for image in images:
             try:
-                fitted.append(_fit(image, self.recipes[number]))
+                fitted.append(fit_image(image, self.recipes[number]))
             except DataError as error:
                 fitted.append(str(error.found))
         pixels = [image for image in fitted if not isinstance(image, str)]
-        engine = self._choose_engine(number, num_images, partial(list, pixels[:NUM_PROBES]))
+        engine = self.choose_engine(number, num_images, partial(list, pixels[:NUM_PROBES]))
         rows = iter(engine.run(pixels))
         return [image if isinstance(image, str) else next(rows) for image in fitted]
 
@@ -298,11 +299,11 @@ class Classifier:
             draw: Gives images of a side in pixels, to compare an engine with the plain network on.
         """
         return tuple(
-            self._choose_engine(number, ONNX_PAYS_FROM, partial(draw, recipe.backbone.image_size))
+            self.choose_engine(number, ONNX_PAYS_FROM, partial(draw, recipe.backbone.image_size))
             for number, recipe in enumerate(self.recipes)
         )
 
-    def _choose_engine(
+    def choose_engine(
         self, number: int, num_images: int, probes: Callable[[], Images]
     ) -> Engine:  # fmt: skip
         """Return the engine to run so many images: the one there is, or a new one.
@@ -355,12 +356,12 @@ class Classifier:
             )  # fmt: skip
         with torch.inference_mode(), exact_fp32():
             parts = torch.split(batch.to(torch.float32), _IMAGES_AT_ONCE)
-            network = self._networks[number]
+            network = self.networks[number]
             rows = [row for part in parts for row in network(part.to(self.device)).cpu().numpy()]
         return np.array(rows, np.float32).reshape(-1, backbone.num_features)
 
     @cached_property
-    def _networks(self) -> list[nn.Module]:
+    def networks(self) -> list[nn.Module]:
         """The libraries' networks on the device."""
         networks = [recipe.backbone.network.eval() for recipe in self.recipes]
         if self.device.type == "cpu":
@@ -422,7 +423,7 @@ def load_classifier(
     return Classifier(loaded, recipes, place, batch_size, decisions)
 
 
-def _fit(image: Any, recipe: Recipe) -> npt.NDArray[np.uint8]:
+def fit_image(image: Any, recipe: Recipe) -> npt.NDArray[np.uint8]:
     """Return pixels (S, S) or (S, S, 3) of a file's bytes, a PIL image or an array."""
     rules = recipe.rules
     picture = load(image, rules) if isinstance(image, bytes) else load_opened(image, rules)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import Cache, open_cache
+from featcache.cache.reading import Cache, CacheSplit, open_cache
 from featcache.cache.side_by_side import join_caches
 from featcache.data.stratification import build_units
 from featcache.errors import FeatcacheError
@@ -53,21 +53,15 @@ class Novelty:
     @classmethod
     def of(cls, run: Run) -> Novelty | None:
         """Return it for a run, None where its cache is gone or has changed, or is too small."""
+        cache = find_own_cache(run)
         try:
-            paths = cache_paths(run)
-            is_small = sum(path.stat().st_size for path in paths) <= _HASHED_BYTES
-            caches = [open_cache(path, verify=is_small) for path in paths]
-            cache = join_caches(caches)
-            if not is_own(run, cache):
-                return None
-            return cls._measure(cache) if cache.num_features == run.head.num_features else None
+            return None if cache is None else cls._measure(cache)
         except (FeatcacheError, OSError):
             return None
 
     @classmethod
     def _measure(cls, cache: Cache) -> Novelty | None:
-        names = [training_source(cache), *(["valid"] if "valid" in cache.splits else [])]
-        splits = [cache.splits[name] for name in names]
+        splits = training_splits(cache)
         owners = np.repeat(np.arange(len(splits)), [len(split) for split in splits])
         places = np.concatenate([np.arange(len(split)) for split in splits])
         chosen = sample_rows(len(owners), _MOST_ROWS)
@@ -102,6 +96,27 @@ class Novelty:
             "threshold": self.threshold, "num_rows": self.num_rows,
             "num_compared_with": len(self.rows),
         }  # fmt: skip
+
+
+def find_own_cache(run: Run) -> Cache | None:
+    """Return what a run was trained on, None where it is gone or has changed.
+
+    Several caches are side by side. Small ones are hashed.
+    """
+    try:
+        paths = cache_paths(run)
+        is_small = sum(path.stat().st_size for path in paths) <= _HASHED_BYTES
+        cache = join_caches([open_cache(path, verify=is_small) for path in paths])
+        is_same = is_own(run, cache) and cache.num_features == run.head.num_features
+        return cache if is_same else None
+    except (FeatcacheError, OSError):
+        return None
+
+
+def training_splits(cache: Cache) -> list[CacheSplit]:
+    """Return the splits that a head saw: ``train`` (or ``all``), and ``valid`` if there is one."""
+    names = [training_source(cache), *(["valid"] if "valid" in cache.splits else [])]
+    return [cache.splits[name] for name in names]
 
 
 def _nearest(queries: Array, rows: Array, query_units: Numbers, row_units: Numbers) -> Array:

@@ -90,10 +90,26 @@ def grouped_rate_interval(
     Raises:
         DataError: If there are no rows.
     """
+    return numbered_rate_interval(is_hit, number_groups(groups), confidence=confidence)
+
+
+def numbered_rate_interval(
+    is_hit: npt.NDArray[np.bool_], numbers: npt.NDArray[np.int64], *, confidence: float = 0.95
+) -> Interval:
+    """Return ``grouped_rate_interval`` of rows whose groups have numbers already.
+
+    Args:
+        is_hit: (n,), n >= 1.
+        numbers: (n,) whole numbers, equal in one group: ``number_groups``, or a part of it.
+        confidence: In (0, 1).
+
+    Raises:
+        DataError: If there are no rows.
+    """
     total, hits = len(is_hit), int(is_hit.sum())
     _check(hits, total)
-    numbers = number_groups(groups)
-    num_groups = int(numbers.max()) + 1
+    known, numbers = np.unique(numbers, return_inverse=True)
+    num_groups = len(known)
     if num_groups == total:
         return rate_interval(hits, total, confidence=confidence)
     effective = float(num_groups)

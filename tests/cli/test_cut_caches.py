@@ -33,6 +33,7 @@ VERBS = {
     "crossval": ["crossval", "c.h5", "r2", "--folds", 2, "--hidden", "none", "--epochs", 1],
     "decide": ["decide", "run", "--positive", "covid", "--recall", "0.9"],
     "evaluate": ["evaluate", "run"],
+    "report": ["report", "run", "n.html"],
     "predict": ["predict", "run", "--cache", "c.h5"],
     "convert": ["convert", "c.h5", "rows.npz"],
     "neighbours": ["neighbours", "c.h5", "train/covid/trc000_0.jpg"],

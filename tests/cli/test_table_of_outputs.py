@@ -39,10 +39,12 @@ VERBS = {
     "CSV of evaluate": "evaluate run --csv OUT",
     "CSV of predict": "predict run --cache c.h5 --csv OUT",
     "network of export": f"export run OUT {' '.join(TINY)}",
+    "folder of explain": f"explain run raw/covid/0.png --out OUT --overwrite {' '.join(TINY)}",
     "ONNX of export": f"export run OUT {' '.join(TINY)}",
     "folder of export": f"export run OUT/ {' '.join(TINY)}",
     "file of convert": "convert c.h5 OUT",
     "cache of convert": "convert in.npz OUT --rebuild",
+    "page of report": "report run OUT",
     "evaluation in a run": "evaluate run",
     "decision in a run": "decide run --positive covid --recall 0.5",
     "folder of demo": "demo OUT",
@@ -50,7 +52,7 @@ VERBS = {
 INPUTS = {
     "CSV of split": "raw/in.csv", "cache of extract": "raw/covid/0.png", "tree of split": "raw",
     "network of export": "in.pt", "ONNX of export": "delivered/model.onnx",
-    "folder of export": "delivered", "cache of convert": "in.npz",
+    "folder of export": "delivered", "cache of convert": "in.npz", "folder of explain": "raw",
 }  # fmt: skip
 ENDINGS = {
     "CSV of split": ".csv", "network of export": ".pt", "ONNX of export": ".onnx",
@@ -91,7 +93,10 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run" / "decision.json").rename(folder / "decision.json")
     featcache.evaluate(folder / "run", csv=folder / "evaluated.csv")
     featcache.audit(folder / "c.h5", only="same", csv=folder / "a.csv")
+    featcache.report(folder / "run", folder / "page.html")
     featcache.crossval(folder / "c.h5", folder / "folds", folds=2, hidden=(), epochs=1, seed=1)
+    image, backbone = folder / "raw" / "covid" / "0.png", tiny_network.build()
+    featcache.explain(folder / "run", image, folder / "explained", backbone=backbone)
     with pytest.warns(featcache.FeatcacheWarning, match="trained on"):
         featcache.predict(folder / "run", cache=folder / "c.h5", csv=folder / "p.csv")
     featcache.export(folder / "run", f"{folder}/delivered/", backbone=tiny_network.build())
@@ -121,12 +126,15 @@ def own_kind(output: str, out: Path, things: Path) -> None:
         shutil.copytree(things / "delivered", out)
     elif output == "folder of crossval":
         shutil.copytree(things / "folds", out)
+    elif output == "folder of explain":
+        shutil.copytree(things / "explained", out)
     else:
         names = {
             "CSV of split": "split.csv", "CSV of evaluate": "evaluated.csv",
             "CSV of audit": "a.csv",
             "CSV of predict": "p.csv", "network of export": "in.pt",
             "ONNX of export": "delivered/model.onnx", "file of convert": "in.npz",
+            "page of report": "page.html",
             "evaluation in a run": "run/evaluation/test.json",
             "decision in a run": "decision.json",
         }  # fmt: skip
@@ -267,5 +275,13 @@ def test_nothing_is_lost(
     else:
         assert name in after
         assert after[name] != before.get(name) or output.startswith(
-            ("CSV", "run", "folder of crossval", "evaluation", "decision")
+            (
+                "CSV",
+                "run",
+                "folder of crossval",
+                "folder of explain",
+                "page",
+                "evaluation",
+                "decision",
+            )
         )

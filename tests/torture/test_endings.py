@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "evaluate": ("evaluate", "run", "--csv", "new.csv"),
     "predict": ("predict", "run", "data/test", *BACKBONE, "--csv", "new.csv"),
     "export": ("export", "run", "new.pt", *BACKBONE),
+    "report": ("report", "run", "new.html"),
 }  # fmt: skip
 
 
@@ -134,6 +135,7 @@ STUCK: dict[str, tuple[str, str]] = {
     "evaluate": ("featcache.evaluation.predicted_rows", "predict_probs"),
     "predict": ("featcache.deployment.classifier", "build_engine"),
     "export": ("featcache.deployment.export", "load_classifier"),
+    "report": ("featcache.evaluation.predicted_rows", "predict_probs"),
 }
 
 

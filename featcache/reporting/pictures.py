@@ -1,0 +1,90 @@
+"""Small JPEGs of the images of rows, for a page that shows them.
+
+Reads: images. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.reading import Cache
+from featcache.cache.side_by_side import caches_of
+from featcache.errors import DataError
+from featcache.extraction.comparison import find_images
+from featcache.extraction.pipeline import stream_views
+from featcache.pixels.images import PixelRules
+from featcache.pixels.views import PLAIN, ViewRules
+
+SIDE = 192
+"""Of the pictures, in pixels: the long side, the short one has bars."""
+_QUALITY = 75
+_CHUNK = 32
+
+Key = tuple[str, str]
+"""Split and path of a row."""
+
+
+@dataclass(frozen=True)
+class _SmallPictures:
+    """What ``stream_views`` makes them by."""
+
+    rules: PixelRules
+    view_rules: ViewRules = PLAIN
+
+
+def read_pictures(cache: Cache, data: str | Path, wanted: Sequence[Key]) -> dict[Key, str]:
+    """Return a ``data:`` URL of the image of each row; none where it is gone, changed or damaged.
+
+    Args:
+        cache: The rows' cache.
+        data: The images it was made of.
+        wanted: Of which rows.
+
+    Raises:
+        CacheError: If ``data`` has none of the cache's images.
+        DataError: If ``data`` is no data set.
+    """
+    first = caches_of(cache)[0]
+    dataset, samples, rows = find_images(first, data)
+    chosen = [samples[key] for key in dict.fromkeys(wanted) if key in samples]
+    made: dict[Key, str] = {}
+    recipe = _SmallPictures(_rules_of(first))
+    for outcomes, views in stream_views(dataset, chosen, [recipe], _CHUNK):
+        for outcome, view in zip(outcomes, views, strict=True):
+            key = outcome.sample.split, outcome.sample.path
+            recorded = first.splits[key[0]].image_sha256[rows[key]].tobytes()
+            is_same = outcome.sha256 == recorded or not any(recorded)
+            if view is not None and is_same:
+                made[key] = _as_url(np.asarray(view[0][0]))
+    return made
+
+
+def _rules_of(cache: Cache) -> PixelRules:
+    try:
+        rules = PixelRules.from_identity(dict(cache.identity))
+    except DataError:  # features made elsewhere
+        rules = PixelRules(SIDE)
+    return PixelRules(
+        SIDE, crop_mode="border", bit_depth=rules.bit_depth, truncated=rules.truncated
+    )
+
+
+def _as_url(pixels: npt.NDArray[Any]) -> str:
+    """Return an image (H, W, 3) as a small JPEG, grey where it has no colour."""
+    from PIL import Image
+
+    if pixels.shape[0] == 3 and pixels.shape[-1] != 3:
+        pixels = np.moveaxis(pixels, 0, -1)
+    is_grey = bool((pixels == pixels[..., :1]).all())
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if is_grey else pixels))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=_QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,335 @@
+"""The page about a run: its numbers are those of the metrics, and strangers' names are text."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sample_decisions import SMALL, copy_run, decide_quietly, make_work
+from sample_images import write_tree
+from sample_rows import edited, make_cache, rows_of
+
+import featcache
+from featcache.backbones.backbone import Backbone
+from featcache.errors import ConfigError
+from featcache.evaluation.decision_rows import read_valid
+from featcache.heads.run import load_run
+from featcache.metrics.rates import grouped_rate_interval
+from featcache.metrics.thresholds import measure_recall, measure_specificity
+from featcache.reporting.threshold_table import MAX_STEPS, threshold_table
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with groups of two images, a run and its decision, audited."""
+    folder = make_work(tmp_path_factory.mktemp("report"))
+    decide_quietly(folder / "run", recall=0.8, refer=0.1)
+    featcache.audit(folder / "c.h5", only="same,near", say=quiet)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(work: Path) -> str:
+    featcache.report(work / "run", work / "page.html", say=quiet)
+    return (work / "page.html").read_text("utf-8")
+
+
+class Parser(HTMLParser):
+    """Collects tags, attributes and text as a browser would see them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def test_every_threshold_has_the_counts_and_intervals_of_the_metrics(work: Path, page: str) -> None:
+    (rows,) = read_valid(load_run(work / "run"), "covid")
+    data, scores, is_yes, groups = data_of(page), rows.scores, rows.is_positive, rows.groups
+    assert groups is not None
+    assert [data["num_yes"], data["num_no"]] == [80, 80]
+    assert len(data["steps"]) == len(np.unique(scores)) + 1
+    for threshold, true, false, *intervals in data["steps"]:
+        recall = measure_recall(scores, is_yes, threshold, groups)
+        specificity = measure_specificity(scores, is_yes, threshold, groups)
+        assert (true, false) == (recall.hits, specificity.total - specificity.hits)
+        wanted = [recall.interval, specificity.interval]
+        called = scores >= threshold
+        for which, hits in ((called, is_yes), (~called, ~is_yes)):
+            chosen = [groups[i] for i in np.flatnonzero(which)]
+            wanted.append(grouped_rate_interval(hits[which], chosen) if chosen else None)
+        for found, expected in zip(intervals, wanted, strict=True):
+            assert (found is None) == (expected is None)
+            if expected is not None:
+                np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_the_threshold_in_use_is_that_of_the_decision(work: Path, page: str) -> None:
+    decision = json.loads((work / "run" / "decision.json").read_text())["decisions"]["covid"]
+    data = data_of(page)
+    threshold, true, false, *_ = data["steps"][data["chosen"]]
+    assert threshold == decision["threshold"]
+    assert true == decision["image"]["recall"]["hits"]
+    assert data["num_no"] - false == decision["image"]["specificity"]["hits"]
+
+
+@pytest.mark.parametrize("chosen", [0.0, 0.31, 1.0])
+def test_of_many_scores_some_thresholds_are_kept_with_the_chosen_one(chosen: float) -> None:
+    rng = np.random.default_rng(0)
+    scores, is_yes = rng.random(3000), rng.random(3000) < 0.5
+    steps, place = threshold_table(scores, is_yes, None, chosen)
+    limits = [step.threshold for step in steps]
+    assert limits == sorted(set(limits))
+    assert limits[place] == chosen
+    assert len(steps) <= MAX_STEPS + 1
+    assert (steps[0].false_positives, steps[-1].true_positives) == ((~is_yes).sum(), 0)
+
+
+def test_the_page_asks_nothing_of_a_network_and_runs_only_its_own_script(page: str) -> None:
+    parser = Parser(page)
+    (policy,) = [
+        attributes["content"] for tag, attributes in parser.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]  # fmt: skip
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+    assert "unsafe" not in policy
+    links = [
+        value for _, attributes in parser.tags for key, value in attributes.items()
+        if key in {"src", "href", "action", "srcset", "data"}
+    ]  # fmt: skip
+    assert {*links} <= {"data:,", "#how-good", "#test"}
+    assert not [key for _, attributes in parser.tags for key in attributes if key[:2] == "on"]
+    assert "url(" not in page
+    assert "style" not in {key for _, attributes in parser.tags for key in attributes}
+
+
+def test_what_is_said_without_javascript(work: Path, page: str) -> None:
+    text = Parser(page).text
+    evaluation = featcache.evaluate(work / "run", split="valid", positive="covid", say=quiet)
+    assert evaluation.decision is not None
+    decided = evaluation.decision["covid"]
+    recall = decided["image"]["recall"]
+    low, high = recall["interval"]
+    assert f"{low:.3f} to {high:.3f}" in text
+    assert f"{recall['hits']} of {recall['total']} found" in text
+    assert decided["false_negatives"]
+    for path in decided["false_negatives"]:
+        assert path in text
+    for sentence in (
+        "Not for diagnosis.", "contains no images of patients",
+        json.loads((work / "c.h5.audit.json").read_text("utf-8"))["verdict"],
+        "Chosen after looking at test", "90 images of test are folded away", "are referred",
+        "The head was neither trained on these images", "featcache train c.h5 run --hidden 8",
+    ):  # fmt: skip
+        assert sentence in text, sentence
+    assert "never audited" not in text
+
+
+def test_every_figure_has_a_name_and_its_numbers_in_a_table(page: str) -> None:
+    tags = [tag for tag, _ in Parser(page).tags]
+    names = {attributes.get("id") for _, attributes in Parser(page).tags}
+    figures = [a["id"] for tag, a in Parser(page).tags if tag == "figure"]
+    assert {"valid-roc", "valid-pr", "valid-benefit", "valid-reliability", "loss", "map"} <= {
+        *figures
+    }
+    plots = [a for tag, a in Parser(page).tags if tag == "svg" and a.get("role") == "img"]
+    assert len(plots) == len(figures) == page.count("<summary>The numbers")
+    assert {a["aria-labelledby"] for a in plots} <= names
+    assert tags.count("h1") == 1
+
+
+def test_figures_of_test_are_folded_away(page: str) -> None:
+    start = page.index('<details id="test">')
+    end = page.index("Curves on valid")
+    assert page.count("test-roc") == page[start:end].count("test-roc") > 0
+
+
+def test_without_paths_no_file_is_named(work: Path) -> None:
+    summary = featcache.report(work / "run", work / "numbers.html", no_paths=True, say=quiet)
+    page = (work / "numbers.html").read_text("utf-8")
+    assert not summary.has_paths
+    assert not re.search(r"(train|valid|test)/\d{4}\.png", page)
+    assert re.search(r'\["valid \d+",', page)
+
+
+def test_without_a_positive_class_none_is_guessed(work: Path, tmp_path: Path) -> None:
+    run = copy_run(work, tmp_path, "chosen")
+    summary = featcache.report(run, say=quiet)
+    text = Parser(page := (run / "report.html").read_text("utf-8")).text
+    assert (summary.positive, summary.is_audited) == (None, False)
+    assert "none is guessed" in text
+    assert "recall of covid" in text
+    assert "recall of normal" in text
+    assert "was never audited" in text
+    assert "chose the epoch" in text
+    assert 'id="data"' not in page
+    with pytest.raises(ConfigError, match="one of covid, normal"):
+        featcache.report(run, positive="flu", say=quiet)
+    again = featcache.report(run, positive="normal", say=quiet)
+    assert (again.positive, again.threshold) == ("normal", 0.5)
+
+
+HOSTILE = (
+    "<script>alert(1)</script>", "</script><script>alert(2)</script>", "<img src=x onerror=a()>",
+    "\"onmouseover='a()'", "a\u202egnp.exe", "{{ 7 * 7 }}", "]]><!--", "-->", "'; alert(3) //",
+    "\u2028\u2029", "&lt;b&gt;", "javascript:alert(4)", "caf\udce9", "\x1b[31m", "%s{}$`",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A page about classes and files with such names, all of them mistaken."""
+    folder = tmp_path_factory.mktemp("hostile")
+    names = HOSTILE[:3]
+    splits = {}
+    for split in ("train", "valid", "test"):
+        rows = rows_of(split, np.arange(30) % 3)
+        features = np.random.default_rng(0).normal(size=(30, 10)).astype("f4")
+        paths = [f"{split}{HOSTILE[i % len(HOSTILE)]}{i}" for i in range(30)]
+        splits[split] = edited(rows, features=features, paths=sorted(paths, key=_bytes))
+    make_cache(folder / "c.h5", classes=names, **splits)
+    featcache.train(folder / "c.h5", folder / "run", **SMALL, say=quiet, progress=False)
+    featcache.report(folder / "run", positive=names[0], say=quiet)
+    return (folder / "run" / "report.html").read_text("utf-8")
+
+
+def _bytes(path: str) -> bytes:
+    return path.encode("utf-8", "surrogateescape")
+
+
+def test_hostile_names_are_text(hostile: str) -> None:
+    parser = Parser(hostile)
+    tags = [tag for tag, _ in parser.tags]
+    assert tags.count("script") == 2
+    assert tags.count("img") == 0
+    assert not [key for _, attributes in parser.tags for key in attributes if key[:2] == "on"]
+    assert "49" not in re.findall(r"valid(\d+)0", parser.text)
+    assert "<script>alert(1)</script>" in parser.text
+    assert "{{ 7 * 7 }}" in parser.text
+    for char in "\u202e\u2028\u2029\x1b":
+        assert char not in hostile
+    data = json.dumps(data_of(hostile))
+    assert "<img src=x onerror=a()>" in data
+    assert "\\\\udce9" in data
+
+
+# ------------------------------------------------------------------------------------- a browser
+
+
+def open_page(path: Path, anchor: str, folder: Path) -> str:
+    """Return the page's DOM after its script has run, as headless Chromium has it."""
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+        f"--user-data-dir={folder}", "--virtual-time-budget=2000", "--dump-dom",
+        f"{path.as_uri()}#{anchor}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, check=True, timeout=120)
+    log = done.stderr.decode(errors="replace")
+    assert "CONSOLE" not in log, log
+    return done.stdout.decode()
+
+
+def shown(dom: str, name: str) -> str:
+    found = re.search(rf'<[^>]*(?:data-count|id)="{name}"[^>]*>([^<]*)<', dom)
+    assert found, name
+    return found[1]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_the_slider_shows_what_the_metrics_say(work: Path, page: str, tmp_path: Path) -> None:
+    dom = open_page(work / "page.html", "threshold=0.35&cell=fp", tmp_path)
+    (rows,) = read_valid(load_run(work / "run"), "covid")
+    found = re.search(r'id="threshold-value"[^>]*data-value="([^"]+)"', dom)
+    assert found
+    threshold = float(found[1])
+    assert threshold == min(
+        (step[0] for step in data_of(page)["steps"]), key=lambda t: abs(t - 0.35)
+    )
+    scored = rows.scores, rows.is_positive, threshold, rows.groups
+    rates = {"recall": measure_recall(*scored), "specificity": measure_specificity(*scored)}
+    for name, rate in rates.items():
+        row = re.search(rf'<tr data-rate="{name}">(.*?)</tr>', dom, re.DOTALL)
+        assert row
+        assert rate.interval is not None
+        value, low, high = (
+            float(text) for key in ("value", "low", "high")
+            for text in re.findall(rf'data-{key}="([^"]+)"', row[1])
+        )  # fmt: skip
+        np.testing.assert_allclose([value, low, high], [rate.hits / rate.total, *rate.interval],
+                                   atol=1e-6)  # fmt: skip
+        assert f"{rate.hits} of {rate.total}" in row[1]
+    called = rows.scores >= threshold
+    alarms = np.flatnonzero(called & ~rows.is_positive)
+    assert shown(dom, "tp") == str((called & rows.is_positive).sum())
+    assert shown(dom, "fp") == str(len(alarms))
+    table = re.search(r'id="mistakes">(.*?)</table>', dom, re.DOTALL)
+    assert table
+    listed = re.findall(r'<th scope="row">([^<]+)</th>', table[1])
+    worst_first = alarms[np.argsort(-rows.scores[alarms], kind="stable")]
+    assert listed == [rows.paths[i] for i in worst_first]
+    assert 'class="live" hidden' not in dom
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_takes_hostile_names_for_text(hostile: str, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(hostile, "utf-8")
+    dom = open_page(path, "threshold=0.01&cell=fp", tmp_path / "profile")
+    tags = [tag for tag, _ in Parser(dom).tags]
+    assert (tags.count("script"), tags.count("img")) == (2, 0)
+    assert "valid&lt;img src=x onerror=a()&gt;" in dom
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_are_shown_only_when_asked_for(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    tree = write_tree(tmp_path / "data", {"train": 6, "valid": 6, "test": 6})
+    featcache.extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, say=quiet, progress=False)
+    run = tmp_path / "run"
+    featcache.train(tmp_path / "c.h5", run, hidden=(), epochs=1, say=quiet, progress=False)
+    paths = featcache.open_cache(tmp_path / "c.h5").split("valid").paths
+    (tree / paths[0]).write_bytes((tree / paths[1]).read_bytes())
+
+    summary = featcache.report(run, positive="covid", data=tree, images="all", say=quiet)
+    page = (run / "report.html").read_text("utf-8")
+    pictures = [a["src"] for tag, a in Parser(page).tags if tag == "img"]
+    assert (
+        len(pictures) == len(paths) + len(featcache.open_cache(tmp_path / "c.h5").split("test")) - 1
+    )
+    assert all(str(url).startswith("data:image/jpeg;base64,") for url in pictures)
+    assert summary.has_images
+    assert f"contains {len(pictures)} small pictures of patients" in Parser(page).text
+    for options in ({"data": tree}, {"images": "all"}, {"images": "some", "data": tree}):
+        with pytest.raises(ConfigError, match="--images"):
+            featcache.report(run, say=quiet, **options)
+    assert not featcache.report(run, say=quiet).has_images
+    assert "<img" not in (run / "report.html").read_text("utf-8")
