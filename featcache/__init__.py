@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from featcache.deployment.explanation import ExplainSummary, explain
     from featcache.deployment.export import ExportSummary, export
     from featcache.deployment.predictions import Predictions, predict
+    from featcache.deployment.serving import serve
     from featcache.errors import (
         BackboneError,
         CacheError,
@@ -88,6 +89,7 @@ _MODULES = {
     "explain": "deployment.explanation",
     "report": "reporting.report",
     "export": "deployment.export",
+    "serve": "deployment.serving",
     "convert": "cache.conversion",
     "neighbours": "evaluation.neighbours",
     # open, load, build
@@ -146,8 +148,8 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
-    "crossval", "decide", "evaluate", "predict", "explain", "report", "export", "convert",
-    "neighbours",
+    "crossval", "decide", "evaluate", "predict", "explain", "report", "export", "serve",
+    "convert", "neighbours",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
     "build_backbone", "wrap_backbone",

@@ -81,7 +81,7 @@ class Command:
             return "the decision in the run is the old one or the new one, whole; " + again
         if self._verb == "evaluate":
             return "some figures may be written and others not; the same command writes them all"
-        if self._verb in {"info", "neighbours"} or self._options.get("dry_run"):
+        if self._verb in {"info", "neighbours", "serve"} or self._options.get("dry_run"):
             return f"nothing was changed; {again}"
         if self._verb == "verify":
             assert output is not None

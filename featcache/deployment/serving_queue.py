@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,6 +19,8 @@ import numpy.typing as npt
 
 from featcache.backbones.engine import Engine
 from featcache.deployment.classifier import Classifier
+from featcache.deployment.explainer import Explainer, Explanation
+from featcache.deployment.explanation_picture import draw_explanation
 from featcache.deployment.parity import draw_phantoms
 from featcache.deployment.predictions import Predictions
 from featcache.errors import DataError
@@ -37,10 +40,14 @@ _DARK = (
 )
 
 
-class _Decoded(NamedTuple):
-    """An image on its way through the networks: of each its pixels, and who waits for its row."""
+_Pixels: TypeAlias = list[npt.NDArray[np.uint8]]
+"""What each backbone sees of an image: (S, S) if it is grey, else (S, S, 3)."""
 
-    pixels: list[npt.NDArray[np.uint8]]
+
+class _Decoded(NamedTuple):
+    """An image on its way through the networks, and what will be its features."""
+
+    pixels: _Pixels
     future: Future[Row]
 
 
@@ -72,6 +79,7 @@ class WorkQueue:
         self._decoding = Threads("decode", num_decoders)
         self._networks = Threads("forward", self._num_networks, wait=True)
         self._heads = Threads("head", 1, wait=True)
+        self._explaining = Threads("explain", 1, wait=True)
 
     def __enter__(self) -> WorkQueue:
         for _ in range(self._num_networks):
@@ -84,7 +92,7 @@ class WorkQueue:
             decoder.__exit__(None, None, None)
         for _ in range(self._num_networks):
             self._waiting.put(None)
-        for threads in (self._decoding, self._networks, self._heads):
+        for threads in (self._decoding, self._networks, self._heads, self._explaining):
             threads.__exit__(*details)
 
     def _warm(self) -> None:
@@ -107,20 +115,45 @@ class WorkQueue:
         """Return what will be ``Classifier.predict_rows``."""
         return self._heads.submit(self._classifier.predict_rows, names, rows)
 
+    def explain(self, name: str, data: bytes) -> Future[tuple[Explanation, bytes]]:
+        """Return what will be the explanation of an image file, and its picture, a PNG.
+
+        One at a time. The future raises a ``DataError`` if the image cannot be read.
+        """
+        return self._explaining.submit(self._explain, name, data)
+
+    @cached_property
+    def _explainer(self) -> Explainer:
+        return Explainer(self._classifier)
+
+    def _explain(self, name: str, data: bytes) -> tuple[Explanation, bytes]:
+        pixels = self._render(data)
+        explanation = self._explainer.explain(pixels, name)
+        return explanation, draw_explanation(explanation.as_dict(), pixels)
+
     def _decode(self, data: bytes, future: Future[Row]) -> None:
         if future.cancelled():
             return
-        decoder = self._free.get()
         try:
-            self._waiting.put(_Decoded(self._render(decoder, data), future))
+            self._waiting.put(_Decoded(self._render(data), future))
         except DataError as error:
             _answer(future, str(error.found))
         except BaseException as error:  # noqa: BLE001 (raised by future.result())
             _fail(future, error)
+
+    def _render(self, data: bytes) -> _Pixels:
+        """Return what each backbone sees of a file, decoded by the next child that is free.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        decoder = self._free.get()
+        try:
+            return self._render_by(decoder, data)
         finally:
             self._free.put(decoder)
 
-    def _render(self, decoder: IsolatedDecoder, data: bytes) -> list[npt.NDArray[np.uint8]]:
+    def _render_by(self, decoder: IsolatedDecoder, data: bytes) -> _Pixels:
         recipes = self._classifier.recipes
         pixels: dict[int, npt.NDArray[np.uint8]] = {}
         for numbers in self._classifier.decoded_alike():
