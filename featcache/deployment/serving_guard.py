@@ -161,9 +161,9 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             is_early = [(b"connection", b"close")] if self._has_more else []
-            message = message | {"headers": [*message["headers"], *_HEADERS, *is_early]}
+            message = {**message, "headers": [*message["headers"], *_HEADERS, *is_early]}
         elif self._has_more and not message.get("more_body", False):
-            await self._send(message | {"more_body": True})
+            await self._send({**message, "more_body": True})
             if self._has_begun:
                 await self._discard()
             message = {"type": "http.response.body", "body": b"", "more_body": False}

@@ -9,7 +9,7 @@ import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,6 @@ class Service:
     Attributes:
         app: The ASGI application.
         card: What the run is: see ``describe``.
-        is_draining: Whether no request is taken any more.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Service:
         self._task = classifier.run.task
         self.card = describe(classifier, work, limits)
         self._page = _render_page(self.card)
-        self.is_draining = False
+        self._last: float | None = None  # the time by which all in hand have been answered
         self._num_requests, self._bytes_left = 0, limits.waiting_bytes
         self._clocks: set[asyncio.Timeout] = set()
         routes = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -83,11 +82,14 @@ class Service:
 
     def drain(self) -> None:
         """Take no further request, and give those in hand a last limit of time."""
-        self.is_draining = True
-        last = asyncio.get_running_loop().time() + self._limits.drain_seconds
+        self._last = asyncio.get_running_loop().time() + self._limits.drain_seconds
         for clock in self._clocks:
-            if (when := clock.when()) is not None and when > last:
-                clock.reschedule(last)
+            self._shorten(clock)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether no request is taken any more."""
+        return self._last is not None
 
     async def _show_page(self) -> Response:
         return Response(self._page, media_type="text/html")
@@ -136,31 +138,35 @@ class Service:
         held = [0]
         self._num_requests += 1
         try:
-            with self._within(408, "the whole body", limits.body_seconds):
-                async with asyncio.timeout(limits.body_seconds) as clock:
-                    self._watch(clock)
-                    stream = self._count(request.stream(), held)
-                    uploads = await read_uploads(request.headers, stream, limits)
-            with self._within(503, "an answer", limits.work_seconds):
-                async with asyncio.timeout(limits.work_seconds) as clock:
-                    self._watch(clock)
-                    yield uploads
+            async with self._within(limits.body_seconds, 408, "the whole body"):
+                stream = self._count(request.stream(), held)
+                uploads = await read_uploads(request.headers, stream, limits)
+            async with self._within(limits.work_seconds, 503, "an answer"):
+                yield uploads
         finally:
             self._num_requests -= 1
             self._bytes_left += held[0]
 
-    def _watch(self, clock: asyncio.Timeout) -> None:
-        self._clocks = {c for c in self._clocks if not c.expired()} | {clock}
-
-    @contextlib.contextmanager
-    def _within(self, status: int, expected: str, seconds: float) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _within(self, seconds: float, status: int, expected: str) -> AsyncIterator[None]:
+        """Limit a block in time; ``drain`` may shorten it."""
         try:
-            yield
+            async with asyncio.timeout(seconds) as clock:
+                self._clocks.add(clock)
+                self._shorten(clock)
+                try:
+                    yield
+                finally:
+                    self._clocks.discard(clock)
         except TimeoutError as error:
             if self.is_draining:
                 raise busy("a server that is not about to end") from error
             found = f"none after {seconds:g} s"
             raise RefusedError(status, "request", expected=expected, found=found) from error
+
+    def _shorten(self, clock: asyncio.Timeout) -> None:
+        if self._last is not None and (clock.when() or self._last) >= self._last:
+            clock.reschedule(self._last)
 
     async def _count(self, stream: AsyncIterator[bytes], held: list[int]) -> AsyncIterator[bytes]:
         """Yield a body while there is memory for it."""

@@ -110,7 +110,7 @@ async def read_uploads(
         async for chunk in stream:
             num_bytes += len(chunk)
             if num_bytes > limits.request_bytes:
-                raise _too_large("request", limits.request_bytes, "more")
+                raise _too_large("request", limits.request_bytes, "a larger one")
             parser.write(chunk)
         parser.finalize()
     except FormParserError as error:
@@ -172,7 +172,7 @@ class _Parts:
             return
         self._data += data[start:end]
         if len(self._data) > self._limits.file_bytes:
-            raise _too_large("file", self._limits.file_bytes, "more")
+            raise _too_large("file", self._limits.file_bytes, "a larger one")
 
     def _on_part(self) -> None:
         # A form whose file was not chosen sends an empty one without a name.
