@@ -120,6 +120,8 @@ def require_extra() -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if port not in range(1 << 16):
+        raise ConfigError("--port", expected="0 to 65535", found=port)
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -130,8 +132,6 @@ def _listen(host: str, port: int) -> socket.socket:
             f"--host {host} --port {port}", expected="an address to listen on",
             found=error.strerror or error, hint="Use another --port, or 0 for any that is free",
         ) from error  # fmt: skip
-    except OverflowError as error:
-        raise ConfigError("--port", expected="0 to 65535", found=port) from error
 
 
 def _run_server(
