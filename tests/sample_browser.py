@@ -8,11 +8,23 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+# Chromium reads from 3 and writes to 4.
+_START = """
+import os, sys
+reads, writes = (os.dup(int(handle)) for handle in sys.argv[1:3])
+os.dup2(reads, 3)
+os.dup2(writes, 4)
+for handle in (3, 4):
+    os.set_inheritable(handle, True)  # it was that number before, perhaps
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -30,9 +42,8 @@ class Browser:
         self.messages: list[str] = []
         self.requests: list[str] = []
         self._number, self._session, self._buffer = 0, "", b""
-        # Chromium reads 3 and writes 4: a shell puts them there.
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", f'exec "$@" 3<&{commands} 4>&{events}', "sh", CHROMIUM,
+            [sys.executable, "-S", "-c", _START, str(commands), str(events), CHROMIUM,
              "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update",
              "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
@@ -119,12 +130,13 @@ class Browser:
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
-    def press(self, key: str, code: int) -> None:
-        """Press a key and let it go."""
-        for kind in ("rawKeyDown", "keyUp"):
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """Press a key, which types a text, and let it go."""
+        for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
             self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
-            )
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code,
+                **({"text": text} if kind == "keyDown" else {}),
+            )  # fmt: skip
 
     def look(self, file: Path, width: int, *, dark: bool = False) -> None:
         """Write a picture of the whole page."""

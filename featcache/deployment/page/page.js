@@ -73,6 +73,11 @@
     article.querySelector(".decision strong").textContent = words;
     article.querySelector(".refer").hidden = !(decided && !hasLabels && chosen === "refer");
     article.querySelector(".unlike").hidden = !said.unlike_training;
+    const rules = Object.entries(answer.thresholds || {}).map(([name, rule]) =>
+      rule.refer_below === null ? `${name} from ${percent(rule.threshold)} on`
+        : `${name} from ${percent(rule.refer_below)} on, refer from ${percent(rule.threshold)} on`);
+    article.querySelector(".rules").hidden = !rules.length;
+    article.querySelector(".rules").textContent = `By the threshold of this run: ${rules.join("; ")}.`;
     const calibrated = said.calibrated;
     article.querySelector(".calibrated").hidden = !calibrated;
     const body = article.querySelector("tbody");
@@ -99,7 +104,9 @@
         const { explanation, picture } = await ask("/explain", file);
         const against = explanation.against ? ` against ${explanation.against}` : "";
         place.replaceChildren();
-        const image = add(place, "img");
+        const scroll = add(place, "div", undefined, "scroll");
+        scroll.tabIndex = 0;
+        const image = add(scroll, "img");
         image.src = picture;
         image.alt = `Map of what spoke for and against ${explanation.positive}${against}`;
         add(place, "p", `Log-odds of ${explanation.positive}${against}: ` +
@@ -114,7 +121,7 @@
           const list = add(place, "ol");
           for (const row of explanation.nearest) {
             const kind = row.classes.join(", ") || "no label";
-            add(list, "li", `${kind}, distance ${row.distance.toFixed(3)}` +
+            add(list, "li", `${kind}, distance ${row.distance.toPrecision(2)}` +
               (row.same ? " (this very image)" : ""));
           }
         }
