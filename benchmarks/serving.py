@@ -14,6 +14,7 @@ import functools
 import http.client
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -187,17 +188,19 @@ def start(way: str, run: Path) -> Iterator[tuple[int, int]]:
         server.communicate()
 
 
-def memory_of(pid: int) -> int:
-    """Return the resident bytes of a process and its children, shared pages counted once each."""
-    pids, total = [pid], 0
+def usage_of(pid: int) -> tuple[int, float]:
+    """Return resident bytes and processor seconds of a process and its children."""
+    pids, memory, seconds = [pid], 0, 0.0
     for one in pids:  # grows
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{one}/task").iterdir():
                 pids += map(int, (task / "children").read_text().split())
             for line in Path(f"/proc/{one}/status").read_text().splitlines():
                 if line.startswith("VmRSS"):
-                    total += int(line.split()[1]) * 1024
-    return total
+                    memory += int(line.split()[1]) * 1024
+            ticks = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[11:15]
+            seconds += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return memory, seconds
 
 
 def measure(
@@ -207,10 +210,10 @@ def measure(
     with start(way, run) as (pid, port):
         warm = [request for request in requests if request.kind == "good"][:num_connections]
         send_all(port, warm, num_connections)
-        before, begun = memory_of(pid), time.perf_counter()
+        (before, used), begun = usage_of(pid), time.perf_counter()
         outcomes = send_all(port, requests, num_connections)
         seconds = time.perf_counter() - begun
-        after = memory_of(pid)
+        after, used_after = usage_of(pid)
     good = [o for o in outcomes if o.request.kind == "good"]
     statuses: dict[str, Counter[int]] = {kind: Counter() for kind in ("good", *BAD)}
     for outcome in outcomes:
@@ -220,6 +223,7 @@ def measure(
     return {
         "seconds": seconds,
         "requests_per_second": len(outcomes) / seconds,
+        "cpu_seconds_per_request": (used_after - used) / len(outcomes),
         "p50_seconds": float(np.quantile(times, 0.5)),
         "p99_seconds": float(np.quantile(times, 0.99)),
         "num_lost": sum(o.status == 0 for o in outcomes),
@@ -267,20 +271,26 @@ def make_table(report: dict[str, Any]) -> str:
     for way, rounds in samples.items():
         middle = {
             key: median(one[key] for one in rounds)
-            for key in ("requests_per_second", "p50_seconds", "p99_seconds")
+            for key in (
+                "requests_per_second",
+                "p50_seconds",
+                "p99_seconds",
+                "cpu_seconds_per_request",
+            )
         }
         memory = [median(one[f"memory_{when}_bytes"] for one in rounds) / 1e6 for when in
                   ("before", "after")]  # fmt: skip
         rows.append([
             way, number(middle["requests_per_second"]),
             number(base / middle["requests_per_second"]), number(1e3 * middle["p50_seconds"]),
-            number(1e3 * middle["p99_seconds"]), sum(one["num_lost"] for one in rounds),
+            number(1e3 * middle["p99_seconds"]),
+            number(1e3 * middle["cpu_seconds_per_request"]), sum(one["num_lost"] for one in rounds),
             sum(one["num_of_500"] for one in rounds), f"{memory[0]:,.0f}", f"{memory[1]:,.0f}",
             number(report["largest_difference"][way], 2),
         ])  # fmt: skip
     header = [
-        "way", "requests/s", "times slower", "p50 ms", "p99 ms", "lost", "status 500",
-        "MB before", "MB after", "probabilities off by",
+        "way", "requests/s", "times slower", "p50 ms", "p99 ms", "CPU ms a request", "lost",
+        "status 500", "MB before", "MB after", "probabilities off by",
     ]  # fmt: skip
     sent = f"{report['num_requests']:,} requests, {report['num_connections']} connections, "
     sent += f"{report['share_bad']:.0%} bad; {report['backbone']}. p50 and p99 of the good ones."

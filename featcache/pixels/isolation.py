@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from featcache.errors import DataError, TransientError
 from featcache.files import child_process
+from featcache.pixels import acceleration
 from featcache.pixels.images import PixelRules, deep_kind, deep_maximum, glance
 from featcache.pixels.views import Rendering, ViewRules, render
 from featcache.untrusted import MAX_PIXELS
@@ -156,11 +157,15 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         "render": render, "render_with_facts": functools.partial(render, with_facts=True),
         "deep_maximum": deep_maximum, "deep_kind": deep_kind, "glance": glance,
     }  # fmt: skip
+    num_bytes = 0
     while True:
         try:
             request: Any = _receive(requests)
         except EOFError:
             return
+        if num_bytes < acceleration.WORTH_BYTES:  # of a server, which lives for long
+            num_bytes += len(request[1])
+            acceleration.start_for(num_bytes)
         try:
             answer = functions[request[0]](*request[1:])
         except DataError as error:
