@@ -4,10 +4,11 @@
     python benchmarks/coverage.py --sets 50 --out try      (a try)
 
 Test sets of 40, 200 and 1,000 images are drawn 2,000 times from a known truth; an interval holds if
-the truth lies in it. Without groups, rates and balanced accuracies are not drawn: the binomial
-distribution itself gives their coverage. The number of images is that behind the figure: for a
-recall of 0.95 "40 images" are 40 images of the class. A balanced accuracy and an area have half of
-the images in each of two classes; both recalls are the true one.
+the truth lies in it. Without groups only areas are drawn: of all others the binomial distribution
+itself gives the coverage. The number of images is that behind the figure: for a recall of 0.95 "40
+images" are 40 images of the class. A balanced accuracy, a PPV and an area have half of
+the images in each of two classes; both recalls are the true one. PPV is that at a prevalence of
+0.05; as both rates are alike, NPV's interval holds as often.
 
 Patients have 1 to 5 images (all as likely; the last one is cut so that the number comes out).
 Rates: each patient has a rate of its own, beta distributed, so that two images of a patient are
@@ -44,11 +45,13 @@ from featcache.metrics.rates import (
     mean_rate_interval,
     rate_interval,
 )
+from featcache.metrics.thresholds import predictive_value_intervals, predictive_values
 
 SIZES = (40, 200, 1_000)
 RATES = (0.8, 0.9, 0.95, 0.98)
 AREAS = (0.8, 0.9, 0.97, 0.99)
 CORRELATIONS = (0.5, 0.9)
+PREVALENCE = 0.05
 LARGEST_PATIENT = 5
 SEED = 0
 
@@ -86,6 +89,28 @@ def enumerate_means() -> list[Cell]:
             ])  # fmt: skip
             both = np.array([chances[i] * chances[j] for i, j in pairs])
             cells.append(_weigh("balanced accuracy", size, rate, intervals, both))
+    return cells
+
+
+def enumerate_ppv() -> list[Cell]:
+    """Return the coverage of PPV without groups; nothing is drawn. Its columns are the rates."""
+    cells = []
+    for size in SIZES:
+        half = size // 2
+        of_class = [rate_interval(hits, half) for hits in range(half + 1)]
+        for rate in RATES:
+            chances = stats.binom.pmf(np.arange(half + 1), half, rate)
+            likely = np.flatnonzero(chances > 1e-9).tolist()
+            pairs = [(i, j) for i in likely for j in likely if i or j < half]  # else undefined
+            intervals = np.array([
+                predictive_value_intervals(
+                    i / half, j / half, (of_class[i], of_class[j]), PREVALENCE
+                )[0]
+                for i, j in pairs
+            ])  # fmt: skip
+            both = np.array([chances[i] * chances[j] for i, j in pairs])
+            truth = predictive_values(rate, rate, PREVALENCE)[0] or 0.0
+            cells.append(_weigh("ppv at 0.05", size, truth, intervals, both) | {"truth": rate})
     return cells
 
 
@@ -134,6 +159,20 @@ def grouped_mean(random: Random, size: int, rate: float, correlation: float) -> 
         rates.append(float(hits.mean()))
         intervals.append(grouped_rate_interval(hits, _names(patients)))
     return mean_rate_interval(rates, intervals)
+
+
+def grouped_ppv(random: Random, size: int, rate: float, correlation: float) -> Interval:
+    """Return the interval of PPV of one drawn set, moved so that the truth is the rate."""
+    rates, intervals = [], list[Interval]()
+    for _ in range(2):
+        patients = draw_patients(random, size // 2)
+        hits = draw_hits(random, patients, rate, correlation)
+        rates.append(float(hits.mean()))
+        intervals.append(grouped_rate_interval(hits, _names(patients)))
+    pair = intervals[0], intervals[1]
+    low, high = predictive_value_intervals(rates[0], rates[1], pair, PREVALENCE)[0] or (0.0, 1.0)
+    moved = rate - (predictive_values(rate, rate, PREVALENCE)[0] or 0.0)
+    return low + moved, high + moved
 
 
 def area(random: Random, size: int, truth: float) -> Interval:
@@ -199,6 +238,12 @@ def measure(sets: int) -> list[Cell]:
         cells += draw(
             f"balanced accuracy, patients {c}", RATES, sets,
             lambda random, size, truth, c=c: grouped_mean(random, size, truth, c),
+        )  # fmt: skip
+    cells += enumerate_ppv()
+    for c in CORRELATIONS:
+        cells += draw(
+            f"ppv at 0.05, patients {c}", RATES, sets,
+            lambda random, size, truth, c=c: grouped_ppv(random, size, truth, c),
         )  # fmt: skip
     cells += draw("roc auc", AREAS, sets, area)
     for c in CORRELATIONS:

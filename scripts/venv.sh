@@ -46,8 +46,11 @@ make_venv() {
     fi
     say "Installing featcache[$extra] into .venv (once; a few minutes, torch is large) ..."
     rm -f "$done_by"
-    # Not compiled ahead: of torch and its like a small part is ever imported.
-    "$python" -m pip install --quiet --disable-pip-version-check --no-compile \
-        --editable "$root[$extra]"
+    # The newest pip takes 84 s in place of the 106 s of Python 3.11's own. Quiet twice: errors only,
+    # as setuptools warns of every editable installation. Not compiled ahead: of torch and its like a
+    # small part is ever imported.
+    local pip=("$python" -m pip install --quiet --quiet --disable-pip-version-check --no-compile)
+    "${pip[@]}" --upgrade pip
+    "${pip[@]}" --editable "$root[$extra]"
     recipe_key "$extra" >"$done_by"
 }

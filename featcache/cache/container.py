@@ -33,6 +33,7 @@ import numpy.typing as npt
 from featcache.cache.row_reader import RowReader
 from featcache.errors import CacheError
 from featcache.files import canonical_json, json_sha256, sha256_stream
+from featcache.formatting import join_few
 from featcache.untrusted import open_regular, parse_json_object, reading_hint
 
 FORMAT = "featcache"
@@ -191,14 +192,29 @@ def open_container(path: Path, *, verify: bool = True) -> Container:
             text = _read_user_block(file, path)
     except OSError as error:
         found = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        raise CacheError(
-            "cache", expected="a readable file", found=found, where=path,
-            hint=reading_hint(error, "Make it with featcache extract"),
-        ) from error  # fmt: skip
+        expected, hint = "a readable file", reading_hint(error, "Make it with featcache extract")
+        if path.is_dir():
+            expected, found = "a cache, which is a file", "a folder"
+            hint = hint_of_folder(path) or hint
+        raise CacheError("cache", expected=expected, found=found, where=path, hint=hint) from error
     container = _parse(text, path, stamp)
     if verify:
         check_payload(container)
     return container
+
+
+def hint_of_folder(path: Path) -> str:
+    """Return what to name in place of a folder, for a message; nothing if it has no cache or run.
+
+    ``extract`` makes a folder of caches for several backbones or sizes.
+    """
+    inside = sorted(path.glob("*.h5")) if path.is_dir() else []
+    if inside:
+        listed = join_few(file.as_posix() for file in inside)
+        return f"Name one of its caches: {listed}" if len(inside) > 1 else f"Name {listed}"
+    if (path / "run.json").is_file():
+        return "It is a run: name the cache that it was trained on, which featcache info tells"
+    return ""
 
 
 def is_container(path: Path) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from featcache.data.folders import SPLIT_OF_FOLDER
 from featcache.data.listing import Listing
-from featcache.data.tables import read_table
+from featcache.data.tables import Extra, read_table
 from featcache.errors import DataError, printable
 from featcache.runtime import Say
 
@@ -32,8 +32,7 @@ class Table:
         say: Called with lines for the user.
         columns: Column (path, target, split, group) -> its header.
         ignore_columns: Headers that are not used.
-        extra: Header of a further column, the key ``extra`` of a line. Only the path is used
-            besides.
+        extra: A further column, the key ``extra`` of a line. Only the path is used besides.
 
     Raises:
         DataError: If it is not such a CSV, names a path twice, or names none of the known paths;
@@ -43,7 +42,7 @@ class Table:
     def __init__(
         self, file: Path, known: Iterable[str], say: Say, *,
         columns: Mapping[str, str] | None = None, ignore_columns: str | Iterable[str] = (),
-        extra: str | None = None,
+        extra: Extra | None = None,
     ) -> None:  # fmt: skip
         listing = Listing.of(columns=columns, ignore_columns=ignore_columns)
         table = read_table(

@@ -139,8 +139,12 @@ def scan(
     if companions != "ignore" and dataset.layout != "csv":  # a CSV names every file on purpose
         dataset = settle_companions(dataset, is_kept=companions == "keep")
     samples = _spread(dataset.samples, limit)
-    num_grouped = None if pattern is None else sum(groups[s.path] is not None for s in samples)
-    return replace(dataset, samples=samples, num_grouped=num_grouped)
+    if pattern is None:
+        return replace(dataset, samples=samples)
+    of_class = dict.fromkeys((dataset.class_of(s) or "unlabelled" for s in samples), 0)
+    for sample in samples:
+        of_class[dataset.class_of(sample) or "unlabelled"] += groups[sample.path] is not None
+    return replace(dataset, samples=samples, grouped=of_class)
 
 
 def list_images(

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from featcache.data.folders import SPLIT_OF_FOLDER
 from featcache.errors import ConfigError, warn_user
-from featcache.formatting import join_few
+from featcache.formatting import FEW, join_few
 from featcache.runtime import Say
 
 
@@ -96,16 +96,36 @@ class GroupPattern:
         matched = dict.fromkeys(sorted(total), 0)
         for group, name in zip(found, classes, strict=True):
             matched[name] += group is not None
-        listed = join_few(f"{matched[name]:,} of {total[name]:,} {name}" for name in matched)
-        say(f"groups: {num_groups:,}; named in {listed} (each of the others is a group of its own)")
-        without = [name for name, number in matched.items() if number == 0]
-        if without:
-            searched = "file name" if self.option == "--group-by" else "path"
-            warn_user(
-                f"{self.option} matches no {searched} of {join_few(without)}: images of one "
-                "patient may be in two splits there"
-            )
+        say_matches(matched, total, num_groups, self.option, say)
         return matched
+
+
+def say_matches(
+    matched: Mapping[str, int], total: Mapping[str, int], num_groups: int, option: str, say: Say
+) -> None:
+    """Say in how many images of each class a group was found; warn of classes without any.
+
+    Args:
+        matched: Class -> images with a group.
+        total: Class -> images, of the same classes.
+        num_groups: Number of groups, those of one image without a match included.
+        option: ``--group-by`` or ``--group-by-path``.
+        say: Called with the line.
+    """
+    names = sorted(matched)
+    if len(names) > FEW:  # the first few are printed: those where least was found
+        names.sort(key=lambda name: matched[name] / total[name])
+    listed = join_few(f"{matched[name]:,} of {total[name]:,} {name}" for name in names)
+    is_all = sum(matched.values()) == sum(total.values())
+    others = "" if is_all else " (each of the others is a group of its own)"
+    say(f"groups: {num_groups:,}; named in {listed}{others}")
+    without = [name for name in names if matched[name] == 0]
+    if without:
+        searched = "file name" if option == "--group-by" else "path"
+        warn_user(
+            f"{option} matches no {searched} of {join_few(without)}: images of one patient may be "
+            "in two splits there"
+        )
 
 
 def _below_class(path: str, class_name: str) -> str:

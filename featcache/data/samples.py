@@ -57,7 +57,7 @@ class ImageDataset:
         classes: Class names, sorted as strings; empty when nothing is labelled.
         samples: All samples.
         num_ignored: Reason -> number of files and folders that were not used.
-        num_grouped: How many samples ``group_by`` matched; None without it.
+        grouped: Class or ``unlabelled`` -> samples that ``group_by`` matched; None without it.
         ignored_endings: Ending -> number of files that were not used for it.
         ignored_columns: Headers of a CSV that were not used.
         num_found_by_name: How many files a CSV gives by their name alone, from folders below it.
@@ -70,11 +70,16 @@ class ImageDataset:
     classes: tuple[str, ...]
     samples: tuple[Sample, ...]
     num_ignored: dict[str, int] = field(default_factory=dict)
-    num_grouped: int | None = None
+    grouped: dict[str, int] | None = None
     ignored_endings: dict[str, int] = field(default_factory=dict)
     ignored_columns: tuple[str, ...] = ()
     num_found_by_name: int = 0
     _members: dict[str, Member] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_grouped(self) -> int | None:
+        """How many samples ``group_by`` matched; None without it."""
+        return None if self.grouped is None else sum(self.grouped.values())
 
     @cached_property  # used once per image, to choose its views
     def splits(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from featcache.data.folders import SPLIT_OF_FOLDER, SPLITS
 from featcache.data.listing import COLUMNS
@@ -45,8 +46,23 @@ _OWN_HEADERS = {
     "unlike_training",
 }  # of evaluate and predict
 _OF_AUDIT = ["path", "group", "copies"]
+_RENAME = "Call the column of the paths path"
 _NOT_KNOWN = {"nan", "<na>", "nat", "n/a", "#n/a", "null"}
 _FLAGS = {"", "0", "1", "-1", "0.0", "1.0", "-1.0"}
+
+
+class Extra(NamedTuple):
+    """One further column of a CSV, of which only the path is used besides.
+
+    Attributes:
+        header: Its header.
+        option: What named it, for messages.
+        takes_columns: Whether ``--columns`` may name the path's.
+    """
+
+    header: str
+    option: str
+    takes_columns: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class ImageTable:
 
 def read_table(
     root: Path, *, columns: Iterable[tuple[str, str]] = (), ignore_columns: Collection[str] = (),
-    needs_targets: bool = False, extra: str | None = None,
+    needs_targets: bool = False, extra: Extra | None = None,
 ) -> ImageTable:  # fmt: skip
     """Read a CSV of images.
 
@@ -77,7 +93,7 @@ def read_table(
         columns: (key, header) of columns with other headers than path, target, split, group.
         ignore_columns: Headers that are not used.
         needs_targets: Ask about columns that look like several labels of an image.
-        extra: Header of one further column. Of the others only the path is read then.
+        extra: One further column. Of the others only the path is read then.
 
     Raises:
         DataError: If it is not a CSV with such a header, or a header or a target is a question.
@@ -103,16 +119,19 @@ def read_table(
     if asked:
         otherwise = ", or that they are something else with --ignore-columns "
         otherwise = otherwise + shlex.quote(",".join(asked)) if extra is None else ""
+        answers = f"Say what they are with {_answers(asked)}{otherwise}"
         raise DataError(
             "CSV header", where=root,
             expected="path, target, split, group, and others that resemble none of them",
             found=", ".join(f"{name!r} ({key}?)" for name, key in asked.items()),
-            hint=f"Say what they are with {_answers(asked)}{otherwise}",
+            hint=answers if extra is None or extra.takes_columns else _RENAME,
         )  # fmt: skip
     if "path" not in used:
         raise DataError(
             "CSV header", expected="path and, if known, target, split, group, once each",
-            found=", ".join(names), where=root, hint="Name its column: --columns path=HEADER",
+            found=", ".join(names), where=root,
+            hint="Name its column: --columns path=HEADER"
+            if extra is None or extra.takes_columns else _RENAME,
         )  # fmt: skip
     places = {key: names.index(name) for key, name in used.items()}
     rows = [_read_row(line, cells, places, len(names), root) for line, cells in lines]
@@ -181,15 +200,15 @@ def _find_columns(
 
 
 def _only_path_and(
-    extra: str, used: Mapping[str, str], names: Sequence[str], root: Path
+    extra: Extra, used: Mapping[str, str], names: Sequence[str], root: Path
 ) -> dict[str, str]:
     """Return column -> header of the path and of a further column."""
-    if extra not in names:
+    if extra.header not in names:
         raise DataError(
-            "column", expected="a header of the CSV: " + ", ".join(filter(None, names)),
-            found=repr(extra), where=root,
+            extra.option, expected="a header of the CSV: " + ", ".join(filter(None, names)),
+            found=repr(extra.header), where=root,
         )  # fmt: skip
-    return {key: name for key, name in used.items() if key == "path"} | {"extra": extra}
+    return {key: name for key, name in used.items() if key == "path"} | {"extra": extra.header}
 
 
 def _is_our_own(name: str, names: Sequence[str]) -> bool:

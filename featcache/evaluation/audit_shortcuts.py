@@ -120,11 +120,11 @@ def file_facts(paths: Sequence[str], image_bytes: Array) -> dict[str, Array]:
     names = [posixpath.basename(path) for path in paths]
     stems, endings = zip(*(posixpath.splitext(name.casefold()) for name in names), strict=True)
     facts = {
-        "image_bytes": np.log1p(np.asarray(image_bytes, np.float64))[:, None],
+        "file size": np.log1p(np.asarray(image_bytes, np.float64))[:, None],
         "file ending": _one_hot(list(endings)),
         "name length": np.array([[len(stem)] for stem in stems], np.float64),
         "digits in name": np.array([[sum(map(str.isdigit, s))] for s in stems], np.float64),
-        "first letter kind": _one_hot([_kind(name) for name in names]),
+        "kind of first letter": _one_hot([_kind(name) for name in names]),
     }
     return {name: columns for name, columns in facts.items() if np.ptp(columns, axis=0).any()}
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from featcache.cache.table import Table
+from featcache.data.tables import Extra
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.evaluation.audit_folds import (
     LEAST_PER_CLASS,
@@ -42,7 +43,7 @@ def read_sources(table: str | Path, column: str, paths: list[str], say: Say) -> 
         DataError: If the CSV cannot be read, or has no such column or path.
         ConfigError: If the column is empty for all rows.
     """
-    lines = Table(Path(table), paths, say, extra=column)
+    lines = Table(Path(table), paths, say, extra=Extra(column, "--source", takes_columns=False))
     found = [lines.find(path) for path in paths]
     sources = ["" if line is None else line["extra"] for line in found]
     if not any(sources):

@@ -32,6 +32,7 @@ from featcache.metrics.thresholds import (
     check_wish,
     choose_for_recall,
     choose_for_specificity,
+    predictive_value_intervals,
     predictive_values,
     refer_below,
 )
@@ -72,7 +73,8 @@ class DecideSummary:
         group: Likewise per group, by its highest score; None without groups.
         refer: ``share``, ``num_referred`` and, among the other images, ``recall`` and
             ``specificity``; None without.
-        prevalence: ``prevalence``, ``ppv`` and ``npv``; None without.
+        prevalence: ``prevalence``, ``ppv`` and ``npv``, per image, and ``ppv_interval`` and
+            ``npv_interval`` (two-sided 95 %, None where the value is); None without.
         temperature: Of the calibrated probabilities; None where they are left out. Threshold and
             probabilities above are without it.
         calibration: ``fitted`` (the temperature before it was judged), ``log_loss``,
@@ -310,9 +312,13 @@ def _calibrate(rows: ScoredRows) -> tuple[float | None, dict[str, Any]]:
 
 
 def _at_prevalence(image: dict[str, Any], prevalence: float) -> dict[str, Any]:
-    recall, specificity = image["recall"], image["specificity"]
-    ppv = npv = None
-    if recall["total"] and specificity["total"]:
-        rates = [rate["hits"] / rate["total"] for rate in (recall, specificity)]
-        ppv, npv = predictive_values(rates[0], rates[1], prevalence)
-    return {"prevalence": prevalence, "ppv": ppv, "npv": npv}
+    rates = image["recall"], image["specificity"]
+    facts: dict[str, Any] = dict.fromkeys(("ppv", "ppv_interval", "npv", "npv_interval"))
+    if all(rate["total"] for rate in rates):
+        found, cleared = (rate["hits"] / rate["total"] for rate in rates)
+        intervals = rates[0]["interval"], rates[1]["interval"]
+        facts["ppv"], facts["npv"] = predictive_values(found, cleared, prevalence)
+        facts["ppv_interval"], facts["npv_interval"] = predictive_value_intervals(
+            found, cleared, intervals, prevalence
+        )
+    return {"prevalence": prevalence} | facts

@@ -58,8 +58,9 @@ def decision_lines(result: DecideSummary) -> Iterator[str]:
     yield from _temperature_lines(result)
     if result.prevalence is not None:
         facts = result.prevalence
-        ppv, npv = (_shown(facts[key]) for key in ("ppv", "npv"))
-        yield f"at a prevalence of {facts['prevalence']:g}: PPV {ppv}, NPV {npv} (per image)"
+        yield f"at a prevalence of {facts['prevalence']:g}, per image:"
+        for key in ("ppv", "npv"):
+            yield f"  {key.upper():<11}  {_value_words(facts[key], facts[f'{key}_interval'])}"
 
 
 def unmet_wish(result: DecideSummary) -> str:
@@ -190,5 +191,8 @@ def _referred_lines(
         yield f"    {name:<11}  {_rate_words(facts[name])}"
 
 
-def _shown(value: float | None) -> str:
-    return "undefined" if value is None else decimal(value)
+def _value_words(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None or interval is None:
+        return "undefined"
+    low, high = (decimal(end) for end in interval)
+    return f"{decimal(value):>6}, 95 % interval {low} to {high}"

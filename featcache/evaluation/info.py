@@ -226,8 +226,12 @@ def info(path: str | Path) -> CacheInfo | RunInfo | CrossvalInfo | UnfinishedInf
         for name, describe in _UNFINISHED.items():
             if (place / name).is_file() and not (place / "run.json").exists():
                 return describe(place)
-        has_folds = (place / "crossval.json").exists() and not (place / "run.json").exists()
-        return _crossval_info(place) if has_folds else _run_info(place)
+        if (place / "run.json").exists():
+            return _run_info(place)
+        if (place / "crossval.json").exists():
+            return _crossval_info(place)
+        if not any(place.glob("*.h5")):  # of a folder of caches, the error names them
+            return _run_info(place)
     cache = open_cache(place, verify=False)
     return CacheInfo(
         path=place,

@@ -23,9 +23,10 @@ from featcache.evaluation.nearest_rows import (
     sample_rows,
     to_directions,
 )
-from featcache.heads.rows import training_source
+from featcache.heads.rows import RowNumbers, training_source
 from featcache.heads.run import Run, cache_paths
 from featcache.heads.run_caches import is_own
+from featcache.heads.trained_rows import TrainedRows
 
 QUANTILE = 0.999
 _MOST_ROWS = 2000  # compared with each other in 0.2 s on two cores
@@ -41,7 +42,8 @@ class Novelty:
     group, below 1,000 of them their largest.
 
     Attributes:
-        rows: (N, D) features of length 1, of train and valid (or of all), or a sample of them.
+        rows: (N, D) features of length 1, of train and valid (or of all), or a sample of them; of
+            an ensemble that was trained on rows of test (``crossval --with-test``), those too.
         threshold: Beyond it, an image is unlike any training image.
         num_rows: Rows of which they are a sample, or all.
     """
@@ -55,15 +57,18 @@ class Novelty:
         """Return it for a run, None where its cache is gone or has changed, or is too small."""
         cache = find_own_cache(run)
         try:
-            return None if cache is None else cls._measure(cache)
+            return None if cache is None else cls._measure(cache, _seen_of_test(run, cache))
         except (FeatcacheError, OSError):
             return None
 
     @classmethod
-    def _measure(cls, cache: Cache) -> Novelty | None:
+    def _measure(cls, cache: Cache, of_test: RowNumbers) -> Novelty | None:
         splits = training_splits(cache)
-        owners = np.repeat(np.arange(len(splits)), [len(split) for split in splits])
-        places = np.concatenate([np.arange(len(split)) for split in splits])
+        numbers = [np.arange(len(split)) for split in splits]
+        if len(of_test):
+            splits, numbers = [*splits, cache.splits["test"]], [*numbers, of_test]
+        owners = np.repeat(np.arange(len(splits)), [len(rows) for rows in numbers])
+        places = np.concatenate(numbers)
         chosen = sample_rows(len(owners), _MOST_ROWS)
         features, groups, images = [], list[str | None](), list[bytes | None]()
         for i, split in enumerate(splits):
@@ -117,6 +122,18 @@ def training_splits(cache: Cache) -> list[CacheSplit]:
     """Return the splits that a head saw: ``train`` (or ``all``), and ``valid`` if there is one."""
     names = [training_source(cache), *(["valid"] if "valid" in cache.splits else [])]
     return [cache.splits[name] for name in names]
+
+
+def _seen_of_test(run: Run, cache: Cache) -> RowNumbers:
+    """Return the rows of test that a head of an ensemble was trained on or chosen by."""
+    known = None
+    if run.members and "test" in cache.splits:
+        known = TrainedRows.read(run.path, run.weights_sha256)
+    if known is None:
+        return np.empty(0, np.int64)
+    split = cache.splits["test"]
+    seen = known.find(split, np.arange(len(split)))
+    return np.flatnonzero(seen.trained | seen.validated)
 
 
 def _nearest(queries: Array, rows: Array, query_units: Numbers, row_units: Numbers) -> Array:

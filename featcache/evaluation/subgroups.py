@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from featcache.cache.reading import CacheSplit
 from featcache.cache.table import Table
+from featcache.data.tables import Extra
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.lines import table_lines
@@ -106,7 +107,8 @@ class Column:
                 raise CacheError("--by group", expected="groups in the cache", found="none",
                                  hint="Name a CSV with --table")  # fmt: skip
             return [split.groups[row] or None for row in numbers]
-        lines = Table(Path(self._table), split.paths, say, columns=self._columns, extra=by)
+        extra = Extra(by, "--by", takes_columns=True)
+        lines = Table(Path(self._table), split.paths, say, columns=self._columns, extra=extra)
         found = [lines.find(split.paths[row]) for row in numbers]
         if None in found:
             say(f"table: {found.count(None):,} of {count(len(found), 'image')} are not in it")
@@ -178,6 +180,13 @@ def subgroup_lines(facts: Mapping[str, Any] | None, positive: str | None) -> Ite
         listed += ["..."] * (len(small) > _MOST_SMALL)
         text = f"too few images in {count(len(small), 'subgroup')}: {', '.join(listed)}"
         yield from textwrap.wrap(text, 80, subsequent_indent="  ")
+    values = [part["value"] for part in facts["subgroups"] if part["value"] is not None]
+    if len(small) > _MOST_SMALL and all(map(_is_number, values)):
+        text = (
+            f"{shorten(printable(facts['column']), 30)} has {len(values):,} different "
+            "numbers: name a column of bins instead (such as 0-39, 40-59, 60+)"
+        )
+        yield from textwrap.wrap(text, 80, subsequent_indent="  ")
 
 
 def _table_of(parts: Sequence[Mapping[str, Any]], positive: str | None) -> list[str]:
@@ -213,6 +222,13 @@ def _place(value: str | None) -> tuple[bool, float, str]:
     except ValueError:
         number = math.inf
     return value is None, math.inf if math.isnan(number) else number, value or ""
+
+
+def _is_number(value: str) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _choose(rows: PredictedRows, numbers: Sequence[int]) -> PredictedRows:

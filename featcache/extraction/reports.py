@@ -16,6 +16,7 @@ from featcache.backbones.engine import Engine, Images, build_engine
 from featcache.cache.provenance import UNKNOWN, describe_precision
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset
+from featcache.data.groups import say_matches
 from featcache.errors import printable, warn_user
 from featcache.extraction.engine_choice import facts_as_before
 from featcache.extraction.pipeline import stream_views
@@ -254,16 +255,13 @@ def describe_dataset(dataset: ImageDataset, say: Say, *, by_path: bool) -> None:
         say(line)
     if dataset.num_found_by_name:
         say(f"paths: {count(dataset.num_found_by_name, 'file')} found by name, in folders below")
-    option, searched = ("--group-by-path", "path") if by_path else ("--group-by", "file name")
-    if dataset.num_grouped == 0:
-        warn_user(
-            f"{option} matches none of {count(len(dataset.samples), searched)}: images of one "
-            "patient may be in two splits"
-        )
-    elif dataset.num_grouped is not None:
-        groups = len({s.group for s in dataset.samples})
-        names = count(len(dataset.samples), "path" if by_path else "name")
-        say(f"groups: {groups:,}; {dataset.num_grouped:,} of {names} matched")
+    if dataset.grouped is not None:
+        total: Counter[str] = Counter()
+        for counts in dataset.count().values():
+            total.update(counts)
+        num_groups = len({sample.group or sample.path for sample in dataset.samples})
+        option = "--group-by-path" if by_path else "--group-by"
+        say_matches(dataset.grouped, total, num_groups, option, say)
 
 
 def describe_recipe(recipe: Recipe, say: Say) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from featcache.cache.container import is_container
+from featcache.cache.container import hint_of_folder, is_container
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, Failure, name_differences, open_cache
 from featcache.data.dataset import ImageDataset
@@ -28,7 +28,11 @@ def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
     if not path.is_file():  # to open a pipe would block
         found = "a folder" if path.is_dir() else "not a regular file"
         raise ConfigError(
-            "CACHE", expected="a file", found=found, where=path, hint="Choose another name"
+            "CACHE",
+            expected="a file",
+            found=found,
+            where=path,
+            hint=hint_of_folder(path) or "Choose another name",
         )
     try:
         old = open_cache(path)

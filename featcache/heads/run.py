@@ -264,13 +264,26 @@ def _brief(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:16]}..."
 
 
+def _name_run(folder: Path) -> str:
+    """Return what to name in place of a folder without run.json, for a message."""
+    if not (folder / "crossval.json").is_file():
+        return _NO_RUN
+    ensemble = folder / "ensemble"
+    if is_run(ensemble):
+        return f"It is of a cross-validation: name its run, {ensemble.as_posix()}"
+    return (
+        "It is of a cross-validation without --keep-ensemble: name a run of featcache train, or "
+        "repeat crossval with it"
+    )
+
+
 def _read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = parse_json_object(read_regular(folder / "run.json", max_bytes=_MAX_JSON_BYTES))
     except OSError as error:
         raise RunError(
             "run", expected="a folder with run.json", found=error.strerror, where=folder,
-            hint=reading_hint(error, _NO_RUN),
+            hint=reading_hint(error, _name_run(folder)),
         ) from error  # fmt: skip
     except ValueError as error:
         raise _damaged(folder, "run.json", "a JSON object", error) from error

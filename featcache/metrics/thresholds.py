@@ -17,15 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import ConfigError
-from featcache.metrics.rates import grouped_rate_interval, lower_bound, rate_interval
+from featcache.metrics.rates import Interval, grouped_rate_interval, lower_bound, rate_interval
 
 CONFIDENCE = 0.95
 STABLE_GAP = 0.05
 """Two neighbouring scores are wide enough apart if their log-odds differ by so much.
 
 Another engine may change features by 1e-4 (relative L2, the bound of fp32). Such noise moved the
-log-odds of 284 X-rays by up to 0.0135 (five heads, 20 seeds each). Half this gap is 0.025, so no
-row changes sides. That is not so for noise made on purpose (0.15), nor for tf32, fp16 and bf16.
+log-odds of 284 X-rays by up to 0.0135 (five heads, 20 seeds each; measured once, script not kept).
+Half this gap is 0.025, so no row changes sides. That is not so for noise made on purpose (0.15),
+nor for tf32, fp16 and bf16.
 """
 MAX_THRESHOLD = math.nextafter(1, 2)  # above every probability: nothing is called positive
 
@@ -267,6 +268,55 @@ def predictive_values(
     alarms, cleared = (1 - prevalence) * (1 - specificity), (1 - prevalence) * specificity
     ppv = found / (found + alarms) if found + alarms > 0 else None
     return ppv, cleared / (cleared + missed) if cleared + missed > 0 else None
+
+
+def predictive_value_intervals(
+    recall: float, specificity: float, intervals: tuple[Interval, Interval], prevalence: float
+) -> tuple[Interval | None, Interval | None]:
+    """Return the two-sided intervals of PPV and NPV, from those of recall and specificity.
+
+    The odds of PPV are recall / (1 - specificity), times the odds of the prevalence; those of NPV
+    are specificity / (1 - recall), times their inverse. The interval of such a ratio of independent
+    rates comes from the rates' own (MOVER-R: Donner and Zou, 2012; Newcombe, 2016), so that it
+    allows for groups where these do, and has a width where a rate is 0 or 1. The prevalence is
+    taken as known.
+
+    Args:
+        recall: In [0, 1].
+        specificity: In [0, 1].
+        intervals: Of both.
+        prevalence: In (0, 1).
+
+    Returns:
+        None in place of that of a value which is undefined: see ``predictive_values``.
+    """
+    (low, high), (least, most) = intervals
+    odds = prevalence / (1 - prevalence)
+    found = _ratio_interval(recall, (low, high), 1 - specificity, (1 - most, 1 - least))
+    cleared = _ratio_interval(specificity, (least, most), 1 - recall, (1 - high, 1 - low))
+    return _shares(found, odds), _shares(cleared, 1 / odds)
+
+
+def _ratio_interval(one: float, of_one: Interval, other: float, of_other: Interval) -> Interval:
+    """Return the interval of one / other; both ends are infinite where both are 0."""
+    (low, high), (least, most) = of_one, of_other
+    product = one * other
+    inner = max(product**2 - low * most * (2 * one - low) * (2 * other - most), 0.0)
+    outer = max(product**2 - high * least * (2 * one - high) * (2 * other - least), 0.0)
+    down, up = product + math.sqrt(inner), least * (2 * other - least)
+    if one == other == 0:
+        return math.inf, math.inf
+    # the lower end is written so that nothing is 0 / 0 where ``most`` is twice ``other``
+    lower = low * (2 * one - low) / down if down > 0 else 0.0
+    return lower, (product + math.sqrt(outer)) / up if up > 0 else math.inf
+
+
+def _shares(ratios: Interval, odds: float) -> Interval | None:
+    """Return odds / (1 + odds) of both ends of an interval of odds, which are to be multiplied."""
+    if ratios[0] == math.inf:
+        return None
+    low, high = (ratio * odds for ratio in ratios)
+    return low / (1 + low), 1.0 if high == math.inf else high / (1 + high)
 
 
 def _require_units(number: int, kind: str) -> None:

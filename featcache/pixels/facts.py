@@ -26,7 +26,7 @@ class PictureFacts:
         pixels_sha256: sha256 of the decoded 8-bit pixels at full size, with height and width. Equal
             channels count as one, so that grey saved as RGB is the same picture.
         values: Fact -> its numbers, always as many: sizes in pixels, brightness of 0 to 255, and
-            answers (0, 1): whether the file is ``grey``, and whether there is ``colour`` in it.
+            answers (0, 1), such as whether it is a ``grey file``.
     """
 
     pixels_sha256: bytes
@@ -54,14 +54,15 @@ def measure_picture(pixels: _Pixels, *, num_channels: int, is_deep: bool) -> Pic
     return PictureFacts(
         digest.digest(),
         {
-            "width": (float(width),), "height": (float(height),), "aspect": (width / height,),
-            "grey": (float(pixels.ndim == 2),), "channels": (float(num_channels),),
-            "colour": (float(plain.ndim == 3),),
+            "width": (float(width),), "height": (float(height),), "aspect ratio": (width / height,),
+            "grey file": (float(pixels.ndim == 2),), "number of channels": (float(num_channels),),
+            "colour in it": (float(plain.ndim == 3),),
             "more than 8 bits": (float(is_deep),),
-            "mean": (float(shade.mean()),), "standard deviation": (float(shade.std()),),
-            "border stripes": (*(float(s.mean()) for s in stripes),
+            "mean brightness": (float(shade.mean()),),
+            "spread of brightness": (float(shade.std()),),
+            "brightness of borders": (*(float(s.mean()) for s in stripes),
                                *(float(s.std()) for s in stripes)),
-            "corners": tuple(float(corner.mean()) for corner in corners),
+            "brightness of corners": tuple(float(corner.mean()) for corner in corners),
         },
     )  # fmt: skip
 

@@ -124,8 +124,15 @@ def _read(folder: Path, name: str, max_bytes: int) -> bytes:
     except OSError as error:
         raise RunError(
             "cross-validation", expected=f"a folder with {name}", found=error.strerror,
-            where=folder, hint=reading_hint(error, "Make it with featcache crossval"),
+            where=folder, hint=reading_hint(error, _name_folder(folder)),
         ) from error  # fmt: skip
+
+
+def _name_folder(folder: Path) -> str:
+    """Return what to name in place of a folder that is none of a cross-validation."""
+    if _is_crossval(folder.parent):
+        return f"Name the folder of the cross-validation: {folder.parent.as_posix()}"
+    return "Make it with featcache crossval"
 
 
 def damaged(folder: Path, expected: str, found: object) -> RunError:

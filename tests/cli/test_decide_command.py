@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def test_a_decision_is_printed_and_then_shown_by_the_others(place: Path, run: An
     result = run("decide", "run", "--positive", "covid", "--recall", 0.5, "--prevalence", 0.05)
     assert result.code == 0, result.err
     assert "recall guaranteed to be at least 0." in result.out
-    assert "at a prevalence of 0.05: PPV" in result.out
+    assert "at a prevalence of 0.05, per image:\n  PPV " in result.out
+    assert re.search(r"  NPV  +>?[01]\.\d{3}, 95 % interval 0\.\d+ to >?[01]\.", result.out)
     assert "written to run/decision.json" in result.out
     again = run("decide", "run", "--positive", "covid", "--threshold", 1, "--json")
     facts = json.loads(again.out)

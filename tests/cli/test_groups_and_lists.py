@@ -34,7 +34,12 @@ def test_select_and_predict_take_them(tmp_path: Path, run: Any) -> None:
         write_image(tmp_path / "raw" / "ab"[n % 2] / f"p{n // 3}" / f"{n}.png", n, bright=n % 2 > 0)
     done = run("extract", "raw", "c.h5", *TINY, "--group-by-path", r"^(p\d+)/")
     assert done.code == 0, done.err
-    assert "groups: 12; 36 of 36 paths matched" in done.out
+    assert "groups: 12; named in 18 of 18 a, 18 of 18 b\n" in done.out
+    done = run("extract", "raw", "c.h5", *TINY, "--group-by", r"^(\d*[02468])\.png")
+    assert done.code == 0, done.err
+    assert "groups: 36; named in 18 of 18 a, 0 of 18 b (each of the others" in done.out
+    assert "--group-by matches no file name of b: images of one patient may be in two" in done.err
+    done = run("extract", "raw", "c.h5", *TINY, "--group-by-path", r"^(p\d+)/")
     done = run("select", "c.h5", "d.h5", "--fractions", "0.5,0.25,0.25", "--seed", 3, "--json")
     assert done.code == 0, done.err
     assert [*json.loads(done.out)["splits"]] == ["train", "valid", "test"]

@@ -48,6 +48,16 @@ def test_both_options_and_what_is_no_pattern_are_refused(tmp_path):
             scan(tmp_path / "raw", group_by_path=pattern)
 
 
+def test_of_many_classes_those_where_least_was_found_are_printed(tmp_path):
+    paths = [f"c{n % 20:02}/{'p' if n % 20 < 13 else 'x'}{n // 20}.png" for n in range(400)]
+    write_files(tmp_path / "raw", dict.fromkeys(paths))
+    said = []
+    with pytest.warns(FeatcacheWarning, match="no file name of c13, c14, c15, c16, c17, c18, c19:"):
+        split(tmp_path / "raw", tmp_path / "m.csv", group_by=r"^(p\d+)", say=said.append)
+    assert said[0].startswith("groups: 160; named in 0 of 20 c13, 0 of 20 c14,")
+    assert "and 14 more (each of the others" in said[0]
+
+
 def test_split_keeps_patients_that_are_folders_together(tmp_path):
     paths = [f"{c}/p{n % 12}/s{n % 3}/{n}.png" for c in "ab" for n in range(40)]
     write_files(tmp_path / "raw", dict.fromkeys(paths))

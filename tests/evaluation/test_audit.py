@@ -291,7 +291,9 @@ def test_without_rows_to_train_on_copies_are_looked_for(tmp_path: Path) -> None:
 
 def test_the_facts_are_of_the_name_and_not_of_the_folder() -> None:
     facts = file_facts(["covid/A1.PNG", "normal/b22.jpg", "normal/_.png"], np.array([1, 1, 1]))
-    assert set(facts) == {"file ending", "name length", "digits in name", "first letter kind"}
+    assert set(facts) == {"file ending", "name length", "digits in name", "kind of first letter"}
+    sizes = file_facts(["a.png", "b.png"], np.array([1, 2]))
+    assert [*sizes] == ["file size"]
     assert facts["name length"].ravel().tolist() == [2, 3, 1]
     assert facts["digits in name"].ravel().tolist() == [1, 2, 0]
     assert facts["file ending"].shape == (3, 2)

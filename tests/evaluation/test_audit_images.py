@@ -209,10 +209,14 @@ def test_facts_are_measured_here_and_in_a_child_process_alike(tmp_path: Path) ->
         assert child.render(data, recipes, bytes(32), with_facts=True).facts == here
     assert here is not None
     values = here.values
-    assert (values["width"], values["height"], values["aspect"]) == ((64,), (40,), (1.6,))
-    assert (values["grey"], values["channels"], values["colour"]) == ((0,), (3,), (1,))
-    assert values["border stripes"][:4] == (7.5, 7.5, 0, 60)
-    assert values["corners"] == (0, 60, 0, 60)
+    assert (values["width"], values["height"], values["aspect ratio"]) == ((64,), (40,), (1.6,))
+    assert (values["grey file"], values["number of channels"], values["colour in it"]) == (
+        (0,),
+        (3,),
+        (1,),
+    )
+    assert values["brightness of borders"][:4] == (7.5, 7.5, 0, 60)
+    assert values["brightness of corners"] == (0, 60, 0, 60)
 
 
 def test_equal_channels_are_the_same_pixels_and_another_shape_is_not() -> None:
@@ -255,10 +259,10 @@ def test_a_grey_file_is_a_shortcut_that_is_named(bordered: Bordered) -> None:
     ).shortcuts
     assert found is not None
     assert found["verdict"] == "not shown to beat"
-    assert "grey alone: 1.000" in " ".join(line.strip() for line in lines)
+    assert "grey file alone: 1.000" in " ".join(line.strip() for line in lines)
     facts = {row["fact"]: max(row["logistic"], row["tree"]) for row in found["facts"]}
-    assert facts["grey"] == facts["channels"] == facts["border stripes"] == 1
-    assert "colour" not in facts  # in none of the pictures
+    assert facts["grey file"] == facts["number of channels"] == facts["brightness of borders"] == 1
+    assert "colour in it" not in facts  # in none of the pictures
     assert max(map(len, lines)) <= 80
 
 

@@ -116,8 +116,17 @@ def test_sources_are_left_out_where_no_column_names_them(tmp_path: Path) -> None
 
 def test_a_column_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> None:
     cache = make(tmp_path, in_pairs)
-    with pytest.raises(featcache.FeatcacheError, match="nowhere"):
+    with pytest.raises(
+        featcache.FeatcacheError,
+        match=r"^--source: expected a header of the CSV: path, hospital, group, found 'nowhere'",
+    ):
         featcache.audit(cache, table=tmp_path / "t.csv", source="nowhere", say=lambda line: None)
     (tmp_path / "t.csv").write_text("path,hospital\n000.png,\n", "utf-8")
+    (tmp_path / "other.csv").write_text("image,hospital\n000.png,A\n", "utf-8")
+    with pytest.raises(featcache.DataError, match="Call the column of the paths path") as caught:
+        featcache.audit(
+            cache, table=tmp_path / "other.csv", source="hospital", say=lambda line: None
+        )
+    assert "--columns" not in str(caught.value)  # which audit does not have
     with pytest.raises(featcache.ConfigError, match="names of sources"):
         featcache.audit(cache, table=tmp_path / "t.csv", source="hospital", say=lambda line: None)

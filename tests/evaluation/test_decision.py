@@ -181,6 +181,9 @@ def test_referred_images_prevalence_and_patients_unknown(run: Path) -> None:
     )
     ppv = 0.02 * recall / (0.02 * recall + 0.98 * (1 - specificity))
     assert found.prevalence["ppv"] == pytest.approx(ppv)
+    for name in ("ppv", "npv"):
+        low, high = found.prevalence[f"{name}_interval"]
+        assert low < found.prevalence[name] <= high
     assert any("patients unknown: too optimistic" in line for line in said)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,28 @@ def test_a_large_cache_is_sampled_and_it_is_said(
     assert all(marks[20:23])
     number = sum(found.unlike_training)
     assert f"100 training images, of which 30 were compared: {number}" in lines[-1]
+
+
+def test_an_ensemble_that_saw_test_rows_knows_them(tmp_path: Path) -> None:
+    parts = {name: np.concatenate([rows_near(20, axis, i + axis) for axis in (0, 1)])
+             for i, name in enumerate(("train", "valid", "test"))}  # fmt: skip
+    parts["test"][:, 9] += 9  # unlike those of train and valid
+    write_cache(
+        tmp_path / "c.h5", parts, {name: np.arange(40) // 20 for name in parts},
+        {name: [f"{name}/{i:03}.png" for i in range(40)] for name in parts}, classes=["a", "b"],
+    )  # fmt: skip
+    unlike = {}
+    for name, with_test in (("without", False), ("with", True)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", featcache.FeatcacheWarning)  # of rows that it saw
+            featcache.crossval(
+                tmp_path / "c.h5", tmp_path / name, folds=2, hidden=(), epochs=1, device="cpu",
+                with_test=with_test, keep_ensemble=True,
+            )  # fmt: skip
+            found = featcache.predict(tmp_path / name / "ensemble", cache=tmp_path / "c.h5")
+        assert found.novelty is not None
+        unlike[name] = sum(found.unlike_training or ()), found.novelty["num_rows"]
+    assert unlike == {"without": (40, 80), "with": (0, 120)}
 
 
 @pytest.mark.parametrize("change", ["gone", "another", "damaged"])

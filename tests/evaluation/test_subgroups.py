@@ -143,6 +143,17 @@ def test_numbers_are_sorted_by_size_and_what_has_no_value_is_last() -> None:
     assert found == ["9.5", "20", "100", "nan", "old", None]
 
 
+def test_a_column_of_many_numbers_is_better_in_bins() -> None:
+    rows = made_up()
+    facts = measure_subgroups(rows, "age", [*(f"{n % 60}.5" for n in range(99)), None], None)
+    text = " ".join(map(str.strip, subgroup_lines(facts, None)))
+    assert "age has 60 different numbers: name a column of bins instead (such as 0-39," in text
+    assert max(map(len, subgroup_lines(facts, None))) <= 80
+    for values in ([f"site {n % 60}" for n in range(100)], [f"{n % 4}" for n in range(100)]):
+        facts = measure_subgroups(rows, "age", values, None)
+        assert "bins" not in " ".join(subgroup_lines(facts, None))
+
+
 def test_labels_have_subgroups_of_a_positive_class() -> None:
     rng = np.random.default_rng(2)
     targets = rng.integers(0, 2, (40, 2)).astype(float)
@@ -179,9 +190,7 @@ def test_a_column_of_a_table_makes_subgroups(run: Path, tmp_path: Path) -> None:
         DataError, match=r"'Image Index' \(path\?\).*--columns 'path=Image Index'\.$"
     ):
         evaluate(run, **options)
-    with pytest.raises(
-        DataError, match=r"column: expected a header of the CSV.*, sex, found 'age'"
-    ):
+    with pytest.raises(DataError, match=r"--by: expected a header of the CSV.*, sex, found 'age'"):
         evaluate(run, by="age", table=table, columns={"path": "Image Index"})
     other = write_table(tmp_path / "o.csv", ["path,sex", "elsewhere/1.png,F"])
     with pytest.raises(DataError, match=r"expected paths of the caches.* found none, but such as"):

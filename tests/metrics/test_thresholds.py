@@ -12,6 +12,7 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest
 
 from featcache.errors import ConfigError
+from featcache.metrics.rates import rate_interval
 from featcache.metrics.thresholds import (
     MAX_THRESHOLD,
     STABLE_GAP,
@@ -22,6 +23,7 @@ from featcache.metrics.thresholds import (
     measure_specificity,
     most_misses,
     num_needed,
+    predictive_value_intervals,
     predictive_values,
     refer_below,
     unit_scores,
@@ -202,6 +204,56 @@ def test_predictive_values_are_those_of_counting() -> None:
     assert predictive_values(1, 0, 0.05) == (0.05, None)
     with pytest.raises(ConfigError, match="--prevalence"):
         predictive_values(1, 1, 0)
+
+
+def by_logs(one: int, other: int, size: int, prevalence: float) -> tuple[float, float]:
+    """The interval of odds / (1 + odds) by MOVER on logarithms of rates: another formula."""
+    rates, ends = (one / size, other / size), [rate_interval(k, size) for k in (one, other)]
+    odds = prevalence / (1 - prevalence)
+    middle = math.log(odds * rates[0] / rates[1])
+    down = math.hypot(math.log(rates[0] / ends[0][0]), math.log(ends[1][1] / rates[1]))
+    up = math.hypot(math.log(ends[0][1] / rates[0]), math.log(rates[1] / ends[1][0]))
+    return expit(middle - down), expit(middle + up)
+
+
+@pytest.mark.parametrize("prevalence", [0.02, 0.3])
+def test_intervals_of_predictive_values_agree_with_those_on_the_log_scale(
+    prevalence: float,
+) -> None:
+    size, right, wrong = 4000, 3600, 400
+    interval = rate_interval(right, size)
+    found = predictive_value_intervals(0.9, 0.9, (interval, interval), prevalence)
+    assert found[0] == pytest.approx(by_logs(right, wrong, size, prevalence), abs=2e-3)
+    assert found[1] == pytest.approx(by_logs(right, wrong, size, 1 - prevalence), abs=2e-3)
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.floats(0.001, 0.999))
+def test_intervals_of_predictive_values_hold_the_value_and_have_a_width(
+    found: int, cleared: int, prevalence: float
+) -> None:
+    rates, intervals = (found / 30, cleared / 30), (
+        rate_interval(found, 30), rate_interval(cleared, 30),
+    )  # fmt: skip
+    values = predictive_values(*rates, prevalence)
+    ends = predictive_value_intervals(*rates, intervals, prevalence)
+    for value, interval in zip(values, ends, strict=True):
+        assert (value is None) == (interval is None)
+        if value is not None and interval is not None:
+            assert 0 <= interval[0] <= value + 1e-12
+            assert value - 1e-12 <= interval[1] <= 1
+            assert interval[0] < interval[1]
+
+
+def test_a_rate_of_one_leaves_ppv_and_npv_in_doubt() -> None:
+    perfect = rate_interval(20, 20)
+    ppv, npv = predictive_value_intervals(1, 1, (perfect, perfect), 0.05)
+    assert ppv is not None
+    assert npv is not None
+    # by hand: the lower end is sqrt(low (2 - low)) / (1 - low), times the odds
+    odds = 0.05 / 0.95 * math.sqrt(perfect[0] * (2 - perfect[0])) / (1 - perfect[0])
+    assert ppv == (pytest.approx(odds / (1 + odds)), 1)
+    assert 0.2 < ppv[0] < 0.35
+    assert 0.98 < npv[0] < 1 == npv[1]
 
 
 @pytest.mark.parametrize("digits", [16, 2])

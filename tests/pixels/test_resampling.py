@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.pixels import acceleration, kernels, resampling
+from featcache.pixels import acceleration, kernels
 from featcache.pixels.resampling import INTERPOLATIONS, resize
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 16, 31, 48, 63, 97, 224, 301]
@@ -71,7 +71,6 @@ def test_views_of_any_memory_order_can_be_resized(turn):
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_the_axis_that_goes_first_is_pillows(interpolation, started):
     """Every wanted size of one tall, one square and one wide picture."""
-    assert resampling.pillows_order() is not None
     for height, width in ((24, 10), (16, 16), (10, 24)):
         pixels = noise(height, width, 1, seed=2)
         for new_height in range(1, height + 3):
@@ -82,24 +81,19 @@ def test_the_axis_that_goes_first_is_pillows(interpolation, started):
     assert started
 
 
-def test_a_pillow_of_another_order_does_the_work_itself(monkeypatch, started):
-    pixels, real = noise(16, 16, 1, seed=3), Image.Image.resize
-
-    def turned(image, size, method):
-        turn = Image.Transpose.TRANSPOSE
-        return real(image.transpose(turn), size[::-1], method).transpose(turn)
-
-    resampling.pillows_order.cache_clear()
-    monkeypatch.setattr(Image.Image, "resize", turned)
-    assert resampling.pillows_order() is None
-    started.clear()
-    np.testing.assert_array_equal(
-        resize(pixels, 8, 9, "bilinear"), pillow(pixels, 8, 9, "bilinear")
+def test_the_order_of_the_axes_is_the_same_without_the_kernels(monkeypatch, started):
+    """And with a Pillow that would take the other axis first: 12 took rows first, always."""
+    tall = noise(40, 20, 3, seed=3)
+    truth, other_order = pillow(tall, 10, 9, "bicubic"), pillow(tall, 10, 40, "bicubic")
+    assert not np.array_equal(pillow(other_order, 10, 9, "bicubic"), truth)  # it matters
+    sizes, real = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, how: sizes.append(size) or real(self, size, how)
     )
+    monkeypatch.setattr(acceleration, "is_ready", lambda: False)
+    np.testing.assert_array_equal(resize(tall, 10, 9, "bicubic"), truth)
+    assert sizes == [(20, 9), (10, 9)]  # an axis at a time
     assert not started
-    monkeypatch.undo()
-    resampling.pillows_order.cache_clear()
-    assert resampling.pillows_order() is not None
 
 
 def test_strips_that_shrink_beyond_measure_are_left_to_pillow(started):
