@@ -12,6 +12,7 @@ The verbs, as on the command line, in the order of the work::
     featcache.explain("run", "new.png", "explained")
     featcache.report("run", "covid.html")
     featcache.export("run", "covid.pt")
+    featcache.serve("run")
 
 Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep``, ``crossval``, ``convert`` and
 ``neighbours``.

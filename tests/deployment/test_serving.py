@@ -5,6 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import io
 import json
+import os
+import signal
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -198,6 +201,31 @@ def test_slow_clients_are_told_so_and_hold_nobody_up(folder: Path, server: Serve
         with connection:
             status, facts = read_raw(connection)
             assert (status, facts["error"]["expected"]) == (408, expected)
+
+
+def test_a_client_that_goes_away_is_forgotten(server: Server) -> None:
+    head = f"POST /predict HTTP/1.1\nHost: localhost\nContent-Type: {KIND['Content-Type']}\n"
+    connection = server.begin(f"{head}Content-Length: 1000\n\n--{BOUNDARY}")
+    while server.ask("GET", "/health").facts["num_requests"] < 1:
+        pass  # the server has not read it yet
+    connection.close()
+    while server.ask("GET", "/health").facts["num_requests"] > 0:
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the children in Linux's /proc")
+def test_decoders_that_die_take_nobody_along(folder: Path, server: Server) -> None:
+    tasks = Path(f"/proc/{server.process.pid}/task").iterdir()
+    children = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    assert children  # what is sent is decoded in them
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    good = images(folder)[0]
+    for _ in range(2 * len(children)):
+        answer = server.send(good)
+        if answer.status != 200:
+            assert_error(answer, 422, "crashed")
+    assert server.send(good).status == 200
 
 
 def test_no_http_is_refused(server: Server) -> None:
