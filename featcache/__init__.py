@@ -14,8 +14,8 @@ The verbs, as on the command line, in the order of the work::
     featcache.export("run", "covid.pt")
     featcache.serve("run")
 
-Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep``, ``crossval``, ``convert`` and
-``neighbours``.
+Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep``, ``crossval``, ``log``, ``convert``
+and ``neighbours``.
 ``load_classifier`` keeps a network for many predictions, ``load_head`` returns the trained
 ``nn.Module``, ``open_cache`` gives the arrays, and ``HeadClassifier`` is a scikit-learn estimator.
 Results are dataclasses with ``as_dict()``.
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from featcache.heads.run import Run, load_head, load_run
     from featcache.heads.training import TrainSummary, train
     from featcache.reporting.report import ReportSummary, report
+    from featcache.reporting.tracking import LogSummary, log
     from featcache.sweeps.crossval import CrossvalSummary, crossval
     from featcache.sweeps.ranking import Decision
     from featcache.sweeps.sweeping import SweepSummary, sweep
@@ -91,6 +92,7 @@ _MODULES = {
     "report": "reporting.report",
     "export": "deployment.export",
     "serve": "deployment.serving",
+    "log": "reporting.tracking",
     "convert": "cache.conversion",
     "neighbours": "evaluation.neighbours",
     # open, load, build
@@ -133,6 +135,7 @@ _MODULES = {
     "Explanation": "deployment.explainer",
     "ReportSummary": "reporting.report",
     "ExportSummary": "deployment.export",
+    "LogSummary": "reporting.tracking",
     "ConversionSummary": "cache.conversion",
     "Neighbours": "evaluation.neighbours",
     "DeliverySummary": "deployment.delivery",
@@ -149,7 +152,7 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
-    "crossval", "decide", "evaluate", "predict", "explain", "report", "export", "serve",
+    "crossval", "decide", "evaluate", "predict", "explain", "report", "export", "serve", "log",
     "convert", "neighbours",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",
@@ -161,8 +164,8 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExplainSummary",
-    "Explanation", "ReportSummary", "ExportSummary", "DeliverySummary", "ConversionSummary",
-    "Neighbours",
+    "Explanation", "ReportSummary", "ExportSummary", "DeliverySummary", "LogSummary",
+    "ConversionSummary", "Neighbours",
     # errors
     "FeatcacheError", "DataError", "BackboneError", "CacheError", "RunError", "ConfigError",
     "FeatcacheWarning",

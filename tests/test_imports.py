@@ -19,7 +19,7 @@ PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 VERBS = ("demo", "split", "extract", "select", "info", "verify", "train", "sweep")
 VERBS += ("audit", "crossval", "decide", "evaluate", "predict", "explain", "report", "export")
-VERBS += ("serve", "convert", "neighbours")
+VERBS += ("serve", "log", "convert", "neighbours")
 HEAVY = {"torch", "sklearn", "scipy", "matplotlib", "numba"}
 SLOW = {"torch", "numpy", "h5py", "PIL", "sklearn", "matplotlib", "scipy", "numba"}
 
@@ -58,6 +58,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> P
         ("train c.h5 run3 --hidden none --optimizer lbfgs", set()),
         ("predict run --cache c.h5", set()),
         ("convert c.h5 rows.npz", set()),
+        ("log run --to tensorboard", set()),
         ("neighbours c.h5 train/covid/trc000_0.jpg", set()),
         ("evaluate run", {"matplotlib"}),
         ("evaluate run --split nonsense", set()),

@@ -10,9 +10,11 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+from sample_trackers import MemoryTracker
 
 import featcache
 from featcache.backbones.backbone import Backbone
@@ -22,7 +24,7 @@ RESULTS = {
     "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "CrossvalInfo", "DecideSummary", "Evaluation", "Predictions",
     "ExplainSummary", "ReportSummary", "ExportSummary", "DeliverySummary", "ConversionSummary",
-    "Neighbours",
+    "Neighbours", "LogSummary",
 }  # fmt: skip
 ERRORS = [
     name for name in featcache.__all__
@@ -61,6 +63,8 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -
         image = tree / "test/covid/tec000_0.jpg"
         yield featcache.explain(run, image, folder / "explained", backbone=tiny_backbone)
         yield featcache.report(run)
+        with patch("featcache.reporting.tracking._open_tensorboard", MemoryTracker):
+            yield featcache.log(run, to="tensorboard", out=folder / "tb")
         yield featcache.export(run, folder / "out.pt", backbone=tiny_backbone)
         yield featcache.export(run, folder / "out.onnx", backbone=tiny_backbone)
         yield featcache.convert(cache, folder / "rows.npz")

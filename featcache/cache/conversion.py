@@ -5,8 +5,9 @@ Reads: caches, and files of rows that anybody may have made. Writes: either, who
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from featcache.cache.conversion_rows import (
     room,
 )
 from featcache.cache.provenance import check_alike
-from featcache.cache.reading import Cache, open_cache
+from featcache.cache.reading import Cache, CacheSplit, open_cache
 from featcache.cache.writing import CACHE, write_rows, writing_alone
 from featcache.errors import ConfigError, DataError, printable
 from featcache.files import (
@@ -49,6 +50,7 @@ from featcache.untrusted import why_no_file
 STATED = "stated, not verified"
 """In ``provenance["identity"]`` of a cache whose features came from another file."""
 
+_BLOCK_ROWS = 1024
 _TABLE = Kind("file of rows", "a new file in an existing folder", needs_folder=True)
 
 
@@ -158,7 +160,6 @@ def _export(source: Path, made: Path) -> ConversionSummary:
     require_package(FORMATS[ending])
     cache = open_cache(source)
     check_alike([cache])
-    table = _table_of(cache)
 
     def publish(temporary: Path) -> None:
         try:
@@ -170,12 +171,11 @@ def _export(source: Path, made: Path) -> ConversionSummary:
             ) from error  # fmt: skip
         output.publish(temporary)
 
-    size = table.features.nbytes
     try:
         with atomic_writer(output.target, publish) as file:
-            FORMATS[ending].write(table, file)
+            FORMATS[ending].write(_table_of(cache), file)  # not kept: it is read back next
     except OSError as error:
-        raise disk_error(error, made, size) from error
+        raise disk_error(error, made, _feature_bytes(cache)) from error
     return _summarise(source, made, ending, cache, "as in the cache", is_unchanged=True)
 
 
@@ -216,10 +216,13 @@ def _table_of(cache: Cache) -> RowTable:
             "classes", "names, as an empty one means unlabelled", "an empty one",
             "Rename it: featcache select --rename",
         )  # fmt: skip
-    width = cache.num_features
+    require_room("features", _feature_bytes(cache), room(), cache.path)
     dtype = next(iter(splits.values())).dtype
-    require_room("features", num_rows * width * dtype.itemsize, room(), cache.path)
-    features = np.concatenate([s.read_features().reshape(-1, width) for s in splits.values()])
+    features, position = np.empty((num_rows, cache.num_features), dtype), 0
+    for split in splits.values():
+        for block in _blocks(split):
+            features[position : position + len(block)] = block
+            position += len(block)
     if not np.isfinite(features).all():
         raise cannot("features", "finite numbers", "NaN or infinity", "Extract it again")
     paths = [path for split in splits.values() for path in split.paths]
@@ -249,6 +252,16 @@ def _table_of(cache: Cache) -> RowTable:
     if len(metadata) > MAX_METADATA_BYTES:
         raise cannot("failures and provenance", "64 MB at most", f"{len(metadata):,} bytes")
     return RowTable(features, texts, numbers, metadata)
+
+
+def _feature_bytes(cache: Cache) -> int:
+    return sum(math.prod(s.shape) * s.dtype.itemsize for s in cache.splits.values())
+
+
+def _blocks(split: CacheSplit) -> Iterator[npt.NDArray[Any]]:
+    """Yield the features (n, D) of a split whose rows have one view."""
+    for start in range(0, len(split), _BLOCK_ROWS):
+        yield split.read_rows(np.arange(start, min(start + _BLOCK_ROWS, len(split))))
 
 
 def _show_names(names: Sequence[str], cache: Cache) -> dict[str, str]:
@@ -314,23 +327,21 @@ def _compare(cache: Cache, table: RowTable, made: Path) -> None:
     for name, split in cache.splits.items():
         rows = again.splits[name]
         (features,) = rows.feature_blocks()
+        parts = np.split(features, range(_BLOCK_ROWS, len(features), _BLOCK_ROWS))
+        if features.shape != split.shape or not all(map(_same, parts, _blocks(split))):
+            raise cannot(f"features of {name}")
         if list(rows.paths) != split.paths:
             raise cannot(f"paths of {name}")
         if (None if rows.groups is None else list(rows.groups)) != split.groups:
             raise cannot(f"groups of {name}")
         arrays = {
-            "features": (features, split.read_features()),
             "targets": (rows.targets, split.targets),
             "image_sha256": (rows.image_sha256, split.image_sha256),
             "image_bytes": (rows.image_bytes, split.image_bytes),
             "mtime_ns": (rows.mtime_ns, split.mtime_ns),
         }
         for what, (one, other) in arrays.items():
-            if (
-                one.dtype != other.dtype
-                or one.shape != other.shape
-                or one.tobytes() != other.tobytes()
-            ):
+            if not _same(one, other):
                 raise cannot(f"{what} of {name}")
     for what, found, wanted in (
         ("identity", again.identity, cache.identity),
@@ -340,6 +351,10 @@ def _compare(cache: Cache, table: RowTable, made: Path) -> None:
     ):
         if found != wanted:
             raise cannot(what)
+
+
+def _same(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()
 
 
 # ------------------------------------------------------------------------------------- to a cache

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from featcache.cache.contents import TASKS
 from featcache.cache.conversion_rows import LABEL, METADATA, NUMBERS, RowTable, wrong
 from featcache.cache.reading import Failure
-from featcache.cache.writing import SplitRows, check_names, check_new_rows, os_bytes
+from featcache.cache.writing import SplitRows, check_identity, check_names, check_new_rows, os_bytes
 from featcache.data.folders import SPLITS
 from featcache.errors import ConfigError, DataError
 from featcache.formatting import join_few
@@ -43,7 +43,7 @@ def cache_of(table: RowTable, path: Path, backbone_name: str | None) -> NewCache
     """Return the cache that a table makes; all of it is checked.
 
     Raises:
-        DataError: If it makes none.
+        DataError: If it makes none, or is not what its identity says.
         ConfigError: If nobody names the backbone, or two name different ones.
     """
     facts = _Facts.of(table.metadata, path)
@@ -53,23 +53,25 @@ def cache_of(table: RowTable, path: Path, backbone_name: str | None) -> NewCache
             "--backbone-name", expected=f"{identity['backbone']}, which the file states",
             found=backbone_name, where=path, hint="Leave it out",
         )  # fmt: skip
-    if not identity and not backbone_name:
+    if "backbone" not in identity and not backbone_name:
         raise ConfigError(
             "--backbone-name", expected="the network that made the features", where=path,
             found="none, and the file does not name it",
         )  # fmt: skip
     num_features = table.features.shape[1]
-    if not identity:
-        identity = {"backbone": backbone_name, "num_features": num_features}
-        identity |= {"feature_dtype": table.features.dtype.name}
-    if identity.get("num_features", num_features) != num_features:
-        raise wrong("features", path, f"{identity['num_features']}, by its identity", num_features)
     features = _as_dtype(table.features, facts.feature_dtype, path)
+    identity = {
+        "backbone": backbone_name, "num_features": num_features,
+        "feature_dtype": features.dtype.name,
+    } | identity  # fmt: skip
+    check_identity(identity, features.shape, features.dtype)
     texts = {
         name: [facts.names.get(text or "", text or "") for text in column]
         for name, column in table.texts.items()
         if name in {"path", "group"}
     }
+    if "" in texts["path"]:
+        raise wrong("column path", path, "a name in each row", "none")
     splits = _split_of_rows(table, path)
     classes, targets = _targets(table, facts, path)
     names = [s for s in SPLITS if s in set(splits) or facts.num_rows.get(s) == 0]
@@ -81,7 +83,7 @@ def cache_of(table: RowTable, path: Path, backbone_name: str | None) -> NewCache
         if groups is None or not (any(groups) or facts.has_groups.get(name)):
             groups = [] if facts.has_groups.get(name) and not chosen else None
         new = check_new_rows(
-            name, features[chosen], targets[chosen], [texts["path"][i] for i in chosen],
+            name, _take(features, chosen), targets[chosen], [texts["path"][i] for i in chosen],
             groups=groups, num_classes=len(classes),
         )  # fmt: skip
         rows[name] = replace(new, **_image_columns(table, chosen, path))
@@ -89,6 +91,13 @@ def cache_of(table: RowTable, path: Path, backbone_name: str | None) -> NewCache
         rows, identity, provenance, classes, "multilabel" if targets.ndim == 2 else "multiclass",
         facts.failures(classes, path), facts.content_sha256,
     )  # fmt: skip
+
+
+def _take(features: npt.NDArray[Any], rows: Sequence[int]) -> npt.NDArray[Any]:
+    """Return rows (n, D): a view where they follow each other, as in files that convert wrote."""
+    first = rows[0] if rows else 0
+    is_run = list(rows) == [*range(first, first + len(rows))]
+    return features[first : first + len(rows)] if is_run else features[list(rows)]
 
 
 def _as_dtype(features: npt.NDArray[Any], wanted: str | None, path: Path) -> npt.NDArray[Any]:
@@ -122,6 +131,8 @@ def _targets(table: RowTable, facts: _Facts, path: Path) -> tuple[list[str], npt
     if odd:
         raise wrong("classes", path, join_few(classes) or "none", join_few(sorted(odd)))
     check_names("classes", classes)
+    if "" in classes:
+        raise wrong("classes", path, "names", "an empty one")
     num_rows = len(table.features)
     if is_multilabel:
         targets = np.empty((num_rows, len(classes)), "<f4")
@@ -151,6 +162,8 @@ def _image_columns(table: RowTable, chosen: Sequence[int], path: Path) -> dict[s
         numbers = table.numbers.get(name, np.zeros(len(table.features), np.int64))
         if numbers.dtype.kind not in "iu" or (len(numbers) and int(numbers.max()) >= 1 << 63):
             raise wrong(f"column {name}", path, "whole numbers of 64 bits", numbers.dtype.name)
+        if name == "image_bytes" and len(numbers) and numbers.min() < 0:
+            raise wrong(f"column {name}", path, "sizes of files", int(numbers.min()))
         columns[name] = numbers[chosen].astype(np.int64)
     return columns
 

@@ -23,7 +23,7 @@ from featcache.cache.hdf5 import ArraySource, write_container
 from featcache.cache.integrity import array_crc32, meaning_crc32, rows_crc32
 from featcache.cache.reading import Cache, Failure, is_content, open_cache
 from featcache.data.folders import SPLITS
-from featcache.errors import CacheError, DataError
+from featcache.errors import CacheError, DataError, escaped
 from featcache.files import Publish, canonical_json, make_folder, read_regular
 from featcache.formatting import join_few
 from featcache.locking import folder_lock, remove_lock
@@ -155,7 +155,8 @@ def write_cache(
         The cache, opened.
 
     Raises:
-        DataError: If arrays do not fit together, or contain NaN or infinities.
+        DataError: If arrays do not fit together, contain NaN or infinities, or are not what
+            ``identity`` says.
         CacheError: If ``path`` is there and ``overwrite`` is not set or it is no cache, if another
             process is writing it, if the disk is full or the folder cannot be written.
     """
@@ -198,6 +199,7 @@ def write_cache(
             raise DataError(what, expected="what JSON can hold", found=error) from error
     facts.setdefault("num_features", first.shape[-1])
     facts.setdefault("feature_dtype", first.dtype.name)
+    check_identity(facts, first.shape, first.dtype)
     task = "multilabel" if first.targets.ndim == 2 else "multiclass"
     with writing_alone(output, may_discard=overwrite):
         return write_rows(
@@ -313,7 +315,9 @@ def check_new_rows(
         row = int(np.flatnonzero(~np.isfinite(features).reshape(num_rows, -1).all(axis=1))[0])
         raise wrong("features", "finite values", f"NaN or infinity in row {row}")
     order = sorted(range(num_rows), key=lambda i: os_bytes(names[i]))
-    features = features[order].astype(features.dtype.newbyteorder("<"), copy=False)
+    if order != [*range(num_rows)]:  # sorted already: no copy
+        features = features[order]
+    features = features.astype(features.dtype.newbyteorder("<"), copy=False)
     return SplitRows(
         features.shape, features.dtype, lambda: [features], targets[order],
         [names[i] for i in order], None if groups is None else [str(groups[i]) for i in order],
@@ -339,12 +343,40 @@ def check_names(what: str, names: Sequence[str]) -> None:
         raise DataError(what, expected="different names", found="a name twice")
 
 
+def check_identity(
+    identity: Mapping[str, Any], shape: Sequence[int], dtype: np.dtype[Any]
+) -> None:  # fmt: skip
+    """Refuse an identity that contradicts the features (N, D) or (N, V, D) that it is of.
+
+    Raises:
+        DataError: If so, or if its backbone has no name.
+    """
+    name = identity.get("backbone", "unknown")
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or name != escaped(name):
+        raise DataError(
+            "identity, backbone", expected=f"a name of at most {_MAX_NAME} characters",
+            found=f"{name!r:.60}",
+        )  # fmt: skip
+    actual = {
+        "num_features": shape[-1], "feature_dtype": dtype.name,
+        "views": 1 if len(shape) == 2 else shape[1],
+    }  # fmt: skip
+    for key, value in actual.items():
+        stated = identity.get(key, value)
+        if type(stated) is not type(value) or stated != value:
+            raise DataError(
+                f"identity, {key}", expected=f"{value}, as the features have",
+                found=f"{stated!r:.60}",
+            )  # fmt: skip
+
+
 def _encode(texts: Iterable[str]) -> npt.NDArray[Any]:
     """Return strings as fixed-width bytes; ``|S1`` if there are none or all are empty."""
     array = np.array([text.encode("utf-8", "surrogateescape") for text in texts], dtype=bytes)
     return array.astype("S1") if array.dtype.itemsize == 0 or not array.size else array
 
 
+_MAX_NAME = 1000  # characters; python: backbones are named with options
 _OWN_NAMES = r"manifest\.json|probing|whole|true|shard\.[0-9]+"
 """Names of featcache's files in the folder of an unfinished cache, but for the lock."""
 _MARK = b'"format":"featcache-partial"'

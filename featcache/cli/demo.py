@@ -51,7 +51,8 @@ _FILES = re.compile(
     rf"(raw|split/(train|valid|test))/{_CLASS}/P\d{{4}}_\d\.(png|jpg)"
     r"|features\.h5|features\.h5\.partial/(lock|probing|manifest\.json|shard\.\d+|\..*\.tmp)"
     r"|run\.partial/(lock|training\.safetensors)|run(\.partial/new)?/(\..*\.tmp|run\.json|environment\.json"
-    r"|report\.html|history\.csv|head\.safetensors|rows\.bin|evaluation/test(\.json|_confusion\.png))"
+    r"|report\.html|history\.csv|head\.safetensors|rows\.bin|loss_curves\.png"
+    r"|evaluation/test(\.json|_(confusion|roc|reliability)\.png))"
 )
 _MARKER = "demo.json"  # with this text in it a folder is ours to write in again
 _MARKER_TEXT = files.readable_json({"format": "featcache-demo", "made_anew": _OUTPUTS}).encode()

@@ -79,6 +79,8 @@ class Command:
             return f"{folder} is unfinished; the same command makes it anew"
         if self._verb == "decide":
             return "the decision in the run is the old one or the new one, whole; " + again
+        if self._verb == "log":
+            return "what was logged is in the tracker; the same command goes on"
         if self._verb == "evaluate":
             return "some figures may be written and others not; the same command writes them all"
         if self._verb in {"info", "neighbours", "serve"} or self._options.get("dry_run"):

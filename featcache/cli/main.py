@@ -24,6 +24,7 @@ from featcache.cli.conversion_commands import convert, neighbours
 from featcache.cli.ending import ENDING, complain, open_closed_streams
 from featcache.cli.explain_command import explain
 from featcache.cli.head_commands import crossval, sweep, train
+from featcache.cli.log_command import log
 from featcache.cli.options import (
     DEVICE,
     make_say,
@@ -80,7 +81,7 @@ def demo(folder: Path, device: str, as_json: bool, quiet: bool) -> None:
 for command in (
     split, extract, select, info, verify, audit,
     train, sweep, crossval, decide, evaluate, predict, explain, report,
-    export, serve, convert, neighbours,
+    export, serve, log, convert, neighbours,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -173,10 +173,10 @@ def export_folder(
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
-        sums = predict_script.sums_of(folder, sorted([MODEL_NAME, *files]))
+        sums = predict_script.sums_of(folder)
         (folder / predict_script.SUMS).write_bytes(sums)
         _test_folder(folder, output.path)
-    hashes = {line[66:]: line[:64] for line in sums.decode().splitlines()}
+    hashes = {name: sha256.decode() for name, sha256 in predict_script.by_name(sums).items()}
     return _summarise(
         output.path, written, facts, parity, files=hashes, num_golden=len(examples),
         num_answered=card.num_answered, num_items=card.num_items,

@@ -82,7 +82,7 @@ def _drawn_files(rules: PixelRules) -> dict[str, bytes]:
     turned = Image.Exif()
     turned[_UPRIGHT_TAG] = _QUARTER_TURN
     # Versions of Pillow differ in which axis of such an image they resize first.
-    side = rules.image_size
+    side = max(rules.image_size, rules.resize_size or 0)
     tall = draw_phantoms(6 * side, 1)[0, :, : 3 * side // 2, 0]
     clear = np.concatenate([tinted, other[:, :, :1]], axis=2)
     return {

@@ -1,8 +1,8 @@
 """The model card of an exported folder: what the run's files know, and what a person must fill in.
 
-The head is Hugging Face's ``model-index``. The items are those of CLAIM 2020 (Mongan, Moy and Kahn,
-"Checklist for Artificial Intelligence in Medical Imaging", Radiology: Artificial Intelligence 2,
-e200029), in our words.
+The head is Hugging Face's ``model-index``. The items are the 44 of the 2024 update of CLAIM (Tejani
+and others, "Checklist for Artificial Intelligence in Medical Imaging (CLAIM): 2024 Update",
+Radiology: Artificial Intelligence 6, e240300), in our words.
 
 Reads: a run, and its cache if it is at hand. Writes: nothing.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,27 +31,27 @@ TO_FILL = "**TO FILL**"
 _MAX_BYTES = 1 << 24
 _FIGURES = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision")
 _ITEMS = (
-    "Title says that it is a study of artificial intelligence",
+    "Title says that it is a study of artificial intelligence, and of which kind",
     "Summary of design, methods, results and conclusions",
-    "Background, and the intended use in practice",
-    "Objectives and hypotheses",
+    "Background, and the intended use and role in practice",
+    "Aims and hypotheses",
     "Prospective or retrospective",
     "Goal: what the model is to do",
-    "Where the data come from: sites, dates, access",
+    "Where the data come from",
     "Who and what was included and left out",
     "Preprocessing of the images",
     "Selection of parts of the images or data",
-    "Definitions of the data elements",
     "De-identification",
     "Missing data",
+    "How the images were acquired: devices, protocol",
     "Reference standard: how the truth was defined",
     "Why this reference standard",
     "Who annotated, with which qualification",
-    "Tools of annotation",
+    "How the test images were annotated",
     "Agreement within and between annotators",
-    "Intended sample size, and how it was determined",
     "How the data were split",
     "What splits keep apart: images, patients, sites",
+    "Intended sample size, and how it was determined",
     "The model: inputs, layers, outputs",
     "Software",
     "Initial values of the parameters",
@@ -61,17 +62,19 @@ _ITEMS = (
     "Statistical uncertainty",
     "Robustness",
     "Explanation of decisions",
+    "Test on data of the same source",
     "Test on data of another source",
-    "Flow of patients and images",
+    "Registration of the trial",
+    "Flow of patients and images: numbers included and left out",
     "Patients' demographics and findings in each split",
-    "Performance on all splits",
-    "Accuracy with intervals",
+    "Performance on all splits and in subgroups",
+    "Diagnostic performance with intervals",
     "Analysis of wrong decisions",
-    "Limitations and bias",
-    "Implications for practice",
-    "Registration",
+    "Limitations, bias, what cannot be generalised",
+    "Implications for practice, and the intended use",
     "Protocol of the whole study",
-    "Funding",
+    "Availability of software, model and data",
+    "Funding, and the role of the funders",
 )
 
 
@@ -81,7 +84,7 @@ class Card:
 
     Attributes:
         text: ``README.md``.
-        num_answered: Items that the files answer.
+        num_answered: Items that the files answer in full.
         num_items: All items.
     """
 
@@ -102,7 +105,7 @@ def write_card(classifier: Classifier, facts: Mapping[str, Any]) -> Card:
     if figures.get("fingerprint") != run.cache["fingerprint"]:
         figures = {}
     answers = _answers(classifier, facts, figures, environment)
-    num_answered = sum(number in answers for number in range(1, len(_ITEMS) + 1))
+    num_answered = sum(TO_FILL not in answer for answer in answers.values())
     title = " + ".join(recipe.backbone.name for recipe in classifier.recipes)
     classes = ", ".join(map(_plain, run.classes))
     num_open, versions = len(_ITEMS) - num_answered, facts["versions"]
@@ -131,7 +134,7 @@ def write_card(classifier: Classifier, facts: Mapping[str, Any]) -> Card:
         "",
         *_figure_lines(figures),
         "",
-        "## Items of CLAIM 2020",
+        "## Items of CLAIM, update of 2024",
         "",
         "| item | | answer |",
         "| ---: | --- | --- |",
@@ -165,11 +168,12 @@ def _number(value: object) -> float | None:
 def _yaml(title: str, figures: Mapping[str, Any]) -> list[str]:
     metrics = [
         line for name in _FIGURES if (value := _number(figures.get(name))) is not None
-        for line in (f"          - type: {name}", f"            value: {value!r}")
+        # Not repr: YAML takes 1e-05 for a text.
+        for line in (f"          - type: {name}", f"            value: {value:.6f}")
     ]  # fmt: skip
     index = [
         "model-index:",
-        f"  - name: {json.dumps(title)}",
+        f"  - name: {json.dumps(printable(title), ensure_ascii=False)}",
         "    results:",
         "      - task:",
         "          type: image-classification",
@@ -180,7 +184,8 @@ def _yaml(title: str, figures: Mapping[str, Any]) -> list[str]:
         "        metrics:",
         *metrics,
     ]
-    head = ["library_name: onnx", "pipeline_tag: image-classification", "license: other"]
+    head = ["library_name: onnx", "pipeline_tag: image-classification"]
+    head += ["license: other", "license_name: TO FILL"]
     return ["---", *head, *(index if metrics else []), "---", ""]
 
 
@@ -213,49 +218,71 @@ def _answers(
     classifier: Classifier, facts: Mapping[str, Any], figures: Mapping[str, Any],
     environment: Mapping[str, Any],
 ) -> dict[int, str]:  # fmt: skip
-    """Return number -> answer of the items that the files answer."""
+    """Return number -> answer; what the files answer in part ends with ``TO_FILL``."""
     run, cache = classifier.run, _open_quietly(classifier.run)
     identity = run.cache["identity"]
-    rules = "; ".join(
-        f"{each['backbone']}: {_plain(json.dumps(each['preprocessing'], sort_keys=True))}"
-        for each in facts["inputs"]
-    )
-    training = _plain(json.dumps(run.training, sort_keys=True))
     versions = environment.get("versions")
+    num_failed = count(int(run.cache.get("num_failed") or 0), "image")
     answers = {
         6: f"Tell apart {', '.join(map(_plain, run.classes))} ({run.task})",
-        9: rules,
-        13: f"{count(int(run.cache.get('num_failed') or 0), 'image')} could not be read, left out",
+        9: "; ".join(
+            f"{_plain(each['backbone'])}: {_listed(each['preprocessing'])}"
+            for each in facts["inputs"]
+        ),
+        12: f"{num_failed} could not be read and were left out",
         22: f"Frozen {_plain(' + '.join(r.backbone.name for r in classifier.recipes))}, its pooled "
-        f"features; then {_plain(facts['head']['layers'])}",
+        f"features; then {', '.join(map(_plain, facts['head']['layers']))}",
         24: "Backbone: " + "; ".join(
             f"weights with sha256 {each['weights_sha256']}" for each in facts["inputs"]
         ) + f". Head: seed {run.seed}",
         25: f"Views of an image: {_plain(identity.get('views'))}, augmentation "
-        f"{_plain(identity.get('augmentation'))}. {training}",
+        f"{_plain(identity.get('augmentation'))}. {_listed(run.training)}",
         27: f"Mean of the probabilities of {run.num_members} heads" if run.members else "None",
+        43: f"Model: in this folder. Software: featcache {facts['versions']['featcache']}. "
+        f"Data: {TO_FILL}",
     }  # fmt: skip
-    if (run.path / "trials.csv").exists():
-        answers[26] = "A sweep over heads: trials.csv of the run has every trial"
-    elif not run.members and run.training.get("optimizer") != "lbfgs":
-        answers[26] = "The epoch with the lowest cross-entropy on valid"
+    if how := _how_chosen(run):
+        answers[26] = how
     if isinstance(versions, dict):
-        answers[23] = ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in versions.items())
+        answers[23] = _listed(versions)
     if cache is not None:
-        answers |= _data_answers(cache)
+        answers |= _data_answers(cache, run)
     if figures:
         answers[28] = "Accuracy, recall of each class, ROC AUC, average precision: see above"
-        answers[36] = "See the figures above: accuracy and recalls with intervals"
+        answers[32] = "Split test of the same data: see the figures above"
+        answers[37] = f"Test: see the figures above. Other splits and subgroups: {TO_FILL}"
+        answers[38] = "See the figures above: accuracy and recalls with intervals"
         method = figures.get("intervals")
         if isinstance(method, dict) and "method" in method:
             answers[29] = f"Two-sided 95 % intervals, {_plain(method['method'])}"
         mistakes = figures.get("mistakes")
         if isinstance(mistakes, list):
-            answers[37] = f"{count(len(mistakes), 'wrong image')} of test, listed in the run"
+            number = count(len(mistakes), "wrong image")
+            answers[39] = f"{number} of test, listed in the run. Why they are wrong: {TO_FILL}"
     return answers
 
 
-def _data_answers(cache: Cache) -> dict[int, str]:
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in sorted(values.items()))
+
+
+def _how_chosen(run: Run) -> str | None:
+    if (run.path / "trials.csv").exists():
+        return "A sweep over heads: trials.csv of the run has every trial"
+    if run.members:
+        return None
+    try:
+        columns = read_regular(run.path / "history.csv", max_bytes=_MAX_BYTES).splitlines()[0]
+    except (OSError, ValueError, IndexError):
+        return None
+    is_solved = run.training.get("optimizer") == "lbfgs"
+    if b"valid_loss" not in columns:
+        return None if is_solved else "The last epoch: there were no images of valid"
+    what = "strength of regularisation" if is_solved else "epoch"
+    return f"The {what} with the lowest cross-entropy on valid"
+
+
+def _data_answers(cache: Cache, run: Run) -> dict[int, str]:
     counts = []
     for name, split in cache.splits.items():
         text = f"{_plain(name)} {len(split):,}"
@@ -266,13 +293,25 @@ def _data_answers(cache: Cache) -> dict[int, str]:
             ]
             text += f" ({', '.join(each)})"
         counts.append(text)
-    has_groups = any(split.groups for split in cache.splits.values())
+    held_out = run.training.get("valid_fraction")
+    drawn = f". Of train a share of {held_out} became valid" if held_out is not None else ""
+    num_rows = sum(map(len, cache.splits.values()))
     return {
-        20: f"Images: {'; '.join(counts)}",
-        21: "Groups (as a rule patients) are known to the cache" if has_groups
-        else "Images: no groups are known, so a patient may stand in two splits",
-        33: f"{count(len(cache.failures), 'image')} could not be read; the others: see item 20",
-    }  # fmt: skip
+        19: f"Images: {'; '.join(counts)}{drawn}",
+        20: _kept_apart([split.groups or [] for split in cache.splits.values()]),
+        35: f"{count(num_rows, 'image')}; {count(len(cache.failures), 'other')} could not be read. "
+        f"Those left out before: {TO_FILL}",
+    }
+
+
+def _kept_apart(groups: Sequence[Sequence[str]]) -> str:
+    """Return whether groups lie in several splits."""
+    splits_of = Counter(name for of_split in groups for name in set(of_split) if name)
+    if not splits_of:
+        return "Images: no groups are known, so a patient may stand in two splits"
+    num_shared = sum(number > 1 for number in splits_of.values())
+    said = f"{num_shared:,} are in two splits or more" if num_shared else "none is in two splits"
+    return f"Groups (as a rule patients): of {len(splits_of):,}, {said}"
 
 
 def _open_quietly(run: Run) -> Cache | None:

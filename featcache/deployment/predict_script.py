@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -143,7 +144,9 @@ def why_not_exact_tiff(image: TiffImagePlugin.TiffImageFile) -> str | None:
     )
     if is_plain:
         return None
-    return f"a TIFF of {'/'.join(map(str, sorted(bits)))} bits, photometric {photometric}"
+    depth = "/".join(map(str, sorted(bits)))
+    compression = tags.get(259, 1)
+    return f"a TIFF of {depth} bits, photometric {photometric}, compression {compression}"
 
 
 def to_array(image: Image.Image) -> Any:
@@ -239,19 +242,25 @@ class Model:
 
     Args:
         folder: With ``config.json`` and ``model.onnx``.
+
+    Raises:
+        SelfTestError: If one of them is damaged or missing.
     """
 
     def __init__(self, folder: Path) -> None:
         import onnxruntime as ort
 
         self.folder = folder
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-        self.classes: list[str] = self.config["classes"]
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        self._session = ort.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+            self.classes: list[str] = self.config["classes"]
+            self._session = ort.InferenceSession(
+                str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's own errors have no common class
+            raise SelfTestError(f"the model cannot be loaded: {one_line(error)}") from error
 
     def read(self, data: bytes) -> dict[str, Pixels]:
         """Return the pixels of an image file for each input of the model.
@@ -324,29 +333,47 @@ def test_pixels(model: Model) -> list[tuple[dict[str, Any], dict[str, Pixels]]]:
 
 
 def test_files(folder: Path) -> None:
-    """Compare the files with ``SHA256SUMS``, byte for byte.
+    """Compare the files of the folder with ``SHA256SUMS``.
 
     Raises:
-        SelfTestError: If one is missing or has changed.
+        SelfTestError: If one has changed, is missing or was added.
     """
     try:
-        text = (folder / SUMS).read_bytes()
-        listed = [line[66:] for line in text.decode("utf-8").splitlines()]
-        found = sums_of(folder, listed)
-    except (OSError, ValueError) as error:
-        raise SelfTestError(f"files of {SUMS}: {one_line(error)}") from error
-    for expected, actual in zip(text.splitlines(), found.splitlines(), strict=True):
-        if expected != actual:
-            raise SelfTestError(f"{actual[66:].decode()}: another sha256 than {SUMS} has")
-    if found != text or not set(OWN_FILES) <= set(listed):
+        text, found = (folder / SUMS).read_bytes(), sums_of(folder)
+    except OSError as error:
+        raise SelfTestError(f"files of the folder: {one_line(error)}") from error
+    expected, actual = by_name(text), by_name(found)
+    for name in sorted(expected.keys() | actual.keys() | set(OWN_FILES)):
+        if name not in actual:
+            raise SelfTestError(f"{printable(name)}: missing")
+        if name not in expected:
+            raise SelfTestError(f"{printable(name)}: not in {SUMS}, so it was added")
+        if expected[name] != actual[name]:
+            raise SelfTestError(f"{printable(name)}: another sha256 than {SUMS} has")
+    if text != found:
         raise SelfTestError(f"{SUMS}: not as it was written")
 
 
-def sums_of(folder: Path, names: Sequence[str]) -> bytes:
-    """Return the lines of ``SHA256SUMS``, as ``sha256sum -c`` reads them."""
-    return "".join(
-        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names
-    ).encode()
+def sums_of(folder: Path) -> bytes:
+    """Return what ``SHA256SUMS`` should be: lines of all files, as ``sha256sum -c`` reads them.
+
+    Hidden files and Python's own ``__pycache__`` are left out.
+    """
+    names = sorted(
+        name.as_posix()
+        for name in (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        if name.as_posix() != SUMS
+        and not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+    )
+    return b"".join(
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  ".encode()
+        + os.fsencode(name) + b"\n" for name in names
+    )  # fmt: skip
+
+
+def by_name(sums: bytes) -> dict[str, bytes]:
+    """Return the lines of ``SHA256SUMS`` as name -> sha256."""
+    return {os.fsdecode(line[66:]): line[:64] for line in sums.split(b"\n")[:-1]}
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -1,38 +1,35 @@
 """Evaluate: measure the head of a run on the rows of a cache.
 
-Reads: a run, a cache. Writes: ``RUN/evaluation/``, and a CSV where asked.
+Reads: a run, a cache. Writes: ``RUN/evaluation/``, ``RUN/loss_curves.png``, and a CSV where asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from featcache.cache.side_by_side import Caches, list_caches
-from featcache.errors import ConfigError, RunError, printable
+from featcache.errors import ConfigError, printable
 from featcache.evaluation.comparison import OtherRun, comparison_lines
-from featcache.evaluation.confusions import Confusion, to_matrix
-from featcache.evaluation.confusions import as_csv as cells_as_csv
 from featcache.evaluation.decided_rows import measure_decisions
 from featcache.evaluation.decision_file import load_decisions
-from featcache.evaluation.figures import draw_confusion
+from featcache.evaluation.figure_files import FigureFiles
 from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.lines import evaluation_lines
 from featcache.evaluation.predicted_rows import CSV, labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_seen
 from featcache.evaluation.subgroups import Column, subgroup_lines
-from featcache.files import read_regular, readable_json, result_as_dict
-from featcache.formatting import brief_repr, decimal, join_few
-from featcache.heads.run import Run, cache_paths, load_run
+from featcache.files import readable_json, result_as_dict
+from featcache.formatting import brief_repr, join_few
+from featcache.heads.run import cache_paths, load_run
 from featcache.heads.run_caches import is_own as is_own_cache
 from featcache.heads.run_caches import open_other_caches, open_own_caches
 from featcache.metrics.calibration import measure_calibration
 from featcache.metrics.scores import MAX_MATRIX_CLASSES, compute_metrics
-from featcache.outputs import Kind, Output, write_outputs
+from featcache.outputs import Output, write_outputs
 from featcache.runtime import Say, log_line
-from featcache.untrusted import parse_json_object
 
 
 @dataclass(frozen=True)
@@ -163,8 +160,9 @@ def evaluate(
     Rows that the head was trained on, or that its epoch was chosen by, are warned of: they are
     found by their images' hashes, in any cache, where there are none by their features. Rows with
     several views are predicted by view 0, the plain image. The figures of the run's own
-    cache are also written to ``RUN/evaluation/SPLIT.json``, with a picture of the confusion matrix
-    and, above 100 classes, its cells as a CSV.
+    cache are also written to ``RUN/evaluation/SPLIT.json``, with pictures of the confusion matrix,
+    the ROC curves and the reliability and, above 100 classes, the matrix's cells as a CSV. The
+    losses by epoch are drawn as ``RUN/loss_curves.png``, unless that is there.
 
     Args:
         run: The run folder.
@@ -211,7 +209,7 @@ def evaluate(
         output.check()
     opened = open_own_caches(loaded) if cache is None else open_other_caches(loaded, cache)
     is_own = cache is None or is_own_cache(loaded, opened)
-    figures = _figure_outputs(loaded, split) if is_own else []
+    figures = FigureFiles(loaded, split) if is_own else None
     labelled = labelled_rows(opened, split, say)
     seen = find_seen(loaded, opened, opened.split(split), labelled)
     if unseen:
@@ -259,10 +257,12 @@ def evaluate(
         *comparison_lines(result.against),
     ):
         say(line)
-    if is_own:
-        kept = _write_with_figures(loaded, result, confusions, figures, files)
-        place = printable((loaded.path / "evaluation").as_posix())
-        say(f"written to {place}/: {', '.join(kept)}")
+    if figures is not None:
+        figures.write(
+            readable_json(result.as_dict()).encode(), rows, accuracy=result.accuracy,
+            confusions=confusions, decisions=decisions, positive=positive, has_cells=in_file,
+            others=files, say=say,
+        )  # fmt: skip
     else:
         if files:
             write_outputs(files)
@@ -275,89 +275,3 @@ def evaluate(
 def _check_positive(positive: str | None, classes: Sequence[str]) -> None:
     if positive is not None and positive not in classes:
         raise ConfigError("--positive", expected="one of " + join_few(classes), found=positive)
-
-
-def _is_evaluation(path: Path) -> bool:
-    """Return whether a file is one of ``RUN/evaluation/SPLIT.json``."""
-    try:
-        facts = parse_json_object(read_regular(path, max_bytes=_MAX_FIGURES_BYTES))
-    except (OSError, ValueError):
-        return False
-    return {"split", "accuracy", "fingerprint"} <= facts.keys()
-
-
-def _is_picture(path: Path) -> bool:
-    """Return whether a file is a PNG of the resolution that ``draw_confusion`` has."""
-    try:
-        data = read_regular(path, max_bytes=_MAX_FIGURES_BYTES)
-    except OSError:
-        return False
-    return data.startswith(b"\x89PNG\r\n\x1a\n") and _RESOLUTION in data[:200]
-
-
-def _is_cells(path: Path) -> bool:
-    """Return whether a file is a CSV of the cells of a confusion matrix."""
-    try:
-        data = read_regular(path, max_bytes=_MAX_FIGURES_BYTES)
-    except OSError:
-        return False
-    return data.startswith(cells_as_csv([]).encode())
-
-
-_MAX_FIGURES_BYTES = 1 << 28
-_RESOLUTION = b"pHYs" + 2 * (5669).to_bytes(4) + b"\x01"  # 144 dots per inch, per metre
-_JSON = Kind("evaluation", "a new file, or an earlier evaluation", RunError, _is_evaluation,
-             may_be_link=False)  # fmt: skip
-_PICTURE = replace(_JSON, is_own=_is_picture)
-_CELLS = replace(_JSON, is_own=_is_cells)
-
-
-def _figure_outputs(run: Run, split: str) -> list[Output]:
-    """Return where a run keeps the figures of a split, their picture and the cells, checked.
-
-    Raises:
-        RunError: If one of them is a link or another file: a stranger's run must not lead
-            elsewhere.
-    """
-    folder = run.path / "evaluation"
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise RunError(
-            "evaluation", expected="a folder in the run", found="a link or a file", where=folder,
-            hint="Remove it",
-        )  # fmt: skip
-    outputs = [
-        Output(folder / f"{split}.json", "evaluation", _JSON),
-        Output(folder / f"{split}_confusion.png", "evaluation", _PICTURE),
-        Output(folder / f"{split}_confusion.csv", "evaluation", _CELLS),
-    ]
-    for output in outputs:
-        output.check()
-    return outputs
-
-
-def _write_with_figures(
-    run: Run, result: Evaluation, confusions: Sequence[Confusion] | None,
-    figures: Sequence[Output], files: Mapping[Output, bytes],
-) -> list[str]:  # fmt: skip
-    """Write the figures of the run's own cache into the run, and some files with them.
-
-    Returns:
-        The names of the figures' files.
-    """
-    folder, (facts, picture, cells) = run.path / "evaluation", figures
-    contents = {**files, facts: readable_json(result.as_dict()).encode()}
-    if confusions is not None:
-        title = f"{run.path.resolve().name} on {result.split}, accuracy {decimal(result.accuracy)}"
-        contents[picture] = draw_confusion(to_matrix(confusions, run.classes), run.classes, title)
-    if result.confusion_matrix_file is not None:
-        contents[cells] = cells_as_csv(confusions or []).encode()
-    is_new = not folder.exists()
-    folder.mkdir(exist_ok=True)
-    _figure_outputs(run, result.split)  # again: it may be a link by now
-    try:
-        write_outputs(contents)
-    except BaseException:
-        if is_new:
-            folder.rmdir()
-        raise
-    return [output.path.name for output in figures if output in contents]

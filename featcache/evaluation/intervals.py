@@ -13,7 +13,12 @@ import numpy.typing as npt
 
 from featcache.evaluation.predicted_rows import PredictedRows
 from featcache.metrics.areas import auc_interval
-from featcache.metrics.rates import count_groups, grouped_rate_interval, mean_rate_interval
+from featcache.metrics.rates import (
+    Interval,
+    count_groups,
+    grouped_rate_interval,
+    mean_rate_interval,
+)
 
 WILSON = "Wilson"
 OF_GROUPS = "Clopper and Pearson, effective sample size of the groups (Korn and Graubard)"
@@ -62,14 +67,14 @@ def measure_intervals(rows: PredictedRows, positive: str | None) -> dict[str, An
     facts["few"] = _find_few(rows, members)
     facts |= {"sensitivity": None, "specificity": None, "positive_roc_auc": None}
     is_pair = not rows.has_labels and len(rows.classes) == 2  # both areas are the same
-    facts["roc_auc"] = _interval_of_area(rows, 1) if is_pair else None
+    facts["roc_auc"] = _listed(area_interval(rows, 1)) if is_pair else None
     if positive is not None:
         index = rows.classes.index(positive)
         of_others = targets[:, index] == 0 if rows.has_labels else targets != index
         says_no = ~preds[:, index] if rows.has_labels else preds != index
         facts["sensitivity"] = of_class[positive]
         facts["specificity"] = _interval(rows, of_others, says_no)
-        facts["positive_roc_auc"] = _interval_of_area(rows, index)
+        facts["positive_roc_auc"] = _listed(area_interval(rows, index))
     return facts | {"per_class": {name: {"recall": value} for name, value in of_class.items()}}
 
 
@@ -85,17 +90,27 @@ def _find_few(rows: PredictedRows, members: Sequence[npt.NDArray[np.int64]]) -> 
     return {"class": fewest, "num_samples": numbers[fewest]}
 
 
-def _interval_of_area(rows: PredictedRows, index: int) -> list[float] | None:
+def area_interval(rows: PredictedRows, index: int) -> Interval | None:
     """Return the interval of the ROC AUC of a class against the rest; None without both sides."""
-    if rows.has_labels:
-        known, is_yes = ~np.isnan(rows.targets[:, index]), rows.targets[:, index] == 1
-    else:
-        known, is_yes = np.ones(len(rows.targets), bool), rows.targets == index
-    is_yes = is_yes[known]
+    is_yes, scores, groups = class_answers(rows, index)
     if not is_yes.any() or is_yes.all():
         return None
-    groups = [rows.groups[row] for row in np.flatnonzero(known).tolist()]
-    return list(auc_interval(is_yes, rows.probs[known, index], groups=groups))
+    return auc_interval(is_yes, scores, groups=groups)
+
+
+def class_answers(
+    rows: PredictedRows, index: int
+) -> tuple[_Mask, npt.NDArray[np.float64], list[str]]:
+    """Return which rows are of a class, its probabilities and the groups, of known rows."""
+    if not rows.has_labels:
+        return rows.targets == index, rows.probs[:, index], rows.groups
+    known = np.flatnonzero(~np.isnan(rows.targets[:, index]))
+    groups = [rows.groups[row] for row in known.tolist()]
+    return rows.targets[known, index] == 1, rows.probs[known, index], groups
+
+
+def _listed(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else list(interval)
 
 
 def _interval(rows: PredictedRows, counts: _Mask, is_hit: _Mask) -> list[float] | None:

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     import torch
 
 _OWN_FILES = re.compile(
-    r"(run|environment|sweep|decision)\.json|head\.safetensors|rows\.bin|report\.html|(history|trials)\.csv"
-    r"|evaluation(/[a-z]+(\.json|_confusion\.(png|csv)))?"
+    r"(run|environment|sweep|decision)\.json|head\.safetensors|rows\.bin|report\.html"
+    r"|(history|trials)\.csv|loss_curves\.png"
+    r"|evaluation(/[a-z]+(\.json|_confusion\.csv|_(confusion|roc|reliability)\.png))?"
 )
 """What verbs write into a run. Other files in it are the user's: such a run is not replaced."""
 

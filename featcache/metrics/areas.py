@@ -84,6 +84,33 @@ def roc_auc(is_yes: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating]) -> 
     return float(_placements(is_yes, scores)[0].mean())
 
 
+def roc_curve(
+    is_yes: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating]
+) -> tuple[_Floats, _Floats]:
+    """Return the corners of the ROC curve: false alarms and recalls, both from 0 to 1.
+
+    Args:
+        is_yes: As for ``auc_interval``, as are the scores.
+        scores: (n,). Equal ones are a slanted line.
+
+    Returns:
+        Two arrays of one length: the share of the no, and of the yes, whose score is at least a
+        threshold, which falls from above all scores to the lowest.
+
+    Raises:
+        DataError: As ``auc_interval``.
+    """
+    _check(is_yes, scores, None)
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.diff(scores[order], append=-np.inf))
+    yes = np.concatenate(([0], np.cumsum(is_yes[order])[ends]))
+    no = np.concatenate(([0], ends + 1)) - yes
+    # In whole numbers: a point is no corner if the steps before and after it have one direction.
+    turns = np.diff(no)[:-1] * np.diff(yes)[1:] != np.diff(no)[1:] * np.diff(yes)[:-1]
+    kept = np.concatenate(([True], turns, [True]))
+    return no[kept] / no[-1], yes[kept] / yes[-1]
+
+
 def compare_auc(
     is_yes: npt.NDArray[np.bool_],
     scores_a: npt.NDArray[np.floating],

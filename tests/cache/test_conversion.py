@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,30 @@ def test_files_of_others_need_a_backbone_and_little_else(tmp_path: Path) -> None
     split = open_cache(tmp_path / "t.h5").splits["all"]
     assert split.features.tolist() == [[np.float32(-2e-3), 1.5], [1, 0]]
     assert split.targets.tolist() == [0, -1]
+
+
+def test_rows_are_about_twice_in_memory(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).normal(size=(5_000, 512)).astype(np.float32)
+    paths = [f"{i:04d}" for i in range(len(features))]
+    featcache.write_cache(
+        tmp_path / "c.h5", features, np.zeros(len(features), int), paths, classes=["a"]
+    )
+    for source, output in (("c.h5", "c.npz"), ("c.npz", "again.h5")):
+        tracemalloc.start()
+        convert(tmp_path / source, tmp_path / output, say=quiet)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 3 * features.nbytes, (output, peak / features.nbytes)
+
+
+def test_a_name_is_added_to_an_identity_without_one(tmp_path: Path) -> None:
+    cache = small(tmp_path / "c.h5", identity={"weights": "mine", "backbone": "b7"})
+    convert(cache.path, tmp_path / "c.csv", say=quiet)
+    text = (tmp_path / "c.csv").read_text("utf-8")
+    (tmp_path / "c.csv").write_text(text.replace('""backbone"":""b7"",', ""), "utf-8")
+    convert(tmp_path / "c.csv", tmp_path / "again.h5", backbone_name="b8", say=quiet)
+    identity = open_cache(tmp_path / "again.h5").identity
+    assert (identity["backbone"], identity["weights"]) == ("b8", "mine")
 
 
 def test_a_changed_file_is_said_to_be_changed(tmp_path: Path) -> None:

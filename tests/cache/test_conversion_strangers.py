@@ -161,7 +161,21 @@ def changes() -> Iterator[tuple[str, Change]]:
     yield "a name twice", lambda facts: facts.update(classes=["covid", "normal", "covid"])
     yield "no texts", lambda facts: facts.update(classes=["covid", 3])
     yield "classes", lambda facts: facts.update(classes=["covid"])
-    yield "num_features|features", lambda facts: facts["identity"].update(num_features=3)
+    for value in (3, 4.0, "4", True):
+        yield (
+            "identity, num_features",
+            lambda facts, value=value: facts["identity"].update(num_features=value),
+        )
+    yield "identity, feature_dtype", lambda facts: facts["identity"].update(feature_dtype="float16")
+    yield "identity, views", lambda facts: facts["identity"].update(views=7)
+    for value in ([1], "", "x" * 10**6, "\x1b[2J"):
+        yield (
+            "identity, backbone",
+            lambda facts, value=value: facts["identity"].update(backbone=value),
+        )
+    yield "--backbone-name", lambda facts: facts["identity"].pop("backbone")
+    yield "an empty one", lambda facts: facts.update(classes=["covid", "normal", ""])
+    yield "a name in each row", lambda facts: facts.update(names={"c": ""})
     yield "float16", lambda facts: facts.update(feature_dtype="float16")
     yield "feature_dtype", lambda facts: facts.update(feature_dtype="object")
     yield "splits", lambda facts: facts.update(splits={"train": 3})
@@ -200,6 +214,9 @@ def test_a_csv_of_others_names_what_is_wrong(tmp_path: Path) -> None:
         "path,f0\na,1\na,2\n": "1 different",
         "path,f0,image_sha256\na,1,00\n": "64 hex digits",
         "path,f0,mtime_ns\na,1,99999999999999999999\n": "numbers",
+        "path,f0,image_bytes\na,1,-1\n": "sizes of files",
+        "path,f0\na,1\n,2\n": "a name in each row",
+        "path,f0,target_\na,1,1\n": "an empty one",
         "path,f0,target,target_x\na,1,x,1\n": "both",
         "path,f0,target_x\na,1,0.5\n": "0, 1 or NaN",
         "path,f0\n\udcff,1\n": "UTF-8",

@@ -197,6 +197,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown split": ({"features": {"val": FEATURES}}, "expected train or valid or test or all"),
     "no split": ({"features": {}}, "splits"),
     "identity NaN": ({"identity": {"mean": float("nan")}}, "identity"),
+    "identity of another width": ({"identity": {"num_features": 4}}, "identity, num_features"),
+    "identity of another dtype": ({"identity": {"feature_dtype": "float16"}}, "feature_dtype"),
+    "identity of other views": ({"identity": {"views": 2}}, "identity, views"),
+    "identity of no backbone": ({"identity": {"backbone": ["b0"]}}, "identity, backbone"),
     "identity a path": ({"identity": {"weights": Path("w.pt")}}, "identity"),
     "provenance NaN": ({"provenance": {"speed": float("inf")}}, "provenance"),
 }

@@ -253,7 +253,9 @@ def test_nothing_is_lost(
         if VERBS[output]:
             assert_one_line_error(result)
         assert out.name in said or str(out.parent) in said
-        made = {"out", "locked"} | {n for n in after if n.startswith("run/evaluation")}
+        made = {"out", "locked"} | {
+            n for n in after if n.startswith(("run/evaluation", "run/loss"))
+        }
         if there == "something made while it worked":
             assert out.read_bytes() == b"years of work"
             assert after.items() >= before.items()

@@ -105,9 +105,46 @@ def test_self_test_passes_and_a_changed_byte_in_any_file_fails_it(
     assert predict_script.self_test(out) == 6
 
 
+def test_missing_added_and_misnamed_files_fail_the_self_test(place: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(place / "out", tmp_path / "moved"))
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        path.unlink()
+        with pytest.raises(predict_script.SelfTestError, match=r"missing|No such file"):
+            predict_script.self_test(out)
+        path.write_bytes(data)
+    for name in ("numpy.py", "golden/more.png", "golden/deep/x", "\udcff.png"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"")
+        with pytest.raises(predict_script.SelfTestError, match="so it was added"):
+            predict_script.self_test(out)
+        (out / name).unlink()
+    sums = (out / "SHA256SUMS").read_bytes()
+    for place_of_line in (sums.index(b"\n"), len(sums) - 1):
+        for other in (b"\v", b"\r", b"\x1c", b"\0", b"x"):  # what some take for an end of line
+            changed = sums[:place_of_line] + other + sums[place_of_line + 1 :]
+            (out / "SHA256SUMS").write_bytes(changed)
+            with pytest.raises(predict_script.SelfTestError):
+                predict_script.self_test(out)
+    (out / "SHA256SUMS").write_bytes(sums)
+    for name in (".gitattributes", "__pycache__/predict.cpython-311.pyc"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"")
+    assert predict_script.self_test(out) == 6
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(place: Path, tmp_path: Path) -> None:
+    for name in ("model.onnx", "config.json"):
+        out = Path(shutil.copytree(place / "out", tmp_path / name))
+        (out / name).write_bytes(b"{}")
+        failed = python(out / "predict.py", out / "golden" / "grey.png", cwd=tmp_path)
+        assert (failed.returncode, failed.stdout) == (1, "")
+        assert failed.stderr.count("\n") == 1
+        assert "the model cannot be loaded" in failed.stderr
+
+
 def rewrite_sums(out: Path) -> None:
-    names = [line[66:] for line in (out / "SHA256SUMS").read_text("utf-8").splitlines()]
-    (out / "SHA256SUMS").write_bytes(predict_script.sums_of(out, names))
+    (out / "SHA256SUMS").write_bytes(predict_script.sums_of(out))
 
 
 @pytest.mark.parametrize(
@@ -139,14 +176,21 @@ def test_card_says_what_the_files_know_and_counts_what_is_open(place: Path) -> N
     text = (place / "out" / "README.md").read_text("utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
     num_open = sum("**TO FILL**" in row for row in rows)
-    assert len(rows) == 42
-    said = f"{42 - num_open} of 42 items are answered from the files, {num_open} **TO FILL**."
+    assert len(rows) == 44
+    said = f"{44 - num_open} of 44 items are answered from the files, {num_open} **TO FILL**."
     assert said in text
     figures = json.loads((place / "run" / "evaluation" / "test.json").read_text("utf-8"))
-    assert f"value: {figures['accuracy']!r}" in text.split("---")[1]
+    head = pytest.importorskip("yaml").safe_load(text.split("---")[1])
+    (result,) = head["model-index"][0]["results"]
+    values = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert values == {name: pytest.approx(figures[name], abs=1e-6) for name in values}
+    assert {"accuracy", "roc_auc"} <= set(values)
     low, high = figures["intervals"]["accuracy"]
     assert f"| accuracy | {figures['accuracy']:.3f} | {low:.3f} to {high:.3f} |" in text
     assert "train 24 (covid 12, normal 12)" in text
+    assert "no groups are known" in rows[19]
+    (linear,) = [row for row in rows if "Linear" in row]
+    assert linear.count("eps=1e") == 2  # the layers are not cut
     assert str(place) not in text
 
 

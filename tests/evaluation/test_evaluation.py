@@ -140,13 +140,15 @@ def test_positive_class_is_never_guessed(run: Path) -> None:
 def test_files_hold_the_result_and_the_picture(run: Path) -> None:
     result = evaluate(run)
     folder = run / "evaluation"
-    assert sorted(p.name for p in folder.iterdir()) == ["test.json", "test_confusion.png"]
+    pictures = [f"test_{name}.png" for name in ("confusion", "reliability", "roc")]
+    assert sorted(p.name for p in folder.iterdir()) == ["test.json", *pictures]
     assert json.loads((folder / "test.json").read_text()) == result.as_dict()
-    with Image.open(folder / "test_confusion.png") as image:
-        assert image.format == "PNG"
+    for path in [run / "loss_curves.png", *(folder / name for name in pictures)]:
+        with Image.open(path) as image:
+            assert image.format == "PNG"
     with pytest.warns(FeatcacheWarning, match="was chosen by 40 of the 40 rows of valid"):
         evaluate(run, split="valid")
-    assert len(list(folder.iterdir())) == 4
+    assert len(list(folder.iterdir())) == 8
 
 
 def test_csv_has_every_labelled_row(run: Path, tmp_path: Path) -> None:
