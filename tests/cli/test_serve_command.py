@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -44,32 +45,30 @@ def test_a_signal_lets_the_requests_in_hand_finish(tmp_path: Path) -> None:
     body = form(("a.png", next(tmp_path.glob("data/test/covid/*.png")).read_bytes()))
     head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     head += f"Content-Type: {KIND['Content-Type']}\r\n\r\n"
-    held = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(2)]
-    for connection in held:
-        connection.sendall(head.encode() + body[:-10])
-    others = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.kill)
+        held = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            for _ in range(2)
+        ]
+        for connection in held:
+            connection.sendall(head.encode() + body[:-10])
+        others = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
 
-    def health() -> dict[str, Any]:
-        others.request("GET", "/health")
-        return json.loads(others.getresponse().read())
+        def health() -> dict[str, Any]:
+            others.request("GET", "/health")
+            return json.loads(others.getresponse().read())
 
-    while health()["num_requests"] < 2:
-        pass  # the server has not read them yet
-    server.send_signal(signal.SIGTERM)
-    while True:  # until it listens no more
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=60).close()
-        except ConnectionError:
-            break
-    others.close()
-    held[0].sendall(body[-10:])
-    status, facts = read_raw(held[0])
-    assert (status, facts["predictions"][0]["path"]) == (200, "a.png")
-    status, facts = read_raw(held[1])  # this one never comes to an end
-    assert (status, facts["error"]["what"]) == (503, "server")
-    for connection in held:
-        connection.close()
-    output, errors = server.communicate()
+        while health()["num_requests"] < 2:
+            pass  # the server has not read them yet
+        others.close()
+        server.send_signal(signal.SIGTERM)
+        held[0].sendall(body[-10:])
+        status, facts = read_raw(held[0])
+        assert (status, facts["predictions"][0]["path"]) == (200, "a.png")
+        status, facts = read_raw(held[1])  # this one never comes to an end
+        assert (status, facts["error"]["what"]) == (503, "server")
+        output, errors = server.communicate()
     assert server.returncode == 128 + signal.SIGTERM, errors
     assert output == ""
     wanted = "interrupted: the requests in hand were answered; the same command starts again\n"
