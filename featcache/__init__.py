@@ -12,6 +12,7 @@ The verbs, as on the command line, in the order of the work::
     featcache.explain("run", "new.png", "explained")
     featcache.report("run", "covid.html")
     featcache.export("run", "covid.pt")
+    featcache.serve("run")
 
 Also ``plan``, ``verify``, ``select``, ``audit``, ``sweep``, ``crossval``, ``log``, ``convert``
 and ``neighbours``.
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from featcache.deployment.explanation import ExplainSummary, explain
     from featcache.deployment.export import ExportSummary, export
     from featcache.deployment.predictions import Predictions, predict
+    from featcache.deployment.serving import serve
     from featcache.errors import (
         BackboneError,
         CacheError,
@@ -89,6 +91,7 @@ _MODULES = {
     "explain": "deployment.explanation",
     "report": "reporting.report",
     "export": "deployment.export",
+    "serve": "deployment.serving",
     "log": "reporting.tracking",
     "convert": "cache.conversion",
     "neighbours": "evaluation.neighbours",
@@ -149,7 +152,7 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     # verbs: as on the command line (which has demo besides), and plan for extract --dry-run
     "split", "extract", "plan", "info", "verify", "select", "audit", "train", "sweep",
-    "crossval", "decide", "evaluate", "predict", "explain", "report", "export", "log",
+    "crossval", "decide", "evaluate", "predict", "explain", "report", "export", "serve", "log",
     "convert", "neighbours",
     # open, load, build
     "scan", "open_cache", "write_cache", "load_run", "load_head", "load_classifier",

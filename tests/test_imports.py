@@ -19,7 +19,7 @@ PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 VERBS = ("demo", "split", "extract", "select", "info", "verify", "train", "sweep")
 VERBS += ("audit", "crossval", "decide", "evaluate", "predict", "explain", "report", "export")
-VERBS += ("log", "convert", "neighbours")
+VERBS += ("serve", "log", "convert", "neighbours")
 HEAVY = {"torch", "sklearn", "scipy", "matplotlib", "numba"}
 SLOW = {"torch", "numpy", "h5py", "PIL", "sklearn", "matplotlib", "scipy", "numba"}
 

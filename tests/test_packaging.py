@@ -50,7 +50,11 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) 
     package = ROOT / "featcache"
     wanted = {f"featcache/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    page = {f"featcache/reporting/page.{ending}" for ending in ("html.jinja", "css", "js")}
+    page = {
+        f"featcache/{place}/page.{ending}"
+        for place in ("reporting", "deployment/page")
+        for ending in ("html.jinja", "css", "js")
+    }
     assert packed == wanted | page | {"featcache/py.typed"}
 
 

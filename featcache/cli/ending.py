@@ -84,7 +84,7 @@ class Command:
             return "what was logged is in the tracker; the same command goes on"
         if self._verb == "evaluate":
             return "some figures may be written and others not; the same command writes them all"
-        if self._verb in {"info", "neighbours"} or self._options.get("dry_run"):
+        if self._verb in {"info", "neighbours", "serve"} or self._options.get("dry_run"):
             return f"nothing was changed; {again}"
         if self._verb == "verify":
             assert output is not None

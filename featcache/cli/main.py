@@ -33,6 +33,7 @@ from featcache.cli.options import (
 )
 from featcache.cli.report_command import report
 from featcache.cli.run_commands import decide, evaluate, export, predict
+from featcache.cli.serve_command import serve
 from featcache.errors import FeatcacheError, FeatcacheWarning, escaped
 
 
@@ -80,7 +81,7 @@ def demo(folder: Path, device: str, as_json: bool, quiet: bool) -> None:
 for command in (
     split, extract, select, info, verify, audit,
     train, sweep, crossval, decide, evaluate, predict, explain, report,
-    export, log, convert, neighbours,
+    export, serve, log, convert, neighbours,
 ):  # fmt: skip
     cli.add_command(command)
 

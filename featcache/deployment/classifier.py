@@ -127,6 +127,17 @@ class Classifier:
             images, preprocessed=preprocessed, include=include, exclude=exclude,
             companions=companions, columns=columns, ignore_columns=ignore_columns,
         )  # fmt: skip
+        return self.predict_rows(names, rows)
+
+    def predict_rows(
+        self, names: Sequence[str], rows: Sequence[npt.NDArray[np.float32] | str]
+    ) -> Predictions:  # fmt: skip
+        """Return what the head makes of images whose features are at hand.
+
+        Args:
+            names: Of each image.
+            rows: Of each image its features (D,), or why it could not be read.
+        """
         pairs = list(zip(names, rows, strict=True))
         failures = tuple((name, row) for name, row in pairs if isinstance(row, str))
         good = [(name, row) for name, row in pairs if not isinstance(row, str)]
@@ -237,7 +248,7 @@ class Classifier:
         if not dataset.samples:
             return {}
         made: list[dict[Sample, _Row]] = [{} for _ in self.recipes]
-        for numbers in self._decoded_alike():
+        for numbers in self.decoded_alike():
             lanes = []
             for number in numbers:
                 recipe = self.recipes[number]
@@ -253,7 +264,7 @@ class Classifier:
                         )
         return {sample: _join_rows([rows[sample] for rows in made]) for sample in dataset.samples}
 
-    def _decoded_alike(self) -> Iterable[list[int]]:
+    def decoded_alike(self) -> Iterable[list[int]]:
         """Return the numbers of the recipes in groups that can share a decoded picture."""
         groups: dict[tuple[int | str, str], list[int]] = {}
         for number, recipe in enumerate(self.recipes):
@@ -280,6 +291,17 @@ class Classifier:
         engine = self.choose_engine(number, num_images, partial(list, pixels[:NUM_PROBES]))
         rows = iter(engine.run(pixels))
         return [image if isinstance(image, str) else next(rows) for image in fitted]
+
+    def choose_engines(self, draw: Callable[[int], Images]) -> tuple[Engine, ...]:
+        """Return the engine of each backbone for many images, chosen before there is one.
+
+        Args:
+            draw: Gives images of a side in pixels, to compare an engine with the plain network on.
+        """
+        return tuple(
+            self.choose_engine(number, ONNX_PAYS_FROM, partial(draw, recipe.backbone.image_size))
+            for number, recipe in enumerate(self.recipes)
+        )
 
     def choose_engine(
         self, number: int, num_images: int, probes: Callable[[], Images]

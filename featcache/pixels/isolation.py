@@ -18,7 +18,8 @@ from typing import IO, Any
 
 from featcache.errors import DataError, TransientError
 from featcache.files import child_process
-from featcache.pixels.images import PixelRules, deep_maximum, glance
+from featcache.pixels import acceleration
+from featcache.pixels.images import PixelRules, deep_kind, deep_maximum, glance
 from featcache.pixels.views import Rendering, ViewRules, render
 from featcache.untrusted import MAX_PIXELS
 
@@ -78,6 +79,17 @@ class IsolatedDecoder:
         maximum = self._ask("deep_maximum", data, max_pixels)
         assert maximum is None or isinstance(maximum, int)
         return maximum
+
+    def deep_kind(self, data: bytes) -> str | None:
+        """Do what ``images.deep_kind`` does.
+
+        Raises:
+            DataError: If the decoder hung on it.
+            TransientError: If the decoder's process died.
+        """
+        kind = self._ask("deep_kind", data)
+        assert kind is None or isinstance(kind, str)
+        return kind
 
     def _ask(self, *request: object) -> object:
         with self._lock:
@@ -143,13 +155,17 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Call the functions that are requested, (name, *arguments), until the parent is gone."""
     functions: dict[str, Callable[..., object]] = {
         "render": render, "render_with_facts": functools.partial(render, with_facts=True),
-        "deep_maximum": deep_maximum, "glance": glance,
+        "deep_maximum": deep_maximum, "deep_kind": deep_kind, "glance": glance,
     }  # fmt: skip
+    num_bytes = 0
     while True:
         try:
             request: Any = _receive(requests)
         except EOFError:
             return
+        if num_bytes < acceleration.WORTH_BYTES:  # of a server, which lives for long
+            num_bytes += len(request[1])
+            acceleration.start_for(num_bytes)
         try:
             answer = functions[request[0]](*request[1:])
         except DataError as error:

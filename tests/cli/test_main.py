@@ -35,8 +35,8 @@ from featcache.precision import PARITY_BOUNDS
 def test_every_command_has_help_with_an_example_and_contract_options(run: Any) -> None:
     assert list(cli.cli.commands) == [
         "demo", "split", "extract", "select", "info", "verify", "audit", "train", "sweep",
-        "crossval", "decide", "evaluate", "predict", "explain", "report", "export", "log",
-        "convert", "neighbours",
+        "crossval", "decide", "evaluate", "predict", "explain", "report", "export", "serve",
+        "log", "convert", "neighbours",
     ]  # fmt: skip
     for name, made in cli.cli.commands.items():
         result = run(name, "--help")
