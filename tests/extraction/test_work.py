@@ -47,8 +47,9 @@ extract("data", "c.h5", backbone=tiny_network.build(), batch_size=2, engine="ENG
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-@pytest.mark.parametrize("engine", ["folded", "onnx"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "engine"), [(signal.SIGKILL, "onnx"), (signal.SIGINT, "folded")]
+)
 def test_a_killed_extraction_goes_on_and_ends_equal(
     tree: Path, tmp_path: Path, tiny_backbone: Backbone, number: signal.Signals, engine: str
 ) -> None:
