@@ -39,9 +39,9 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from sklearn.metrics import roc_auc_score
 
 import featcache
-from featcache.evaluation.audit_folds import FoldedRows
-from featcache.evaluation.audit_labels import neighbour_labels, rank_labels
-from featcache.evaluation.audit_outliers import NUM_NEIGHBOURS
+from featcache.evaluation.auditing.folds import FoldedRows
+from featcache.evaluation.auditing.labels import neighbour_labels, rank_labels
+from featcache.evaluation.auditing.outliers import NUM_NEIGHBOURS
 from featcache.evaluation.nearest_rows import find_nearest, to_directions
 
 BACKBONE = "efficientnet-lite0"

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
         FeatcacheWarning,
         RunError,
     )
-    from featcache.evaluation.audit import Audit, audit
+    from featcache.evaluation.auditing.audit import Audit, audit
     from featcache.evaluation.decision import DecideSummary, decide
     from featcache.evaluation.evaluation import Evaluation, evaluate
     from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, UnfinishedInfo, info
@@ -81,7 +81,7 @@ _MODULES = {
     "info": "evaluation.info",
     "verify": "extraction.verification",
     "select": "cache.selection",
-    "audit": "evaluation.audit",
+    "audit": "evaluation.auditing.audit",
     "train": "heads.training",
     "sweep": "sweeps.sweeping",
     "crossval": "sweeps.crossval",
@@ -124,7 +124,7 @@ _MODULES = {
     "UnfinishedInfo": "evaluation.info",
     "Verification": "extraction.verification",
     "SelectionSummary": "cache.selection",
-    "Audit": "evaluation.audit",
+    "Audit": "evaluation.auditing.audit",
     "TrainSummary": "heads.training",
     "SweepSummary": "sweeps.sweeping",
     "CrossvalSummary": "sweeps.crossval",

@@ -348,8 +348,8 @@ def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any)
     everything else uses train and valid (or all), never test. If same and near are checked,
     CACHE.audit.json keeps the verdict for info and train.
     """
-    from featcache.evaluation.audit import audit as audit_cache
-    from featcache.evaluation.audit import leak_error
+    from featcache.evaluation.auditing.audit import audit as audit_cache
+    from featcache.evaluation.auditing.audit import leak_error
 
     found = audit_cache(cache, say=make_say(as_json, quiet), **options)
     print_facts(found.as_dict(), [], as_json, quiet)

@@ -11,7 +11,7 @@ import tiny_network
 from PIL import Image
 
 import featcache
-from featcache.evaluation.audit_folds import FoldedRows
+from featcache.evaluation.auditing.folds import FoldedRows
 from featcache.evaluation.evidence import (
     EXPECTED_OUTSIDE,
     MOST_IMAGES,

@@ -127,7 +127,7 @@ STUCK: dict[str, tuple[str, str]] = {
     "extract": ("featcache.extraction.work", "write_shard"),
     "select": ("featcache.cache.selection", "write_rows"),
     "verify": ("featcache.extraction.verification", "_check_whole"),
-    "audit": ("featcache.evaluation.audit", "find_near"),
+    "audit": ("featcache.evaluation.auditing.audit", "find_near"),
     "train": ("featcache.heads.group", "HeadGroup.train_epoch"),
     "sweep": ("featcache.heads.group", "HeadGroup.train_epoch"),  # in threads
     "crossval": ("featcache.heads.group", "HeadGroup.train_epoch"),

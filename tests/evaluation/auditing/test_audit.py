@@ -15,8 +15,8 @@ from sample_rows import array_of, edited, make_cache, rows_of
 import featcache
 from featcache.backbones.backbone import Backbone
 from featcache.cache.writing import write_cache
-from featcache.evaluation import audit_copies, audit_folds
-from featcache.evaluation.audit_shortcuts import file_facts
+from featcache.evaluation.auditing import copies, folds
+from featcache.evaluation.auditing.shortcuts import file_facts
 
 WIDTH = 64
 
@@ -112,7 +112,7 @@ def test_labels_of_several_conflict_where_yes_meets_no(tmp_path: Path) -> None:
         tmp_path / "c.h5", np.eye(4, dtype=np.float32),
         np.array([[1, 0], [1, np.nan], [0, 0], [1, 1]]), list("abcd"), classes=["x", "y"],
     )  # fmt: skip
-    rows = audit_copies.AuditRows.of(cache)
+    rows = copies.AuditRows.of(cache)
     assert not rows.disagree([0, 1])
     assert rows.disagree([0, 1, 2])
     assert rows.disagree([0, 3])
@@ -142,10 +142,10 @@ def test_near_copies_are_found_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_blocks_find_what_one_matrix_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = audit_copies.AuditRows.of(featcache.open_cache(with_near(tmp_path / "c.h5")))
-    whole = audit_copies.find_near(rows)
-    monkeypatch.setattr(audit_copies, "_BLOCK_ROWS", 7)
-    parted = audit_copies.find_near(rows)
+    rows = copies.AuditRows.of(featcache.open_cache(with_near(tmp_path / "c.h5")))
+    whole = copies.find_near(rows)
+    monkeypatch.setattr(copies, "_BLOCK_ROWS", 7)
+    parted = copies.find_near(rows)
     assert sorted(parted.pairs.tolist()) == sorted(whole.pairs.tolist())
     assert parted.threshold == pytest.approx(whole.threshold, abs=1e-6)
     assert parted.median == pytest.approx(whole.median, abs=1e-6)
@@ -166,7 +166,7 @@ def test_independent_rows_are_no_copies(width: int, most: int) -> None:
         alike = rows @ rows.T
         np.fill_diagonal(alike, -1)
         nearest = alike.max(axis=1)
-        passed += nearest.max() >= audit_copies.choose_threshold(nearest)[0]
+        passed += nearest.max() >= copies.choose_threshold(nearest)[0]
     assert passed <= most
 
 
@@ -183,9 +183,9 @@ def test_rows_of_few_features_are_alike_and_no_copies(tmp_path: Path) -> None:
 def test_many_copies_do_not_raise_the_threshold() -> None:
     rng = np.random.default_rng(1)
     null = np.tanh(rng.gumbel(0.4, 0.1, 404))
-    alone, _ = audit_copies.choose_threshold(null)
+    alone, _ = copies.choose_threshold(null)
     null[:80] = 0.999
-    with_copies, _ = audit_copies.choose_threshold(null)
+    with_copies, _ = copies.choose_threshold(null)
     assert alone <= with_copies < 0.97
 
 
@@ -200,7 +200,7 @@ def test_few_rows_have_no_near_copies(tmp_path: Path) -> None:
 
 def test_more_pairs_than_are_kept_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = with_near(tmp_path / "c.h5", num_pairs=40)
-    monkeypatch.setattr(audit_copies, "_MAX_PAIRS", 10)
+    monkeypatch.setattr(copies, "_MAX_PAIRS", 10)
     found = quiet(cache, only="near")
     assert found.near is not None
     assert (found.near["num_pairs"], found.near["is_cut"]) == (10, True)
@@ -360,8 +360,8 @@ def test_groups_by_a_pattern_stand_in_for_the_cache_s(tmp_path: Path) -> None:
 def test_heads_of_the_folds_are_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, train = [], audit_folds.fit_heads
-    monkeypatch.setattr(audit_folds, "fit_heads", lambda *given: trained.append(1) or train(*given))
+    trained, train = [], folds.fit_heads
+    monkeypatch.setattr(folds, "fit_heads", lambda *given: trained.append(1) or train(*given))
     cache = named(tmp_path / "c.h5", lambda i: f"{'x' * (1 + i // 60)}{i:03}.png", signal=2.0)
     found = quiet(cache, only=("labels", "shortcuts"))
     assert found.labels is not None

@@ -10,8 +10,8 @@ import pytest
 
 import featcache
 from featcache.cache.writing import write_cache
-from featcache.evaluation.audit_folds import FoldedRows
-from featcache.evaluation.audit_labels import (
+from featcache.evaluation.auditing.folds import FoldedRows
+from featcache.evaluation.auditing.labels import (
     label_lines,
     neighbour_labels,
     rank_labels,

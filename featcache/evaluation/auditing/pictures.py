@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from featcache.evaluation.audit_copies import (
+from featcache.evaluation.auditing.copies import (
     LEAST_ROWS,
     AuditRows,
     NearPairs,
     PicturePairs,
     choose_threshold,
 )
-from featcache.evaluation.audit_registration import compare_pictures
-from featcache.evaluation.audit_thumbnails import find_candidates
+from featcache.evaluation.auditing.registration import compare_pictures
+from featcache.evaluation.auditing.thumbnails import find_candidates
 
 if TYPE_CHECKING:
-    from featcache.evaluation.audit_images import AuditImages
+    from featcache.evaluation.auditing.images import AuditImages
 
 # Agreement of pictures. 404 chest X-rays: of 1,690 pairs of neighbours the first (one radiograph,
 # twice) has 0.99, the next, of one patient, 0.89, 99 % up to 0.75. 340 planted copies of 17 kinds

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import printable
-from featcache.evaluation.audit_copies import AuditRows
-from featcache.evaluation.audit_folds import FoldedRows
+from featcache.evaluation.auditing.copies import AuditRows
+from featcache.evaluation.auditing.folds import FoldedRows
 from featcache.evaluation.nearest_rows import find_nearest, sample_rows
 from featcache.formatting import count, decimal, shorten
 

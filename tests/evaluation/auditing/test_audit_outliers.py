@@ -9,7 +9,8 @@ import pytest
 
 import featcache
 from featcache.cache.writing import write_cache
-from featcache.evaluation import audit_outliers, nearest_rows
+from featcache.evaluation import nearest_rows
+from featcache.evaluation.auditing import outliers
 from featcache.evaluation.nearest_rows import find_nearest, sample_rows, to_directions
 
 
@@ -57,7 +58,7 @@ def test_many_classes_have_one_list(tmp_path: Path) -> None:
 def test_large_classes_are_compared_with_a_sample_and_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_outliers, "sample_rows", lambda number: sample_rows(number, 30))
+    monkeypatch.setattr(outliers, "sample_rows", lambda number: sample_rows(number, 30))
     lines: list[str] = []
     found = featcache.audit(planted(tmp_path / "c.h5"), only="outliers", say=lines.append).outliers
     assert found is not None

@@ -19,7 +19,7 @@ import numpy as np
 from featcache.cache.table import Table
 from featcache.data.tables import Extra
 from featcache.errors import CacheError, ConfigError, printable
-from featcache.evaluation.audit_folds import (
+from featcache.evaluation.auditing.folds import (
     LEAST_PER_CLASS,
     NUM_FOLDS,
     FoldedRows,

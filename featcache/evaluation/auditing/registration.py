@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.evaluation.audit_thumbnails import halve, normalise
+from featcache.evaluation.auditing.thumbnails import halve, normalise
 
 _PAIRS = 256  # at a time: 4 MiB an array
 _SCALES = (1.0, 0.94, 1 / 0.94)  # begun from: neither, or one of them is cropped

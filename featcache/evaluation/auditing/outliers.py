@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import printable
-from featcache.evaluation.audit_copies import AuditRows
-from featcache.evaluation.audit_folds import FoldedRows
+from featcache.evaluation.auditing.copies import AuditRows
+from featcache.evaluation.auditing.folds import FoldedRows
 from featcache.evaluation.nearest_rows import MOST_ROWS, find_nearest, sample_rows
 from featcache.formatting import count, shorten
 

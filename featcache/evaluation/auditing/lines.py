@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import printable
-from featcache.evaluation.audit_labels import label_lines
-from featcache.evaluation.audit_outliers import outlier_lines
-from featcache.evaluation.audit_sources import SENTENCES, source_lines, told_classes
+from featcache.evaluation.auditing.labels import label_lines
+from featcache.evaluation.auditing.outliers import outlier_lines
+from featcache.evaluation.auditing.sources import SENTENCES, source_lines, told_classes
 from featcache.evaluation.evidence import SIGNS
 from featcache.formatting import count, decimal, join_few, list_counts, percent, shorten
 
 if TYPE_CHECKING:
-    from featcache.evaluation.audit import Audit
+    from featcache.evaluation.auditing.audit import Audit
 
 _WIDTH = 80
 

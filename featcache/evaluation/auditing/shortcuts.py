@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
-from featcache.evaluation.audit_folds import LEAST_PER_CLASS, FoldedRows, thin
+from featcache.evaluation.auditing.folds import LEAST_PER_CLASS, FoldedRows, thin
 from featcache.heads.rows import labelled_part, training_source
 from featcache.metrics.scores import paired_interval
 from featcache.runtime import Say
 
 if TYPE_CHECKING:
-    from featcache.evaluation.audit_images import AuditImages
+    from featcache.evaluation.auditing.images import AuditImages
 
 _DEPTH = 3
 _TOGETHER = "all together"

@@ -17,8 +17,8 @@ from torch import nn
 
 from featcache.errors import printable, warn_user
 from featcache.evaluation.attribution import attribute_maps
-from featcache.evaluation.audit_folds import FoldedRows
-from featcache.evaluation.audit_images import AuditImages
+from featcache.evaluation.auditing.folds import FoldedRows
+from featcache.evaluation.auditing.images import AuditImages
 from featcache.evaluation.evidence import (
     EXPECTED_OUTSIDE,
     MIDDLE,

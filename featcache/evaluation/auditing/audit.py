@@ -1,6 +1,6 @@
 """Audit: cache -> copies, wrong labels, shortcuts, outliers and sources, before training.
 
-A part is one call that returns facts (JSON values), and one function in ``audit_lines`` that makes
+A part is one call that returns facts (JSON values), and one function in ``lines`` that makes
 lines of them.
 
 Reads: a cache; its images, where they are given; a table of sources. Writes: a verdict beside the
@@ -22,7 +22,7 @@ from featcache.cache.reading import Cache, open_cache
 from featcache.cache.verdict import write_verdict
 from featcache.data.groups import GroupPattern
 from featcache.errors import CacheError, ConfigError, printable
-from featcache.evaluation.audit_copies import (
+from featcache.evaluation.auditing.copies import (
     COLUMNS,
     EXAMPLES,
     FLOOR,
@@ -34,10 +34,10 @@ from featcache.evaluation.audit_copies import (
     join_copies,
     summarise_sets,
 )
-from featcache.evaluation.audit_folds import FoldedRows
-from featcache.evaluation.audit_labels import measure_labels
-from featcache.evaluation.audit_lines import audit_lines, judge
-from featcache.evaluation.audit_options import (
+from featcache.evaluation.auditing.folds import FoldedRows
+from featcache.evaluation.auditing.labels import measure_labels
+from featcache.evaluation.auditing.lines import audit_lines, judge
+from featcache.evaluation.auditing.options import (
     COPIES,
     check_network,
     check_shares,
@@ -45,10 +45,10 @@ from featcache.evaluation.audit_options import (
     choose_parts,
     has_sources,
 )
-from featcache.evaluation.audit_outliers import measure_outliers
-from featcache.evaluation.audit_pictures import confirm_near
-from featcache.evaluation.audit_shortcuts import measure_shortcuts
-from featcache.evaluation.audit_sources import measure_sources, read_sources
+from featcache.evaluation.auditing.outliers import measure_outliers
+from featcache.evaluation.auditing.pictures import confirm_near
+from featcache.evaluation.auditing.shortcuts import measure_shortcuts
+from featcache.evaluation.auditing.sources import measure_sources, read_sources
 from featcache.files import csv_text, local_path, result_as_dict
 from featcache.formatting import count
 from featcache.heads.rows import training_source
@@ -58,7 +58,7 @@ from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
-    from featcache.evaluation.audit_images import AuditImages
+    from featcache.evaluation.auditing.images import AuditImages
 
 _KEPT_FIRST = ("test", "valid", "train", "all")  # of copies, when the others are dropped
 
@@ -98,17 +98,17 @@ class Audit:
             ``pictures`` has ``threshold``, ``num_compared`` and ``num_rejected``, and a pair also
             ``confirmed`` (its similarity is then the agreement of pictures), ``mirrored`` and
             ``inverted``.
-        labels: Rows whose label looks wrong: see ``audit_labels.measure_labels``.
+        labels: Rows whose label looks wrong: see ``labels.measure_labels``.
         shortcuts: Balanced accuracies of file facts beside those of a linear head on the same
             folds: see ``verdict`` and ``sentence``.
-        outliers: Rows far from the others of their class: see ``audit_outliers.measure_outliers``.
-        sources: Whether sources are told within a class: see ``audit_sources.measure_sources``;
+        outliers: Rows far from the others of their class: see ``outliers.measure_outliers``.
+        sources: Whether sources are told within a class: see ``sources.measure_sources``;
             None too where no column names them.
         images: With ``data``, ``num_read``, and ``missing``, ``changed`` and ``unreadable`` with
             ``num_rows`` and up to five ``paths``; None without.
         blackout: The head on images without, and with only, their centre: see
-            ``audit_blackout.Blackout``.
-        evidence: Where in the images the evidence of a head lies: see ``audit_evidence.Evidence``.
+            ``blackout.Blackout``.
+        evidence: Where in the images the evidence of a head lies: see ``class_evidence.Evidence``.
         num_leaks: Sets of copies, same and near, across splits or of classes that conflict.
         verdict: A paragraph for people.
         csv: The CSV that was written.
@@ -235,9 +235,9 @@ def audit(
     recipe, images, files = None, None, rows.images
     if data is not None:
         # torch is imported for images only
-        from featcache.evaluation.audit_blackout import blackout_recipe, measure_blackout
-        from featcache.evaluation.audit_evidence import measure_evidence
-        from featcache.evaluation.audit_images import read_images, with_pixels
+        from featcache.evaluation.auditing.blackout import blackout_recipe, measure_blackout
+        from featcache.evaluation.auditing.class_evidence import measure_evidence
+        from featcache.evaluation.auditing.images import read_images, with_pixels
 
         if shares or evidence:  # built first: it may fail, and images may be many
             recipe = blackout_recipe(opened, weights, backbone, max_pixels)

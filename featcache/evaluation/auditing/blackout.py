@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from featcache.backbones.engine import Engine, build_engine
 from featcache.cache.reading import Cache
-from featcache.evaluation.audit_folds import FoldedRows, out_of_fold_probs
-from featcache.evaluation.audit_images import AuditImages
+from featcache.evaluation.auditing.folds import FoldedRows, out_of_fold_probs
+from featcache.evaluation.auditing.images import AuditImages
 from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
 from featcache.extraction.pipeline import Lane, stream_features
 from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity

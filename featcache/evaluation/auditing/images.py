@@ -15,7 +15,7 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError
-from featcache.evaluation.audit_copies import AuditRows
+from featcache.evaluation.auditing.copies import AuditRows
 from featcache.extraction.comparison import find_images
 from featcache.extraction.pipeline import stream_views
 from featcache.pixels.facts import to_grey

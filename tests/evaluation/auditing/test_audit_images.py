@@ -15,8 +15,8 @@ from tiny_network import IMAGE_SIZE
 
 import featcache
 from featcache.backbones.backbone import Backbone
-from featcache.evaluation import audit_registration, audit_thumbnails
-from featcache.evaluation.audit_shortcuts import picture_facts
+from featcache.evaluation.auditing import registration, thumbnails
+from featcache.evaluation.auditing.shortcuts import picture_facts
 from featcache.pixels.facts import measure_picture
 from featcache.pixels.images import PixelRules
 from featcache.pixels.isolation import IsolatedDecoder
@@ -179,20 +179,20 @@ def test_images_that_are_gone_changed_or_too_large_are_named_and_the_rest_is_aud
 
 def test_blocks_find_the_same_candidates(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
     small = np.stack([np.asarray(draw_chest(i, 64)) for i in range(30)])
-    whole = audit_thumbnails.find_candidates(small)
-    monkeypatch.setattr(audit_thumbnails, "_BLOCK_BYTES", 4 * 30 * 7)
-    monkeypatch.setattr(audit_thumbnails, "_ROWS", 11)
-    assert audit_thumbnails.find_candidates(small).tolist() == whole.tolist()
-    scores = audit_registration.compare_pictures(small, whole).scores
-    monkeypatch.setattr(audit_registration, "_PAIRS", 13)
-    parted = audit_registration.compare_pictures(small, whole).scores
+    whole = thumbnails.find_candidates(small)
+    monkeypatch.setattr(thumbnails, "_BLOCK_BYTES", 4 * 30 * 7)
+    monkeypatch.setattr(thumbnails, "_ROWS", 11)
+    assert thumbnails.find_candidates(small).tolist() == whole.tolist()
+    scores = registration.compare_pictures(small, whole).scores
+    monkeypatch.setattr(registration, "_PAIRS", 13)
+    parted = registration.compare_pictures(small, whole).scores
     assert parted == pytest.approx(scores, abs=1e-4)
 
 
 def test_pictures_of_one_colour_agree_with_nothing() -> None:
     small = np.stack([np.full((64, 64), value, np.uint8) for value in (0, 9, 255)])
     pairs = np.array([[0, 1], [1, 2]])
-    assert audit_registration.compare_pictures(small, pairs).scores.tolist() == [-1, -1]
+    assert registration.compare_pictures(small, pairs).scores.tolist() == [-1, -1]
 
 
 # ------------------------------------------------------------------------------- facts, shortcuts
