@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone, build_backbone, wrap_backbone
-    from featcache.cache.conversion import ConversionSummary, convert
+    from featcache.cache.converting.conversion import ConversionSummary, convert
     from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
     from featcache.cache.selection import SelectionSummary, select
     from featcache.cache.writing import write_cache
@@ -93,7 +93,7 @@ _MODULES = {
     "export": "deployment.export",
     "serve": "deployment.serving",
     "log": "reporting.tracking",
-    "convert": "cache.conversion",
+    "convert": "cache.converting.conversion",
     "neighbours": "evaluation.neighbours",
     # open, load, build
     "scan": "data.dataset",
@@ -136,7 +136,7 @@ _MODULES = {
     "ReportSummary": "reporting.report",
     "ExportSummary": "deployment.export",
     "LogSummary": "reporting.tracking",
-    "ConversionSummary": "cache.conversion",
+    "ConversionSummary": "cache.converting.conversion",
     "Neighbours": "evaluation.neighbours",
     "DeliverySummary": "deployment.delivery",
     # errors

@@ -107,7 +107,7 @@ def test_only_the_command_line_prints(module: str) -> None:
     # predict_script is a command line of its own, copied out of the package.
     if module not in {
         "cli/main.py", "cli/ending.py", "cache/hdf5.py", "pixels/isolation.py", "outputs.py",
-            "cache/conversion_reading.py",
+            "cache/converting/reading.py",
         "deployment/predict_script.py",
     }:  # fmt: skip
         assert "sys.stdout" not in ast.unparse(tree)

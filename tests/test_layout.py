@@ -23,8 +23,8 @@ IMAGES = {"pixels", "backbones", "extraction"}
 
 # Who may import a library, at any depth of the file; the others may be imported by all.
 OWNERS = {
-    "h5py": {"cache/hdf5.py", "cache/conversion_h5ad.py"},
-    "pyarrow": {"cache/conversion_tables.py"},
+    "h5py": {"cache/hdf5.py", "cache/converting/h5ad.py"},
+    "pyarrow": {"cache/converting/tables.py"},
     "PIL": {
         "pixels/decoding.py",
         "pixels/deep.py",
@@ -72,7 +72,7 @@ OWNERS = {
         "heads/run_writing.py",
         "heads/resuming.py",
         "backbones/weights.py",
-        "cache/conversion_arrays.py",
+        "cache/converting/arrays.py",
     },
     "scipy": {
         "metrics/areas.py",

@@ -31,7 +31,7 @@ def convert(source: Path, output: Path, as_json: bool, quiet: bool, **options: A
     people's files the columns path and features (or f0, f1, ...; of h5ad X) are needed. Parquet
     needs pip install 'featcache[formats]'.
     """
-    from featcache.cache.conversion import convert as convert_file
+    from featcache.cache.converting.conversion import convert as convert_file
 
     summary = convert_file(source, output, say=make_say(as_json, quiet), **options)
     print_facts(summary.as_dict(), [], as_json, quiet)

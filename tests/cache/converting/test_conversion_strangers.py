@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from sample_caches import small
 
-from featcache.cache import conversion_reading
-from featcache.cache.conversion import convert
-from featcache.cache.conversion_rows import METADATA
+from featcache.cache.converting import reading
+from featcache.cache.converting.conversion import convert
+from featcache.cache.converting.rows import METADATA
 from featcache.cache.reading import open_cache
 from featcache.errors import FeatcacheError
 
@@ -94,7 +94,7 @@ def test_what_is_larger_than_memory_is_not_read(
     with h5py.File(tmp_path / "x.h5ad", "w") as made:
         made.create_dataset("X", (10**9, 10**6), "<f4", chunks=(1, 1000))
     for name in ("bomb.npz", "x.csv", "x.safetensors", "x.h5ad"):
-        monkeypatch.setattr(conversion_reading, "room", lambda: 3e7)
+        monkeypatch.setattr(reading, "room", lambda: 3e7)
         assert "as memory is" in refusal(tmp_path / name, backbone_name="b")
 
 
@@ -134,7 +134,7 @@ def test_a_parquet_whose_texts_do_not_fit(tmp_path: Path, monkeypatch: pytest.Mo
     table = pa.table({"path": names, "f0": pa.array([0.0] * 200, pa.float32())})
     pq.write_table(table, tmp_path / "x.parquet", compression="zstd")
     assert (tmp_path / "x.parquet").stat().st_size < 5000
-    monkeypatch.setattr(conversion_reading, "room", lambda: 3e7)
+    monkeypatch.setattr(reading, "room", lambda: 3e7)
     assert "texts: expected at most" in refusal(tmp_path / "x.parquet", backbone_name="b")
 
 

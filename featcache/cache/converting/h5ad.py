@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.conversion_rows import (
+from featcache.cache.converting.rows import (
     METADATA,
     TEXTS,
     RowTable,

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.container import is_container
-from featcache.cache.conversion_import import FORMAT_VERSION, cache_of
-from featcache.cache.conversion_reading import (
+from featcache.cache.converting.importing import FORMAT_VERSION, cache_of
+from featcache.cache.converting.reading import (
     FORMATS,
     read_table_of_rows,
     require_package,
 )
-from featcache.cache.conversion_rows import (
+from featcache.cache.converting.rows import (
     LABEL,
     MAX_METADATA_BYTES,
     NUMBERS,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.contents import decode_texts
-from featcache.cache.conversion_rows import (
+from featcache.cache.converting.rows import (
     MAX_METADATA_BYTES,
     METADATA,
     TEXT_BYTES,

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.conversion_rows import (
+from featcache.cache.converting.rows import (
     LABEL,
     MAX_METADATA_BYTES,
     METADATA,

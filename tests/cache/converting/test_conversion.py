@@ -12,8 +12,8 @@ import pytest
 from sample_caches import BAD_NAME, small
 
 import featcache
-from featcache.cache.conversion import STATED, convert
-from featcache.cache.conversion_reading import FORMATS
+from featcache.cache.converting.conversion import STATED, convert
+from featcache.cache.converting.reading import FORMATS
 from featcache.cache.reading import Cache, Failure, open_cache
 from featcache.cache.writing import SplitRows, write_rows
 from featcache.errors import ConfigError, DataError

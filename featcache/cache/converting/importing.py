@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.contents import TASKS
-from featcache.cache.conversion_rows import LABEL, METADATA, NUMBERS, RowTable, wrong
+from featcache.cache.converting.rows import LABEL, METADATA, NUMBERS, RowTable, wrong
 from featcache.cache.reading import Failure
 from featcache.cache.writing import SplitRows, check_identity, check_names, check_new_rows, os_bytes
 from featcache.data.folders import SPLITS

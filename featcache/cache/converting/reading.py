@@ -25,14 +25,14 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.conversion_arrays import (
+from featcache.cache.converting.arrays import (
     read_npz,
     read_safetensors,
     write_npz,
     write_safetensors,
 )
-from featcache.cache.conversion_h5ad import read_h5ad, write_h5ad
-from featcache.cache.conversion_rows import (
+from featcache.cache.converting.h5ad import read_h5ad, write_h5ad
+from featcache.cache.converting.rows import (
     MAX_METADATA_BYTES,
     METADATA,
     TEXTS,
@@ -43,7 +43,7 @@ from featcache.cache.conversion_rows import (
     room,
     wrong,
 )
-from featcache.cache.conversion_tables import (
+from featcache.cache.converting.tables import (
     read_csv_table,
     read_parquet,
     write_csv_table,
@@ -141,7 +141,7 @@ def _check_lengths(table: RowTable, path: Path) -> None:
 
 def _read_isolated(path: Path, ending: str, size: int) -> RowTable:
     name, most = FORMATS[ending].name, room()
-    command, environment = child_process("featcache.cache.conversion_reading")
+    command, environment = child_process("featcache.cache.converting.reading")
     environment |= {"HDF5_USE_FILE_LOCKING": "FALSE", "HDF5_PLUGIN_PRELOAD": "::"}
     environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     limit = "inf" if math.isinf(most) else str(int(most))
