@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from featcache.deployment.explanation import ExplainSummary, explain
     from featcache.deployment.export import ExportSummary, export
     from featcache.deployment.predictions import Predictions, predict
-    from featcache.deployment.serving import serve
+    from featcache.deployment.server.serving import serve
     from featcache.errors import (
         BackboneError,
         CacheError,
@@ -91,7 +91,7 @@ _MODULES = {
     "explain": "deployment.explanation",
     "report": "reporting.report",
     "export": "deployment.export",
-    "serve": "deployment.serving",
+    "serve": "deployment.server.serving",
     "log": "reporting.tracking",
     "convert": "cache.converting.conversion",
     "neighbours": "evaluation.neighbours",

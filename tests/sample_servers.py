@@ -25,7 +25,7 @@ KIND = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 _START = """
 import json, sys
 import featcache
-from featcache.deployment.serving_uploads import Limits
+from featcache.deployment.server.uploads import Limits
 def ready(facts):
     print(json.dumps(facts), flush=True)
 featcache.serve(sys.argv[1], port=0, backbone="python:tiny_network:build", device="cpu",

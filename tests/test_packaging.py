@@ -52,7 +52,7 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) 
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     page = {
         f"featcache/{place}/page.{ending}"
-        for place in ("reporting", "deployment/page")
+        for place in ("reporting", "deployment/server/page")
         for ending in ("html.jinja", "css", "js")
     }
     assert packed == wanted | page | {"featcache/py.typed"}

@@ -18,7 +18,7 @@ from featcache.cli.options import (
     printing,
 )
 
-_MAX_PIXELS = 1 << 26  # that of deployment.serving, which --help does not import
+_MAX_PIXELS = 1 << 26  # that of serving.py, which --help does not import
 
 
 @click.command()
@@ -53,7 +53,7 @@ def serve(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     whoever reaches this machine can use it. Ctrl-C or SIGTERM answers the requests in hand, then
     ends it. /health says whether it works, /card what RUN is.
     """
-    from featcache.deployment.serving import serve as serve_run
+    from featcache.deployment.server.serving import serve as serve_run
 
     def print_ready(facts: dict[str, Any]) -> None:
         if as_json:

@@ -18,7 +18,7 @@ from command_line import TESTS, TINY, assert_one_line_error
 from sample_servers import KIND, form, make_run, read_raw
 
 from featcache.cli import main as cli
-from featcache.deployment.serving import MAX_PIXELS
+from featcache.deployment.server.serving import MAX_PIXELS
 
 
 def test_the_default_of_max_pixels_is_that_of_the_library() -> None:

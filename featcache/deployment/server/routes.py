@@ -21,15 +21,15 @@ from starlette.exceptions import HTTPException
 from featcache import __version__
 from featcache.deployment.classifier import Classifier
 from featcache.deployment.predictions import Predictions
-from featcache.deployment.serving_guard import NOTICE, Guard, Hosts, error_response
-from featcache.deployment.serving_queue import WorkQueue
-from featcache.deployment.serving_uploads import (
+from featcache.deployment.server.guard import NOTICE, Guard, Hosts, error_response
+from featcache.deployment.server.uploads import (
     Limits,
     RefusedError,
     Upload,
     busy,
     read_uploads,
 )
+from featcache.deployment.server.work_queue import WorkQueue
 from featcache.errors import DataError, FeatcacheError
 from featcache.files import read_regular
 from featcache.untrusted import parse_json_object

@@ -18,9 +18,9 @@ from sample_images import write_tree
 
 import featcache
 from featcache.backbones.backbone import Backbone
-from featcache.deployment import serving_queue
 from featcache.deployment.classifier import Classifier
-from featcache.deployment.serving_queue import WorkQueue
+from featcache.deployment.server import work_queue
+from featcache.deployment.server.work_queue import WorkQueue
 
 
 @pytest.fixture(scope="module")
@@ -143,4 +143,4 @@ def test_a_fault_of_the_network_reaches_whoever_waits(
     ],
 )
 def test_only_files_that_may_be_deep_are_looked_at_twice(data: bytes, expected: bool) -> None:
-    assert serving_queue._may_be_deep(data) == expected
+    assert work_queue._may_be_deep(data) == expected

@@ -18,7 +18,7 @@ from featcache.runtime import Interrupted, Say, available_cores, held_signals, l
 
 if TYPE_CHECKING:
     from featcache.deployment.recipes import Backbones, Weights
-    from featcache.deployment.serving_uploads import Limits
+    from featcache.deployment.server.uploads import Limits
 
 MAX_PIXELS = 1 << 26
 """By default, larger images are refused: a picture of so many takes 200 MB, one a core."""
@@ -71,10 +71,10 @@ def serve(
     """
     require_extra()
     from featcache.deployment.classifier import load_classifier
-    from featcache.deployment.serving_guard import Hosts
-    from featcache.deployment.serving_queue import WorkQueue
-    from featcache.deployment.serving_routes import Service
-    from featcache.deployment.serving_uploads import Limits
+    from featcache.deployment.server.guard import Hosts
+    from featcache.deployment.server.routes import Service
+    from featcache.deployment.server.uploads import Limits
+    from featcache.deployment.server.work_queue import WorkQueue
 
     limits = limits or Limits()
     listener = _listen(host, port)
@@ -142,7 +142,7 @@ def _run_server(
 
     import uvicorn
 
-    from featcache.deployment.serving_guard import make_protocol
+    from featcache.deployment.server.guard import make_protocol
 
     for name in ("uvicorn", "uvicorn.error", "python_multipart"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they would quote from requests

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from featcache.deployment.serving_uploads import Limits, RefusedError
+from featcache.deployment.server.uploads import Limits, RefusedError
 from featcache.errors import FeatcacheError, printable
 
 NOTICE = "Not for diagnosis: for research, and for whoever knows what this network was tested on."

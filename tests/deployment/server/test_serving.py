@@ -21,7 +21,7 @@ from PIL import Image
 from sample_servers import BOUNDARY, KIND, Answer, Server, form, large_png, make_run, png, read_raw
 
 import featcache
-from featcache.deployment import serving
+from featcache.deployment.server import serving
 from featcache.errors import ConfigError, FeatcacheWarning, RunError
 
 NUM_FILES, NUM_REQUESTS, FILE_BYTES = 4, 4, 6 << 20
