@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from featcache.data.dataset import scan
     from featcache.data.splitting import SplitSummary, split
     from featcache.deployment.classifier import Classifier, load_classifier
-    from featcache.deployment.delivery import DeliverySummary
     from featcache.deployment.explainer import Explanation
     from featcache.deployment.explanation import ExplainSummary, explain
-    from featcache.deployment.export import ExportSummary, export
+    from featcache.deployment.exporting.delivery import DeliverySummary
+    from featcache.deployment.exporting.export import ExportSummary, export
     from featcache.deployment.predictions import Predictions, predict
     from featcache.deployment.server.serving import serve
     from featcache.errors import (
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         RunError,
     )
     from featcache.evaluation.auditing.audit import Audit, audit
-    from featcache.evaluation.decision import DecideSummary, decide
+    from featcache.evaluation.deciding.decision import DecideSummary, decide
     from featcache.evaluation.evaluation import Evaluation, evaluate
     from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, UnfinishedInfo, info
     from featcache.evaluation.neighbours import Neighbours, neighbours
@@ -85,12 +85,12 @@ _MODULES = {
     "train": "heads.training",
     "sweep": "sweeps.sweeping",
     "crossval": "sweeps.crossval",
-    "decide": "evaluation.decision",
+    "decide": "evaluation.deciding.decision",
     "evaluate": "evaluation.evaluation",
     "predict": "deployment.predictions",
     "explain": "deployment.explanation",
     "report": "reporting.report",
-    "export": "deployment.export",
+    "export": "deployment.exporting.export",
     "serve": "deployment.server.serving",
     "log": "reporting.tracking",
     "convert": "cache.converting.conversion",
@@ -128,17 +128,17 @@ _MODULES = {
     "TrainSummary": "heads.training",
     "SweepSummary": "sweeps.sweeping",
     "CrossvalSummary": "sweeps.crossval",
-    "DecideSummary": "evaluation.decision",
+    "DecideSummary": "evaluation.deciding.decision",
     "Evaluation": "evaluation.evaluation",
     "Predictions": "deployment.predictions",
     "ExplainSummary": "deployment.explanation",
     "Explanation": "deployment.explainer",
     "ReportSummary": "reporting.report",
-    "ExportSummary": "deployment.export",
+    "ExportSummary": "deployment.exporting.export",
     "LogSummary": "reporting.tracking",
     "ConversionSummary": "cache.converting.conversion",
     "Neighbours": "evaluation.neighbours",
-    "DeliverySummary": "deployment.delivery",
+    "DeliverySummary": "deployment.exporting.delivery",
     # errors
     "FeatcacheError": "errors",
     "DataError": "errors",

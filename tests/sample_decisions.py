@@ -14,7 +14,7 @@ import numpy as np
 from sample_rows import edited, make_cache, rows_of
 
 from featcache.errors import FeatcacheWarning
-from featcache.evaluation.decision import DecideSummary, decide
+from featcache.evaluation.deciding.decision import DecideSummary, decide
 from featcache.files import json_sha256
 from featcache.heads.training import train
 from featcache.sweeps.crossval import crossval

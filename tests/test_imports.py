@@ -108,7 +108,7 @@ def test_only_the_command_line_prints(module: str) -> None:
     if module not in {
         "cli/main.py", "cli/ending.py", "cache/hdf5.py", "pixels/isolation.py", "outputs.py",
             "cache/converting/reading.py",
-        "deployment/predict_script.py",
+        "deployment/exporting/predict_script.py",
     }:  # fmt: skip
         assert "sys.stdout" not in ast.unparse(tree)
 

@@ -30,9 +30,9 @@ OWNERS = {
         "pixels/deep.py",
         "pixels/unsupported.py",
         "pixels/resampling.py",
-        "deployment/golden.py",
+        "deployment/exporting/golden.py",
         "deployment/occlusion.py",
-        "deployment/predict_script.py",  # which is copied out of the package
+        "deployment/exporting/predict_script.py",  # which is copied out of the package
         "reporting/pictures.py",
         "reporting/explained.py",
         "cli/demo.py",
@@ -58,8 +58,8 @@ OWNERS = {
         "deployment/explanation_picture.py",
     },
     "tqdm": {"progress.py"},
-    "onnx": {"deployment/graph.py"},
-    "onnxruntime": {"backbones/forward.py", "deployment/predict_script.py"},
+    "onnx": {"deployment/exporting/graph.py"},
+    "onnxruntime": {"backbones/forward.py", "deployment/exporting/predict_script.py"},
     "torchvision": {"backbones/libraries.py"},
     "efficientnet_pytorch": {"backbones/libraries.py"},
     "efficientnet_lite_pytorch": {"backbones/libraries.py"},

@@ -62,7 +62,7 @@ def decide(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     the head was neither trained nor chosen on the rows: train --valid-fraction 0.2 leaves valid
     alone.
     """
-    from featcache.evaluation.decision import decide as decide_run
+    from featcache.evaluation.deciding.decision import decide as decide_run
 
     summary = decide_run(run, say=make_say(as_json, quiet), **options)
     print_facts(summary.as_dict(), [], as_json, quiet)
@@ -186,7 +186,7 @@ def export(run: Path, file: str, as_json: bool, quiet: bool, **options: Any) -> 
     backbones and the head, as backbones.0, backbones.1, head; ONNX an input for each.
     """
     from featcache.cli.wording import export_lines
-    from featcache.deployment.export import export as export_run
+    from featcache.deployment.exporting.export import export as export_run
 
     summary = export_run(run, file, **options)
     print_facts(summary.as_dict(), export_lines(summary), as_json, quiet)

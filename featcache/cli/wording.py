@@ -20,8 +20,8 @@ from featcache.formatting import (
 )
 
 if TYPE_CHECKING:
-    from featcache.deployment.delivery import DeliverySummary
-    from featcache.deployment.export import ExportSummary
+    from featcache.deployment.exporting.delivery import DeliverySummary
+    from featcache.deployment.exporting.export import ExportSummary
     from featcache.deployment.predictions import Predictions
     from featcache.extraction.reports import Projection
 

@@ -27,7 +27,7 @@ from featcache.deployment.network import join_network
 from featcache.deployment.predictions import Predictions
 from featcache.deployment.recipes import Backbones, Weights, rebuild_recipes
 from featcache.errors import ConfigError, DataError
-from featcache.evaluation.decision_file import Decisions, load_decisions
+from featcache.evaluation.deciding.decision_file import Decisions, load_decisions
 from featcache.evaluation.novelty import Novelty
 from featcache.extraction.earlier import refuse_dark_colour
 from featcache.extraction.pipeline import Lane, stream_features
@@ -41,8 +41,8 @@ from featcache.runtime import exact_fp32, resolve_device
 from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
-    from featcache.deployment.delivery import DeliverySummary
-    from featcache.deployment.export import ExportSummary
+    from featcache.deployment.exporting.delivery import DeliverySummary
+    from featcache.deployment.exporting.export import ExportSummary
 
 _IMAGES_AT_ONCE = 64  # of those in memory: 10 MB of pixels at 224 x 224
 
@@ -384,7 +384,7 @@ class Classifier:
 
     def export(self, file: str | Path) -> ExportSummary | DeliverySummary:
         """Write backbone and head as one network: see ``featcache.export``."""
-        from featcache.deployment.export import export_classifier
+        from featcache.deployment.exporting.export import export_classifier
 
         return export_classifier(self, file)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from featcache.evaluation.decision_file import Decisions
+from featcache.evaluation.deciding.decision_file import Decisions
 from featcache.evaluation.intervals import area_interval, class_answers
 from featcache.evaluation.predicted_rows import PredictedRows
 from featcache.metrics.areas import roc_auc, roc_curve

@@ -13,8 +13,8 @@ from typing import Any
 from featcache.cache.side_by_side import Caches, list_caches
 from featcache.errors import ConfigError, printable
 from featcache.evaluation.comparison import OtherRun, comparison_lines
-from featcache.evaluation.decided_rows import measure_decisions
-from featcache.evaluation.decision_file import load_decisions
+from featcache.evaluation.deciding.decided_rows import measure_decisions
+from featcache.evaluation.deciding.decision_file import load_decisions
 from featcache.evaluation.figure_files import FigureFiles
 from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.lines import evaluation_lines

@@ -15,7 +15,7 @@ from featcache.evaluation.confusions import Confusion, to_matrix
 from featcache.evaluation.confusions import as_csv as cells_as_csv
 from featcache.evaluation.curve_figures import draw_losses, draw_reliability, draw_roc
 from featcache.evaluation.curves import measure_reliability, roc_curves
-from featcache.evaluation.decision_file import Decisions
+from featcache.evaluation.deciding.decision_file import Decisions
 from featcache.evaluation.figures import DPI, draw_confusion
 from featcache.evaluation.history import read_histories
 from featcache.evaluation.predicted_rows import PredictedRows

@@ -276,7 +276,7 @@ def _crossval_info(folder: Path) -> CrossvalInfo:
 
 
 def _run_info(folder: Path) -> RunInfo:
-    from featcache.evaluation.decision_file import load_decisions
+    from featcache.evaluation.deciding.decision_file import load_decisions
     from featcache.heads.head import list_layers
     from featcache.heads.run import load_run
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.errors import printable
 from featcache.evaluation.confusions import Confusion
-from featcache.evaluation.decision_lines import decided_lines
+from featcache.evaluation.deciding.lines import decided_lines
 from featcache.evaluation.intervals import FEW_IMAGES
 from featcache.formatting import count, decimal, shorten
 

@@ -21,9 +21,9 @@ from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import caches_of
 from featcache.cache.verdict import read_verdict
 from featcache.errors import ConfigError
-from featcache.evaluation.decided_rows import measure_decisions
-from featcache.evaluation.decision_file import Decisions, load_decisions
-from featcache.evaluation.decision_rates import known_groups, rates_of_images
+from featcache.evaluation.deciding.decided_rows import measure_decisions
+from featcache.evaluation.deciding.decision_file import Decisions, load_decisions
+from featcache.evaluation.deciding.rates import known_groups, rates_of_images
 from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.predicted_rows import PredictedRows, predict_rows
 from featcache.evaluation.seen_rows import find_seen

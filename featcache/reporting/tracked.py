@@ -16,7 +16,7 @@ from typing import Any
 from featcache.cache.reading import open_cache
 from featcache.cache.verdict import read_verdict
 from featcache.errors import ConfigError, FeatcacheError
-from featcache.evaluation.decision_file import load_decisions
+from featcache.evaluation.deciding.decision_file import load_decisions
 from featcache.evaluation.history import History, read_histories, read_table
 from featcache.files import canonical_json, local_path, read_regular, readable_json
 from featcache.heads.run import Run, cache_paths, load_run

@@ -17,7 +17,7 @@ from sample_rows import make_cache
 import featcache
 from featcache.backbones.backbone import Backbone
 from featcache.deployment.predictions import Predictions, predict
-from featcache.evaluation.decision_file import Decisions
+from featcache.evaluation.deciding.decision_file import Decisions
 from featcache.evaluation.evaluation import evaluate
 from featcache.heads.training import train
 

@@ -19,7 +19,7 @@ from torch import nn
 from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.cache.reading import open_cache
 from featcache.deployment.classifier import Classifier, load_classifier
-from featcache.deployment.export import export
+from featcache.deployment.exporting.export import export
 from featcache.deployment.predictions import predict
 from featcache.errors import BackboneError, ConfigError, FeatcacheWarning
 from featcache.extraction import pipeline

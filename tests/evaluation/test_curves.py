@@ -18,7 +18,7 @@ import featcache
 from featcache.errors import RunError
 from featcache.evaluation.curve_figures import draw_losses, draw_reliability, draw_roc
 from featcache.evaluation.curves import measure_reliability, roc_curves
-from featcache.evaluation.decision_file import Decisions
+from featcache.evaluation.deciding.decision_file import Decisions
 from featcache.evaluation.history import read_histories
 from featcache.evaluation.predicted_rows import PredictedRows
 from featcache.heads.run import load_run

@@ -20,7 +20,7 @@ from featcache.backbones.engine import build_engine, eager_features, measure_spr
 from featcache.cache.provenance import error_bound, read_parities
 from featcache.cache.reading import open_cache
 from featcache.cache.selection import select
-from featcache.deployment.export import export
+from featcache.deployment.exporting.export import export
 from featcache.errors import BackboneError, CacheError, FeatcacheWarning
 from featcache.extraction.extraction import extract
 from featcache.extraction.verification import verify

@@ -16,7 +16,7 @@ from sample_rows import edited, make_cache, rows_of
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 
 import featcache
-from featcache.evaluation.decision_rows import ScoredRows, read_valid
+from featcache.evaluation.deciding.scored_rows import ScoredRows, read_valid
 from featcache.heads.run import load_run
 from featcache.metrics.rates import grouped_rate_interval
 from featcache.metrics.thresholds import measure_recall, measure_specificity

@@ -16,7 +16,7 @@ from sample_images import write_tree
 import featcache
 from featcache.backbones.backbone import Backbone
 from featcache.errors import ConfigError
-from featcache.evaluation.decision_rows import read_valid
+from featcache.evaluation.deciding.scored_rows import read_valid
 from featcache.heads.run import load_run
 from featcache.metrics.rates import grouped_rate_interval
 from featcache.metrics.thresholds import measure_recall, measure_specificity

@@ -134,7 +134,7 @@ STUCK: dict[str, tuple[str, str]] = {
     "decide": ("featcache.evaluation.predicted_rows", "predict_probs"),
     "evaluate": ("featcache.evaluation.predicted_rows", "predict_probs"),
     "predict": ("featcache.deployment.classifier", "build_engine"),
-    "export": ("featcache.deployment.export", "load_classifier"),
+    "export": ("featcache.deployment.exporting.export", "load_classifier"),
     "report": ("featcache.evaluation.predicted_rows", "predict_probs"),
 }
 

@@ -22,7 +22,7 @@ from featcache.backbones.engine import Engine
 from featcache.deployment.classifier import Classifier
 from featcache.deployment.explainer import Explainer, Explanation
 from featcache.deployment.explanation_picture import draw_explanation
-from featcache.deployment.parity import draw_phantoms
+from featcache.deployment.exporting.parity import draw_phantoms
 from featcache.deployment.predictions import Predictions
 from featcache.errors import DataError
 from featcache.extraction.recipe import NUM_PROBES, is_dark

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import CacheError, RunError
-from featcache.evaluation.decision_rates import known_groups
+from featcache.evaluation.deciding.rates import known_groups
 from featcache.evaluation.predicted_rows import labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen
 from featcache.files import join_names, local_path, plain_cell

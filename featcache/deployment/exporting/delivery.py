@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from featcache import __version__
-from featcache.deployment import predict_script
 from featcache.deployment.classifier import Classifier
-from featcache.deployment.export import RULES, describe_backbone
-from featcache.deployment.golden import golden_facts, golden_files
-from featcache.deployment.graph import OUTPUTS, build_graph, input_names
-from featcache.deployment.model_card import write_card
-from featcache.deployment.parity import Parity, check_model
+from featcache.deployment.exporting import predict_script
+from featcache.deployment.exporting.export import RULES, describe_backbone
+from featcache.deployment.exporting.golden import golden_facts, golden_files
+from featcache.deployment.exporting.graph import OUTPUTS, build_graph, input_names
+from featcache.deployment.exporting.model_card import write_card
+from featcache.deployment.exporting.parity import Parity, check_model
 from featcache.errors import RunError
 from featcache.files import (
     canonical_json,

@@ -13,8 +13,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from featcache.deployment import predict_script
-from featcache.deployment.predict_script import RefusedError, read_pixels
+from featcache.deployment.exporting import predict_script
+from featcache.deployment.exporting.predict_script import RefusedError, read_pixels
 from featcache.errors import DataError
 from featcache.pixels.images import PixelRules, decode
 

@@ -18,7 +18,7 @@ from featcache.backbones.engine import eager_features, measure_spread
 from featcache.backbones.forward import onnx_session
 from featcache.cache.side_by_side import caches_of
 from featcache.deployment.classifier import Classifier
-from featcache.deployment.graph import (
+from featcache.deployment.exporting.graph import (
     FEATURES,
     REFERRED,
     behind_features,
@@ -27,7 +27,7 @@ from featcache.deployment.graph import (
     with_features,
 )
 from featcache.errors import DataError, RunError
-from featcache.evaluation.decision_file import REFER, Decisions
+from featcache.evaluation.deciding.decision_file import REFER, Decisions
 from featcache.extraction.comparison import find_images
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run_caches import open_own_caches

@@ -16,7 +16,7 @@ from torch import nn
 from featcache.backbones.forward import export_onnx, folded_from_pixels
 from featcache.deployment.classifier import Classifier
 from featcache.errors import BackboneError
-from featcache.evaluation.decision_file import Decisions
+from featcache.evaluation.deciding.decision_file import Decisions
 
 OUTPUTS = ("probabilities", "calibrated", "decision")
 FEATURES = "features"

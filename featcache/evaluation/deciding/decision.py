@@ -13,14 +13,19 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import CacheError, ConfigError, RunError, printable, warn_user
-from featcache.evaluation.decision_file import REFER, decision_output, find_replaced, write_decision
-from featcache.evaluation.decision_lines import decision_lines, unmet_wish
-from featcache.evaluation.decision_rates import (
+from featcache.evaluation.deciding.decision_file import (
+    REFER,
+    decision_output,
+    find_replaced,
+    write_decision,
+)
+from featcache.evaluation.deciding.lines import decision_lines, unmet_wish
+from featcache.evaluation.deciding.rates import (
     rates_beside_referred,
     rates_of_groups,
     rates_of_images,
 )
-from featcache.evaluation.decision_rows import GUARANTEE, ScoredRows, read_folds, read_valid
+from featcache.evaluation.deciding.scored_rows import GUARANTEE, ScoredRows, read_folds, read_valid
 from featcache.files import result_as_dict
 from featcache.formatting import brief_repr, count, join_few
 from featcache.heads.run import Run, load_run

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.evaluation.decision_file import Decisions
-from featcache.evaluation.decision_rates import (
+from featcache.evaluation.deciding.decision_file import Decisions
+from featcache.evaluation.deciding.rates import (
     known_groups,
     rates_beside_referred,
     rates_of_groups,

@@ -19,15 +19,15 @@ from PIL import Image
 from featcache.backbones.engine import eager_features
 from featcache.data.dataset import list_images
 from featcache.deployment.classifier import Classifier
-from featcache.deployment.graph import input_names
-from featcache.deployment.parity import (
+from featcache.deployment.exporting.graph import input_names
+from featcache.deployment.exporting.parity import (
     calibrated_probs,
     decision_names,
     distance_to_threshold,
     draw_phantoms,
     probability_reach,
 )
-from featcache.deployment.predict_script import RefusedError, read_pixels
+from featcache.deployment.exporting.predict_script import RefusedError, read_pixels
 from featcache.errors import ConfigError
 from featcache.heads.prediction import predict_probs
 from featcache.pixels.images import PixelRules, decode

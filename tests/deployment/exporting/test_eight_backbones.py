@@ -20,7 +20,7 @@ from PIL import Image
 
 import featcache
 from featcache.cache.reading import open_cache
-from featcache.deployment.parity import draw_phantoms
+from featcache.deployment.exporting.parity import draw_phantoms
 from featcache.heads.head import HeadConfig
 from featcache.heads.run_writing import write_run
 from featcache.pixels.images import decode

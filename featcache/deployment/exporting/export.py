@@ -32,7 +32,7 @@ from featcache.precision import relative_errors
 from featcache.runtime import exact_fp32
 
 if TYPE_CHECKING:
-    from featcache.deployment.delivery import DeliverySummary
+    from featcache.deployment.exporting.delivery import DeliverySummary
 
 _OUTPUTS = {
     "multiclass": "logits (B, C); softmax gives the probabilities of the classes in order",
@@ -163,7 +163,7 @@ def export_classifier(
     kind, outputs = _check_place(file, data, golden)
     if kind == ".pt":
         return _export_state(classifier, *outputs)
-    from featcache.deployment.delivery import export_folder, export_onnx_file
+    from featcache.deployment.exporting.delivery import export_folder, export_onnx_file
 
     if kind == ".onnx":
         return export_onnx_file(classifier, outputs[0], data)

@@ -18,10 +18,10 @@ from torch import nn
 
 import featcache
 from featcache.backbones.backbone import Backbone, wrap_backbone
-from featcache.deployment import delivery, parity
 from featcache.deployment.classifier import load_classifier
-from featcache.deployment.graph import Outcome
-from featcache.evaluation.decision_file import Decisions
+from featcache.deployment.exporting import delivery, parity
+from featcache.deployment.exporting.graph import Outcome
+from featcache.evaluation.deciding.decision_file import Decisions
 from featcache.pixels.images import decode
 
 QUIET: dict[str, Any] = {"say": lambda _: None}

@@ -10,7 +10,7 @@ from featcache.errors import printable
 from featcache.formatting import count, decimal, percent, shorten
 
 if TYPE_CHECKING:
-    from featcache.evaluation.decision import DecideSummary
+    from featcache.evaluation.deciding.decision import DecideSummary
 
 _ONE_SIDED = "one-sided 95 %"
 _WIDTH = 80

@@ -18,7 +18,7 @@ from sample_images import write_image, write_tree
 
 import featcache
 from featcache.backbones.backbone import Backbone
-from featcache.deployment import delivery, predict_script
+from featcache.deployment.exporting import delivery, predict_script
 
 QUIET: dict[str, Any] = {"say": lambda _: None}
 # What is blocked is not there for the child: importing it is an error.

@@ -25,8 +25,8 @@ from sample_rows import edited, make_cache, rows_of
 
 from featcache.deployment.classifier import load_classifier
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning, RunError
-from featcache.evaluation.decision import decide
-from featcache.evaluation.decision_file import load_decisions
+from featcache.evaluation.deciding.decision import decide
+from featcache.evaluation.deciding.decision_file import load_decisions
 from featcache.evaluation.evaluation import evaluate
 from featcache.evaluation.info import info
 from featcache.heads.run import load_run
