@@ -8,4 +8,4 @@ make_venv dev
 cd "$root"
 "$python" -m pytest --long tests/torture tests/test_xrays.py tests/cache \
     tests/pixels/test_tiff_matrix.py tests/backbones/test_libraries.py \
-    tests/backbones/test_every_network.py "$@"
+    tests/backbones/test_every_network.py tests/deployment/test_eight_backbones.py "$@"

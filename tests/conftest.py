@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # of tests that use ONNX Runtime themselves
     # A job in the background of a shell ignores Ctrl-C, and so would every child of the tests.
     # Under nohup it is so with SIGHUP.
     signal.signal(signal.SIGINT, signal.default_int_handler)

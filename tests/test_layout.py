@@ -31,8 +31,10 @@ OWNERS = {
         "pixels/unsupported.py",
         "pixels/resampling.py",
         "deployment/golden.py",
+        "deployment/occlusion.py",
         "deployment/predict_script.py",  # which is copied out of the package
         "reporting/pictures.py",
+        "reporting/explained.py",
         "cli/demo.py",
     },
     "click": {"cli/*"},

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -163,6 +164,8 @@ def folded_from_pixels(backbone: Backbone) -> nn.Module:
 
 def onnx_session(model: bytes | str, num_threads: int) -> Any:
     """Return an ``onnxruntime.InferenceSession`` on the CPU of a model, or of its file."""
+    # From 1.32 on it would write what runs where into the home folder, and send it to its makers.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -326,6 +326,11 @@ def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     help="Test the head on images without their centre, and on the centre alone; S is its share of "
     "width and height.",
 )  # fmt: skip
+@click.option(
+    "--evidence", is_flag=True,
+    help="Measure which share of the evidence for and against a class lies outside the middle of "
+    "its images. Needs --data.",
+)  # fmt: skip
 @TRUST
 @WEIGHTS
 @DEVICE
@@ -337,7 +342,7 @@ def audit(cache: Path, as_json: bool, quiet: bool, strict: bool, **options: Any)
     \b
     Example: featcache audit covid.h5 --csv copies.csv
              featcache select covid.h5 sound.h5 --table copies.csv --fractions 0.7,0.15,0.15
-             featcache audit covid.h5 --data data --blackout 0.6
+             featcache audit covid.h5 --data data --blackout 0.6 --evidence
 
     Nothing is deleted, and images are read only with --data. Copies are looked for in all splits;
     everything else uses train and valid (or all), never test. If same and near are checked,

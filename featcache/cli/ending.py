@@ -7,6 +7,7 @@ sentence and ends the process: a kill loses nothing, as ``tests/torture`` shows.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import json
@@ -164,12 +165,9 @@ class Ending:
         signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
         if hasattr(os, "register_at_fork"):  # a child's signals are not ours
             os.register_at_fork(after_in_child=_hear_nothing)
-        watchdog = threading.Thread(
-            target=self._watch, args=[hears, tells, INTERRUPTS], name="featcache-ending",
-            daemon=True,
-        )  # fmt: skip
         try:
-            watchdog.start()
+            # Not threading.Thread: its start() waits for ever if the thread finds no memory.
+            _thread.start_new_thread(self._watch, (hears, tells, INTERRUPTS))
         except (RuntimeError, MemoryError):  # no memory for a thread: no watchdog
             signal.set_wakeup_fd(-1)
         sys.unraisablehook = self._show_unraisable

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from featcache.cli.options import make_say, print_facts, printing
+from featcache.cli.options import (
+    DEVICE,
+    TRUST_EACH,
+    WEIGHTS_EACH,
+    make_say,
+    print_facts,
+    printing,
+)
 
 
 @click.command()
@@ -16,12 +23,18 @@ from featcache.cli.options import make_say, print_facts, printing
 @click.option(
     "--positive", metavar="CLASS", help="The class to find; default: that of featcache decide."
 )
-@click.option("--data", type=click.Path(path_type=Path), help="The images, for --images.")
+@click.option(
+    "--data", type=click.Path(path_type=Path),
+    help="The images: shows where the evidence lies in those of each class, and for --images.",
+)  # fmt: skip
 @click.option(
     "--images", type=click.Choice(["none", "mistakes", "all"]), default="none", show_default=True,
     help="Small pictures of these images of valid and test.",
 )  # fmt: skip
 @click.option("--no-paths", is_flag=True, help="Call images by numbers, not by their files.")
+@TRUST_EACH
+@WEIGHTS_EACH
+@DEVICE
 @printing
 def report(run: Path, file: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write one page about RUN: how good it is, where to put the threshold, how it was made.

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.deployment.classifier import Classifier, load_classifier
-from featcache.deployment.explainer import MIDDLE, Explainer, Explanation
+from featcache.deployment.explainer import Explainer, Explanation
 from featcache.deployment.explanation_lines import explanation_lines, last_lines
 from featcache.deployment.explanation_picture import draw_explanation
 from featcache.deployment.inputs import list_inputs
 from featcache.errors import ConfigError, DataError
+from featcache.evaluation.evidence import MIDDLE
 from featcache.extraction.earlier import refuse_dark_colour
 from featcache.files import local_path, read_regular, write_bytes, write_json
 from featcache.formatting import brief_repr
@@ -36,7 +37,7 @@ _PICTURE_NAME = re.compile(r"\d{4,}_[A-Za-z0-9._-]{0,80}\.png")
 _HOW = (
     "log_odds = baseline + sum of every map + unlocated of backbones without one; baseline is the "
     "log-odds at the mean of the training images; occlusion is what the log-odds lose where a cell "
-    "is covered with the image's mean colour"
+    "is blurred"
 )
 
 
@@ -88,7 +89,7 @@ def explain(
     """Explain what in images spoke for and against a class, and draw it into a folder.
 
     A map adds up to the log-odds; it shows what the network used, not where disease is. Beside it
-    stands what the log-odds lose where a part of the image is covered, which knows nothing of the
+    stands what the log-odds lose where a part of the image is blurred, which knows nothing of the
     network's inside.
 
     Args:
@@ -127,14 +128,14 @@ def explain(
         local_path(out, "--out"), "--out", EXPLANATIONS, replace=overwrite, inputs=inputs
     )
     check_folder(output)
-    classifier = load_classifier(
-        run, weights=weights, backbone=backbone, device=device, max_pixels=max_pixels
-    )
-    explainer = Explainer(classifier, positive, against)
     found = list_inputs(
         images, include=include, exclude=exclude, companions=companions, columns=columns,
         ignore_columns=ignore_columns,
     )  # fmt: skip
+    classifier = load_classifier(
+        run, weights=weights, backbone=backbone, device=device, max_pixels=max_pixels
+    )
+    explainer = Explainer(classifier, positive, against)
     for recipe in classifier.recipes:
         refuse_dark_colour(recipe, found.dataset, classifier.run.path)
     explanations, failures = list[Explanation](), list[tuple[str, str]]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from featcache.errors import printable
 from featcache.formatting import count, percent, shorten
 
 _LONGEST_NAME = 30
+_WIDTH = 80
 _NUM_SHOWN = 3
 _NOT = "A map shows what the network used, not where disease is. Not for diagnosis."
 
@@ -27,19 +29,20 @@ def explanation_lines(facts: Mapping[str, Any], middle: float) -> Iterator[str]:
     unlike = "; unlike any training image" * bool(facts["unlike_training"])
     yield f"{printable(facts['path'])}: {listed or 'none'}{decided}{unlike}"
     against = "" if facts["against"] is None else f" against {name_of(facts['against'])}"
-    yield (
-        f"  log-odds of {name_of(facts['positive'])}{against}: {facts['log_odds']:+.2f} "
-        f"(mean of the training images: {facts['baseline']:+.2f})"
+    yield from _wrapped(
+        f"log-odds of {name_of(facts['positive'])}{against}: {facts['log_odds']:+.2f} "
+        f"(at the training mean: {facts['baseline']:+.2f})"
     )
     for made in facts["maps"]:
-        name = f"{printable(made['backbone'])}: " if len(facts["maps"]) > 1 else ""
-        yield f"  {name}{_inside(made, middle)}"
+        if len(facts["maps"]) > 1:
+            yield f"  {shorten(printable(made['backbone']), _WIDTH - 3)}:"
+        yield from _wrapped(_inside(made, middle))
         if made["map"] is None:
-            yield f"  {name}its features are not the mean over a map: occlusion alone"
+            yield "  its features are not the mean over a map: occlusion alone"
         elif made["rank_correlation"] is not None:
             verdict = "DISAGREE" if made["disagree"] else "agree"
             figure = f"rank correlation {made['rank_correlation']:.2f}"
-            yield f"  {name}map and occlusion {verdict}: {figure}"
+            yield f"  map and occlusion {verdict}: {figure}"
     for near in facts["nearest"][:_NUM_SHOWN]:
         same = ", the image itself" * near["same"]
         yield (
@@ -48,14 +51,19 @@ def explanation_lines(facts: Mapping[str, Any], middle: float) -> Iterator[str]:
         )
 
 
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+    )
+
+
 def _inside(made: Mapping[str, Any], middle: float) -> str:
-    of = "occlusion" if made["map"] is None else "map"
     shares = [
         f"{percent(share)} of what speaks {sign}"
         for sign, share in made["share_inside"].items() if share is not None
     ]  # fmt: skip
     area = percent(middle * middle)
-    return f"in the middle {area} of the {of}: {' and '.join(shares) or 'nothing'}"
+    return f"in the middle {area}: {', '.join(shares) or 'nothing'}"
 
 
 def last_lines(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -64,10 +72,8 @@ def last_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"failed: {printable(failure['path'])}: {printable(failure['reason'])}"
     explained = facts["explanations"]
     if any(one["baseline_of"] == "head" for one in explained):
-        yield (
-            "The cache that the run was trained on is not at hand: no nearest images, and the mean "
-            "is that of the head's first batch norm"
-        )
+        yield "The cache that the run was trained on is not at hand: no nearest images, and"
+        yield "the mean is that of the head's first batch norm"
     number = len(explained)
     yield f"{count(number, 'picture')} and explanations.json: {printable(facts['folder'])}"
     yield _NOT

@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from featcache.deployment.explanation_lines import name_of
 from featcache.errors import printable
+from featcache.evaluation.evidence import MIDDLE
 from featcache.formatting import percent, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _FAINT = "#1b2733", "#5f6b76"
+_INK, _FAINT, _ALARM = "#1b2733", "#5f6b76", "#a40000"
 _COLOURS = "RdBu_r"  # red speaks for, blue against; told apart by the colour-blind
 _STRONGEST = 0.72  # opacity of the strongest cell
 _FOOT = "What the network used, not where disease is. Not for diagnosis."
@@ -55,16 +56,16 @@ def draw_explanation(
             height, width = len(made["map"]), len(made["map"][0])
             title = f"map, {height} x {width}: adds to the log-odds"
             _overlay(figure, of_map, seen, np.array(made["map"]), title)
-        title = "occlusion: log-odds lost where covered"
+            low, high = (1 - MIDDLE) / 2, (1 + MIDDLE) / 2
+            square = [low, high, high, low, low], [low, low, high, high, low]
+            of_map.plot(*square, color=_INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
+            of_map.set_xlabel(f"dashed: the middle {percent(MIDDLE**2)}", color=_FAINT)
+        title = "occlusion: log-odds lost where blurred"
         _overlay(figure, of_occlusion, seen, np.array(made["occlusion"]), title)
-        if made["disagree"]:
-            of_occlusion.set_xlabel(
-                f"map and occlusion disagree (rank correlation {made['rank_correlation']:.2f})",
-                color="#a40000",
-            )
-        elif made["rank_correlation"] is not None:
-            said = f"rank correlation with the map {made['rank_correlation']:.2f}"
-            of_occlusion.set_xlabel(said, color=_FAINT)
+        if made["rank_correlation"] is not None:
+            said = f"rank correlation with the map {_signed(made['rank_correlation'])}"
+            said += ": they disagree" * bool(made["disagree"])
+            of_occlusion.set_xlabel(said, color=_ALARM if made["disagree"] else _FAINT)
     figure.suptitle(_title(facts), fontsize=12, color=_INK)
     figure.supxlabel(_FOOT, fontsize=9, color=_FAINT)
     for text in figure.findobj(Text):
@@ -84,8 +85,13 @@ def _title(facts: Mapping[str, Any]) -> str:
     unlike = "  (unlike any training image)" * bool(facts["unlike_training"])
     return (
         f"{name}: {name_of(facts['positive'])} {percent(prob, 1)}, "
-        f"log-odds {facts['log_odds']:+.2f}{against}{unlike}"
+        f"log-odds {_signed(facts['log_odds'], '+')}{against}{unlike}"
     )
+
+
+def _signed(value: float, plus: str = "") -> str:
+    """Return a number as the axes write theirs."""
+    return f"{value:{plus}.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _show(axes: Axes, pixels: npt.NDArray[np.uint8]) -> None:

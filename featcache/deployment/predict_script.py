@@ -248,6 +248,8 @@ class Model:
     """
 
     def __init__(self, folder: Path) -> None:
+        # From 1.32 on it would write what runs where into the home folder, and send it.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime as ort
 
         self.folder = folder

@@ -37,12 +37,20 @@ from featcache.evaluation.audit_copies import (
 from featcache.evaluation.audit_folds import FoldedRows
 from featcache.evaluation.audit_labels import measure_labels
 from featcache.evaluation.audit_lines import audit_lines, judge
+from featcache.evaluation.audit_options import (
+    COPIES,
+    check_network,
+    check_shares,
+    check_table,
+    choose_parts,
+    has_sources,
+)
 from featcache.evaluation.audit_outliers import measure_outliers
 from featcache.evaluation.audit_pictures import confirm_near
 from featcache.evaluation.audit_shortcuts import measure_shortcuts
 from featcache.evaluation.audit_sources import measure_sources, read_sources
 from featcache.files import csv_text, local_path, result_as_dict
-from featcache.formatting import count, join_few
+from featcache.formatting import count
 from featcache.heads.rows import training_source
 from featcache.outputs import Kind, Output, write_output
 from featcache.runtime import Say, log_line
@@ -52,8 +60,6 @@ if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
     from featcache.evaluation.audit_images import AuditImages
 
-PARTS = ("same", "near", "labels", "shortcuts", "outliers", "sources")
-_COPIES = {"same", "near"}
 _KEPT_FIRST = ("test", "valid", "train", "all")  # of copies, when the others are dropped
 
 
@@ -102,6 +108,7 @@ class Audit:
             ``num_rows`` and up to five ``paths``; None without.
         blackout: The head on images without, and with only, their centre: see
             ``audit_blackout.Blackout``.
+        evidence: Where in the images the evidence of a head lies: see ``audit_evidence.Evidence``.
         num_leaks: Sets of copies, same and near, across splits or of classes that conflict.
         verdict: A paragraph for people.
         csv: The CSV that was written.
@@ -122,6 +129,7 @@ class Audit:
     sources: dict[str, Any] | None
     images: dict[str, Any] | None
     blackout: dict[str, Any] | None
+    evidence: dict[str, Any] | None
     num_leaks: int
     verdict: str
     csv: Path | None
@@ -150,6 +158,7 @@ def audit(
     strict: bool = False,
     data: str | Path | None = None,
     blackout: float | Sequence[float] | None = None,
+    evidence: bool = False,
     weights: str | Path | None = None,
     backbone: Backbone | str | None = None,
     device: str = "auto",
@@ -180,10 +189,12 @@ def audit(
             pixels and pictures too, and shortcuts by sizes, colours, brightness and borders.
         blackout: Shares of the width and height of what the network sees: the head is also judged
             on images whose centre of that size is black, and on the centre alone. Needs ``data``.
-        weights: For ``blackout``, the weights file that the cache was made with, where the
-            library's own were not used.
-        backbone: For ``blackout``, as for ``verify``.
-        device: Where ``blackout`` computes.
+        evidence: Whether to measure which share of the evidence for and against each class lies
+            outside the middle of its images. Needs ``data``.
+        weights: For ``blackout`` and ``evidence``, the weights file that the cache was made with,
+            where the library's own were not used.
+        backbone: For both, as for ``verify``.
+        device: Where both compute.
         max_pixels: Larger images count as unreadable.
         say: Where lines for people go.
 
@@ -192,22 +203,23 @@ def audit(
             are leaks.
         ConfigError: If ``only`` names no part, an option lacks the other that it needs, or ``csv``
             cannot be written.
-        BackboneError: If ``blackout`` cannot build the backbone.
+        BackboneError: If ``blackout`` or ``evidence`` cannot build the backbone.
         DataError: If the table or ``data`` cannot be read.
 
     Example:
         >>> featcache.audit("covid.h5", csv="copies.csv").num_leaks  # doctest: +SKIP
     """
-    parts = _choose_parts(only)
-    if not _has_sources(table, source) and "sources" in parts:
+    parts = choose_parts(only)
+    if not has_sources(table, source) and "sources" in parts:
         if only is not None:
             raise ConfigError(
                 "--only sources", expected="a column that names them: --table CSV --source COLUMN",
                 found="none",
             )  # fmt: skip
         parts = tuple(part for part in parts if part != "sources")
-    _check_table(parts, csv, copies)
-    shares = _check_shares(blackout, data, weights)
+    check_table(parts, csv, copies)
+    shares = check_shares(blackout)
+    check_network({"--blackout": bool(shares), "--evidence": evidence}, data, weights)
     place = local_path(cache, "CACHE")
     output = None if csv is None else Output(csv, "--csv", _CSV, inputs=[place, table])
     if output is not None:
@@ -224,9 +236,10 @@ def audit(
     if data is not None:
         # torch is imported for images only
         from featcache.evaluation.audit_blackout import blackout_recipe, measure_blackout
+        from featcache.evaluation.audit_evidence import measure_evidence
         from featcache.evaluation.audit_images import read_images, with_pixels
 
-        if shares:  # built first: it may fail, and images may be many
+        if shares or evidence:  # built first: it may fail, and images may be many
             recipe = blackout_recipe(opened, weights, backbone, max_pixels)
         images = read_images(rows, data, max_pixels)
         rows = with_pixels(rows, images)
@@ -235,7 +248,7 @@ def audit(
     if near is not None and images is not None:
         near = confirm_near(rows, images, near)
     sets = join_copies(rows, same, near)
-    folded = FoldedRows(opened, say) if {*parts} - _COPIES or shares else None
+    folded = FoldedRows(opened, say) if {*parts} - COPIES or recipe else None
     found = Audit(
         cache=Path(cache), parts=parts,
         splits={name: len(split) for name, split in opened.splits.items()},
@@ -249,8 +262,10 @@ def audit(
         sources=measure_sources(folded, sources, str(source))
         if folded and "sources" in parts else None,
         images=None if images is None else images.as_dict(rows),
-        blackout=None if folded is None or images is None or recipe is None
+        blackout=None if folded is None or images is None or recipe is None or not shares
         else result_as_dict(measure_blackout(folded, images, recipe, shares, device, say)),
+        evidence=None if folded is None or images is None or recipe is None or not evidence
+        else result_as_dict(measure_evidence(folded, images, recipe, device, say)),
         num_leaks=sum(_is_leak(rows, copy) for copy in sets), verdict="",
         csv=None if csv is None else Path(csv),
         fingerprint=opened.fingerprint, content_sha256=opened.content_sha256,
@@ -260,7 +275,7 @@ def audit(
         write_output(output, _table_of(rows, sets, copies).encode())
     for line in audit_lines(found):
         say(line)
-    if {*parts} >= _COPIES:
+    if {*parts} >= COPIES:
         write_verdict(
             opened, parts=parts, num_images=found.images["num_read"] if found.images else 0,
             num_leaks=found.num_leaks, verdict=found.verdict, say=say,
@@ -286,43 +301,14 @@ def _is_leak(rows: AuditRows, copies: Sequence[int]) -> bool:
     return len({rows.splits[row] for row in copies}) > 1 or rows.disagree(copies)
 
 
-def _choose_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
-    if only is None:
-        return PARTS
-    wanted = [*map(str.strip, only.split(","))] if isinstance(only, str) else [*map(str, only)]
-    unknown = [name for name in wanted if name not in PARTS]
-    if unknown or not wanted:
-        raise ConfigError(
-            "--only", expected="some of " + ", ".join(PARTS), found=join_few(unknown) or "none"
-        )
-    return tuple(name for name in PARTS if name in wanted)
-
-
 def _without_unlearnable(cache: Cache, parts: tuple[str, ...], say: Say) -> tuple[str, ...]:
     """Return the parts that a cache has rows for: without rows to train on, copies alone."""
     try:
         training_source(cache)
     except CacheError:
         say("copies only: there is no split train or all for the other parts")
-        return tuple(part for part in parts if part in _COPIES)
+        return tuple(part for part in parts if part in COPIES)
     return parts
-
-
-def _has_sources(table: object, source: str | None) -> bool:
-    if (table is None) != (source is None):
-        given = "--table" if source is None else "--source"
-        raise ConfigError(given, expected="--table and --source together", found=f"only {given}")
-    return source is not None
-
-
-def _check_table(parts: tuple[str, ...], csv: object, copies: str) -> None:
-    if csv is not None and not _COPIES.intersection(parts):
-        raise ConfigError("--csv", expected="copies to write: --only same,near",
-                          found=", ".join(parts))  # fmt: skip
-    if copies not in {"group", "drop"}:
-        raise ConfigError("--copies", expected="group or drop", found=copies)
-    if copies == "drop" and csv is None:
-        raise ConfigError("--copies", expected="--csv FILE beside it", found="none")
 
 
 def _regroup(cache: Cache, pattern: GroupPattern, say: Say) -> None:
@@ -340,28 +326,6 @@ def _regroup(cache: Cache, pattern: GroupPattern, say: Say) -> None:
     if any(found):
         for split in cache.splits.values():
             split.groups, groups = groups[: len(split)], groups[len(split) :]
-
-
-def _check_shares(
-    blackout: float | Sequence[float] | None, data: object, weights: object
-) -> tuple[float, ...]:
-    """Return the shares to black out, each once."""
-    if blackout is None:
-        if weights is not None:
-            raise ConfigError("--weights", expected="--blackout beside it", found="none")
-        return ()
-    shares = (blackout,) if isinstance(blackout, int | float) else tuple(blackout)
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise ConfigError(
-            "--blackout", expected="shares of width and height, between 0 and 1",
-            found=", ".join(map(str, shares)) or "none",
-        )  # fmt: skip
-    if data is None:
-        raise ConfigError(
-            "--blackout", expected="the images, by --data DATA", found="none",
-            hint="Name the data set that the cache was made of",
-        )  # fmt: skip
-    return tuple(dict.fromkeys(map(float, shares)))
 
 
 def _same_facts(

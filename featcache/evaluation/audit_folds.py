@@ -5,6 +5,7 @@ Reads: a cache. Writes: nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -112,7 +113,14 @@ class FoldedRows:
         """(N, C) out-of-fold probabilities; asked for only where there are folds."""
         assert self.pool is not None
         assert not isinstance(self.folds, str)
-        return out_of_fold_probs(self.pool.plain, self.targets, self.folds)
+        return _probs_of(self.heads, self.pool.plain, self.targets, self.folds)
+
+    @cached_property
+    def heads(self) -> list[Any]:
+        """A head for each fold, of the other folds' rows; asked for only where there are folds."""
+        assert self.pool is not None
+        assert not isinstance(self.folds, str)
+        return [*fit_heads(self.pool.plain, self.targets, self.folds)]
 
     def of_class(self, rows: Numbers, targets: npt.NDArray[np.int64], names: list[str]) -> Pool:
         """Return some rows as a pool with other targets, to be told apart within them.
@@ -146,18 +154,30 @@ def out_of_fold_probs(
         targets: (N,) indices of C classes, each of which is outside every fold.
         folds: Pairs of rows to train on and to judge; each row is judged once.
     """
+    return _probs_of(fit_heads(features, targets, folds), features, targets, folds)
+
+
+def fit_heads(features: Any, targets: npt.NDArray[Any], folds: list[Pair]) -> Iterator[Any]:
+    """Yield a pipeline of a scaler and a logistic regression for each fold."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    probs = np.zeros((len(targets), int(targets.max()) + 1))
-    for train, judged in folds:
+    for train, _ in folds:
         rows = thin(train)
         head = make_pipeline(
             StandardScaler(),
             LogisticRegression(C=_STRENGTH, class_weight="balanced", max_iter=2000),
         )
-        probs[judged] = head.fit(features[rows], targets[rows]).predict_proba(features[judged])
+        yield head.fit(features[rows], targets[rows])
+
+
+def _probs_of(
+    heads: Iterable[Any], features: Any, targets: npt.NDArray[Any], folds: list[Pair]
+) -> npt.NDArray[np.float64]:
+    probs = np.zeros((len(targets), int(targets.max()) + 1))
+    for head, (_, judged) in zip(heads, folds, strict=True):
+        probs[judged] = head.predict_proba(features[judged])
     return probs
 
 

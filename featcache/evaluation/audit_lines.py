@@ -13,7 +13,8 @@ from featcache.errors import printable
 from featcache.evaluation.audit_labels import label_lines
 from featcache.evaluation.audit_outliers import outlier_lines
 from featcache.evaluation.audit_sources import SENTENCES, source_lines, told_classes
-from featcache.formatting import count, decimal, join_few, list_counts, shorten
+from featcache.evaluation.evidence import SIGNS
+from featcache.formatting import count, decimal, join_few, list_counts, percent, shorten
 
 if TYPE_CHECKING:
     from featcache.evaluation.audit import Audit
@@ -41,6 +42,8 @@ def audit_lines(found: Audit) -> Iterator[str]:
         yield from _shortcut_lines(found.shortcuts)
     if found.blackout is not None:
         yield from _blackout_lines(found.blackout)
+    if found.evidence is not None:
+        yield from _evidence_lines(found.evidence)
     if found.sources is not None:
         yield from source_lines(found.sources)
     if found.csv is not None:
@@ -138,6 +141,33 @@ def _blackout_lines(facts: dict[str, Any]) -> Iterator[str]:
     for row in facts["blacked_out"]:
         name = f"{row['way']}, {row['share']:g} of each side"
         yield f"  {name:<38}{decimal(row['balanced_accuracy']):>8}"
+
+
+def _evidence_lines(facts: dict[str, Any]) -> Iterator[str]:
+    title = f"evidence outside the middle ({facts['middle']:g} of each side)"
+    if facts["reason"] is not None:
+        yield f"{title}: not measured"
+        yield from _wrapped(facts["reason"], "  ")
+        return
+    yield f"{title}, by a linear head:"
+    yield f"  {'images':<34}{'for their class':>20}{'against it':>20}"
+    for found in facts["classes"]:
+        number = f"{found['num_images']:,}"
+        if found["num_images"] < found["num_rows"]:
+            number += f" of {found['num_rows']:,}"
+        name = f"{shorten(printable(found['class']), 16)} ({number})"
+        figures = (f"{_share_text(found['outside'][sign]):>20}" for sign in SIGNS)
+        yield f"  {name:<34}{''.join(figures)}"
+    evenly = percent(facts["expected"])
+    yield f"  {'were it spread evenly':<34}{evenly:>20}{evenly:>20}"
+
+
+def _share_text(share: dict[str, float | None] | None) -> str:
+    if share is None or share["share"] is None:
+        return "none"
+    if share["low"] is None or share["high"] is None:
+        return percent(share["share"])
+    return f"{percent(share['share'])} ({share['low']:.0%} to {share['high']:.0%})"
 
 
 def _image_lines(images: dict[str, Any]) -> Iterator[str]:

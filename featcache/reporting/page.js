@@ -16,11 +16,15 @@
   const table = byId("mistakes"), all = byId("all-mistakes");
   const pairs = [...document.querySelectorAll("#how-good button[data-pair]")];
   if (table && pairs.length && !byId("slider")) {
+    const caption = byId("mistakes-caption").textContent;
     const choose = (chosen) => {
       press(pairs, chosen);
       for (const row of table.tBodies[0].rows) {
-        row.hidden = Boolean(chosen) && row.dataset.pair !== chosen.dataset.pair;
+        row.hidden = chosen ? row.dataset.pair !== chosen.dataset.pair : "more" in row.dataset;
       }
+      const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden).length;
+      byId("mistakes-caption").textContent = chosen
+        ? rows + " of " + chosen.textContent + " of this cell; the worst first" : caption;
     };
     pairs.forEach((button) => {
       button.disabled = false;
@@ -76,10 +80,8 @@
 
   // Pictures stand in the page once: they are taken from where they were.
   const pictures = new Map();
-  document.querySelectorAll("#mistakes th img, #errors .gallery img").forEach((picture) => {
-    const name = picture.closest("th") || picture.nextElementSibling;
-    pictures.set(name.textContent, picture.src);
-  });
+  document.querySelectorAll("#errors .pictures").forEach((shown) =>
+    pictures.set(Number(shown.dataset.row), shown));
   const decisions = { tp: "found", fn: "missed", fp: "false alarm", tn: "left alone" };
   const words = { tp: "found", fn: "missed", fp: "false alarms", tn: "left alone" };
   function list(threshold) {
@@ -95,12 +97,7 @@
     body.replaceChildren(...found.slice(0, data.most).map(([row, cell]) => {
       const line = document.createElement("tr"), name = document.createElement("th");
       name.scope = "row";
-      if (pictures.has(row[0])) {
-        const picture = document.createElement("img");
-        picture.alt = "";
-        picture.src = pictures.get(row[0]);
-        name.append(picture);
-      }
+      if (pictures.has(row[5])) name.append(pictures.get(row[5]).cloneNode(true));
       name.append(row[0]);
       line.append(name);
       for (const text of [decisions[cell], data.classes[row[3]], data.classes[row[4]], row[2].toFixed(4)]) {
@@ -113,12 +110,16 @@
     }));
     const what = wanted.map((cell) =>
       words[cell] + " " + document.querySelector('[data-count="' + cell + '"]').textContent);
-    byId("mistakes-caption").textContent = what.join(", ") + "; the worst first";
+    byId("mistakes-caption").textContent = what.join(", ") +
+      (found.length > data.most ? "; the worst " + data.most + " are listed" : "; the worst first");
   }
 
   function bayes() {
     const [, tp, fp] = data.steps[slider.value];
-    const share = Number(byId("prevalence").value) / 100;
+    // Untouched it is the share in valid, which the field shows rounded.
+    const field = byId("prevalence");
+    const share = field.value === field.defaultValue
+      ? data.num_yes / numTotal : Number(field.value) / 100;
     const recall = tp / data.num_yes, specificity = 1 - fp / data.num_no;
     let ppv = null, npv = null;
     if (share > 0 && share < 1 && data.num_yes && data.num_no) {

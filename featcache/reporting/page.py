@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
@@ -22,29 +22,36 @@ from markupsafe import Markup
 from featcache import __version__
 from featcache.cache.side_by_side import caches_of
 from featcache.errors import escaped, printable
-from featcache.formatting import count, decimal, join_few
+from featcache.formatting import count, decimal, join_few, shorten
 from featcache.heads.config import TrainingConfig
 from featcache.reporting.charts import Chart, loss_chart, map_chart, sweep_chart
 from featcache.reporting.facts import Facts, Positive
 from featcache.reporting.slider import slider_of
-from featcache.reporting.wording import Names, as_text, describe, short
+from featcache.reporting.wording import Names, Shown, as_text, describe, short
+
+if TYPE_CHECKING:
+    from featcache.reporting.evidence import EvidencePart
 
 GENERATOR = b'<meta name="generator" content="featcache report">'
 """By this, in the first bytes of a file, a report is recognised."""
 
 _MOST_FAILURES = 50
+_MOST_NAMED = 8  # classes in the first sentence
 _MANY_CLASSES = 2  # with more, the matrix of the most probable class is shown beside the threshold
 
 
-def render(facts: Facts, pictures: Mapping[tuple[str, str], str], *, has_paths: bool) -> str:
+def render(
+    facts: Facts, shown: Shown, evidence: Mapping[str, EvidencePart], *, has_paths: bool
+) -> str:
     """Return the page.
 
     Args:
         facts: What it says.
-        pictures: ``data:`` URLs of images, by split and path.
+        shown: Pictures of images.
+        evidence: Mean maps, by the name of the split.
         has_paths: Whether images are called by their paths, or by numbers.
     """
-    names = Names(has_paths, pictures)
+    names, pictures = Names(has_paths, shown), shown.pictures
     style, script = _read("page.css"), _read("page.js")
     valid = None if facts.valid is None else describe(facts.valid, names)
     test = None if facts.test is None else describe(facts.test, names)
@@ -56,7 +63,7 @@ def render(facts: Facts, pictures: Mapping[tuple[str, str], str], *, has_paths: 
         slider, data = (None, None) if found is None else found
     identities = [cache.identity for cache in caches_of(facts.cache)]
     backbones = " + ".join(short(str(identity.get("backbone"))) for identity in identities)
-    classes = join_few(facts.run.classes)
+    classes = join_few([shorten(printable(name), 24) for name in facts.run.classes])
     metric = str((facts.sweep or {}).get("metric", "score"))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -68,13 +75,11 @@ def render(facts: Facts, pictures: Mapping[tuple[str, str], str], *, has_paths: 
         script=Markup(script),
         data=None if data is None else Markup(_as_json(data)),
         title=f"{short(facts.run.path.resolve().name)}: {classes}",
-        lead="A small head on the features of a frozen network, "
-        f"{backbones}, says which of "
-        f"{count(len(facts.run.classes), 'class', 'classes')} an image "
-        f"{'is' if facts.run.task == 'multiclass' else 'shows'}.",
+        lead=_lead(facts, backbones),
         purpose="These figures describe these images only; they say nothing of other hospitals, "
         "devices or patients.",
         has_images=bool(pictures),
+        pictures_note=shown.note,
         contains=(
             f"This page contains {count(len(pictures), 'small picture')} of patients: treat it as "
             "you treat the images. " if pictures else "This page contains no images of patients. "
@@ -96,12 +101,26 @@ def render(facts: Facts, pictures: Mapping[tuple[str, str], str], *, has_paths: 
         no_loss="There are no losses by epoch to draw: the head was solved for, or is a mean of "
         "several heads.",
         sweep=_safe_chart(sweep_chart(facts.trials, metric)),
+        evidence={name: _safe_evidence(part) for name, part in evidence.items()},
         map=_safe_chart(map_chart(facts.feature_map, facts.cache.classes)),
         made_of=_made_of(facts),
         failures=_failures(facts, has_paths=has_paths),
         commands=_commands(facts),
         size_note="Figures are drawn once; only the threshold and the lists move.",
     )  # fmt: skip
+
+
+def _lead(facts: Facts, backbones: str) -> str:
+    """Return what is classified, and by what."""
+    names, shows = facts.run.classes, facts.run.task != "multiclass"
+    if len(names) == 2 and not shows:
+        what = f"whether an image is {short(names[0])} or {short(names[1])}"
+    elif len(names) <= _MOST_NAMED:
+        listed = ", ".join(map(short, names))
+        what = f"which of these an image {'shows' if shows else 'is'}: {listed}"
+    else:
+        what = f"which of {len(names):,} classes an image {'shows' if shows else 'is'}"
+    return f"A small head on the features of a frozen network, {backbones}, says {what}."
 
 
 def _read(name: str) -> str:
@@ -136,6 +155,10 @@ def _safe_chart(chart: Chart | None) -> Chart | None:
     return replace(chart, svg=Markup(chart.svg), legend=keys)  # type: ignore[arg-type]
 
 
+def _safe_evidence(part: EvidencePart) -> dict[str, Any]:
+    return {"text": part.text, "charts": [_safe_chart(chart) for chart in part.charts]}
+
+
 def _safe(split: dict[str, Any]) -> dict[str, Any]:
     cards = [card | {"bar": Markup(card["bar"])} for card in split["cards"]]
     return split | {"cards": cards, "charts": [_safe_chart(chart) for chart in split["charts"]]}
@@ -148,8 +171,8 @@ def _decision(positive: Positive | None) -> str:
     name, at = short(positive.name), as_text(positive.threshold)
     if positive.rule is None:
         return (
-            f"{name} is called where its probability is at least {at}. Nobody has decided on a "
-            "threshold yet: featcache decide chooses one and says what it promises."
+            f"Nobody has decided on a threshold for {name} yet, so {at} is taken: featcache decide "
+            "chooses one and says what it promises."
         )
     rule = positive.rule
     ((wish, value),) = rule["wish"].items()
@@ -187,11 +210,11 @@ def _audit(facts: Facts) -> dict[str, Any]:
         texts.append(text if len(facts.audits) == 1 else f"{name}: {text}")
     if not facts.is_own_cache:
         texts.insert(0, "The cache has changed since the training.")
-    title = "The verdict of the audit"
+    title = "What the audit of the images says"
     if num_leaks:
         title = f"The audit found leaks: {count(num_leaks, 'set')} of copies"
     elif None in facts.audits:
-        title = "Nobody has looked"
+        title = "The images were never audited"
     is_bad = bool(num_leaks) or None in facts.audits or not facts.is_own_cache
     return {"title": title, "texts": texts, "is_bad": is_bad}
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import caches_of
+from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError
 from featcache.extraction.comparison import find_images
 from featcache.extraction.pipeline import stream_views
@@ -40,30 +41,56 @@ class _SmallPictures:
     view_rules: ViewRules = PLAIN
 
 
-def read_pictures(cache: Cache, data: str | Path, wanted: Sequence[Key]) -> dict[Key, str]:
+@dataclass(frozen=True)
+class FoundImages:
+    """The images of a cache's rows.
+
+    Attributes:
+        cache: The cache; of several side by side the first.
+        dataset: The data set.
+        samples: Of it, by split and path.
+        rows: Number of the row in its split, by split and path.
+    """
+
+    cache: Cache
+    dataset: ImageDataset
+    samples: dict[Key, Sample]
+    rows: dict[Key, int]
+
+    @classmethod
+    def of(cls, cache: Cache, data: str | Path) -> FoundImages:
+        """Find the images of a cache.
+
+        Args:
+            cache: The cache.
+            data: The images it was made of.
+
+        Raises:
+            CacheError: If ``data`` has none of the cache's images.
+            DataError: If ``data`` is no data set.
+        """
+        first = caches_of(cache)[0]
+        return cls(first, *find_images(first, data))
+
+
+def read_pictures(images: FoundImages, wanted: Sequence[Key]) -> dict[Key, str]:
     """Return a ``data:`` URL of the image of each row; none where it is gone, changed or damaged.
 
     Args:
-        cache: The rows' cache.
-        data: The images it was made of.
+        images: Where they are.
         wanted: Of which rows.
-
-    Raises:
-        CacheError: If ``data`` has none of the cache's images.
-        DataError: If ``data`` is no data set.
     """
-    first = caches_of(cache)[0]
-    dataset, samples, rows = find_images(first, data)
+    first, dataset, samples = images.cache, images.dataset, images.samples
     chosen = [samples[key] for key in dict.fromkeys(wanted) if key in samples]
     made: dict[Key, str] = {}
     recipe = _SmallPictures(_rules_of(first))
     for outcomes, views in stream_views(dataset, chosen, [recipe], _CHUNK):
         for outcome, view in zip(outcomes, views, strict=True):
             key = outcome.sample.split, outcome.sample.path
-            recorded = first.splits[key[0]].image_sha256[rows[key]].tobytes()
+            recorded = first.splits[key[0]].image_sha256[images.rows[key]].tobytes()
             is_same = outcome.sha256 == recorded or not any(recorded)
             if view is not None and is_same:
-                made[key] = _as_url(np.asarray(view[0][0]))
+                made[key] = as_url(np.asarray(view[0][0]))
     return made
 
 
@@ -77,7 +104,7 @@ def _rules_of(cache: Cache) -> PixelRules:
     )
 
 
-def _as_url(pixels: npt.NDArray[Any]) -> str:
+def as_url(pixels: npt.NDArray[Any]) -> str:
     """Return an image (H, W, 3) as a small JPEG, grey where it has no colour."""
     from PIL import Image
 

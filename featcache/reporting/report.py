@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from featcache.errors import ConfigError, printable
+from featcache.errors import ConfigError, FeatcacheError, printable
 from featcache.files import read_regular, result_as_dict
 from featcache.formatting import brief_repr, count, in_bytes
 from featcache.heads.run import cache_paths, load_run
 from featcache.outputs import Kind, Output, write_output
 from featcache.reporting.facts import Facts, gather
 from featcache.reporting.page import GENERATOR, render
-from featcache.reporting.wording import mistaken_rows
+from featcache.reporting.wording import Shown, mistaken_rows
 from featcache.runtime import Say, log_line
+
+if TYPE_CHECKING:
+    from featcache.deployment.recipes import Backbones, Weights
+    from featcache.reporting.evidence import EvidencePart
 
 REPORT_NAME = "report.html"
 IMAGES = ("none", "mistakes", "all")
@@ -40,6 +44,7 @@ class ReportSummary:
         is_audited: Whether it shows the verdict of an audit.
         has_paths: Whether it names image files.
         has_images: Whether it contains images.
+        has_evidence: Whether it shows where in the images the evidence lies.
     """
 
     __module__ = "featcache"
@@ -55,6 +60,7 @@ class ReportSummary:
     is_audited: bool
     has_paths: bool
     has_images: bool
+    has_evidence: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as JSON values."""
@@ -69,6 +75,9 @@ def report(
     data: str | Path | None = None,
     images: str = "none",
     no_paths: bool = False,
+    weights: Weights = None,
+    backbone: Backbones = None,
+    device: str = "auto",
     say: Say = log_line,
 ) -> ReportSummary:
     """Write one page about a run: how good it is, where to put the threshold, how it was made.
@@ -81,13 +90,21 @@ def report(
         file: The page; None writes ``report.html`` into the run. An earlier report is replaced.
         positive: The class that is looked for; None takes that of ``decide``. Without one, there is
             no threshold to choose, and the recalls of all classes are shown.
-        data: The images that the cache was made of, to show some.
+        data: The images that the cache was made of: to show some, and where the evidence lies in up
+            to 200 images of each class. That is left out, and said, where the backbone's weights
+            are not at hand or it has no map.
         images: ``none``; ``mistakes``: small pictures of the mistakes that are listed, on valid and
-            test; ``all``: of all images of both. Those that changed since are left out.
+            test; ``all``: of all images of both. Those that changed since are left out. Beside a
+            mistake is a map of what spoke for and against the class, where the backbone's weights
+            are at hand.
         no_paths: Call images by split and number instead of by their paths.
+        weights: For ``data``, the backbone's weights file: see ``predict``.
+        backbone: For ``data``, the backbone itself: see ``predict``.
+        device: Where the backbone runs.
         say: Receives the lines for people.
 
     Raises:
+        BackboneError: If ``weights`` or ``backbone`` are not the run's.
         RunError: If the run is damaged, or its cache is gone or was rebuilt.
         CacheError: If the cache is damaged, or the disk is full.
         DataError: If ``data`` is no data set.
@@ -99,23 +116,24 @@ def report(
     """
     if images not in IMAGES:
         raise ConfigError("--images", expected=" or ".join(IMAGES), found=images)
-    if (data is None) != (images == "none"):
-        found = "--images without --data" if data is None else "--data without --images"
-        raise ConfigError("--images", expected="mistakes or all, with --data", found=found)
+    if data is None and images != "none":
+        raise ConfigError(f"--images {images}", expected="the images, by --data", found="none")
+    if data is None and (weights is not None or backbone is not None):
+        raise ConfigError("--weights, --backbone", expected="--data beside them", found="none")
     loaded = load_run(run)
     place = loaded.path / REPORT_NAME if file is None else file
-    inputs = [data, *cache_paths(loaded), loaded.path / "run.json"]
+    files = [weights] if weights is None or isinstance(weights, str | Path) else weights
+    inputs = [data, *files, *cache_paths(loaded), loaded.path / "run.json"]
     output = Output(place, "FILE.html", _KIND, inputs=inputs)
     output.check()
     facts = gather(loaded, positive)
-    pictures = dict[tuple[str, str], str]()
+    shown, evidence = Shown(), dict[str, Any]()
     if data is not None:
-        from featcache.reporting.pictures import read_pictures  # imports torch
-
-        pictures = read_pictures(facts.cache, data, _wanted(facts, images))
-        if not pictures:
-            say("no picture is shown: there is none to show, or the images have changed")
-    page = render(facts, pictures, has_paths=not no_paths).encode("utf-8")
+        shown, evidence = _look(
+            facts, data, images, weights=weights, backbone=backbone, device=device, say=say
+        )
+    pictures = shown.pictures
+    page = render(facts, shown, evidence, has_paths=not no_paths).encode("utf-8")
     write_output(output, page)
     num_valid, num_test = (
         0 if split is None else len(split.rows.targets) for split in (facts.valid, facts.test)
@@ -126,6 +144,7 @@ def report(
         threshold=None if facts.positive is None else facts.positive.threshold,
         num_valid=num_valid, num_test=num_test,
         is_audited=None not in facts.audits, has_paths=not no_paths, has_images=bool(pictures),
+        has_evidence=bool(evidence),
     )  # fmt: skip
     say(f"{printable(output.path)}: one page, {in_bytes(len(page))}, no request to any network")
     if facts.positive is None:
@@ -134,9 +153,42 @@ def report(
         say("the cache was never audited, and the page says so: featcache audit")
     named = "it names image files (--no-paths: numbers)" if summary.has_paths else "no file names"
     say(f"it shows {count(num_valid, 'image')} of valid; {num_test:,} of test are folded away")
-    shown = "no images" if not pictures else count(len(pictures), "small picture")
-    say(f"it contains {shown} of patients; {named}")
+    number = "no images" if not pictures else count(len(pictures), "small picture")
+    say(f"it contains {number} of patients; {named}")
     return summary
+
+
+def _look(
+    facts: Facts, data: str | Path, images: str, *, weights: Weights, backbone: Backbones,
+    device: str, say: Say,
+) -> tuple[Shown, dict[str, EvidencePart]]:  # fmt: skip
+    """Return pictures of images, with maps of those that are mistakes, and the mean maps.
+
+    Without maps, after a line that says why, where the backbone is not at hand.
+    """
+    from featcache.deployment.classifier import load_classifier  # these import torch
+    from featcache.reporting.evidence import measure_evidence
+    from featcache.reporting.explained import NO_MAPS, explain_images
+    from featcache.reporting.pictures import FoundImages, read_pictures
+
+    found = FoundImages.of(facts.cache, data)
+    pictures = {} if images == "none" else read_pictures(found, _wanted(facts, images))
+    if images != "none" and not pictures:
+        say("no picture is shown: there is none to show, or the images have changed")
+    try:
+        classifier = load_classifier(
+            facts.run.path, weights=weights, backbone=backbone, device=device
+        )
+    except FeatcacheError as error:
+        if weights is not None or backbone is not None:
+            raise
+        say(f"no maps of what the network used: {printable(' '.join(str(error).split()))}")
+        return Shown(pictures, note=NO_MAPS if pictures else ""), {}
+    evidence = measure_evidence(facts, classifier, data, say)
+    mistakes = [key for key in _wanted(facts, "mistakes") if key in pictures]
+    positive = None if facts.positive is None else facts.positive.name
+    maps = explain_images(classifier, found, mistakes, positive, say)
+    return Shown(pictures, maps.by_image, maps.note), evidence
 
 
 def _wanted(facts: Facts, images: str) -> list[tuple[str, str]]:

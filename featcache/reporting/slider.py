@@ -13,7 +13,7 @@ from featcache.reporting.facts import Positive, SplitFacts
 from featcache.reporting.threshold_table import threshold_table
 from featcache.reporting.wording import MOST_MISTAKES, Names, as_text, short
 
-_MOST_ROWS = 5000  # that the script may list: the farthest on the wrong side
+_MOST_ROWS = 2500  # of each side that the script may list: the farthest on the wrong side
 _RATES = {
     "recall": "recall (sensitivity)", "specificity": "specificity", "ppv": "PPV (precision)",
     "npv": "NPV",
@@ -72,6 +72,7 @@ def slider_of(
     ]  # fmt: skip
     for_page = {
         "chosen": chosen, "last": len(steps) - 1, "threshold_text": as_text(positive.threshold),
+        "exact_text": f"{min(positive.threshold, 1.0)!r}",
         "chosen_text": f"{as_text(positive.threshold)}, "
         + ("as decided" if positive.rule else "the usual one"),
         "tp": f"{true:,}", "fn": f"{num_yes - true:,}", "fp": f"{false:,}",
@@ -109,20 +110,20 @@ def _method(facts: SplitFacts, groups: list[str] | None) -> str:
 def _rows_for_script(
     facts: SplitFacts, positive: Positive, names: Names
 ) -> list[list[Any]]:  # fmt: skip
-    """Return name, whether positive, score, target and prediction of the rows that may be listed.
+    """Return name, whether positive, score, target, prediction, number of rows that may be listed.
 
     A prediction of -1 is none: with several labels the target alone is shown.
     """
     known = facts.known(positive.column)
     is_yes, scores = facts.answers(positive.column)
-    wrongness = np.where(is_yes, 1 - scores, scores)
-    places = np.argsort(-wrongness, kind="stable")[:_MOST_ROWS]
+    order = np.argsort(scores, kind="stable")
+    of_yes, of_no = order[is_yes[order]], order[~is_yes[order]][::-1]
     rows = []
-    for place in places.tolist():
+    for place in [*of_yes[:_MOST_ROWS].tolist(), *of_no[:_MOST_ROWS].tolist()]:
         row = int(known[place])
         target, pred = int(not is_yes[place]), -1
         if not facts.rows.has_labels:
             target, pred = int(facts.rows.targets[row]), int(facts.rows.preds[row])
         name = names.of(facts, row)
-        rows.append([name, int(is_yes[place]), float(scores[place]), target, pred])
+        rows.append([name, int(is_yes[place]), float(scores[place]), target, pred, row])
     return rows

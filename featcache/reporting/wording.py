@@ -5,6 +5,7 @@ All text is for people: names of strangers are made printable here, and escaped 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ MOST_MISTAKES = 100
 """Mistakes that are listed at a time."""
 
 _MOST_CARDS = 8
+_MOST_OF_CELL = 20  # mistakes that a cell of the matrix can list though others are worse
 _MOST_CELLS = 20  # classes of a matrix
 _HEADS = {
     "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "roc_auc": "ROC AUC",
@@ -31,20 +33,55 @@ _HEADS = {
 
 
 @dataclass(frozen=True)
+class Explained:
+    """What in an image spoke for a class.
+
+    Attributes:
+        urls: ``data:`` URLs of its map, one for each backbone that has one.
+        text: The same in words.
+    """
+
+    urls: list[str]
+    text: str
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of images, by split and path.
+
+    Attributes:
+        pictures: ``data:`` URLs.
+        maps: Maps of some of them.
+        note: What the maps show, or why there are none.
+    """
+
+    pictures: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    maps: Mapping[tuple[str, str], Explained] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Names:
     """What images are called in the page, and what is shown of them.
 
     Attributes:
         has_paths: Whether by their paths; else by split and number.
-        pictures: ``data:`` URLs by split and path.
+        shown: Their pictures.
     """
 
     has_paths: bool
-    pictures: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    shown: Shown = field(default_factory=Shown)
 
-    def picture(self, facts: SplitFacts, row: int) -> str:
-        """Return the URL of a row's picture, empty where there is none."""
-        return self.pictures.get((facts.split, facts.rows.paths[row]), "")
+    def picture(self, facts: SplitFacts, row: int) -> dict[str, Any] | None:
+        """Return number, picture and map of a row; None where there is no picture."""
+        key = facts.split, facts.rows.paths[row]
+        if key not in self.shown.pictures:
+            return None
+        explained = self.shown.maps.get(key, Explained([], ""))
+        return {
+            "row": row, "url": self.shown.pictures[key], "maps": explained.urls,
+            "text": explained.text,
+        }  # fmt: skip
 
     def of(self, facts: SplitFacts, row: int) -> str:
         """Return the name of a row of a split."""
@@ -75,6 +112,7 @@ def describe(facts: SplitFacts, names: Names) -> dict[str, Any]:
         "count": count(len(facts.rows.targets), "image"),
         "is_one": len(facts.rows.targets) == 1,
         "freshness": facts.freshness,
+        "in_short": _in_short(facts),
         "cards": _cards(facts),
         "resting": f"Intervals are two-sided, 95 %{units_text(facts.units)}."
         + (f" {count(facts.num_failed, 'image')} could not be read." if facts.num_failed else ""),
@@ -85,12 +123,42 @@ def describe(facts: SplitFacts, names: Names) -> dict[str, Any]:
         "missed": missed,
         "missed_title": _missed_title(facts, missed),
         "matrix": _matrix(facts),
+        "classes": _classes(facts),
         "matrix_classes": [short(name) for name in facts.rows.classes],
         "charts": curves_of(facts),
         "by": _subgroups(facts),
         "gallery": _gallery(facts, names, listed),
+        "has_pictures": any(entry["picture"] is not None for entry in listed),
         **_mistakes(facts, listed, positive),
     }  # fmt: skip
+
+
+def _in_short(facts: SplitFacts) -> str:
+    """Return how good it is in a sentence or two, without a word of statistics."""
+    if facts.positive is not None and facts.rates is not None:
+        name, at = short(facts.positive.name), as_text(facts.positive.threshold)
+        recall, specificity = facts.rates["recall"], facts.rates["specificity"]
+        text = f"Called {name} where its probability is at least {at}. "
+        text += (
+            f"Of {count(recall['total'], 'image')} of {name}, {recall['hits']:,} "
+            f"{'is' if recall['hits'] == 1 else 'are'} found and "
+            f"{recall['total'] - recall['hits']:,} missed. "
+            if recall["total"] else f"There is no image of {name}. "
+        )  # fmt: skip
+        if not specificity["total"]:
+            return text + "There is no other image."
+        alarms = specificity["total"] - specificity["hits"]
+        return text + (
+            f"Of {count(specificity['total'], 'other image')}, {alarms:,} "
+            f"{'is' if alarms == 1 else 'are'} called {name} by mistake."
+        )
+    if facts.rows.has_labels:
+        size = int((~np.isnan(facts.rows.targets)).sum())
+        right = round(facts.metrics["accuracy"] * size)
+        return f"Of {size:,} answers, yes or no for each label of each image, {right:,} are right."
+    size = len(facts.rows.targets)
+    right = round(facts.metrics["accuracy"] * size)
+    return f"The most probable class is the right one for {right:,} of {count(size, 'image')}."
 
 
 def _cards(facts: SplitFacts) -> list[dict[str, Any]]:
@@ -98,10 +166,8 @@ def _cards(facts: SplitFacts) -> list[dict[str, Any]]:
     metrics, intervals, number = facts.metrics, facts.intervals, len(facts.rows.targets)
     cards = []
     if facts.positive is not None and facts.rates is not None:
-        name, at = short(facts.positive.name), as_text(facts.positive.threshold)
-        for key, label in (
-            ("recall", f"recall of {name} at {at}"), ("specificity", f"specificity at {at}"),
-        ):  # fmt: skip
+        name = short(facts.positive.name)
+        for key, label in (("recall", f"recall of {name}"), ("specificity", "specificity")):
             rate = facts.rates[key]
             value = rate["hits"] / rate["total"] if rate["total"] else None
             word = "found" if key == "recall" else "left alone"
@@ -121,7 +187,10 @@ def _cards(facts: SplitFacts) -> list[dict[str, Any]]:
         balanced = metrics["balanced_accuracy"], intervals["balanced_accuracy"]
         cards.append(_card("balanced accuracy", *balanced, "mean recall of the classes"))
     if facts.positive is None:
-        for name, row in metrics["per_class"].items():
+        rows = list(metrics["per_class"].items())
+        if len(rows) > _MOST_CARDS - len(cards):  # then those of the classes that are found worst
+            rows.sort(key=lambda item: 2.0 if item[1]["recall"] is None else item[1]["recall"])
+        for name, row in rows:
             if len(cards) == _MOST_CARDS:
                 break
             total = row.get("num_samples", row.get("num_positive", 0))
@@ -145,6 +214,25 @@ def _card(
     }
 
 
+def _classes(facts: SplitFacts) -> list[list[str]]:
+    """Return the recall of each class, a row of text each; none where the cards have them all."""
+    per_class, intervals = facts.metrics["per_class"], facts.intervals["per_class"]
+    if len(per_class) <= 2 and not facts.rows.has_labels:
+        return []
+    rows = []
+    for name, row in per_class.items():
+        total = row.get("num_samples", row.get("num_positive", 0))
+        interval = intervals[name].get("recall")
+        rows.append([short(name), f"{total:,}", _with_interval(row["recall"], interval)])
+    return rows
+
+
+def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return "undefined"
+    return decimal(value) + (f" ({' to '.join(map(decimal, interval))})" if interval else "")
+
+
 def _wrong_side(facts: SplitFacts, positive: Positive) -> tuple[list[int], list[int]]:
     """Return the rows that are missed, and the false alarms, each with the worst first."""
     known = facts.known(positive.column)
@@ -157,8 +245,8 @@ def _wrong_side(facts: SplitFacts, positive: Positive) -> tuple[list[int], list[
 
 
 def _missed(facts: SplitFacts, names: Names) -> list[str] | None:
-    """Return the names of the positive images that are missed; None without a positive class."""
-    if facts.positive is None:
+    """Return the names of positive images that are missed; None where there are no such images."""
+    if facts.positive is None or facts.rates is None or not facts.rates["recall"]["total"]:
         return None
     return [names.of(facts, row) for row in _wrong_side(facts, facts.positive)[0]]
 
@@ -167,12 +255,7 @@ def _missed_title(facts: SplitFacts, missed: list[str] | None) -> str:
     if facts.positive is None or missed is None or facts.rates is None:
         return ""
     total = facts.rates["recall"]["total"]
-    name = short(facts.positive.name)
-    if not total:
-        return f"there is no image of {name}"
-    return f"{len(missed):,} of {count(total, 'image')} of {name}" + (
-        "" if missed else "; the interval above says what that may be on others"
-    )
+    return f"{len(missed):,} of {count(total, 'image')} of {short(facts.positive.name)}"
 
 
 def _matrix(facts: SplitFacts) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -197,44 +280,48 @@ def _matrix(facts: SplitFacts) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _listed(facts: SplitFacts, names: Names) -> list[dict[str, Any]]:
-    """Return the mistakes that the table begins with, the worst first."""
+    """Return the mistakes of the table, the worst first: those it shows, and others of a cell."""
+
+    def entry(row: int, *cells: str, **more: Any) -> dict[str, Any]:
+        return {
+            "row": row, "cells": [names.of(facts, row), *cells], "is_more": False,
+            "picture": names.picture(facts, row), **more,
+        }  # fmt: skip
+
     if facts.positive is not None:
         missed, alarms = _wrong_side(facts, facts.positive)
         words = ["missed"] * len(missed) + ["false alarm"] * len(alarms)
         found = list(zip(missed + alarms, words, strict=True))[:MOST_MISTAKES]
-        return [
-            {
-                "cells": [names.of(facts, row), word, *_of_row(facts, row, facts.positive)],
-                "picture": names.picture(facts, row),
-            }
-            for row, word in found
-        ]
+        return [entry(row, word, *_of_row(facts, row, facts.positive)) for row, word in found]
     if facts.rows.has_labels:
         places = {path: row for row, path in enumerate(facts.rows.paths)}
         return [
-            {
-                "cells": [
-                    names.of(facts, places[wrong["path"]]), short(wrong["class"]),
-                    "yes" if wrong["target"] else "no", f"{wrong['prob']:.4f}",
-                ],
-                "picture": names.picture(facts, places[wrong["path"]]),
-            }
+            entry(places[wrong["path"]], short(wrong["class"]), "yes" if wrong["target"] else "no",
+                  f"{wrong['prob']:.4f}")
             for wrong in facts.rows.mistakes()[:MOST_MISTAKES]
         ]  # fmt: skip
     preds, probs, targets = facts.rows.preds, facts.rows.probs, facts.rows.targets
-    wrong_rows = np.flatnonzero(preds != targets).tolist()
-    wrong_rows.sort(key=lambda row: (-probs[row, preds[row]], facts.rows.paths[row]))
-    return [
-        {
-            "cells": [
-                names.of(facts, row), short(facts.rows.classes[targets[row]]),
-                short(facts.rows.classes[preds[row]]), f"{probs[row, preds[row]]:.4f}",
-            ],
-            "pair": f"{targets[row]}-{preds[row]}",
-            "picture": names.picture(facts, row),
-        }
-        for row in wrong_rows[:MOST_MISTAKES]
-    ]  # fmt: skip
+    classes = [short(name) for name in facts.rows.classes]
+    has_cells = facts.name == "valid" and len(classes) <= _MOST_CELLS
+    listed, of_cell = [], Counter[tuple[int, int]]()
+    for place, row in enumerate(_wrong_rows(facts)):
+        cell = int(targets[row]), int(preds[row])
+        of_cell[cell] += 1
+        is_more = place >= MOST_MISTAKES
+        if is_more and not (has_cells and of_cell[cell] <= _MOST_OF_CELL):
+            continue
+        listed.append(
+            entry(row, classes[cell[0]], classes[cell[1]], f"{probs[row, preds[row]]:.4f}",
+                  pair=f"{cell[0]}-{cell[1]}", is_more=is_more)
+        )  # fmt: skip
+    return listed
+
+
+def _wrong_rows(facts: SplitFacts) -> list[int]:
+    """Return the rows whose most probable class is not theirs, the surest first."""
+    preds, probs = facts.rows.preds, facts.rows.probs
+    rows: list[int] = np.flatnonzero(preds != facts.rows.targets).tolist()
+    return sorted(rows, key=lambda row: (-probs[row, preds[row]], facts.rows.paths[row]))
 
 
 def _of_row(facts: SplitFacts, row: int, positive: Positive) -> list[str]:
@@ -251,19 +338,22 @@ def mistaken_rows(facts: SplitFacts) -> list[int]:
     if facts.positive is not None:
         missed, alarms = _wrong_side(facts, facts.positive)
         return (missed + alarms)[:MOST_MISTAKES]
+    if not facts.rows.has_labels:
+        return _wrong_rows(facts)[:MOST_MISTAKES]
     places = {path: row for row, path in enumerate(facts.rows.paths)}
-    return [places[wrong["path"]] for wrong in facts.rows.mistakes()[:MOST_MISTAKES]]
+    wrong = [places[wrong["path"]] for wrong in facts.rows.mistakes()[:MOST_MISTAKES]]
+    return list(dict.fromkeys(wrong))
 
 
 def _gallery(
     facts: SplitFacts, names: Names, listed: list[dict[str, Any]]
-) -> list[tuple[str, str, str]]:  # fmt: skip
+) -> list[tuple[str, dict[str, Any], str]]:  # fmt: skip
     """Return name, picture and class of the images that are shown and not among the mistakes."""
-    shown = {entry["cells"][0] for entry in listed}
+    shown = {entry["row"] for entry in listed}
     found = []
     for row in range(len(facts.rows.paths)):
         name, picture = names.of(facts, row), names.picture(facts, row)
-        if picture and name not in shown:
+        if picture is not None and row not in shown:
             found.append((name, picture, _target(facts, row)))
     return found
 
@@ -325,6 +415,11 @@ def _subgroups(facts: SplitFacts) -> dict[str, Any] | None:
         "column": short(str(facts.by["column"])),
         "least": facts.by["least_units"],
         "unit": facts.by["unit"],
+        "note": ""
+        if facts.positive is None
+        else "Sensitivity and specificity are those of the "
+        + ("answer above 0.5" if facts.rows.has_labels else "most probable class")
+        + ", not of the threshold above.",
         "header": ["value", "images", *(_HEADS.get(name, short(name)) for name in names)],
         "rows": rows,
     }

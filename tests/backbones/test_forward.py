@@ -1,7 +1,10 @@
 """Forward passes: grey as one channel is grey as three, threads do not mix, refusals say why."""
 
+import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +99,16 @@ def test_without_onnx_runtime_it_is_not_usable_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(NotUsableError, match="onnxruntime"):
         onnx_forward(tiny_network.build(), 1)
+
+
+def test_onnx_runtime_tells_nobody_what_runs_here(tmp_path):
+    """It keeps what it sends in the home folder first."""
+    code = "import test_forward; test_forward.passes()['onnx'](test_forward.batch())"
+    environment = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    here = Path(__file__).parent
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]
 
 
 def test_exporting_leaves_the_network_and_the_warnings_alone():

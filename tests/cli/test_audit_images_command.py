@@ -31,7 +31,9 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--data", "data", "--blackout", "0.6"), "your word that its code may run"),
         (("--data", "data/train"), "none of 16 with the same name"),
         (("--data", "nowhere"), "found nothing there"),
-        (("--weights", "w.pt"), "--blackout beside it"),
+        (("--weights", "w.pt"), "--blackout or --evidence beside it"),
+        (("--evidence",), "the images, by --data DATA"),
+        (("--data", "data", "--evidence"), "your word that its code may run"),
     ],
 )
 def test_bad_input_gets_one_line(

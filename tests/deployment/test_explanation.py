@@ -146,7 +146,8 @@ def test_the_folder_and_the_lines(place: Path, tmp_path: Path) -> None:
     assert distances == sorted(distances)
     text = "\n".join(lines)
     for part in (
-        "; decision: covid", "log-odds of covid against normal: +", "in the middle 36% of the map",
+        "; decision: covid", "log-odds of covid against normal: +",
+        "in the middle 36%: ",
         "rank correlation", "near: covid, distance 0.000", "the image itself", "failed: ",
         "Not for diagnosis",
     ):  # fmt: skip

@@ -360,10 +360,8 @@ def test_groups_by_a_pattern_stand_in_for_the_cache_s(tmp_path: Path) -> None:
 def test_heads_of_the_folds_are_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, train = [], audit_folds.out_of_fold_probs
-    monkeypatch.setattr(
-        audit_folds, "out_of_fold_probs", lambda *given: trained.append(1) or train(*given)
-    )
+    trained, train = [], audit_folds.fit_heads
+    monkeypatch.setattr(audit_folds, "fit_heads", lambda *given: trained.append(1) or train(*given))
     cache = named(tmp_path / "c.h5", lambda i: f"{'x' * (1 + i // 60)}{i:03}.png", signal=2.0)
     found = quiet(cache, only=("labels", "shortcuts"))
     assert found.labels is not None

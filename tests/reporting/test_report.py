@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sample_decisions import SMALL, copy_run, decide_quietly, make_work
+from sample_decisions import copy_run, decide_quietly, make_work
 from sample_images import write_tree
-from sample_rows import edited, make_cache, rows_of
 
 import featcache
 from featcache.backbones.backbone import Backbone
@@ -24,8 +21,6 @@ from featcache.heads.run import load_run
 from featcache.metrics.rates import grouped_rate_interval
 from featcache.metrics.thresholds import measure_recall, measure_specificity
 from featcache.reporting.threshold_table import MAX_STEPS, threshold_table
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def quiet(_: str) -> None:
@@ -196,118 +191,6 @@ def test_without_a_positive_class_none_is_guessed(work: Path, tmp_path: Path) ->
     assert (again.positive, again.threshold) == ("normal", 0.5)
 
 
-HOSTILE = (
-    "<script>alert(1)</script>", "</script><script>alert(2)</script>", "<img src=x onerror=a()>",
-    "\"onmouseover='a()'", "a\u202egnp.exe", "{{ 7 * 7 }}", "]]><!--", "-->", "'; alert(3) //",
-    "\u2028\u2029", "&lt;b&gt;", "javascript:alert(4)", "caf\udce9", "\x1b[31m", "%s{}$`",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A page about classes and files with such names, all of them mistaken."""
-    folder = tmp_path_factory.mktemp("hostile")
-    names = HOSTILE[:3]
-    splits = {}
-    for split in ("train", "valid", "test"):
-        rows = rows_of(split, np.arange(30) % 3)
-        features = np.random.default_rng(0).normal(size=(30, 10)).astype("f4")
-        paths = [f"{split}{HOSTILE[i % len(HOSTILE)]}{i}" for i in range(30)]
-        splits[split] = edited(rows, features=features, paths=sorted(paths, key=_bytes))
-    make_cache(folder / "c.h5", classes=names, **splits)
-    featcache.train(folder / "c.h5", folder / "run", **SMALL, say=quiet, progress=False)
-    featcache.report(folder / "run", positive=names[0], say=quiet)
-    return (folder / "run" / "report.html").read_text("utf-8")
-
-
-def _bytes(path: str) -> bytes:
-    return path.encode("utf-8", "surrogateescape")
-
-
-def test_hostile_names_are_text(hostile: str) -> None:
-    parser = Parser(hostile)
-    tags = [tag for tag, _ in parser.tags]
-    assert tags.count("script") == 2
-    assert tags.count("img") == 0
-    assert not [key for _, attributes in parser.tags for key in attributes if key[:2] == "on"]
-    assert "49" not in re.findall(r"valid(\d+)0", parser.text)
-    assert "<script>alert(1)</script>" in parser.text
-    assert "{{ 7 * 7 }}" in parser.text
-    for char in "\u202e\u2028\u2029\x1b":
-        assert char not in hostile
-    data = json.dumps(data_of(hostile))
-    assert "<img src=x onerror=a()>" in data
-    assert "\\\\udce9" in data
-
-
-# ------------------------------------------------------------------------------------- a browser
-
-
-def open_page(path: Path, anchor: str, folder: Path) -> str:
-    """Return the page's DOM after its script has run, as headless Chromium has it."""
-    assert CHROMIUM is not None
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-        f"--user-data-dir={folder}", "--virtual-time-budget=2000", "--dump-dom",
-        f"{path.as_uri()}#{anchor}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, check=True, timeout=120)
-    log = done.stderr.decode(errors="replace")
-    assert "CONSOLE" not in log, log
-    return done.stdout.decode()
-
-
-def shown(dom: str, name: str) -> str:
-    found = re.search(rf'<[^>]*(?:data-count|id)="{name}"[^>]*>([^<]*)<', dom)
-    assert found, name
-    return found[1]
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_the_slider_shows_what_the_metrics_say(work: Path, page: str, tmp_path: Path) -> None:
-    dom = open_page(work / "page.html", "threshold=0.35&cell=fp", tmp_path)
-    (rows,) = read_valid(load_run(work / "run"), "covid")
-    found = re.search(r'id="threshold-value"[^>]*data-value="([^"]+)"', dom)
-    assert found
-    threshold = float(found[1])
-    assert threshold == min(
-        (step[0] for step in data_of(page)["steps"]), key=lambda t: abs(t - 0.35)
-    )
-    scored = rows.scores, rows.is_positive, threshold, rows.groups
-    rates = {"recall": measure_recall(*scored), "specificity": measure_specificity(*scored)}
-    for name, rate in rates.items():
-        row = re.search(rf'<tr data-rate="{name}">(.*?)</tr>', dom, re.DOTALL)
-        assert row
-        assert rate.interval is not None
-        value, low, high = (
-            float(text) for key in ("value", "low", "high")
-            for text in re.findall(rf'data-{key}="([^"]+)"', row[1])
-        )  # fmt: skip
-        np.testing.assert_allclose([value, low, high], [rate.hits / rate.total, *rate.interval],
-                                   atol=1e-6)  # fmt: skip
-        assert f"{rate.hits} of {rate.total}" in row[1]
-    called = rows.scores >= threshold
-    alarms = np.flatnonzero(called & ~rows.is_positive)
-    assert shown(dom, "tp") == str((called & rows.is_positive).sum())
-    assert shown(dom, "fp") == str(len(alarms))
-    table = re.search(r'id="mistakes">(.*?)</table>', dom, re.DOTALL)
-    assert table
-    listed = re.findall(r'<th scope="row">([^<]+)</th>', table[1])
-    worst_first = alarms[np.argsort(-rows.scores[alarms], kind="stable")]
-    assert listed == [rows.paths[i] for i in worst_first]
-    assert 'class="live" hidden' not in dom
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_takes_hostile_names_for_text(hostile: str, tmp_path: Path) -> None:
-    path = tmp_path / "page.html"
-    path.write_text(hostile, "utf-8")
-    dom = open_page(path, "threshold=0.01&cell=fp", tmp_path / "profile")
-    tags = [tag for tag, _ in Parser(dom).tags]
-    assert (tags.count("script"), tags.count("img")) == (2, 0)
-    assert "valid&lt;img src=x onerror=a()&gt;" in dom
-
-
 # -------------------------------------------------------------------------------------- pictures
 
 
@@ -328,8 +211,43 @@ def test_pictures_are_shown_only_when_asked_for(tmp_path: Path, tiny_backbone: B
     assert all(str(url).startswith("data:image/jpeg;base64,") for url in pictures)
     assert summary.has_images
     assert f"contains {len(pictures)} small pictures of patients" in Parser(page).text
-    for options in ({"data": tree}, {"images": "all"}, {"images": "some", "data": tree}):
-        with pytest.raises(ConfigError, match="--images"):
+    for options in ({"weights": "w.pt"}, {"images": "all"}, {"images": "some", "data": tree}):
+        with pytest.raises(ConfigError, match=r"--images|--data beside"):
             featcache.report(run, say=quiet, **options)
     assert not featcache.report(run, say=quiet).has_images
     assert "<img" not in (run / "report.html").read_text("utf-8")
+
+
+def test_mistakes_have_maps_where_the_backbone_can_be_had(
+    tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    tree = write_tree(tmp_path / "data", {"train": 6, "valid": 6, "test": 6})
+    featcache.extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, say=quiet, progress=False)
+    run, said = tmp_path / "run", list[str]()
+    featcache.train(tmp_path / "c.h5", run, hidden=(), epochs=1, say=quiet, progress=False)
+    options: dict[str, Any] = {"positive": "covid", "data": tree, "images": "mistakes"}
+    decide_quietly(run, positive="covid", threshold=0.0)  # all are called: half are mistakes
+
+    featcache.report(run, say=said.append, **options)
+    page = (run / "report.html").read_text("utf-8")
+    num_pictures = page.count("<img")
+    assert num_pictures > 0
+    assert any("no maps of what the network used" in line for line in said)
+    assert "pictures have no maps" in page
+
+    featcache.report(run, say=quiet, backbone=tiny_backbone, **options)
+    parser = Parser((run / "report.html").read_text("utf-8"))
+    pictures = [a for tag, a in parser.tags if tag == "img"]
+    maps = [a for a in pictures if a["alt"]]
+    explained = featcache.explain(
+        run, tree / featcache.open_cache(tmp_path / "c.h5").split("valid").paths[-1],
+        tmp_path / "out", positive="covid", backbone=tiny_backbone, say=quiet,
+    ).explanations[0]  # fmt: skip
+    assert f"for covid: log-odds {explained.log_odds:+.2f}" in parser.text
+    assert len(pictures) == num_pictures + len(maps)
+    if explained.maps[0]["map"] is None:
+        assert "this network has no map" in parser.text
+    else:
+        assert len(maps) == num_pictures
+        assert all(str(a["alt"]).startswith("map for covid: log-odds") for a in maps)
+        assert "not where disease is" in parser.text

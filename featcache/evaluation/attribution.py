@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from featcache.backbones.pooling import apply_norm
+from featcache.backbones.pooling import PooledMap, apply_norm
 
 _MAX_STEPS = 1 << 16
 _BLOCK_STEPS = 1024  # 10 MB of 1280 features in float64
@@ -28,6 +28,9 @@ Plane = npt.NDArray[np.float64]
 """(H, W)"""
 Score = Callable[[torch.Tensor], torch.Tensor]
 """Averages (n, D) float64 -> log-odds (n,), differentiable."""
+
+
+_LINEAR, _CURVED = (1, 1e-4), (64, 1e-3)  # steps to begin with, and what the sum may be off by
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Attribution:
         baseline: Log-odds there. With the parts of all positions they are the log-odds.
         residual: By how much they miss them.
         num_steps: Points of the path at which the gradient was taken.
+        is_complete: Whether they miss them by no more than the bound.
     """
 
     weights: npt.NDArray[np.float64]
@@ -47,6 +51,45 @@ class Attribution:
     baseline: float
     residual: float
     num_steps: int
+    is_complete: bool
+
+
+def attribute_maps(  # noqa: PLR0917 (a head, and what of each backbone it stands on)
+    head: nn.Module, positive: int, against: int | None, maps: Sequence[PooledMap],
+    norms: Sequence[nn.LayerNorm | None], mean: npt.NDArray[np.float64], *, is_linear: bool,
+) -> tuple[Attribution, list[Plane], float]:  # fmt: skip
+    """Return what each position of an image's maps adds to the log-odds of a class.
+
+    Args:
+        head: Features of all backbones, side by side, to logits, in float64.
+        positive: Number of the class.
+        against: Number of the other one; None for the logit of a label alone.
+        maps: Of the image by each backbone; one without a map has a single position.
+        norms: Between each backbone's averages and its features.
+        mean: (D,) features where the path begins.
+        is_linear: Whether the head is.
+
+    Returns:
+        The attribution, a plane (H, W) for each backbone, and the log-odds.
+    """
+    widths = [len(made.features) for made in maps]
+    score = log_odds_of(head, positive, against)
+    features = torch.cat([made.features for made in maps]).double()
+    with torch.no_grad():
+        log_odds = float(score(features[None])[0])
+    edges = np.cumsum(widths)[:-1]
+    starts, ends = [], []
+    for made, part, norm in zip(maps, np.split(mean, edges), norms, strict=True):
+        ends.append(made.positions.double().mean((0, 1)).numpy())
+        starts.append(before_norm(part, ends[-1], norm))
+    num_steps, tolerance = _LINEAR if is_linear and not any(norms) else _CURVED
+    found = attribute(
+        behind_norms(score, widths, norms), np.concatenate(starts), np.concatenate(ends),
+        log_odds, num_steps=num_steps, tolerance=tolerance,
+    )  # fmt: skip
+    parts = zip(maps, np.split(found.weights, edges), starts, strict=True)
+    planes = [place_parts(made.positions.numpy(), weights, start) for made, weights, start in parts]
+    return found, planes, log_odds
 
 
 def log_odds_of(head: nn.Module, positive: int, against: int | None) -> Score:
@@ -126,8 +169,9 @@ def attribute(
     while True:
         weights = _mean_gradient(score, first, last, num_steps)
         residual = float(weights @ (last - first)) + baseline - log_odds
-        if abs(residual) <= bound or num_steps >= _MAX_STEPS:
-            return Attribution(weights.numpy(), start, baseline, residual, num_steps)
+        is_complete = abs(residual) <= bound
+        if is_complete or num_steps >= _MAX_STEPS:
+            return Attribution(weights.numpy(), start, baseline, residual, num_steps, is_complete)
         num_steps *= 2
 
 
@@ -161,85 +205,3 @@ def place_parts(
     height, width, _ = positions.shape
     parts: Plane = (positions.astype(np.float64) - start) @ weights / (height * width)
     return parts
-
-
-def sum_cells(plane: Plane, side: int) -> Plane:
-    """Return the sums (side, side) of a plane (H, W), H and W being at least that."""
-    rows, columns = (_edges(length, side)[:-1] for length in plane.shape)
-    cells: Plane = np.add.reduceat(np.add.reduceat(plane, rows, 0), columns, 1)
-    return cells
-
-
-def choose_side(map_side: int | None) -> int:
-    """Return into how many cells a side of an image is parted to cover one after the other.
-
-    As many as the map has positions where that are few enough, else a number that divides them.
-    """
-    if map_side is None or map_side < 2:
-        return 7
-    if map_side <= 14:
-        return map_side
-    return next((side for side in range(14, 6, -1) if map_side % side == 0), 7)
-
-
-def cover_cells(pixels: npt.NDArray[np.uint8], side: int) -> list[npt.NDArray[np.uint8]]:
-    """Return copies of an image, in each of which one of side x side cells has its mean colour.
-
-    Of 35 sick phantoms (Lite0, 7 x 7) the cell that mattered most lay in the sign of disease in 12
-    by the default head and in 11 by a linear one, by chance in 6. Blurred cells, and covers two or
-    three cells wide, were better for one of the heads and worse for the other.
-
-    Args:
-        pixels: (S, S) or (S, S, 3)
-        side: Cells a side.
-    """
-    edges, covered = _edges(len(pixels), side), []
-    for row in range(side):
-        for column in range(side):
-            copy = pixels.copy()
-            cell = slice(edges[row], edges[row + 1]), slice(edges[column], edges[column + 1])
-            copy[cell] = np.round(pixels.mean(axis=(0, 1)))
-            covered.append(copy)
-    return covered
-
-
-def _edges(length: int, side: int) -> npt.NDArray[np.int64]:
-    return np.round(np.linspace(0, length, side + 1)).astype(np.int64)
-
-
-def rank_correlation(one: Plane, other: Plane) -> float | None:
-    """Return Spearman's rank correlation of two planes; None where all values of one are equal."""
-    ranks = [_ranks(plane.ravel()) for plane in (one, other)]
-    first, second = (values - values.mean() for values in ranks)
-    length = float(np.sqrt((first @ first) * (second @ second)))
-    return float(first @ second) / length if length > 0 else None
-
-
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return ranks; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    shared: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
-    return shared
-
-
-def share_inside(plane: Plane, side: float) -> dict[str, float | None]:
-    """Return which share of what speaks for, and against, lies in the middle of the image.
-
-    Args:
-        plane: (H, W)
-        side: Of the middle, as a share of the image's.
-    """
-    inside = np.multiply.outer(*(_inside(length, side) for length in plane.shape))
-    shares = dict[str, float | None]()
-    for name, of_sign in (("for", np.maximum(plane, 0)), ("against", np.maximum(-plane, 0))):
-        total = float(of_sign.sum())
-        shares[name] = min(float((of_sign * inside).sum()) / total, 1.0) if total > 0 else None
-    return shares
-
-
-def _inside(length: int, side: float) -> npt.NDArray[np.float64]:
-    """Return which share of each of so many cells lies in the middle."""
-    edges = np.linspace(-1, 1, length + 1)
-    clipped = np.clip(edges, -side, side)
-    return np.diff(clipped) / np.diff(edges)

@@ -8,24 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import nn
 
 from featcache.backbones.backbone import build_backbone
 from featcache.backbones.pooling import apply_norm, find_pooling, read_map
-from featcache.deployment.attribution import (
+from featcache.evaluation.attribution import (
     Attribution,
     Score,
     attribute,
     before_norm,
     behind_norms,
-    choose_side,
-    cover_cells,
     log_odds_of,
     place_parts,
-    rank_correlation,
-    share_inside,
-    sum_cells,
 )
 from featcache.heads.ensemble import mean_of_heads
 from featcache.heads.head import HeadConfig, build_head
@@ -166,32 +160,3 @@ def test_a_mean_behind_a_norm_is_met_in_its_direction() -> None:
     assert np.corrcoef(met, wanted)[0, 1] == pytest.approx(1)
     norm.weight[3] = 0  # carries nothing
     assert np.isfinite(before_norm(mean, averages, norm)).all()
-
-
-def test_ranks_shares_and_cells() -> None:
-    rng = np.random.default_rng(0)
-    one, other = rng.integers(0, 5, (2, 6, 6)).astype(float)
-    assert rank_correlation(one, other) == pytest.approx(
-        stats.spearmanr(one.ravel(), other.ravel()).statistic
-    )
-    assert rank_correlation(one, np.zeros((6, 6))) is None
-    assert share_inside(np.ones((10, 10)), 0.6) == {"for": pytest.approx(0.36), "against": None}
-    plane = np.zeros((5, 5))
-    plane[2, 2], plane[0, 0] = 1, -1
-    assert share_inside(plane, 0.6) == {"for": 1, "against": 0}
-    assert [choose_side(side) for side in (None, 1, 2, 7, 14, 16, 28, 56, 17)] == [
-        7, 7, 2, 7, 14, 8, 14, 14, 7,
-    ]  # fmt: skip
-    plane = rng.normal(size=(16, 16))
-    assert sum_cells(plane, 8)[1, 2] == pytest.approx(plane[2:4, 4:6].sum())
-
-
-@pytest.mark.parametrize("shape", [(20, 20), (20, 20, 3)])
-def test_every_pixel_is_covered_once_with_the_mean_colour(shape: tuple[int, ...]) -> None:
-    pixels = np.full(shape, 9, np.uint8)
-    pixels[:10] = 30
-    covered = cover_cells(pixels, 7)
-    assert len(covered) == 49
-    changed = sum((image == 20).reshape(20, 20, -1).all(axis=2).astype(int) for image in covered)
-    assert (np.asarray(changed) == 1).all()
-    assert set(np.unique(pixels)) == {9, 30}
