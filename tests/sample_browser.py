@@ -41,6 +41,7 @@ class Browser:
         self._events, events = os.pipe()
         self.messages: list[str] = []
         self.requests: list[str] = []
+        self._loaded = False
         self._number, self._session, self._buffer = 0, "", b""
         self._process = subprocess.Popen(
             [sys.executable, "-S", "-c", _START, str(commands), str(events), CHROMIUM,
@@ -94,6 +95,8 @@ class Browser:
         method, params = event.get("method"), event.get("params", {})
         if method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+        elif method == "Page.loadEventFired":
+            self._loaded = True
         elif method == "Log.entryAdded":
             self.messages.append(params["entry"]["text"])
         elif method == "Runtime.consoleAPICalled":
@@ -111,11 +114,11 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Open a page and wait until it is whole."""
+        self._loaded = False
         self.call("Page.navigate", url=url)
-        self.run(
-            "new Promise((done) => document.readyState === 'complete' && location.href !== "
-            "'about:blank' ? done() : addEventListener('load', done))"
-        )
+        while not self._loaded:
+            self._note(self._read())
+        assert self.run("location.href") == url
 
     def wait_for(self, condition: str) -> None:
         """Wait until an expression is true in the page."""
@@ -126,9 +129,11 @@ class Browser:
 
     def choose(self, selector: str, *files: Path) -> None:
         """Choose files in an input, as a person does."""
-        root = self.call("DOM.getDocument")["root"]["nodeId"]
-        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
+        found = self.call("Runtime.evaluate", expression=f"document.querySelector('{selector}')")
+        self.call(
+            "DOM.setFileInputFiles", objectId=found["result"]["objectId"],
+            files=[str(file) for file in files],
+        )  # fmt: skip
 
     def press(self, key: str, code: int, text: str = "") -> None:
         """Press a key, which types a text, and let it go."""
