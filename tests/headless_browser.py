@@ -6,7 +6,6 @@ It speaks the DevTools protocol, JSON objects that end with a zero byte, on file
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -34,12 +33,7 @@ def _above_9(descriptor: int) -> int:
 
 
 class Browser:
-    """A browser with one page.
-
-    Attributes:
-        requests: Addresses that the page asked for since ``open``, its own and ``data:`` left out.
-        messages: What it wrote to the console since then, exceptions and refusals included.
-    """
+    """A browser with one page."""
 
     def __init__(self, folder: Path) -> None:
         assert CHROMIUM is not None
@@ -120,28 +114,23 @@ class Browser:
             self._buffer += data
 
     def open(
-        self, path: Path, anchor: str = "", *, width: int = 1280, dark: bool = False,
+        self, page: Path | str, anchor: str = "", *, width: int = 1280, dark: bool = False,
         script: bool = True,
-    ) -> float:  # fmt: skip
-        """Open a file, wait until it is loaded, and return the seconds that took."""
+    ) -> None:  # fmt: skip
+        """Open a file or a URL, and wait until it is loaded."""
         self.send("Emulation.setScriptExecutionDisabled", value=not script)
-        self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
-            mobile=False,
-        )  # fmt: skip
+        self.resize(width)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", media="", features=[scheme])
-        self._own = path.as_uri()
+        self._own = page if isinstance(page, str) else page.as_uri()
         address = self._own + (f"#{quote(anchor, safe='=&')}" if anchor else "")
         for url in ("about:blank", address):  # else another anchor would load nothing
             self._events.clear()
-            start = time.monotonic()
             found = self.send("Page.navigate", url=url)
             assert "errorText" not in found, found
             self._wait_for("Page.loadEventFired")
         if script:
-            self.run("1")
-        return time.monotonic() - start
+            assert self.run("location.href") == address
 
     def _wait_for(self, event: str) -> None:
         if any(each["method"] == event for each in self._events):
@@ -158,26 +147,33 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """Write a PNG of what is seen, or of the whole page."""
-        made = self.send("Page.captureScreenshot", captureBeyondViewport=whole, **(
-            {"clip": self._whole()} if whole else {}
-        ))  # fmt: skip
-        path.write_bytes(base64.b64decode(made["data"]))
+    def wait_until(self, condition: str) -> None:
+        """Wait until a JavaScript expression is true in the page."""
+        self.run(
+            "new Promise((done) => { const look = () => (" + condition + ") ? done() : "
+            "requestAnimationFrame(look); look(); })"
+        )
 
-    def _whole(self) -> dict[str, Any]:
-        size = self.send("Page.getLayoutMetrics")["cssContentSize"]
-        return {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+    def choose_files(self, selector: str, *files: Path) -> None:
+        """Choose files in an input, as a person does."""
+        root = self.send("DOM.getDocument")["root"]["nodeId"]
+        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.send("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
-    def print(self) -> bytes:
-        """Return the page as a PDF."""
-        return base64.b64decode(self.send("Page.printToPDF", printBackground=True)["data"])
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """Press a key, which types a text, and let it go."""
+        for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
+            self.send(
+                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code,
+                **({"text": text} if kind == "keyDown" else {}),
+            )  # fmt: skip
 
-    def html(self) -> str:
-        """Return the page as it is now, with JavaScript off too."""
-        document = self.send("DOM.getDocument")["root"]["nodeId"]
-        html: str = self.send("DOM.getOuterHTML", nodeId=document)["outerHTML"]
-        return html
+    def resize(self, width: int) -> None:
+        """Make the window so wide, and 900 pixels high."""
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+            mobile=width < 600,
+        )  # fmt: skip
 
     @property
     def requests(self) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from headless_browser import CHROMIUM, Browser
 from PIL import Image
-from sample_browser import CHROMIUM, Browser
 from sample_servers import Server, make_run
 
 import featcache
@@ -35,11 +35,17 @@ def server(folder: Path) -> Iterator[Server]:
         yield made
 
 
-@pytest.fixture
-def browser(server: Server, tmp_path: Path) -> Iterator[Browser]:
-    with Browser(tmp_path / "profile") as made:
-        made.open(server.url)
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("browser") / "profile") as made:
         yield made
+
+
+@pytest.fixture
+def browser(server: Server, started: Browser) -> Browser:
+    """A browser that has just opened the page."""
+    started.open(server.url)
+    return started
 
 
 def test_a_person_chooses_images_and_reads_what_they_are(
@@ -53,9 +59,9 @@ def test_a_person_chooses_images_and_reads_what_they_are(
     wanted = server.send((hostile.name, image.read_bytes())).facts["predictions"][0]
     unlike = server.send((wide.name, wide.read_bytes())).facts["predictions"][0]
     assert unlike["unlike_training"]
-    browser.choose("#files", hostile, wide)
-    browser.wait_for("document.querySelectorAll('.answer').length === 2")
-    browser.wait_for("document.getElementById('status').textContent.includes('unlike.png:')")
+    browser.choose_files("#files", hostile, wide)
+    browser.wait_until("document.querySelectorAll('.answer').length === 2")
+    browser.wait_until("document.getElementById('status').textContent.includes('unlike.png:')")
     texts = browser.run("[...document.querySelectorAll('.answer')].map((a) => a.innerText)")
     first, second = (text.replace("\n", " ") for text in reversed(texts))
     assert hostile.name in first
@@ -68,17 +74,17 @@ def test_a_person_chooses_images_and_reads_what_they_are(
     # A stranger's name is no element; its own server alone was asked; nobody complained.
     assert browser.run("document.querySelectorAll('b, img[onerror]').length") == 0
     assert browser.messages == []
-    asked = [u for u in browser.requests if not u.startswith((server.url, f"blob:{server.url}"))]
-    assert [url for url in asked if not url.startswith("data:")] == []
+    own = (server.url, f"blob:{server.url}")
+    assert [url for url in browser.requests if not url.startswith(own)] == []
 
     browser.run("document.querySelector('.why').focus()")
     browser.press("Enter", 13, "\r")
-    browser.wait_for("document.querySelector('.explanation img')?.naturalWidth > 0")
+    browser.wait_until("document.querySelector('.explanation img')?.naturalWidth > 0")
     said = browser.run("document.querySelector('.explanation').innerText")
     assert "not where disease is" in said
     assert "Nearest training images" in said
     for width in (1280, 390):  # nothing is wider than the window
-        browser.look(tmp_path / f"{width}.png", width)
+        browser.resize(width)
         assert browser.run("document.documentElement.scrollWidth") <= width
 
 
@@ -86,8 +92,8 @@ def test_what_is_refused_is_said(browser: Browser, tmp_path: Path) -> None:
     broken, large = tmp_path / "broken.png", tmp_path / "large.png"
     broken.write_bytes(b"nonsense")
     large.write_bytes(bytes((1 << 16) + 1))
-    browser.choose("#files", broken, large)
-    browser.wait_for("document.querySelectorAll('.failed').length === 2")
+    browser.choose_files("#files", broken, large)
+    browser.wait_until("document.querySelectorAll('.failed').length === 2")
     said = browser.run("[...document.querySelectorAll('.failed')].map((p) => p.textContent)")
     assert said == [
         "Not classified: The file is too large.",
@@ -101,7 +107,7 @@ def test_the_page_is_usable_by_keyboard_and_screen_reader(browser: Browser) -> N
         browser.press("Tab", 9)
         names.append(browser.run("document.activeElement.id || document.activeElement.pathname"))
     assert names == ["files", "/card"]
-    tree = browser.call("Accessibility.getFullAXTree")["nodes"]
+    tree = browser.send("Accessibility.getFullAXTree")["nodes"]
     found = {
         (node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree
         if not node.get("ignored") and "role" in node
