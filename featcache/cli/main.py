@@ -1,7 +1,8 @@
 """The command line: parse, one call of the library, print. Nothing is decided here.
 
-The commands are in ``cache_commands``, ``head_commands`` and ``run_commands``. Only click and the
-error tree are imported at the top: ``featcache --help`` must not wait for torch.
+The commands are in ``cache_commands``, ``conversion_commands``, ``head_commands`` and
+``run_commands``. Only click and the error tree are imported at the top: ``featcache --help`` must
+not wait for torch.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from featcache import __version__
 from featcache.cli.cache_commands import audit, extract, info, select, split, verify
 from featcache.cli.conversion_commands import convert, neighbours
 from featcache.cli.ending import ENDING, complain, open_closed_streams
-from featcache.cli.explain_command import explain
 from featcache.cli.head_commands import crossval, sweep, train
-from featcache.cli.log_command import log
-from featcache.cli.options import (
-    DEVICE,
-    make_say,
-    print_facts,
-    printing,
+from featcache.cli.options import DEVICE, make_say, print_facts, printing
+from featcache.cli.run_commands import (
+    decide,
+    evaluate,
+    explain,
+    export,
+    log,
+    predict,
+    report,
+    serve,
 )
-from featcache.cli.report_command import report
-from featcache.cli.run_commands import decide, evaluate, export, predict
-from featcache.cli.serve_command import serve
 from featcache.errors import FeatcacheError, FeatcacheWarning, escaped
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from featcache.cli.ending import complain
+from featcache.cli.ending import ENDING, complain
 from featcache.cli.options import (
     AUTO_OR_NUMBER,
     DEVICE,
@@ -22,6 +23,8 @@ from featcache.cli.options import (
     printing,
 )
 from featcache.errors import DataError
+
+_MAX_PIXELS = 1 << 26  # that of serving.py, which --help does not import
 
 
 @click.command()
@@ -162,6 +165,83 @@ def predict(
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER",
+    help="A new folder: a picture for each image, and explanations.json.",
+)  # fmt: skip
+@click.option(
+    "--positive", metavar="CLASS", help="The class to explain; default: the most probable."
+)
+@click.option(
+    "--against", metavar="CLASS",
+    help="Of three classes or more, hold it against this one; default: the runner-up.",
+)  # fmt: skip
+@TRUST_EACH
+@WEIGHTS_EACH
+@DEVICE
+@LARGEST
+@listing
+@click.option("--overwrite", is_flag=True, help="Replace an existing FOLDER.")
+@printing
+def explain(
+    run: Path, images: tuple[Path, ...], out: Path, as_json: bool, quiet: bool, **options: Any
+) -> None:  # fmt: skip
+    """Show what in IMAGES spoke for and against a class, and the nearest training images.
+
+    \b
+    Example: featcache explain run new.png --out explained
+
+    The map adds up to the log-odds; occlusion stands beside it as a check. Both show what the
+    network used, not where disease is. Networks that do not end in average pooling get occlusion
+    alone.
+    """
+    from featcache.deployment.explanation import explain as explain_run
+
+    del options["no_classes"]  # whatever a folder is, its images are explained
+    summary = explain_run(run, list(images), out, say=make_say(as_json, quiet), **options)
+    print_facts(summary.as_dict(), [], as_json, quiet)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("file", required=False, metavar="[FILE.html]", type=click.Path(path_type=Path))
+@click.option(
+    "--positive", metavar="CLASS", help="The class to find; default: that of featcache decide."
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path),
+    help="The images: shows where the evidence lies in those of each class, and for --images.",
+)  # fmt: skip
+@click.option(
+    "--images", type=click.Choice(["none", "mistakes", "all"]), default="none", show_default=True,
+    help="Small pictures of these images of valid and test.",
+)  # fmt: skip
+@click.option("--no-paths", is_flag=True, help="Call images by numbers, not by their files.")
+@TRUST_EACH
+@WEIGHTS_EACH
+@DEVICE
+@printing
+def report(run: Path, file: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write one page about RUN: how good it is, where to put the threshold, how it was made.
+
+    \b
+    Example: featcache report run covid.html
+             featcache report run covid.html --data data --images mistakes --no-paths
+
+    One file without any request to a network: it opens from a disk, prints, and is readable without
+    JavaScript. The slider moves the threshold on valid; test is folded away. It shows the audit's
+    verdict and the decision where there are any: audit and decide first. Without FILE.html it is
+    RUN/report.html.
+    """
+    from featcache.reporting.report import report as write_report
+
+    summary = write_report(run, file, say=make_say(as_json, quiet), **options)
+    print_facts(summary.as_dict(), [], as_json, quiet)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path())  # as text: a slash at its end means a folder
 @TRUST_EACH
 @WEIGHTS_EACH
@@ -190,3 +270,79 @@ def export(run: Path, file: str, as_json: bool, quiet: bool, **options: Any) -> 
 
     summary = export_run(run, file, **options)
     print_facts(summary.as_dict(), export_lines(summary), as_json, quiet)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
+    help="0 takes any that is free.",
+)  # fmt: skip
+@click.option(
+    "--allow-host", "allow_hosts", metavar="NAME", multiple=True,
+    help="Another name of this server in requests, say behind a proxy. May be repeated.",
+)  # fmt: skip
+@TRUST_EACH
+@WEIGHTS_EACH
+@click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
+@DEVICE
+@click.option(
+    "--max-pixels", type=click.IntRange(min=1), default=_MAX_PIXELS, show_default=True,
+    metavar="N", help="Refuse larger images, unread.",
+)  # fmt: skip
+@printing
+def serve(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Classify images over HTTP with RUN: a page at / and JSON at /predict.
+
+    \b
+    Example: featcache serve run
+             curl -F file=@new.png http://127.0.0.1:8000/predict
+
+    Needs pip install 'featcache[serve]'. Not for diagnosis. What is sent is neither stored nor
+    logged. There is no password and no encryption: on another --host than a loopback address,
+    whoever reaches this machine can use it. Ctrl-C or SIGTERM answers the requests in hand, then
+    ends it. /health says whether it works, /card what RUN is.
+    """
+    from featcache.deployment.server.serving import serve as serve_run
+
+    def print_ready(facts: dict[str, Any]) -> None:
+        if as_json:
+            ENDING.print(json.dumps(facts, allow_nan=False))
+            ENDING.as_json = False  # one object: how it ends is said on standard error alone
+
+    serve_run(run, say=make_say(as_json, quiet), ready=print_ready, **options)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--to", required=True, type=click.Choice(["mlflow", "tensorboard"]), help="The tracker."
+)
+@click.option("--uri", help="Of MLflow; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.")
+@click.option(
+    "--out", metavar="DIR", type=click.Path(path_type=Path),
+    help="Of TensorBoard's event files; default: tensorboard.",
+)  # fmt: skip
+@click.option(
+    "--model", metavar="FILE.onnx|FOLDER", type=click.Path(path_type=Path),
+    help="Log what featcache export made of RUN too.",
+)  # fmt: skip
+@click.option("--paths", is_flag=True, help="Log paths of images too.")
+@printing
+def log(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Log RUN, a finished run, sweep or cross-validation, to MLflow or TensorBoard.
+
+    \b
+    Example: featcache log run --to mlflow
+             featcache log run --to tensorboard --out tb
+             featcache log run --to mlflow --uri http://localhost:5000 --model covid.onnx
+
+    Parameters, curves, figures of each evaluation with intervals, pictures, decision, audit, and
+    the files of the run. Trials and folds are runs below it. Logged again, only what is new is
+    added. Needs pip install "featcache[tracking]".
+    """
+    from featcache.reporting.tracking import log as log_run
+
+    summary = log_run(run, say=make_say(as_json, quiet), **options)
+    print_facts(summary.as_dict(), [], as_json, quiet)
