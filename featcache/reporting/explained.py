@@ -19,8 +19,8 @@ from featcache.deployment.explainer import Explainer, Explanation
 from featcache.errors import FeatcacheError, printable
 from featcache.extraction.earlier import refuse_dark_colour
 from featcache.formatting import count
+from featcache.reporting.names import Explained, short
 from featcache.reporting.pictures import SIDE, FoundImages, Key, as_url
-from featcache.reporting.wording import Explained, short
 from featcache.runtime import Say
 
 _FOR, _AGAINST = (178, 24, 43), (33, 102, 172)  # ends of ColorBrewer's RdBu

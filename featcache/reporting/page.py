@@ -26,8 +26,9 @@ from featcache.formatting import count, decimal, join_few, shorten
 from featcache.heads.config import TrainingConfig
 from featcache.reporting.charts import Chart, loss_chart, map_chart, sweep_chart
 from featcache.reporting.facts import Facts, Positive
+from featcache.reporting.names import Names, Shown, as_text, short
 from featcache.reporting.slider import slider_of
-from featcache.reporting.wording import Names, Shown, as_text, describe, short
+from featcache.reporting.wording import describe
 
 if TYPE_CHECKING:
     from featcache.reporting.evidence import EvidencePart

@@ -15,8 +15,9 @@ from featcache.formatting import brief_repr, count, in_bytes
 from featcache.heads.run import cache_paths, load_run
 from featcache.outputs import Kind, Output, write_output
 from featcache.reporting.facts import Facts, gather
+from featcache.reporting.mistakes import mistaken_rows
+from featcache.reporting.names import Shown
 from featcache.reporting.page import GENERATOR, render
-from featcache.reporting.wording import Shown, mistaken_rows
 from featcache.runtime import Say, log_line
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import numpy as np
 from featcache.formatting import decimal, percent
 from featcache.metrics.rates import count_groups
 from featcache.reporting.facts import Positive, SplitFacts
+from featcache.reporting.mistakes import MOST_MISTAKES
+from featcache.reporting.names import Names, as_text, short
 from featcache.reporting.threshold_table import threshold_table
-from featcache.reporting.wording import MOST_MISTAKES, Names, as_text, short
 
 _MOST_ROWS = 2500  # of each side that the script may list: the farthest on the wrong side
 _RATES = {
