@@ -19,6 +19,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,6 +31,7 @@ from featcache.files import follow_link
 from featcache.renames import beside
 
 _ENDING_SECONDS = 1.5  # after a signal; with the time it takes to be scheduled, 2 s
+_BEGIN_SECONDS = 2.0  # for the watchdog; it takes 0.1 ms
 _HELD_SECONDS = 9.0  # where extract finishes the batch in hand and writes its shard
 
 _OUTPUTS = {
@@ -165,10 +167,16 @@ class Ending:
         signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
         if hasattr(os, "register_at_fork"):  # a child's signals are not ours
             os.register_at_fork(after_in_child=_hear_nothing)
+        # Not threading.Thread: its start() waits for ever if the thread finds no memory. Then the
+        # hook must not need any: this one is in C, and says nothing.
+        sys.unraisablehook = deque[object](maxlen=0).append
+        begun = threading.Semaphore(0)
         try:
-            # Not threading.Thread: its start() waits for ever if the thread finds no memory.
-            _thread.start_new_thread(self._watch, (hears, tells, INTERRUPTS))
-        except (RuntimeError, MemoryError):  # no memory for a thread: no watchdog
+            _thread.start_new_thread(self._watch, (hears, tells, INTERRUPTS, begun))
+            is_watched = begun.acquire(timeout=_BEGIN_SECONDS)
+        except (RuntimeError, MemoryError):
+            is_watched = False
+        if not is_watched:
             signal.set_wakeup_fd(-1)
         sys.unraisablehook = self._show_unraisable
 
@@ -184,8 +192,12 @@ class Ending:
         if not self._signal:
             sys.__unraisablehook__(unraisable)
 
-    def _watch(self, hears: socket.socket, tells: socket.socket, numbers: tuple[int, ...]) -> None:
+    def _watch(
+        self, hears: socket.socket, tells: socket.socket, numbers: tuple[int, ...],
+        begun: threading.Semaphore,
+    ) -> None:  # fmt: skip
         """End the process some time after a signal, if nothing else does."""
+        begun.release()
         first, deadline = 0, float("inf")
         with tells:  # it must stay open
             while True:

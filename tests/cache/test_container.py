@@ -218,7 +218,7 @@ def test_a_missing_file_a_folder_and_a_file_as_folder_are_one_line_each(tmp_path
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(CacheError, match="found no such file"):
         open_container(tmp_path / "no.h5")
-    with pytest.raises(CacheError, match="expected a readable file"):
+    with pytest.raises(CacheError, match="expected a cache, which is a file, found a folder"):
         open_container(tmp_path)
     with pytest.raises(CacheError, match="expected a readable file"):
         open_container(tmp_path / "file" / "c.h5")

@@ -88,7 +88,7 @@ def test_a_folder_stands_for_its_caches(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("no cache")
     assert [path.name for path in list_caches(tmp_path)] == ["a.h5", "b.h5"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CacheError, match="a readable file"):
+    with pytest.raises(CacheError, match="which is a file, found a folder"):
         open_caches(tmp_path / "empty")
     with pytest.raises(ConfigError, match="one or more, found none"):
         open_caches([])
