@@ -15,7 +15,7 @@ import featcache
 PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-# The data's way. The root's modules come before all folders; heads/compiled is a part of heads.
+# The data's way. The root's modules come before all folders; a folder in a folder is a part of it.
 FOLDERS = ["", "data", "pixels", "backbones", "cache", "extraction", "metrics", "heads", "sweeps"]
 FOLDERS += ["evaluation", "deployment", "reporting", "cli"]
 NO_IMAGES = {"metrics", "heads", "sweeps"}  # training needs no image and no network
