@@ -167,7 +167,7 @@ def compare_rows(
         "run": run, "num_samples": len(first.targets),
         "num_groups": count_groups(first.groups) if has_groups else None,
         "num_ungrouped": first.groups.count("") if has_groups else None,
-        "test": OF_GROUPS if has_groups else MCNEMAR,
+        "test": OF_GROUPS if count_groups(first.groups) < len(first.groups) else MCNEMAR,
         "accuracy": None, "sensitivity": None, "specificity": None, "roc_auc": None,
     }  # fmt: skip
     targets = first.targets

@@ -22,7 +22,7 @@ from featcache.metrics.rates import (
 
 WILSON = "Wilson"
 OF_GROUPS = "Clopper and Pearson, effective sample size of the groups (Korn and Graubard)"
-"""A rate whose rows are each a group of their own has Wilson's."""
+BOTH = f"{OF_GROUPS}; Wilson for rates of rows of which no two share a group"
 
 FEW_IMAGES = 100
 """With a class of fewer images, no two of one group, the text warns: Wilson's interval holds on
@@ -42,7 +42,7 @@ def measure_intervals(rows: PredictedRows, positive: str | None) -> dict[str, An
     """
     has_groups = any(rows.groups)
     facts: dict[str, Any] = {
-        "confidence": 0.95, "method": OF_GROUPS if has_groups else WILSON,
+        "confidence": 0.95,
         "num_groups": count_groups(rows.groups) if has_groups else None,
         "num_ungrouped": rows.groups.count("") if has_groups else None,
     }  # fmt: skip
@@ -64,7 +64,7 @@ def measure_intervals(rows: PredictedRows, positive: str | None) -> dict[str, An
         facts["accuracy"] = _interval(rows, np.ones(len(targets), bool), right)
         facts["balanced_accuracy"] = list(mean_rate_interval(rates, intervals))
     of_class = dict(zip(rows.classes, recalls, strict=True))
-    facts["few"] = _find_few(rows, members)
+    facts |= {"method": _method(rows, members), "few": _find_few(rows, members)}
     facts |= {"sensitivity": None, "specificity": None, "positive_roc_auc": None}
     is_pair = not rows.has_labels and len(rows.classes) == 2  # both areas are the same
     facts["roc_auc"] = _listed(area_interval(rows, 1)) if is_pair else None
@@ -78,11 +78,23 @@ def measure_intervals(rows: PredictedRows, positive: str | None) -> dict[str, An
     return facts | {"per_class": {name: {"recall": value} for name, value in of_class.items()}}
 
 
+def _method(rows: PredictedRows, members: Sequence[npt.NDArray[np.int64]]) -> str:
+    """Return how the intervals of the rates are made: of all rows and of each class."""
+    if not _has_shared(rows, np.arange(len(rows.groups))):
+        return WILSON
+    of_class = [_has_shared(rows, which) for which in members if len(which)]
+    return OF_GROUPS if all(of_class) else BOTH
+
+
+def _has_shared(rows: PredictedRows, which: npt.NDArray[np.int64]) -> bool:
+    return count_groups([rows.groups[row] for row in which.tolist()]) < len(which)
+
+
 def _find_few(rows: PredictedRows, members: Sequence[npt.NDArray[np.int64]]) -> Any:
     """Return the class with the fewest images, and how many, if they are few; else None."""
     numbers = {
         name: len(which) for name, which in zip(rows.classes, members, strict=True)
-        if 0 < len(which) == count_groups([rows.groups[row] for row in which.tolist()])
+        if len(which) and not _has_shared(rows, which)
     }  # fmt: skip
     fewest = min(numbers, key=lambda name: numbers[name], default=None)
     if fewest is None or numbers[fewest] >= FEW_IMAGES:
