@@ -73,10 +73,10 @@ class Evaluation:
             ``specificity``, ``per_class`` {class: {recall}}, ``roc_auc`` (of two classes; else
             None), ``positive_roc_auc``; with ``confidence``, ``method`` (that was used for rates:
             Wilson's where no two rows share a group; for areas see ``metrics.areas.auc_interval``,
-            for balanced accuracy ``metrics.rates.mean_rate_interval``), ``num_groups`` (rows without a group count as one
-            each), ``num_ungrouped`` of these (both None where there are no groups), and ``few``:
-            ``class`` and ``num_samples`` of the smallest class, where these are below 100 and no
-            two of one group, else None.
+            for balanced accuracy ``metrics.rates.mean_rate_interval``), ``num_groups`` (rows
+            without a group count as one each), ``num_ungrouped`` of these (both None where there
+            are no groups), and ``few``: ``class`` and ``num_samples`` of the smallest class, where
+            these are below 100 and no two of one group, else None.
         calibration: ``brier``, ``log_loss``, ``ece`` and ``num_bins``, see
             ``metrics.calibration.measure_calibration``.
         decision: Class -> what its threshold does to these rows, see ``measure_decisions``; None

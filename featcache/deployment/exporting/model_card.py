@@ -4,32 +4,42 @@ The head is Hugging Face's ``model-index``. The items are the 44 of the 2024 upd
 and others, "Checklist for Artificial Intelligence in Medical Imaging (CLAIM): 2024 Update",
 Radiology: Artificial Intelligence 6, e240300), in our words.
 
-Reads: a run, and its cache if it is at hand. Writes: nothing.
+Reads: a run, and its cache and the audit's verdict on it if they are at hand. Writes: nothing.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from featcache.cache.reading import Cache
+from featcache.cache.reading import Cache, CacheSplit
+from featcache.cache.side_by_side import caches_of
+from featcache.cache.verdict import read_verdict
 from featcache.deployment.classifier import Classifier
+from featcache.deployment.exporting.card_figures import (
+    NOT_EVALUATED,
+    TO_FILL,
+    decision_lines,
+    figure_lines,
+    interval_methods,
+    measured_decision,
+    mistakes_text,
+    plain,
+    usual,
+    yaml_metrics,
+)
 from featcache.errors import FeatcacheError, printable
+from featcache.evaluation.deciding.scored_rows import is_lone
 from featcache.files import read_regular
 from featcache.formatting import count
 from featcache.heads.run import Run
 from featcache.heads.run_caches import open_own_caches
 from featcache.untrusted import parse_json_object
 
-TO_FILL = "**TO FILL**"
 _MAX_BYTES = 1 << 24
-_FIGURES = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision")
 _ITEMS = (
     "Title says that it is a study of artificial intelligence, and of which kind",
     "Summary of design, methods, results and conclusions",
@@ -104,13 +114,14 @@ def write_card(classifier: Classifier, facts: Mapping[str, Any]) -> Card:
     figures, environment = _read(run, "evaluation/test.json"), _read(run, "environment.json")
     if figures.get("fingerprint") != run.cache["fingerprint"]:
         figures = {}
+    rules = {} if classifier.decisions is None else classifier.decisions.rules
     answers = _answers(classifier, facts, figures, environment)
     num_answered = sum(TO_FILL not in answer for answer in answers.values())
     title = " + ".join(recipe.backbone.name for recipe in classifier.recipes)
-    classes = ", ".join(map(_plain, run.classes))
+    classes = ", ".join(map(plain, run.classes))
     num_open, versions = len(_ITEMS) - num_answered, facts["versions"]
     lines = [
-        *_yaml(title, figures),
+        *_yaml(title, yaml_metrics(figures, rules, run.task)),
         f"# Image classifier: {classes}",
         "",
         "**Not for diagnosis.** What it may be used for, the open items below must say first.",
@@ -129,10 +140,16 @@ def write_card(classifier: Classifier, facts: Mapping[str, Any]) -> Card:
         "`sha256sum -c SHA256SUMS` checks the files by other means.",
         f"Made with Pillow {versions['pillow']} and onnxruntime {versions['onnxruntime']}.",
         "A version of Pillow that resizes otherwise is refused.",
+        "It does not mark images that are unlike the training images, as `featcache predict` does:",
+        "whatever is on an image, it is told apart by these classes.",
+        "",
+        "## Decision",
+        "",
+        *decision_lines(rules, run.task),
         "",
         "## Figures on test",
         "",
-        *_figure_lines(figures),
+        *figure_lines(figures, rules, run.task),
         "",
         "## Items of CLAIM, update of 2024",
         "",
@@ -155,22 +172,7 @@ def _read(run: Run, name: str) -> dict[str, Any]:
         return {}
 
 
-def _plain(value: object) -> str:
-    """Return any text as one line that Markdown and HTML leave alone."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|<>&~$-])", r"\\\1", printable(value))
-
-
-def _number(value: object) -> float | None:
-    is_number = type(value) in {int, float} and np.isfinite(value)  # type: ignore[call-overload]
-    return float(value) if is_number else None  # type: ignore[arg-type]
-
-
-def _yaml(title: str, figures: Mapping[str, Any]) -> list[str]:
-    metrics = [
-        line for name in _FIGURES if (value := _number(figures.get(name))) is not None
-        # Not repr: YAML takes 1e-05 for a text.
-        for line in (f"          - type: {name}", f"            value: {value:.6f}")
-    ]  # fmt: skip
+def _yaml(title: str, metrics: Sequence[str]) -> list[str]:
     index = [
         "model-index:",
         f"  - name: {json.dumps(printable(title), ensure_ascii=False)}",
@@ -189,31 +191,6 @@ def _yaml(title: str, figures: Mapping[str, Any]) -> list[str]:
     return ["---", *head, *(index if metrics else []), "---", ""]
 
 
-def _figure_lines(figures: Mapping[str, Any]) -> list[str]:
-    """Return a table of the run's evaluation, each figure with its 95 % interval."""
-    if not figures:
-        return [f"{TO_FILL}: `featcache evaluate RUN` was not called, or is of other features."]
-    known = figures.get("intervals")
-    intervals: Mapping[str, Any] = known if isinstance(known, dict) else {}
-    rows = [(name, figures.get(name), intervals.get(name)) for name in _FIGURES]
-    of_class = figures.get("per_class")
-    in_class = intervals.get("per_class")
-    for name, facts in (of_class if isinstance(of_class, dict) else {}).items():
-        if isinstance(facts, dict):
-            each = in_class.get(name) if isinstance(in_class, dict) else None
-            interval = each.get("recall") if isinstance(each, dict) else None
-            what = f"recall of {name}, {facts.get('num_samples')} images"
-            rows.append((what, facts.get("recall"), interval))
-    lines = ["| figure | value | 95 % interval |", "| --- | ---: | --- |"]
-    for name, value, interval in rows:
-        if (number := _number(value)) is None:
-            continue
-        ends = [_number(end) for end in interval] if isinstance(interval, list) else []
-        said = " to ".join(f"{end:.3f}" for end in ends if end is not None) or "not known"
-        lines.append(f"| {_plain(name)} | {number:.3f} | {said} |")
-    return lines
-
-
 def _answers(
     classifier: Classifier, facts: Mapping[str, Any], figures: Mapping[str, Any],
     environment: Mapping[str, Any],
@@ -224,19 +201,19 @@ def _answers(
     versions = environment.get("versions")
     num_failed = count(int(run.cache.get("num_failed") or 0), "image")
     answers = {
-        6: f"Tell apart {', '.join(map(_plain, run.classes))} ({run.task})",
+        6: f"Tell apart {', '.join(map(plain, run.classes))} ({run.task})",
         9: "; ".join(
-            f"{_plain(each['backbone'])}: {_listed(each['preprocessing'])}"
+            f"{plain(each['backbone'])}: {_listed(each['preprocessing'])}"
             for each in facts["inputs"]
         ),
         12: f"{num_failed} could not be read and were left out",
-        22: f"Frozen {_plain(' + '.join(r.backbone.name for r in classifier.recipes))}, its pooled "
-        f"features; then {', '.join(map(_plain, facts['head']['layers']))}",
+        22: f"Frozen {plain(' + '.join(r.backbone.name for r in classifier.recipes))}, its pooled "
+        f"features; then {', '.join(map(plain, facts['head']['layers']))}",
         24: "Backbone: " + "; ".join(
             f"weights with sha256 {each['weights_sha256']}" for each in facts["inputs"]
         ) + f". Head: seed {run.seed}",
-        25: f"Views of an image: {_plain(identity.get('views'))}, augmentation "
-        f"{_plain(identity.get('augmentation'))}. {_listed(run.training)}",
+        25: f"Views of an image: {plain(identity.get('views'))}, augmentation "
+        f"{plain(identity.get('augmentation'))}. {_listed(run.training)}",
         27: f"Mean of the probabilities of {run.num_members} heads" if run.members else "None",
         43: f"Model: in this folder. Software: featcache {facts['versions']['featcache']}. "
         f"Data: {TO_FILL}",
@@ -248,22 +225,38 @@ def _answers(
     if cache is not None:
         answers |= _data_answers(cache, run)
     if figures:
-        answers[28] = "Accuracy, recall of each class, ROC AUC, average precision: see above"
-        answers[32] = "Split test of the same data: see the figures above"
-        answers[37] = f"Test: see the figures above. Other splits and subgroups: {TO_FILL}"
-        answers[38] = "See the figures above: accuracy and recalls with intervals"
-        method = figures.get("intervals")
-        if isinstance(method, dict) and "method" in method:
-            answers[29] = f"Two-sided 95 % intervals, {_plain(method['method'])}"
-        mistakes = figures.get("mistakes")
-        if isinstance(mistakes, list):
-            number = count(len(mistakes), "wrong image")
-            answers[39] = f"{number} of test, listed in the run. Why they are wrong: {TO_FILL}"
+        answers |= _figure_answers(figures, classifier)
+    return answers
+
+
+def _figure_answers(figures: Mapping[str, Any], classifier: Classifier) -> dict[int, str]:
+    task = classifier.run.task
+    rules = {} if classifier.decisions is None else classifier.decisions.rules
+    answers = {
+        28: "Accuracy, recall of each class, ROC AUC, average precision: see above",
+        32: "Split test of the same data: see the figures above",
+        37: f"Test: see the figures above. Other splits and subgroups: {TO_FILL}",
+        38: "See the figures above: accuracy and recalls with intervals",
+    }
+    if rules:
+        answers[28] = (
+            f"Of the decision recall and specificity; of the {usual(task)} accuracy and recalls; "
+            "of the probabilities ROC AUC and average precision: see above"
+        )
+        answers[38] = f"See the figures above: accuracy and recalls of the {usual(task)}; "
+        if all(measured_decision(figures, name, rule) for name, rule in rules.items()):
+            answers[38] += "recall and specificity of the decision; with intervals"
+        else:
+            answers[38] += f"the decision was {NOT_EVALUATED}. {TO_FILL}"
+    if methods := interval_methods(figures, rules):
+        answers[29] = methods
+    if mistakes := mistakes_text(figures, rules, task):
+        answers[39] = f"{mistakes}. Why they are wrong: {TO_FILL}"
     return answers
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in sorted(values.items()))
+    return ", ".join(f"{plain(key)} {plain(value)}" for key, value in sorted(values.items()))
 
 
 def _how_chosen(run: Run) -> str | None:
@@ -285,10 +278,10 @@ def _how_chosen(run: Run) -> str | None:
 def _data_answers(cache: Cache, run: Run) -> dict[int, str]:
     counts = []
     for name, split in cache.splits.items():
-        text = f"{_plain(name)} {len(split):,}"
+        text = f"{plain(name)} {len(split):,}"
         if cache.task == "multiclass" and cache.classes:
             each = [
-                f"{_plain(label)} {int((split.targets == i).sum()):,}"
+                f"{plain(label)} {int((split.targets == i).sum()):,}"
                 for i, label in enumerate(cache.classes)
             ]
             text += f" ({', '.join(each)})"
@@ -298,20 +291,55 @@ def _data_answers(cache: Cache, run: Run) -> dict[int, str]:
     num_rows = sum(map(len, cache.splits.values()))
     return {
         19: f"Images: {'; '.join(counts)}{drawn}",
-        20: _kept_apart([split.groups or [] for split in cache.splits.values()]),
+        20: _kept_apart(cache),
         35: f"{count(num_rows, 'image')}; {count(len(cache.failures), 'other')} could not be read. "
         f"Those left out before: {TO_FILL}",
+        40: _limits(cache),
     }
 
 
-def _kept_apart(groups: Sequence[Sequence[str]]) -> str:
-    """Return whether groups lie in several splits."""
-    splits_of = Counter(name for of_split in groups for name in set(of_split) if name)
+def _kept_apart(cache: Cache) -> str:
+    """Return of how many images of each class a group is named, and whether groups are split."""
+    splits_of, named, total = Counter[str](), Counter[str](), Counter[str]()
+    for split in cache.splits.values():
+        groups = split.groups or [""] * len(split)
+        is_named = [
+            not is_lone(group, path) for group, path in zip(groups, split.paths, strict=True)
+        ]
+        splits_of.update({group for group, yes in zip(groups, is_named, strict=True) if yes})
+        kinds = _class_names(cache, split)
+        total.update(kinds)
+        named.update(kind for kind, yes in zip(kinds, is_named, strict=True) if yes)
     if not splits_of:
-        return "Images: no groups are known, so a patient may stand in two splits"
+        return f"Images: no groups are known, so a patient may stand in two splits. {TO_FILL}"
     num_shared = sum(number > 1 for number in splits_of.values())
     said = f"{num_shared:,} are in two splits or more" if num_shared else "none is in two splits"
-    return f"Groups (as a rule patients): of {len(splits_of):,}, {said}"
+    said = f"of {count(len(splits_of), 'named group')} {said}"
+    if named.total() == total.total():
+        return f"Groups, as a rule patients, named for all {count(total.total(), 'image')}: {said}"
+    shares = ", ".join(f"{named[kind]:,} of {total[kind]:,} {plain(kind)}" for kind in total)
+    return (
+        f"A group, as a rule a patient, is named for {shares}: {said}. The other images are groups "
+        f"of their own, so a patient of theirs may stand in two splits: {TO_FILL}"
+    )
+
+
+def _class_names(cache: Cache, split: CacheSplit) -> list[str]:
+    """Return the class of each row; ``images`` where a row has several, or none are known."""
+    if cache.task != "multiclass" or not cache.classes:
+        return ["images"] * len(split)
+    return ["unlabelled" if i < 0 else cache.classes[i] for i in split.targets.tolist()]
+
+
+def _limits(cache: Cache) -> str:
+    """Return the verdict of the audit: of caches side by side the worst, as for training."""
+    verdicts = [read for each in caches_of(cache) if (read := read_verdict(each))]
+    found = max(verdicts, key=lambda verdict: int(verdict["num_leaks"]), default=None)
+    if found is None:
+        return f"These data were never audited (`featcache audit`). {TO_FILL}"
+    parts, images = ", ".join(map(plain, found["parts"])), count(found["num_images"], "image")
+    verdict = " ".join(map(plain, found["verdict"].split()))  # a long text would be cut
+    return f"Audit ({parts}; {images} read): {verdict} Others: {TO_FILL}"
 
 
 def _open_quietly(run: Run) -> Cache | None:

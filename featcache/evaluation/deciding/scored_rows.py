@@ -73,12 +73,16 @@ class ScoredRows:
         return positive
 
     def is_lone(self, row: int) -> bool:
-        """Return whether a row has no group but itself: none, or one that is named like its file.
+        """Return whether a row has no group but itself."""
+        return is_lone("" if self.groups is None else self.groups[row], self.paths[row])
 
-        ``split`` names the group of an image that ``--group-by`` does not match by its path.
-        """
-        group, path = "" if self.groups is None else self.groups[row], self.paths[row]
-        return not group or path == group or path.endswith("/" + group)
+
+def is_lone(group: str, path: str) -> bool:
+    """Return whether an image has no group but itself: none, or one that is named like its file.
+
+    ``split`` names the group of an image that ``--group-by`` does not match by its path.
+    """
+    return not group or path == group or path.endswith("/" + group)
 
 
 def read_valid(run: Run, positive: str) -> list[ScoredRows]:
