@@ -18,6 +18,7 @@ from featcache.formatting import (
     percent,
     shorten,
 )
+from featcache.precision import format_bound
 
 if TYPE_CHECKING:
     from featcache.deployment.exporting.delivery import DeliverySummary
@@ -66,24 +67,33 @@ def export_lines(summary: ExportSummary | DeliverySummary) -> Iterator[str]:
     model = f"{name}/model.onnx" if summary.files else name
     yield f"{model}: {backbones} with its head, sha256 {summary.sha256[:16]}..."
     parity = summary.parity
-    compared = f"{parity['num_phantoms']} drawn images at batches of " + ", ".join(
-        map(str, parity["batches"])
-    )
+    sizes = [str(size) for size in parity["batches"]]
+    images = f"{count(parity['num_phantoms'], 'drawn image')} in batches of "
+    images += f"{', '.join(sizes[:-1])} and {sizes[-1]}"
+    is_decided = summary.decision["thresholds"] is not None
+    border = "the threshold" if is_decided else "another decision"
     if parity["num_rows"]:
-        compared += f", and {count(parity['num_rows'], 'image')} nearest the threshold"
+        images += f", and {count(parity['num_rows'], 'image')} of the cache nearest {border}"
+    decisions = "same decisions"
+    if parity["num_changed"]:
+        decisions = f"same decisions but for {count(parity['num_changed'], 'image')}"
     yield (
-        f"compared with the run: {compared}: features within {parity['largest_error']:.1e} (bound "
-        f"{parity['bound']:.1e}), {count(parity['num_changed'], 'other decision')}, "
-        f"{count(parity['num_within_bound'], 'image')} within the bound of the threshold"
+        f"checked against the run: {images}: {decisions}, features within "
+        f"{parity['largest_error']:.1e} (allowed {format_bound(parity['bound'])})"
     )
+    if parity["num_within_bound"]:
+        yield (
+            f"{count(parity['num_within_bound'], 'image')} so near {border} that features within "
+            "what is allowed could change the decision"
+        )
     if parity["num_unread"]:
         yield f"{count(parity['num_unread'], 'image')} of these rows not at hand, or not readable"
     if summary.files:
         yield f"{name}/predict.py: self-test passed on {count(summary.num_golden, 'image')}"
         open_items = summary.num_items - summary.num_answered
         yield (
-            f"{name}/README.md: {summary.num_answered} of {summary.num_items} items answered from "
-            f"the files, {open_items} TO FILL"
+            f"{name}/README.md: {summary.num_answered} of {summary.num_items} items of the CLAIM "
+            f"checklist answered from the files, {open_items} TO FILL"
         )
 
 

@@ -5,7 +5,8 @@
     python predict.py --self-test        are files, pixels and probabilities what they were?
 
 An image gets the pixels that the model was trained with, bit for bit. What cannot be read exactly
-is refused by name, and the exit code is then 1.
+is refused by name, and the exit code is then 1. Images that are unlike those the model was trained
+with are not marked: it tells any image apart by its classes.
 
 Not for diagnosis.
 """
@@ -410,6 +411,8 @@ def classify(model: Model, names: Sequence[str], *, as_json: bool) -> int:
     rows, failures = [], []
     for name in names:
         try:
+            if Path(name).is_dir():
+                raise RefusedError("a folder: name the images in it")
             found = model.predict(model.read(Path(name).read_bytes()))
         except (RefusedError, OSError) as error:
             failures.append({"path": name, "reason": one_line(error)})
@@ -417,15 +420,39 @@ def classify(model: Model, names: Sequence[str], *, as_json: bool) -> int:
             continue
         rows.append({"path": name, **found})
         if not as_json:
-            decision = found["decision"]
-            said = decision if isinstance(decision, str) else "|".join(decision) or "none"
             pairs = zip(model.classes, found["probs"], strict=True)
             probs = "  ".join(f"{each} {prob:.4f}" for each, prob in pairs)
+            said = decision_text(model.config, found["decision"], found["probs"])
             say(sys.stdout, f"{printable(name)}: {said}  ({probs})")
     if as_json:
         facts = {"classes": model.classes, "predictions": rows, "failures": failures}
         say(sys.stdout, json.dumps(facts))
     return 1 if failures else 0
+
+
+def decision_text(
+    config: Mapping[str, Any], decision: str | list[str], probs: Sequence[float]
+) -> str:
+    """Return a decision in words; with the rule, where it is not what is most probable."""
+    classes, said = config["classes"], list_names(decision)
+    if isinstance(decision, str):
+        name, usual = "most probable", classes[int(np.argmax(probs))]
+    else:
+        pairs = zip(classes, probs, strict=True)
+        name, usual = "above 0.5", list_names([each for each, prob in pairs if prob > 0.5])
+    if said == usual:
+        return said
+    limits = []
+    for each, rule in (config["decision"]["thresholds"] or {}).items():
+        low, high = rule["threshold"], rule["refer_below"]
+        refer = "" if high is None else f"refer from {low:.6g}, "
+        limits.append(f"{refer}{each} if >= {low if high is None else high:.6g}")
+    return f"{said} by the decision ({', '.join(limits)}); {name} {usual}"
+
+
+def list_names(decision: str | list[str]) -> str:
+    """Return the decision's classes as one text."""
+    return decision if isinstance(decision, str) else "|".join(decision) or "none"
 
 
 def printable(name: str) -> str:

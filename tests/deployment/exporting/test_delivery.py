@@ -80,7 +80,67 @@ def test_folder_decides_as_the_run_without_torch_and_featcache(
     assert failure["reason"].startswith("a broken JPEG file: ")
     shown = python(place / "out" / "predict.py", tmp_path / "new.png", cwd=tmp_path)
     assert shown.returncode == 0
-    assert shown.stdout.startswith(f"{tmp_path / 'new.png'}: {wanted.decision[-1]}  (covid 0.")
+    assert shown.stdout.startswith(f"{tmp_path / 'new.png'}: {wanted.decision[-1]}")
+    assert "  (covid 0." in shown.stdout
+
+
+def test_lines_give_the_rule_where_another_class_is_most_probable(
+    place: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    run = Path(shutil.copytree(place / "run", place / "copied"))
+    paths = sorted((place / "data" / "test").rglob("*.*"))
+    for threshold, refer in ((0.02, False), (0.4, True), (0.5, False)):
+        decide_quietly(run, threshold=threshold, **({"refer": 0.4} if refer else {}))
+        out = tmp_path / f"{threshold}"
+        featcache.export(run, f"{out}/", backbone=tiny_backbone)
+        wanted = featcache.predict(run, paths, backbone=tiny_backbone)
+        assert wanted.decision is not None
+        assert wanted.thresholds is not None
+        rule = wanted.thresholds["covid"]
+        text = f"covid if >= {threshold:.6g}"
+        if rule["refer_below"] is not None:
+            text = f"refer from {threshold:.6g}, covid if >= {rule['refer_below']:.6g}"
+        done = python(out / "predict.py", *paths, cwd=tmp_path)
+        lines = done.stdout.splitlines()
+        differ = 0
+        for line, path, decision, pred in zip(
+            lines, paths, wanted.decision, wanted.preds, strict=True
+        ):
+            said = decision
+            if decision != pred:
+                said, differ = (
+                    f"{decision} by the decision ({text}); most probable {pred}",
+                    differ + 1,
+                )
+            assert line.startswith(f"{path}: {said}  (covid ")
+        assert (differ > 0) is (threshold != 0.5)
+
+
+def test_several_labels_and_none_are_named() -> None:
+    config = {
+        "classes": ["a", "b", "c"],
+        "decision": {"thresholds": {"b": {"threshold": 0.2, "refer_below": None}}},
+    }
+    for decision, probs, expected in (
+        (["a"], [0.6, 0.1, 0.1], "a"),
+        ([], [0.1, 0.1, 0.1], "none"),
+        (["a", "b"], [0.6, 0.3, 0.1], "a|b by the decision (b if >= 0.2); above 0.5 a"),
+        (["b"], [0.5, 0.3, 0.1], "b by the decision (b if >= 0.2); above 0.5 none"),
+    ):
+        assert predict_script.decision_text(config, decision, probs) == expected
+
+
+def test_a_folder_is_told_from_an_image(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    done = python(place / "out" / "predict.py", tmp_path / "images", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{tmp_path / 'images'}: refused: a folder: name the images in it\n"
+
+
+def test_card_and_script_say_that_unlike_images_are_not_marked(place: Path) -> None:
+    assert "It does not mark images that are unlike" in (place / "out" / "README.md").read_text()
+    usage = " ".join((predict_script.__doc__ or "").split())
+    assert "unlike those the model was trained with are not marked" in usage
 
 
 def test_self_test_passes_and_a_changed_byte_in_any_file_fails_it(

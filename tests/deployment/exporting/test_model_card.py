@@ -148,13 +148,13 @@ def test_groups_are_counted_by_class_and_the_audit_is_quoted(
 
 
 def test_groups_of_all_images_answer_the_item(tmp_path: Path, tiny_backbone: Backbone) -> None:
-    write_tree(tmp_path / "data", {"train": 4, "test": 4})
+    write_tree(tmp_path / "data", {"train": 4, "valid": 2, "test": 4})
     options: dict[str, Any] = {"group_by": r"^(\w+)_", "backbone": tiny_backbone}
     featcache.extract(tmp_path / "data", tmp_path / "c.h5", **options, **QUIET)
     featcache.train(tmp_path / "c.h5", tmp_path / "run", hidden=(), epochs=1, **QUIET)
     card = Card(tmp_path, tmp_path / "out", tiny_backbone)
     assert card.items[20].startswith(
-        "Groups, as a rule patients, named for all 16 images: of 8 named groups none is in two"
+        "Groups, as a rule patients, named for all 20 images: of 10 named groups none is in two"
     )
     assert "TO FILL" not in card.items[20]
     assert card.items[40].startswith("These data were never audited")
