@@ -51,9 +51,9 @@ def test_lines_speak_of_a_threshold_where_there_is_one_and_of_what_is_near_it() 
     )  # fmt: skip
     assert [*export_lines(summary)][1:] == [
         (
-            "checked against the run: 8 drawn images in batches of 1 and 64, and 1 image of the cache "
-            "nearest the threshold: same decisions but for 1 image, features within 2.5e-06 (allowed "
-            "1.3e-03)"
+            "checked against the run: 8 drawn images in batches of 1 and 64, and 1 image of the "
+            "cache nearest the threshold: same decisions but for 1 image, features within 2.5e-06 "
+            "(allowed 1.3e-03)"
         ),
         (
             "2 images so near the threshold that features within what is allowed could change the "

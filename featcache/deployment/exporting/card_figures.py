@@ -34,8 +34,13 @@ def _number(value: object) -> float | None:
     return float(value) if is_number else None  # type: ignore[arg-type]
 
 
+def usually(task: str) -> str:
+    """Return by what an image is decided without a threshold."""
+    return "a probability above 0.5" if task == "multilabel" else "the most probable class"
+
+
 def usual(task: str) -> str:
-    """Return what decides without a threshold."""
+    """Return the same in few words, for the head of a column."""
     return "above 0.5" if task == "multilabel" else "most probable class"
 
 
@@ -153,7 +158,7 @@ def figure_lines(figures: Facts, rules: Mapping[str, Facts], task: str) -> Itera
             yield ""
         else:
             yield from _measured_lines(name, facts, usual(task))
-    yield f"Not of the decision, but of the {usual(task)}:"
+    yield f"Without the decision, by {usually(task)}:"
     yield ""
     yield from _usual_lines(figures)
 
@@ -254,6 +259,6 @@ def mistakes_text(figures: Facts, rules: Mapping[str, Facts], task: str) -> str 
     mistakes: Sequence[Any] | None = figures.get("mistakes")
     if isinstance(mistakes, list):
         number = count(len(mistakes), "wrong label" if task == "multilabel" else "wrong image")
-        by = f"By the {usual(task)} " if rules else ""
+        by = f"Without it (by {usually(task)}) " if rules else ""
         said.append(f"{by}{number} of test, listed in the run")
     return ". ".join(said) if said else None

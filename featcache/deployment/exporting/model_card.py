@@ -28,7 +28,7 @@ from featcache.deployment.exporting.card_figures import (
     measured_decision,
     mistakes_text,
     plain,
-    usual,
+    usually,
     yaml_metrics,
 )
 from featcache.errors import FeatcacheError, printable
@@ -240,10 +240,10 @@ def _figure_answers(figures: Mapping[str, Any], classifier: Classifier) -> dict[
     }
     if rules:
         answers[28] = (
-            f"Of the decision recall and specificity; of the {usual(task)} accuracy and recalls; "
+            f"Of the decision recall and specificity; by {usually(task)} accuracy and recalls; "
             "of the probabilities ROC AUC and average precision: see above"
         )
-        answers[38] = f"See the figures above: accuracy and recalls of the {usual(task)}; "
+        answers[38] = f"See the figures above: accuracy and recalls by {usually(task)}; "
         if all(measured_decision(figures, name, rule) for name, rule in rules.items()):
             answers[38] += "recall and specificity of the decision; with intervals"
         else:

@@ -12,6 +12,12 @@ from sample_images import write_tree
 
 import featcache
 from featcache.backbones.backbone import Backbone
+from featcache.deployment.exporting.card_figures import (
+    decision_lines,
+    figure_lines,
+    mistakes_text,
+    yaml_metrics,
+)
 from featcache.files import readable_json
 
 QUIET: dict[str, Any] = {"say": lambda _: None}
@@ -158,3 +164,36 @@ def test_groups_of_all_images_answer_the_item(tmp_path: Path, tiny_backbone: Bac
     )
     assert "TO FILL" not in card.items[20]
     assert card.items[40].startswith("These data were never audited")
+
+
+def test_labels_have_a_rule_each_and_a_label_without_known_rows_is_undefined() -> None:
+    rule: dict[str, Any] = {
+        "threshold": 0.2, "refer_below": None, "wish": {"threshold": 0.2}, "on": "valid",
+        "basis": "guarantee", "reason": "the head was not trained on these rows", "unit": "group",
+        "bound": 0.0, "num_units": 3, "num_right": 0,
+    }  # fmt: skip
+    rate = {"hits": 3, "total": 4, "bound": 0.2, "interval": [0.3, 0.95]}
+    rates = {"recall": rate, "specificity": {**rate, "hits": 0, "total": 0}, "share_positive": 0.5}
+    unknown = {**rule, "image": None, "argmax": None, "refer": None}
+    rules = {"a|b": rule, "c": rule}
+    figures = {
+        "decision": {"a|b": {**unknown, "image": rates, "argmax": rates}, "c": unknown},
+        "mistakes": [{}],
+    }
+    text = "\n".join(decision_lines(rules, "multilabel"))
+    assert text.count("else not, whatever other classes have") == 2
+    assert r"**a\|b if its probability is >= 0.2**" in text
+    assert "Bound: none" in text
+    assert "Asked for: threshold 0.2; measured on the split valid." in text
+    text = "\n".join(figure_lines(figures, rules, "multilabel"))
+    assert "| figure | decision | above 0.5 |" in text
+    assert "| specificity | undefined | undefined |" in text
+    assert "undefined, no such images" in text
+    metrics = [line.strip() for line in yaml_metrics(figures, rules, "multilabel")]
+    assert metrics == [
+        "- type: recall", 'name: "recall of the decision: a|b if >= 0.2"', "value: 0.750000"
+    ]  # fmt: skip
+    assert mistakes_text(figures, rules, "multilabel") == (
+        r"By the decision 1 of 4 a\|b missed, 0 of 0 others called a\|b. "
+        "Without it (by a probability above 0.5) 1 wrong label of test, listed in the run"
+    )
