@@ -75,6 +75,6 @@ def test_where_a_cache_has_moved_the_hint_is_an_option_that_there_is(
     make_cache(tmp_path / "c.h5")
     train(tmp_path / "c.h5", tmp_path / "r", **SMALL)
     (tmp_path / "c.h5").rename(tmp_path / "d.h5")
-    assert_one_line_error(run("report", "r"), "Put it there again")
+    assert_one_line_error(run("report", "r"), "Put it back")
     assert run("evaluate", "r", "--cache", "d.h5").code == 0
     assert "Choose from: mlflow, tensorboard" in run("log", "r").err
