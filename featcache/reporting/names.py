@@ -56,7 +56,7 @@ class Names:
 
     def picture(self, facts: SplitFacts, row: int) -> dict[str, Any] | None:
         """Return number, picture and map of a row; None where there is no picture."""
-        key = facts.split, facts.rows.paths[row]
+        key = facts.key(row)
         if key not in self.shown.pictures:
             return None
         explained = self.shown.maps.get(key, Explained([], ""))
@@ -69,7 +69,7 @@ class Names:
         """Return the name of a row of a split."""
         if self.has_paths:
             return printable(facts.rows.paths[row])
-        return f"{facts.name} {row + 1}"
+        return f"{facts.title} {row + 1}"
 
 
 def short(name: str) -> str:

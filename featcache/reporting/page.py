@@ -28,7 +28,7 @@ from featcache.reporting.charts import Chart, loss_chart, map_chart, sweep_chart
 from featcache.reporting.facts import Facts, Positive
 from featcache.reporting.names import Names, Shown, as_text, short
 from featcache.reporting.slider import slider_of
-from featcache.reporting.wording import describe
+from featcache.reporting.wording import describe, rate_card, say_rates
 
 if TYPE_CHECKING:
     from featcache.reporting.evidence import EvidencePart
@@ -58,7 +58,8 @@ def render(
     test = None if facts.test is None else describe(facts.test, names)
     positive, slider, data = facts.positive, None, None
     if facts.valid is not None and positive is not None:
-        command = f"featcache decide {_word(facts.run.path.resolve().name)}"
+        command = f"featcache decide {_word(_run_name(facts))}"
+        command += "" if facts.folds is None else f" --on {_word(facts.folds.name)}"
         command += f" --positive {_word(positive.name)} --threshold "
         found = slider_of(facts.valid, positive, names, command)
         slider, data = (None, None) if found is None else found
@@ -75,7 +76,7 @@ def render(
         style=Markup(style),
         script=Markup(script),
         data=None if data is None else Markup(_as_json(data)),
-        title=f"{short(facts.run.path.resolve().name)}: {classes}",
+        title=f"{short(_run_name(facts))}: {classes}",
         lead=_lead(facts, backbones),
         purpose="These figures describe these images only; they say nothing of other hospitals, "
         "devices or patients.",
@@ -92,15 +93,16 @@ def render(
         threshold_text=None if positive is None else as_text(positive.threshold),
         many_classes=len(facts.run.classes) > _MANY_CLASSES,
         decision=_decision(positive),
+        decided=_decided(positive) if valid is None else None,
         valid=None if valid is None else _safe(valid),
         test=None if test is None else _safe(test),
         no_valid=facts.no_valid,
         slider=slider,
         no_slider=_no_slider(facts),
         audit=_audit(facts),
-        loss=_safe_chart(loss_chart(facts.history, facts.run.training.get("best_epoch"))),
-        no_loss="There are no losses by epoch to draw: the head was solved for, or is a mean of "
-        "several heads.",
+        loss=_safe_chart(loss_chart(facts.histories)),
+        no_loss="There are no losses by epoch to draw: the head was solved for, or history.csv is "
+        "not in the run's folder.",
         sweep=_safe_chart(sweep_chart(facts.trials, metric)),
         evidence={name: _safe_evidence(part) for name, part in evidence.items()},
         map=_safe_chart(map_chart(facts.feature_map, facts.cache.classes)),
@@ -121,7 +123,15 @@ def _lead(facts: Facts, backbones: str) -> str:
         what = f"which of these an image {'shows' if shows else 'is'}: {listed}"
     else:
         what = f"which of {len(names):,} classes an image {'shows' if shows else 'is'}"
-    return f"A small head on the features of a frozen network, {backbones}, says {what}."
+    number = facts.run.num_members
+    head = "A small head" if number == 1 else f"The mean of {number:,} small heads"
+    return f"{head} on the features of a frozen network, {backbones}, says {what}."
+
+
+def _run_name(facts: Facts) -> str:
+    """Return what the run is called: its folder, with that of its cross-validation before it."""
+    name = facts.run.path.resolve().name
+    return name if facts.folds is None else f"{facts.folds.name}/{name}"
 
 
 def _read(name: str) -> str:
@@ -180,10 +190,37 @@ def _decision(positive: Positive | None) -> str:
     asked = f"for a {wish} of {value:g}, " if wish != "threshold" else ""
     rate = "specificity" if wish == "specificity" else "recall"
     return (
-        f"The threshold, {at}, was decided {asked}on {printable(rule['on'])}. What can be said of "
+        f"The threshold, {at}, was decided {asked}{_on(rule)}. What can be said of "
         f"new images: {rate} at least {decimal(rule['bound'])} per {rule['unit']} (one-sided 95 %; "
         f"{printable(rule['basis'])}: {printable(rule.get('reason', ''))})."
     )
+
+
+def _on(rule: Mapping[str, Any]) -> str:
+    """Return which rows a threshold was decided on."""
+    if rule["on"] != "crossval":
+        return f"on {printable(rule['on'])}"
+    number = rule.get("num_repeats") or 1
+    repeat = "" if number == 1 else f" (repeat {rule.get('repeat')} of {number})"
+    return f"on out-of-fold images of a cross-validation{repeat}"
+
+
+def _decided(positive: Positive | None) -> dict[str, Any] | None:
+    """Return the figures that the decision itself has, where no rows are left to measure."""
+    if positive is None or positive.rule is None:
+        return None
+    name, rates = short(positive.name), positive.rule["image"]
+    cards = [
+        rate_card(label, rates[key], word)
+        for key, label, word in (
+            ("recall", f"recall of {name}", "found"), ("specificity", "specificity", "left alone"),
+        )
+    ]  # fmt: skip
+    return {
+        "lead": f"Figures of the decision, {_on(positive.rule)}:",
+        "in_short": say_rates(positive, rates),
+        "cards": [card | {"bar": Markup(card["bar"])} for card in cards],
+    }
 
 
 def _no_slider(facts: Facts) -> str:
@@ -192,32 +229,37 @@ def _no_slider(facts: Facts) -> str:
             "No class was named as the one to find, and none is guessed: "
             "featcache decide RUN --positive CLASS, or featcache report RUN --positive CLASS."
         )
-    return "There are no images of both sides in valid: no threshold can be judged by them."
+    return "There are no images of both sides: no threshold can be judged by them."
 
 
 def _audit(facts: Facts) -> dict[str, Any]:
-    """Return the verdict of the audit, of several caches that of each."""
-    texts, num_leaks = [], 0
+    """Return what the audit found, warnings first; of several caches that of each."""
+    notes, num_leaks = list[tuple[bool, str]](), 0
     for cache, verdict in zip(caches_of(facts.cache), facts.audits, strict=True):
         name = short(cache.path.name)
         if verdict is None:
-            texts.append(
-                f"{name} was never audited for copies, wrong labels and shortcuts: "
-                f"featcache audit {_word(cache.path.name)}"
-            )
+            text = f"{name} was never audited for copies, wrong labels and shortcuts: "
+            notes.append((True, f"{text}featcache audit {_word(cache.path.name)}"))
             continue
         num_leaks += int(verdict["num_leaks"])
-        text = escaped(" ".join(verdict["verdict"].split()))
-        texts.append(text if len(facts.audits) == 1 else f"{name}: {text}")
+        found = [(each["is_warning"], each["text"]) for each in verdict["findings"]]
+        if not found:  # of an earlier version
+            is_warning = bool(verdict["num_leaks"]) or "A shortcut (" in verdict["verdict"]
+            found = [(is_warning, verdict["verdict"])]
+        start = "" if len(facts.audits) == 1 else f"{name}: "
+        notes += [(is_bad, start + escaped(" ".join(text.split()))) for is_bad, text in found]
     if not facts.is_own_cache:
-        texts.insert(0, "The cache has changed since the training.")
+        notes.append((True, "The cache has changed since the training."))
+    notes.sort(key=lambda note: not note[0])
     title = "What the audit of the images says"
+    is_bad = notes[0][0]
     if num_leaks:
         title = f"The audit found leaks: {count(num_leaks, 'set')} of copies"
     elif None in facts.audits:
         title = "The images were never audited"
-    is_bad = bool(num_leaks) or None in facts.audits or not facts.is_own_cache
-    return {"title": title, "texts": texts, "is_bad": is_bad}
+    elif is_bad:
+        title = "Warning: the audit of the images casts doubt on the figures"
+    return {"title": title, "notes": notes, "is_bad": is_bad}
 
 
 def _failures(facts: Facts, *, has_paths: bool) -> dict[str, Any]:
@@ -291,11 +333,12 @@ def _commands(facts: Facts) -> list[str]:
         name = _word(cache.path.name)
         cache_names.append(name)
         lines.append(" ".join(["featcache extract DATA", name, *_extract_options(cache.identity)]))
-    caches, run_name = " ".join(cache_names), _word(run.path.resolve().name)
+    caches, run_name = " ".join(cache_names), _word(_run_name(facts))
+    folds = "FOLDS" if facts.folds is None else _word(facts.folds.name)
     lines += [f"featcache audit {name}" for name in cache_names]
     options = _train_options(facts)
     if run.members:
-        lines.append(f"featcache crossval {caches} FOLDS --keep-ensemble {options}".rstrip())
+        lines.append(f"featcache crossval {caches} {folds} --keep-ensemble {options}".rstrip())
     elif facts.trials is not None:
         lines.append(f"featcache sweep {caches} {run_name}  # its options: sweep.json in the run")
     else:
@@ -304,7 +347,7 @@ def _commands(facts: Facts) -> list[str]:
         name = _word(facts.positive.name)
         if (rule := facts.positive.rule) is not None:
             ((wish, value),) = rule["wish"].items()
-            on = "" if rule["on"] == "valid" else " --on FOLDS"
+            on = "" if rule["on"] == "valid" else f" --on {folds}"
             lines.append(f"featcache decide {run_name} --positive {name} --{wish} {value:g}{on}")
         lines.append(f"featcache evaluate {run_name} --positive {name}")
     else:
