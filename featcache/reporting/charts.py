@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import printable
-from featcache.evaluation.history import History
 from featcache.formatting import count, decimal, percent, shorten
 from featcache.metrics.calibration import decision_curve, reliability_table
-from featcache.reporting.facts import FeatureMap, Positive, SplitFacts
+from featcache.reporting.facts import Positive, SplitFacts
+from featcache.reporting.feature_map import FeatureMap
 from featcache.reporting.svg import Axis, Dots, Line, Mark, Point, draw, legend_key
 
 _MOST_CURVES = 6
-_MOST_HEADS = 30  # whose losses are drawn
 _MOST_LISTED = 20  # rows of a table behind a figure
 
 _Scores = npt.NDArray[np.float64]
@@ -82,7 +81,7 @@ def _roc(facts: SplitFacts, curves: Sequence[tuple[int, _Mask, _Scores]]) -> Cha
         legend.append((legend_key(number, is_line=True), name))
         rows += [
             [name, f"{limits[i]:.4f}", decimal(ys[i]), decimal(1 - xs[i])]
-            for i in _few(len(limits))
+            for i in few_places(len(limits))
         ]
     if facts.positive is not None:
         marks.append(Mark(_at_threshold(facts), "chosen", f"{facts.name}-roc"))
@@ -116,7 +115,8 @@ def _precision_recall(facts: SplitFacts, curves: Sequence[tuple[int, _Mask, _Sco
         name = _name(facts, column)
         legend.append((legend_key(number, is_line=True), name))
         rows += [
-            [name, f"{limits[i]:.4f}", decimal(xs[i]), decimal(ys[i])] for i in _few(len(limits))
+            [name, f"{limits[i]:.4f}", decimal(xs[i]), decimal(ys[i])]
+            for i in few_places(len(limits))
         ]
     if facts.positive is not None and (precision := _precision_at(facts)) is not None:
         recall = _at_threshold(facts)[1]
@@ -216,81 +216,6 @@ def _reliability(facts: SplitFacts) -> list[Chart]:
     ]  # fmt: skip
     header = ["probability", "images", "mean probability", f"share that {who}"]
     return [Chart(name, "Reliability", summary, svg, header, rows)]
-
-
-def loss_chart(histories: Sequence[History]) -> Chart | None:
-    """Return the losses by epoch of a head, or of all heads of an ensemble; None without any."""
-    shown = histories[:_MOST_HEADS]
-    names = [
-        n for n in ("train_loss", "valid_loss") if shown and all(n in h.columns for h in shown)
-    ]
-    if not names or any(history.step != "epoch" for history in shown):
-        return None
-    num_epochs = max(len(history.steps) for history in shown)
-    values = [value for h in shown for n in names for value in h.columns[n] if value > 0]
-    if num_epochs < 2 or not values or any(h.steps != sorted({*h.steps}) for h in shown):
-        return None
-    low, high = min(values), max(values)
-    is_log = high / low > 5
-    y = (
-        Axis("loss", low / 1.15, high * 1.15, is_log=True)
-        if is_log
-        else Axis("loss", 0, high * 1.08)
-    )
-    lines = [
-        Line(list(zip(history.steps, history.columns[name], strict=True)), number)
-        for number, name in enumerate(names) for history in shown
-    ]  # fmt: skip
-    legend = [(legend_key(i, is_line=True), name.replace("_", " ")) for i, name in enumerate(names)]
-    kept = [
-        (history.steps[history.best], history.columns["valid_loss"][history.best])
-        for history in shown if history.best is not None and "valid_loss" in names
-    ]  # fmt: skip
-    heads = "" if len(histories) == 1 else f" of each of {len(histories):,} heads"
-    if len(shown) < len(histories):
-        heads += f", the first {len(shown)} drawn"
-    summary = f"Loss of {count(num_epochs, 'epoch')}{heads}{', logarithmic' if is_log else ''}."
-    if len(histories) > 1:
-        summary += " Kept of each head is its epoch with the lowest loss on the rows held out for "
-        summary += "it (diamonds)." if kept else "it."
-    elif kept:
-        epoch, loss = kept[0]
-        summary += f" Kept is epoch {epoch:g} (diamond), with the lowest loss on valid: {loss:.4g}."
-    marks = [Mark(at, f"kept-{number}") for number, at in enumerate(kept)]
-    last = max(history.steps[-1] for history in shown)
-    first = min(history.steps[0] for history in shown)
-    svg = draw(Axis("epoch", first, last), y, lines, marks=marks, name="loss", summary=summary)
-    table = _losses_of_heads if len(histories) > 1 else _losses_of_epochs
-    return Chart("loss", "Loss by epoch", summary, svg, *table(shown, names), legend)
-
-
-def _losses_of_epochs(
-    histories: Sequence[History], names: list[str]
-) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of a table with a row for an epoch of the only head."""
-    (history,) = histories
-    shown = [*names, *(["valid_accuracy"] if "valid_accuracy" in history.columns else [])]
-    rows = [
-        [f"{history.steps[i]:.0f}", *(f"{history.columns[name][i]:.4f}" for name in shown)]
-        for i in _few(len(history.steps))
-    ]
-    return ["epoch", *(name.replace("_", " ") for name in shown)], rows
-
-
-def _losses_of_heads(
-    histories: Sequence[History], names: list[str]
-) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of a table with a row for each head: what is kept of it."""
-    rows = []
-    for number, history in enumerate(histories, 1):
-        member = ", ".join(f"{key} {value}" for key, value in history.member.items())
-        at = len(history.steps) - 1 if history.best is None else history.best
-        losses = [f"{history.columns[name][at]:.4f}" for name in names]
-        rows.append([
-            member or f"head {number}", f"{len(history.steps):,}", f"{history.steps[at]:.0f}",
-            *losses,
-        ])  # fmt: skip
-    return ["head", "epochs", "kept epoch", *(name.replace("_", " ") for name in names)], rows
 
 
 def sweep_chart(trials: list[dict[str, str]] | None, metric: str) -> Chart | None:
@@ -398,7 +323,7 @@ def _corners(points: Sequence[Point]) -> list[Point]:
     return [*kept, points[-1]]
 
 
-def _few(number: int) -> list[int]:
+def few_places(number: int) -> list[int]:
     """Return places in a list, evenly spread, with both ends."""
     places = np.linspace(0, number - 1, min(number, _MOST_LISTED)).round().tolist()
     return sorted({int(place) for place in places})

@@ -5,6 +5,7 @@ Names of strangers are made printable here, and escaped by the template.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +76,11 @@ class Names:
 def short(name: str) -> str:
     """Return a class name that fits a heading."""
     return shorten(printable(name), 40)
+
+
+def as_word(text: str) -> str:
+    """Return a name as one word of a shell, safe to show."""
+    return shlex.quote(printable(text))
 
 
 def as_text(threshold: float) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import UTC, datetime
@@ -21,12 +20,14 @@ from markupsafe import Markup
 
 from featcache import __version__
 from featcache.cache.side_by_side import caches_of
-from featcache.errors import escaped, printable
+from featcache.errors import printable
 from featcache.formatting import count, decimal, join_few, shorten
 from featcache.heads.config import TrainingConfig
-from featcache.reporting.charts import Chart, loss_chart, map_chart, sweep_chart
+from featcache.reporting.audited import describe_audit
+from featcache.reporting.charts import Chart, map_chart, sweep_chart
 from featcache.reporting.facts import Facts, Positive
-from featcache.reporting.names import Names, Shown, as_text, short
+from featcache.reporting.losses import loss_chart
+from featcache.reporting.names import Names, Shown, as_text, as_word, short
 from featcache.reporting.slider import slider_of
 from featcache.reporting.wording import describe, rate_card, say_rates
 
@@ -58,9 +59,9 @@ def render(
     test = None if facts.test is None else describe(facts.test, names)
     positive, slider, data = facts.positive, None, None
     if facts.valid is not None and positive is not None:
-        command = f"featcache decide {_word(_run_name(facts))}"
-        command += "" if facts.folds is None else f" --on {_word(facts.folds.name)}"
-        command += f" --positive {_word(positive.name)} --threshold "
+        command = f"featcache decide {as_word(_run_name(facts))}"
+        command += "" if facts.folds is None else f" --on {as_word(facts.folds.name)}"
+        command += f" --positive {as_word(positive.name)} --threshold "
         found = slider_of(facts.valid, positive, names, command)
         slider, data = (None, None) if found is None else found
     identities = [cache.identity for cache in caches_of(facts.cache)]
@@ -99,7 +100,7 @@ def render(
         no_valid=facts.no_valid,
         slider=slider,
         no_slider=_no_slider(facts),
-        audit=_audit(facts),
+        audit=describe_audit(facts),
         loss=_safe_chart(loss_chart(facts.histories)),
         no_loss="There are no losses by epoch to draw: the head was solved for, or history.csv is "
         "not in the run's folder.",
@@ -232,36 +233,6 @@ def _no_slider(facts: Facts) -> str:
     return "There are no images of both sides: no threshold can be judged by them."
 
 
-def _audit(facts: Facts) -> dict[str, Any]:
-    """Return what the audit found, warnings first; of several caches that of each."""
-    notes, num_leaks = list[tuple[bool, str]](), 0
-    for cache, verdict in zip(caches_of(facts.cache), facts.audits, strict=True):
-        name = short(cache.path.name)
-        if verdict is None:
-            text = f"{name} was never audited for copies, wrong labels and shortcuts: "
-            notes.append((True, f"{text}featcache audit {_word(cache.path.name)}"))
-            continue
-        num_leaks += int(verdict["num_leaks"])
-        found = [(each["is_warning"], each["text"]) for each in verdict["findings"]]
-        if not found:  # of an earlier version
-            is_warning = bool(verdict["num_leaks"]) or "A shortcut (" in verdict["verdict"]
-            found = [(is_warning, verdict["verdict"])]
-        start = "" if len(facts.audits) == 1 else f"{name}: "
-        notes += [(is_bad, start + escaped(" ".join(text.split()))) for is_bad, text in found]
-    if not facts.is_own_cache:
-        notes.append((True, "The cache has changed since the training."))
-    notes.sort(key=lambda note: not note[0])
-    title = "What the audit of the images says"
-    is_bad = notes[0][0]
-    if num_leaks:
-        title = f"The audit found leaks: {count(num_leaks, 'set')} of copies"
-    elif None in facts.audits:
-        title = "The images were never audited"
-    elif is_bad:
-        title = "Warning: the audit of the images casts doubt on the figures"
-    return {"title": title, "notes": notes, "is_bad": is_bad}
-
-
 def _failures(facts: Facts, *, has_paths: bool) -> dict[str, Any]:
     rows = [
         [printable(failure.path) if has_paths else f"{i + 1}", printable(failure.split),
@@ -330,11 +301,11 @@ def _commands(facts: Facts) -> list[str]:
     """Return the commands that make the run again; DATA stands for the images."""
     run, lines, cache_names = facts.run, [], []
     for cache in caches_of(facts.cache):
-        name = _word(cache.path.name)
+        name = as_word(cache.path.name)
         cache_names.append(name)
         lines.append(" ".join(["featcache extract DATA", name, *_extract_options(cache.identity)]))
-    caches, run_name = " ".join(cache_names), _word(_run_name(facts))
-    folds = "FOLDS" if facts.folds is None else _word(facts.folds.name)
+    caches, run_name = " ".join(cache_names), as_word(_run_name(facts))
+    folds = "FOLDS" if facts.folds is None else as_word(facts.folds.name)
     lines += [f"featcache audit {name}" for name in cache_names]
     options = _train_options(facts)
     if run.members:
@@ -344,7 +315,7 @@ def _commands(facts: Facts) -> list[str]:
     else:
         lines.append(f"featcache train {caches} {run_name} {options}".rstrip())
     if facts.positive is not None:
-        name = _word(facts.positive.name)
+        name = as_word(facts.positive.name)
         if (rule := facts.positive.rule) is not None:
             ((wish, value),) = rule["wish"].items()
             on = "" if rule["on"] == "valid" else f" --on {folds}"
@@ -363,9 +334,9 @@ def _extract_options(identity: Mapping[str, Any]) -> list[str]:
         if value is None or (key == "views" and value == 1):
             continue
         name = "augment" if key == "augmentation" else key.replace("_", "-")
-        options.append(f"--{name} {_word(str(value))}")
+        options.append(f"--{name} {as_word(str(value))}")
     return options + [
-        f"--{key} {_word(','.join(map(str, identity[key])))}"
+        f"--{key} {as_word(','.join(map(str, identity[key])))}"
         for key in ("mean", "std") if isinstance(identity.get(key), list)
     ]  # fmt: skip
 
@@ -383,14 +354,9 @@ def _train_options(facts: Facts) -> str:
         value = training.get(name, default)
         if value != default and isinstance(value, str | int | float) and name != "batch_size":
             text = f"{value:g}" if isinstance(value, float) else str(value)
-            options.append(f"--{name.replace('_', '-')} {_word(text)}")
+            options.append(f"--{name.replace('_', '-')} {as_word(text)}")
     if (fraction := training.get("valid_fraction")) is not None:
         options.append(f"--valid-fraction {fraction:g}")
     options += [f"--seed {run.seed}"] * bool(run.seed)
     options += [f"--data-seed {run.data_seed}"] * (run.data_seed != run.seed)
     return " ".join(options)
-
-
-def _word(text: str) -> str:
-    """Return a name as one word of a shell, safe to show."""
-    return shlex.quote(printable(text))

@@ -54,19 +54,6 @@ def test_a_head_that_was_solved_for(tmp_path: Path, positive: str | None) -> Non
     assert ('data-pair="' in page) == (positive is None)
 
 
-def test_a_mean_of_heads_has_no_rows_to_choose_a_threshold_by(tmp_path: Path) -> None:
-    make_cache(tmp_path / "c.h5")
-    featcache.crossval(
-        tmp_path / "c.h5", tmp_path / "folds", folds=2, epochs=1, hidden=(4,), keep_ensemble=True,
-        **QUIET,
-    )  # fmt: skip
-    summary, page = report(tmp_path / "folds" / "ensemble", positive="covid")
-    assert summary.num_valid == 0
-    assert "every row of valid trained some of them" in page
-    assert "--keep-ensemble --hidden 4" in page
-    assert 'id="slider"' not in page
-
-
 def test_the_hold_out_stands_in_for_a_split_valid(tmp_path: Path) -> None:
     make_cache(tmp_path / "c.h5", train=[0, 1] * 20)
     run = tmp_path / "run"

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from featcache.evaluation.auditing.audit import Audit
 
 _WIDTH = 80
+_FACTS = {
+    "all together": "facts of the files", "name length": "the length of the file name",
+    "digits in name": "the number of digits in the file name",
+    "kind of first letter": "the first letter of the file name",
+}  # fmt: skip
 
 
 def audit_lines(found: Audit) -> Iterator[str]:
@@ -284,7 +289,7 @@ def _explain_shortcuts(found: Audit) -> Iterator[tuple[bool, str]]:
     facts = found.shortcuts
     if facts and facts["verdict"] == "not shown to beat":
         best = facts["best"]
-        what = "file facts" if best["fact"] == "all together" else f"the {best['fact']}"
+        what = _FACTS.get(best["fact"], f"the {best['fact']}")
         text = f"The classes can be told apart without looking at the picture: by {what} alone, "
         text += f"balanced accuracy is {decimal(best['balanced_accuracy'])} in "
         text += f"{count(facts['num_rows'], 'image')}; that of a simple head is "
