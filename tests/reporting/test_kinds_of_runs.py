@@ -52,6 +52,9 @@ def test_a_head_that_was_solved_for(tmp_path: Path, positive: str | None) -> Non
     assert "There are no losses by epoch to draw" in page
     assert ('id="slider"' in page) == (positive is not None)
     assert ('data-pair="' in page) == (positive is None)
+    if positive is None:  # a cell without an image has nothing to choose
+        assert '<td class="cell">0</td>' in page
+        assert ">0</button>" not in page
 
 
 def test_the_hold_out_stands_in_for_a_split_valid(tmp_path: Path) -> None:

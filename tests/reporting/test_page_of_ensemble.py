@@ -36,7 +36,7 @@ def crossval(cache: Path, folds: Path, **options: Any) -> Path:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache, two repeats of two folds with their ensemble, a decision by them."""
     folder = tmp_path_factory.mktemp("ensemble")
-    make_cache(folder / "c.h5", train=[0, 1] * 30, valid=[0, 1, 1] * 10)
+    make_cache(folder / "c.h5", train=[0, 1] * 30, valid=[0, 1, 1] * 10, test=[0, 1] * 9)
     ensemble = crossval(folder / "c.h5", folder / "folds")
     decide_quietly(ensemble, recall=0.8, on=folder / "folds")
     return folder
@@ -103,7 +103,7 @@ def test_a_report_of_the_folder_is_that_of_its_ensemble(work: Path) -> None:
     page, said = page_of(work / "folds", file=work / "folds.html")
     assert "folds/ensemble: covid" in page
     assert any("its ensemble" in line for line in said)
-    with pytest.raises(featcache.ConfigError, match="FILE.html"):
+    with pytest.raises(featcache.ConfigError, match=r"FILE\.html"):
         featcache.report(work / "folds", work / "folds" / "predictions.csv", say=quiet)
 
 
