@@ -97,6 +97,11 @@ class SplitFacts:
     decided: dict[str, Any] | None
     by: dict[str, Any] | None
 
+    @property
+    def of(self) -> str:
+        """What they are images of, for people: ``of valid``, or ``out of fold``."""
+        return f"of {self.title}" if self.title == self.name else self.title
+
     def key(self, row: int) -> tuple[str, str]:
         """Return split and path of a row."""
         return self.splits[row], self.rows.paths[row]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from featcache.errors import printable
-from featcache.formatting import shorten
-from featcache.reporting.facts import SplitFacts
+from featcache.formatting import count, shorten
+from featcache.reporting.facts import Facts, SplitFacts
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class Shown:
         pictures: ``data:`` URLs.
         maps: Maps of some of them.
         note: What the maps show, or why there are none.
+        why: Why there are pictures of these images, in words.
     """
 
     pictures: Mapping[tuple[str, str], str] = field(default_factory=dict)
     maps: Mapping[tuple[str, str], Explained] = field(default_factory=dict)
     note: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,19 @@ class Names:
         if self.has_paths:
             return printable(facts.rows.paths[row])
         return f"{facts.title} {row + 1}"
+
+
+def count_pictures(facts: Facts, shown: Shown) -> str:
+    """Return how many pictures there are, of which splits, and why of these."""
+    if not shown.pictures:
+        return "no images of patients"
+    parts = []
+    for split in (facts.valid, facts.test):
+        if split is not None:
+            keys = {split.key(row) for row in range(len(split.splits))}
+            parts.append(f"{len(keys & {*shown.pictures}):,} {split.of}")
+    number = count(len(shown.pictures), "small picture")
+    return f"{number} of patients ({', '.join(parts)}: {shown.why})"
 
 
 def short(name: str) -> str:

@@ -21,13 +21,13 @@ from markupsafe import Markup
 from featcache import __version__
 from featcache.cache.side_by_side import caches_of
 from featcache.errors import printable
-from featcache.formatting import count, decimal, join_few, shorten
+from featcache.formatting import decimal, join_few, shorten
 from featcache.heads.config import TrainingConfig
 from featcache.reporting.audited import describe_audit
 from featcache.reporting.charts import Chart, map_chart, sweep_chart
 from featcache.reporting.facts import Facts, Positive
 from featcache.reporting.losses import loss_chart
-from featcache.reporting.names import Names, Shown, as_text, as_word, short
+from featcache.reporting.names import Names, Shown, as_text, as_word, count_pictures, short
 from featcache.reporting.slider import slider_of
 from featcache.reporting.wording import describe, rate_card, say_rates
 
@@ -84,7 +84,7 @@ def render(
         has_images=bool(pictures),
         pictures_note=shown.note,
         contains=(
-            f"This page contains {count(len(pictures), 'small picture')} of patients: treat it as "
+            f"This page contains {count_pictures(facts, shown)}: treat it as "
             "you treat the images. " if pictures else "This page contains no images of patients. "
         )
         + ("It names image files." if has_paths else "Images are called by numbers, not by files."),

@@ -16,7 +16,7 @@ from featcache.heads.run import cache_paths, is_run, load_run
 from featcache.outputs import Kind, Output, write_output
 from featcache.reporting.facts import Facts, folds_of, gather
 from featcache.reporting.mistakes import mistaken_rows
-from featcache.reporting.names import Shown
+from featcache.reporting.names import Shown, count_pictures
 from featcache.reporting.page import GENERATOR, render
 from featcache.runtime import Say, log_line
 from featcache.sweeps.crossval_files import ENSEMBLE_NAME, FACTS_NAME, ROWS_NAME
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "report.html"
 IMAGES = ("none", "mistakes", "all")
+_WHY = {"none": "", "mistakes": "the mistakes that are listed", "all": "all that did not change"}
 _HEAD_BYTES = 4096
 _MAX_BYTES = 1 << 30
 
@@ -41,7 +42,8 @@ class ReportSummary:
         num_bytes: Its size.
         positive: The class that is looked for, or None.
         threshold: From which on it is called; None without one.
-        num_valid: Images of valid that it measures; the slider is of these.
+        num_valid: Images of valid that it measures, of an ensemble those out of fold; the slider is
+            of these.
         num_test: Images of test, which are folded away.
         is_audited: Whether it shows the verdict of an audit.
         has_paths: Whether it names image files.
@@ -157,8 +159,7 @@ def report(
         say("the cache was never audited, and the page says so: featcache audit")
     named = "it names image files (--no-paths: numbers)" if summary.has_paths else "no file names"
     say(_shown_line(facts, num_valid, num_test))
-    number = "no images of patients" if not pictures else _pictures_line(facts, shown, images)
-    say(f"it contains {number}; {named}")
+    say(f"it contains {count_pictures(facts, shown)}; {named}")
     return summary
 
 
@@ -176,28 +177,13 @@ def _shown_line(facts: Facts, num_valid: int, num_test: int) -> str:
     """Return which images the figures are of, and why there are none at the top."""
     folded = f"{num_test:,} of test {'is' if num_test == 1 else 'are'} folded away"
     if facts.valid is not None:
-        title = facts.valid.title
-        of = title if title != facts.valid.name else f"of {title}"
-        return f"its figures are of {count(num_valid, 'image')} {of}; {folded}"
+        return f"its figures are of {count(num_valid, 'image')} {facts.valid.of}; {folded}"
     why = "it has no labelled rows"
     if facts.run.members:
         why = "its rows trained the heads, and the cross-validation is not at hand"
     elif "valid" not in facts.cache.splits:
         why = "there is no such split, and the cache has changed since the training"
     return f"it has no figures of valid, as {why}; {folded}"
-
-
-def _pictures_line(facts: Facts, shown: Shown, images: str) -> str:
-    """Return how many pictures there are, of which rows and why of these."""
-    parts = []
-    for split in (facts.valid, facts.test):
-        if split is not None:
-            keys = {split.key(row) for row in range(len(split.splits))}
-            title = split.title if split.title != split.name else f"of {split.name}"
-            parts.append(f"{len(keys & {*shown.pictures}):,} {title}")
-    why = "the mistakes that are listed" if images == "mistakes" else "all whose image is unchanged"
-    number = count(len(shown.pictures), "small picture")
-    return f"{number} of patients ({', '.join(parts)}: {why})"
 
 
 def _look(
@@ -225,12 +211,12 @@ def _look(
         if weights is not None or backbone is not None:
             raise
         say(f"no maps of what the network used: {printable(' '.join(str(error).split()))}")
-        return Shown(pictures, note=NO_MAPS if pictures else ""), {}
+        return Shown(pictures, note=NO_MAPS if pictures else "", why=_WHY[images]), {}
     evidence = measure_evidence(facts, classifier, data, say)
     mistakes = [key for key in _wanted(facts, "mistakes") if key in pictures]
     positive = None if facts.positive is None else facts.positive.name
     maps = explain_images(classifier, found, mistakes, positive, say)
-    return Shown(pictures, maps.by_image, maps.note), evidence
+    return Shown(pictures, maps.by_image, maps.note, _WHY[images]), evidence
 
 
 def _wanted(facts: Facts, images: str) -> list[tuple[str, str]]:

@@ -161,9 +161,10 @@ def test_pictures_are_said_to_be_of_which_rows_and_why(
     test = len(featcache.open_cache(tmp_path / "c.h5").split("test"))
     number = len(rows) + test
     assert page.count("<img") == number
+    assert f"contains {number} small pictures of patients ({len(rows)} out of fold, " in page
     assert (
         f"it contains {number} small pictures of patients ({len(rows)} out of fold, {test} of "
-        "test: all whose image is unchanged); it names image files (--no-paths: numbers)"
+        "test: all that did not change); it names image files (--no-paths: numbers)"
     ) in said
 
 
