@@ -148,7 +148,8 @@ def _call(arguments: Sequence[str]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # not in click < 8.2
             complain(error.format_message())
             return 2
-        text = escaped(error.format_message())  # as a shell's * may name any file
+        # A shell's * may name any file. Click breaks lines of its own, which are no such name's.
+        text = escaped(error.format_message().replace("\n\t", " "))
         with contextlib.suppress(OSError):
             click.UsageError(text, getattr(error, "ctx", None)).show()
         ENDING.print_error("usage", "a command as --help shows it", text, None, "See --help")

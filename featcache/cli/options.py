@@ -104,7 +104,7 @@ def one_or_all(
 
 TRUST_EACH = click.option(
     "--backbone", metavar="NAME", multiple=True, callback=one_or_all,
-    help="Needed for python: backbones only: says you trust the code. May be repeated.",
+    help="Only for python:... backbones: naming it says that you trust its code. May be repeated.",
 )  # fmt: skip
 WEIGHTS_EACH = click.option(
     "--weights", metavar="FILE|random", multiple=True, callback=one_or_all,
@@ -112,7 +112,9 @@ WEIGHTS_EACH = click.option(
     "of them or once for each.",
 )  # fmt: skip
 TRUST = click.option(
-    "--backbone", metavar="NAME", help="Needed for python: backbones only: says you trust the code."
+    "--backbone",
+    metavar="NAME",
+    help="Only for python:... backbones: naming it says that you trust its code.",
 )
 
 

@@ -223,7 +223,8 @@ def _lines(result: Neighbours) -> list[str]:
     for number, row in enumerate(result.rows, 1):
         target = row["target"]
         words = ", ".join(target) if isinstance(target, list) else target
-        group = "" if row["group"] is None else f" group {printable(row['group'])}"
+        is_named = row["group"] not in {None, row["path"]}  # without a name it is its own group
+        group = f" group {printable(row['group'])}" if is_named else ""
         same = " (the same file)" if row["is_same_image"] else ""
         lines.append(
             f"{number:>4}  distance {row['distance']:.4f}  {printable(words or 'unlabelled')}  "

@@ -296,7 +296,9 @@ def describe_result(cache: Cache, summary: ExtractionSummary, say: Say) -> None:
         "gone": summary.num_gone,
     }  # fmt: skip
     listed = ", ".join(f"{n:,} {word}" for word, n in counts.items() if n or word == "new")
-    rate = "" if summary.images_per_second is None else f", {summary.images_per_second:,} images/s"
+    rate = ""  # of the pipeline: the network was loaded, and an engine chosen, before
+    if summary.images_per_second is not None:
+        rate = f", {summary.images_per_second:,} images/s once it ran"
     say(
         f"{printable(cache.path)}: {count(summary.num_images, 'image')} ({listed}) in "
         f"{summary.seconds:.1f} s{rate}."

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.container import is_container
 from featcache.cache.contents import TASKS
 from featcache.errors import ConfigError, RunError, printable, warn_user
 from featcache.files import (
@@ -281,8 +282,15 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = parse_json_object(read_regular(folder / "run.json", max_bytes=_MAX_JSON_BYTES))
     except OSError as error:
+        found = error.strerror
+        if isinstance(error, FileNotFoundError):
+            found = "a folder without it" if folder.is_dir() else "nothing"
+        elif is_container(folder):
+            found = "a cache, which is one file"
+        elif isinstance(error, NotADirectoryError):
+            found = "a file"
         raise RunError(
-            "run", expected="a folder with run.json", found=error.strerror, where=folder,
+            "run", expected="a folder with run.json", found=found, where=folder,
             hint=reading_hint(error, _name_run(folder)),
         ) from error  # fmt: skip
     except ValueError as error:

@@ -43,7 +43,7 @@ def open_own_caches(run: Run, *, unchanged: bool = False) -> Cache:
         if found := why_no_file(path):
             raise RunError(
                 "the run's cache", expected="the cache it was trained on", found=found, where=path,
-                hint="Name the cache with --cache, or train again",
+                hint="Put it back, or train again. For evaluate and predict name it: --cache",
             )  # fmt: skip
         cache = open_cache(path)
         refuse_misbuilt(cache.identity, path)

@@ -57,3 +57,24 @@ def test_a_folder_of_crossval_is_no_run_but_has_one(run: Any, tmp_path: Path) ->
     shutil.rmtree(tmp_path / "f" / "ensemble")
     for verb in (("evaluate", "f"), ("predict", "f", "--cache", "c.h5"), ("export", "f", "x.pt")):
         assert_one_line_error(run(*verb), "without --keep-ensemble", "repeat crossval with it")
+
+
+def test_a_cache_a_file_and_nothing_are_no_runs(run: Any, tmp_path: Path) -> None:
+    make_cache(tmp_path / "c.h5")
+    (tmp_path / "note.txt").write_text("no run")
+    for name, found in (
+        ("c.h5", "found a cache, which is one file"), ("note.txt", "found a file (note.txt)"),
+        ("none", "found nothing"), (".", "found a folder without it"),
+    ):  # fmt: skip
+        assert_one_line_error(run("evaluate", name), f"expected a folder with run.json, {found}")
+
+
+def test_where_a_cache_has_moved_the_hint_is_an_option_that_there_is(
+    run: Any, tmp_path: Path
+) -> None:
+    make_cache(tmp_path / "c.h5")
+    train(tmp_path / "c.h5", tmp_path / "r", **SMALL)
+    (tmp_path / "c.h5").rename(tmp_path / "d.h5")
+    assert_one_line_error(run("report", "r"), "Put it back")
+    assert run("evaluate", "r", "--cache", "d.h5").code == 0
+    assert "Choose from: mlflow, tensorboard" in run("log", "r").err
