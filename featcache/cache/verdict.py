@@ -53,9 +53,10 @@ def read_verdict(cache: Cache) -> dict[str, Any] | None:
 
     Returns:
         ``parts`` that were looked at, ``num_images`` that were read, ``num_leaks`` (sets of copies
-        across splits or of two classes), ``verdict``, a paragraph for people, and ``version`` of
-        featcache. A file that was edited, or written by a newer version in another format, counts
-        as none.
+        across splits or of two classes), ``verdict``, a paragraph for people, ``findings``, the
+        same for people who run no commands (``text`` and ``is_warning`` each; none in a file of an
+        earlier version), and ``version`` of featcache. A file that was edited, or written by a
+        newer version in another format, counts as none.
     """
     facts = _read(verdict_path(cache.path))
     keys: dict[str, type] = {
@@ -68,11 +69,22 @@ def read_verdict(cache: Cache) -> dict[str, Any] | None:
         or any(type(facts.get(key)) is not kind for key, kind in keys.items())
     ):
         return None
-    return {key: facts[key] for key in keys}
+    findings = facts.get("findings", [])
+    if not isinstance(findings, list) or not all(map(_is_finding, findings)):
+        return None
+    return {key: facts[key] for key in keys} | {"findings": findings}
+
+
+def _is_finding(value: object) -> bool:
+    return (
+        isinstance(value, dict) and type(value.get("text")) is str
+        and type(value.get("is_warning")) is bool
+    )  # fmt: skip
 
 
 def write_verdict(
-    cache: Cache, *, parts: tuple[str, ...], num_images: int, num_leaks: int, verdict: str, say: Say
+    cache: Cache, *, parts: tuple[str, ...], num_images: int, num_leaks: int, verdict: str,
+    findings: list[dict[str, Any]], say: Say,
 ) -> None:  # fmt: skip
     """Write the verdict beside a cache; where that cannot be done, warn in one line.
 
@@ -86,6 +98,7 @@ def write_verdict(
         num_images: How many images were read.
         num_leaks: Sets of copies across splits or of two classes.
         verdict: A paragraph for people.
+        findings: The verdict for people who run no commands: ``text`` and ``is_warning`` each.
         say: Receives the line.
     """
     earlier = read_verdict(cache)
@@ -97,6 +110,7 @@ def write_verdict(
         "format": FORMAT, "format_version": FORMAT_VERSION, "version": __version__,
         "fingerprint": cache.fingerprint, "content_sha256": cache.content_sha256,
         "parts": list(parts), "num_images": num_images, "num_leaks": num_leaks, "verdict": verdict,
+        "findings": findings,
     }  # fmt: skip
     text = readable_json(facts | {"sha256": json_sha256(facts, without="sha256")})
     path = verdict_path(cache.path)

@@ -232,7 +232,8 @@ def report(run: Path, file: Path | None, as_json: bool, quiet: bool, **options: 
     One file without any request to a network: it opens from a disk, prints, and is readable without
     JavaScript. The slider moves the threshold on valid; test is folded away. It shows the audit's
     verdict and the decision where there are any: audit and decide first. Without FILE.html it is
-    RUN/report.html.
+    RUN/report.html. Of an ensemble, FOLDER/ensemble, the figures are the out-of-fold ones of
+    FOLDER, slider included; FOLDER itself will do as RUN.
     """
     from featcache.reporting.report import report as write_report
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from featcache.errors import printable
 from featcache.formatting import count, decimal, percent, shorten
 from featcache.metrics.calibration import decision_curve, reliability_table
-from featcache.reporting.facts import FeatureMap, Positive, SplitFacts
+from featcache.reporting.facts import Positive, SplitFacts
+from featcache.reporting.feature_map import FeatureMap
 from featcache.reporting.svg import Axis, Dots, Line, Mark, Point, draw, legend_key
 
 _MOST_CURVES = 6
@@ -80,7 +81,7 @@ def _roc(facts: SplitFacts, curves: Sequence[tuple[int, _Mask, _Scores]]) -> Cha
         legend.append((legend_key(number, is_line=True), name))
         rows += [
             [name, f"{limits[i]:.4f}", decimal(ys[i]), decimal(1 - xs[i])]
-            for i in _few(len(limits))
+            for i in few_places(len(limits))
         ]
     if facts.positive is not None:
         marks.append(Mark(_at_threshold(facts), "chosen", f"{facts.name}-roc"))
@@ -114,7 +115,8 @@ def _precision_recall(facts: SplitFacts, curves: Sequence[tuple[int, _Mask, _Sco
         name = _name(facts, column)
         legend.append((legend_key(number, is_line=True), name))
         rows += [
-            [name, f"{limits[i]:.4f}", decimal(xs[i]), decimal(ys[i])] for i in _few(len(limits))
+            [name, f"{limits[i]:.4f}", decimal(xs[i]), decimal(ys[i])]
+            for i in few_places(len(limits))
         ]
     if facts.positive is not None and (precision := _precision_at(facts)) is not None:
         recall = _at_threshold(facts)[1]
@@ -214,45 +216,6 @@ def _reliability(facts: SplitFacts) -> list[Chart]:
     ]  # fmt: skip
     header = ["probability", "images", "mean probability", f"share that {who}"]
     return [Chart(name, "Reliability", summary, svg, header, rows)]
-
-
-def loss_chart(history: dict[str, list[float]] | None, best_epoch: int | None) -> Chart | None:
-    """Return the losses by epoch; None where the run has none."""
-    names = [name for name in ("train_loss", "valid_loss") if name in (history or {})]
-    if history is None or not names or "epoch" not in history:
-        return None
-    epochs = history["epoch"]
-    if len(epochs) < 2 or epochs != sorted(set(epochs)):  # of several heads
-        return None
-    values = [value for name in names for value in history[name] if value > 0]
-    if not values:
-        return None
-    low, high = min(values), max(values)
-    is_log = high / low > 5
-    y = (
-        Axis("loss", low / 1.15, high * 1.15, is_log=True)
-        if is_log
-        else Axis("loss", 0, high * 1.08)
-    )
-    lines, legend = [], []
-    for number, name in enumerate(names):
-        lines.append(Line(list(zip(epochs, history[name], strict=True)), number))
-        legend.append((legend_key(number, is_line=True), name.replace("_", " ")))
-    marks, kept = [], ""
-    if best_epoch is not None and "valid_loss" in names and best_epoch <= len(epochs):
-        at = (epochs[best_epoch - 1], history["valid_loss"][best_epoch - 1])
-        marks.append(Mark(at, "kept"))
-        kept = f" Kept is epoch {best_epoch} (diamond), with the lowest loss on valid: {at[1]:.4g}."
-    summary = f"Loss of {count(len(epochs), 'epoch')}{', logarithmic' if is_log else ''}.{kept}"
-    svg = draw(Axis("epoch", epochs[0], epochs[-1]), y, lines, marks=marks, name="loss",
-               summary=summary)  # fmt: skip
-    shown = ["epoch", *names, *(["valid_accuracy"] if "valid_accuracy" in history else [])]
-    rows = [
-        [f"{history['epoch'][i]:.0f}", *(f"{history[name][i]:.4f}" for name in shown[1:])]
-        for i in _few(len(epochs))
-    ]
-    header = [name.replace("_", " ") for name in shown]
-    return Chart("loss", "Loss by epoch", summary, svg, header, rows, legend)
 
 
 def sweep_chart(trials: list[dict[str, str]] | None, metric: str) -> Chart | None:
@@ -360,7 +323,7 @@ def _corners(points: Sequence[Point]) -> list[Point]:
     return [*kept, points[-1]]
 
 
-def _few(number: int) -> list[int]:
+def few_places(number: int) -> list[int]:
     """Return places in a list, evenly spread, with both ends."""
     places = np.linspace(0, number - 1, min(number, _MOST_LISTED)).round().tolist()
     return sorted({int(place) for place in places})

@@ -107,8 +107,8 @@ class _Reader:
             rows = np.flatnonzero(is_of)
             evidence = ClassEvidence(name, len(rows))
             for row in choose_images(rows).tolist():
-                path = split.rows.paths[row]
-                pixels = self._read(split.split, path)
+                of_split, path = split.key(row)
+                pixels = self._read(of_split, path)
                 if pixels is None:
                     continue
                 planes = self._explainer.locate(pixels, path, column).planes

@@ -5,8 +5,6 @@ Reads: a run, and the caches it was trained on. Writes: nothing.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,25 +18,28 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import caches_of
 from featcache.cache.verdict import read_verdict
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, RunError, printable
 from featcache.evaluation.deciding.decided_rows import measure_decisions
 from featcache.evaluation.deciding.decision_file import Decisions, load_decisions
 from featcache.evaluation.deciding.rates import known_groups, rates_of_images
+from featcache.evaluation.deciding.scored_rows import OWN_HEADS, read_fold_rows
+from featcache.evaluation.history import History, read_histories, read_table
 from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.predicted_rows import PredictedRows, predict_rows
 from featcache.evaluation.seen_rows import find_seen
 from featcache.files import read_regular
-from featcache.formatting import join_few
+from featcache.formatting import count, join_few
 from featcache.heads.config import check_valid_fraction
 from featcache.heads.rows import RowNumbers, choose_rows, find_labelled
 from featcache.heads.run import Run
 from featcache.heads.run_caches import is_own, open_own_caches
 from featcache.metrics.calibration import measure_calibration
 from featcache.metrics.scores import compute_metrics
+from featcache.reporting.feature_map import FeatureMap, map_features
+from featcache.sweeps.crossval_files import FACTS_NAME, ROWS_NAME
 from featcache.untrusted import parse_json_object
 
 _MAX_BYTES = 1 << 26
-_MAP_ROWS = 600  # points of the map that are drawn, each split's share
 
 _Floats = npt.NDArray[np.float64]
 
@@ -65,8 +66,9 @@ class SplitFacts:
     """The labelled rows of a split, with what a head makes of them.
 
     Attributes:
-        name: ``valid`` or ``test``.
-        split: The split of the cache that they are of.
+        name: ``valid`` or ``test``; rows that thresholds are chosen by are called ``valid``.
+        title: What they are called for people: ``valid``, ``test`` or ``out of fold``.
+        splits: Of each row, the split of the cache that it is of.
         source: What the rows are, for people: ``split valid``, or the hold-out of the training.
         rows: n rows with their predictions.
         metrics: ``metrics.scores.compute_metrics``.
@@ -81,7 +83,8 @@ class SplitFacts:
     """
 
     name: str
-    split: str
+    title: str
+    splits: list[str]
     source: str
     rows: PredictedRows
     metrics: dict[str, Any]
@@ -93,6 +96,15 @@ class SplitFacts:
     positive: Positive | None
     decided: dict[str, Any] | None
     by: dict[str, Any] | None
+
+    @property
+    def of(self) -> str:
+        """What they are images of, for people: ``of valid``, or ``out of fold``."""
+        return f"of {self.title}" if self.title == self.name else self.title
+
+    def key(self, row: int) -> tuple[str, str]:
+        """Return split and path of a row."""
+        return self.splits[row], self.rows.paths[row]
 
     def known(self, column: int) -> npt.NDArray[np.int64]:
         """Return the numbers of the rows where it is known whether they are of a class."""
@@ -126,25 +138,6 @@ class SplitFacts:
 
 
 @dataclass(frozen=True)
-class FeatureMap:
-    """Features of a cache on their first two principal components.
-
-    Attributes:
-        points: (n, 2).
-        targets: n class names, empty for an unlabelled row or several labels.
-        splits: n names.
-        shares: Of the variance, for both axes.
-        num_rows: Of the cache; the points are a part of them.
-    """
-
-    points: _Floats
-    targets: list[str]
-    splits: list[str]
-    shares: tuple[float, float]
-    num_rows: int
-
-
-@dataclass(frozen=True)
 class Facts:
     """All that a page about a run says.
 
@@ -155,9 +148,10 @@ class Facts:
         positive: The class that is looked for, or None.
         valid: Figures of the rows that thresholds are chosen by; None where there are none.
         no_valid: Why there are none.
+        folds: Of an ensemble, the folder of its cross-validation; None where it is not at hand.
         test: Figures of split ``test``, or None.
         audits: A verdict for each cache, or None.
-        history: ``history.csv``: its columns, None where it is not there or no table of numbers.
+        histories: How each head was trained, ``history.csv``; empty where there is no such table.
         trials: ``trials.csv``: its rows, or None.
         sweep: ``sweep.json``, or None.
         environment: ``environment.json``, empty where it is not there.
@@ -170,9 +164,10 @@ class Facts:
     positive: Positive | None
     valid: SplitFacts | None
     no_valid: str
+    folds: Path | None
     test: SplitFacts | None
     audits: list[dict[str, Any] | None]
-    history: dict[str, list[float]] | None
+    histories: list[History]
     trials: list[dict[str, str]] | None
     sweep: dict[str, Any] | None
     environment: dict[str, Any]
@@ -194,19 +189,24 @@ def gather(run: Run, positive: str | None) -> Facts:
     decisions = load_decisions(run)
     looked_for = _positive(run, decisions, positive)
     cache = open_own_caches(run)
-    valid, no_valid = _valid(run, cache, decisions, looked_for)
+    folds: Path | None = None
+    if run.members:
+        valid, no_valid = _out_of_fold(run, cache, decisions, looked_for)
+        folds = None if valid is None else folds_of(run)
+    else:
+        valid, no_valid = _valid(run, cache, decisions, looked_for)
     test = None
     if "test" in cache.splits and len(rows := find_labelled(cache.split("test").targets)):
         test = _measure(run, cache, "test", "split test", rows, decisions, looked_for)
     return Facts(
         run=run, cache=cache, is_own_cache=is_own(run, cache), positive=looked_for,
-        valid=valid, no_valid=no_valid, test=test,
+        valid=valid, no_valid=no_valid, folds=folds, test=test,
         audits=[read_verdict(each) for each in caches_of(cache)],
-        history=_history(run.path / "history.csv"),
-        trials=_table(run.path / "trials.csv"),
+        histories=read_histories(run),
+        trials=read_table(run.path / "trials.csv") or None,
         sweep=_json(run.path / "sweep.json"),
         environment=_json(run.path / "environment.json") or {},
-        feature_map=_map(cache),
+        feature_map=map_features(cache),
     )  # fmt: skip
 
 
@@ -226,11 +226,6 @@ def _valid(
     run: Run, cache: Cache, decisions: Decisions | None, positive: Positive | None
 ) -> tuple[SplitFacts | None, str]:
     """Return the figures of ``valid``, or of the hold-out where the cache has no such split."""
-    if run.members:
-        return None, (
-            "This run is the mean of several heads, and every row of valid trained some of them: "
-            "no row is left to choose a threshold by. The folder of the cross-validation has one."
-        )
     if "valid" in cache.splits:
         if len(rows := find_labelled(cache.split("valid").targets)):
             return _measure(run, cache, "valid", "split valid", rows, decisions, positive), ""
@@ -243,28 +238,76 @@ def _valid(
     return _measure(run, cache, part.split.name, source, part.rows, decisions, positive), ""
 
 
+def folds_of(run: Run) -> Path:
+    """Return where the cross-validation of an ensemble is looked for: the folder above the run."""
+    return run.path.resolve().parent
+
+
+def _out_of_fold(
+    run: Run, cache: Cache, decisions: Decisions | None, positive: Positive | None
+) -> tuple[SplitFacts | None, str]:
+    """Return the out-of-fold figures of an ensemble's cross-validation, or what is missing."""
+    lead = (
+        f"This run is the mean of {count(run.num_members, 'head')}, and every row of valid trained "
+        "some of them. Figures by heads that had not seen the image are in the folder of the "
+        "cross-validation, "
+    )
+    try:
+        repeats, reason = read_fold_rows(run, folds_of(run))
+    except RunError as error:
+        return None, (
+            f"{lead}which is not at hand: {FACTS_NAME} and {ROWS_NAME} of this run, in the folder "
+            f"above it ({printable(error.expected)}; found: {printable(error.found)})."
+        )
+    if reason != OWN_HEADS:
+        return None, f"{lead}but the one in the folder above this run is of other heads."
+    rule = {} if positive is None or positive.rule is None else positive.rule
+    number = rule.get("repeat") if rule.get("on") == "crossval" else None
+    number = number if number in repeats else min(repeats)
+    found = repeats[number]
+    freshness = "Each was judged by one head, which had not seen it; this run is the mean of these "
+    freshness += f"{run.num_members:,} heads."
+    if len(repeats) > 1:
+        which = "the one that the threshold was decided on" if rule.get("repeat") else "the first"
+        freshness += f" Of {len(repeats):,} repeats, repeat {number} is shown: {which}."
+    splits = set(found.splits)
+    return _figures(
+        found.rows, decisions, positive, name="valid", title="out of fold", splits=found.splits,
+        source="out of fold, by heads that had not seen the image", is_fresh=True,
+        freshness=freshness, by=None,
+        num_failed=sum(failure.split in splits for failure in cache.failures),
+    ), ""  # fmt: skip
+
+
 def _measure(  # noqa: PLR0917 (what is measured, and by what)
     run: Run, cache: Cache, split: str, source: str, numbers: RowNumbers,
     decisions: Decisions | None, positive: Positive | None,
 ) -> SplitFacts:  # fmt: skip
     rows = predict_rows(run, cache, split, numbers, lambda _: None, average_views=False)
+    is_fresh, freshness = _freshness(run, cache, split, numbers)
+    name = "test" if split == "test" else "valid"
+    return _figures(
+        rows, decisions, positive, name=name, title=name, splits=[split] * len(rows.paths),
+        source=source, is_fresh=is_fresh, freshness=freshness,
+        num_failed=sum(failure.split == split for failure in cache.failures),
+        by=_subgroups(run, cache, split, None if positive is None else positive.name),
+    )  # fmt: skip
+
+
+def _figures(
+    rows: PredictedRows, decisions: Decisions | None, positive: Positive | None, **said: Any
+) -> SplitFacts:
+    """Return the figures of rows, beside what is said of them."""
     name = None if positive is None else positive.name
     decided = measure_decisions(decisions, rows) or {}
-    is_fresh, freshness = _freshness(run, cache, split, numbers)
     return SplitFacts(
-        name="test" if split == "test" else "valid",
-        split=split,
-        source=source,
         rows=rows,
         metrics=compute_metrics(rows.targets, rows.probs, rows.classes, name),
         intervals=measure_intervals(rows, name),
         calibration=measure_calibration(rows.targets, rows.probs, rows.classes),
-        is_fresh=is_fresh,
-        freshness=freshness,
-        num_failed=sum(failure.split == split for failure in cache.failures),
         positive=positive,
         decided=decided.get(name or ""),
-        by=_subgroups(run, cache, split, name),
+        **said,
     )
 
 
@@ -319,63 +362,3 @@ def _json(path: Path) -> dict[str, Any] | None:
         return parse_json_object(read_regular(path, max_bytes=_MAX_BYTES))
     except (OSError, ValueError):
         return None
-
-
-def _table(path: Path) -> list[dict[str, str]] | None:
-    """Return the rows of a CSV, None where it is not there or is damaged."""
-    try:
-        text = read_regular(path, max_bytes=_MAX_BYTES).decode()
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    except (OSError, ValueError, csv.Error):
-        return None
-    is_whole = all(None not in row and None not in row.values() for row in rows)
-    return rows if rows and is_whole else None
-
-
-def _history(path: Path) -> dict[str, list[float]] | None:
-    """Return the columns of a history whose cells are all numbers."""
-    rows = _table(path)
-    if rows is None:
-        return None
-    columns: dict[str, list[float]] = {}
-    for name in rows[0]:
-        try:
-            values = [float(row[name]) for row in rows]
-        except ValueError:
-            continue
-        if all(map(math.isfinite, values)):
-            columns[name] = values
-    return columns or None
-
-
-def _map(cache: Cache) -> FeatureMap:
-    """Return the features on two axes: principal components, which are the same each time."""
-    numbers = {
-        name: np.unique(np.linspace(0, len(split) - 1, min(len(split), _MAP_ROWS)).astype(np.int64))
-        for name, split in cache.splits.items() if len(split)
-    }  # fmt: skip
-    blocks, targets, splits = [], [], []
-    for name, rows in numbers.items():
-        split = cache.split(name)
-        blocks.append(split.read_rows(rows).reshape(len(rows), -1).astype(np.float64))
-        splits += [name] * len(rows)
-        for target in split.targets[rows]:
-            is_one = split.targets.ndim == 1 and target >= 0
-            targets.append(cache.classes[int(target)] if is_one else "")
-    features = np.concatenate(blocks)
-    is_train = np.array([name in {"train", "all"} for name in splits])
-    fitted = features[is_train] if is_train.any() else features
-    centred = fitted - fitted.mean(axis=0)
-    # Of the rows, as there are fewer of them than features or about as many.
-    values, vectors = np.linalg.eigh(centred @ centred.T)
-    axes = centred.T @ vectors[:, ::-1][:, :2]
-    axes = np.pad(axes, ((0, 0), (0, 2 - axes.shape[1])))
-    axes /= np.maximum(np.linalg.norm(axes, axis=0), np.finfo(np.float64).tiny)
-    largest = np.abs(axes).argmax(axis=0)
-    axes *= np.where(axes[largest, np.arange(2)] < 0, -1.0, 1.0)  # else the sign is by chance
-    total = max(float(values.clip(0).sum()), np.finfo(np.float64).tiny)
-    shares = [max(float(value), 0.0) / total for value in values[::-1][:2]] + [0.0]
-    return FeatureMap(
-        (features - fitted.mean(axis=0)) @ axes, targets, splits, (shares[0], shares[1]),
-        sum(map(len, cache.splits.values())),
-    )  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import UTC, datetime
@@ -21,14 +20,16 @@ from markupsafe import Markup
 
 from featcache import __version__
 from featcache.cache.side_by_side import caches_of
-from featcache.errors import escaped, printable
-from featcache.formatting import count, decimal, join_few, shorten
+from featcache.errors import printable
+from featcache.formatting import decimal, join_few, shorten
 from featcache.heads.config import TrainingConfig
-from featcache.reporting.charts import Chart, loss_chart, map_chart, sweep_chart
+from featcache.reporting.audited import describe_audit
+from featcache.reporting.charts import Chart, map_chart, sweep_chart
 from featcache.reporting.facts import Facts, Positive
-from featcache.reporting.names import Names, Shown, as_text, short
+from featcache.reporting.losses import loss_chart
+from featcache.reporting.names import Names, Shown, as_text, as_word, count_pictures, short
 from featcache.reporting.slider import slider_of
-from featcache.reporting.wording import describe
+from featcache.reporting.wording import describe, rate_card, say_rates
 
 if TYPE_CHECKING:
     from featcache.reporting.evidence import EvidencePart
@@ -58,8 +59,9 @@ def render(
     test = None if facts.test is None else describe(facts.test, names)
     positive, slider, data = facts.positive, None, None
     if facts.valid is not None and positive is not None:
-        command = f"featcache decide {_word(facts.run.path.resolve().name)}"
-        command += f" --positive {_word(positive.name)} --threshold "
+        command = f"featcache decide {as_word(_run_name(facts))}"
+        command += "" if facts.folds is None else f" --on {as_word(facts.folds.name)}"
+        command += f" --positive {as_word(positive.name)} --threshold "
         found = slider_of(facts.valid, positive, names, command)
         slider, data = (None, None) if found is None else found
     identities = [cache.identity for cache in caches_of(facts.cache)]
@@ -75,14 +77,14 @@ def render(
         style=Markup(style),
         script=Markup(script),
         data=None if data is None else Markup(_as_json(data)),
-        title=f"{short(facts.run.path.resolve().name)}: {classes}",
+        title=f"{short(_run_name(facts))}: {classes}",
         lead=_lead(facts, backbones),
         purpose="These figures describe these images only; they say nothing of other hospitals, "
         "devices or patients.",
         has_images=bool(pictures),
         pictures_note=shown.note,
         contains=(
-            f"This page contains {count(len(pictures), 'small picture')} of patients: treat it as "
+            f"This page contains {count_pictures(facts, shown)}: treat it as "
             "you treat the images. " if pictures else "This page contains no images of patients. "
         )
         + ("It names image files." if has_paths else "Images are called by numbers, not by files."),
@@ -92,15 +94,16 @@ def render(
         threshold_text=None if positive is None else as_text(positive.threshold),
         many_classes=len(facts.run.classes) > _MANY_CLASSES,
         decision=_decision(positive),
+        decided=_decided(positive) if valid is None else None,
         valid=None if valid is None else _safe(valid),
         test=None if test is None else _safe(test),
         no_valid=facts.no_valid,
         slider=slider,
         no_slider=_no_slider(facts),
-        audit=_audit(facts),
-        loss=_safe_chart(loss_chart(facts.history, facts.run.training.get("best_epoch"))),
-        no_loss="There are no losses by epoch to draw: the head was solved for, or is a mean of "
-        "several heads.",
+        audit=describe_audit(facts),
+        loss=_safe_chart(loss_chart(facts.histories)),
+        no_loss="There are no losses by epoch to draw: the head was solved for, or history.csv is "
+        "not in the run's folder.",
         sweep=_safe_chart(sweep_chart(facts.trials, metric)),
         evidence={name: _safe_evidence(part) for name, part in evidence.items()},
         map=_safe_chart(map_chart(facts.feature_map, facts.cache.classes)),
@@ -121,7 +124,15 @@ def _lead(facts: Facts, backbones: str) -> str:
         what = f"which of these an image {'shows' if shows else 'is'}: {listed}"
     else:
         what = f"which of {len(names):,} classes an image {'shows' if shows else 'is'}"
-    return f"A small head on the features of a frozen network, {backbones}, says {what}."
+    number = facts.run.num_members
+    head = "A small head" if number == 1 else f"The mean of {number:,} small heads"
+    return f"{head} on the features of a frozen network, {backbones}, says {what}."
+
+
+def _run_name(facts: Facts) -> str:
+    """Return what the run is called: its folder, with that of its cross-validation before it."""
+    name = facts.run.path.resolve().name
+    return name if facts.folds is None else f"{facts.folds.name}/{name}"
 
 
 def _read(name: str) -> str:
@@ -180,10 +191,37 @@ def _decision(positive: Positive | None) -> str:
     asked = f"for a {wish} of {value:g}, " if wish != "threshold" else ""
     rate = "specificity" if wish == "specificity" else "recall"
     return (
-        f"The threshold, {at}, was decided {asked}on {printable(rule['on'])}. What can be said of "
+        f"The threshold, {at}, was decided {asked}{_on(rule)}. What can be said of "
         f"new images: {rate} at least {decimal(rule['bound'])} per {rule['unit']} (one-sided 95 %; "
         f"{printable(rule['basis'])}: {printable(rule.get('reason', ''))})."
     )
+
+
+def _on(rule: Mapping[str, Any]) -> str:
+    """Return which rows a threshold was decided on."""
+    if rule["on"] != "crossval":
+        return f"on {printable(rule['on'])}"
+    number = rule.get("num_repeats") or 1
+    repeat = "" if number == 1 else f" (repeat {rule.get('repeat')} of {number})"
+    return f"on out-of-fold images of a cross-validation{repeat}"
+
+
+def _decided(positive: Positive | None) -> dict[str, Any] | None:
+    """Return the figures that the decision itself has, where no rows are left to measure."""
+    if positive is None or positive.rule is None:
+        return None
+    name, rates = short(positive.name), positive.rule["image"]
+    cards = [
+        rate_card(label, rates[key], word)
+        for key, label, word in (
+            ("recall", f"recall of {name}", "found"), ("specificity", "specificity", "left alone"),
+        )
+    ]  # fmt: skip
+    return {
+        "lead": f"Figures of the decision, {_on(positive.rule)}:",
+        "in_short": say_rates(positive, rates),
+        "cards": [card | {"bar": Markup(card["bar"])} for card in cards],
+    }
 
 
 def _no_slider(facts: Facts) -> str:
@@ -192,32 +230,7 @@ def _no_slider(facts: Facts) -> str:
             "No class was named as the one to find, and none is guessed: "
             "featcache decide RUN --positive CLASS, or featcache report RUN --positive CLASS."
         )
-    return "There are no images of both sides in valid: no threshold can be judged by them."
-
-
-def _audit(facts: Facts) -> dict[str, Any]:
-    """Return the verdict of the audit, of several caches that of each."""
-    texts, num_leaks = [], 0
-    for cache, verdict in zip(caches_of(facts.cache), facts.audits, strict=True):
-        name = short(cache.path.name)
-        if verdict is None:
-            texts.append(
-                f"{name} was never audited for copies, wrong labels and shortcuts: "
-                f"featcache audit {_word(cache.path.name)}"
-            )
-            continue
-        num_leaks += int(verdict["num_leaks"])
-        text = escaped(" ".join(verdict["verdict"].split()))
-        texts.append(text if len(facts.audits) == 1 else f"{name}: {text}")
-    if not facts.is_own_cache:
-        texts.insert(0, "The cache has changed since the training.")
-    title = "What the audit of the images says"
-    if num_leaks:
-        title = f"The audit found leaks: {count(num_leaks, 'set')} of copies"
-    elif None in facts.audits:
-        title = "The images were never audited"
-    is_bad = bool(num_leaks) or None in facts.audits or not facts.is_own_cache
-    return {"title": title, "texts": texts, "is_bad": is_bad}
+    return "There are no images of both sides: no threshold can be judged by them."
 
 
 def _failures(facts: Facts, *, has_paths: bool) -> dict[str, Any]:
@@ -288,23 +301,24 @@ def _commands(facts: Facts) -> list[str]:
     """Return the commands that make the run again; DATA stands for the images."""
     run, lines, cache_names = facts.run, [], []
     for cache in caches_of(facts.cache):
-        name = _word(cache.path.name)
+        name = as_word(cache.path.name)
         cache_names.append(name)
         lines.append(" ".join(["featcache extract DATA", name, *_extract_options(cache.identity)]))
-    caches, run_name = " ".join(cache_names), _word(run.path.resolve().name)
+    caches, run_name = " ".join(cache_names), as_word(_run_name(facts))
+    folds = "FOLDS" if facts.folds is None else as_word(facts.folds.name)
     lines += [f"featcache audit {name}" for name in cache_names]
     options = _train_options(facts)
     if run.members:
-        lines.append(f"featcache crossval {caches} FOLDS --keep-ensemble {options}".rstrip())
+        lines.append(f"featcache crossval {caches} {folds} --keep-ensemble {options}".rstrip())
     elif facts.trials is not None:
         lines.append(f"featcache sweep {caches} {run_name}  # its options: sweep.json in the run")
     else:
         lines.append(f"featcache train {caches} {run_name} {options}".rstrip())
     if facts.positive is not None:
-        name = _word(facts.positive.name)
+        name = as_word(facts.positive.name)
         if (rule := facts.positive.rule) is not None:
             ((wish, value),) = rule["wish"].items()
-            on = "" if rule["on"] == "valid" else " --on FOLDS"
+            on = "" if rule["on"] == "valid" else f" --on {folds}"
             lines.append(f"featcache decide {run_name} --positive {name} --{wish} {value:g}{on}")
         lines.append(f"featcache evaluate {run_name} --positive {name}")
     else:
@@ -320,9 +334,9 @@ def _extract_options(identity: Mapping[str, Any]) -> list[str]:
         if value is None or (key == "views" and value == 1):
             continue
         name = "augment" if key == "augmentation" else key.replace("_", "-")
-        options.append(f"--{name} {_word(str(value))}")
+        options.append(f"--{name} {as_word(str(value))}")
     return options + [
-        f"--{key} {_word(','.join(map(str, identity[key])))}"
+        f"--{key} {as_word(','.join(map(str, identity[key])))}"
         for key in ("mean", "std") if isinstance(identity.get(key), list)
     ]  # fmt: skip
 
@@ -340,14 +354,9 @@ def _train_options(facts: Facts) -> str:
         value = training.get(name, default)
         if value != default and isinstance(value, str | int | float) and name != "batch_size":
             text = f"{value:g}" if isinstance(value, float) else str(value)
-            options.append(f"--{name.replace('_', '-')} {_word(text)}")
+            options.append(f"--{name.replace('_', '-')} {as_word(text)}")
     if (fraction := training.get("valid_fraction")) is not None:
         options.append(f"--valid-fraction {fraction:g}")
     options += [f"--seed {run.seed}"] * bool(run.seed)
     options += [f"--data-seed {run.data_seed}"] * (run.data_seed != run.seed)
     return " ".join(options)
-
-
-def _word(text: str) -> str:
-    """Return a name as one word of a shell, safe to show."""
-    return shlex.quote(printable(text))

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import ConfigError, FeatcacheError, printable
-from featcache.files import read_regular, result_as_dict
+from featcache.files import local_path, read_regular, result_as_dict
 from featcache.formatting import brief_repr, count, in_bytes
-from featcache.heads.run import cache_paths, load_run
+from featcache.heads.run import cache_paths, is_run, load_run
 from featcache.outputs import Kind, Output, write_output
-from featcache.reporting.facts import Facts, gather
+from featcache.reporting.facts import Facts, folds_of, gather
 from featcache.reporting.mistakes import mistaken_rows
-from featcache.reporting.names import Shown
+from featcache.reporting.names import Shown, count_pictures
 from featcache.reporting.page import GENERATOR, render
 from featcache.runtime import Say, log_line
+from featcache.sweeps.crossval_files import ENSEMBLE_NAME, FACTS_NAME, ROWS_NAME
 
 if TYPE_CHECKING:
     from featcache.deployment.recipes import Backbones, Weights
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "report.html"
 IMAGES = ("none", "mistakes", "all")
+_WHY = {"none": "", "mistakes": "the mistakes that are listed", "all": "all that did not change"}
 _HEAD_BYTES = 4096
 _MAX_BYTES = 1 << 30
 
@@ -40,7 +42,8 @@ class ReportSummary:
         num_bytes: Its size.
         positive: The class that is looked for, or None.
         threshold: From which on it is called; None without one.
-        num_valid: Images of valid that it measures; the slider is of these.
+        num_valid: Images of valid that it measures, of an ensemble those out of fold; the slider is
+            of these.
         num_test: Images of test, which are folded away.
         is_audited: Whether it shows the verdict of an audit.
         has_paths: Whether it names image files.
@@ -87,7 +90,7 @@ def report(
     be printed. Figures are computed anew from the run's own cache.
 
     Args:
-        run: The run folder.
+        run: The run folder, or that of a cross-validation with an ensemble: its ensemble then.
         file: The page; None writes ``report.html`` into the run. An earlier report is replaced.
         positive: The class that is looked for; None takes that of ``decide``. Without one, there is
             no threshold to choose, and the recalls of all classes are shown.
@@ -121,10 +124,12 @@ def report(
         raise ConfigError(f"--images {images}", expected="the images, by --data", found="none")
     if data is None and (weights is not None or backbone is not None):
         raise ConfigError("--weights, --backbone", expected="--data beside them", found="none")
-    loaded = load_run(run)
+    loaded = load_run(_run_of(run, say))
     place = loaded.path / REPORT_NAME if file is None else file
     files = [weights] if weights is None or isinstance(weights, str | Path) else weights
     inputs = [data, *files, *cache_paths(loaded), loaded.path / "run.json"]
+    if loaded.members:
+        inputs += [folds_of(loaded) / name for name in (FACTS_NAME, ROWS_NAME)]
     output = Output(place, "FILE.html", _KIND, inputs=inputs)
     output.check()
     facts = gather(loaded, positive)
@@ -153,10 +158,32 @@ def report(
     if not summary.is_audited:
         say("the cache was never audited, and the page says so: featcache audit")
     named = "it names image files (--no-paths: numbers)" if summary.has_paths else "no file names"
-    say(f"it shows {count(num_valid, 'image')} of valid; {num_test:,} of test are folded away")
-    number = "no images" if not pictures else count(len(pictures), "small picture")
-    say(f"it contains {number} of patients; {named}")
+    say(_shown_line(facts, num_valid, num_test))
+    say(f"it contains {count_pictures(facts, shown)}; {named}")
     return summary
+
+
+def _run_of(folder: str | Path, say: Say) -> Path:
+    """Return the run that is meant by a folder: of a cross-validation with an ensemble, that."""
+    path = local_path(folder, "run")
+    ensemble = path / ENSEMBLE_NAME
+    if is_run(path) or not (path / FACTS_NAME).is_file() or not is_run(ensemble):
+        return path
+    say(f"of this cross-validation, its ensemble: {printable(ensemble.as_posix())}")
+    return ensemble
+
+
+def _shown_line(facts: Facts, num_valid: int, num_test: int) -> str:
+    """Return which images the figures are of, and why there are none at the top."""
+    folded = f"{num_test:,} of test {'is' if num_test == 1 else 'are'} folded away"
+    if facts.valid is not None:
+        return f"its figures are of {count(num_valid, 'image')} {facts.valid.of}; {folded}"
+    why = "it has no labelled rows"
+    if facts.run.members:
+        why = "its rows trained the heads, and the cross-validation is not at hand"
+    elif "valid" not in facts.cache.splits:
+        why = "there is no such split, and the cache has changed since the training"
+    return f"it has no figures of valid, as {why}; {folded}"
 
 
 def _look(
@@ -184,12 +211,12 @@ def _look(
         if weights is not None or backbone is not None:
             raise
         say(f"no maps of what the network used: {printable(' '.join(str(error).split()))}")
-        return Shown(pictures, note=NO_MAPS if pictures else ""), {}
+        return Shown(pictures, note=NO_MAPS if pictures else "", why=_WHY[images]), {}
     evidence = measure_evidence(facts, classifier, data, say)
     mistakes = [key for key in _wanted(facts, "mistakes") if key in pictures]
     positive = None if facts.positive is None else facts.positive.name
     maps = explain_images(classifier, found, mistakes, positive, say)
-    return Shown(pictures, maps.by_image, maps.note), evidence
+    return Shown(pictures, maps.by_image, maps.note, _WHY[images]), evidence
 
 
 def _wanted(facts: Facts, images: str) -> list[tuple[str, str]]:
@@ -198,7 +225,7 @@ def _wanted(facts: Facts, images: str) -> list[tuple[str, str]]:
     for split in (facts.valid, facts.test):
         if split is not None:
             rows = range(len(split.rows.paths)) if images == "all" else mistaken_rows(split)
-            wanted += [(split.split, split.rows.paths[row]) for row in rows]
+            wanted += [split.key(row) for row in rows]
     return wanted
 
 

@@ -5,7 +5,7 @@ All text is for people, and escaped by the template.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from featcache.evaluation.intervals import FEW_IMAGES
 from featcache.evaluation.lines import units_text
 from featcache.formatting import count, decimal
 from featcache.reporting.charts import curves_of
-from featcache.reporting.facts import SplitFacts
+from featcache.reporting.facts import Positive, SplitFacts
 from featcache.reporting.mistakes import MOST_CELLS, describe_mistakes
 from featcache.reporting.names import Names, as_text, short
 from featcache.reporting.svg import interval_bar
@@ -31,6 +31,8 @@ def describe(facts: SplitFacts, names: Names) -> dict[str, Any]:
     few = facts.intervals["few"]
     return {
         "name": facts.name,
+        "on": f"on {facts.title}" if facts.title == facts.name else facts.title,
+        "of": f"of {facts.title}" if facts.title == facts.name else f"({facts.title})",
         "source": facts.source,
         "count": count(len(facts.rows.targets), "image"),
         "is_one": len(facts.rows.targets) == 1,
@@ -55,22 +57,7 @@ def describe(facts: SplitFacts, names: Names) -> dict[str, Any]:
 def _in_short(facts: SplitFacts) -> str:
     """Return how good it is in a sentence or two, without a word of statistics."""
     if facts.positive is not None and facts.rates is not None:
-        name, at = short(facts.positive.name), as_text(facts.positive.threshold)
-        recall, specificity = facts.rates["recall"], facts.rates["specificity"]
-        text = f"Called {name} where its probability is at least {at}. "
-        text += (
-            f"Of {count(recall['total'], 'image')} of {name}, {recall['hits']:,} "
-            f"{'is' if recall['hits'] == 1 else 'are'} found and "
-            f"{recall['total'] - recall['hits']:,} missed. "
-            if recall["total"] else f"There is no image of {name}. "
-        )  # fmt: skip
-        if not specificity["total"]:
-            return text + "There is no other image."
-        alarms = specificity["total"] - specificity["hits"]
-        return text + (
-            f"Of {count(specificity['total'], 'other image')}, {alarms:,} "
-            f"{'is' if alarms == 1 else 'are'} called {name} by mistake."
-        )
+        return say_rates(facts.positive, facts.rates)
     if facts.rows.has_labels:
         size = int((~np.isnan(facts.rows.targets)).sum())
         right = round(facts.metrics["accuracy"] * size)
@@ -80,6 +67,32 @@ def _in_short(facts: SplitFacts) -> str:
     return f"The most probable class is the right one for {right:,} of {count(size, 'image')}."
 
 
+def say_rates(positive: Positive, rates: Mapping[str, Any]) -> str:
+    """Return how many images are found, missed and called by mistake, in a sentence or two."""
+    name, at = short(positive.name), as_text(positive.threshold)
+    recall, specificity = rates["recall"], rates["specificity"]
+    text = f"Called {name} where its probability is at least {at}. "
+    text += (
+        f"Of {count(recall['total'], 'image')} of {name}, {recall['hits']:,} "
+        f"{'is' if recall['hits'] == 1 else 'are'} found and "
+        f"{recall['total'] - recall['hits']:,} missed. "
+        if recall["total"] else f"There is no image of {name}. "
+    )  # fmt: skip
+    if not specificity["total"]:
+        return text + "There is no other image."
+    alarms = specificity["total"] - specificity["hits"]
+    return text + (
+        f"Of {count(specificity['total'], 'other image')}, {alarms:,} "
+        f"{'is' if alarms == 1 else 'are'} called {name} by mistake."
+    )
+
+
+def rate_card(label: str, rate: Mapping[str, Any], word: str) -> dict[str, Any]:
+    """Return the card of a rate that ``rates_of_images`` measured."""
+    value = rate["hits"] / rate["total"] if rate["total"] else None
+    return _card(label, value, rate["interval"], f"{rate['hits']:,} of {rate['total']:,} {word}")
+
+
 def _cards(facts: SplitFacts) -> list[dict[str, Any]]:
     """Return the figures that stand first, each with its interval."""
     metrics, intervals, number = facts.metrics, facts.intervals, len(facts.rows.targets)
@@ -87,11 +100,8 @@ def _cards(facts: SplitFacts) -> list[dict[str, Any]]:
     if facts.positive is not None and facts.rates is not None:
         name = short(facts.positive.name)
         for key, label in (("recall", f"recall of {name}"), ("specificity", "specificity")):
-            rate = facts.rates[key]
-            value = rate["hits"] / rate["total"] if rate["total"] else None
             word = "found" if key == "recall" else "left alone"
-            of = f"{rate['hits']:,} of {rate['total']:,} {word}"
-            cards.append(_card(label, value, rate["interval"], of))
+            cards.append(rate_card(label, facts.rates[key], word))
         cards.append(_card(f"ROC AUC of {name}", metrics["positive_roc_auc"],
                            intervals["positive_roc_auc"]))  # fmt: skip
     elif not facts.rows.has_labels and len(facts.rows.classes) == 2:
@@ -164,7 +174,7 @@ def _matrix(facts: SplitFacts) -> list[tuple[str, list[dict[str, Any]]]]:
             [
                 {
                     "text": f"{number:,}", "is_right": target == pred,
-                    "key": f"{target}-{pred}" if has_buttons and target != pred else "",
+                    "key": f"{target}-{pred}" if has_buttons and target != pred and number else "",
                 }
                 for pred, number in enumerate(row)
             ],

@@ -290,3 +290,21 @@ def test_a_page_of_many_rows_is_small(tmp_path: Path, browser: Browser) -> None:
     browser.open(tmp_path / "p.html", "threshold=0.5&cell=tp")
     assert browser.run("document.querySelectorAll('#mistakes tbody tr').length") == 100
     assert browser.messages == []
+
+
+def test_without_a_class_to_find_all_cells_of_the_matrix_are_alike(
+    work: Path, browser: Browser
+) -> None:
+    """Numbers of right answers stand where those of wrong ones do."""
+    browser.open(work / "none.html")
+    places = browser.run("""[...document.querySelectorAll("#how-good .matrix td.cell")].map(
+      (cell) => {
+        const range = document.createRange(), frame = cell.getBoundingClientRect();
+        range.selectNodeContents(cell.querySelector("button") || cell);
+        const text = range.getBoundingClientRect();
+        return [text.left - frame.left, text.top - frame.top, frame.bottom - text.bottom];
+      })""")
+    assert len(places) == 4
+    left, above, below = np.array(places).T
+    assert np.ptp(left) < 1.5
+    np.testing.assert_allclose(above, below, atol=1.5)

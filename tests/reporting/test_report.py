@@ -139,7 +139,8 @@ def test_what_is_said_without_javascript(work: Path, page: str) -> None:
         assert path in text
     for sentence in (
         "Not for diagnosis.", "contains no images of patients",
-        json.loads((work / "c.h5.audit.json").read_text("utf-8"))["verdict"],
+        *(finding["text"] for finding in json.loads(
+            (work / "c.h5.audit.json").read_text("utf-8"))["findings"]),
         "Chosen after looking at test", "90 images of test are folded away", "are referred",
         "The head was neither trained on these images", "featcache train c.h5 run --hidden 8",
     ):  # fmt: skip

@@ -36,7 +36,7 @@ from featcache.evaluation.auditing.copies import (
 )
 from featcache.evaluation.auditing.folds import FoldedRows
 from featcache.evaluation.auditing.labels import measure_labels
-from featcache.evaluation.auditing.lines import audit_lines, judge
+from featcache.evaluation.auditing.lines import audit_lines, explain, judge
 from featcache.evaluation.auditing.options import (
     COPIES,
     check_network,
@@ -278,12 +278,23 @@ def audit(
     if {*parts} >= COPIES:
         write_verdict(
             opened, parts=parts, num_images=found.images["num_read"] if found.images else 0,
-            num_leaks=found.num_leaks, verdict=found.verdict, say=say,
+            num_leaks=found.num_leaks, verdict=found.verdict, findings=_findings(found, rows, sets),
+            say=say,
         )  # fmt: skip
     error = leak_error(found)
     if strict and error is not None:
         raise error
     return found
+
+
+def _findings(found: Audit, rows: AuditRows, sets: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Return the verdict for people who run no commands."""
+    leaks = [copies for copies in sets if _is_leak(rows, copies)]
+    torn = [
+        copies for copies in sets
+        if not _is_leak(rows, copies) and len({rows.groups[row] for row in copies}) > 1
+    ]  # fmt: skip
+    return explain(found, [*map(len, leaks)], [*map(len, torn)])
 
 
 def leak_error(found: Audit) -> CacheError | None:

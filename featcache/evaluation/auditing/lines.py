@@ -6,7 +6,7 @@ Reads nothing. Writes nothing.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import printable
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from featcache.evaluation.auditing.audit import Audit
 
 _WIDTH = 80
+_FACTS = {
+    "all together": "facts of the files", "name length": "the length of the file name",
+    "digits in name": "the number of digits in the file name",
+    "kind of first letter": "the first letter of the file name",
+}  # fmt: skip
 
 
 def audit_lines(found: Audit) -> Iterator[str]:
@@ -239,4 +244,77 @@ def _to_look_at(found: Audit) -> Iterator[str]:
         things.append("outliers")
     if things:
         yield f"Look at the images: {', '.join(things)}."
+    yield "An audit finds what it looks for; it does not show that the rest is sound."
+
+
+# ----------------------------------------------------------------- the verdict, for a report's page
+
+
+def explain(found: Audit, leaks: Sequence[int], torn: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the verdict for people who run no commands: what was found, and what it means.
+
+    Args:
+        found: The audit.
+        leaks: Number of images of each set of copies across splits or of two classes.
+        torn: Likewise of each other set of copies over several groups.
+
+    Returns:
+        ``text``, and ``is_warning``: whether the figures of a head may be too good by it.
+    """
+    texts = [*_explain_copies(found, leaks, torn), *_explain_shortcuts(found)]
+    texts += [(False, text) for text in _explain_others(found)]
+    return [{"is_warning": is_warning, "text": text} for is_warning, text in texts]
+
+
+def _explain_copies(
+    found: Audit, leaks: Sequence[int], torn: Sequence[int]
+) -> Iterator[tuple[bool, str]]:
+    number = count(sum(found.splits.values()), "image")
+    if leaks:
+        text = f"{sum(leaks):,} of {number} have a copy among the images of another split, or of "
+        text += f"another class ({count(len(leaks), 'set')} of copies). A head is then judged by "
+        text += "pictures that it has learnt, or by labels that contradict each other: do not "
+        text += "trust the figures on this page until the copies are removed."
+    else:
+        text = "No picture was found twice across training, validation and test, or under two "
+        text += f"classes, among {number}: copies do not make the figures better."
+    yield bool(leaks), text
+    if torn:
+        text = f"{count(sum(torn), 'image')} in {count(len(torn), 'set')} of copies count as of "
+        text += "different groups (patients, say). In a cross-validation a head may have learnt "
+        yield False, text + "one copy and be judged by another: its figures may be too good."
+
+
+def _explain_shortcuts(found: Audit) -> Iterator[tuple[bool, str]]:
+    facts = found.shortcuts
+    if facts and facts["verdict"] == "not shown to beat":
+        best = facts["best"]
+        what = _FACTS.get(best["fact"], f"the {best['fact']}")
+        text = f"The classes can be told apart without looking at the picture: by {what} alone, "
+        text += f"balanced accuracy is {decimal(best['balanced_accuracy'])} in "
+        text += f"{count(facts['num_rows'], 'image')}; that of a simple head is "
+        text += f"{decimal(facts['head'])}. So images of the classes differ in where they come "
+        text += "from or how they were stored. High figures on this page do not show that the head "
+        yield True, text + "recognises the class: on images from elsewhere they may be far lower."
+    elif facts and facts["verdict"] == "beats":
+        text = "File names, sizes and the like tell the classes of "
+        text += f"{count(facts['num_rows'], 'image')} apart less well than the head does. There "
+        yield False, text + "may be other shortcuts."
+    of_sources = found.sources["verdict"] if found.sources else None
+    if of_sources == "not separable by design":
+        text = "All images of a class come from one source. Whether the head recognises the class "
+        yield True, text + "or only the source cannot be found out with these images."
+    elif found.sources and of_sources == "told":
+        text = f"Within {told_classes(found.sources)} the source of an image can be told from it. "
+        text += "The figures may be of sources rather than of classes: judge the head by a source "
+        yield True, text + "that it has not seen."
+
+
+def _explain_others(found: Audit) -> Iterator[str]:
+    if found.near and found.near["num_pairs"]:
+        pairs = count(found.near["num_pairs"], "pair")
+        yield f"{pairs} of images look nearly alike: are they of one patient?"
+    if found.labels and found.labels["num_suspicious"]:
+        number = count(found.labels["num_suspicious"], "image")
+        yield f"The labels of {number} look wrong: someone should look at them."
     yield "An audit finds what it looks for; it does not show that the rest is sound."

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from featcache.errors import CacheError, RunError
 from featcache.evaluation.deciding.rates import known_groups
-from featcache.evaluation.predicted_rows import labelled_rows, predict_rows
+from featcache.evaluation.predicted_rows import PredictedRows, labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen
 from featcache.files import join_names, local_path, plain_cell
 from featcache.heads.config import LBFGS, TrainingConfig, check_valid_fraction
@@ -30,6 +30,7 @@ from featcache.heads.run_caches import open_own_caches
 from featcache.sweeps.crossval_files import damaged, read_crossval
 
 GUARANTEE, ESTIMATE = "guarantee", "estimate"
+OWN_HEADS = "each score is from one head, and this run is the mean of these heads"
 CROSSVAL = "cross-validated bound, not a guarantee"
 
 
@@ -150,32 +151,68 @@ def read_folds(run: Run, folder: str | Path, positive: str) -> list[ScoredRows]:
         CacheError: If it has no rows of the class.
     """
     place = local_path(folder, "--on")
-    facts, data = read_crossval(place)
-    _require_same(run, facts, place)
+    repeats, reason = read_fold_rows(run, place)
+    column = run.classes.index(positive)
+    found = []
+    for number, of_repeat in repeats.items():
+        rows = of_repeat.rows
+        known, probs, targets = np.arange(len(rows.targets)), rows.probs, rows.targets
+        if rows.has_labels:
+            known = np.flatnonzero(~np.isnan(targets[:, column]))
+            probs, targets = _of_one_label(probs[:, column]), targets[:, column] == 1
+        found.append(ScoredRows(
+            probs[known], targets[known].astype(np.int64), 1 if rows.has_labels else column,
+            [rows.paths[row] for row in known.tolist()],
+            known_groups([rows.groups[row] for row in known.tolist()]),
+            "crossval", CROSSVAL, reason, place, number,
+        ))  # fmt: skip
+    _require_positive(found[0], positive, "cross-validation")
+    return found
+
+
+@dataclass(frozen=True)
+class FoldRows:
+    """The labelled rows of a repeat of a cross-validation, each with the scores of another head.
+
+    Attributes:
+        splits: n names of the splits that the rows are of.
+        rows: The rows, with the probabilities that a head gives them which did not see them.
+    """
+
+    splits: list[str]
+    rows: PredictedRows
+
+
+def read_fold_rows(run: Run, folder: Path) -> tuple[dict[int, FoldRows], str]:
+    """Return the out-of-fold rows of each repeat, from 1 on, and whose scores they are, in words.
+
+    Rows of ``test`` are left out. Each repeat has the same rows in the same order.
+
+    Raises:
+        RunError: As ``read_folds``.
+    """
+    facts, data = read_crossval(folder)
+    _require_same(run, facts, folder)
     reason = "the folds' heads made these scores, not this head (crossval --keep-ensemble helps)"
     if facts.get("ensemble_weights_sha256") == run.weights_sha256:
-        reason = "each score is from one head, and this run is the mean of these heads"
-    has_labels = run.task == "multilabel"
-    column = run.classes.index(positive)
-    repeats = _parse(data, run, column, place)
-    found = []
+        reason = OWN_HEADS
+    repeats = _parse(data, run, folder)
+    found = {}
     for number, of_repeat in sorted(repeats.items()):
         probs = np.array(of_repeat.probs, np.float64).reshape(-1, len(run.classes))
         if not (np.isfinite(probs).all() and (probs >= 0).all() and (probs <= 1).all()):
-            raise damaged(place, "probabilities in predictions.csv", "others")
+            raise damaged(folder, "probabilities in predictions.csv", "others")
         if of_repeat.paths != repeats[min(repeats)].paths:
-            raise damaged(place, "the same rows in each repeat", f"others in repeat {number}")
-        if has_labels:
-            probs = _of_one_label(probs[:, column])
-        paths = [plain_cell(path) for _, path in of_repeat.paths]
-        found.append(ScoredRows(
-            probs, np.array(of_repeat.targets, np.int64), 1 if has_labels else column, paths,
-            known_groups(of_repeat.groups), "crossval", CROSSVAL, reason, place, number,
-        ))  # fmt: skip
+            raise damaged(folder, "the same rows in each repeat", f"others in repeat {number}")
+        kind = np.float32 if run.task == "multilabel" else np.int64
+        rows = PredictedRows(
+            run.classes, [plain_cell(path) for _, path in of_repeat.paths], of_repeat.groups,
+            np.array(of_repeat.targets, kind), probs,
+        )  # fmt: skip
+        found[number] = FoldRows([split for split, _ in of_repeat.paths], rows)
     if not found:
-        raise damaged(place, "rows in predictions.csv", "none")
-    _require_positive(found[0], positive, "cross-validation")
-    return found
+        raise damaged(folder, "rows in predictions.csv", "none")
+    return found, reason
 
 
 def _of_one_label(probs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -221,12 +258,12 @@ class _Repeat:
 
     paths: list[tuple[str, str]] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
+    targets: list[int | list[float]] = field(default_factory=list)
     probs: list[list[float]] = field(default_factory=list)
 
 
-def _parse(data: bytes, run: Run, column: int, folder: Path) -> dict[int, _Repeat]:
-    """Return the rows of each repeat; with several labels those whose target is known."""
+def _parse(data: bytes, run: Run, folder: Path) -> dict[int, _Repeat]:
+    """Return the rows of each repeat."""
     has_labels = run.task == "multilabel"
     words = ("targets", "unknown", "preds") if has_labels else ("target", "pred")
     first = ["split", "fold", "repeat", "path", "group", *words]
@@ -237,14 +274,17 @@ def _parse(data: bytes, run: Run, column: int, folder: Path) -> dict[int, _Repea
         header = next(table, [])
         if header[: len(first)] != first or len(header) != len(first) + len(run.classes):
             raise damaged(folder, "the columns of crossval in predictions.csv", "others")
-        name = join_names([run.classes[column]])
+        labels = [join_names([name]) for name in run.classes]
         for row in table:
             if row[0] == "test":
                 continue
-            if has_labels and name in _names(plain_cell(row[6])):
-                continue
             targets = plain_cell(row[5])
-            target = int(name in _names(targets)) if has_labels else run.classes.index(targets)
+            target: int | list[float]
+            if has_labels:
+                of_yes, unknown = _names(targets), _names(plain_cell(row[6]))
+                target = [np.nan if n in unknown else float(n in of_yes) for n in labels]
+            else:
+                target = run.classes.index(targets)
             probs = [float(cell) for cell in row[len(first) :]]
             if len(probs) != len(run.classes):
                 raise damaged(folder, "a probability of each class", f"{len(probs)} in a row")
