@@ -259,7 +259,7 @@ def explain(found: Audit, leaks: Sequence[int], torn: Sequence[int]) -> list[dic
         torn: Likewise of each other set of copies over several groups.
 
     Returns:
-        ``text``, and ``is_warning``: whether the figures of a head may be too good by it.
+        ``text``, and ``is_warning``: whether it casts doubt on all figures of a head.
     """
     texts = [*_explain_copies(found, leaks, torn), *_explain_shortcuts(found)]
     texts += [(False, text) for text in _explain_others(found)]
@@ -313,7 +313,7 @@ def _explain_shortcuts(found: Audit) -> Iterator[tuple[bool, str]]:
 def _explain_others(found: Audit) -> Iterator[str]:
     if found.near and found.near["num_pairs"]:
         pairs = count(found.near["num_pairs"], "pair")
-        yield f"{pairs} of images look nearly alike: are they of one patient?"
+        yield f"Nearly alike: {pairs} of images. Are they of one patient?"
     if found.labels and found.labels["num_suspicious"]:
         number = count(found.labels["num_suspicious"], "image")
         yield f"The labels of {number} look wrong: someone should look at them."
