@@ -33,7 +33,13 @@ from featcache.files import (
 )
 from featcache.formatting import join_few
 from featcache.heads.head import HeadConfig, build_head, run_layout, split_members
-from featcache.untrusted import find_fault, parse_json_object, reading_hint, real_path
+from featcache.untrusted import (
+    find_fault,
+    parse_json_object,
+    reading_hint,
+    real_path,
+    why_no_file,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -288,7 +294,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         elif is_container(folder):
             found = "a cache, which is one file"
         elif isinstance(error, NotADirectoryError):
-            found = "a file"
+            found = why_no_file(folder) or "a file"
         raise RunError(
             "run", expected="a folder with run.json", found=found, where=folder,
             hint=reading_hint(error, _name_run(folder)),

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("workers", "torch_first"), [(0, True), (0, False), (1, False)])
+@pytest.mark.parametrize(("workers", "torch_first"), [(0, True), (1, False)])
 def test_a_split_is_a_map_style_dataset(tmp_path: Path, workers: int, torch_first: bool) -> None:
     cache = make_cache(tmp_path / "c.h5")
     script = tmp_path / "load.py"
