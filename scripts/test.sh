@@ -16,7 +16,7 @@ unset PYTHONDONTWRITEBYTECODE
 # spinning: 31 CPU seconds in place of 71 for eleven tests of small networks.
 export OMP_WAIT_POLICY=PASSIVE
 # One process more than cores, as a fifth of the time of two is spent waiting: for timeouts, for
-# signals, for children. On two cores 9:46 min beside other work, with two processes 10:05 without.
+# signals, for children. On two noisy cores 9:46 to 10:41 min, with two processes 10:05.
 workers=$("$python" -c 'from featcache.runtime import available_cores; print(available_cores() + 1)')
 # A file's tests stay in one process: they share what is slow to make. Files in the order of conftest.
 tests=0
