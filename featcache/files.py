@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 from featcache.errors import CacheError, ConfigError, escaped
 from featcache.renames import NOT_SUPPORTED, beside
-from featcache.untrusted import open_regular, real_path
+from featcache.untrusted import open_regular, parse_json_object, real_path
 
 _HASH_BLOCK_BYTES = 1 << 20
 _NO_FOLDER_SYNC = NOT_SUPPORTED | {
@@ -121,6 +121,14 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
         except OSError as error:
             error.filename = str(path)
             raise
+
+
+def optional_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
+    """Return the JSON object in a file, an empty one if it cannot be read or holds no other."""
+    try:
+        return parse_json_object(read_regular(path, max_bytes=max_bytes))
+    except (OSError, ValueError):
+        return {}
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,12 +13,11 @@ from featcache import __version__
 from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import caches_of
 from featcache.errors import ConfigError, FeatcacheError, printable, warn_user
-from featcache.files import follow_link, json_sha256, read_regular, readable_json
+from featcache.files import follow_link, json_sha256, optional_json_object, readable_json
 from featcache.formatting import count
 from featcache.outputs import Kind, Output, write_output
 from featcache.renames import beside
 from featcache.runtime import Say
-from featcache.untrusted import parse_json_object
 
 FORMAT, FORMAT_VERSION = "featcache-audit", 1
 _MAX_BYTES = 1 << 20
@@ -31,10 +30,7 @@ def verdict_path(cache: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the file as a JSON object, empty if it is no verdict."""
-    try:
-        facts = parse_json_object(read_regular(path, max_bytes=_MAX_BYTES))
-    except (OSError, ValueError):
-        return {}
+    facts = optional_json_object(path, max_bytes=_MAX_BYTES)
     return facts if facts.get("format") == FORMAT else {}
 
 

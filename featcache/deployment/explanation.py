@@ -20,12 +20,12 @@ from featcache.deployment.inputs import list_inputs
 from featcache.errors import ConfigError, DataError
 from featcache.evaluation.evidence import MIDDLE
 from featcache.extraction.earlier import refuse_dark_colour
-from featcache.files import local_path, read_regular, write_bytes, write_json
+from featcache.files import local_path, optional_json_object, write_bytes, write_json
 from featcache.formatting import brief_repr
 from featcache.output_folders import check_folder, new_folder
 from featcache.outputs import Kind, Output
 from featcache.runtime import Say, log_line
-from featcache.untrusted import MAX_PIXELS, parse_json_object
+from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
     from featcache.deployment.recipes import Backbones, Weights
@@ -184,10 +184,7 @@ def _picture_name(number: int, path: str) -> str:
 
 
 def _is_explanations(path: Path) -> bool:
-    try:
-        facts = parse_json_object(read_regular(path / FACTS_NAME, max_bytes=_MAX_JSON_BYTES))
-    except (OSError, ValueError):
-        return False
+    facts = optional_json_object(path / FACTS_NAME, max_bytes=_MAX_JSON_BYTES)
     return facts.get("format") == FORMAT
 
 

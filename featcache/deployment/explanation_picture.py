@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ import numpy.typing as npt
 from featcache.deployment.explanation_lines import name_of
 from featcache.errors import printable
 from featcache.evaluation.evidence import MIDDLE
+from featcache.evaluation.figures import as_png
 from featcache.formatting import percent, shorten
 
 if TYPE_CHECKING:
@@ -35,13 +34,10 @@ def draw_explanation(
         facts: What ``Explanation.as_dict`` returns.
         pixels: What each backbone saw, (S, S) or (S, S, 3).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
     maps = facts["maps"]
     figure = Figure((12.0, 3.6 * len(maps) + 0.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     rows = figure.subplots(len(maps), 3, squeeze=False)
     for (image, of_map, of_occlusion), made, seen in zip(rows, maps, pixels, strict=True):
         _show(image, seen)
@@ -68,14 +64,7 @@ def draw_explanation(
             of_occlusion.set_xlabel(said, color=_ALARM if made["disagree"] else _FAINT)
     figure.suptitle(_title(facts), fontsize=12, color=_INK)
     figure.supxlabel(_FOOT, fontsize=9, color=_FAINT)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a class may be called "$\\frac"
-        text.set_usetex(False)
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(picture, format="png", metadata={"Software": None})
-    return picture.getvalue()
+    return as_png(figure)
 
 
 def _title(facts: Mapping[str, Any]) -> str:

@@ -19,22 +19,18 @@ from featcache.evaluation.deciding.decision_file import Decisions
 from featcache.evaluation.figures import DPI, draw_confusion
 from featcache.evaluation.history import read_histories
 from featcache.evaluation.predicted_rows import PredictedRows
-from featcache.files import read_regular
+from featcache.files import optional_json_object, read_regular
 from featcache.formatting import decimal
 from featcache.heads.run import Run
 from featcache.outputs import Kind, Output, write_outputs
 from featcache.runtime import Say
-from featcache.untrusted import parse_json_object
 
 LOSSES_NAME = "loss_curves.png"
 
 
 def _is_evaluation(path: Path) -> bool:
     """Return whether a file is one of ``RUN/evaluation/SPLIT.json``."""
-    try:
-        facts = parse_json_object(read_regular(path, max_bytes=_MAX_FIGURES_BYTES))
-    except (OSError, ValueError):
-        return False
+    facts = optional_json_object(path, max_bytes=_MAX_FIGURES_BYTES)
     return {"split", "accuracy", "fingerprint"} <= facts.keys()
 
 

@@ -29,6 +29,7 @@ from featcache.files import (
     canonical_json,
     json_sha256,
     local_path,
+    optional_json_object,
     read_regular,
 )
 from featcache.formatting import join_few
@@ -118,10 +119,7 @@ class Run:
 
 def is_run(path: Path) -> bool:
     """Return whether ``path`` is the folder of a run, of any version, damaged or not."""
-    try:
-        facts = parse_json_object(read_regular(path / "run.json", max_bytes=_MAX_JSON_BYTES))
-    except (OSError, ValueError):
-        return False
+    facts = optional_json_object(path / "run.json", max_bytes=_MAX_JSON_BYTES)
     return facts.get("format") == FORMAT
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from featcache.errors import printable
 from featcache.formatting import count, decimal, percent, shorten
+from featcache.metrics.areas import roc_curve
 from featcache.metrics.calibration import decision_curve, reliability_table
 from featcache.reporting.facts import Positive, SplitFacts
 from featcache.reporting.feature_map import FeatureMap
@@ -75,8 +76,8 @@ def _roc(facts: SplitFacts, curves: Sequence[tuple[int, _Mask, _Scores]]) -> Cha
     for number, (column, is_yes, scores) in enumerate(curves[:_MOST_CURVES]):
         limits, found, alarms = _steps(is_yes, scores)
         ys, xs = found / is_yes.sum(), alarms / (~is_yes).sum()
-        points = [(0.0, 0.0), *zip(xs.tolist(), ys.tolist(), strict=True)]
-        lines.append(Line(_corners(points), number))
+        corners = (part.tolist() for part in roc_curve(is_yes, scores))
+        lines.append(Line(list(zip(*corners, strict=True)), number))
         name = _name(facts, column)
         legend.append((legend_key(number, is_line=True), name))
         rows += [
@@ -311,16 +312,6 @@ def _precision_at(facts: SplitFacts) -> float | None:
     is_yes, scores = facts.answers(facts.positive.column)
     called = scores >= facts.positive.threshold
     return float(is_yes[called].mean()) if called.any() else None
-
-
-def _corners(points: Sequence[Point]) -> list[Point]:
-    """Return the points of a staircase without those in the middle of a straight line."""
-    kept = [points[0]]
-    for before, here, after in zip(points, points[1:], points[2:], strict=False):
-        is_straight = (before[0] == here[0] == after[0]) or (before[1] == here[1] == after[1])
-        if not is_straight:
-            kept.append(here)
-    return [*kept, points[-1]]
 
 
 def few_places(number: int) -> list[int]:

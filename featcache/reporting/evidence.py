@@ -9,13 +9,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.side_by_side import caches_of
 from featcache.deployment.classifier import Classifier
 from featcache.deployment.explainer import Explainer
 from featcache.deployment.occlusion import choose_side, sum_cells
@@ -28,11 +26,12 @@ from featcache.evaluation.evidence import (
     ClassEvidence,
     choose_images,
 )
-from featcache.extraction.comparison import find_images
 from featcache.extraction.earlier import refuse_dark_colour
 from featcache.formatting import count, percent, shorten
+from featcache.heads.run import Run
 from featcache.reporting.charts import Chart
 from featcache.reporting.facts import Facts, SplitFacts
+from featcache.reporting.pictures import FoundImages, Key
 from featcache.runtime import Say
 
 _MOST_CLASSES = 8  # whose maps are shown
@@ -55,7 +54,7 @@ class EvidencePart:
 
 
 def measure_evidence(
-    facts: Facts, classifier: Classifier, data: str | Path, say: Say
+    facts: Facts, classifier: Classifier, images: FoundImages, say: Say
 ) -> dict[str, EvidencePart]:
     """Return the mean maps of the classes in valid and test, by the name of the split.
 
@@ -64,13 +63,13 @@ def measure_evidence(
     Args:
         facts: The run, and the rows.
         classifier: The run, with its backbones.
-        data: The images.
+        images: Where the images are.
         say: Gets lines for people.
 
     Raises:
-        FeatcacheError: As ``find_images``.
+        DataError: If they are dark colour, as ``predict`` has it.
     """
-    reader = _Reader(facts, classifier, data)
+    reader = _Reader(facts.run, classifier, images)
     splits = [split for split in (facts.valid, facts.test) if split is not None]
     say(f"evidence: the maps of up to {MOST_IMAGES} images of each class")
     found = {split.name: reader.measure(split) for split in splits}
@@ -84,12 +83,11 @@ def measure_evidence(
 class _Reader:
     """Explains images of a run's rows."""
 
-    def __init__(self, facts: Facts, classifier: Classifier, data: str | Path) -> None:
-        self._run, self._cache = facts.run, caches_of(facts.cache)[0]
-        self._dataset, self._samples, self._rows = find_images(self._cache, data)
+    def __init__(self, run: Run, classifier: Classifier, images: FoundImages) -> None:
+        self._run, self._images = run, images
         self._backbones = [recipe.backbone.name for recipe in classifier.recipes]
         for recipe in classifier.recipes:
-            refuse_dark_colour(recipe, self._dataset, self._run.path)
+            refuse_dark_colour(recipe, images.dataset, run.path)
         self._explainer = Explainer(classifier)
 
     @property
@@ -107,32 +105,31 @@ class _Reader:
             rows = np.flatnonzero(is_of)
             evidence = ClassEvidence(name, len(rows))
             for row in choose_images(rows).tolist():
-                of_split, path = split.key(row)
-                pixels = self._read(of_split, path)
+                key = split.key(row)
+                pixels = self._read(key)
                 if pixels is None:
                     continue
-                planes = self._explainer.locate(pixels, path, column).planes
+                planes = self._explainer.locate(pixels, key[1], column).planes
                 shown = [p for p, has in zip(planes, self._explainer.has_map, strict=True) if has]
                 if not shown:
                     return []
-                evidence.add(shown, split.rows.groups[row] or path)
+                evidence.add(shown, split.rows.groups[row] or key[1])
             if evidence.num_images:
                 found.append(evidence.as_dict())
         return found
 
-    def _read(self, split: str, path: str) -> list[npt.NDArray[np.uint8]] | None:
+    def _read(self, key: Key) -> list[npt.NDArray[np.uint8]] | None:
         """Return the pixels of an image, None where it is gone, changed or damaged."""
-        sample = self._samples.get((split, path))
-        if sample is None:
+        images = self._images
+        if key not in images.samples:
             return None
-        recorded = self._cache.splits[split].image_sha256[self._rows[split, path]].tobytes()
         try:
-            data = self._dataset.read(sample)
-            if any(recorded) and hashlib.sha256(data).digest() != recorded:
-                return None
-            return self._explainer.read(sample, self._dataset)
+            data = images.dataset.read(images.samples[key])
+            if images.is_same(key, hashlib.sha256(data).digest()):
+                return self._explainer.read(data, images.dataset)
         except DataError:
-            return None
+            pass
+        return None
 
 
 def _part(

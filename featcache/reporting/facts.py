@@ -27,7 +27,7 @@ from featcache.evaluation.history import History, read_histories, read_table
 from featcache.evaluation.intervals import measure_intervals
 from featcache.evaluation.predicted_rows import PredictedRows, predict_rows
 from featcache.evaluation.seen_rows import find_seen
-from featcache.files import read_regular
+from featcache.files import optional_json_object
 from featcache.formatting import count, join_few
 from featcache.heads.config import check_valid_fraction
 from featcache.heads.rows import RowNumbers, choose_rows, find_labelled
@@ -37,7 +37,6 @@ from featcache.metrics.calibration import measure_calibration
 from featcache.metrics.scores import compute_metrics
 from featcache.reporting.feature_map import FeatureMap, map_features
 from featcache.sweeps.crossval_files import FACTS_NAME, ROWS_NAME
-from featcache.untrusted import parse_json_object
 
 _MAX_BYTES = 1 << 26
 
@@ -74,8 +73,7 @@ class SplitFacts:
         metrics: ``metrics.scores.compute_metrics``.
         intervals: Of them, ``measure_intervals``.
         calibration: ``measure_calibration``.
-        is_fresh: Whether they neither fitted nor chose anything; None where that cannot be told.
-        freshness: The same in words.
+        freshness: Whether they fitted or chose anything, in words.
         num_failed: Images of the split that could not be read.
         positive: The class that is looked for, or None.
         decided: What its threshold does to them, ``measure_decisions``; None without ``decide``.
@@ -90,7 +88,6 @@ class SplitFacts:
     metrics: dict[str, Any]
     intervals: dict[str, Any]
     calibration: dict[str, Any]
-    is_fresh: bool | None
     freshness: str
     num_failed: int
     positive: Positive | None
@@ -153,7 +150,7 @@ class Facts:
         audits: A verdict for each cache, or None.
         histories: How each head was trained, ``history.csv``; empty where there is no such table.
         trials: ``trials.csv``: its rows, or None.
-        sweep: ``sweep.json``, or None.
+        sweep: ``sweep.json``, empty where it is not there.
         environment: ``environment.json``, empty where it is not there.
         feature_map: The map of the features.
     """
@@ -169,7 +166,7 @@ class Facts:
     audits: list[dict[str, Any] | None]
     histories: list[History]
     trials: list[dict[str, str]] | None
-    sweep: dict[str, Any] | None
+    sweep: dict[str, Any]
     environment: dict[str, Any]
     feature_map: FeatureMap
 
@@ -204,8 +201,8 @@ def gather(run: Run, positive: str | None) -> Facts:
         audits=[read_verdict(each) for each in caches_of(cache)],
         histories=read_histories(run),
         trials=read_table(run.path / "trials.csv") or None,
-        sweep=_json(run.path / "sweep.json"),
-        environment=_json(run.path / "environment.json") or {},
+        sweep=optional_json_object(run.path / "sweep.json", max_bytes=_MAX_BYTES),
+        environment=optional_json_object(run.path / "environment.json", max_bytes=_MAX_BYTES),
         feature_map=map_features(cache),
     )  # fmt: skip
 
@@ -273,7 +270,7 @@ def _out_of_fold(
     splits = set(found.splits)
     return _figures(
         found.rows, decisions, positive, name="valid", title="out of fold", splits=found.splits,
-        source="out of fold, by heads that had not seen the image", is_fresh=True,
+        source="out of fold, by heads that had not seen the image",
         freshness=freshness, by=None,
         num_failed=sum(failure.split in splits for failure in cache.failures),
     ), ""  # fmt: skip
@@ -284,11 +281,10 @@ def _measure(  # noqa: PLR0917 (what is measured, and by what)
     decisions: Decisions | None, positive: Positive | None,
 ) -> SplitFacts:  # fmt: skip
     rows = predict_rows(run, cache, split, numbers, lambda _: None, average_views=False)
-    is_fresh, freshness = _freshness(run, cache, split, numbers)
     name = "test" if split == "test" else "valid"
     return _figures(
         rows, decisions, positive, name=name, title=name, splits=[split] * len(rows.paths),
-        source=source, is_fresh=is_fresh, freshness=freshness,
+        source=source, freshness=_freshness(run, cache, split, numbers),
         num_failed=sum(failure.split == split for failure in cache.failures),
         by=_subgroups(run, cache, split, None if positive is None else positive.name),
     )  # fmt: skip
@@ -311,30 +307,28 @@ def _figures(
     )
 
 
-def _freshness(
-    run: Run, cache: Cache, split: str, numbers: RowNumbers
-) -> tuple[bool | None, str]:  # fmt: skip
+def _freshness(run: Run, cache: Cache, split: str, numbers: RowNumbers) -> str:
+    """Return in words whether the head has seen the images."""
     seen = find_seen(run, cache, cache.split(split), numbers)
     if seen is None:
-        return None, "It cannot be told whether the head has seen these images."
+        return "It cannot be told whether the head has seen these images."
     trained, chosen, unclear = seen.counts
     if trained:
-        return False, (
-            f"The head was trained on {trained:,} of these images: these figures are too good."
-        )
+        return f"The head was trained on {trained:,} of these images: these figures are too good."
     if chosen:
-        return False, (
+        return (
             f"{chosen:,} of these images also chose the epoch of the head: these figures are a "
             "little too good."
         )
     if unclear:
-        return None, f"Of {unclear:,} of these images it cannot be told whether the head saw them."
-    return True, "The head was neither trained on these images nor chosen by them."
+        return f"Of {unclear:,} of these images it cannot be told whether the head saw them."
+    return "The head was neither trained on these images nor chosen by them."
 
 
 def _subgroups(run: Run, cache: Cache, split: str, positive: str | None) -> dict[str, Any] | None:
     """Return the subgroups that the last ``evaluate --by`` found, if they are of this cache."""
-    facts = _json(run.path / "evaluation" / f"{split}.json") or {}
+    path = run.path / "evaluation" / f"{split}.json"
+    facts = optional_json_object(path, max_bytes=_MAX_BYTES)
     by = facts.get("by")
     if facts.get("fingerprint") != cache.fingerprint or facts.get("positive") != positive:
         return None
@@ -354,11 +348,3 @@ def _check_figure(figure: Mapping[str, Any]) -> None:
     if not all(number is None or math.isfinite(number) for number in numbers):
         raise ValueError
     _ = bool(figure["too_few"])
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON object that is for people, None where it is not there or is damaged."""
-    try:
-        return parse_json_object(read_regular(path, max_bytes=_MAX_BYTES))
-    except (OSError, ValueError):
-        return None

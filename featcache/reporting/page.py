@@ -67,7 +67,7 @@ def render(
     identities = [cache.identity for cache in caches_of(facts.cache)]
     backbones = " + ".join(short(str(identity.get("backbone"))) for identity in identities)
     classes = join_few([shorten(printable(name), 24) for name in facts.run.classes])
-    metric = str((facts.sweep or {}).get("metric", "score"))
+    metric = str(facts.sweep.get("metric", "score"))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         loader=jinja2.FunctionLoader(_read),

@@ -19,10 +19,10 @@ from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import caches_of
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError
+from featcache.evaluation.auditing.images import SmallPictures
 from featcache.extraction.comparison import find_images
 from featcache.extraction.pipeline import stream_views
 from featcache.pixels.images import PixelRules
-from featcache.pixels.views import PLAIN, ViewRules
 
 SIDE = 192
 """Of the pictures, in pixels: the long side, the short one has bars."""
@@ -31,14 +31,6 @@ _CHUNK = 32
 
 Key = tuple[str, str]
 """Split and path of a row."""
-
-
-@dataclass(frozen=True)
-class _SmallPictures:
-    """What ``stream_views`` makes them by."""
-
-    rules: PixelRules
-    view_rules: ViewRules = PLAIN
 
 
 @dataclass(frozen=True)
@@ -72,6 +64,11 @@ class FoundImages:
         first = caches_of(cache)[0]
         return cls(first, *find_images(first, data))
 
+    def is_same(self, key: Key, sha256: bytes) -> bool:
+        """Return whether an image is the one that the cache was made of, where that is known."""
+        recorded = self.cache.splits[key[0]].image_sha256[self.rows[key]].tobytes()
+        return sha256 == recorded or not any(recorded)
+
 
 def read_pictures(images: FoundImages, wanted: Sequence[Key]) -> dict[Key, str]:
     """Return a ``data:`` URL of the image of each row; none where it is gone, changed or damaged.
@@ -83,13 +80,11 @@ def read_pictures(images: FoundImages, wanted: Sequence[Key]) -> dict[Key, str]:
     first, dataset, samples = images.cache, images.dataset, images.samples
     chosen = [samples[key] for key in dict.fromkeys(wanted) if key in samples]
     made: dict[Key, str] = {}
-    recipe = _SmallPictures(_rules_of(first))
+    recipe = SmallPictures(_rules_of(first))
     for outcomes, views in stream_views(dataset, chosen, [recipe], _CHUNK):
         for outcome, view in zip(outcomes, views, strict=True):
             key = outcome.sample.split, outcome.sample.path
-            recorded = first.splits[key[0]].image_sha256[images.rows[key]].tobytes()
-            is_same = outcome.sha256 == recorded or not any(recorded)
-            if view is not None and is_same:
+            if view is not None and images.is_same(key, outcome.sha256):
                 made[key] = as_url(np.asarray(view[0][0]))
     return made
 

@@ -212,7 +212,7 @@ def _look(
             raise
         say(f"no maps of what the network used: {printable(' '.join(str(error).split()))}")
         return Shown(pictures, note=NO_MAPS if pictures else "", why=_WHY[images]), {}
-    evidence = measure_evidence(facts, classifier, data, say)
+    evidence = measure_evidence(facts, classifier, found, say)
     mistakes = [key for key in _wanted(facts, "mistakes") if key in pictures]
     positive = None if facts.positive is None else facts.positive.name
     maps = explain_images(classifier, found, mistakes, positive, say)

@@ -22,7 +22,7 @@ _RATES = {
 
 
 def slider_of(
-    facts: SplitFacts, positive: Positive, names: Names, run_name: str
+    facts: SplitFacts, positive: Positive, names: Names, command: str
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Return what the template and the script need of the thresholds on valid.
 
@@ -79,7 +79,7 @@ def slider_of(
         "tp": f"{true:,}", "fn": f"{num_yes - true:,}", "fp": f"{false:,}",
         "tn": f"{num_no - false:,}", "rates": rates, "share": percent(share),
         "prevalence": f"{100 * share:.3g}", "method": _method(facts, groups), "refer": refer,
-        "command": run_name, "header": header, "table": shown_table,
+        "command": command, "header": header, "table": shown_table,
     }  # fmt: skip
     for_script = {
         "num_yes": num_yes, "num_no": num_no, "chosen": chosen, "most": MOST_MISTAKES,

@@ -18,10 +18,15 @@ from featcache.cache.verdict import read_verdict
 from featcache.errors import ConfigError, FeatcacheError
 from featcache.evaluation.deciding.decision_file import load_decisions
 from featcache.evaluation.history import History, read_histories, read_table
-from featcache.files import canonical_json, local_path, read_regular, readable_json
+from featcache.files import (
+    canonical_json,
+    local_path,
+    optional_json_object,
+    read_regular,
+    readable_json,
+)
 from featcache.heads.run import Run, cache_paths, load_run
 from featcache.sweeps.crossval_files import ENSEMBLE_NAME, read_crossval
-from featcache.untrusted import parse_json_object
 
 _MAX_BYTES = 1 << 31
 _MAX_VALUE = 500  # characters of a parameter
@@ -175,10 +180,7 @@ def _curves(history: History) -> Iterator[tuple[str, int, float]]:
 def _evaluation(path: Path, *, has_paths: bool) -> Iterator[Part]:
     """Yield the figures of a split; a file that is no evaluation is left out."""
     name = safe_name(path.stem)
-    try:
-        facts = parse_json_object(read_regular(path, max_bytes=_MAX_BYTES))
-    except (OSError, ValueError):
-        return
+    facts = optional_json_object(path, max_bytes=_MAX_BYTES)
     if not {"split", "accuracy", "fingerprint"} <= facts.keys():
         return
     measured = {key: value for key, value in facts.items() if key not in _NOT_MEASURED}

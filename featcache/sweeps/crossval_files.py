@@ -21,7 +21,14 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import caches_of
 from featcache.errors import ConfigError, RunError
-from featcache.files import csv_text, json_sha256, read_regular, write_bytes, write_json
+from featcache.files import (
+    csv_text,
+    json_sha256,
+    optional_json_object,
+    read_regular,
+    write_bytes,
+    write_json,
+)
 from featcache.heads.prediction import prediction_table
 from featcache.heads.rows import Part
 from featcache.heads.run import is_run
@@ -43,10 +50,7 @@ _MAX_JSON_BYTES, _MAX_ROWS_BYTES = 1 << 28, 1 << 31
 
 
 def _is_crossval(path: Path) -> bool:
-    try:
-        facts = parse_json_object(read_regular(path / FACTS_NAME, max_bytes=_MAX_JSON_BYTES))
-    except (OSError, ValueError):
-        return False
+    facts = optional_json_object(path / FACTS_NAME, max_bytes=_MAX_JSON_BYTES)
     return facts.get("format") == FORMAT
 
 

@@ -6,13 +6,13 @@ import csv
 import json
 import re
 import warnings
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from headless_browser import CHROMIUM, Browser
+from sample_pages import Parser
 from sample_rows import edited, make_cache, rows_of
 
 import featcache
@@ -55,22 +55,6 @@ def quiet(_: str) -> None:
 
 
 QUIET: dict[str, Any] = {"say": quiet, "progress": False}
-
-
-class Parser(HTMLParser):
-    """Collects tags, attributes and text as a browser would see them."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def write_run(folder: Path, names: tuple[str, ...]) -> Path:

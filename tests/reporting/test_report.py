@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from sample_decisions import copy_run, decide_quietly, make_work
 from sample_images import write_tree
+from sample_pages import Parser
 
 import featcache
 from featcache.backbones.backbone import Backbone
@@ -40,22 +40,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(work: Path) -> str:
     featcache.report(work / "run", work / "page.html", say=quiet)
     return (work / "page.html").read_text("utf-8")
-
-
-class Parser(HTMLParser):
-    """Collects tags, attributes and text as a browser would see them."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def data_of(page: str) -> dict[str, Any]:

@@ -33,11 +33,10 @@ from featcache.deployment.exporting.card_figures import (
 )
 from featcache.errors import FeatcacheError, printable
 from featcache.evaluation.deciding.scored_rows import is_lone
-from featcache.files import read_regular
+from featcache.files import optional_json_object, read_regular
 from featcache.formatting import count
 from featcache.heads.run import Run
 from featcache.heads.run_caches import open_own_caches
-from featcache.untrusted import parse_json_object
 
 _MAX_BYTES = 1 << 24
 _ITEMS = (
@@ -111,7 +110,10 @@ def write_card(classifier: Classifier, facts: Mapping[str, Any]) -> Card:
         facts: What ``config.json`` holds.
     """
     run = classifier.run
-    figures, environment = _read(run, "evaluation/test.json"), _read(run, "environment.json")
+    figures, environment = (
+        optional_json_object(run.path / name, max_bytes=_MAX_BYTES)
+        for name in ("evaluation/test.json", "environment.json")
+    )
     if figures.get("fingerprint") != run.cache["fingerprint"]:
         figures = {}
     rules = {} if classifier.decisions is None else classifier.decisions.rules
@@ -162,14 +164,6 @@ def write_card(classifier: Classifier, facts: Mapping[str, Any]) -> Card:
         "",
     ]
     return Card("\n".join(lines), num_answered, len(_ITEMS))
-
-
-def _read(run: Run, name: str) -> dict[str, Any]:
-    """Return a JSON file of the run that is for people; nothing if it cannot be read."""
-    try:
-        return parse_json_object(read_regular(run.path / name, max_bytes=_MAX_BYTES))
-    except (OSError, ValueError):
-        return {}
 
 
 def _yaml(title: str, metrics: Sequence[str]) -> list[str]:

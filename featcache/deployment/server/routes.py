@@ -31,8 +31,7 @@ from featcache.deployment.server.uploads import (
 )
 from featcache.deployment.server.work_queue import WorkQueue
 from featcache.errors import DataError, FeatcacheError
-from featcache.files import read_regular
-from featcache.untrusted import parse_json_object
+from featcache.files import optional_json_object
 
 _FIGURES = (
     "num_samples", "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "positive",
@@ -212,10 +211,7 @@ def _evaluations(classifier: Classifier) -> dict[str, dict[str, Any]]:
     """Return the figures of each split that the run was measured on, without any path."""
     found = {}
     for path in sorted(classifier.run.path.glob("evaluation/*.json")):
-        try:
-            facts = parse_json_object(read_regular(path, max_bytes=_MAX_BYTES))
-        except (OSError, ValueError):
-            continue
+        facts = optional_json_object(path, max_bytes=_MAX_BYTES)
         if facts.get("fingerprint") == classifier.run.cache["fingerprint"]:
             found[path.stem] = {key: facts[key] for key in _FIGURES if key in facts}
     return found

@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class _SmallPictures:
+class SmallPictures:
     """What ``stream_views`` makes small pictures by."""
 
     rules: PixelRules
@@ -100,7 +100,7 @@ def read_images(rows: AuditRows, data: str | Path, max_pixels: int = MAX_PIXELS)
     facts: dict[str, Array] = {}
     read: dict[int, Sample] = {}
     changed, unreadable = [], []
-    recipe = _SmallPictures(_rules_of(rows.cache, max_pixels))
+    recipe = SmallPictures(_rules_of(rows.cache, max_pixels))
     stream = stream_views(dataset, wanted, [recipe], _CHUNK, with_facts=True)
     for outcomes, views in stream:
         for outcome, view in zip(outcomes, views, strict=True):

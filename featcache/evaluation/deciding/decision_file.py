@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import RunError
-from featcache.files import json_sha256, read_regular, readable_json
+from featcache.files import json_sha256, optional_json_object, read_regular, readable_json
 from featcache.heads.run import Run
 from featcache.metrics.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE, apply_temperature
 from featcache.metrics.thresholds import MAX_THRESHOLD
@@ -190,11 +190,7 @@ def find_replaced(run: Run, positive: str) -> str | None:
 
 
 def _is_decision(path: Path) -> bool:
-    try:
-        facts = parse_json_object(read_regular(path, max_bytes=_MAX_BYTES))
-    except (OSError, ValueError):
-        return False
-    return facts.get("format") == _FORMAT
+    return optional_json_object(path, max_bytes=_MAX_BYTES).get("format") == _FORMAT
 
 
 _KIND = Kind("decision", "a new file, or an earlier decision", RunError, _is_decision,
