@@ -30,7 +30,7 @@ from featcache.cache.converting.rows import (
     require_room,
     wrong,
 )
-from featcache.errors import ConfigError, DataError
+from featcache.errors import DataError
 from featcache.files import csv_text, plain_cell
 from featcache.untrusted import open_regular
 
@@ -153,27 +153,14 @@ def _parse_numbers(name: str, cells: Sequence[str], path: Path) -> npt.NDArray[A
 # ----------------------------------------------------------------------------------------- Parquet
 
 
-def _import_parquet() -> tuple[Any, Any]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ConfigError(
-            "Parquet", expected="the package pyarrow", found="none",
-            hint="pip install 'featcache[formats]'",
-        ) from error  # fmt: skip
-    return pa, pq
-
-
 def write_parquet(table: RowTable, file: BinaryIO) -> None:
     """Write a table as Parquet: features as fixed-size lists of float32, labels as int8 or null.
 
     float16 becomes float32, which holds it exactly and which every reader has.
-
-    Raises:
-        ConfigError: If pyarrow is not installed.
     """
-    pa, pq = _import_parquet()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     arrays = {
         name: pa.array([t or None for t in x], pa.string()) for name, x in table.texts.items()
     }
@@ -199,9 +186,10 @@ def read_parquet(path: Path, most: float) -> RowTable:
 
     Raises:
         DataError: If it is no such table, or takes more than ``most`` bytes.
-        ConfigError: If pyarrow is not installed.
     """
-    pa, pq = _import_parquet()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     with pq.ParquetFile(path) as file:
         schema, num_rows = file.schema_arrow, file.metadata.num_rows
         names = list(schema.names)
