@@ -36,9 +36,9 @@ def choose_side(map_side: int | None) -> int:
 def cover_cells(pixels: npt.NDArray[np.uint8], side: int) -> list[npt.NDArray[np.uint8]]:
     """Return copies of an image, in each of which one of side x side cells is blurred.
 
-    So it loses its details and keeps its brightness. Of 20 sick phantoms that chose nothing (Lite0,
-    7 x 7), cells are ranked with a ROC AUC of 0.63 by the default head and 0.57 by a linear one,
-    with cells of the image's mean colour 0.59 and 0.49 (``benchmarks/pointing.py``).
+    So it loses its details and keeps its brightness. Of 50 sick phantoms that chose nothing (Lite0,
+    7 x 7), cells are ranked with a ROC AUC of 0.61 by the default head and 0.53 by a linear one,
+    with cells of the image's mean colour 0.57 and 0.46 (``benchmarks/pointing.py``).
 
     Args:
         pixels: (S, S) or (S, S, 3)
