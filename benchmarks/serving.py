@@ -46,6 +46,8 @@ import featcache
 BOUNDARY = "boundary-of-the-benchmark"
 BAD = ("garbage", "bomb", "empty", "huge", "slow")
 HUGE_BYTES, BLOCK = 48 << 20, 1 << 16
+SETTLE_SECONDS = 3
+MEMORY_AT = (0, 0.5, 1)  # of the time
 SLOW_PIECES, SLOW_SECONDS = 10, 0.2
 WAYS = {
     "featcache serve": None,
@@ -188,19 +190,39 @@ def start(way: str, run: Path) -> Iterator[tuple[int, int]]:
         server.communicate()
 
 
-def usage_of(pid: int) -> tuple[int, float]:
-    """Return resident bytes and processor seconds of a process and its children."""
-    pids, memory, seconds = [pid], 0, 0.0
+def usage_of(pid: int) -> tuple[list[int], float]:
+    """Return resident bytes of a process and of its children, and processor seconds of all."""
+    pids, memory, seconds = [pid], [0, 0], 0.0
     for one in pids:  # grows
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{one}/task").iterdir():
                 pids += map(int, (task / "children").read_text().split())
             for line in Path(f"/proc/{one}/status").read_text().splitlines():
                 if line.startswith("VmRSS"):
-                    memory += int(line.split()[1]) * 1024
+                    memory[one != pid] += int(line.split()[1]) * 1024
             ticks = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[11:15]
             seconds += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     return memory, seconds
+
+
+@contextlib.contextmanager
+def memory_watched(pid: int) -> Iterator[list[list[int]]]:
+    """Yield a list that grows by ``usage_of``'s memory every second, and once after the end."""
+    samples, has_ended = [usage_of(pid)[0]], threading.Event()
+
+    def watch() -> None:
+        while not has_ended.wait(1):
+            samples.append(usage_of(pid)[0])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield samples
+    finally:
+        has_ended.set()
+        watcher.join()
+        time.sleep(SETTLE_SECONDS)
+        samples.append(usage_of(pid)[0])
 
 
 def measure(
@@ -210,10 +232,11 @@ def measure(
     with start(way, run) as (pid, port):
         warm = [request for request in requests if request.kind == "good"][:num_connections]
         send_all(port, warm, num_connections)
-        (before, used), begun = usage_of(pid), time.perf_counter()
-        outcomes = send_all(port, requests, num_connections)
-        seconds = time.perf_counter() - begun
-        after, used_after = usage_of(pid)
+        with memory_watched(pid) as memory:
+            (_, used), begun = usage_of(pid), time.perf_counter()
+            outcomes = send_all(port, requests, num_connections)
+            seconds = time.perf_counter() - begun
+            _, used_after = usage_of(pid)
     good = [o for o in outcomes if o.request.kind == "good"]
     statuses: dict[str, Counter[int]] = {kind: Counter() for kind in ("good", *BAD)}
     for outcome in outcomes:
@@ -229,8 +252,7 @@ def measure(
         "num_lost": sum(o.status == 0 for o in outcomes),
         "num_of_500": sum(o.status == 500 for o in outcomes),
         "statuses": {kind: dict(sorted(counted.items())) for kind, counted in statuses.items()},
-        "memory_before_bytes": before,
-        "memory_after_bytes": after,
+        "memory_bytes": memory,
         "probs": [probs.get(i) for i in range(max(probs, default=-1) + 1)],
     }
 
@@ -263,6 +285,14 @@ def largest_difference(samples: dict[str, list[dict[str, Any]]]) -> dict[str, fl
     return found
 
 
+def memory_at(rounds: Sequence[dict[str, Any]], share: float) -> str:
+    """Return megabytes of the server and of its children after this share of the time."""
+    samples = [one["memory_bytes"] for one in rounds]
+    at = [of_one[round(share * (len(of_one) - 1))] for of_one in samples]
+    server, children = (median(one[i] for one in at) / 1e6 for i in (0, 1))
+    return f"{server:,.0f} + {children:,.0f}" if children else f"{server:,.0f}"
+
+
 def make_table(report: dict[str, Any]) -> str:
     """Return the table of a report."""
     rows = []
@@ -278,22 +308,22 @@ def make_table(report: dict[str, Any]) -> str:
                 "cpu_seconds_per_request",
             )
         }
-        memory = [median(one[f"memory_{when}_bytes"] for one in rounds) / 1e6 for when in
-                  ("before", "after")]  # fmt: skip
+        memory = [memory_at(rounds, share) for share in MEMORY_AT]
         rows.append([
             way, number(middle["requests_per_second"]),
             number(base / middle["requests_per_second"]), number(1e3 * middle["p50_seconds"]),
             number(1e3 * middle["p99_seconds"]),
             number(1e3 * middle["cpu_seconds_per_request"]), sum(one["num_lost"] for one in rounds),
-            sum(one["num_of_500"] for one in rounds), f"{memory[0]:,.0f}", f"{memory[1]:,.0f}",
+            sum(one["num_of_500"] for one in rounds), *memory,
             number(report["largest_difference"][way], 2),
         ])  # fmt: skip
     header = [
         "way", "requests/s", "times slower", "p50 ms", "p99 ms", "CPU ms a request", "lost",
-        "status 500", "MB before", "MB after", "probabilities off by",
+        "status 500", *(f"MB at {share:.0%}" for share in MEMORY_AT), "probabilities off by",
     ]  # fmt: skip
     sent = f"{report['num_requests']:,} requests, {report['num_connections']} connections, "
-    sent += f"{report['share_bad']:.0%} bad; {report['backbone']}. p50 and p99 of the good ones."
+    sent += f"{report['share_bad']:.0%} bad; {report['backbone']}. p50 and p99 of the good ones. "
+    sent += "MB: resident, of the server and of its child processes."
     lines = [
         describe_machine(report), "", sent, "",
         *as_table(header, rows), "", "Statuses by kind of request (0: no answer):", "",

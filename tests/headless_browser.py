@@ -22,6 +22,12 @@ from urllib.parse import quote
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
+AXE = Path(
+    os.environ.get("AXE_CORE")
+    or Path(__file__).resolve().parents[1] / "node_modules/axe-core/axe.min.js"
+)
+"""axe-core, which checks accessibility; tests/README.md says how to get it."""
+
 _SECONDS = 120.0  # nothing takes this long unless it hangs
 
 
@@ -153,6 +159,17 @@ class Browser:
             "new Promise((done) => { const look = () => (" + condition + ") ? done() : "
             "requestAnimationFrame(look); look(); })"
         )
+
+    def violations(self) -> list[list[str]]:
+        """Return what axe-core finds wrong with the page: rule, impact and an element of each."""
+        self.run(AXE.read_text("utf-8") + ";0")
+        found = self.run(
+            "axe.run(document).then((found) => ({bad: found.violations.map((each) =>"
+            " [each.id, each.impact, each.nodes[0].html]), passed: found.passes.length}))"
+        )
+        assert found["passed"] > 10
+        bad: list[list[str]] = found["bad"]
+        return bad
 
     def choose_files(self, selector: str, *files: Path) -> None:
         """Choose files in an input, as a person does."""

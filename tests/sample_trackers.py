@@ -12,6 +12,7 @@ class MemoryTracker:
 
     def __init__(self, folder: Any = "memory") -> None:
         self.place = str(folder)
+        self.command = ""
         self.runs: dict[str, dict[str, Part]] = {}
         self.finished: list[str] = []
 

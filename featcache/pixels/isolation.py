@@ -115,7 +115,11 @@ class IsolatedDecoder:
         finally:
             timer.cancel()
         if isinstance(answer, DataError):
-            raise answer
+            try:
+                raise answer
+            finally:
+                # Else it and this frame hold each other, and the callers' frames their files.
+                del answer
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:

@@ -115,11 +115,10 @@
   }
 
   function bayes() {
-    const [, tp, fp] = data.steps[slider.value];
-    // Untouched it is the share in valid, which the field shows rounded.
-    const field = byId("prevalence");
-    const share = field.value === field.defaultValue
-      ? data.num_yes / numTotal : Number(field.value) / 100;
+    const [, tp, fp, , , , , ofPpv, ofNpv] = data.steps[slider.value];
+    // Untouched it is the share in valid, which the field shows rounded; the table has its intervals.
+    const field = byId("prevalence"), isOfValid = field.value === field.defaultValue;
+    const share = isOfValid ? data.num_yes / numTotal : Number(field.value) / 100;
     const recall = tp / data.num_yes, specificity = 1 - fp / data.num_no;
     let ppv = null, npv = null;
     if (share > 0 && share < 1 && data.num_yes && data.num_no) {
@@ -128,8 +127,12 @@
       if (called > 0) ppv = share * recall / called;
       if (cleared > 0) npv = (1 - share) * specificity / cleared;
     }
-    byId("ppv").textContent = percent(ppv);
-    byId("npv").textContent = percent(npv);
+    // The table has the intervals where half of all are positive: the odds of their ends grow.
+    const range = (interval, odds) => isOfValid || interval === null ? "" : " (" + interval.map((end) =>
+      decimal(end === 1 ? 1 : 1 / (1 + (1 - end) / (end * odds)))).join(" to ") + ")";
+    const odds = share / (1 - share);
+    byId("ppv").textContent = percent(ppv) + (ppv === null ? "" : range(ofPpv, odds));
+    byId("npv").textContent = percent(npv) + (npv === null ? "" : range(ofNpv, 1 / odds));
   }
 
   function update() {

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from featcache.formatting import decimal, percent
-from featcache.metrics.rates import count_groups
+from featcache.metrics.rates import Interval, count_groups
+from featcache.metrics.thresholds import predictive_value_intervals
 from featcache.reporting.facts import Positive, SplitFacts
 from featcache.reporting.mistakes import MOST_MISTAKES
 from featcache.reporting.names import Names, as_text, short
-from featcache.reporting.threshold_table import threshold_table
+from featcache.reporting.threshold_table import Step, threshold_table
 
 _MOST_ROWS = 2500  # of each side that the script may list: the farthest on the wrong side
 _RATES = {
@@ -88,12 +89,27 @@ def slider_of(
         ],
         "steps": [
             [step.threshold, step.true_positives, step.false_positives,
-             *(None if i is None else [round(end, 8) for end in i] for i in step.intervals)]
+             *(None if i is None else [round(end, 8) for end in i]
+               for i in (*step.intervals, *_at_half(step, num_yes, num_no)))]
             for step in steps
         ],
         "rows": _rows_for_script(facts, positive, names),
     }  # fmt: skip
     return for_page, for_script
+
+
+def _at_half(step: Step, num_yes: int, num_no: int) -> tuple[Interval | None, Interval | None]:
+    """Return the intervals of PPV and NPV where half of all are positive.
+
+    For another share the script multiplies the odds of their ends.
+    """
+    of_recall, of_specificity = step.intervals[:2]
+    assert of_recall is not None
+    assert of_specificity is not None
+    return predictive_value_intervals(
+        step.true_positives / num_yes, 1 - step.false_positives / num_no,
+        (of_recall, of_specificity), 0.5,
+    )  # fmt: skip
 
 
 def _with_interval(value: float, interval: Sequence[float] | None) -> str:

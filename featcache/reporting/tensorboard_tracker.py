@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class TensorboardTracker:
         self._event, self._writer = event_pb2.Event, RecordWriter
         self._out = local_path(out, "--out")
         self.place = str(out)
+        self.command = f"tensorboard --logdir {shlex.quote(self.place)}"
         self._make(self._out)
 
     def _make(self, folder: Path) -> None:

@@ -24,9 +24,15 @@ TRACKERS = ("mlflow", "tensorboard")
 
 
 class Tracker(Protocol):
-    """Where runs are logged; ``place`` is its address, for people."""
+    """Where runs are logged.
+
+    Attributes:
+        place: Its address, for people.
+        command: What opens it in a browser; "" where a server shows it.
+    """
 
     place: str
+    command: str
 
     def open_run(self, tracked: Tracked, parent: str | None) -> tuple[str, dict[str, str]]:
         """Return the tracker's name of a run, made if it is not there, and sha256 by part."""
@@ -124,6 +130,8 @@ def log(
     say(f"{printable(tracker.place)}: {printable(tracked.name)}{below}, run {tracker_run}")
     say(f"{count(num_new, 'part')} logged, {num_known:,} were there already")
     say("paths of images are logged too" if paths else "no path of an image is logged (--paths)")
+    if tracker.command:
+        say(f"to look at it: {tracker.command}")
     return summary
 
 

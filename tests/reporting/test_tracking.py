@@ -70,6 +70,12 @@ def everything(tracked: Tracked) -> Iterator[Part]:
         yield from everything(child)
 
 
+def test_what_opens_the_tracker_is_said(place: Path) -> None:
+    said: list[str] = []
+    featcache.log("run", to="tensorboard", out="my logs", say=said.append)
+    assert said[-1] == "to look at it: tensorboard --logdir 'my logs'"
+
+
 def test_a_second_call_changes_nothing_and_a_new_evaluation_is_added(
     place: Path, memory: MemoryTracker
 ) -> None:

@@ -114,9 +114,10 @@ class Service:
     async def _explain(self, request: Request) -> Response:
         async with self._take(request, replace(self._limits, num_files=1)) as (upload,):
             name = upload.name or "0"
-            future = asyncio.wrap_future(self._work.explain(name, upload.data))
             try:
-                explanation, picture = await future
+                explanation, picture = await asyncio.wrap_future(
+                    self._work.explain(name, upload.data)
+                )
             except DataError as error:
                 failures = [{"path": name, "reason": str(error.found)}]
                 status = 413 if _TOO_MANY_PIXELS in str(error.found) else 422

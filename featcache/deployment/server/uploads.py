@@ -115,6 +115,10 @@ async def read_uploads(
         parser.finalize()
     except FormParserError as error:
         raise _malformed("something else") from error
+    except BaseException:
+        # The traceback keeps this frame while the rest of the body is awaited: up to 64 MiB.
+        parts.drop()
+        raise
     if not parts.is_whole:
         raise _malformed("one that is cut off")
     if not parts.uploads:
@@ -132,6 +136,11 @@ class _Parts:
         self.uploads: list[Upload] = []
         self.is_whole = False
         self._limits = limits
+        self._begin()
+
+    def drop(self) -> None:
+        """Forget what has come."""
+        self.uploads.clear()
         self._begin()
 
     def callbacks(self) -> Any:  # its type is known to type checkers only

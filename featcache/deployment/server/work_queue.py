@@ -147,6 +147,8 @@ class WorkQueue:
             _answer(future, str(error.found))
         except BaseException as error:  # noqa: BLE001 (raised by future.result())
             _fail(future, error)
+        finally:
+            del data, future  # else an error, which has this frame, and its future hold each other
 
     def _render(self, data: bytes) -> _Pixels:
         """Return what each backbone sees of a file, decoded by the next child that is free.

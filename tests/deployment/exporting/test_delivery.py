@@ -137,6 +137,17 @@ def test_a_folder_is_told_from_an_image(place: Path, tmp_path: Path) -> None:
     assert done.stderr == f"{tmp_path / 'images'}: refused: a folder: name the images in it\n"
 
 
+def test_a_reader_that_stops_early_sees_no_traceback(place: Path) -> None:
+    to_read, to_write = os.pipe()
+    os.close(to_read)  # as `predict.py ... | head -0` does
+    done = subprocess.run(
+        [sys.executable, place / "out" / "predict.py", place / "out" / "golden" / "grey.png"],
+        stdout=to_write, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    os.close(to_write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_card_and_script_say_that_unlike_images_are_not_marked(place: Path) -> None:
     assert "It does not mark images that are unlike" in (place / "out" / "README.md").read_text()
     usage = " ".join((predict_script.__doc__ or "").split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import io
 import json
 import os
@@ -275,6 +276,39 @@ def test_none_of_many_good_and_bad_requests_is_lost(folder: Path, server: Server
     assert counted[200] > 0
     assert counted[500] == 0
     assert server.ask("GET", "/health").facts["num_requests"] == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+@pytest.mark.parametrize("kind", ["unreadable", "unreadable, to explain", "too large", "cut off"])
+def test_what_was_refused_does_not_stay_in_memory(server: Server, kind: str) -> None:
+    size = FILE_BYTES + 1 if kind == "too large" else FILE_BYTES - 1
+    body = form(("a.png", bytes(size)))
+    if kind == "cut off":
+        body = body[:-10]
+    path = "/explain" if "explain" in kind else "/predict"
+
+    def refuse(count: int) -> None:
+        for _ in range(count):
+            assert server.ask("POST", path, body, **KIND).status in {400, 413, 422}
+
+    refuse(4)
+    before = server.memory()
+    refuse(20)  # 120 MB
+    assert server.memory() - before < 30e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_what_was_refused_is_dropped_while_the_client_still_sends(server: Server) -> None:
+    body = form(("a.png", bytes(FILE_BYTES + 1)))[:-10]
+    head = f"POST /predict HTTP/1.1\nHost: localhost\nContent-Length: {len(body) + 1}\n"
+    head += f"Content-Type: {KIND['Content-Type']}\n\n"
+    before = server.memory()
+    with contextlib.ExitStack() as held:
+        for _ in range(20):  # 120 MB
+            connection = held.enter_context(server.begin(head))
+            connection.sendall(body)
+            assert read_raw(connection)[0] == 413
+        assert server.memory() - before < 30e6
 
 
 def test_an_image_is_explained_without_naming_the_training_images(

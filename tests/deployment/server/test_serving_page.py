@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from headless_browser import CHROMIUM, Browser
+from headless_browser import AXE, CHROMIUM, Browser
 from PIL import Image
 from sample_servers import Server, make_run
 
@@ -86,6 +86,23 @@ def test_a_person_chooses_images_and_reads_what_they_are(
     for width in (1280, 390):  # nothing is wider than the window
         browser.resize(width)
         assert browser.run("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize(("dark", "width"), [(False, 1280), (True, 390)])
+@pytest.mark.skipif(not AXE.is_file(), reason="no axe-core here: see tests/README.md")
+def test_axe_finds_nothing_on_the_page_with_answers(
+    folder: Path, server: Server, started: Browser, tmp_path: Path, *, dark: bool, width: int
+) -> None:
+    image = next(folder.glob("data/test/covid/*.png"))
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"nonsense")
+    started.open(server.url, dark=dark, width=width)
+    assert started.violations() == []
+    started.choose_files("#files", image, broken)
+    started.wait_until("document.querySelectorAll('.answer, .failed').length >= 2")
+    started.run("document.querySelector('.why').click()")
+    started.wait_until("document.querySelector('.explanation img')?.naturalWidth > 0")
+    assert started.violations() == []
 
 
 def test_what_is_refused_is_said(browser: Browser, tmp_path: Path) -> None:
