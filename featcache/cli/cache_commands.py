@@ -146,6 +146,10 @@ def split(
     "--dry-run", is_flag=True, help="Say what is left to do and would be taken; write nothing."
 )
 @click.option(
+    "--price", type=float, metavar="P",
+    help="Of an hour of a machine like this one: with --dry-run, what it costs on how many.",
+)  # fmt: skip
+@click.option(
     "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
 )
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
@@ -153,7 +157,7 @@ def split(
 @printing
 def extract(
     data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool,
-    backbone: tuple[str, ...], **options: Any,
+    price: float | None, backbone: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Run a frozen backbone once over the images in DATA and keep the features in CACHE.
 
@@ -169,8 +173,10 @@ def extract(
 
     options |= {"say": make_say(as_json, quiet), "progress": not quiet}
     one_or_all = backbone[0] if len(backbone) == 1 else backbone
+    if price is not None and not dry_run:
+        raise click.UsageError("--price says what an extraction would cost: it needs --dry-run")
     if dry_run:
-        planned = extraction.plan(data, cache, backbone=one_or_all, **options)
+        planned = extraction.plan(data, cache, backbone=one_or_all, price=price, **options)
         plans = list(planned.values()) if isinstance(planned, dict) else [planned]
         lines = [line for projection in plans for line in projection_lines(projection)]
         print_facts(_one_or_all([p.as_dict() for p in plans]), lines, as_json, quiet)
