@@ -58,7 +58,8 @@ def projection_lines(projection: Projection) -> Iterator[str]:
         yield "machines like this one (arithmetic: storage and network are taken as fast enough):"
         for of in projection.workers:
             cost = "" if of.cost is None else f", costs {of.cost:,.2f}"
-            yield f"{of.num_workers:>5}: {in_time(of.seconds)}, {of.worker_hours:.3g} machine-hours{cost}"
+            hours = f"{of.worker_hours:.3g} machine-hours"
+            yield f"{of.num_workers:>5}: {in_time(of.seconds)}, {hours}{cost}"
 
 
 def export_lines(summary: ExportSummary | DeliverySummary) -> Iterator[str]:
