@@ -62,7 +62,7 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> ExtractionSummary: ...  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def extract(
     rehash: bool = False,
     rebuild: bool = False,
     say: Say = log_line,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> ExtractionSummary | dict[str, ExtractionSummary]:
     """Run a frozen backbone over every image of ``data`` and write the features to ``cache``.
 
@@ -192,7 +192,7 @@ def extract(
         rebuild: Replace a cache, or discard an unfinished one, that was made with other settings.
         say: Where lines for people go.
         progress: Show how far it is on standard error: a bar on a terminal and in a notebook,
-            elsewhere a line a minute.
+            elsewhere a line a minute. ``json`` writes a JSON object a minute, and one at the end.
 
     Returns:
         What was done; of a list of backbones, a dict of that by name, of a list of sizes by name
