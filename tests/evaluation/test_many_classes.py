@@ -166,6 +166,7 @@ def test_confusions_are_the_cells_of_the_matrix() -> None:
     assert [c.number for c in found] == sorted(wanted[wanted > 0].tolist(), reverse=True)
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("number", [41, 300, 1000])
 def test_the_picture_of_many_classes_shows_diagonal_and_confusions(
     tmp_path: Path, number: int
