@@ -136,6 +136,16 @@ def known_precision(cache: Cache) -> str | None:
     return precision if precision in PARITY_BOUNDS and "lost" not in cache.provenance else None
 
 
+def training_data_note(backbone: str) -> str | None:
+    """Return what to bear in mind of the images a backbone was trained on, by its name."""
+    if not backbone.startswith("xrv:"):
+        return None
+    return (
+        f"{backbone} was trained on public chest X-rays (of NIH, CheXpert, MIMIC-CXR, PadChest, "
+        "Google, OpenI, RSNA, as its name says): figures on images of these are too good"
+    )
+
+
 UNKNOWN = "unknown"
 """Stands for the precision of a row where it is not known."""
 

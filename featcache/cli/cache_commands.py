@@ -84,7 +84,7 @@ def _once_each(
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option(
     "--backbone", required=True, metavar="NAME", multiple=True,
-    help="efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, "
+    help="efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, xrv:NAME, "
     "python:package.module:function. More than once: CACHE is a folder and gets a cache of each, "
     "every image being decoded once.",
 )  # fmt: skip

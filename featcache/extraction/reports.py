@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from featcache.backbones.engine import Engine, Images, build_engine
-from featcache.cache.provenance import UNKNOWN, describe_precision
+from featcache.cache.provenance import UNKNOWN, describe_precision, training_data_note
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset
 from featcache.data.groups import say_matches
@@ -277,6 +277,8 @@ def describe_recipe(recipe: Recipe, say: Say) -> None:
         f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}{resized}, "
         f"{rules.interpolation}, mean {mean}, std {std}."
     )
+    if note := training_data_note(backbone.name):
+        say(f"Note: {note}.")
     views = recipe.view_rules
     if views.augmentation is not None:
         say(f"Views: {views.num_views} of every image to train on, {views.augmentation}.")
