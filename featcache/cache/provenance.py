@@ -140,10 +140,11 @@ def training_data_note(backbone: str) -> str | None:
     """Return what to bear in mind of the images a backbone was trained on, by its name."""
     if not backbone.startswith("xrv:"):
         return None
-    return (
-        f"{backbone} was trained on public chest X-rays (of NIH, CheXpert, MIMIC-CXR, PadChest, "
-        "Google, OpenI, RSNA, as its name says): figures on images of these are too good"
-    )
+    of_ending = {"nih": "NIH", "pc": "PadChest", "chex": "CheXpert", "rsna": "RSNA",
+                 "mimic_nb": "MIMIC-CXR", "mimic_ch": "MIMIC-CXR"}  # fmt: skip
+    every = "NIH, PadChest, CheXpert, MIMIC-CXR, Google, OpenI and RSNA"
+    sets = of_ending.get(backbone.rpartition("-")[2], every)
+    return f"{backbone} was trained on images of {sets}: figures on such images are too good"
 
 
 UNKNOWN = "unknown"

@@ -3,7 +3,9 @@
 Two ways of writing them are read: a column of 1, 0, -1 and empty cells for each label, as CheXpert
 and MIMIC-CXR have it, and the names of the labels in one cell, joined by a mark, as NIH has it.
 
-``No Finding`` is no class: where it is 1, or stands in the cell, empty cells mean no.
+``No Finding`` is no class: where it is 1, or stands in the cell, empty cells mean no. Not those of
+``Support Devices``, of which CheXpert's ``No Finding`` says nothing (its labeller leaves them out;
+so does torchxrayvision, ``CheX_Dataset``).
 
 Reads and writes nothing.
 """
@@ -23,14 +25,12 @@ from featcache.data.samples import UNKNOWN
 from featcache.errors import DataError, printable, warn_user
 from featcache.formatting import count, join_few
 
-_NO_FINDING = "nofinding"
+_NO_FINDING, _DEVICES = "nofinding", "supportdevices"
 _MEANING = {"unknown": UNKNOWN, "no": 0, "yes": 1}
 _BLANK = "Say what they mean: --blank unknown leaves them out of training and figures, --blank no "
 _BLANK += "takes them as no, as the authors of CheXpert did"
 NOT_KNOWN = {"nan", "<na>", "nat", "n/a", "#n/a", "null"}
 """What programs write for a cell without a value, in lower case."""
-
-_Pattern = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -72,41 +72,32 @@ def read_flags(
             if there is no class.
     """
     headers = list(places)
-    rest = [i for i, name in enumerate(headers) if plain_name(name) != _NO_FINDING]
-    clear = [i for i in range(len(headers)) if i not in rest]
-    classes = agree_on_classes({"all": {headers[i] for i in rest}}, root)
+    clear = [i for i, name in enumerate(headers) if plain_name(name) == _NO_FINDING]
+    classes = agree_on_classes({"all": {*headers} - {headers[i] for i in clear}}, root)
     if not classes:
         raise DataError(
             "--target-columns", expected="at least one label", found=join_few(headers), where=root,
             hint="No Finding says that all others are no, and is no class itself",
         )  # fmt: skip
     order = [headers.index(name) for name in classes]
+    apart = [plain_name(name) == _DEVICES for name in classes]
     found = _Patterns()
     for line, cells in rows:
         found.add(line, tuple(cells[place].strip() for place in places.values()))
-    read = {p: _read_cells(p, headers, found.first[p], root) for p in found.first}
-    is_clear = {p: any(read[p][i] == 1 for i in clear) for p in read}
+    tally, targets = _Tally(), dict[tuple[str, ...], tuple[int, ...]]()
+    for cells, line in found.first.items():
+        values = _read_cells(cells, headers, line, root)
+        is_clear = any(values[i] == 1 for i in clear)
+        means = [is_clear and not is_apart for is_apart in apart]
+        of_classes = [values[i] for i in order]
+        tally.add(found.number[cells], line, of_classes, means, classes)
+        targets[cells] = tuple(
+            _answer(value, listing, is_no=is_no)
+            for value, is_no in zip(of_classes, means, strict=True)
+        )
     if listing.blank is None:
-        blanks = {p: [i for i in order if read[p][i] is None] for p in read if not is_clear[p]}
-        _ask_about_blanks(
-            sum(found.number[p] * len(places) for p, places in blanks.items()),
-            ((found.first[p], headers[places[0]]) for p, places in blanks.items() if places), root,
-        )  # fmt: skip
-    uncertain, blank = _MEANING[listing.uncertain or "unknown"], _MEANING[listing.blank or "no"]
-
-    def answer(value: int | None, *, clear: bool) -> int:
-        if value is None:
-            return 0 if clear else blank
-        return uncertain if value < 0 else value
-
-    targets = {
-        p: tuple(answer(values[i], clear=is_clear[p]) for i in order) for p, values in read.items()
-    }
-    notes = [
-        *_note_unsure(found, read, is_clear, order, listing),
-        *_note_contradictions(found, read, is_clear, order, headers),
-    ]
-    return Labels(classes, [targets[p] for p in found.rows], tuple(notes))
+        _ask_about_blanks(tally.num_blank, tally.blanks, root)
+    return Labels(classes, found.spread(targets), tuple(tally.lines(listing)))
 
 
 def read_joined(
@@ -154,7 +145,7 @@ def read_joined(
     if empty:
         number = sum(found.number[p] for p in empty)
         notes.append(f"labels: {count(number, 'empty cell')}, taken as {blank}")
-    return Labels(classes, [targets[p] for p in found.rows], tuple(notes))
+    return Labels(classes, found.spread(targets), tuple(notes))
 
 
 class _Patterns:
@@ -172,10 +163,16 @@ class _Patterns:
         self.number[cells] += 1
         self.rows.append(cells)
 
+    def spread(self, targets: Mapping[tuple[str, ...], tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the targets of all rows from those of the different ones."""
+        same: dict[tuple[int, ...], tuple[int, ...]] = {}
+        once = {cells: same.setdefault(each, each) for cells, each in targets.items()}
+        return [once[cells] for cells in self.rows]
+
 
 def _read_cells(
     cells: Iterable[str], headers: Sequence[str], line: int, root: Path
-) -> _Pattern:  # fmt: skip
+) -> list[int | None]:  # fmt: skip
     """Return 1, 0, -1 and None for the cells of one row."""
     values: list[int | None] = []
     for name, cell in zip(headers, cells, strict=True):
@@ -189,7 +186,7 @@ def _read_cells(
                 found=repr(cell), where=root,
             )  # fmt: skip
         values.append(None if value is None else int(value))
-    return tuple(values)
+    return values
 
 
 def _split_cell(text: str, mark: str, line: int, header: str, root: Path) -> set[str] | None:
@@ -217,36 +214,45 @@ def _ask_about_blanks(number: int, places: Iterable[tuple[int, str]], root: Path
         )  # fmt: skip
 
 
-def _note_unsure(
-    found: _Patterns, read: Mapping[tuple[str, ...], _Pattern],
-    is_clear: Mapping[tuple[str, ...], bool], order: Sequence[int], listing: Listing,
-) -> Iterator[str]:  # fmt: skip
-    """Yield how many answers were uncertain or empty, and what they were taken as."""
-    unsure = sum(found.number[p] * sum(read[p][i] == -1 for i in order) for p in read)
-    if unsure:
-        choice = "unknown (--uncertain)" if listing.uncertain is None else listing.uncertain
-        yield f"labels: {count(unsure, 'uncertain answer')} (-1), taken as {choice}"
-    empty = {p: found.number[p] * sum(read[p][i] is None for i in order) for p in read}
-    cleared = sum(number for p, number in empty.items() if is_clear[p])
-    others = sum(empty.values()) - cleared
-    if others:
-        yield f"labels: {count(others, 'empty cell')}, taken as {listing.blank}"
-    if cleared:
-        yield f"labels: {count(cleared, 'empty cell')} beside No Finding, taken as no"
+def _answer(value: int | None, listing: Listing, *, is_no: bool) -> int:
+    """Return what a cell means: 1, 0 or ``UNKNOWN``."""
+    if value is None:
+        return 0 if is_no else _MEANING[listing.blank or "unknown"]
+    return _MEANING[listing.uncertain or "unknown"] if value < 0 else value
 
 
-def _note_contradictions(
-    found: _Patterns, read: Mapping[tuple[str, ...], _Pattern],
-    is_clear: Mapping[tuple[str, ...], bool], order: Sequence[int], headers: Sequence[str],
-) -> Iterator[str]:  # fmt: skip
-    """Yield how often No Finding is 1 beside another label that is not 0.
+class _Tally:
+    """How many cells of labels were not plainly 1 or 0."""
 
-    That is no error: CheXpert's own labeller writes it beside Support Devices, on purpose.
-    """
-    beside = Counter[str]()
-    for p, values in read.items():
-        if is_clear[p]:
-            beside.update({headers[i]: found.number[p] for i in order if values[i] in {1, -1}})
-    if beside:
-        listed = join_few(f"{number:,} {printable(name)}" for name, number in beside.most_common())
-        yield f"labels: No Finding beside 1 or -1 of another, which stand as written: {listed}"
+    def __init__(self) -> None:
+        self.num_uncertain = self.num_blank = self.num_cleared = 0
+        self.blanks: list[tuple[int, str]] = []  # line and class
+        self.beside = Counter[str]()  # class -> rows that contradict No Finding
+
+    def add(
+        self, number: int, line: int, values: Sequence[int | None], means_no: Sequence[bool],
+        classes: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Count the cells of a row that occurs so often, first in this line."""
+        for value, is_no, name in zip(values, means_no, classes, strict=True):
+            if value is None and is_no:
+                self.num_cleared += number
+            elif value is None:
+                self.num_blank += number
+                self.blanks.append((line, name))
+            elif value and is_no:
+                self.beside[name] += number
+            self.num_uncertain += number * (value == -1)
+
+    def lines(self, listing: Listing) -> Iterator[str]:
+        """Yield what these cells were taken as."""
+        if self.num_uncertain:
+            choice = listing.uncertain or "unknown (--uncertain)"
+            yield f"labels: {count(self.num_uncertain, 'uncertain answer')} (-1), taken as {choice}"
+        if self.num_blank:
+            yield f"labels: {count(self.num_blank, 'empty cell')}, taken as {listing.blank}"
+        if self.num_cleared:
+            yield f"labels: {count(self.num_cleared, 'empty cell')} beside No Finding, taken as no"
+        if self.beside:
+            listed = join_few(f"{number:,} {name}" for name, number in self.beside.most_common())
+            yield f"labels: No Finding beside 1 or -1 of another, which stand as written: {listed}"

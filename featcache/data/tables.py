@@ -121,7 +121,8 @@ def read_table(
     ]  # fmt: skip
     wanted = ("path",) if extra is not None else [c for c in COLUMNS if c != "target" or not flags]
     asked = _resembling(used, others, wanted)
-    if needs_targets and not flags and "target" not in used and "target" not in asked.values():
+    asks = needs_targets and not labelling.has_labels
+    if asks and "target" not in used and "target" not in asked.values():
         _refuse_flags(names, others, lines, _answers(asked), root)
     if asked:
         otherwise = ", or that they are something else with --ignore-columns "

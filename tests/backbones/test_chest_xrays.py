@@ -97,7 +97,9 @@ def test_what_it_was_trained_on_is_told() -> None:
     for facts in ({"identity": {"backbone": "xrv:densenet121"}},
                   {"cache": {"identity": {"backbone": "xrv:densenet121"}}}):  # fmt: skip
         lines = [*facts_lines({"kind": "run", "path": "run"} | facts)]
-        assert any("note: xrv:densenet121 was trained on public chest X-rays" in x for x in lines)
+        assert any(
+            "note: xrv:densenet121 was trained on images of NIH, PadChest" in x for x in lines
+        )
 
 
 @pytest.mark.skipif(not has_library, reason="torchxrayvision is not installed")
