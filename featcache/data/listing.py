@@ -178,7 +178,11 @@ class Listing:
             )
         elif self.target_columns:
             columns = tuple(pair for pair in stored.columns if pair[0] != "target")
-            stored = replace(stored, columns=columns, target_separator=None, no_classes=False)
+            ignored = tuple(n for n in stored.ignore_columns if n not in self.target_columns)
+            stored = replace(
+                stored, columns=columns, ignore_columns=ignored, target_separator=None,
+                no_classes=False,
+            )  # fmt: skip
         elif self.target_separator:
             stored = replace(stored, target_columns=(), uncertain=None, no_classes=False)
         return Listing.of(**(stored.as_json() | self.as_json()))
