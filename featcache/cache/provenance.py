@@ -136,6 +136,17 @@ def known_precision(cache: Cache) -> str | None:
     return precision if precision in PARITY_BOUNDS and "lost" not in cache.provenance else None
 
 
+def training_data_note(backbone: str) -> str | None:
+    """Return what to bear in mind of the images a backbone was trained on, by its name."""
+    if not backbone.startswith("xrv:"):
+        return None
+    of_ending = {"nih": "NIH", "pc": "PadChest", "chex": "CheXpert", "rsna": "RSNA",
+                 "mimic_nb": "MIMIC-CXR", "mimic_ch": "MIMIC-CXR"}  # fmt: skip
+    every = "NIH, PadChest, CheXpert, MIMIC-CXR, Google, OpenI and RSNA"
+    sets = of_ending.get(backbone.rpartition("-")[2], every)
+    return f"{backbone} was trained on images of {sets}: figures on such images are too good"
+
+
 UNKNOWN = "unknown"
 """Stands for the precision of a row where it is not known."""
 

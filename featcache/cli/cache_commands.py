@@ -21,6 +21,7 @@ from featcache.cli.options import (
     Sizes,
     csv_columns,
     grouping,
+    labelling,
     listing,
     make_say,
     print_facts,
@@ -45,6 +46,7 @@ from featcache.formatting import count
     "--mode", type=click.Choice(["copy", "symlink", "hardlink"]), default="copy",
     show_default=True, help="How a tree gets its files.",
 )  # fmt: skip
+@labelling
 @listing
 @printing
 def split(
@@ -69,12 +71,20 @@ def split(
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 
+def _once_each(
+    ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[str, str], ...]
+) -> dict[str, str]:  # fmt: skip
+    if len(dict(pairs)) < len(pairs):
+        raise click.BadParameter("a split is named twice")
+    return dict(pairs)
+
+
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option(
     "--backbone", required=True, metavar="NAME", multiple=True,
-    help="efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, "
+    help="efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, xrv:NAME, "
     "python:package.module:function. More than once: CACHE is a folder and gets a cache of each, "
     "every image being decoded once.",
 )  # fmt: skip
@@ -157,6 +167,12 @@ def split(
     "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
 )
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
+@click.option(
+    "--split-list", type=Renaming("SPLIT=FILE"), multiple=True, callback=_once_each,
+    help="Rows of a CSV that are of a split, a path or file name a line. Rows in no list are of "
+    "train if that has no list, else left out. May be repeated.",
+)  # fmt: skip
+@labelling
 @listing
 @printing
 def extract(
@@ -171,6 +187,9 @@ def extract(
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0
              featcache extract data sizes --backbone efficientnet-b0 --image-size 224,448
+             featcache extract Data_Entry_2017.csv nih.h5 --backbone efficientnet-b0 --columns \\
+               path='Image Index' --columns target='Finding Labels' --columns group='Patient ID' \\
+               --target-separator '|' --split-list test=test_list.txt
     """
     from featcache.cli.wording import projection_lines
     from featcache.extraction import extraction

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from featcache.cache.provenance import training_data_note
 from featcache.errors import escaped, printable
 from featcache.formatting import (
     FEW,
@@ -115,6 +116,9 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield from _fact_lines(key, value)
     for failure in facts.get("failures", []):
         yield f"failed: {printable(failure['path'])}: {printable(failure['reason'])}"
+    identity = facts.get("identity") or facts.get("cache", {}).get("identity") or {}
+    if note := training_data_note(str(identity.get("backbone"))):
+        yield f"note: {note}"
     if facts["kind"] == "cache":
         yield from _audit_lines(facts["audit"])
         yield "not hashed: featcache verify checks that the file is whole"

@@ -62,6 +62,9 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
+    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
+    uncertain: str | None = ..., blank: str | None = ...,
+    split_list: Mapping[str, str | Path] | None = ...,
     rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> ExtractionSummary: ...  # fmt: skip
 
@@ -81,6 +84,9 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
+    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
+    uncertain: str | None = ..., blank: str | None = ...,
+    split_list: Mapping[str, str | Path] | None = ...,
     rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
@@ -99,6 +105,9 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
+    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
+    uncertain: str | None = ..., blank: str | None = ...,
+    split_list: Mapping[str, str | Path] | None = ...,
     rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
@@ -137,6 +146,11 @@ def extract(
     no_classes: bool = False,
     columns: Mapping[str, str] | None = None,
     ignore_columns: str | Iterable[str] = (),
+    target_columns: str | Iterable[str] = (),
+    target_separator: str | None = None,
+    uncertain: str | None = None,
+    blank: str | None = None,
+    split_list: Mapping[str, str | Path] | None = None,
     rehash: bool = False,
     rebuild: bool = False,
     say: Say = log_line,
@@ -181,13 +195,19 @@ def extract(
         group_by_path: Instead, one on the path below the class: see ``scan``.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
         limit: Take only that many images, for a try.
-        include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns`` and
-            ``ignore_columns``. The cache remembers them: an update need not repeat them.
+        include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns``,
+            ``ignore_columns`` and those of labels and split lists. The cache remembers them: an
+            update need not repeat them.
         exclude: Globs on the path below ``data`` of files that are left out.
         companions: ``keep`` takes masks and the like as images.
         no_classes: Folders are no classes.
         columns: Column -> its header in a CSV.
         ignore_columns: Headers of a CSV that are not used.
+        target_columns: Headers of a CSV that are a label each, of 1, 0, -1 and empty cells.
+        target_separator: Instead, what stands between the labels in the cells of ``target``.
+        uncertain: What -1 means: ``unknown`` (so does None), ``yes`` or ``no``.
+        blank: What an empty cell of a label means: ``unknown`` or ``no``; None asks.
+        split_list: Split -> file with a path or file name of the CSV a line.
         rehash: Recognise unchanged images by their content, not by size and time.
         rebuild: Replace a cache, or discard an unfinished one, that was made with other settings.
         say: Where lines for people go.
@@ -211,7 +231,9 @@ def extract(
         group_by_path=group_by_path, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
-        ignore_columns=ignore_columns, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
+        ignore_columns=ignore_columns, target_columns=target_columns,
+        target_separator=target_separator, uncertain=uncertain, blank=blank, split_list=split_list,
+        rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     place = local_path(cache, "CACHE")
     if isinstance(backbone, str | Backbone) and isinstance(image_size, int | str):

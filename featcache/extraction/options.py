@@ -54,6 +54,11 @@ class ExtractionOptions:
     no_classes: bool = False
     columns: Mapping[str, str] | None = None
     ignore_columns: str | Iterable[str] = ()
+    target_columns: str | Iterable[str] = ()
+    target_separator: str | None = None
+    uncertain: str | None = None
+    blank: str | None = None
+    split_list: Mapping[str, str | Path] | None = None
     rehash: bool = False
     rebuild: bool = False
     say: Say = log_line
@@ -70,6 +75,8 @@ class ExtractionOptions:
         return Listing.of(
             include=self.include, exclude=self.exclude, companions=self.companions,
             no_classes=self.no_classes, columns=self.columns, ignore_columns=self.ignore_columns,
+            target_columns=self.target_columns, target_separator=self.target_separator,
+            uncertain=self.uncertain, blank=self.blank, split_list=self.split_list,
         )  # fmt: skip
 
 
