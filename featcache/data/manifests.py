@@ -38,7 +38,7 @@ def scan_csv(root: Path, listing: Listing) -> ImageDataset:
     reasons = listing.choose([row["path"].strip() for row in rows], root)
     notes = [] if table.labels is None else [*table.labels.notes]
     if listing.split_list:
-        rows, unlisted = apply_split_lists(rows, listing.split_list, root, notes)
+        unlisted = apply_split_lists(rows, listing.split_list, root, notes)
         reasons = [reason or other for reason, other in zip(reasons, unlisted, strict=True)]
     several: Sequence[tuple[int, ...] | None] = (
         [None] * len(rows) if table.labels is None else table.labels.targets
@@ -85,9 +85,9 @@ def scan_csv(root: Path, listing: Listing) -> ImageDataset:
 
 
 def apply_split_lists(
-    rows: list[dict[str, str]], lists: Iterable[tuple[str, str]], root: Path, notes: list[str]
-) -> tuple[list[dict[str, str]], list[str]]:
-    """Return rows with the splits of files that name them, and why each is left out, "" if not.
+    rows: Sequence[dict[str, str]], lists: Iterable[tuple[str, str]], root: Path, notes: list[str]
+) -> list[str]:
+    """Give rows the splits of files that name them; return why each is left out, "" if it is not.
 
     A line of such a file is a path as the CSV has it, with or without the name of the CSV's folder
     before it, or the name of one file. Rows in no list are of ``train`` if that has no list.
@@ -141,8 +141,9 @@ def apply_split_lists(
     num_others = len(rows) - len(split_of)
     if num_others and others:
         notes.append(f"splits: {count(num_others, 'row')} in no --split-list, taken as train")
-    rows = [row | {"split": split_of.get(i, others)} for i, row in enumerate(rows)]
-    return rows, ["" if row["split"] else "in no --split-list" for row in rows]
+    for i, row in enumerate(rows):
+        row["split"] = split_of.get(i, others)
+    return ["" if row["split"] else "in no --split-list" for row in rows]
 
 
 def _read_names(file: Path, written: str) -> list[str]:

@@ -50,6 +50,7 @@ _OF_AUDIT = ["path", "group", "copies"]
 _RENAME = "Call the column of the paths path"
 _FLAGS = {"", "0", "1", "-1", "0.0", "1.0", "-1.0"}
 _PLAIN = Listing()
+_SHORT = 9  # letters of cells that are kept once, whatever their rows: flags, ages, sexes
 
 
 class Extra(NamedTuple):
@@ -156,7 +157,8 @@ def read_table(
         cells = zip(numbers, (row["target"] for row in rows), strict=True)
         labels = read_joined([*cells], mark, labelling.blank, used["target"], root)
     if labels is not None:
-        rows = [row | {"target": ""} for row in rows]
+        for row in rows:
+            row["target"] = ""
     _check_targets(rows, numbers, root, several_allowed=needs_targets)
     return ImageTable(rows, tuple(others), labels)
 
@@ -177,9 +179,16 @@ def _read_lines(root: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         delimiter, text = start[4], text.partition("\n")[2]
     elif "," not in start:
         delimiter = next((mark for mark in (";", "\t") if mark in start), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    # Not a StringIO, which takes four bytes a character.
+    encoded = io.BytesIO(text.encode())
+    del text
+    reader = csv.reader(io.TextIOWrapper(encoded, "utf-8", newline=""), delimiter=delimiter)
+    same: dict[str, str] = {}  # a million rows have few different short cells
     try:
-        lines = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+        lines = [
+            (reader.line_num, [same.setdefault(c, c) if len(c) < _SHORT else c for c in cells])
+            for cells in reader if any(map(str.strip, cells))
+        ]  # fmt: skip
     except csv.Error as error:
         raise DataError("CSV", expected="a whole table", found=error, where=root) from error
     return (lines[0][1], lines[1:]) if lines else ([], [])
@@ -301,7 +310,8 @@ def _read_row(
             f"CSV line {line}", expected=f"{width} cells without NUL, the path not empty",
             found=",".join(cells), where=root,
         )  # fmt: skip
-    return row | {"split": SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])}
+    row["split"] = SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])
+    return row
 
 
 def _check_splits(rows: Sequence[dict[str, str]], root: Path) -> None:
