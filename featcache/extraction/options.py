@@ -22,7 +22,8 @@ class ExtractionOptions:
     """The keywords of ``extract`` but its backbone; documented there.
 
     Raises:
-        ConfigError: If ``workers``, ``processes``, ``max_errors`` or an option of the listing has no such value.
+        ConfigError: If ``workers``, ``processes``, ``max_errors`` or an option of the listing has
+            no such value.
     """
 
     weights: str | Path | None = None

@@ -36,7 +36,7 @@ from featcache.runtime import (
     resolve_device,
 )
 
-_KILL_SECONDS = 5.0  # for a worker that was asked to end and has nothing to do
+_KILL_SECONDS = 1.0  # for a worker that was asked to end and has nothing to do
 
 
 def resolve_devices(names: str = "auto", processes: int = 1) -> list[str]:
