@@ -143,9 +143,17 @@ def _once_each(
 )  # fmt: skip
 @click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
 @click.option(
-    "--workers", type=AUTO_OR_NUMBER, default="auto", show_default=True, help="Decoding threads."
-)
-@DEVICE
+    "--workers", type=AUTO_OR_NUMBER, default="auto", show_default=True,
+    help="Decoding threads, of each process.",
+)  # fmt: skip
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i],...|mps|all",
+    help="Where to compute; several GPUs, or all, get a process each.",
+)  # fmt: skip
+@click.option(
+    "--processes", type=click.IntRange(1, 256), default=1, show_default=True,
+    help="How many, on each device; the CPU's cores are shared out among them.",
+)  # fmt: skip
 @grouping
 @click.option(
     "--max-errors", default="5%", show_default=True, metavar="N|P%",

@@ -138,11 +138,24 @@ def _fact_lines(key: str, value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         yield f"{key}:"
         for name, part in value.items():
-            if name != "row_precisions":  # the splits say it in one number each
+            if name == "workers":
+                yield from _worker_lines(part)
+            elif name != "row_precisions":  # the splits say it in one number each
                 text = _split_text(part) if key == "splits" else _plain(part)
                 yield f"  {printable(name)}: {text}"
     else:
         yield f"{key}: {in_bytes(value) if key.endswith('_bytes') else _plain(value)}"
+
+
+def _worker_lines(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield who has made the rows of a cache, and how fast."""
+    from featcache.cache.provenance import read_workers
+
+    for line in read_workers({"workers": lines}):
+        place = f"{printable(line['host'])}, {printable(line['device'])}"
+        number = count(line["processes"], "process", "processes")
+        rate = f"{line['images_per_second']:,} images/s each"
+        yield f"  worker: {place}: {number}, {count(line['images'], 'image')}, {rate}"
 
 
 def _mean_lines(mean: dict[str, Any]) -> Iterator[str]:

@@ -39,6 +39,7 @@ from featcache.extraction.reports import (
     warn_of_precision,
 )
 from featcache.extraction.work import work
+from featcache.extraction.workers.local import resolve_devices, work_on
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
@@ -57,6 +58,7 @@ def extract(
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    processes: int = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
@@ -79,6 +81,7 @@ def extract(
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    processes: int = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
@@ -100,6 +103,7 @@ def extract(
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    processes: int = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
@@ -136,6 +140,7 @@ def extract(
     batch_size: int | str = "auto",
     workers: int | str = "auto",
     device: str = "auto",
+    processes: int = 1,
     group_by: str | None = None,
     group_by_path: str | None = None,
     max_errors: int | str = "5%",
@@ -189,8 +194,11 @@ def extract(
         feature_dtype: ``float32`` or ``float16``.
         engine: ``auto``, ``onnx``, ``folded`` or ``eager``.
         batch_size: Images a batch, or ``auto``.
-        workers: Decoding threads, or ``auto``.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        workers: Decoding threads of each process, or ``auto``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``; or several, such as
+            ``cuda:0,cuda:1``, or ``all`` GPUs, with processes of their own.
+        processes: How many on each device, CPU cores being shared out among them. The features do
+            not depend on it.
         group_by: Regular expression on the file name; its first group is the group.
         group_by_path: Instead, one on the path below the class: see ``scan``.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
@@ -227,7 +235,7 @@ def extract(
         interpolation=interpolation, normalize=normalize, mean=mean, std=std, bit_depth=bit_depth,
         truncated=truncated, max_pixels=max_pixels, views=views, augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
-        workers=workers, device=device, group_by=group_by,
+        workers=workers, device=device, processes=processes, group_by=group_by,
         group_by_path=group_by_path, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
@@ -282,13 +290,16 @@ def _make_caches(
             stack.enter_context(job.locked())
         # Undone whatever happens, and before the locks are: an engine changes torch's threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        device = resolve_device(options.device).torch()
+        devices = resolve_devices(options.device, options.processes)
+        device = resolve_device(devices[0]).torch()
         positions = find_known(jobs, device)
         unfinished = [job for job in jobs if job.ledger.num_wanted]
         for job in unfinished:
             choose_engine(job, device)
         check_threads(unfinished)
-        if unfinished:
+        if unfinished and len(devices) > 1:
+            work_on(devices, unfinished, positions)
+        elif unfinished:
             work(unfinished, positions)
         for job in jobs:
             done[job.path] = finish(job, start)
@@ -364,7 +375,7 @@ def _plan(
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
     dataset, options = _scan(local_path(data, "data"), [t.path for t in targets], options)
     jobs = [_plan_job(dataset, target, options) for target in targets]
-    device = resolve_device(options.device).torch()
+    device = resolve_device(resolve_devices(options.device, options.processes)[0]).torch()
     find_known(jobs, device)
     for job in jobs:
         if job.old is not None:

@@ -22,7 +22,8 @@ class ExtractionOptions:
     """The keywords of ``extract`` but its backbone; documented there.
 
     Raises:
-        ConfigError: If ``workers``, ``max_errors`` or an option of the listing has no such value.
+        ConfigError: If ``workers``, ``processes``, ``max_errors`` or an option of the listing has
+            no such value.
     """
 
     weights: str | Path | None = None
@@ -44,6 +45,7 @@ class ExtractionOptions:
     batch_size: int | str = "auto"
     workers: int | str = "auto"
     device: str = "auto"
+    processes: int = 1
     group_by: str | None = None
     group_by_path: str | None = None
     max_errors: int | str = "5%"
@@ -67,6 +69,8 @@ class ExtractionOptions:
     def __post_init__(self) -> None:
         resolve_workers(self.workers)
         parse_max_errors(self.max_errors)
+        if type(self.processes) is not int or not 1 <= self.processes <= 256:
+            raise ConfigError("--processes", expected="1 to 256", found=self.processes)
         assert self.listing is not None
 
     @cached_property
