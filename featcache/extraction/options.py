@@ -13,6 +13,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.data.listing import Listing
 from featcache.errors import ConfigError
 from featcache.extraction.pipeline import resolve_workers
+from featcache.extraction.workers.plans import Part
 from featcache.runtime import Say, log_line
 from featcache.untrusted import MAX_PIXELS
 
@@ -46,6 +47,7 @@ class ExtractionOptions:
     workers: int | str = "auto"
     device: str = "auto"
     processes: int = 1
+    part: str | None = None
     group_by: str | None = None
     group_by_path: str | None = None
     max_errors: int | str = "5%"
@@ -71,6 +73,13 @@ class ExtractionOptions:
         parse_max_errors(self.max_errors)
         if type(self.processes) is not int or not 1 <= self.processes <= 256:
             raise ConfigError("--processes", expected="1 to 256", found=self.processes)
+        if self.part is not None:
+            Part.parse(self.part)
+            if self.rebuild:  # each part would discard the others'
+                raise ConfigError(
+                    "--rebuild", expected="no --part beside it", found="both",
+                    hint="Choose another name for the cache, or remove the old one first",
+                )  # fmt: skip
         assert self.listing is not None
 
     @cached_property
