@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import tiny_network
-from children import TINY, warm_parent
 from sample_images import write_image, write_tree
 
 from featcache.cache.reading import Cache, open_cache
@@ -112,32 +110,6 @@ def test_the_plain_command_does_the_parts_that_are_missing(
     assert not [line for line in said if line.startswith("Part 2/3")]
     assert summary.content_sha256 == whole.content_sha256
     assert 46 - 15 > summary.num_new >= 15
-    assert names(tmp_path) == {"data", "w.h5", "c.h5"}
-
-
-def test_parts_at_once_without_locks_one_of_them_killed(
-    images: Path, whole: Cache, tmp_path: Path
-) -> None:
-    """By processes, where no lock works; nobody waits for another."""
-    command = ["extract", "data", "c.h5", *TINY, "--batch-size", "2", "--engine", "folded"]
-    command += ["--max-errors", "9", "--quiet", "--json"]
-    before = (("small_shards", 4), ("no_locks", errno.ENOLCK))
-    partial = tmp_path / "c.h5.partial"
-    killed = warm_parent().run(
-        *command, "--part", "4/4", cwd=tmp_path,
-        before=(*before, ("at_call", str(partial / "part.4"), 5, "SIGKILL")),
-    )  # fmt: skip
-    assert killed.code == -signal.SIGKILL, killed
-    started = [
-        warm_parent().start(*command, "--part", f"{number}/4", cwd=tmp_path, before=before)
-        for number in range(1, 5)
-    ]
-    ended = [child.wait() for child in started]
-    assert [result.code for result in ended] == [0] * 4, ended
-    done = warm_parent().run(*command, cwd=tmp_path, before=before)
-    assert done.code == 0, done
-    assert done.facts["num_new"] == 0
-    assert open_cache(tmp_path / "c.h5").content_sha256 == whole.content_sha256
     assert names(tmp_path) == {"data", "w.h5", "c.h5"}
 
 
