@@ -14,8 +14,8 @@ import pytest
 import threadpoolctl
 import tiny_network
 import torch
+from blank_pictures import save_blank
 from matplotlib.figure import Figure
-from PIL import Image
 from sample_images import write_tree
 
 from featcache import renames as renames_module
@@ -120,11 +120,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _save_blank(figure: Figure, file: Any, **_: object) -> None:
-    size = [round(side * figure.dpi) for side in figure.get_size_inches()]
-    Image.new("L", size).save(file, "PNG", dpi=(figure.dpi, figure.dpi))
-
-
 _SAVE = Figure.savefig
 
 
@@ -132,7 +127,7 @@ _SAVE = Figure.savefig
 def _blank_pictures() -> Iterator[None]:
     """Compose figures whole, but save them blank: a tenth of the time of every evaluation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", _save_blank)
+        patch.setattr(Figure, "savefig", save_blank)
         yield
 
 
