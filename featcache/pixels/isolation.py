@@ -1,40 +1,56 @@
 """Decode images in a child process: an image that hangs or crashes the decoder fails alone.
 
 Threads decode faster, so this is for suspicious images only: those whose decoding took too long,
-and those that were being decoded when an earlier run was killed.
+those that were being decoded when an earlier run was killed, and all DICOM files.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
+import os
 import pickle
+import queue
 import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import IO, Any
 
 from featcache.errors import DataError, TransientError
 from featcache.files import child_process
-from featcache.pixels import acceleration
+from featcache.pixels import acceleration, dicom
+from featcache.pixels.dicom import DicomPicture, DicomRules, read_dicom
+from featcache.pixels.dicom_display import failure
 from featcache.pixels.images import PixelRules, deep_kind, deep_maximum, glance
 from featcache.pixels.views import Rendering, ViewRules, render
+from featcache.runtime import available_cores
 from featcache.untrusted import MAX_PIXELS
 
 DECODE_SECONDS = 60.0
 """An image that takes longer fails; a 200-megapixel PNG takes about 3 s."""
 
 
+DICOM_SECONDS = 30.0
+"""A DICOM file that takes longer fails; a mammogram of 13 megapixels in JPEG 2000 takes 2 s."""
+
+
 class IsolatedDecoder:
     """Decodes one image after another in a child process, which is replaced if it dies or hangs.
 
     Use as a context manager; the child ends with it.
+
+    Args:
+        seconds: An image that takes longer fails.
+        is_silent: Throw away what decoders write to standard error.
     """
 
-    def __init__(self, seconds: float = DECODE_SECONDS) -> None:
+    def __init__(self, seconds: float = DECODE_SECONDS, *, is_silent: bool = False) -> None:
         self._seconds = seconds
+        self._stderr = subprocess.DEVNULL if is_silent else None
         self._child: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._is_closed = False
@@ -91,6 +107,17 @@ class IsolatedDecoder:
         assert kind is None or isinstance(kind, str)
         return kind
 
+    def read_dicom(self, data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
+        """Do what ``dicom.read_dicom`` does.
+
+        Raises:
+            DataError: If the file is bad, or the decoder hung on it.
+            TransientError: If the decoder's process died.
+        """
+        picture = self._ask("read_dicom", data, rules, max_pixels)
+        assert isinstance(picture, DicomPicture)
+        return picture
+
     def _ask(self, *request: object) -> object:
         with self._lock:
             return self._ask_child(request)
@@ -127,6 +154,7 @@ class IsolatedDecoder:
             command, environment = child_process("featcache.pixels.isolation")
             self._child = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=self._stderr,
                 start_new_session=True,  # Ctrl-C goes to the parent, which finishes its work
             )  # fmt: skip
         return self._child
@@ -136,6 +164,61 @@ class IsolatedDecoder:
             self._child.kill()
             self._child.communicate()
             self._child = None
+
+
+class _DicomDecoders:
+    """The child processes of this process that decode DICOM, as many as are asked at once.
+
+    They are started when they are needed, and end with this process.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+        atexit.register(self.close)
+        if hasattr(os, "register_at_fork"):  # a fork must not talk to its parent's children
+            os.register_at_fork(after_in_child=self.reset)
+
+    def reset(self) -> None:
+        self._free: queue.SimpleQueue[IsolatedDecoder] = queue.SimpleQueue()
+        self._slots = threading.BoundedSemaphore(max(2, available_cores()))
+        self._all: list[IsolatedDecoder] = []
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[IsolatedDecoder]:
+        with self._slots:
+            try:
+                decoder = self._free.get_nowait()
+            except queue.Empty:
+                decoder = IsolatedDecoder(DICOM_SECONDS, is_silent=True)
+                self._all.append(decoder)
+            free = self._free
+            try:
+                yield decoder
+            finally:
+                free.put(decoder)
+
+    def close(self) -> None:
+        for decoder in self._all:
+            decoder.__exit__(None, None, None)
+        self.reset()
+
+
+_dicom_decoders = _DicomDecoders()
+
+
+def decode_dicom(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
+    """Do what ``dicom.read_dicom`` does, in a child process. Safe to call from many threads.
+
+    Raises:
+        DataError: If the file is bad, or its decoder hung on it.
+        TransientError: If the decoder's process died.
+    """
+    if dicom.is_child_process:
+        return read_dicom(data, rules, max_pixels)
+    if not dicom.is_installed():
+        raise failure(dicom.MISSING)
+    with _dicom_decoders.borrow() as decoder:
+        return decoder.read_dicom(data, rules, max_pixels)
 
 
 def _send(stream: IO[bytes], value: object) -> None:
@@ -160,7 +243,9 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     functions: dict[str, Callable[..., object]] = {
         "render": render, "render_with_facts": functools.partial(render, with_facts=True),
         "deep_maximum": deep_maximum, "deep_kind": deep_kind, "glance": glance,
+        "read_dicom": read_dicom,
     }  # fmt: skip
+    dicom.is_child_process = True
     num_bytes = 0
     while True:
         try:

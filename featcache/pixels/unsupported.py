@@ -57,7 +57,7 @@ _GREY, _YCBCR, _LAB = {0, 1}, 6, 8  # tag 262
 def foreign_kind(data: bytes) -> str | None:
     """Return what a file is by its first bytes, if it is no image that is read here."""
     if data[128:132] == b"DICM":
-        return "a DICOM file (convert it to PNG first)"
+        return "a DICOM file"
     if data[344:348] in {b"n+1\0", b"ni1\0"}:
         return "a NIfTI file (convert its slices to PNG first)"
     if data[4:8] == b"ftyp":
