@@ -111,6 +111,14 @@ def split(
 )  # fmt: skip
 @LARGEST
 @click.option(
+    "--window", metavar="CENTER,WIDTH|voi|first|none", show_default="voi",
+    help="Of DICOM: voi is the VOI LUT, else the first window, else the stored range. CT and MR "
+    "need one.",
+)  # fmt: skip
+@click.option(
+    "--frame", type=click.IntRange(min=1), metavar="N", help="Of DICOM files of several frames."
+)
+@click.option(
     "--views", type=click.IntRange(1, 64), default=1, show_default=True,
     help="Views of every image to train on: the plain one, and others by --augment.",
 )  # fmt: skip

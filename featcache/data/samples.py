@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from featcache.data import dicom_files
 from featcache.data.archive import Member, read_member
-from featcache.data.folders import OTHER_ENDING, SPLITS, ImageFile
+from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
 from featcache.formatting import brief_repr
@@ -87,6 +88,26 @@ class ImageDataset:
         present = {sample.split for sample in self.samples}
         return tuple(name for name in SPLITS if name in present)
 
+    @cached_property
+    def has_dicom(self) -> bool:
+        """Whether any sample is a DICOM file."""
+        return any(map(self.is_dicom, self.samples))
+
+    def is_dicom(self, sample: Sample) -> bool:
+        """Return whether a sample is a DICOM file: by its ending, else by its first bytes."""
+        name = sample.path.rpartition("/")[2]
+        _, dot, ending = name.rpartition(".")
+        if dot + ending.lower() in IMAGE_SUFFIXES:
+            return False
+        if dicom_files.has_dicom_ending(name):
+            return True
+        return self.layout != "zip" and dicom_files.sniff(self._folder / sample.path)
+
+    @property
+    def _folder(self) -> Path:
+        """What paths of samples are relative to."""
+        return self.root.parent if self.layout == "csv" else self.root
+
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of one split.
 
@@ -124,6 +145,8 @@ class ImageDataset:
     def describe_ignored(self) -> list[str]:
         """Return a line for each reason why files and folders were not used."""
         lines = [f"ignored: {number:,} ({reason})" for reason, number in self.reasons_ignored()]
+        if any(dicom_files.has_dicom_ending(ending) for ending in self.ignored_endings):
+            lines.append(f"DICOM files are not read without pydicom: {dicom_files.INSTALL}")
         if self.ignored_columns:
             lines.append(f"ignored columns: {', '.join(map(printable, self.ignored_columns))}")
         return lines
@@ -137,8 +160,7 @@ class ImageDataset:
         try:
             if self.layout == "zip":
                 return read_member(self.root, self._members[sample.path])
-            folder = self.root.parent if self.layout == "csv" else self.root
-            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
+            return read_regular(self._folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(

@@ -54,6 +54,7 @@ def extract(
     crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
     mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
+    window: str | None = ..., frame: int | None = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
@@ -73,6 +74,7 @@ def extract(
     crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
     mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
+    window: str | None = ..., frame: int | None = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
@@ -91,6 +93,7 @@ def extract(
     crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
     mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
+    window: str | None = ..., frame: int | None = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
@@ -118,6 +121,8 @@ def extract(
     bit_depth: int | str = "auto",
     truncated: str = "skip",
     max_pixels: int = MAX_PIXELS,
+    window: str | None = None,
+    frame: int | None = None,
     views: int = 1,
     augment: str | None = None,
     precision: str = "fp32",
@@ -166,6 +171,9 @@ def extract(
         bit_depth: ``auto``, 12, 14, 16 or ``minmax``, for images of more than 8 bits.
         truncated: ``skip`` counts cut-off images as failed, ``keep`` fills them in.
         max_pixels: Images of more pixels count as failed. Not part of the cache's identity.
+        window: Of DICOM files: ``voi`` (the default: VOI LUT, else first window, else the stored
+            range), ``first`` window, ``none``, or ``CENTER,WIDTH``. CT and MR need one.
+        frame: Of DICOM files of several frames, the one to take, from 1.
         views: Views of every image to train on (split ``train``, or ``all`` where there is none),
             the plain one among them; other splits get the plain view.
         augment: How the others are made: ``flip``, ``crop`` or ``xray`` (see module ``views``).
@@ -204,7 +212,8 @@ def extract(
     options = ExtractionOptions(
         weights=weights, image_size=image_size, transform=transform, crop_mode=crop_mode,
         interpolation=interpolation, normalize=normalize, mean=mean, std=std, bit_depth=bit_depth,
-        truncated=truncated, max_pixels=max_pixels, views=views, augment=augment,
+        truncated=truncated, max_pixels=max_pixels, window=window, frame=frame, views=views,
+        augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
         workers=workers, device=device, group_by=group_by,
         group_by_path=group_by_path, max_errors=max_errors, limit=limit,
@@ -383,7 +392,7 @@ def _choose_recipe(
         backbone, dataset, transform=options.transform, crop_mode=options.crop_mode,
         interpolation=options.interpolation,
         bit_depth=options.bit_depth, truncated=options.truncated,
-        max_pixels=options.max_pixels,
+        max_pixels=options.max_pixels, window=options.window, frame=options.frame,
         feature_dtype=options.feature_dtype, views=options.views, augment=options.augment,
     )  # fmt: skip
     describe_recipe(recipe, options.say)

@@ -36,6 +36,8 @@ class ExtractionOptions:
     bit_depth: int | str = "auto"
     truncated: str = "skip"
     max_pixels: int = MAX_PIXELS
+    window: str | None = None
+    frame: int | None = None
     views: int = 1
     augment: str | None = None
     precision: str = "fp32"

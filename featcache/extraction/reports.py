@@ -274,6 +274,8 @@ def describe_recipe(recipe: Recipe, say: Say) -> None:
         f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}{resized}, "
         f"{rules.interpolation}, mean {mean}, std {std}."
     )
+    if rules.dicom is not None:
+        say(f"DICOM: {rules.dicom.describe()}.")
     views = recipe.view_rules
     if views.augmentation is not None:
         say(f"Views: {views.num_views} of every image to train on, {views.augmentation}.")

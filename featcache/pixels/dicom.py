@@ -22,7 +22,6 @@ Reads: bytes. Writes: nothing. Every failure is a ``DataError`` whose ``found`` 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import math
@@ -36,17 +35,16 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from featcache.data.dicom_files import INSTALL, MAGIC_AT, is_installed
 from featcache.errors import ConfigError, DataError, TransientError
 from featcache.pixels.dicom_display import WINDOWS, Display, failure, text, whole
 
-INSTALL = "pip install 'featcache[dicom]'"
 MISSING = f"a DICOM file, which needs pydicom: {INSTALL}"
 is_child_process = False
 """Whether this process is a child that decodes: set by ``isolation``."""
 
 _ORDER = "modality, voi, inversion; floor(255 y + 0.5 + 2^-30)"
 _NEEDS_WINDOW = {"CT", "MR"}
-_MAGIC_AT, _MAGIC = 128, b"DICM"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _MAX_BITS = 32
 _CHUNK = 1 << 20
@@ -117,6 +115,17 @@ class DicomRules:
         """Return the rules as JSON values, with the order of the steps and the scale."""
         return {"order": _ORDER, **asdict(self)}
 
+    def describe(self) -> str:
+        """Return the rules in a few words."""
+        words = {
+            None: "VOI LUT, else first window, else stored range",
+            "voi": "VOI LUT, else first window, else stored range",
+            "first": "first window, else stored range", "none": "stored range",
+        }  # fmt: skip
+        shown = words.get(self.window, f"window {self.window}")
+        frame = "" if self.frame is None else f", frame {self.frame} of several"
+        return f"modality, then {shown}; MONOCHROME1 inverted{frame}"
+
     @classmethod
     def from_identity(cls, identity: Mapping[str, Any]) -> DicomRules:
         """Return the rules in the part ``dicom`` of an identity.
@@ -151,16 +160,6 @@ class DicomPicture:
 
     pixels: _Grey
     is_deep: bool
-
-
-def is_dicom(data: bytes) -> bool:
-    """Return whether bytes are a DICOM file by their magic."""
-    return data[_MAGIC_AT : _MAGIC_AT + 4] == _MAGIC
-
-
-def is_installed() -> bool:
-    """Return whether pydicom is there. Imports nothing."""
-    return importlib.util.find_spec("pydicom") is not None
 
 
 def read_dicom(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
@@ -223,7 +222,7 @@ def _read(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
     modality = text(dataset, "Modality")
     if modality in _NEEDS_WINDOW and rules.window is None:
         raise failure(
-            f"{modality}, which needs a window: --window CENTER,WIDTH, or first, voi or none"
+            f"{modality}, which needs a window: extract --window CENTER,WIDTH, first, voi or none"
         )
     _refuse_bomb(dataset, max_pixels)
     frame = _choose_frame(dataset, rules)
@@ -307,7 +306,7 @@ def _num_frames(dataset: Any) -> int:
 def _refuse_deflate_bomb(data: bytes, max_bytes: int) -> None:
     """Refuse a deflated data set of more bytes: pydicom inflates it as a whole."""
     # The meta information begins with its length, in explicit VR little endian (PS3.10, 7.1).
-    start = _MAGIC_AT + 4
+    start = MAGIC_AT + 4
     has_length = data[start : start + 6] == b"\x02\0\0\0UL"
     end = start + 12 + int.from_bytes(data[start + 8 : start + 12], "little") if has_length else 0
     meta = data[start : end or start + (1 << 16)]

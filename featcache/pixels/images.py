@@ -12,13 +12,14 @@ Reads: bytes. Writes: nothing. Every failure is a ``DataError`` whose ``found`` 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from featcache.data.dicom_files import is_dicom
 from featcache.errors import ConfigError, DataError, TransientError
-from featcache.pixels import acceleration, dicom
+from featcache.pixels import acceleration
 from featcache.pixels.decoding import (
     Loaded,
     MisreadError,
@@ -57,7 +58,7 @@ class PixelRules:
         truncated: ``skip`` fails cut-off files, ``keep`` fills them in as Pillow can.
         resize_size: Of ``squash`` and ``center``, the size in pixels to resize to before the
             centre crop of S x S, as the backbone's library documents it; None for the above.
-        dicom: What is chosen of DICOM files, where the data has such files; None is the default.
+        dicom: What is chosen of DICOM files, where the data has such files. Without it they fail.
         max_pixels: Images of more pixels are refused unread. The only one that is not part of the
             identity: it decides which images there are, and none of their pixels.
 
@@ -105,6 +106,10 @@ class PixelRules:
         if self.resize_size is None:
             del values["resize_size"]
         return values
+
+    def with_dicom(self) -> PixelRules:
+        """Return these rules; where they say nothing of DICOM, with what is done by default."""
+        return self if self.dicom is not None else replace(self, dicom=DicomRules())
 
     @classmethod
     def from_identity(cls, identity: dict[str, Any]) -> PixelRules:
@@ -173,10 +178,12 @@ def load(data: bytes, rules: PixelRules) -> Picture:
     Raises:
         DataError: If the bytes cannot be decoded under these rules; ``found`` says why.
     """
-    if dicom.is_dicom(data):
+    if is_dicom(data):
         from featcache.pixels.isolation import decode_dicom  # which imports this module
 
-        picture = decode_dicom(data, rules.dicom or DicomRules(), rules.max_pixels)
+        if rules.dicom is None:
+            raise failure("a DICOM file by another name: give it the ending .dcm")
+        picture = decode_dicom(data, rules.dicom, rules.max_pixels)
         return Picture(picture.pixels, truncated=False, dicom_is_deep=picture.is_deep)
     all_bits = rules.bit_depth != 16  # else the high byte, as Pillow reads it
     try:
@@ -291,7 +298,7 @@ def glance(data: bytes) -> tuple[int, int, bool, bool]:
     Raises:
         DataError: If it cannot be decoded.
     """
-    if dicom.is_dicom(data):
+    if is_dicom(data):
         from featcache.pixels.isolation import decode_dicom
 
         values: np.ndarray[Any, Any] = decode_dicom(data, DicomRules(), MAX_PIXELS).pixels

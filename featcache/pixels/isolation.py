@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import IO, Any
 
+from featcache.data import dicom_files
 from featcache.errors import DataError, TransientError
 from featcache.files import child_process
 from featcache.pixels import acceleration, dicom
@@ -215,7 +216,7 @@ def decode_dicom(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPictur
     """
     if dicom.is_child_process:
         return read_dicom(data, rules, max_pixels)
-    if not dicom.is_installed():
+    if not dicom_files.is_installed():
         raise failure(dicom.MISSING)
     with _dicom_decoders.borrow() as decoder:
         return decoder.read_dicom(data, rules, max_pixels)

@@ -21,6 +21,11 @@ _FIRST_BYTES = {
     b"\xff\x4f\xff\x51": f"a JPEG 2000 image ({_CONVERT})",
     b"\0\0\0\x0cJXL \r\n\x87\n": f"a JPEG XL image ({_CONVERT})",
     b"\xff\x0a": f"a JPEG XL image ({_CONVERT})",
+    # the first elements of files from before PS3.10, which nothing tells from other bytes
+    **dict.fromkeys(
+        (b"\x08\0\x05\0", b"\x08\0\0\0", b"\x08\0\x01\0", b"\x08\0\x08\0", b"\x08\0\x16\0"),
+        "perhaps a DICOM file, but without DICM at byte 128",
+    ),
     b"8BPS": f"a Photoshop document ({_CONVERT})",
     b"%PDF": "a PDF document",
     b"PK\x03\x04": "a zip archive",

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from featcache.data.dicom_files import is_dicom
 from featcache.errors import ConfigError, DataError
-from featcache.pixels.dicom import DicomRules, is_dicom, read_dicom
+from featcache.pixels.dicom import DicomRules, read_dicom
 from featcache.pixels.images import PixelRules, load
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom, the extra dicom")
@@ -28,6 +29,7 @@ from pydicom.pixels import apply_modality_lut, apply_windowing  # noqa: E402
 from sample_dicom import SYNTAXES, make_dicom, ramp, read_back, table  # noqa: E402
 
 VOI = DicomRules("voi", 1)
+RULES = PixelRules(64, dicom=DicomRules())
 MOST = 2**24
 WINDOW = {"WindowCenter": 1000, "WindowWidth": 800}
 
@@ -271,7 +273,7 @@ def test_identity_keeps_the_rules() -> None:
         assert PixelRules.from_identity(made.as_identity()) == made
     assert "dicom" not in PixelRules(64).as_identity()
     with pytest.raises(DataError, match="pixel rules"):
-        PixelRules.from_identity(PixelRules(64).as_identity() | {"dicom": {"order": "other"}})
+        PixelRules.from_identity(RULES.as_identity() | {"dicom": {"order": "other"}})
 
 
 # ---------------------------------------------------------------------------------------- refusals
@@ -325,17 +327,22 @@ def test_a_codestream_of_another_size_is_refused_before_memory_is_taken() -> Non
 def test_a_file_is_decoded_in_a_child_process(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_dicom(ramp(12), bits=12, **WINDOW)
     monkeypatch.setattr("featcache.pixels.isolation.read_dicom", None)
-    picture = load(data, PixelRules(64))
+    picture = load(data, RULES)
     assert picture.dicom_is_deep
     np.testing.assert_array_equal(picture.pixels, shown(data))
     with pytest.raises(DataError, match="without pixels"):
-        load(make_dicom(ramp(8), PixelData=None), PixelRules(64))
+        load(make_dicom(ramp(8), PixelData=None), RULES)
+
+
+def test_where_nothing_says_how_dicom_is_read_it_is_refused() -> None:
+    with pytest.raises(DataError, match="a DICOM file by another name"):
+        load(make_dicom(ramp(8)), PixelRules(64))
 
 
 def test_without_pydicom_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featcache.pixels.dicom.is_installed", lambda: False)
+    monkeypatch.setattr("featcache.data.dicom_files.is_installed", lambda: False)
     with pytest.raises(DataError, match=r"needs pydicom: pip install 'featcache\[dicom\]'"):
-        load(make_dicom(ramp(8)), PixelRules(64))
+        load(make_dicom(ramp(8)), RULES)
 
 
 def test_fuzzed_headers_neither_crash_nor_hang(pytestconfig: pytest.Config) -> None:
@@ -351,7 +358,7 @@ def test_fuzzed_headers_neither_crash_nor_hang(pytestconfig: pytest.Config) -> N
         data = bytearray(chance.choice(sources))
         reach = 900 if chance.random() < 0.9 else len(data)
         for _ in range(chance.choice([1, 1, 2, 5, 20])):
-            place = chance.randrange(132, reach)
+            place = chance.randrange(132, min(reach, len(data)))
             kind = chance.random()
             if kind < 0.7:
                 data[place] = chance.choice([0, 255, chance.randrange(256)])
@@ -362,7 +369,7 @@ def test_fuzzed_headers_neither_crash_nor_hang(pytestconfig: pytest.Config) -> N
         begin = time.monotonic()
         text = ""
         try:
-            load(bytes(data), PixelRules(64, max_pixels=2**22))
+            load(bytes(data), PixelRules(64, dicom=DicomRules(), max_pixels=2**22))
             outcomes["read"] += 1
         except DataError as error:
             outcomes["refused"] += 1
