@@ -154,6 +154,14 @@ def split(
     "--dry-run", is_flag=True, help="Say what is left to do and would be taken; write nothing."
 )
 @click.option(
+    "--log-json", is_flag=True,
+    help="Progress as a JSON object a minute, on standard error, in place of the bar.",
+)  # fmt: skip
+@click.option(
+    "--price", type=float, metavar="P",
+    help="Of an hour of a machine like this one: with --dry-run, what it costs on how many.",
+)  # fmt: skip
+@click.option(
     "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
 )
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
@@ -161,7 +169,7 @@ def split(
 @printing
 def extract(
     data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool,
-    backbone: tuple[str, ...], **options: Any,
+    log_json: bool, price: float | None, backbone: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Run a frozen backbone once over the images in DATA and keep the features in CACHE.
 
@@ -175,10 +183,13 @@ def extract(
     from featcache.cli.wording import projection_lines
     from featcache.extraction import extraction
 
-    options |= {"say": make_say(as_json, quiet), "progress": not quiet}
+    progress = "json" if log_json else not quiet
+    options |= {"say": make_say(as_json, quiet), "progress": progress}
     one_or_all = backbone[0] if len(backbone) == 1 else backbone
+    if price is not None and not dry_run:
+        raise click.UsageError("--price says what an extraction would cost: it needs --dry-run")
     if dry_run:
-        planned = extraction.plan(data, cache, backbone=one_or_all, **options)
+        planned = extraction.plan(data, cache, backbone=one_or_all, price=price, **options)
         plans = list(planned.values()) if isinstance(planned, dict) else [planned]
         lines = [line for projection in plans for line in projection_lines(projection)]
         print_facts(_one_or_all([p.as_dict() for p in plans]), lines, as_json, quiet)

@@ -53,6 +53,13 @@ def projection_lines(projection: Projection) -> Iterator[str]:
     )
     size, working = in_bytes(projection.cache_bytes), in_bytes(projection.working_bytes)
     yield f"disk: {size} for the cache, {working} while working"
+    yield f"reads: {count(num_wanted, 'image')}, {in_bytes(projection.read_bytes)}"
+    if len(projection.workers) > 1 or projection.workers[0].cost is not None:
+        yield "machines like this one (arithmetic: storage and network are taken as fast enough):"
+        for of in projection.workers:
+            cost = "" if of.cost is None else f", costs {of.cost:,.2f}"
+            hours = f"{of.worker_hours:.3g} machine-hours"
+            yield f"{of.num_workers:>5}: {in_time(of.seconds)}, {hours}{cost}"
 
 
 def export_lines(summary: ExportSummary | DeliverySummary) -> Iterator[str]:

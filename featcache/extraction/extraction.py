@@ -9,6 +9,7 @@ Reads: images, and the cache that is there already. Writes: ``CACHE.partial/``, 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -62,7 +63,7 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> ExtractionSummary: ...  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def extract(
     rehash: bool = False,
     rebuild: bool = False,
     say: Say = log_line,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> ExtractionSummary | dict[str, ExtractionSummary]:
     """Run a frozen backbone over every image of ``data`` and write the features to ``cache``.
 
@@ -199,7 +200,7 @@ def extract(
         rebuild: Replace a cache, or discard an unfinished one, that was made with other settings.
         say: Where lines for people go.
         progress: Show how far it is on standard error: a bar on a terminal and in a notebook,
-            elsewhere a line a minute.
+            elsewhere a line a minute. ``json`` writes a JSON object a minute, and one at the end.
 
     Returns:
         What was done; of a list of backbones, a dict of that by name, of a list of sizes by name
@@ -283,24 +284,39 @@ def _make_caches(
 @overload
 def plan(
     data: str | Path, cache: str | Path, *, backbone: str | Backbone | _Backbones,
-    image_size: _Sizes, **options: Any,
+    image_size: _Sizes, price: float | None = ..., **options: Any,
 ) -> dict[str, Projection]: ...  # fmt: skip
 
 
 @overload
 def plan(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone, **options: Any
+    data: str | Path,
+    cache: str | Path,
+    *,
+    backbone: str | Backbone,
+    price: float | None = ...,
+    **options: Any,
 ) -> Projection: ...
 
 
 @overload
 def plan(
-    data: str | Path, cache: str | Path, *, backbone: _Backbones, **options: Any
+    data: str | Path,
+    cache: str | Path,
+    *,
+    backbone: _Backbones,
+    price: float | None = ...,
+    **options: Any,
 ) -> dict[str, Projection]: ...
 
 
 def plan(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone | _Backbones, **options: Any
+    data: str | Path,
+    cache: str | Path,
+    *,
+    backbone: str | Backbone | _Backbones,
+    price: float | None = None,
+    **options: Any,
 ) -> Projection | dict[str, Projection]:
     """Say what ``extract`` would do and take, without writing anything.
 
@@ -311,6 +327,7 @@ def plan(
         data: As for ``extract``, and so are all options.
         cache: The file, or the folder of several, that would be written.
         backbone: A name or a ready ``Backbone``, or a list of them.
+        price: Of an hour of one machine like this one, in any currency: gives the costs.
         **options: As for ``extract``.
 
     Returns:
@@ -321,14 +338,16 @@ def plan(
     """
     chosen, place = ExtractionOptions(**options), local_path(cache, "CACHE")
     if isinstance(backbone, str | Backbone) and isinstance(chosen.image_size, int | str):
-        return _plan(data, [Target(place, backbone, chosen.image_size)], chosen)[0]
+        return _plan(data, [Target(place, backbone, chosen.image_size)], chosen, price)[0]
     targets = name_caches(place, backbone, chosen)
-    return dict(zip(targets, _plan(data, [*targets.values()], chosen), strict=True))
+    return dict(zip(targets, _plan(data, [*targets.values()], chosen, price), strict=True))
 
 
 def _plan(
-    data: str | Path, targets: Sequence[Target], options: ExtractionOptions
-) -> list[Projection]:  # fmt: skip
+    data: str | Path, targets: Sequence[Target], options: ExtractionOptions, price: float | None
+) -> list[Projection]:
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError("--price", expected="a number that is not negative", found=price)
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
     dataset, options = _scan(local_path(data, "data"), [t.path for t in targets], options)
     jobs = [_plan_job(dataset, target, options) for target in targets]
@@ -337,7 +356,7 @@ def _plan(
     for job in jobs:
         if job.old is not None:
             warn_of_precision(job.old, options.precision)
-    return [project(job, device) for job in jobs]
+    return [project(job, device, price) for job in jobs]
 
 
 def _scan(

@@ -59,7 +59,7 @@ class ExtractionOptions:
     rehash: bool = False
     rebuild: bool = False
     say: Say = log_line
-    progress: bool = False
+    progress: bool | str = False
 
     def __post_init__(self) -> None:
         resolve_workers(self.workers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,28 @@ from featcache.formatting import brief_repr, count, list_counts
 from featcache.runtime import Say
 
 _NUM_DECODED = 64
+_MAX_WORKERS, _LEAST_WORK_SECONDS = 256, 60.0
 _ROW_OVERHEAD_BYTES = 160  # path, hash, size, time, target
+
+
+@dataclass(frozen=True)
+class WorkersProjection:
+    """What an extraction is expected to take on so many machines like this one.
+
+    Attributes:
+        num_workers: Machines, or GPUs with their share of one.
+        seconds: Expected time: each builds its engine, then takes its share of the images.
+        worker_hours: Expected time of all of them together.
+        cost: At the price of an hour of one; None where none was given.
+    """
+
+    __module__ = "featcache"
+    __repr__ = brief_repr
+
+    num_workers: int
+    seconds: float
+    worker_hours: float
+    cost: float | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,10 @@ class Projection:
         seconds: Expected time for the images to be run.
         cache_bytes: Size of the cache.
         working_bytes: Disk needed while working: shards and cache together.
+        read_bytes: Bytes of the images to be run, each of which is read once.
+        start_seconds: Expected time to build and check an engine, which every worker does.
+        workers: What it would take on 1, 2, 4 ... machines like this one, as long as each has a
+            minute of work.
     """
 
     __module__ = "featcache"
@@ -79,18 +105,22 @@ class Projection:
     seconds: float
     cache_bytes: int
     working_bytes: int
+    read_bytes: int
+    start_seconds: float
+    workers: tuple[WorkersProjection, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the projection as JSON values."""
         return result_as_dict(self)
 
 
-def project(job: Job, device: torch.device) -> Projection:
+def project(job: Job, device: torch.device, price: float | None = None) -> Projection:
     """Decode a seeded sample of the images to be run, run one batch, and scale up.
 
     Args:
         job: A job whose known images were found.
         device: Where it would run.
+        price: Of an hour of one machine.
 
     Raises:
         FeatcacheError: As an extraction with these options would at its start.
@@ -103,7 +133,9 @@ def project(job: Job, device: torch.device) -> Projection:
     if not wanted:
         return projection
     chosen = random.Random(0).sample(wanted, min(_NUM_DECODED, num_wanted))
+    start = time.perf_counter()
     engine = _build_engine(job, device, decode_probes(dataset, chosen, recipe.rules))
+    start_seconds = time.perf_counter() - start
     start = time.perf_counter()
     decoded = stream_views(dataset, chosen, [recipe], 1, workers=job.options.workers)
     outcomes = [outcome for part, _ in decoded for outcome in part]
@@ -122,7 +154,29 @@ def project(job: Job, device: torch.device) -> Projection:
         failures=tuple((o.sample.path, o.reason) for o in outcomes if o.reason is not None),
         images_per_second=round(1 / per_image, 2),
         seconds=round(num_wanted * per_image, 1),
+        read_bytes=sum(sample.image_bytes for sample in wanted),
+        start_seconds=round(start_seconds, 3),
+        workers=tuple(project_workers(num_wanted * per_image, start_seconds, price)),
     )
+
+
+def project_workers(
+    seconds: float, start_seconds: float, price: float | None
+) -> Iterator[WorkersProjection]:
+    """Yield what work of one machine takes on 1, 2, 4 ... of them.
+
+    Args:
+        seconds: Of one machine, without its start.
+        start_seconds: Of each machine before it can work.
+        price: Of an hour of one; None is not known.
+    """
+    number = 1
+    while number == 1 or (number <= _MAX_WORKERS and seconds / number >= _LEAST_WORK_SECONDS):
+        each = start_seconds + seconds / number
+        hours = number * each / 3600
+        cost = None if price is None else round(hours * price, 2)
+        yield WorkersProjection(number, round(each, 1), round(hours, 4), cost)
+        number *= 2
 
 
 def _project_sizes(job: Job, num_wanted: int, num_wanted_views: int) -> Projection:
@@ -153,6 +207,9 @@ def _project_sizes(job: Job, num_wanted: int, num_wanted_views: int) -> Projecti
         seconds=0.0,
         cache_bytes=cache_bytes,
         working_bytes=cache_bytes + num_wanted_views * vector_bytes,
+        read_bytes=0,
+        start_seconds=0.0,
+        workers=(),
     )
 
 
