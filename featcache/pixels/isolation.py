@@ -10,19 +10,15 @@ import atexit
 import contextlib
 import functools
 import os
-import pickle
 import queue
-import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import IO, Any
 
+from featcache.child import Child, receive, send
 from featcache.data import dicom_files
-from featcache.errors import DataError, TransientError
-from featcache.files import child_process
+from featcache.errors import DataError
 from featcache.pixels import acceleration, dicom
 from featcache.pixels.dicom import DicomPicture, DicomRules, read_dicom
 from featcache.pixels.dicom_display import failure
@@ -39,7 +35,7 @@ DICOM_SECONDS = 30.0
 """A DICOM file that takes longer fails; a mammogram of 13 megapixels in JPEG 2000 takes 2 s."""
 
 
-class IsolatedDecoder:
+class IsolatedDecoder(Child):
     """Decodes one image after another in a child process, which is replaced if it dies or hangs.
 
     Use as a context manager; the child ends with it.
@@ -50,26 +46,7 @@ class IsolatedDecoder:
     """
 
     def __init__(self, seconds: float = DECODE_SECONDS, *, is_silent: bool = False) -> None:
-        self._seconds = seconds
-        self._stderr = subprocess.DEVNULL if is_silent else None
-        self._child: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
-        self._is_closed = False
-
-    def __enter__(self) -> IsolatedDecoder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
-        # A thread may be waiting for an answer, or about to ask. Killing its child, and starting no
-        # other, makes it return and release the lock.
-        self._is_closed = True
-        if (child := self._child) is not None:
-            child.kill()
-        with self._lock:
-            self._stop()
+        super().__init__("featcache.pixels.isolation", seconds, is_silent=is_silent)
 
     def render(
         self, data: bytes, recipes: Sequence[tuple[PixelRules, ViewRules]], sha256: bytes, *,
@@ -82,7 +59,7 @@ class IsolatedDecoder:
             TransientError: If the decoder's process died.
         """
         name = "render_with_facts" if with_facts else "render"
-        rendering = self._ask(name, data, list(recipes), sha256)
+        rendering = self.ask(name, data, list(recipes), sha256)
         assert isinstance(rendering, Rendering)
         return rendering
 
@@ -93,7 +70,7 @@ class IsolatedDecoder:
             DataError: If the decoder hung on it.
             TransientError: If the decoder's process died.
         """
-        maximum = self._ask("deep_maximum", data, max_pixels)
+        maximum = self.ask("deep_maximum", data, max_pixels)
         assert maximum is None or isinstance(maximum, int)
         return maximum
 
@@ -104,7 +81,7 @@ class IsolatedDecoder:
             DataError: If the decoder hung on it.
             TransientError: If the decoder's process died.
         """
-        kind = self._ask("deep_kind", data)
+        kind = self.ask("deep_kind", data)
         assert kind is None or isinstance(kind, str)
         return kind
 
@@ -115,56 +92,9 @@ class IsolatedDecoder:
             DataError: If the file is bad, or the decoder hung on it.
             TransientError: If the decoder's process died.
         """
-        picture = self._ask("read_dicom", data, rules, max_pixels)
+        picture = self.ask("read_dicom", data, rules, max_pixels)
         assert isinstance(picture, DicomPicture)
         return picture
-
-    def _ask(self, *request: object) -> object:
-        with self._lock:
-            return self._ask_child(request)
-
-    def _ask_child(self, request: tuple[object, ...]) -> object:
-        child = self._start()
-        if self._is_closed:
-            child.kill()  # so that no answer comes
-        timer = threading.Timer(self._seconds, child.kill)
-        timer.start()
-        try:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            _send(child.stdin, request)
-            answer = _receive(child.stdout)
-        except (OSError, EOFError) as error:
-            hung = not timer.is_alive()
-            self._stop()
-            reason = f"it hung for {self._seconds:.0f} s" if hung else "it crashed"
-            kind = DataError if hung else TransientError  # perhaps the system was out of memory
-            raise kind("image", expected="a decoder that ends", found=reason) from error
-        finally:
-            timer.cancel()
-        if isinstance(answer, DataError):
-            try:
-                raise answer
-            finally:
-                # Else it and this frame hold each other, and the callers' frames their files.
-                del answer
-        return answer
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        if self._child is None:
-            command, environment = child_process("featcache.pixels.isolation")
-            self._child = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=self._stderr,
-                start_new_session=True,  # Ctrl-C goes to the parent, which finishes its work
-            )  # fmt: skip
-        return self._child
-
-    def _stop(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.communicate()
-            self._child = None
 
 
 class _DicomDecoders:
@@ -222,23 +152,6 @@ def decode_dicom(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPictur
         return decoder.read_dicom(data, rules, max_pixels)
 
 
-def _send(stream: IO[bytes], value: object) -> None:
-    data = pickle.dumps(value)
-    stream.write(struct.pack("<Q", len(data)) + data)
-    stream.flush()
-
-
-def _receive(stream: IO[bytes]) -> object:
-    head = stream.read(8)
-    if len(head) < 8:
-        raise EOFError
-    (size,) = struct.unpack("<Q", head)
-    data = stream.read(size)
-    if len(data) < size:
-        raise EOFError
-    return pickle.loads(data)
-
-
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Call the functions that are requested, (name, *arguments), until the parent is gone."""
     functions: dict[str, Callable[..., object]] = {
@@ -250,7 +163,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     num_bytes = 0
     while True:
         try:
-            request: Any = _receive(requests)
+            request: Any = receive(requests)
         except EOFError:
             return
         if num_bytes < acceleration.WORTH_BYTES:  # of a server, which lives for long
@@ -260,7 +173,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             answer = functions[request[0]](*request[1:])
         except DataError as error:
             answer = error
-        _send(answers, answer)
+        send(answers, answer)
 
 
 if __name__ == "__main__":
