@@ -12,6 +12,7 @@ from featcache.cli.options import (
     AUTO_OR_NUMBER,
     CACHES,
     DEVICE,
+    GROUP_SALT,
     LARGEST,
     TRUST,
     WEIGHTS,
@@ -23,6 +24,7 @@ from featcache.cli.options import (
     grouping,
     listing,
     make_say,
+    patients,
     print_facts,
     printing,
     printing_json,
@@ -41,6 +43,7 @@ from featcache.formatting import count
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed, another split.")
 @grouping
+@patients
 @click.option(
     "--mode", type=click.Choice(["copy", "symlink", "hardlink"]), default="copy",
     show_default=True, help="How a tree gets its files.",
@@ -145,6 +148,11 @@ def split(
 )
 @DEVICE
 @grouping
+@patients
+@click.option(
+    "--path-names", type=click.Choice(["keep", "hash"]), show_default="keep",
+    help="hash: no names of files and folders below split and class in cache, run and messages.",
+)  # fmt: skip
 @click.option(
     "--max-errors", default="5%", show_default=True, metavar="N|P%",
     help="Images that may fail, per split and class.",
@@ -289,6 +297,7 @@ def info(cache_or_run: Path, as_json: bool, layers: bool) -> None:
 @WEIGHTS
 @DEVICE
 @LARGEST
+@GROUP_SALT
 @printing
 def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check that CACHE is whole, and with --data that its features are true.

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from featcache.untrusted import open_regular
 
@@ -46,3 +48,43 @@ def sniff(path: str | Path) -> bool:
             return is_dicom(file.read(MAGIC_AT + len(MAGIC)))
     except OSError:
         return False
+
+
+COLUMNS = (
+    "modality", "view_position", "manufacturer", "sex", "age_decade", "intent", "burned_in"
+)  # fmt: skip
+"""What the columns of ``HeaderFacts`` are."""
+
+
+class HeaderFacts(NamedTuple):
+    """What is kept of the header of a DICOM file: nothing that names a patient.
+
+    Attributes:
+        patient: Hash of PatientID and IssuerOfPatientID, with a salt; None where there is no ID.
+        instance: Hash of SOPInstanceUID; None where there is none.
+        is_named: Whether the path holds an ID, a part of the name, or a UID of the file.
+        columns: In the order of ``COLUMNS``; "" where nothing, or nothing allowed, is there.
+    """
+
+    patient: str | None
+    instance: str | None
+    is_named: bool
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DicomFacts:
+    """What the headers of a data set say, without any that names a patient.
+
+    Attributes:
+        salt: Of the hashes in the data set, as ``salt_id`` gives it; None where none is kept.
+        columns: Path of each DICOM image -> values of ``COLUMNS``.
+    """
+
+    salt: str | None
+    columns: dict[str, tuple[str, ...]] = field(repr=False)
+
+    def number_of(self, column: str, value: str) -> int:
+        """Return how many images have a value in a column."""
+        place = COLUMNS.index(column)
+        return sum(values[place] == value for values in self.columns.values())

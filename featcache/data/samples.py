@@ -13,6 +13,7 @@ from pathlib import Path
 
 from featcache.data import dicom_files
 from featcache.data.archive import Member, read_member
+from featcache.data.dicom_files import DicomFacts
 from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
@@ -62,6 +63,8 @@ class ImageDataset:
         ignored_endings: Ending -> number of files that were not used for it.
         ignored_columns: Headers of a CSV that were not used.
         num_found_by_name: How many files a CSV gives by their name alone, from folders below it.
+        files: Path of a sample -> that of its file, where they differ: hashed ones.
+        dicom: What the headers of its DICOM files say, where they were read.
     """
 
     __repr__ = brief_repr
@@ -75,6 +78,8 @@ class ImageDataset:
     ignored_endings: dict[str, int] = field(default_factory=dict)
     ignored_columns: tuple[str, ...] = ()
     num_found_by_name: int = 0
+    files: dict[str, str] = field(default_factory=dict, repr=False)
+    dicom: DicomFacts | None = None
     _members: dict[str, Member] = field(default_factory=dict, repr=False)
 
     @property
@@ -101,12 +106,15 @@ class ImageDataset:
             return False
         if dicom_files.has_dicom_ending(name):
             return True
-        return self.layout != "zip" and dicom_files.sniff(self._folder / sample.path)
+        path = self.file_of(sample)
+        return path is not None and dicom_files.sniff(path)
 
-    @property
-    def _folder(self) -> Path:
-        """What paths of samples are relative to."""
-        return self.root.parent if self.layout == "csv" else self.root
+    def file_of(self, sample: Sample) -> Path | None:
+        """Return the file of a sample; None of a member of an archive."""
+        if self.layout == "zip":
+            return None
+        folder = self.root.parent if self.layout == "csv" else self.root
+        return folder / self.files.get(sample.path, sample.path)
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of one split.
@@ -158,9 +166,11 @@ class ImageDataset:
             DataError: If it cannot be read (any more), or is not a regular file (any more).
         """
         try:
-            if self.layout == "zip":
-                return read_member(self.root, self._members[sample.path])
-            return read_regular(self._folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
+            path = self.file_of(sample)
+            if path is None:
+                name = self.files.get(sample.path, sample.path)
+                return read_member(self.root, self._members[name])
+            return read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(

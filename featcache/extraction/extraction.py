@@ -26,6 +26,7 @@ from featcache.data.dataset import ImageDataset, scan
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.engine_choice import check_threads, choose_engine
 from featcache.extraction.finish import finish
+from featcache.extraction.identifiers import settle_identifiers
 from featcache.extraction.options import ExtractionOptions, Target, name_caches
 from featcache.extraction.plan import Job, find_known
 from featcache.extraction.recipe import Recipe, make_recipe
@@ -59,6 +60,8 @@ def extract(
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
+    group_salt: str | Path | None = ..., patient_ids: str | None = ...,
+    path_names: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
@@ -79,6 +82,8 @@ def extract(
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
+    group_salt: str | Path | None = ..., patient_ids: str | None = ...,
+    path_names: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
@@ -98,6 +103,8 @@ def extract(
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
+    group_salt: str | Path | None = ..., patient_ids: str | None = ...,
+    path_names: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
@@ -134,6 +141,9 @@ def extract(
     device: str = "auto",
     group_by: str | None = None,
     group_by_path: str | None = None,
+    group_salt: str | Path | None = None,
+    patient_ids: str | None = None,
+    path_names: str | None = None,
     max_errors: int | str = "5%",
     limit: int | None = None,
     include: str | Iterable[str] = (),
@@ -187,6 +197,13 @@ def extract(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         group_by: Regular expression on the file name; its first group is the group.
         group_by_path: Instead, one on the path below the class: see ``scan``.
+        group_salt: File of the salt that IDs of patients in DICOM headers are hashed with, which
+            make the groups where ``group_by`` makes none. It is made if it is not there. Default:
+            ``CACHE.salt``.
+        patient_ids: An ID on more than a fifth of the images (and 20) is a question: ``keep`` takes
+            it as a patient, ``ignore`` as no ID.
+        path_names: ``hash`` replaces names of files and folders below split and class in all that
+            is written, by the same salt; ``keep``, the default, warns of DICOM's IDs in them.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
         limit: Take only that many images, for a try.
         include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns`` and
@@ -217,7 +234,8 @@ def extract(
         augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
         workers=workers, device=device, group_by=group_by,
-        group_by_path=group_by_path, max_errors=max_errors, limit=limit,
+        group_by_path=group_by_path, group_salt=group_salt, patient_ids=patient_ids,
+        path_names=path_names, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
         ignore_columns=ignore_columns, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
@@ -235,7 +253,9 @@ def _extract(
     """Make the cache of each target, all from one pass over the images."""
     start = time.perf_counter()
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
-    dataset, options = _scan(local_path(data, "data"), [t.path for t in targets], options)
+    dataset, options = _scan(
+        local_path(data, "data"), [t.path for t in targets], options, writes=True
+    )
     if not all(
         target.path.exists() for target in targets
     ):  # beside the building of backbone and engine
@@ -349,7 +369,9 @@ def _plan(
     if price is not None and not 0 <= price < math.inf:
         raise ConfigError("--price", expected="a number that is not negative", found=price)
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
-    dataset, options = _scan(local_path(data, "data"), [t.path for t in targets], options)
+    dataset, options = _scan(
+        local_path(data, "data"), [t.path for t in targets], options, writes=False
+    )
     jobs = [_plan_job(dataset, target, options) for target in targets]
     device = resolve_device(options.device).torch()
     find_known(jobs, device)
@@ -360,7 +382,7 @@ def _plan(
 
 
 def _scan(
-    data: Path, caches: Sequence[Path], options: ExtractionOptions
+    data: Path, caches: Sequence[Path], options: ExtractionOptions, *, writes: bool
 ) -> tuple[ImageDataset, ExtractionOptions]:
     """Find the images; return the options with those that the caches that are there remember."""
     for path in caches:
@@ -375,7 +397,7 @@ def _scan(
     describe_dataset(dataset, options.say, by_path=options.group_by_path is not None)
     if options.companions == "keep" and dataset.num_grouped is None:
         options.say("groups: images and their companions; --group-by would name the patients")
-    return dataset, options
+    return settle_identifiers(dataset, caches, options, writes=writes), options
 
 
 def _remember(path: Path, data: Path, options: ExtractionOptions) -> ExtractionOptions:

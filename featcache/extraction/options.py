@@ -48,6 +48,9 @@ class ExtractionOptions:
     device: str = "auto"
     group_by: str | None = None
     group_by_path: str | None = None
+    group_salt: str | Path | None = None
+    patient_ids: str | None = None
+    path_names: str | None = None
     max_errors: int | str = "5%"
     limit: int | None = None
     include: str | Iterable[str] = ()

@@ -30,7 +30,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ _ORDER = "modality, voi, inversion; floor(255 y + 0.5 + 2^-30)"
 _NEEDS_WINDOW = {"CT", "MR"}
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _MAX_BITS = 32
-_CHUNK = 1 << 20
+_META_BYTES, _CHUNK = 1 << 16, 1 << 20
 
 _Grey: TypeAlias = npt.NDArray[np.uint8]
 
@@ -201,23 +201,41 @@ def quiet_pydicom() -> Iterator[None]:
         config.settings.reading_validation_mode = mode
 
 
-def open_dataset(data: bytes, tags: list[str], max_bytes: int, **options: Any) -> Any:
+def open_dataset(file: BinaryIO, tags: list[str], max_bytes: int, **options: Any) -> Any:
     """Return the data set of a file, with these elements alone.
 
     Args:
-        data: The file.
+        file: Open, at its start.
         tags: Keywords of the elements; the others are skipped unread.
         max_bytes: Refuse a deflated file that holds more.
         **options: Of pydicom's ``dcmread``.
     """
     import pydicom
 
-    _refuse_deflate_bomb(data, max_bytes)
-    return pydicom.dcmread(io.BytesIO(data), specific_tags=[*tags], **options)
+    _refuse_deflate_bomb(file, max_bytes)
+    return pydicom.dcmread(file, specific_tags=[*tags], **options)
+
+
+def read_stored(data: bytes, max_pixels: int) -> tuple[npt.NDArray[Any], str]:
+    """Return the stored values of the first frame, (H, W), and their photometric interpretation.
+
+    Raises:
+        DataError: If it is no picture in grey, or is broken.
+    """
+    try:
+        with quiet_pydicom():
+            dataset = open_dataset(io.BytesIO(data), _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
+            _refuse_kind(dataset)
+            _refuse_bomb(dataset, max_pixels)
+            return _decode(dataset, 0), text(dataset, "PhotometricInterpretation")
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001  (of any kind)
+        raise failure(f"a broken DICOM file ({type(error).__name__})") from None
 
 
 def _read(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
-    dataset = open_dataset(data, _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
+    dataset = open_dataset(io.BytesIO(data), _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
     _refuse_kind(dataset)
     modality = text(dataset, "Modality")
     if modality in _NEEDS_WINDOW and rules.window is None:
@@ -303,18 +321,21 @@ def _num_frames(dataset: Any) -> int:
     return whole(dataset, "NumberOfFrames", 1)
 
 
-def _refuse_deflate_bomb(data: bytes, max_bytes: int) -> None:
+def _refuse_deflate_bomb(file: BinaryIO, max_bytes: int) -> None:
     """Refuse a deflated data set of more bytes: pydicom inflates it as a whole."""
+    data = file.read(_META_BYTES)
+    file.seek(0)
     # The meta information begins with its length, in explicit VR little endian (PS3.10, 7.1).
     start = MAGIC_AT + 4
     has_length = data[start : start + 6] == b"\x02\0\0\0UL"
     end = start + 12 + int.from_bytes(data[start + 8 : start + 12], "little") if has_length else 0
-    meta = data[start : end or start + (1 << 16)]
-    if _DEFLATED not in meta:
+    if _DEFLATED not in data[start : end or None]:
         return
     if not has_length:
         raise failure("a deflated DICOM file whose header does not say where it ends")
-    inflate, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, data[end:]
+    file.seek(end)
+    inflate, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, file.read()
+    file.seek(0)
     while rest and not inflate.eof:
         piece = inflate.decompress(rest, _CHUNK)
         size, rest = size + len(piece), inflate.unconsumed_tail

@@ -22,6 +22,7 @@ from featcache.errors import DataError
 from featcache.pixels import acceleration, dicom
 from featcache.pixels.dicom import DicomPicture, DicomRules, read_dicom
 from featcache.pixels.dicom_display import failure
+from featcache.pixels.dicom_headers import hash_pixels, read_headers
 from featcache.pixels.images import PixelRules, deep_kind, deep_maximum, glance
 from featcache.pixels.views import Rendering, ViewRules, render
 from featcache.runtime import available_cores
@@ -157,7 +158,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     functions: dict[str, Callable[..., object]] = {
         "render": render, "render_with_facts": functools.partial(render, with_facts=True),
         "deep_maximum": deep_maximum, "deep_kind": deep_kind, "glance": glance,
-        "read_dicom": read_dicom,
+        "read_dicom": read_dicom, "read_headers": read_headers, "hash_pixels": hash_pixels,
     }  # fmt: skip
     dicom.is_child_process = True
     num_bytes = 0
