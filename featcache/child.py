@@ -5,15 +5,21 @@ Requests and answers are pickled: both ends are featcache's own.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import pickle
+import queue
 import struct
 import subprocess
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import IO, TypeVar
 
 from featcache.errors import DataError, TransientError
 from featcache.files import child_process
+from featcache.runtime import available_cores
 
 _Self = TypeVar("_Self", bound="Child")
 
@@ -101,6 +107,55 @@ class Child:
             self._child.kill()
             self._child.communicate()
             self._child = None
+
+
+class Children:
+    """Child processes that a process shares: as many as cores, each asked by one at a time.
+
+    They are started when they are needed, and end with this process.
+
+    Args:
+        module: See ``Child``; so is ``seconds``.
+        seconds: An answer that takes longer is given up.
+    """
+
+    def __init__(self, module: str, seconds: float) -> None:
+        self._module, self._seconds = module, seconds
+        self.number = max(2, available_cores())
+        self._reset()
+        atexit.register(self.close)
+        if hasattr(os, "register_at_fork"):  # a fork must not talk to its parent's children
+            os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
+        self._free: queue.LifoQueue[Child] = queue.LifoQueue()
+        self._slots = threading.BoundedSemaphore(self.number)
+        self._all: list[Child] = []
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Child]:
+        """Lend a child; wait for one if all are lent."""
+        free, slots = self._free, self._slots
+        with slots:
+            try:
+                child = free.get_nowait()
+            except queue.Empty:
+                child = Child(self._module, self._seconds, is_silent=True)
+                self._all.append(child)
+            try:
+                yield child
+            finally:
+                free.put(child)
+
+    def close(self) -> None:
+        """End the children; others are started if somebody asks again."""
+        for child in self._all:
+            child.__exit__(None, None, None)
+        self._reset()
+
+
+DICOM_READERS = Children("featcache.pixels.isolation", 30.0)
+"""Read DICOM files; one that takes longer fails. A JPEG 2000 of 13 megapixels takes 2 s."""
 
 
 def send(stream: IO[bytes], value: object) -> None:

@@ -11,28 +11,26 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import queue
 import secrets
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from featcache.child import Child
+from featcache.child import DICOM_READERS
 from featcache.data.dicom_files import DicomFacts, HeaderFacts
 from featcache.data.folders import SPLIT_OF_FOLDER, has_image_ending
 from featcache.data.samples import ImageDataset, Sample, sort_samples
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import read_regular
 from featcache.formatting import count
-from featcache.runtime import Say, available_cores
+from featcache.runtime import Say
 from featcache.threads import Threads
 
 PATIENT_IDS = ("keep", "ignore")
 PATH_NAMES = ("keep", "hash")
 
 _BATCH = 32  # files a request
-_SECONDS = 30.0
 _LARGE_SHARE, _LARGE_COUNT = 0.2, 20
 _MOST_SALT_BYTES, _LEAST_SALT_BYTES = 4096, 16
 
@@ -271,7 +269,7 @@ def _read_headers(
     def read(batch: Sequence[Sample]) -> dict[str, HeaderFacts]:
         try:
             files = [_file_of(dataset, sample) for sample in batch]
-            found = ask("read_headers", files, [sample.path for sample in batch], salt)
+            found = _ask("read_headers", files, [sample.path for sample in batch], salt)
         except DataError:  # a file that hangs or crashes the child, or cannot be read
             if len(batch) == 1:
                 return {}
@@ -283,7 +281,7 @@ def _read_headers(
     size = 1 if dataset.layout == "zip" else _BATCH
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
     headers: dict[str, HeaderFacts] = {}
-    with _Children() as ask, Threads("header", ask.number) as threads:
+    with Threads("header", DICOM_READERS.number) as threads:
         for future in [threads.submit(read, batch) for batch in batches]:
             headers.update(future.result())
     return headers
@@ -300,15 +298,14 @@ def _find_copies(dataset: ImageDataset, headers: Mapping[str, HeaderFacts]) -> l
         return []
     by_path = {sample.path: sample for sample in dataset.samples}
     num_other = 0
-    with _Children() as ask:
-        for paths in copies:
-            hashes = set()
-            for path in paths:
-                try:
-                    hashes.add(ask("hash_pixels", _file_of(dataset, by_path[path])))
-                except DataError:
-                    hashes.add(None)
-            num_other += len(hashes) > 1
+    for paths in copies:
+        hashes = set[object]()
+        for path in paths:
+            try:
+                hashes.add(_ask("hash_pixels", _file_of(dataset, by_path[path])))
+            except DataError:
+                hashes.add(None)
+        num_other += len(hashes) > 1
     if num_other:
         warn_user(
             f"{count(num_other, 'SOP Instance UID')} of {len(copies):,} that several files share "
@@ -323,29 +320,6 @@ def _file_of(dataset: ImageDataset, sample: Sample) -> tuple[str, bytes | None]:
     return ("", dataset.read(sample)) if path is None else (str(path.absolute()), None)
 
 
-class _Children:
-    """Child processes that read headers, as many as cores, each asked by one thread at a time."""
-
-    def __init__(self) -> None:
-        self.number = available_cores()
-        self._all = [
-            Child("featcache.pixels.isolation", _SECONDS, is_silent=True)
-            for _ in range(self.number)
-        ]
-        self._free: queue.SimpleQueue[Child] = queue.SimpleQueue()
-        for child in self._all:
-            self._free.put(child)
-
-    def __enter__(self) -> _Children:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for child in self._all:
-            child.__exit__(None, None, None)
-
-    def __call__(self, *request: object) -> object:
-        child = self._free.get()
-        try:
-            return child.ask(*request)
-        finally:
-            self._free.put(child)
+def _ask(*request: object) -> object:
+    with DICOM_READERS.borrow() as child:
+        return child.ask(*request)

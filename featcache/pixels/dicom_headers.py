@@ -14,6 +14,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from featcache.data.dicom_files import HeaderFacts, is_dicom, is_installed
@@ -34,6 +35,10 @@ _TAGS = [
 _HEAD = 1 << 16
 _MOST_BYTES = 4 * MAX_PIXELS
 _CODE = re.compile(r"[A-Z0-9_ ]{1,16}")
+_SPELT_OUT = str.maketrans(
+    {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ø": "oe", "æ": "ae",
+     "å": "aa", "Ø": "Oe", "Æ": "Ae", "Å": "Aa"}
+)  # fmt: skip
 _OLDEST = 90  # ages from here on are one: they may name a person
 
 File = tuple[str, bytes | None]
@@ -57,15 +62,11 @@ def read_headers(
 
 
 def hash_pixels(file: File) -> bytes | None:
-    """Return the sha256 of the stored values of all frames' first, None where they cannot be read.
-
-    Args:
-        file: The file.
-    """
+    """Return the sha256 of a file's stored values, of its first frame; None if it is not read."""
     path, data = file
     try:
         if data is None:
-            with open_regular(_as_path(path)) as opened:
+            with open_regular(Path(path)) as opened:
                 data = opened.read()
         values, kind = read_stored(data, MAX_PIXELS)
     except (DataError, OSError):
@@ -80,16 +81,10 @@ def _read(file: File, name: str, salt: bytes) -> HeaderFacts | None:
     try:
         if data is not None:
             return _facts(_open(io.BytesIO(data)), name, salt)
-        with open_regular(_as_path(path)) as opened:
+        with open_regular(Path(path)) as opened:
             return _facts(_open(opened), name, salt)
     except Exception:  # noqa: BLE001  (a damaged file makes pydicom raise anything)
         return None
-
-
-def _as_path(path: str) -> Any:
-    from pathlib import Path
-
-    return Path(path)
 
 
 def _open(file: Any) -> Any:
@@ -157,8 +152,8 @@ def _is_named(dataset: Any, name: str) -> bool:
     for keyword in (*_IDENTIFIERS, *_UIDS):
         value = dataset.get(keyword)
         values = value if isinstance(value, list) or hasattr(value, "append") else [value]
-        for one in values:
-            whole = _fold("" if one is None else str(one))
+        texts = ["" if one is None else str(one) for one in values]
+        for whole in {_fold(spelt) for one in texts for spelt in (one, one.translate(_SPELT_OUT))}:
             parts = re.split(r"[\W_]+", whole) if keyword.endswith("Name") else [whole]
             for part in parts:
                 solid = re.sub(r"[\W_]+", "", part)

@@ -6,17 +6,12 @@ those that were being decoded when an earlier run was killed, and all DICOM file
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import functools
-import os
-import queue
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
-from featcache.child import Child, receive, send
+from featcache.child import DICOM_READERS, Child, receive, send
 from featcache.data import dicom_files
 from featcache.errors import DataError
 from featcache.pixels import acceleration, dicom
@@ -25,15 +20,10 @@ from featcache.pixels.dicom_display import failure
 from featcache.pixels.dicom_headers import hash_pixels, read_headers
 from featcache.pixels.images import PixelRules, deep_kind, deep_maximum, glance
 from featcache.pixels.views import Rendering, ViewRules, render
-from featcache.runtime import available_cores
 from featcache.untrusted import MAX_PIXELS
 
 DECODE_SECONDS = 60.0
 """An image that takes longer fails; a 200-megapixel PNG takes about 3 s."""
-
-
-DICOM_SECONDS = 30.0
-"""A DICOM file that takes longer fails; a mammogram of 13 megapixels in JPEG 2000 takes 2 s."""
 
 
 class IsolatedDecoder(Child):
@@ -43,11 +33,10 @@ class IsolatedDecoder(Child):
 
     Args:
         seconds: An image that takes longer fails.
-        is_silent: Throw away what decoders write to standard error.
     """
 
-    def __init__(self, seconds: float = DECODE_SECONDS, *, is_silent: bool = False) -> None:
-        super().__init__("featcache.pixels.isolation", seconds, is_silent=is_silent)
+    def __init__(self, seconds: float = DECODE_SECONDS) -> None:
+        super().__init__("featcache.pixels.isolation", seconds)
 
     def render(
         self, data: bytes, recipes: Sequence[tuple[PixelRules, ViewRules]], sha256: bytes, *,
@@ -86,57 +75,6 @@ class IsolatedDecoder(Child):
         assert kind is None or isinstance(kind, str)
         return kind
 
-    def read_dicom(self, data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
-        """Do what ``dicom.read_dicom`` does.
-
-        Raises:
-            DataError: If the file is bad, or the decoder hung on it.
-            TransientError: If the decoder's process died.
-        """
-        picture = self.ask("read_dicom", data, rules, max_pixels)
-        assert isinstance(picture, DicomPicture)
-        return picture
-
-
-class _DicomDecoders:
-    """The child processes of this process that decode DICOM, as many as are asked at once.
-
-    They are started when they are needed, and end with this process.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-        atexit.register(self.close)
-        if hasattr(os, "register_at_fork"):  # a fork must not talk to its parent's children
-            os.register_at_fork(after_in_child=self.reset)
-
-    def reset(self) -> None:
-        self._free: queue.SimpleQueue[IsolatedDecoder] = queue.SimpleQueue()
-        self._slots = threading.BoundedSemaphore(max(2, available_cores()))
-        self._all: list[IsolatedDecoder] = []
-
-    @contextlib.contextmanager
-    def borrow(self) -> Iterator[IsolatedDecoder]:
-        with self._slots:
-            try:
-                decoder = self._free.get_nowait()
-            except queue.Empty:
-                decoder = IsolatedDecoder(DICOM_SECONDS, is_silent=True)
-                self._all.append(decoder)
-            free = self._free
-            try:
-                yield decoder
-            finally:
-                free.put(decoder)
-
-    def close(self) -> None:
-        for decoder in self._all:
-            decoder.__exit__(None, None, None)
-        self.reset()
-
-
-_dicom_decoders = _DicomDecoders()
-
 
 def decode_dicom(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
     """Do what ``dicom.read_dicom`` does, in a child process. Safe to call from many threads.
@@ -149,8 +87,10 @@ def decode_dicom(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPictur
         return read_dicom(data, rules, max_pixels)
     if not dicom_files.is_installed():
         raise failure(dicom.MISSING)
-    with _dicom_decoders.borrow() as decoder:
-        return decoder.read_dicom(data, rules, max_pixels)
+    with DICOM_READERS.borrow() as child:
+        picture = child.ask("read_dicom", data, rules, max_pixels)
+    assert isinstance(picture, DicomPicture)
+    return picture
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
