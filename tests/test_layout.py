@@ -25,6 +25,8 @@ IMAGES = {"pixels", "backbones", "extraction"}
 OWNERS = {
     "h5py": {"cache/hdf5.py", "cache/converting/h5ad.py"},
     "pyarrow": {"cache/converting/tables.py"},
+    "pydicom": {"pixels/dicom.py"},
+    "gdcm": {"pixels/dicom.py"},
     "PIL": {
         "pixels/decoding.py",
         "pixels/deep.py",

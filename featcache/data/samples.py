@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from featcache.data import dicom_files
 from featcache.data.archive import Member, read_member
-from featcache.data.folders import OTHER_ENDING, SPLITS, ImageFile
+from featcache.data.dicom_files import DicomFacts
+from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
 from featcache.formatting import brief_repr
@@ -69,6 +71,8 @@ class ImageDataset:
         num_found_by_name: How many files a CSV gives by their name alone, from folders below it.
         task: ``multiclass``, or ``multilabel``: several labels per image.
         notes: What was made of the labels and the splits of a CSV, in lines for people.
+        files: Path of a sample -> that of its file, where they differ: hashed ones.
+        dicom: What the headers of its DICOM files say, where they were read.
     """
 
     __repr__ = brief_repr
@@ -84,6 +88,8 @@ class ImageDataset:
     num_found_by_name: int = 0
     task: str = "multiclass"
     notes: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict, repr=False)
+    dicom: DicomFacts | None = None
     _members: dict[str, Member] = field(default_factory=dict, repr=False)
 
     @property
@@ -96,6 +102,29 @@ class ImageDataset:
         """The splits that have samples, in the order train, valid, test, all."""
         present = {sample.split for sample in self.samples}
         return tuple(name for name in SPLITS if name in present)
+
+    @cached_property
+    def has_dicom(self) -> bool:
+        """Whether any sample is a DICOM file."""
+        return any(map(self.is_dicom, self.samples))
+
+    def is_dicom(self, sample: Sample) -> bool:
+        """Return whether a sample is a DICOM file: by its ending, else by its first bytes."""
+        name = sample.path.rpartition("/")[2]
+        _, dot, ending = name.rpartition(".")
+        if dot + ending.lower() in IMAGE_SUFFIXES:
+            return False
+        if dicom_files.has_dicom_ending(name):
+            return True
+        path = self.file_of(sample)
+        return path is not None and dicom_files.sniff(path)
+
+    def file_of(self, sample: Sample) -> Path | None:
+        """Return the file of a sample; None of a member of an archive."""
+        if self.layout == "zip":
+            return None
+        folder = self.root.parent if self.layout == "csv" else self.root
+        return folder / self.files.get(sample.path, sample.path)
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of one split.
@@ -160,6 +189,8 @@ class ImageDataset:
     def describe_ignored(self) -> list[str]:
         """Return a line for each reason why files and folders were not used."""
         lines = [f"ignored: {number:,} ({reason})" for reason, number in self.reasons_ignored()]
+        if any(dicom_files.has_dicom_ending(ending) for ending in self.ignored_endings):
+            lines.append(f"DICOM files are not read without pydicom: {dicom_files.INSTALL}")
         if self.ignored_columns:
             lines.append(f"ignored columns: {', '.join(map(printable, self.ignored_columns))}")
         return lines
@@ -171,10 +202,11 @@ class ImageDataset:
             DataError: If it cannot be read (any more), or is not a regular file (any more).
         """
         try:
-            if self.layout == "zip":
-                return read_member(self.root, self._members[sample.path])
-            folder = self.root.parent if self.layout == "csv" else self.root
-            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
+            path = self.file_of(sample)
+            if path is None:
+                name = self.files.get(sample.path, sample.path)
+                return read_member(self.root, self._members[name])
+            return read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(

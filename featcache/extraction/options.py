@@ -37,6 +37,8 @@ class ExtractionOptions:
     bit_depth: int | str = "auto"
     truncated: str = "skip"
     max_pixels: int = MAX_PIXELS
+    window: str | None = None
+    frame: int | None = None
     views: int = 1
     augment: str | None = None
     precision: str = "fp32"
@@ -48,6 +50,9 @@ class ExtractionOptions:
     processes: int = 1
     group_by: str | None = None
     group_by_path: str | None = None
+    group_salt: str | Path | None = None
+    patient_ids: str | None = None
+    path_names: str | None = None
     max_errors: int | str = "5%"
     limit: int | None = None
     include: str | Iterable[str] = ()
