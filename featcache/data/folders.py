@@ -30,6 +30,8 @@ IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jfif", ".jpe", ".pjpeg", ".png", ".bmp", ".tif", ".tiff", ".webp",
     ".ppm", ".pgm", ".pbm", ".pnm",
 })  # fmt: skip
+SHARD_ENDINGS = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet"}
+"""Ending of a file that holds many images -> its kind."""
 OTHER_ENDING = "not an image ending"
 LINKED_FOLDER = "link to a folder"
 NO_ENDING = "without an ending"
@@ -38,12 +40,14 @@ DICOM_WITHOUT_ENDING = "DICOM without an ending"
 _DICOM = "DICOM files are not read: convert them to PNG first"
 _HEIC = "HEIC and AVIF photos are not read: convert them to JPEG or PNG first"
 _VOLUME = "Volumes (NIfTI, MetaImage, NRRD) are not read: save their slices as PNG first"
-_ARCHIVE = "Archives but .zip are not read: unpack them first"
+_ARCHIVE = "Of archives, .zip and plain .tar are read: unpack others first (a .tar.gz by gunzip)"
 _ADVICE_ON_ENDING = {
     **dict.fromkeys((".dcm", ".dicom", ".ima", DICOM_WITHOUT_ENDING), _DICOM),
     **dict.fromkeys((".heic", ".heif", ".hif", ".avif"), _HEIC),
     **dict.fromkeys((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"), _VOLUME),
-    **dict.fromkeys((".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), _ARCHIVE),
+    **dict.fromkeys((".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), _ARCHIVE),
+    ".tar": "Name the tar, or the folder of tars, as DATA",
+    ".parquet": "Name the Parquet file, or the folder of such files, as DATA",
     ".zip": "Zips inside a folder are not read: unpack them, or name one as DATA",
 }  # fmt: skip
 
@@ -66,6 +70,7 @@ class Ignored(Counter[str]):
         endings: Ending -> number of files that are ignored for it.
         examples: Ending -> the first of them.
         links: Paths of linked folders.
+        shards: Paths of tars and Parquet files.
     """
 
     def __init__(self) -> None:
@@ -73,6 +78,7 @@ class Ignored(Counter[str]):
         self.endings: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.links: list[str] = []
+        self.shards: list[str] = []
 
     def add(self, reason: str, path: str) -> None:
         """Count an entry."""
@@ -81,6 +87,8 @@ class Ignored(Counter[str]):
             ending = ending_of(path.rpartition("/")[2])
             self.endings[ending] += 1
             self.examples.setdefault(ending, path)
+            if ending in SHARD_ENDINGS:
+                self.shards.append(path)
         elif reason == LINKED_FOLDER:
             self.links.append(path)
 

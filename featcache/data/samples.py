@@ -1,17 +1,17 @@
 """The samples of a data set: what ``scan`` returns, and what reads their files.
 
-Reads: image files and members of zips. Writes: nothing.
+Reads: image files; those in zips, tars and Parquet by their stores. Writes: nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
-from featcache.data.archive import Member, read_member
 from featcache.data.folders import OTHER_ENDING, SPLITS, ImageFile
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
@@ -47,13 +47,32 @@ class Sample:
     mtime_ns: int
 
 
+class Store(Protocol):
+    """Reads images that are no files of their own: in a zip, in tars, in Parquet. Picklable."""
+
+    def read(self, path: str) -> bytes:
+        """Return the bytes of an image.
+
+        Raises:
+            OSError: If they cannot be read.
+            ValueError: If they are not what was scanned.
+            KeyError: If there is no such image.
+        """
+
+    def place_of(self, path: str) -> tuple[int, int]:
+        """Return what images are sorted by to be read one after another."""
+
+    def path_inside(self, path: str) -> str:
+        """Return the path in the folders that were packed, without the name of a tar."""
+
+
 @dataclass(frozen=True)
 class ImageDataset:
     """The samples of a data set, sorted by split and by the bytes of their path. Picklable.
 
     Args:
-        root: Folder, CSV or zip it was scanned from.
-        layout: ``splits``, ``classes``, ``images``, ``csv`` or ``zip``.
+        root: What it was scanned from: a folder, CSV, zip, tar or Parquet file.
+        layout: ``splits``, ``classes``, ``images``, ``csv``, ``zip``, ``tar`` or ``parquet``.
         classes: Class names, sorted as strings; empty when nothing is labelled.
         samples: All samples.
         num_ignored: Reason -> number of files and folders that were not used.
@@ -61,6 +80,7 @@ class ImageDataset:
         ignored_endings: Ending -> number of files that were not used for it.
         ignored_columns: Headers of a CSV that were not used.
         num_found_by_name: How many files a CSV gives by their name alone, from folders below it.
+        labelled_by: Where a tar or a Parquet file has the classes, in a few words; else "".
     """
 
     __repr__ = brief_repr
@@ -74,7 +94,8 @@ class ImageDataset:
     ignored_endings: dict[str, int] = field(default_factory=dict)
     ignored_columns: tuple[str, ...] = ()
     num_found_by_name: int = 0
-    _members: dict[str, Member] = field(default_factory=dict, repr=False)
+    labelled_by: str = ""
+    _store: Store | None = field(default=None, repr=False)
 
     @property
     def num_grouped(self) -> int | None:
@@ -135,8 +156,8 @@ class ImageDataset:
             DataError: If it cannot be read (any more), or is not a regular file (any more).
         """
         try:
-            if self.layout == "zip":
-                return read_member(self.root, self._members[sample.path])
+            if self._store is not None:
+                return self._store.read(sample.path)
             folder = self.root.parent if self.layout == "csv" else self.root
             return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
@@ -145,6 +166,21 @@ class ImageDataset:
                 "image file", expected="the file that was scanned", found=reason,
                 where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
             ) from error  # fmt: skip
+
+    def reading_order(self, positions: Iterable[int]) -> Sequence[int]:
+        """Return positions of samples in the order in which they are read fastest.
+
+        In tars and Parquet files that is the order in which they lie there: of a Parquet file
+        whole pages are read and unpacked, each of them once.
+        """
+        store = self._store
+        if store is None:
+            return list(positions)
+        return sorted(positions, key=lambda position: store.place_of(self.samples[position].path))
+
+    def path_inside(self, sample: Sample) -> str:
+        """Return a sample's path in the folders that were packed, without the name of a tar."""
+        return sample.path if self._store is None else self._store.path_inside(sample.path)
 
 
 def make_sample(image: ImageFile, target: int, split: str, group: str | None = None) -> Sample:

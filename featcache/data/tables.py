@@ -329,3 +329,8 @@ def _check_targets(rows: Sequence[dict[str, str]], lines: Sequence[int], root: P
             "Several labels per image are not read from a CSV yet: keep the rows of one label, or "
             "write one class into each cell",
         )
+
+
+def resembled_column(header: str) -> str | None:
+    """Return which of path, target, split and group a header resembles; None for none of them."""
+    return _COLUMN_OF.get(_plain_name(header))
