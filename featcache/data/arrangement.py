@@ -63,7 +63,7 @@ def _folders_of(images: Iterable[ImageFile]) -> set[str]:
 
 def arrange(
     root: Path, images: list[ImageFile], folders: set[str], ignored: Ignored, listing: Listing,
-    names: Mapping[str, str] | None = None,
+    *, names: Mapping[str, str] | None = None,
 ) -> ImageDataset:  # fmt: skip
     """Set splits and classes by folder; ignore images outside class folders, with a warning.
 
@@ -88,9 +88,8 @@ def arrange(
             num_loose += 1
         else:
             split, name = layout.places[place]
-            if names is not None:
-                image = image._replace(path=names[image.path])
-            samples.append(make_sample(image, targets[name], split))
+            path = image.path if names is None else names[image.path]
+            samples.append(make_sample(image._replace(path=path), targets[name], split))
             filled.add(place)
     if ignored.links:
         _warn_of_links(root, ignored.links, layout)

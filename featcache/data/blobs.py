@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +39,11 @@ class LocalFile:
         """Return its fields as JSON values, for another process."""
         return {"path": os.fspath(self.path.absolute()), "num_bytes": self.num_bytes,
                 "mtime_ns": self.mtime_ns}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> LocalFile:
+        """Return what ``as_json`` made."""
+        return cls(Path(stored["path"]), stored["num_bytes"], stored["mtime_ns"])
 
     @classmethod
     def of(cls, path: Path) -> LocalFile:

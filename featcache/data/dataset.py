@@ -115,21 +115,7 @@ def scan(
         columns=columns, ignore_columns=ignore_columns,
     )  # fmt: skip
     root = local_path(data, "data")
-    if root.is_dir():
-        dataset = _scan_folder(root, listing)
-    elif root.is_file() and root.suffix.lower() == ".csv":
-        dataset = scan_csv(root, listing)
-    elif root.is_file() and root.suffix.lower() == ".zip":
-        dataset = _scan_zip(root, listing)
-    elif root.is_file() and kind_of(root):
-        alone = Shard(root.name, open_shard(root), split_of_name(root.name), is_alone=True)
-        dataset = _scan_shards(root, kind_of(root), [alone], listing, Ignored())
-    else:
-        found_there = why_no_file(root, "nothing there") or "another kind of file"
-        raise DataError(
-            "data", expected="a folder, .csv, .zip, .tar or .parquet", found=found_there, where=root,
-            hint=advise_on_endings({ending_of(root.name): 1}, "") if root.is_file() else "",
-        )  # fmt: skip
+    dataset = _scan_by_kind(root, listing)
     if (columns or ignore_columns) and dataset.layout not in {"csv", "tar", "parquet"}:
         option, found = "--columns" if columns else "--ignore-columns", f"layout {dataset.layout}"
         raise ConfigError(option, expected="a CSV, Parquet or tar", found=found, where=root)
@@ -144,8 +130,8 @@ def scan(
     if pattern is not None:
         paths = [sample.path for sample in dataset.samples]
         inside = [dataset.path_inside(sample) for sample in dataset.samples]
-        found = pattern.find(inside, [dataset.class_of(sample) for sample in dataset.samples])
-        groups = dict(zip(paths, found, strict=True))
+        matched = pattern.find(inside, [dataset.class_of(sample) for sample in dataset.samples])
+        groups = dict(zip(paths, matched, strict=True))
     if any(groups.values()):
         grouped = (replace(s, group=groups[s.path] or s.path) for s in dataset.samples)
         dataset = replace(dataset, samples=tuple(grouped))
@@ -158,6 +144,24 @@ def scan(
     for sample in samples:
         of_class[dataset.class_of(sample) or "unlabelled"] += groups[sample.path] is not None
     return replace(dataset, samples=samples, grouped=of_class)
+
+
+def _scan_by_kind(root: Path, listing: Listing) -> ImageDataset:
+    if root.is_dir():
+        return _scan_folder(root, listing)
+    ending = root.suffix.lower() if root.is_file() else ""
+    if ending == ".csv":
+        return scan_csv(root, listing)
+    if ending == ".zip":
+        return _scan_zip(root, listing)
+    if ending in SHARD_ENDINGS:
+        alone = Shard(root.name, open_shard(root), split_of_name(root.name), is_alone=True)
+        return _scan_shards(root, [alone], listing, Ignored())
+    raise DataError(
+        "data", expected="a folder, or a .csv, .zip, .tar or .parquet file", where=root,
+        found=why_no_file(root, "nothing there") or "another kind of file",
+        hint=advise_on_endings({ending_of(root.name): 1}, "") if root.is_file() else "",
+    )  # fmt: skip
 
 
 def list_images(
@@ -266,21 +270,17 @@ def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
             "data", expected="tar files or Parquet files", found=named, where=root,
             hint="Name the folder of one kind, or leave some out with --exclude",
         )  # fmt: skip
-    for name in names:
-        ignored[OTHER_ENDING] -= 1
-        ignored.endings[ending_of(name)] -= 1
-    ignored += Counter()  # without zeros
+    ignored.take_back(names)
     shards, left_out = list_shards(root, names, listing, ignored)
-    return _scan_shards(root, kind, shards, listing, ignored, left_out)
+    return _scan_shards(root, shards, listing, ignored, left_out)
 
 
 def _scan_shards(
-    root: Path, kind: str | None, shards: Sequence[Shard], listing: Listing, ignored: Ignored,
+    root: Path, shards: Sequence[Shard], listing: Listing, ignored: Ignored,
     left_out: Sequence[str] = (),
 ) -> ImageDataset:  # fmt: skip
-    if kind == "tar":
-        return scan_tars(root, shards, listing, ignored, left_out)
-    return scan_parquet(root, shards, listing, ignored, left_out)
+    scan_kind = scan_tars if kind_of(shards[0].name) == "tar" else scan_parquet
+    return scan_kind(root, shards, listing, ignored, left_out)
 
 
 def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...]:

@@ -92,6 +92,17 @@ class Ignored(Counter[str]):
         elif reason == LINKED_FOLDER:
             self.links.append(path)
 
+    def take_back(self, shards: Iterable[str]) -> None:
+        """Count tars or Parquet files no longer: they are the data."""
+        for path in shards:
+            ending = ending_of(path.rpartition("/")[2])
+            self[OTHER_ENDING] -= 1
+            self.endings[ending] -= 1
+            if not self.endings[ending]:
+                del self.endings[ending]
+        if not self[OTHER_ENDING]:
+            del self[OTHER_ENDING]
+
     def recognise_dicom(self, root: Path) -> None:
         """Look at the first file without an ending under ``root``: DICOM files often have none."""
         try:

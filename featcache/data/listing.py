@@ -60,7 +60,8 @@ class Listing:
         unknown = [key for key, _ in pairs if key not in _KEYS]
         if unknown or len({header for _, header in pairs}) < len(pairs):
             raise ConfigError(
-                "--columns", expected="KEY=HEADER, KEY being path, target, split, group or (in Parquet) image",
+                "--columns",
+                expected="KEY=HEADER, KEY being path, target, split, group or image",
                 found=", ".join("=".join(pair) for pair in pairs),
             )  # fmt: skip
         return cls(

@@ -101,17 +101,13 @@ class ParquetStore:
     def read(self, path: str) -> bytes:
         """Return the bytes of an image: see ``samples.Store``."""
         number = self.numbers[path]
-        offset, size, number_of_page = (
-            self.offsets[number],
-            self.sizes[number],
-            self.page_of[number],
-        )
+        offset, size, of_page = self.offsets[number], self.sizes[number], self.page_of[number]
         if size < 0:
             raise ValueError("no bytes, a null")
-        page, shard = self.pages[number_of_page], self.shard_of[number_of_page]
+        page, shard = self.pages[of_page], self.shard_of[of_page]
         if not page.unpacked_bytes:
             return self.shards[shard].file.read(page.offset + offset, size)
-        data = self._unpacked.get(number_of_page, lambda: self._unpack(page, shard))
+        data = self._unpacked.get(of_page, lambda: self._unpack(page, shard))
         image = data[offset : offset + size]
         if len(image) != size:
             raise ValueError("a page that ends before its values")
@@ -206,7 +202,7 @@ def scan_parquet(
 
 
 def _name_rows(rows: ParquetRows) -> list[str]:
-    """Return the name of each row of a file: its path, or its number if some have none or the same."""
+    """Return the name of each row: its path, or its number if not all have one of their own."""
     names = [name.replace("\\", "/").strip("/") for name in rows.names]
     if not names or not all(names) or len(set(names)) < len(names) or any(map(find_fault, names)):
         return [str(number) for number in range(len(rows.places.size))]

@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
@@ -26,7 +25,7 @@ import numpy.typing as npt
 from featcache.data.blobs import LocalFile, ReadAt
 from featcache.data.folders import SPLIT_OF_FOLDER
 from featcache.data.listing import Listing
-from featcache.data.parquet_pages import Page, Places, Unpack, locate_values
+from featcache.data.parquet_pages import Chunk, Page, Places, Unpack, locate_values
 from featcache.data.tables import resembled_column
 from featcache.errors import ConfigError, DataError
 from featcache.files import child_process
@@ -171,7 +170,7 @@ def _locate(parquet: Any, leaf: str, num_bytes: int, read: ReadAt) -> tuple[str,
             raise _Refusal("Parquet", "a whole file", "a column that leads out of it")
         levels = column.max_definition_level
         try:
-            places = locate_values(read, start, end, rows, levels, unpacker(codec))
+            places = locate_values(Chunk(read, start, end, rows, levels, unpacker(codec)))
         except IndexError as error:
             raise ValueError("a page that is damaged") from error
         parts.append((places.page + len(pages), places.offset, places.size))
@@ -345,10 +344,7 @@ def _answer(request: Mapping[str, Any]) -> tuple[dict[str, Any], list[npt.NDArra
     """Return the facts of a file and its arrays, or what is wrong with it."""
     import pyarrow as pa
 
-    facts_of_file = request["file"]
-    file = LocalFile(
-        Path(facts_of_file["path"]), facts_of_file["num_bytes"], facts_of_file["mtime_ns"]
-    )
+    file = LocalFile.from_json(request["file"])
     whole = "a whole Parquet file"
     try:
         with file.open() as opened:

@@ -1,4 +1,4 @@
-"""Where each value of a Parquet column of bytes lies: the pages of a column chunk, by their headers.
+"""Where each value of a Parquet column of bytes lies, by the headers of the column's pages.
 
 Arrow reads whole row groups, and pandas writes a data set as one of them: gigabytes for an image.
 A page is about 1 MiB. Pages of values as they are, in a dictionary, or behind their lengths
@@ -11,7 +11,6 @@ Reads: stretches of a file, by the function that it is given. Writes: nothing.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,10 +62,8 @@ class Places(NamedTuple):
     size: _Ints
 
 
-def locate_values(
-    read: ReadAt, start: int, end: int, num_values: int, levels: int, unpack: Unpack | None
-) -> Places:
-    """Return where the values of a column chunk lie.
+class Chunk(NamedTuple):
+    """A column chunk: the values of a column in a row group.
 
     Args:
         read: Reads a stretch of the file.
@@ -75,66 +72,157 @@ def locate_values(
         num_values: How many values it has, nulls among them.
         levels: The largest definition level of the column. It has no repetition levels.
         unpack: Unpacks a page; None if pages are not compressed.
+    """
+
+    read: ReadAt
+    start: int
+    end: int
+    num_values: int
+    levels: int
+    unpack: Unpack | None
+
+
+class _Dictionary(NamedTuple):
+    """Where the values of a dictionary lie: number of its page, offsets and sizes."""
+
+    page: int
+    offsets: _Ints
+    sizes: _Ints
+
+
+def locate_values(chunk: Chunk) -> Places:
+    """Return where the values of a column chunk lie.
 
     Raises:
         ValueError: If it is damaged, or of a kind that is not read; with the reason.
+        IndexError: If it is damaged.
     """
     pages: list[Page] = []
     parts: list[tuple[_Ints, _Ints, _Ints]] = []
-    dictionary: tuple[int, _Ints, _Ints] | None = None
-    position, found = start, 0
-    while found < num_values:
-        if position >= end:
-            raise ValueError(f"a column that ends after {found:,} of {num_values:,} values")
-        header, length = _read_header(read, position, end)
-        kind, packed, unpacked = header.get(1), header.get(3, -1), header.get(2, -1)
-        position += length
-        if not (_is_int(packed) and 0 <= packed <= end - position):
-            raise ValueError("a page that leads out of its column")
-        if not (_is_int(unpacked) and 0 <= unpacked < _MAX_PAGE_BYTES):
-            raise ValueError("a page without a size")
-        if kind == _DICTIONARY and dictionary is None and not found:
-            facts = _struct(header, 7)
-            if facts.get(2, _PLAIN) not in {_PLAIN, _PLAIN_DICTIONARY}:
-                raise ValueError("a dictionary of an unknown encoding")
-            payload = _Payload(read, position, packed, unpacked, unpack)
-            offsets, sizes = _walk_plain(payload, 0, _count(facts, 1, packed, unpacked))
-            dictionary = (len(pages), offsets, sizes)
-            pages.append(payload.page)
-        elif kind in {_DATA, _DATA_V2}:
-            facts = _struct(header, 5 if kind == _DATA else 8)
-            number = _count(facts, 1, num_values - found, num_values - found)
-            number_page = _read_page(
-                read, position, packed, unpacked, unpack, facts, kind == _DATA_V2, number, levels,
-                dictionary, len(pages),
-            )  # fmt: skip
-            page, part = number_page
-            if page is not None:
-                pages.append(page)
+    dictionary: _Dictionary | None = None
+    position, found = chunk.start, 0
+    while found < chunk.num_values:
+        if position >= chunk.end:
+            raise ValueError(f"a column that ends after {found:,} of {chunk.num_values:,} values")
+        header, length = _read_header(chunk.read, position, chunk.end)
+        page = _page_of(chunk, header, position + length)
+        if header.get(1) == _DICTIONARY and dictionary is None and not found:
+            dictionary = _read_dictionary(chunk, page, _struct(header, 7), len(pages))
+            pages.append(page)
+        elif header.get(1) in {_DATA, _DATA_V2}:
+            left, before = chunk.num_values - found, (len(pages), dictionary)
+            own, part = _read_values(chunk, page, header, left, before)
+            pages += own
             parts.append(part)
-            found += number
-        position += packed
+            found += len(part[0])
+        position += length + page.num_bytes
     if not parts:
-        none = np.empty(0, np.int64)
-        return Places(pages, none, none, none)
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return Places(pages, *columns)
+        return Places(pages, _NOTHING, _NOTHING, _NOTHING)
+    return Places(pages, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+_NOTHING = np.empty(0, np.int64)
+
+
+def _page_of(chunk: Chunk, header: dict[int, Any], position: int) -> Page:
+    packed, unpacked = header.get(3), header.get(2)
+    if not (isinstance(packed, int) and 0 <= packed <= chunk.end - position):
+        raise ValueError("a page that leads out of its column")
+    if not (isinstance(unpacked, int) and 0 <= unpacked < _MAX_PAGE_BYTES):
+        raise ValueError("a page without a size")
+    return Page(position, packed, 0 if chunk.unpack is None else unpacked)
+
+
+def _read_values(
+    chunk: Chunk, page: Page, header: dict[int, Any], most: int,
+    before: tuple[int, _Dictionary | None],
+) -> tuple[list[Page], tuple[_Ints, _Ints, _Ints]]:  # fmt: skip
+    """Return a data page, if it holds values itself, and where those of its rows lie."""
+    is_v2 = header.get(1) == _DATA_V2
+    facts = _struct(header, 8 if is_v2 else 5)
+    number = _count(facts, most)
+    payload, start, levels = (_split_v2 if is_v2 else _split_v1)(chunk, page, facts)
+    is_there = np.ones(number, bool)
+    if chunk.levels:
+        is_there = _decode_runs(levels, chunk.levels.bit_length(), number) == chunk.levels
+    num_pages, dictionary = before
+    encoding, num_there = facts.get(4 if is_v2 else 2), int(is_there.sum())
+    if encoding in {_PLAIN_DICTIONARY, _RLE_DICTIONARY}:
+        found, own = _look_up(payload, start, num_there, dictionary), []
+    else:
+        walked = _walk_of(encoding)(payload, start, num_there)
+        found, own = _Dictionary(num_pages, *walked), [payload.page]
+    offsets, sizes = np.zeros(number, np.int64), np.full(number, -1, np.int64)
+    offsets[is_there], sizes[is_there] = found.offsets, found.sizes
+    return own, (np.full(number, found.page, np.int64), offsets, sizes)
+
+
+def _read_dictionary(chunk: Chunk, page: Page, facts: dict[int, Any], number: int) -> _Dictionary:
+    if facts.get(2, _PLAIN) not in {_PLAIN, _PLAIN_DICTIONARY}:
+        raise ValueError("a dictionary of an unknown encoding")
+    payload = _Payload(chunk, page)
+    return _Dictionary(number, *_walk_plain(payload, 0, _count(facts, payload.num_bytes)))
+
+
+def _split_v1(chunk: Chunk, page: Page, facts: dict[int, Any]) -> tuple[_Payload, int, bytes]:
+    """Return a page, where its values begin, and its definition levels."""
+    payload = _Payload(chunk, page)
+    if not chunk.levels:
+        return payload, 0, b""
+    if facts.get(3, _RLE) != _RLE:
+        raise ValueError("levels of the encoding BIT_PACKED, which is not read")
+    length = int.from_bytes(payload.read(0, 4), "little")
+    if 4 + length > payload.num_bytes:
+        raise ValueError("a page with levels beyond its end")
+    return payload, 4 + length, payload.read(4, length)
+
+
+def _split_v2(chunk: Chunk, page: Page, facts: dict[int, Any]) -> tuple[_Payload, int, bytes]:
+    """Return the same of a page of version 2, whose levels are never packed."""
+    length, before = facts.get(5, 0), facts.get(6, 0)
+    if not (isinstance(length, int) and isinstance(before, int) and min(length, before) >= 0):
+        raise ValueError("a page header that is damaged")
+    size = length + before
+    if size > page.num_bytes or (page.unpacked_bytes and size > page.unpacked_bytes):
+        raise ValueError("a page with levels beyond its end")
+    is_packed = page.unpacked_bytes > size and facts.get(7, True) is True
+    unpacked = page.unpacked_bytes - size if is_packed else 0
+    values = Page(page.offset + size, page.num_bytes - size, unpacked)
+    return _Payload(chunk, values), 0, chunk.read(page.offset + before, length)
+
+
+def _look_up(
+    payload: _Payload, start: int, number: int, dictionary: _Dictionary | None
+) -> _Dictionary:
+    """Return where values lie that are numbers of values of the dictionary."""
+    if dictionary is None:
+        raise ValueError("a page without its dictionary")
+    data = payload.read(start, payload.num_bytes - start)
+    indices = _decode_runs(data[1:], data[0], number) if number else _NOTHING
+    if number and indices.max() >= len(dictionary.offsets):
+        raise ValueError("a value that is not in the dictionary")
+    return _Dictionary(dictionary.page, dictionary.offsets[indices], dictionary.sizes[indices])
+
+
+def _walk_of(encoding: object) -> Callable[[_Payload, int, int], tuple[_Ints, _Ints]]:
+    walks = {_PLAIN: _walk_plain, _DELTA_LENGTH: _walk_delta_length}
+    if isinstance(encoding, int) and encoding in walks:
+        return walks[encoding]
+    name = _ENCODINGS.get(encoding, f"{encoding}") if isinstance(encoding, int) else "unknown"
+    raise ValueError(f"the encoding {name}, which is not read for images")
 
 
 class _Payload:
     """The bytes of a page: unpacked as a whole, or read in small stretches as they are."""
 
-    def __init__(
-        self, read: ReadAt, offset: int, packed: int, unpacked: int, unpack: Unpack | None
-    ) -> None:
-        self._read, self._data = read, b""
-        self.page = Page(offset, packed, unpacked if unpack is not None else 0)
-        self.num_bytes = packed
-        if unpack is not None:
-            if unpacked > _RATIO_FREE_BYTES and unpacked > _MAX_RATIO * packed:
+    def __init__(self, chunk: Chunk, page: Page) -> None:
+        self.page, self._read, self._data = page, chunk.read, b""
+        self.num_bytes = page.unpacked_bytes or page.num_bytes
+        if page.unpacked_bytes and chunk.unpack is not None:
+            if page.unpacked_bytes > max(_RATIO_FREE_BYTES, _MAX_RATIO * page.num_bytes):
                 raise ValueError("a page that looks like a decompression bomb")
-            self._data = unpack_page(read(offset, packed), unpacked, unpack)
-            self.num_bytes = unpacked
+            packed = chunk.read(page.offset, page.num_bytes)
+            self._data = unpack_page(packed, page.unpacked_bytes, chunk.unpack)
 
     def read(self, start: int, size: int) -> bytes:
         """Return a stretch, shorter where it would leave the page."""
@@ -156,65 +244,6 @@ def unpack_page(data: bytes, unpacked: int, unpack: Unpack) -> bytes:
     if len(made) != unpacked:
         raise ValueError("a page that unpacks to another size")
     return made
-
-
-def _read_page(
-    read: ReadAt, position: int, packed: int, unpacked: int, unpack: Unpack | None,
-    facts: dict[int, Any], is_v2: bool, number: int, levels: int,  # noqa: FBT001 (of one caller)
-    dictionary: tuple[int, _Ints, _Ints] | None, number_of_page: int,
-) -> tuple[Page | None, tuple[_Ints, _Ints, _Ints]]:  # fmt: skip
-    """Return a data page, and where its values lie; None for one that holds none itself."""
-    encoding = facts.get(4 if is_v2 else 2)
-    width = levels.bit_length()
-    if is_v2:
-        length, before = facts.get(5, 0), facts.get(6, 0)
-        if not (_is_int(length) and _is_int(before) and 0 <= before + length <= packed):
-            raise ValueError("a page with levels beyond its end")
-        levels_of = read(position + before, length)
-        position, packed, unpacked = (
-            position + before + length, packed - before - length, unpacked - before - length,
-        )  # fmt: skip
-        if facts.get(7, True) is False:
-            unpack = None
-        start = 0
-        payload = _Payload(read, position, packed, max(unpacked, 0), unpack)
-    else:
-        payload, start, levels_of = _Payload(read, position, packed, unpacked, unpack), 0, b""
-        if width:
-            if facts.get(3, _RLE) != _RLE:
-                raise ValueError("levels of the encoding BIT_PACKED, which is not read")
-            (length,) = struct.unpack("<I", payload.read(0, 4).ljust(4, b"\xff"))
-            start = 4 + length
-            if start > payload.num_bytes:
-                raise ValueError("a page with levels beyond its end")
-            levels_of = payload.read(4, length)
-    is_there = np.ones(number, bool)
-    if width:
-        is_there = _decode_runs(levels_of, width, number) == levels
-    there = int(is_there.sum())
-    page: Page | None = payload.page
-    if encoding == _PLAIN:
-        offsets, sizes = _walk_plain(payload, start, there)
-        in_page = number_of_page
-    elif encoding == _DELTA_LENGTH:
-        offsets, sizes = _walk_delta_length(payload, start, there)
-        in_page = number_of_page
-    elif encoding in {_PLAIN_DICTIONARY, _RLE_DICTIONARY}:
-        if dictionary is None:
-            raise ValueError("a page without its dictionary")
-        in_page, offsets, sizes = dictionary
-        page = None
-        data = payload.read(start, payload.num_bytes - start)
-        indices = _decode_runs(data[1:], data[0] if data else 33, there)
-        if there and (not len(offsets) or indices.max() >= len(offsets)):
-            raise ValueError("a value that is not in the dictionary")
-        offsets, sizes = offsets[indices], sizes[indices]
-    else:
-        name = _ENCODINGS.get(encoding, encoding) if _is_int(encoding) else "unknown"
-        raise ValueError(f"the encoding {name}, which is not read for images")
-    all_offsets, all_sizes = np.zeros(number, np.int64), np.full(number, -1, np.int64)
-    all_offsets[is_there], all_sizes[is_there] = offsets, sizes
-    return page, (np.full(number, in_page, np.int64), all_offsets, all_sizes)
 
 
 def _walk_plain(payload: _Payload, start: int, number: int) -> tuple[_Ints, _Ints]:
@@ -397,12 +426,8 @@ def _struct(header: dict[int, Any], number: int) -> dict[int, Any]:
     return facts
 
 
-def _count(facts: dict[int, Any], number: int, *most: int) -> int:
-    value = facts.get(number, -1)
-    if not _is_int(value) or not 0 <= value <= max(most):
+def _count(facts: dict[int, Any], most: int) -> int:
+    value = facts.get(1)
+    if not isinstance(value, int) or not 0 <= value <= most:
         raise ValueError("a page with another number of values than its column")
-    return int(value)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return value

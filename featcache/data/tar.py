@@ -16,9 +16,11 @@ from typing import NamedTuple
 from featcache.data.archive import safe_path
 from featcache.data.blobs import ReadAt
 from featcache.errors import DataError
-from featcache.untrusted import MAX_TEXT, find_fault
+from featcache.formatting import count
+from featcache.untrusted import find_fault
 
 _BLOCK = 512
+_END = bytes(_BLOCK)
 _MAX_MEMBERS = 20_000_000
 _MAX_EXTENDED = 4 << 20  # bytes of a PAX header or a long name
 _NO_DATA = frozenset(b"123456")  # links, devices, folders, pipes: nothing follows their header
@@ -64,57 +66,134 @@ def list_tar(read: ReadAt, num_bytes: int, where: str) -> Iterator[TarEntry]:
         DataError: If it is not a whole tar, is compressed, or a name leads outside it.
         OSError: If it cannot be read.
     """
-    offset, number, last = 0, 0, ""
-    shared: dict[bytes, bytes] = {}  # of a global PAX header
-    own: dict[bytes, bytes] = {}  # of PAX headers and long names before the member they are of
-    while True:
-        block = read(offset, _BLOCK)
-        if block == bytes(_BLOCK) and (number or offset == 0):
-            _check_end(read, offset, num_bytes, where)
-            return
-        if len(block) < _BLOCK:
-            raise _cut_off(where, offset, number, last, num_bytes, block)
-        header = _read_header(block)
-        if header is None:
-            raise _damaged(where, offset, number, block)
-        kind, size = block[156], header.num_bytes
-        start = offset + _BLOCK
-        try:
-            if kind in b"xgXLK":
-                if not 0 <= size <= _MAX_EXTENDED:
-                    raise _damaged(where, offset, number, block)
-                data = read(start, size)
-                if len(data) < size:
-                    raise _cut_off(where, offset, number, last, num_bytes, b"x")
-                if kind in b"LK":
-                    own[b"path" if kind == ord("L") else b"linkpath"] = data.split(b"\0", 1)[0]
-                else:
-                    (shared if kind == ord("g") else own).update(_pax_records(data))
-                offset = start + _padded(size)
-                continue
-            entry = _make_entry(header, shared | own if shared else own, start, where)
-        except ValueError as error:
-            raise _damaged(where, offset, number, block) from error
-        if entry is not None and entry.kind == "sparse" and kind == ord("S"):
+    return _Tar(read, num_bytes, where).entries()
+
+
+class _Tar:
+    """A tar that is being listed, and how far that is."""
+
+    def __init__(self, read: ReadAt, num_bytes: int, where: str) -> None:
+        self._read, self._num_bytes, self._where = read, num_bytes, where
+        self._offset = self._number = 0
+        self._last = ""
+        self._shared: dict[bytes, bytes] = {}  # of a global PAX header
+        self._own: dict[bytes, bytes] = {}  # of PAX headers and long names before their member
+
+    def entries(self) -> Iterator[TarEntry]:
+        while True:
+            block = self._read(self._offset, _BLOCK)
+            if block == _END:
+                self._check_end()
+                return
+            if len(block) < _BLOCK:
+                raise self._cut_off(block)
+            header = _read_header(block)
+            if header is None or header.num_bytes < 0:
+                raise self._damaged(block)
+            start = self._offset + _BLOCK
+            try:
+                if header.kind in b"xgXLK":
+                    self._extend(header, start)
+                    self._offset = start + _padded(header.num_bytes)
+                    continue
+                entry, size = self._member(header, start, block)
+            except ValueError as error:
+                raise self._damaged(block) from error
+            self._own = {}
+            self._number += 1
+            if self._number > _MAX_MEMBERS:
+                raise DataError("tar", expected=f"at most {_MAX_MEMBERS:,} members", found="more",
+                                where=self._where)  # fmt: skip
+            if entry is not None:
+                self._last = entry.path
+                yield entry
+            self._offset += size
+
+    def _extend(self, header: _Header, start: int) -> None:
+        """Take what a header says of the next member, or of all that follow."""
+        if header.num_bytes > _MAX_EXTENDED:
+            raise ValueError("a PAX header without end")
+        data = self._read(start, header.num_bytes)
+        if len(data) < header.num_bytes:
+            raise self._cut_off(b"x")
+        if header.kind in b"LK":
+            self._own[b"path" if header.kind == ord("L") else b"linkpath"] = data.split(b"\0")[0]
+        else:
+            records = self._shared if header.kind == ord("g") else self._own
+            records.update(_pax_records(data))
+
+    def _member(self, header: _Header, start: int, block: bytes) -> tuple[TarEntry | None, int]:
+        """Return a member and how many bytes it takes; None for the folder that was packed."""
+        extended = self._shared | self._own if self._shared else self._own
+        if header.kind == ord("S"):
             more = block[482]
-            while more:
-                extension = read(start, _BLOCK)
+            while more:  # GNU's map of a sparse file
+                extension = self._read(start, _BLOCK)
                 if len(extension) < _BLOCK:
-                    raise _cut_off(where, offset, number, last, num_bytes, b"x")
+                    raise self._cut_off(b"x")
                 more, start = extension[504], start + _BLOCK
-        own = {}
-        size = 0 if kind in _NO_DATA else (entry.num_bytes if entry is not None else size)
-        if start + size > num_bytes:
-            name = header.name if entry is None else entry.path
-            raise _cut_off(where, offset, number, name, num_bytes, b"x", inside=True)
-        offset = start + _padded(size)
-        number += 1
-        if number > _MAX_MEMBERS:
-            raise DataError("tar", expected=f"at most {_MAX_MEMBERS:,} members", found="more",
-                            where=where)  # fmt: skip
-        if entry is not None:
-            last = entry.path
-            yield entry
+        size = int(extended.get(b"size", header.num_bytes))
+        if size < 0:
+            raise ValueError("a negative size")
+        entry = _make_entry(header, extended, start, size, self._where)
+        size = 0 if header.kind in _NO_DATA else size
+        if start + size > self._num_bytes:
+            raise self._cut_off(b"x", inside=header.name if entry is None else entry.path)
+        return entry, start + _padded(size) - self._offset
+
+    def _check_end(self) -> None:
+        """Check that nothing but zeros, or what is no tar, follows the end mark.
+
+        Raises:
+            DataError: If another tar follows, as ``cat a.tar b.tar`` makes them.
+        """
+        offset = self._offset
+        while data := self._read(offset, 1 << 16):
+            kept = data.lstrip(b"\0")
+            if not kept:
+                offset += len(data)
+                continue
+            offset += (len(data) - len(kept)) // _BLOCK * _BLOCK
+            block = self._read(offset, _BLOCK)
+            if len(block) == _BLOCK and _read_header(block) is not None:
+                raise DataError(
+                    "tar", expected="one", found=f"another behind its end, at byte {offset:,}",
+                    where=self._where, hint="Programs see the first alone: make two files of it",
+                )  # fmt: skip
+            return
+
+    def _cut_off(self, block: bytes, *, inside: str | None = None) -> DataError:
+        if self._number == 0 and inside is None and not block:
+            found = f"{self._num_bytes:,} bytes, none of them a member"
+            return DataError("tar", expected="a tar", found=found, where=self._where)
+        place = f"after {count(self._number, 'member')}, the last of them {self._last!r}"
+        if inside is not None:
+            place = f"in {inside!r}, after {count(self._number, 'whole member')}"
+        elif self._number == 0:
+            place = "in its first header"
+        hint = "Copy or download it again"
+        if not block and inside is None:
+            hint += f". If it is whole but for its end mark: truncate -s +1024 {self._where}"
+        return DataError(
+            "tar", expected="a whole tar", found=f"one cut off {place}", where=self._where,
+            hint=hint,
+        )  # fmt: skip
+
+    def _damaged(self, block: bytes) -> DataError:
+        if self._offset:
+            found = f"a damaged header at byte {self._offset:,}, after {self._number:,} members"
+            return DataError(
+                "tar", expected="a whole tar", found=found, where=self._where,
+                hint="Copy or download it again",
+            )  # fmt: skip
+        for mark, (name, command) in _COMPRESSED.items():
+            if block.startswith(mark):
+                return DataError(
+                    "tar", expected="a plain one: its members are read in place",
+                    found=f"one compressed by {name}", where=self._where,
+                    hint=f"Unpack the tar from it once: {command} {self._where}",
+                )  # fmt: skip
+        return DataError("tar", expected="a tar", found="another kind of file", where=self._where)
 
 
 class _Header(NamedTuple):
@@ -147,12 +226,8 @@ def _read_header(block: bytes) -> _Header | None:
 def _number(field: bytes) -> int:
     """Return an octal number, or one of GNU's in base 256."""
     if field[0] & 0x80:
-        value = int.from_bytes(field, "big")
-        return (
-            value - (1 << 8 * len(field))
-            if field[0] == 0xFF
-            else value - (0x80 << 8 * (len(field) - 1))
-        )
+        value, bits = int.from_bytes(field, "big"), 8 * len(field)
+        return value - (1 << bits) if field[0] == 0xFF else value - (1 << bits - 1)
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
 
 
@@ -183,16 +258,14 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
 
 
 def _make_entry(
-    header: _Header, extended: Mapping[bytes, bytes], start: int, where: str
+    header: _Header, extended: Mapping[bytes, bytes], start: int, size: int, where: str
 ) -> TarEntry | None:
     """Return the entry of a header and what was said before it; None for the folder packed."""
-    name, num_bytes, link = header.name, header.num_bytes, header.link
+    name, link = header.name, header.link
     mtime_ns, kind = header.mtime * 10**9, _KINDS.get(header.kind, "other")
     if extended:
         if b"path" in extended:
             name = extended[b"path"].decode("utf-8", "surrogateescape")
-        if b"size" in extended:
-            num_bytes = int(extended[b"size"])
         if b"mtime" in extended:
             mtime_ns = _nanoseconds(extended[b"mtime"])
         link = extended.get(b"linkpath", link)
@@ -201,11 +274,9 @@ def _make_entry(
             name = extended.get(b"GNU.sparse.name", name.encode("utf-8", "surrogateescape")).decode(
                 "utf-8", "surrogateescape"
             )
-    if num_bytes < 0:
-        raise ValueError("a negative size")
-    if (fault := find_fault(name)) or len(name) > MAX_TEXT:
+    if fault := find_fault(name):
         raise DataError(
-            "tar member", expected="a name", found=fault or "a long one", where=where,
+            "tar member", expected="a name without NUL", found=fault, where=where,
             hint="Do not trust this tar",
         )  # fmt: skip
     path, is_folder = safe_path(name, where, "tar")
@@ -217,7 +288,7 @@ def _make_entry(
     if kind == "hard link":
         text = link.decode("utf-8", "surrogateescape")
         target = "/".join(part for part in text.split("/") if part not in {"", "."})
-    return TarEntry(path, kind, start, num_bytes, mtime_ns, target)
+    return TarEntry(path, kind, start, size, mtime_ns, target)
 
 
 def _nanoseconds(text: bytes) -> int:
@@ -227,60 +298,3 @@ def _nanoseconds(text: bytes) -> int:
     sign, whole, fraction = match.groups()
     value = int(whole) * 10**9 + int((fraction or b"")[:9].ljust(9, b"0"))
     return -value if sign else value
-
-
-def _check_end(read: ReadAt, offset: int, num_bytes: int, where: str) -> None:
-    """Check that nothing but zeros, or what is no tar, follows the end mark.
-
-    Raises:
-        DataError: If another tar follows, as ``cat a.tar b.tar`` makes them.
-    """
-    while offset < num_bytes:
-        data = read(offset, 1 << 16)
-        kept = data.lstrip(b"\0")
-        if not data:
-            return
-        if kept:
-            offset += (len(data) - len(kept)) // _BLOCK * _BLOCK
-            if _read_header(read(offset, _BLOCK).ljust(_BLOCK, b"\0")) is not None:
-                raise DataError(
-                    "tar", expected="one", found=f"another behind its end, at byte {offset:,}",
-                    where=where, hint="Programs see the first alone: keep both as files of their own",
-                )  # fmt: skip
-            return
-        offset += len(data)
-
-
-def _cut_off(
-    where: str, offset: int, number: int, last: str, num_bytes: int, block: bytes, *,
-    inside: bool = False,
-) -> DataError:  # fmt: skip
-    if number == 0 and not inside and not block.strip(b"\0"):
-        found = f"{num_bytes:,} bytes, none of them a member"
-        return DataError("tar", expected="a tar", found=found, where=where)
-    if inside:
-        place = f"in {last!r}, the member after {number:,} whole ones"
-    else:
-        place = f"after {number:,} members, the last of them {last!r}"
-    hint = "Copy or download it again"
-    if not block and not inside:
-        hint += f". If it is whole but for its end mark: truncate -s +1024 {where}"
-    return DataError(
-        "tar", expected="a whole tar", found=f"one cut off {place}", where=where, hint=hint
-    )
-
-
-def _damaged(where: str, offset: int, number: int, block: bytes) -> DataError:
-    if offset == 0:
-        for mark, (name, command) in _COMPRESSED.items():
-            if block.startswith(mark):
-                return DataError(
-                    "tar", expected="a plain one: its members are read in place",
-                    found=f"one compressed by {name}", where=where,
-                    hint=f"Unpack the tar from it once: {command} {where}",
-                )  # fmt: skip
-        return DataError("tar", expected="a tar", found="another kind of file", where=where)
-    found = f"a damaged header at byte {offset:,}, after {number:,} members"
-    return DataError(
-        "tar", expected="a whole tar", found=found, where=where, hint="Copy or download it again"
-    )

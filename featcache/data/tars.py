@@ -13,6 +13,7 @@ import struct
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,8 +44,10 @@ from featcache.untrusted import open_regular, parse_json_object, reading_hint
 _JSON_KEYS = ("cls", "label", "class")  # of a class, the first that any image has
 _MAX_LABEL_BYTES = 1 << 20
 _MAX_CAPTION = 64  # a longer text is no class
-_TEXT_ENDINGS = {"cls", "txt", "json"}
 _BAD_JSON = "JSON that cannot be read"
+_NOT_USED = {"link": "link", "sparse": "sparse file", "other": "not a regular file"}
+_CAPTION = "\n"  # in place of a text that is no class
+_NO_LABELS: dict[str, str] = {}
 
 
 @dataclass
@@ -59,11 +62,9 @@ class TarStore:
         shard_of: Number of the tar of each image.
         offsets: Where its bytes begin.
         sizes: How many they are.
-        skip: Characters of the folder that was packed as a whole, of a tar that is alone.
     """
 
     shards: Sequence[Shard]
-    skip: int = 0
     numbers: dict[str, int] = field(default_factory=dict)
     shard_of: array[int] = field(default_factory=lambda: array("l"))
     offsets: array[int] = field(default_factory=lambda: array("q"))
@@ -96,6 +97,202 @@ class _Image(NamedTuple):
     labels: dict[str, str]
 
 
+class _Scan:
+    """A scan of tars.
+
+    Args:
+        root: The tar, or the folder of tars.
+        shards: The tars.
+        listing: Which images are taken, and what has their labels.
+        ignored: What is not used; updated.
+    """
+
+    def __init__(
+        self, root: Path, shards: Sequence[Shard], listing: Listing, ignored: Ignored
+    ) -> None:
+        self.root, self.shards, self.listing, self.ignored = root, shards, listing, ignored
+        self.columns = dict(listing.columns)
+        self.folders: list[set[str]] = [set() for _ in shards]
+        self.images: list[_Image] = []
+        self.names: list[str] = []
+        self.skip = 0
+
+    def list_all(self, left_out: Sequence[str]) -> None:
+        """List the images of all tars, and name them."""
+        for number in range(len(self.shards)):
+            self.images += self._list(number)
+        every = set[str]().union(*self.folders)
+        self.skip = len(top_folder(every, (image.path for image in self.images)))
+        for image in self.images:
+            shard = self.shards[image.shard]
+            self.names.append(shard.prefix + image.path[self.skip * shard.is_alone :])
+        self.listing = drop_used_globs(self.listing, left_out, self.names)
+
+    def _list(self, number: int) -> list[_Image]:
+        """Return the images of one tar with their labels; count what is not used."""
+        shard = self.shards[number]
+        where = str(shard.file.path)
+        try:
+            with open_regular(shard.file.path) as file:
+                read = partial(read_at, file)
+                entries = list(list_tar(read, shard.file.num_bytes, where))
+                images = _sort_out(entries, where, self.folders[number], self.ignored)
+                beside = _files_beside(entries, images)
+                wanted = self._wanted_endings(beside)
+                labels = [
+                    self._read_labels(read, beside.get(_key(image.path), {}), wanted)
+                    for image in images
+                ]
+        except OSError as error:
+            raise DataError(
+                "tar", expected="a readable file", found=error.strerror or error, where=where,
+                hint=reading_hint(error, ""),
+            ) from error  # fmt: skip
+        used = {_key(image.path) for image in images}
+        for entry in entries:
+            name = entry.path.rpartition("/")[2]
+            is_other = entry.kind in {"file", "hard link"} and not has_image_ending(name)
+            if is_other and not any(map(is_hidden, entry.path.split("/"))):
+                key = _key(entry.path)
+                if not (entry.path[len(key) + 1 :].lower() in wanted and key in used):
+                    self.ignored.add(OTHER_ENDING, entry.path)
+        stamp = struct.pack("<qq", shard.file.num_bytes, shard.file.mtime_ns)
+        return [
+            _Image(number, e.path, e.offset, e.num_bytes, _stamp(e, stamp), of_image)
+            for e, of_image in zip(images, labels, strict=True)
+        ]
+
+    def _wanted_endings(self, beside: Mapping[str, Mapping[str, TarEntry]]) -> set[str]:
+        """Return the endings of files beside images that have to be read."""
+        endings = {ending for files in beside.values() for ending in files}
+        given = {value.removeprefix(".").lower() for value in self.columns.values()}
+        wanted = given & endings
+        if len(wanted) < len(self.columns):  # keys of the JSON
+            wanted |= {"json"} & endings
+        if "target" in self.columns or self.listing.no_classes:
+            return wanted
+        if "cls" in endings:
+            return wanted | {"cls"}
+        return wanted | ({"json", "txt"} & endings)
+
+    def _read_labels(
+        self, read: ReadAt, files: Mapping[str, TarEntry], wanted: set[str]
+    ) -> dict[str, str]:
+        """Return what the files beside an image say: ending, or ``json KEY`` -> text."""
+        found: dict[str, str] = {}
+        given = self.columns.values()
+        for ending in wanted & files.keys():
+            data = read(files[ending].offset, files[ending].num_bytes)
+            if ending == "json":
+                try:
+                    facts = parse_json_object(data)
+                except ValueError:
+                    self.ignored[_BAD_JSON] += 1
+                    continue
+                keys = given if "target" in self.columns else (*_JSON_KEYS, *given)
+                for key in keys:
+                    if (text := _label_text(facts.get(key), files[ending].path)) is not None:
+                        found[f"json {key}"] = text
+            else:
+                text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip()
+                is_caption = ending == "txt" and (len(text) > _MAX_CAPTION or "\n" in text)
+                found[ending] = _CAPTION if is_caption and "txt" not in given else text
+        return found or _NO_LABELS
+
+    def choose_labels(self) -> str:
+        """Return what has the classes: an ending, ``json KEY``, or "" for nothing.
+
+        Raises:
+            DataError: If ``--columns`` names what no image has.
+        """
+        present = {source for image in self.images for source in image.labels}
+        for key, name in self.columns.items():
+            if _source(name, present) not in present:
+                raise DataError(
+                    f"--columns {key}", found=f"{name!r} beside none", where=self.root,
+                    expected="an ending, or a key of the JSON, of files beside images",
+                )  # fmt: skip
+        if self.listing.no_classes:
+            return ""
+        if "target" in self.columns:
+            return _source(self.columns["target"], present)
+        for source in ("cls", *(f"json {key}" for key in _JSON_KEYS)):
+            if source in present:
+                return source
+        texts = [image.labels["txt"] for image in self.images if "txt" in image.labels]
+        is_classes = texts and _CAPTION not in texts and 2 * len(set(texts)) <= len(texts)
+        return "txt" if is_classes else ""
+
+    def label(self, source: str) -> ImageDataset:
+        """Return the images with the classes, splits and groups of the files beside them."""
+        present = {key for image in self.images for key in image.labels}
+        by_key = {key: _source(name, present) for key, name in self.columns.items()}
+        reasons = self.listing.choose(self.names, self.root)
+        self.ignored.update(reason for reason in reasons if reason)
+        every = zip(self.images, self.names, reasons, strict=True)
+        kept = [(image, name) for image, name, reason in every if not reason]
+        splits = agree_on_splits(
+            [self._split_of(image, by_key.get("split")) for image, _ in kept],
+            [name for _, name in kept], self.root,
+        )  # fmt: skip
+        labels = [image.labels.get(source, "") for image, _ in kept]
+        classes_by_split: dict[str, set[str]] = {}
+        for split, label in zip(splits, labels, strict=True):
+            if label:
+                classes_by_split.setdefault(split, set()).add(label)
+        classes = agree_on_classes(classes_by_split, self.root)
+        targets = number_classes(classes)
+        groups = [image.labels.get(by_key.get("group", ""), "") for image, _ in kept]
+        samples = [
+            make_sample(
+                ImageFile(name, image.num_bytes, image.mtime_ns), targets[label], split,
+                (group or name) if any(groups) else None,
+            )
+            for (image, name), split, label, group in zip(kept, splits, labels, groups, strict=True)
+        ]  # fmt: skip
+        described = f"key {source[5:]!r} of the JSON" if source[:5] == "json " else f".{source}"
+        return ImageDataset(
+            self.root, "tar", classes, sort_samples(samples), dict(self.ignored),
+            ignored_endings=dict(self.ignored.endings),
+            labelled_by=f"{described} beside each image" if source else "",
+        )  # fmt: skip
+
+    def _split_of(self, image: _Image, source: str | None) -> str:
+        if source is not None:
+            text = image.labels.get(source, "")
+            return SPLIT_OF_FOLDER.get(text.casefold(), text)
+        top = image.path[self.skip :].partition("/")[0] if "/" in image.path[self.skip :] else ""
+        return SPLIT_OF_FOLDER.get(top.casefold(), "") or self.shards[image.shard].split
+
+    def arrange(self) -> ImageDataset:
+        """Return the images with the classes of the folders in the tars, and the tars' splits."""
+        skip, shards = self.skip, self.shards
+        inside = [{name[skip:] for name in of_tar if len(name) > skip} for of_tar in self.folders]
+        starts = [""] * len(shards)
+        if SPLIT_OF_FOLDER.keys().isdisjoint(n.casefold() for n in set[str]().union(*inside)):
+            used = sorted({image.shard for image in self.images})
+            found = agree_on_splits(
+                [shards[n].split for n in used], [shards[n].name for n in used], self.root
+            )
+            for number, split in zip(used, found, strict=True):
+                starts[number] = "" if split == "all" else split + "/"
+        every = {
+            (start + name).rstrip("/")
+            for start, of_tar in zip(starts, inside, strict=True)
+            for name in ({""} | of_tar if start else of_tar)
+        }
+        arranged: dict[str, str] = {}
+        files = []
+        for image, name in zip(self.images, self.names, strict=True):
+            folder, slash, last = image.path[skip:].rpartition("/")
+            # Images of two tars may have one name: the folder of a tar, below that of the class,
+            # tells them apart. It is none of ``every``, so it is no class.
+            path = f"{starts[image.shard]}{folder}{slash}{image.shard}:/{last}"
+            files.append(ImageFile(path, image.num_bytes, image.mtime_ns))
+            arranged[path] = name
+        return arrange(self.root, files, every, self.ignored, self.listing, names=arranged)
+
+
 def scan_tars(
     root: Path, shards: Sequence[Shard], listing: Listing, ignored: Ignored,
     left_out: Sequence[str] = (),
@@ -113,79 +310,29 @@ def scan_tars(
     Raises:
         DataError: If a tar is damaged or cut off, or classes or splits are inconsistent.
     """
-    columns = dict(listing.columns)
-    if others := sorted(columns.keys() - {"target", "split", "group"}):
+    if others := sorted(dict(listing.columns).keys() - {"target", "split", "group"}):
         raise ConfigError(
             "--columns", expected="target, split or group, for a tar", found=", ".join(others)
         )
-    folders: list[set[str]] = []
-    images: list[_Image] = []
-    for number, shard in enumerate(shards):
-        folders.append(set())
-        images += _list_images(number, shard, columns, listing, folders[-1], ignored)
-    skip = len(top_folder(set().union(*folders), (image.path for image in images)))
-    names = [shards[i.shard].prefix + (i.path[skip:] if shards[i.shard].is_alone else i.path)
-             for i in images]  # fmt: skip
-    listing = drop_used_globs(listing, left_out, names)
-    source = "" if listing.no_classes else _choose_labels(images, columns)
-    store = TarStore(shards, skip)
-    if source or columns:
-        dataset = _label(root, shards, images, names, skip, source, listing, ignored)
-    else:
-        dataset = _arrange(root, shards, images, names, skip, folders, listing, ignored)
+    scan = _Scan(root, shards, listing, ignored)
+    scan.list_all(left_out)
+    source = scan.choose_labels()
+    dataset = scan.label(source) if source or scan.columns else scan.arrange()
+    store = TarStore(shards)
     kept = {sample.path: sample.path for sample in dataset.samples}
-    for image, name in zip(images, names, strict=True):
-        if path := kept.get(name):  # the sample's own text, kept once
-            if path in store.numbers:
-                raise DataError(
-                    "tar member", expected="every name once", found="it twice",
-                    where=f"{root}: {printable(path)}",
-                )  # fmt: skip
-            store.numbers[path] = len(store.sizes)
-            store.shard_of.append(image.shard)
-            store.offsets.append(image.offset)
-            store.sizes.append(image.num_bytes)
+    for image, name in zip(scan.images, scan.names, strict=True):
+        if (path := kept.get(name)) is None:
+            continue
+        if path in store.numbers:
+            raise DataError(
+                "tar member", expected="every name once", found="it twice",
+                where=f"{root}: {printable(path)}",
+            )  # fmt: skip
+        store.numbers[path] = len(store.sizes)  # by the sample's own text: kept once
+        store.shard_of.append(image.shard)
+        store.offsets.append(image.offset)
+        store.sizes.append(image.num_bytes)
     return replace(dataset, layout="tar", _store=store)
-
-
-def _list_images(
-    number: int, shard: Shard, columns: Mapping[str, str], listing: Listing, folders: set[str],
-    ignored: Ignored,
-) -> list[_Image]:  # fmt: skip
-    """Return the images of one tar with their labels; count what is not used."""
-    where = str(shard.file.path)
-    try:
-        with open_regular(shard.file.path) as file:
-
-            def read(offset: int, num_bytes: int) -> bytes:
-                return read_at(file, offset, num_bytes)
-
-            entries = list(list_tar(read, shard.file.num_bytes, where))
-            images = _sort_out(entries, where, folders, ignored)
-            beside = _files_beside(entries, images)
-            wanted = _wanted_endings(beside, images, columns, listing)
-            labels = [
-                _read_labels(read, beside.get(_key(image.path), {}), wanted, columns, ignored)
-                for image in images
-            ]
-    except OSError as error:
-        raise DataError(
-            "tar", expected="a readable file", found=error.strerror or error, where=where,
-            hint=reading_hint(error, ""),
-        ) from error  # fmt: skip
-    used = {(key, ending) for key in map(_key, (i.path for i in images)) for ending in wanted}
-    for entry in entries:
-        name = entry.path.rpartition("/")[2]
-        is_other = entry.kind in {"file", "hard link"} and not has_image_ending(name)
-        if is_other and not any(map(is_hidden, entry.path.split("/"))):
-            key = _key(entry.path)
-            if (key, entry.path[len(key) + 1 :].lower()) not in used:
-                ignored.add(OTHER_ENDING, entry.path)
-    stamp = struct.pack("<qq", shard.file.num_bytes, shard.file.mtime_ns)
-    return [
-        _Image(number, e.path, e.offset, e.num_bytes, _stamp(e, stamp), of_image)
-        for e, of_image in zip(images, labels, strict=True)
-    ]
 
 
 def _stamp(entry: TarEntry, stamp: bytes) -> int:
@@ -203,7 +350,7 @@ def _stamp(entry: TarEntry, stamp: bytes) -> int:
 def _sort_out(
     entries: Sequence[TarEntry], where: str, folders: set[str], ignored: Ignored
 ) -> list[TarEntry]:
-    """Return the images among the members; a hard link has the bytes of the member it names."""
+    """Return the images among the members; add the folders, and count what is not used."""
     images: list[TarEntry] = []
     by_path: dict[str, TarEntry] | None = None
     for entry in entries:
@@ -213,26 +360,24 @@ def _sort_out(
             continue
         is_folder = entry.kind == "folder"
         folders.update("/".join(parts[:n]) for n in range(1, len(parts) + is_folder))
-        if is_folder:
+        if entry.kind in _NOT_USED:
+            ignored[_NOT_USED[entry.kind]] += 1
+        if is_folder or entry.kind in _NOT_USED or not has_image_ending(parts[-1]):
             continue
-        if entry.kind == "hard link":
+        image: TarEntry | None = entry
+        if entry.kind == "hard link":  # to a member before it, whose bytes it has
             if by_path is None:
                 by_path = {e.path: e for e in entries if e.kind == "file"}
-            linked = by_path.get(entry.target)
-            if linked is None:
-                ignored["link to nothing"] += 1
-                continue
-            entry = linked._replace(path=entry.path)
-        if entry.kind != "file":
-            reasons = {"link": "link", "sparse": "sparse file in a tar"}
-            ignored[reasons.get(entry.kind, "not a regular file")] += 1
-        elif has_image_ending(parts[-1]):
-            if entry.num_bytes > MAX_IMAGE_BYTES:
-                raise DataError(
-                    "tar member", expected=f"at most {MAX_IMAGE_BYTES:,} bytes",
-                    found=f"{entry.num_bytes:,}", where=f"{where}: {printable(entry.path)}",
-                )  # fmt: skip
-            images.append(entry)
+            image = by_path.get(entry.target)
+        if image is None:
+            ignored["link to nothing"] += 1
+            continue
+        if image.num_bytes > MAX_IMAGE_BYTES:
+            raise DataError(
+                "tar member", expected=f"at most {MAX_IMAGE_BYTES:,} bytes",
+                found=f"{image.num_bytes:,}", where=f"{where}: {printable(entry.path)}",
+            )  # fmt: skip
+        images.append(image._replace(path=entry.path))
     return images
 
 
@@ -259,51 +404,6 @@ def _files_beside(
     return beside
 
 
-def _wanted_endings(
-    beside: Mapping[str, Mapping[str, TarEntry]], images: Sequence[TarEntry],
-    columns: Mapping[str, str], listing: Listing,
-) -> set[str]:  # fmt: skip
-    """Return the endings of files beside images that have to be read."""
-    endings = {ending for files in beside.values() for ending in files}
-    wanted = {value.removeprefix(".").lower() for value in columns.values()} & endings
-    if len(wanted) < len(columns):  # keys of the JSON
-        wanted |= {"json"} & endings
-    if "target" in columns or listing.no_classes:
-        return wanted
-    if "cls" in endings:
-        return wanted | {"cls"}
-    return wanted | ({"json", "txt"} & endings)
-
-
-def _read_labels(
-    read: ReadAt, files: Mapping[str, TarEntry], wanted: set[str], columns: Mapping[str, str],
-    ignored: Ignored,
-) -> dict[str, str]:  # fmt: skip
-    """Return what the files beside an image say: ending, or ``json KEY`` -> text."""
-    found: dict[str, str] = {}
-    for ending in wanted & files.keys():
-        data = read(files[ending].offset, files[ending].num_bytes)
-        if ending == "json":
-            try:
-                facts = parse_json_object(data)
-            except ValueError:
-                ignored[_BAD_JSON] += 1
-                continue
-            for key in (*_JSON_KEYS, *columns.values()):
-                if (text := _label_text(facts.get(key), files[ending].path)) is not None:
-                    found[f"json {key}"] = text
-        else:
-            text = data.decode("utf-8", "surrogateescape").strip().removeprefix("\ufeff")
-            if ending == "txt" and "txt" not in columns.values() and not _is_short(text):
-                text = "\n"  # a caption
-            found[ending] = text
-    return found
-
-
-def _is_short(text: str) -> bool:
-    return len(text) <= _MAX_CAPTION and "\n" not in text
-
-
 def _label_text(value: object, path: str) -> str | None:
     """Return a label of a JSON as text; None if there is none.
 
@@ -322,111 +422,6 @@ def _label_text(value: object, path: str) -> str | None:
     )  # fmt: skip
 
 
-def _choose_labels(images: Sequence[_Image], columns: Mapping[str, str]) -> str:
-    """Return what has the classes: an ending, ``json KEY``, or "" for nothing.
-
-    Raises:
-        DataError: If ``--columns`` names what no image has.
-    """
-    present = {source for image in images for source in image.labels}
-    for key, name in columns.items():
-        if not {name.removeprefix(".").lower(), f"json {name}"} & present:
-            raise DataError(
-                "--columns", expected=f"an ending, or a key of the JSON, beside an image: {key}",
-                found=f"{name!r} beside none",
-            )  # fmt: skip
-    if "target" in columns:
-        return _source(columns["target"], present)
-    for source in ("cls", *(f"json {key}" for key in _JSON_KEYS)):
-        if source in present:
-            return source
-    texts = [image.labels["txt"] for image in images if "txt" in image.labels]
-    is_classes = texts and "\n" not in texts and 2 * len(set(texts)) <= len(texts)
-    return "txt" if is_classes else ""
-
-
 def _source(name: str, present: set[str]) -> str:
     ending = name.removeprefix(".").lower()
     return ending if ending in present else f"json {name}"
-
-
-def _label(
-    root: Path, shards: Sequence[Shard], images: Sequence[_Image], names: Sequence[str], skip: int,
-    source: str, listing: Listing, ignored: Ignored,
-) -> ImageDataset:  # fmt: skip
-    """Return the images with the classes, splits and groups of the files beside them."""
-    columns = dict(listing.columns)
-    present = {key for image in images for key in image.labels}
-    by_key = {key: _source(name, present) for key, name in columns.items()}
-    reasons = listing.choose(names, root)
-    ignored.update(reason for reason in reasons if reason)
-    kept = [
-        (image, name)
-        for image, name, reason in zip(images, names, reasons, strict=True)
-        if not reason
-    ]
-    splits = agree_on_splits(
-        [
-            _named_split(image.labels.get(by_key["split"], "")) if "split" in by_key
-            else SPLIT_OF_FOLDER.get(image.path[skip:].partition("/")[0].casefold(), "")
-            or shards[image.shard].split
-            for image, _ in kept
-        ],
-        [name for _, name in kept], root,
-    )  # fmt: skip
-    labels = [image.labels.get(source, "") for image, _ in kept]
-    classes_by_split: dict[str, set[str]] = {}
-    for split, label in zip(splits, labels, strict=True):
-        if label:
-            classes_by_split.setdefault(split, set()).add(label)
-    classes = agree_on_classes(classes_by_split, root)
-    targets = number_classes(classes)
-    groups = [image.labels.get(by_key.get("group", ""), "") for image, _ in kept]
-    samples = [
-        make_sample(
-            ImageFile(name, image.num_bytes, image.mtime_ns), targets[label], split,
-            (group or name) if any(groups) else None,
-        )
-        for (image, name), split, label, group in zip(kept, splits, labels, groups, strict=True)
-    ]  # fmt: skip
-    described = f"key {source[5:]!r} of the JSON" if source.startswith("json ") else f".{source}"
-    return ImageDataset(
-        root, "tar", classes, sort_samples(samples), dict(ignored),
-        ignored_endings=dict(ignored.endings),
-        labelled_by=f"{described} beside each image" if source else "",
-    )  # fmt: skip
-
-
-def _named_split(text: str) -> str:
-    return SPLIT_OF_FOLDER.get(text.casefold(), text)
-
-
-def _arrange(
-    root: Path, shards: Sequence[Shard], images: Sequence[_Image], names: Sequence[str], skip: int,
-    folders: Sequence[set[str]], listing: Listing, ignored: Ignored,
-) -> ImageDataset:  # fmt: skip
-    """Return the images with the classes of the folders in the tars, and the tars' splits."""
-    inside = [{name[skip:] for name in of_tar if len(name) > skip} for of_tar in folders]
-    starts = [""] * len(shards)
-    if SPLIT_OF_FOLDER.keys().isdisjoint(name.casefold() for name in set().union(*inside)):
-        used = sorted({image.shard for image in images})
-        found = agree_on_splits(
-            [shards[n].split for n in used], [shards[n].name for n in used], root
-        )
-        for number, split in zip(used, found, strict=True):
-            starts[number] = "" if split == "all" else split + "/"
-    every = {
-        (start + name).rstrip("/")
-        for start, of_tar in zip(starts, inside, strict=True)
-        for name in ({""} | of_tar if start else of_tar)
-    }
-    arranged: dict[str, str] = {}
-    files = []
-    for image, name in zip(images, names, strict=True):
-        folder, slash, last = image.path[skip:].rpartition("/")
-        # Images of two tars may have one name: the folder of a tar, below that of the class, tells
-        # them apart. It is none of ``every``, so it is no class.
-        path = f"{starts[image.shard]}{folder}{slash}{image.shard}:/{last}"
-        files.append(ImageFile(path, image.num_bytes, image.mtime_ns))
-        arranged[path] = name
-    return arrange(root, files, every, ignored, listing, arranged)
