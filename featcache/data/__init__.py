@@ -1,6 +1,6 @@
 """Data: find the images of a data set, with their classes, splits and groups.
 
-In: folders, zip files and CSVs. Out: an ``ImageDataset`` of ``Sample``s, or a new split of them.
-Begin with ``dataset.scan``; ``companions`` finds masks among the images, ``tables`` reads CSVs,
+In: folders, zip files, tars, Parquet files and CSVs. Out: an ``ImageDataset`` of ``Sample``s, or a
+new split of them. Begin with ``dataset.scan``; ``companions`` finds masks among the images, ``tables`` reads CSVs,
 ``groups`` names patients, and ``splitting.split`` makes train, valid and test.
 """

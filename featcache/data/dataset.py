@@ -1,6 +1,7 @@
 """Find the images of a data set, with targets, splits and groups. Reads no pixels.
 
-Reads: split folders, class folders, folders of images, CSV manifests, zip files of folders.
+Reads: split folders, class folders, folders of images, CSV manifests, zip files of folders, tars and
+Parquet files.
 Writes: nothing.
 
 Files that are not used (see ``folders``) are counted in ``num_ignored``. So are images beside class
@@ -208,7 +209,7 @@ def list_images(
                 for s in named.samples
             ]
         elif path.is_file():
-            if path.suffix.lower() in {".zip", ".tar", ".tgz"}:
+            if path.suffix.lower() in {".zip", ".tgz", *SHARD_ENDINGS}:
                 raise DataError(
                     "image", expected="a file or folder", where=path,
                     found=f"a {path.suffix.lower()} file", hint="Name the images, or unpack them. "

@@ -5,6 +5,7 @@ Reads: image files; those in zips, tars and Parquet by their stores. Writes: not
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -175,8 +176,15 @@ class ImageDataset:
         """
         store = self._store
         if store is None:
-            return list(positions)
+            return array("q", positions)
         return sorted(positions, key=lambda position: store.place_of(self.samples[position].path))
+
+    def in_reading_order(self, samples: Iterable[Sample]) -> list[Sample]:
+        """Return samples in that order."""
+        store = self._store
+        if store is None:
+            return list(samples)
+        return sorted(samples, key=lambda sample: store.place_of(sample.path))
 
     def path_inside(self, sample: Sample) -> str:
         """Return a sample's path in the folders that were packed, without the name of a tar."""

@@ -166,11 +166,11 @@ class _Tar:
         if self._number == 0 and inside is None and not block:
             found = f"{self._num_bytes:,} bytes, none of them a member"
             return DataError("tar", expected="a tar", found=found, where=self._where)
+        if self._number == 0 and inside is None and self._offset == 0:
+            return self._damaged(block)
         place = f"after {count(self._number, 'member')}, the last of them {self._last!r}"
         if inside is not None:
             place = f"in {inside!r}, after {count(self._number, 'whole member')}"
-        elif self._number == 0:
-            place = "in its first header"
         hint = "Copy or download it again"
         if not block and inside is None:
             hint += f". If it is whole but for its end mark: truncate -s +1024 {self._where}"

@@ -147,7 +147,8 @@ def extract(
     there already is brought up to date: only images it does not know go through the network.
 
     Args:
-        data: Split folders of class folders, class folders, a folder of images, a CSV or a zip.
+        data: Split folders of class folders, class folders, a folder of images, a CSV, a zip, a tar
+            or Parquet file, or a folder of these two.
         cache: The HDF5 file to make; of several backbones, a folder for a file of each, such as
             ``efficientnet-b0.h5`` and ``timm-resnet18.h5``, and of several sizes likewise, such as
             ``efficientnet-b0-224.h5`` and ``efficientnet-b0-448.h5``.
@@ -185,8 +186,8 @@ def extract(
         exclude: Globs on the path below ``data`` of files that are left out.
         companions: ``keep`` takes masks and the like as images.
         no_classes: Folders are no classes.
-        columns: Column -> its header in a CSV.
-        ignore_columns: Headers of a CSV that are not used.
+        columns: Column -> its header in a CSV or Parquet file, or what is beside images in a tar.
+        ignore_columns: Headers of a CSV or Parquet file that are not used.
         rehash: Recognise unchanged images by their content, not by size and time.
         rebuild: Replace a cache, or discard an unfinished one, that was made with other settings.
         say: Where lines for people go.

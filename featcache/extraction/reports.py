@@ -251,6 +251,8 @@ def describe_dataset(dataset: ImageDataset, say: Say, *, by_path: bool) -> None:
     """
     for split, counts in dataset.count().items():
         say(f"{split:>6}: {list_counts(counts)}")
+    if dataset.labelled_by:
+        say(f"classes: {printable(dataset.labelled_by)}")
     for line in dataset.describe_ignored():
         say(line)
     if dataset.num_found_by_name:
