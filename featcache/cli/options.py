@@ -179,8 +179,10 @@ def csv_columns(command: _F) -> _F:
         callback=_split_names,
         help="Headers of a CSV or Parquet file that are not used.",
     )(command)
-    text = "Which header of a CSV is path, target, split or group; in Parquet also image; in tars a "
-    text += "key of the JSON, or an ending as txt, beside images. May be repeated."
+    text = (
+        "Which header of a CSV is path, target, split or group; in Parquet also image; in tars a "
+        "key of the JSON, or an ending as txt, beside images. May be repeated."
+    )
     return _columns(text)(command)
 
 

@@ -1,7 +1,7 @@
 """Find the images of a data set, with targets, splits and groups. Reads no pixels.
 
-Reads: split folders, class folders, folders of images, CSV manifests, zip files of folders, tars and
-Parquet files.
+Reads: split folders, class folders, folders of images, CSV manifests, zip files of folders, tars
+and Parquet files.
 Writes: nothing.
 
 Files that are not used (see ``folders``) are counted in ``num_ignored``. So are images beside class
@@ -45,8 +45,8 @@ from featcache.data.samples import (
     sort_samples,
 )
 from featcache.data.shards import (
-    KIND_NAMES,
     Shard,
+    describe_kinds,
     kind_of,
     list_shards,
     open_shard,
@@ -257,22 +257,13 @@ def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
     images = list(walk_folder(root, ignored, folders))
     if not ignored.shards:
         return arrange(root, images, folders, ignored, listing)
-    kinds = Counter(SHARD_ENDINGS[ending_of(name)] for name in ignored.shards)
-    named = " and ".join(f"{kinds[kind]:,} {KIND_NAMES[kind]}" for kind in kinds)
     if images:
+        named = describe_kinds(ignored.shards)
         warn_user(f"images of {printable(root)} are used, {named} beside them are not")
         return arrange(root, images, folders, ignored, listing)
-    kind = "tar" if "tar" in kinds else "parquet"
-    names = [name for name in ignored.shards if SHARD_ENDINGS[ending_of(name)] == kind]
-    # img2dataset writes a table beside each tar
-    stems = {name.rpartition(".")[0] for name in names}
-    if any(name.rpartition(".")[0] not in stems for name in ignored.shards):
-        raise DataError(
-            "data", expected="tar files or Parquet files", found=named, where=root,
-            hint="Name the folder of one kind, or leave some out with --exclude",
-        )  # fmt: skip
-    ignored.take_back(names)
-    shards, left_out = list_shards(root, names, listing, ignored)
+    shards, left_out = list_shards(root, listing, ignored)
+    if not shards:
+        return arrange(root, images, folders, ignored, listing)
     return _scan_shards(root, shards, listing, ignored, left_out)
 
 

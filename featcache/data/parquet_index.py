@@ -32,7 +32,7 @@ from featcache.files import child_process
 from featcache.untrusted import find_fault, parse_json_object
 
 _CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd",
-           "LZ4_RAW": "lz4_raw"}  # fmt: skip
+           "LZ4": "lz4_raw"}  # fmt: skip
 _TARGETS = ("target", "label", "cls", "class")
 _BATCH_ROWS = 256  # few, as a text may have a million characters
 _MAX_ROWS = 100_000_000
@@ -166,6 +166,8 @@ def _locate(parquet: Any, leaf: str, num_bytes: int, read: ReadAt) -> tuple[str,
             start = min(start, chunk.dictionary_page_offset)
         end = start + chunk.total_compressed_size
         rows = metadata.row_group(group).num_rows
+        if not rows:
+            continue
         if not 0 < start <= end <= num_bytes or chunk.num_values != rows:
             raise _Refusal("Parquet", "a whole file", "a column that leads out of it")
         levels = column.max_definition_level
@@ -212,7 +214,8 @@ def _choose_columns(schema: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("path", "split", "group"):
         if not found[key] and key in free:
             found[key] = key
-    asked = _resembling(found, free, has_paths=bool(found["path_in"]))
+    texts = {name for name in free if _is_text(schema.field(name).type)}
+    asked = _resembling(found, free, set() if found["path_in"] else texts)
     if request["no_classes"]:
         found["target"] = None
         asked = {name: key for name, key in asked.items() if key != "target"}
@@ -231,14 +234,15 @@ def _choose_columns(schema: Any, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resembling(
-    found: Mapping[str, Any], free: Sequence[str], *, has_paths: bool
+    found: Mapping[str, Any], free: Sequence[str], may_be_paths: set[str]
 ) -> dict[str, str]:
     """Return column -> which of those that are missing it resembles."""
-    missing = {key for key in ("target", "split", "group") if not found[key]}
-    if not found["path"] and not has_paths:
-        missing.add("path")
+    missing = {key for key in ("path", "target", "split", "group") if not found[key]}
     alike = {name: resembled_column(name) for name in free}
-    return {name: key for name, key in alike.items() if key in missing and key is not None}
+    return {
+        name: key for name, key in alike.items()
+        if key in missing and key is not None and (key != "path" or name in may_be_paths)
+    }  # fmt: skip
 
 
 def _hugging_face(schema: Any) -> dict[str, Any]:
@@ -255,6 +259,14 @@ def _is_struct(kind: Any) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_struct(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return "string" in str(kind)
 
 
 def _is_bytes(kind: Any) -> bool:

@@ -6,6 +6,7 @@ Reads: names, sizes and times. Writes: nothing.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -14,9 +15,10 @@ from featcache.data.blobs import LocalFile
 from featcache.data.folders import SHARD_ENDINGS, SPLIT_OF_FOLDER, SPLITS, Ignored
 from featcache.data.listing import Listing, compile_glob
 from featcache.errors import DataError, printable
+from featcache.formatting import count
 from featcache.untrusted import reading_hint
 
-KIND_NAMES = {"tar": "tar files", "parquet": "Parquet files"}
+KIND_NAMES = {"tar": "tar", "parquet": "Parquet"}
 _SPLIT_WORD = re.compile(
     rf"(?:^|[-_.])({'|'.join(sorted(SPLIT_OF_FOLDER, key=len, reverse=True))})\d*(?=[-_.]|$)",
     re.IGNORECASE,
@@ -45,9 +47,9 @@ class Shard:
         return "" if self.is_alone else self.name + "/"
 
 
-def kind_of(path: str | Path) -> str | None:
-    """Return ``tar`` or ``parquet`` by the ending of a name; None for another."""
-    return SHARD_ENDINGS.get(PurePosixPath(path).suffix.lower())
+def kind_of(path: str | Path) -> str:
+    """Return ``tar`` or ``parquet`` by the ending of a name; "" for another."""
+    return SHARD_ENDINGS.get(PurePosixPath(path).suffix.lower(), "")
 
 
 def split_of_name(name: str) -> str:
@@ -67,29 +69,44 @@ def split_of_name(name: str) -> str:
     return splits.pop() if len(splits) == 1 else ""
 
 
+def describe_kinds(names: Iterable[str]) -> str:
+    """Return how many tars and Parquet files there are: ``2 tar files and 1 Parquet file``."""
+    kinds = Counter(kind_of(name) for name in names)
+    return " and ".join(count(kinds[kind], f"{KIND_NAMES[kind]} file") for kind in sorted(kinds))
+
+
 def list_shards(
-    root: Path, names: Iterable[str], listing: Listing, ignored: Ignored
-) -> tuple[list[Shard], list[str]]:
+    root: Path, listing: Listing, ignored: Ignored
+) -> tuple[list[Shard], list[str]]:  # fmt: skip
     """Return the shards of a folder, sorted by name, and those that are left out unread.
+
+    Parquet files beside tars of the same name, as img2dataset writes them, are no shards.
 
     Args:
         root: The folder.
-        names: Their paths below it.
         listing: Whose globs leave out shards too.
-        ignored: What is not used; updated.
+        ignored: What is not used, the shards among it; updated.
 
     Raises:
-        DataError: If one cannot be read, or some names speak of a split and others do not.
+        DataError: If one cannot be read, or there are tars and other Parquet files.
     """
     patterns = [compile_glob(glob) for glob in listing.exclude]
-    shards, left_out = [], []
-    for name in sorted(names):
-        if any(pattern.fullmatch(name) for pattern in patterns):
-            left_out.append(name)
-        else:
-            shards.append(Shard(name, open_shard(root / name), split_of_name(name)))
+    left_out: list[str] = []
+    names: list[str] = []
+    for name in sorted(ignored.shards):
+        is_left_out = any(pattern.fullmatch(name) for pattern in patterns)
+        (left_out if is_left_out else names).append(name)
+    if any(kind_of(name) == "tar" for name in names):
+        stems = {name.rpartition(".")[0] for name in names if kind_of(name) == "tar"}
+        if any(name.rpartition(".")[0] not in stems for name in names):
+            raise DataError(
+                "data", expected="tar files or Parquet files", found=describe_kinds(names),
+                where=root, hint="Name a folder of one kind, or leave some out with --exclude",
+            )  # fmt: skip
+        names = [name for name in names if kind_of(name) == "tar"]
+    ignored.take_back([*left_out, *names])
     ignored.update("--exclude" for _ in left_out)
-    return shards, left_out
+    return [Shard(n, open_shard(root / n), split_of_name(n)) for n in names], left_out
 
 
 def drop_used_globs(listing: Listing, left_out: Sequence[str], names: Sequence[str]) -> Listing:

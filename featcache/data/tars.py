@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,7 @@ class _Scan:
     ) -> None:
         self.root, self.shards, self.listing, self.ignored = root, shards, listing, ignored
         self.columns = dict(listing.columns)
+        self.beside: Counter[str] = Counter()
         self.folders: list[set[str]] = [set() for _ in shards]
         self.images: list[_Image] = []
         self.names: list[str] = []
@@ -154,7 +156,10 @@ class _Scan:
             is_other = entry.kind in {"file", "hard link"} and not has_image_ending(name)
             if is_other and not any(map(is_hidden, entry.path.split("/"))):
                 key = _key(entry.path)
-                if not (entry.path[len(key) + 1 :].lower() in wanted and key in used):
+                ending = entry.path[len(key) + 1 :].lower()
+                if ending in wanted and key in used:
+                    self.beside[ending] += 1  # whether it is used is not known yet
+                else:
                     self.ignored.add(OTHER_ENDING, entry.path)
         stamp = struct.pack("<qq", shard.file.num_bytes, shard.file.mtime_ns)
         return [
@@ -212,6 +217,14 @@ class _Scan:
                     f"--columns {key}", found=f"{name!r} beside none", where=self.root,
                     expected="an ending, or a key of the JSON, of files beside images",
                 )  # fmt: skip
+        source = self._find_classes(present)
+        used = {source, *(_source(name, present) for name in self.columns.values())}
+        for ending in sorted(self.beside.keys() - {name.partition(" ")[0] for name in used}):
+            for _ in range(self.beside[ending]):
+                self.ignored.add(OTHER_ENDING, f".{ending}" if "." in ending else f"_.{ending}")
+        return source
+
+    def _find_classes(self, present: Collection[str]) -> str:
         if self.listing.no_classes:
             return ""
         if "target" in self.columns:
@@ -422,6 +435,6 @@ def _label_text(value: object, path: str) -> str | None:
     )  # fmt: skip
 
 
-def _source(name: str, present: set[str]) -> str:
+def _source(name: str, present: Collection[str]) -> str:
     ending = name.removeprefix(".").lower()
     return ending if ending in present else f"json {name}"
