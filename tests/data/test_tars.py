@@ -158,7 +158,7 @@ def test_img2dataset(tmp_path):
     with pytest.raises(DataError, match="found 3 Parquet files and 3 tar files"):
         scan(tmp_path)
     assert len(scan(tmp_path, exclude="**/y.parquet").samples) == 6
-    with pytest.raises(DataError, match="found none .ignored: 6 x --exclude"):
+    with pytest.raises(DataError, match=r"found none .ignored: 6 x --exclude"):
         scan(tmp_path, exclude=["**/*.parquet", "**/*.tar"])
 
 
