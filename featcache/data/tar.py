@@ -209,9 +209,10 @@ def _read_header(block: bytes) -> _Header | None:
     try:
         stated = _number(block[148:156])
         total = sum(block) - sum(block[148:156]) + 8 * 0x20
-        # Some old programs took bytes for signed.
-        if stated not in {total, total - 256 * sum(b > 127 for b in block[:148] + block[156:])}:
-            return None
+        if stated != total:  # some old programs took bytes for signed
+            signed = total - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
+            if stated != signed:
+                return None
         name = block[:100].split(b"\0", 1)[0]
         if block[257:263] == b"ustar\0" and block[345]:
             name = block[345:500].split(b"\0", 1)[0] + b"/" + name

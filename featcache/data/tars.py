@@ -256,10 +256,11 @@ class _Scan:
         classes = agree_on_classes(classes_by_split, self.root)
         targets = number_classes(classes)
         groups = [image.labels.get(by_key.get("group", ""), "") for image, _ in kept]
+        has_groups = any(groups)
         samples = [
             make_sample(
                 ImageFile(name, image.num_bytes, image.mtime_ns), targets[label], split,
-                (group or name) if any(groups) else None,
+                (group or name) if has_groups else None,
             )
             for (image, name), split, label, group in zip(kept, splits, labels, groups, strict=True)
         ]  # fmt: skip
