@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from featcache.cache.provenance import training_data_note
 from featcache.errors import escaped, printable
 from featcache.formatting import (
     FEW,
@@ -53,6 +54,13 @@ def projection_lines(projection: Projection) -> Iterator[str]:
     )
     size, working = in_bytes(projection.cache_bytes), in_bytes(projection.working_bytes)
     yield f"disk: {size} for the cache, {working} while working"
+    yield f"reads: {count(num_wanted, 'image')}, {in_bytes(projection.read_bytes)}"
+    if len(projection.workers) > 1 or projection.workers[0].cost is not None:
+        yield "machines like this one (arithmetic: storage and network are taken as fast enough):"
+        for of in projection.workers:
+            cost = "" if of.cost is None else f", costs {of.cost:,.2f}"
+            hours = f"{of.worker_hours:.3g} machine-hours"
+            yield f"{of.num_workers:>5}: {in_time(of.seconds)}, {hours}{cost}"
 
 
 def export_lines(summary: ExportSummary | DeliverySummary) -> Iterator[str]:
@@ -108,6 +116,9 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield from _fact_lines(key, value)
     for failure in facts.get("failures", []):
         yield f"failed: {printable(failure['path'])}: {printable(failure['reason'])}"
+    identity = facts.get("identity") or facts.get("cache", {}).get("identity") or {}
+    if note := training_data_note(str(identity.get("backbone"))):
+        yield f"note: {note}"
     if facts["kind"] == "cache":
         yield from _audit_lines(facts["audit"])
         yield "not hashed: featcache verify checks that the file is whole"
@@ -127,11 +138,24 @@ def _fact_lines(key: str, value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         yield f"{key}:"
         for name, part in value.items():
-            if name != "row_precisions":  # the splits say it in one number each
+            if name == "workers":
+                yield from _worker_lines(part)
+            elif name != "row_precisions":  # the splits say it in one number each
                 text = _split_text(part) if key == "splits" else _plain(part)
                 yield f"  {printable(name)}: {text}"
     else:
         yield f"{key}: {in_bytes(value) if key.endswith('_bytes') else _plain(value)}"
+
+
+def _worker_lines(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield who has made the rows of a cache, and how fast."""
+    from featcache.cache.provenance import read_workers
+
+    for line in read_workers({"workers": lines}):
+        place = f"{printable(line['host'])}, {printable(line['device'])}"
+        number = count(line["processes"], "process", "processes")
+        rate = f"{line['images_per_second']:,} images/s each"
+        yield f"  worker: {place}: {number}, {count(line['images'], 'image')}, {rate}"
 
 
 def _mean_lines(mean: dict[str, Any]) -> Iterator[str]:

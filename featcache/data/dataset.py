@@ -62,6 +62,8 @@ __all__ = [
     "list_images", "scan",
 ]  # fmt: skip
 
+_COLUMNS_OF = {"tar": {"columns"}, "parquet": {"columns", "ignore_columns"}}
+
 
 def scan(
     data: str | Path,
@@ -75,6 +77,11 @@ def scan(
     no_classes: bool = False,
     columns: Mapping[str, str] | None = None,
     ignore_columns: str | Iterable[str] = (),
+    target_columns: str | Iterable[str] = (),
+    target_separator: str | None = None,
+    uncertain: str | None = None,
+    blank: str | None = None,
+    split_list: Mapping[str, str | Path] | None = None,
 ) -> ImageDataset:
     """Find the images of a data set, their targets, splits and groups.
 
@@ -101,6 +108,15 @@ def scan(
             ``image`` names the bytes; in a tar, what has it beside an image: ``txt`` for a file of
             that ending, or a key of the JSON.
         ignore_columns: Headers of a CSV or a Parquet file that are not used.
+        target_columns: Headers of a CSV that are a label each, with 1 (yes), 0 (no), -1
+            (uncertain) and empty cells. ``No Finding`` is no class: where it is 1, empty cells of
+            the others mean no.
+        target_separator: Instead, what stands between the labels in the cells of ``target``; a cell
+            ``No Finding`` has none.
+        uncertain: What -1 means: ``unknown`` (so does None), ``yes`` or ``no``.
+        blank: What an empty cell of a label means: ``unknown`` or ``no``; None asks.
+        split_list: Split (train, valid, test) -> file with a path or a file name of a CSV a line.
+            Rows in no list are of ``train`` if that has no list, else they are left out.
 
     Raises:
         DataError: If the data is missing or empty, its classes and splits are inconsistent, or
@@ -113,13 +129,17 @@ def scan(
         raise ConfigError("--limit", expected="at least 1", found=limit)
     listing = Listing.of(
         include=include, exclude=exclude, companions=companions, no_classes=no_classes,
-        columns=columns, ignore_columns=ignore_columns,
+        columns=columns, ignore_columns=ignore_columns, target_columns=target_columns,
+        target_separator=target_separator, uncertain=uncertain, blank=blank, split_list=split_list,
     )  # fmt: skip
+    listing.check_labels_named()
     root = local_path(data, "data")
     dataset = _scan_by_kind(root, listing)
-    if (columns or ignore_columns) and dataset.layout not in {"csv", "tar", "parquet"}:
-        option, found = "--columns" if columns else "--ignore-columns", f"layout {dataset.layout}"
-        raise ConfigError(option, expected="a CSV, Parquet or tar", found=found, where=root)
+    given = {"columns", "ignore_columns", "target_columns", "target_separator", "split_list"}
+    given = given & {*listing.as_json()} - _COLUMNS_OF.get(dataset.layout, set())
+    if given and dataset.layout != "csv":
+        option, found = "--" + min(given).replace("_", "-"), f"layout {dataset.layout}"
+        raise ConfigError(option, expected="a CSV", found=found, where=root)
     if not dataset.samples:
         raise DataError(
             "data", expected="at least one image", found=dataset.reasons_text(), where=root,
@@ -141,9 +161,9 @@ def scan(
     samples = _spread(dataset.samples, limit)
     if pattern is None:
         return replace(dataset, samples=samples)
-    of_class = dict.fromkeys((dataset.class_of(s) or "unlabelled" for s in samples), 0)
+    of_class = dict.fromkeys(map(dataset.kind_of, samples), 0)
     for sample in samples:
-        of_class[dataset.class_of(sample) or "unlabelled"] += groups[sample.path] is not None
+        of_class[dataset.kind_of(sample)] += groups[sample.path] is not None
     return replace(dataset, samples=samples, grouped=of_class)
 
 
@@ -315,5 +335,5 @@ def _scan_zip(root: Path, listing: Listing) -> ImageDataset:
     ]
     return replace(
         arrange(root, images, folders, ignored, listing), layout="zip",
-        _store=ZipStore(root, members),
+        _store=ZipStore(root.absolute(), members),
     )  # fmt: skip

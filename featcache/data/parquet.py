@@ -147,7 +147,7 @@ def scan_parquet(
             question, or classes or splits are inconsistent.
         ConfigError: If pyarrow is not installed.
     """
-    store = ParquetStore(shards)
+    store = ParquetStore([shard.absolute() for shard in shards])
     names: list[str] = []
     labels: list[str] = []
     splits: list[str] = []
@@ -194,10 +194,11 @@ def scan_parquet(
         for n, split in zip(kept, agreed, strict=True)
     ]  # fmt: skip
     store.numbers = {names[n]: n for n in kept}
+    notes = tuple(f"classes: {source}" for source in described if source)
     return ImageDataset(
         root, "parquet", classes, sort_samples(samples), dict(ignored),
         ignored_endings=dict(ignored.endings), ignored_columns=tuple(unused),
-        labelled_by=", ".join(filter(None, described)), _store=store,
+        notes=notes, _store=store,
     )  # fmt: skip
 
 

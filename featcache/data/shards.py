@@ -41,6 +41,10 @@ class Shard:
     split: str
     is_alone: bool = False
 
+    def absolute(self) -> Shard:
+        """Return it for processes that have another current folder."""
+        return replace(self, file=replace(self.file, path=self.file.path.absolute()))
+
     @property
     def prefix(self) -> str:
         """What the names of its rows begin with."""

@@ -268,7 +268,7 @@ class _Scan:
         return ImageDataset(
             self.root, "tar", classes, sort_samples(samples), dict(self.ignored),
             ignored_endings=dict(self.ignored.endings),
-            labelled_by=f"{described} beside each image" if source else "",
+            notes=(f"classes: {described} beside each image",) if source else (),
         )  # fmt: skip
 
     def _split_of(self, image: _Image, source: str | None) -> str:
@@ -332,7 +332,7 @@ def scan_tars(
     scan.list_all(left_out)
     source = scan.choose_labels()
     dataset = scan.label(source) if source or scan.columns else scan.arrange()
-    store = TarStore(shards)
+    store = TarStore([shard.absolute() for shard in shards])
     kept = {sample.path: sample.path for sample in dataset.samples}
     for image, name in zip(scan.images, scan.names, strict=True):
         if (path := kept.get(name)) is None:

@@ -9,6 +9,7 @@ Reads: images, and the cache that is there already. Writes: ``CACHE.partial/``, 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +39,7 @@ from featcache.extraction.reports import (
     warn_of_precision,
 )
 from featcache.extraction.work import work
+from featcache.extraction.workers.local import resolve_devices, work_on
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
@@ -56,12 +58,16 @@ def extract(
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    processes: int = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
+    uncertain: str | None = ..., blank: str | None = ...,
+    split_list: Mapping[str, str | Path] | None = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> ExtractionSummary: ...  # fmt: skip
 
 
@@ -75,12 +81,16 @@ def extract(
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    processes: int = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
+    uncertain: str | None = ..., blank: str | None = ...,
+    split_list: Mapping[str, str | Path] | None = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
@@ -93,12 +103,16 @@ def extract(
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    processes: int = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
+    uncertain: str | None = ..., blank: str | None = ...,
+    split_list: Mapping[str, str | Path] | None = ...,
+    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
@@ -126,6 +140,7 @@ def extract(
     batch_size: int | str = "auto",
     workers: int | str = "auto",
     device: str = "auto",
+    processes: int = 1,
     group_by: str | None = None,
     group_by_path: str | None = None,
     max_errors: int | str = "5%",
@@ -136,10 +151,15 @@ def extract(
     no_classes: bool = False,
     columns: Mapping[str, str] | None = None,
     ignore_columns: str | Iterable[str] = (),
+    target_columns: str | Iterable[str] = (),
+    target_separator: str | None = None,
+    uncertain: str | None = None,
+    blank: str | None = None,
+    split_list: Mapping[str, str | Path] | None = None,
     rehash: bool = False,
     rebuild: bool = False,
     say: Say = log_line,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> ExtractionSummary | dict[str, ExtractionSummary]:
     """Run a frozen backbone over every image of ``data`` and write the features to ``cache``.
 
@@ -175,24 +195,33 @@ def extract(
         feature_dtype: ``float32`` or ``float16``.
         engine: ``auto``, ``onnx``, ``folded`` or ``eager``.
         batch_size: Images a batch, or ``auto``.
-        workers: Decoding threads, or ``auto``.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        workers: Decoding threads of each process, or ``auto``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``; or several, such as
+            ``cuda:0,cuda:1``, or ``all`` GPUs, with processes of their own.
+        processes: How many on each device, CPU cores being shared out among them. The features do
+            not depend on it.
         group_by: Regular expression on the file name; its first group is the group.
         group_by_path: Instead, one on the path below the class: see ``scan``.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
         limit: Take only that many images, for a try.
-        include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns`` and
-            ``ignore_columns``. The cache remembers them: an update need not repeat them.
+        include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns``,
+            ``ignore_columns`` and those of labels and split lists. The cache remembers them: an
+            update need not repeat them.
         exclude: Globs on the path below ``data`` of files that are left out.
         companions: ``keep`` takes masks and the like as images.
         no_classes: Folders are no classes.
         columns: Column -> its header in a CSV or Parquet file, or what is beside images in a tar.
         ignore_columns: Headers of a CSV or Parquet file that are not used.
+        target_columns: Headers of a CSV that are a label each, of 1, 0, -1 and empty cells.
+        target_separator: Instead, what stands between the labels in the cells of ``target``.
+        uncertain: What -1 means: ``unknown`` (so does None), ``yes`` or ``no``.
+        blank: What an empty cell of a label means: ``unknown`` or ``no``; None asks.
+        split_list: Split -> file with a path or file name of the CSV a line.
         rehash: Recognise unchanged images by their content, not by size and time.
         rebuild: Replace a cache, or discard an unfinished one, that was made with other settings.
         say: Where lines for people go.
         progress: Show how far it is on standard error: a bar on a terminal and in a notebook,
-            elsewhere a line a minute.
+            elsewhere a line a minute. ``json`` writes a JSON object a minute, and one at the end.
 
     Returns:
         What was done; of a list of backbones, a dict of that by name, of a list of sizes by name
@@ -207,11 +236,13 @@ def extract(
         interpolation=interpolation, normalize=normalize, mean=mean, std=std, bit_depth=bit_depth,
         truncated=truncated, max_pixels=max_pixels, views=views, augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
-        workers=workers, device=device, group_by=group_by,
+        workers=workers, device=device, processes=processes, group_by=group_by,
         group_by_path=group_by_path, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
-        ignore_columns=ignore_columns, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
+        ignore_columns=ignore_columns, target_columns=target_columns,
+        target_separator=target_separator, uncertain=uncertain, blank=blank, split_list=split_list,
+        rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     place = local_path(cache, "CACHE")
     if isinstance(backbone, str | Backbone) and isinstance(image_size, int | str):
@@ -260,13 +291,16 @@ def _make_caches(
             stack.enter_context(job.locked())
         # Undone whatever happens, and before the locks are: an engine changes torch's threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        device = resolve_device(options.device).torch()
+        devices = resolve_devices(options.device, options.processes)
+        device = resolve_device(devices[0]).torch()
         positions = find_known(jobs, device)
         unfinished = [job for job in jobs if job.ledger.num_wanted]
         for job in unfinished:
             choose_engine(job, device)
         check_threads(unfinished)
-        if unfinished:
+        if unfinished and len(devices) > 1:
+            work_on(devices, unfinished, positions)
+        elif unfinished:
             work(unfinished, positions)
         for job in jobs:
             done[job.path] = finish(job, start)
@@ -275,24 +309,39 @@ def _make_caches(
 @overload
 def plan(
     data: str | Path, cache: str | Path, *, backbone: str | Backbone | _Backbones,
-    image_size: _Sizes, **options: Any,
+    image_size: _Sizes, price: float | None = ..., **options: Any,
 ) -> dict[str, Projection]: ...  # fmt: skip
 
 
 @overload
 def plan(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone, **options: Any
+    data: str | Path,
+    cache: str | Path,
+    *,
+    backbone: str | Backbone,
+    price: float | None = ...,
+    **options: Any,
 ) -> Projection: ...
 
 
 @overload
 def plan(
-    data: str | Path, cache: str | Path, *, backbone: _Backbones, **options: Any
+    data: str | Path,
+    cache: str | Path,
+    *,
+    backbone: _Backbones,
+    price: float | None = ...,
+    **options: Any,
 ) -> dict[str, Projection]: ...
 
 
 def plan(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone | _Backbones, **options: Any
+    data: str | Path,
+    cache: str | Path,
+    *,
+    backbone: str | Backbone | _Backbones,
+    price: float | None = None,
+    **options: Any,
 ) -> Projection | dict[str, Projection]:
     """Say what ``extract`` would do and take, without writing anything.
 
@@ -303,6 +352,7 @@ def plan(
         data: As for ``extract``, and so are all options.
         cache: The file, or the folder of several, that would be written.
         backbone: A name or a ready ``Backbone``, or a list of them.
+        price: Of an hour of one machine like this one, in any currency: gives the costs.
         **options: As for ``extract``.
 
     Returns:
@@ -313,23 +363,25 @@ def plan(
     """
     chosen, place = ExtractionOptions(**options), local_path(cache, "CACHE")
     if isinstance(backbone, str | Backbone) and isinstance(chosen.image_size, int | str):
-        return _plan(data, [Target(place, backbone, chosen.image_size)], chosen)[0]
+        return _plan(data, [Target(place, backbone, chosen.image_size)], chosen, price)[0]
     targets = name_caches(place, backbone, chosen)
-    return dict(zip(targets, _plan(data, [*targets.values()], chosen), strict=True))
+    return dict(zip(targets, _plan(data, [*targets.values()], chosen, price), strict=True))
 
 
 def _plan(
-    data: str | Path, targets: Sequence[Target], options: ExtractionOptions
-) -> list[Projection]:  # fmt: skip
+    data: str | Path, targets: Sequence[Target], options: ExtractionOptions, price: float | None
+) -> list[Projection]:
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError("--price", expected="a number that is not negative", found=price)
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
     dataset, options = _scan(local_path(data, "data"), [t.path for t in targets], options)
     jobs = [_plan_job(dataset, target, options) for target in targets]
-    device = resolve_device(options.device).torch()
+    device = resolve_device(resolve_devices(options.device, options.processes)[0]).torch()
     find_known(jobs, device)
     for job in jobs:
         if job.old is not None:
             warn_of_precision(job.old, options.precision)
-    return [project(job, device) for job in jobs]
+    return [project(job, device, price) for job in jobs]
 
 
 def _scan(

@@ -104,8 +104,8 @@ class IsolatedDecoder:
         try:
             assert child.stdin is not None
             assert child.stdout is not None
-            _send(child.stdin, request)
-            answer = _receive(child.stdout)
+            send_message(child.stdin, request)
+            answer = receive_message(child.stdout)
         except (OSError, EOFError) as error:
             hung = not timer.is_alive()
             self._stop()
@@ -138,13 +138,19 @@ class IsolatedDecoder:
             self._child = None
 
 
-def _send(stream: IO[bytes], value: object) -> None:
+def send_message(stream: IO[bytes], value: object) -> None:
+    """Write a value to another process of ours."""
     data = pickle.dumps(value)
     stream.write(struct.pack("<Q", len(data)) + data)
     stream.flush()
 
 
-def _receive(stream: IO[bytes]) -> object:
+def receive_message(stream: IO[bytes]) -> object:
+    """Return the next value that another process of ours has written.
+
+    Raises:
+        EOFError: If it is gone.
+    """
     head = stream.read(8)
     if len(head) < 8:
         raise EOFError
@@ -164,7 +170,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     num_bytes = 0
     while True:
         try:
-            request: Any = _receive(requests)
+            request: Any = receive_message(requests)
         except EOFError:
             return
         if num_bytes < acceleration.WORTH_BYTES:  # of a server, which lives for long
@@ -174,7 +180,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             answer = functions[request[0]](*request[1:])
         except DataError as error:
             answer = error
-        _send(answers, answer)
+        send_message(answers, answer)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_hugging_face_files(tmp_path):
     table = pa.table({"image": structs(IMAGES), "label": [names.index(i) for i in LABELS]})
     pq.write_table(with_features(table, names), tmp_path / "data.parquet")
     dataset = scan(tmp_path / "data.parquet")
-    assert dataset.labelled_by == "column 'label' (ClassLabel)"
+    assert dataset.notes == ("classes: column 'label' (ClassLabel)",)
     assert contents(dataset) == {
         path: ("all", label, image)
         for path, label, image in zip(PATHS, LABELS, IMAGES, strict=True)

@@ -33,7 +33,7 @@ def test_labels_beside_images(tmp_path):
     assert table(dataset) == [
         ("all", "covid", "0001.png"), ("all", "7", "0002.png"), ("all", None, "0003.jpg")
     ]  # fmt: skip
-    assert dataset.labelled_by == ".cls beside each image"
+    assert dataset.notes == ("classes: .cls beside each image",)
     assert dataset.ignored_endings == {".txt": 1}
 
 
@@ -44,7 +44,7 @@ def test_labels_in_json(tmp_path, key, other):
         files |= {f"{number}.png": "x", f"{number}.json": json.dumps({key: value, other: 9})}
     dataset = scan(write_tar(tmp_path / "a.tar", files))
     assert [dataset.class_of(s) for s in dataset.samples] == ["0", "1", "b"]
-    assert dataset.labelled_by == f"key {key!r} of the JSON beside each image"
+    assert dataset.notes == (f"classes: key {key!r} of the JSON beside each image",)
 
 
 def test_texts_are_classes_where_they_repeat_and_captions_else(tmp_path):
@@ -151,7 +151,7 @@ def test_img2dataset(tmp_path):
         (tmp_path / f"{shard}.parquet").write_bytes(b"PAR1")
         (tmp_path / f"{shard}_stats.json").write_text("{}")
     dataset = scan(tmp_path)
-    assert (len(dataset.samples), dataset.classes, dataset.labelled_by) == (4, (), "")
+    assert (len(dataset.samples), dataset.classes, dataset.notes) == (4, (), ())
     assert dataset.ignored_endings == {".json": 6, ".txt": 4, ".parquet": 2}
     write_tar(tmp_path / "other/x.tar", files)
     (tmp_path / "other/y.parquet").write_bytes(b"PAR1")

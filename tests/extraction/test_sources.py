@@ -177,9 +177,13 @@ def test_a_tar_that_is_cut_off_loses_nothing(
     assert cache.read_bytes() == before
 
 
-def test_a_data_set_goes_to_other_processes(tree: Path, tmp_path: Path) -> None:
+def test_a_data_set_goes_to_other_processes(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for data in sources(tree, tmp_path / "of").values():
-        dataset = scan(data)
+        monkeypatch.chdir(tmp_path)
+        dataset = scan(data.relative_to(tmp_path))
+        monkeypatch.chdir("/")  # as a process of another folder
         sent = pickle.loads(pickle.dumps(dataset))
         for one, other in zip(dataset.samples, sent.samples, strict=True):
             Image.open(io.BytesIO(sent.read(other))).load()
