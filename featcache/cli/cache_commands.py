@@ -206,7 +206,8 @@ def extract(
     """Run a frozen backbone once over the images in DATA and keep the features in CACHE.
 
     DATA holds split folders of class folders, or class folders, or images; or it is a CSV
-    (path,target,split,group) or a zip. Run again, it goes on where it stopped, or updates.
+    (path,target,split,group), a zip, a tar, a Parquet file with images, or a folder of tars or of
+    Parquet files. Run again, it goes on where it stopped, or updates.
 
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0

@@ -21,13 +21,17 @@ from featcache.data.samples import (
     sort_samples,
 )
 from featcache.data.tables import MAX_TABLE_BYTES, read_table
-from featcache.errors import DataError
+from featcache.errors import ConfigError, DataError
 from featcache.files import read_regular
 from featcache.formatting import count
 
 
 def scan_csv(root: Path, listing: Listing) -> ImageDataset:
     """Return the images that a CSV names. See ``dataset.scan``."""
+    if "image" in dict(listing.columns):
+        raise ConfigError(
+            "--columns", expected="path, target, split or group, for a CSV", found="image"
+        )
     table = read_table(
         root, columns=listing.columns, ignore_columns=listing.ignore_columns,
         needs_targets=not listing.no_classes, labelling=listing,

@@ -374,3 +374,8 @@ def _check_targets(
             )
             + "eep the rows of one label, or write one class into each cell",
         )
+
+
+def resembled_column(header: str) -> str | None:
+    """Return which of path, target, split and group a header resembles; None for none of them."""
+    return _COLUMN_OF.get(plain_name(header))

@@ -182,7 +182,8 @@ def extract(
     there already is brought up to date: only images it does not know go through the network.
 
     Args:
-        data: Split folders of class folders, class folders, a folder of images, a CSV or a zip.
+        data: Split folders of class folders, class folders, a folder of images, a CSV, a zip, a tar
+            or Parquet file, or a folder of these two.
         cache: The HDF5 file to make; of several backbones, a folder for a file of each, such as
             ``efficientnet-b0.h5`` and ``timm-resnet18.h5``, and of several sizes likewise, such as
             ``efficientnet-b0-224.h5`` and ``efficientnet-b0-448.h5``.
@@ -234,8 +235,8 @@ def extract(
         exclude: Globs on the path below ``data`` of files that are left out.
         companions: ``keep`` takes masks and the like as images.
         no_classes: Folders are no classes.
-        columns: Column -> its header in a CSV.
-        ignore_columns: Headers of a CSV that are not used.
+        columns: Column -> its header in a CSV or Parquet file, or what is beside images in a tar.
+        ignore_columns: Headers of a CSV or Parquet file that are not used.
         target_columns: Headers of a CSV that are a label each, of 1, 0, -1 and empty cells.
         target_separator: Instead, what stands between the labels in the cells of ``target``.
         uncertain: What -1 means: ``unknown`` (so does None), ``yes`` or ``no``.
