@@ -31,6 +31,7 @@ PATIENT_IDS = ("keep", "ignore")
 PATH_NAMES = ("keep", "hash")
 
 _BATCH = 32  # files a request
+_MANY = 5000  # a thousand take a second of two cores
 _LARGE_SHARE, _LARGE_COUNT = 0.2, 20
 _MOST_SALT_BYTES, _LEAST_SALT_BYTES = 4096, 16
 
@@ -137,6 +138,8 @@ def identify(
     """
     check_choices(patient_ids, path_names)
     samples = [sample for sample in dataset.samples if dataset.is_dicom(sample)]
+    if len(samples) >= _MANY:
+        say(f"Reading the headers of {count(len(samples), 'DICOM file')}.")
     headers = _read_headers(dataset, samples, salt.value)
     is_hashed = path_names == "hash"
     _warn_of_names(headers, len(samples), is_hashed=is_hashed)
