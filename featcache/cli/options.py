@@ -171,6 +171,31 @@ def listing(command: _F) -> _F:
     return command
 
 
+def labelling(command: _F) -> _F:
+    """Add the options of several labels per image, --target-columns to --blank."""
+    for option in (
+        click.option(
+            "--blank", type=click.Choice(["unknown", "no"]),
+            help="What an empty cell of a label means. Asked for where there are some.",
+        ),
+        click.option(
+            "--uncertain", type=click.Choice(["unknown", "yes", "no"]), show_default="unknown",
+            help="What a -1 in --target-columns means.",
+        ),
+        click.option(
+            "--target-separator", metavar="MARK",
+            help="What stands between several labels in the cells of target: '|'.",
+        ),
+        click.option(
+            "--target-columns", metavar="A,B,...", callback=_split_names,
+            help="Columns of a CSV that are a label each, of 1, 0, -1 and empty cells. Where No "
+            "Finding is 1, empty cells mean no; it is no class.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def csv_columns(command: _F) -> _F:
     """Add --columns and --ignore-columns, for commands that read a CSV of images."""
     command = click.option(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from featcache.cache.provenance import training_data_note
 from featcache.errors import escaped, printable
 from featcache.formatting import (
     FEW,
@@ -115,6 +116,9 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield from _fact_lines(key, value)
     for failure in facts.get("failures", []):
         yield f"failed: {printable(failure['path'])}: {printable(failure['reason'])}"
+    identity = facts.get("identity") or facts.get("cache", {}).get("identity") or {}
+    if note := training_data_note(str(identity.get("backbone"))):
+        yield f"note: {note}"
     if facts["kind"] == "cache":
         yield from _audit_lines(facts["audit"])
         yield "not hashed: featcache verify checks that the file is whole"
@@ -134,11 +138,24 @@ def _fact_lines(key: str, value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         yield f"{key}:"
         for name, part in value.items():
-            if name != "row_precisions":  # the splits say it in one number each
+            if name == "workers":
+                yield from _worker_lines(part)
+            elif name != "row_precisions":  # the splits say it in one number each
                 text = _split_text(part) if key == "splits" else _plain(part)
                 yield f"  {printable(name)}: {text}"
     else:
         yield f"{key}: {in_bytes(value) if key.endswith('_bytes') else _plain(value)}"
+
+
+def _worker_lines(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield who has made the rows of a cache, and how fast."""
+    from featcache.cache.provenance import read_workers
+
+    for line in read_workers({"workers": lines}):
+        place = f"{printable(line['host'])}, {printable(line['device'])}"
+        number = count(line["processes"], "process", "processes")
+        rate = f"{line['images_per_second']:,} images/s each"
+        yield f"  worker: {place}: {number}, {count(line['images'], 'image')}, {rate}"
 
 
 def _mean_lines(mean: dict[str, Any]) -> Iterator[str]:

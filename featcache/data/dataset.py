@@ -69,6 +69,11 @@ def scan(
     no_classes: bool = False,
     columns: Mapping[str, str] | None = None,
     ignore_columns: str | Iterable[str] = (),
+    target_columns: str | Iterable[str] = (),
+    target_separator: str | None = None,
+    uncertain: str | None = None,
+    blank: str | None = None,
+    split_list: Mapping[str, str | Path] | None = None,
 ) -> ImageDataset:
     """Find the images of a data set, their targets, splits and groups.
 
@@ -91,6 +96,15 @@ def scan(
         no_classes: Folders are no classes: images are unlabelled.
         columns: Column (path, target, split, group) -> its header in a CSV.
         ignore_columns: Headers of a CSV that are not used.
+        target_columns: Headers of a CSV that are a label each, with 1 (yes), 0 (no), -1
+            (uncertain) and empty cells. ``No Finding`` is no class: where it is 1, empty cells of
+            the others mean no.
+        target_separator: Instead, what stands between the labels in the cells of ``target``; a cell
+            ``No Finding`` has none.
+        uncertain: What -1 means: ``unknown`` (so does None), ``yes`` or ``no``.
+        blank: What an empty cell of a label means: ``unknown`` or ``no``; None asks.
+        split_list: Split (train, valid, test) -> file with a path or a file name of a CSV a line.
+            Rows in no list are of ``train`` if that has no list, else they are left out.
 
     Raises:
         DataError: If the data is missing or empty, its classes and splits are inconsistent, or
@@ -103,8 +117,10 @@ def scan(
         raise ConfigError("--limit", expected="at least 1", found=limit)
     listing = Listing.of(
         include=include, exclude=exclude, companions=companions, no_classes=no_classes,
-        columns=columns, ignore_columns=ignore_columns,
+        columns=columns, ignore_columns=ignore_columns, target_columns=target_columns,
+        target_separator=target_separator, uncertain=uncertain, blank=blank, split_list=split_list,
     )  # fmt: skip
+    listing.check_labels_named()
     root = local_path(data, "data")
     if root.is_dir():
         dataset = _scan_folder(root, listing)
@@ -118,8 +134,9 @@ def scan(
             "data", expected="a folder, .csv or .zip", found=found_there, where=root,
             hint=advise_on_endings({ending_of(root.name): 1}, "") if root.is_file() else "",
         )  # fmt: skip
-    if (columns or ignore_columns) and dataset.layout != "csv":
-        option = "--columns" if columns else "--ignore-columns"
+    if listing != listing.for_data("") and dataset.layout != "csv":
+        given = {"columns", "ignore_columns", "target_columns", "target_separator", "split_list"}
+        option = "--" + min(given & {*listing.as_json()}).replace("_", "-")
         raise ConfigError(option, expected="a CSV", found=f"layout {dataset.layout}", where=root)
     if not dataset.samples:
         raise DataError(
@@ -141,9 +158,9 @@ def scan(
     samples = _spread(dataset.samples, limit)
     if pattern is None:
         return replace(dataset, samples=samples)
-    of_class = dict.fromkeys((dataset.class_of(s) or "unlabelled" for s in samples), 0)
+    of_class = dict.fromkeys(map(dataset.kind_of, samples), 0)
     for sample in samples:
-        of_class[dataset.class_of(sample) or "unlabelled"] += groups[sample.path] is not None
+        of_class[dataset.kind_of(sample)] += groups[sample.path] is not None
     return replace(dataset, samples=samples, grouped=of_class)
 
 

@@ -22,6 +22,9 @@ from featcache.formatting import brief_repr
 UNLABELLED = -1
 """The target of a sample whose class is not known."""
 
+UNKNOWN = -1
+"""Stands among several targets of a sample where the answer is not known."""
+
 MAX_IMAGE_BYTES = 2**31
 """Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
 
@@ -39,6 +42,8 @@ class Sample:
         image_bytes: Size of the file.
         mtime_ns: Time of its last change, in ns, modulo 2**64 as an int64. (Zip: see
             ``archive.Member``.)
+        targets: Of several labels, 1 (yes), 0 (no) or ``UNKNOWN`` for each class, and ``target`` is
+            ``UNLABELLED``. None of a data set of one class per image. Equal ones are one object.
     """
 
     path: str
@@ -47,6 +52,7 @@ class Sample:
     group: str | None
     image_bytes: int
     mtime_ns: int
+    targets: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ class ImageDataset:
         ignored_endings: Ending -> number of files that were not used for it.
         ignored_columns: Headers of a CSV that were not used.
         num_found_by_name: How many files a CSV gives by their name alone, from folders below it.
+        task: ``multiclass``, or ``multilabel``: several labels per image.
+        notes: What was made of the labels and the splits of a CSV, in lines for people.
         files: Path of a sample -> that of its file, where they differ: hashed ones.
         dicom: What the headers of its DICOM files say, where they were read.
     """
@@ -78,6 +86,8 @@ class ImageDataset:
     ignored_endings: dict[str, int] = field(default_factory=dict)
     ignored_columns: tuple[str, ...] = ()
     num_found_by_name: int = 0
+    task: str = "multiclass"
+    notes: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict, repr=False)
     dicom: DicomFacts | None = None
     _members: dict[str, Member] = field(default_factory=dict, repr=False)
@@ -128,16 +138,42 @@ class ImageDataset:
         return tuple(sample for sample in self.samples if sample.split == name)
 
     def class_of(self, sample: Sample) -> str:
-        """Return the name of a sample's class; "" if it is unlabelled."""
+        """Return the name of a sample's class; "" if it is unlabelled or has several labels."""
         return self.classes[sample.target] if sample.target != UNLABELLED else ""
 
+    def kind_of(self, sample: Sample) -> str:
+        """Return what a sample is counted among: its class, ``unlabelled`` or ``images``.
+
+        ``images`` are all samples of several labels each.
+        """
+        return "images" if self.task == "multilabel" else self.class_of(sample) or "unlabelled"
+
+    def label_of(self, sample: Sample) -> str:
+        """Return what is known of a sample's class or labels, as text to compare and to print."""
+        if sample.targets is None:
+            return self.class_of(sample)
+        return labels_text(self.classes, sample.targets)
+
     def count(self) -> dict[str, dict[str, int]]:
-        """Return split -> class -> number of samples; "unlabelled" comes first, if any."""
+        """Return split -> class -> number of samples; "unlabelled" comes first, if any.
+
+        Of several labels per image, how many samples have a yes for each class.
+        """
+        if self.task == "multilabel":
+            return {split: self._count_yes(split) for split in self.splits}
         names = {UNLABELLED: "unlabelled"} | dict(enumerate(self.classes))
         counts: dict[str, dict[str, int]] = {split: {} for split in self.splits}
         cells = Counter((sample.split, sample.target) for sample in self.samples)
         for (split, target), number in sorted(cells.items()):
             counts[split][names[target]] = counts[split].get(names[target], 0) + number
+        return counts
+
+    def _count_yes(self, split: str) -> dict[str, int]:
+        alike = Counter(sample.targets or () for sample in self.split(split))
+        counts = dict.fromkeys(self.classes, 0)
+        for targets, number in alike.items():
+            for name, target in zip(self.classes, targets, strict=True):
+                counts[name] += number * (target == 1)
         return counts
 
     def reasons_ignored(self) -> list[tuple[str, int]]:
@@ -179,11 +215,25 @@ class ImageDataset:
             ) from error  # fmt: skip
 
 
-def make_sample(image: ImageFile, target: int, split: str, group: str | None = None) -> Sample:
+def labels_text(classes: Iterable[str], targets: Iterable[float]) -> str:
+    """Return several labels as text: ``edema=1, mass=0``, those that are not known left out.
+
+    Args:
+        classes: C names.
+        targets: C of 1 and 0; anything else, such as NaN, is not known.
+    """
+    known = zip(classes, targets, strict=True)
+    return ", ".join(f"{name}={target:.0f}" for name, target in known if target in {0, 1})
+
+
+def make_sample(
+    image: ImageFile, target: int, split: str, group: str | None = None,
+    targets: tuple[int, ...] | None = None,
+) -> Sample:  # fmt: skip
     """Return the sample of an image file."""
     # int64 ends in 2262: later times are folded into it, so that another one is still another.
     mtime_ns = (image.mtime_ns + 2**63) % 2**64 - 2**63
-    return Sample(image.path, target, split, group, image.image_bytes, mtime_ns)
+    return Sample(image.path, target, split, group, image.image_bytes, mtime_ns, targets)
 
 
 def sort_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:

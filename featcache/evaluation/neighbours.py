@@ -223,7 +223,7 @@ def _lines(result: Neighbours) -> list[str]:
     lines = [f"{printable(result.query)}: {kind}; {result.num_rows:,} rows compared by cosine"]
     for number, row in enumerate(result.rows, 1):
         target = row["target"]
-        words = ", ".join(target) if isinstance(target, list) else target
+        words = ", ".join(target) or "none" if isinstance(target, list) else target
         is_named = row["group"] not in {None, row["path"]}  # without a name it is its own group
         group = f" group {printable(row['group'])}" if is_named else ""
         same = " (the same file)" if row["is_same_image"] else ""

@@ -30,6 +30,7 @@ from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
 from featcache.extraction.identifiers import as_listed
 from featcache.extraction.pipeline import Lane, Outcome, hash_images, stream_features
 from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
+from featcache.extraction.update import label_of_row
 from featcache.formatting import count
 from featcache.precision import format_bound, relative_errors
 from featcache.runtime import Say, resolve_device
@@ -125,7 +126,8 @@ def compare(
         )),
         relabelled=tuple(
             key[1] for key in sorted(common)
-            if _class_of(cache, key[0], rows[key]) != dataset.class_of(now[key])
+            if label_of_row(cache, cache.splits[key[0]].targets[rows[key]])
+            != dataset.label_of(now[key])
         ),
         num_compared=len(errors), largest_error=max(errors, default=0.0), bound=bound,
     )  # fmt: skip
@@ -204,11 +206,6 @@ def _compare_features(
                 expected = f"features within {format_bound(bound)}{judged}"
                 differing.append(BadRow(sample.split, row, sample.path, expected, found))
     return changed, differing, errors
-
-
-def _class_of(cache: Cache, split: str, row: int) -> str:
-    target = cache.splits[split].targets[row]
-    return cache.classes[target] if target.ndim == 0 and target >= 0 else ""
 
 
 def _changed_row(rows: _Rows, sample: Sample, found: str) -> BadRow:

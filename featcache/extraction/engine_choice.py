@@ -12,12 +12,18 @@ from typing import Any
 import torch
 
 from featcache.backbones.backbone import state_sha256
-from featcache.backbones.engine import Engine, build_engine
-from featcache.cache.provenance import MAX_PARITY, read_parities, with_parities, with_spread
+from featcache.backbones.engine import Engine, build_engine, eager_features
+from featcache.cache.provenance import (
+    MAX_PARITY,
+    read_parities,
+    read_workers,
+    with_parities,
+    with_spread,
+)
 from featcache.errors import BackboneError, CacheError, warn_user
-from featcache.extraction.plan import Job
+from featcache.extraction.plan import Job, Probes, Work
 from featcache.extraction.recipe import decode_probes
-from featcache.extraction.shards import EngineFacts
+from featcache.extraction.shards import EngineFacts, ProbeFacts
 from featcache.formatting import count
 from featcache.precision import PARITY_BOUNDS
 from featcache.runtime import environment_facts
@@ -52,10 +58,17 @@ def choose_engine(job: Job, device: torch.device) -> None:
         probes = decode_probes(
             dataset, dataset.samples, recipe.rules, isolate=job.partial.was_killed
         )
+    reference = None
+    if job.partial.probes:  # of whoever began it, perhaps on another machine
+        reference = job.partial.probes.features_of(probes, recipe.backbone.num_features)
+    if reference is None:
+        reference = eager_features(recipe.backbone, probes)
+    job.probes = Probes(tuple(probes), reference)
     # Chosen by the number of images, not of views: view 0 equals a cache without views.
     engine = build_engine(
         recipe.backbone, device, probes, precision=options.precision, batch_size=batch_size,
         name=name, num_images=len(dataset.samples), feature_dtype=recipe.feature_dtype,
+        reference=reference,
     )  # fmt: skip
     if as_before and engine.batch_size == as_before.batch_size:
         engine = replace(engine, reason="as for the rows that are there")
@@ -85,12 +98,16 @@ def _note_engine(job: Job, engine: Engine) -> None:
         f"({engine.reason}), {engine.concurrency} x {engine.batch_size} images at once, {against}."
     )
     warn_of_update(job.path.name, job.provenance, parity, engine)
+    began = read_workers(job.partial.provenance)
     job.provenance = extend_provenance(job.provenance, parities, engine, backbone.weights_source)
+    if began:
+        job.provenance["workers"] = began
     facts = EngineFacts(
         engine.name, engine.precision, engine.batch_size, torch.get_num_threads(),
         engine.device.type,
     )  # fmt: skip
-    job.partial.start(facts, job.provenance)
+    assert job.probes is not None
+    job.partial.start(facts, job.provenance, ProbeFacts.of(job.probes.images, job.probes.features))
 
 
 def check_threads(jobs: Sequence[Job]) -> None:
@@ -114,7 +131,7 @@ def check_threads(jobs: Sequence[Job]) -> None:
             )  # fmt: skip
 
 
-def check_frozen(job: Job) -> None:
+def check_frozen(job: Work) -> None:
     """Check that the backbone, and the copy of it that runs, are what they were.
 
     Raises:
@@ -126,7 +143,7 @@ def check_frozen(job: Job) -> None:
         raise drop_rows(job)
 
 
-def drop_rows(job: Job) -> BackboneError:
+def drop_rows(job: Work) -> BackboneError:
     """Drop the rows of a network that is not frozen; return what to raise."""
     job.partial.clear()
     backbone = job.recipe.backbone

@@ -40,6 +40,7 @@ from featcache.extraction.reports import (
     warn_of_precision,
 )
 from featcache.extraction.work import work
+from featcache.extraction.workers.local import resolve_devices, work_on
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
@@ -59,6 +60,7 @@ def extract(
     window: str | None = ..., frame: int | None = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    processes: int = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     group_salt: str | Path | None = ..., patient_ids: str | None = ...,
     path_names: str | None = ...,
@@ -66,6 +68,9 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
+    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
+    uncertain: str | None = ..., blank: str | None = ...,
+    split_list: Mapping[str, str | Path] | None = ...,
     rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> ExtractionSummary: ...  # fmt: skip
 
@@ -81,6 +86,7 @@ def extract(
     window: str | None = ..., frame: int | None = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    processes: int = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     group_salt: str | Path | None = ..., patient_ids: str | None = ...,
     path_names: str | None = ...,
@@ -88,6 +94,9 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
+    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
+    uncertain: str | None = ..., blank: str | None = ...,
+    split_list: Mapping[str, str | Path] | None = ...,
     rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
@@ -102,6 +111,7 @@ def extract(
     window: str | None = ..., frame: int | None = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
+    processes: int = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     group_salt: str | Path | None = ..., patient_ids: str | None = ...,
     path_names: str | None = ...,
@@ -109,6 +119,9 @@ def extract(
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
     companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
     ignore_columns: str | Iterable[str] = ...,
+    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
+    uncertain: str | None = ..., blank: str | None = ...,
+    split_list: Mapping[str, str | Path] | None = ...,
     rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
@@ -139,6 +152,7 @@ def extract(
     batch_size: int | str = "auto",
     workers: int | str = "auto",
     device: str = "auto",
+    processes: int = 1,
     group_by: str | None = None,
     group_by_path: str | None = None,
     group_salt: str | Path | None = None,
@@ -152,6 +166,11 @@ def extract(
     no_classes: bool = False,
     columns: Mapping[str, str] | None = None,
     ignore_columns: str | Iterable[str] = (),
+    target_columns: str | Iterable[str] = (),
+    target_separator: str | None = None,
+    uncertain: str | None = None,
+    blank: str | None = None,
+    split_list: Mapping[str, str | Path] | None = None,
     rehash: bool = False,
     rebuild: bool = False,
     say: Say = log_line,
@@ -193,8 +212,11 @@ def extract(
         feature_dtype: ``float32`` or ``float16``.
         engine: ``auto``, ``onnx``, ``folded`` or ``eager``.
         batch_size: Images a batch, or ``auto``.
-        workers: Decoding threads, or ``auto``.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        workers: Decoding threads of each process, or ``auto``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``; or several, such as
+            ``cuda:0,cuda:1``, or ``all`` GPUs, with processes of their own.
+        processes: How many on each device, CPU cores being shared out among them. The features do
+            not depend on it.
         group_by: Regular expression on the file name; its first group is the group.
         group_by_path: Instead, one on the path below the class: see ``scan``.
         group_salt: File of the salt that IDs of patients in DICOM headers are hashed with, which
@@ -206,13 +228,19 @@ def extract(
             is written, by the same salt; ``keep``, the default, warns of DICOM's IDs in them.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
         limit: Take only that many images, for a try.
-        include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns`` and
-            ``ignore_columns``. The cache remembers them: an update need not repeat them.
+        include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns``,
+            ``ignore_columns`` and those of labels and split lists. The cache remembers them: an
+            update need not repeat them.
         exclude: Globs on the path below ``data`` of files that are left out.
         companions: ``keep`` takes masks and the like as images.
         no_classes: Folders are no classes.
         columns: Column -> its header in a CSV.
         ignore_columns: Headers of a CSV that are not used.
+        target_columns: Headers of a CSV that are a label each, of 1, 0, -1 and empty cells.
+        target_separator: Instead, what stands between the labels in the cells of ``target``.
+        uncertain: What -1 means: ``unknown`` (so does None), ``yes`` or ``no``.
+        blank: What an empty cell of a label means: ``unknown`` or ``no``; None asks.
+        split_list: Split -> file with a path or file name of the CSV a line.
         rehash: Recognise unchanged images by their content, not by size and time.
         rebuild: Replace a cache, or discard an unfinished one, that was made with other settings.
         say: Where lines for people go.
@@ -233,12 +261,14 @@ def extract(
         truncated=truncated, max_pixels=max_pixels, window=window, frame=frame, views=views,
         augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
-        workers=workers, device=device, group_by=group_by,
+        workers=workers, device=device, processes=processes, group_by=group_by,
         group_by_path=group_by_path, group_salt=group_salt, patient_ids=patient_ids,
         path_names=path_names, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
-        ignore_columns=ignore_columns, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
+        ignore_columns=ignore_columns, target_columns=target_columns,
+        target_separator=target_separator, uncertain=uncertain, blank=blank, split_list=split_list,
+        rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     place = local_path(cache, "CACHE")
     if isinstance(backbone, str | Backbone) and isinstance(image_size, int | str):
@@ -289,13 +319,16 @@ def _make_caches(
             stack.enter_context(job.locked())
         # Undone whatever happens, and before the locks are: an engine changes torch's threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        device = resolve_device(options.device).torch()
+        devices = resolve_devices(options.device, options.processes)
+        device = resolve_device(devices[0]).torch()
         positions = find_known(jobs, device)
         unfinished = [job for job in jobs if job.ledger.num_wanted]
         for job in unfinished:
             choose_engine(job, device)
         check_threads(unfinished)
-        if unfinished:
+        if unfinished and len(devices) > 1:
+            work_on(devices, unfinished, positions)
+        elif unfinished:
             work(unfinished, positions)
         for job in jobs:
             done[job.path] = finish(job, start)
@@ -373,7 +406,7 @@ def _plan(
         local_path(data, "data"), [t.path for t in targets], options, writes=False
     )
     jobs = [_plan_job(dataset, target, options) for target in targets]
-    device = resolve_device(options.device).torch()
+    device = resolve_device(resolve_devices(options.device, options.processes)[0]).torch()
     find_known(jobs, device)
     for job in jobs:
         if job.old is not None:

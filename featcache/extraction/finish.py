@@ -23,7 +23,7 @@ from featcache.extraction.identifiers import (
 )
 from featcache.extraction.plan import Job
 from featcache.extraction.reports import ExtractionSummary, describe_result, summarise
-from featcache.extraction.update import find_changes, is_unchanged
+from featcache.extraction.update import as_targets, find_changes, is_unchanged
 from featcache.renames import remove_temporaries
 
 
@@ -85,7 +85,7 @@ def _write(job: Job) -> Cache:
     write_columns(job.dataset, job.path)
     cache = write_rows(
         job.path, splits, identity=job.recipe.identity, provenance=provenance,
-        classes=job.dataset.classes, task="multiclass", failures=job.ledger.failures,
+        classes=job.dataset.classes, task=job.dataset.task, failures=job.ledger.failures,
         publish=job.output.publish,
     )  # fmt: skip
     job.partial.remove()
@@ -113,7 +113,7 @@ def _split_rows(
         shape=(len(samples), *views, job.recipe.backbone.num_features),
         dtype=job.dtype,
         feature_blocks=lambda: ledger.feature_blocks(numbers, num_views),
-        targets=np.array([s.target for s in samples], np.int64),
+        targets=as_targets(samples),
         paths=[s.path for s in samples],
         groups=[str(s.group) for s in samples] if is_grouped else None,
         image_sha256=ledger.sha256_of(numbers),

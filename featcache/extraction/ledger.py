@@ -31,6 +31,9 @@ from featcache.extraction.shards import Vectors
 ImageKey = tuple[str, int, int]
 """Path, size in bytes and modification time in ns: an image believed unchanged."""
 
+WorkedRow = tuple[int, bytes, bool, int]
+"""Of a row of a worker's shard: position, sha256, whether it was cut off, how many vectors."""
+
 _UNKNOWN_SHA256 = bytes(32)
 # Of an image, where no number of a content stands:
 _WANTED, _NO_FEATURES = -1, -2
@@ -78,7 +81,7 @@ class Ledger:
         self._start = array("q")
         self._truncated = bytearray()
         self._reasons: dict[int, str] = {}
-        self._numbers: dict[bytes, int] = {}  # by sha256: the newest of most views
+        self._numbers: dict[bytes, int] = {}  # by sha256: the first of most views
         self._vectors: list[Vectors] = []  # the sources
         # Until ``match``: what unchanged images are recognised by, and the sizes of known contents.
         self._keys: dict[ImageKey, int] = {}
@@ -108,13 +111,14 @@ class Ledger:
         damaged, it is not known.
         """
         own = [row for row in rows if row["views"]]
+        hashes = [bytes.fromhex(row["image_sha256"]) for row in own]
+        # Two workers may have made the same content: as in ``take_shard``, the first one counts.
+        there = [self._find(h, row["views"]) for h, row in zip(hashes, own, strict=True)]
+        made = self._add_known(
+            vectors, [row["views"] for row in own], hashes, [row["truncated"] for row in own]
+        )
         numbers: list[int | None] = [
-            *self._add_known(
-                vectors,
-                [row["views"] for row in own],
-                [bytes.fromhex(row["image_sha256"]) for row in own],
-                [row["truncated"] for row in own],
-            )
+            mine if known is None else known for known, mine in zip(there, made, strict=True)
         ]
         others = [row for row in rows if not row["views"]]
         numbers += [self._find(bytes.fromhex(row["image_sha256"])) for row in others]
@@ -254,6 +258,46 @@ class Ledger:
                 start += self._num_views[number]
                 self.num_new += 1
 
+    # ----------------------------------------------------------------------- what workers hand back
+
+    def leave_out(self, position: int) -> None:
+        """Note that the features of an image are not asked for."""
+        self._content_of[position] = _NO_FEATURES
+
+    def take_shard(self, vectors: Vectors, rows: Iterable[WorkedRow]) -> None:
+        """Enter a shard that a worker has made.
+
+        Features of a content that has come from elsewhere meanwhile are not used: whichever shard
+        was entered first decides the bytes of all its images.
+        """
+        with self._lock:
+            self._vectors.append(vectors)
+            start = 0
+            for position, sha256, truncated, num_views in rows:
+                number = self._find(sha256, self._wanted_views(position))
+                if number is None and num_views and self.wants(position):
+                    source = len(self._vectors) - 1
+                    number = self._append(sha256, num_views, source, start, truncated=truncated)
+                    self.num_new += 1
+                if number is not None and self.wants(position):
+                    self._content_of[position] = number
+                start += num_views
+
+    def fail(self, position: int, reason: str) -> None:
+        """Note that a wanted image has failed in a worker.
+
+        Raises:
+            DataError: If more images have failed than are allowed.
+        """
+        with self._lock:
+            if self.wants(position):
+                self._fail(position, reason)
+
+    @property
+    def reasons(self) -> Mapping[int, str]:
+        """Why images failed, by position."""
+        return self._failures
+
     # ---------------------------------------------------------------------------------- afterwards
 
     @property
@@ -348,7 +392,7 @@ class Ledger:
         self._start.append(start)
         self._truncated.append(truncated)
         there = self._numbers.get(sha256)
-        if sha256 != _UNKNOWN_SHA256 and (there is None or self._num_views[there] <= num_views):
+        if sha256 != _UNKNOWN_SHA256 and (there is None or self._num_views[there] < num_views):
             self._numbers[sha256] = number
         return number
 

@@ -24,8 +24,8 @@ class ExtractionOptions:
     """The keywords of ``extract`` but its backbone; documented there.
 
     Raises:
-        ConfigError: If ``workers``, ``max_errors``, an option of DICOM or of the listing has no
-            such value.
+        ConfigError: If ``workers``, ``processes``, ``max_errors``, an option of DICOM or of the
+            listing has no such value.
     """
 
     weights: str | Path | None = None
@@ -49,6 +49,7 @@ class ExtractionOptions:
     batch_size: int | str = "auto"
     workers: int | str = "auto"
     device: str = "auto"
+    processes: int = 1
     group_by: str | None = None
     group_by_path: str | None = None
     group_salt: str | Path | None = None
@@ -62,6 +63,11 @@ class ExtractionOptions:
     no_classes: bool = False
     columns: Mapping[str, str] | None = None
     ignore_columns: str | Iterable[str] = ()
+    target_columns: str | Iterable[str] = ()
+    target_separator: str | None = None
+    uncertain: str | None = None
+    blank: str | None = None
+    split_list: Mapping[str, str | Path] | None = None
     rehash: bool = False
     rebuild: bool = False
     say: Say = log_line
@@ -72,6 +78,8 @@ class ExtractionOptions:
         parse_max_errors(self.max_errors)
         DicomRules(self.window, self.frame)
         check_choices(self.patient_ids, self.path_names)
+        if type(self.processes) is not int or not 1 <= self.processes <= 256:
+            raise ConfigError("--processes", expected="1 to 256", found=self.processes)
         assert self.listing is not None
 
     @cached_property
@@ -80,6 +88,8 @@ class ExtractionOptions:
         return Listing.of(
             include=self.include, exclude=self.exclude, companions=self.companions,
             no_classes=self.no_classes, columns=self.columns, ignore_columns=self.ignore_columns,
+            target_columns=self.target_columns, target_separator=self.target_separator,
+            uncertain=self.uncertain, blank=self.blank, split_list=self.split_list,
         )  # fmt: skip
 
 

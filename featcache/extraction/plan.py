@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from featcache.backbones.engine import Engine
@@ -23,7 +24,7 @@ from featcache.extraction.ledger import Ledger
 from featcache.extraction.options import ExtractionOptions, parse_max_errors
 from featcache.extraction.pipeline import hash_images
 from featcache.extraction.recipe import Recipe
-from featcache.extraction.shards import PartialCache
+from featcache.extraction.shards import PartialCache, Receipt, Vectors
 from featcache.extraction.update import (
     check_update,
     find_changes,
@@ -35,6 +36,58 @@ from featcache.files import make_folder
 from featcache.formatting import count
 from featcache.outputs import Output
 from featcache.renames import remove_temporaries
+
+
+class ShardFolder(Protocol):
+    """Where the shards of a cache go."""
+
+    @property
+    def next_shard(self) -> Path:
+        """The file of the next shard."""
+
+    def clear(self) -> None:
+        """Drop all shards."""
+
+
+class Work(Protocol):
+    """What ``ShardWriter`` needs of a cache to be made: a ``Job``, or a worker's share of one."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What makes the features."""
+
+    @property
+    def engine(self) -> Engine | None:
+        """What runs the network; chosen."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the stored features."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """What is known of the images."""
+
+    @property
+    def partial(self) -> ShardFolder:
+        """Where the shards go."""
+
+    def list_shard(
+        self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]
+    ) -> Vectors:
+        """Let a shard count; return what opens its vectors. Its rows are images ``positions``."""
+
+
+class Probes(NamedTuple):
+    """A few images that engines are checked on.
+
+    Attributes:
+        images: Decoded, each (S, S) or (S, S, 3) uint8.
+        features: Of the library's own network in fp32, (n, D) float32.
+    """
+
+    images: tuple[npt.NDArray[np.uint8], ...]
+    features: npt.NDArray[np.float32]
 
 
 class Job:
@@ -53,6 +106,7 @@ class Job:
         output: Where the cache is to be, checked.
         provenance: How the rows were made.
         engine: What runs the network; None until it is chosen.
+        probes: What it was chosen by; None until it is.
         images_per_second: How fast it went, None where nothing was run.
 
     Raises:
@@ -74,6 +128,7 @@ class Job:
         self.ledger = Ledger(dataset, self.num_views, parse_max_errors(options.max_errors))
         self.provenance: dict[str, Any] = {}
         self.engine: Engine | None = None
+        self.probes: Probes | None = None
         self.images_per_second: float | None = None
         self._open_old()
 
@@ -117,6 +172,13 @@ class Job:
                 yield
             finally:
                 self.partial.abandon()
+
+    def list_shard(
+        self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]
+    ) -> Vectors:
+        """List a shard in the manifest; return what opens its vectors: see ``work.Work``."""
+        del positions, table  # they are in the shard, and in the ledger
+        return self.partial.add_shard(receipt)
 
     def remove_leftovers(self) -> None:
         """Remove what a run left that was killed between publishing its cache and its own end."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from featcache.backbones.engine import Engine, Images, build_engine
-from featcache.cache.provenance import UNKNOWN, describe_precision
+from featcache.cache.provenance import UNKNOWN, describe_precision, training_data_note
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset
 from featcache.data.groups import say_matches
@@ -255,7 +255,8 @@ class ExtractionSummary:
         num_ignored: Reason -> number of files and folders that are left out.
         ignored_endings: Ending -> number of files that are left out for it.
         ignored_columns: Headers of a CSV that are not used.
-        splits: Per split, rows per class (or ``unlabelled``).
+        splits: Per split, rows per class (or ``unlabelled``); of several labels per image, rows
+            that have a yes for each class.
         engine: ``onnx``, ``folded`` or ``eager``.
         precision: That of all rows, or the precisions there are; None where none is known.
         parity: Largest relative L2 error of a probed image against the eager fp32 forward, of the
@@ -307,15 +308,17 @@ def describe_dataset(dataset: ImageDataset, say: Say, *, by_path: bool) -> None:
         by_path: Groups are those of ``group_by_path``, not of ``group_by``.
     """
     for split, counts in dataset.count().items():
-        say(f"{split:>6}: {list_counts(counts)}")
-    for line in dataset.describe_ignored():
+        if dataset.task == "multilabel":
+            images = count(len(dataset.split(split)), "image")
+            say(f"{split:>6}: {images}; yes: {list_counts(counts)}")
+        else:
+            say(f"{split:>6}: {list_counts(counts)}")
+    for line in (*dataset.notes, *dataset.describe_ignored()):
         say(line)
     if dataset.num_found_by_name:
         say(f"paths: {count(dataset.num_found_by_name, 'file')} found by name, in folders below")
     if dataset.grouped is not None:
-        total: Counter[str] = Counter()
-        for counts in dataset.count().values():
-            total.update(counts)
+        total = Counter(map(dataset.kind_of, dataset.samples))
         num_groups = len({sample.group or sample.path for sample in dataset.samples})
         option = "--group-by-path" if by_path else "--group-by"
         say_matches(dataset.grouped, total, num_groups, option, say)
@@ -331,6 +334,8 @@ def describe_recipe(recipe: Recipe, say: Say) -> None:
         f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}{resized}, "
         f"{rules.interpolation}, mean {mean}, std {std}."
     )
+    if note := training_data_note(backbone.name):
+        say(f"Note: {note}.")
     if rules.dicom is not None:
         say(f"DICOM: {rules.dicom.describe()}.")
     views = recipe.view_rules
@@ -378,9 +383,13 @@ def summarise(
     """Return the summary of a cache that is there; ``start`` is when the call began."""
     splits: dict[str, dict[str, int]] = {}
     for name, split in cache.splits.items():
-        counts = Counter(split.targets.tolist())
-        labels = {-1: "unlabelled", **dict(enumerate(cache.classes))}
-        splits[name] = {labels[t]: n for t, n in sorted(counts.items())}
+        if cache.task == "multilabel":
+            num_yes = (split.targets == 1).sum(axis=0).tolist()
+            splits[name] = dict(zip(cache.classes, num_yes, strict=True))
+        else:
+            counts = Counter(split.targets.tolist())
+            labels = {-1: "unlabelled", **dict(enumerate(cache.classes))}
+            splits[name] = {labels[t]: n for t, n in sorted(counts.items())}
     num_images = sum(len(s) for s in cache.splits.values())
     truncated = cache.provenance.get("truncated")
     return ExtractionSummary(

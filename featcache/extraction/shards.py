@@ -9,6 +9,7 @@ instant loses only rows that were not listed yet.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import hashlib
@@ -42,6 +43,7 @@ Vectors = Callable[[], RowReader]
 
 _MAX_MANIFEST_BYTES = 1 << 28  # 150 bytes a shard of 16 MiB: features of 30 TB
 _MAX_COUNT = 1 << 48  # of rows and vectors
+_MAX_SHARDS = 10**9  # their numbers have nine digits at most
 _MAX_VIEWS = (1 << 16) - 1  # of an image, as the ledger counts them
 _FORMAT = "featcache-partial"
 _SHARD = re.compile(r"shard\.[0-9]+")
@@ -67,6 +69,60 @@ class EngineFacts:
         return all(isinstance(text, str) for text in texts) and all(
             type(count) is int and 1 <= count <= most for count, most in counts
         )
+
+
+@dataclass(frozen=True)
+class ProbeFacts:
+    """What the library's own fp32 network makes of the probed images: every engine is within it.
+
+    Attributes:
+        pixels_sha256: Of each image as it was decoded, 64 hex digits.
+        features: Of each, (D,) float32, one after the other in base64.
+    """
+
+    pixels_sha256: tuple[str, ...]
+    features: str
+
+    @classmethod
+    def of(
+        cls, probes: Sequence[npt.NDArray[np.uint8]], features: npt.NDArray[np.float32]
+    ) -> ProbeFacts:  # fmt: skip
+        """Note features (n, D) of n decoded images."""
+        data = np.ascontiguousarray(features, "<f4").tobytes()
+        return cls(tuple(map(_pixels_sha256, probes)), base64.b64encode(data).decode("ascii"))
+
+    @classmethod
+    def from_json(cls, value: Any) -> ProbeFacts | None:
+        """Read what ``asdict`` made of one; None where a manifest has none.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        if value is None:
+            return None
+        if not (isinstance(value, dict) and value.keys() == {"pixels_sha256", "features"}):
+            raise ValueError(f"probes of {value!r:.80}")
+        hashes, features = value["pixels_sha256"], value["features"]
+        if not isinstance(hashes, list) or not all(isinstance(h, str) for h in [*hashes, features]):
+            raise ValueError(f"probes of {hashes!r:.80}")
+        base64.b64decode(features.encode(), validate=True)
+        return cls(tuple(hashes), features)
+
+    def features_of(
+        self, probes: Sequence[npt.NDArray[np.uint8]], num_features: int
+    ) -> npt.NDArray[np.float32] | None:
+        """Return the features (n, D), None where these are other images."""
+        data = base64.b64decode(self.features)
+        is_same = self.pixels_sha256 == tuple(map(_pixels_sha256, probes))
+        if not probes or not is_same or len(data) != 4 * num_features * len(probes):
+            return None
+        features = np.frombuffer(data, "<f4").reshape(len(probes), num_features)
+        return features.astype(np.float32) if np.isfinite(features).all() else None
+
+
+def _pixels_sha256(pixels: npt.NDArray[np.uint8]) -> str:
+    head = canonical_json(list(pixels.shape)).encode()
+    return hashlib.sha256(head + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -128,8 +184,9 @@ class PartialCache:
         self._num_features = num_features
         self._dtype = dtype
         self._shards: list[Receipt] = []
-        self._next_number = 0
+        self._next_number = self._num_reserved = 0
         self.engine: EngineFacts | None = None
+        self.probes: ProbeFacts | None = None
         self.provenance: dict[str, Any] = {}
         self.was_killed = False
         self.is_running = False
@@ -174,9 +231,11 @@ class PartialCache:
                 hint="Repeat the command it was started with, or discard it with --rebuild",
             ) from None  # fmt: skip
         self.engine, self.provenance = manifest.engine, manifest.provenance
+        self.probes = manifest.probes
         self.was_killed = manifest.running or self.was_killed
         self._shards = list(manifest.shards)
-        self._next_number = 1 + max((_number(r.file) for r in self._shards), default=-1)
+        highest = 1 + max((_number(r.file) for r in self._shards), default=-1)
+        self._next_number = self._num_reserved = max(highest, manifest.num_reserved)
         return True
 
     def read_shards(self) -> Iterator[tuple[Vectors, list[dict[str, Any]]]]:
@@ -236,16 +295,18 @@ class PartialCache:
 
     def forget(self) -> None:
         """Take nothing over from an earlier run; its files stay until ``start``."""
-        self._shards, self._next_number = [], 0
-        self.engine, self.provenance = None, {}
+        self._shards = []
+        self.engine, self.probes, self.provenance = None, None, {}
         self.was_killed = self.is_running = False
 
-    def start(self, engine: EngineFacts, provenance: dict[str, Any]) -> None:
+    def start(
+        self, engine: EngineFacts, provenance: dict[str, Any], probes: ProbeFacts | None = None
+    ) -> None:
         """Fix the engine for all shards to come and note that a run is under way.
 
         ``provenance`` stays with the rows: a later run that only has to finish knows no other.
         """
-        self.engine, self.provenance = engine, provenance
+        self.engine, self.provenance, self.probes = engine, provenance, probes
         self._write_manifest(running=True)
         listed = {receipt.file for receipt in self._shards}
         for path in self._find_shards():  # of a run that was forgotten, or is damaged
@@ -270,6 +331,19 @@ class PartialCache:
         """The file of the next shard."""
         return self.folder / f"shard.{self._next_number:05d}"
 
+    def reserve(self, number: int) -> int:
+        """Set so many names of shards aside for a worker; return the number of the first.
+
+        Whatever becomes of this process, no later one gives them out again: a worker of it may
+        still be writing. The manifest is written for every thousandth name only.
+        """
+        first = self._next_number
+        self._next_number += number
+        if self._next_number > self._num_reserved:
+            self._num_reserved = self._next_number + 1000
+            self._write_manifest(running=True)
+        return first
+
     def add_shard(self, receipt: Receipt) -> Vectors:
         """List a shard in the manifest; return what opens its vectors, (M, D).
 
@@ -278,7 +352,7 @@ class PartialCache:
         """
         path = self.folder / receipt.file
         self._shards.append(receipt)
-        self._next_number = 1 + _number(receipt.file)
+        self._next_number = max(self._next_number, 1 + _number(receipt.file))
         try:
             self._write_manifest(running=True)
         except OSError as error:
@@ -296,6 +370,8 @@ class PartialCache:
             "provenance": self.provenance,
             "running": running,
             "shards": [asdict(receipt) for receipt in self._shards],
+            **({"probes": asdict(self.probes)} if self.probes else {}),
+            **({"num_reserved": self._num_reserved} if self._num_reserved else {}),
         }
         signed = manifest | {"sha256": json_sha256(manifest, without="sha256")}
         write_bytes(self._manifest, canonical_json(signed).encode())
@@ -345,6 +421,8 @@ class Manifest:
         provenance: How the rows were made.
         running: Whether the run did not end by itself.
         shards: The shards that count.
+        probes: What the library's own network makes of some images; None in older manifests.
+        num_reserved: Numbers of shards below it may have been given to workers.
     """
 
     fingerprint: str
@@ -352,6 +430,8 @@ class Manifest:
     provenance: dict[str, Any]
     running: bool
     shards: tuple[Receipt, ...]
+    probes: ProbeFacts | None = None
+    num_reserved: int = 0
 
 
 def open_manifest(file: Path) -> Manifest:
@@ -392,9 +472,18 @@ def read_manifest(file: Path) -> Manifest:
         if not engine.is_possible:
             raise ValueError(f"an engine of {facts['engine']!r:.80}")
         shards = tuple(_read_receipt(line) for line in facts["shards"])
+        probes, num_reserved = (
+            ProbeFacts.from_json(facts.get("probes")),
+            facts.get("num_reserved", 0),
+        )
+        if type(num_reserved) is not int or not 0 <= num_reserved < _MAX_SHARDS:
+            raise ValueError(f"{num_reserved!r:.20} reserved shards")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"one without {error}") from error
-    return Manifest(facts["fingerprint"], engine, provenance, bool(facts.get("running")), shards)
+    return Manifest(
+        facts["fingerprint"], engine, provenance, bool(facts.get("running")), shards, probes,
+        num_reserved,
+    )  # fmt: skip
 
 
 def is_whole(folder: Path, receipt: Receipt) -> bool:

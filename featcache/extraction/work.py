@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import BackboneError, printable
 from featcache.extraction.engine_choice import check_frozen, drop_rows
 from featcache.extraction.pipeline import (
@@ -23,7 +24,7 @@ from featcache.extraction.pipeline import (
     images_under_way,
     stream_features,
 )
-from featcache.extraction.plan import Job
+from featcache.extraction.plan import Job, Work
 from featcache.extraction.shards import write_shard
 from featcache.formatting import count
 from featcache.progress import Progress
@@ -34,22 +35,29 @@ SHARD_ROWS = 4096
 """No shard has more, however narrow the features: rows wait in memory until their shard is full."""
 
 
+def rows_per_shard(work: Work) -> int:
+    """Return how many rows fill a shard of a cache."""
+    assert work.engine is not None
+    backbone, view_rules = work.recipe.backbone, work.recipe.view_rules
+    row_bytes = backbone.num_features * work.dtype.itemsize * view_rules.num_views
+    return max(work.engine.batch_size, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
+
+
 class ShardWriter:
     """Collects the rows of one cache until they fill a shard, and writes it.
 
     Args:
         job: The cache, its engine chosen.
         timer: Adds up the seconds of ``write``.
+        num_rows: How many fill a shard. Default: ``rows_per_shard``.
     """
 
-    def __init__(self, job: Job, timer: Timer) -> None:
+    def __init__(self, job: Work, timer: Timer, num_rows: int | None = None) -> None:
         assert job.engine is not None
         self._job, self._engine, self._timer = job, job.engine, timer
         # Position and features (V, D); None where they are those of the same content elsewhere.
         self._rows: list[tuple[int, npt.NDArray[Any] | None]] = []
-        backbone, view_rules = job.recipe.backbone, job.recipe.view_rules
-        row_bytes = backbone.num_features * job.dtype.itemsize * view_rules.num_views
-        self.rows_per_shard = max(job.engine.batch_size, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
+        self.rows_per_shard = rows_per_shard(job) if num_rows is None else num_rows
 
     def take(
         self, outcomes: Sequence[Outcome], features: Sequence[npt.NDArray[np.float32] | None]
@@ -106,7 +114,7 @@ class ShardWriter:
         with self._timer("write"):
             # Any process may write a shard; only the one with the lock writes the manifest.
             receipt = write_shard(job.partial.next_shard, vectors, table)
-            stored = job.partial.add_shard(receipt)
+            stored = job.list_shard(receipt, [position for position, _ in self._rows], table)
         self._rows = []  # listed: an interruption must not write them again
         ledger.store(stored, (position for position, _ in own))
 
@@ -131,7 +139,7 @@ def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
     num_isolated = 0
     if any(job.partial.was_killed for job in jobs):
         num_isolated = max(writer.rows_per_shard for writer in writers)
-        num_isolated += images_under_way(_lanes(jobs))
+        num_isolated += images_under_way(lanes_of(jobs))
     try:
         with contextlib.ExitStack() as stack:
             check_signals = stack.enter_context(held_signals())
@@ -139,59 +147,103 @@ def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
                 # also when interrupted, and whatever becomes of the others
                 stack.callback(job.partial.stop)
                 stack.callback(writer.flush)
-            while positions:
-                for batch in _stream(jobs, positions, num_isolated, timer):
-                    for number, writer in enumerate(writers):
-                        writer.take(batch.outcomes, batch.features[number])
-                    check_signals()
-                positions = sorted(set[int]().union(*(job.ledger.take_unsettled() for job in jobs)))
-                # An identical file failed for a reason of its own, such as being changed while it
-                # was read: these are tried now, in a child process.
-                num_isolated = len(positions)
+            run_images(
+                jobs, writers, lambda part, n: _stream(jobs, part, n, timer), positions,
+                num_isolated=num_isolated, check=check_signals,
+            )  # fmt: skip
     except Interrupted as stop:
-        kept = "; ".join(map(_describe_kept, jobs))
+        kept = "; ".join(map(describe_kept, jobs))
         message = f"interrupted: {kept}; the same command goes on"
         raise Interrupted(stop.signal_number, message) from None
     for job in jobs:
-        _note_speed(job, time.perf_counter() - begin, timer)
+        note_speed(job, time.perf_counter() - begin, timer.seconds)
         check_frozen(job)
 
 
-def _lanes(jobs: Sequence[Job]) -> list[Lane]:
+def run_images(
+    works: Sequence[Work], writers: Sequence[ShardWriter],
+    stream: Callable[[Sequence[int], int], Iterator[FeatureBatch]], positions: Sequence[int], *,
+    num_isolated: int, check: Callable[[], object],
+) -> None:  # fmt: skip
+    """Take over the features of images, batch by batch, until none of them is left.
+
+    Args:
+        works: The caches.
+        writers: Of each.
+        stream: Runs some positions, so many of them decoded in a child process.
+        positions: The images.
+        num_isolated: So many of the first are decoded in a child process.
+        check: Called after each batch; may raise.
+    """
+    while positions:
+        for batch in stream(positions, num_isolated):
+            for number, writer in enumerate(writers):
+                writer.take(batch.outcomes, batch.features[number])
+            check()
+        positions = sorted(set[int]().union(*(work.ledger.take_unsettled() for work in works)))
+        # An identical file failed for a reason of its own, such as being changed while it was
+        # read: these are tried now, in a child process.
+        num_isolated = len(positions)
+
+
+def lanes_of(works: Sequence[Work]) -> list[Lane]:
+    """Return what the pipeline makes of each image: the features of each cache."""
     lanes = []
-    for job in jobs:
-        assert job.engine is not None
-        lanes.append(Lane(job.recipe, job.engine, job.ledger.claim))
+    for work in works:
+        assert work.engine is not None
+        lanes.append(Lane(work.recipe, work.engine, work.ledger.claim))
     return lanes
+
+
+def stream_parts(
+    works: Sequence[Work], dataset: ImageDataset, samples: Sequence[Sample],
+    positions: Sequence[int], num_isolated: int, *, workers: int | str, timer: Timer,
+) -> Iterator[FeatureBatch]:  # fmt: skip
+    """Run images through the networks, the first ``num_isolated`` decoded in a child process."""
+    for part, isolate in ((positions[:num_isolated], True), (positions[num_isolated:], False)):
+        yield from stream_features(
+            dataset, samples, lanes_of(works), positions=part, workers=workers, timer=timer,
+            isolate=isolate,
+        )  # fmt: skip
 
 
 def _stream(
     jobs: Sequence[Job], positions: Sequence[int], num_isolated: int, timer: Timer
 ) -> Iterator[FeatureBatch]:
-    """Run images through the networks, the first of them decoded in a child process."""
+    """Do what ``stream_parts`` does, and show how far it is."""
     dataset, options = jobs[0].dataset, jobs[0].options
     with Progress("extract", "image", len(positions), shown=options.progress) as progress:
-        for part, isolate in ((positions[:num_isolated], True), (positions[num_isolated:], False)):
-            for batch in stream_features(
-                dataset, dataset.samples, _lanes(jobs), positions=part, workers=options.workers,
-                timer=timer, isolate=isolate,
-            ):  # fmt: skip
-                yield batch
-                bottleneck = find_bottleneck(timer.seconds)
-                progress.move_by(len(batch.outcomes), f"waits for {bottleneck}")
+        for batch in stream_parts(
+            jobs,
+            dataset,
+            dataset.samples,
+            positions,
+            num_isolated,
+            workers=options.workers,
+            timer=timer,
+        ):
+            yield batch
+            bottleneck = find_bottleneck(timer.seconds)
+            progress.move_by(len(batch.outcomes), f"waits for {bottleneck}")
 
 
-def _describe_kept(job: Job) -> str:
+def describe_kept(job: Job) -> str:
     """Say how far an interrupted run got."""
     num_kept, num_images = job.ledger.num_kept, len(job.dataset.samples)
     return f"{num_kept:,} of {count(num_images, 'image')} kept in {printable(job.partial.folder)}"
 
 
-def _note_speed(job: Job, seconds: float, timer: Timer) -> None:
-    """Record how fast it went."""
+def note_speed(job: Job, seconds: float, stages: Mapping[str, float]) -> None:
+    """Record how fast it went.
+
+    Args:
+        job: The cache.
+        seconds: Wall time of the work.
+        stages: The seconds of each stage, all threads together.
+    """
     job.images_per_second = round(job.ledger.num_new / seconds, 2)
     job.provenance |= {
         "images_per_second": job.images_per_second,
-        "stage_seconds": {k: round(v, 3) for k, v in sorted(timer.seconds.items())},
-        "bottleneck": find_bottleneck(timer.seconds),
+        "stage_seconds": {k: round(v, 3) for k, v in sorted(stages.items())},
+        "bottleneck": find_bottleneck(stages),
     }
