@@ -14,14 +14,14 @@ import os
 import secrets
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from featcache.child import DICOM_READERS
 from featcache.data.dicom_files import DicomFacts, HeaderFacts
 from featcache.data.folders import SPLIT_OF_FOLDER, has_image_ending
 from featcache.data.samples import ImageDataset, Sample, sort_samples
-from featcache.errors import ConfigError, DataError, warn_user
+from featcache.errors import ConfigError, DataError, printable, warn_user
 from featcache.files import read_regular
 from featcache.formatting import count
 from featcache.runtime import Say
@@ -31,6 +31,7 @@ PATIENT_IDS = ("keep", "ignore")
 PATH_NAMES = ("keep", "hash")
 
 _BATCH = 32  # files a request
+_MANY = 5000  # a thousand take a second of two cores
 _LARGE_SHARE, _LARGE_COUNT = 0.2, 20
 _MOST_SALT_BYTES, _LEAST_SALT_BYTES = 4096, 16
 
@@ -38,66 +39,86 @@ _MOST_SALT_BYTES, _LEAST_SALT_BYTES = 4096, 16
 # -------------------------------------------------------------------------------------------- salt
 
 
-def make_salt(path: Path, *, writes: bool = True) -> bytes:
-    """Return the salt in a file, which is made if it is not there, readable to its owner alone.
+@dataclass(frozen=True)
+class Salt:
+    """A salt, and the file that it is in, or would be in.
 
-    Args:
+    Attributes:
         path: The file.
-        writes: Make it; else a new salt is kept nowhere.
-
-    Raises:
-        ConfigError: If the file cannot be read or made, or is too short.
+        value: 16 bytes or more.
+        is_new: Whether the file is not there yet: ``keep`` makes it.
     """
-    try:
-        if writes and not os.path.lexists(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _create(path)
-        if writes or path.exists():
-            salt = read_regular(path, max_bytes=_MOST_SALT_BYTES).strip()
-        else:
-            salt = secrets.token_hex(32).encode()
-    except OSError as error:
-        raise ConfigError(
-            "--group-salt", expected="a file that can be read or made",
-            found=error.strerror or error, where=path,
-        ) from error  # fmt: skip
-    if len(salt) < _LEAST_SALT_BYTES:
-        raise ConfigError(
-            "--group-salt", expected=f"{_LEAST_SALT_BYTES} bytes or more", found=len(salt),
-            where=path, hint="Remove the file, and a new one is made",
-        )  # fmt: skip
-    return salt
 
+    path: Path
+    value: bytes = field(repr=False)
+    is_new: bool
 
-def _create(path: Path) -> None:
-    """Make the file, unless another process does at the same moment: never half of it."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_hex(32).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    @classmethod
+    def of(cls, path: Path) -> Salt:
+        """Return the salt in a file, or a new one.
+
+        Raises:
+            ConfigError: If the file cannot be read, or is too short.
+        """
+        if not os.path.lexists(path):
+            return cls(path, secrets.token_hex(32).encode(), is_new=True)
         try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # no links on this file system
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            value = read_regular(path, max_bytes=_MOST_SALT_BYTES).strip()
+        except OSError as error:
+            raise _unusable(path, error) from error
+        if len(value) < _LEAST_SALT_BYTES:
+            raise ConfigError(
+                "--group-salt", expected=f"{_LEAST_SALT_BYTES} bytes or more", found=len(value),
+                where=path, hint="Remove the file, and a new one is made",
+            )  # fmt: skip
+        return cls(path, value, is_new=False)
+
+    @property
+    def id(self) -> str:
+        """What tells salts apart, and tells nothing of them."""
+        return hashlib.sha256(b"featcache salt " + self.value).hexdigest()[:16]
+
+    def keep(self, say: Say) -> None:
+        """Make the file if it is not there, readable to its owner alone: whole, or not at all.
+
+        Raises:
+            ConfigError: If it cannot be made, or another command made it at the same moment.
+        """
+        if not self.is_new:
+            return
+        temporary = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(self.value + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, self.path)
+            except FileExistsError:
+                raise
+            except OSError:  # no links on this file system
+                temporary.replace(self.path)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        say(f"salt: {printable(self.path)}, made now. Later commands need it; keep it from others")
 
 
-def salt_id(salt: bytes) -> str:
-    """Return what tells salts apart, and tells nothing of them."""
-    return hashlib.sha256(b"featcache salt " + salt).hexdigest()[:16]
+def _unusable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        "--group-salt", expected="a file that can be read or made", where=path,
+        found=error.strerror or error, hint="Run the same command again, or name another",
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- dataset
 
 
 def identify(
-    dataset: ImageDataset, salt: bytes, *, patient_ids: str | None, path_names: str | None,
+    dataset: ImageDataset, salt: Salt, *, patient_ids: str | None, path_names: str | None,
     say: Say,
 ) -> ImageDataset:  # fmt: skip
     """Return a data set with groups of its DICOM headers, and without identifiers in its paths.
@@ -106,7 +127,7 @@ def identify(
 
     Args:
         dataset: The images.
-        salt: Of the hashes.
+        salt: Of the hashes. ``dicom.salt`` of the result says whether any are in it.
         patient_ids: An ID of more than a fifth of the images, and 20, is a question: ``keep`` takes
             it as a patient, ``ignore`` as none.
         path_names: ``hash`` replaces names of files and folders below split and class.
@@ -115,30 +136,32 @@ def identify(
     Raises:
         DataError: If an ID is that frequent, and nothing is said of it.
     """
-    _check(patient_ids, path_names)
+    check_choices(patient_ids, path_names)
     samples = [sample for sample in dataset.samples if dataset.is_dicom(sample)]
-    headers = _read_headers(dataset, samples, salt)
+    if len(samples) >= _MANY:
+        say(f"Reading the headers of {count(len(samples), 'DICOM file')}.")
+    headers = _read_headers(dataset, samples, salt.value)
     is_hashed = path_names == "hash"
     _warn_of_names(headers, len(samples), is_hashed=is_hashed)
     copies = _find_copies(dataset, headers)
     if is_hashed:
-        dataset, names = hash_paths(dataset, salt)
+        dataset, names = hash_paths(dataset, salt.value)
         headers = {names[path]: facts for path, facts in headers.items()}
         copies = [[names[path] for path in paths] for paths in copies]
     has_groups = any(sample.group is not None for sample in dataset.samples)
+    is_used = is_hashed
     if samples and not has_groups:
         patients = _choose_patients(headers, patient_ids, len(samples))
         dataset = _group(dataset, patients, copies, say)
-    is_used = is_hashed or not has_groups
-    facts = DicomFacts(
-        salt_id(salt) if is_used else None, {p: h.columns for p, h in headers.items()}
-    )
+        is_used = is_used or bool(patients)
+    facts = DicomFacts(salt.id if is_used else None, {p: h.columns for p, h in headers.items()})
     if samples:
         say(_describe(facts, len(samples)))
     return replace(dataset, dicom=facts)
 
 
-def _check(patient_ids: str | None, path_names: str | None) -> None:
+def check_choices(patient_ids: str | None, path_names: str | None) -> None:
+    """Raise ConfigError unless both are among their choices, or None."""
     for option, value, choices in (
         ("--patient-ids", patient_ids, PATIENT_IDS), ("--path-names", path_names, PATH_NAMES),
     ):  # fmt: skip

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from featcache.data.dataset import ImageDataset, Sample, scan
-from featcache.data.dicom_groups import identify, make_salt
+from featcache.data.dicom_groups import Salt, identify
 from featcache.data.folders import SPLITS
 from featcache.data.groups import GroupPattern
 from featcache.data.samples import UNKNOWN
 from featcache.data.stratification import assign_labelled_units, assign_units, build_units
-from featcache.errors import ConfigError, DataError, printable, warn_user
+from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
 from featcache.formatting import brief_repr, count, in_bytes, join_few, list_counts
 from featcache.output_folders import new_folder
@@ -211,13 +211,12 @@ def _identify(
     patient_ids: str | None, say: Say,
 ) -> ImageDataset:  # fmt: skip
     """Return the data set in groups by patient, where it has none, hashed as they are written."""
-    is_written = destination.suffix.lower() == ".csv" and dataset.samples[0].group is None
     place = beside(destination, ".salt") if group_salt is None else Path(group_salt)
-    was_there = place.exists()
-    salt = make_salt(place, writes=is_written or group_salt is not None)
-    if place.exists() and not was_there:
-        say(f"salt: {printable(place)}, made now. Later commands need it; keep it from others")
-    return identify(dataset, salt, patient_ids=patient_ids, path_names=None, say=say)
+    salt = Salt.of(place)
+    dataset = identify(dataset, salt, patient_ids=patient_ids, path_names=None, say=say)
+    if _is_by_patient(dataset) and destination.suffix.lower() == ".csv":
+        salt.keep(say)
+    return dataset
 
 
 def _is_by_patient(dataset: ImageDataset) -> bool:

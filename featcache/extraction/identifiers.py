@@ -14,8 +14,8 @@ from featcache.cache.container import is_container
 from featcache.cache.reading import Cache, open_cache
 from featcache.data.dataset import ImageDataset
 from featcache.data.dicom_files import COLUMNS
-from featcache.data.dicom_groups import hash_paths, identify, make_salt, salt_id
-from featcache.errors import CacheError, ConfigError, printable
+from featcache.data.dicom_groups import Salt, hash_paths, identify
+from featcache.errors import CacheError, ConfigError
 from featcache.extraction.options import ExtractionOptions
 from featcache.files import csv_text, write_bytes
 from featcache.renames import beside
@@ -52,22 +52,20 @@ def settle_identifiers(
     place = default if options.group_salt is None else Path(options.group_salt)
     ids = {path: facts["group_salt"] for path, facts in stored.items() if "group_salt" in facts}
     is_kept = path_names == "hash" or dataset.samples[0].group is None
-    was_there = place.exists()
-    salt = make_salt(place, writes=writes and is_kept and not (ids and not was_there))
+    salt = Salt.of(place)
     for path, wanted in ids.items():
-        if is_kept and salt_id(salt) != wanted:
+        if is_kept and salt.id != wanted:
             raise CacheError(
                 "salt of the groups", expected=f"that of {path.name}", where=place,
-                found="another" if was_there else "no file",
+                found="no file" if salt.is_new else "another",
                 hint="Name it with --group-salt, or replace the cache with --rebuild",
             )  # fmt: skip
-    if is_kept and not was_there and writes:
-        options.say(
-            f"salt: {printable(place)}, made now. Later commands need it; keep it from others"
-        )
-    return identify(
+    dataset = identify(
         dataset, salt, patient_ids=options.patient_ids, path_names=path_names, say=options.say
     )
+    if writes and dataset.dicom is not None and dataset.dicom.salt is not None:
+        salt.keep(options.say)
+    return dataset
 
 
 def _refuse_unused(dataset: ImageDataset, options: ExtractionOptions) -> ImageDataset:
@@ -144,10 +142,10 @@ def as_listed(dataset: ImageDataset, cache: Cache, group_salt: str | Path | None
     if group_salt is not None:
         places = [Path(group_salt)]
     place = next((place for place in places if place.is_file()), None)
-    salt = None if place is None else make_salt(place, writes=False)
-    if salt is None or salt_id(salt) != cache.provenance.get("group_salt"):
+    salt = None if place is None else Salt.of(place)
+    if salt is None or salt.id != cache.provenance.get("group_salt"):
         raise CacheError(
             "salt of the paths", expected=f"that of {cache.path.name}", where=place or places[0],
             found="no file" if salt is None else "another", hint="Put it there",
         )  # fmt: skip
-    return hash_paths(dataset, salt)[0]
+    return hash_paths(dataset, salt.value)[0]

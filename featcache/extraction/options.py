@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from featcache.backbones.backbone import Backbone
+from featcache.data.dicom_groups import check_choices
 from featcache.data.listing import Listing
 from featcache.errors import ConfigError
 from featcache.extraction.pipeline import resolve_workers
+from featcache.pixels.dicom import DicomRules
 from featcache.runtime import Say, log_line
 from featcache.untrusted import MAX_PIXELS
 
@@ -22,8 +24,8 @@ class ExtractionOptions:
     """The keywords of ``extract`` but its backbone; documented there.
 
     Raises:
-        ConfigError: If ``workers``, ``processes``, ``max_errors`` or an option of the listing has
-            no such value.
+        ConfigError: If ``workers``, ``processes``, ``max_errors``, an option of DICOM or of the
+            listing has no such value.
     """
 
     weights: str | Path | None = None
@@ -74,6 +76,8 @@ class ExtractionOptions:
     def __post_init__(self) -> None:
         resolve_workers(self.workers)
         parse_max_errors(self.max_errors)
+        DicomRules(self.window, self.frame)
+        check_choices(self.patient_ids, self.path_names)
         if type(self.processes) is not int or not 1 <= self.processes <= 256:
             raise ConfigError("--processes", expected="1 to 256", found=self.processes)
         assert self.listing is not None

@@ -23,7 +23,7 @@ import featcache
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.selection import select
 from featcache.cli import main
-from featcache.data.dicom_groups import make_salt, salt_id
+from featcache.data.dicom_groups import Salt
 from featcache.data.splitting import split
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning
 
@@ -79,7 +79,7 @@ def test_patients_are_groups_with_a_salt_that_later_commands_reuse(tmp_path: Pat
     assert "salt: " in "".join(said)
     assert "groups: 6, by patient ID of 12 of 12" in said
     assert stat.S_IMODE(salt.stat().st_mode) == 0o600 or os.name == "nt"
-    assert first.provenance["group_salt"] == salt_id(make_salt(salt))
+    assert first.provenance["group_salt"] == Salt.of(salt).id
     assert groups_of(extract(data, tmp_path / "b.h5", group_salt=salt)) == groups
     assert not (tmp_path / "b.h5.salt").exists()
     assert not set(groups_of(extract(data, tmp_path / "c.h5")).values()) & set(groups.values())
@@ -103,11 +103,8 @@ def test_an_issuer_makes_another_patient_and_a_blank_id_none(tmp_path: Path) -> 
     assert len(set(groups.values())) == 9
     assert [groups[f"covid/{n}.dcm"] for n in (91, 92)] == ["covid/91.dcm", "covid/92.dcm"]
     blank = write_patients(tmp_path / "blank", PatientID="")
-    assert not groups_of_or_none(extract(blank, tmp_path / "d.h5"))
-
-
-def groups_of_or_none(cache: Cache) -> bool:
-    return any(rows.groups is not None for rows in cache.splits.values())
+    assert extract(blank, tmp_path / "d.h5").splits["all"].groups is None
+    assert not (tmp_path / "d.h5.salt").exists()  # nothing is hashed
 
 
 def test_an_id_on_more_than_a_fifth_is_asked_about(tmp_path: Path) -> None:

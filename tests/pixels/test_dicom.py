@@ -150,6 +150,13 @@ def test_transforms_are_applied_as_highdicom_applies_them(name: str, syntax: str
     np.testing.assert_array_equal(shown(data), by_highdicom(data))
 
 
+def test_monochrome1_is_inverted_once_whatever_the_presentation_lut_shape() -> None:
+    plain = shown(make_dicom(ramp(12), bits=12))
+    for shape in (None, "IDENTITY", "INVERSE"):
+        how = {"photometric": "MONOCHROME1", "PresentationLUTShape": shape}
+        np.testing.assert_array_equal(shown(make_dicom(ramp(12), bits=12, **how)), 255 - plain)
+
+
 @pytest.mark.parametrize("syntax", ["explicit", "implicit", "big endian"])
 def test_tables_are_scaled_by_their_bits_whatever_their_values(syntax: str) -> None:
     # highdicom reads tables of 8 and 16 bits alone, and stretches those that leave values out
