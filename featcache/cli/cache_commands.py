@@ -165,6 +165,11 @@ def _once_each(
     "--processes", type=click.IntRange(1, 256), default=1, show_default=True,
     help="How many, on each device; the CPU's cores are shared out among them.",
 )  # fmt: skip
+@click.option(
+    "--part", metavar="I/N",
+    help="Make part I of N only, for queues: on any hosts that see DATA and CACHE, in any order. "
+    "The command without it then merges them, does what is missing and writes CACHE.",
+)  # fmt: skip
 @grouping
 @patients
 @click.option(

@@ -41,6 +41,8 @@ from featcache.extraction.reports import (
 )
 from featcache.extraction.work import work
 from featcache.extraction.workers.local import resolve_devices, work_on
+from featcache.extraction.workers.parts import finish_part, part_held, take_part
+from featcache.extraction.workers.plans import Part
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
@@ -60,7 +62,7 @@ def extract(
     window: str | None = ..., frame: int | None = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
+    processes: int = ..., part: str | None = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     group_salt: str | Path | None = ..., patient_ids: str | None = ...,
     path_names: str | None = ...,
@@ -86,7 +88,7 @@ def extract(
     window: str | None = ..., frame: int | None = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
+    processes: int = ..., part: str | None = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     group_salt: str | Path | None = ..., patient_ids: str | None = ...,
     path_names: str | None = ...,
@@ -111,7 +113,7 @@ def extract(
     window: str | None = ..., frame: int | None = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
+    processes: int = ..., part: str | None = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     group_salt: str | Path | None = ..., patient_ids: str | None = ...,
     path_names: str | None = ...,
@@ -153,6 +155,7 @@ def extract(
     workers: int | str = "auto",
     device: str = "auto",
     processes: int = 1,
+    part: str | None = None,
     group_by: str | None = None,
     group_by_path: str | None = None,
     group_salt: str | Path | None = None,
@@ -218,6 +221,8 @@ def extract(
             ``cuda:0,cuda:1``, or ``all`` GPUs, with processes of their own.
         processes: How many on each device, CPU cores being shared out among them. The features do
             not depend on it.
+        part: ``2/4`` makes the second of four parts, without writing the cache, on any host that
+            sees ``data`` and ``cache``; the call without it merges them and does what is missing.
         group_by: Regular expression on the file name; its first group is the group.
         group_by_path: Instead, one on the path below the class: see ``scan``.
         group_salt: File of the salt that IDs of patients in DICOM headers are hashed with, which
@@ -262,7 +267,7 @@ def extract(
         truncated=truncated, max_pixels=max_pixels, window=window, frame=frame, views=views,
         augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
-        workers=workers, device=device, processes=processes, group_by=group_by,
+        workers=workers, device=device, processes=processes, part=part, group_by=group_by,
         group_by_path=group_by_path, group_salt=group_salt, patient_ids=patient_ids,
         path_names=path_names, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
@@ -296,7 +301,8 @@ def _extract(
     for target in targets:
         path, job = target.path, _plan_job(dataset, target, options)
         if job.old is not None and job.is_up_to_date and not options.rehash:
-            job.remove_leftovers()
+            if options.part is None:
+                job.remove_leftovers()
             done[path] = summarise(
                 job.old, "up to date", start, dataset, num_kept=len(dataset.samples)
             )
@@ -305,7 +311,7 @@ def _extract(
     if jobs:
         _make_caches(jobs, options, start, done)
     for path, summary in done.items():
-        if not summary.num_new:
+        if not summary.num_new and summary.content_sha256:  # else a part, of no cache yet
             warn_of_precision(open_cache(path, verify=False), options.precision)
     return [done[target.path] for target in targets]
 
@@ -315,24 +321,30 @@ def _make_caches(
     done: dict[Path, ExtractionSummary],
 ) -> None:  # fmt: skip
     """Plan, work and finish, while nobody else can write the caches."""
+    part = None if options.part is None else Part.parse(options.part)
     with contextlib.ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(job.locked())
+            stack.enter_context(job.locked() if part is None else part_held(job, part))
         # Undone whatever happens, and before the locks are: an engine changes torch's threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         devices = resolve_devices(options.device, options.processes)
         device = resolve_device(devices[0]).torch()
         positions = find_known(jobs, device)
-        unfinished = [job for job in jobs if job.ledger.num_wanted]
-        for job in unfinished:
-            choose_engine(job, device)
+        if part is None:
+            unfinished = [job for job in jobs if job.ledger.num_wanted]
+            for job in unfinished:
+                choose_engine(job, device)
+        else:
+            unfinished = take_part(jobs, part, positions, device)
+            positions = [p for p in positions if any(job.ledger.wants(p) for job in unfinished)]
         check_threads(unfinished)
         if unfinished and len(devices) > 1:
             work_on(devices, unfinished, positions)
         elif unfinished:
             work(unfinished, positions)
         for job in jobs:
-            done[job.path] = finish(job, start)
+            made = finish(job, start) if part is None else finish_part(job, part, start)
+            done[job.path] = made
 
 
 @overload

@@ -14,6 +14,7 @@ from featcache.data.dicom_groups import check_choices
 from featcache.data.listing import Listing
 from featcache.errors import ConfigError
 from featcache.extraction.pipeline import resolve_workers
+from featcache.extraction.workers.plans import Part
 from featcache.pixels.dicom import DicomRules
 from featcache.runtime import Say, log_line
 from featcache.untrusted import MAX_PIXELS
@@ -50,6 +51,7 @@ class ExtractionOptions:
     workers: int | str = "auto"
     device: str = "auto"
     processes: int = 1
+    part: str | None = None
     group_by: str | None = None
     group_by_path: str | None = None
     group_salt: str | Path | None = None
@@ -80,6 +82,13 @@ class ExtractionOptions:
         check_choices(self.patient_ids, self.path_names)
         if type(self.processes) is not int or not 1 <= self.processes <= 256:
             raise ConfigError("--processes", expected="1 to 256", found=self.processes)
+        if self.part is not None:
+            Part.parse(self.part)
+            if self.rebuild:  # each part would discard the others'
+                raise ConfigError(
+                    "--rebuild", expected="no --part beside it", found="both",
+                    hint="Choose another name for the cache, or remove the old one first",
+                )  # fmt: skip
         assert self.listing is not None
 
     @cached_property
