@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 
@@ -27,7 +27,12 @@ from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.engine_choice import check_threads, choose_engine
 from featcache.extraction.finish import finish
 from featcache.extraction.identifiers import settle_identifiers
-from featcache.extraction.options import ExtractionOptions, Target, name_caches
+from featcache.extraction.options import (
+    ExtractionOptions,
+    ExtractKeywords,
+    Target,
+    name_caches,
+)
 from featcache.extraction.plan import Job, find_known
 from featcache.extraction.recipe import Recipe, make_recipe
 from featcache.extraction.reports import (
@@ -54,77 +59,22 @@ _Sizes = list[int] | tuple[int, ...]
 
 @overload
 def extract(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone,
-    weights: str | Path | None = ..., image_size: int | str = ..., transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    window: str | None = ..., frame: int | None = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ..., part: str | None = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    group_salt: str | Path | None = ..., patient_ids: str | None = ...,
-    path_names: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
-    uncertain: str | None = ..., blank: str | None = ...,
-    split_list: Mapping[str, str | Path] | None = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone, image_size: int | str = ...,
+    **options: Unpack[ExtractKeywords],
 ) -> ExtractionSummary: ...  # fmt: skip
 
 
 @overload
 def extract(
     data: str | Path, cache: str | Path, *, backbone: _Backbones,
-    weights: str | Path | None = ..., image_size: int | str | _Sizes = ...,
-    transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    window: str | None = ..., frame: int | None = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ..., part: str | None = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    group_salt: str | Path | None = ..., patient_ids: str | None = ...,
-    path_names: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
-    uncertain: str | None = ..., blank: str | None = ...,
-    split_list: Mapping[str, str | Path] | None = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
+    image_size: int | str | _Sizes = ..., **options: Unpack[ExtractKeywords],
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
 @overload
 def extract(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone,
-    weights: str | Path | None = ..., image_size: _Sizes, transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    window: str | None = ..., frame: int | None = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ..., part: str | None = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    group_salt: str | Path | None = ..., patient_ids: str | None = ...,
-    path_names: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
-    uncertain: str | None = ..., blank: str | None = ...,
-    split_list: Mapping[str, str | Path] | None = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone, image_size: _Sizes,
+    **options: Unpack[ExtractKeywords],
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
