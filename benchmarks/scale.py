@@ -99,16 +99,15 @@ def measure_coordinator(num_images: int, num_workers: int, folder: str) -> dict[
     The rows are those of EfficientNet-B0, 1,280 float32: 3,276 fill a shard. No shard is written:
     the coordinator reads none.
     """
-    from featcache.extraction.workers.coordinator import Coordinator
-    from featcache.extraction.workers.worker import Done, Ready, ShardMade
-
     import featcache
     from featcache.data.samples import ImageDataset, Sample
     from featcache.extraction.engine_choice import choose_engine
     from featcache.extraction.options import ExtractionOptions
     from featcache.extraction.plan import Job, find_known
     from featcache.extraction.recipe import make_recipe
-    from featcache.extraction.shards import Receipt
+    from featcache.extraction.shards import Receipt, read_manifest
+    from featcache.extraction.workers.coordinator import Coordinator
+    from featcache.extraction.workers.worker import Done, Ready, ShardMade
 
     class Idle:
         """A worker that answers at once."""
@@ -150,12 +149,12 @@ def measure_coordinator(num_images: int, num_workers: int, folder: str) -> dict[
         work = time.perf_counter()
         Coordinator([job], positions, lambda _, facts, tell: Idle(facts, tell), num_workers).run()
         seconds = time.perf_counter() - work
-        num_shards = len(list(job.partial.receipts))
-        manifest = (job.partial.folder / "manifest.json").stat().st_size
+        manifest = job.partial.folder / "manifest.json"
+        num_shards, size = len(read_manifest(manifest).shards), manifest.stat().st_size
     return {
         "num_images": num_images, "num_workers": num_workers, "num_shards": num_shards,
         "samples_seconds": start - begin, "plan_seconds": work - start, "seconds": seconds,
-        "manifest_bytes": manifest, "peak_bytes": peak_memory(),
+        "manifest_bytes": size, "peak_bytes": peak_memory(),
     }  # fmt: skip
 
 

@@ -197,14 +197,17 @@ def labelling(command: _F) -> _F:
 
 
 def csv_columns(command: _F) -> _F:
-    """Add --columns and --ignore-columns, for commands that read a CSV of images."""
+    """Add --columns and --ignore-columns, for commands that read tables of images."""
     command = click.option(
         "--ignore-columns",
         metavar="A,B",
         callback=_split_names,
-        help="Headers of a CSV that are not used.",
+        help="Headers of a CSV or Parquet file that are not used.",
     )(command)
-    text = "Which header of a CSV is path, target, split or group. May be repeated."
+    text = (
+        "Which header of a CSV is path, target, split or group; in Parquet also image; in tars a "
+        "key of the JSON, or an ending as txt, beside images. May be repeated."
+    )
     return _columns(text)(command)
 
 
@@ -240,6 +243,21 @@ def grouping(command: _F) -> _F:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+GROUP_SALT = click.option(
+    "--group-salt", metavar="FILE", type=click.Path(path_type=Path),
+    help="Salt of hashed IDs and paths; made if it is not there. Default: beside the cache.",
+)  # fmt: skip
+
+
+def patients(command: _F) -> _F:
+    """Add --group-salt and --patient-ids, of commands that group DICOM files by patient."""
+    command = click.option(
+        "--patient-ids", type=click.Choice(["keep", "ignore"]),
+        help="DICOM: what an ID on more than a fifth of the images is, a patient or no ID.",
+    )(command)  # fmt: skip
+    return GROUP_SALT(command)
 
 
 def head_options(command: _F) -> _F:

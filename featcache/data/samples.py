@@ -1,18 +1,21 @@
 """The samples of a data set: what ``scan`` returns, and what reads their files.
 
-Reads: image files and members of zips. Writes: nothing.
+Reads: image files; those in zips, tars and Parquet by their stores. Writes: nothing.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
-from featcache.data.archive import Member, read_member
-from featcache.data.folders import OTHER_ENDING, SPLITS, ImageFile
+from featcache.data import dicom_files
+from featcache.data.dicom_files import DicomFacts
+from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
 from featcache.formatting import brief_repr
@@ -53,13 +56,32 @@ class Sample:
     targets: tuple[int, ...] | None = None
 
 
+class Store(Protocol):
+    """Reads images that are no files of their own: in a zip, in tars, in Parquet. Picklable."""
+
+    def read(self, path: str) -> bytes:
+        """Return the bytes of an image.
+
+        Raises:
+            OSError: If they cannot be read.
+            ValueError: If they are not what was scanned.
+            KeyError: If there is no such image.
+        """
+
+    def place_of(self, path: str) -> tuple[int, int]:
+        """Return what images are sorted by to be read one after another."""
+
+    def path_inside(self, path: str) -> str:
+        """Return the path in the folders that were packed, without the name of a tar."""
+
+
 @dataclass(frozen=True)
 class ImageDataset:
     """The samples of a data set, sorted by split and by the bytes of their path. Picklable.
 
     Args:
-        root: Folder, CSV or zip it was scanned from.
-        layout: ``splits``, ``classes``, ``images``, ``csv`` or ``zip``.
+        root: What it was scanned from: a folder, CSV, zip, tar or Parquet file.
+        layout: ``splits``, ``classes``, ``images``, ``csv``, ``zip``, ``tar`` or ``parquet``.
         classes: Class names, sorted as strings; empty when nothing is labelled.
         samples: All samples.
         num_ignored: Reason -> number of files and folders that were not used.
@@ -68,7 +90,10 @@ class ImageDataset:
         ignored_columns: Headers of a CSV that were not used.
         num_found_by_name: How many files a CSV gives by their name alone, from folders below it.
         task: ``multiclass``, or ``multilabel``: several labels per image.
-        notes: What was made of the labels and the splits of a CSV, in lines for people.
+        notes: Where the classes come from, and what was made of labels and splits, in lines for
+            people.
+        files: Path of a sample -> that of its file, where they differ: hashed ones.
+        dicom: What the headers of its DICOM files say, where they were read.
     """
 
     __repr__ = brief_repr
@@ -84,7 +109,9 @@ class ImageDataset:
     num_found_by_name: int = 0
     task: str = "multiclass"
     notes: tuple[str, ...] = ()
-    _members: dict[str, Member] = field(default_factory=dict, repr=False)
+    files: dict[str, str] = field(default_factory=dict, repr=False)
+    dicom: DicomFacts | None = None
+    _store: Store | None = field(default=None, repr=False)
 
     @property
     def num_grouped(self) -> int | None:
@@ -96,6 +123,29 @@ class ImageDataset:
         """The splits that have samples, in the order train, valid, test, all."""
         present = {sample.split for sample in self.samples}
         return tuple(name for name in SPLITS if name in present)
+
+    @cached_property
+    def has_dicom(self) -> bool:
+        """Whether any sample is a DICOM file."""
+        return any(map(self.is_dicom, self.samples))
+
+    def is_dicom(self, sample: Sample) -> bool:
+        """Return whether a sample is a DICOM file: by its ending, else by its first bytes."""
+        name = sample.path.rpartition("/")[2]
+        _, dot, ending = name.rpartition(".")
+        if dot + ending.lower() in IMAGE_SUFFIXES:
+            return False
+        if dicom_files.has_dicom_ending(name):
+            return True
+        path = self.file_of(sample)
+        return path is not None and dicom_files.sniff(path)
+
+    def file_of(self, sample: Sample) -> Path | None:
+        """Return the file of a sample; None of one in an archive, a tar or a Parquet file."""
+        if self._store is not None:
+            return None
+        folder = self.root.parent if self.layout == "csv" else self.root
+        return folder / self.files.get(sample.path, sample.path)
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of one split.
@@ -160,6 +210,8 @@ class ImageDataset:
     def describe_ignored(self) -> list[str]:
         """Return a line for each reason why files and folders were not used."""
         lines = [f"ignored: {number:,} ({reason})" for reason, number in self.reasons_ignored()]
+        if any(dicom_files.has_dicom_ending(ending) for ending in self.ignored_endings):
+            lines.append(f"DICOM files are not read without pydicom: {dicom_files.INSTALL}")
         if self.ignored_columns:
             lines.append(f"ignored columns: {', '.join(map(printable, self.ignored_columns))}")
         return lines
@@ -171,16 +223,39 @@ class ImageDataset:
             DataError: If it cannot be read (any more), or is not a regular file (any more).
         """
         try:
-            if self.layout == "zip":
-                return read_member(self.root, self._members[sample.path])
-            folder = self.root.parent if self.layout == "csv" else self.root
-            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
+            if self._store is not None:
+                return self._store.read(self.files.get(sample.path, sample.path))
+            path = self.file_of(sample)
+            assert path is not None  # without a store there are files
+            return read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
                 "image file", expected="the file that was scanned", found=reason,
                 where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
             ) from error  # fmt: skip
+
+    def reading_order(self, positions: Iterable[int]) -> Sequence[int]:
+        """Return positions of samples in the order in which they are read fastest.
+
+        In tars and Parquet files that is the order in which they lie there: of a Parquet file
+        whole pages are read and unpacked, each of them once.
+        """
+        store = self._store
+        if store is None:
+            return array("q", positions)
+        return sorted(positions, key=lambda position: store.place_of(self.samples[position].path))
+
+    def in_reading_order(self, samples: Iterable[Sample]) -> list[Sample]:
+        """Return samples in that order."""
+        store = self._store
+        if store is None:
+            return list(samples)
+        return sorted(samples, key=lambda sample: store.place_of(sample.path))
+
+    def path_inside(self, sample: Sample) -> str:
+        """Return a sample's path in the folders that were packed, without the name of a tar."""
+        return sample.path if self._store is None else self._store.path_inside(sample.path)
 
 
 def labels_text(classes: Iterable[str], targets: Iterable[float]) -> str:

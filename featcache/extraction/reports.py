@@ -337,6 +337,8 @@ def describe_recipe(recipe: Recipe, say: Say) -> None:
     )
     if note := training_data_note(backbone.name):
         say(f"Note: {note}.")
+    if rules.dicom is not None:
+        say(f"DICOM: {rules.dicom.describe()}.")
     views = recipe.view_rules
     if views.augmentation is not None:
         say(f"Views: {views.num_views} of every image to train on, {views.augmentation}.")
