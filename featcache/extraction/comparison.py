@@ -25,6 +25,7 @@ from featcache.cache.provenance import (
 )
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample, scan
+from featcache.data.sources import Data, listing_for, named
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
 from featcache.extraction.pipeline import Lane, Outcome, hash_images, stream_features
@@ -70,7 +71,7 @@ class Comparison:
 
 
 def compare(
-    cache: Cache, data: str | Path, *, samples: int | str, weights: str | Path | None,
+    cache: Cache, data: Data, *, samples: int | str, weights: str | Path | None,
     backbone: Backbone | str | None, device: str, max_pixels: int, say: Say,
 ) -> Comparison:  # fmt: skip
     """Compare a cache with the images it was made of.
@@ -133,7 +134,7 @@ def compare(
 
 
 def find_images(
-    cache: Cache, data: str | Path
+    cache: Cache, data: Data
 ) -> tuple[ImageDataset, dict[_Key, Sample], dict[_Key, int]]:
     """List the images that a cache was made of, as ``extract`` listed them.
 
@@ -144,13 +145,13 @@ def find_images(
     Raises:
         CacheError: If ``data`` has none of the images.
     """
-    listing = listing_of(cache).for_data(data)
+    listing = listing_for(data, listing_of(cache))
     dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
     now = {(s.split, s.path): s for s in dataset.samples}
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     if rows and not rows.keys() & now.keys():
         raise CacheError(
-            "images of the cache", expected="those it was made of", where=data,
+            "images of the cache", expected="those it was made of", where=named(data),
             found=f"none of {len(rows):,} with the same name", hint="Check --data",
         )  # fmt: skip
     return dataset, now, rows
