@@ -301,7 +301,7 @@ def _read_headers(
         pairs = zip(batch, found, strict=True)
         return {sample.path: facts for sample, facts in pairs if isinstance(facts, HeaderFacts)}
 
-    size = 1 if dataset.layout == "zip" else _BATCH
+    size = _BATCH if samples and dataset.file_of(samples[0]) else 1  # whole files are sent
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
     headers: dict[str, HeaderFacts] = {}
     with Threads("header", DICOM_READERS.number) as threads:

@@ -25,6 +25,8 @@ UNLABELLED = -1
 UNKNOWN = -1
 """Stands among several targets of a sample where the answer is not known."""
 
+_LAYOUTS_OF_FILES = {"splits", "classes", "images", "csv"}
+
 MAX_IMAGE_BYTES = 2**31
 """Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
 
@@ -121,7 +123,7 @@ class ImageDataset:
 
     def file_of(self, sample: Sample) -> Path | None:
         """Return the file of a sample; None of a member of an archive."""
-        if self.layout == "zip":
+        if self.layout not in _LAYOUTS_OF_FILES:
             return None
         folder = self.root.parent if self.layout == "csv" else self.root
         return folder / self.files.get(sample.path, sample.path)
