@@ -479,7 +479,7 @@ def _without_samples(dataset: ImageDataset) -> ImageDataset:
     """Return a data set with one sample a split: workers need the splits, and get their samples."""
     one = {sample.split: sample for sample in reversed(dataset.samples)}
     samples = tuple(one[split] for split in dataset.splits)
-    return replace(dataset, samples=samples, root=dataset.root.absolute())
+    return replace(dataset, samples=samples, root=dataset.root.absolute(), dicom=None)
 
 
 def _never_run(batch: torch.Tensor) -> NoReturn:
