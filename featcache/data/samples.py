@@ -26,7 +26,6 @@ UNLABELLED = -1
 UNKNOWN = -1
 """Stands among several targets of a sample where the answer is not known."""
 
-
 MAX_IMAGE_BYTES = 2**31
 """Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
 
