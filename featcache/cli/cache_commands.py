@@ -165,6 +165,11 @@ def _once_each(
     "--processes", type=click.IntRange(1, 256), default=1, show_default=True,
     help="How many, on each device; the CPU's cores are shared out among them.",
 )  # fmt: skip
+@click.option(
+    "--part", metavar="I/N",
+    help="Make part I of N only, for queues: on any hosts that see DATA and CACHE, in any order. "
+    "The command without it then merges them, does what is missing and writes CACHE.",
+)  # fmt: skip
 @grouping
 @patients
 @click.option(
@@ -206,7 +211,8 @@ def extract(
     """Run a frozen backbone once over the images in DATA and keep the features in CACHE.
 
     DATA holds split folders of class folders, or class folders, or images; or it is a CSV
-    (path,target,split,group) or a zip. Run again, it goes on where it stopped, or updates.
+    (path,target,split,group), a zip, a tar, a Parquet file with images, or a folder of tars or of
+    Parquet files. Run again, it goes on where it stopped, or updates.
 
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0

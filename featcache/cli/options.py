@@ -197,14 +197,17 @@ def labelling(command: _F) -> _F:
 
 
 def csv_columns(command: _F) -> _F:
-    """Add --columns and --ignore-columns, for commands that read a CSV of images."""
+    """Add --columns and --ignore-columns, for commands that read tables of images."""
     command = click.option(
         "--ignore-columns",
         metavar="A,B",
         callback=_split_names,
-        help="Headers of a CSV that are not used.",
+        help="Headers of a CSV or Parquet file that are not used.",
     )(command)
-    text = "Which header of a CSV is path, target, split or group. May be repeated."
+    text = (
+        "Which header of a CSV is path, target, split or group; in Parquet also image; in tars a "
+        "key of the JSON, or an ending as txt, beside images. May be repeated."
+    )
     return _columns(text)(command)
 
 

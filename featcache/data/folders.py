@@ -34,6 +34,8 @@ IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jfif", ".jpe", ".pjpeg", ".png", ".bmp", ".tif", ".tiff", ".webp",
     ".ppm", ".pgm", ".pbm", ".pnm",
 })  # fmt: skip
+SHARD_ENDINGS = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet"}
+"""Ending of a file that holds many images -> its kind."""
 OTHER_ENDING = "not an image ending"
 LINKED_FOLDER = "link to a folder"
 NO_ENDING = "without an ending"
@@ -42,12 +44,14 @@ DICOM_WITHOUT_ENDING = "DICOM without an ending"
 _DICOM = f"DICOM files are not read without pydicom: {dicom_files.INSTALL}"
 _HEIC = "HEIC and AVIF photos are not read: convert them to JPEG or PNG first"
 _VOLUME = "Volumes (NIfTI, MetaImage, NRRD) are not read: save their slices as PNG first"
-_ARCHIVE = "Archives but .zip are not read: unpack them first"
+_ARCHIVE = "Of archives, .zip and plain .tar are read: unpack others first (a .tar.gz by gunzip)"
 _ADVICE_ON_ENDING = {
     **dict.fromkeys((".dcm", ".dicom", ".ima", DICOM_WITHOUT_ENDING), _DICOM),
     **dict.fromkeys((".heic", ".heif", ".hif", ".avif"), _HEIC),
     **dict.fromkeys((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"), _VOLUME),
-    **dict.fromkeys((".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), _ARCHIVE),
+    **dict.fromkeys((".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), _ARCHIVE),
+    ".tar": "Name the tar, or the folder of tars, as DATA",
+    ".parquet": "Name the Parquet file, or the folder of such files, as DATA",
     ".zip": "Zips inside a folder are not read: unpack them, or name one as DATA",
 }  # fmt: skip
 
@@ -70,6 +74,7 @@ class Ignored(Counter[str]):
         endings: Ending -> number of files that are ignored for it.
         examples: Ending -> the first of them.
         links: Paths of linked folders.
+        shards: Paths of tars and Parquet files.
     """
 
     def __init__(self) -> None:
@@ -77,6 +82,7 @@ class Ignored(Counter[str]):
         self.endings: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.links: list[str] = []
+        self.shards: list[str] = []
 
     def add(self, reason: str, path: str) -> None:
         """Count an entry."""
@@ -85,8 +91,21 @@ class Ignored(Counter[str]):
             ending = ending_of(path.rpartition("/")[2])
             self.endings[ending] += 1
             self.examples.setdefault(ending, path)
+            if ending in SHARD_ENDINGS:
+                self.shards.append(path)
         elif reason == LINKED_FOLDER:
             self.links.append(path)
+
+    def take_back(self, shards: Iterable[str]) -> None:
+        """Count tars or Parquet files no longer: they are the data."""
+        for path in shards:
+            ending = ending_of(path.rpartition("/")[2])
+            self[OTHER_ENDING] -= 1
+            self.endings[ending] -= 1
+            if not self.endings[ending]:
+                del self.endings[ending]
+        if not self[OTHER_ENDING]:
+            del self[OTHER_ENDING]
 
     def recognise_dicom(self, root: Path) -> None:
         """Look at the first file without an ending under ``root``: DICOM files often have none."""

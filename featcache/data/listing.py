@@ -19,6 +19,7 @@ from featcache.errors import ConfigError, printable, warn_user
 
 COLUMNS = ("path", "target", "split", "group")
 """The columns of a CSV of images."""
+_KEYS = (*COLUMNS, "image")  # of Parquet, the bytes
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,11 @@ class Listing:
         if companions not in {None, "keep", "ignore"}:
             raise ConfigError("--companions", expected="keep", found=companions)
         pairs = tuple(sorted(dict(columns or {}).items()))
-        unknown = [key for key, _ in pairs if key not in COLUMNS]
+        unknown = [key for key, _ in pairs if key not in _KEYS]
         if unknown or len({header for _, header in pairs}) < len(pairs):
             raise ConfigError(
-                "--columns", expected="KEY=HEADER, KEY being path, target, split or group",
+                "--columns",
+                expected="KEY=HEADER, KEY being path, target, split, group or image",
                 found=", ".join("=".join(pair) for pair in pairs),
             )  # fmt: skip
         lists = tuple(sorted((key, str(file)) for key, file in (split_list or {}).items()))
@@ -188,12 +190,19 @@ class Listing:
         return Listing.of(**(stored.as_json() | self.as_json()))
 
     def for_data(self, data: str | Path) -> Listing:
-        """Return these options without those that only a CSV has, unless ``data`` is one."""
-        is_csv = Path(data).suffix.lower() == ".csv"
-        return self if is_csv else replace(
-            self, columns=(), ignore_columns=(), target_columns=(), target_separator=None,
-            uncertain=None, blank=None, split_list=(),
+        """Return these options without those that ``data`` has no use for.
+
+        A CSV has use for all, tars and Parquet files for ``columns`` and ``ignore_columns``.
+        """
+        if Path(data).suffix.lower() == ".csv":
+            return self
+        left = replace(
+            self, target_columns=(), target_separator=None, uncertain=None, blank=None,
+            split_list=(),
         )  # fmt: skip
+        if not (self.columns or self.ignore_columns) or _may_have_columns(Path(data)):
+            return left
+        return replace(left, columns=(), ignore_columns=())
 
     def choose(self, paths: Sequence[str], root: object) -> list[str]:
         """Return why each path is left out: ``--include``, ``--exclude``, or "" for one taken.
@@ -211,6 +220,18 @@ class Listing:
             reason or ("--exclude" if is_excluded else "")
             for reason, is_excluded in zip(left_out, excluded, strict=True)
         ]
+
+
+_WITH_COLUMNS = {".tar", ".parquet", ".pq"}
+
+
+def _may_have_columns(data: Path) -> bool:
+    """Return whether it is a tar or a Parquet file, or a folder with some."""
+    if not data.is_dir():
+        return data.suffix.lower() in _WITH_COLUMNS
+    walked = data.rglob("*")
+    names = (path.suffix.lower() for path in walked if not path.name.startswith("."))
+    return any(ending in _WITH_COLUMNS for ending in names)
 
 
 def _as_tuple(texts: str | Iterable[str]) -> tuple[str, ...]:

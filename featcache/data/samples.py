@@ -1,18 +1,19 @@
 """The samples of a data set: what ``scan`` returns, and what reads their files.
 
-Reads: image files and members of zips. Writes: nothing.
+Reads: image files; those in zips, tars and Parquet by their stores. Writes: nothing.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from featcache.data import dicom_files
-from featcache.data.archive import Member, read_member
 from featcache.data.dicom_files import DicomFacts
 from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
 from featcache.errors import DataError, printable
@@ -24,8 +25,6 @@ UNLABELLED = -1
 
 UNKNOWN = -1
 """Stands among several targets of a sample where the answer is not known."""
-
-_LAYOUTS_OF_FILES = {"splits", "classes", "images", "csv"}
 
 MAX_IMAGE_BYTES = 2**31
 """Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
@@ -57,13 +56,32 @@ class Sample:
     targets: tuple[int, ...] | None = None
 
 
+class Store(Protocol):
+    """Reads images that are no files of their own: in a zip, in tars, in Parquet. Picklable."""
+
+    def read(self, path: str) -> bytes:
+        """Return the bytes of an image.
+
+        Raises:
+            OSError: If they cannot be read.
+            ValueError: If they are not what was scanned.
+            KeyError: If there is no such image.
+        """
+
+    def place_of(self, path: str) -> tuple[int, int]:
+        """Return what images are sorted by to be read one after another."""
+
+    def path_inside(self, path: str) -> str:
+        """Return the path in the folders that were packed, without the name of a tar."""
+
+
 @dataclass(frozen=True)
 class ImageDataset:
     """The samples of a data set, sorted by split and by the bytes of their path. Picklable.
 
     Args:
-        root: Folder, CSV or zip it was scanned from.
-        layout: ``splits``, ``classes``, ``images``, ``csv`` or ``zip``.
+        root: What it was scanned from: a folder, CSV, zip, tar or Parquet file.
+        layout: ``splits``, ``classes``, ``images``, ``csv``, ``zip``, ``tar`` or ``parquet``.
         classes: Class names, sorted as strings; empty when nothing is labelled.
         samples: All samples.
         num_ignored: Reason -> number of files and folders that were not used.
@@ -72,7 +90,8 @@ class ImageDataset:
         ignored_columns: Headers of a CSV that were not used.
         num_found_by_name: How many files a CSV gives by their name alone, from folders below it.
         task: ``multiclass``, or ``multilabel``: several labels per image.
-        notes: What was made of the labels and the splits of a CSV, in lines for people.
+        notes: Where the classes come from, and what was made of labels and splits, in lines for
+            people.
         files: Path of a sample -> that of its file, where they differ: hashed ones.
         dicom: What the headers of its DICOM files say, where they were read.
     """
@@ -92,7 +111,7 @@ class ImageDataset:
     notes: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict, repr=False)
     dicom: DicomFacts | None = None
-    _members: dict[str, Member] = field(default_factory=dict, repr=False)
+    _store: Store | None = field(default=None, repr=False)
 
     @property
     def num_grouped(self) -> int | None:
@@ -122,11 +141,14 @@ class ImageDataset:
         return path is not None and dicom_files.sniff(path)
 
     def file_of(self, sample: Sample) -> Path | None:
-        """Return the file of a sample; None of a member of an archive."""
-        if self.layout not in _LAYOUTS_OF_FILES:
+        """Return the file of a sample; None of one in an archive, a tar or a Parquet file."""
+        if self._store is not None:
             return None
         folder = self.root.parent if self.layout == "csv" else self.root
-        return folder / self.files.get(sample.path, sample.path)
+        return folder / self._stored_path(sample)
+
+    def _stored_path(self, sample: Sample) -> str:
+        return self.files.get(sample.path, sample.path)
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of one split.
@@ -204,17 +226,42 @@ class ImageDataset:
             DataError: If it cannot be read (any more), or is not a regular file (any more).
         """
         try:
+            if self._store is not None:
+                return self._store.read(self._stored_path(sample))
             path = self.file_of(sample)
-            if path is None:
-                name = self.files.get(sample.path, sample.path)
-                return read_member(self.root, self._members[name])
+            assert path is not None  # without a store there are files
             return read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
+            if self.files:  # whose names must not be said
+                reason = getattr(error, "strerror", None) or "another one"
             raise DataError(
                 "image file", expected="the file that was scanned", found=reason,
                 where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
             ) from error  # fmt: skip
+
+    def reading_order(self, positions: Iterable[int]) -> Sequence[int]:
+        """Return positions of samples in the order in which they are read fastest.
+
+        In tars and Parquet files that is the order in which they lie there: of a Parquet file
+        whole pages are read and unpacked, each of them once.
+        """
+        store = self._store
+        if store is None:
+            return array("q", positions)
+        return sorted(positions, key=lambda p: store.place_of(self._stored_path(self.samples[p])))
+
+    def in_reading_order(self, samples: Iterable[Sample]) -> list[Sample]:
+        """Return samples in that order."""
+        store = self._store
+        if store is None:
+            return list(samples)
+        return sorted(samples, key=lambda sample: store.place_of(self._stored_path(sample)))
+
+    def path_inside(self, sample: Sample) -> str:
+        """Return a sample's path in the folders that were packed, without the name of a tar."""
+        path = self._stored_path(sample)
+        return path if self._store is None else self._store.path_inside(path)
 
 
 def labels_text(classes: Iterable[str], targets: Iterable[float]) -> str:

@@ -270,7 +270,9 @@ def _refuse_layout(dataset: ImageDataset, *, no_classes: bool) -> None:
                 hint="To split it anew, add --ignore-columns with the header of its splits",
             )  # fmt: skip
     elif dataset.layout != ("images" if no_classes else "classes"):
-        hints = {"zip": "Unpack it first", "images": "To split unlabelled images: --no-classes"}
+        hints = dict.fromkeys(("zip", "tar"), "Unpack it first")
+        hints |= {"parquet": "Save its images as files first"}
+        hints |= {"images": "To split unlabelled images: --no-classes"}
         raise DataError(
             "source", expected="a folder of class folders, or a CSV, not yet split",
             found=f"layout {dataset.layout}", where=dataset.root,

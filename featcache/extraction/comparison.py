@@ -109,8 +109,8 @@ def compare(
         now[key] for key in same
         if key not in chosen and cache.splits[key[0]].mtime_ns[rows[key]] != now[key].mtime_ns
     ]  # fmt: skip
-    changed += _compare_contents(cache, rows, dataset, touched)
-    planned = [sample for key, sample in now.items() if key in chosen]
+    changed += _compare_contents(cache, rows, dataset, dataset.in_reading_order(touched))
+    planned = dataset.in_reading_order(sample for key, sample in now.items() if key in chosen)
     also_changed, differing, errors = _compare_features(
         cache, rows, _recompute(dataset, planned, recipe, device)
     )

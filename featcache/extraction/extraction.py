@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 
@@ -27,7 +27,12 @@ from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.engine_choice import check_threads, choose_engine
 from featcache.extraction.finish import finish
 from featcache.extraction.identifiers import settle_identifiers
-from featcache.extraction.options import ExtractionOptions, Target, name_caches
+from featcache.extraction.options import (
+    ExtractionOptions,
+    ExtractKeywords,
+    Target,
+    name_caches,
+)
 from featcache.extraction.plan import Job, find_known
 from featcache.extraction.recipe import Recipe, make_recipe
 from featcache.extraction.reports import (
@@ -41,6 +46,8 @@ from featcache.extraction.reports import (
 )
 from featcache.extraction.work import work
 from featcache.extraction.workers.local import resolve_devices, work_on
+from featcache.extraction.workers.parts import finish_part, part_held, take_part
+from featcache.extraction.workers.plans import Part
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
@@ -52,77 +59,22 @@ _Sizes = list[int] | tuple[int, ...]
 
 @overload
 def extract(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone,
-    weights: str | Path | None = ..., image_size: int | str = ..., transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    window: str | None = ..., frame: int | None = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    group_salt: str | Path | None = ..., patient_ids: str | None = ...,
-    path_names: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
-    uncertain: str | None = ..., blank: str | None = ...,
-    split_list: Mapping[str, str | Path] | None = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone, image_size: int | str = ...,
+    **options: Unpack[ExtractKeywords],
 ) -> ExtractionSummary: ...  # fmt: skip
 
 
 @overload
 def extract(
     data: str | Path, cache: str | Path, *, backbone: _Backbones,
-    weights: str | Path | None = ..., image_size: int | str | _Sizes = ...,
-    transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    window: str | None = ..., frame: int | None = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    group_salt: str | Path | None = ..., patient_ids: str | None = ...,
-    path_names: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
-    uncertain: str | None = ..., blank: str | None = ...,
-    split_list: Mapping[str, str | Path] | None = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
+    image_size: int | str | _Sizes = ..., **options: Unpack[ExtractKeywords],
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
 @overload
 def extract(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone,
-    weights: str | Path | None = ..., image_size: _Sizes, transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    window: str | None = ..., frame: int | None = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    group_salt: str | Path | None = ..., patient_ids: str | None = ...,
-    path_names: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
-    uncertain: str | None = ..., blank: str | None = ...,
-    split_list: Mapping[str, str | Path] | None = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone, image_size: _Sizes,
+    **options: Unpack[ExtractKeywords],
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
@@ -153,6 +105,7 @@ def extract(
     workers: int | str = "auto",
     device: str = "auto",
     processes: int = 1,
+    part: str | None = None,
     group_by: str | None = None,
     group_by_path: str | None = None,
     group_salt: str | Path | None = None,
@@ -182,7 +135,8 @@ def extract(
     there already is brought up to date: only images it does not know go through the network.
 
     Args:
-        data: Split folders of class folders, class folders, a folder of images, a CSV or a zip.
+        data: Split folders of class folders, class folders, a folder of images, a CSV, a zip, a tar
+            or Parquet file, or a folder of these two.
         cache: The HDF5 file to make; of several backbones, a folder for a file of each, such as
             ``efficientnet-b0.h5`` and ``timm-resnet18.h5``, and of several sizes likewise, such as
             ``efficientnet-b0-224.h5`` and ``efficientnet-b0-448.h5``.
@@ -217,6 +171,8 @@ def extract(
             ``cuda:0,cuda:1``, or ``all`` GPUs, with processes of their own.
         processes: How many on each device, CPU cores being shared out among them. The features do
             not depend on it.
+        part: ``2/4`` makes the second of four parts, without writing the cache, on any host that
+            sees ``data`` and ``cache``; the call without it merges them and does what is missing.
         group_by: Regular expression on the file name; its first group is the group.
         group_by_path: Instead, one on the path below the class: see ``scan``.
         group_salt: File of the salt that IDs of patients in DICOM headers are hashed with, which
@@ -234,8 +190,8 @@ def extract(
         exclude: Globs on the path below ``data`` of files that are left out.
         companions: ``keep`` takes masks and the like as images.
         no_classes: Folders are no classes.
-        columns: Column -> its header in a CSV.
-        ignore_columns: Headers of a CSV that are not used.
+        columns: Column -> its header in a CSV or Parquet file, or what is beside images in a tar.
+        ignore_columns: Headers of a CSV or Parquet file that are not used.
         target_columns: Headers of a CSV that are a label each, of 1, 0, -1 and empty cells.
         target_separator: Instead, what stands between the labels in the cells of ``target``.
         uncertain: What -1 means: ``unknown`` (so does None), ``yes`` or ``no``.
@@ -261,7 +217,7 @@ def extract(
         truncated=truncated, max_pixels=max_pixels, window=window, frame=frame, views=views,
         augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
-        workers=workers, device=device, processes=processes, group_by=group_by,
+        workers=workers, device=device, processes=processes, part=part, group_by=group_by,
         group_by_path=group_by_path, group_salt=group_salt, patient_ids=patient_ids,
         path_names=path_names, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
@@ -295,7 +251,8 @@ def _extract(
     for target in targets:
         path, job = target.path, _plan_job(dataset, target, options)
         if job.old is not None and job.is_up_to_date and not options.rehash:
-            job.remove_leftovers()
+            if options.part is None:
+                job.remove_leftovers()
             done[path] = summarise(
                 job.old, "up to date", start, dataset, num_kept=len(dataset.samples)
             )
@@ -304,7 +261,7 @@ def _extract(
     if jobs:
         _make_caches(jobs, options, start, done)
     for path, summary in done.items():
-        if not summary.num_new:
+        if not summary.num_new and summary.content_sha256:  # else a part, of no cache yet
             warn_of_precision(open_cache(path, verify=False), options.precision)
     return [done[target.path] for target in targets]
 
@@ -314,24 +271,30 @@ def _make_caches(
     done: dict[Path, ExtractionSummary],
 ) -> None:  # fmt: skip
     """Plan, work and finish, while nobody else can write the caches."""
+    part = None if options.part is None else Part.parse(options.part)
     with contextlib.ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(job.locked())
+            stack.enter_context(job.locked() if part is None else part_held(job, part))
         # Undone whatever happens, and before the locks are: an engine changes torch's threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         devices = resolve_devices(options.device, options.processes)
         device = resolve_device(devices[0]).torch()
         positions = find_known(jobs, device)
-        unfinished = [job for job in jobs if job.ledger.num_wanted]
-        for job in unfinished:
-            choose_engine(job, device)
+        if part is None:
+            unfinished = [job for job in jobs if job.ledger.num_wanted]
+            for job in unfinished:
+                choose_engine(job, device)
+        else:
+            unfinished = take_part(jobs, part, positions, device)
+            positions = [p for p in positions if any(job.ledger.wants(p) for job in unfinished)]
         check_threads(unfinished)
         if unfinished and len(devices) > 1:
             work_on(devices, unfinished, positions)
         elif unfinished:
             work(unfinished, positions)
         for job in jobs:
-            done[job.path] = finish(job, start)
+            made = finish(job, start) if part is None else finish_part(job, part, start)
+            done[job.path] = made
 
 
 @overload

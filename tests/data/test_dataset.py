@@ -202,7 +202,7 @@ def test_endings_that_are_not_used_are_counted(tmp_path, monkeypatch):
     (["1.dcm", "2.DCM"], "2 .dcm.*DICOM files are not read"),
     (["IM0001"], "1 DICOM without an ending.*DICOM files are not read"),
     (["1.heic"], "HEIC and AVIF photos are not read"), (["1.nii.gz"], "save their slices as PNG"),
-    (["shard-000.tar"], "unpack them first"), (["1.txt"], r"Images end in \.bmp, .*\.pjpeg"),
+    (["shard-000.tar.gz"], "unpack others first"), (["1.txt"], r"Images end in \.bmp, .*\.pjpeg"),
 ])  # fmt: skip
 def test_a_folder_of_other_files_says_what_to_do(tmp_path, names, advice, monkeypatch):
     monkeypatch.setattr("featcache.data.dicom_files.is_installed", lambda: False)
