@@ -301,7 +301,8 @@ def _read_headers(
         pairs = zip(batch, found, strict=True)
         return {sample.path: facts for sample, facts in pairs if isinstance(facts, HeaderFacts)}
 
-    size = _BATCH if samples and dataset.file_of(samples[0]) else 1  # whole files are sent
+    has_files = all(dataset.file_of(sample) is not None for sample in samples[:1])
+    size = _BATCH if has_files else 1  # of an archive the bytes themselves are sent
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
     headers: dict[str, HeaderFacts] = {}
     with Threads("header", DICOM_READERS.number) as threads:

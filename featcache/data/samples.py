@@ -145,7 +145,10 @@ class ImageDataset:
         if self._store is not None:
             return None
         folder = self.root.parent if self.layout == "csv" else self.root
-        return folder / self.files.get(sample.path, sample.path)
+        return folder / self._stored_path(sample)
+
+    def _stored_path(self, sample: Sample) -> str:
+        return self.files.get(sample.path, sample.path)
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of one split.
@@ -224,12 +227,14 @@ class ImageDataset:
         """
         try:
             if self._store is not None:
-                return self._store.read(self.files.get(sample.path, sample.path))
+                return self._store.read(self._stored_path(sample))
             path = self.file_of(sample)
             assert path is not None  # without a store there are files
             return read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
+            if self.files:  # whose names must not be said
+                reason = getattr(error, "strerror", None) or "another one"
             raise DataError(
                 "image file", expected="the file that was scanned", found=reason,
                 where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
@@ -244,18 +249,19 @@ class ImageDataset:
         store = self._store
         if store is None:
             return array("q", positions)
-        return sorted(positions, key=lambda position: store.place_of(self.samples[position].path))
+        return sorted(positions, key=lambda p: store.place_of(self._stored_path(self.samples[p])))
 
     def in_reading_order(self, samples: Iterable[Sample]) -> list[Sample]:
         """Return samples in that order."""
         store = self._store
         if store is None:
             return list(samples)
-        return sorted(samples, key=lambda sample: store.place_of(sample.path))
+        return sorted(samples, key=lambda sample: store.place_of(self._stored_path(sample)))
 
     def path_inside(self, sample: Sample) -> str:
         """Return a sample's path in the folders that were packed, without the name of a tar."""
-        return sample.path if self._store is None else self._store.path_inside(sample.path)
+        path = self._stored_path(sample)
+        return path if self._store is None else self._store.path_inside(path)
 
 
 def labels_text(classes: Iterable[str], targets: Iterable[float]) -> str:

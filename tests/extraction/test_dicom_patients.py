@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import warnings
 from pathlib import Path
@@ -173,6 +174,22 @@ def test_damaged_salts_and_headers(tmp_path: Path) -> None:
     planned = featcache.plan(data, tmp_path / "new.h5", **HOW)
     assert planned is not None
     assert not (tmp_path / "new.h5.salt").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_images_in_archives_have_patients_and_hashed_paths(kind: str, tmp_path: Path) -> None:
+    data = write_patients(tmp_path / "data")
+    packed = Path(shutil.make_archive(str(tmp_path / "packed"), kind, data))
+    plain = extract(data, tmp_path / "a.h5").splits["all"]
+    cache = extract(packed, tmp_path / "b.h5", path_names="hash")
+    rows = cache.splits["all"]
+    assert all(re.fullmatch(r"(.*/)?[0-9a-f]{32}\.dcm", path) for path in rows.paths)
+    assert len(set(rows.groups or [])) == 6
+    order = {sha256.tobytes(): row for row, sha256 in enumerate(plain.image_sha256)}
+    same = [order[sha256.tobytes()] for sha256 in rows.image_sha256]
+    np.testing.assert_array_equal(rows.features, plain.features[same])
+    assert featcache.extract(packed, tmp_path / "b.h5", **HOW).status == "up to date"
+    assert featcache.verify(cache.path, data=packed, **HOW).num_compared == 12
 
 
 # ------------------------------------------------------------------------------------------ privacy
