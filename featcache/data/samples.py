@@ -16,6 +16,7 @@ from typing import Protocol
 from featcache.data import dicom_files
 from featcache.data.dicom_files import DicomFacts
 from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
+from featcache.data.remote import url_of
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
 from featcache.formatting import brief_repr
@@ -233,11 +234,12 @@ class ImageDataset:
             return read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
+            root = url_of(self.root) or self.root
             if self.files:  # whose names must not be said
                 reason = getattr(error, "strerror", None) or "another one"
             raise DataError(
                 "image file", expected="the file that was scanned", found=reason,
-                where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
+                where=f"{root}: {sample.path}", hint="Scan again, the data has changed",
             ) from error  # fmt: skip
 
     def reading_order(self, positions: Iterable[int]) -> Sequence[int]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from featcache.data.blobs import LocalFile
+from featcache.data.blobs import Blob, LocalFile
 from featcache.data.folders import OTHER_ENDING, SHARD_ENDINGS, SPLIT_OF_FOLDER, SPLITS, Ignored
 from featcache.data.listing import Listing, compile_glob
 from featcache.errors import DataError, printable
@@ -37,13 +37,13 @@ class Shard:
     """
 
     name: str
-    file: LocalFile
+    file: Blob
     split: str
     is_alone: bool = False
 
     def absolute(self) -> Shard:
         """Return it for processes that have another current folder."""
-        return replace(self, file=replace(self.file, path=self.file.path.absolute()))
+        return replace(self, file=self.file.absolute())
 
     @property
     def prefix(self) -> str:
@@ -80,8 +80,9 @@ def describe_kinds(names: Iterable[str]) -> str:
 
 
 def list_shards(
-    root: Path, names: Iterable[str], listing: Listing, ignored: Ignored
-) -> tuple[list[Shard], list[str]]:
+    root: Path, names: Iterable[str], listing: Listing, ignored: Ignored,
+    files: Mapping[str, Blob] | None = None,
+) -> tuple[list[Shard], list[str]]:  # fmt: skip
     """Return shards, sorted by name, and those that are left out unread.
 
     Parquet files beside tars of the same name, as img2dataset writes them, are no shards.
@@ -91,6 +92,7 @@ def list_shards(
         names: Paths of the shards below it.
         listing: Whose globs leave out shards too.
         ignored: What is not used; updated.
+        files: Of each name the file, where it is none of the folder.
 
     Raises:
         DataError: If one cannot be read, or there are tars and other Parquet files.
@@ -113,7 +115,8 @@ def list_shards(
             ignored.add(OTHER_ENDING, name)
         taken = tars
     ignored.update("--exclude" for _ in left_out)
-    return [Shard(n, open_shard(root / n), split_of_name(n)) for n in taken], left_out
+    blobs = files or {name: open_shard(root / name) for name in taken}
+    return [Shard(name, blobs[name], split_of_name(name)) for name in taken], left_out
 
 
 def drop_used_globs(listing: Listing, left_out: Sequence[str], names: Sequence[str]) -> Listing:

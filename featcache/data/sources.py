@@ -13,7 +13,8 @@ from pathlib import Path
 
 from featcache.data.folders import SHARD_ENDINGS, Ignored, walk_folder
 from featcache.data.listing import Listing
-from featcache.errors import DataError
+from featcache.data.remote import url_of
+from featcache.errors import ConfigError, DataError
 from featcache.files import local_path
 
 Data = str | Path | Sequence[str | Path]
@@ -23,14 +24,30 @@ _MAGIC = re.compile(r"[*?[]")
 
 
 def check_data(data: Data) -> Data:
-    """Return data as given, a path as ``Path``; refuse URLs.
+    """Return data as given: paths as ``Path``, URLs as text.
 
     Raises:
-        ConfigError: If it is a URL, or one of a list is.
+        ConfigError: If a list has both paths and URLs.
     """
     if isinstance(data, str | os.PathLike):
-        return local_path(data, "data")
-    return [local_path(one, "data") for one in data]
+        return _place(data)
+    places = [_place(one) for one in data]
+    if len({isinstance(place, str) for place in places}) > 1:
+        raise ConfigError("data", expected="paths or URLs", found="both", where=named(data))
+    return places
+
+
+def _place(one: str | Path) -> str | Path:
+    if url := url_of(one):
+        return url
+    text = os.fspath(one)
+    return local_path(re.sub("^file:/+", "/", text, flags=re.IGNORECASE), "data")
+
+
+def urls_of(data: Data) -> list[str]:
+    """Return the URLs that data are; none for paths."""
+    listed = [data] if isinstance(data, str | os.PathLike) else data
+    return [url for url in map(url_of, listed) if url]
 
 
 def is_one_path(data: Data) -> bool:
@@ -50,7 +67,10 @@ def endings_of(data: Data) -> set[str]:
     """Return the endings of the files that are named, and in folders of shards those of these."""
     endings: set[str] = set()
     for path in [data] if isinstance(data, str | os.PathLike) else data:
-        endings.add(Path(path).suffix.lower())
+        ending = Path(path).suffix.lower()
+        endings.add(
+            ending if ending or not url_of(path) else ".parquet"
+        )  # nobody lists it for that
         if Path(path).is_dir():
             found = (name.rpartition(".")[2].lower() for name in _shards_in(Path(path)))
             endings.update(f".{ending}" for ending in found)
