@@ -24,7 +24,8 @@ import featcache
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.selection import select
 from featcache.cli import main
-from featcache.data.dicom_groups import Salt
+from featcache.data.dataset import scan
+from featcache.data.dicom_groups import Salt, identify_and_keep
 from featcache.data.splitting import split
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning
 
@@ -158,6 +159,18 @@ def test_files_of_one_uid_are_one_group_and_warned_of_if_they_differ(tmp_path: P
         groups = groups_of(extract(data, tmp_path / "d.h5"))
     assert groups["normal/other.dcm"] == groups["covid/00.dcm"]
     assert len(groups) == 14
+
+
+def test_of_two_commands_at_once_the_first_makes_the_salt(tmp_path: Path) -> None:
+    data, place = scan(write_patients(tmp_path / "data")), tmp_path / "salt"
+    how: dict[str, Any] = {
+        "patient_ids": None, "path_names": None, "say": lambda _: None, "writes": True
+    }  # fmt: skip
+    salts = [Salt.of(place), Salt.of(place)]
+    first, second = (identify_and_keep(data, salt, **how) for salt in salts)
+    assert first.samples == second.samples
+    assert [path.name for path in tmp_path.iterdir()].count("salt") == 1
+    assert len(list(tmp_path.iterdir())) == 2  # nothing else is left
 
 
 def test_damaged_salts_and_headers(tmp_path: Path) -> None:
