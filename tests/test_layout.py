@@ -26,6 +26,8 @@ OWNERS = {
     "h5py": {"cache/hdf5.py", "cache/converting/h5ad.py"},
     "fsspec": {"data/remote.py"},
     "pyarrow": {"cache/converting/tables.py", "data/parquet_index.py"},
+    "pydicom": {"pixels/dicom.py"},
+    "gdcm": {"pixels/dicom.py"},
     "PIL": {
         "pixels/decoding.py",
         "pixels/deep.py",

@@ -12,6 +12,7 @@ from featcache.cli.options import (
     AUTO_OR_NUMBER,
     CACHES,
     DEVICE,
+    GROUP_SALT,
     LARGEST,
     TRUST,
     WEIGHTS,
@@ -24,6 +25,7 @@ from featcache.cli.options import (
     labelling,
     listing,
     make_say,
+    patients,
     print_facts,
     printing,
     printing_json,
@@ -42,6 +44,7 @@ from featcache.formatting import count
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed, another split.")
 @grouping
+@patients
 @click.option(
     "--mode", type=click.Choice(["copy", "symlink", "hardlink"]), default="copy",
     show_default=True, help="How a tree gets its files.",
@@ -121,6 +124,14 @@ def _once_each(
 )  # fmt: skip
 @LARGEST
 @click.option(
+    "--window", metavar="CENTER,WIDTH|voi|first|none", show_default="voi",
+    help="Of DICOM: voi is the VOI LUT, else the first window, else the stored range. CT and MR "
+    "need one.",
+)  # fmt: skip
+@click.option(
+    "--frame", type=click.IntRange(min=1), metavar="N", help="Of DICOM files of several frames."
+)
+@click.option(
     "--views", type=click.IntRange(1, 64), default=1, show_default=True,
     help="Views of every image to train on: the plain one, and others by --augment.",
 )  # fmt: skip
@@ -154,7 +165,17 @@ def _once_each(
     "--processes", type=click.IntRange(1, 256), default=1, show_default=True,
     help="How many, on each device; the CPU's cores are shared out among them.",
 )  # fmt: skip
+@click.option(
+    "--part", metavar="I/N",
+    help="Make part I of N only, for queues: on any hosts that see DATA and CACHE, in any order. "
+    "The command without it then merges them, does what is missing and writes CACHE.",
+)  # fmt: skip
 @grouping
+@patients
+@click.option(
+    "--path-names", type=click.Choice(["keep", "hash"]), show_default="keep",
+    help="hash: no names of files and folders below split and class in cache, run and messages.",
+)  # fmt: skip
 @click.option(
     "--max-errors", default="5%", show_default=True, metavar="N|P%",
     help="Images that may fail, per split and class.",
@@ -310,6 +331,7 @@ def info(cache_or_run: Path, as_json: bool, layers: bool) -> None:
 @WEIGHTS
 @DEVICE
 @LARGEST
+@GROUP_SALT
 @printing
 def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check that CACHE is whole, and with --data that its features are true.

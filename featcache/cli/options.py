@@ -245,6 +245,21 @@ def grouping(command: _F) -> _F:
     return command
 
 
+GROUP_SALT = click.option(
+    "--group-salt", metavar="FILE", type=click.Path(path_type=Path),
+    help="Salt of hashed IDs and paths; made if it is not there. Default: beside the cache.",
+)  # fmt: skip
+
+
+def patients(command: _F) -> _F:
+    """Add --group-salt and --patient-ids, of commands that group DICOM files by patient."""
+    command = click.option(
+        "--patient-ids", type=click.Choice(["keep", "ignore"]),
+        help="DICOM: what an ID on more than a fifth of the images is, a patient or no ID.",
+    )(command)  # fmt: skip
+    return GROUP_SALT(command)
+
+
 def head_options(command: _F) -> _F:
     """Add the options that decide a head and its training, --hidden to --label-smoothing."""
     for option in (

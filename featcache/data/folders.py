@@ -1,10 +1,13 @@
 """Walk folders for images; read splits and classes from names.
 
-Reads: names, kinds, sizes and times, but no content. Writes: nothing.
+Reads: names, kinds, sizes and times, and the first bytes of files without an ending. Writes:
+nothing.
 
 Images are regular files with an image ending, also through links (as ``split --mode symlink``
-makes). Hidden names, system folders, linked folders, other endings, pipes and devices are ignored
-and counted by reason. Names of files and folders need not be UTF-8, but for those of classes.
+makes). Where pydicom is installed, DICOM files are images too: by their ending, and files without
+an ending by their first bytes. Hidden names, system folders, linked folders, other endings, pipes
+and devices are ignored and counted by reason. Names of files and folders need not be UTF-8, but for
+those of classes.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from featcache.data import dicom_files
 from featcache.data.listing import escape_glob
 from featcache.errors import DataError, escaped, warn_user
 from featcache.untrusted import find_fault
@@ -37,7 +41,7 @@ LINKED_FOLDER = "link to a folder"
 NO_ENDING = "without an ending"
 DICOM_WITHOUT_ENDING = "DICOM without an ending"
 
-_DICOM = "DICOM files are not read: convert them to PNG first"
+_DICOM = f"DICOM files are not read without pydicom: {dicom_files.INSTALL}"
 _HEIC = "HEIC and AVIF photos are not read: convert them to JPEG or PNG first"
 _VOLUME = "Volumes (NIfTI, MetaImage, NRRD) are not read: save their slices as PNG first"
 _ARCHIVE = "Of archives, .zip and plain .tar are read: unpack others first (a .tar.gz by gunzip)"
@@ -105,19 +109,16 @@ class Ignored(Counter[str]):
 
     def recognise_dicom(self, root: Path) -> None:
         """Look at the first file without an ending under ``root``: DICOM files often have none."""
-        try:
-            with (root / self.examples.get(NO_ENDING, "")).open("rb") as file:
-                is_dicom = file.read(132)[128:] == b"DICM"
-        except OSError:
-            return
-        if is_dicom:
+        if dicom_files.sniff(root / self.examples.get(NO_ENDING, "")):
             self.endings[DICOM_WITHOUT_ENDING] = self.endings.pop(NO_ENDING)
 
 
 def advise_on_endings(endings: Mapping[str, int], other: str) -> str:
     """Return what to do about files of the most frequent ending; ``other`` if nothing is known."""
     most = sorted(endings, key=lambda ending: (-endings[ending], ending))
-    return next((_ADVICE_ON_ENDING[e] for e in most[:3] if e in _ADVICE_ON_ENDING), other)
+    advice = (_ADVICE_ON_ENDING[e] for e in most[:3] if e in _ADVICE_ON_ENDING)
+    known = next(advice, other)
+    return other if known == _DICOM and dicom_files.is_installed() else known
 
 
 def walk_folder(root: Path, ignored: Ignored, folders: set[str]) -> Iterator[ImageFile]:
@@ -162,7 +163,7 @@ def _ignore_reason(entry: os.DirEntry[str]) -> str:
     try:
         if entry.is_symlink() and not stat.S_ISREG(entry.stat().st_mode):
             return LINKED_FOLDER if entry.is_dir() else "link to no regular file"
-        if not has_image_ending(entry.name):
+        if not has_image_ending(entry.name) and not _is_unnamed_dicom(entry):
             return OTHER_ENDING
         if not stat.S_ISREG(entry.stat().st_mode):
             return "not a regular file"
@@ -180,9 +181,20 @@ def is_hidden(name: str) -> bool:
 
 
 def has_image_ending(name: str) -> bool:
-    """Return whether a file name ends like an image's."""
+    """Return whether a file name ends like an image's that can be read here."""
     _, dot, ending = name.rpartition(".")
-    return dot + ending.lower() in IMAGE_SUFFIXES
+    if dot + ending.lower() in IMAGE_SUFFIXES:
+        return True
+    return dicom_files.has_dicom_ending(name) and dicom_files.is_installed()
+
+
+def _is_unnamed_dicom(entry: os.DirEntry[str]) -> bool:
+    """Return whether a file without an ending is DICOM, where DICOM can be read."""
+    return (
+        dicom_files.may_be_unnamed(entry.name)
+        and dicom_files.is_installed()
+        and dicom_files.sniff(entry.path)
+    )
 
 
 def ending_of(name: str) -> str:

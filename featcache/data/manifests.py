@@ -42,7 +42,7 @@ def scan_csv(root: Path, listing: Listing) -> ImageDataset:
     reasons = listing.choose([row["path"].strip() for row in rows], root)
     notes = [] if table.labels is None else [*table.labels.notes]
     if listing.split_list:
-        unlisted = apply_split_lists(rows, listing.split_list, root, notes)
+        unlisted = _apply_split_lists(rows, listing.split_list, root, notes)
         reasons = [reason or other for reason, other in zip(reasons, unlisted, strict=True)]
     several: Sequence[tuple[int, ...] | None] = (
         [None] * len(rows) if table.labels is None else table.labels.targets
@@ -88,7 +88,7 @@ def scan_csv(root: Path, listing: Listing) -> ImageDataset:
     )  # fmt: skip
 
 
-def apply_split_lists(
+def _apply_split_lists(
     rows: Sequence[dict[str, str]], lists: Iterable[tuple[str, str]], root: Path, notes: list[str]
 ) -> list[str]:
     """Give rows the splits of files that name them; return why each is left out, "" if it is not.
@@ -111,8 +111,22 @@ def apply_split_lists(
             "--split-list", expected="a CSV without splits", found="a column of them", where=root,
             hint="Add --ignore-columns with its header",
         )  # fmt: skip
+    split_of = _find_listed([row["path"].strip() for row in rows], lists, root, notes)
+    others = "" if "train" in dict(lists) else "train"
+    num_others = len(rows) - len(split_of)
+    if num_others and others:
+        notes.append(f"splits: {count(num_others, 'row')} in no --split-list, taken as train")
+    for i, row in enumerate(rows):
+        row["split"] = split_of.get(i, others)
+    return ["" if row["split"] else "in no --split-list" for row in rows]
+
+
+def _find_listed(
+    paths: Sequence[str], lists: Iterable[tuple[str, str]], root: Path, notes: list[str]
+) -> dict[int, str]:
+    """Return the split of each path that a list names, by its position."""
     top = root.parent.absolute().name + "/"
-    paths = [row["path"].strip().removeprefix(top) for row in rows]
+    paths = [path.removeprefix(top) for path in paths]
     by_path = {path: i for i, path in enumerate(paths)}
     by_name: dict[str, list[int]] = defaultdict(list)
     for i, path in enumerate(paths):
@@ -141,13 +155,7 @@ def apply_split_lists(
         if num_unknown:
             notes.append(f"splits: {num_unknown:,} of {len(names):,} names of {file.name} not in "
                          "the CSV")  # fmt: skip
-    others = "" if "train" in dict(lists) else "train"
-    num_others = len(rows) - len(split_of)
-    if num_others and others:
-        notes.append(f"splits: {count(num_others, 'row')} in no --split-list, taken as train")
-    for i, row in enumerate(rows):
-        row["split"] = split_of.get(i, others)
-    return ["" if row["split"] else "in no --split-list" for row in rows]
+    return split_of
 
 
 def _read_names(file: Path, written: str) -> list[str]:

@@ -13,7 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from featcache.data.folders import OTHER_ENDING, SPLITS, ImageFile
+from featcache.data import dicom_files
+from featcache.data.dicom_files import DicomFacts
+from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
 from featcache.data.remote import url_of
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
@@ -91,6 +93,8 @@ class ImageDataset:
         task: ``multiclass``, or ``multilabel``: several labels per image.
         notes: Where the classes come from, and what was made of labels and splits, in lines for
             people.
+        files: Path of a sample -> that of its file, where they differ: hashed ones.
+        dicom: What the headers of its DICOM files say, where they were read.
     """
 
     __repr__ = brief_repr
@@ -106,6 +110,8 @@ class ImageDataset:
     num_found_by_name: int = 0
     task: str = "multiclass"
     notes: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict, repr=False)
+    dicom: DicomFacts | None = None
     _store: Store | None = field(default=None, repr=False)
 
     @property
@@ -118,6 +124,29 @@ class ImageDataset:
         """The splits that have samples, in the order train, valid, test, all."""
         present = {sample.split for sample in self.samples}
         return tuple(name for name in SPLITS if name in present)
+
+    @cached_property
+    def has_dicom(self) -> bool:
+        """Whether any sample is a DICOM file."""
+        return any(map(self.is_dicom, self.samples))
+
+    def is_dicom(self, sample: Sample) -> bool:
+        """Return whether a sample is a DICOM file: by its ending, else by its first bytes."""
+        name = sample.path.rpartition("/")[2]
+        _, dot, ending = name.rpartition(".")
+        if dot + ending.lower() in IMAGE_SUFFIXES:
+            return False
+        if dicom_files.has_dicom_ending(name):
+            return True
+        path = self.file_of(sample)
+        return path is not None and dicom_files.sniff(path)
+
+    def file_of(self, sample: Sample) -> Path | None:
+        """Return the file of a sample; None of one in an archive, a tar or a Parquet file."""
+        if self._store is not None:
+            return None
+        folder = self.root.parent if self.layout == "csv" else self.root
+        return folder / self._name(sample)
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of one split.
@@ -182,6 +211,8 @@ class ImageDataset:
     def describe_ignored(self) -> list[str]:
         """Return a line for each reason why files and folders were not used."""
         lines = [f"ignored: {number:,} ({reason})" for reason, number in self.reasons_ignored()]
+        if any(dicom_files.has_dicom_ending(ending) for ending in self.ignored_endings):
+            lines.append(f"DICOM files are not read without pydicom: {dicom_files.INSTALL}")
         if self.ignored_columns:
             lines.append(f"ignored columns: {', '.join(map(printable, self.ignored_columns))}")
         return lines
@@ -194,9 +225,10 @@ class ImageDataset:
         """
         try:
             if self._store is not None:
-                return self._store.read(sample.path)
-            folder = self.root.parent if self.layout == "csv" else self.root
-            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
+                return self._store.read(self._name(sample))
+            path = self.file_of(sample)
+            assert path is not None  # without a store there are files
+            return read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             root = url_of(self.root) or self.root
@@ -214,18 +246,23 @@ class ImageDataset:
         store = self._store
         if store is None:
             return array("q", positions)
-        return sorted(positions, key=lambda position: store.place_of(self.samples[position].path))
+        return sorted(positions, key=lambda p: store.place_of(self._name(self.samples[p])))
 
     def in_reading_order(self, samples: Iterable[Sample]) -> list[Sample]:
         """Return samples in that order."""
         store = self._store
         if store is None:
             return list(samples)
-        return sorted(samples, key=lambda sample: store.place_of(sample.path))
+        return sorted(samples, key=lambda sample: store.place_of(self._name(sample)))
 
     def path_inside(self, sample: Sample) -> str:
         """Return a sample's path in the folders that were packed, without the name of a tar."""
-        return sample.path if self._store is None else self._store.path_inside(sample.path)
+        name = self._name(sample)
+        return name if self._store is None else self._store.path_inside(name)
+
+    def _name(self, sample: Sample) -> str:
+        """Return a sample's path in the data: its own may be hashed."""
+        return self.files.get(sample.path, sample.path)
 
 
 def labels_text(classes: Iterable[str], targets: Iterable[float]) -> str:

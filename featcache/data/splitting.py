@@ -3,8 +3,9 @@
 Images of one group (also across classes) and byte-identical files stay together. The split depends
 only on the seed and the paths, so it is the same on every machine (see ``stratification``).
 
-Reads: a folder of class folders or of images, or a CSV. Writes: ``DST/{train,valid,test}/{class}/``
-with the images' own (nested) names, or ``DST.csv``; whole or not at all.
+Reads: a folder of class folders or of images, or a CSV; headers of DICOM files. Writes:
+``DST/{train,valid,test}/{class}/`` with the images' own (nested) names, or ``DST.csv``, whole or
+not at all; with the CSV a salt, if its groups are hashed patients.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from featcache.data.dataset import ImageDataset, Sample, scan
+from featcache.data.dicom_groups import Salt, identify
 from featcache.data.folders import SPLITS
 from featcache.data.groups import GroupPattern
 from featcache.data.samples import UNKNOWN
@@ -32,7 +34,7 @@ from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_fol
 from featcache.formatting import brief_repr, count, in_bytes, join_few, list_counts
 from featcache.output_folders import new_folder
 from featcache.outputs import Kind, Output, write_output
-from featcache.renames import ignores_case
+from featcache.renames import beside, ignores_case
 from featcache.runtime import Say, log_line
 from featcache.untrusted import is_within
 
@@ -90,6 +92,8 @@ def split(
     seed: int = 0,
     group_by: str | None = None,
     group_by_path: str | None = None,
+    group_salt: str | Path | None = None,
+    patient_ids: str | None = None,
     mode: str = "copy",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
@@ -114,6 +118,11 @@ def split(
         seed: Seed of the split.
         group_by: Regular expression whose first group, in the file name, is the patient.
         group_by_path: Instead, one that is searched in the path below the class: see ``scan``.
+        group_salt: File of the salt that IDs of patients in DICOM headers are hashed with, which
+            make the groups where nothing else does. It is made if it is not there. Default: for a
+            CSV ``DESTINATION.salt``; in folders nothing of it is written.
+        patient_ids: An ID on more than a fifth of the images (and 20) is a question: ``keep`` takes
+            it as a patient, ``ignore`` as no ID.
         mode: ``copy``, ``symlink`` or ``hardlink`` (not for a CSV).
         include: As for ``scan``, on the path below ``source``; so are ``exclude``,
             ``companions``, ``no_classes``, ``columns`` and ``ignore_columns``.
@@ -150,6 +159,8 @@ def split(
         say(line)
     _refuse_layout(dataset, no_classes=no_classes)
     dataset = _take_classes(dataset, classes)
+    if dataset.has_dicom:
+        dataset = _identify(dataset, destination, group_salt, patient_ids, say)
     samples = dataset.samples
     pattern = GroupPattern.of(group_by, group_by_path)
     num_groups = len({s.group or s.path for s in samples})
@@ -158,7 +169,7 @@ def split(
         paths, labels = [s.path for s in samples], [dataset.kind_of(s) for s in samples]
         found = pattern.find(paths, [dataset.class_of(s) for s in samples])
         num_matched = pattern.count_matches(found, labels, num_groups, say)
-    elif dataset.layout == "csv" and samples[0].group is not None:
+    elif dataset.layout == "csv" and samples[0].group is not None and not _is_by_patient(dataset):
         say(f"groups: {num_groups:,}, of the CSV")
     hashes = _hash_copies(dataset)
     _warn_of_contradictions(dataset, hashes)
@@ -193,6 +204,23 @@ def split(
         mode=mode,
         seed=seed,
     )
+
+
+def _identify(
+    dataset: ImageDataset, destination: Path, group_salt: str | Path | None,
+    patient_ids: str | None, say: Say,
+) -> ImageDataset:  # fmt: skip
+    """Return the data set in groups by patient, where it has none, hashed as they are written."""
+    place = beside(destination, ".salt") if group_salt is None else Path(group_salt)
+    salt = Salt.of(place)
+    dataset = identify(dataset, salt, patient_ids=patient_ids, path_names=None, say=say)
+    if _is_by_patient(dataset) and destination.suffix.lower() == ".csv":
+        salt.keep(say)
+    return dataset
+
+
+def _is_by_patient(dataset: ImageDataset) -> bool:
+    return dataset.dicom is not None and dataset.dicom.salt is not None
 
 
 def name_fractions(fractions: Sequence[float]) -> dict[str, float]:

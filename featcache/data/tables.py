@@ -145,22 +145,31 @@ def read_table(
     places = {key: names.index(name) for key, name in used.items()}
     rows = [_read_row(line, cells, places, len(names), root) for line, cells in lines]
     _check_splits(rows, root)
-    numbers, labels = [line for line, _ in lines], None
+    numbers = [line for line, _ in lines]
+    labels = None
     if flags:
         labels = read_flags(lines, {name: names.index(name) for name in flags}, labelling, root)
-    elif mark := labelling.target_separator:
-        if "target" not in used:
-            raise DataError(
-                "--target-separator", expected="a column of labels", found="none", where=root,
-                hint="Name it: --columns target=HEADER",
-            )  # fmt: skip
-        cells = zip(numbers, (row["target"] for row in rows), strict=True)
-        labels = read_joined([*cells], mark, labelling.blank, used["target"], root)
-    if labels is not None:
-        for row in rows:
-            row["target"] = ""
+    elif labelling.target_separator:
+        labels = _read_joined(rows, numbers, labelling, used.get("target"), root)
     _check_targets(rows, numbers, root, several_allowed=needs_targets)
     return ImageTable(rows, tuple(others), labels)
+
+
+def _read_joined(
+    rows: Sequence[dict[str, str]], lines: Sequence[int], labelling: Listing, header: str | None,
+    root: Path,
+) -> Labels:  # fmt: skip
+    """Return the labels in the targets of rows, which become empty."""
+    mark = labelling.target_separator
+    if header is None or mark is None:
+        raise DataError(
+            "--target-separator", expected="a column of labels", found="none", where=root,
+            hint="Name it: --columns target=HEADER",
+        )  # fmt: skip
+    cells = [(line, row["target"]) for line, row in zip(lines, rows, strict=True)]
+    for row in rows:
+        row["target"] = ""
+    return read_joined(cells, mark, labelling.blank, header, root)
 
 
 def _read_lines(root: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:

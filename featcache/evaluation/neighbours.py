@@ -6,7 +6,7 @@ Reads: a cache, an image. Writes: nothing.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,7 @@ def _compute(
     recipe = recipe_from_identity(
         cache.identity, source=cache.provenance.get("weights_source"), **how
     )  # fmt: skip
+    recipe = replace(recipe, rules=recipe.rules.with_dicom())
     dataset = list_images([local_path(image, "image")])
     if len(dataset.samples) != 1:
         found = f"{len(dataset.samples)} images"

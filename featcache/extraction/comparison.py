@@ -28,6 +28,7 @@ from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.data.sources import Data, listing_for, named
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
+from featcache.extraction.identifiers import as_listed
 from featcache.extraction.pipeline import Lane, Outcome, hash_images, stream_features
 from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.extraction.update import label_of_row
@@ -73,6 +74,7 @@ class Comparison:
 def compare(
     cache: Cache, data: Data, *, samples: int | str, weights: str | Path | None,
     backbone: Backbone | str | None, device: str, max_pixels: int, say: Say,
+    group_salt: str | Path | None = None,
 ) -> Comparison:  # fmt: skip
     """Compare a cache with the images it was made of.
 
@@ -85,6 +87,7 @@ def compare(
         device: Where to recompute.
         max_pixels: Images of more pixels count as not true.
         say: Where lines for people go.
+        group_salt: The salt of hashed paths, where it does not lie beside the cache.
 
     Raises:
         CacheError: If ``data`` has none of the images.
@@ -95,7 +98,7 @@ def compare(
         cache.identity, weights=weights, backbone=backbone, max_pixels=max_pixels,
         source=cache.provenance.get("weights_source"),
     )  # fmt: skip
-    dataset, now, rows = find_images(cache, data)
+    dataset, now, rows = find_images(cache, data, group_salt)
     refuse_misread(cache, dataset)
     refuse_dark_colour(recipe, dataset, cache.path)
     common = rows.keys() & now.keys()
@@ -134,7 +137,7 @@ def compare(
 
 
 def find_images(
-    cache: Cache, data: Data
+    cache: Cache, data: Data, group_salt: str | Path | None = None
 ) -> tuple[ImageDataset, dict[_Key, Sample], dict[_Key, int]]:
     """List the images that a cache was made of, as ``extract`` listed them.
 
@@ -143,10 +146,11 @@ def find_images(
         of the cache in its split.
 
     Raises:
-        CacheError: If ``data`` has none of the images.
+        CacheError: If ``data`` has none of the images, or the salt of hashed paths is not there.
     """
     listing = listing_for(data, listing_of(cache))
     dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
+    dataset = as_listed(dataset, cache, group_salt)
     now = {(s.split, s.path): s for s in dataset.samples}
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     if rows and not rows.keys() & now.keys():

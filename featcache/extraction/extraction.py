@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 
@@ -27,7 +27,13 @@ from featcache.data.sources import Data, check_data, folders_of, listing_for
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.engine_choice import check_threads, choose_engine
 from featcache.extraction.finish import finish
-from featcache.extraction.options import ExtractionOptions, Target, name_caches
+from featcache.extraction.identifiers import settle_identifiers
+from featcache.extraction.options import (
+    ExtractionOptions,
+    ExtractKeywords,
+    Target,
+    name_caches,
+)
 from featcache.extraction.plan import Job, find_known
 from featcache.extraction.recipe import Recipe, make_recipe
 from featcache.extraction.reports import (
@@ -41,6 +47,8 @@ from featcache.extraction.reports import (
 )
 from featcache.extraction.work import work
 from featcache.extraction.workers.local import resolve_devices, work_on
+from featcache.extraction.workers.parts import finish_part, part_held, take_part
+from featcache.extraction.workers.plans import Part
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
@@ -52,68 +60,22 @@ _Sizes = list[int] | tuple[int, ...]
 
 @overload
 def extract(
-    data: Data, cache: str | Path, *, backbone: str | Backbone,
-    weights: str | Path | None = ..., image_size: int | str = ..., transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
-    uncertain: str | None = ..., blank: str | None = ...,
-    split_list: Mapping[str, str | Path] | None = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
+    data: Data, cache: str | Path, *, backbone: str | Backbone, image_size: int | str = ...,
+    **options: Unpack[ExtractKeywords],
 ) -> ExtractionSummary: ...  # fmt: skip
 
 
 @overload
 def extract(
     data: Data, cache: str | Path, *, backbone: _Backbones,
-    weights: str | Path | None = ..., image_size: int | str | _Sizes = ...,
-    transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
-    uncertain: str | None = ..., blank: str | None = ...,
-    split_list: Mapping[str, str | Path] | None = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
+    image_size: int | str | _Sizes = ..., **options: Unpack[ExtractKeywords],
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
 @overload
 def extract(
-    data: Data, cache: str | Path, *, backbone: str | Backbone,
-    weights: str | Path | None = ..., image_size: _Sizes, transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    target_columns: str | Iterable[str] = ..., target_separator: str | None = ...,
-    uncertain: str | None = ..., blank: str | None = ...,
-    split_list: Mapping[str, str | Path] | None = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool | str = ...,
+    data: Data, cache: str | Path, *, backbone: str | Backbone, image_size: _Sizes,
+    **options: Unpack[ExtractKeywords],
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
@@ -133,6 +95,8 @@ def extract(
     bit_depth: int | str = "auto",
     truncated: str = "skip",
     max_pixels: int = MAX_PIXELS,
+    window: str | None = None,
+    frame: int | None = None,
     views: int = 1,
     augment: str | None = None,
     precision: str = "fp32",
@@ -142,8 +106,12 @@ def extract(
     workers: int | str = "auto",
     device: str = "auto",
     processes: int = 1,
+    part: str | None = None,
     group_by: str | None = None,
     group_by_path: str | None = None,
+    group_salt: str | Path | None = None,
+    patient_ids: str | None = None,
+    path_names: str | None = None,
     max_errors: int | str = "5%",
     limit: int | None = None,
     include: str | Iterable[str] = (),
@@ -188,6 +156,9 @@ def extract(
         bit_depth: ``auto``, 12, 14, 16 or ``minmax``, for images of more than 8 bits.
         truncated: ``skip`` counts cut-off images as failed, ``keep`` fills them in.
         max_pixels: Images of more pixels count as failed. Not part of the cache's identity.
+        window: Of DICOM files: ``voi`` (the default: VOI LUT, else first window, else the stored
+            range), ``first`` window, ``none``, or ``CENTER,WIDTH``. CT and MR need one.
+        frame: Of DICOM files of several frames, the one to take, from 1.
         views: Views of every image to train on (split ``train``, or ``all`` where there is none),
             the plain one among them; other splits get the plain view.
         augment: How the others are made: ``flip``, ``crop`` or ``xray`` (see module ``views``).
@@ -201,8 +172,17 @@ def extract(
             ``cuda:0,cuda:1``, or ``all`` GPUs, with processes of their own.
         processes: How many on each device, CPU cores being shared out among them. The features do
             not depend on it.
+        part: ``2/4`` makes the second of four parts, without writing the cache, on any host that
+            sees ``data`` and ``cache``; the call without it merges them and does what is missing.
         group_by: Regular expression on the file name; its first group is the group.
         group_by_path: Instead, one on the path below the class: see ``scan``.
+        group_salt: File of the salt that IDs of patients in DICOM headers are hashed with, which
+            make the groups where ``group_by`` makes none. It is made if it is not there. Default:
+            ``CACHE.salt``.
+        patient_ids: An ID on more than a fifth of the images (and 20) is a question: ``keep`` takes
+            it as a patient, ``ignore`` as no ID.
+        path_names: ``hash`` replaces names of files and folders below split and class in all that
+            is written, by the same salt; ``keep``, the default, warns of DICOM's IDs in them.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
         limit: Take only that many images, for a try.
         include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns``,
@@ -235,10 +215,12 @@ def extract(
     options = ExtractionOptions(
         weights=weights, image_size=image_size, transform=transform, crop_mode=crop_mode,
         interpolation=interpolation, normalize=normalize, mean=mean, std=std, bit_depth=bit_depth,
-        truncated=truncated, max_pixels=max_pixels, views=views, augment=augment,
+        truncated=truncated, max_pixels=max_pixels, window=window, frame=frame, views=views,
+        augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
-        workers=workers, device=device, processes=processes, group_by=group_by,
-        group_by_path=group_by_path, max_errors=max_errors, limit=limit,
+        workers=workers, device=device, processes=processes, part=part, group_by=group_by,
+        group_by_path=group_by_path, group_salt=group_salt, patient_ids=patient_ids,
+        path_names=path_names, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
         ignore_columns=ignore_columns, target_columns=target_columns,
@@ -258,7 +240,7 @@ def _extract(
     """Make the cache of each target, all from one pass over the images."""
     start = time.perf_counter()
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
-    dataset, options = _scan(check_data(data), [t.path for t in targets], options)
+    dataset, options = _scan(check_data(data), [t.path for t in targets], options, writes=True)
     if not all(
         target.path.exists() for target in targets
     ):  # beside the building of backbone and engine
@@ -268,7 +250,8 @@ def _extract(
     for target in targets:
         path, job = target.path, _plan_job(dataset, target, options)
         if job.old is not None and job.is_up_to_date and not options.rehash:
-            job.remove_leftovers()
+            if options.part is None:
+                job.remove_leftovers()
             done[path] = summarise(
                 job.old, "up to date", start, dataset, num_kept=len(dataset.samples)
             )
@@ -277,7 +260,7 @@ def _extract(
     if jobs:
         _make_caches(jobs, options, start, done)
     for path, summary in done.items():
-        if not summary.num_new:
+        if not summary.num_new and summary.content_sha256:  # else a part, of no cache yet
             warn_of_precision(open_cache(path, verify=False), options.precision)
     return [done[target.path] for target in targets]
 
@@ -287,24 +270,30 @@ def _make_caches(
     done: dict[Path, ExtractionSummary],
 ) -> None:  # fmt: skip
     """Plan, work and finish, while nobody else can write the caches."""
+    part = None if options.part is None else Part.parse(options.part)
     with contextlib.ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(job.locked())
+            stack.enter_context(job.locked() if part is None else part_held(job, part))
         # Undone whatever happens, and before the locks are: an engine changes torch's threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         devices = resolve_devices(options.device, options.processes)
         device = resolve_device(devices[0]).torch()
         positions = find_known(jobs, device)
-        unfinished = [job for job in jobs if job.ledger.num_wanted]
-        for job in unfinished:
-            choose_engine(job, device)
+        if part is None:
+            unfinished = [job for job in jobs if job.ledger.num_wanted]
+            for job in unfinished:
+                choose_engine(job, device)
+        else:
+            unfinished = take_part(jobs, part, positions, device)
+            positions = [p for p in positions if any(job.ledger.wants(p) for job in unfinished)]
         check_threads(unfinished)
         if unfinished and len(devices) > 1:
             work_on(devices, unfinished, positions)
         elif unfinished:
             work(unfinished, positions)
         for job in jobs:
-            done[job.path] = finish(job, start)
+            made = finish(job, start) if part is None else finish_part(job, part, start)
+            done[job.path] = made
 
 
 @overload
@@ -375,7 +364,7 @@ def _plan(
     if price is not None and not 0 <= price < math.inf:
         raise ConfigError("--price", expected="a number that is not negative", found=price)
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
-    dataset, options = _scan(check_data(data), [t.path for t in targets], options)
+    dataset, options = _scan(check_data(data), [t.path for t in targets], options, writes=False)
     jobs = [_plan_job(dataset, target, options) for target in targets]
     device = resolve_device(resolve_devices(options.device, options.processes)[0]).torch()
     find_known(jobs, device)
@@ -386,7 +375,7 @@ def _plan(
 
 
 def _scan(
-    data: Data, caches: Sequence[Path], options: ExtractionOptions
+    data: Data, caches: Sequence[Path], options: ExtractionOptions, *, writes: bool
 ) -> tuple[ImageDataset, ExtractionOptions]:
     """Find the images; return the options with those that the caches that are there remember."""
     for path in caches:
@@ -402,7 +391,7 @@ def _scan(
     describe_dataset(dataset, options.say, by_path=options.group_by_path is not None)
     if options.companions == "keep" and dataset.num_grouped is None:
         options.say("groups: images and their companions; --group-by would name the patients")
-    return dataset, options
+    return settle_identifiers(dataset, caches, options, writes=writes), options
 
 
 def _remember(path: Path, data: Data, options: ExtractionOptions) -> ExtractionOptions:
@@ -438,7 +427,7 @@ def _choose_recipe(
         backbone, dataset, transform=options.transform, crop_mode=options.crop_mode,
         interpolation=options.interpolation,
         bit_depth=options.bit_depth, truncated=options.truncated,
-        max_pixels=options.max_pixels,
+        max_pixels=options.max_pixels, window=options.window, frame=options.frame,
         feature_dtype=options.feature_dtype, views=options.views, augment=options.augment,
     )  # fmt: skip
     describe_recipe(recipe, options.say)

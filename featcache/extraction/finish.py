@@ -1,6 +1,7 @@
 """Finish an extraction: write the cache from all that the ledger knows, whole or not at all.
 
-Reads: the old cache and shards. Writes: ``CACHE``; removes ``CACHE.partial/``.
+Reads: the old cache and shards. Writes: ``CACHE``, and ``CACHE.dicom.csv`` where there is DICOM;
+removes ``CACHE.partial/``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from featcache.cache.reading import Cache
 from featcache.cache.writing import SplitRows, write_rows
 from featcache.data.dataset import Sample
 from featcache.errors import DataError
+from featcache.extraction.identifiers import (
+    identifier_facts,
+    without_identifier_facts,
+    write_columns,
+)
 from featcache.extraction.plan import Job
 from featcache.extraction.reports import ExtractionSummary, describe_result, summarise
 from featcache.extraction.update import as_targets, find_changes, is_unchanged
@@ -72,9 +78,11 @@ def _write(job: Job) -> Cache:
         splits[name] = _split_rows(job, name, samples, numbers)
     remove_temporaries(job.path)  # of a run killed while writing: the lock is ours now
     listing = job.options.listing.as_json()
-    provenance = with_row_precisions(job.provenance, precisions) | {"truncated": truncated}
+    made = without_identifier_facts(job.provenance) | identifier_facts(job.dataset)
+    provenance = with_row_precisions(made, precisions) | {"truncated": truncated}
     if listing:
         provenance["listing"] = listing
+    write_columns(job.dataset, job.path)
     cache = write_rows(
         job.path, splits, identity=job.recipe.identity, provenance=provenance,
         classes=job.dataset.classes, task=job.dataset.task, failures=job.ledger.failures,

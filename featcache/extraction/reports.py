@@ -242,7 +242,8 @@ class ExtractionSummary:
 
     Attributes:
         cache: The cache file.
-        status: ``extracted``, or ``up to date`` when there was nothing to do.
+        status: ``extracted``, or ``up to date`` when there was nothing to do; or ``part 2/4``: then
+            all numbers are of that part.
         num_images: Rows in the cache.
         num_new: Images that went through the network.
         num_known: Images whose features were known: from an older cache, an interrupted run, or
@@ -265,7 +266,7 @@ class ExtractionSummary:
         seconds: Wall time of the whole call.
         images_per_second: New images over the time of producing their features.
         fingerprint: Of the recipe.
-        content_sha256: Of the cache's content.
+        content_sha256: Of the cache's content; empty after a part of it.
     """
 
     __module__ = "featcache"
@@ -336,6 +337,8 @@ def describe_recipe(recipe: Recipe, say: Say) -> None:
     )
     if note := training_data_note(backbone.name):
         say(f"Note: {note}.")
+    if rules.dicom is not None:
+        say(f"DICOM: {rules.dicom.describe()}.")
     views = recipe.view_rules
     if views.augmentation is not None:
         say(f"Views: {views.num_views} of every image to train on, {views.augmentation}.")
@@ -402,6 +405,24 @@ def summarise(
         parity=max(cache.parity, default=None), num_probed=cache.num_probed,
         seconds=round(time.perf_counter() - start, 3), images_per_second=images_per_second,
         fingerprint=cache.fingerprint, content_sha256=cache.content_sha256,
+    )  # fmt: skip
+
+
+def summarise_part(job: Job, part: str, start: float) -> ExtractionSummary:
+    """Return the summary of a part of an extraction, of which there is no cache yet."""
+    ledger, dataset, provenance = job.ledger, job.dataset, job.provenance
+    num_failed = len(ledger.failures)
+    parity = () if job.engine is None else job.engine.parity
+    return ExtractionSummary(
+        cache=job.path, status=f"part {part}", num_images=job.num_planned,
+        num_new=ledger.num_new, num_known=job.num_planned - num_failed - ledger.num_new,
+        num_kept=0, num_moved=0, num_gone=0, num_failed=num_failed, num_truncated=0,
+        num_ignored=dataset.num_ignored, ignored_endings=dataset.ignored_endings,
+        ignored_columns=dataset.ignored_columns, splits={},
+        engine=str(provenance.get("engine", "none")), precision=job.options.precision,
+        parity=max(parity, default=None), num_probed=len(parity),
+        seconds=round(time.perf_counter() - start, 3), images_per_second=job.images_per_second,
+        fingerprint=job.recipe.fingerprint, content_sha256="",
     )  # fmt: skip
 
 

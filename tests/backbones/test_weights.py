@@ -163,6 +163,8 @@ def test_code_in_a_weights_file_never_runs(kind, tmp_path):
     assert proof.exists()
 
 
+# Torch warns; as an error that would stop it in place of us.
+@pytest.mark.filterwarnings("default:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 def test_code_never_runs_even_where_the_environment_turns_torchs_default_off(tmp_path, monkeypatch):
     """Of a file, of the built backbone's and of a file in the download cache."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")

@@ -129,7 +129,11 @@ def _rules_of(cache: Cache, max_pixels: int) -> PixelRules:
     except DataError:  # features made elsewhere
         rules = PixelRules(SIDE)
     return PixelRules(
-        SIDE, bit_depth=rules.bit_depth, truncated=rules.truncated, max_pixels=max_pixels
+        SIDE,
+        bit_depth=rules.bit_depth,
+        truncated=rules.truncated,
+        dicom=rules.dicom,
+        max_pixels=max_pixels,
     )
 
 

@@ -246,7 +246,7 @@ def test_an_error_of_one_worker_keeps_what_the_others_have(
         run(images, tmp_path / "c.h5", max_errors=0)
     manifest = json.loads((tmp_path / "c.h5.partial" / "manifest.json").read_bytes())
     assert not manifest["running"]
-    assert manifest["num_reserved"] >= 1000
+    assert manifest["num_reserved"] >= 100
     assert len(manifest["probes"]["pixels_sha256"]) == 4
     monkeypatch.undo()
     rows = sum(shard["num_rows"] for shard in manifest["shards"])
