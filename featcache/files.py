@@ -183,7 +183,7 @@ def local_path(path: str | Path, what: str) -> Path:
         text = re.sub(r":/+", "://", text, count=1)
         raise ConfigError(
             what, expected="a path of this machine", found=f"a URL, {text}",
-            hint="URLs are neither read nor written: copy the files, or mount their place",
+            hint="Only the DATA of extract, verify and audit may be a URL: copy or mount the files",
         )  # fmt: skip
     return Path(path)
 

@@ -63,8 +63,8 @@ def test_what_is_no_list_of_shards(tmp_path, monkeypatch, data, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_urls_of_a_list_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="a path of this machine"):
+def test_paths_and_urls_in_one_list_are_refused():
+    with pytest.raises(ConfigError, match="expected paths or URLs, found both"):
         scan(["x.tar", "s3://bucket/x.tar"])
 
 
