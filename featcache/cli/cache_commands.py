@@ -144,6 +144,10 @@ def split(
     "--processes", type=click.IntRange(1, 256), default=1, show_default=True,
     help="How many, on each device; the CPU's cores are shared out among them.",
 )  # fmt: skip
+@click.option(
+    "--ray", metavar="HOST:PORT|auto|local",
+    help="Work on the GPUs, or the nodes, of a Ray cluster; local starts a Ray here.",
+)  # fmt: skip
 @grouping
 @click.option(
     "--max-errors", default="5%", show_default=True, metavar="N|P%",

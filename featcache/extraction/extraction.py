@@ -39,6 +39,7 @@ from featcache.extraction.reports import (
 )
 from featcache.extraction.work import work
 from featcache.extraction.workers.local import resolve_devices, work_on
+from featcache.extraction.workers.ray_actors import check_ray, work_with_ray
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
@@ -57,7 +58,7 @@ def extract(
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
+    processes: int = ..., ray: str | None = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
@@ -77,7 +78,7 @@ def extract(
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
+    processes: int = ..., ray: str | None = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
@@ -96,7 +97,7 @@ def extract(
     bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
     views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
     engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ...,
+    processes: int = ..., ray: str | None = ...,
     group_by: str | None = ..., group_by_path: str | None = ...,
     max_errors: int | str = ..., limit: int | None = ...,
     include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
@@ -131,6 +132,7 @@ def extract(
     workers: int | str = "auto",
     device: str = "auto",
     processes: int = 1,
+    ray: str | None = None,
     group_by: str | None = None,
     group_by_path: str | None = None,
     max_errors: int | str = "5%",
@@ -184,6 +186,9 @@ def extract(
             ``cuda:0,cuda:1``, or ``all`` GPUs, with processes of their own.
         processes: How many on each device, CPU cores being shared out among them. The features do
             not depend on it.
+        ray: Work on a Ray cluster, by its head node's ``HOST:PORT`` or ``auto``, in place of this
+            machine alone: with so many ``processes`` on each GPU, or on each node for the CPU.
+            ``local`` starts a Ray here and stops it. All nodes have to see data and cache.
         group_by: Regular expression on the file name; its first group is the group.
         group_by_path: Instead, one on the path below the class: see ``scan``.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
@@ -214,7 +219,7 @@ def extract(
         interpolation=interpolation, normalize=normalize, mean=mean, std=std, bit_depth=bit_depth,
         truncated=truncated, max_pixels=max_pixels, views=views, augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
-        workers=workers, device=device, processes=processes, group_by=group_by,
+        workers=workers, device=device, processes=processes, ray=ray, group_by=group_by,
         group_by_path=group_by_path, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
@@ -262,6 +267,8 @@ def _make_caches(
     done: dict[Path, ExtractionSummary],
 ) -> None:  # fmt: skip
     """Plan, work and finish, while nobody else can write the caches."""
+    if options.ray is not None:
+        check_ray(options.ray)
     with contextlib.ExitStack() as stack:
         for job in jobs:
             stack.enter_context(job.locked())
@@ -274,7 +281,9 @@ def _make_caches(
         for job in unfinished:
             choose_engine(job, device)
         check_threads(unfinished)
-        if unfinished and len(devices) > 1:
+        if unfinished and options.ray is not None:
+            work_with_ray(unfinished, positions)
+        elif unfinished and len(devices) > 1:
             work_on(devices, unfinished, positions)
         elif unfinished:
             work(unfinished, positions)

@@ -45,6 +45,7 @@ class ExtractionOptions:
     workers: int | str = "auto"
     device: str = "auto"
     processes: int = 1
+    ray: str | None = None
     group_by: str | None = None
     group_by_path: str | None = None
     max_errors: int | str = "5%"
@@ -65,6 +66,11 @@ class ExtractionOptions:
         parse_max_errors(self.max_errors)
         if type(self.processes) is not int or not 1 <= self.processes <= 256:
             raise ConfigError("--processes", expected="1 to 256", found=self.processes)
+        if self.ray is not None and (self.device == "all" or "," in self.device):
+            raise ConfigError(
+                "--ray", expected="one kind of device, such as --device cuda", found=self.device,
+                hint="Ray gives each worker a GPU of its own",
+            )  # fmt: skip
         assert self.listing is not None
 
     @cached_property
