@@ -340,7 +340,7 @@ class Coordinator:
                 warn_user(f"{name} is left out: {place.failure}")
             return
         if not was_ready:
-            place.num_starts += 1
+            place.num_starts += not ended.was_asked
             self._say(f"{name} has ended before it began: {ended.reason}.")
             if place.num_starts >= _MOST_STARTS:
                 place.is_refused = True
@@ -364,7 +364,7 @@ class Coordinator:
         deaths = piece.num_deaths + 1
         if deaths < 2:
             self._again.extendleft([_Piece(left, deaths)] if left else [])
-        elif len(left) == 1:
+        elif len(piece.positions) == len(left) == 1:  # it was alone
             self._deaths = 0
             self._num_done += 1
             for job in self._jobs:

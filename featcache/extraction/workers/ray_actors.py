@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import queue
+import re
 import secrets
 import shutil
 import signal
@@ -57,7 +58,9 @@ LOCAL = "local"
 _CONNECT_SECONDS = 5.0  # for a cluster to answer at all
 _PLACE_SECONDS = 30.0  # then it is said that an actor waits for one
 _SEEN_SECONDS = 3.0  # for a shared folder to show a manifest that was just written
+_NODE_SECONDS = 20.0  # for a node to answer
 _STOP_SECONDS = 5.0  # as for processes of this machine
+_NODE_DIED = "its node is gone"
 
 # ------------------------------------------------------------------------------------- the cluster
 
@@ -97,19 +100,23 @@ def _unreachable(address: str, found: str) -> ConfigError:
 def _connected(address: str) -> Iterator[Any]:
     """Yield the module ``ray``, connected; leave a connection that was there before as it is."""
     with contextlib.ExitStack() as stack:
-        # Ray reads these when it is imported. It would send statistics of its use, and write on
-        # standard error from C++.
+        # Ray reads these when it is imported, and hands them on to its processes. It would send
+        # statistics of its use, and warn of CUDA_VISIBLE_DEVICES.
         settings = {
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_usage_stats_enabled": "0",
-            "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }  # fmt: skip
         if address == LOCAL:
             # Else Ray makes a token for all to come in the user's home, and says so.
             settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            stack.callback(_read_settings)
         stack.enter_context(_environment(settings))
         import ray
 
+        if address == LOCAL:
+            _read_settings()
         if not ray.is_initialized():
+            stack.enter_context(_quiet())
             stack.callback(ray.shutdown)
             _connect(ray, address, stack)
         yield ray
@@ -135,6 +142,28 @@ def _connect(ray: Any, address: str, stack: contextlib.ExitStack) -> None:
             ray.init(**options)
     except Exception as error:  # Ray raises many kinds, also plain ones
         raise _unreachable(address, _first_line(error)) from error
+
+
+def _read_settings() -> None:
+    """Let Ray read its settings again: it may have been imported before they were made."""
+    with contextlib.suppress(ImportError):  # of a version without tokens
+        from ray import _raylet
+
+        _raylet.Config.initialize("")
+        _raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let Ray not print on standard output that a worker died; ``log_to_driver`` leaves that."""
+    from ray._private import worker
+
+    before = getattr(worker, "_worker_logs_enabled", True)
+    worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = before
 
 
 @contextlib.contextmanager
@@ -255,7 +284,10 @@ def work_with_ray(jobs: Sequence[Job], positions: Sequence[int]) -> None:
 
 def _patience(number: int, room: _Room, say: Say) -> Callable[[], object]:
     return functools.partial(
-        say, f"Worker {number + 1} still waits for {room.cores:g} free cores in the Ray cluster."
+        say,
+        f"Worker {number + 1} still waits for Ray to start it ({room.cores:g} cores"
+        + (f" and {room.gpus:g} GPU" if room.gpus else "")
+        + ").",
     )
 
 
@@ -333,13 +365,29 @@ class RayWorker:
             self._tell(Failed(_not_there(error)))
             reason = "an error"
         except self._ray.exceptions.RayError as error:
-            reason = _describe(error)
+            reason = self._find_reason(error)
         except Exception as error:  # noqa: BLE001 (raised by the coordinator)
             self._tell(Failed(error))
             reason = "an error"
         with contextlib.suppress(Exception):  # Ray may believe that it is only out of reach
             self._ray.kill(self._actor)
-        self._tell(Ended(reason, was_asked=self._is_stopping))
+        # That a node ends is not the fault of images.
+        self._tell(Ended(reason, was_asked=self._is_stopping or reason == _NODE_DIED))
+
+    def _find_reason(self, error: BaseException) -> str:
+        """Say how it died. A moment later Ray knows of a process; of a node, half a minute later."""
+        unavailable = self._ray.exceptions.ActorUnavailableError
+        if isinstance(error, unavailable):
+            try:
+                self._ray.get(self._actor.stop.remote(), timeout=_NODE_SECONDS)
+            except self._ray.exceptions.RayError as later:
+                error = later
+        text = " ".join(str(error).split())
+        if isinstance(error, unavailable) or re.search(r"its (worker )?node has died", text):
+            return _NODE_DIED
+        if "due to the node running low on memory" in text:
+            return "ended by Ray, as its node had no memory left"
+        return "its process died"
 
     def _serve(self, start: _Start, facts: Any) -> str:
         begun = self._actor.begin.remote(start, facts)
@@ -355,15 +403,6 @@ class RayWorker:
                 event = self._ray.get(result)
                 self._tell(event)
         return "an error"
-
-
-def _describe(error: BaseException) -> str:
-    text = str(error).lower()
-    if "memory" in text and "oom" in text:
-        return "Ray ended it, since its node had no memory left"
-    if "node" in text and any(word in text for word in ("node has died", "node died", "raylet")):
-        return "its node has died"
-    return "its process has died"
 
 
 def _not_there(error: BaseException) -> ConfigError:
