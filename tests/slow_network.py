@@ -9,7 +9,7 @@ import torch
 
 from featcache.backbones.backbone import Backbone, wrap_backbone
 
-SECONDS = 0.05
+SECONDS = 0.15
 
 
 class SlowNetwork(tiny_network.TinyNetwork):

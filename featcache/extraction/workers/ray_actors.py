@@ -375,7 +375,7 @@ class RayWorker:
         self._tell(Ended(reason, was_asked=self._is_stopping or reason == _NODE_DIED))
 
     def _find_reason(self, error: BaseException) -> str:
-        """Say how it died. A moment later Ray knows of a process; of a node, half a minute later."""
+        """Say how it died: Ray knows that of a process at once, of a node half a minute later."""
         unavailable = self._ray.exceptions.ActorUnavailableError
         if isinstance(error, unavailable):
             try:

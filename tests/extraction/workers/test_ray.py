@@ -23,7 +23,7 @@ from featcache.errors import CacheError, ConfigError, DataError
 from featcache.extraction import work
 from featcache.extraction.extraction import extract
 from featcache.extraction.reports import ExtractionSummary
-from featcache.extraction.workers import coordinator, ray_actors
+from featcache.extraction.workers import ray_actors
 
 pytest.importorskip("ray", reason="ray is not installed")
 
@@ -42,26 +42,15 @@ def is_long(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator, "MIN_IMAGES", 4)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "SHARD_BYTES", 4 * 24 * 4)
 
 
 @pytest.fixture(scope="module")
 def images(is_long: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images") / "data"
-    for number in range(6):
-        write_tree(root / f"{number}")
-    for path in sorted(root.rglob("*.*")):
-        split, name, file = path.relative_to(root).parts[1:]
-        target = root / split / name / f"{path.relative_to(root).parts[0]}{file}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-    for number in range(6):
-        for folder in sorted((root / f"{number}").rglob("*"), reverse=True):
-            folder.rmdir()
-        (root / f"{number}").rmdir()
-    return root
+    return write_tree(
+        tmp_path_factory.mktemp("images") / "data", {"train": 80, "valid": 20, "test": 40}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +67,12 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         utils.set_sigterm_handler = lambda handler: None  # nodes are added by another thread
-        head = {"num_cpus": 0, "include_dashboard": False}
+        # Ray takes half a minute to believe that a node is dead.
+        health = {
+            "health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000,
+            "health_check_timeout_ms": 5000, "health_check_failure_threshold": 4,
+        }  # fmt: skip
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self._add(), self._add()]
         self.address = self.cluster.address
