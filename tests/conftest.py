@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ import pytest
 import threadpoolctl
 import tiny_network
 import torch
+from blank_pictures import save_blank
+from matplotlib.figure import Figure
 from sample_images import write_tree
 
 from featcache import renames as renames_module
 from featcache.backbones.backbone import Backbone
+from featcache.extraction.extraction import extract
 
 # --- torture: short in CI, long by scripts/torture.sh
 
@@ -118,10 +122,40 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+_SAVE = Figure.savefig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _blank_pictures() -> Iterator[None]:
+    """Compose figures whole, but save them blank: a tenth of the time of every evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_blank)
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save figures as they are: for tests of what is in the pictures, or of names that go there."""
+    monkeypatch.setattr(Figure, "savefig", _SAVE)
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """Split folders train, valid, test of class folders covid, normal: 46 small images."""
     return write_tree(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def _extracted(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> Path:
+    folder = tmp_path_factory.mktemp("extracted")
+    extract(write_tree(folder / "data"), folder / "c.h5", backbone=tiny_backbone)
+    return folder / "c.h5"
+
+
+@pytest.fixture
+def cache_of_tree(tree: Path, tmp_path: Path, _extracted: Path) -> Path:
+    """The cache of ``tree``, by ``tiny_backbone``: c.h5 beside it, a copy of one made once."""
+    return shutil.copyfile(_extracted, tmp_path / "c.h5")
 
 
 @pytest.fixture(params=["renameat2", "without"])

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from featcache.errors import FeatcacheError
 from featcache.extraction import extraction
 from featcache.extraction.plan import Job
 from featcache.extraction.workers.coordinator import Coordinator, Ended, Event, Failed
@@ -72,7 +71,7 @@ class ThreadWorker:
             self._tell(Ended("asked to", was_asked=True))
         except Death:
             self._tell(Ended("killed by SIGKILL"))
-        except FeatcacheError as error:
+        except Exception as error:  # noqa: BLE001 (raised by the coordinator)
             self._tell(Failed(error))
             self._tell(Ended("exit code 1"))
 

@@ -46,38 +46,50 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> P
     return folder
 
 
+LIGHT = [
+    "info c.h5",
+    "info run",
+    "split data/train split.csv",
+    "select c.h5 selected.h5",
+    "verify c.h5",
+    "predict run --cache c.h5",
+    "convert c.h5 rows.npz",
+    "log run --to tensorboard",
+    "neighbours c.h5 train/covid/trc000_0.jpg",
+    "evaluate run --split nonsense",
+    "train c.h5 run2 --epochs 1",
+    "train c.h5 run3 --hidden none --optimizer lbfgs",
+    "report run",
+]
+"""What loads nothing heavy. One process runs all: whatever one loads is there after it."""
+
+
 @pytest.mark.parametrize(
-    ("arguments", "heavy"),
+    ("lines", "heavy"),
     [
-        ("info c.h5", set()),
-        ("info run", set()),
-        ("split data/train split.csv", set()),
-        ("select c.h5 selected.h5", set()),
-        ("verify c.h5", set()),
-        ("train c.h5 run2 --epochs 1", set()),
-        ("train c.h5 run3 --hidden none --optimizer lbfgs", set()),
-        ("predict run --cache c.h5", set()),
-        ("convert c.h5 rows.npz", set()),
-        ("log run --to tensorboard", set()),
-        ("neighbours c.h5 train/covid/trc000_0.jpg", set()),
-        ("evaluate run", {"matplotlib"}),
-        ("evaluate run --split nonsense", set()),
-        ("export run out.txt", {"torch"}),
-        ("report run", set()),
-        ("decide run --positive covid --recall 0.9", {"scipy"}),  # last: the others then use it
+        (LIGHT, set()),
+        (["evaluate run"], {"matplotlib"}),
+        (["export run out.txt"], {"torch"}),
+        (["decide run --positive covid --recall 0.9"], {"scipy"}),  # last: the others use it
     ],
+    ids=["light", "evaluate", "export", "decide"],
 )
 def test_a_verb_loads_only_what_it_computes_with(
-    work: Path, arguments: str, heavy: set[str], monkeypatch: pytest.MonkeyPatch
+    work: Path, lines: list[str], heavy: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(work)
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     code = (
-        "import contextlib\n"
+        "import contextlib, json, sys\n"
         "from featcache.cli.main import main\n"
-        f"with contextlib.suppress(SystemExit): main({arguments.split()!r})"
+        f"for line in {lines!r}:\n"
+        "    with contextlib.suppress(SystemExit): main(line.split())\n"
+        f"    loaded = sorted({HEAVY!r} & {{m.split('.')[0] for m in sys.modules}})\n"
+        "    print('LOADED', json.dumps([line, loaded]))\n"
     )
-    assert loaded_by(code) & HEAVY == heavy
+    said = run_python(code).splitlines()
+    found = [json.loads(line[7:]) for line in said if line.startswith("LOADED ")]
+    assert found == [[line, sorted(heavy)] for line in lines]
 
 
 def test_importing_the_package_imports_nothing_slow() -> None:
@@ -103,11 +115,11 @@ def test_only_the_command_line_prints(module: str) -> None:
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     # verbose=True: scikit-learn's estimators print
     assert calls.count("print") == (module == "heads/estimator.py")
-    # The next two answer as child processes; outputs flushes it before --csv /dev/stdout;
-    # predict_script is a command line of its own, copied out of the package.
+    # Isolation and local workers answer as child processes; outputs flushes it before --csv
+    # /dev/stdout; predict_script is a command line of its own, copied out of the package.
     if module not in {
         "cli/main.py", "cli/ending.py", "cache/hdf5.py", "pixels/isolation.py", "outputs.py",
-            "cache/converting/reading.py",
+        "cache/converting/reading.py", "extraction/workers/local.py",
         "deployment/exporting/predict_script.py",
     }:  # fmt: skip
         assert "sys.stdout" not in ast.unparse(tree)

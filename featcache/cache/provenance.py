@@ -26,7 +26,9 @@ from featcache.precision import (
 
 # Copied only if all caches agree: an update then continues with this engine.
 _ENGINE_FACTS = ("engine", "precision", "batch_size", "num_threads", "device_type")
-_OTHER_FACTS = ("device", "concurrency", "weights_source", "listing")
+_OTHER_FACTS = (
+    "device", "concurrency", "weights_source", "listing", "group_salt", "path_names"
+)  # fmt: skip
 MAX_PARITY = 8  # number of parity errors to keep: the largest ones
 _ORIGIN_FACTS = (
     "date", "versions", "device", "engine", "precision", "parity", "parity_spread", "parity_bound",
@@ -118,6 +120,20 @@ def _parity(cache: Cache) -> list[float]:
     return [float(error) for error in parity]
 
 
+def warn_of_salts(caches: Sequence[Cache]) -> None:
+    """Warn where the patients of caches were hashed with different salts: nobody can join them."""
+    salts: dict[str, Cache] = {}
+    for cache in caches:
+        salts.setdefault(str(cache.provenance.get("group_salt")), cache)
+    salts.pop("None", None)
+    if len(salts) > 1:
+        names = " and ".join(printable(cache.path.name) for cache in salts.values())
+        warn_user(
+            f"{names} hashed their patients with different salts: one who is in both has two "
+            "groups. Extract all with one --group-salt"
+        )
+
+
 def listing_of(cache: Cache) -> Listing:
     """Return the options that the images of a cache were listed with.
 
@@ -134,6 +150,17 @@ def known_precision(cache: Cache) -> str | None:
     """
     precision = str(cache.provenance.get("precision"))
     return precision if precision in PARITY_BOUNDS and "lost" not in cache.provenance else None
+
+
+def training_data_note(backbone: str) -> str | None:
+    """Return what to bear in mind of the images a backbone was trained on, by its name."""
+    if not backbone.startswith("xrv:"):
+        return None
+    of_ending = {"nih": "NIH", "pc": "PadChest", "chex": "CheXpert", "rsna": "RSNA",
+                 "mimic_nb": "MIMIC-CXR", "mimic_ch": "MIMIC-CXR"}  # fmt: skip
+    every = "NIH, PadChest, CheXpert, MIMIC-CXR, Google, OpenI and RSNA"
+    sets = of_ending.get(backbone.rpartition("-")[2], every)
+    return f"{backbone} was trained on images of {sets}: figures on such images are too good"
 
 
 UNKNOWN = "unknown"

@@ -21,6 +21,7 @@ from featcache.cache.provenance import (
     list_origins,
     row_precisions,
     warn_of_precisions,
+    warn_of_salts,
     with_row_precisions,
 )
 from featcache.cache.reading import Cache, Failure, open_cache, warn_of_leaks
@@ -152,6 +153,7 @@ def select(
         opened = [open_cache(source) for source in sources]
         check_alike(opened)
         warn_of_precisions(opened)
+        warn_of_salts(opened)
         chosen = Rearrangement(opened, prefix=prefix, say=say)
         if table is not None:
             named = chosen.apply_table(Path(table), columns=columns, ignore_columns=ignore_columns)

@@ -377,7 +377,10 @@ def _encode(texts: Iterable[str]) -> npt.NDArray[Any]:
 
 
 _MAX_NAME = 1000  # characters; python: backbones are named with options
-_OWN_NAMES = r"manifest\.json|probing|whole|true|shard\.[0-9]+"
+_OWN_NAMES = (
+    r"manifest\.json|probing(\.[0-9]+)?|whole|true|shard\.[0-9]+|plan\.json|part\.[0-9]+\.json|"
+    r"alive\.[0-9]+(\.[0-9a-f]+)?"
+)
 """Names of featcache's files in the folder of an unfinished cache, but for the lock."""
 _MARK = b'"format":"featcache-partial"'
 _MAX_MANIFEST_BYTES = 1 << 28

@@ -12,6 +12,7 @@ from featcache.cli.options import (
     AUTO_OR_NUMBER,
     CACHES,
     DEVICE,
+    GROUP_SALT,
     LARGEST,
     TRUST,
     WEIGHTS,
@@ -21,8 +22,10 @@ from featcache.cli.options import (
     Sizes,
     csv_columns,
     grouping,
+    labelling,
     listing,
     make_say,
+    patients,
     print_facts,
     printing,
     printing_json,
@@ -41,10 +44,12 @@ from featcache.formatting import count
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed, another split.")
 @grouping
+@patients
 @click.option(
     "--mode", type=click.Choice(["copy", "symlink", "hardlink"]), default="copy",
     show_default=True, help="How a tree gets its files.",
 )  # fmt: skip
+@labelling
 @listing
 @printing
 def split(
@@ -69,12 +74,20 @@ def split(
     print_facts(summary.as_dict(), [], as_json, quiet)
 
 
+def _once_each(
+    ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[str, str], ...]
+) -> dict[str, str]:  # fmt: skip
+    if len(dict(pairs)) < len(pairs):
+        raise click.BadParameter("a split is named twice")
+    return dict(pairs)
+
+
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option(
     "--backbone", required=True, metavar="NAME", multiple=True,
-    help="efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, "
+    help="efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, xrv:NAME, "
     "python:package.module:function. More than once: CACHE is a folder and gets a cache of each, "
     "every image being decoded once.",
 )  # fmt: skip
@@ -110,6 +123,14 @@ def split(
     help="Cut-off images: fail them, or fill them in.",
 )  # fmt: skip
 @LARGEST
+@click.option(
+    "--window", metavar="CENTER,WIDTH|voi|first|none", show_default="voi",
+    help="Of DICOM: voi is the VOI LUT, else the first window, else the stored range. CT and MR "
+    "need one.",
+)  # fmt: skip
+@click.option(
+    "--frame", type=click.IntRange(min=1), metavar="N", help="Of DICOM files of several frames."
+)
 @click.option(
     "--views", type=click.IntRange(1, 64), default=1, show_default=True,
     help="Views of every image to train on: the plain one, and others by --augment.",
@@ -148,7 +169,17 @@ def split(
     "--ray", metavar="HOST:PORT|auto|local",
     help="Work on the GPUs, or the nodes, of a Ray cluster; local starts a Ray here.",
 )  # fmt: skip
+@click.option(
+    "--part", metavar="I/N",
+    help="Make part I of N only, for queues: on any hosts that see DATA and CACHE, in any order. "
+    "The command without it then merges them, does what is missing and writes CACHE.",
+)  # fmt: skip
 @grouping
+@patients
+@click.option(
+    "--path-names", type=click.Choice(["keep", "hash"]), show_default="keep",
+    help="hash: no names of files and folders below split and class in cache, run and messages.",
+)  # fmt: skip
 @click.option(
     "--max-errors", default="5%", show_default=True, metavar="N|P%",
     help="Images that may fail, per split and class.",
@@ -158,31 +189,52 @@ def split(
     "--dry-run", is_flag=True, help="Say what is left to do and would be taken; write nothing."
 )
 @click.option(
+    "--log-json", is_flag=True,
+    help="Progress as a JSON object a minute, on standard error, in place of the bar.",
+)  # fmt: skip
+@click.option(
+    "--price", type=float, metavar="P",
+    help="Of an hour of a machine like this one: with --dry-run, what it costs on how many.",
+)  # fmt: skip
+@click.option(
     "--rehash", is_flag=True, help="Recognise unchanged images by content, not by size and time."
 )
 @click.option("--rebuild", is_flag=True, help="Replace a cache made with other settings.")
+@click.option(
+    "--split-list", type=Renaming("SPLIT=FILE"), multiple=True, callback=_once_each,
+    help="Rows of a CSV that are of a split, a path or file name a line. Rows in no list are of "
+    "train if that has no list, else left out. May be repeated.",
+)  # fmt: skip
+@labelling
 @listing
 @printing
 def extract(
     data: Path, cache: Path, as_json: bool, quiet: bool, dry_run: bool,
-    backbone: tuple[str, ...], **options: Any,
+    log_json: bool, price: float | None, backbone: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Run a frozen backbone once over the images in DATA and keep the features in CACHE.
 
     DATA holds split folders of class folders, or class folders, or images; or it is a CSV
-    (path,target,split,group) or a zip. Run again, it goes on where it stopped, or updates.
+    (path,target,split,group), a zip, a tar, a Parquet file with images, or a folder of tars or of
+    Parquet files. Run again, it goes on where it stopped, or updates.
 
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0
              featcache extract data sizes --backbone efficientnet-b0 --image-size 224,448
+             featcache extract Data_Entry_2017.csv nih.h5 --backbone efficientnet-b0 --columns \\
+               path='Image Index' --columns target='Finding Labels' --columns group='Patient ID' \\
+               --target-separator '|' --split-list test=test_list.txt
     """
     from featcache.cli.wording import projection_lines
     from featcache.extraction import extraction
 
-    options |= {"say": make_say(as_json, quiet), "progress": not quiet}
+    progress = "json" if log_json else not quiet
+    options |= {"say": make_say(as_json, quiet), "progress": progress}
     one_or_all = backbone[0] if len(backbone) == 1 else backbone
+    if price is not None and not dry_run:
+        raise click.UsageError("--price says what an extraction would cost: it needs --dry-run")
     if dry_run:
-        planned = extraction.plan(data, cache, backbone=one_or_all, **options)
+        planned = extraction.plan(data, cache, backbone=one_or_all, price=price, **options)
         plans = list(planned.values()) if isinstance(planned, dict) else [planned]
         lines = [line for projection in plans for line in projection_lines(projection)]
         print_facts(_one_or_all([p.as_dict() for p in plans]), lines, as_json, quiet)
@@ -282,6 +334,7 @@ def info(cache_or_run: Path, as_json: bool, layers: bool) -> None:
 @WEIGHTS
 @DEVICE
 @LARGEST
+@GROUP_SALT
 @printing
 def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check that CACHE is whole, and with --data that its features are true.

@@ -171,15 +171,43 @@ def listing(command: _F) -> _F:
     return command
 
 
+def labelling(command: _F) -> _F:
+    """Add the options of several labels per image, --target-columns to --blank."""
+    for option in (
+        click.option(
+            "--blank", type=click.Choice(["unknown", "no"]),
+            help="What an empty cell of a label means. Asked for where there are some.",
+        ),
+        click.option(
+            "--uncertain", type=click.Choice(["unknown", "yes", "no"]), show_default="unknown",
+            help="What a -1 in --target-columns means.",
+        ),
+        click.option(
+            "--target-separator", metavar="MARK",
+            help="What stands between several labels in the cells of target: '|'.",
+        ),
+        click.option(
+            "--target-columns", metavar="A,B,...", callback=_split_names,
+            help="Columns of a CSV that are a label each, of 1, 0, -1 and empty cells. Where No "
+            "Finding is 1, empty cells mean no; it is no class.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def csv_columns(command: _F) -> _F:
-    """Add --columns and --ignore-columns, for commands that read a CSV of images."""
+    """Add --columns and --ignore-columns, for commands that read tables of images."""
     command = click.option(
         "--ignore-columns",
         metavar="A,B",
         callback=_split_names,
-        help="Headers of a CSV that are not used.",
+        help="Headers of a CSV or Parquet file that are not used.",
     )(command)
-    text = "Which header of a CSV is path, target, split or group. May be repeated."
+    text = (
+        "Which header of a CSV is path, target, split or group; in Parquet also image; in tars a "
+        "key of the JSON, or an ending as txt, beside images. May be repeated."
+    )
     return _columns(text)(command)
 
 
@@ -215,6 +243,21 @@ def grouping(command: _F) -> _F:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+GROUP_SALT = click.option(
+    "--group-salt", metavar="FILE", type=click.Path(path_type=Path),
+    help="Salt of hashed IDs and paths; made if it is not there. Default: beside the cache.",
+)  # fmt: skip
+
+
+def patients(command: _F) -> _F:
+    """Add --group-salt and --patient-ids, of commands that group DICOM files by patient."""
+    command = click.option(
+        "--patient-ids", type=click.Choice(["keep", "ignore"]),
+        help="DICOM: what an ID on more than a fifth of the images is, a patient or no ID.",
+    )(command)  # fmt: skip
+    return GROUP_SALT(command)
 
 
 def head_options(command: _F) -> _F:

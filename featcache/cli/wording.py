@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from featcache.cache.provenance import training_data_note
 from featcache.errors import escaped, printable
 from featcache.formatting import (
     FEW,
@@ -53,6 +54,13 @@ def projection_lines(projection: Projection) -> Iterator[str]:
     )
     size, working = in_bytes(projection.cache_bytes), in_bytes(projection.working_bytes)
     yield f"disk: {size} for the cache, {working} while working"
+    yield f"reads: {count(num_wanted, 'image')}, {in_bytes(projection.read_bytes)}"
+    if len(projection.workers) > 1 or projection.workers[0].cost is not None:
+        yield "machines like this one (arithmetic: storage and network are taken as fast enough):"
+        for of in projection.workers:
+            cost = "" if of.cost is None else f", costs {of.cost:,.2f}"
+            hours = f"{of.worker_hours:.3g} machine-hours"
+            yield f"{of.num_workers:>5}: {in_time(of.seconds)}, {hours}{cost}"
 
 
 def export_lines(summary: ExportSummary | DeliverySummary) -> Iterator[str]:
@@ -108,6 +116,9 @@ def facts_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield from _fact_lines(key, value)
     for failure in facts.get("failures", []):
         yield f"failed: {printable(failure['path'])}: {printable(failure['reason'])}"
+    identity = facts.get("identity") or facts.get("cache", {}).get("identity") or {}
+    if note := training_data_note(str(identity.get("backbone"))):
+        yield f"note: {note}"
     if facts["kind"] == "cache":
         yield from _audit_lines(facts["audit"])
         yield "not hashed: featcache verify checks that the file is whole"

@@ -17,6 +17,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,23 +90,33 @@ def list_entries(root: Path) -> Iterator[Entry]:
                 "zip member", expected="a name without NUL", found=repr(info.orig_filename),
                 where=root, hint="Do not trust this zip",
             )  # fmt: skip
-        path, is_folder = _safe_path(info.filename, root)
+        path, is_folder = safe_path(info.filename, root)
         if not path:  # "./": the folder that was packed
             continue
         kind = kinds.get(stat.S_IFMT(info.external_attr >> 16), "other")
         yield Entry(path, "folder" if is_folder else kind, info)
 
 
-def _safe_path(name: str, root: Path) -> tuple[str, bool]:
-    """Return the plain path of a member ("" for ``./``), and whether it is a folder."""
-    name = name.replace("\\", "/")  # written by some Windows programs
+def safe_path(name: str, root: object, kind: str = "zip") -> tuple[str, bool]:
+    """Return the plain path of a member ("" for ``./``), and whether it is a folder.
+
+    Args:
+        name: The member's name.
+        root: The archive, for messages.
+        kind: What the archive is: ``zip`` or ``tar``.
+
+    Raises:
+        DataError: If the name leads outside.
+    """
+    if kind == "zip":
+        name = name.replace("\\", "/")  # written by some Windows programs
     parts = [part for part in name.split("/") if part not in {"", "."}]
     is_root = not parts and name.startswith(".") and name.endswith("/")
     is_inside = bool(parts) and ".." not in parts and not name.startswith("/")
     if not (is_root or is_inside) or re.match("[A-Za-z]:", name):
         raise DataError(
-            "zip member", expected="a name inside the zip", found=repr(name), where=root,
-            hint="Do not trust this zip",
+            f"{kind} member", expected=f"a name inside the {kind}", found=repr(name), where=root,
+            hint=f"Do not trust this {kind}",
         )  # fmt: skip
     return "/".join(parts), name.endswith("/")
 
@@ -207,3 +218,28 @@ def read_member(root: Path, member: Member) -> bytes:
     if len(data) != member.num_bytes or zlib.crc32(data) != member.crc:
         raise ValueError("a member that is not what the zip's directory says")
     return data
+
+
+@dataclass(frozen=True)
+class ZipStore:
+    """Reads the images of a zip. Picklable; keeps nothing open.
+
+    Args:
+        root: The zip.
+        members: Path of an image -> where it lies.
+    """
+
+    root: Path
+    members: dict[str, Member]
+
+    def read(self, path: str) -> bytes:
+        """Return the bytes of an image: see ``read_member``."""
+        return read_member(self.root, self.members[path])
+
+    def place_of(self, path: str) -> tuple[int, int]:
+        """Return what images are sorted by to be read one after another."""
+        return 0, self.members[path].offset
+
+    def path_inside(self, path: str) -> str:
+        """Return the path in the folders that were packed."""
+        return path

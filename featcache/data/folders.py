@@ -1,10 +1,13 @@
 """Walk folders for images; read splits and classes from names.
 
-Reads: names, kinds, sizes and times, but no content. Writes: nothing.
+Reads: names, kinds, sizes and times, and the first bytes of files without an ending. Writes:
+nothing.
 
 Images are regular files with an image ending, also through links (as ``split --mode symlink``
-makes). Hidden names, system folders, linked folders, other endings, pipes and devices are ignored
-and counted by reason. Names of files and folders need not be UTF-8, but for those of classes.
+makes). Where pydicom is installed, DICOM files are images too: by their ending, and files without
+an ending by their first bytes. Hidden names, system folders, linked folders, other endings, pipes
+and devices are ignored and counted by reason. Names of files and folders need not be UTF-8, but for
+those of classes.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from featcache.data import dicom_files
 from featcache.data.listing import escape_glob
 from featcache.errors import DataError, escaped, warn_user
 from featcache.untrusted import find_fault
@@ -30,20 +34,24 @@ IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jfif", ".jpe", ".pjpeg", ".png", ".bmp", ".tif", ".tiff", ".webp",
     ".ppm", ".pgm", ".pbm", ".pnm",
 })  # fmt: skip
+SHARD_ENDINGS = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet"}
+"""Ending of a file that holds many images -> its kind."""
 OTHER_ENDING = "not an image ending"
 LINKED_FOLDER = "link to a folder"
 NO_ENDING = "without an ending"
 DICOM_WITHOUT_ENDING = "DICOM without an ending"
 
-_DICOM = "DICOM files are not read: convert them to PNG first"
+_DICOM = f"DICOM files are not read without pydicom: {dicom_files.INSTALL}"
 _HEIC = "HEIC and AVIF photos are not read: convert them to JPEG or PNG first"
 _VOLUME = "Volumes (NIfTI, MetaImage, NRRD) are not read: save their slices as PNG first"
-_ARCHIVE = "Archives but .zip are not read: unpack them first"
+_ARCHIVE = "Of archives, .zip and plain .tar are read: unpack others first (a .tar.gz by gunzip)"
 _ADVICE_ON_ENDING = {
     **dict.fromkeys((".dcm", ".dicom", ".ima", DICOM_WITHOUT_ENDING), _DICOM),
     **dict.fromkeys((".heic", ".heif", ".hif", ".avif"), _HEIC),
     **dict.fromkeys((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"), _VOLUME),
-    **dict.fromkeys((".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), _ARCHIVE),
+    **dict.fromkeys((".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), _ARCHIVE),
+    ".tar": "Name the tar, or the folder of tars, as DATA",
+    ".parquet": "Name the Parquet file, or the folder of such files, as DATA",
     ".zip": "Zips inside a folder are not read: unpack them, or name one as DATA",
 }  # fmt: skip
 
@@ -66,6 +74,7 @@ class Ignored(Counter[str]):
         endings: Ending -> number of files that are ignored for it.
         examples: Ending -> the first of them.
         links: Paths of linked folders.
+        shards: Paths of tars and Parquet files.
     """
 
     def __init__(self) -> None:
@@ -73,6 +82,7 @@ class Ignored(Counter[str]):
         self.endings: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.links: list[str] = []
+        self.shards: list[str] = []
 
     def add(self, reason: str, path: str) -> None:
         """Count an entry."""
@@ -81,24 +91,34 @@ class Ignored(Counter[str]):
             ending = ending_of(path.rpartition("/")[2])
             self.endings[ending] += 1
             self.examples.setdefault(ending, path)
+            if ending in SHARD_ENDINGS:
+                self.shards.append(path)
         elif reason == LINKED_FOLDER:
             self.links.append(path)
 
+    def take_back(self, shards: Iterable[str]) -> None:
+        """Count tars or Parquet files no longer: they are the data."""
+        for path in shards:
+            ending = ending_of(path.rpartition("/")[2])
+            self[OTHER_ENDING] -= 1
+            self.endings[ending] -= 1
+            if not self.endings[ending]:
+                del self.endings[ending]
+        if not self[OTHER_ENDING]:
+            del self[OTHER_ENDING]
+
     def recognise_dicom(self, root: Path) -> None:
         """Look at the first file without an ending under ``root``: DICOM files often have none."""
-        try:
-            with (root / self.examples.get(NO_ENDING, "")).open("rb") as file:
-                is_dicom = file.read(132)[128:] == b"DICM"
-        except OSError:
-            return
-        if is_dicom:
+        if dicom_files.sniff(root / self.examples.get(NO_ENDING, "")):
             self.endings[DICOM_WITHOUT_ENDING] = self.endings.pop(NO_ENDING)
 
 
 def advise_on_endings(endings: Mapping[str, int], other: str) -> str:
     """Return what to do about files of the most frequent ending; ``other`` if nothing is known."""
     most = sorted(endings, key=lambda ending: (-endings[ending], ending))
-    return next((_ADVICE_ON_ENDING[e] for e in most[:3] if e in _ADVICE_ON_ENDING), other)
+    advice = (_ADVICE_ON_ENDING[e] for e in most[:3] if e in _ADVICE_ON_ENDING)
+    known = next(advice, other)
+    return other if known == _DICOM and dicom_files.is_installed() else known
 
 
 def walk_folder(root: Path, ignored: Ignored, folders: set[str]) -> Iterator[ImageFile]:
@@ -143,7 +163,7 @@ def _ignore_reason(entry: os.DirEntry[str]) -> str:
     try:
         if entry.is_symlink() and not stat.S_ISREG(entry.stat().st_mode):
             return LINKED_FOLDER if entry.is_dir() else "link to no regular file"
-        if not has_image_ending(entry.name):
+        if not has_image_ending(entry.name) and not _is_unnamed_dicom(entry):
             return OTHER_ENDING
         if not stat.S_ISREG(entry.stat().st_mode):
             return "not a regular file"
@@ -161,9 +181,20 @@ def is_hidden(name: str) -> bool:
 
 
 def has_image_ending(name: str) -> bool:
-    """Return whether a file name ends like an image's."""
+    """Return whether a file name ends like an image's that can be read here."""
     _, dot, ending = name.rpartition(".")
-    return dot + ending.lower() in IMAGE_SUFFIXES
+    if dot + ending.lower() in IMAGE_SUFFIXES:
+        return True
+    return dicom_files.has_dicom_ending(name) and dicom_files.is_installed()
+
+
+def _is_unnamed_dicom(entry: os.DirEntry[str]) -> bool:
+    """Return whether a file without an ending is DICOM, where DICOM can be read."""
+    return (
+        dicom_files.may_be_unnamed(entry.name)
+        and dicom_files.is_installed()
+        and dicom_files.sniff(entry.path)
+    )
 
 
 def ending_of(name: str) -> str:

@@ -19,6 +19,7 @@ from featcache.errors import ConfigError, printable, warn_user
 
 COLUMNS = ("path", "target", "split", "group")
 """The columns of a CSV of images."""
+_KEYS = (*COLUMNS, "image")  # of Parquet, the bytes
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,14 @@ class Listing:
         no_classes: Folders are no classes; images are unlabelled.
         columns: Column (of ``COLUMNS``) -> header of a CSV.
         ignore_columns: Headers of a CSV that are not used.
+        target_columns: Headers of a CSV that are a label each (see ``labels``).
+        target_separator: What stands between the labels in the cells of the column target.
+        uncertain: What -1 means in them: ``unknown`` (so does None), ``yes`` or ``no``.
+        blank: What an empty cell means in them: ``unknown`` or ``no``; None asks.
+        split_list: (split, file with the names of its rows, one a line) of a CSV.
 
     Raises:
-        ConfigError: If a value is invalid.
+        ConfigError: If a value is invalid, or two contradict each other.
     """
 
     include: tuple[str, ...] = ()
@@ -44,28 +50,85 @@ class Listing:
     no_classes: bool = False
     columns: tuple[tuple[str, str], ...] = ()
     ignore_columns: tuple[str, ...] = ()
+    target_columns: tuple[str, ...] = ()
+    target_separator: str | None = None
+    uncertain: str | None = None
+    blank: str | None = None
+    split_list: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(
         cls, *, include: str | Iterable[str] = (), exclude: str | Iterable[str] = (),
         companions: str | None = None, no_classes: bool = False,
         columns: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
-        ignore_columns: str | Iterable[str] = (),
+        ignore_columns: str | Iterable[str] = (), target_columns: str | Iterable[str] = (),
+        target_separator: str | None = None, uncertain: str | None = None, blank: str | None = None,
+        split_list: Mapping[str, str | Path] | None = None,
     ) -> Listing:  # fmt: skip
         """Return the options, from what a caller may give for them."""
         if companions not in {None, "keep", "ignore"}:
             raise ConfigError("--companions", expected="keep", found=companions)
         pairs = tuple(sorted(dict(columns or {}).items()))
-        unknown = [key for key, _ in pairs if key not in COLUMNS]
+        unknown = [key for key, _ in pairs if key not in _KEYS]
         if unknown or len({header for _, header in pairs}) < len(pairs):
             raise ConfigError(
-                "--columns", expected="KEY=HEADER, KEY being path, target, split or group",
+                "--columns",
+                expected="KEY=HEADER, KEY being path, target, split, group or image",
                 found=", ".join("=".join(pair) for pair in pairs),
             )  # fmt: skip
-        return cls(
+        lists = tuple(sorted((key, str(file)) for key, file in (split_list or {}).items()))
+        listing = cls(
             _as_tuple(include), _as_tuple(exclude), companions, bool(no_classes), pairs,
-            _as_tuple(ignore_columns),
+            _as_tuple(ignore_columns), _as_tuple(target_columns), target_separator or None,
+            uncertain, blank, lists,
         )  # fmt: skip
+        listing._check_labels()
+        return listing
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether images have several labels each."""
+        return bool(self.target_columns or self.target_separator)
+
+    def _check_labels(self) -> None:
+        for option, value, words in (
+            ("--uncertain", self.uncertain, ("unknown", "yes", "no")),
+            ("--blank", self.blank, ("unknown", "no")),
+        ):
+            if value is not None and value not in words:
+                raise ConfigError(option, expected=" or ".join(words), found=value)
+        named = dict(self.columns)
+        clash = {*self.target_columns} & {*named.values(), *self.ignore_columns}
+        if len(set(self.target_columns)) < len(self.target_columns) or clash:
+            raise ConfigError(
+                "--target-columns", expected="headers, once each and not used otherwise",
+                found=", ".join(sorted(clash)) or ", ".join(self.target_columns),
+            )  # fmt: skip
+        for option, is_given, other in (
+            ("--target-separator", self.target_separator and self.target_columns,
+             "--target-columns"),
+            ("--target-columns", self.target_columns and "target" in named, "--columns target="),
+            ("--no-classes", self.has_labels and self.no_classes, "columns of labels"),
+        ):  # fmt: skip
+            if is_given:
+                raise ConfigError(option, expected=f"it, or {other}", found="both")
+        if not {key for key, _ in self.split_list} <= {"train", "valid", "test"}:
+            raise ConfigError(
+                "--split-list", expected="SPLIT=FILE, SPLIT being train, valid or test",
+                found=", ".join("=".join(pair) for pair in self.split_list),
+            )  # fmt: skip
+
+    def check_labels_named(self) -> None:
+        """Refuse options of labels where none are named: also none that a cache remembers.
+
+        Raises:
+            ConfigError: If that is so.
+        """
+        if self.uncertain and not self.target_columns:
+            raise ConfigError("--uncertain", expected="--target-columns", found="none")
+        if self.blank and not self.has_labels:
+            expected = "--target-columns or --target-separator"
+            raise ConfigError("--blank", expected=expected, found="neither")
 
     @classmethod
     def from_json(cls, stored: Any, where: Path) -> Listing:
@@ -74,7 +137,10 @@ class Listing:
         Raises:
             ConfigError: If it is something else.
         """
-        kinds: dict[str, Any] = {"companions": str, "no_classes": bool, "columns": dict}
+        kinds: dict[str, Any] = {
+            "companions": str, "no_classes": bool, "columns": dict, "target_separator": str,
+            "uncertain": str, "blank": str, "split_list": dict,
+        }  # fmt: skip
         try:
             if not all(
                 isinstance(value, kinds.get(key, list))
@@ -99,16 +165,44 @@ class Listing:
             value = getattr(self, entry.name)
             if value and value != "ignore":
                 given[entry.name] = list(value) if isinstance(value, tuple) else value
-        return given | ({"columns": dict(self.columns)} if self.columns else {})
+        pairs = {"columns": dict(self.columns), "split_list": dict(self.split_list)}
+        return given | {name: value for name, value in pairs.items() if value}
 
     def over(self, stored: Listing) -> Listing:
-        """Return these options, and where one is not given the stored one."""
+        """Return these options, and where one is not given the stored one.
+
+        Of classes and labels, what is given now stands for what was read in another way.
+        """
+        names_class = "target" in dict(self.columns) and not self.target_separator
+        if self.no_classes or (names_class and stored.target_columns):
+            stored = replace(
+                stored, target_columns=(), target_separator=None, uncertain=None, blank=None
+            )
+        elif self.target_columns:
+            columns = tuple(pair for pair in stored.columns if pair[0] != "target")
+            ignored = tuple(n for n in stored.ignore_columns if n not in self.target_columns)
+            stored = replace(
+                stored, columns=columns, ignore_columns=ignored, target_separator=None,
+                no_classes=False,
+            )  # fmt: skip
+        elif self.target_separator:
+            stored = replace(stored, target_columns=(), uncertain=None, no_classes=False)
         return Listing.of(**(stored.as_json() | self.as_json()))
 
     def for_data(self, data: str | Path) -> Listing:
-        """Return these options without those that only a CSV has, unless ``data`` is one."""
-        is_csv = Path(data).suffix.lower() == ".csv"
-        return self if is_csv else replace(self, columns=(), ignore_columns=())
+        """Return these options without those that ``data`` has no use for.
+
+        A CSV has use for all, tars and Parquet files for ``columns`` and ``ignore_columns``.
+        """
+        if Path(data).suffix.lower() == ".csv":
+            return self
+        left = replace(
+            self, target_columns=(), target_separator=None, uncertain=None, blank=None,
+            split_list=(),
+        )  # fmt: skip
+        if not (self.columns or self.ignore_columns) or _may_have_columns(Path(data)):
+            return left
+        return replace(left, columns=(), ignore_columns=())
 
     def choose(self, paths: Sequence[str], root: object) -> list[str]:
         """Return why each path is left out: ``--include``, ``--exclude``, or "" for one taken.
@@ -126,6 +220,18 @@ class Listing:
             reason or ("--exclude" if is_excluded else "")
             for reason, is_excluded in zip(left_out, excluded, strict=True)
         ]
+
+
+_WITH_COLUMNS = {".tar", ".parquet", ".pq"}
+
+
+def _may_have_columns(data: Path) -> bool:
+    """Return whether it is a tar or a Parquet file, or a folder with some."""
+    if not data.is_dir():
+        return data.suffix.lower() in _WITH_COLUMNS
+    walked = data.rglob("*")
+    names = (path.suffix.lower() for path in walked if not path.name.startswith("."))
+    return any(ending in _WITH_COLUMNS for ending in names)
 
 
 def _as_tuple(texts: str | Iterable[str]) -> tuple[str, ...]:

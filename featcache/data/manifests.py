@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,20 +20,35 @@ from featcache.data.samples import (
     number_classes,
     sort_samples,
 )
-from featcache.data.tables import read_table
-from featcache.errors import DataError
+from featcache.data.tables import MAX_TABLE_BYTES, read_table
+from featcache.errors import ConfigError, DataError
+from featcache.files import read_regular
+from featcache.formatting import count
 
 
 def scan_csv(root: Path, listing: Listing) -> ImageDataset:
     """Return the images that a CSV names. See ``dataset.scan``."""
+    if "image" in dict(listing.columns):
+        raise ConfigError(
+            "--columns", expected="path, target, split or group, for a CSV", found="image"
+        )
     table = read_table(
         root, columns=listing.columns, ignore_columns=listing.ignore_columns,
-        needs_targets=not listing.no_classes,
+        needs_targets=not listing.no_classes, labelling=listing,
     )  # fmt: skip
-    reasons = listing.choose([row["path"].strip() for row in table.rows], root)
-    rows = [row for row, reason in zip(table.rows, reasons, strict=True) if not reason]
+    rows = table.rows
     if listing.no_classes:
         rows = [row | {"target": ""} for row in rows]
+    reasons = listing.choose([row["path"].strip() for row in rows], root)
+    notes = [] if table.labels is None else [*table.labels.notes]
+    if listing.split_list:
+        unlisted = _apply_split_lists(rows, listing.split_list, root, notes)
+        reasons = [reason or other for reason, other in zip(reasons, unlisted, strict=True)]
+    several: Sequence[tuple[int, ...] | None] = (
+        [None] * len(rows) if table.labels is None else table.labels.targets
+    )
+    taken = [i for i, reason in enumerate(reasons) if not reason]
+    rows, several = [rows[i] for i in taken], [several[i] for i in taken]
     labels = [row["target"] for row in rows]
     splits = [row["split"] or "all" for row in rows]
     classes_by_split: dict[str, set[str]] = {}
@@ -41,10 +57,12 @@ def scan_csv(root: Path, listing: Listing) -> ImageDataset:
             classes_by_split.setdefault(split, set()).add(label)
     classes = agree_on_classes(classes_by_split, root)
     targets = number_classes(classes)
+    if table.labels is not None:
+        classes = table.labels.classes
     has_groups = any(row["group"] for row in rows)
     files = _Files(root.parent)
     samples, missing, seen = [], [], set[str]()
-    for row, label, split in zip(rows, labels, splits, strict=True):
+    for row, label, split, of_row in zip(rows, labels, splits, several, strict=True):
         image = files.find(row["path"])
         if image is None:
             missing.append(row["path"])
@@ -55,7 +73,7 @@ def scan_csv(root: Path, listing: Listing) -> ImageDataset:
             raise DataError("CSV", expected="every path once", found=found, where=root)
         seen.add(place)
         group = (row["group"] or image.path) if has_groups else None
-        samples.append(make_sample(image, targets[label], split, group))
+        samples.append(make_sample(image, targets[label], split, group, of_row))
     if missing:
         raise DataError(
             "CSV", expected="files that are there", where=root,
@@ -66,7 +84,90 @@ def scan_csv(root: Path, listing: Listing) -> ImageDataset:
     return ImageDataset(
         root, "csv", classes, sort_samples(samples), dict(left_out),
         ignored_columns=table.unused, num_found_by_name=files.num_found_by_name,
+        task="multiclass" if table.labels is None else "multilabel", notes=tuple(notes),
     )  # fmt: skip
+
+
+def _apply_split_lists(
+    rows: Sequence[dict[str, str]], lists: Iterable[tuple[str, str]], root: Path, notes: list[str]
+) -> list[str]:
+    """Give rows the splits of files that name them; return why each is left out, "" if it is not.
+
+    A line of such a file is a path as the CSV has it, with or without the name of the CSV's folder
+    before it, or the name of one file. Rows in no list are of ``train`` if that has no list.
+
+    Args:
+        rows: Of the CSV; none of them may have a split.
+        lists: (split, file); the file is looked for as written, then by its name beside the CSV.
+        root: The CSV.
+        notes: Gets lines about names without a row and rows without a list.
+
+    Raises:
+        DataError: If the CSV has splits, a file cannot be read, none of its names is a row's, a
+            name is that of several, or a row is in two lists.
+    """
+    if any(row["split"] for row in rows):
+        raise DataError(
+            "--split-list", expected="a CSV without splits", found="a column of them", where=root,
+            hint="Add --ignore-columns with its header",
+        )  # fmt: skip
+    split_of = _find_listed([row["path"].strip() for row in rows], lists, root, notes)
+    others = "" if "train" in dict(lists) else "train"
+    num_others = len(rows) - len(split_of)
+    if num_others and others:
+        notes.append(f"splits: {count(num_others, 'row')} in no --split-list, taken as train")
+    for i, row in enumerate(rows):
+        row["split"] = split_of.get(i, others)
+    return ["" if row["split"] else "in no --split-list" for row in rows]
+
+
+def _find_listed(
+    paths: Sequence[str], lists: Iterable[tuple[str, str]], root: Path, notes: list[str]
+) -> dict[int, str]:
+    """Return the split of each path that a list names, by its position."""
+    top = root.parent.absolute().name + "/"
+    paths = [path.removeprefix(top) for path in paths]
+    by_path = {path: i for i, path in enumerate(paths)}
+    by_name: dict[str, list[int]] = defaultdict(list)
+    for i, path in enumerate(paths):
+        by_name[path.rpartition("/")[2]].append(i)
+    split_of: dict[int, str] = {}
+    for split, written in lists:
+        file = Path(written) if Path(written).is_file() else root.parent / Path(written).name
+        names = [name.removeprefix(top) for name in _read_names(file, written)]
+        num_unknown = 0
+        for name in names:
+            found = [by_path[name]] if name in by_path else by_name.get(name, [])
+            is_twice = len(found) == 1 and split_of.get(found[0], split) != split
+            if len(found) > 1 or is_twice:
+                raise DataError(
+                    f"--split-list {split}", where=file,
+                    expected="each row in one list" if is_twice else "names of one row each",
+                    found=f"{name} in two" if is_twice else f"{name}, of {len(found)} rows",
+                )  # fmt: skip
+            num_unknown += not found
+            split_of.update(dict.fromkeys(found, split))
+        if num_unknown == len(names):
+            raise DataError(
+                f"--split-list {split}", expected="paths or file names of the CSV", where=file,
+                found=f"none of {len(names):,}" if names else "no lines",
+            )  # fmt: skip
+        if num_unknown:
+            notes.append(f"splits: {num_unknown:,} of {len(names):,} names of {file.name} not in "
+                         "the CSV")  # fmt: skip
+    return split_of
+
+
+def _read_names(file: Path, written: str) -> list[str]:
+    """Return the lines of a list that are not blank."""
+    try:
+        text = read_regular(file, max_bytes=MAX_TABLE_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            "--split-list", expected="a readable file of one path or name a line",
+            found=getattr(error, "strerror", None) or "no UTF-8", where=written,
+        ) from error  # fmt: skip
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 class _Files:

@@ -1,24 +1,30 @@
 """The samples of a data set: what ``scan`` returns, and what reads their files.
 
-Reads: image files and members of zips. Writes: nothing.
+Reads: image files; those in zips, tars and Parquet by their stores. Writes: nothing.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
-from featcache.data.archive import Member, read_member
-from featcache.data.folders import OTHER_ENDING, SPLITS, ImageFile
+from featcache.data import dicom_files
+from featcache.data.dicom_files import DicomFacts
+from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
 from featcache.formatting import brief_repr
 
 UNLABELLED = -1
 """The target of a sample whose class is not known."""
+
+UNKNOWN = -1
+"""Stands among several targets of a sample where the answer is not known."""
 
 MAX_IMAGE_BYTES = 2**31
 """Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
@@ -37,6 +43,8 @@ class Sample:
         image_bytes: Size of the file.
         mtime_ns: Time of its last change, in ns, modulo 2**64 as an int64. (Zip: see
             ``archive.Member``.)
+        targets: Of several labels, 1 (yes), 0 (no) or ``UNKNOWN`` for each class, and ``target`` is
+            ``UNLABELLED``. None of a data set of one class per image. Equal ones are one object.
     """
 
     path: str
@@ -45,6 +53,26 @@ class Sample:
     group: str | None
     image_bytes: int
     mtime_ns: int
+    targets: tuple[int, ...] | None = None
+
+
+class Store(Protocol):
+    """Reads images that are no files of their own: in a zip, in tars, in Parquet. Picklable."""
+
+    def read(self, path: str) -> bytes:
+        """Return the bytes of an image.
+
+        Raises:
+            OSError: If they cannot be read.
+            ValueError: If they are not what was scanned.
+            KeyError: If there is no such image.
+        """
+
+    def place_of(self, path: str) -> tuple[int, int]:
+        """Return what images are sorted by to be read one after another."""
+
+    def path_inside(self, path: str) -> str:
+        """Return the path in the folders that were packed, without the name of a tar."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +80,8 @@ class ImageDataset:
     """The samples of a data set, sorted by split and by the bytes of their path. Picklable.
 
     Args:
-        root: Folder, CSV or zip it was scanned from.
-        layout: ``splits``, ``classes``, ``images``, ``csv`` or ``zip``.
+        root: What it was scanned from: a folder, CSV, zip, tar or Parquet file.
+        layout: ``splits``, ``classes``, ``images``, ``csv``, ``zip``, ``tar`` or ``parquet``.
         classes: Class names, sorted as strings; empty when nothing is labelled.
         samples: All samples.
         num_ignored: Reason -> number of files and folders that were not used.
@@ -61,6 +89,11 @@ class ImageDataset:
         ignored_endings: Ending -> number of files that were not used for it.
         ignored_columns: Headers of a CSV that were not used.
         num_found_by_name: How many files a CSV gives by their name alone, from folders below it.
+        task: ``multiclass``, or ``multilabel``: several labels per image.
+        notes: Where the classes come from, and what was made of labels and splits, in lines for
+            people.
+        files: Path of a sample -> that of its file, where they differ: hashed ones.
+        dicom: What the headers of its DICOM files say, where they were read.
     """
 
     __repr__ = brief_repr
@@ -74,7 +107,11 @@ class ImageDataset:
     ignored_endings: dict[str, int] = field(default_factory=dict)
     ignored_columns: tuple[str, ...] = ()
     num_found_by_name: int = 0
-    _members: dict[str, Member] = field(default_factory=dict, repr=False)
+    task: str = "multiclass"
+    notes: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict, repr=False)
+    dicom: DicomFacts | None = None
+    _store: Store | None = field(default=None, repr=False)
 
     @property
     def num_grouped(self) -> int | None:
@@ -86,6 +123,29 @@ class ImageDataset:
         """The splits that have samples, in the order train, valid, test, all."""
         present = {sample.split for sample in self.samples}
         return tuple(name for name in SPLITS if name in present)
+
+    @cached_property
+    def has_dicom(self) -> bool:
+        """Whether any sample is a DICOM file."""
+        return any(map(self.is_dicom, self.samples))
+
+    def is_dicom(self, sample: Sample) -> bool:
+        """Return whether a sample is a DICOM file: by its ending, else by its first bytes."""
+        name = sample.path.rpartition("/")[2]
+        _, dot, ending = name.rpartition(".")
+        if dot + ending.lower() in IMAGE_SUFFIXES:
+            return False
+        if dicom_files.has_dicom_ending(name):
+            return True
+        path = self.file_of(sample)
+        return path is not None and dicom_files.sniff(path)
+
+    def file_of(self, sample: Sample) -> Path | None:
+        """Return the file of a sample; None of one in an archive, a tar or a Parquet file."""
+        if self._store is not None:
+            return None
+        folder = self.root.parent if self.layout == "csv" else self.root
+        return folder / self.files.get(sample.path, sample.path)
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of one split.
@@ -99,16 +159,42 @@ class ImageDataset:
         return tuple(sample for sample in self.samples if sample.split == name)
 
     def class_of(self, sample: Sample) -> str:
-        """Return the name of a sample's class; "" if it is unlabelled."""
+        """Return the name of a sample's class; "" if it is unlabelled or has several labels."""
         return self.classes[sample.target] if sample.target != UNLABELLED else ""
 
+    def kind_of(self, sample: Sample) -> str:
+        """Return what a sample is counted among: its class, ``unlabelled`` or ``images``.
+
+        ``images`` are all samples of several labels each.
+        """
+        return "images" if self.task == "multilabel" else self.class_of(sample) or "unlabelled"
+
+    def label_of(self, sample: Sample) -> str:
+        """Return what is known of a sample's class or labels, as text to compare and to print."""
+        if sample.targets is None:
+            return self.class_of(sample)
+        return labels_text(self.classes, sample.targets)
+
     def count(self) -> dict[str, dict[str, int]]:
-        """Return split -> class -> number of samples; "unlabelled" comes first, if any."""
+        """Return split -> class -> number of samples; "unlabelled" comes first, if any.
+
+        Of several labels per image, how many samples have a yes for each class.
+        """
+        if self.task == "multilabel":
+            return {split: self._count_yes(split) for split in self.splits}
         names = {UNLABELLED: "unlabelled"} | dict(enumerate(self.classes))
         counts: dict[str, dict[str, int]] = {split: {} for split in self.splits}
         cells = Counter((sample.split, sample.target) for sample in self.samples)
         for (split, target), number in sorted(cells.items()):
             counts[split][names[target]] = counts[split].get(names[target], 0) + number
+        return counts
+
+    def _count_yes(self, split: str) -> dict[str, int]:
+        alike = Counter(sample.targets or () for sample in self.split(split))
+        counts = dict.fromkeys(self.classes, 0)
+        for targets, number in alike.items():
+            for name, target in zip(self.classes, targets, strict=True):
+                counts[name] += number * (target == 1)
         return counts
 
     def reasons_ignored(self) -> list[tuple[str, int]]:
@@ -124,6 +210,8 @@ class ImageDataset:
     def describe_ignored(self) -> list[str]:
         """Return a line for each reason why files and folders were not used."""
         lines = [f"ignored: {number:,} ({reason})" for reason, number in self.reasons_ignored()]
+        if any(dicom_files.has_dicom_ending(ending) for ending in self.ignored_endings):
+            lines.append(f"DICOM files are not read without pydicom: {dicom_files.INSTALL}")
         if self.ignored_columns:
             lines.append(f"ignored columns: {', '.join(map(printable, self.ignored_columns))}")
         return lines
@@ -135,10 +223,11 @@ class ImageDataset:
             DataError: If it cannot be read (any more), or is not a regular file (any more).
         """
         try:
-            if self.layout == "zip":
-                return read_member(self.root, self._members[sample.path])
-            folder = self.root.parent if self.layout == "csv" else self.root
-            return read_regular(folder / sample.path, max_bytes=MAX_IMAGE_BYTES)
+            if self._store is not None:
+                return self._store.read(self.files.get(sample.path, sample.path))
+            path = self.file_of(sample)
+            assert path is not None  # without a store there are files
+            return read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
@@ -146,12 +235,48 @@ class ImageDataset:
                 where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
             ) from error  # fmt: skip
 
+    def reading_order(self, positions: Iterable[int]) -> Sequence[int]:
+        """Return positions of samples in the order in which they are read fastest.
 
-def make_sample(image: ImageFile, target: int, split: str, group: str | None = None) -> Sample:
+        In tars and Parquet files that is the order in which they lie there: of a Parquet file
+        whole pages are read and unpacked, each of them once.
+        """
+        store = self._store
+        if store is None:
+            return array("q", positions)
+        return sorted(positions, key=lambda position: store.place_of(self.samples[position].path))
+
+    def in_reading_order(self, samples: Iterable[Sample]) -> list[Sample]:
+        """Return samples in that order."""
+        store = self._store
+        if store is None:
+            return list(samples)
+        return sorted(samples, key=lambda sample: store.place_of(sample.path))
+
+    def path_inside(self, sample: Sample) -> str:
+        """Return a sample's path in the folders that were packed, without the name of a tar."""
+        return sample.path if self._store is None else self._store.path_inside(sample.path)
+
+
+def labels_text(classes: Iterable[str], targets: Iterable[float]) -> str:
+    """Return several labels as text: ``edema=1, mass=0``, those that are not known left out.
+
+    Args:
+        classes: C names.
+        targets: C of 1 and 0; anything else, such as NaN, is not known.
+    """
+    known = zip(classes, targets, strict=True)
+    return ", ".join(f"{name}={target:.0f}" for name, target in known if target in {0, 1})
+
+
+def make_sample(
+    image: ImageFile, target: int, split: str, group: str | None = None,
+    targets: tuple[int, ...] | None = None,
+) -> Sample:  # fmt: skip
     """Return the sample of an image file."""
     # int64 ends in 2262: later times are folded into it, so that another one is still another.
     mtime_ns = (image.mtime_ns + 2**63) % 2**64 - 2**63
-    return Sample(image.path, target, split, group, image.image_bytes, mtime_ns)
+    return Sample(image.path, target, split, group, image.image_bytes, mtime_ns, targets)
 
 
 def sort_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:

@@ -3,8 +3,9 @@
 Images of one group (also across classes) and byte-identical files stay together. The split depends
 only on the seed and the paths, so it is the same on every machine (see ``stratification``).
 
-Reads: a folder of class folders or of images, or a CSV. Writes: ``DST/{train,valid,test}/{class}/``
-with the images' own (nested) names, or ``DST.csv``; whole or not at all.
+Reads: a folder of class folders or of images, or a CSV; headers of DICOM files. Writes:
+``DST/{train,valid,test}/{class}/`` with the images' own (nested) names, or ``DST.csv``, whole or
+not at all; with the CSV a salt, if its groups are hashed patients.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,16 +21,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from featcache.data.dataset import UNLABELLED, ImageDataset, Sample, scan
+import numpy as np
+
+from featcache.data.dataset import ImageDataset, Sample, scan
+from featcache.data.dicom_groups import Salt, identify
 from featcache.data.folders import SPLITS
 from featcache.data.groups import GroupPattern
-from featcache.data.stratification import assign_units, build_units
+from featcache.data.samples import UNKNOWN
+from featcache.data.stratification import assign_labelled_units, assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
 from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
 from featcache.formatting import brief_repr, count, in_bytes, join_few, list_counts
 from featcache.output_folders import new_folder
 from featcache.outputs import Kind, Output, write_output
-from featcache.renames import ignores_case
+from featcache.renames import beside, ignores_case
 from featcache.runtime import Say, log_line
 from featcache.untrusted import is_within
 
@@ -44,7 +50,8 @@ class SplitSummary:
     Args:
         destination: The folder or CSV that was written.
         classes: Class names, sorted.
-        counts: split -> class (or ``unlabelled``) -> number of images.
+        counts: split -> class (or ``unlabelled``) -> number of images; of several labels per image,
+            of those that have a yes.
         num_groups: How many groups there are; None without any.
         num_matched: class -> number of names that ``group_by`` or ``group_by_path`` matched; None
             without them.
@@ -85,6 +92,8 @@ def split(
     seed: int = 0,
     group_by: str | None = None,
     group_by_path: str | None = None,
+    group_salt: str | Path | None = None,
+    patient_ids: str | None = None,
     mode: str = "copy",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
@@ -92,6 +101,10 @@ def split(
     no_classes: bool = False,
     columns: Mapping[str, str] | None = None,
     ignore_columns: str | Iterable[str] = (),
+    target_columns: str | Iterable[str] = (),
+    target_separator: str | None = None,
+    uncertain: str | None = None,
+    blank: str | None = None,
     say: Say = log_line,
 ) -> SplitSummary:
     """Split images into train, valid and test: stratified, seeded, groups kept together.
@@ -105,6 +118,11 @@ def split(
         seed: Seed of the split.
         group_by: Regular expression whose first group, in the file name, is the patient.
         group_by_path: Instead, one that is searched in the path below the class: see ``scan``.
+        group_salt: File of the salt that IDs of patients in DICOM headers are hashed with, which
+            make the groups where nothing else does. It is made if it is not there. Default: for a
+            CSV ``DESTINATION.salt``; in folders nothing of it is written.
+        patient_ids: An ID on more than a fifth of the images (and 20) is a question: ``keep`` takes
+            it as a patient, ``ignore`` as no ID.
         mode: ``copy``, ``symlink`` or ``hardlink`` (not for a CSV).
         include: As for ``scan``, on the path below ``source``; so are ``exclude``,
             ``companions``, ``no_classes``, ``columns`` and ``ignore_columns``.
@@ -113,6 +131,12 @@ def split(
         no_classes: Folders are no classes: unlabelled images are split.
         columns: Column -> its header in a CSV.
         ignore_columns: Headers of a CSV that are not used.
+        target_columns: Headers of a CSV that are a label each: see ``scan``, as for the next three.
+            Images are then stratified by the rarest label that they show, and the CSV that is
+            written has a column of 1, 0 and, where it is unknown, nothing for each label.
+        target_separator: Instead, what stands between the labels in the cells of ``target``.
+        uncertain: What -1 means.
+        blank: What an empty cell of a label means.
         say: Called with lines of counts and sizes.
 
     Raises:
@@ -128,21 +152,24 @@ def split(
     dataset = scan(
         source, group_by=group_by, group_by_path=group_by_path, include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
-        ignore_columns=ignore_columns,
+        ignore_columns=ignore_columns, target_columns=target_columns,
+        target_separator=target_separator, uncertain=uncertain, blank=blank,
     )  # fmt: skip
-    for line in dataset.describe_ignored():
+    for line in (*dataset.notes, *dataset.describe_ignored()):
         say(line)
     _refuse_layout(dataset, no_classes=no_classes)
     dataset = _take_classes(dataset, classes)
+    if dataset.has_dicom:
+        dataset = _identify(dataset, destination, group_salt, patient_ids, say)
     samples = dataset.samples
     pattern = GroupPattern.of(group_by, group_by_path)
     num_groups = len({s.group or s.path for s in samples})
     num_matched = None
     if pattern is not None:
-        paths, labels = [s.path for s in samples], [_label(dataset, s) for s in samples]
+        paths, labels = [s.path for s in samples], [dataset.kind_of(s) for s in samples]
         found = pattern.find(paths, [dataset.class_of(s) for s in samples])
         num_matched = pattern.count_matches(found, labels, num_groups, say)
-    elif dataset.layout == "csv" and samples[0].group is not None:
+    elif dataset.layout == "csv" and samples[0].group is not None and not _is_by_patient(dataset):
         say(f"groups: {num_groups:,}, of the CSV")
     hashes = _hash_copies(dataset)
     _warn_of_contradictions(dataset, hashes)
@@ -151,11 +178,14 @@ def split(
     if hashes:
         say(f"{len(hashes):,} images have a byte-identical copy and stay with it")
     for name, per_class in counts.items():
-        say(f"{name}: {count(sum(per_class.values()), 'image')} ({list_counts(per_class)})")
+        say(f"{name}: {count(assigned.count(name), 'image')} ({list_counts(per_class)})")
     image_bytes = sum(sample.image_bytes for sample in samples)
     if destination.suffix.lower() == ".csv":
         mode = "csv"
         _write_manifest(dataset, assigned, output)
+        if dataset.task == "multilabel":
+            names = shlex.quote(",".join(dataset.classes))
+            say(f"its labels are read with --target-columns {names} --blank unknown")
     else:
         if mode == "copy":
             _check_room(destination, image_bytes, len(samples), say)
@@ -174,6 +204,23 @@ def split(
         mode=mode,
         seed=seed,
     )
+
+
+def _identify(
+    dataset: ImageDataset, destination: Path, group_salt: str | Path | None,
+    patient_ids: str | None, say: Say,
+) -> ImageDataset:  # fmt: skip
+    """Return the data set in groups by patient, where it has none, hashed as they are written."""
+    place = beside(destination, ".salt") if group_salt is None else Path(group_salt)
+    salt = Salt.of(place)
+    dataset = identify(dataset, salt, patient_ids=patient_ids, path_names=None, say=say)
+    if _is_by_patient(dataset) and destination.suffix.lower() == ".csv":
+        salt.keep(say)
+    return dataset
+
+
+def _is_by_patient(dataset: ImageDataset) -> bool:
+    return dataset.dicom is not None and dataset.dicom.salt is not None
 
 
 def name_fractions(fractions: Sequence[float]) -> dict[str, float]:
@@ -223,7 +270,9 @@ def _refuse_layout(dataset: ImageDataset, *, no_classes: bool) -> None:
                 hint="To split it anew, add --ignore-columns with the header of its splits",
             )  # fmt: skip
     elif dataset.layout != ("images" if no_classes else "classes"):
-        hints = {"zip": "Unpack it first", "images": "To split unlabelled images: --no-classes"}
+        hints = dict.fromkeys(("zip", "tar"), "Unpack it first")
+        hints |= {"parquet": "Save its images as files first"}
+        hints |= {"images": "To split unlabelled images: --no-classes"}
         raise DataError(
             "source", expected="a folder of class folders, or a CSV, not yet split",
             found=f"layout {dataset.layout}", where=dataset.root,
@@ -231,14 +280,15 @@ def _refuse_layout(dataset: ImageDataset, *, no_classes: bool) -> None:
         )  # fmt: skip
 
 
-def _label(dataset: ImageDataset, sample: Sample) -> str:
-    return dataset.class_of(sample) or "unlabelled"
-
-
 def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageDataset:
     """Return the data set with the wanted classes only, and targets to match."""
     if wanted is None:
         return dataset
+    if dataset.task == "multilabel":
+        raise ConfigError(
+            "--classes", expected="one class per image", found="several labels", where=dataset.root,
+            hint="Leave it out: the labels to use are chosen by extract --target-columns",
+        )  # fmt: skip
     unknown = sorted(set(wanted) - set(dataset.classes))
     if unknown or not wanted:
         raise DataError(
@@ -276,14 +326,14 @@ def _warn_of_contradictions(dataset: ImageDataset, hashes: dict[int, str]) -> No
         by_hash[digest].append(dataset.samples[index])
     contradicting = [
         copies for copies in by_hash.values()
-        if len({copy.target for copy in copies} - {UNLABELLED}) > 1
+        if len({dataset.label_of(copy) for copy in copies} - {""}) > 1
     ]  # fmt: skip
     if contradicting:
         num_images, num_contents = sum(map(len, contradicting)), len(contradicting)
         warn_user(
             f"{num_images:,} images ({num_contents:,} different by content) have byte-identical "
-            "copies in another class, for example "
-            + " = ".join(copy.path for copy in contradicting[0])
+            f"copies {'of other labels' if dataset.task == 'multilabel' else 'in another class'}, "
+            "for example " + " = ".join(copy.path for copy in contradicting[0])
         )
 
 
@@ -294,9 +344,12 @@ def _assign(
     samples = dataset.samples
     groups = [sample.group for sample in samples]
     units = build_units(groups, [hashes.get(index) for index in range(len(samples))])
-    labels = [_label(dataset, sample) for sample in samples]
     paths = [sample.path for sample in samples]
     try:
+        if dataset.task == "multilabel":
+            is_yes = np.array([sample.targets for sample in samples]) == 1
+            return assign_labelled_units(units, is_yes, paths, shares, seed=seed)
+        labels = [dataset.kind_of(sample) for sample in samples]
         return assign_units(units, labels, paths, shares, seed=seed)
     except DataError as error:
         raise DataError(
@@ -308,7 +361,11 @@ TOO_FEW = "Leave the class out with --classes, or a split with a fraction of 0"
 
 
 def _count(dataset: ImageDataset, assigned: list[str]) -> _Counts:
-    labels = [_label(dataset, sample) for sample in dataset.samples]
+    if dataset.task == "multilabel":
+        placed = zip(dataset.samples, assigned, strict=True)
+        samples = tuple(replace(sample, split=name) for sample, name in placed)
+        return replace(dataset, samples=samples).count()
+    labels = [dataset.kind_of(sample) for sample in dataset.samples]
     counted = Counter(zip(assigned, labels, strict=True))
     known = list(dataset.classes)
     known += {*labels} - {*known}  # unlabelled
@@ -334,7 +391,17 @@ def _check_room(destination: Path, image_bytes: int, num_images: int, say: Say) 
 
 
 def _write_manifest(dataset: ImageDataset, assigned: list[str], output: Output) -> None:
-    """Write path, target, split, group; paths relative to the CSV's folder if possible."""
+    """Write path, target, split, group; paths relative to the CSV's folder if possible.
+
+    Several labels of an image stand in columns of their own, after group.
+    """
+    has_labels = dataset.task == "multilabel"
+    named = ("path", "split", "group") if has_labels else ("path", "target", "split", "group")
+    if has_labels and (clash := {*named, "target"} & {*dataset.classes}):
+        raise DataError(
+            "labels", expected="other names than the columns of the CSV", found=min(clash),
+            where=dataset.root, hint="Rename that label",
+        )  # fmt: skip
     root = dataset.root.parent if dataset.layout == "csv" else dataset.root
     folder, root = output.target.parent.resolve(), root.resolve()
     rows = []
@@ -346,11 +413,14 @@ def _write_manifest(dataset: ImageDataset, assigned: list[str], output: Output) 
                 path_text = Path(os.path.relpath(path, folder)).as_posix()
         if path_text.lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r")):
             path_text = "./" + path_text  # else csv_text would put an apostrophe before it
-        group = sample.group or ""
-        rows.append((path_text, dataset.class_of(sample), name, group))
-    rows.sort(key=lambda row: (SPLITS.index(row[2]), row[0]))
+        target = () if has_labels else (dataset.class_of(sample),)
+        labels = ("" if value == UNKNOWN else str(value) for value in sample.targets or ())
+        rows.append((path_text, *target, name, sample.group or "", *labels))
+    place = named.index("split")
+    rows.sort(key=lambda row: (SPLITS.index(row[place]), row[0]))
     make_folder(output.target.parent)
-    write_output(output, csv_text(("path", "target", "split", "group"), rows).encode())
+    header = (*named, *dataset.classes) if has_labels else named
+    write_output(output, csv_text(header, rows).encode())
 
 
 def _write_tree(dataset: ImageDataset, assigned: list[str], output: Output, mode: str) -> None:

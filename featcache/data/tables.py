@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import shlex
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from featcache.data.folders import SPLIT_OF_FOLDER, SPLITS
-from featcache.data.listing import COLUMNS
+from featcache.data.labels import NOT_KNOWN, Labels, plain_name, read_flags, read_joined
+from featcache.data.listing import COLUMNS, Listing
 from featcache.errors import DataError
 from featcache.files import plain_cell, read_regular
 from featcache.formatting import count
 from featcache.untrusted import reading_hint
 
-_MAX_CSV_BYTES = 2**32
+MAX_TABLE_BYTES = 2**32
+"""Larger files are refused."""
+
 _OTHER_NAMES = {
     "path": """path paths file files filename filenames filepath fname image images img imagepath
         imgpath imagefile imagename imgname imageindex imageid imgid imagefilename relativepath""",
@@ -47,8 +48,9 @@ _OWN_HEADERS = {
 }  # of evaluate and predict
 _OF_AUDIT = ["path", "group", "copies"]
 _RENAME = "Call the column of the paths path"
-_NOT_KNOWN = {"nan", "<na>", "nat", "n/a", "#n/a", "null"}
 _FLAGS = {"", "0", "1", "-1", "0.0", "1.0", "-1.0"}
+_PLAIN = Listing()
+_SHORT = 9  # letters of cells that are kept once, whatever their rows: flags, ages, sexes
 
 
 class Extra(NamedTuple):
@@ -73,15 +75,17 @@ class ImageTable:
         rows: With the keys path, target, split, group, and ``extra`` where a further column was
             asked for; "" for what is not known.
         unused: Headers that are none of these.
+        labels: Several labels of each row, whose target is "" then; None if nobody asked for them.
     """
 
     rows: list[dict[str, str]]
     unused: tuple[str, ...]
+    labels: Labels | None = None
 
 
 def read_table(
     root: Path, *, columns: Iterable[tuple[str, str]] = (), ignore_columns: Collection[str] = (),
-    needs_targets: bool = False, extra: Extra | None = None,
+    needs_targets: bool = False, extra: Extra | None = None, labelling: Listing = _PLAIN,
 ) -> ImageTable:  # fmt: skip
     """Read a CSV of images.
 
@@ -94,6 +98,7 @@ def read_table(
         ignore_columns: Headers that are not used.
         needs_targets: Ask about columns that look like several labels of an image.
         extra: One further column. Of the others only the path is read then.
+        labelling: Which columns or cells hold several labels of an image, if any do.
 
     Raises:
         DataError: If it is not a CSV with such a header, or a header or a target is a question.
@@ -106,15 +111,19 @@ def read_table(
             "CSV header", expected="path and, if known, target, split, group, once each",
             found=", ".join(names) or "nothing", where=root,
         )  # fmt: skip
-    used = _find_columns(names, dict(columns), ignore_columns, root)
+    flags = labelling.target_columns
+    used = _find_columns(names, dict(columns), ignore_columns, flags, root)
     if extra is not None:
         used = _only_path_and(extra, used, names, root)
     others = [
         name for name in names
-        if name and name not in {*used.values(), *ignore_columns} and not _is_our_own(name, names)
+        if name and name not in {*used.values(), *ignore_columns, *flags}
+        and not _is_our_own(name, names)
     ]  # fmt: skip
-    asked = _resembling(used, others, COLUMNS if extra is None else ("path",))
-    if needs_targets and "target" not in used and "target" not in asked.values():
+    wanted = ("path",) if extra is not None else [c for c in COLUMNS if c != "target" or not flags]
+    asked = _resembling(used, others, wanted)
+    asks = needs_targets and not labelling.has_labels
+    if asks and "target" not in used and "target" not in asked.values():
         _refuse_flags(names, others, lines, _answers(asked), root)
     if asked:
         otherwise = ", or that they are something else with --ignore-columns "
@@ -136,14 +145,37 @@ def read_table(
     places = {key: names.index(name) for key, name in used.items()}
     rows = [_read_row(line, cells, places, len(names), root) for line, cells in lines]
     _check_splits(rows, root)
-    _check_targets(rows, [line for line, _ in lines], root)
-    return ImageTable(rows, tuple(others))
+    numbers = [line for line, _ in lines]
+    labels = None
+    if flags:
+        labels = read_flags(lines, {name: names.index(name) for name in flags}, labelling, root)
+    elif labelling.target_separator:
+        labels = _read_joined(rows, numbers, labelling, used.get("target"), root)
+    _check_targets(rows, numbers, root, several_allowed=needs_targets)
+    return ImageTable(rows, tuple(others), labels)
+
+
+def _read_joined(
+    rows: Sequence[dict[str, str]], lines: Sequence[int], labelling: Listing, header: str | None,
+    root: Path,
+) -> Labels:  # fmt: skip
+    """Return the labels in the targets of rows, which become empty."""
+    mark = labelling.target_separator
+    if header is None or mark is None:
+        raise DataError(
+            "--target-separator", expected="a column of labels", found="none", where=root,
+            hint="Name it: --columns target=HEADER",
+        )  # fmt: skip
+    cells = [(line, row["target"]) for line, row in zip(lines, rows, strict=True)]
+    for row in rows:
+        row["target"] = ""
+    return read_joined(cells, mark, labelling.blank, header, root)
 
 
 def _read_lines(root: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Return the header, and (line, cells) of the rows that are not blank."""
     try:
-        data = read_regular(root, max_bytes=_MAX_CSV_BYTES)
+        data = read_regular(root, max_bytes=MAX_TABLE_BYTES)
     except OSError as error:
         found = error.strerror or str(error)
         raise DataError(
@@ -156,9 +188,16 @@ def _read_lines(root: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         delimiter, text = start[4], text.partition("\n")[2]
     elif "," not in start:
         delimiter = next((mark for mark in (";", "\t") if mark in start), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    # Not a StringIO, which takes four bytes a character.
+    encoded = io.BytesIO(text.encode())
+    del text
+    reader = csv.reader(io.TextIOWrapper(encoded, "utf-8", newline=""), delimiter=delimiter)
+    same: dict[str, str] = {}  # a million rows have few different short cells
     try:
-        lines = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+        lines = [
+            (reader.line_num, [same.setdefault(c, c) if len(c) < _SHORT else c for c in cells])
+            for cells in reader if any(map(str.strip, cells))
+        ]  # fmt: skip
     except csv.Error as error:
         raise DataError("CSV", expected="a whole table", found=error, where=root) from error
     return (lines[0][1], lines[1:]) if lines else ([], [])
@@ -184,17 +223,20 @@ def _decode(data: bytes, root: Path) -> str:
 
 
 def _find_columns(
-    names: Sequence[str], columns: Mapping[str, str], ignore: Collection[str], root: Path
-) -> dict[str, str]:
+    names: Sequence[str], columns: Mapping[str, str], ignore: Collection[str],
+    flags: Collection[str], root: Path,
+) -> dict[str, str]:  # fmt: skip
     """Return column -> header."""
-    for option, wanted in (("--columns", columns.values()), ("--ignore-columns", ignore)):
+    for option, wanted in (
+        ("--columns", columns.values()), ("--ignore-columns", ignore), ("--target-columns", flags),
+    ):  # fmt: skip
         missing = [name for name in wanted if name not in names]
         if missing:
             raise DataError(
                 option, expected="headers of the CSV: " + ", ".join(filter(None, names)),
                 found=", ".join(map(repr, missing)), where=root,
             )  # fmt: skip
-    taken = {*columns.values(), *ignore}
+    taken = {*columns.values(), *ignore, *flags, *(["target"] if flags else [])}
     plain = {key: key for key in COLUMNS if key in names and key not in taken}
     return plain | dict(columns)
 
@@ -227,7 +269,7 @@ def _resembling(
     used: Mapping[str, str], others: Sequence[str], columns: Sequence[str]
 ) -> dict[str, str]:
     """Return header -> which of some columns it resembles, if that one is missing."""
-    alike = {name: _COLUMN_OF.get(_plain_name(name)) for name in others}
+    alike = {name: _COLUMN_OF.get(plain_name(name)) for name in others}
     missing = set(columns) - set(used)
     return {name: key for name, key in alike.items() if key is not None and key in missing}
 
@@ -237,11 +279,6 @@ def _answers(asked: Mapping[str, str]) -> str:
     first = {key: name for name, key in reversed([*asked.items()])}
     found = (f"--columns {shlex.quote(f'{k}={first[k]}')}" for k in COLUMNS if k in first)
     return " ".join(found)
-
-
-def _plain_name(name: str) -> str:
-    text = unicodedata.normalize("NFKC", name).casefold()
-    return re.sub(r"[\W_]+", "", text)
 
 
 def _refuse_flags(
@@ -261,9 +298,10 @@ def _refuse_flags(
         raise DataError(
             "CSV", expected="one class per image", where=root,
             found=f"{len(flags)} columns of 0 and 1: {listed}",
-            hint="Several labels per image are not read from a CSV yet. Train on one of them with "
-            f"{answers and answers + ' '}--columns {target}, or leave them with "
-            f"--ignore-columns {shlex.quote(','.join(flags))}",
+            hint="Read them all as labels with "
+            f"{answers and answers + ' '}--target-columns {shlex.quote(','.join(flags))}, or train "
+            f"on one of them with {answers and answers + ' '}--columns {target}, or leave them "
+            f"with --ignore-columns {shlex.quote(','.join(flags))}",
         )  # fmt: skip
 
 
@@ -281,7 +319,8 @@ def _read_row(
             f"CSV line {line}", expected=f"{width} cells without NUL, the path not empty",
             found=",".join(cells), where=root,
         )  # fmt: skip
-    return row | {"split": SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])}
+    row["split"] = SPLIT_OF_FOLDER.get(row["split"].casefold(), row["split"])
+    return row
 
 
 def _check_splits(rows: Sequence[dict[str, str]], root: Path) -> None:
@@ -291,7 +330,9 @@ def _check_splits(rows: Sequence[dict[str, str]], root: Path) -> None:
         raise DataError("split column", expected="train, valid or test", found=found, where=root)
 
 
-def _check_targets(rows: Sequence[dict[str, str]], lines: Sequence[int], root: Path) -> None:
+def _check_targets(
+    rows: Sequence[dict[str, str]], lines: Sequence[int], root: Path, *, several_allowed: bool
+) -> None:
     """Ask about targets that are hardly meant as the classes they would become."""
     first: dict[str, int] = {}
     for row, line in zip(rows, lines, strict=True):
@@ -301,7 +342,7 @@ def _check_targets(rows: Sequence[dict[str, str]], lines: Sequence[int], root: P
     def ask(expected: str, found: str, hint: str) -> DataError:
         return DataError("target column", expected=expected, found=found, where=root, hint=hint)
 
-    empty = [t for t in targets if t.casefold() in _NOT_KNOWN or t == "NA"]
+    empty = [t for t in targets if t.casefold() in NOT_KNOWN or t == "NA"]
     if empty:
         number = sum(row["target"] in empty for row in rows)
         raise ask(
@@ -326,6 +367,15 @@ def _check_targets(rows: Sequence[dict[str, str]], lines: Sequence[int], root: P
         raise ask(
             "one class per image",
             f"several in one cell, {joined[0]!r} in line {first[joined[0]]}",
-            "Several labels per image are not read from a CSV yet: keep the rows of one label, or "
-            "write one class into each cell",
+            (
+                "Read them all as labels with --target-separator '|', or k"
+                if several_allowed
+                else "K"
+            )
+            + "eep the rows of one label, or write one class into each cell",
         )
+
+
+def resembled_column(header: str) -> str | None:
+    """Return which of path, target, split and group a header resembles; None for none of them."""
+    return _COLUMN_OF.get(plain_name(header))

@@ -26,7 +26,7 @@ from featcache.deployment.inputs import Inputs, list_inputs
 from featcache.deployment.network import join_network
 from featcache.deployment.predictions import Predictions
 from featcache.deployment.recipes import Backbones, Weights, rebuild_recipes
-from featcache.errors import ConfigError, DataError
+from featcache.errors import ConfigError, DataError, printable, warn_user
 from featcache.evaluation.deciding.decision_file import Decisions, load_decisions
 from featcache.evaluation.novelty import Novelty
 from featcache.extraction.earlier import refuse_dark_colour
@@ -35,6 +35,7 @@ from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes
 from featcache.formatting import join_few
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import Run, load_head, load_run
+from featcache.pixels.dicom import DicomRules
 from featcache.pixels.images import load, load_opened, resize_to_square
 from featcache.pixels.views import PLAIN
 from featcache.runtime import exact_fp32, resolve_device
@@ -74,6 +75,7 @@ class Classifier:
         self.run, self.device, self.batch_size = run, device, batch_size
         self.recipes = tuple(replace(recipe, view_rules=PLAIN) for recipe in recipes)
         self.recipe, self.decisions = self.recipes[0], decisions
+        self._has_noted_dicom = all(recipe.rules.dicom is not None for recipe in recipes)
         # Per recipe its engine, and the number of images that it was chosen for.
         self._engines: dict[int, tuple[Engine, int]] = {}
 
@@ -215,6 +217,8 @@ class Classifier:
             ConfigError: As for ``predict``.
         """
         inputs = list_inputs(images)
+        if inputs.dataset.has_dicom:
+            self.note_dicom()
         batches = []
         for recipe in self.recipes:
             backbone = recipe.backbone
@@ -247,15 +251,18 @@ class Classifier:
         dataset = inputs.dataset
         if not dataset.samples:
             return {}
+        if dataset.has_dicom:
+            self.note_dicom()
         made: list[dict[Sample, _Row]] = [{} for _ in self.recipes]
         for numbers in self.decoded_alike():
             lanes = []
             for number in numbers:
                 recipe = self.recipes[number]
                 refuse_dark_colour(recipe, dataset, self.run.path)
-                probes = partial(decode_probes, dataset, dataset.samples, recipe.rules)
+                rules = recipe.rules.with_dicom()
+                probes = partial(decode_probes, dataset, dataset.samples, rules)
                 engine = self.choose_engine(number, len(dataset.samples), probes)
-                lanes.append(Lane(recipe, engine))
+                lanes.append(Lane(replace(recipe, rules=rules), engine))
             for batch in stream_features(dataset, dataset.samples, lanes):
                 for number, of_lane in zip(numbers, batch.features, strict=True):
                     for outcome, features in zip(batch.outcomes, of_lane, strict=True):
@@ -264,12 +271,22 @@ class Classifier:
                         )
         return {sample: _join_rows([rows[sample] for rows in made]) for sample in dataset.samples}
 
+    def note_dicom(self) -> None:
+        """Warn, once, that a run that was trained without DICOM files sees such files now."""
+        if not self._has_noted_dicom:
+            self._has_noted_dicom = True
+            warn_user(
+                f"{printable(self.run.path)} was trained without DICOM files, and sees them now: "
+                f"{DicomRules().describe()}"
+            )
+
     def decoded_alike(self) -> Iterable[list[int]]:
         """Return the numbers of the recipes in groups that can share a decoded picture."""
-        groups: dict[tuple[int | str, str], list[int]] = {}
+        groups: dict[tuple[object, ...], list[int]] = {}
         for number, recipe in enumerate(self.recipes):
             rules = recipe.rules
-            groups.setdefault((rules.bit_depth, rules.truncated), []).append(number)
+            alike = (rules.bit_depth, rules.truncated, rules.dicom)
+            groups.setdefault(alike, []).append(number)
         return groups.values()
 
     def _run_opened(self, images: Sequence[Any]) -> Iterator[_Row]:
@@ -425,7 +442,7 @@ def load_classifier(
 
 def fit_image(image: Any, recipe: Recipe) -> npt.NDArray[np.uint8]:
     """Return pixels (S, S) or (S, S, 3) of a file's bytes, a PIL image or an array."""
-    rules = recipe.rules
+    rules = recipe.rules.with_dicom()
     picture = load(image, rules) if isinstance(image, bytes) else load_opened(image, rules)
     return resize_to_square(picture.pixels, rules)
 

@@ -136,6 +136,8 @@ def explain(
         run, weights=weights, backbone=backbone, device=device, max_pixels=max_pixels
     )
     explainer = Explainer(classifier, positive, against)
+    if found.dataset.has_dicom:
+        classifier.note_dicom()
     for recipe in classifier.recipes:
         refuse_dark_colour(recipe, found.dataset, classifier.run.path)
     explanations, failures = list[Explanation](), list[tuple[str, str]]()

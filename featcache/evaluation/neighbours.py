@@ -6,7 +6,7 @@ Reads: a cache, an image. Writes: nothing.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,7 @@ def _compute(
     recipe = recipe_from_identity(
         cache.identity, source=cache.provenance.get("weights_source"), **how
     )  # fmt: skip
+    recipe = replace(recipe, rules=recipe.rules.with_dicom())
     dataset = list_images([local_path(image, "image")])
     if len(dataset.samples) != 1:
         found = f"{len(dataset.samples)} images"
@@ -222,7 +223,7 @@ def _lines(result: Neighbours) -> list[str]:
     lines = [f"{printable(result.query)}: {kind}; {result.num_rows:,} rows compared by cosine"]
     for number, row in enumerate(result.rows, 1):
         target = row["target"]
-        words = ", ".join(target) if isinstance(target, list) else target
+        words = ", ".join(target) or "none" if isinstance(target, list) else target
         is_named = row["group"] not in {None, row["path"]}  # without a name it is its own group
         group = f" group {printable(row['group'])}" if is_named else ""
         same = " (the same file)" if row["is_same_image"] else ""

@@ -27,8 +27,10 @@ from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
+from featcache.extraction.identifiers import as_listed
 from featcache.extraction.pipeline import Lane, Outcome, hash_images, stream_features
 from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
+from featcache.extraction.update import label_of_row
 from featcache.formatting import count
 from featcache.precision import format_bound, relative_errors
 from featcache.runtime import Say, resolve_device
@@ -71,6 +73,7 @@ class Comparison:
 def compare(
     cache: Cache, data: str | Path, *, samples: int | str, weights: str | Path | None,
     backbone: Backbone | str | None, device: str, max_pixels: int, say: Say,
+    group_salt: str | Path | None = None,
 ) -> Comparison:  # fmt: skip
     """Compare a cache with the images it was made of.
 
@@ -83,6 +86,7 @@ def compare(
         device: Where to recompute.
         max_pixels: Images of more pixels count as not true.
         say: Where lines for people go.
+        group_salt: The salt of hashed paths, where it does not lie beside the cache.
 
     Raises:
         CacheError: If ``data`` has none of the images.
@@ -93,7 +97,7 @@ def compare(
         cache.identity, weights=weights, backbone=backbone, max_pixels=max_pixels,
         source=cache.provenance.get("weights_source"),
     )  # fmt: skip
-    dataset, now, rows = find_images(cache, data)
+    dataset, now, rows = find_images(cache, data, group_salt)
     refuse_misread(cache, dataset)
     refuse_dark_colour(recipe, dataset, cache.path)
     common = rows.keys() & now.keys()
@@ -105,8 +109,8 @@ def compare(
         now[key] for key in same
         if key not in chosen and cache.splits[key[0]].mtime_ns[rows[key]] != now[key].mtime_ns
     ]  # fmt: skip
-    changed += _compare_contents(cache, rows, dataset, touched)
-    planned = [sample for key, sample in now.items() if key in chosen]
+    changed += _compare_contents(cache, rows, dataset, dataset.in_reading_order(touched))
+    planned = dataset.in_reading_order(sample for key, sample in now.items() if key in chosen)
     also_changed, differing, errors = _compare_features(
         cache, rows, _recompute(dataset, planned, recipe, device)
     )
@@ -122,7 +126,8 @@ def compare(
         )),
         relabelled=tuple(
             key[1] for key in sorted(common)
-            if _class_of(cache, key[0], rows[key]) != dataset.class_of(now[key])
+            if label_of_row(cache, cache.splits[key[0]].targets[rows[key]])
+            != dataset.label_of(now[key])
         ),
         num_compared=len(errors), largest_error=max(errors, default=0.0), bound=bound,
     )  # fmt: skip
@@ -131,7 +136,7 @@ def compare(
 
 
 def find_images(
-    cache: Cache, data: str | Path
+    cache: Cache, data: str | Path, group_salt: str | Path | None = None
 ) -> tuple[ImageDataset, dict[_Key, Sample], dict[_Key, int]]:
     """List the images that a cache was made of, as ``extract`` listed them.
 
@@ -140,10 +145,11 @@ def find_images(
         of the cache in its split.
 
     Raises:
-        CacheError: If ``data`` has none of the images.
+        CacheError: If ``data`` has none of the images, or the salt of hashed paths is not there.
     """
     listing = listing_of(cache).for_data(data)
     dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
+    dataset = as_listed(dataset, cache, group_salt)
     now = {(s.split, s.path): s for s in dataset.samples}
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     if rows and not rows.keys() & now.keys():
@@ -200,11 +206,6 @@ def _compare_features(
                 expected = f"features within {format_bound(bound)}{judged}"
                 differing.append(BadRow(sample.split, row, sample.path, expected, found))
     return changed, differing, errors
-
-
-def _class_of(cache: Cache, split: str, row: int) -> str:
-    target = cache.splits[split].targets[row]
-    return cache.classes[target] if target.ndim == 0 and target >= 0 else ""
 
 
 def _changed_row(rows: _Rows, sample: Sample, found: str) -> BadRow:

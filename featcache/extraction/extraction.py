@@ -9,11 +9,12 @@ Reads: images, and the cache that is there already. Writes: ``CACHE.partial/``, 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 
@@ -25,7 +26,13 @@ from featcache.data.dataset import ImageDataset, scan
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.engine_choice import check_threads, choose_engine
 from featcache.extraction.finish import finish
-from featcache.extraction.options import ExtractionOptions, Target, name_caches
+from featcache.extraction.identifiers import settle_identifiers
+from featcache.extraction.options import (
+    ExtractionOptions,
+    ExtractKeywords,
+    Target,
+    name_caches,
+)
 from featcache.extraction.plan import Job, find_known
 from featcache.extraction.recipe import Recipe, make_recipe
 from featcache.extraction.reports import (
@@ -39,6 +46,8 @@ from featcache.extraction.reports import (
 )
 from featcache.extraction.work import work
 from featcache.extraction.workers.local import resolve_devices, work_on
+from featcache.extraction.workers.parts import finish_part, part_held, take_part
+from featcache.extraction.workers.plans import Part
 from featcache.extraction.workers.ray_actors import check_ray, work_with_ray
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
@@ -51,59 +60,22 @@ _Sizes = list[int] | tuple[int, ...]
 
 @overload
 def extract(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone,
-    weights: str | Path | None = ..., image_size: int | str = ..., transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ..., ray: str | None = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone, image_size: int | str = ...,
+    **options: Unpack[ExtractKeywords],
 ) -> ExtractionSummary: ...  # fmt: skip
 
 
 @overload
 def extract(
     data: str | Path, cache: str | Path, *, backbone: _Backbones,
-    weights: str | Path | None = ..., image_size: int | str | _Sizes = ...,
-    transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ..., ray: str | None = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    image_size: int | str | _Sizes = ..., **options: Unpack[ExtractKeywords],
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
 @overload
 def extract(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone,
-    weights: str | Path | None = ..., image_size: _Sizes, transform: str | None = ...,
-    crop_mode: str | None = ..., interpolation: str | None = ..., normalize: str = ...,
-    mean: tuple[float, float, float] | None = ..., std: tuple[float, float, float] | None = ...,
-    bit_depth: int | str = ..., truncated: str = ..., max_pixels: int = ...,
-    views: int = ..., augment: str | None = ..., precision: str = ..., feature_dtype: str = ...,
-    engine: str = ..., batch_size: int | str = ..., workers: int | str = ..., device: str = ...,
-    processes: int = ..., ray: str | None = ...,
-    group_by: str | None = ..., group_by_path: str | None = ...,
-    max_errors: int | str = ..., limit: int | None = ...,
-    include: str | Iterable[str] = ..., exclude: str | Iterable[str] = ...,
-    companions: str | None = ..., no_classes: bool = ..., columns: Mapping[str, str] | None = ...,
-    ignore_columns: str | Iterable[str] = ...,
-    rehash: bool = ..., rebuild: bool = ..., say: Say = ..., progress: bool = ...,
+    data: str | Path, cache: str | Path, *, backbone: str | Backbone, image_size: _Sizes,
+    **options: Unpack[ExtractKeywords],
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
@@ -123,6 +95,8 @@ def extract(
     bit_depth: int | str = "auto",
     truncated: str = "skip",
     max_pixels: int = MAX_PIXELS,
+    window: str | None = None,
+    frame: int | None = None,
     views: int = 1,
     augment: str | None = None,
     precision: str = "fp32",
@@ -133,8 +107,12 @@ def extract(
     device: str = "auto",
     processes: int = 1,
     ray: str | None = None,
+    part: str | None = None,
     group_by: str | None = None,
     group_by_path: str | None = None,
+    group_salt: str | Path | None = None,
+    patient_ids: str | None = None,
+    path_names: str | None = None,
     max_errors: int | str = "5%",
     limit: int | None = None,
     include: str | Iterable[str] = (),
@@ -143,10 +121,15 @@ def extract(
     no_classes: bool = False,
     columns: Mapping[str, str] | None = None,
     ignore_columns: str | Iterable[str] = (),
+    target_columns: str | Iterable[str] = (),
+    target_separator: str | None = None,
+    uncertain: str | None = None,
+    blank: str | None = None,
+    split_list: Mapping[str, str | Path] | None = None,
     rehash: bool = False,
     rebuild: bool = False,
     say: Say = log_line,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> ExtractionSummary | dict[str, ExtractionSummary]:
     """Run a frozen backbone over every image of ``data`` and write the features to ``cache``.
 
@@ -154,7 +137,8 @@ def extract(
     there already is brought up to date: only images it does not know go through the network.
 
     Args:
-        data: Split folders of class folders, class folders, a folder of images, a CSV or a zip.
+        data: Split folders of class folders, class folders, a folder of images, a CSV, a zip, a tar
+            or Parquet file, or a folder of these two.
         cache: The HDF5 file to make; of several backbones, a folder for a file of each, such as
             ``efficientnet-b0.h5`` and ``timm-resnet18.h5``, and of several sizes likewise, such as
             ``efficientnet-b0-224.h5`` and ``efficientnet-b0-448.h5``.
@@ -173,6 +157,9 @@ def extract(
         bit_depth: ``auto``, 12, 14, 16 or ``minmax``, for images of more than 8 bits.
         truncated: ``skip`` counts cut-off images as failed, ``keep`` fills them in.
         max_pixels: Images of more pixels count as failed. Not part of the cache's identity.
+        window: Of DICOM files: ``voi`` (the default: VOI LUT, else first window, else the stored
+            range), ``first`` window, ``none``, or ``CENTER,WIDTH``. CT and MR need one.
+        frame: Of DICOM files of several frames, the one to take, from 1.
         views: Views of every image to train on (split ``train``, or ``all`` where there is none),
             the plain one among them; other splits get the plain view.
         augment: How the others are made: ``flip``, ``crop`` or ``xray`` (see module ``views``).
@@ -189,22 +176,37 @@ def extract(
         ray: Work on a Ray cluster, by its head node's ``HOST:PORT`` or ``auto``, in place of this
             machine alone: with so many ``processes`` on each GPU, or on each node for the CPU.
             ``local`` starts a Ray here and stops it. All nodes have to see data and cache.
+        part: ``2/4`` makes the second of four parts, without writing the cache, on any host that
+            sees ``data`` and ``cache``; the call without it merges them and does what is missing.
         group_by: Regular expression on the file name; its first group is the group.
         group_by_path: Instead, one on the path below the class: see ``scan``.
+        group_salt: File of the salt that IDs of patients in DICOM headers are hashed with, which
+            make the groups where ``group_by`` makes none. It is made if it is not there. Default:
+            ``CACHE.salt``.
+        patient_ids: An ID on more than a fifth of the images (and 20) is a question: ``keep`` takes
+            it as a patient, ``ignore`` as no ID.
+        path_names: ``hash`` replaces names of files and folders below split and class in all that
+            is written, by the same salt; ``keep``, the default, warns of DICOM's IDs in them.
         max_errors: Failed images allowed per split and class: a count, or a share such as ``5%``.
         limit: Take only that many images, for a try.
-        include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns`` and
-            ``ignore_columns``. The cache remembers them: an update need not repeat them.
+        include: See ``scan``; so are ``exclude``, ``companions``, ``no_classes``, ``columns``,
+            ``ignore_columns`` and those of labels and split lists. The cache remembers them: an
+            update need not repeat them.
         exclude: Globs on the path below ``data`` of files that are left out.
         companions: ``keep`` takes masks and the like as images.
         no_classes: Folders are no classes.
-        columns: Column -> its header in a CSV.
-        ignore_columns: Headers of a CSV that are not used.
+        columns: Column -> its header in a CSV or Parquet file, or what is beside images in a tar.
+        ignore_columns: Headers of a CSV or Parquet file that are not used.
+        target_columns: Headers of a CSV that are a label each, of 1, 0, -1 and empty cells.
+        target_separator: Instead, what stands between the labels in the cells of ``target``.
+        uncertain: What -1 means: ``unknown`` (so does None), ``yes`` or ``no``.
+        blank: What an empty cell of a label means: ``unknown`` or ``no``; None asks.
+        split_list: Split -> file with a path or file name of the CSV a line.
         rehash: Recognise unchanged images by their content, not by size and time.
         rebuild: Replace a cache, or discard an unfinished one, that was made with other settings.
         say: Where lines for people go.
         progress: Show how far it is on standard error: a bar on a terminal and in a notebook,
-            elsewhere a line a minute.
+            elsewhere a line a minute. ``json`` writes a JSON object a minute, and one at the end.
 
     Returns:
         What was done; of a list of backbones, a dict of that by name, of a list of sizes by name
@@ -217,13 +219,18 @@ def extract(
     options = ExtractionOptions(
         weights=weights, image_size=image_size, transform=transform, crop_mode=crop_mode,
         interpolation=interpolation, normalize=normalize, mean=mean, std=std, bit_depth=bit_depth,
-        truncated=truncated, max_pixels=max_pixels, views=views, augment=augment,
+        truncated=truncated, max_pixels=max_pixels, window=window, frame=frame, views=views,
+        augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
-        workers=workers, device=device, processes=processes, ray=ray, group_by=group_by,
-        group_by_path=group_by_path, max_errors=max_errors, limit=limit,
+        workers=workers, device=device, processes=processes, ray=ray, part=part,
+        group_by=group_by,
+        group_by_path=group_by_path, group_salt=group_salt, patient_ids=patient_ids,
+        path_names=path_names, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
-        ignore_columns=ignore_columns, rehash=rehash, rebuild=rebuild, say=say, progress=progress,
+        ignore_columns=ignore_columns, target_columns=target_columns,
+        target_separator=target_separator, uncertain=uncertain, blank=blank, split_list=split_list,
+        rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     place = local_path(cache, "CACHE")
     if isinstance(backbone, str | Backbone) and isinstance(image_size, int | str):
@@ -238,7 +245,9 @@ def _extract(
     """Make the cache of each target, all from one pass over the images."""
     start = time.perf_counter()
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
-    dataset, options = _scan(local_path(data, "data"), [t.path for t in targets], options)
+    dataset, options = _scan(
+        local_path(data, "data"), [t.path for t in targets], options, writes=True
+    )
     if not all(
         target.path.exists() for target in targets
     ):  # beside the building of backbone and engine
@@ -248,7 +257,8 @@ def _extract(
     for target in targets:
         path, job = target.path, _plan_job(dataset, target, options)
         if job.old is not None and job.is_up_to_date and not options.rehash:
-            job.remove_leftovers()
+            if options.part is None:
+                job.remove_leftovers()
             done[path] = summarise(
                 job.old, "up to date", start, dataset, num_kept=len(dataset.samples)
             )
@@ -257,7 +267,7 @@ def _extract(
     if jobs:
         _make_caches(jobs, options, start, done)
     for path, summary in done.items():
-        if not summary.num_new:
+        if not summary.num_new and summary.content_sha256:  # else a part, of no cache yet
             warn_of_precision(open_cache(path, verify=False), options.precision)
     return [done[target.path] for target in targets]
 
@@ -267,19 +277,24 @@ def _make_caches(
     done: dict[Path, ExtractionSummary],
 ) -> None:  # fmt: skip
     """Plan, work and finish, while nobody else can write the caches."""
+    part = None if options.part is None else Part.parse(options.part)
     if options.ray is not None:
         check_ray(options.ray)
     with contextlib.ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(job.locked())
+            stack.enter_context(job.locked() if part is None else part_held(job, part))
         # Undone whatever happens, and before the locks are: an engine changes torch's threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         devices = resolve_devices(options.device, options.processes)
         device = resolve_device(devices[0]).torch()
         positions = find_known(jobs, device)
-        unfinished = [job for job in jobs if job.ledger.num_wanted]
-        for job in unfinished:
-            choose_engine(job, device)
+        if part is None:
+            unfinished = [job for job in jobs if job.ledger.num_wanted]
+            for job in unfinished:
+                choose_engine(job, device)
+        else:
+            unfinished = take_part(jobs, part, positions, device)
+            positions = [p for p in positions if any(job.ledger.wants(p) for job in unfinished)]
         check_threads(unfinished)
         if unfinished and options.ray is not None:
             work_with_ray(unfinished, positions)
@@ -288,30 +303,46 @@ def _make_caches(
         elif unfinished:
             work(unfinished, positions)
         for job in jobs:
-            done[job.path] = finish(job, start)
+            made = finish(job, start) if part is None else finish_part(job, part, start)
+            done[job.path] = made
 
 
 @overload
 def plan(
     data: str | Path, cache: str | Path, *, backbone: str | Backbone | _Backbones,
-    image_size: _Sizes, **options: Any,
+    image_size: _Sizes, price: float | None = ..., **options: Any,
 ) -> dict[str, Projection]: ...  # fmt: skip
 
 
 @overload
 def plan(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone, **options: Any
+    data: str | Path,
+    cache: str | Path,
+    *,
+    backbone: str | Backbone,
+    price: float | None = ...,
+    **options: Any,
 ) -> Projection: ...
 
 
 @overload
 def plan(
-    data: str | Path, cache: str | Path, *, backbone: _Backbones, **options: Any
+    data: str | Path,
+    cache: str | Path,
+    *,
+    backbone: _Backbones,
+    price: float | None = ...,
+    **options: Any,
 ) -> dict[str, Projection]: ...
 
 
 def plan(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone | _Backbones, **options: Any
+    data: str | Path,
+    cache: str | Path,
+    *,
+    backbone: str | Backbone | _Backbones,
+    price: float | None = None,
+    **options: Any,
 ) -> Projection | dict[str, Projection]:
     """Say what ``extract`` would do and take, without writing anything.
 
@@ -322,6 +353,7 @@ def plan(
         data: As for ``extract``, and so are all options.
         cache: The file, or the folder of several, that would be written.
         backbone: A name or a ready ``Backbone``, or a list of them.
+        price: Of an hour of one machine like this one, in any currency: gives the costs.
         **options: As for ``extract``.
 
     Returns:
@@ -332,27 +364,31 @@ def plan(
     """
     chosen, place = ExtractionOptions(**options), local_path(cache, "CACHE")
     if isinstance(backbone, str | Backbone) and isinstance(chosen.image_size, int | str):
-        return _plan(data, [Target(place, backbone, chosen.image_size)], chosen)[0]
+        return _plan(data, [Target(place, backbone, chosen.image_size)], chosen, price)[0]
     targets = name_caches(place, backbone, chosen)
-    return dict(zip(targets, _plan(data, [*targets.values()], chosen), strict=True))
+    return dict(zip(targets, _plan(data, [*targets.values()], chosen, price), strict=True))
 
 
 def _plan(
-    data: str | Path, targets: Sequence[Target], options: ExtractionOptions
-) -> list[Projection]:  # fmt: skip
+    data: str | Path, targets: Sequence[Target], options: ExtractionOptions, price: float | None
+) -> list[Projection]:
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError("--price", expected="a number that is not negative", found=price)
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
-    dataset, options = _scan(local_path(data, "data"), [t.path for t in targets], options)
+    dataset, options = _scan(
+        local_path(data, "data"), [t.path for t in targets], options, writes=False
+    )
     jobs = [_plan_job(dataset, target, options) for target in targets]
     device = resolve_device(resolve_devices(options.device, options.processes)[0]).torch()
     find_known(jobs, device)
     for job in jobs:
         if job.old is not None:
             warn_of_precision(job.old, options.precision)
-    return [project(job, device) for job in jobs]
+    return [project(job, device, price) for job in jobs]
 
 
 def _scan(
-    data: Path, caches: Sequence[Path], options: ExtractionOptions
+    data: Path, caches: Sequence[Path], options: ExtractionOptions, *, writes: bool
 ) -> tuple[ImageDataset, ExtractionOptions]:
     """Find the images; return the options with those that the caches that are there remember."""
     for path in caches:
@@ -367,7 +403,7 @@ def _scan(
     describe_dataset(dataset, options.say, by_path=options.group_by_path is not None)
     if options.companions == "keep" and dataset.num_grouped is None:
         options.say("groups: images and their companions; --group-by would name the patients")
-    return dataset, options
+    return settle_identifiers(dataset, caches, options, writes=writes), options
 
 
 def _remember(path: Path, data: Path, options: ExtractionOptions) -> ExtractionOptions:
@@ -403,7 +439,7 @@ def _choose_recipe(
         backbone, dataset, transform=options.transform, crop_mode=options.crop_mode,
         interpolation=options.interpolation,
         bit_depth=options.bit_depth, truncated=options.truncated,
-        max_pixels=options.max_pixels,
+        max_pixels=options.max_pixels, window=options.window, frame=options.frame,
         feature_dtype=options.feature_dtype, views=options.views, augment=options.augment,
     )  # fmt: skip
     describe_recipe(recipe, options.say)

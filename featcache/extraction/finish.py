@@ -1,6 +1,7 @@
 """Finish an extraction: write the cache from all that the ledger knows, whole or not at all.
 
-Reads: the old cache and shards. Writes: ``CACHE``; removes ``CACHE.partial/``.
+Reads: the old cache and shards. Writes: ``CACHE``, and ``CACHE.dicom.csv`` where there is DICOM;
+removes ``CACHE.partial/``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from featcache.cache.reading import Cache
 from featcache.cache.writing import SplitRows, write_rows
 from featcache.data.dataset import Sample
 from featcache.errors import DataError
+from featcache.extraction.identifiers import (
+    identifier_facts,
+    without_identifier_facts,
+    write_columns,
+)
 from featcache.extraction.plan import Job
 from featcache.extraction.reports import ExtractionSummary, describe_result, summarise
-from featcache.extraction.update import find_changes, is_unchanged
+from featcache.extraction.update import as_targets, find_changes, is_unchanged
 from featcache.renames import remove_temporaries
 
 
@@ -72,12 +78,14 @@ def _write(job: Job) -> Cache:
         splits[name] = _split_rows(job, name, samples, numbers)
     remove_temporaries(job.path)  # of a run killed while writing: the lock is ours now
     listing = job.options.listing.as_json()
-    provenance = with_row_precisions(job.provenance, precisions) | {"truncated": truncated}
+    made = without_identifier_facts(job.provenance) | identifier_facts(job.dataset)
+    provenance = with_row_precisions(made, precisions) | {"truncated": truncated}
     if listing:
         provenance["listing"] = listing
+    write_columns(job.dataset, job.path)
     cache = write_rows(
         job.path, splits, identity=job.recipe.identity, provenance=provenance,
-        classes=job.dataset.classes, task="multiclass", failures=job.ledger.failures,
+        classes=job.dataset.classes, task=job.dataset.task, failures=job.ledger.failures,
         publish=job.output.publish,
     )  # fmt: skip
     job.partial.remove()
@@ -105,7 +113,7 @@ def _split_rows(
         shape=(len(samples), *views, job.recipe.backbone.num_features),
         dtype=job.dtype,
         feature_blocks=lambda: ledger.feature_blocks(numbers, num_views),
-        targets=np.array([s.target for s in samples], np.int64),
+        targets=as_targets(samples),
         paths=[s.path for s in samples],
         groups=[str(s.group) for s in samples] if is_grouped else None,
         image_sha256=ledger.sha256_of(numbers),

@@ -258,7 +258,7 @@ class Ledger:
                 start += self._num_views[number]
                 self.num_new += 1
 
-    # ------------------------------------------------------------------------ what workers hand back
+    # ----------------------------------------------------------------------- what workers hand back
 
     def leave_out(self, position: int) -> None:
         """Note that the features of an image are not asked for."""

@@ -7,14 +7,67 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from featcache.backbones.backbone import Backbone
+from featcache.data.dicom_groups import check_choices
 from featcache.data.listing import Listing
 from featcache.errors import ConfigError
 from featcache.extraction.pipeline import resolve_workers
+from featcache.extraction.workers.plans import Part
+from featcache.pixels.dicom import DicomRules
 from featcache.runtime import Say, log_line
 from featcache.untrusted import MAX_PIXELS
+
+
+class ExtractKeywords(TypedDict, total=False):
+    """The options of ``extract`` that all of its overloads have, for type checkers."""
+
+    weights: str | Path | None
+    transform: str | None
+    crop_mode: str | None
+    interpolation: str | None
+    normalize: str
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+    bit_depth: int | str
+    truncated: str
+    max_pixels: int
+    window: str | None
+    frame: int | None
+    views: int
+    augment: str | None
+    precision: str
+    feature_dtype: str
+    engine: str
+    batch_size: int | str
+    workers: int | str
+    device: str
+    processes: int
+    ray: str | None
+    part: str | None
+    group_by: str | None
+    group_by_path: str | None
+    group_salt: str | Path | None
+    patient_ids: str | None
+    path_names: str | None
+    max_errors: int | str
+    limit: int | None
+    include: str | Iterable[str]
+    exclude: str | Iterable[str]
+    companions: str | None
+    no_classes: bool
+    columns: Mapping[str, str] | None
+    ignore_columns: str | Iterable[str]
+    target_columns: str | Iterable[str]
+    target_separator: str | None
+    uncertain: str | None
+    blank: str | None
+    split_list: Mapping[str, str | Path] | None
+    rehash: bool
+    rebuild: bool
+    say: Say
+    progress: bool | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +75,8 @@ class ExtractionOptions:
     """The keywords of ``extract`` but its backbone; documented there.
 
     Raises:
-        ConfigError: If ``workers``, ``processes``, ``max_errors`` or an option of the listing has no such value.
+        ConfigError: If ``workers``, ``processes``, ``max_errors``, an option of DICOM or of the
+            listing has no such value.
     """
 
     weights: str | Path | None = None
@@ -36,6 +90,8 @@ class ExtractionOptions:
     bit_depth: int | str = "auto"
     truncated: str = "skip"
     max_pixels: int = MAX_PIXELS
+    window: str | None = None
+    frame: int | None = None
     views: int = 1
     augment: str | None = None
     precision: str = "fp32"
@@ -46,8 +102,12 @@ class ExtractionOptions:
     device: str = "auto"
     processes: int = 1
     ray: str | None = None
+    part: str | None = None
     group_by: str | None = None
     group_by_path: str | None = None
+    group_salt: str | Path | None = None
+    patient_ids: str | None = None
+    path_names: str | None = None
     max_errors: int | str = "5%"
     limit: int | None = None
     include: str | Iterable[str] = ()
@@ -56,14 +116,21 @@ class ExtractionOptions:
     no_classes: bool = False
     columns: Mapping[str, str] | None = None
     ignore_columns: str | Iterable[str] = ()
+    target_columns: str | Iterable[str] = ()
+    target_separator: str | None = None
+    uncertain: str | None = None
+    blank: str | None = None
+    split_list: Mapping[str, str | Path] | None = None
     rehash: bool = False
     rebuild: bool = False
     say: Say = log_line
-    progress: bool = False
+    progress: bool | str = False
 
     def __post_init__(self) -> None:
         resolve_workers(self.workers)
         parse_max_errors(self.max_errors)
+        DicomRules(self.window, self.frame)
+        check_choices(self.patient_ids, self.path_names)
         if type(self.processes) is not int or not 1 <= self.processes <= 256:
             raise ConfigError("--processes", expected="1 to 256", found=self.processes)
         if self.ray is not None and (self.device == "all" or "," in self.device):
@@ -71,6 +138,13 @@ class ExtractionOptions:
                 "--ray", expected="one kind of device, such as --device cuda", found=self.device,
                 hint="Ray gives each worker a GPU of its own",
             )  # fmt: skip
+        if self.part is not None:
+            Part.parse(self.part)
+            if self.rebuild:  # each part would discard the others'
+                raise ConfigError(
+                    "--rebuild", expected="no --part beside it", found="both",
+                    hint="Choose another name for the cache, or remove the old one first",
+                )  # fmt: skip
         assert self.listing is not None
 
     @cached_property
@@ -79,6 +153,8 @@ class ExtractionOptions:
         return Listing.of(
             include=self.include, exclude=self.exclude, companions=self.companions,
             no_classes=self.no_classes, columns=self.columns, ignore_columns=self.ignore_columns,
+            target_columns=self.target_columns, target_separator=self.target_separator,
+            uncertain=self.uncertain, blank=self.blank, split_list=self.split_list,
         )  # fmt: skip
 
 

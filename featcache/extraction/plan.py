@@ -24,13 +24,20 @@ from featcache.extraction.ledger import Ledger
 from featcache.extraction.options import ExtractionOptions, parse_max_errors
 from featcache.extraction.pipeline import hash_images
 from featcache.extraction.recipe import Recipe
-from featcache.extraction.shards import PartialCache, Receipt, Vectors
+from featcache.extraction.shards import Manifest, PartialCache, Receipt, Vectors
 from featcache.extraction.update import (
     check_update,
     find_changes,
     holds,
     open_existing,
     refuse_other_images,
+)
+from featcache.extraction.workers.plans import (
+    Part,
+    failures_of,
+    merge_parts,
+    merging_held,
+    read_plan,
 )
 from featcache.files import make_folder
 from featcache.formatting import count
@@ -107,6 +114,8 @@ class Job:
         provenance: How the rows were made.
         engine: What runs the network; None until it is chosen.
         probes: What it was chosen by; None until it is.
+        part_manifests: What parts of it have made, if the plain command merges some.
+        num_planned: Images of this part of it.
         images_per_second: How fast it went, None where nothing was run.
 
     Raises:
@@ -122,9 +131,12 @@ class Job:
             split: recipe.view_rules.for_split(split, dataset.splits).num_views
             for split in dataset.splits
         }
+        part = 0 if options.part is None else Part.parse(options.part).number
         self.partial = PartialCache(
-            partial_folder(path), recipe.fingerprint, recipe.backbone.num_features, self.dtype
+            partial_folder(path), recipe.fingerprint, recipe.backbone.num_features, self.dtype, part
         )
+        self.part_manifests: tuple[Manifest, ...] = ()
+        self.num_planned = 0
         self.ledger = Ledger(dataset, self.num_views, parse_max_errors(options.max_errors))
         self.provenance: dict[str, Any] = {}
         self.engine: Engine | None = None
@@ -165,7 +177,10 @@ class Job:
     def locked(self) -> Iterator[None]:
         """Let nobody else write the cache; leave no folder behind where nothing was gained."""
         make_folder(self.path.parent)
-        with cache_lock(self.path):
+        lock = cache_lock(self.path)
+        if (plan := read_plan(self.partial.folder)) is not None:  # a host without locks, perhaps
+            lock = merging_held(self.partial, self.path.name, plan, self.options.say)
+        with lock:
             try:
                 if self._is_replaced():  # before the lock was ours
                     self._open_old()
@@ -202,7 +217,10 @@ class Job:
         """
         try:
             self.partial.open()
-            self._check_unfinished(device)
+            if not self.partial.part:
+                name, say = self.path.name, self.options.say
+                self.part_manifests = merge_parts(self.partial, self.recipe.fingerprint, name, say)
+            self.check_unfinished(device)
         except CacheError:
             if not self.options.rebuild:
                 raise
@@ -214,9 +232,25 @@ class Job:
         if num_resumed:
             self.provenance = self.partial.provenance or self.provenance
             self.options.say(f"Resuming {self.path.name}: {count(num_resumed, 'image')} done.")
+        self._enter_failures()
         return self.ledger.match(rehash=self.options.rehash)
 
-    def _check_unfinished(self, device: torch.device) -> None:
+    def _enter_failures(self) -> None:
+        """Take over what failed in parts: it is tried again by the next ``extract``."""
+        failed: dict[str, tuple[int, int, str]] = {}
+        for manifest in self.part_manifests:
+            failed |= failures_of(manifest)
+        for position, sample in enumerate(self.dataset.samples if failed else ()):
+            size, time, reason = failed.get(sample.path, (-1, 0, ""))
+            if (size, time) == (sample.image_bytes, sample.mtime_ns):
+                self.ledger.fail(position, reason)
+
+    def check_unfinished(self, device: torch.device) -> None:
+        """Refuse to go on with rows of another precision or kind of device.
+
+        Raises:
+            CacheError: If those that are there are such.
+        """
         fixed, precision = self.partial.engine, self.options.precision
         if fixed and (fixed.precision, fixed.device_type) != (precision, device.type):
             raise CacheError(
@@ -232,14 +266,16 @@ def find_known(jobs: Sequence[Job], device: torch.device) -> Sequence[int]:
     Images whose content may be known are hashed, once for all caches.
 
     Returns:
-        The positions of the images that are left to be run for at least one of them.
+        The positions of the images that are left to be run for at least one of them, in the order
+        in which they are read fastest.
 
     Raises:
         CacheError: If an older cache knows none of the images, or an unfinished run is another's.
     """
     suspects = set[int]().union(*(job.read_known(device) for job in jobs))
     if suspects:
-        positions, options, dataset = sorted(suspects), jobs[0].options, jobs[0].dataset
+        options, dataset = jobs[0].options, jobs[0].dataset
+        positions = dataset.reading_order(sorted(suspects))
         options.say(f"Hashing {count(len(positions), 'image')} whose content may be known.")
         samples = [dataset.samples[position] for position in positions]
         hashes = hash_images(dataset, samples, options.workers)
@@ -250,5 +286,7 @@ def find_known(jobs: Sequence[Job], device: torch.device) -> Sequence[int]:
     for job in jobs:
         if job.old is not None:
             refuse_other_images(job.old, find_changes(job.old, job.dataset, job.ledger))
-    every = range(len(jobs[0].dataset.samples))
-    return array("q", (p for p in every if any(job.ledger.wants(p) for job in jobs)))
+    dataset = jobs[0].dataset
+    every = range(len(dataset.samples))
+    wanted = (p for p in every if any(job.ledger.wants(p) for job in jobs))
+    return array("q", dataset.reading_order(wanted))

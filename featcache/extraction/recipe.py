@@ -25,6 +25,7 @@ from featcache.data.dataset import ImageDataset, Sample
 from featcache.data.folders import training_split
 from featcache.errors import BackboneError, ConfigError, DataError
 from featcache.files import canonical_json
+from featcache.pixels.dicom import DicomRules
 from featcache.pixels.images import PixelRules, check_bit_depth, deep_kind
 from featcache.pixels.isolation import DECODE_SECONDS, IsolatedDecoder
 from featcache.pixels.views import PLAIN, ViewRules, render
@@ -91,6 +92,8 @@ def make_recipe(
     bit_depth: int | str = "auto",
     truncated: str = "skip",
     max_pixels: int = MAX_PIXELS,
+    window: str | None = None,
+    frame: int | None = None,
     feature_dtype: str = "float32",
     views: int = 1,
     augment: str | None = None,
@@ -123,8 +126,24 @@ def make_recipe(
     rules = PixelRules(
         backbone.image_size, **_choose_transform(backbone, transform, crop_mode, interpolation),
         bit_depth=bit_depth, truncated=truncated, max_pixels=max_pixels,
+        dicom=_choose_dicom(dataset, window, frame),
     )  # fmt: skip
     return Recipe(backbone, rules, feature_dtype, view_rules, has_dark_colour)
+
+
+def _choose_dicom(
+    dataset: ImageDataset, window: str | None, frame: int | None
+) -> DicomRules | None:
+    """Return what is chosen of DICOM files; None where there are none."""
+    rules = DicomRules(window, frame)
+    if dataset.has_dicom:
+        return rules
+    if rules != DicomRules():
+        raise ConfigError(
+            "--window" if frame is None else "--frame", expected="DICOM files", found="none",
+            where=dataset.root, hint="Leave it out",
+        )  # fmt: skip
+    return None
 
 
 def _choose_transform(

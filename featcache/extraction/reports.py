@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from featcache.backbones.engine import Engine, Images, build_engine
-from featcache.cache.provenance import UNKNOWN, describe_precision
+from featcache.cache.provenance import UNKNOWN, describe_precision, training_data_note
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset
 from featcache.data.groups import say_matches
@@ -27,7 +28,28 @@ from featcache.formatting import brief_repr, count, list_counts
 from featcache.runtime import Say
 
 _NUM_DECODED = 64
+_MAX_WORKERS, _LEAST_WORK_SECONDS = 256, 60.0
 _ROW_OVERHEAD_BYTES = 160  # path, hash, size, time, target
+
+
+@dataclass(frozen=True)
+class WorkersProjection:
+    """What an extraction is expected to take on so many machines like this one.
+
+    Attributes:
+        num_workers: Machines, or GPUs with their share of one.
+        seconds: Expected time: each builds its engine, then takes its share of the images.
+        worker_hours: Expected time of all of them together.
+        cost: At the price of an hour of one; None where none was given.
+    """
+
+    __module__ = "featcache"
+    __repr__ = brief_repr
+
+    num_workers: int
+    seconds: float
+    worker_hours: float
+    cost: float | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,10 @@ class Projection:
         seconds: Expected time for the images to be run.
         cache_bytes: Size of the cache.
         working_bytes: Disk needed while working: shards and cache together.
+        read_bytes: Bytes of the images to be run, each of which is read once.
+        start_seconds: Expected time to build and check an engine, which every worker does.
+        workers: What it would take on 1, 2, 4 ... machines like this one, as long as each has a
+            minute of work.
     """
 
     __module__ = "featcache"
@@ -79,18 +105,22 @@ class Projection:
     seconds: float
     cache_bytes: int
     working_bytes: int
+    read_bytes: int
+    start_seconds: float
+    workers: tuple[WorkersProjection, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the projection as JSON values."""
         return result_as_dict(self)
 
 
-def project(job: Job, device: torch.device) -> Projection:
+def project(job: Job, device: torch.device, price: float | None = None) -> Projection:
     """Decode a seeded sample of the images to be run, run one batch, and scale up.
 
     Args:
         job: A job whose known images were found.
         device: Where it would run.
+        price: Of an hour of one machine.
 
     Raises:
         FeatcacheError: As an extraction with these options would at its start.
@@ -103,7 +133,9 @@ def project(job: Job, device: torch.device) -> Projection:
     if not wanted:
         return projection
     chosen = random.Random(0).sample(wanted, min(_NUM_DECODED, num_wanted))
+    start = time.perf_counter()
     engine = _build_engine(job, device, decode_probes(dataset, chosen, recipe.rules))
+    start_seconds = time.perf_counter() - start
     start = time.perf_counter()
     decoded = stream_views(dataset, chosen, [recipe], 1, workers=job.options.workers)
     outcomes = [outcome for part, _ in decoded for outcome in part]
@@ -122,7 +154,29 @@ def project(job: Job, device: torch.device) -> Projection:
         failures=tuple((o.sample.path, o.reason) for o in outcomes if o.reason is not None),
         images_per_second=round(1 / per_image, 2),
         seconds=round(num_wanted * per_image, 1),
+        read_bytes=sum(sample.image_bytes for sample in wanted),
+        start_seconds=round(start_seconds, 3),
+        workers=tuple(project_workers(num_wanted * per_image, start_seconds, price)),
     )
+
+
+def project_workers(
+    seconds: float, start_seconds: float, price: float | None
+) -> Iterator[WorkersProjection]:
+    """Yield what work of one machine takes on 1, 2, 4 ... of them.
+
+    Args:
+        seconds: Of one machine, without its start.
+        start_seconds: Of each machine before it can work.
+        price: Of an hour of one; None is not known.
+    """
+    number = 1
+    while number == 1 or (number <= _MAX_WORKERS and seconds / number >= _LEAST_WORK_SECONDS):
+        each = start_seconds + seconds / number
+        hours = number * each / 3600
+        cost = None if price is None else round(hours * price, 2)
+        yield WorkersProjection(number, round(each, 1), round(hours, 4), cost)
+        number *= 2
 
 
 def _project_sizes(job: Job, num_wanted: int, num_wanted_views: int) -> Projection:
@@ -153,6 +207,9 @@ def _project_sizes(job: Job, num_wanted: int, num_wanted_views: int) -> Projecti
         seconds=0.0,
         cache_bytes=cache_bytes,
         working_bytes=cache_bytes + num_wanted_views * vector_bytes,
+        read_bytes=0,
+        start_seconds=0.0,
+        workers=(),
     )
 
 
@@ -185,7 +242,8 @@ class ExtractionSummary:
 
     Attributes:
         cache: The cache file.
-        status: ``extracted``, or ``up to date`` when there was nothing to do.
+        status: ``extracted``, or ``up to date`` when there was nothing to do; or ``part 2/4``: then
+            all numbers are of that part.
         num_images: Rows in the cache.
         num_new: Images that went through the network.
         num_known: Images whose features were known: from an older cache, an interrupted run, or
@@ -198,7 +256,8 @@ class ExtractionSummary:
         num_ignored: Reason -> number of files and folders that are left out.
         ignored_endings: Ending -> number of files that are left out for it.
         ignored_columns: Headers of a CSV that are not used.
-        splits: Per split, rows per class (or ``unlabelled``).
+        splits: Per split, rows per class (or ``unlabelled``); of several labels per image, rows
+            that have a yes for each class.
         engine: ``onnx``, ``folded`` or ``eager``.
         precision: That of all rows, or the precisions there are; None where none is known.
         parity: Largest relative L2 error of a probed image against the eager fp32 forward, of the
@@ -207,7 +266,7 @@ class ExtractionSummary:
         seconds: Wall time of the whole call.
         images_per_second: New images over the time of producing their features.
         fingerprint: Of the recipe.
-        content_sha256: Of the cache's content.
+        content_sha256: Of the cache's content; empty after a part of it.
     """
 
     __module__ = "featcache"
@@ -250,15 +309,17 @@ def describe_dataset(dataset: ImageDataset, say: Say, *, by_path: bool) -> None:
         by_path: Groups are those of ``group_by_path``, not of ``group_by``.
     """
     for split, counts in dataset.count().items():
-        say(f"{split:>6}: {list_counts(counts)}")
-    for line in dataset.describe_ignored():
+        if dataset.task == "multilabel":
+            images = count(len(dataset.split(split)), "image")
+            say(f"{split:>6}: {images}; yes: {list_counts(counts)}")
+        else:
+            say(f"{split:>6}: {list_counts(counts)}")
+    for line in (*dataset.notes, *dataset.describe_ignored()):
         say(line)
     if dataset.num_found_by_name:
         say(f"paths: {count(dataset.num_found_by_name, 'file')} found by name, in folders below")
     if dataset.grouped is not None:
-        total: Counter[str] = Counter()
-        for counts in dataset.count().values():
-            total.update(counts)
+        total = Counter(map(dataset.kind_of, dataset.samples))
         num_groups = len({sample.group or sample.path for sample in dataset.samples})
         option = "--group-by-path" if by_path else "--group-by"
         say_matches(dataset.grouped, total, num_groups, option, say)
@@ -274,6 +335,10 @@ def describe_recipe(recipe: Recipe, say: Say) -> None:
         f"Pixels: {rules.image_size} x {rules.image_size} {rules.crop_mode}{resized}, "
         f"{rules.interpolation}, mean {mean}, std {std}."
     )
+    if note := training_data_note(backbone.name):
+        say(f"Note: {note}.")
+    if rules.dicom is not None:
+        say(f"DICOM: {rules.dicom.describe()}.")
     views = recipe.view_rules
     if views.augmentation is not None:
         say(f"Views: {views.num_views} of every image to train on, {views.augmentation}.")
@@ -319,9 +384,13 @@ def summarise(
     """Return the summary of a cache that is there; ``start`` is when the call began."""
     splits: dict[str, dict[str, int]] = {}
     for name, split in cache.splits.items():
-        counts = Counter(split.targets.tolist())
-        labels = {-1: "unlabelled", **dict(enumerate(cache.classes))}
-        splits[name] = {labels[t]: n for t, n in sorted(counts.items())}
+        if cache.task == "multilabel":
+            num_yes = (split.targets == 1).sum(axis=0).tolist()
+            splits[name] = dict(zip(cache.classes, num_yes, strict=True))
+        else:
+            counts = Counter(split.targets.tolist())
+            labels = {-1: "unlabelled", **dict(enumerate(cache.classes))}
+            splits[name] = {labels[t]: n for t, n in sorted(counts.items())}
     num_images = sum(len(s) for s in cache.splits.values())
     truncated = cache.provenance.get("truncated")
     return ExtractionSummary(
@@ -336,6 +405,24 @@ def summarise(
         parity=max(cache.parity, default=None), num_probed=cache.num_probed,
         seconds=round(time.perf_counter() - start, 3), images_per_second=images_per_second,
         fingerprint=cache.fingerprint, content_sha256=cache.content_sha256,
+    )  # fmt: skip
+
+
+def summarise_part(job: Job, part: str, start: float) -> ExtractionSummary:
+    """Return the summary of a part of an extraction, of which there is no cache yet."""
+    ledger, dataset, provenance = job.ledger, job.dataset, job.provenance
+    num_failed = len(ledger.failures)
+    parity = () if job.engine is None else job.engine.parity
+    return ExtractionSummary(
+        cache=job.path, status=f"part {part}", num_images=job.num_planned,
+        num_new=ledger.num_new, num_known=job.num_planned - num_failed - ledger.num_new,
+        num_kept=0, num_moved=0, num_gone=0, num_failed=num_failed, num_truncated=0,
+        num_ignored=dataset.num_ignored, ignored_endings=dataset.ignored_endings,
+        ignored_columns=dataset.ignored_columns, splits={},
+        engine=str(provenance.get("engine", "none")), precision=job.options.precision,
+        parity=max(parity, default=None), num_probed=len(parity),
+        seconds=round(time.perf_counter() - start, 3), images_per_second=job.images_per_second,
+        fingerprint=job.recipe.fingerprint, content_sha256="",
     )  # fmt: skip
 
 

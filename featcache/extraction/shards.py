@@ -17,7 +17,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,14 @@ Vectors = Callable[[], RowReader]
 
 _MAX_MANIFEST_BYTES = 1 << 28  # 150 bytes a shard of 16 MiB: features of 30 TB
 _MAX_COUNT = 1 << 48  # of rows and vectors
+SHARDS_OF_PART = 1_000_000
+"""Part I of an extraction in parts has the shards of the numbers from I times this on."""
+PLAN_NAME = "plan.json"
 _MAX_SHARDS = 10**9  # their numbers have nine digits at most
 _MAX_VIEWS = (1 << 16) - 1  # of an image, as the ledger counts them
 _FORMAT = "featcache-partial"
 _SHARD = re.compile(r"shard\.[0-9]+")
+_PART = re.compile(r"part\.[0-9]+\.json")
 _NO_FILE = {errno.ENOENT, errno.EISDIR, errno.EINVAL}  # of ``open_regular``: nothing can be lost
 _FORMAT_VERSION = 2  # 1 kept the tables in the manifest, which then grew with the data set
 
@@ -174,31 +178,48 @@ class PartialCache:
         fingerprint: Of the recipe; rows of another one never mix in.
         num_features: D.
         dtype: Of the stored features.
+        part: Number of the part of an extraction in parts, which has a manifest and shards of its
+            own; 0 for a whole one.
+
+    Attributes:
+        engine: What must not change between the shards; None before it is chosen.
+        probes: What the library's own network makes of some images; None before ``engine`` is.
+        provenance: How the rows were made.
+        was_killed: Whether an earlier run did not end by itself.
+        is_running: Whether the manifest says that a run is under way.
+        is_in_parts: Whether the parts of a plan belong to it; ``start`` removes those that do not.
+        facts_of_part: What the manifest of a part says besides; see ``workers.plans``.
+        guard: Called before the manifest is written; may refuse.
     """
 
     def __init__(
-        self, folder: Path, fingerprint: str, num_features: int, dtype: np.dtype[Any]
-    ) -> None:
-        self.folder = folder
+        self, folder: Path, fingerprint: str, num_features: int, dtype: np.dtype[Any],
+        part: int = 0,
+    ) -> None:  # fmt: skip
+        self.folder, self.part = folder, part
         self._fingerprint = fingerprint
         self._num_features = num_features
         self._dtype = dtype
         self._shards: list[Receipt] = []
-        self._next_number = self._num_reserved = 0
+        self._next_number = self._num_reserved = part * SHARDS_OF_PART
+        self.facts_of_part: dict[str, Any] = {}
+        self.guard: Callable[[], object] = lambda: None
         self.engine: EngineFacts | None = None
         self.probes: ProbeFacts | None = None
         self.provenance: dict[str, Any] = {}
         self.was_killed = False
         self.is_running = False
         self._is_removed = False
+        self.is_in_parts = False
 
     @property
-    def _manifest(self) -> Path:
-        return self.folder / "manifest.json"
+    def file(self) -> Path:
+        """The manifest."""
+        return self.folder / (part_manifest(self.part) if self.part else "manifest.json")
 
     @property
     def _probing(self) -> Path:
-        return self.folder / "probing"
+        return self.folder / (f"probing.{self.part}" if self.part else "probing")
 
     @contextlib.contextmanager
     def probing(self) -> Iterator[None]:
@@ -220,9 +241,9 @@ class PartialCache:
             CacheError: If it cannot be read, or lists shards of another recipe.
         """
         self.was_killed = self._probing.exists()
-        if not self._manifest.exists():
+        if not self.file.exists():
             return False
-        manifest = open_manifest(self._manifest)
+        manifest = open_manifest(self.file)
         if manifest.fingerprint != self._fingerprint:
             raise CacheError(
                 "unfinished extraction", expected=f"fingerprint {self._fingerprint[:16]}...",
@@ -231,12 +252,22 @@ class PartialCache:
                 hint="Repeat the command it was started with, or discard it with --rebuild",
             ) from None  # fmt: skip
         self.engine, self.provenance = manifest.engine, manifest.provenance
-        self.probes = manifest.probes
+        self.probes, self.facts_of_part = manifest.probes, manifest.facts_of_part
         self.was_killed = manifest.running or self.was_killed
         self._shards = list(manifest.shards)
-        highest = 1 + max((_number(r.file) for r in self._shards), default=-1)
-        self._next_number = self._num_reserved = max(highest, manifest.num_reserved)
+        numbers = [_number(r.file) for r in self._shards]
+        if self.part or (self.folder / PLAN_NAME).exists():  # else all numbers are ours
+            numbers = [n for n in numbers if n // SHARDS_OF_PART == self.part]
+        highest = 1 + max(numbers, default=-1)
+        first = self.part * SHARDS_OF_PART
+        self._next_number = self._num_reserved = max(first, highest, manifest.num_reserved)
         return True
+
+    def take_over(self, manifest: Manifest) -> int:
+        """List the shards of a part in this manifest too; return how many rows they have."""
+        listed = {receipt.file for receipt in self._shards}
+        self._shards += [receipt for receipt in manifest.shards if receipt.file not in listed]
+        return sum(receipt.num_rows for receipt in manifest.shards)
 
     def read_shards(self) -> Iterator[tuple[Vectors, list[dict[str, Any]]]]:
         """Yield what opens the vectors (M, D), and the table, of every listed shard that is whole.
@@ -297,6 +328,7 @@ class PartialCache:
         """Take nothing over from an earlier run; its files stay until ``start``."""
         self._shards = []
         self.engine, self.probes, self.provenance = None, None, {}
+        self.facts_of_part = {}
         self.was_killed = self.is_running = False
 
     def start(
@@ -308,13 +340,37 @@ class PartialCache:
         """
         self.engine, self.provenance, self.probes = engine, provenance, probes
         self._write_manifest(running=True)
+        if not self.is_in_parts:
+            self._discard_parts()
         listed = {receipt.file for receipt in self._shards}
         for path in self._find_shards():  # of a run that was forgotten, or is damaged
             if path.name not in listed:
                 path.unlink()
 
+    def _discard_parts(self) -> None:
+        """Remove the plan and the manifests of parts, if it is not a part itself."""
+        for path in self.folder.glob("p*.json") if not self.part else ():
+            if path.name == PLAN_NAME or _PART.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
     def _find_shards(self) -> list[Path]:
-        return [path for path in self.folder.glob("shard.*") if _SHARD.fullmatch(path.name)]
+        """Return the shards that are there, of a part its own."""
+        found = [path for path in self.folder.glob("shard.*") if _SHARD.fullmatch(path.name)]
+        if not self.part:
+            return found
+        return [path for path in found if _number(path.name) // SHARDS_OF_PART == self.part]
+
+    def note_end(self, provenance: dict[str, Any]) -> None:
+        """Note that all is done, as a part does it.
+
+        Raises:
+            CacheError: If the disk is full or the folder cannot be written.
+        """
+        self.provenance = provenance
+        try:
+            self._write_manifest(running=False)
+        except OSError as error:
+            raise disk_error(error, self.file, 0) from error
 
     def stop(self) -> None:
         """Note that the run ended by itself: nothing crashed the process.
@@ -335,12 +391,12 @@ class PartialCache:
         """Set so many names of shards aside for a worker; return the number of the first.
 
         Whatever becomes of this process, no later one gives them out again: a worker of it may
-        still be writing. The manifest is written for every thousandth name only.
+        still be writing. The manifest is written for every hundredth name only.
         """
         first = self._next_number
         self._next_number += number
         if self._next_number > self._num_reserved:
-            self._num_reserved = self._next_number + 1000
+            self._num_reserved = self._next_number + 100
             self._write_manifest(running=True)
         return first
 
@@ -361,6 +417,7 @@ class PartialCache:
 
     def _write_manifest(self, *, running: bool) -> None:
         assert self.engine is not None
+        self.guard()
         self.is_running = running
         manifest = {
             "format": _FORMAT,
@@ -372,21 +429,26 @@ class PartialCache:
             "shards": [asdict(receipt) for receipt in self._shards],
             **({"probes": asdict(self.probes)} if self.probes else {}),
             **({"num_reserved": self._num_reserved} if self._num_reserved else {}),
+            **({"part": self.facts_of_part} if self.part else {}),
         }
         signed = manifest | {"sha256": json_sha256(manifest, without="sha256")}
-        write_bytes(self._manifest, canonical_json(signed).encode())
+        write_bytes(self.file, canonical_json(signed).encode())
 
     def clear(self) -> None:
         """Forget an earlier run: remove its manifest first, then its shards; keep the lock."""
-        self._manifest.unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)
         self._probing.unlink(missing_ok=True)
         for shard in self._find_shards():
             shard.unlink()
         self.forget()
+        self.is_in_parts = False
+        self._discard_parts()
 
     def abandon(self) -> None:
         """Remove the folder where nothing would be lost with it; else shards stay for resuming."""
-        if self.is_worthless:
+        if self.part and self.is_worthless:
+            self.file.unlink(missing_ok=True)
+        elif self.is_worthless:
             self.remove()
         elif self.is_running:
             self.stop()
@@ -399,12 +461,21 @@ class PartialCache:
         """
         if self._is_removed:  # what is there by now is the next writer's
             return False
-        return not self._manifest.exists() or (self.engine is not None and not self._shards)
+        if self.part and self.facts_of_part.get("is_done"):
+            return False
+        if not self.part and (self.folder / PLAN_NAME).exists():
+            return False
+        return not self.file.exists() or (self.engine is not None and not self._shards)
 
     def remove(self) -> None:
         """Remove the folder, the lock last: until then the next writer has to wait."""
         self._is_removed = True
         remove_partial(self.folder)
+
+
+def part_manifest(part: int) -> str:
+    """Return the name of the manifest of a part."""
+    return f"part.{part}.json"
 
 
 def _number(file: str) -> int:
@@ -423,6 +494,7 @@ class Manifest:
         shards: The shards that count.
         probes: What the library's own network makes of some images; None in older manifests.
         num_reserved: Numbers of shards below it may have been given to workers.
+        facts_of_part: Of the manifest of a part, as it stands there.
     """
 
     fingerprint: str
@@ -432,6 +504,7 @@ class Manifest:
     shards: tuple[Receipt, ...]
     probes: ProbeFacts | None = None
     num_reserved: int = 0
+    facts_of_part: dict[str, Any] = field(default_factory=dict)
 
 
 def open_manifest(file: Path) -> Manifest:
@@ -478,11 +551,12 @@ def read_manifest(file: Path) -> Manifest:
         )
         if type(num_reserved) is not int or not 0 <= num_reserved < _MAX_SHARDS:
             raise ValueError(f"{num_reserved!r:.20} reserved shards")
+        facts_of_part = facts.get("part", {})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"one without {error}") from error
     return Manifest(
         facts["fingerprint"], engine, provenance, bool(facts.get("running")), shards, probes,
-        num_reserved,
+        num_reserved, facts_of_part if isinstance(facts_of_part, dict) else {},
     )  # fmt: skip
 
 

@@ -6,11 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from featcache.cache.container import hint_of_folder, is_container
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, Failure, name_differences, open_cache
-from featcache.data.dataset import ImageDataset
+from featcache.data.dataset import ImageDataset, Sample
+from featcache.data.samples import UNKNOWN, labels_text
 from featcache.errors import CacheError, ConfigError
 from featcache.extraction.ledger import Ledger, image_key
 from featcache.extraction.recipe import Recipe
@@ -21,7 +26,7 @@ def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
 
     Raises:
         CacheError: If the file is no cache; or if ``rebuild`` is not set and it is one of another
-            identity, or of several labels an image, which are not in the images' folders.
+            identity.
     """
     if not path.exists():
         return None
@@ -42,12 +47,6 @@ def open_existing(path: Path, recipe: Recipe, *, rebuild: bool) -> Cache | None:
         raise
     if rebuild:
         return None
-    if old.task == "multilabel":
-        raise CacheError(
-            "cache", expected="one class per image, as extract makes them",
-            found="several labels per image", where=path,
-            hint="Choose another file name, or replace it and its labels with --rebuild",
-        )  # fmt: skip
     if recipe.backbone.built_as is not None:
         refuse_misbuilt(old.identity, path)
     if old.fingerprint != recipe.fingerprint:
@@ -63,9 +62,17 @@ def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:
     """Refuse an update that would throw away what the cache holds by mistake.
 
     Raises:
-        CacheError: If a ``limit`` leaves images of it out, if it has groups and ``dataset`` has
-            none, or if it was rearranged by ``select`` and ``dataset`` is not.
+        CacheError: If it has several labels per image and ``dataset`` has not, if a ``limit``
+            leaves images of it out, if it has groups and ``dataset`` has none, or if it was
+            rearranged by ``select`` and ``dataset`` is not.
     """
+    if old.task == "multilabel" and dataset.task != old.task:
+        raise CacheError(
+            "cache", expected="one class per image, as the images have",
+            found="several labels per image", where=old.path,
+            hint="Name the labels of a CSV (--target-columns), choose another file name, or "
+            "replace it and its labels with --rebuild",
+        )  # fmt: skip
     known = {path for split in old.splits.values() for path in split.paths}
     if limit is not None and known - {sample.path for sample in dataset.samples}:
         found = f"{len(known):,} images, not all among the first {limit:,}"
@@ -90,10 +97,10 @@ def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:
 
 def _refuse_undoing(old: Cache, dataset: ImageDataset) -> None:
     """Refuse to bring back the splits and classes that ``select`` has replaced."""
-    there = {s.path: (s.split, dataset.class_of(s)) for s in dataset.samples}
+    there = {s.path: (s.split, dataset.label_of(s)) for s in dataset.samples}
     for name, split in old.splits.items():
         for path, target in zip(split.paths, split.targets, strict=True):
-            chosen = name, old.classes[target] if target >= 0 else ""
+            chosen = name, label_of_row(old, target)
             found = there.get(path, chosen)
             if found != chosen:
                 raise _wrong_update(
@@ -101,6 +108,22 @@ def _refuse_undoing(old: Cache, dataset: ImageDataset) -> None:
                     f"{path} in {'/'.join(filter(None, chosen))}, as selected",
                     "/".join(filter(None, found)), "Update its source and select again",
                 )  # fmt: skip
+
+
+def label_of_row(cache: Cache, target: Any) -> str:
+    """Return a row's class or labels as text, as ``ImageDataset.label_of`` does."""
+    if cache.task == "multilabel":
+        return labels_text(cache.classes, target.tolist())
+    return cache.classes[target] if target >= 0 else ""
+
+
+def as_targets(samples: Sequence[Sample]) -> npt.NDArray[Any]:
+    """Return targets as a cache holds them: (N,) int64, or (N, C) float32 with NaN = unknown."""
+    if not samples or samples[0].targets is None:
+        return np.array([sample.target for sample in samples], np.int64)
+    several = np.array([sample.targets for sample in samples], np.float32)
+    several[several == UNKNOWN] = np.nan
+    return several
 
 
 @dataclass(frozen=True)
@@ -170,14 +193,17 @@ def is_unchanged(
 
 def holds(old: Cache, dataset: ImageDataset, failed: frozenset[str]) -> bool:
     """Return whether the cache holds these images but the failed, with targets and groups."""
-    if tuple(old.splits) != dataset.splits or old.classes != dataset.classes:
+    if (tuple(old.splits), old.classes, old.task) != (
+        dataset.splits, dataset.classes, dataset.task,
+    ):  # fmt: skip
         return False
     for name, split in old.splits.items():
         samples = [sample for sample in dataset.split(name) if sample.path not in failed]
         sizes, times = split.image_bytes.tolist(), split.mtime_ns.tolist()
         if list(map(image_key, samples)) != list(zip(split.paths, sizes, times, strict=True)):
             return False
-        if [s.target for s in samples] != split.targets.tolist():
+        targets, has_nan = as_targets(samples), old.task == "multilabel"
+        if not np.array_equal(targets, split.targets, equal_nan=has_nan):
             return False
         groups = split.groups if split.groups is not None else [None] * len(samples)
         if any(sample.group != group for sample, group in zip(samples, groups, strict=True)):

@@ -96,6 +96,7 @@ def verify(
     backbone: Backbone | str | None = None,
     device: str = "auto",
     max_pixels: int = MAX_PIXELS,
+    group_salt: str | Path | None = None,
     repair: bool = False,
     say: Say = log_line,
 ) -> Verification:
@@ -115,6 +116,7 @@ def verify(
             makes it.
         device: Where to recompute.
         max_pixels: As it was given to ``extract``.
+        group_salt: The salt of hashed paths, where it does not lie beside the cache.
         repair: Write the file again without the rows that are damaged, not finite or, of those
             compared with ``data``, of another image or not true. They are listed among the
             failures, and the next extraction makes them again. A row that cannot be vouched for is
@@ -130,7 +132,7 @@ def verify(
     _refuse_unfinished(path)
     how = {
         "samples": samples, "weights": weights, "backbone": backbone, "device": device,
-        "max_pixels": max_pixels,
+        "max_pixels": max_pixels, "group_salt": group_salt,
     }  # fmt: skip
     if repair:
         return _repair(path, data, how, say)

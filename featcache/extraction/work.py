@@ -149,7 +149,7 @@ def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
                 stack.callback(writer.flush)
             run_images(
                 jobs, writers, lambda part, n: _stream(jobs, part, n, timer), positions,
-                num_isolated, check_signals,
+                num_isolated=num_isolated, check=check_signals,
             )  # fmt: skip
     except Interrupted as stop:
         kept = "; ".join(map(describe_kept, jobs))
@@ -162,7 +162,7 @@ def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
 
 def run_images(
     works: Sequence[Work], writers: Sequence[ShardWriter],
-    stream: Callable[[Sequence[int], int], Iterator[FeatureBatch]], positions: Sequence[int],
+    stream: Callable[[Sequence[int], int], Iterator[FeatureBatch]], positions: Sequence[int], *,
     num_isolated: int, check: Callable[[], object],
 ) -> None:  # fmt: skip
     """Take over the features of images, batch by batch, until none of them is left.
@@ -197,7 +197,7 @@ def lanes_of(works: Sequence[Work]) -> list[Lane]:
 
 def stream_parts(
     works: Sequence[Work], dataset: ImageDataset, samples: Sequence[Sample],
-    positions: Sequence[int], num_isolated: int, workers: int | str, timer: Timer,
+    positions: Sequence[int], num_isolated: int, *, workers: int | str, timer: Timer,
 ) -> Iterator[FeatureBatch]:  # fmt: skip
     """Run images through the networks, the first ``num_isolated`` decoded in a child process."""
     for part, isolate in ((positions[:num_isolated], True), (positions[num_isolated:], False)):
@@ -214,7 +214,13 @@ def _stream(
     dataset, options = jobs[0].dataset, jobs[0].options
     with Progress("extract", "image", len(positions), shown=options.progress) as progress:
         for batch in stream_parts(
-            jobs, dataset, dataset.samples, positions, num_isolated, options.workers, timer
+            jobs,
+            dataset,
+            dataset.samples,
+            positions,
+            num_isolated,
+            workers=options.workers,
+            timer=timer,
         ):
             yield batch
             bottleneck = find_bottleneck(timer.seconds)

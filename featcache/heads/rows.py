@@ -116,7 +116,9 @@ def check_cache(cache: Cache) -> None:
     if len(cache.classes) < 2:
         hint = "Extract images that lie in one folder per class"
         if cache.task == "multilabel":
-            hint = "Write yes and no as two classes of one target a row: featcache.write_cache"
+            hint = (
+                "Name two labels or more; or write yes and no as two classes: featcache.write_cache"
+            )
         raise CacheError(
             "classes", expected="two or more", found=", ".join(cache.classes) or "none",
             where=cache.path, hint=hint,

@@ -12,11 +12,12 @@ Reads: bytes. Writes: nothing. Every failure is a ``DataError`` whose ``found`` 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from featcache.data.dicom_files import is_dicom
 from featcache.errors import ConfigError, DataError, TransientError
 from featcache.pixels import acceleration
 from featcache.pixels.decoding import (
@@ -28,6 +29,7 @@ from featcache.pixels.decoding import (
     read_opened,
 )
 from featcache.pixels.deep import cmyk_to_rgb, is_deep_colour
+from featcache.pixels.dicom import DicomRules
 from featcache.pixels.resampling import INTERPOLATIONS, resize
 from featcache.pixels.unsupported import may_wrap
 from featcache.untrusted import MAX_PIXELS
@@ -56,6 +58,7 @@ class PixelRules:
         truncated: ``skip`` fails cut-off files, ``keep`` fills them in as Pillow can.
         resize_size: Of ``squash`` and ``center``, the size in pixels to resize to before the
             centre crop of S x S, as the backbone's library documents it; None for the above.
+        dicom: What is chosen of DICOM files, where the data has such files. Without it they fail.
         max_pixels: Images of more pixels are refused unread. The only one that is not part of the
             identity: it decides which images there are, and none of their pixels.
 
@@ -69,6 +72,7 @@ class PixelRules:
     bit_depth: int | str = 16
     truncated: str = "skip"
     resize_size: int | None = None
+    dicom: DicomRules | None = None
     max_pixels: int = field(default=MAX_PIXELS, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,9 +100,16 @@ class PixelRules:
         """Return the rules as JSON values, including the fixed ones."""
         values = asdict(self) | _FIXED_IDENTITY
         del values["max_pixels"]
-        if self.resize_size is None:  # so that other identities stay what they were
+        del values["dicom"]
+        if self.dicom is not None:  # so that other identities stay what they were
+            values["dicom"] = self.dicom.as_identity()
+        if self.resize_size is None:
             del values["resize_size"]
         return values
+
+    def with_dicom(self) -> PixelRules:
+        """Return these rules; where they say nothing of DICOM, with what is done by default."""
+        return self if self.dicom is not None else replace(self, dicom=DicomRules())
 
     @classmethod
     def from_identity(cls, identity: dict[str, Any]) -> PixelRules:
@@ -108,13 +119,18 @@ class PixelRules:
             DataError: If a rule is missing, or a fixed rule has another value.
             ConfigError: If this version does not know a value.
         """
-        keys = [key for key in cls.__dataclass_fields__ if key not in {"resize_size", "max_pixels"}]
+        optional = {"resize_size", "dicom", "max_pixels"}
+        keys = [key for key in cls.__dataclass_fields__ if key not in optional]
         for key in (*keys, *_FIXED_IDENTITY):
             expected = _FIXED_IDENTITY.get(key, identity.get(key))
             if expected is None or identity.get(key) != expected:
                 found = repr(identity.get(key))
                 raise DataError("pixel rules", expected=f"{key} {expected}", found=found)
-        return cls(**{key: identity[key] for key in keys}, resize_size=identity.get("resize_size"))
+        chosen = DicomRules.from_identity(identity["dicom"]) if "dicom" in identity else None
+        return cls(
+            **{key: identity[key] for key in keys}, resize_size=identity.get("resize_size"),
+            dicom=chosen,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,10 +140,12 @@ class Picture:
     Args:
         pixels: (H, W) if grey, else (H, W, 3), uint8.
         truncated: Whether the file was cut off and has been filled in.
+        dicom_is_deep: Of a DICOM file, whether it stores more than 8 bits; None of others.
     """
 
     pixels: _Pixels
     truncated: bool
+    dicom_is_deep: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -155,11 +173,18 @@ def load(data: bytes, rules: PixelRules) -> Picture:
     """Decode an image file into 8-bit pixels of its own size. Safe to call from many threads.
 
     The first frame or page is used, and colour profiles are not applied, as in Pillow's
-    ``convert``.
+    ``convert``. DICOM files are decoded in a child process: see ``isolation.decode_dicom``.
 
     Raises:
         DataError: If the bytes cannot be decoded under these rules; ``found`` says why.
     """
+    if is_dicom(data):
+        from featcache.pixels.isolation import decode_dicom  # which imports this module
+
+        if rules.dicom is None:
+            raise failure("a DICOM file by another name: give it the ending .dcm")
+        picture = decode_dicom(data, rules.dicom, rules.max_pixels)
+        return Picture(picture.pixels, truncated=False, dicom_is_deep=picture.is_deep)
     all_bits = rules.bit_depth != 16  # else the high byte, as Pillow reads it
     try:
         loaded = read(data, fill=False, all_bits=all_bits, max_pixels=rules.max_pixels)
@@ -273,7 +298,12 @@ def glance(data: bytes) -> tuple[int, int, bool, bool]:
     Raises:
         DataError: If it cannot be decoded.
     """
-    values = read(data, fill=False, all_bits=True).values
+    if is_dicom(data):
+        from featcache.pixels.isolation import decode_dicom
+
+        values: np.ndarray[Any, Any] = decode_dicom(data, DicomRules(), MAX_PIXELS).pixels
+    else:
+        values = read(data, fill=False, all_bits=True).values
     height, width = values.shape[:2]
     step = max(1, int((height * width / 2**18) ** 0.5))
     part = values[::step, ::step].astype(np.float64)

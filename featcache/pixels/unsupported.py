@@ -21,6 +21,11 @@ _FIRST_BYTES = {
     b"\xff\x4f\xff\x51": f"a JPEG 2000 image ({_CONVERT})",
     b"\0\0\0\x0cJXL \r\n\x87\n": f"a JPEG XL image ({_CONVERT})",
     b"\xff\x0a": f"a JPEG XL image ({_CONVERT})",
+    # the first elements of files from before PS3.10, which nothing tells from other bytes
+    **dict.fromkeys(
+        (b"\x08\0\x05\0", b"\x08\0\0\0", b"\x08\0\x01\0", b"\x08\0\x08\0", b"\x08\0\x16\0"),
+        "perhaps a DICOM file, but without DICM at byte 128",
+    ),
     b"8BPS": f"a Photoshop document ({_CONVERT})",
     b"%PDF": "a PDF document",
     b"PK\x03\x04": "a zip archive",
@@ -57,7 +62,7 @@ _GREY, _YCBCR, _LAB = {0, 1}, 6, 8  # tag 262
 def foreign_kind(data: bytes) -> str | None:
     """Return what a file is by its first bytes, if it is no image that is read here."""
     if data[128:132] == b"DICM":
-        return "a DICOM file (convert it to PNG first)"
+        return "a DICOM file"
     if data[344:348] in {b"n+1\0", b"ni1\0"}:
         return "a NIfTI file (convert its slices to PNG first)"
     if data[4:8] == b"ftyp":

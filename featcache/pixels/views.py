@@ -137,9 +137,11 @@ def render(
     views = [_make_views(picture.pixels, rules, wanted, sha256) for rules, wanted in recipes]
     facts = None
     if with_facts:
+        is_deep = picture.dicom_is_deep
         facts = measure_picture(
-            picture.pixels, num_channels=stored_channels(data), is_deep=deep_kind(data) is not None
-        )
+            picture.pixels, num_channels=stored_channels(data) if is_deep is None else 1,
+            is_deep=deep_kind(data) is not None if is_deep is None else is_deep,
+        )  # fmt: skip
     return Rendering(tuple(views), picture.truncated, facts)
 
 

@@ -43,7 +43,8 @@ class MlflowTracker:
         address = uri or os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT_URI
         self.place = re.sub(r"//[^/@]*@", "//", address)  # without a password
         is_server = self.place.startswith(("http://", "https://", "databricks"))
-        self.command = "" if is_server else f"mlflow ui --backend-store-uri {shlex.quote(self.place)}"
+        command = f"mlflow ui --backend-store-uri {shlex.quote(self.place)}"
+        self.command = "" if is_server else command
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is sent anywhere else
         self._children: dict[str, dict[str, Any]] = {}
         with self._quietly() as mlflow:

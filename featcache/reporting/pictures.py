@@ -95,7 +95,11 @@ def _rules_of(cache: Cache) -> PixelRules:
     except DataError:  # features made elsewhere
         rules = PixelRules(SIDE)
     return PixelRules(
-        SIDE, crop_mode="border", bit_depth=rules.bit_depth, truncated=rules.truncated
+        SIDE,
+        crop_mode="border",
+        bit_depth=rules.bit_depth,
+        truncated=rules.truncated,
+        dicom=rules.dicom,
     )
 
 

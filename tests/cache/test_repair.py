@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_network
+from children_here import run_here
 from failing import failing
 from sample_caches import TINY, rewrite
 from sample_images import write_image, write_tree
@@ -31,6 +32,12 @@ from featcache.heads.training import train
 
 GOLDEN = Path(__file__).parents[1] / "data" / "format_v1.h5"
 SIZES = {"train": 5, "valid": 2, "test": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each verification would start one, for half a second."""
+    run_here(monkeypatch)
 
 
 @pytest.fixture(scope="module")

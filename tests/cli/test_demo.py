@@ -89,11 +89,11 @@ def test_16_bit_phantoms_use_their_top_bits(phantoms):
 
 
 def test_the_whole_path_runs_and_its_advice_works(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "NUM_PER_CLASS", 16)
+    monkeypatch.setattr(demo, "NUM_PER_CLASS", 10)
     folder, lines = tmp_path / "a demo", []
     summary = demo.run_demo(folder, device="cpu", say=lines.append)
     facts = json.loads((folder / "run/evaluation/test.json").read_text())
-    assert (summary.num_images, summary.num_test) == (32, facts["num_samples"])
+    assert (summary.num_images, summary.num_test) == (20, facts["num_samples"])
     assert summary.accuracy == facts["accuracy"]
     assert (summary.sensitivity, summary.specificity) == (
         facts["sensitivity"],

@@ -164,23 +164,15 @@ def build():
 """
 
 
-@pytest.mark.parametrize(
-    ("line", "key"),
-    [
-        ("extract data c.h5", "num_images"),
-        ("extract nothing c.h5", "error"),
-    ],
-)
-def test_json_is_all_that_reaches_standard_output(
-    tree: Path, tmp_path: Path, line: str, key: str
-) -> None:
+def test_json_is_all_that_reaches_standard_output(tree: Path, tmp_path: Path, run: Any) -> None:
     """Whatever a library prints, in Python or in C: it goes to standard error."""
     (tmp_path / "loud_network.py").write_text(LOUD)
-    result = shell(f"{line} --backbone python:loud_network:build --json", tmp_path)
-    assert key in json.loads(result.out), result
-    if key != "error":
-        assert "a line of Python" in result.err
-        assert "a line of C" in result.err
+    options = ["--backbone", "python:loud_network:build", "--json"]
+    result = shell(f"extract data c.h5 {' '.join(options)}", tmp_path)
+    assert "num_images" in json.loads(result.out), result
+    assert "a line of Python" in result.err
+    assert "a line of C" in result.err
+    assert "error" in json.loads(run("extract", "nothing", "c.h5", *options).out)
 
 
 @pytest.mark.parametrize("columns", [60, 80])

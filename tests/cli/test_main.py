@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import TESTS, TINY, assert_one_line_error, command
+from sample_rows import make_cache
 
 import featcache
 from featcache.backbones.backbone import build_backbone
@@ -278,8 +279,8 @@ def test_a_read_only_folder_is_one_line(run: Any, tree: Path, tmp_path: Path) ->
 # ------------------------------------------------------------------------- as its own process
 
 
-def test_python_m_featcache_and_broken_pipe(tree: Path, tmp_path: Path) -> None:
-    assert command("extract", "data", "c.h5", *TINY, cwd=tmp_path).returncode == 0
+def test_python_m_featcache_and_broken_pipe(tmp_path: Path) -> None:
+    make_cache(tmp_path / "c.h5")
     shell = f"{sys.executable} -m featcache info c.h5 | head -n 1"
     done = subprocess.run(
         shell, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
@@ -291,7 +292,7 @@ def test_python_m_featcache_and_broken_pipe(tree: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143)])  # all: test_endings.py
 def test_interrupted_exits_and_keeps_what_is_done(
-    tree: Path, tmp_path: Path, number: signal.Signals, code: int
+    tree: Path, tmp_path: Path, run: Any, number: signal.Signals, code: int
 ) -> None:
     slow = (
         "import time, featcache.extraction.pipeline as p, featcache.cli.main as c\n"
@@ -315,8 +316,8 @@ def test_interrupted_exits_and_keeps_what_is_done(
     assert child.returncode == code, err
     assert b"Traceback" not in err
     assert not (tmp_path / "c.h5").exists()
-    done = command("extract", "data", "c.h5", *TINY, "--batch-size", "2", "--json", cwd=tmp_path)
-    facts = json.loads(done.stdout)
+    done = run("extract", "data", "c.h5", *TINY, "--batch-size", "2", "--json")
+    facts = json.loads(done.out)
     assert facts["num_known"] > 0
     assert facts["num_images"] == 46
 

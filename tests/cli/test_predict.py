@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 from command_line import TINY, assert_one_line_error
 
-from featcache.backbones.backbone import Backbone
-from featcache.extraction.extraction import extract
 from featcache.heads.training import train
 
 
 @pytest.fixture
-def classifier(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> list[str]:
+def classifier(cache_of_tree: Path, tmp_path: Path) -> list[str]:
     """What follows ``featcache predict``: a run ``r``, and leave to build its backbone."""
-    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
-    train(tmp_path / "c.h5", tmp_path / "r", hidden=(4,), epochs=1, device="cpu")
+    train(cache_of_tree, tmp_path / "r", hidden=(4,), epochs=1, device="cpu")
     return ["predict", "r", *TINY]
 
 

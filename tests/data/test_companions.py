@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from children_here import run_here
 from PIL import Image
 from sample_companions import write_busi, write_mask, write_pair, write_radiography
 from sample_images import write_image
@@ -77,6 +78,13 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture
+def looked_at_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts are what matters, not the child that looks: other tests of this file have one."""
+    run_here(monkeypatch)
+
+
+@pytest.mark.usefixtures("looked_at_here")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_companions_are_one_question_and_its_option_answers_it(layout: str, tmp_path: Path) -> None:
     wanted = LAYOUTS[layout](tmp_path)
@@ -118,6 +126,7 @@ def test_kept_companions_stay_in_the_split_of_their_image(tmp_path: Path) -> Non
     assert not any("masks" in path for path in paths(dataset))
 
 
+@pytest.mark.usefixtures("looked_at_here")
 def test_kept_companions_join_the_patient_of_their_image(tmp_path: Path) -> None:
     for i in range(8):
         write_pair(tmp_path / f"a/p{i // 2}_{i}.png", tmp_path / f"a/masks/{i}.png", i, bright=True)
@@ -152,6 +161,7 @@ def ordinary(name: str) -> Any:
     return build
 
 
+@pytest.mark.usefixtures("looked_at_here")
 @pytest.mark.parametrize("name", [
     "patients", "patients by letters", "cameras", "days", "scans", "numbers", "sides", "views",
     "one name in all classes", "edited",
@@ -163,6 +173,7 @@ def test_ordinary_data_ask_nothing(name: str, tmp_path: Path) -> None:
     assert {sample.group for sample in scan(tmp_path, companions="keep").samples} == {None}
 
 
+@pytest.mark.usefixtures("looked_at_here")
 def test_drawings_of_two_colours_are_no_masks_of_each_other(tmp_path: Path) -> None:
     for i in range(6):
         write_image(tmp_path / "p.png", i)
@@ -172,6 +183,7 @@ def test_drawings_of_two_colours_are_no_masks_of_each_other(tmp_path: Path) -> N
     assert len(scan(tmp_path).samples) == 12
 
 
+@pytest.mark.usefixtures("looked_at_here")
 def test_one_blank_image_among_patients_is_no_companion(tmp_path: Path) -> None:
     for i in range(12):
         for view in (1, 2, 3):
@@ -214,6 +226,7 @@ def test_a_limit_does_not_hide_companions(tmp_path: Path) -> None:
     asked(write_radiography(tmp_path), limit=3)
 
 
+@pytest.mark.usefixtures("looked_at_here")
 def test_the_glob_that_is_offered_leaves_ordinary_images_alone(tmp_path: Path) -> None:
     """Masks that are PNG beside JPEG in one class must not cost another class its PNGs."""
     for i in range(5):

@@ -76,7 +76,7 @@ def test_classes_and_paths_sort_as_strings_and_bytes(tmp_path):
         (("train/a/1.png", "train/b/1.png", "test/a/1.png"), "'b' in train but not in test"),
         (("train/a/1.png", "test/a/1.png", "test/new/1.png"), "'new' in test but not in train"),
         (("a/1.png", "b/"), r"at least one image, found none \(.*b\)"),
-        (("a/1.png", "b/x.dcm"), r"none \(ignored: 1 x not an image ending: 1 \.dcm\) \(.*b\)"),
+        (("a/1.png", "b/x.gif"), r"none \(ignored: 1 x not an image ending: 1 \.gif\) \(.*b\)"),
         (("train/a/1.png", "test/"), r"at least one image, found none \(.*test\)"),
         (("train/a/1.png", "test/a/1.png", "test/b/", "train/b/2.png"), r"\(.*test.b\)"),
         (("COVID/1.png", "covid/1.png"), "found 'COVID' and 'covid'"),
@@ -179,7 +179,8 @@ def test_linked_classes_and_splits_are_warned_of(tmp_path, top):
     assert dataset.describe_ignored() == ["ignored: 2 (link to a folder)"]
 
 
-def test_endings_that_are_not_used_are_counted(tmp_path):
+def test_endings_that_are_not_used_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("featcache.data.dicom_files.is_installed", lambda: False)
     endings = ("jfif", "jpe", "pjpeg", "pbm", "pnm", "pgm", "JFIF", "png")
     plant(
         tmp_path, *(f"a/{n}.dcm" for n in range(3)), "a/x.NII.GZ", "b/notes", "b/.x", "b/y.xyz",
@@ -193,6 +194,7 @@ def test_endings_that_are_not_used_are_counted(tmp_path):
     assert dataset.describe_ignored() == [
         "ignored: 1 (hidden)",
         "ignored: 6 (not an image ending: 3 .dcm, 1 .nii.gz, 1 .xyz, 1 without an ending)",
+        "DICOM files are not read without pydicom: pip install 'featcache[dicom]'",
     ]
 
 
@@ -200,9 +202,10 @@ def test_endings_that_are_not_used_are_counted(tmp_path):
     (["1.dcm", "2.DCM"], "2 .dcm.*DICOM files are not read"),
     (["IM0001"], "1 DICOM without an ending.*DICOM files are not read"),
     (["1.heic"], "HEIC and AVIF photos are not read"), (["1.nii.gz"], "save their slices as PNG"),
-    (["shard-000.tar"], "unpack them first"), (["1.txt"], r"Images end in \.bmp, .*\.pjpeg"),
+    (["shard-000.tar.gz"], "unpack others first"), (["1.txt"], r"Images end in \.bmp, .*\.pjpeg"),
 ])  # fmt: skip
-def test_a_folder_of_other_files_says_what_to_do(tmp_path, names, advice):
+def test_a_folder_of_other_files_says_what_to_do(tmp_path, names, advice, monkeypatch):
+    monkeypatch.setattr("featcache.data.dicom_files.is_installed", lambda: False)
     for name in names:
         plant(tmp_path, f"classes/a/{name}", f"flat/{name}")
         for folder in ("classes/a", "flat"):

@@ -108,7 +108,7 @@ def test_blanks_that_belong_to_a_name_stay(tmp_path: Path) -> None:
     (["a", "NaN", "NaN"], r"found 'NaN' in 2 rows"), (["<NA>", "a"], "'<NA>'"),
     (["NA", "a"], "'NA'"),
     (["1", "1.0"], "found '1' and '1.0', the same number"), (["01", "1", "2"], "'01' and '1'"),
-    (["A|B", "A"], r"several in one cell, 'A\|B' in line 2.*not read from a CSV yet"),
+    (["A|B", "A"], r"several in one cell, 'A\|B' in line 2.*--target-separator '\|'"),
     (["A|B", "B|C"], "several in one cell"),
 ])  # fmt: skip
 def test_targets_that_are_hardly_classes_are_a_question(
@@ -138,7 +138,7 @@ def test_columns_of_several_labels_are_named(tmp_path: Path) -> None:
         "i/1.png,F,68,1.0,,\ni/2.png,M,7,,-1.0,1.0\ni/3.png,F,9,,0.0,0.0\n"
     )
     file = sheet(tmp_path, text)
-    flags = "3 columns of 0 and 1: No Finding, Edema, Pleural.*not read from a CSV yet"
+    flags = "3 columns of 0 and 1: No Finding, Edema, Pleural.*as labels with --columns path=Path"
     answer = "--columns path=Path --columns 'target=Pleural Effusion'"
     with pytest.raises(DataError, match=f"{flags}.*{answer}"):
         scan(file)

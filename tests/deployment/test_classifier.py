@@ -36,9 +36,8 @@ TINY = "python:tiny_network:build"
 
 
 @pytest.fixture
-def run(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> Path:
-    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
-    train(tmp_path / "c.h5", tmp_path / "run", hidden=(16,), epochs=5, learning_rate=5e-3)
+def run(cache_of_tree: Path, tmp_path: Path) -> Path:
+    train(cache_of_tree, tmp_path / "run", hidden=(16,), epochs=5, learning_rate=5e-3)
     return tmp_path / "run"
 
 

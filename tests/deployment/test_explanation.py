@@ -118,6 +118,7 @@ def test_map_and_occlusion_point_to_the_sign_of_disease_and_another_head_does_no
     assert min(differences) > 0.3
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_folder_and_the_lines(place: Path, tmp_path: Path) -> None:
     lines = list[str]()
     images = sorted((place / "data" / "valid" / "covid").iterdir())[:2]
@@ -207,6 +208,7 @@ class NoMap(tiny_network.TinyNetwork):
         return made
 
 
+@pytest.mark.usefixtures("drawn")
 def test_side_by_side_each_backbone_has_a_map_or_occlusion_alone(tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)

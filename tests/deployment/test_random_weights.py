@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import urllib.error
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,12 +22,26 @@ from featcache.files import json_sha256
 ALL = ("torchvision:resnet18", "efficientnet-lite0")  # to be downloaded, and at hand
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a folder with images, a cache and a run of a backbone; each is made once."""
+
+    @functools.cache
+    def make(backbone: str) -> Path:
+        folder = tmp_path_factory.mktemp("made")
+        write_tree(folder / "raw", {"train": 4, "valid": 2, "test": 2})
+        options = {"backbone": backbone, "image_size": 32, "weights": "random"}
+        featcache.extract(folder / "raw", folder / "c.h5", engine="eager", **options)
+        featcache.train(folder / "c.h5", folder / "run", hidden=(), epochs=2, device="cpu")
+        return folder
+
+    return make
+
+
 @pytest.fixture(params=ALL)
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    write_tree(tmp_path / "raw", {"train": 4, "valid": 2, "test": 2})
-    options = {"backbone": request.param, "image_size": 32, "weights": "random"}
-    featcache.extract(tmp_path / "raw", tmp_path / "c.h5", engine="eager", **options)
-    featcache.train(tmp_path / "c.h5", tmp_path / "run", hidden=(), epochs=2, device="cpu")
+def run(request: pytest.FixtureRequest, tmp_path: Path, made: Callable[[str], Path]) -> Path:
+    """A copy of a run, beside copies of its cache and images."""
+    shutil.copytree(made(request.param), tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
 
 
@@ -63,14 +80,11 @@ def test_a_run_on_random_weights_predicts_exports_and_is_verified(
         assert found.num_compared == 4
 
 
-def test_other_weights_are_still_refused_by_their_hash(tmp_path: Path) -> None:
-    write_tree(tmp_path / "raw", {"train": 4, "valid": 2, "test": 2})
-    options = {"backbone": "efficientnet-lite0", "image_size": 32, "weights": "random"}
-    featcache.extract(tmp_path / "raw", tmp_path / "c.h5", engine="eager", **options)
-    featcache.train(tmp_path / "c.h5", tmp_path / "run", hidden=(), epochs=2, device="cpu")
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+@pytest.mark.parametrize("run", ALL[1:], indirect=True)
+def test_other_weights_are_still_refused_by_their_hash(run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
     identity = facts["cache"]["identity"] | {"weights_sha256": "ab" * 32}
     for source in ("random (seed 0)", None):
-        edit(tmp_path / "run", identity=identity, weights_source=source)
+        edit(run, identity=identity, weights_source=source)
         with pytest.raises(BackboneError, match="ab" * 32):
-            featcache.load_classifier(tmp_path / "run")
+            featcache.load_classifier(run)

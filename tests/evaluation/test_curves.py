@@ -24,6 +24,8 @@ from featcache.evaluation.predicted_rows import PredictedRows
 from featcache.heads.run import load_run
 from featcache.metrics.areas import roc_curve
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 HOSTILE = ["$\\frac{1}", "_hidden", "x" * 300, "a\nb\x1b[31m", "\udcff肺炎", "%s{0}"]
 
 

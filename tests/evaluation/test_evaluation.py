@@ -137,6 +137,7 @@ def test_positive_class_is_never_guessed(run: Path) -> None:
             evaluate(run, positive=wrong)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_files_hold_the_result_and_the_picture(run: Path) -> None:
     result = evaluate(run)
     folder = run / "evaluation"
@@ -368,6 +369,7 @@ def test_a_damaged_run_is_refused(run: Path) -> None:
         evaluate(run)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_lines_are_readable_and_safe(tmp_path: Path) -> None:
     classes = ("covid\x1b[31m", "normal $x^")
     make_cache(tmp_path / "c.h5", {"train": [0, 1] * 9, "valid": [0, 1] * 9, "test": [0, 1] * 30},

@@ -10,6 +10,8 @@ from PIL import Image
 
 from featcache.evaluation.figures import draw_confusion
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def draw(path: Path, confusion: Any, classes: list[str], title: str = "a run on test") -> Any:
     path.write_bytes(draw_confusion(np.array(confusion), classes, title))

@@ -53,11 +53,27 @@ LINES = [
 ]  # fmt: skip
 
 
+ALL = """
+import contextlib, sys
+from blank_pictures import save_blank
+from matplotlib.figure import Figure
+from featcache.cli.main import main
+Figure.savefig = save_blank
+for line in sys.argv[1:]:
+    print("LINE", flush=True)
+    with contextlib.suppress(SystemExit):
+        main(line.split())
+"""
+
+
 def test_every_verb_fits_80_columns(folder: Any, rounds: Callable[[int, int], int]) -> None:
+    """All in one process, of a second and a half; of 20 classes what differs."""
     place, number = folder
-    # Of 20 classes a process for what differs; each takes two seconds.
-    for line in LINES[: rounds(1 if number == 20 else 6, 6)]:
-        shown = on_terminal(["-m", "featcache", *line.split()], place, 80)
+    asked = LINES[: rounds(1 if number == 20 else 6, 6)]
+    said = on_terminal(["-c", ALL, *asked], place, 80).split("LINE\r\n")[1:]
+    for line, shown in zip(asked, said, strict=True):
+        assert shown.strip()
+        assert "error" not in shown
         lines = [x.rsplit("\r", 1)[-1] for x in shown.split("\r\n")]
         assert not [x for x in lines if len(x) > 80 and ".png" not in x]
         if not line.startswith("predict"):  # a line an image
@@ -65,10 +81,15 @@ def test_every_verb_fits_80_columns(folder: Any, rounds: Callable[[int, int], in
         assert len(shown) < 200_000
 
 
-def test_few_classes_have_a_matrix_and_more_their_worst(folder: Any) -> None:
-    place, number = folder
+@pytest.fixture(scope="module")
+def evaluated(folder: Any) -> Any:
+    """The result of an evaluation, and what it said: the picture takes a second."""
     said = list[str]()
-    result = featcache.evaluate(place / "run", say=said.append)
+    return featcache.evaluate(folder[0] / "run", say=said.append), said
+
+
+def test_few_classes_have_a_matrix_and_more_their_worst(folder: Any, evaluated: Any) -> None:
+    (_, number), (result, said) = folder, evaluated
     matrix = [i for i, line in enumerate(said) if line.startswith("target \\ pred")]
     if number == 20:  # numbered, so that it fits
         assert result.confusion_matrix is not None
@@ -92,9 +113,8 @@ def test_few_classes_have_a_matrix_and_more_their_worst(folder: Any) -> None:
         assert int(total) == result.per_class[target]["num_samples"]
 
 
-def test_above_100_classes_the_matrix_is_a_file(folder: Any) -> None:
-    place, number = folder
-    result = featcache.evaluate(place / "run")
+def test_above_100_classes_the_matrix_is_a_file(folder: Any, evaluated: Any) -> None:
+    (place, number), (result, _) = folder, evaluated
     written = json.loads((place / "run" / "evaluation" / "test.json").read_text("utf-8"))
     assert written == result.as_dict()
     assert {*result.per_class} == {f"n{i:08d}" for i in range(number)}
@@ -149,6 +169,7 @@ def test_confusions_are_the_cells_of_the_matrix() -> None:
     assert [c.number for c in found] == sorted(wanted[wanted > 0].tolist(), reverse=True)
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("number", [41, 300, 1000])
 def test_the_picture_of_many_classes_shows_diagonal_and_confusions(
     tmp_path: Path, number: int

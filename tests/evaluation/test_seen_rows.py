@@ -40,10 +40,9 @@ def found(run: Path, cache: Path, split: str, **options: Any) -> Evaluation:
 
 
 @pytest.fixture
-def run(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> Path:
+def run(cache_of_tree: Path, tmp_path: Path) -> Path:
     """A run on c.h5 of 24 images to train on, 10 of valid and 12 of test."""
-    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
-    train(tmp_path / "c.h5", tmp_path / "run", **QUICK)
+    train(cache_of_tree, tmp_path / "run", **QUICK)
     return tmp_path / "run"
 
 

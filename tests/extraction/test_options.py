@@ -12,7 +12,7 @@ import tiny_network
 
 from featcache.errors import ConfigError, FeatcacheWarning
 from featcache.extraction.extraction import extract, plan
-from featcache.extraction.options import ExtractionOptions, parse_max_errors
+from featcache.extraction.options import ExtractionOptions, ExtractKeywords, parse_max_errors
 
 
 def test_the_keywords_of_extract_are_those_of_the_options() -> None:
@@ -22,12 +22,15 @@ def test_the_keywords_of_extract_are_those_of_the_options() -> None:
     given = {name: p.default for name, p in signature.parameters.items()}
     assert {name: given[name] for name in options} == options
     assert [name for name in given if name not in options] == ["data", "cache", "backbone"]
+    for_checkers = ExtractKeywords.__annotations__
+    assert [*for_checkers] == [n for n in given if n not in {"image_size", *[*given][:3]}]
+    for name, annotation in for_checkers.items():
+        # as a string: the module's annotations are
+        assert annotation.__forward_arg__ == signature.parameters[name].annotation
     overloads = [inspect.signature(listed) for listed in typing.get_overloads(extract)]
     assert len(overloads) == 3  # of one backbone, of several, of several sizes
     for listed in overloads:
-        assert list(listed.parameters) == list(given)
-        for name in {*given} - {"backbone", "image_size"}:
-            assert listed.parameters[name].annotation == signature.parameters[name].annotation
+        assert [*listed.parameters] == ["data", "cache", "backbone", "image_size", "options"]
 
 
 @pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("0", 0), (7, 7), ("100%", 1.0)])

@@ -15,6 +15,7 @@ from efficientnet_pytorch.utils import url_map
 from PIL import Image
 from sample_images import write_image
 
+from featcache import child
 from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.data.dataset import scan
 from featcache.errors import BackboneError, ConfigError, DataError
@@ -26,7 +27,6 @@ from featcache.extraction.recipe import (
     recipe_from_identity,
     sample_depths,
 )
-from featcache.pixels import isolation
 from featcache.pixels.images import PixelRules, decode
 from featcache.pixels.views import PLAIN, ViewRules
 
@@ -212,7 +212,7 @@ def test_the_sample_of_depths_is_taken_in_another_process(tmp_path, monkeypatch)
     def fail(*_, **__):
         raise AssertionError("a process")
 
-    monkeypatch.setattr(isolation.subprocess, "Popen", fail)
+    monkeypatch.setattr(child.subprocess, "Popen", fail)
     assert sample_depths(scan(tmp_path / "plain")) == []
 
 

@@ -12,8 +12,9 @@ from sample_images import write_image
 
 from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.cli.wording import projection_lines
-from featcache.errors import CacheError, FeatcacheWarning
+from featcache.errors import CacheError, ConfigError, FeatcacheWarning
 from featcache.extraction.extraction import extract, plan
+from featcache.extraction.reports import project_workers
 
 
 def test_a_plan_writes_nothing_and_projects_sizes(
@@ -36,6 +37,29 @@ def test_a_plan_writes_nothing_and_projects_sizes(
     features = 46 * tiny_network.NUM_FEATURES * 4
     assert projection.working_bytes == projection.cache_bytes + features
     assert projection.cache_bytes <= actual + features
+
+
+def test_more_machines_take_less_time_and_cost_their_starts() -> None:
+    hours = [*project_workers(10 * 3600, 36, price=2.5)]
+    assert [of.num_workers for of in hours] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    for of in hours:
+        assert of.seconds == pytest.approx(36 + 36000 / of.num_workers, abs=0.1)
+        assert of.worker_hours == pytest.approx(10 + of.num_workers / 100, abs=1e-3)
+        assert of.cost == pytest.approx(2.5 * of.worker_hours, abs=0.01)
+    (short,) = project_workers(90, 3, price=None)  # two would have 45 s of work
+    assert (short.num_workers, short.cost) == (1, None)
+
+
+def test_what_has_to_be_read_is_counted_and_a_price_gives_costs(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    planned = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone, price=3600)
+    assert planned.read_bytes == sum(p.stat().st_size for p in tree.rglob("*.*") if p.is_file())
+    (alone,) = planned.workers
+    assert alone.cost == pytest.approx(planned.seconds + planned.start_seconds, abs=1)
+    assert any("costs" in line for line in projection_lines(planned))
+    with pytest.raises(ConfigError, match="--price: expected a number that is not negative"):
+        plan(tree, tmp_path / "c.h5", backbone=tiny_backbone, price=-1)
 
 
 def test_views_of_images_to_train_on_are_counted(

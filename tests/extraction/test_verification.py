@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_network
+from children_here import run_here
 from PIL import Image
 from sample_caches import TINY, rewrite
 from sample_images import write_image
@@ -21,10 +22,15 @@ from featcache.extraction.extraction import extract
 from featcache.extraction.verification import verify
 
 
+@pytest.fixture(autouse=True)
+def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libhdf5 reads every cache in one: half a second, and its own tests are elsewhere."""
+    run_here(monkeypatch)
+
+
 @pytest.fixture
-def cache(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> Cache:
-    extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
-    return open_cache(tmp_path / "c.h5")
+def cache(cache_of_tree: Path) -> Cache:
+    return open_cache(cache_of_tree)
 
 
 def test_a_good_cache_is_whole_and_true(cache: Cache, tree: Path, tiny_backbone: Backbone) -> None:

@@ -47,6 +47,7 @@ def run(tmp_path: Path) -> Path:
 # --- evaluate
 
 
+@pytest.mark.usefixtures("drawn")
 def test_figures_equal_scikit_learns_over_the_known_targets(run: Path, tmp_path: Path) -> None:
     features, targets, paths = known_rows(open_cache(tmp_path / "c.h5"), "test")
     probs = probs_of(load_run(run).state, features)
@@ -91,6 +92,7 @@ def test_figures_equal_scikit_learns_over_the_known_targets(run: Path, tmp_path:
     assert any(line.split()[:3] == ["roc", "auc", f"{result['roc_auc']:.3f}"] for line in said)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_undefined_figures_are_null_and_not_in_the_means(run: Path, tmp_path: Path) -> None:
     features, targets, paths, groups = rows_of(7, 60)
     targets[:, 0] = np.nan

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sample_labels import SIZES, by_scikit_learn, known_rows, make_cache, probs_of, rows_of
 
+from featcache.cache.reading import Cache
 from featcache.errors import ConfigError, FeatcacheWarning
 from featcache.evaluation.evaluation import evaluate
 from featcache.heads.config import TrainingConfig
@@ -18,7 +19,7 @@ from featcache.heads.fit import fit_head
 from featcache.heads.head import HeadConfig
 from featcache.heads.rows import choose_rows
 from featcache.heads.run import load_run
-from featcache.heads.training import train
+from featcache.heads.training import TrainSummary, train
 from featcache.runtime import CPU, log_line
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.sweeping import sweep
@@ -39,23 +40,30 @@ def space(tmp_path: Path) -> Path:
     return tmp_path / "s.toml"
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, TrainSummary]:
+    """A cache and a run of the default head, the first trial of every sweep."""
+    folder = tmp_path_factory.mktemp("plain")
+    cache = make_cache(folder / "c.h5")
+    return cache, train(cache.path, folder / "plain", device="cpu")
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_trial_has_the_figure_that_scikit_learn_gives(
-    tmp_path: Path, space: Path, metric: str
+    tmp_path: Path, space: Path, metric: str, plain: tuple[Cache, TrainSummary]
 ) -> None:
-    cache = make_cache(tmp_path / "c.h5")
+    cache, trained = plain
     options: dict[str, Any] = {"trials": 3, "repeats": 2, "space": space, "device": "cpu"}
     summary = sweep(cache.path, tmp_path / "r", metric=metric, **options)
-    plain = train(cache.path, tmp_path / "plain", device="cpu")
     features, targets, _ = known_rows(cache, "valid")
-    wanted = by_scikit_learn(targets, probs_of(load_run(tmp_path / "plain").state, features))
+    wanted = by_scikit_learn(targets, probs_of(load_run(trained.run).state, features))
     scores = read_scores(tmp_path / "r")
     assert len(scores) == 3
     assert scores[0] == pytest.approx(wanted[metric], abs=1e-5)
     assert ("known targets" in summary.metric) == (metric in {"loss", "accuracy"})
     assert ("both answers" in summary.metric) == (metric not in {"loss", "accuracy"})
     assert summary.chosen == 0  # of heads as small as these none is better beyond doubt
-    assert summary.weights_sha256 == plain.weights_sha256
+    assert summary.weights_sha256 == trained.weights_sha256
     assert load_run(tmp_path / "r").task == "multilabel"
     assert evaluate(tmp_path / "r")["task"] == "multilabel"
 

@@ -136,7 +136,7 @@ def test_at_20_thresholds_all_that_the_slider_shows_is_right(work: Path, browser
     assert (browser.messages, browser.requests) == ([], [])
 
 
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.97])
 def test_another_prevalence_gives_the_values_and_intervals_of_metrics(
     work: Path, browser: Browser, share: float
 ) -> None:

@@ -19,7 +19,11 @@ from featcache.errors import ConfigError
 from featcache.evaluation.deciding.scored_rows import read_valid
 from featcache.heads.run import load_run
 from featcache.metrics.rates import grouped_rate_interval
-from featcache.metrics.thresholds import measure_recall, measure_specificity
+from featcache.metrics.thresholds import (
+    measure_recall,
+    measure_specificity,
+    predictive_value_intervals,
+)
 from featcache.reporting.threshold_table import MAX_STEPS, threshold_table
 
 
@@ -63,6 +67,8 @@ def test_every_threshold_has_the_counts_and_intervals_of_the_metrics(work: Path,
         for which, hits in ((called, is_yes), (~called, ~is_yes)):
             chosen = [groups[i] for i in np.flatnonzero(which)]
             wanted.append(grouped_rate_interval(hits[which], chosen) if chosen else None)
+        of_both = (recall.interval, specificity.interval)
+        wanted += predictive_value_intervals(true / 80, 1 - false / 80, of_both, 0.5)
         for found, expected in zip(intervals, wanted, strict=True):
             assert (found is None) == (expected is None)
             if expected is not None:

@@ -193,7 +193,7 @@ HAZARDS: dict[str, Hazard] = {
         bare=True,
     ),
     "empty class": Hazard(make("c"), "at least one image, found none.*data/c"),
-    "class of other files": Hazard(names("c/1.dcm"), "ignored: 1 x not an image ending"),
+    "class of other files": Hazard(names("c/1.gif"), "ignored: 1 x not an image ending"),
     "val and valid": Hazard(
         names(*SPLITS, "val/a/1.png", "valid/a/1.png"), "one valid, found val and valid", bare=True
     ),

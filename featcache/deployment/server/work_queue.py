@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.backbones.engine import Engine
+from featcache.data.dicom_files import is_dicom
 from featcache.deployment.classifier import Classifier
 from featcache.deployment.explainer import Explainer, Explanation
 from featcache.deployment.explanation_picture import draw_explanation
@@ -172,7 +173,9 @@ class WorkQueue:
                 maximum = decoder.deep_maximum(data, rules.max_pixels)
                 if maximum is not None and is_dark([maximum]):
                     raise DataError("image", expected="values up to 65535", found=_DARK)
-            wanted = [(recipes[number].rules, PLAIN) for number in numbers]
+            if is_dicom(data):
+                self._classifier.note_dicom()
+            wanted = [(recipes[number].rules.with_dicom(), PLAIN) for number in numbers]
             views = decoder.render(data, wanted, b"").views
             pixels |= {n: of_one[0] for n, of_one in zip(numbers, views, strict=True)}
         return [pixels[number] for number in range(len(recipes))]

@@ -91,7 +91,7 @@ def read_images(rows: AuditRows, data: str | Path, max_pixels: int = MAX_PIXELS)
     dataset, samples, _ = find_images(rows.cache, data)
     keys = list(zip(rows.splits, rows.paths, strict=True))
     number = {key: row for row, key in enumerate(keys)}
-    wanted = [sample for key, sample in samples.items() if key in number]
+    wanted = dataset.in_reading_order(s for key, s in samples.items() if key in number)
     recorded = [
         sha256.tobytes() for split in rows.cache.splits.values() for sha256 in split.image_sha256
     ]
@@ -129,7 +129,11 @@ def _rules_of(cache: Cache, max_pixels: int) -> PixelRules:
     except DataError:  # features made elsewhere
         rules = PixelRules(SIDE)
     return PixelRules(
-        SIDE, bit_depth=rules.bit_depth, truncated=rules.truncated, max_pixels=max_pixels
+        SIDE,
+        bit_depth=rules.bit_depth,
+        truncated=rules.truncated,
+        dicom=rules.dicom,
+        max_pixels=max_pixels,
     )
 
 

@@ -257,7 +257,8 @@ class Coordinator:
         elif isinstance(event, Done):
             self._note_done(place, event)
         elif isinstance(event, NotFrozen):
-            raise [drop_rows(self._jobs[number]) for number in event.jobs][0]
+            errors = [drop_rows(self._jobs[number]) for number in event.jobs]
+            raise errors[0]
         elif isinstance(event, Failed):
             if place.ready is not None or not isinstance(event.error, FeatcacheError):
                 raise event.error
@@ -268,7 +269,7 @@ class Coordinator:
     # ---------------------------------------------------------------------------------- the tasks
 
     def _cut(self, place: _Place) -> _Piece | None:
-        """Return what a worker is to do next: smaller pieces at the end, so that all end at once."""
+        """Return what a worker is to do next: less at the end, so that all end at once."""
         while self._again:
             piece = self._again.popleft()
             if wanted := self._still_wanted(piece.positions):
@@ -334,17 +335,8 @@ class Coordinator:
         place.handle, place.ready, place.piece = None, None, None
         place.generation += 1
         name = f"Worker {place.number + 1}"
-        if place.failure is not None:
-            place.is_refused = True
-            if not all(other.is_refused for other in self._places):
-                warn_user(f"{name} is left out: {place.failure}")
-            return
         if not was_ready:
-            place.num_starts += not ended.was_asked
-            self._say(f"{name} has ended before it began: {ended.reason}.")
-            if place.num_starts >= _MOST_STARTS:
-                place.is_refused = True
-                place.failure = self._refusal("a worker that begins", place.num_starts, ended)
+            self._bury_unready(place, ended)
             return
         if piece is None:
             self._say(f"{name} has ended: {ended.reason}. Another one takes its place.")
@@ -361,10 +353,27 @@ class Coordinator:
         if self._deaths >= _MOST_DEATHS:
             raise self._refusal("a worker that gets an image done", self._deaths, ended)
         self._num_done += len(piece.positions) - len(left)
-        deaths = piece.num_deaths + 1
-        if deaths < 2:
-            self._again.extendleft([_Piece(left, deaths)] if left else [])
-        elif len(piece.positions) == len(left) == 1:  # it was alone
+        was_alone = len(piece.positions) == 1
+        self._give_again(left, piece.num_deaths + 1, was_alone=was_alone)
+
+    def _bury_unready(self, place: _Place, ended: Ended) -> None:
+        """Start no other worker where one was refused, or some have died while they began."""
+        name = f"Worker {place.number + 1}"
+        if place.failure is None:
+            place.num_starts += not ended.was_asked
+            self._say(f"{name} has ended before it began: {ended.reason}.")
+            if place.num_starts < _MOST_STARTS:
+                return
+            place.failure = self._refusal("a worker that begins", place.num_starts, ended)
+        place.is_refused = True
+        if not all(other.is_refused for other in self._places):
+            warn_user(f"{name} is left out: {place.failure}")
+
+    def _give_again(self, left: Sequence[int], num_deaths: int, *, was_alone: bool) -> None:
+        """Put back images that a worker died with: once whole, then half by half."""
+        if num_deaths < 2:
+            self._again.extendleft([_Piece(left, num_deaths)] if left else [])
+        elif left and was_alone:  # else the worker may have died of another, or of none
             self._deaths = 0
             self._num_done += 1
             for job in self._jobs:
@@ -373,7 +382,7 @@ class Coordinator:
             middle = len(left) // 2
             for half in (left[middle:], left[:middle]):
                 if half:
-                    self._again.appendleft(_Piece(half, deaths - 1))
+                    self._again.appendleft(_Piece(half, num_deaths - 1))
 
     def _refusal(self, expected: str, number: int, ended: Ended) -> CacheError:
         return CacheError(

@@ -22,12 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
+from featcache.child import receive, send
 from featcache.errors import ConfigError, FeatcacheError
 from featcache.extraction.plan import Job
 from featcache.extraction.workers.coordinator import Coordinator, Ended, Event, Failed
 from featcache.extraction.workers.worker import Facts, Message, Progress, StoppedError, Task, Worker
 from featcache.files import child_process
-from featcache.pixels.isolation import receive_message, send_message
 from featcache.runtime import (
     INTERRUPTS,
     Interrupted,
@@ -36,7 +36,7 @@ from featcache.runtime import (
     resolve_device,
 )
 
-_KILL_SECONDS = 5.0  # for a worker that was asked to end and has nothing to do
+_KILL_SECONDS = 1.0  # for a worker that was asked to end and has nothing to do
 
 
 def resolve_devices(names: str = "auto", processes: int = 1) -> list[str]:
@@ -185,7 +185,7 @@ class LocalWorker:
         assert self._child.stdin is not None
         with contextlib.suppress(OSError):  # it has died, which ``_read`` tells
             while (order := self._orders.get()) is not None:
-                send_message(self._child.stdin, order)
+                send(self._child.stdin, order)
         with contextlib.suppress(OSError):
             self._child.stdin.close()
 
@@ -193,7 +193,7 @@ class LocalWorker:
         assert self._child.stdout is not None
         with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
             while True:
-                message: Any = receive_message(self._child.stdout)
+                message: Any = receive(self._child.stdout)
                 if not self._is_killed:
                     self._tell(message)
         self._child.stdout.close()
@@ -234,7 +234,7 @@ class _Orders:
 
     def read_one(self) -> Any:
         """Return the next thing that is said, before ``start``."""
-        return receive_message(self._stream)
+        return receive(self._stream)
 
     def start(self) -> None:
         """Read on in a thread."""
@@ -247,7 +247,7 @@ class _Orders:
     def _read(self) -> None:
         try:
             while True:
-                order: Any = receive_message(self._stream)
+                order: Any = receive(self._stream)
                 if order != _STOP:
                     self._tasks.put(order)
                     continue
@@ -281,7 +281,7 @@ def main() -> NoReturn:
     except EOFError:
         code = 1
     except BaseException as error:  # noqa: BLE001 (raised in the parent)
-        send_message(answers, Failed(sendable_error(error)))
+        send(answers, Failed(sendable_error(error)))
         code = 1
     # A thread of a decoder that hangs, or of a library, would hold up the interpreter's end.
     with contextlib.suppress(OSError):
@@ -301,7 +301,7 @@ def _serve(orders: _Orders, answers: IO[bytes], check: Callable[[], object]) -> 
     worker = Worker(facts, start.device)
     check()
     orders.begin()
-    send_message(answers, worker.ready)
+    send(answers, worker.ready)
     num_images = 0  # that were not told of yet
 
     def hand_back(message: Message) -> None:
@@ -310,7 +310,7 @@ def _serve(orders: _Orders, answers: IO[bytes], check: Callable[[], object]) -> 
             return
         if isinstance(message, Progress):
             message, num_images = Progress(message.task, num_images), 0
-        send_message(answers, message)
+        send(answers, message)
 
     def check_orders() -> None:
         try:

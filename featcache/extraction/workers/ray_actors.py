@@ -268,11 +268,12 @@ def work_with_ray(jobs: Sequence[Job], positions: Sequence[int]) -> None:
         # Two calls at once, so that it can be told to stop; no restarts: see the module's text.
         how = {"max_concurrency": 2, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         remote = ray.remote(**how)(_Actor)
+        manifests = [job.partial.file.absolute() for job in jobs]
         known: dict[int, Any] = {}
 
         def start(number: int, facts: Facts, tell: Callable[[Event], object]) -> RayWorker:
             if not known:  # pickled and checked once for all
-                known[0] = ray.put(_pickle(ray, facts)), _what_is_seen(facts)
+                known[0] = ray.put(_pickle(ray, facts)), _what_is_seen(facts, manifests)
             data, seen = known[0]
             room = rooms[number]
             actor = remote.options(num_cpus=room.cores, num_gpus=room.gpus).remote()
@@ -422,11 +423,13 @@ class _Seen:
     """What an actor has to see as this process does.
 
     Attributes:
-        manifests: Of the manifest of each cache, what does not change, hashed.
+        manifests: The file of the manifest of each cache.
+        sha256: Of what does not change in each.
         images: Position in the data set that is sent -> bytes, of images that can be read here.
     """
 
-    manifests: tuple[str, ...]
+    manifests: tuple[Path, ...]
+    sha256: tuple[str, ...]
     images: dict[int, int]
 
 
@@ -449,17 +452,18 @@ class _Start:
     seen: _Seen
 
 
-def _what_is_seen(facts: Facts) -> _Seen:
+def _what_is_seen(facts: Facts, manifests: Sequence[Path]) -> _Seen:
     images = {}
     for position, sample in enumerate(facts.dataset.samples):
         with contextlib.suppress(DataError):
             images[position] = len(facts.dataset.read(sample))
-    return _Seen(tuple(_manifest_sha256(job.folder) for job in facts.jobs), images)
+    seen = tuple(_manifest_sha256(file) for file in manifests)
+    return _Seen(tuple(manifests), seen, images)
 
 
-def _manifest_sha256(folder: Path) -> str:
+def _manifest_sha256(file: Path) -> str:
     """Return a hash of what stays the same in a manifest while workers are at work."""
-    manifest = open_manifest(folder / "manifest.json")
+    manifest = open_manifest(file)
     kept = (manifest.fingerprint, manifest.provenance.get("date"))
     parts = [None if part is None else asdict(part) for part in (manifest.engine, manifest.probes)]
     return json_sha256({"kept": kept, "parts": parts}, without="")
@@ -473,11 +477,11 @@ def _check_seen(facts: Facts, seen: _Seen) -> None:
         DataError: If the data is not.
     """
     host = socket.gethostname()
-    for job, wanted in zip(facts.jobs, seen.manifests, strict=True):
+    for job, file, wanted in zip(facts.jobs, seen.manifests, seen.sha256, strict=True):
         found = "another one"
         for _ in range(2):
             try:
-                if (there := _manifest_sha256(job.folder)) == wanted:
+                if (there := _manifest_sha256(file)) == wanted:
                     break
             except (FeatcacheError, OSError):
                 there, found = "", "none"

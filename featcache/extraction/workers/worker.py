@@ -244,8 +244,9 @@ class Worker:
             nonlocal num_images
             # The splits are those of the whole data set: they decide which images get views.
             for batch in stream_parts(
-                shares, facts.dataset, task.samples, positions, num_isolated, facts.workers, timer
-            ):
+                shares, facts.dataset, task.samples, positions, num_isolated,
+                workers=facts.workers, timer=timer,
+            ):  # fmt: skip
                 yield batch
                 num_images += len(batch.outcomes)
                 hand_back(Progress(task.number, len(batch.outcomes)))
@@ -256,7 +257,8 @@ class Worker:
             with contextlib.suppress(StoppedError), contextlib.ExitStack() as stack:
                 for writer in writers:
                     stack.callback(writer.flush)  # whatever becomes of the others
-                run_images(shares, writers, stream, every, len(every) if task.isolate else 0, check)
+                num_isolated = len(every) if task.isolate else 0
+                run_images(shares, writers, stream, every, num_isolated=num_isolated, check=check)
                 is_whole = True
             for share in shares:
                 check_frozen(share)

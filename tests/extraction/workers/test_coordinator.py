@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import threading
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,19 @@ def test_any_number_of_workers_makes_the_caches_of_one_process(
     assert {summary.num_new for summary in again.values()} == {0}
 
 
+class Dying:
+    """A hook that kills workers at random, six times at most."""
+
+    def __init__(self, seed: int) -> None:
+        self.num_deaths, self._rng, self._lock = 0, random.Random(seed), threading.Lock()
+
+    def __call__(self, number: int, task: Task, message: object) -> None:
+        with self._lock:
+            if self._rng.random() < 0.1 and self.num_deaths < 6:
+                self.num_deaths += 1
+                raise Death
+
+
 def test_workers_that_die_at_random_lose_a_shard_at_most(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: Any, tally: Any
 ) -> None:
@@ -114,22 +128,15 @@ def test_workers_that_die_at_random_lose_a_shard_at_most(
 
     monkeypatch.setattr(worker, "stream_parts", counting)
     for seed in range(rounds(4, 200)):
-        rng, deaths, lock = random.Random(seed), [0], threading.Lock()
-
-        def die(number: int, task: Task, message: object) -> None:
-            with lock:
-                if rng.random() < 0.1 and deaths[0] < 6:
-                    deaths[0] += 1
-                    raise Death
-
-        use_threads(monkeypatch, die)
+        dying = Dying(seed)
+        use_threads(monkeypatch, dying)
         run_images.clear()
         summary = run(images, tmp_path / f"{seed}.h5", 3, say=lambda line: None)
         assert summary.content_sha256 == whole.content_sha256
         spare = run_images.total() - summary.num_new
-        tally("deaths of workers", "a shard lost at most", deaths[0])
-        # A shard in hand, and what was under way in the pipeline.
-        assert spare <= deaths[0] * (4 + 2 * 6) + 6, (seed, deaths, spare)
+        tally("deaths of workers", "a shard lost at most", dying.num_deaths)
+        # A shard in hand; the copies of contents that were run at the same time.
+        assert spare <= dying.num_deaths * 4 + 6, (seed, dying.num_deaths, spare)
 
 
 def test_images_that_kill_every_worker_are_listed_failures(
@@ -213,6 +220,7 @@ def with_other_weights(facts: Facts) -> Facts:
     return replace(facts, jobs=(job,))
 
 
+@pytest.mark.filterwarnings("ignore:engine folded at fp32 is off:featcache.FeatcacheWarning")
 def test_a_worker_of_other_features_is_refused(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +233,7 @@ def test_a_worker_of_other_features_is_refused(
     whole = extract(images, tmp_path / "w.h5", backbone=tiny_network.build(), **OPTIONS)
     assert summary.content_sha256 == whole.content_sha256
     use_threads(monkeypatch, facts_of=lambda _, facts: with_other_weights(facts))
+    warnings.simplefilter("ignore", FeatcacheWarning)
     with pytest.raises(BackboneError, match=r"worker for d.h5: expected features within .*off by"):
         run(images, tmp_path / "d.h5")
 
@@ -233,11 +242,11 @@ def test_an_error_of_one_worker_keeps_what_the_others_have(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_threads(monkeypatch)
-    with pytest.raises(DataError, match="at most 0 of .* failed"):
+    with pytest.raises(DataError, match=r"at most 0 of .* failed"):
         run(images, tmp_path / "c.h5", max_errors=0)
     manifest = json.loads((tmp_path / "c.h5.partial" / "manifest.json").read_bytes())
     assert not manifest["running"]
-    assert manifest["num_reserved"] >= 1000
+    assert manifest["num_reserved"] >= 100
     assert len(manifest["probes"]["pixels_sha256"]) == 4
     monkeypatch.undo()
     rows = sum(shard["num_rows"] for shard in manifest["shards"])

@@ -1,0 +1,169 @@
+"""Give images their splits and classes by the folders they lie in, on the disk or in an archive.
+
+Reads: nothing; of folders without an image, the first bytes of a file without an ending.
+Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from featcache.data.folders import (
+    SPLIT_OF_FOLDER,
+    Ignored,
+    ImageFile,
+    Layout,
+    advise_on_endings,
+    find_layout,
+)
+from featcache.data.listing import Listing
+from featcache.data.samples import (
+    ImageDataset,
+    Sample,
+    make_sample,
+    number_classes,
+    sort_samples,
+)
+from featcache.errors import DataError, printable, warn_user
+from featcache.formatting import count
+
+
+def choose_images(
+    images: list[ImageFile], root: Path, listing: Listing, ignored: Ignored,
+    names: Mapping[str, str] | None = None,
+) -> tuple[list[ImageFile], set[str]]:  # fmt: skip
+    """Return the images that the globs leave, and the folders that lost all of theirs.
+
+    Args:
+        images: What to choose from.
+        root: Only for messages.
+        listing: The globs.
+        ignored: What is not used; updated.
+        names: Path of an image -> what the globs match, where that is another one.
+    """
+    paths = [image.path for image in images]
+    reasons = listing.choose(paths if names is None else [names[path] for path in paths], root)
+    ignored.update(reason for reason in reasons if reason)
+    left = [image for image, reason in zip(images, reasons, strict=True) if not reason]
+    if len(left) == len(images):
+        return images, set()
+    return left, _folders_of(images) - _folders_of(left)
+
+
+def _folders_of(images: Iterable[ImageFile]) -> set[str]:
+    folders = set[str]()
+    for folder in {image.path.rpartition("/")[0] for image in images}:
+        parts = folder.split("/")
+        folders.update("/".join(parts[:n]) for n in range(1, len(parts) + 1))
+    return folders
+
+
+def arrange(
+    root: Path, images: list[ImageFile], folders: set[str], ignored: Ignored, listing: Listing,
+    *, names: Mapping[str, str] | None = None,
+) -> ImageDataset:  # fmt: skip
+    """Set splits and classes by folder; ignore images outside class folders, with a warning.
+
+    Args:
+        root: What was scanned.
+        images: The images in it.
+        folders: All folders in it that are not ignored.
+        ignored: What is not used; updated.
+        listing: Which images are taken.
+        names: Path of an image by which it is arranged -> the path that it gets; None for the same.
+
+    Raises:
+        DataError: If the folders' names are inconsistent, or one has no image.
+    """
+    images, emptied = choose_images(images, root, listing, ignored, names)
+    layout = find_layout(root, folders - emptied, no_classes=listing.no_classes)
+    targets = number_classes(layout.classes)
+    samples, filled, num_loose = [], set(), 0
+    for image in images:
+        place = layout.place_of(image.path)
+        if place is None:
+            num_loose += 1
+        else:
+            split, name = layout.places[place]
+            path = image.path if names is None else names[image.path]
+            samples.append(make_sample(image._replace(path=path), targets[name], split))
+            filled.add(place)
+    if ignored.links:
+        _warn_of_links(root, ignored.links, layout)
+    if not samples and root.is_dir():
+        ignored.recognise_dicom(root)
+    if num_loose:
+        ignored["loose beside folders"] += num_loose
+        warn_user(f"loose beside folders, and not used: {count(num_loose, 'image')} of {root}")
+    if layout.kind == "classes":
+        _warn_of_parts(samples, layout.classes)
+    dataset = ImageDataset(
+        root, layout.kind, layout.classes, sort_samples(samples), dict(ignored),
+        ignored_endings=dict(ignored.endings),
+    )  # fmt: skip
+    for place in layout.places:
+        if place and place not in filled:
+            raise DataError(
+                "folder", expected="at least one image", found=dataset.reasons_text(),
+                where=root / place,
+                hint=advise_on_endings(ignored.endings, "Remove it, or put its images in"),
+            )  # fmt: skip
+    return dataset
+
+
+def _warn_of_parts(samples: Iterable[Sample], classes: Sequence[str]) -> None:
+    """Warn of classes that look like parts of one collection: ``images_001``, ``images_002``.
+
+    Their names differ by their number alone, and the numbers of the files go on from each to the
+    next.
+    """
+    shapes = {re.sub(r"\d", "0", name) for name in classes}
+    if len(classes) < 2 or len(shapes) > 1 or "00" not in shapes.pop():
+        return
+    names: dict[int, list[str]] = {}
+    for sample in samples:
+        names.setdefault(sample.target, []).append(sample.path.rpartition("/")[2])
+    ends = [(min(names[t]), max(names[t])) for t in sorted(names)]
+    alike = {re.sub(r"\d", "0", end) for pair in ends for end in pair}
+    if len(alike) == 1 and all(a[1] < b[0] for a, b in itertools.pairwise(ends)):
+        warn_user(
+            f"classes {printable(classes[0])} to {printable(classes[-1])} look like parts of one "
+            "collection: if they are no classes, use --no-classes"
+        )
+
+
+def _warn_of_links(root: Path, links: Iterable[str], layout: Layout) -> None:
+    """Warn of linked folders that stand where a split or a class would.
+
+    Links into ``root``, or to what it is in, lose nothing.
+    """
+    depth, here = 1 if layout.kind == "splits" else 0, root.resolve()
+
+    def leads_away(link: str) -> bool:
+        target = (root / link).resolve()
+        return not (target.is_relative_to(here) or here.is_relative_to(target))
+
+    named = [link for link in sorted(links) if link.count("/") <= depth and leads_away(link)]
+    if named:
+        shown = ", ".join(map(printable, named[:5])) + (", ..." if len(named) > 5 else "")
+        warn_user(
+            f"linked folders of {printable(root)} are not followed, and their images are not used: "
+            f"{shown}. Put the folder itself there, or links to its files"
+        )
+
+
+def top_folder(folders: Iterable[str], paths: Iterable[str]) -> str:
+    """Return the one folder that was packed as a whole, with a ``/``; "" if there is no such one.
+
+    Args:
+        folders: All folders in an archive.
+        paths: The images in it.
+    """
+    tops = {folder for folder in folders if "/" not in folder}
+    if len(tops) != 1 or not SPLIT_OF_FOLDER.keys().isdisjoint(top.casefold() for top in tops):
+        return ""
+    (top,) = tops
+    return top + "/" if all("/" in path for path in paths) else ""

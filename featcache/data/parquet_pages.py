@@ -1,0 +1,433 @@
+"""Where each value of a Parquet column of bytes lies, by the headers of the column's pages.
+
+Arrow reads whole row groups, and pandas writes a data set as one of them: gigabytes for an image.
+A page is about 1 MiB. Pages of values as they are, in a dictionary, or behind their lengths
+(DELTA_LENGTH_BYTE_ARRAY) are read; others are refused.
+
+The format: github.com/apache/parquet-format, Encodings.md and parquet.thrift.
+
+Reads: stretches of a file, by the function that it is given. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.data.blobs import ReadAt
+
+_DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3  # page types
+_PLAIN, _PLAIN_DICTIONARY, _RLE, _DELTA_LENGTH, _RLE_DICTIONARY = 0, 2, 3, 6, 8  # encodings
+_ENCODINGS = {4: "BIT_PACKED", 5: "DELTA_BINARY_PACKED", 7: "DELTA_BYTE_ARRAY"}
+_HEADER_BYTES, _MAX_HEADER_BYTES = 1 << 12, 1 << 24
+_MAX_PAGE_BYTES = 2**31
+_MAX_RATIO, _RATIO_FREE_BYTES = 250, 1 << 24  # of a decompression bomb, as in ``archive``
+_MAX_DEPTH = 8
+
+_Ints = npt.NDArray[np.int64]
+Unpack = Callable[[bytes, int], bytes]
+"""(compressed bytes, size they unpack to) -> those bytes."""
+
+
+class Page(NamedTuple):
+    """Bytes of a column chunk that are unpacked together.
+
+    Args:
+        offset: Where they begin in the file.
+        num_bytes: How many they are there.
+        unpacked_bytes: What they unpack to; 0 if they are not compressed.
+    """
+
+    offset: int
+    num_bytes: int
+    unpacked_bytes: int
+
+
+class Places(NamedTuple):
+    """Where the values of a column chunk lie, in the order of its rows.
+
+    Args:
+        pages: Its pages with values.
+        page: (N,) number of the page with the bytes of each row.
+        offset: (N,) where they begin in the unpacked page.
+        size: (N,) how many they are; -1 for a null.
+    """
+
+    pages: list[Page]
+    page: _Ints
+    offset: _Ints
+    size: _Ints
+
+
+class Chunk(NamedTuple):
+    """A column chunk: the values of a column in a row group.
+
+    Args:
+        read: Reads a stretch of the file.
+        start: Where the chunk begins in the file.
+        end: Where it ends.
+        num_values: How many values it has, nulls among them.
+        levels: The largest definition level of the column. It has no repetition levels.
+        unpack: Unpacks a page; None if pages are not compressed.
+    """
+
+    read: ReadAt
+    start: int
+    end: int
+    num_values: int
+    levels: int
+    unpack: Unpack | None
+
+
+class _Dictionary(NamedTuple):
+    """Where the values of a dictionary lie: number of its page, offsets and sizes."""
+
+    page: int
+    offsets: _Ints
+    sizes: _Ints
+
+
+def locate_values(chunk: Chunk) -> Places:
+    """Return where the values of a column chunk lie.
+
+    Raises:
+        ValueError: If it is damaged, or of a kind that is not read; with the reason.
+        IndexError: If it is damaged.
+    """
+    pages: list[Page] = []
+    parts: list[tuple[_Ints, _Ints, _Ints]] = []
+    dictionary: _Dictionary | None = None
+    position, found = chunk.start, 0
+    while found < chunk.num_values:
+        if position >= chunk.end:
+            raise ValueError(f"a column that ends after {found:,} of {chunk.num_values:,} values")
+        header, length = _read_header(chunk.read, position, chunk.end)
+        page = _page_of(chunk, header, position + length)
+        if header.get(1) == _DICTIONARY and dictionary is None and not found:
+            dictionary = _read_dictionary(chunk, page, _struct(header, 7), len(pages))
+            pages.append(page)
+        elif header.get(1) in {_DATA, _DATA_V2}:
+            left, before = chunk.num_values - found, (len(pages), dictionary)
+            own, part = _read_values(chunk, page, header, left, before)
+            pages += own
+            parts.append(part)
+            found += len(part[0])
+        position += length + page.num_bytes
+    if not parts:
+        return Places(pages, _NOTHING, _NOTHING, _NOTHING)
+    return Places(pages, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+_NOTHING = np.empty(0, np.int64)
+
+
+def _page_of(chunk: Chunk, header: dict[int, Any], position: int) -> Page:
+    packed, unpacked = header.get(3), header.get(2)
+    if not (isinstance(packed, int) and 0 <= packed <= chunk.end - position):
+        raise ValueError("a page that leads out of its column")
+    if not (isinstance(unpacked, int) and 0 <= unpacked < _MAX_PAGE_BYTES):
+        raise ValueError("a page without a size")
+    return Page(position, packed, 0 if chunk.unpack is None else unpacked)
+
+
+def _read_values(
+    chunk: Chunk, page: Page, header: dict[int, Any], most: int,
+    before: tuple[int, _Dictionary | None],
+) -> tuple[list[Page], tuple[_Ints, _Ints, _Ints]]:  # fmt: skip
+    """Return a data page, if it holds values itself, and where those of its rows lie."""
+    is_v2 = header.get(1) == _DATA_V2
+    facts = _struct(header, 8 if is_v2 else 5)
+    number = _count(facts, most)
+    payload, start, levels = (_split_v2 if is_v2 else _split_v1)(chunk, page, facts)
+    is_there = np.ones(number, bool)
+    if chunk.levels:
+        is_there = _decode_runs(levels, chunk.levels.bit_length(), number) == chunk.levels
+    num_pages, dictionary = before
+    encoding, num_there = facts.get(4 if is_v2 else 2), int(is_there.sum())
+    if encoding in {_PLAIN_DICTIONARY, _RLE_DICTIONARY}:
+        found, own = _look_up(payload, start, num_there, dictionary), []
+    else:
+        walked = _walk_of(encoding)(payload, start, num_there)
+        found, own = _Dictionary(num_pages, *walked), [payload.page]
+    offsets, sizes = np.zeros(number, np.int64), np.full(number, -1, np.int64)
+    offsets[is_there], sizes[is_there] = found.offsets, found.sizes
+    return own, (np.full(number, found.page, np.int64), offsets, sizes)
+
+
+def _read_dictionary(chunk: Chunk, page: Page, facts: dict[int, Any], number: int) -> _Dictionary:
+    if facts.get(2, _PLAIN) not in {_PLAIN, _PLAIN_DICTIONARY}:
+        raise ValueError("a dictionary of an unknown encoding")
+    payload = _Payload(chunk, page)
+    return _Dictionary(number, *_walk_plain(payload, 0, _count(facts, payload.num_bytes)))
+
+
+def _split_v1(chunk: Chunk, page: Page, facts: dict[int, Any]) -> tuple[_Payload, int, bytes]:
+    """Return a page, where its values begin, and its definition levels."""
+    payload = _Payload(chunk, page)
+    if not chunk.levels:
+        return payload, 0, b""
+    if facts.get(3, _RLE) != _RLE:
+        raise ValueError("levels of the encoding BIT_PACKED, which is not read")
+    length = int.from_bytes(payload.read(0, 4), "little")
+    if 4 + length > payload.num_bytes:
+        raise ValueError("a page with levels beyond its end")
+    return payload, 4 + length, payload.read(4, length)
+
+
+def _split_v2(chunk: Chunk, page: Page, facts: dict[int, Any]) -> tuple[_Payload, int, bytes]:
+    """Return the same of a page of version 2, whose levels are never packed."""
+    length, before = facts.get(5, 0), facts.get(6, 0)
+    if not (isinstance(length, int) and isinstance(before, int) and min(length, before) >= 0):
+        raise ValueError("a page header that is damaged")
+    size = length + before
+    if size > page.num_bytes or (page.unpacked_bytes and size > page.unpacked_bytes):
+        raise ValueError("a page with levels beyond its end")
+    is_packed = page.unpacked_bytes > size and facts.get(7, True) is True
+    unpacked = page.unpacked_bytes - size if is_packed else 0
+    values = Page(page.offset + size, page.num_bytes - size, unpacked)
+    return _Payload(chunk, values), 0, chunk.read(page.offset + before, length)
+
+
+def _look_up(
+    payload: _Payload, start: int, number: int, dictionary: _Dictionary | None
+) -> _Dictionary:
+    """Return where values lie that are numbers of values of the dictionary."""
+    if dictionary is None:
+        raise ValueError("a page without its dictionary")
+    data = payload.read(start, payload.num_bytes - start)
+    indices = _decode_runs(data[1:], data[0], number) if number else _NOTHING
+    if number and indices.max() >= len(dictionary.offsets):
+        raise ValueError("a value that is not in the dictionary")
+    return _Dictionary(dictionary.page, dictionary.offsets[indices], dictionary.sizes[indices])
+
+
+def _walk_of(encoding: object) -> Callable[[_Payload, int, int], tuple[_Ints, _Ints]]:
+    walks = {_PLAIN: _walk_plain, _DELTA_LENGTH: _walk_delta_length}
+    if isinstance(encoding, int) and encoding in walks:
+        return walks[encoding]
+    name = _ENCODINGS.get(encoding, f"{encoding}") if isinstance(encoding, int) else "unknown"
+    raise ValueError(f"the encoding {name}, which is not read for images")
+
+
+class _Payload:
+    """The bytes of a page: unpacked as a whole, or read in small stretches as they are."""
+
+    def __init__(self, chunk: Chunk, page: Page) -> None:
+        self.page, self._read, self._data = page, chunk.read, b""
+        self.num_bytes = page.unpacked_bytes or page.num_bytes
+        if page.unpacked_bytes and chunk.unpack is not None:
+            if page.unpacked_bytes > max(_RATIO_FREE_BYTES, _MAX_RATIO * page.num_bytes):
+                raise ValueError("a page that looks like a decompression bomb")
+            packed = chunk.read(page.offset, page.num_bytes)
+            self._data = unpack_page(packed, page.unpacked_bytes, chunk.unpack)
+
+    def read(self, start: int, size: int) -> bytes:
+        """Return a stretch, shorter where it would leave the page."""
+        size = max(0, min(size, self.num_bytes - start))
+        if self.page.unpacked_bytes:
+            return self._data[start : start + size]
+        return self._read(self.page.offset + start, size) if size else b""
+
+
+def unpack_page(data: bytes, unpacked: int, unpack: Unpack) -> bytes:
+    """Return the unpacked bytes of a page.
+
+    Raises:
+        ValueError: If they are others, or other in number, than its header says.
+    """
+    if not unpacked:
+        return b""
+    made = bytes(unpack(data, unpacked))
+    if len(made) != unpacked:
+        raise ValueError("a page that unpacks to another size")
+    return made
+
+
+def _walk_plain(payload: _Payload, start: int, number: int) -> tuple[_Ints, _Ints]:
+    """Return offsets and sizes of values that have their length before them."""
+    offsets, sizes = np.empty(number, np.int64), np.empty(number, np.int64)
+    position, end = start, payload.num_bytes
+    for i in range(number):
+        head = payload.read(position, 4)
+        if len(head) < 4:
+            raise ValueError("a page that ends before its values")
+        size = int.from_bytes(head, "little")
+        position += 4
+        if size > end - position:
+            raise ValueError("a value that leads out of its page")
+        offsets[i], sizes[i] = position, size
+        position += size
+    return offsets, sizes
+
+
+def _walk_delta_length(payload: _Payload, start: int, number: int) -> tuple[_Ints, _Ints]:
+    """Return offsets and sizes of values behind all of their lengths."""
+    if not number:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    # 32 values take 4 bytes and more each at most; the values themselves need not be read
+    sizes, used = _decode_deltas(payload.read(start, 64 + 10 * number), number)
+    if sizes.min() < 0 or sizes.max() > payload.num_bytes:
+        raise ValueError("a value that leads out of its page")
+    ends = np.cumsum(sizes) + (start + used)
+    if ends[-1] > payload.num_bytes:
+        raise ValueError("a value that leads out of its page")
+    return ends - sizes, sizes
+
+
+def _decode_deltas(data: bytes, number: int) -> tuple[_Ints, int]:
+    """Return integers encoded as DELTA_BINARY_PACKED, and how many bytes they take."""
+    block, position = _varint(data, 0)
+    parts, position = _varint(data, position)
+    total, position = _varint(data, position)
+    first, position = _varint(data, position)
+    if total != number or not 0 < parts <= 1024 or not 0 < block <= 1 << 20 or block % parts:
+        raise ValueError("lengths that are damaged")
+    size = block // parts
+    values = np.zeros(number, np.int64)
+    values[0], done = _zigzag(first), 1
+    while done < number:
+        least, position = _varint(data, position)
+        widths, position = data[position : position + parts], position + parts
+        for width in widths:
+            if done >= number:
+                break
+            packed = data[position : position + size * width // 8]
+            if width > 64 or size % 8 or len(packed) < size * width // 8:
+                raise ValueError("lengths that are damaged")
+            position += len(packed)
+            deltas = _unpack_bits(packed, width, size)[: number - done] + _zigzag(least)
+            values[done : done + len(deltas)] = deltas
+            done += len(deltas)
+        if len(widths) < parts:
+            raise ValueError("lengths that are damaged")
+    return np.cumsum(values), position
+
+
+def _unpack_bits(data: bytes, width: int, number: int) -> _Ints:
+    if not width:
+        return np.zeros(number, np.int64)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    wide = bits[: number * width].reshape(number, width).astype(np.int64)
+    return wide @ (np.int64(1) << np.arange(width, dtype=np.int64))
+
+
+def _decode_runs(data: bytes, width: int, number: int) -> _Ints:
+    """Return integers of the RLE and bit-packing hybrid."""
+    if width > 32:
+        raise ValueError("integers of more than 32 bits")
+    if not width:
+        return np.zeros(number, np.int64)
+    values, done, position, wide = np.empty(number, np.int64), 0, 0, -(-width // 8)
+    while done < number:
+        header, position = _varint(data, position)
+        if header & 1:
+            count = min(8 * (header >> 1), 8 * (len(data) // width + 1))
+            packed = data[position : position + count * width // 8]
+            count = min(count, 8 * len(packed) // width)
+            run = _unpack_bits(packed, width, count)[: number - done]
+            position += len(packed)
+        else:
+            value = int.from_bytes(data[position : position + wide], "little")
+            position += wide
+            run = np.full(min(header >> 1, number - done), value, np.int64)
+        if not len(run) or position > len(data):
+            raise ValueError("levels or indices that end before the page's values")
+        values[done : done + len(run)] = run
+        done += len(run)
+    return values
+
+
+# ----------------------------------------------------------------------- headers (Thrift, compact)
+
+
+def _read_header(read: ReadAt, position: int, end: int) -> tuple[dict[int, Any], int]:
+    """Return a page's header, and its length. It may hold statistics of any length."""
+    size = _HEADER_BYTES
+    while True:
+        data = read(position, min(size, end - position))
+        try:
+            return _thrift_struct(data, 0, 0)
+        except IndexError:
+            if len(data) < size or size >= _MAX_HEADER_BYTES:
+                raise ValueError("a page header that is damaged") from None
+            size *= 16
+
+
+def _thrift_struct(data: bytes, position: int, depth: int) -> tuple[dict[int, Any], int]:
+    if depth > _MAX_DEPTH:
+        raise ValueError("a page header that is damaged")
+    fields: dict[int, Any] = {}
+    number = 0
+    while True:
+        head = data[position]
+        position += 1
+        if not head:
+            return fields, position
+        kind, step = head & 15, head >> 4
+        if step:
+            number += step
+        else:
+            number, position = _varint(data, position)
+            number = _zigzag(number)
+        fields[number], position = _thrift_value(data, position, kind, depth)
+
+
+def _thrift_value(data: bytes, position: int, kind: int, depth: int) -> tuple[Any, int]:
+    if kind in {1, 2}:
+        return kind == 1, position
+    if kind == 3:
+        return data[position], position + 1
+    if kind in {4, 5, 6}:
+        value, position = _varint(data, position)
+        return _zigzag(value), position
+    if kind == 8:
+        length, position = _varint(data, position)
+        if position + length > len(data):
+            raise IndexError
+        return None, position + length  # statistics
+    if kind == 12:
+        return _thrift_struct(data, position, depth + 1)
+    if kind == 7:
+        if position + 8 > len(data):
+            raise IndexError
+        return None, position + 8
+    raise ValueError("a page header that is damaged")
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if position >= len(data):
+            raise IndexError
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number that is damaged")
+
+
+def _zigzag(value: int) -> int:
+    made = (value >> 1) ^ -(value & 1)
+    if not -(2**63) <= made < 2**63:
+        raise ValueError("a number that is damaged")
+    return made
+
+
+def _struct(header: dict[int, Any], number: int) -> dict[int, Any]:
+    facts = header.get(number)
+    if not isinstance(facts, dict):
+        raise ValueError("a page header that is damaged")
+    return facts
+
+
+def _count(facts: dict[int, Any], most: int) -> int:
+    value = facts.get(1)
+    if not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError("a page with another number of values than its column")
+    return value

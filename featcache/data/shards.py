@@ -1,0 +1,172 @@
+"""Files that hold many images, tars or Parquet files, as one data set: their names and splits.
+
+Reads: names, sizes and times. Writes: nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from featcache.data.blobs import LocalFile
+from featcache.data.folders import SHARD_ENDINGS, SPLIT_OF_FOLDER, SPLITS, Ignored
+from featcache.data.listing import Listing, compile_glob
+from featcache.errors import DataError, printable
+from featcache.formatting import count
+from featcache.untrusted import reading_hint
+
+KIND_NAMES = {"tar": "tar", "parquet": "Parquet"}
+_SPLIT_WORD = re.compile(
+    rf"(?:^|[-_.])({'|'.join(sorted(SPLIT_OF_FOLDER, key=len, reverse=True))})\d*(?=[-_.]|$)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file that holds images.
+
+    Args:
+        name: Its path below the data, ``/``-separated.
+        file: The file.
+        split: What its folder or its own name says; "" for nothing.
+        is_alone: It is the data itself, no file in a folder: its name is not in the rows' names.
+    """
+
+    name: str
+    file: LocalFile
+    split: str
+    is_alone: bool = False
+
+    def absolute(self) -> Shard:
+        """Return it for processes that have another current folder."""
+        return replace(self, file=replace(self.file, path=self.file.path.absolute()))
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its rows begin with."""
+        return "" if self.is_alone else self.name + "/"
+
+
+def kind_of(path: str | Path) -> str:
+    """Return ``tar`` or ``parquet`` by the ending of a name; "" for another."""
+    return SHARD_ENDINGS.get(PurePosixPath(path).suffix.lower(), "")
+
+
+def split_of_name(name: str) -> str:
+    """Return the split that a shard's path speaks of: ``train/0.tar``, ``val-00001-of-00002.tar``.
+
+    A folder goes before the name, and of several words in a name the first is taken if the name
+    begins with it; else they must agree. Returns "" for none.
+    """
+    *folders, stem = PurePosixPath(name).with_suffix("").parts
+    for folder in folders:
+        if split := SPLIT_OF_FOLDER.get(folder.casefold()):
+            return split
+    words = [(m.start(), SPLIT_OF_FOLDER[m[1].casefold()]) for m in _SPLIT_WORD.finditer(stem)]
+    if words and words[0][0] == 0:
+        return words[0][1]
+    splits = {split for _, split in words}
+    return splits.pop() if len(splits) == 1 else ""
+
+
+def describe_kinds(names: Iterable[str]) -> str:
+    """Return how many tars and Parquet files there are: ``2 tar files and 1 Parquet file``."""
+    kinds = Counter(kind_of(name) for name in names)
+    return " and ".join(count(kinds[kind], f"{KIND_NAMES[kind]} file") for kind in sorted(kinds))
+
+
+def list_shards(
+    root: Path, listing: Listing, ignored: Ignored
+) -> tuple[list[Shard], list[str]]:  # fmt: skip
+    """Return the shards of a folder, sorted by name, and those that are left out unread.
+
+    Parquet files beside tars of the same name, as img2dataset writes them, are no shards.
+
+    Args:
+        root: The folder.
+        listing: Whose globs leave out shards too.
+        ignored: What is not used, the shards among it; updated.
+
+    Raises:
+        DataError: If one cannot be read, or there are tars and other Parquet files.
+    """
+    patterns = [compile_glob(glob) for glob in listing.exclude]
+    left_out: list[str] = []
+    names: list[str] = []
+    for name in sorted(ignored.shards):
+        is_left_out = any(pattern.fullmatch(name) for pattern in patterns)
+        (left_out if is_left_out else names).append(name)
+    if any(kind_of(name) == "tar" for name in names):
+        stems = {name.rpartition(".")[0] for name in names if kind_of(name) == "tar"}
+        if any(name.rpartition(".")[0] not in stems for name in names):
+            raise DataError(
+                "data", expected="tar files or Parquet files", found=describe_kinds(names),
+                where=root, hint="Name a folder of one kind, or leave some out with --exclude",
+            )  # fmt: skip
+        names = [name for name in names if kind_of(name) == "tar"]
+    ignored.take_back([*left_out, *names])
+    ignored.update("--exclude" for _ in left_out)
+    return [Shard(n, open_shard(root / n), split_of_name(n)) for n in names], left_out
+
+
+def drop_used_globs(listing: Listing, left_out: Sequence[str], names: Sequence[str]) -> Listing:
+    """Return a listing without the globs that left out shards and match no image besides.
+
+    Those would be said to match nothing.
+    """
+
+    def is_used_up(glob: str) -> bool:
+        pattern = compile_glob(glob)
+        return any(map(pattern.fullmatch, left_out)) and not any(map(pattern.fullmatch, names))
+
+    if not left_out:
+        return listing
+    return replace(listing, exclude=tuple(g for g in listing.exclude if not is_used_up(g)))
+
+
+def open_shard(path: Path) -> LocalFile:
+    """Return a file that holds images.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        return LocalFile.of(path)
+    except OSError as error:
+        raise DataError(
+            "data", expected="a readable file", found=error.strerror or error, where=path,
+            hint=reading_hint(error, ""),
+        ) from error  # fmt: skip
+
+
+def agree_on_splits(splits: Sequence[str], names: Sequence[str], where: Path) -> list[str]:
+    """Return the split of each of some images, ``all`` where nothing speaks of one.
+
+    Args:
+        splits: Of each image, "" where none is known.
+        names: Of each image, for messages.
+        where: Only for messages.
+
+    Raises:
+        DataError: If some have a split and others have none, or a split has another name.
+    """
+    present = set(splits)
+    if unknown := sorted(present - {*SPLITS, ""}):
+        found = ", ".join(map(repr, unknown[:3]))
+        raise DataError("splits", expected="train, valid or test", found=found, where=where)
+    if present <= {""}:
+        return ["all"] * len(splits)
+    if "" in present:
+        named = next(name for name, split in zip(names, splits, strict=True) if split)
+        bare = next(name for name, split in zip(names, splits, strict=True) if not split)
+        raise DataError(
+            "splits", expected="a split for every image, or for none",
+            found=f"one for {printable(named)}, none for {printable(bare)}", where=where,
+            hint="Put the files into folders train, valid and test, or leave some out with "
+            "--exclude",
+        )  # fmt: skip
+    return list(splits)

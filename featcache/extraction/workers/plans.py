@@ -1,0 +1,463 @@
+"""An extraction in parts: the plan that all parts share, and who is at work on which.
+
+Parts run on hosts that may have no lock in common, so nothing here depends on one: the plan is
+published once, by whoever comes first, and who works says so by a file that is made with O_EXCL and
+written to every few seconds. Clocks are not compared: a file that does not change while one looks
+at it for a minute is of a process that is dead.
+
+Reads and writes: ``CACHE.partial/{plan.json, part.I.json, alive.I}``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from featcache.cache.provenance import read_workers
+from featcache.data.dataset import Sample
+from featcache.errors import CacheError, ConfigError
+from featcache.extraction.shards import (
+    PLAN_NAME,
+    EngineFacts,
+    Manifest,
+    PartialCache,
+    ProbeFacts,
+    open_manifest,
+    part_manifest,
+)
+from featcache.files import canonical_json, json_sha256, make_folder, read_regular, write_temporary
+from featcache.formatting import count
+from featcache.runtime import Say
+from featcache.untrusted import parse_json_object
+
+BEAT_SECONDS = 5.0
+"""Between two signs of life."""
+STALE_SECONDS = 60.0
+"""Without one, a process is taken for dead."""
+_MOST_PARTS = 999  # each has a million numbers of shards, which have nine digits
+_MAX_PLAN_BYTES = 1 << 28
+_FORMAT = "featcache-plan"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of an extraction: ``2/4``.
+
+    Attributes:
+        number: From 1.
+        num_parts: Of how many.
+    """
+
+    number: int
+    num_parts: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read ``I/N``.
+
+        Raises:
+            ConfigError: If it is no such text, or there is no such part.
+        """
+        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        number, num_parts = map(int, found.groups()) if found else (0, 0)
+        if not 1 <= number <= num_parts <= _MOST_PARTS:
+            raise ConfigError(
+                "--part", expected=f"I/N: 1/N to N/N, N at most {_MOST_PARTS}", found=text,
+                hint="Parts are counted from 1: --part 1/4, --part 2/4, --part 3/4, --part 4/4",
+            )  # fmt: skip
+        return cls(number, num_parts)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.num_parts}"
+
+    def of(self, positions: Sequence[int]) -> Sequence[int]:
+        """Return this part of all positions: neighbours, which are neighbours in their files."""
+        ends = [len(positions) * n // self.num_parts for n in (self.number - 1, self.number)]
+        return positions[ends[0] : ends[1]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all parts of an extraction have in common.
+
+    Attributes:
+        fingerprint: Of the recipe.
+        num_parts: N.
+        samples_sha256: Of the images: their paths, sizes and times.
+        positions: Of the images to be run, sorted.
+        engine: What runs the network in all parts.
+        probes: What it is checked on.
+    """
+
+    fingerprint: str
+    num_parts: int
+    samples_sha256: str
+    positions: tuple[int, ...]
+    engine: EngineFacts
+    probes: ProbeFacts
+
+
+def samples_sha256(samples: Sequence[Sample]) -> str:
+    """Return a sha256 that tells images of other names, sizes, times, splits or classes apart."""
+    digest = hashlib.sha256()
+    for s in samples:
+        facts = [s.path, s.image_bytes, s.mtime_ns, s.split, s.target]
+        digest.update(canonical_json(facts).encode())
+    return digest.hexdigest()
+
+
+def publish_plan(folder: Path, plan: Plan) -> bool:
+    """Write the plan unless there is one; return whether it is this one that counts now.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    ranges = list[list[int]]()  # of positions, which are mostly all: [start, end)
+    for position in plan.positions:
+        if ranges and ranges[-1][1] == position:
+            ranges[-1][1] += 1
+        else:
+            ranges.append([position, position + 1])
+    facts: dict[str, Any] = {
+        "format": _FORMAT, "format_version": _FORMAT_VERSION, "fingerprint": plan.fingerprint,
+        "num_parts": plan.num_parts, "samples_sha256": plan.samples_sha256, "positions": ranges,
+        "engine": asdict(plan.engine), "probes": asdict(plan.probes),
+    }  # fmt: skip
+    signed = facts | {"sha256": json_sha256(facts, without="sha256")}
+    return _publish_once(folder / PLAN_NAME, canonical_json(signed).encode())
+
+
+def _publish_once(path: Path, data: bytes) -> bool:
+    """Write a file whole under its name, unless something has that name."""
+    temporary = write_temporary(path, data)
+    try:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # no hard links: readers try again while the file is not whole
+            try:
+                with path.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except FileExistsError:
+                return False
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_plan(folder: Path, *, patience: float = 5.0) -> Plan | None:
+    """Read the plan of an extraction in parts; None if there is none.
+
+    Args:
+        folder: ``CACHE.partial``.
+        patience: So many seconds it may take until the one that another process writes is whole.
+
+    Raises:
+        CacheError: If it cannot be read.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return _parse_plan(read_regular(folder / PLAN_NAME, max_bytes=_MAX_PLAN_BYTES))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if time.monotonic() > deadline:
+                raise CacheError(
+                    "unfinished extraction in parts", expected="a readable plan",
+                    found=getattr(error, "strerror", None) or error, where=folder / PLAN_NAME,
+                    hint="Start afresh with --rebuild",
+                ) from error  # fmt: skip
+        time.sleep(0.1)
+
+
+def _parse_plan(data: bytes) -> Plan:
+    facts = parse_json_object(data)
+    if facts.get("sha256") != json_sha256(facts, without="sha256"):
+        raise ValueError("one whose sha256 is another")
+    if (facts.get("format"), facts.get("format_version")) != (_FORMAT, _FORMAT_VERSION):
+        raise ValueError(f"format version {facts.get('format_version')!r:.20}")
+    engine, probes = EngineFacts(**facts["engine"]), ProbeFacts.from_json(facts["probes"])
+    num_parts = facts["num_parts"]
+    if not engine.is_possible or probes is None:
+        raise ValueError(f"an engine of {facts['engine']!r:.80}")
+    if type(num_parts) is not int or not 1 <= num_parts <= _MOST_PARTS:
+        raise ValueError(f"{num_parts!r:.20} parts")
+    positions, end = list[int](), 0
+    for first, last in facts["positions"]:
+        if type(first) is not int or type(last) is not int or not end <= first < last < 1 << 40:
+            raise ValueError(f"positions of {first!r:.20}")
+        positions += range(first, last)
+        end = last
+    return Plan(
+        str(facts["fingerprint"]), num_parts, str(facts["samples_sha256"]), tuple(positions),
+        engine, probes,
+    )  # fmt: skip
+
+
+def read_parts(folder: Path, plan: Plan) -> dict[int, Manifest]:
+    """Return the manifests of the parts that were begun, by number.
+
+    Raises:
+        CacheError: If one cannot be read, or is of another recipe.
+    """
+    found = {}
+    for number in range(1, plan.num_parts + 1):
+        file = folder / part_manifest(number)
+        if not file.exists():
+            continue
+        manifest = open_manifest(file)
+        if manifest.fingerprint != plan.fingerprint or manifest.engine != plan.engine:
+            raise CacheError(
+                f"part {number}/{plan.num_parts}", expected="what the plan has", where=file,
+                found="another recipe or engine", hint="Remove this file: the part is made again",
+            )  # fmt: skip
+        found[number] = manifest
+    return found
+
+
+def failures_of(manifest: Manifest) -> Mapping[str, tuple[int, int, str]]:
+    """Return the images that failed in a part: path -> size, time, reason."""
+    listed = manifest.facts_of_part.get("failures")
+    kinds = (str, int, int, str)
+    return {
+        line[0]: (line[1], line[2], line[3])
+        for line in (listed if isinstance(listed, list) else [])
+        if isinstance(line, list) and tuple(map(type, line)) == kinds
+    }
+
+
+# ------------------------------------------------------------------------------------- who is alive
+
+
+def _own_sign() -> str:
+    """Return a line that names this process, and no other one of this or any host."""
+    space = ""
+    with contextlib.suppress(OSError):
+        space = Path("/proc/self/ns/pid").readlink().as_posix()
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"process {os.getpid()} on {socket.gethostname()} since {since} {space}"
+
+
+def _is_known_dead(sign: str) -> bool:
+    """Return whether a sign is of a process of this machine that is no more."""
+    mine, found = _own_sign().split(" "), sign.split(" ")
+    is_here = len(mine) == len(found) and (mine[3], mine[-1]) == (found[3], found[-1])
+    if sys.platform != "linux" or not is_here or not mine[-1]:
+        return False
+    return found[1].isdecimal() and not Path("/proc", found[1]).exists()
+
+
+def _read_sign(path: Path) -> tuple[str, ...] | None:
+    """Return what a sign of life says, token and number of beats included; None without one."""
+    try:
+        # opened anew: what a network file system has cached is asked for again
+        return tuple(path.read_text("utf-8", errors="replace").splitlines())
+    except FileNotFoundError:
+        return None
+
+
+def _name_of(lines: tuple[str, ...]) -> str:
+    return " ".join(lines[0].split(" ")[:-1]) if lines else "a process that has just begun"
+
+
+def refuse_alive(paths: Mapping[Path, str], say: Say) -> dict[Path, tuple[str, ...]]:
+    """Wait until all signs of life are gone or known to be of dead processes.
+
+    Args:
+        paths: File -> what its process is at, for messages.
+        say: Called once if that cannot be told at once.
+
+    Returns:
+        The signs of the dead.
+
+    Raises:
+        CacheError: If one changes: its process is at work.
+    """
+    dead = {path: lines for path in paths if (lines := _read_sign(path)) is not None}
+    seen = {p: lines for p, lines in dead.items() if not (lines and _is_known_dead(lines[0]))}
+    if not seen:
+        return dead
+    named = "; ".join(f"{paths[path]} by {_name_of(lines)}" for path, lines in seen.items())
+    say(f"Waiting for a sign of life, {STALE_SECONDS:.0f} s at most: {named}.")
+    deadline = time.monotonic() + STALE_SECONDS
+    while seen and time.monotonic() < deadline:
+        time.sleep(min(1.0, STALE_SECONDS / 10))
+        for path, before in list(seen.items()):
+            now = _read_sign(path)
+            if now is None:
+                del seen[path], dead[path]
+            elif now != before:
+                raise CacheError(
+                    paths[path], expected="no other process at it",
+                    found=f"one at work: {_name_of(now)}", where=path,
+                    hint="Wait for it, or stop it",
+                )  # fmt: skip
+    return dead
+
+
+@contextlib.contextmanager
+def alive(path: Path, what: str, say: Say) -> Iterator[Callable[[], None]]:
+    """Say by a file that this process is at work; yield a function that refuses where it is not.
+
+    Args:
+        path: The file. It is removed at the end.
+        what: What the process is at, for messages.
+        say: Called if it takes a while to tell whether another process is at it.
+
+    Raises:
+        CacheError: If another process is at it. The function raises it where another process has
+            taken this one for dead: it was stopped for longer than a minute, say.
+    """
+    token, sign = secrets.token_hex(8), _own_sign()
+    make_folder(path.parent)
+    while True:
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(f"{sign}\n{token}\n0\n")
+            break
+        except FileExistsError:
+            if (dead := refuse_alive({path: what}, say).get(path)) is not None:
+                _bury(path, dead)
+    is_over, is_lost = threading.Event(), threading.Event()
+
+    def is_mine() -> bool:
+        lines = _read_sign(path)
+        return lines is not None and token in lines
+
+    def beat() -> None:
+        number = 0
+        while not is_over.wait(BEAT_SECONDS):
+            number += 1
+            with contextlib.suppress(OSError):  # of the network: it may pass
+                if not is_mine():
+                    is_lost.set()
+                    return
+                with path.open("r+", encoding="utf-8") as file:
+                    file.write(f"{sign}\n{token}\n{number}\n")
+
+    def check() -> None:
+        if is_lost.is_set():
+            raise CacheError(
+                what, expected=f"the sign of life of this process, {path.name}", where=path,
+                found="none, or that of another process, which took this one for dead",
+                hint="That one goes on; nothing is lost",
+            )  # fmt: skip
+
+    thread = threading.Thread(target=beat, name="featcache-alive", daemon=True)
+    thread.start()
+    try:
+        yield check
+    finally:
+        is_over.set()
+        thread.join(BEAT_SECONDS)
+        with contextlib.suppress(OSError):
+            if is_mine():
+                path.unlink()
+
+
+def _bury(path: Path, seen: tuple[str, ...]) -> None:
+    """Remove the sign of a dead process; another process may be doing the same."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        if _read_sign(aside) != seen:  # a living one's, which was made in between
+            with contextlib.suppress(OSError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def sign_of(folder: Path, number: int) -> Path:
+    """Return the sign of life of a part; of the plain command that merges them, number 0."""
+    return folder / f"alive.{number}"
+
+
+@contextlib.contextmanager
+def merging_held(partial: PartialCache, name: str, plan: Plan, say: Say) -> Iterator[None]:
+    """Let nobody else merge the parts of a cache or make one; no lock is needed.
+
+    Args:
+        partial: The cache in the making.
+        name: Of the cache.
+        plan: Of its parts.
+        say: Called if it takes a while to tell whether a part is being made.
+
+    Raises:
+        CacheError: If another process does.
+    """
+    folder = partial.folder
+    with alive(sign_of(folder, 0), f"cache {name}", say) as check:
+        numbers = range(1, plan.num_parts + 1)
+        refuse_alive(
+            {sign_of(folder, n): f"part {n}/{plan.num_parts} of {name}" for n in numbers}, say
+        )
+        partial.guard = check
+        yield
+
+
+def merge_parts(
+    partial: PartialCache, fingerprint: str, name: str, say: Say
+) -> tuple[Manifest, ...]:
+    """Take over what parts have made of a cache; say what is missing, which is done next.
+
+    Args:
+        partial: The cache in the making, opened.
+        fingerprint: Of its recipe.
+        name: Of the cache.
+        say: Called with lines about the parts.
+
+    Returns:
+        The manifests of the parts that were begun.
+
+    Raises:
+        CacheError: If the parts are of another recipe.
+    """
+    folder = partial.folder
+    plan = read_plan(folder)
+    if plan is None:
+        return ()
+    if plan.fingerprint != fingerprint:
+        raise CacheError(
+            "unfinished extraction in parts", where=folder,
+            expected=f"fingerprint {fingerprint[:16]}...",
+            found=f"{plan.fingerprint[:16]}..., made with other settings",
+            hint="Repeat the command it was begun with, or discard it with --rebuild",
+        )  # fmt: skip
+    parts = read_parts(folder, plan)
+    partial.is_in_parts = True
+    if partial.engine is None:
+        partial.engine, partial.probes = plan.engine, plan.probes
+        partial.provenance = _join_provenance([*parts.values()])
+    rows = [partial.take_over(manifest) for manifest in parts.values()]
+    say(f"Parts of {name}: {len(parts)} of {plan.num_parts}, {count(sum(rows), 'image')}.")
+    for number in range(1, plan.num_parts + 1):
+        if number not in parts:
+            say(f"Part {number}/{plan.num_parts} was never begun: it is done here.")
+        elif not parts[number].facts_of_part.get("is_done"):
+            say(f"Part {number}/{plan.num_parts} is not finished: the rest of it is done here.")
+    return tuple(parts.values())
+
+
+def _join_provenance(parts: Sequence[Manifest]) -> dict[str, Any]:
+    """Return the provenance of the first part, with the receipts and devices of all."""
+    if not parts:
+        return {}
+    workers = [line for part in parts for line in read_workers(part.provenance)]
+    devices = {str(part.provenance.get("device")) for part in parts}
+    joined = parts[0].provenance | {"device": ", ".join(sorted(devices))}
+    return joined | ({"workers": workers} if workers else {})
