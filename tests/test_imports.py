@@ -115,11 +115,11 @@ def test_only_the_command_line_prints(module: str) -> None:
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     # verbose=True: scikit-learn's estimators print
     assert calls.count("print") == (module == "heads/estimator.py")
-    # Isolation and local workers answer as child processes; outputs flushes it before --csv
+    # Isolation and others answer as child processes; outputs flushes it before --csv
     # /dev/stdout; predict_script is a command line of its own, copied out of the package.
     if module not in {
         "cli/main.py", "cli/ending.py", "cache/hdf5.py", "pixels/isolation.py", "outputs.py",
-        "cache/converting/reading.py", "extraction/workers/local.py",
+        "cache/converting/reading.py", "data/parquet_index.py", "extraction/workers/local.py",
         "deployment/exporting/predict_script.py",
     }:  # fmt: skip
         assert "sys.stdout" not in ast.unparse(tree)

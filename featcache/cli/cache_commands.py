@@ -216,7 +216,8 @@ def extract(
 
     DATA holds split folders of class folders, or class folders, or images; or it is a CSV
     (path,target,split,group), a zip, a tar, a Parquet file with images, or a folder of tars or of
-    Parquet files. Run again, it goes on where it stopped, or updates.
+    Parquet files, or a glob of these in quotes ('shards/*.tar'). Run again, it goes on where it
+    stopped, or updates.
 
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0

@@ -9,10 +9,11 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from featcache.data.remote import RemoteFile
 from featcache.untrusted import open_regular
 
 ReadAt = Callable[[int, int], bytes]
@@ -40,10 +41,14 @@ class LocalFile:
         return {"path": os.fspath(self.path.absolute()), "num_bytes": self.num_bytes,
                 "mtime_ns": self.mtime_ns}  # fmt: skip
 
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> LocalFile:
-        """Return what ``as_json`` made."""
-        return cls(Path(stored["path"]), stored["num_bytes"], stored["mtime_ns"])
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return str(self.path)
+
+    def absolute(self) -> LocalFile:
+        """Return it for processes that have another current folder."""
+        return replace(self, path=self.path.absolute())
 
     @classmethod
     def of(cls, path: Path) -> LocalFile:
@@ -64,7 +69,7 @@ class LocalFile:
             OSError: If it cannot be read.
             ValueError: If it has another size or time than when it was listed.
         """
-        with io.BufferedReader(open_regular(self.path)) as file:
+        with open_regular(self.path) as opened, io.BufferedReader(opened) as file:
             status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != (self.num_bytes, self.mtime_ns):
                 raise ValueError(_CHANGED)
@@ -77,17 +82,25 @@ class LocalFile:
             OSError: If it cannot be read.
             ValueError: If it has changed since it was listed, or ends before.
         """
-        with open_regular(self.path) as file:
-            status = os.fstat(file.fileno())
-            if (status.st_size, status.st_mtime_ns) != (self.num_bytes, self.mtime_ns):
-                raise ValueError(_CHANGED)
+        with self.open() as file:
             data = read_at(file, offset, num_bytes)
         if len(data) != num_bytes:
             raise ValueError(_CHANGED)
         return data
 
 
-def read_at(file: io.FileIO, offset: int, num_bytes: int) -> bytes:
+Blob = LocalFile | RemoteFile
+"""A file that holds images, here or in a store."""
+
+
+def blob_from_json(stored: Mapping[str, Any]) -> Blob:
+    """Return what ``as_json`` made."""
+    if "url" in stored:
+        return RemoteFile(stored["url"], stored["num_bytes"], stored["tag"])
+    return LocalFile(Path(stored["path"]), stored["num_bytes"], stored["mtime_ns"])
+
+
+def read_at(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
     """Return a stretch of an open file, fewer bytes only at its end."""
     file.seek(offset)
     data = file.read(num_bytes)

@@ -11,6 +11,7 @@ folders and linked class folders, with a warning. Masks among the images are a q
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ from featcache.data.groups import GroupPattern
 from featcache.data.listing import Listing
 from featcache.data.manifests import scan_csv
 from featcache.data.parquet import scan_parquet
+from featcache.data.remote import RemoteStore, list_all, list_files
 from featcache.data.samples import (
     MAX_IMAGE_BYTES,
     UNLABELLED,
@@ -52,9 +54,10 @@ from featcache.data.shards import (
     open_shard,
     split_of_name,
 )
+from featcache.data.sources import Data, check_data, find_sources, is_one_path, urls_of
 from featcache.data.tars import scan_tars
 from featcache.errors import ConfigError, DataError, printable, warn_user
-from featcache.files import local_path
+from featcache.formatting import count
 from featcache.untrusted import why_no_file
 
 __all__ = [
@@ -66,7 +69,7 @@ _COLUMNS_OF = {"tar": {"columns"}, "parquet": {"columns", "ignore_columns"}}
 
 
 def scan(
-    data: str | Path,
+    data: Data,
     *,
     group_by: str | None = None,
     group_by_path: str | None = None,
@@ -90,7 +93,8 @@ def scan(
             ``all``); a folder of images; a ``.csv`` with the columns path and optionally target,
             split, group; a ``.zip`` of such folders (one top folder is skipped); a ``.tar`` of such
             folders or of WebDataset's samples, a Parquet file with the bytes of images, or a folder
-            of either.
+            of either; a glob of these files (``shards/*.tar``), or a list of files, folders and
+            globs of them.
         group_by: Regular expression searched in every file name; its first group is the sample's
             group. A name without a match is a group of its own. Overrides a CSV's group column. If
             it matches no name at all, it is searched in the folders below the class; if it matches
@@ -133,8 +137,8 @@ def scan(
         target_separator=target_separator, uncertain=uncertain, blank=blank, split_list=split_list,
     )  # fmt: skip
     listing.check_labels_named()
-    root = local_path(data, "data")
-    dataset = _scan_by_kind(root, listing)
+    dataset = _scan_by_kind(check_data(data), listing)
+    root = dataset.root
     given = {"columns", "ignore_columns", "target_columns", "target_separator", "split_list"}
     given = given & {*listing.as_json()} - _COLUMNS_OF.get(dataset.layout, set())
     if given and dataset.layout != "csv":
@@ -167,7 +171,14 @@ def scan(
     return replace(dataset, samples=samples, grouped=of_class)
 
 
-def _scan_by_kind(root: Path, listing: Listing) -> ImageDataset:
+def _scan_by_kind(data: Data, listing: Listing) -> ImageDataset:
+    if urls := urls_of(data):
+        return _scan_urls(urls, listing)
+    if not is_one_path(data):
+        root, names = find_sources(data)
+        return _scan_shards(root, names, listing, Ignored())
+    assert isinstance(data, Path)
+    root = data
     if root.is_dir():
         return _scan_folder(root, listing)
     ending = root.suffix.lower() if root.is_file() else ""
@@ -177,7 +188,7 @@ def _scan_by_kind(root: Path, listing: Listing) -> ImageDataset:
         return _scan_zip(root, listing)
     if ending in SHARD_ENDINGS:
         alone = Shard(root.name, open_shard(root), split_of_name(root.name), is_alone=True)
-        return _scan_shards(root, [alone], listing, Ignored())
+        return _scan_opened(root, [alone], listing, Ignored())
     raise DataError(
         "data", expected="a folder, or a .csv, .zip, .tar or .parquet file", where=root,
         found=why_no_file(root, "nothing there") or "another kind of file",
@@ -281,16 +292,59 @@ def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
         named = describe_kinds(ignored.shards)
         warn_user(f"images of {printable(root)} are used, {named} beside them are not")
         return arrange(root, images, folders, ignored, listing)
-    shards, left_out = list_shards(root, listing, ignored)
-    if not shards:
-        return arrange(root, images, folders, ignored, listing)
-    return _scan_shards(root, shards, listing, ignored, left_out)
+    names, ignored.shards = ignored.shards, []
+    ignored.take_back(names)
+    return _scan_shards(root, names, listing, ignored)
+
+
+def _scan_urls(urls: Sequence[str], listing: Listing) -> ImageDataset:
+    """Return the images of a store: files of their own, or in tars or Parquet files."""
+    start = time.perf_counter()
+    if len(urls) == 1 and kind_of(urls[0]) and "*" not in urls[0]:
+        (file,) = list_files(urls[0]).values()
+        name = urls[0].rpartition("/")[2]
+        alone = Shard(name, file, split_of_name(name), is_alone=True)
+        return _scan_opened(Path(urls[0]), [alone], listing, Ignored())
+    top, files = list_all(urls)
+    listed = f"listed {count(len(files), 'object')} in {time.perf_counter() - start:.1f} s"
+    ignored, folders = Ignored(), set[str]()
+    images = []
+    for path, file in files.items():
+        *above, name = path.split("/")
+        if any(map(is_hidden, [*above, name])):
+            ignored["hidden"] += 1
+            continue
+        folders.update("/".join(above[:n]) for n in range(1, len(above) + 1))
+        if has_image_ending(name):
+            images.append(ImageFile(path, file.num_bytes, file.mtime_ns))
+        else:
+            ignored.add(OTHER_ENDING, path)
+    root = Path(top)
+    if images or not ignored.shards:
+        dataset = arrange(root, images, folders, ignored, listing)
+        tags = {image.path: (image.image_bytes, files[image.path].tag) for image in images}
+        return replace(dataset, notes=(listed,), _store=RemoteStore(top, tags))
+    names, ignored.shards = ignored.shards, []
+    ignored.take_back(names)
+    shards, left_out = list_shards(root, names, listing, ignored, files)
+    dataset = _scan_opened(root, shards, listing, ignored, left_out)
+    return replace(dataset, notes=(listed, *dataset.notes))
 
 
 def _scan_shards(
+    root: Path, names: Sequence[str], listing: Listing, ignored: Ignored
+) -> ImageDataset:
+    """Return the images of tars or Parquet files, given by their paths below a folder."""
+    shards, left_out = list_shards(root, names, listing, ignored)
+    return _scan_opened(root, shards, listing, ignored, left_out)
+
+
+def _scan_opened(
     root: Path, shards: Sequence[Shard], listing: Listing, ignored: Ignored,
     left_out: Sequence[str] = (),
 ) -> ImageDataset:  # fmt: skip
+    if not shards:
+        return ImageDataset(root, "images", (), (), dict(ignored))
     scan_kind = scan_tars if kind_of(shards[0].name) == "tar" else scan_parquet
     return scan_kind(root, shards, listing, ignored, left_out)
 

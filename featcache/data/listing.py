@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -189,18 +189,21 @@ class Listing:
             stored = replace(stored, target_columns=(), uncertain=None, no_classes=False)
         return Listing.of(**(stored.as_json() | self.as_json()))
 
-    def for_data(self, data: str | Path) -> Listing:
-        """Return these options without those that ``data`` has no use for.
+    def for_endings(self, endings: Collection[str]) -> Listing:
+        """Return these options without those that the data has no use for.
 
         A CSV has use for all, tars and Parquet files for ``columns`` and ``ignore_columns``.
+
+        Args:
+            endings: Of the data: see ``sources.endings_of``.
         """
-        if Path(data).suffix.lower() == ".csv":
+        if ".csv" in endings:
             return self
         left = replace(
             self, target_columns=(), target_separator=None, uncertain=None, blank=None,
             split_list=(),
         )  # fmt: skip
-        if not (self.columns or self.ignore_columns) or _may_have_columns(Path(data)):
+        if not _WITH_COLUMNS.isdisjoint(endings):
             return left
         return replace(left, columns=(), ignore_columns=())
 
@@ -223,15 +226,6 @@ class Listing:
 
 
 _WITH_COLUMNS = {".tar", ".parquet", ".pq"}
-
-
-def _may_have_columns(data: Path) -> bool:
-    """Return whether it is a tar or a Parquet file, or a folder with some."""
-    if not data.is_dir():
-        return data.suffix.lower() in _WITH_COLUMNS
-    walked = data.rglob("*")
-    names = (path.suffix.lower() for path in walked if not path.name.startswith("."))
-    return any(ending in _WITH_COLUMNS for ending in names)
 
 
 def _as_tuple(texts: str | Iterable[str]) -> tuple[str, ...]:

@@ -159,7 +159,7 @@ def scan_parquet(
         if num_rows and places.size.max() > MAX_IMAGE_BYTES:
             raise DataError(
                 "image", expected=f"at most {MAX_IMAGE_BYTES:,} bytes",
-                found=f"{places.size.max():,}", where=shard.file.path,
+                found=f"{places.size.max():,}", where=shard.file.place,
             )  # fmt: skip
         names += [shard.prefix + name for name in _name_rows(rows)]
         labels += rows.targets or [""] * num_rows

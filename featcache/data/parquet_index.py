@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from featcache.data.blobs import LocalFile, ReadAt
+from featcache.data.blobs import Blob, ReadAt, blob_from_json
 from featcache.data.folders import SPLIT_OF_FOLDER
 from featcache.data.listing import Listing
 from featcache.data.parquet_pages import Chunk, Page, Places, Unpack, locate_values
@@ -356,7 +357,7 @@ def _answer(request: Mapping[str, Any]) -> tuple[dict[str, Any], list[npt.NDArra
     """Return the facts of a file and its arrays, or what is wrong with it."""
     import pyarrow as pa
 
-    file = LocalFile.from_json(request["file"])
+    file = blob_from_json(request["file"])
     whole = "a whole Parquet file"
     try:
         with file.open() as opened:
@@ -397,7 +398,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 # ------------------------------------------------------------------------------------- its parent
 
 
-def index_files(files: Sequence[LocalFile], listing: Listing) -> Iterator[ParquetRows]:
+def index_files(files: Sequence[Blob], listing: Listing) -> Iterator[ParquetRows]:
     """Yield the rows of each file.
 
     Raises:
@@ -411,6 +412,9 @@ def index_files(files: Sequence[LocalFile], listing: Listing) -> Iterator[Parque
         "columns": dict(listing.columns), "ignore_columns": list(listing.ignore_columns),
         "no_classes": listing.no_classes,
     }  # fmt: skip
+    if any(file.place.startswith("memory:") for file in files):  # of this process alone
+        yield from _index_here(files, options)
+        return
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -432,7 +436,7 @@ def index_files(files: Sequence[LocalFile], listing: Listing) -> Iterator[Parque
                     found = f"one that its library cannot read (exit {child.wait()})"
                     found += f": {lines[-1]:.160}" if lines else ""
                     raise DataError(
-                        "Parquet", expected="a whole Parquet file", found=found, where=file.path
+                        "Parquet", expected="a whole Parquet file", found=found, where=file.place
                     )
                 yield rows
         finally:
@@ -441,6 +445,17 @@ def index_files(files: Sequence[LocalFile], listing: Listing) -> Iterator[Parque
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.close()
             child.stdout.close()
+
+
+def _index_here(files: Sequence[Blob], options: Mapping[str, Any]) -> Iterator[ParquetRows]:
+    for file in files:
+        requests = io.BytesIO(json.dumps({"file": file.as_json(), **options}).encode())
+        answers = io.BytesIO()
+        _serve(requests, answers)
+        answers.seek(0)
+        rows = _receive(answers, file)
+        assert rows is not None
+        yield rows
 
 
 def require_pyarrow() -> None:
@@ -456,7 +471,7 @@ def require_pyarrow() -> None:
         )  # fmt: skip
 
 
-def _receive(stream: IO[bytes], file: LocalFile) -> ParquetRows | None:
+def _receive(stream: IO[bytes], file: Blob) -> ParquetRows | None:
     """Return what the child sends of a file; None if it sends nothing."""
     size = int.from_bytes(stream.read(8), "little")
     data = stream.read(size) if size else b""
@@ -466,7 +481,7 @@ def _receive(stream: IO[bytes], file: LocalFile) -> ParquetRows | None:
         facts = parse_json_object(data)
         if "error" in facts:
             what, expected, found, hint = map(str, facts["error"])
-            raise DataError(what, expected=expected, found=found, where=file.path, hint=hint)
+            raise DataError(what, expected=expected, found=found, where=file.place, hint=hint)
         number, num_pages = int(facts["num_rows"]), int(facts["num_pages"])
         if not 0 <= number <= _MAX_ROWS or not 0 <= num_pages <= file.num_bytes:
             raise ValueError("numbers out of range")
@@ -488,7 +503,7 @@ def _receive(stream: IO[bytes], file: LocalFile) -> ParquetRows | None:
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            "Parquet", expected="rows of images", found=str(error)[:100], where=file.path
+            "Parquet", expected="rows of images", found=str(error)[:100], where=file.place
         ) from error
 
 

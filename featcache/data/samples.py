@@ -16,6 +16,7 @@ from typing import Protocol
 from featcache.data import dicom_files
 from featcache.data.dicom_files import DicomFacts
 from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
+from featcache.data.remote import url_of
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
 from featcache.formatting import brief_repr
@@ -145,7 +146,10 @@ class ImageDataset:
         if self._store is not None:
             return None
         folder = self.root.parent if self.layout == "csv" else self.root
-        return folder / self.files.get(sample.path, sample.path)
+        return folder / self._stored_path(sample)
+
+    def _stored_path(self, sample: Sample) -> str:
+        return self.files.get(sample.path, sample.path)
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of one split.
@@ -224,15 +228,18 @@ class ImageDataset:
         """
         try:
             if self._store is not None:
-                return self._store.read(self.files.get(sample.path, sample.path))
+                return self._store.read(self._stored_path(sample))
             path = self.file_of(sample)
             assert path is not None  # without a store there are files
             return read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
+            root = url_of(self.root) or self.root
+            if self.files:  # whose names must not be said
+                reason = getattr(error, "strerror", None) or "another one"
             raise DataError(
                 "image file", expected="the file that was scanned", found=reason,
-                where=f"{self.root}: {sample.path}", hint="Scan again, the data has changed",
+                where=f"{root}: {sample.path}", hint="Scan again, the data has changed",
             ) from error  # fmt: skip
 
     def reading_order(self, positions: Iterable[int]) -> Sequence[int]:
@@ -244,18 +251,19 @@ class ImageDataset:
         store = self._store
         if store is None:
             return array("q", positions)
-        return sorted(positions, key=lambda position: store.place_of(self.samples[position].path))
+        return sorted(positions, key=lambda p: store.place_of(self._stored_path(self.samples[p])))
 
     def in_reading_order(self, samples: Iterable[Sample]) -> list[Sample]:
         """Return samples in that order."""
         store = self._store
         if store is None:
             return list(samples)
-        return sorted(samples, key=lambda sample: store.place_of(sample.path))
+        return sorted(samples, key=lambda sample: store.place_of(self._stored_path(sample)))
 
     def path_inside(self, sample: Sample) -> str:
         """Return a sample's path in the folders that were packed, without the name of a tar."""
-        return sample.path if self._store is None else self._store.path_inside(sample.path)
+        path = self._stored_path(sample)
+        return path if self._store is None else self._store.path_inside(path)
 
 
 def labels_text(classes: Iterable[str], targets: Iterable[float]) -> str:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from featcache.data.blobs import LocalFile
-from featcache.data.folders import SHARD_ENDINGS, SPLIT_OF_FOLDER, SPLITS, Ignored
+from featcache.data.blobs import Blob, LocalFile
+from featcache.data.folders import OTHER_ENDING, SHARD_ENDINGS, SPLIT_OF_FOLDER, SPLITS, Ignored
 from featcache.data.listing import Listing, compile_glob
 from featcache.errors import DataError, printable
 from featcache.formatting import count
@@ -37,13 +37,13 @@ class Shard:
     """
 
     name: str
-    file: LocalFile
+    file: Blob
     split: str
     is_alone: bool = False
 
     def absolute(self) -> Shard:
         """Return it for processes that have another current folder."""
-        return replace(self, file=replace(self.file, path=self.file.path.absolute()))
+        return replace(self, file=self.file.absolute())
 
     @property
     def prefix(self) -> str:
@@ -80,37 +80,43 @@ def describe_kinds(names: Iterable[str]) -> str:
 
 
 def list_shards(
-    root: Path, listing: Listing, ignored: Ignored
+    root: Path, names: Iterable[str], listing: Listing, ignored: Ignored,
+    files: Mapping[str, Blob] | None = None,
 ) -> tuple[list[Shard], list[str]]:  # fmt: skip
-    """Return the shards of a folder, sorted by name, and those that are left out unread.
+    """Return shards, sorted by name, and those that are left out unread.
 
     Parquet files beside tars of the same name, as img2dataset writes them, are no shards.
 
     Args:
-        root: The folder.
+        root: A folder.
+        names: Paths of the shards below it.
         listing: Whose globs leave out shards too.
-        ignored: What is not used, the shards among it; updated.
+        ignored: What is not used; updated.
+        files: Of each name the file, where it is none of the folder.
 
     Raises:
         DataError: If one cannot be read, or there are tars and other Parquet files.
     """
     patterns = [compile_glob(glob) for glob in listing.exclude]
     left_out: list[str] = []
-    names: list[str] = []
-    for name in sorted(ignored.shards):
+    taken: list[str] = []
+    for name in sorted(names):
         is_left_out = any(pattern.fullmatch(name) for pattern in patterns)
-        (left_out if is_left_out else names).append(name)
-    if any(kind_of(name) == "tar" for name in names):
-        stems = {name.rpartition(".")[0] for name in names if kind_of(name) == "tar"}
-        if any(name.rpartition(".")[0] not in stems for name in names):
+        (left_out if is_left_out else taken).append(name)
+    tars = [name for name in taken if kind_of(name) == "tar"]
+    if tars:
+        stems = {name.rpartition(".")[0] for name in tars}
+        if any(name.rpartition(".")[0] not in stems for name in taken):
             raise DataError(
-                "data", expected="tar files or Parquet files", found=describe_kinds(names),
+                "data", expected="tar files or Parquet files", found=describe_kinds(taken),
                 where=root, hint="Name a folder of one kind, or leave some out with --exclude",
             )  # fmt: skip
-        names = [name for name in names if kind_of(name) == "tar"]
-    ignored.take_back([*left_out, *names])
+        for name in {*taken} - {*tars}:
+            ignored.add(OTHER_ENDING, name)
+        taken = tars
     ignored.update("--exclude" for _ in left_out)
-    return [Shard(n, open_shard(root / n), split_of_name(n)) for n in names], left_out
+    blobs = files or {name: open_shard(root / name) for name in taken}
+    return [Shard(name, blobs[name], split_of_name(name)) for name in taken], left_out
 
 
 def drop_used_globs(listing: Listing, left_out: Sequence[str], names: Sequence[str]) -> Listing:

@@ -40,7 +40,7 @@ from featcache.data.samples import (
 from featcache.data.shards import Shard, agree_on_splits, drop_used_globs
 from featcache.data.tar import TarEntry, list_tar
 from featcache.errors import ConfigError, DataError, printable
-from featcache.untrusted import open_regular, parse_json_object, reading_hint
+from featcache.untrusted import parse_json_object, reading_hint
 
 _JSON_KEYS = ("cls", "label", "class")  # of a class, the first that any image has
 _MAX_LABEL_BYTES = 1 << 20
@@ -133,9 +133,9 @@ class _Scan:
     def _list(self, number: int) -> list[_Image]:
         """Return the images of one tar with their labels; count what is not used."""
         shard = self.shards[number]
-        where = str(shard.file.path)
+        where = shard.file.place
         try:
-            with open_regular(shard.file.path) as file:
+            with shard.file.open() as file:
                 read = partial(read_at, file)
                 entries = list(list_tar(read, shard.file.num_bytes, where))
                 images = _sort_out(entries, where, self.folders[number], self.ignored)
@@ -145,10 +145,11 @@ class _Scan:
                     self._read_labels(read, beside.get(_key(image.path), {}), wanted)
                     for image in images
                 ]
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            hint = reading_hint(error, "") if isinstance(error, OSError) else ""
             raise DataError(
-                "tar", expected="a readable file", found=error.strerror or error, where=where,
-                hint=reading_hint(error, ""),
+                "tar", expected="a readable file", where=where, hint=hint,
+                found=getattr(error, "strerror", None) or error,
             ) from error  # fmt: skip
         used = {_key(image.path) for image in images}
         for entry in entries:

@@ -316,6 +316,27 @@ def _extraction_info(folder: Path) -> UnfinishedInfo:
     return _unfinished(folder, "extract", kept, "discard it with --rebuild")
 
 
+def _parts_info(folder: Path) -> UnfinishedInfo:
+    from featcache.extraction.workers.plans import read_parts, read_plan
+
+    plan = read_plan(folder, patience=0)
+    if plan is None:  # merged just now
+        return _extraction_info(folder)
+    parts = read_parts(folder, plan)
+    receipts = [receipt for manifest in parts.values() for receipt in manifest.shards]
+    done = [str(n) for n, manifest in parts.items() if manifest.facts_of_part.get("is_done")]
+    kept = {
+        "num_images": sum(receipt.num_rows for receipt in receipts),
+        "num_shards": len(receipts),
+        "num_parts": plan.num_parts,
+        "parts_done": ", ".join(done) or "none",
+        "parts_begun": ", ".join(str(n) for n in parts if str(n) not in done) or "none",
+        **{name: asdict(plan.engine)[name] for name in ("engine", "precision", "batch_size")},
+        "device": plan.engine.device_type,
+    }
+    return _unfinished(folder, "extract", kept, "discard it with --rebuild")
+
+
 def _training_info(folder: Path) -> UnfinishedInfo:
     from featcache.heads.resuming import read_saved
 
@@ -349,6 +370,7 @@ def _journal_info(folder: Path) -> UnfinishedInfo:
 
 
 _UNFINISHED = {
+    "plan.json": _parts_info,
     "manifest.json": _extraction_info,
     "training.safetensors": _training_info,
     "journal.jsonl": _journal_info,

@@ -25,6 +25,7 @@ from featcache.cache.provenance import (
 )
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample, scan
+from featcache.data.sources import Data, listing_for, named
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
 from featcache.extraction.identifiers import as_listed
@@ -71,7 +72,7 @@ class Comparison:
 
 
 def compare(
-    cache: Cache, data: str | Path, *, samples: int | str, weights: str | Path | None,
+    cache: Cache, data: Data, *, samples: int | str, weights: str | Path | None,
     backbone: Backbone | str | None, device: str, max_pixels: int, say: Say,
     group_salt: str | Path | None = None,
 ) -> Comparison:  # fmt: skip
@@ -136,7 +137,7 @@ def compare(
 
 
 def find_images(
-    cache: Cache, data: str | Path, group_salt: str | Path | None = None
+    cache: Cache, data: Data, group_salt: str | Path | None = None
 ) -> tuple[ImageDataset, dict[_Key, Sample], dict[_Key, int]]:
     """List the images that a cache was made of, as ``extract`` listed them.
 
@@ -147,14 +148,14 @@ def find_images(
     Raises:
         CacheError: If ``data`` has none of the images, or the salt of hashed paths is not there.
     """
-    listing = listing_of(cache).for_data(data)
+    listing = listing_for(data, listing_of(cache))
     dataset = scan(data, **(listing.as_json() | {"companions": "ignore"}))
     dataset = as_listed(dataset, cache, group_salt)
     now = {(s.split, s.path): s for s in dataset.samples}
     rows = {(s, p): i for s, split in cache.splits.items() for i, p in enumerate(split.paths)}
     if rows and not rows.keys() & now.keys():
         raise CacheError(
-            "images of the cache", expected="those it was made of", where=data,
+            "images of the cache", expected="those it was made of", where=named(data),
             found=f"none of {len(rows):,} with the same name", hint="Check --data",
         )  # fmt: skip
     return dataset, now, rows

@@ -23,6 +23,7 @@ from featcache.cache.container import is_container
 from featcache.cache.provenance import listing_of
 from featcache.cache.reading import open_cache
 from featcache.data.dataset import ImageDataset, scan
+from featcache.data.sources import Data, check_data, folders_of, listing_for
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.engine_choice import check_threads, choose_engine
 from featcache.extraction.finish import finish
@@ -60,27 +61,27 @@ _Sizes = list[int] | tuple[int, ...]
 
 @overload
 def extract(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone, image_size: int | str = ...,
+    data: Data, cache: str | Path, *, backbone: str | Backbone, image_size: int | str = ...,
     **options: Unpack[ExtractKeywords],
 ) -> ExtractionSummary: ...  # fmt: skip
 
 
 @overload
 def extract(
-    data: str | Path, cache: str | Path, *, backbone: _Backbones,
+    data: Data, cache: str | Path, *, backbone: _Backbones,
     image_size: int | str | _Sizes = ..., **options: Unpack[ExtractKeywords],
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
 @overload
 def extract(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone, image_size: _Sizes,
+    data: Data, cache: str | Path, *, backbone: str | Backbone, image_size: _Sizes,
     **options: Unpack[ExtractKeywords],
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
 def extract(
-    data: str | Path,
+    data: Data,
     cache: str | Path,
     *,
     backbone: str | Backbone | _Backbones,
@@ -138,7 +139,7 @@ def extract(
 
     Args:
         data: Split folders of class folders, class folders, a folder of images, a CSV, a zip, a tar
-            or Parquet file, or a folder of these two.
+            or Parquet file, a folder or a glob (``shards/*.tar``) of these two, or a list of them.
         cache: The HDF5 file to make; of several backbones, a folder for a file of each, such as
             ``efficientnet-b0.h5`` and ``timm-resnet18.h5``, and of several sizes likewise, such as
             ``efficientnet-b0-224.h5`` and ``efficientnet-b0-448.h5``.
@@ -240,14 +241,12 @@ def extract(
 
 
 def _extract(
-    data: str | Path, targets: Sequence[Target], options: ExtractionOptions
+    data: Data, targets: Sequence[Target], options: ExtractionOptions
 ) -> list[ExtractionSummary]:
     """Make the cache of each target, all from one pass over the images."""
     start = time.perf_counter()
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
-    dataset, options = _scan(
-        local_path(data, "data"), [t.path for t in targets], options, writes=True
-    )
+    dataset, options = _scan(check_data(data), [t.path for t in targets], options, writes=True)
     if not all(
         target.path.exists() for target in targets
     ):  # beside the building of backbone and engine
@@ -309,14 +308,14 @@ def _make_caches(
 
 @overload
 def plan(
-    data: str | Path, cache: str | Path, *, backbone: str | Backbone | _Backbones,
+    data: Data, cache: str | Path, *, backbone: str | Backbone | _Backbones,
     image_size: _Sizes, price: float | None = ..., **options: Any,
 ) -> dict[str, Projection]: ...  # fmt: skip
 
 
 @overload
 def plan(
-    data: str | Path,
+    data: Data,
     cache: str | Path,
     *,
     backbone: str | Backbone,
@@ -327,7 +326,7 @@ def plan(
 
 @overload
 def plan(
-    data: str | Path,
+    data: Data,
     cache: str | Path,
     *,
     backbone: _Backbones,
@@ -337,7 +336,7 @@ def plan(
 
 
 def plan(
-    data: str | Path,
+    data: Data,
     cache: str | Path,
     *,
     backbone: str | Backbone | _Backbones,
@@ -370,14 +369,12 @@ def plan(
 
 
 def _plan(
-    data: str | Path, targets: Sequence[Target], options: ExtractionOptions, price: float | None
+    data: Data, targets: Sequence[Target], options: ExtractionOptions, price: float | None
 ) -> list[Projection]:
     if price is not None and not 0 <= price < math.inf:
         raise ConfigError("--price", expected="a number that is not negative", found=price)
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
-    dataset, options = _scan(
-        local_path(data, "data"), [t.path for t in targets], options, writes=False
-    )
+    dataset, options = _scan(check_data(data), [t.path for t in targets], options, writes=False)
     jobs = [_plan_job(dataset, target, options) for target in targets]
     device = resolve_device(resolve_devices(options.device, options.processes)[0]).torch()
     find_known(jobs, device)
@@ -388,11 +385,12 @@ def _plan(
 
 
 def _scan(
-    data: Path, caches: Sequence[Path], options: ExtractionOptions, *, writes: bool
+    data: Data, caches: Sequence[Path], options: ExtractionOptions, *, writes: bool
 ) -> tuple[ImageDataset, ExtractionOptions]:
     """Find the images; return the options with those that the caches that are there remember."""
     for path in caches:
-        _refuse_inside(path, data)
+        for folder in folders_of(data):
+            _refuse_inside(path, folder)
     if not options.rebuild:
         for path in caches:
             options = _remember(path, data, options)
@@ -406,12 +404,12 @@ def _scan(
     return settle_identifiers(dataset, caches, options, writes=writes), options
 
 
-def _remember(path: Path, data: Path, options: ExtractionOptions) -> ExtractionOptions:
+def _remember(path: Path, data: Data, options: ExtractionOptions) -> ExtractionOptions:
     """Return the options with those of the listing that a cache was made with."""
     if not path.is_file() or not is_container(path):
         return options
     try:
-        stored = listing_of(open_cache(path, verify=False)).for_data(data)
+        stored = listing_for(data, listing_of(open_cache(path, verify=False)))
     except CacheError:
         return options  # said by whoever opens it to go on with it
     listing = options.listing.over(stored)
@@ -448,7 +446,7 @@ def _choose_recipe(
 
 def _refuse_inside(path: Path, data: Path) -> None:
     """Refuse a cache among the images: its folder of shards would look like a class."""
-    if data.is_dir() and is_within(path, data):
+    if is_within(path, data):
         raise ConfigError(
             "CACHE", expected="a file outside the folder of images", found=path, where=data,
             hint="Name one beside it",

@@ -209,7 +209,7 @@ class PartialCache:
         self.provenance: dict[str, Any] = {}
         self.was_killed = False
         self.is_running = False
-        self._is_removed = False
+        self._is_removed = self._is_together = self._has_unlisted = False
         self.is_in_parts = False
 
     @property
@@ -409,11 +409,32 @@ class PartialCache:
         path = self.folder / receipt.file
         self._shards.append(receipt)
         self._next_number = max(self._next_number, 1 + _number(receipt.file))
+        self._has_unlisted = True
+        if not self._is_together:
+            self._list()
+        return partial(self._open, path, receipt.num_vectors)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """List all shards that are added in the block at its end, with one manifest.
+
+        Writing it takes an fsync, 18 ms here. A coordinator of 100 workers that hand in shards of
+        300 rows at once lists 143,000 rows a second, one by one 12,600 (benchmarks/scale.py).
+        """
+        self._is_together = True
+        try:
+            yield
+        finally:
+            self._is_together = False
+            if self._has_unlisted and self.engine is not None:
+                self._list()
+
+    def _list(self) -> None:
+        self._has_unlisted = False
         try:
             self._write_manifest(running=True)
         except OSError as error:
-            raise disk_error(error, path, path.stat().st_size) from error
-        return partial(self._open, path, receipt.num_vectors)
+            raise disk_error(error, self._manifest, 0) from error
 
     def _write_manifest(self, *, running: bool) -> None:
         assert self.engine is not None

@@ -20,6 +20,7 @@ from featcache.cache.integrity import METADATA, BadRow, Damage, find_damage, fin
 from featcache.cache.reading import Cache, is_content, open_cache, read_cache
 from featcache.cache.repair import find_bad_rows, write_without
 from featcache.cache.writing import CACHE, cache_lock, partial_folder
+from featcache.data.sources import Data
 from featcache.errors import CacheError, printable
 from featcache.extraction.shards import is_whole, read_manifest
 from featcache.files import (
@@ -90,7 +91,7 @@ class Verification:
 def verify(
     cache: str | Path,
     *,
-    data: str | Path | None = None,
+    data: Data | None = None,
     samples: int | str = 32,
     weights: str | Path | None = None,
     backbone: Backbone | str | None = None,
@@ -254,7 +255,7 @@ def _array_sha256(cache: Cache, name: str) -> str:
 # ----------------------------------------------------------------------------------------- repair
 
 
-def _repair(path: Path, data: str | Path | None, how: dict[str, Any], say: Say) -> Verification:
+def _repair(path: Path, data: Data | None, how: dict[str, Any], say: Say) -> Verification:
     """Write the cache again without its bad rows; publish it once it is known to be good."""
     path = follow_link(path)
     with _work_folder(path) as folder:

@@ -40,8 +40,7 @@ from featcache.errors import ConfigError, DataError, TransientError
 from featcache.pixels.dicom_display import WINDOWS, Display, failure, text, whole
 
 MISSING = f"a DICOM file, which needs pydicom: {INSTALL}"
-is_child_process = False
-"""Whether this process is a child that decodes: set by ``isolation``."""
+_is_child_process = False
 
 _ORDER = "modality, voi, inversion; floor(255 y + 0.5 + 2^-30)"
 _NEEDS_WINDOW = {"CT", "MR"}
@@ -160,6 +159,22 @@ class DicomPicture:
 
     pixels: _Grey
     is_deep: bool
+
+
+@contextlib.contextmanager
+def child_process() -> Iterator[None]:
+    """Tell ``is_child_process`` that this process is a child that decodes."""
+    global _is_child_process  # noqa: PLW0603
+    _is_child_process = True
+    try:
+        yield
+    finally:
+        _is_child_process = False
+
+
+def is_child_process() -> bool:
+    """Return whether this process is a child that decodes, so that DICOM is decoded in it."""
+    return _is_child_process
 
 
 def read_dicom(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:

@@ -83,7 +83,7 @@ def decode_dicom(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPictur
         DataError: If the file is bad, or its decoder hung on it.
         TransientError: If the decoder's process died.
     """
-    if dicom.is_child_process:
+    if dicom.is_child_process():
         return read_dicom(data, rules, max_pixels)
     if not dicom_files.is_installed():
         raise failure(dicom.MISSING)
@@ -100,7 +100,6 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         "deep_maximum": deep_maximum, "deep_kind": deep_kind, "glance": glance,
         "read_dicom": read_dicom, "read_headers": read_headers, "hash_pixels": hash_pixels,
     }  # fmt: skip
-    dicom.is_child_process = True
     num_bytes = 0
     while True:
         try:
@@ -118,4 +117,5 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.stdin.buffer, sys.stdout.buffer)
+    with dicom.child_process():
+        _serve(sys.stdin.buffer, sys.stdout.buffer)

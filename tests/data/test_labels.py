@@ -179,7 +179,7 @@ def test_options_of_labels_survive_their_json_and_give_way(tmp_path: Path) -> No
     assert not Listing.of(columns={"target": "y"}).over(stored).has_labels
     back = Listing.of(target_columns=["A"]).over(other)
     assert (back.target_separator, dict(back.columns)) == (None, {})
-    assert Listing.of(target_columns="A").for_data("folder") == Listing()
+    assert Listing.of(target_columns="A").for_endings([""]) == Listing()
     for odd in ({"target_columns": "A"}, {"blank": 1}, {"split_list": {"all": "x"}}):
         with pytest.raises(ConfigError, match="listing options in the cache"):
             Listing.from_json(odd, tmp_path)

@@ -23,7 +23,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache
 from featcache.data.dataset import scan
 from featcache.data.splitting import split
-from featcache.errors import CacheError, DataError, FeatcacheWarning
+from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning
 from featcache.evaluation.auditing.audit import audit
 from featcache.extraction.extraction import extract, plan
 from featcache.extraction.verification import verify
@@ -188,3 +188,15 @@ def test_a_data_set_goes_to_other_processes(
         for one, other in zip(dataset.samples, sent.samples, strict=True):
             Image.open(io.BytesIO(sent.read(other))).load()
             assert dataset.read(one) == sent.read(other)
+
+
+def test_globs_and_lists_are_data_of_all_commands(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    folder, cache = write_webdataset(tree, tmp_path / "tars"), tmp_path / "c.h5"
+    extract(folder, cache, backbone=tiny_backbone)
+    for data in (f"{folder}/*.tar", sorted(folder.iterdir())):
+        assert extract(data, cache, backbone=tiny_backbone).status == "up to date"
+        assert verify(cache, data=data, backbone=tiny_backbone, samples=3).num_compared == 3
+    with pytest.raises(ConfigError, match="a file outside the folder of images"):
+        extract([folder], folder / "c.h5", backbone=tiny_backbone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import tiny_network
 from children_here import run_here
 from PIL import Image
 from sample_caches import TINY, rewrite
+from sample_containers import edit_block, entry_of
 from sample_images import write_image
 
 from featcache.backbones.backbone import Backbone
@@ -65,6 +67,15 @@ def test_a_row_that_is_not_true_is_named(cache: Cache, tree: Path) -> None:
     wrong = cache.splits["test"].paths[3]
     with pytest.raises(CacheError, match=f"^row 3 of test, {wrong}: .*error of 1.0e-03 .*--repair"):
         verify(cache.path, data=tree, samples="all", backbone=TINY)
+
+
+def test_an_hdf5_view_that_differs_from_the_table_is_found(cache: Cache) -> None:
+    def unlist(block: dict[str, Any]) -> None:  # h5py still finds it
+        block["arrays"].remove(entry_of(block, "splits/train/row_crc32"))
+
+    edit_block(cache.path, unlist)
+    with pytest.raises(CacheError, match="HDF5 view of the cache"):
+        verify(cache.path)
 
 
 def test_features_that_are_not_finite_are_named(cache: Cache) -> None:

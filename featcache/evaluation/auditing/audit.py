@@ -21,6 +21,7 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.verdict import write_verdict
 from featcache.data.groups import GroupPattern
+from featcache.data.sources import Data
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.evaluation.auditing.copies import (
     COLUMNS,
@@ -156,7 +157,7 @@ def audit(
     csv: str | Path | None = None,
     copies: str = "group",
     strict: bool = False,
-    data: str | Path | None = None,
+    data: Data | None = None,
     blackout: float | Sequence[float] | None = None,
     evidence: bool = False,
     weights: str | Path | None = None,

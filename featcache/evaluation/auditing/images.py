@@ -6,7 +6,6 @@ Reads: images. Writes: nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample
+from featcache.data.sources import Data
 from featcache.errors import DataError
 from featcache.evaluation.auditing.copies import AuditRows
 from featcache.extraction.comparison import find_images
@@ -76,7 +76,7 @@ class AuditImages:
         }
 
 
-def read_images(rows: AuditRows, data: str | Path, max_pixels: int = MAX_PIXELS) -> AuditImages:
+def read_images(rows: AuditRows, data: Data, max_pixels: int = MAX_PIXELS) -> AuditImages:
     """Decode the images of all rows once, as ``extract`` does, those that are there.
 
     Args:

@@ -49,6 +49,7 @@ _MOST_IMAGES = 1 << 16  # of a task
 _MOST_STARTS = 3  # deaths in a row, at one place, of workers that were never ready
 _MOST_DEATHS = 16  # in a row without an image done; halving a shard of 4,096 rows takes 14
 _STOP_SECONDS = 7.0  # for workers to hand back what they have; ``cli.ending`` waits for 9
+_MOST_EVENTS = 200  # that are acted on before workers get tasks again
 CRASHED = "it crashed the worker's process"
 
 
@@ -193,7 +194,7 @@ class Coordinator:
                 while self._is_wanted():
                     check_signals()
                     self._fill()
-                    self._take_one(bar)
+                    self._take_some(bar)
         except Interrupted as stop:
             kept = "; ".join(map(describe_kept, self._jobs))
             message = f"interrupted: {kept}; the same command goes on"
@@ -228,17 +229,23 @@ class Coordinator:
 
         place.handle = self._start_worker(place.number, self._facts, tell)
 
-    def _take_one(self, bar: Bar) -> None:
-        """Wait a moment for a message, and act on it."""
-        try:
-            place, generation, event = self._events.get(timeout=0.2)
-        except queue.Empty:
-            bar.move_to(self._num_under_way())
-            return
-        if generation == place.generation:
-            self._act(place, event)
+    def _take_some(self, bar: Bar) -> None:
+        """Wait a moment for a message, and act on it and on those that wait behind it."""
+        events = [*self._wait_for_some()]
+        with contextlib.ExitStack() as stack:
+            for job in self._jobs:
+                stack.enter_context(job.partial.together())
+            for place, generation, event in events:
+                if generation == place.generation:
+                    self._act(place, event)
         note = f"waits for {find_bottleneck(self._stages)}" if self._stages else None
         bar.move_to(self._num_under_way(), note)
+
+    def _wait_for_some(self) -> Iterator[tuple[_Place, int, Event]]:
+        with contextlib.suppress(queue.Empty):
+            yield self._events.get(timeout=0.2)
+            for _ in range(_MOST_EVENTS):
+                yield self._events.get_nowait()
 
     def _num_under_way(self) -> int:
         return self._num_done + sum(p.piece.num_done for p in self._places if p.piece is not None)
@@ -480,7 +487,7 @@ def _without_samples(dataset: ImageDataset) -> ImageDataset:
     """Return a data set with one sample a split: workers need the splits, and get their samples."""
     one = {sample.split: sample for sample in reversed(dataset.samples)}
     samples = tuple(one[split] for split in dataset.splits)
-    return replace(dataset, samples=samples, root=dataset.root.absolute())
+    return replace(dataset, samples=samples, root=dataset.root.absolute(), dicom=None)
 
 
 def _never_run(batch: torch.Tensor) -> NoReturn:

@@ -47,6 +47,7 @@ STALE_SECONDS = 60.0
 """Without one, a process is taken for dead."""
 _MOST_PARTS = 999  # each has a million numbers of shards, which have nine digits
 _MAX_PLAN_BYTES = 1 << 28
+_MOST_POSITIONS = 1 << 28
 _FORMAT = "featcache-plan"
 _FORMAT_VERSION = 1
 
@@ -96,7 +97,7 @@ class Plan:
         fingerprint: Of the recipe.
         num_parts: N.
         samples_sha256: Of the images: their paths, sizes and times.
-        positions: Of the images to be run, sorted.
+        positions: Of the images to be run, in the order in which they are read fastest.
         engine: What runs the network in all parts.
         probes: What it is checked on.
     """
@@ -198,12 +199,15 @@ def _parse_plan(data: bytes) -> Plan:
         raise ValueError(f"an engine of {facts['engine']!r:.80}")
     if type(num_parts) is not int or not 1 <= num_parts <= _MOST_PARTS:
         raise ValueError(f"{num_parts!r:.20} parts")
-    positions, end = list[int](), 0
+    positions = list[int]()
     for first, last in facts["positions"]:
-        if type(first) is not int or type(last) is not int or not end <= first < last < 1 << 40:
+        if type(first) is not int or type(last) is not int or not 0 <= first < last < 1 << 31:
             raise ValueError(f"positions of {first!r:.20}")
+        if len(positions) + last - first > _MOST_POSITIONS:
+            raise ValueError(f"more than {_MOST_POSITIONS:,} positions")
         positions += range(first, last)
-        end = last
+    if len(set(positions)) < len(positions):
+        raise ValueError("a position twice")
     return Plan(
         str(facts["fingerprint"]), num_parts, str(facts["samples_sha256"]), tuple(positions),
         engine, probes,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,12 @@ from typing import Any
 import pytest
 import tiny_network
 from sample_images import write_image, write_tree
+from sample_shards import write_hugging_face, write_webdataset
+from sample_workers import use_threads
 
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning
+from featcache.evaluation.info import info
 from featcache.extraction import work
 from featcache.extraction.extraction import extract
 from featcache.extraction.workers import plans
@@ -111,6 +116,55 @@ def test_the_plain_command_does_the_parts_that_are_missing(
     assert summary.content_sha256 == whole.content_sha256
     assert 46 - 15 > summary.num_new >= 15
     assert names(tmp_path) == {"data", "w.h5", "c.h5"}
+
+
+@pytest.mark.parametrize("write", [write_webdataset, write_hugging_face])
+def test_parts_of_packed_images_in_the_order_of_their_files(
+    images: Path, tmp_path: Path, write: Callable[[Path, Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    packed, folder = tmp_path / "packed", tmp_path / "c"
+    write(images, packed)
+    folder.mkdir()
+    whole = run(packed, folder / "w.h5")
+    run(packed, folder / "c.h5", "2/2")
+    use_threads(monkeypatch)
+    run(packed, folder / "c.h5", "1/2", processes=2)
+    merged = run(packed, folder / "c.h5")
+    assert merged.num_new == 0
+    assert merged.content_sha256 == whole.content_sha256
+
+
+def test_info_tells_which_parts_there_are(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "c.h5", "2/3")
+    facts = info(tmp_path / "c.h5").as_dict()
+    assert facts["kind"] == "unfinished extract"
+    kept = facts["kept"]
+    assert (kept["num_parts"], kept["parts_done"], kept["parts_begun"]) == (3, "2", "none")
+    assert kept["engine"] == "folded"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_script_for_slurm_runs_one_part_in_srun(tmp_path: Path) -> None:
+    """Without SLURM: its variables are set, and srun is a script that shows its arguments."""
+    script = Path(__file__).parents[3] / "scripts" / "slurm_array.sh"
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$$ $*"\n', "ascii")
+    srun.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1",
+    }  # fmt: skip
+    with subprocess.Popen(
+        ["bash", script, "a b", "c.h5"], env=environment, stdout=subprocess.PIPE, text=True
+    ) as child:
+        out, _ = child.communicate()
+    # exec: signals to the batch script reach srun
+    assert out == f"{child.pid} featcache extract a b c.h5 --part 3/16\n"
+    text = script.read_text("utf-8")
+    assert "#SBATCH --array=1-16\n" in text
+    for option in ("--requeue", "--signal=B:TERM@"):
+        assert f"\n#SBATCH {option}" in text
 
 
 def test_other_parts_other_images_and_other_settings_are_refused(

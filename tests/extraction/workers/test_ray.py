@@ -7,21 +7,17 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import slow_network
-import tiny_network
 from sample_images import write_tree
 
-from featcache.errors import CacheError, ConfigError, DataError
 from featcache.extraction import work
 from featcache.extraction.extraction import extract
 from featcache.extraction.reports import ExtractionSummary
-from featcache.extraction.workers import ray_actors
 
 pytest.importorskip("ray", reason="ray is not installed")
 
