@@ -285,7 +285,7 @@ def main() -> NoReturn:
     except EOFError:
         code = 1
     except BaseException as error:  # noqa: BLE001 (raised in the parent)
-        send(answers, Failed(_sendable(error)))
+        send(answers, Failed(sendable_error(error)))
         code = 1
     # A thread of a decoder that hangs, or of a library, would hold up the interpreter's end.
     with contextlib.suppress(OSError):
@@ -343,7 +343,7 @@ def _unpickle(data: bytes) -> Facts:
     return facts
 
 
-def _sendable(error: BaseException) -> BaseException:
+def sendable_error(error: BaseException) -> BaseException:
     """Return an error that the parent can read; of a bug with its traceback."""
     if not isinstance(error, FeatcacheError):
         with contextlib.suppress(Exception):
