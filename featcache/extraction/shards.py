@@ -434,7 +434,7 @@ class PartialCache:
         try:
             self._write_manifest(running=True)
         except OSError as error:
-            raise disk_error(error, self._manifest, 0) from error
+            raise disk_error(error, self.file, 0) from error
 
     def _write_manifest(self, *, running: bool) -> None:
         assert self.engine is not None
