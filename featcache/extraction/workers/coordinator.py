@@ -487,7 +487,8 @@ def _without_samples(dataset: ImageDataset) -> ImageDataset:
     """Return a data set with one sample a split: workers need the splits, and get their samples."""
     one = {sample.split: sample for sample in reversed(dataset.samples)}
     samples = tuple(one[split] for split in dataset.splits)
-    return replace(dataset, samples=samples, root=dataset.root.absolute(), dicom=None)
+    root = dataset.root.absolute() if dataset.root.exists() else dataset.root  # a URL's is no path
+    return replace(dataset, samples=samples, root=root, dicom=None)
 
 
 def _never_run(batch: torch.Tensor) -> NoReturn:
