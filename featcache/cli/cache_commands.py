@@ -166,6 +166,10 @@ def _once_each(
     help="How many, on each device; the CPU's cores are shared out among them.",
 )  # fmt: skip
 @click.option(
+    "--ray", metavar="HOST:PORT|auto|local",
+    help="Work on the GPUs, or the nodes, of a Ray cluster; local starts a Ray here.",
+)  # fmt: skip
+@click.option(
     "--part", metavar="I/N",
     help="Make part I of N only, for queues: on any hosts that see DATA and CACHE, in any order. "
     "The command without it then merges them, does what is missing and writes CACHE.",

@@ -78,14 +78,17 @@ class Salt:
         """What tells salts apart, and tells nothing of them."""
         return hashlib.sha256(b"featcache salt " + self.value).hexdigest()[:16]
 
-    def keep(self, say: Say) -> None:
+    def keep(self, say: Say) -> bool:
         """Make the file if it is not there, readable to its owner alone: whole, or not at all.
 
+        Returns:
+            Whether the salt is in it: not if another command has just made it.
+
         Raises:
-            ConfigError: If it cannot be made, or another command made it at the same moment.
+            ConfigError: If it cannot be made.
         """
         if not self.is_new:
-            return
+            return True
         temporary = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,7 @@ class Salt:
             try:
                 os.link(temporary, self.path)
             except FileExistsError:
-                raise
+                return False
             except OSError:  # no links on this file system
                 temporary.replace(self.path)
         except OSError as error:
@@ -105,6 +108,7 @@ class Salt:
         finally:
             temporary.unlink(missing_ok=True)
         say(f"salt: {printable(self.path)}, made now. Later commands need it; keep it from others")
+        return True
 
 
 def _unusable(path: Path, error: OSError) -> ConfigError:
@@ -158,6 +162,21 @@ def identify(
     if samples:
         say(_describe(facts, len(samples)))
     return replace(dataset, dicom=facts)
+
+
+def identify_and_keep(
+    dataset: ImageDataset, salt: Salt, *, patient_ids: str | None, path_names: str | None,
+    say: Say, writes: bool,
+) -> ImageDataset:  # fmt: skip
+    """Do what ``identify`` does, and with ``writes`` make the salt's file where it is used.
+
+    Of several commands at once, parts of one extraction, say, all use the salt of the first.
+    """
+    found = identify(dataset, salt, patient_ids=patient_ids, path_names=path_names, say=say)
+    if not writes or found.dicom is None or found.dicom.salt is None or salt.keep(say):
+        return found
+    salt = Salt.of(salt.path)
+    return identify(dataset, salt, patient_ids=patient_ids, path_names=path_names, say=say)
 
 
 def check_choices(patient_ids: str | None, path_names: str | None) -> None:
@@ -301,7 +320,8 @@ def _read_headers(
         pairs = zip(batch, found, strict=True)
         return {sample.path: facts for sample, facts in pairs if isinstance(facts, HeaderFacts)}
 
-    size = _BATCH if samples and dataset.file_of(samples[0]) else 1  # whole files are sent
+    has_files = all(dataset.file_of(sample) is not None for sample in samples[:1])
+    size = _BATCH if has_files else 1  # of an archive the bytes themselves are sent
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
     headers: dict[str, HeaderFacts] = {}
     with Threads("header", DICOM_READERS.number) as threads:

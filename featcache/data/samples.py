@@ -146,7 +146,10 @@ class ImageDataset:
         if self._store is not None:
             return None
         folder = self.root.parent if self.layout == "csv" else self.root
-        return folder / self._name(sample)
+        return folder / self._stored_path(sample)
+
+    def _stored_path(self, sample: Sample) -> str:
+        return self.files.get(sample.path, sample.path)
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """Return the samples of one split.
@@ -225,13 +228,15 @@ class ImageDataset:
         """
         try:
             if self._store is not None:
-                return self._store.read(self._name(sample))
+                return self._store.read(self._stored_path(sample))
             path = self.file_of(sample)
             assert path is not None  # without a store there are files
             return read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         except (OSError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             root = url_of(self.root) or self.root
+            if self.files:  # whose names must not be said
+                reason = getattr(error, "strerror", None) or "another one"
             raise DataError(
                 "image file", expected="the file that was scanned", found=reason,
                 where=f"{root}: {sample.path}", hint="Scan again, the data has changed",
@@ -246,23 +251,19 @@ class ImageDataset:
         store = self._store
         if store is None:
             return array("q", positions)
-        return sorted(positions, key=lambda p: store.place_of(self._name(self.samples[p])))
+        return sorted(positions, key=lambda p: store.place_of(self._stored_path(self.samples[p])))
 
     def in_reading_order(self, samples: Iterable[Sample]) -> list[Sample]:
         """Return samples in that order."""
         store = self._store
         if store is None:
             return list(samples)
-        return sorted(samples, key=lambda sample: store.place_of(self._name(sample)))
+        return sorted(samples, key=lambda sample: store.place_of(self._stored_path(sample)))
 
     def path_inside(self, sample: Sample) -> str:
         """Return a sample's path in the folders that were packed, without the name of a tar."""
-        name = self._name(sample)
-        return name if self._store is None else self._store.path_inside(name)
-
-    def _name(self, sample: Sample) -> str:
-        """Return a sample's path in the data: its own may be hashed."""
-        return self.files.get(sample.path, sample.path)
+        path = self._stored_path(sample)
+        return path if self._store is None else self._store.path_inside(path)
 
 
 def labels_text(classes: Iterable[str], targets: Iterable[float]) -> str:

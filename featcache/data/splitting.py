@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from featcache.data.dataset import ImageDataset, Sample, scan
-from featcache.data.dicom_groups import Salt, identify
+from featcache.data.dicom_groups import Salt, identify_and_keep
 from featcache.data.folders import SPLITS
 from featcache.data.groups import GroupPattern
 from featcache.data.samples import UNKNOWN
@@ -212,11 +212,10 @@ def _identify(
 ) -> ImageDataset:  # fmt: skip
     """Return the data set in groups by patient, where it has none, hashed as they are written."""
     place = beside(destination, ".salt") if group_salt is None else Path(group_salt)
-    salt = Salt.of(place)
-    dataset = identify(dataset, salt, patient_ids=patient_ids, path_names=None, say=say)
-    if _is_by_patient(dataset) and destination.suffix.lower() == ".csv":
-        salt.keep(say)
-    return dataset
+    return identify_and_keep(
+        dataset, Salt.of(place), patient_ids=patient_ids, path_names=None, say=say,
+        writes=destination.suffix.lower() == ".csv",
+    )  # fmt: skip
 
 
 def _is_by_patient(dataset: ImageDataset) -> bool:

@@ -49,6 +49,7 @@ from featcache.extraction.work import work
 from featcache.extraction.workers.local import resolve_devices, work_on
 from featcache.extraction.workers.parts import finish_part, part_held, take_part
 from featcache.extraction.workers.plans import Part
+from featcache.extraction.workers.ray_actors import check_ray, work_with_ray
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
@@ -106,6 +107,7 @@ def extract(
     workers: int | str = "auto",
     device: str = "auto",
     processes: int = 1,
+    ray: str | None = None,
     part: str | None = None,
     group_by: str | None = None,
     group_by_path: str | None = None,
@@ -172,6 +174,9 @@ def extract(
             ``cuda:0,cuda:1``, or ``all`` GPUs, with processes of their own.
         processes: How many on each device, CPU cores being shared out among them. The features do
             not depend on it.
+        ray: Work on a Ray cluster, by its head node's ``HOST:PORT`` or ``auto``, in place of this
+            machine alone: with so many ``processes`` on each GPU, or on each node for the CPU.
+            ``local`` starts a Ray here and stops it. All nodes have to see data and cache.
         part: ``2/4`` makes the second of four parts, without writing the cache, on any host that
             sees ``data`` and ``cache``; the call without it merges them and does what is missing.
         group_by: Regular expression on the file name; its first group is the group.
@@ -218,7 +223,8 @@ def extract(
         truncated=truncated, max_pixels=max_pixels, window=window, frame=frame, views=views,
         augment=augment,
         precision=precision, feature_dtype=feature_dtype, engine=engine, batch_size=batch_size,
-        workers=workers, device=device, processes=processes, part=part, group_by=group_by,
+        workers=workers, device=device, processes=processes, ray=ray, part=part,
+        group_by=group_by,
         group_by_path=group_by_path, group_salt=group_salt, patient_ids=patient_ids,
         path_names=path_names, max_errors=max_errors, limit=limit,
         include=include, exclude=exclude,
@@ -271,6 +277,8 @@ def _make_caches(
 ) -> None:  # fmt: skip
     """Plan, work and finish, while nobody else can write the caches."""
     part = None if options.part is None else Part.parse(options.part)
+    if options.ray is not None:
+        check_ray(options.ray)
     with contextlib.ExitStack() as stack:
         for job in jobs:
             stack.enter_context(job.locked() if part is None else part_held(job, part))
@@ -287,7 +295,9 @@ def _make_caches(
             unfinished = take_part(jobs, part, positions, device)
             positions = [p for p in positions if any(job.ledger.wants(p) for job in unfinished)]
         check_threads(unfinished)
-        if unfinished and len(devices) > 1:
+        if unfinished and options.ray is not None:
+            work_with_ray(unfinished, positions)
+        elif unfinished and len(devices) > 1:
             work_on(devices, unfinished, positions)
         elif unfinished:
             work(unfinished, positions)

@@ -14,7 +14,7 @@ from featcache.cache.container import is_container
 from featcache.cache.reading import Cache, open_cache
 from featcache.data.dataset import ImageDataset
 from featcache.data.dicom_files import COLUMNS
-from featcache.data.dicom_groups import Salt, hash_paths, identify
+from featcache.data.dicom_groups import Salt, hash_paths, identify_and_keep
 from featcache.errors import CacheError, ConfigError
 from featcache.extraction.options import ExtractionOptions
 from featcache.files import csv_text, write_bytes
@@ -60,12 +60,10 @@ def settle_identifiers(
                 found="no file" if salt.is_new else "another",
                 hint="Name it with --group-salt, or replace the cache with --rebuild",
             )  # fmt: skip
-    dataset = identify(
-        dataset, salt, patient_ids=options.patient_ids, path_names=path_names, say=options.say
-    )
-    if writes and dataset.dicom is not None and dataset.dicom.salt is not None:
-        salt.keep(options.say)
-    return dataset
+    return identify_and_keep(
+        dataset, salt, patient_ids=options.patient_ids, path_names=path_names, say=options.say,
+        writes=writes,
+    )  # fmt: skip
 
 
 def _refuse_unused(dataset: ImageDataset, options: ExtractionOptions) -> ImageDataset:

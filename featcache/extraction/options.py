@@ -44,6 +44,7 @@ class ExtractKeywords(TypedDict, total=False):
     workers: int | str
     device: str
     processes: int
+    ray: str | None
     part: str | None
     group_by: str | None
     group_by_path: str | None
@@ -100,6 +101,7 @@ class ExtractionOptions:
     workers: int | str = "auto"
     device: str = "auto"
     processes: int = 1
+    ray: str | None = None
     part: str | None = None
     group_by: str | None = None
     group_by_path: str | None = None
@@ -131,6 +133,11 @@ class ExtractionOptions:
         check_choices(self.patient_ids, self.path_names)
         if type(self.processes) is not int or not 1 <= self.processes <= 256:
             raise ConfigError("--processes", expected="1 to 256", found=self.processes)
+        if self.ray is not None and (self.device == "all" or "," in self.device):
+            raise ConfigError(
+                "--ray", expected="one kind of device, such as --device cuda", found=self.device,
+                hint="Ray gives each worker a GPU of its own",
+            )  # fmt: skip
         if self.part is not None:
             Part.parse(self.part)
             if self.rebuild:  # each part would discard the others'

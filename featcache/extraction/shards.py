@@ -213,7 +213,8 @@ class PartialCache:
         self.is_in_parts = False
 
     @property
-    def _manifest(self) -> Path:
+    def file(self) -> Path:
+        """The manifest."""
         return self.folder / (part_manifest(self.part) if self.part else "manifest.json")
 
     @property
@@ -240,9 +241,9 @@ class PartialCache:
             CacheError: If it cannot be read, or lists shards of another recipe.
         """
         self.was_killed = self._probing.exists()
-        if not self._manifest.exists():
+        if not self.file.exists():
             return False
-        manifest = open_manifest(self._manifest)
+        manifest = open_manifest(self.file)
         if manifest.fingerprint != self._fingerprint:
             raise CacheError(
                 "unfinished extraction", expected=f"fingerprint {self._fingerprint[:16]}...",
@@ -369,7 +370,7 @@ class PartialCache:
         try:
             self._write_manifest(running=False)
         except OSError as error:
-            raise disk_error(error, self._manifest, 0) from error
+            raise disk_error(error, self.file, 0) from error
 
     def stop(self) -> None:
         """Note that the run ended by itself: nothing crashed the process.
@@ -433,7 +434,7 @@ class PartialCache:
         try:
             self._write_manifest(running=True)
         except OSError as error:
-            raise disk_error(error, self._manifest, 0) from error
+            raise disk_error(error, self.file, 0) from error
 
     def _write_manifest(self, *, running: bool) -> None:
         assert self.engine is not None
@@ -452,11 +453,11 @@ class PartialCache:
             **({"part": self.facts_of_part} if self.part else {}),
         }
         signed = manifest | {"sha256": json_sha256(manifest, without="sha256")}
-        write_bytes(self._manifest, canonical_json(signed).encode())
+        write_bytes(self.file, canonical_json(signed).encode())
 
     def clear(self) -> None:
         """Forget an earlier run: remove its manifest first, then its shards; keep the lock."""
-        self._manifest.unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)
         self._probing.unlink(missing_ok=True)
         for shard in self._find_shards():
             shard.unlink()
@@ -467,7 +468,7 @@ class PartialCache:
     def abandon(self) -> None:
         """Remove the folder where nothing would be lost with it; else shards stay for resuming."""
         if self.part and self.is_worthless:
-            self._manifest.unlink(missing_ok=True)
+            self.file.unlink(missing_ok=True)
         elif self.is_worthless:
             self.remove()
         elif self.is_running:
@@ -485,7 +486,7 @@ class PartialCache:
             return False
         if not self.part and (self.folder / PLAN_NAME).exists():
             return False
-        return not self._manifest.exists() or (self.engine is not None and not self._shards)
+        return not self.file.exists() or (self.engine is not None and not self._shards)
 
     def remove(self) -> None:
         """Remove the folder, the lock last: until then the next writer has to wait."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import warnings
 from pathlib import Path
@@ -23,7 +24,8 @@ import featcache
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.selection import select
 from featcache.cli import main
-from featcache.data.dicom_groups import Salt
+from featcache.data.dataset import scan
+from featcache.data.dicom_groups import Salt, identify_and_keep
 from featcache.data.splitting import split
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning
 
@@ -159,6 +161,18 @@ def test_files_of_one_uid_are_one_group_and_warned_of_if_they_differ(tmp_path: P
     assert len(groups) == 14
 
 
+def test_of_two_commands_at_once_the_first_makes_the_salt(tmp_path: Path) -> None:
+    data, place = scan(write_patients(tmp_path / "data")), tmp_path / "salt"
+    how: dict[str, Any] = {
+        "patient_ids": None, "path_names": None, "say": lambda _: None, "writes": True
+    }  # fmt: skip
+    salts = [Salt.of(place), Salt.of(place)]
+    first, second = (identify_and_keep(data, salt, **how) for salt in salts)
+    assert first.samples == second.samples
+    assert [path.name for path in tmp_path.iterdir()].count("salt") == 1
+    assert len(list(tmp_path.iterdir())) == 2  # nothing else is left
+
+
 def test_damaged_salts_and_headers(tmp_path: Path) -> None:
     data = write_patients(tmp_path / "data")
     (tmp_path / "short").write_text("salt\n")
@@ -173,6 +187,22 @@ def test_damaged_salts_and_headers(tmp_path: Path) -> None:
     planned = featcache.plan(data, tmp_path / "new.h5", **HOW)
     assert planned is not None
     assert not (tmp_path / "new.h5.salt").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_images_in_archives_have_patients_and_hashed_paths(kind: str, tmp_path: Path) -> None:
+    data = write_patients(tmp_path / "data")
+    packed = Path(shutil.make_archive(str(tmp_path / "packed"), kind, data))
+    plain = extract(data, tmp_path / "a.h5").splits["all"]
+    cache = extract(packed, tmp_path / "b.h5", path_names="hash")
+    rows = cache.splits["all"]
+    assert all(re.fullmatch(r"(.*/)?[0-9a-f]{32}\.dcm", path) for path in rows.paths)
+    assert len(set(rows.groups or [])) == 6
+    order = {sha256.tobytes(): row for row, sha256 in enumerate(plain.image_sha256)}
+    same = [order[sha256.tobytes()] for sha256 in rows.image_sha256]
+    np.testing.assert_array_equal(rows.features, plain.features[same])
+    assert featcache.extract(packed, tmp_path / "b.h5", **HOW).status == "up to date"
+    assert featcache.verify(cache.path, data=packed, **HOW).num_compared == 12
 
 
 # ------------------------------------------------------------------------------------------ privacy

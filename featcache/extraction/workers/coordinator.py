@@ -360,13 +360,14 @@ class Coordinator:
         if self._deaths >= _MOST_DEATHS:
             raise self._refusal("a worker that gets an image done", self._deaths, ended)
         self._num_done += len(piece.positions) - len(left)
-        self._give_again(left, piece.num_deaths + 1)
+        was_alone = len(piece.positions) == 1
+        self._give_again(left, piece.num_deaths + 1, was_alone=was_alone)
 
     def _bury_unready(self, place: _Place, ended: Ended) -> None:
         """Start no other worker where one was refused, or some have died while they began."""
         name = f"Worker {place.number + 1}"
         if place.failure is None:
-            place.num_starts += 1
+            place.num_starts += not ended.was_asked
             self._say(f"{name} has ended before it began: {ended.reason}.")
             if place.num_starts < _MOST_STARTS:
                 return
@@ -375,11 +376,11 @@ class Coordinator:
         if not all(other.is_refused for other in self._places):
             warn_user(f"{name} is left out: {place.failure}")
 
-    def _give_again(self, left: Sequence[int], num_deaths: int) -> None:
+    def _give_again(self, left: Sequence[int], num_deaths: int, *, was_alone: bool) -> None:
         """Put back images that a worker died with: once whole, then half by half."""
         if num_deaths < 2:
             self._again.extendleft([_Piece(left, num_deaths)] if left else [])
-        elif len(left) == 1:
+        elif left and was_alone:  # else the worker may have died of another, or of none
             self._deaths = 0
             self._num_done += 1
             for job in self._jobs:

@@ -8,6 +8,7 @@ pickle. A child whose input ends has lost its parent, and ends at once. It has t
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import queue
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -150,7 +152,7 @@ class LocalWorker:
     def __init__(
         self, facts: bytes, device: str, cores: list[int], tell: Callable[[Event], object]
     ) -> None:
-        self._tell, self._is_killed = tell, False
+        self._tell, self._is_killed, self._deadline = tell, False, math.inf
         command, environment = child_process(__name__)
         self._child = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -168,13 +170,15 @@ class LocalWorker:
 
     def stop(self) -> None:
         """Let it hand back what it has and end."""
+        self._deadline = min(self._deadline, time.monotonic() + _KILL_SECONDS)
         self._orders.put(_STOP)
 
     def kill(self) -> None:
-        """End it now if it does not end by itself within seconds; tell nothing any more."""
+        """End it now if it has not ended by itself soon after ``stop``; tell nothing any more."""
         self._is_killed = True
+        self._deadline = min(self._deadline, time.monotonic() + _KILL_SECONDS)
         try:
-            self._child.wait(_KILL_SECONDS)
+            self._child.wait(max(0.05, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
@@ -281,7 +285,7 @@ def main() -> NoReturn:
     except EOFError:
         code = 1
     except BaseException as error:  # noqa: BLE001 (raised in the parent)
-        send(answers, Failed(_sendable(error)))
+        send(answers, Failed(sendable_error(error)))
         code = 1
     # A thread of a decoder that hangs, or of a library, would hold up the interpreter's end.
     with contextlib.suppress(OSError):
@@ -339,7 +343,7 @@ def _unpickle(data: bytes) -> Facts:
     return facts
 
 
-def _sendable(error: BaseException) -> BaseException:
+def sendable_error(error: BaseException) -> BaseException:
     """Return an error that the parent can read; of a bug with its traceback."""
     if not isinstance(error, FeatcacheError):
         with contextlib.suppress(Exception):

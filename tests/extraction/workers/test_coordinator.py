@@ -20,7 +20,9 @@ from sample_workers import Death, use_threads
 
 from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.cache.reading import Cache, open_cache
+from featcache.cli.wording import facts_lines
 from featcache.errors import BackboneError, CacheError, DataError, FeatcacheWarning
+from featcache.evaluation.info import info
 from featcache.extraction import work
 from featcache.extraction.extraction import extract
 from featcache.extraction.workers import coordinator, worker
@@ -95,6 +97,9 @@ def test_any_number_of_workers_makes_the_caches_of_one_process(
         assert sum(line["images"] for line in workers) >= 46
         assert {line["device"] for line in workers} == {"cpu"}
         assert summary.num_new + summary.num_known == 46 - NUM_BAD
+        told = [line for line in facts_lines(info(summary.cache).as_dict()) if "worker:" in line]
+        processes = f"{number} process" if number == 1 else f"{number} processes"
+        assert [line.split(", ")[1].split(": ")[1] for line in told] == [processes]
     assert sorted(path.suffix for path in (tmp_path / "many").iterdir()) == [".h5", ".h5"]
     again = run(images, tmp_path / "many", number, backbone=backbones, views=3, augment="crop")
     assert {summary.num_new for summary in again.values()} == {0}

@@ -1,0 +1,182 @@
+"""``extract --ray`` with a real Ray: behind --long, since it takes a minute and CI has no Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slow_network
+from sample_images import write_tree
+
+from featcache.extraction import work
+from featcache.extraction.extraction import extract
+from featcache.extraction.reports import ExtractionSummary
+
+pytest.importorskip("ray", reason="ray is not installed")
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "is_long"),
+    pytest.mark.filterwarnings("ignore"),  # Ray's own
+]
+
+OPTIONS: dict[str, Any] = {"batch_size": 2, "engine": "folded"}
+
+
+@pytest.fixture(scope="module")
+def is_long(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--long"):
+        pytest.skip("--long starts a Ray")
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "SHARD_BYTES", 4 * 24 * 4)
+
+
+@pytest.fixture(scope="module")
+def images(is_long: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tree(
+        tmp_path_factory.mktemp("images") / "data", {"train": 80, "valid": 20, "test": 40}
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> ExtractionSummary:
+    cache = tmp_path_factory.mktemp("whole") / "c.h5"
+    return extract(images, cache, backbone=slow_network.build(), **OPTIONS)
+
+
+class Nodes:
+    """A head without cores, and two raylets of a core each, all on this machine."""
+
+    def __init__(self) -> None:
+        from ray._private import utils
+        from ray.cluster_utils import Cluster
+
+        utils.set_sigterm_handler = lambda handler: None  # nodes are added by another thread
+        # Ray takes half a minute to believe that a node is dead.
+        health = {
+            "health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000,
+            "health_check_timeout_ms": 5000, "health_check_failure_threshold": 4,
+        }  # fmt: skip
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes = [self._add(), self._add()]
+        self.address = self.cluster.address
+
+    def _add(self) -> Any:
+        return self.cluster.add_node(num_cpus=1)
+
+    def kill_raylet(self, number: int) -> None:
+        """Kill one, and let another one take its place."""
+        raylet = self.nodes[number].all_processes["raylet"][0].process
+        raylet.kill()
+        raylet.wait()
+        self.nodes[number] = self._add()
+
+
+@pytest.fixture(scope="module")
+def nodes(is_long: None) -> Iterator[Nodes]:
+    before = dict(os.environ)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    made = Nodes()
+    yield made
+    made.cluster.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def find_actors() -> list[int]:
+    """Return the processes of actors."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(b"ray::_Actor"):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def kill_actor(rng: random.Random) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(rng.choice(find_actors()), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def killing(cache: Path, number: int, kill: Callable[[], object]) -> Iterator[list[int]]:
+    """Kill so often, each time a few shards later; yield when, in shards."""
+    folder, when, is_over = cache.parent / f"{cache.name}.partial", list[int](), threading.Event()
+
+    def run() -> None:
+        seen = 0
+        while len(when) < number and not is_over.wait(0.02):
+            shards = len(list(folder.glob("shard.*")))
+            if shards >= seen + 3 and find_actors():
+                kill()
+                when.append(shards)
+                seen = shards
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield when
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def run(images: Path, cache: Path, ray: str, **change: Any) -> ExtractionSummary:
+    options = OPTIONS | {"backbone": slow_network.build(), "ray": ray} | change
+    made = extract(images, cache, **options)
+    assert isinstance(made, ExtractionSummary)
+    return made
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_ray_of_this_machine_makes_the_cache_of_one_process(
+    images: Path, whole: ExtractionSummary, tmp_path: Path, processes: int
+) -> None:
+    said = list[str]()
+    made = run(images, tmp_path / "c.h5", "local", processes=processes, say=said.append)
+    assert made.content_sha256 == whole.content_sha256
+    assert any(line.startswith(f"Ray: {processes} worker") for line in said)
+    assert not find_actors()
+
+
+def test_two_raylets_make_the_cache_of_one_process(
+    images: Path, whole: ExtractionSummary, nodes: Nodes, tmp_path: Path
+) -> None:
+    said = list[str]()
+    made = run(images, tmp_path / "c.h5", nodes.address, say=said.append)
+    assert made.content_sha256 == whole.content_sha256
+    assert "Ray: 2 workers of 1 cores." in said
+
+
+def test_killed_actors(
+    images: Path, whole: ExtractionSummary, nodes: Nodes, tmp_path: Path, tally: Any
+) -> None:
+    rng, said = random.Random(5), list[str]()
+    with killing(tmp_path / "c.h5", 5, lambda: kill_actor(rng)) as when:
+        made = run(images, tmp_path / "c.h5", nodes.address, say=said.append)
+    assert len(when) == 5
+    assert made.content_sha256 == whole.content_sha256
+    assert sum("has ended: its process died" in line for line in said) >= 4
+    tally("killed Ray actors", "the whole cache", len(when))
+
+
+def test_killed_raylets(
+    images: Path, whole: ExtractionSummary, nodes: Nodes, tmp_path: Path, tally: Any
+) -> None:
+    rng, said = random.Random(3), list[str]()
+    with killing(tmp_path / "c.h5", 3, lambda: nodes.kill_raylet(rng.randrange(2))) as when:
+        made = run(images, tmp_path / "c.h5", nodes.address, say=said.append)
+    assert sum("its node is gone" in line for line in said) >= 2
+    assert len(when) == 3
+    assert made.content_sha256 == whole.content_sha256
+    tally("killed raylets", "the whole cache", len(when))
