@@ -48,7 +48,6 @@ _MAX_CAPTION = 64  # a longer text is no class
 _BAD_JSON = "JSON that cannot be read"
 _NOT_USED = {"link": "link", "sparse": "sparse file", "other": "not a regular file"}
 _CAPTION = "\n"  # in place of a text that is no class
-_NO_LABELS: dict[str, str] = {}
 
 
 @dataclass
@@ -114,6 +113,7 @@ class _Scan:
         self.root, self.shards, self.listing, self.ignored = root, shards, listing, ignored
         self.columns = dict(listing.columns)
         self.beside: Counter[str] = Counter()
+        self._labels: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
         self.folders: list[set[str]] = [set() for _ in shards]
         self.images: list[_Image] = []
         self.names: list[str] = []
@@ -187,7 +187,7 @@ class _Scan:
         """Return what the files beside an image say: ending, or ``json KEY`` -> text."""
         found: dict[str, str] = {}
         given = self.columns.values()
-        for ending in wanted & files.keys():
+        for ending in sorted(wanted & files.keys()):
             data = read(files[ending].offset, files[ending].num_bytes)
             if ending == "json":
                 try:
@@ -203,7 +203,8 @@ class _Scan:
                 text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip()
                 is_caption = ending == "txt" and (len(text) > _MAX_CAPTION or "\n" in text)
                 found[ending] = _CAPTION if is_caption and "txt" not in given else text
-        return found or _NO_LABELS
+        # One for all images of a class: a million dicts take a quarter of a gigabyte.
+        return self._labels.setdefault(tuple(found.items()), found)
 
     def choose_labels(self) -> str:
         """Return what has the classes: an ending, ``json KEY``, or "" for nothing.

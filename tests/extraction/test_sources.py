@@ -157,6 +157,18 @@ def test_options_are_remembered(tree: Path, tmp_path: Path, tiny_backbone: Backb
         assert len(set(made.splits["all"].groups or [])) < 29
 
 
+def test_hashed_names(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> None:
+    data, cache = write_webdataset(tree, tmp_path / "tars"), tmp_path / "c.h5"
+    extract(data, cache, backbone=tiny_backbone, path_names="hash")
+    paths = [path for part in open_cache(cache).splits.values() for path in part.paths]
+    assert len(set(paths)) == 30
+    assert not {path.rpartition("/")[2] for path in paths} & {
+        name for _, _, name, _ in images_of(tree)
+    }  # fmt: skip
+    checked = verify(cache, data=data, backbone=tiny_backbone, samples=3)
+    assert (checked.num_compared, checked.vanished) == (3, ())
+
+
 def test_audit_reads_them(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> None:
     data, cache = write_hugging_face(tree, tmp_path / "hf"), tmp_path / "c.h5"
     extract(data, cache, backbone=tiny_backbone)
