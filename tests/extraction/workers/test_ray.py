@@ -180,3 +180,12 @@ def test_killed_raylets(
     assert len(when) == 3
     assert made.content_sha256 == whole.content_sha256
     tally("killed raylets", "the whole cache", len(when))
+
+
+def test_the_private_names_of_ray_that_are_used_are_there() -> None:
+    from ray import _raylet
+    from ray._private import worker
+
+    assert worker._worker_logs_enabled in {True, False}
+    assert callable(_raylet.Config.initialize)
+    assert callable(_raylet.AuthenticationTokenLoader.instance().reset_cache)
