@@ -3,6 +3,7 @@
     python benchmarks/scale.py [--images 400] [--million 1000000] [--rounds 3]
 
 - ``processes``: one process as ever, against ``--processes 2`` and ``4``, on drawn photos.
+- ``sources``: zip, tar, Parquet and, where moto is installed, a store over HTTP, against a folder.
 - ``coordinator``: it alone, with workers that answer at once and compute nothing: how many rows a
   second it lists and settles, and so how many workers it can feed.
 - ``million``: small images in tars, a network of no cost: seconds and peak memory, scan to cache.
@@ -14,6 +15,7 @@ A short try: ``python benchmarks/scale.py --images 40 --million 5000 --rounds 1 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -22,11 +24,14 @@ import os
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from make_images import write_images
 from measuring import (
@@ -51,7 +56,7 @@ NUM_WORKERS, NUM_IMAGES = (1, 2, 4, 8, 16, 32, 64, 100), 10_000_000
 GPU_RATE = 2000.0  # images a second: an assumption, as no GPU was measured
 
 
-def extract_cold(data: Path, options: Sequence[str], processes: int | None) -> dict[str, Any]:
+def extract_cold(data: Path | str, options: Sequence[str], processes: int | None) -> dict[str, Any]:
     """Extract in a new process; return its seconds, rate, peak and the hash of the content."""
     with tempfile.TemporaryDirectory(prefix="featcache-scale-") as name:
         peak, several = Path(name, "peak"), []
@@ -88,6 +93,81 @@ def measure_processes(args: argparse.Namespace) -> dict[str, Any]:
                 raise SystemExit(f"{backbone}: caches of different content: {contents}")
             found[backbone] = samples
     return {"kind": KIND, "num_images": args.images, "samples": found}
+
+
+# ------------------------------------------------------------------------------ kinds of sources
+
+
+def pack(folder: Path, out: Path) -> dict[str, str]:
+    """Write the images of class folders as zip, tar and Parquet; return kind -> data."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with zipfile.ZipFile(out / "images.zip", "w", zipfile.ZIP_STORED) as packed:
+        for file in files:
+            packed.write(file, file.relative_to(folder))
+    with tarfile.open(out / "images.tar", "w") as tar:
+        for file in files:
+            tar.add(file, file.relative_to(folder).as_posix())
+    images = [
+        {"bytes": file.read_bytes(), "path": file.relative_to(folder).as_posix()} for file in files
+    ]
+    image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    columns = {
+        "image": pyarrow.array(images, image), "label": [file.parent.name for file in files]
+    }  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(columns), out / "images.parquet")
+    packed = {kind: str(out / f"images.{kind}") for kind in ("zip", "tar", "parquet")}
+    return {"folder": str(folder), **packed}
+
+
+@contextlib.contextmanager
+def s3_store(folder: Path, tar: Path) -> Iterator[dict[str, str]]:
+    """Yield kind -> URL of the images in moto's store, over HTTP on this machine."""
+    try:
+        import boto3
+        import s3fs  # noqa: F401  (fsspec finds it)
+        from moto.server import ThreadedMotoServer
+    except ImportError:
+        yield {}
+        return
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="images")
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        key = f"folder/{file.relative_to(folder).as_posix()}"
+        client.put_object(Bucket="images", Key=key, Body=file.read_bytes())
+    client.put_object(Bucket="images", Key="tar/images.tar", Body=tar.read_bytes())
+    try:
+        yield {
+            "folder by s3://": "s3://images/folder",
+            "tar by s3://": "s3://images/tar/images.tar",
+        }
+    finally:
+        server.stop()
+
+
+def measure_sources(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the samples of each kind of source, with a network of no cost: reading shows most."""
+    with tempfile.TemporaryDirectory(prefix="featcache-scale-") as name:
+        folder, out = Path(name, "images"), Path(name, "packed")
+        folder.mkdir()
+        out.mkdir()
+        write_images(folder, KIND, args.images)
+        kinds = pack(folder, out)
+        with s3_store(folder, out / "images.tar") as urls:
+            ways = {
+                kind: functools.partial(extract_cold, data, TINY, None)
+                for kind, data in (kinds | urls).items()
+            }
+            samples = measure_in_turn(ways, args.rounds)
+    if len({one["content_sha256"] for rounds in samples.values() for one in rounds}) > 1:
+        raise SystemExit("caches of different content")
+    return {"kind": KIND, "num_images": args.images, "samples": samples}
 
 
 # --------------------------------------------------------------------------- the coordinator alone
@@ -229,6 +309,15 @@ def describe(report: dict[str, Any]) -> str:
     head = ["backbone", "way", "images/s, running", "times one process", "whole seconds"]
     lines += ["### Processes on this machine", "", f"{part['num_images']:,} images {part['kind']}."]
     lines += ["Caches are equal.", "", *as_table(head, cells, num_text=2), ""]
+    part, cells = report["sources"], []
+    base = median(one["images_per_second"] for one in part["samples"]["folder"])
+    for kind, rounds in part["samples"].items():
+        rate = median(one["images_per_second"] for one in rounds)
+        seconds = median(one["seconds"] for one in rounds)
+        cells.append([kind, number(rate), number(rate / base), number(seconds)])
+    head = ["source", "images/s, running", "times the folder", "whole seconds"]
+    lines += ["### Kinds of sources, a network of no cost", ""]
+    lines += [f"{part['num_images']:,} images {part['kind']}.", "", *as_table(head, cells), ""]
     head = ["images", "workers", "shards", "rows/s", "shards/s", "manifest KB", "peak MiB"]
     cells = [
         [f"{r['num_images']:,}", r["num_workers"], f"{r['num_shards']:,}",
@@ -276,6 +365,7 @@ def main() -> None:
     load = current_load()
     report = frame_report("scale", torch.device("cpu"), load, args.rounds)
     report["processes"] = measure_processes(args)
+    report["sources"] = measure_sources(args)
     report["coordinator"] = []
     for num_images, num_workers in ((args.million, 8), (args.million, 100)):
         with tempfile.TemporaryDirectory(prefix="featcache-scale-") as name:
