@@ -12,7 +12,7 @@ Reads: stretches of a file, by the function that it is given. Writes: nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -126,9 +126,11 @@ _NOTHING = np.empty(0, np.int64)
 
 def _page_of(chunk: Chunk, header: dict[int, Any], position: int) -> Page:
     packed, unpacked = header.get(3), header.get(2)
-    if not (isinstance(packed, int) and 0 <= packed <= chunk.end - position):
+    if not _is_int(header.get(1)):
+        raise ValueError("a page header that is damaged")
+    if not (_is_int(packed) and 0 <= packed <= chunk.end - position):
         raise ValueError("a page that leads out of its column")
-    if not (isinstance(unpacked, int) and 0 <= unpacked < _MAX_PAGE_BYTES):
+    if not (_is_int(unpacked) and 0 <= unpacked < _MAX_PAGE_BYTES):
         raise ValueError("a page without a size")
     return Page(position, packed, 0 if chunk.unpack is None else unpacked)
 
@@ -147,6 +149,8 @@ def _read_values(
         is_there = _decode_runs(levels, chunk.levels.bit_length(), number) == chunk.levels
     num_pages, dictionary = before
     encoding, num_there = facts.get(4 if is_v2 else 2), int(is_there.sum())
+    if not _is_int(encoding):
+        raise ValueError("a page header that is damaged")
     if encoding in {_PLAIN_DICTIONARY, _RLE_DICTIONARY}:
         found, own = _look_up(payload, start, num_there, dictionary), []
     else:
@@ -158,7 +162,7 @@ def _read_values(
 
 
 def _read_dictionary(chunk: Chunk, page: Page, facts: dict[int, Any], number: int) -> _Dictionary:
-    if facts.get(2, _PLAIN) not in {_PLAIN, _PLAIN_DICTIONARY}:
+    if facts.get(2, _PLAIN) not in (_PLAIN, _PLAIN_DICTIONARY):
         raise ValueError("a dictionary of an unknown encoding")
     payload = _Payload(chunk, page)
     return _Dictionary(number, *_walk_plain(payload, 0, _count(facts, payload.num_bytes)))
@@ -180,7 +184,7 @@ def _split_v1(chunk: Chunk, page: Page, facts: dict[int, Any]) -> tuple[_Payload
 def _split_v2(chunk: Chunk, page: Page, facts: dict[int, Any]) -> tuple[_Payload, int, bytes]:
     """Return the same of a page of version 2, whose levels are never packed."""
     length, before = facts.get(5, 0), facts.get(6, 0)
-    if not (isinstance(length, int) and isinstance(before, int) and min(length, before) >= 0):
+    if not (_is_int(length) and _is_int(before) and min(length, before) >= 0):
         raise ValueError("a page header that is damaged")
     size = length + before
     if size > page.num_bytes or (page.unpacked_bytes and size > page.unpacked_bytes):
@@ -204,11 +208,11 @@ def _look_up(
     return _Dictionary(dictionary.page, dictionary.offsets[indices], dictionary.sizes[indices])
 
 
-def _walk_of(encoding: object) -> Callable[[_Payload, int, int], tuple[_Ints, _Ints]]:
+def _walk_of(encoding: int) -> Callable[[_Payload, int, int], tuple[_Ints, _Ints]]:
     walks = {_PLAIN: _walk_plain, _DELTA_LENGTH: _walk_delta_length}
-    if isinstance(encoding, int) and encoding in walks:
+    if encoding in walks:
         return walks[encoding]
-    name = _ENCODINGS.get(encoding, f"{encoding}") if isinstance(encoding, int) else "unknown"
+    name = _ENCODINGS.get(encoding, f"{encoding}")
     raise ValueError(f"the encoding {name}, which is not read for images")
 
 
@@ -428,6 +432,10 @@ def _struct(header: dict[int, Any], number: int) -> dict[int, Any]:
 
 def _count(facts: dict[int, Any], most: int) -> int:
     value = facts.get(1)
-    if not isinstance(value, int) or not 0 <= value <= most:
+    if not _is_int(value) or not 0 <= value <= most:
         raise ValueError("a page with another number of values than its column")
     return value
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
