@@ -140,8 +140,9 @@ def test_workers_that_die_at_random_lose_a_shard_at_most(
         assert summary.content_sha256 == whole.content_sha256
         spare = run_images.total() - summary.num_new
         tally("deaths of workers", "a shard lost at most", dying.num_deaths)
-        # A shard in hand; the copies of contents that were run at the same time.
-        assert spare <= dying.num_deaths * 4 + 6, (seed, dying.num_deaths, spare)
+        # A shard in hand, which the last batch of two overfills by one; copies of contents that
+        # were run at the same time.
+        assert spare <= dying.num_deaths * 5 + 6, (seed, dying.num_deaths, spare)
 
 
 def test_images_that_kill_every_worker_are_listed_failures(
