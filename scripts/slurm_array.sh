@@ -8,11 +8,14 @@
 #SBATCH --array=1-16
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=TERM@120
 set -euo pipefail
 # How many parts, as in --array above. Not SLURM_ARRAY_TASK_COUNT, which is the number of tasks that
 # were submitted: of a part that runs again alone, that is 1.
 parts=${FEATCACHE_PARTS:-16}
-# exec: the signal before the time is up goes to this process, and srun hands it on. The part then
-# writes the shard in hand; run again, by --requeue or by hand, it goes on there.
+# srun no longer takes over sbatch's --cpus-per-task by itself.
+if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+# The signal before the time is up goes to the step, featcache itself (no B: in --signal, which means
+# this script: an srun that gets SIGTERM kills its step). The part then writes the shard in hand; run
+# again, by --requeue or by hand, it goes on there.
 exec srun featcache extract "$@" --part "${SLURM_ARRAY_TASK_ID:?is set by sbatch --array}/$parts"

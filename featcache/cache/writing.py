@@ -418,7 +418,7 @@ def writing_alone(output: Output, *, may_discard: bool) -> Iterator[None]:
     folder = partial_folder(output.target)
     make_folder(folder.parent)
     with cache_lock(output.target):
-        unfinished = (folder / "manifest.json").exists()
+        unfinished = any((folder / name).exists() for name in ("manifest.json", "plan.json"))
         try:
             output.check()
             if unfinished and not may_discard:

@@ -25,6 +25,7 @@ from featcache.errors import DataError
 from featcache.untrusted import open_regular, reading_hint
 
 _MAX_MEMBERS = 2_000_000
+_MAX_NAME, _MAX_DEPTH = 4096, 64
 _MAX_RATIO = 200  # deflate cannot exceed 1032; a 16-bit TIFF of a black image reaches ~100
 _RATIO_FREE_BYTES = 2**24  # members this small may have any ratio
 _HEADER_BYTES = 30  # before a member's name and its bytes
@@ -111,6 +112,12 @@ def safe_path(name: str, root: object, kind: str = "zip") -> tuple[str, bool]:
     if kind == "zip":
         name = name.replace("\\", "/")  # written by some Windows programs
     parts = [part for part in name.split("/") if part not in {"", "."}]
+    if len(name) > _MAX_NAME or len(parts) > _MAX_DEPTH:  # folders of folders take squares of it
+        raise DataError(
+            f"{kind} member", expected=f"a path of at most {_MAX_NAME:,} letters and {_MAX_DEPTH} "
+            "folders", found=f"{len(name):,} letters, {len(parts):,} folders", where=root,
+            hint=f"Do not trust this {kind}",
+        )  # fmt: skip
     is_root = not parts and name.startswith(".") and name.endswith("/")
     is_inside = bool(parts) and ".." not in parts and not name.startswith("/")
     if not (is_root or is_inside) or re.match("[A-Za-z]:", name):

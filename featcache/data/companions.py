@@ -107,7 +107,8 @@ def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
     samples = tuple(
         replace(s, group=groups.get(s.path, s.group or s.path)) for s in by_path.values()
     )
-    return replace(dataset, samples=samples)
+    is_joined = all(s.group is None for s in by_path.values())
+    return replace(dataset, samples=samples, are_groups_joined=is_joined)
 
 
 def _narrow(companions: Companions, paths: Iterable[str]) -> list[str]:

@@ -301,10 +301,11 @@ def _scan_urls(urls: Sequence[str], listing: Listing) -> ImageDataset:
     """Return the images of a store: files of their own, or in tars or Parquet files."""
     start = time.perf_counter()
     if len(urls) == 1 and kind_of(urls[0]) and "*" not in urls[0]:
-        (file,) = list_files(urls[0]).values()
-        name = urls[0].rpartition("/")[2]
-        alone = Shard(name, file, split_of_name(name), is_alone=True)
-        return _scan_opened(Path(urls[0]), [alone], listing, Ignored())
+        found = list_files(urls[0])
+        if [*found] == [""]:  # else it is a folder of that name
+            name = urls[0].rpartition("/")[2]
+            alone = Shard(name, found[""], split_of_name(name), is_alone=True)
+            return _scan_opened(Path(urls[0]), [alone], listing, Ignored())
     top, files = list_all(urls)
     listed = f"listed {count(len(files), 'object')} in {time.perf_counter() - start:.1f} s"
     ignored, folders = Ignored(), set[str]()

@@ -141,10 +141,15 @@ def identify(
         DataError: If an ID is that frequent, and nothing is said of it.
     """
     check_choices(patient_ids, path_names)
-    samples = [sample for sample in dataset.samples if dataset.is_dicom(sample)]
+    samples = [s for s in dataset.samples if dataset.is_dicom(s) or dataset.holds_dicom(s)]
     if len(samples) >= _MANY:
         say(f"Reading the headers of {count(len(samples), 'DICOM file')}.")
     headers = _read_headers(dataset, samples, salt.value)
+    if lost := len(samples) - len(headers):
+        warn_user(
+            f"the headers of {count(lost, 'DICOM file')} could not be read: each is a group "
+            "of its own, whoever its patient is"
+        )
     is_hashed = path_names == "hash"
     _warn_of_names(headers, len(samples), is_hashed=is_hashed)
     copies = _find_copies(dataset, headers)
@@ -152,7 +157,10 @@ def identify(
         dataset, names = hash_paths(dataset, salt.value)
         headers = {names[path]: facts for path, facts in headers.items()}
         copies = [[names[path] for path in paths] for paths in copies]
-    has_groups = any(sample.group is not None for sample in dataset.samples)
+    is_joined = dataset.are_groups_joined
+    has_groups = any(s.group is not None for s in dataset.samples) and not is_joined
+    if is_joined:
+        copies += _together(dataset)
     is_used = is_hashed
     if samples and not has_groups:
         patients = _choose_patients(headers, patient_ids, len(samples))
@@ -162,6 +170,14 @@ def identify(
     if samples:
         say(_describe(facts, len(samples)))
     return replace(dataset, dicom=facts)
+
+
+def _together(dataset: ImageDataset) -> list[list[str]]:
+    """Return the paths of each group of several."""
+    paths: dict[str | None, list[str]] = defaultdict(list)
+    for sample in dataset.samples:
+        paths[sample.group].append(sample.path)
+    return [together for together in paths.values() if len(together) > 1]
 
 
 def identify_and_keep(

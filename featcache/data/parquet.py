@@ -213,6 +213,6 @@ def _name_rows(rows: ParquetRows) -> list[str]:
 def _stamp(shard: Shard) -> int:
     """Return the time of a file, whose digits below the second change with its size and time."""
     file = shard.file
-    facts = struct.pack("<qq", file.num_bytes, file.mtime_ns)
+    facts = struct.pack("<qQ", file.num_bytes, file.mtime_ns % 2**64)
     digest = hashlib.blake2b(facts, digest_size=8).digest()
     return file.mtime_ns // 10**9 * 10**9 + int.from_bytes(digest, "little") % 10**9

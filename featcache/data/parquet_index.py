@@ -256,6 +256,9 @@ def _hugging_face(schema: Any) -> dict[str, Any]:
         return {}
 
 
+_TEXTS = {"string", "large_string", "string_view"}
+
+
 def _is_struct(kind: Any) -> bool:
     import pyarrow as pa
 
@@ -267,7 +270,7 @@ def _is_text(kind: Any) -> bool:
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return "string" in str(kind)
+    return str(kind) in _TEXTS
 
 
 def _is_bytes(kind: Any) -> bool:
@@ -319,14 +322,13 @@ def _read_texts(parquet: Any, name: str, num_rows: int) -> list[Any]:
     num_bytes = 0
     for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=[name], use_threads=False):
         column = batch.column(0)
-        if pa.types.is_struct(column.type):
+        if pa.types.is_struct(column.type) and name.endswith(".path"):
             column = column.field("path")
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         kind = column.type
         if not (
-            pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-            or pa.types.is_null(kind) or "string" in str(kind)
+            pa.types.is_integer(kind) or pa.types.is_null(kind) or str(kind) in _TEXTS
         ):  # fmt: skip
             raise _Refusal(f"column {name!r}", "texts or whole numbers", kind)
         num_bytes += column.nbytes

@@ -98,9 +98,10 @@ class RemoteFile:
         if hasattr(fs, "_call_s3"):
             data = _get_from_s3(fs, path, self.tag, offset, num_bytes)
         else:
-            if self.url.startswith("memory:") and _tag_of(fs.info(path)) != self.tag:
-                raise ValueError(_CHANGED)
             data = fs.cat_file(path, start=offset, end=offset + num_bytes)
+            fs.invalidate_cache()  # else it tells what it has listed
+            if self.tag and _tag_of(fs.info(path)) != self.tag:
+                raise ValueError(_CHANGED)
         if len(data) != num_bytes:  # half a body
             raise ConnectionError(f"{len(data):,} of {num_bytes:,} bytes came")
         return bytes(data)
@@ -178,7 +179,10 @@ def list_files(url: str) -> dict[str, RemoteFile]:
 
     def find(fs: Any, path: str) -> dict[str, Any]:
         found = fs.glob(path, detail=True) if "*" in url else fs.find(path, detail=True)
-        return {name: info for name, info in found.items() if info.get("type") != "directory"}
+        return {
+            name: info if info.get("size") is not None else fs.info(name)
+            for name, info in found.items() if info.get("type") != "directory"
+        }  # fmt: skip
 
     with refusals(url):
         found = _retry(url, find, _WAITS[1:2])  # the libraries try again themselves, for seconds
@@ -191,6 +195,11 @@ def list_files(url: str) -> dict[str, RemoteFile]:
         if not info.get("size") and name.endswith("/"):
             continue  # a folder's mark
         place = f"{start.rstrip('/')}/{below}" if below else start
+        if info.get("size") is None:
+            raise DataError(
+                "data", expected="a store that tells the sizes of its objects", where=place,
+                found="none", hint="Copy the images here",
+            )  # fmt: skip
         files[below] = RemoteFile(place, int(info["size"] or 0), _tag_of(info))
     return files
 
@@ -268,7 +277,7 @@ def refusals(url: str) -> Iterator[None]:
 
 def _tag_of(info: Mapping[str, Any]) -> str:
     for key in ("ETag", "etag", "generation", "md5Hash", "blob_id", "LastModified", "mtime",
-                "last_modified", "created"):  # fmt: skip
+                "last_modified", "Last-Modified", "created"):  # fmt: skip
         value = info.get(key)
         if value is not None:
             seconds = getattr(value, "timestamp", None)

@@ -93,6 +93,7 @@ class ImageDataset:
         task: ``multiclass``, or ``multilabel``: several labels per image.
         notes: Where the classes come from, and what was made of labels and splits, in lines for
             people.
+        are_groups_joined: Whether the groups are images with their companions, and no more.
         files: Path of a sample -> that of its file, where they differ: hashed ones.
         dicom: What the headers of its DICOM files say, where they were read.
     """
@@ -110,6 +111,7 @@ class ImageDataset:
     num_found_by_name: int = 0
     task: str = "multiclass"
     notes: tuple[str, ...] = ()
+    are_groups_joined: bool = False
     files: dict[str, str] = field(default_factory=dict, repr=False)
     dicom: DicomFacts | None = None
     _store: Store | None = field(default=None, repr=False)
@@ -140,6 +142,16 @@ class ImageDataset:
             return True
         path = self.file_of(sample)
         return path is not None and dicom_files.sniff(path)
+
+    def holds_dicom(self, sample: Sample) -> bool:
+        """Return whether a sample is DICOM by its first bytes, whatever its name."""
+        path = self.file_of(sample)
+        if path is not None:
+            return dicom_files.sniff(path)
+        try:
+            return dicom_files.is_dicom(self.read(sample))
+        except DataError:
+            return False
 
     def file_of(self, sample: Sample) -> Path | None:
         """Return the file of a sample; None of one in an archive, a tar or a Parquet file."""

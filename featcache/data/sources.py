@@ -68,9 +68,9 @@ def endings_of(data: Data) -> set[str]:
     endings: set[str] = set()
     for path in [data] if isinstance(data, str | os.PathLike) else data:
         ending = Path(path).suffix.lower()
-        endings.add(
-            ending if ending or not url_of(path) else ".parquet"
-        )  # nobody lists it for that
+        # What is open, a glob or a store's folder, is not listed for that.
+        is_open = bool(url_of(path)) or not is_one_path(path)
+        endings.add(".parquet" if is_open and ending not in {".csv", ".zip"} else ending)
         if Path(path).is_dir():
             found = (name.rpartition(".")[2].lower() for name in _shards_in(Path(path)))
             endings.update(f".{ending}" for ending in found)

@@ -236,8 +236,11 @@ def _padded(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
+_USED = {b"path", b"linkpath", b"size", b"mtime", b"GNU.sparse.name"}
+
+
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
-    """Return the records ``LENGTH KEY=VALUE`` of a PAX header.
+    """Return the records ``LENGTH KEY=VALUE`` of a PAX header that are of use.
 
     Raises:
         ValueError: If it has others.
@@ -253,7 +256,10 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
             raise ValueError("a PAX record")
         if len(record) != length:
             raise ValueError("a PAX record")
-        records[key] = value
+        if key in _USED:
+            records[key] = value
+        elif key.startswith(b"GNU.sparse."):
+            records[b"GNU.sparse."] = value
         start += length
     return records
 

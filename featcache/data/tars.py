@@ -162,7 +162,7 @@ class _Scan:
                     self.beside[ending] += 1  # whether it is used is not known yet
                 else:
                     self.ignored.add(OTHER_ENDING, entry.path)
-        stamp = struct.pack("<qq", shard.file.num_bytes, shard.file.mtime_ns)
+        stamp = struct.pack("<qQ", shard.file.num_bytes, shard.file.mtime_ns % 2**64)
         return [
             _Image(number, e.path, e.offset, e.num_bytes, _stamp(e, stamp), of_image)
             for e, of_image in zip(images, labels, strict=True)

@@ -18,7 +18,7 @@ import torch
 from featcache.backbones.engine import Engine
 from featcache.cache.writing import CACHE, cache_lock, partial_folder
 from featcache.data.dataset import ImageDataset
-from featcache.errors import CacheError
+from featcache.errors import CacheError, DataError
 from featcache.extraction.earlier import refuse_misread
 from featcache.extraction.ledger import Ledger
 from featcache.extraction.options import ExtractionOptions, parse_max_errors
@@ -34,6 +34,7 @@ from featcache.extraction.update import (
 )
 from featcache.extraction.workers.plans import (
     Part,
+    Plan,
     failures_of,
     merge_parts,
     merging_held,
@@ -78,6 +79,32 @@ class Work(Protocol):
     @property
     def partial(self) -> ShardFolder:
         """Where the shards go."""
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Let nobody else write the cache; of parts, on a host without locks too, merge them."""
+        folder, name = self.partial.folder, self.path.name
+        plan = self._read_plan()
+        if plan is not None:
+            with merging_held(self.partial, name, plan, self.options.say):
+                yield
+            return
+        with cache_lock(self.path):
+            if self._read_plan() is not None:
+                raise CacheError(
+                    f"cache {name}", expected="no other writer", where=folder,
+                    found="parts of it, begun just now", hint="Run the same command again",
+                )  # fmt: skip
+            yield
+
+    def _read_plan(self) -> Plan | None:
+        """Return the plan of parts; with --rebuild a damaged one is none."""
+        try:
+            return read_plan(self.partial.folder)
+        except CacheError:
+            if not self.options.rebuild:
+                raise
+            return None
 
     def list_shard(
         self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]
@@ -177,10 +204,7 @@ class Job:
     def locked(self) -> Iterator[None]:
         """Let nobody else write the cache; leave no folder behind where nothing was gained."""
         make_folder(self.path.parent)
-        lock = cache_lock(self.path)
-        if (plan := read_plan(self.partial.folder)) is not None:  # a host without locks, perhaps
-            lock = merging_held(self.partial, self.path.name, plan, self.options.say)
-        with lock:
+        with self._lock():
             try:
                 if self._is_replaced():  # before the lock was ours
                     self._open_old()
@@ -200,7 +224,9 @@ class Job:
         folder = self.partial.folder
         if folder.exists():
             # Of another recipe, or in use: somebody's work.
-            with contextlib.suppress(CacheError), cache_lock(self.path):
+            with contextlib.suppress(CacheError), self._lock():
+                if (plan := read_plan(folder)) and plan.fingerprint != self.recipe.fingerprint:
+                    return
                 self.partial.open()
                 remove_temporaries(self.path)
                 self.partial.remove()
@@ -220,6 +246,7 @@ class Job:
             if not self.partial.part:
                 name, say = self.path.name, self.options.say
                 self.part_manifests = merge_parts(self.partial, self.recipe.fingerprint, name, say)
+                self.partial.was_killed |= any(part.running for part in self.part_manifests)
             self.check_unfinished(device)
         except CacheError:
             if not self.options.rebuild:
@@ -232,8 +259,9 @@ class Job:
         if num_resumed:
             self.provenance = self.partial.provenance or self.provenance
             self.options.say(f"Resuming {self.path.name}: {count(num_resumed, 'image')} done.")
+        suspects = self.ledger.match(rehash=self.options.rehash)
         self._enter_failures()
-        return self.ledger.match(rehash=self.options.rehash)
+        return suspects
 
     def _enter_failures(self) -> None:
         """Take over what failed in parts: it is tried again by the next ``extract``."""
@@ -242,8 +270,20 @@ class Job:
             failed |= failures_of(manifest)
         for position, sample in enumerate(self.dataset.samples if failed else ()):
             size, time, reason = failed.get(sample.path, (-1, 0, ""))
-            if (size, time) == (sample.image_bytes, sample.mtime_ns):
-                self.ledger.fail(position, reason)
+            # One that has failed may have been read by the same part, run again.
+            is_same = (size, time) == (sample.image_bytes, sample.mtime_ns)
+            if is_same and self.ledger.wants(position):
+                self._fail_again(position, reason)
+
+    def _fail_again(self, position: int, reason: str) -> None:
+        try:
+            self.ledger.fail(position, reason)
+        except DataError as error:
+            raise DataError(
+                error.what, expected=error.expected, found=error.found,
+                hint="Run the parts that have such failures again, which tries them anew, or allow "
+                "more with --max-errors",
+            ) from None  # fmt: skip
 
     def check_unfinished(self, device: torch.device) -> None:
         """Refuse to go on with rows of another precision or kind of device.

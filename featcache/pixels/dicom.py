@@ -44,6 +44,7 @@ _is_child_process = False
 
 _ORDER = "modality, voi, inversion; floor(255 y + 0.5 + 2^-30)"
 _NEEDS_WINDOW = {"CT", "MR"}
+_LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _MAX_BITS = 32
 _META_BYTES, _CHUNK = 1 << 16, 1 << 20
@@ -340,13 +341,10 @@ def _refuse_deflate_bomb(file: BinaryIO, max_bytes: int) -> None:
     """Refuse a deflated data set of more bytes: pydicom inflates it as a whole."""
     data = file.read(_META_BYTES)
     file.seek(0)
-    # The meta information begins with its length, in explicit VR little endian (PS3.10, 7.1).
-    start = MAGIC_AT + 4
-    has_length = data[start : start + 6] == b"\x02\0\0\0UL"
-    end = start + 12 + int.from_bytes(data[start + 8 : start + 12], "little") if has_length else 0
-    if _DEFLATED not in data[start : end or None]:
+    end = _end_of_meta(data)
+    if _DEFLATED not in (data if end is None else data[:end]):
         return
-    if not has_length:
+    if end is None:
         raise failure("a deflated DICOM file whose header does not say where it ends")
     file.seek(end)
     inflate, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, file.read()
@@ -356,6 +354,23 @@ def _refuse_deflate_bomb(file: BinaryIO, max_bytes: int) -> None:
         size, rest = size + len(piece), inflate.unconsumed_tail
         if size > max_bytes:
             raise failure("a deflated DICOM file that holds more than --max-pixels allow")
+
+
+def _end_of_meta(data: bytes) -> int | None:
+    """Return where the meta information of a file ends, None where it does not in these bytes.
+
+    It is of group 2, in explicit VR little endian (PS3.10, 7.1). Its own length, which pydicom does
+    not look at, is not believed.
+    """
+    place = MAGIC_AT + 4
+    while data[place : place + 2] == b"\x02\0":
+        representation = data[place + 4 : place + 6]
+        if not representation.isalpha():
+            return None
+        is_long = representation in _LONG
+        first, last = (place + 8, place + 12) if is_long else (place + 6, place + 8)
+        place = last + int.from_bytes(data[first:last], "little")
+    return place if place + 2 <= len(data) else None
 
 
 # ----------------------------------------------------------------------------------- stored values

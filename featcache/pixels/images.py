@@ -182,7 +182,9 @@ def load(data: bytes, rules: PixelRules) -> Picture:
         from featcache.pixels.isolation import decode_dicom  # which imports this module
 
         if rules.dicom is None:
-            raise failure("a DICOM file by another name: give it the ending .dcm")
+            raise failure(
+                "a DICOM file by another name: let it end in .dcm (of a Parquet file, its path)"
+            )
         picture = decode_dicom(data, rules.dicom, rules.max_pixels)
         return Picture(picture.pixels, truncated=False, dicom_is_deep=picture.is_deep)
     all_bits = rules.bit_depth != 16  # else the high byte, as Pillow reads it

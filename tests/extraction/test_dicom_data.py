@@ -150,7 +150,7 @@ def test_misnamed_dicom_fails_where_the_identity_does_not_state_how(
         featcache.extract(data, tmp_path / "c.h5", max_errors=5, **how)
     cache = open_cache(tmp_path / "c.h5")
     assert [f.reason for f in cache.failures] == [
-        "a DICOM file by another name: give it the ending .dcm"
+        "a DICOM file by another name: let it end in .dcm (of a Parquet file, its path)"
     ]
     assert "dicom" not in cache.identity
     with pytest.raises(ConfigError, match=r"--window: expected DICOM files, found none"):

@@ -24,6 +24,7 @@ import featcache
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.selection import select
 from featcache.cli import main
+from featcache.data import dicom_groups
 from featcache.data.dataset import scan
 from featcache.data.dicom_groups import Salt, identify_and_keep
 from featcache.data.splitting import split
@@ -314,3 +315,35 @@ def test_columns_of_the_headers_are_for_audit_and_by(tmp_path: Path) -> None:
         cache.path, table=table, source="view_position", say=lambda _: None
     ).as_dict()
     assert "AP" in json.dumps(audit)
+
+
+def test_companions_that_are_kept_do_not_tear_patients_apart(tmp_path: Path) -> None:
+    data = write_patients(tmp_path / "data")
+    mask = np.zeros((40, 40), "<u2")
+    mask[10:20, 10:20] = 4000
+    for number in (0, 2, 4):
+        facts = {"PatientID": f"{PATIENT}{number // 2}", "SOPInstanceUID": f"2.25.9.{number}"}
+        path = data / "covid" / f"{number:02}_mask.dcm"
+        path.write_bytes(make_dicom(mask, bits=12, **facts))
+    groups = groups_of(extract(data, tmp_path / "c.h5", companions="keep"))
+    for number in range(0, 12, 2):
+        of_patient = {groups[f"covid/{number:02}.dcm"], groups[f"normal/{number + 1:02}.dcm"]}
+        of_patient |= {groups.get(f"covid/{number:02}_mask.dcm", *of_patient)}
+        assert len(of_patient) == 1
+    assert len(set(groups.values())) == 6
+
+
+def test_dicom_under_another_format_s_name_has_its_patient(tmp_path: Path) -> None:
+    data = write_patients(tmp_path / "data")
+    (data / "covid/00.dcm").rename(data / "covid/00.png")
+    groups = groups_of(extract(data, tmp_path / "c.h5"))
+    assert groups["covid/00.png"] == groups["normal/01.dcm"]
+
+
+def test_headers_that_cannot_be_read_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_patients(tmp_path / "data")
+    monkeypatch.setattr(dicom_groups, "_ask", lambda name, files, *_: [None] * len(files))
+    with pytest.warns(FeatcacheWarning, match="headers of 12 DICOM files could not be read"):
+        extract(data, tmp_path / "c.h5")

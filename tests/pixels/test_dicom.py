@@ -319,6 +319,9 @@ def test_a_deflate_bomb_is_refused() -> None:
     assert "4000 x 4000 pixels, above" in reason(data, most=10_000)
     bomb = make_dicom(np.zeros((8000, 5000), np.uint16), syntax="deflated")
     assert "holds more than --max-pixels allow" in reason(bomb, most=10_000)
+    place = bomb.index(b"\x02\0\0\0UL") + 8  # the length of the meta information: a lie
+    lying = bomb[:place] + bytes(4) + bomb[place + 4 :]
+    assert "holds more than --max-pixels allow" in reason(lying, most=10_000)
 
 
 def test_a_codestream_of_another_size_is_refused_before_memory_is_taken() -> None:

@@ -47,7 +47,7 @@ MIN_IMAGES = 16
 """No task has fewer, unless that is all there is."""
 _MOST_IMAGES = 1 << 16  # of a task
 _MOST_STARTS = 3  # deaths in a row, at one place, of workers that were never ready
-_MOST_DEATHS = 16  # in a row without an image done; halving a shard of 4,096 rows takes 14
+_MOST_DEATHS = 24  # in a row without an image done; halving a task of 65,536 images takes 19
 _STOP_SECONDS = 7.0  # for workers to hand back what they have; ``cli.ending`` waits for 9
 _MOST_EVENTS = 200  # that are acted on before workers get tasks again
 CRASHED = "it crashed the worker's process"
@@ -162,6 +162,7 @@ class Coordinator:
         useful = -(-len(positions) // MIN_IMAGES)
         self._places = [_Place(number) for number in range(min(num_workers, useful))]
         self._events: queue.SimpleQueue[tuple[_Place, int, Event]] = queue.SimpleQueue()
+        self._taken: deque[tuple[_Place, int, Event]] = deque()  # and not acted on yet
         self._next = 0  # of the positions, where no piece was cut yet
         self._again: deque[_Piece] = deque()
         self._tasks: dict[int, _Piece] = {}
@@ -231,11 +232,12 @@ class Coordinator:
 
     def _take_some(self, bar: Bar) -> None:
         """Wait a moment for a message, and act on it and on those that wait behind it."""
-        events = [*self._wait_for_some()]
+        self._taken.extend(self._wait_for_some())
         with contextlib.ExitStack() as stack:
             for job in self._jobs:
                 stack.enter_context(job.partial.together())
-            for place, generation, event in events:
+            while self._taken:  # what an error leaves here, ``_drain`` takes
+                place, generation, event = self._taken.popleft()
                 if generation == place.generation:
                     self._act(place, event)
         note = f"waits for {find_bottleneck(self._stages)}" if self._stages else None
@@ -425,7 +427,9 @@ class Coordinator:
         while any(place.handle is not None for place in self._places):
             try:
                 wait = max(0.0, deadline - time.monotonic())
-                place, generation, event = self._events.get(timeout=wait)
+                place, generation, event = (
+                    self._taken.popleft() if self._taken else self._events.get(timeout=wait)
+                )
             except queue.Empty:
                 return
             if generation != place.generation:

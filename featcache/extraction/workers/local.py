@@ -88,11 +88,12 @@ def work_on(devices: Sequence[str], jobs: Sequence[Job], positions: Sequence[int
     counts = Counter(devices)
     listed = ", ".join(f"{number} x {device}" for device, number in sorted(counts.items()))
     jobs[0].options.say(f"Processes: {listed}.")
-    known: dict[int, bytes] = {}  # of the one ``Facts``: pickled once for all
+    pickled: list[bytes] = []  # once for all
 
     def start(number: int, facts: Facts, tell: Callable[[Event], object]) -> LocalWorker:
-        data = known.setdefault(id(facts), _pickle(facts))
-        return LocalWorker(data, devices[number], cores[number], tell)
+        if not pickled:
+            pickled.append(_pickle(facts))
+        return LocalWorker(pickled[0], devices[number], cores[number], tell)
 
     Coordinator(jobs, positions, start, len(devices)).run()
 

@@ -59,6 +59,8 @@ def part_held(job: Job, part: Part) -> Iterator[None]:
     except OSError as error:
         raise disk_error(error, folder, 0) from error
     with alive(sign_of(folder, part.number), what, job.options.say) as check:
+        # Again, now that a merge can see us.
+        refuse_alive({sign_of(folder, 0): f"cache {job.path.name}"}, job.options.say)
         job.partial.guard = check
         try:
             yield
@@ -124,6 +126,7 @@ def _make_plan(job: Job, part: Part, positions: Sequence[int], device: torch.dev
             hint="Run the same command again",
         )  # fmt: skip
     job.engine = None
+    job.partial.file.unlink(missing_ok=True)  # its engine is not the plan's
     job.partial.forget()  # nothing was made yet
     _adopt(job, other, part, device)
     return other
@@ -139,8 +142,8 @@ def _adopt(job: Job, plan: Plan, part: Part, device: torch.device) -> None:
     if plan.num_parts != part.num_parts:
         raise refuse(
             f"--part {part}", f"parts of {plan.num_parts}, with which it was begun",
-            f"parts of {part.num_parts}", f"Use I/{plan.num_parts}, or discard it: run the "
-            "command without --part, with --rebuild",
+            f"parts of {part.num_parts}", f"Use I/{plan.num_parts}, or finish it without "
+            "--part, or remove this folder to begin anew",
         )  # fmt: skip
     if plan.fingerprint != job.recipe.fingerprint:
         raise refuse(
@@ -153,7 +156,7 @@ def _adopt(job: Job, plan: Plan, part: Part, device: torch.device) -> None:
             "data", "the images that the parts were planned for", "other names, sizes or times",
             "Run the command without --part: it merges the parts and does the rest",
         )  # fmt: skip
-    if job.partial.engine is None:
+    if job.partial.engine is None or job.partial.is_worthless:  # died before it saw the plan
         job.partial.engine, job.partial.probes = plan.engine, plan.probes
     elif job.partial.engine != plan.engine:
         raise refuse(f"part {part}", plan.engine, job.partial.engine, "Remove its manifest")

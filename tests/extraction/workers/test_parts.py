@@ -163,7 +163,7 @@ def test_the_script_for_slurm_runs_one_part_in_srun(tmp_path: Path) -> None:
     assert out == f"{child.pid} featcache extract a b c.h5 --part 3/16\n"
     text = script.read_text("utf-8")
     assert "#SBATCH --array=1-16\n" in text
-    for option in ("--requeue", "--signal=B:TERM@"):
+    for option in ("--requeue", "--signal=TERM@"):
         assert f"\n#SBATCH {option}" in text
 
 
