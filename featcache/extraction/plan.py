@@ -80,32 +80,6 @@ class Work(Protocol):
     def partial(self) -> ShardFolder:
         """Where the shards go."""
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Let nobody else write the cache; of parts, on a host without locks too, merge them."""
-        folder, name = self.partial.folder, self.path.name
-        plan = self._read_plan()
-        if plan is not None:
-            with merging_held(self.partial, name, plan, self.options.say):
-                yield
-            return
-        with cache_lock(self.path):
-            if self._read_plan() is not None:
-                raise CacheError(
-                    f"cache {name}", expected="no other writer", where=folder,
-                    found="parts of it, begun just now", hint="Run the same command again",
-                )  # fmt: skip
-            yield
-
-    def _read_plan(self) -> Plan | None:
-        """Return the plan of parts; with --rebuild a damaged one is none."""
-        try:
-            return read_plan(self.partial.folder)
-        except CacheError:
-            if not self.options.rebuild:
-                raise
-            return None
-
     def list_shard(
         self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]
     ) -> Vectors:
@@ -211,6 +185,32 @@ class Job:
                 yield
             finally:
                 self.partial.abandon()
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Let nobody else write the cache; of parts, on a host without locks too, merge them."""
+        folder, name = self.partial.folder, self.path.name
+        plan = self._read_plan()
+        if plan is not None:
+            with merging_held(self.partial, name, plan, self.options.say):
+                yield
+            return
+        with cache_lock(self.path):
+            if self._read_plan() is not None:
+                raise CacheError(
+                    f"cache {name}", expected="no other writer", where=folder,
+                    found="parts of it, begun just now", hint="Run the same command again",
+                )  # fmt: skip
+            yield
+
+    def _read_plan(self) -> Plan | None:
+        """Return the plan of parts; with --rebuild a damaged one is none."""
+        try:
+            return read_plan(self.partial.folder)
+        except CacheError:
+            if not self.options.rebuild:
+                raise
+            return None
 
     def list_shard(
         self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]

@@ -45,6 +45,8 @@ BEAT_SECONDS = 5.0
 """Between two signs of life."""
 STALE_SECONDS = 60.0
 """Without one, a process is taken for dead."""
+PATIENCE_SECONDS = 5.0
+"""It may take so long until a plan that is being written is whole."""
 _MOST_PARTS = 999  # each has a million numbers of shards, which have nine digits
 _MAX_PLAN_BYTES = 1 << 28
 _MOST_POSITIONS = 1 << 28
@@ -161,17 +163,18 @@ def _publish_once(path: Path, data: bytes) -> bool:
         temporary.unlink(missing_ok=True)
 
 
-def read_plan(folder: Path, *, patience: float = 5.0) -> Plan | None:
+def read_plan(folder: Path, *, patience: float | None = None) -> Plan | None:
     """Read the plan of an extraction in parts; None if there is none.
 
     Args:
         folder: ``CACHE.partial``.
         patience: So many seconds it may take until the one that another process writes is whole.
+            Default: ``PATIENCE_SECONDS``.
 
     Raises:
         CacheError: If it cannot be read.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + (PATIENCE_SECONDS if patience is None else patience)
     while True:
         try:
             return _parse_plan(read_regular(folder / PLAN_NAME, max_bytes=_MAX_PLAN_BYTES))

@@ -37,6 +37,14 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "c.h5"
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are taken for dead, and plans for damaged, within half a second."""
+    monkeypatch.setattr(plans, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(plans, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(plans, "PATIENCE_SECONDS", 0.1)
+
+
 def run(images: Path, cache: Path, part: str | None = None, **change: Any) -> Any:
     options = {"batch_size": 2, "engine": "folded", "backbone": tiny_network.build()} | change
     return extract(images, cache, part=part, **options)
@@ -44,7 +52,7 @@ def run(images: Path, cache: Path, part: str | None = None, **change: Any) -> An
 
 def spoil(images: Path, *places: int) -> dict[Path, bytes]:
     """Make images unreadable for a while, of the same size and time; return what they were."""
-    files = sorted(path for path in images.rglob("*") if path.is_file())
+    files = sorted(path for path in images.glob("train/*/*") if path.is_file())
     before = {files[place]: files[place].read_bytes() for place in places}
     for path in before:
         replace(path, bytes(path.stat().st_size))
