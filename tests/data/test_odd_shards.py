@@ -73,3 +73,13 @@ def test_an_update_of_a_glob_remembers_its_columns(tree: Path, tmp_path: Path) -
     backbone = tiny_network.build()
     extract(data, cache, backbone=backbone, columns={"target": "finding"})
     assert extract(data, cache, backbone=backbone).status == "up to date"
+
+
+def test_a_folder_of_a_store_may_be_called_like_a_file(tree: Path) -> None:
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    for split, label, name, data in images_of(tree):
+        fs.pipe_file(f"/odd/set.parquet/{split}/{label}/{name}", data)
+    assert len(scan("memory://odd/set.parquet").samples) == len(images_of(tree))
+    fs.rm("/odd", recursive=True)
