@@ -20,6 +20,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import tarfile
 import tempfile
@@ -129,6 +130,7 @@ def s3_store(folder: Path, tar: Path) -> Iterator[dict[str, str]]:
     except ImportError:
         yield {}
         return
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
