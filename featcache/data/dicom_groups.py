@@ -147,8 +147,8 @@ def identify(
     headers = _read_headers(dataset, samples, salt.value)
     if lost := len(samples) - len(headers):
         warn_user(
-            f"the headers of {count(lost, 'DICOM file')} could not be read: those that can be shown "
-            "are groups of their own, whoever their patient is"
+            f"the headers of {count(lost, 'DICOM file')} could not be read: those that can be "
+            "shown are groups of their own, whoever their patient is"
         )
     is_hashed = path_names == "hash"
     _warn_of_names(headers, len(samples), is_hashed=is_hashed)

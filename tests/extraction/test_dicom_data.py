@@ -123,9 +123,11 @@ def test_predict_explain_and_serve_read_dicom(
 def test_what_cannot_be_shown_is_a_listed_failure(place: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(place / "dicom" / "train", data)
-    (data / "covid" / "ct.dcm").write_bytes(make_dicom(ramp(12), bits=12, Modality="CT"))
+    ct = make_dicom(ramp(12), bits=12, Modality="CT", SOPInstanceUID="2.25.4711.1")
+    (data / "covid" / "ct.dcm").write_bytes(ct)
     (data / "covid" / "no.dcm").write_bytes(b"\x08\0\x05\0CS" + bytes(200))
-    (data / "normal" / "named.png").write_bytes(make_dicom(ramp(8)))
+    named = make_dicom(ramp(8), SOPInstanceUID="2.25.4711.2")
+    (data / "normal" / "named.png").write_bytes(named)
     cache, how = tmp_path / "c.h5", {"backbone": tiny_network.build(), "max_errors": 5, **QUIET}
     with (
         pytest.warns(FeatcacheWarning, match="2 images could not be read"),
