@@ -38,14 +38,17 @@ def test_a_path_of_very_many_folders_is_refused(tree: Path, tmp_path: Path) -> N
         scan(path)
 
 
-def test_a_global_header_of_many_records_does_no_harm(tree: Path, tmp_path: Path) -> None:
-    path, headers = tmp_path / "g.tar", {f"SCHILY.xattr.{n}": "x" for n in range(5_000)}
+def test_what_a_global_header_says_of_all_members_counts(tree: Path, tmp_path: Path) -> None:
+    path = tmp_path / "g.tar"
+    headers = {f"SCHILY.xattr.{n}": "x" for n in range(5_000)} | {"mtime": "1000000000.5"}
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
-        for number in range(200):
-            info = tarfile.TarInfo(f"a/{number}.png")
+        for name in ("a/1.png", "b/" + "x" * 200 + ".png"):  # the second has a header of its own
+            info = tarfile.TarInfo(name)
             info.size = len(first_image(tree))
             tar.addfile(info, io.BytesIO(first_image(tree)))
-    assert len(scan(path).samples) == 200
+    samples = scan(path).samples
+    assert [sample.path for sample in samples] == ["a/1.png", "b/" + "x" * 200 + ".png"]
+    assert {sample.mtime_ns // 10**9 for sample in samples} == {10**9}
 
 
 def test_times_after_2262_are_read(tree: Path, tmp_path: Path) -> None:

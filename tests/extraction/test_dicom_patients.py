@@ -319,17 +319,18 @@ def test_columns_of_the_headers_are_for_audit_and_by(tmp_path: Path) -> None:
 
 def test_companions_that_are_kept_do_not_tear_patients_apart(tmp_path: Path) -> None:
     data = write_patients(tmp_path / "data")
-    mask = np.zeros((40, 40), "<u2")
-    mask[10:20, 10:20] = 4000
-    for number in (0, 2, 4):
-        facts = {"PatientID": f"{PATIENT}{number // 2}", "SOPInstanceUID": f"2.25.9.{number}"}
+    mask = np.zeros((40, 40), "u1")
+    mask[10:20, 10:20] = 255
+    for number in range(0, 12, 2):
         path = data / "covid" / f"{number:02}_mask.dcm"
-        path.write_bytes(make_dicom(mask, bits=12, **facts))
+        path.write_bytes(make_dicom(mask, PatientID="", SOPInstanceUID=f"2.25.9.{number}"))
+    with pytest.raises(DataError, match="6 that look like some"):
+        extract(data, tmp_path / "c.h5")
     groups = groups_of(extract(data, tmp_path / "c.h5", companions="keep"))
     for number in range(0, 12, 2):
-        of_patient = {groups[f"covid/{number:02}.dcm"], groups[f"normal/{number + 1:02}.dcm"]}
-        of_patient |= {groups.get(f"covid/{number:02}_mask.dcm", *of_patient)}
-        assert len(of_patient) == 1
+        names = (f"covid/{number:02}.dcm", f"covid/{number:02}_mask.dcm",
+                 f"normal/{number + 1:02}.dcm")  # fmt: skip
+        assert len({groups[name] for name in names}) == 1
     assert len(set(groups.values())) == 6
 
 

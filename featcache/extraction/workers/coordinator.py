@@ -165,7 +165,6 @@ class Coordinator:
         self._taken: deque[tuple[_Place, int, Event]] = deque()  # and not acted on yet
         self._next = 0  # of the positions, where no piece was cut yet
         self._again: deque[_Piece] = deque()
-        self._tasks: dict[int, _Piece] = {}
         self._num_tasks = self._num_done = 0
         self._deaths = 0  # in a row
         self._receipts: dict[tuple[str, str], _Receipts] = {}

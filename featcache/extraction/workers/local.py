@@ -120,11 +120,13 @@ def _pickle(facts: Facts) -> bytes:
     except Exception as error:  # a user's network may refuse in any way
         raise ConfigError(
             "--processes", expected="a backbone that can be sent to another process",
-            found=_reason(error), hint="Make it of classes of a module, or leave --processes out",
+            found=first_line(error),
+            hint="Make it of classes of a module, or leave --processes out",
         ) from error  # fmt: skip
 
 
-def _reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in a line; its kind if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -337,7 +339,7 @@ def _unpickle(data: bytes) -> Facts:
     except Exception as error:  # a module that is not here, or fails
         raise ConfigError(
             "--processes", expected="a backbone that another process can import",
-            found=_reason(error), hint="Make it of classes of a module on PYTHONPATH, or leave "
+            found=first_line(error), hint="Make it of classes of a module on PYTHONPATH, or leave "
             "--processes out",
         ) from error  # fmt: skip
     assert isinstance(facts, Facts)

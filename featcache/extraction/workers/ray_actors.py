@@ -38,7 +38,7 @@ from featcache.errors import CacheError, ConfigError, DataError, FeatcacheError
 from featcache.extraction.plan import Job
 from featcache.extraction.shards import open_manifest
 from featcache.extraction.workers.coordinator import Coordinator, Ended, Event, Failed
-from featcache.extraction.workers.local import sendable_error, share_cores
+from featcache.extraction.workers.local import first_line, sendable_error, share_cores
 from featcache.extraction.workers.worker import (
     Facts,
     Message,
@@ -141,7 +141,7 @@ def _connect(ray: Any, address: str, stack: contextlib.ExitStack) -> None:
         with _kept_handlers():
             ray.init(**options)
     except Exception as error:  # Ray raises many kinds, also plain ones
-        raise _unreachable(address, _first_line(error)) from error
+        raise _unreachable(address, first_line(error)) from error
 
 
 def _read_settings() -> None:
@@ -299,13 +299,9 @@ def _pickle(ray: Any, facts: Facts) -> bytes:
     except Exception as error:  # a user's network may refuse in any way
         raise ConfigError(
             "--ray", expected="a backbone that can be sent to another process",
-            found=_first_line(error), hint="Make it of classes of a module",
+            found=first_line(error), hint="Make it of classes of a module",
         ) from error  # fmt: skip
     return data
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class RayWorker:
@@ -367,10 +363,15 @@ class RayWorker:
             reason = "an error"
         except self._ray.exceptions.RayError as error:
             reason = self._find_reason(error)
+        except SystemExit:  # Ray raises it where it has ended, or has lost its own node
+            self._tell(Failed(_ended()))
+            reason = "an error"
         except Exception as error:  # noqa: BLE001 (raised by the coordinator)
             self._tell(Failed(error))
             reason = "an error"
-        with contextlib.suppress(Exception):  # Ray may believe that it is only out of reach
+        with contextlib.suppress(
+            Exception, SystemExit
+        ):  # Ray may believe that it is only out of reach
             self._ray.kill(self._actor)
         # That a node ends is not the fault of images.
         self._tell(Ended(reason, was_asked=self._is_stopping or reason == _NODE_DIED))
@@ -406,11 +407,18 @@ class RayWorker:
         return "an error"
 
 
+def _ended() -> ConfigError:
+    return ConfigError(
+        "--ray", expected="a cluster that answers", found="one that has ended on this machine",
+        hint="Start it again; the same command then goes on",
+    )  # fmt: skip
+
+
 def _not_there(error: BaseException) -> ConfigError:
     lines = [line.strip() for line in str(error).splitlines() if "Error: " in line]
     return ConfigError(
         "--ray", expected=f"featcache {featcache.__version__} on every node",
-        found=lines[-1][:200] if lines else _first_line(error),
+        found=lines[-1][:200] if lines else first_line(error),
         hint="pip install 'featcache[ray]' in the Python of every node",
     )  # fmt: skip
 
@@ -583,7 +591,7 @@ def _unpickle(data: bytes) -> Facts:
     except Exception as error:  # a module that is not there, or fails
         raise ConfigError(
             f"worker on {socket.gethostname()}", expected="a backbone that can be imported there",
-            found=_first_line(error), hint="Put its module on PYTHONPATH of every node",
+            found=first_line(error), hint="Put its module on PYTHONPATH of every node",
         ) from error  # fmt: skip
     assert isinstance(facts, Facts)
     return facts
