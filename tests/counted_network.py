@@ -1,4 +1,4 @@
-"""The slow network, which notes in a file what it is given by the tasks of Ray's actors."""
+"""The slow network, which notes in a file what it is given to make features of."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CountedNetwork(slow_network.SlowNetwork):
         self.notes = str(notes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if threading.current_thread().name == "featcache-task":  # not the probes
+        if threading.current_thread().name == "featcache-forward":  # not the probes
             # Rows that only fill up a batch are zeros.
             rows = [hashlib.sha256(row.numpy().tobytes()) for row in images if row.any()]
             handle = os.open(self.notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

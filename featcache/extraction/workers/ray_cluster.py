@@ -99,7 +99,7 @@ def main() -> NoReturn:
             os._exit(0)  # Ray's own way out takes a second
     except ConfigError as error:
         os.write(answer, str(error.found).encode())
-    except Exception as error:  # a package of that name that is broken, say
+    except Exception as error:  # noqa: BLE001 (a package of that name that is broken, say)
         os.write(answer, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".encode())
     os._exit(0)
 

@@ -8,7 +8,6 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import counted_network
 import pytest
 import slow_network
 from sample_images import write_tree
+from sample_ray import Nodes, find_actors, started_nodes
 
 from featcache.extraction import work
 from featcache.extraction.extraction import extract
@@ -56,61 +56,10 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> ExtractionS
     return extract(images, cache, backbone=slow_network.build(), **OPTIONS)
 
 
-class Nodes:
-    """A head without cores, and two raylets of a core each, all on this machine."""
-
-    def __init__(self) -> None:
-        from ray._private import utils
-        from ray.cluster_utils import Cluster
-
-        utils.set_sigterm_handler = lambda handler: None  # nodes are added by another thread
-        # It lives as long as they do: Ray asks Linux to kill a raylet when the thread that has
-        # started it ends (PR_SET_PDEATHSIG).
-        self._thread = ThreadPoolExecutor(1)
-        # Ray takes half a minute to believe that a node is dead.
-        health = {
-            "health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000,
-            "health_check_timeout_ms": 5000, "health_check_failure_threshold": 4,
-        }  # fmt: skip
-        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes = [self._add(), self._add()]
-        self.address = self.cluster.address
-
-    def _add(self) -> Any:
-        return self._thread.submit(self.cluster.add_node, num_cpus=1).result()
-
-    def kill_raylet(self, number: int) -> None:
-        """Kill one."""
-        raylet = self.nodes[number].all_processes["raylet"][0].process
-        raylet.kill()
-        raylet.wait()
-
-    def replace_raylet(self, number: int) -> None:
-        """Kill one, and let another one take its place."""
-        self.kill_raylet(number)
-        self.nodes[number] = self._add()
-
-
 @pytest.fixture(scope="module")
 def nodes(is_long: None) -> Iterator[Nodes]:
-    before = dict(os.environ)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    made = Nodes()
-    yield made
-    made.cluster.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def find_actors() -> list[int]:
-    """Return the processes of actors."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"ray::FeatcacheActor"):
-                found.append(int(path.parent.name))
-    return sorted(found)
+    with started_nodes() as made:
+        yield made
 
 
 def kill_actor(rng: random.Random) -> None:
@@ -199,7 +148,7 @@ def test_killed_raylets(
             made = run(images, tmp_path / "c.h5", nodes.address, backbone=backbone, say=said.append)
         assert made.content_sha256 == whole.content_sha256
         num_run, num_spare = counted_network.count_spare(notes)
-        assert num_run == 140
+        assert num_run == 280
         # The shard of four in hand, which a batch of two may overfill by one.
         assert num_spare <= 5 * len(when), said
         tally("killed raylets", "the whole cache", len(when))
@@ -210,9 +159,16 @@ def test_killed_raylets(
 
 
 def test_the_private_names_of_ray_that_are_used_are_there() -> None:
-    from ray import _raylet
+    import inspect
+
+    from ray import _raylet, actor
     from ray._private import worker
+    from ray.job_config import JobConfig
 
     assert worker._worker_logs_enabled in {True, False}
     assert callable(_raylet.Config.initialize)
     assert callable(_raylet.AuthenticationTokenLoader.instance().reset_cache)
+    assert JobConfig(_client_job=True)._client_job
+    assert "not job_config._client_job" in inspect.getsource(worker.connect)
+    options = inspect.signature(actor.ActorMethod._remote).parameters
+    assert "_generator_backpressure_num_objects" in options
