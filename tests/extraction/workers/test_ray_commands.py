@@ -193,7 +193,7 @@ def test_shards_of_a_node_without_the_folder_are_sent(
         command = tuple(word for word in command if word != "--quiet")
         result = warm_parent().run(*command, nodes.address, cwd=place, before=before)
     assert result.code == 0, result
-    told = [line for line in result.err.splitlines() if "does not see the folder of c.h5" in line]
+    told = [line for line in result.out.splitlines() if "does not see the folder of c.h5" in line]
     assert len(told) == 2, result
     assert told[0].endswith("it sends its shards.")
     assert open_cache(place / "c.h5").content_sha256 == images[1]
