@@ -49,8 +49,7 @@ from featcache.extraction.work import work
 from featcache.extraction.workers.local import resolve_devices, work_on
 from featcache.extraction.workers.parts import finish_part, part_held, take_part
 from featcache.extraction.workers.plans import Part
-from featcache.extraction.workers.ray_actors import work_with_ray
-from featcache.extraction.workers.ray_cluster import check_ray
+from featcache.extraction.workers.ray_actors import check_ray, work_with_ray
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device

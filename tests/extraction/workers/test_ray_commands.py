@@ -21,7 +21,7 @@ from sample_ray import Nodes, find_actors, started_nodes
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError
 from featcache.extraction.extraction import extract
-from featcache.extraction.workers.ray_cluster import check_ray
+from featcache.extraction.workers.ray_actors import check_ray
 
 pytest.importorskip("ray", reason="ray is not installed")
 
@@ -145,7 +145,7 @@ def test_modules_beside_the_images_do_not_run(place: Path, nodes: Nodes) -> None
 def test_a_cluster_without_nodes_is_given_up_and_the_same_command_goes_on(
     place: Path, nodes: Nodes
 ) -> None:
-    child = start(place, nodes.address, ("set", ACTORS, "_LOST_SECONDS", 8.0))
+    child = start(place, nodes.address, ("set", ACTORS, "LOST_SECONDS", 8.0))
     wait_for(lambda: num_shards(place) > 4, child)
     for number in range(2):
         nodes.kill_raylet(number)
