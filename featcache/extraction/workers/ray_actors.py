@@ -212,9 +212,11 @@ class Bridge:
                     self.say(answer)
                 else:
                     self._hand_on(self._workers[key], answer)
+        self._child.stdout.close()
         with self._lock:
             self._is_over = True
-        for worker in self._workers.values():
+            left = list(self._workers.values())
+        for worker in left:
             worker.lose(self._address)
 
     def _hand_on(self, worker: RayWorker, answer: Any) -> None:
@@ -232,7 +234,9 @@ class Bridge:
         with contextlib.suppress(OSError):
             self._child.stdin.close()
         try:
-            self._child.wait(_EXIT_SECONDS if self.nodes else 0.0)
+            # Else it has begun nothing, and is importing torch.
+            has_begun = self.is_planned or self._address == LOCAL
+            self._child.wait(_EXIT_SECONDS if has_begun else 0.0)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
