@@ -167,7 +167,7 @@ class Bridge:
         timer = threading.Timer(seconds, self._child.kill)
         timer.start()
         try:
-            (answer,) = receive(self._child.stdout)  # type: ignore[misc]
+            message: Any = receive(self._child.stdout)
         except (EOFError, OSError) as error:
             found = "something that Ray ends at"
             if not timer.is_alive():
@@ -175,6 +175,7 @@ class Bridge:
             raise unreachable(self._address, found) from error
         finally:
             timer.cancel()
+        (answer,) = message
         if isinstance(answer, ConfigError):
             raise answer
         self.nodes = answer
@@ -207,7 +208,8 @@ class Bridge:
         assert self._child.stdout is not None
         with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
             while True:
-                key, answer = receive(self._child.stdout)  # type: ignore[misc]
+                message: Any = receive(self._child.stdout)
+                key, answer = message
                 if key is None:
                     self.say(answer)
                 else:

@@ -37,7 +37,8 @@ def main() -> NoReturn:
         try:
             import ray
 
-            _connect(ray, sys.argv[1], stack)
+            untyped: Any = ray
+            _connect(untyped, sys.argv[1], stack)
         except Exception as error:  # noqa: BLE001 (Ray raises many kinds, also plain ones)
             # Other versions are told in six lines.
             found = " ".join(str(error).split())[:300] or type(error).__name__
@@ -45,11 +46,11 @@ def main() -> NoReturn:
         else:
             for number in INTERRUPTS:  # a scheduler's come to all processes: the command says what
                 signal.signal(number, signal.SIG_IGN)
-            tell(ray.nodes())
+            tell(untyped.nodes())
             with contextlib.suppress(EOFError):
                 from featcache.extraction.workers.ray_workers import serve  # imports torch
 
-                serve(ray, sys.argv[1], tell)
+                serve(untyped, sys.argv[1], tell)
     os._exit(0)
 
 
