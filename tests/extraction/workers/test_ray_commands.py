@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import signal
@@ -129,6 +130,30 @@ def test_actors_stop_soon_after_the_command_was_killed(
     tally("tenths of a second until actors notice a kill -9", "stopped", int(10 * seconds))
     assert seconds < 10
     check_resumed(place, nodes.address, num_listed(place))
+
+
+def find_own_rays() -> list[str]:
+    """Return the command lines of all processes of a Ray that was started for a command."""
+    found = list[str]()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().decode("utf-8", "replace")
+            if "/tmp/featcache-" in line or line.startswith("ray::FeatcacheActor"):
+                found.append(line)
+    return found
+
+
+def test_a_ray_of_our_own_ends_with_the_killed_command(place: Path) -> None:
+    before = set(Path("/tmp").glob("featcache-*"))
+    child = start(place, "local")
+    wait_for(lambda: num_shards(place) > 2, child)
+    assert find_own_rays()
+    child.kill(signal.SIGKILL)
+    child.wait()
+    wait_for(lambda: not find_own_rays(), None)
+    assert set(Path("/tmp").glob("featcache-*")) <= before
+    check_resumed(place, "local", num_listed(place))
+    assert not find_own_rays()
 
 
 def test_modules_beside_the_images_do_not_run(place: Path, nodes: Nodes) -> None:
