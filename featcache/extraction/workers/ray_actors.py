@@ -43,8 +43,10 @@ from featcache.extraction.workers.worker import Facts, Task
 from featcache.files import child_process
 from featcache.formatting import count
 
-_INIT_SECONDS = 15.0  # for a cluster to answer; alone on two cores it takes 4 s, most of it imports
-_BEGIN_SECONDS = 90.0  # for a Ray of our own to begin; alone on two cores it takes 8 s
+# Where ten processes share each core, a cluster has answered after 6 s (2 s of CPU, most of it an
+# import), and a Ray of our own has begun after 32 s.
+_INIT_SECONDS = 15.0
+_BEGIN_SECONDS = 90.0
 _STOP_SECONDS = 5.0  # for an actor to end that was asked to, as for processes of this machine
 _EXIT_SECONDS = 10.0  # for the bridge, and a Ray of our own, to end
 
