@@ -80,11 +80,14 @@ def started_nodes(number: int = 2) -> Iterator[Nodes]:
         os.environ.update(before)
 
 
-def find_actors() -> list[int]:
-    """Return the processes of actors."""
+def find_actors(word: str) -> list[int]:
+    """Return the actors whose raylets have a word in their command lines: a cluster's address."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if path.read_bytes().startswith(b"ray::FeatcacheActor"):
-                found.append(int(path.parent.name))
+                status = path.with_name("stat").read_text("ascii", "replace")
+                parent = status.rpartition(")")[2].split()[1]
+                if word.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    found.append(int(path.parent.name))
     return sorted(found)

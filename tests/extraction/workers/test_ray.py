@@ -62,14 +62,14 @@ def nodes(is_long: None) -> Iterator[Nodes]:
         yield made
 
 
-def kill_actor(rng: random.Random) -> None:
+def kill_actor(nodes: Nodes, rng: random.Random) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(rng.choice(find_actors()), signal.SIGKILL)
+        os.kill(rng.choice(find_actors(nodes.address)), signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def killing(
-    cache: Path, number: int, rng: random.Random, kill: Callable[[], object]
+    nodes: Nodes, cache: Path, number: int, rng: random.Random, kill: Callable[[], object]
 ) -> Iterator[list[int]]:
     """Kill so often, each time a few shards later; yield when, in shards."""
     folder, when, is_over = cache.parent / f"{cache.name}.partial", list[int](), threading.Event()
@@ -78,7 +78,7 @@ def killing(
         seen, least = 0, 1
         while len(when) < number and not is_over.wait(0.02):
             shards = len(list(folder.glob("shard.*")))
-            if shards >= seen + least and find_actors():
+            if shards >= seen + least and find_actors(nodes.address):
                 is_over.wait(rng.uniform(0, 1))
                 kill()
                 when.append(shards)
@@ -108,7 +108,7 @@ def test_a_ray_of_this_machine_makes_the_cache_of_one_process(
     made = run(images, tmp_path / "c.h5", "local", processes=processes, say=said.append)
     assert made.content_sha256 == whole.content_sha256
     assert any(line.startswith(f"Ray: {processes} worker") for line in said)
-    assert not find_actors()
+    assert not find_actors("/tmp/featcache-")
 
 
 def test_two_raylets_make_the_cache_of_one_process(
@@ -124,7 +124,7 @@ def test_killed_actors(
     images: Path, whole: ExtractionSummary, nodes: Nodes, tmp_path: Path, tally: Any
 ) -> None:
     rng, said = random.Random(5), list[str]()
-    with killing(tmp_path / "c.h5", 5, rng, lambda: kill_actor(rng)) as when:
+    with killing(nodes, tmp_path / "c.h5", 5, rng, lambda: kill_actor(nodes, rng)) as when:
         made = run(images, tmp_path / "c.h5", nodes.address, say=said.append)
     assert len(when) == 5
     assert made.content_sha256 == whole.content_sha256
@@ -144,7 +144,7 @@ def test_killed_raylets(
         def kill() -> None:
             nodes.replace_raylet(rng.randrange(2))
 
-        with killing(tmp_path / "c.h5", min(left, 7), rng, kill) as when:
+        with killing(nodes, tmp_path / "c.h5", min(left, 7), rng, kill) as when:
             made = run(images, tmp_path / "c.h5", nodes.address, backbone=backbone, say=said.append)
         assert made.content_sha256 == whole.content_sha256
         num_run, num_spare = counted_network.count_spare(notes)

@@ -108,12 +108,12 @@ def test_a_signal_lets_actors_hand_back_their_batch(
     lines = list(filter(None, result.err.splitlines()))
     assert "of 280 images kept in" in lines[-1]
     assert len(lines) == 1, result
-    wait_for(lambda: not find_actors(), None)
+    wait_for(lambda: not find_actors(nodes.address), None)
     shards = {path.name for path in (place / "c.h5.partial").glob("shard.*")}
     manifest = json.loads((place / "c.h5.partial" / "manifest.json").read_bytes())
     assert shards == {shard["file"] for shard in manifest["shards"]}
     check_resumed(place, nodes.address, num_listed(place))
-    assert not find_actors()
+    assert not find_actors(nodes.address)
 
 
 def test_actors_stop_soon_after_the_command_was_killed(
@@ -121,11 +121,11 @@ def test_actors_stop_soon_after_the_command_was_killed(
 ) -> None:
     child = start(place, nodes.address)
     wait_for(lambda: num_shards(place) > 2, child)
-    assert find_actors()
+    assert find_actors(nodes.address)
     child.kill(signal.SIGKILL)
     begin = time.monotonic()
     child.wait()
-    wait_for(lambda: not find_actors(), None)
+    wait_for(lambda: not find_actors(nodes.address), None)
     seconds = time.monotonic() - begin
     tally("tenths of a second until actors notice a kill -9", "stopped", int(10 * seconds))
     assert seconds < 10
@@ -138,7 +138,7 @@ def find_own_rays() -> list[str]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             line = path.read_bytes().decode("utf-8", "replace")
-            if "/tmp/featcache-" in line or line.startswith("ray::FeatcacheActor"):
+            if "/tmp/featcache-" in line:
                 found.append(line)
     return found
 
