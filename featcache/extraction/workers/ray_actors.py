@@ -132,18 +132,17 @@ class Bridge:
     Attributes:
         nodes: As Ray lists them.
         say: Tells the user.
-        is_planned: Whether ``plan`` was called.
     """
 
     def __init__(self, address: str) -> None:
         self.nodes: list[dict[str, Any]] = []
         self.say: Callable[[str], object] = lambda text: None
-        self.is_planned = False
         self._address, self._folders = address, list[Path]()
         self._workers: dict[int, RayWorker] = {}
         self._keys = itertools.count()
         self._is_over = False
         self._lock = threading.Lock()
+        self._reader: threading.Thread | None = None
         command, environment = child_process("featcache.extraction.workers.ray_bridge")
         # Ray would send statistics of its use, and warn of CUDA_VISIBLE_DEVICES.
         environment |= {
@@ -157,6 +156,11 @@ class Bridge:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C goes to the command, which tells the actors
         )  # fmt: skip
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether ``plan`` was called."""
+        return self._reader is not None
 
     def connect(self) -> None:
         """Wait until it is connected.
@@ -185,9 +189,9 @@ class Bridge:
     def plan(self, plan: Plan, facts: Facts) -> None:
         """Tell it what actors take and are told; then it can start some."""
         self._folders = [job.folder for job in facts.jobs]
-        self.is_planned = True
         self.order(plan)
-        threading.Thread(target=self._read, name="featcache-ray", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="featcache-ray", daemon=True)
+        self._reader.start()
 
     def add(self, worker: RayWorker) -> int:
         """Return the key of a worker, whose answers it gets from now on."""
@@ -244,8 +248,10 @@ class Bridge:
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
-        if not self.is_planned:
+        if self._reader is None:
             self._child.stdout.close()
+        else:
+            self._reader.join(_STOP_SECONDS)
 
 
 class RayWorker:

@@ -63,7 +63,7 @@ def nodes(is_long: None) -> Iterator[Nodes]:
 
 
 def kill_actor(nodes: Nodes, rng: random.Random) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, IndexError):  # it has just ended
         os.kill(rng.choice(find_actors(nodes.address)), signal.SIGKILL)
 
 
