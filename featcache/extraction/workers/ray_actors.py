@@ -48,7 +48,7 @@ from featcache.formatting import count
 _INIT_SECONDS = 15.0
 _BEGIN_SECONDS = 90.0
 _STOP_SECONDS = 5.0  # for an actor to end that was asked to, as for processes of this machine
-_EXIT_SECONDS = 10.0  # for the bridge, and a Ray of our own, to end
+_EXIT_SECONDS = 30.0  # for the bridge, and a Ray of our own, to end
 
 
 def check_ray(address: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import random
 import signal
 import threading
@@ -20,6 +21,8 @@ from sample_ray import Nodes, find_actors, started_nodes
 from featcache.extraction import work
 from featcache.extraction.extraction import extract
 from featcache.extraction.reports import ExtractionSummary
+from featcache.extraction.workers import ray_workers
+from featcache.extraction.workers.coordinator import Ended, Failed
 
 pytest.importorskip("ray", reason="ray is not installed")
 
@@ -156,6 +159,23 @@ def test_killed_raylets(
         left -= len(when)
         all_said += said
     assert sum("its node is gone" in line for line in all_said) >= NUM_KILLS // 2, all_said
+
+
+def test_an_exit_that_ray_raises_in_a_thread_is_said() -> None:
+    import ray
+
+    def make() -> Any:
+        raise SystemExit(1)  # as Ray's functions do where it has ended
+
+    events = queue.SimpleQueue[Any]()
+    cluster = ray_workers._Cluster(ray, "head:1", ray_workers.Plan((), (), b"", 1.0), print)
+    start: Any = (None, None)
+    ray_workers.RayWorker(cluster, 0, make, start, events.put)
+    failed, ended = events.get(timeout=60), events.get(timeout=60)
+    assert isinstance(failed, Failed)
+    assert failed.ends_all
+    assert "--ray: expected a cluster that answers, found one that has ended" in str(failed.error)
+    assert isinstance(ended, Ended)
 
 
 def test_the_private_names_of_ray_that_are_used_are_there() -> None:
