@@ -26,7 +26,8 @@ from typing import Any, TextIO
 
 import click
 
-from featcache.errors import FeatcacheError, printable
+from featcache.data.remote import url_of
+from featcache.errors import COPIES, FeatcacheError, printable
 from featcache.files import follow_link
 from featcache.renames import beside
 
@@ -60,6 +61,10 @@ class Command:
         self._verb, self._options = verb, dict(options or {})
         name = self._options.get(_OUTPUTS.get(verb, ""))
         self._output = None if name is None else Path(name)
+        if name is not None and ":" in str(name) and (url := url_of(name)):
+            from featcache.cache.remote_copies import place_of
+
+            self._output = place_of(url.rstrip("/"), "work")
         self._before = self._stamp()
 
     def _stamp(self) -> tuple[int, int] | None:
@@ -76,6 +81,8 @@ class Command:
         if not self._verb:
             return f"nothing was begun; {again}"
         if output is not None and self._stamp() not in {None, self._before} and self._is_whole():
+            if str(output) in COPIES:
+                return f"{_name(output)} is whole here, and the same command sends it"
             return f"{_name(output)} is whole, nothing else is left to do"
         if self._verb == "demo":
             folder = _name(self._options["folder"])
