@@ -70,7 +70,11 @@ _MAX_JSON_BYTES = 1 << 28
 
 
 def by_url(
-    *reads: str, makes: str = "", adds_to: str = "", must_add: bool = True, goes_on: bool = False,
+    *reads: str,
+    makes: str = "",
+    adds_to: str = "",
+    must_add: bool = True,
+    goes_on: bool = False,
     sends: bool = True,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator that lets arguments of a verb be URLs.
@@ -181,6 +185,7 @@ def _added_to(url: str, copies: dict[str, Copy], *, must_add: bool) -> Iterator[
         COPIES[str(path)] = url
         before = _link(copy, path)
         yield path
+        del COPIES[str(path)]
         try:
             _send_changed(url, path, before, copy.tags)
         except (FeatcacheError, ObjectChangedError) as error:
@@ -188,6 +193,8 @@ def _added_to(url: str, copies: dict[str, Copy], *, must_add: bool) -> Iterator[
             if must_add:
                 raise failed from error
             warn_user(f"not kept in {url}: {failed}")
+    with contextlib.suppress(OSError):
+        parent.rmdir()
 
 
 def _changed(url: str) -> CacheError:
@@ -249,10 +256,10 @@ class _Work:
         folder = self.path.parent
         make_folder(folder)
         with writer_lock(folder / LOCK_NAME, self.url):
-            if sends:
-                check_writable(self.url)
-            self._begin()
             try:
+                if sends:
+                    check_writable(self.url)
+                self._begin()
                 yield
             finally:
                 if not self._is_changed() and not self._has_unfinished():
@@ -328,7 +335,7 @@ class _Work:
             return
         if self._is_sent():
             self._keep(base=self._tags_of(objects), stamps=files_of(self.path))
-        elif self._replace:
+        elif self._replace or not objects:
             self._keep(base=self._tags_of(objects))
         else:
             raise self._conflict()

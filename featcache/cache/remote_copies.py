@@ -1,8 +1,8 @@
 """Local copies of caches and runs that lie in a store: fetched once, checked, used again.
 
 A copy lies in ``FEATCACHE_COPIES`` (default: ``featcache/urls`` in the user's cache folder), in
-``read/HASH OF THE URL/``, beside ``copy.json``: tag, size and sha256 of each object, and inode, size
-and time of the file made of it. It is used again while tags and files are these. All of it may be
+``read/HASH OF THE URL/``, beside ``copy.json``: tag and sha256 of each object, and size, time and
+inode of the file made of it. It is used again while tags and files are these. All of it may be
 deleted at any time.
 
 Of a folder the listing is the same before and after its objects were read, and there is no
@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from featcache import progress
@@ -46,7 +45,7 @@ WHOLE = ("run.json", "crossval.json")
 _MAX_JSON_BYTES = 1 << 28
 _NUM_TRIES = 3  # of an object that changes while it is read
 _MB = 1e6
-_SPACE = " \\<>:\"|?*\x00-\x1f"
+_SPACE = ' \\<>:"|?*\x00-\x1f'
 
 Stamp = tuple[int, int, int]
 """Size, time and inode of a file: tells it from every other."""

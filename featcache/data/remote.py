@@ -1,7 +1,7 @@
 """Files of object stores and web servers by URL, through fsspec: listed once, read by ranged gets.
 
 Reads: objects of ``s3://``, ``gs://``, ``hf://``, ``memory://`` and what else fsspec knows. Writes:
-nothing (``objects`` does). Addresses and credentials are those of the store's own library: environment variables and
+nothing. Addresses and credentials are those of the store's own library: environment variables and
 configuration files, such as ``AWS_ENDPOINT_URL`` and ``AWS_PROFILE``, or fsspec's own, such as
 ``FSSPEC_S3_ANON=true``.
 """
@@ -30,7 +30,7 @@ _BUFFER_BYTES = 1 << 18  # read at once while a tar's headers or a Parquet file'
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub",
              "http": "aiohttp", "https": "aiohttp"}  # fmt: skip
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
-CHANGED = "the object has changed since it was listed"
+_CHANGED = "the object has changed since it was listed"
 
 _file_systems: dict[tuple[str, int], Any] = {}
 _lock = threading.Lock()
@@ -92,7 +92,7 @@ class RemoteFile:
         """
         if not num_bytes:
             return b""
-        return retry(self.url, lambda fs, path: self._get(fs, path, offset, num_bytes))
+        return _retry(self.url, lambda fs, path: self._get(fs, path, offset, num_bytes))
 
     def _get(self, fs: Any, path: str, offset: int, num_bytes: int) -> bytes:
         if hasattr(fs, "_call_s3"):
@@ -100,8 +100,8 @@ class RemoteFile:
         else:
             data = fs.cat_file(path, start=offset, end=offset + num_bytes)
             fs.invalidate_cache()  # else it tells what it has listed
-            if self.tag and tag_of(fs.info(path)) != self.tag:
-                raise ValueError(CHANGED)
+            if self.tag and _tag_of(fs.info(path)) != self.tag:
+                raise ValueError(_CHANGED)
         if len(data) != num_bytes:  # half a body
             raise ConnectionError(f"{len(data):,} of {num_bytes:,} bytes came")
         return bytes(data)
@@ -127,7 +127,7 @@ def _get_from_s3(fs: Any, path: str, tag: str, offset: int, num_bytes: int) -> b
         return bytes(sync(fs.loop, get))
     except OSError as error:
         if any(mark in f"{error} {error.__cause__}" for mark in ("PreconditionFailed", "412")):
-            raise ValueError(CHANGED) from error
+            raise ValueError(_CHANGED) from error
         raise
 
 
@@ -185,8 +185,8 @@ def list_files(url: str) -> dict[str, RemoteFile]:
         }  # fmt: skip
 
     with refusals(url):
-        found = retry(url, find, _WAITS[1:2])  # the libraries try again themselves, for seconds
-        top = file_system(start)[0]._strip_protocol(start)
+        found = _retry(url, find, _WAITS[1:2])  # the libraries try again themselves, for seconds
+        top = _file_system(start)[0]._strip_protocol(start)
     if not found:
         raise DataError("data", expected="objects of a store", found="none", where=url)
     files: dict[str, RemoteFile] = {}
@@ -200,7 +200,7 @@ def list_files(url: str) -> dict[str, RemoteFile]:
                 "data", expected="a store that tells the sizes of its objects", where=place,
                 found="none", hint="Copy the images here",
             )  # fmt: skip
-        files[below] = RemoteFile(place, int(info["size"] or 0), tag_of(info))
+        files[below] = RemoteFile(place, int(info["size"] or 0), _tag_of(info))
     return files
 
 
@@ -275,7 +275,7 @@ def refusals(url: str) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def tag_of(info: Mapping[str, Any]) -> str:
+def _tag_of(info: Mapping[str, Any]) -> str:
     for key in ("ETag", "etag", "generation", "md5Hash", "blob_id", "LastModified", "mtime",
                 "last_modified", "Last-Modified", "created"):  # fmt: skip
         value = info.get(key)
@@ -287,7 +287,7 @@ def tag_of(info: Mapping[str, Any]) -> str:
     return ""
 
 
-def file_system(url: str) -> tuple[Any, str]:
+def _file_system(url: str) -> tuple[Any, str]:
     """Return the file system of a URL, one for all threads of a process, and its path in that.
 
     Raises:
@@ -319,7 +319,7 @@ def _missing(package: str) -> ConfigError:
     )  # fmt: skip
 
 
-def retry(url: str, call: Callable[[Any, str], _T], waits: Sequence[float] = _WAITS) -> _T:
+def _retry(url: str, call: Callable[[Any, str], _T], waits: Sequence[float] = _WAITS) -> _T:
     """Call with the file system of a URL, again after growing waits while the store fails.
 
     Raises:
@@ -328,7 +328,7 @@ def retry(url: str, call: Callable[[Any, str], _T], waits: Sequence[float] = _WA
     """
     has_renewed = False
     for wait in (*waits, None):
-        fs, path = file_system(url)
+        fs, path = _file_system(url)
         try:
             return call(fs, path)
         except (FileNotFoundError, IsADirectoryError):
