@@ -72,7 +72,9 @@ def _json_value(value: Any) -> Any:
         return {key: _json_value(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(part) for part in value]
-    return name_urls(value.as_posix()) if isinstance(value, PurePath) else value
+    if isinstance(value, PurePath | str):
+        return name_urls(value if isinstance(value, str) else value.as_posix())
+    return value
 
 
 def readable_json(value: Any) -> str:

@@ -34,12 +34,12 @@ from featcache.cache.remote_copies import (
     WHOLE,
     Copy,
     Stamp,
+    damage_told,
     fetch,
     files_of,
     keep_record,
     local_file,
     place_of,
-    refuse_damaged_copies,
     stamp_of,
 )
 from featcache.data.objects import (
@@ -52,7 +52,7 @@ from featcache.data.objects import (
     send_object,
 )
 from featcache.data.remote import RemoteFile, url_of
-from featcache.errors import COPIES, CacheError, DataError, FeatcacheError, RunError, warn_user
+from featcache.errors import COPIES, CacheError, DataError, FeatcacheError, warn_user
 from featcache.files import (
     make_folder,
     optional_json_object,
@@ -99,25 +99,20 @@ def by_url(
             given, asked = bound.arguments, dict(bound.arguments)
             made, added_to = (_url(given.get(name)) for name in (makes, adds_to))
             copies = dict[str, Copy]()
-            for name in reads:
-                if name in given:
-                    given[name] = _fetch_each(given[name], copies)
-            try:
-                with contextlib.ExitStack() as stack:
-                    if made:
-                        call_hash = _describe(asked, copies)
-                        work = _Work(made, asked, call_hash, goes_on=goes_on)
-                        stack.enter_context(work.held(sends=sends))
-                        given[makes] = work.path
-                        return work.run(lambda: verb(*bound.args, **bound.kwargs))
-                    if added_to:
-                        added = stack.enter_context(_added_to(added_to, copies, must_add=must_add))
-                        given[adds_to] = added
-                    result = verb(*bound.args, **bound.kwargs)
-                return _moved(result, given[adds_to], added_to) if added_to else result
-            except (CacheError, RunError):
-                refuse_damaged_copies()
-                raise
+            with damage_told(), contextlib.ExitStack() as stack:
+                for name in reads:
+                    if name in given:
+                        given[name] = _fetch_each(given[name], copies)
+                if made:
+                    work = _Work(made, asked, _describe(asked, copies), goes_on=goes_on)
+                    stack.enter_context(work.held(sends=sends))
+                    given[makes] = work.path
+                    return work.run(lambda: verb(*bound.args, **bound.kwargs))
+                if added_to:
+                    added = _added_to(added_to, copies, must_add=must_add)
+                    given[adds_to] = stack.enter_context(added)
+                result = verb(*bound.args, **bound.kwargs)
+            return _moved(result, given[adds_to], added_to) if added_to else result
 
         return call
 

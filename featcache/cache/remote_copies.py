@@ -20,8 +20,9 @@ import posixpath
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
@@ -29,7 +30,7 @@ from urllib.parse import urljoin, urlsplit
 from featcache import progress
 from featcache.data.objects import ObjectChangedError, fetch_object, find_objects
 from featcache.data.remote import RemoteFile, url_of
-from featcache.errors import COPIES, CacheError, DataError
+from featcache.errors import COPIES, CacheError, DataError, RunError
 from featcache.files import disk_error, make_folder, optional_json_object, sha256_file, write_json
 from featcache.untrusted import real_path
 
@@ -51,7 +52,7 @@ Stamp = tuple[int, int, int]
 """Size, time and inode of a file: tells it from every other."""
 
 
-_fetched: dict[str, Copy] = {}
+_used: ContextVar[list[Copy]] = ContextVar("_used", default=[])  # noqa: B039 (a new list in each block)
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,23 @@ class Copy:
                 )  # fmt: skip
 
 
-def refuse_damaged_copies() -> None:
-    """After a cache or run was refused: say so if a copy, and not the original, is what is wrong.
+@contextlib.contextmanager
+def damage_told() -> Iterator[None]:
+    """Where a cache or run is refused, say so if the copy, and not the original, is what is wrong.
 
     Raises:
-        CacheError: If one is no longer what was fetched; it will be fetched anew.
+        CacheError: If one that was used here is no longer what was fetched; next time it will be
+            fetched anew.
     """
-    while _fetched:
-        _fetched.popitem()[1].refuse_damage()
+    token = _used.set([])
+    try:
+        yield
+    except (CacheError, RunError):
+        for copy in _used.get():
+            copy.refuse_damage()
+        raise
+    finally:
+        _used.reset(token)
 
 
 def place_of(url: str, kind: str = "read") -> Path:
@@ -170,7 +180,7 @@ def fetch(url: str, *, max_bytes: int | None = None) -> Copy | None:
                 return None
             copy = _fetch(url, _choose(url, objects), max_bytes)
             if copy is not None:
-                _fetched[url] = copy
+                _used.get().append(copy)
             return copy
     raise DataError(
         "URL", expected="objects that stay as they are", where=url,

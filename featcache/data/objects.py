@@ -199,6 +199,7 @@ def check_writable(url: str) -> None:
             fs.call_s3("abort_multipart_upload", UploadId=begun["UploadId"], **place)
         else:
             trial = f"{path}.{secrets.token_hex(4)}.tmp"
+            fs.makedirs(fs._parent(path), exist_ok=True)
             fs.pipe_file(trial, b"")
             fs.rm_file(trial)
 
@@ -219,6 +220,8 @@ def _send(fs: Any, path: str, source: Path, was: str | None, moved: Moved) -> st
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else {*fs.protocol}
     temporary = path if protocols & _WHOLE_PUTS else f"{path}.{secrets.token_hex(4)}.tmp"
     try:
+        if temporary != path:
+            fs.makedirs(fs._parent(path), exist_ok=True)
         fs.put_file(str(source), temporary)
         fs.invalidate_cache()
         if temporary != path:

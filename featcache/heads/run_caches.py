@@ -12,7 +12,7 @@ from typing import Any
 
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, open_cache
-from featcache.cache.remote_copies import fetch, url_from
+from featcache.cache.remote_copies import damage_told, fetch, url_from
 from featcache.cache.side_by_side import Caches, caches_of, join_caches, list_caches
 from featcache.errors import RunError, printable, warn_user
 from featcache.formatting import count
@@ -28,6 +28,7 @@ from featcache.untrusted import why_no_file
 _NOT_NAMED = {"backbone", "weights_sha256", "num_features"}  # the first stands before all
 
 
+@damage_told()
 def open_own_caches(run: Run, *, unchanged: bool = False) -> Cache:
     """Open the caches that a run was trained on, side by side if there are several.
 
