@@ -63,7 +63,7 @@ def name_urls(text: str) -> str:
     """Return a text in which local copies are called by the URLs that the user knows them by."""
     for path, url in COPIES.items() if COPIES else ():
         if path in text:
-            text = re.sub(re.escape(path) + _UNFINISHED, lambda _, url=url: url, text)
+            text = url.join(re.split(re.escape(path) + _UNFINISHED, text))
     return text
 
 

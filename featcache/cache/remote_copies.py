@@ -25,10 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from featcache import progress
-from featcache.data.objects import ObjectChangedError, fetch_object, find_objects
+from featcache.data.objects import WHOLE_PUTS, ObjectChangedError, fetch_object, find_objects
 from featcache.data.remote import RemoteFile, url_of
 from featcache.errors import COPIES, CacheError, DataError, RunError
 from featcache.files import disk_error, make_folder, optional_json_object, sha256_file, write_json
@@ -43,6 +43,7 @@ BESIDE = (".audit.json", ".dicom.csv")
 WHOLE = ("run.json", "crossval.json")
 """What a run and a cross-validation are known by."""
 
+_STORES = WHOLE_PUTS | {"memory", "local"}
 _MAX_JSON_BYTES = 1 << 28
 _NUM_TRIES = 3  # of an object that changes while it is read
 _MB = 1e6
@@ -52,7 +53,7 @@ Stamp = tuple[int, int, int]
 """Size, time and inode of a file: tells it from every other."""
 
 
-_used: ContextVar[list[Copy]] = ContextVar("_used", default=[])  # noqa: B039 (a new list in each block)
+_used: ContextVar[list[Copy] | None] = ContextVar("_used", default=None)
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,12 @@ def damage_told() -> Iterator[None]:
         CacheError: If one that was used here is no longer what was fetched; next time it will be
             fetched anew.
     """
-    token = _used.set([])
+    used: list[Copy] = []
+    token = _used.set(used)
     try:
         yield
     except (CacheError, RunError):
-        for copy in _used.get():
+        for copy in used:
             copy.refuse_damage()
         raise
     finally:
@@ -125,6 +127,8 @@ def place_of(url: str, kind: str = "read") -> Path:
 
 def url_of_copy(path: Path) -> str | None:
     """Return the URL of a local copy, or of what lies in one; None for any other path."""
+    if not COPIES:
+        return None
     place = real_path(path)
     for one in (place, *place.parents):
         if url := COPIES.get(str(one)):
@@ -148,14 +152,18 @@ def place_from(cache: Path, run: Path) -> str | None:
 
 
 def url_from(run: Path, place: str) -> str | None:
-    """Return the URL that ``run.json`` means by a cache's place; None if it is a local path."""
-    if url := url_of(place):
-        return url
+    """Return the URL that ``run.json`` means by a cache's place; None if it is a local path.
+
+    None too for a URL of a server: whoever made the run could have any of them asked.
+    """
     run_url = url_of_copy(run)
+    if url := url_of(place):
+        is_near = run_url is not None and urlsplit(url)[:2] == urlsplit(run_url)[:2]
+        return url if is_near or urlsplit(url).scheme in _STORES else None
     if run_url is None or Path(place).is_absolute():
         return None
     parts = urlsplit(run_url)
-    path = urljoin(f"/{parts.path.strip('/')}/", place)
+    path = posixpath.normpath(posixpath.join(f"/{parts.path.strip('/')}", place))
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
@@ -179,8 +187,8 @@ def fetch(url: str, *, max_bytes: int | None = None) -> Copy | None:
             if not objects:
                 return None
             copy = _fetch(url, _choose(url, objects), max_bytes)
-            if copy is not None:
-                _used.get().append(copy)
+            if copy is not None and (used := _used.get()) is not None:
+                used.append(copy)
             return copy
     raise DataError(
         "URL", expected="objects that stay as they are", where=url,
@@ -251,7 +259,7 @@ def _still_here(path: Path, objects: Mapping[str, RemoteFile]) -> dict[str, str]
 def _fetch_all(path: Path, missing: Mapping[str, RemoteFile], total: int) -> dict[str, str]:
     """Fetch objects, several at once, and return the sha256 of each."""
     with (
-        progress.Progress("fetch", "MB", round(total / _MB, 1), shown=progress.OF_URLS) as bar,
+        progress.Progress("fetch", "MB", max(round(total / _MB), 1), shown=progress.OF_URLS) as bar,
         ThreadPoolExecutor(8) as threads,
     ):
         jobs = {

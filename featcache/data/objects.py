@@ -36,7 +36,9 @@ ANY = "any"
 _CHUNK_BYTES = 1 << 23  # of a get
 _PART_BYTES = 1 << 24  # of a put; S3 takes 10,000 parts of 5 MiB to 5 GiB
 _NUM_AT_ONCE = 8
-_WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf"}
+WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf"}
+"""Stores in which an object is whole or absent."""
+
 _REFUSED = ("PreconditionFailed", "412", "At least one of the pre-conditions")
 
 
@@ -218,7 +220,7 @@ def _send(fs: Any, path: str, source: Path, was: str | None, moved: Moved) -> st
     if hasattr(fs, "call_s3"):
         return _send_to_s3(fs, path, source, was, moved)
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else {*fs.protocol}
-    temporary = path if protocols & _WHOLE_PUTS else f"{path}.{secrets.token_hex(4)}.tmp"
+    temporary = path if protocols & WHOLE_PUTS else f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         if temporary != path:
             fs.makedirs(fs._parent(path), exist_ok=True)

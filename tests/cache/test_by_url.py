@@ -24,9 +24,11 @@ from sample_sides import write_side
 
 import featcache
 from featcache.backbones.backbone import Backbone
-from featcache.cache import by_url, remote_copies
+from featcache.cache import remote_copies, remote_work
+from featcache.cli.ending import Command
 from featcache.data import objects, remote
 from featcache.errors import COPIES, CacheError, ConfigError, DataError, FeatcacheWarning, RunError
+from featcache.locking import writer_lock
 
 HEAD: dict[str, Any] = {"hidden": (4,), "epochs": 1}
 
@@ -373,19 +375,54 @@ def test_an_answer_that_is_lost(
 ) -> None:
     """The object is there, and the sender did not live to note it."""
     url = f"{memory}/some.h5"
-    plain = by_url.send_object
+    plain = remote_work.send_object
 
     def lose(*args: Any) -> None:
         plain(*args)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(by_url, "send_object", lose)
+        patch.setattr(remote_work, "send_object", lose)
         with pytest.raises(KeyboardInterrupt):
             featcache.select(cache, url)
     with pytest.raises(CacheError, match="there already"):
         featcache.select(cache, url)
     assert works(copies) == []
+
+
+def test_what_an_interrupted_command_says_is_kept(
+    cache: str, memory: str, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, said = f"{memory}/some.h5", list[str]()
+
+    def interrupt(*_: object) -> None:
+        said.append(Command("select", {"new": Path(url)}).what_is_kept())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        featcache.select(cache, url, say=interrupt)
+    assert said.pop() == "nothing is kept; the same command starts again"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote_work, "send_object", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            featcache.select(cache, url)
+    assert said.pop() == f"{url} is whole here, and the same command sends it"
+    (lock,) = (copies / "work").glob("*/lock")
+    with writer_lock(lock, "it"), pytest.raises(CacheError, match=rf"{url}: .*no other writer"):
+        featcache.select(cache, url)
+    featcache.select(cache, url)
+    assert names(memory) == ["c.h5", "some.h5"]
+
+
+def test_a_server_in_run_json_is_not_asked(cache: str, memory: str, copies: Path) -> None:
+    for url, place, found in (
+        (f"{memory}/run", "../c.h5", cache), (f"{memory}/run", "s3://a/c.h5", "s3://a/c.h5"),
+        (f"{memory}/run", "https://there/c.h5", None), ("https://x/r", "../../c.h5", "https://x/c.h5"),
+        (f"{memory}/run", "/data/c.h5", None), ("https://x/r", "https://x/a.h5", "https://x/a.h5"),
+    ):  # fmt: skip
+        run = remote_copies.place_of(url)
+        assert remote_copies.url_from(run, place) == found
+    assert remote_copies.url_from(copies, "../c.h5") is None
 
 
 _KILLED = """
