@@ -233,6 +233,26 @@ def test_an_object_that_changes_while_it_is_read(
         featcache.open_cache(cache)
 
 
+def test_a_run_that_is_replaced_while_it_is_read(
+    cache: str, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plain, changed = f"{memory}/run", remote_copies.fetch_object, list[str]()
+    fs = fsspec.filesystem("memory")
+
+    def fetch_and_change(file: remote.RemoteFile, *args: Any) -> str:
+        sha256 = plain(file, *args)
+        if not changed and file.url.endswith("environment.json"):
+            changed.append(file.url)
+            fs.pipe_file(file.url, b"{}")
+        return sha256
+
+    featcache.train(cache, run, **HEAD)
+    shutil.rmtree(remote_copies.place_of(run).parent)
+    monkeypatch.setattr(remote_copies, "fetch_object", fetch_and_change)
+    assert (featcache.load_run(run).path / "environment.json").read_bytes() == b"{}"
+    assert changed == [f"{run}/environment.json"]
+
+
 def test_a_damaged_copy(cache: str, copies: Path) -> None:
     wanted = featcache.open_cache(cache).content_sha256
     (file,) = (copies / "read").glob("*/c.h5")
