@@ -14,6 +14,7 @@ FeatcacheWarning     something the user should know that does not stop the work
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import unicodedata
 import warnings
@@ -32,7 +33,7 @@ def printable(value: object) -> str:
     Of a longer text the middle is left out: a class of 200,000 letters made ``predict`` print 80 MB
     for 400 images.
     """
-    text = str(value)
+    text = name_urls(str(value))
     if len(text) > _SHOWN_START + 3 + _SHOWN_END:
         text = f"{text[:_SHOWN_START]}...{text[-_SHOWN_END:]}"
     return escaped(text)
@@ -50,6 +51,20 @@ def escaped(text: str) -> str:
         else char
         for char in text
     )
+
+
+COPIES: dict[str, str] = {}
+"""Local copy of a cache or run -> the URL of which it is one: see ``cache.remote_copies``."""
+
+_UNFINISHED = r"(?!\.partial|\.sweep)"  # lies here alone
+
+
+def name_urls(text: str) -> str:
+    """Return a text in which local copies are called by the URLs that the user knows them by."""
+    for path, url in COPIES.items() if COPIES else ():
+        if path in text:
+            text = url.join(re.split(re.escape(path) + _UNFINISHED, text))
+    return text
 
 
 class FeatcacheError(Exception):

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-from featcache.errors import CacheError, ConfigError, escaped
+from featcache.errors import CacheError, ConfigError, escaped, name_urls
 from featcache.renames import NOT_SUPPORTED, beside
 from featcache.untrusted import open_regular, parse_json_object, real_path
 
@@ -72,7 +72,9 @@ def _json_value(value: Any) -> Any:
         return {key: _json_value(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(part) for part in value]
-    return value.as_posix() if isinstance(value, PurePath) else value
+    if isinstance(value, PurePath | str):
+        return name_urls(value if isinstance(value, str) else value.as_posix())
+    return value
 
 
 def readable_json(value: Any) -> str:
@@ -183,7 +185,7 @@ def local_path(path: str | Path, what: str) -> Path:
         text = re.sub(r":/+", "://", text, count=1)
         raise ConfigError(
             what, expected="a path of this machine", found=f"a URL, {text}",
-            hint="Only the DATA of extract, verify and audit may be a URL: copy or mount the files",
+            hint="Only images to extract, caches and runs may be URLs: copy or mount the file",
         )  # fmt: skip
     return Path(path)
 

@@ -19,6 +19,9 @@ LINE_SECONDS = 60.0
 BAR_AFTER_SECONDS = 1.0
 """Of silence: quick work has no bar, and lines that come fast are not torn by one."""
 
+OF_URLS = False
+"""Whether fetches and uploads of caches and runs are for people to see: the command line says."""
+
 
 class Progress:
     """Counts work that is done, and shows how far it is and how long the rest will take.

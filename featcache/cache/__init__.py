@@ -2,6 +2,6 @@
 
 In: features, targets and paths. Out: a ``Cache`` whose splits give them back. Begin with
 ``reading.open_cache``; ``writing.write_cache`` writes features made elsewhere, ``selection.select``
-makes a cache from others, ``converting/`` goes to and from other formats. FORMAT.md describes the
-file.
+makes a cache from others, ``converting/`` goes to and from other formats. ``by_url`` lets all verbs
+take caches and runs by URL. FORMAT.md describes the file.
 """

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.by_url import by_url
 from featcache.cache.container import ArrayReader, Container, check_payload, open_container
 from featcache.cache.contents import (
     check_classes,
@@ -358,6 +359,7 @@ class Cache:
         return self.splits[name]
 
 
+@by_url("path")
 def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
     """Open a cache for reading.
 

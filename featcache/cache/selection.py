@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.by_url import by_url
 from featcache.cache.provenance import (
     check_alike,
     join_provenances,
@@ -83,6 +84,7 @@ class SelectionSummary:
         return result_as_dict(self)
 
 
+@by_url("caches", makes="new")
 def select(
     caches: str | Path | Sequence[str | Path],
     new: str | Path,

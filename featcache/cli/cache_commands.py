@@ -217,7 +217,7 @@ def extract(
     DATA holds split folders of class folders, or class folders, or images; or it is a CSV
     (path,target,split,group), a zip, a tar, a Parquet file with images, or a folder of tars or of
     Parquet files, or a glob of these in quotes ('shards/*.tar'). Run again, it goes on where it
-    stopped, or updates.
+    stopped, or updates. DATA and CACHE may be URLs (s3://bucket/covid.h5).
 
     \b
     Example: featcache extract data covid.h5 --backbone efficientnet-b0

@@ -26,6 +26,7 @@ from typing import Any, TextIO
 
 import click
 
+from featcache.data.remote import url_of
 from featcache.errors import FeatcacheError, printable
 from featcache.files import follow_link
 from featcache.renames import beside
@@ -60,6 +61,12 @@ class Command:
         self._verb, self._options = verb, dict(options or {})
         name = self._options.get(_OUTPUTS.get(verb, ""))
         self._output = None if name is None else Path(name)
+        self._url = None if name is None else url_of(name)
+        if self._url is not None:
+            from featcache.cache.remote_copies import place_of
+
+            self._url = self._url.rstrip("/")
+            self._output = place_of(self._url, "work")
         self._before = self._stamp()
 
     def _stamp(self) -> tuple[int, int] | None:
@@ -75,7 +82,12 @@ class Command:
         again, output = "the same command starts again", self._output
         if not self._verb:
             return f"nothing was begun; {again}"
-        if output is not None and self._stamp() not in {None, self._before} and self._is_whole():
+        if self._url is not None:
+            from featcache.cache.remote_work import is_made
+
+            if is_made(self._url):
+                return f"{printable(self._url)} is whole here, and the same command sends it"
+        elif output is not None and self._stamp() not in {None, self._before} and self._is_whole():
             return f"{_name(output)} is whole, nothing else is left to do"
         if self._verb == "demo":
             folder = _name(self._options["folder"])

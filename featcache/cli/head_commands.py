@@ -39,8 +39,9 @@ def train(
     Example: featcache train covid.h5 run --class-weights balanced
              featcache train size224.h5 size448.h5 run
 
-    Of several caches of the same images, or a folder of them, the features are put side by side.
-    Images, splits, classes, targets and groups must be the same in all.
+    Caches and RUN may be URLs (s3://bucket/run). Of several caches of the same images, or a folder
+    of them, the features are put side by side. Images, splits, classes, targets and groups must be
+    the same in all.
     """
     from featcache.heads.training import train as train_head
 

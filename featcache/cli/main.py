@@ -60,6 +60,8 @@ def cli() -> None:
     featcache train covid.h5 run
     featcache evaluate run --positive covid
     featcache predict run new.png
+
+    Caches and runs may be URLs of a store too: s3://bucket/covid.h5.
     """
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from featcache import progress
 from featcache.cli.ending import ENDING, Command
 from featcache.errors import escaped
 from featcache.untrusted import MAX_PIXELS
@@ -330,6 +331,7 @@ def printing_json(command: _F) -> _F:
 
     @functools.wraps(command)
     def noted(**options: Any) -> Any:
+        progress.OF_URLS = not options.get("quiet") and not options.get("as_json")
         ENDING.command = Command(str(click.get_current_context().info_name), options)
         return command(**options)
 

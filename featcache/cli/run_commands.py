@@ -106,8 +106,9 @@ def evaluate(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
              featcache evaluate run --positive covid --by sex --table patients.csv
              featcache evaluate run --positive covid --against run2
 
-    Figures have 95 % intervals. A subgroup's figure is "too few" if it is based on fewer than 10
-    groups, or images without a group.
+    RUN may be a URL (s3://bucket/run), as for all commands that take one; what is written is sent
+    there. Figures have 95 % intervals. A subgroup's figure is "too few" if it is based on fewer
+    than 10 groups, or images without a group.
     """
     from featcache.evaluation.evaluation import evaluate as evaluate_run
 

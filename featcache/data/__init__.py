@@ -2,6 +2,7 @@
 
 In: folders, zip files, tars, Parquet files and CSVs. Out: an ``ImageDataset`` of ``Sample``s, or a
 new split of them. Begin with ``dataset.scan``; ``companions`` finds masks among the images,
-``tables`` reads CSVs, ``tars`` and ``parquet`` read files of many images, ``groups`` names
+``tables`` reads CSVs, ``objects`` sends and fetches
+whole objects of stores, ``tars`` and ``parquet`` read files of many images, ``groups`` names
 patients, and ``splitting.split`` makes train, valid and test.
 """

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from featcache.backbones.engine import ONNX_PAYS_FROM, Engine, Images, build_engine
+from featcache.cache.by_url import by_url
 from featcache.data.dataset import Sample
 from featcache.deployment.inputs import Inputs, list_inputs
 from featcache.deployment.network import join_network
@@ -406,6 +407,7 @@ class Classifier:
         return export_classifier(self, file)
 
 
+@by_url("run")
 def load_classifier(
     run: str | Path,
     *,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.cache.by_url import by_url
 from featcache.deployment.classifier import Classifier, load_classifier
 from featcache.deployment.explainer import Explainer, Explanation
 from featcache.deployment.explanation_lines import explanation_lines, last_lines
@@ -67,6 +68,7 @@ class ExplainSummary:
         }
 
 
+@by_url("run")
 def explain(
     run: str | Path,
     images: Any,

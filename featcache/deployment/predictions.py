@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.by_url import by_url
 from featcache.cache.side_by_side import Caches, list_caches
 from featcache.errors import ConfigError, RunError, printable
 from featcache.evaluation.deciding.decision_file import Decisions, load_decisions
@@ -175,6 +176,7 @@ class Predictions:
         write_output(output, csv_text(header, rows).encode())
 
 
+@by_url("run", "cache")
 def predict(
     run: str | Path,
     images: Any = None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from featcache.cache.by_url import by_url
 from featcache.cache.side_by_side import Caches, list_caches
 from featcache.errors import ConfigError, printable
 from featcache.evaluation.comparison import OtherRun, comparison_lines
@@ -141,6 +142,7 @@ class Evaluation:
         return result_as_dict(self)
 
 
+@by_url("cache", "against", adds_to="run", must_add=False)
 def evaluate(
     run: str | Path,
     *,

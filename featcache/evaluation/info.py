@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featcache.cache.by_url import by_url
 from featcache.cache.provenance import row_precisions
 from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
 from featcache.cache.verdict import read_verdict
@@ -204,6 +205,7 @@ class UnfinishedInfo:
         return {"kind": f"unfinished {self.command}"} | result_as_dict(self)
 
 
+@by_url("path")
 def info(path: str | Path) -> CacheInfo | RunInfo | CrossvalInfo | UnfinishedInfo:
     """Return what a cache, a run or a cross-validation holds. Reads no features, hashes no cache.
 

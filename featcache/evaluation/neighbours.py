@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.by_url import by_url
 from featcache.cache.reading import Cache, CacheSplit, open_cache
 from featcache.errors import CacheError, ConfigError, DataError, printable
 from featcache.files import local_path, result_as_dict
@@ -55,6 +56,7 @@ class Neighbours:
         return result_as_dict(self)
 
 
+@by_url("cache")
 def neighbours(
     cache: str | Path, image: str | Path, *, k: int = 10, weights: str | Path | None = None,
     backbone: Backbone | str | None = None, device: str = "auto", max_pixels: int = MAX_PIXELS,

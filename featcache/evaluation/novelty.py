@@ -25,7 +25,7 @@ from featcache.evaluation.nearest_rows import (
 )
 from featcache.heads.rows import RowNumbers, training_source
 from featcache.heads.run import Run, cache_paths
-from featcache.heads.run_caches import is_own
+from featcache.heads.run_caches import fetch_caches, is_own
 from featcache.heads.trained_rows import TrainedRows
 
 QUANTILE = 0.999
@@ -106,9 +106,11 @@ class Novelty:
 def find_own_cache(run: Run) -> Cache | None:
     """Return what a run was trained on, None where it is gone or has changed.
 
-    Several caches are side by side. Small ones are hashed.
+    Several caches are side by side. Small ones are hashed, and of those in a store only small ones
+    are fetched for this.
     """
     try:
+        fetch_caches(run, max_bytes=_HASHED_BYTES)
         paths = cache_paths(run)
         is_small = sum(path.stat().st_size for path in paths) <= _HASHED_BYTES
         cache = join_caches([open_cache(path, verify=is_small) for path in paths])

@@ -14,7 +14,7 @@ from featcache.formatting import count
 from featcache.heads.config import check_valid_fraction
 from featcache.heads.rows import RowNumbers, choose_rows
 from featcache.heads.run import Run, cache_paths
-from featcache.heads.run_caches import is_own
+from featcache.heads.run_caches import fetch_caches, is_own
 from featcache.heads.trained_rows import SeenRows, TrainedRows
 from featcache.runtime import Say
 
@@ -36,6 +36,7 @@ def load_trained_rows(run: Run, cache: Cache) -> TrainedRows | None:
         return rows
     try:
         if not is_own(run, cache):
+            fetch_caches(run)
             cache = join_caches([open_cache(path) for path in cache_paths(run)])
         if not is_own(run, cache):
             return None

@@ -19,9 +19,11 @@ from typing import Any, Unpack, overload
 import torch
 
 from featcache.backbones.backbone import Backbone, build_backbone
+from featcache.cache.by_url import by_url
 from featcache.cache.container import is_container
 from featcache.cache.provenance import listing_of
 from featcache.cache.reading import open_cache
+from featcache.cache.remote_copies import url_of_copy
 from featcache.data.dataset import ImageDataset, scan
 from featcache.data.sources import Data, check_data, folders_of, listing_for
 from featcache.errors import CacheError, ConfigError, printable
@@ -80,6 +82,7 @@ def extract(
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
+@by_url(makes="cache", goes_on=True)
 def extract(
     data: Data,
     cache: str | Path,
@@ -233,8 +236,10 @@ def extract(
         rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     place = local_path(cache, "CACHE")
+    _refuse_in_store(place, options)
     if isinstance(backbone, str | Backbone) and isinstance(image_size, int | str):
         return _extract(data, [Target(place, backbone, image_size)], options)[0]
+    _refuse_several_in_store(place)
     targets = name_caches(place, backbone, options)
     return dict(zip(targets, _extract(data, [*targets.values()], options), strict=True))
 
@@ -334,6 +339,7 @@ def plan(
 ) -> dict[str, Projection]: ...
 
 
+@by_url(makes="cache", goes_on=True, sends=False)
 def plan(
     data: Data,
     cache: str | Path,
@@ -363,6 +369,7 @@ def plan(
     chosen, place = ExtractionOptions(**options), local_path(cache, "CACHE")
     if isinstance(backbone, str | Backbone) and isinstance(chosen.image_size, int | str):
         return _plan(data, [Target(place, backbone, chosen.image_size)], chosen, price)[0]
+    _refuse_several_in_store(place)
     targets = name_caches(place, backbone, chosen)
     return dict(zip(targets, _plan(data, [*targets.values()], chosen, price), strict=True))
 
@@ -441,6 +448,23 @@ def _choose_recipe(
     )  # fmt: skip
     describe_recipe(recipe, options.say)
     return recipe
+
+
+def _refuse_in_store(path: Path, options: ExtractionOptions) -> None:
+    """Refuse what needs a folder that other hosts see: a cache in a store is made here alone."""
+    if options.part is not None and (url := url_of_copy(path)):
+        raise ConfigError(
+            "CACHE", expected="with --part a path that all hosts see", found=url,
+            hint="Merge the parts in a file there, and copy it to the store",
+        )  # fmt: skip
+
+
+def _refuse_several_in_store(path: Path) -> None:
+    if url := url_of_copy(path):
+        raise ConfigError(
+            "CACHE", expected="of several backbones or sizes a folder here", found=url,
+            hint="Extract each by its own command, or copy the folder to the store",
+        )  # fmt: skip
 
 
 def _refuse_inside(path: Path, data: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from featcache.cache.container import is_container
 from featcache.cache.reading import Cache, open_cache
+from featcache.cache.remote_copies import url_of_copy
 from featcache.data.dataset import ImageDataset
 from featcache.data.dicom_files import COLUMNS
 from featcache.data.dicom_groups import Salt, hash_paths, identify_and_keep
@@ -48,6 +49,11 @@ def settle_identifiers(
         if options.path_names is None and options.patient_ids is None:
             return dataset
         return _refuse_unused(dataset, options)
+    if options.group_salt is None and (url := url_of_copy(caches[0])):
+        raise ConfigError(
+            "--group-salt", expected="a FILE for a cache in a store", found="none", where=url,
+            hint="Name one here: it is a secret, made if it is not there, and is not sent",
+        )  # fmt: skip
     default = beside(caches[0] if len(caches) == 1 else caches[0].parent, ".salt")
     place = default if options.group_salt is None else Path(options.group_salt)
     ids = {path: facts["group_salt"] for path, facts in stored.items() if "group_salt" in facts}

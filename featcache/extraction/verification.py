@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.cache.by_url import by_url
 from featcache.cache.container import ArrayReader, content_sha256, open_container
 from featcache.cache.hdf5 import compare_with_hdf5
 from featcache.cache.integrity import METADATA, BadRow, Damage, find_damage, find_infinite
@@ -88,6 +89,7 @@ class Verification:
         return result_as_dict(self)
 
 
+@by_url(adds_to="cache")
 def verify(
     cache: str | Path,
     *,

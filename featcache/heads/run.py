@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.by_url import by_url
 from featcache.cache.container import is_container
 from featcache.cache.contents import TASKS
+from featcache.cache.remote_copies import place_of, url_from
 from featcache.errors import ConfigError, RunError, printable, warn_user
 from featcache.files import (
     canonical_json,
@@ -123,6 +125,7 @@ def is_run(path: Path) -> bool:
     return facts.get("format") == FORMAT
 
 
+@by_url("path")
 def load_run(path: str | Path) -> Run:
     """Load a run and check it: format, version, the weights' sha256 before they are parsed.
 
@@ -196,8 +199,15 @@ def load_head(run: Run | str | Path) -> nn.Sequential:
 
 
 def cache_paths(run: Run) -> list[Path]:
-    """Return where the caches that the run was trained on should be."""
-    return [real_path(run.path.resolve() / str(cache["path"])) for cache in run.caches]
+    """Return where the caches that the run was trained on should be.
+
+    Of those in a store, where their local copies are or would be: see ``run_caches.fetch_caches``.
+    """
+    places = [(str(cache["path"]), url_from(run.path, str(cache["path"]))) for cache in run.caches]
+    return [
+        real_path(run.path.resolve() / place) if url is None else place_of(url)
+        for place, url in places
+    ]
 
 
 def require_same_features(

@@ -12,6 +12,7 @@ from typing import Any
 
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.reading import Cache, open_cache
+from featcache.cache.remote_copies import damage_told, fetch, url_from
 from featcache.cache.side_by_side import Caches, caches_of, join_caches, list_caches
 from featcache.errors import RunError, printable, warn_user
 from featcache.formatting import count
@@ -27,6 +28,7 @@ from featcache.untrusted import why_no_file
 _NOT_NAMED = {"backbone", "weights_sha256", "num_features"}  # the first stands before all
 
 
+@damage_told()
 def open_own_caches(run: Run, *, unchanged: bool = False) -> Cache:
     """Open the caches that a run was trained on, side by side if there are several.
 
@@ -39,6 +41,7 @@ def open_own_caches(run: Run, *, unchanged: bool = False) -> Cache:
         CacheError: If one is damaged, or they do not fit together any more.
     """
     opened = list[Cache]()
+    fetch_caches(run)
     for path, trained_on in zip(cache_paths(run), run.caches, strict=True):
         if found := why_no_file(path):
             raise RunError(
@@ -57,6 +60,21 @@ def open_own_caches(run: Run, *, unchanged: bool = False) -> Cache:
             warn_user(printable(f"{path} has changed since the training"))
         opened.append(cache)
     return _join(run, opened)
+
+
+def fetch_caches(run: Run, *, max_bytes: int | None = None) -> None:
+    """Fetch those caches of a run that lie in a store and are not here as they are there.
+
+    Args:
+        run: The run.
+        max_bytes: Larger ones are not fetched.
+
+    Raises:
+        DataError: If the store refuses or cannot be reached.
+    """
+    for cache in run.caches:
+        if url := url_from(run.path, str(cache["path"])):
+            fetch(url, max_bytes=max_bytes)
 
 
 def open_other_caches(run: Run, caches: Caches) -> Cache:

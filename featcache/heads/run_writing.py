@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
+from featcache.cache.remote_copies import place_from
 from featcache.cache.side_by_side import caches_of
 from featcache.errors import RunError, escaped
 from featcache.files import json_sha256, write_bytes, write_csv, write_json
@@ -136,8 +137,11 @@ def write_run(
 def relative_path(cache: Path, run: Path) -> str:
     """Return the cache's path as seen from the run folder, ``/``-separated.
 
-    Relative, so that both can move together; absolute only from another drive.
+    Relative, so that both can move together; absolute only from another drive, and where one of
+    them lies in a store: then the cache's URL, or its absolute path.
     """
+    if place := place_from(cache, run):
+        return place
     target = cache.resolve()
     try:
         return Path(os.path.relpath(target, run.resolve())).as_posix()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.by_url import by_url
 from featcache.cache.reading import Cache, warn_of_leaks
 from featcache.cache.side_by_side import Caches, list_caches, open_caches
 from featcache.cache.verdict import say_verdict
@@ -101,6 +102,7 @@ class TrainSummary:
         return result_as_dict(self)
 
 
+@by_url("cache", makes="run")
 def train(
     cache: Caches,
     run: str | Path,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.cache.by_url import by_url
 from featcache.errors import ConfigError, FeatcacheError, printable
 from featcache.files import local_path, read_regular, result_as_dict
 from featcache.formatting import brief_repr, count, in_bytes
@@ -71,6 +72,7 @@ class ReportSummary:
         return result_as_dict(self)
 
 
+@by_url(adds_to="run")
 def report(
     run: str | Path,
     file: str | Path | None = None,

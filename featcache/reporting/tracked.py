@@ -5,6 +5,7 @@ Reads: the folder, the verdict on its cache, and what was exported of it. Writes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
@@ -26,6 +27,7 @@ from featcache.files import (
     readable_json,
 )
 from featcache.heads.run import Run, cache_paths, load_run
+from featcache.heads.run_caches import fetch_caches
 from featcache.sweeps.crossval_files import ENSEMBLE_NAME, read_crossval
 
 _MAX_BYTES = 1 << 31
@@ -237,6 +239,8 @@ def safe_name(name: str) -> str:
 def _verdicts(run: Run) -> dict[str, bytes]:
     """Return the verdicts of audits of the run's own caches, where these are at hand."""
     files = {}
+    with contextlib.suppress(FeatcacheError):
+        fetch_caches(run)
     for number, (path, facts) in enumerate(zip(cache_paths(run), run.caches, strict=True)):
         try:
             cache = open_cache(path, verify=False)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from featcache.cache.by_url import by_url
 from featcache.errors import ConfigError, printable
 from featcache.files import result_as_dict
 from featcache.formatting import brief_repr, count
@@ -76,6 +77,7 @@ class LogSummary:
         return result_as_dict(self)
 
 
+@by_url("run")
 def log(
     run: str | Path,
     *,

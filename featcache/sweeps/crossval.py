@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from featcache import __version__
+from featcache.cache.by_url import by_url
 from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import Caches, list_caches, open_caches
 from featcache.cache.verdict import say_verdict
@@ -117,6 +118,7 @@ class CrossvalSummary:
         return result_as_dict(self)
 
 
+@by_url("cache", makes="folder")
 def crossval(
     cache: Caches,
     folder: str | Path,

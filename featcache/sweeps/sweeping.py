@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache import __version__
+from featcache.cache.by_url import by_url
 from featcache.cache.reading import warn_of_leaks
 from featcache.cache.side_by_side import Caches, list_caches, open_caches
 from featcache.cache.verdict import say_verdict
@@ -115,6 +116,7 @@ class SweepSummary:
         return result_as_dict(self) | {"decision": decision}
 
 
+@by_url("cache", makes="run")
 def sweep(
     cache: Caches,
     run: str | Path,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.by_url import by_url
 from featcache.cache.container import is_container
 from featcache.cache.converting.importing import FORMAT_VERSION, cache_of
 from featcache.cache.converting.reading import (
@@ -91,6 +92,7 @@ class ConversionSummary:
         return result_as_dict(self)
 
 
+@by_url("source", makes="output")
 def convert(
     source: str | Path, output: str | Path, *, backbone_name: str | None = None,
     rebuild: bool = False, say: Say = log_line,

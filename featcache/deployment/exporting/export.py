@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from featcache.backbones.engine import eager_features
+from featcache.cache.by_url import by_url
 from featcache.deployment.classifier import Classifier, load_classifier
 from featcache.deployment.recipes import Backbones, Weights
 from featcache.errors import ConfigError, RunError
@@ -107,6 +108,7 @@ class ExportSummary:
         return {"format": "featcache-export", "format_version": 2 if several else 1, **kept}
 
 
+@by_url("run")
 def export(
     run: str | Path,
     file: str | Path,

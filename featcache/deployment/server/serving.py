@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.cache.by_url import by_url
 from featcache.errors import ConfigError, warn_user
 from featcache.runtime import Interrupted, Say, available_cores, held_signals, log_line
 
@@ -27,6 +28,7 @@ _EXTRA = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "pytho
 _BACKLOG, _KEEP_ALIVE_SECONDS, _MORE_SECONDS = 128, 5, 1
 
 
+@by_url("run")
 def serve(
     run: str | Path,
     *,

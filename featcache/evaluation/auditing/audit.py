@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.by_url import by_url
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.verdict import write_verdict
 from featcache.data.groups import GroupPattern
@@ -146,6 +147,7 @@ class Audit:
         return result_as_dict(self)
 
 
+@by_url(adds_to="cache", must_add=False)
 def audit(
     cache: str | Path,
     *,

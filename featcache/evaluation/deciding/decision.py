@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.cache.by_url import by_url
 from featcache.errors import CacheError, ConfigError, RunError, printable, warn_user
 from featcache.evaluation.deciding.decision_file import (
     REFER,
@@ -119,6 +120,7 @@ class DecideSummary:
         return result_as_dict(self)
 
 
+@by_url("on", adds_to="run")
 def decide(
     run: str | Path,
     *,
