@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from featcache.cache.remote_copies import Copy, Stamp, damage_told, fetch, files_of, place_of
-from featcache.cache.remote_work import Work, describe, link, moved_to_copy, send_file, sending
+from featcache.cache.remote_work import Work, link, moved_to_copy, send_file, sending
 from featcache.data.objects import ObjectChangedError
 from featcache.data.remote import url_of
 from featcache.errors import COPIES, CacheError, DataError, FeatcacheError, warn_user
@@ -56,7 +56,7 @@ def by_url(
             if not any(map(_find_urls, (*args, *kwargs.values()))):
                 return verb(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
-            given, asked = bound.arguments, dict(bound.arguments)
+            given = bound.arguments
             made, added_to = (_url(given.get(name)) for name in (makes, adds_to))
             copies = dict[str, Copy]()
             with damage_told(), contextlib.ExitStack() as stack:
@@ -64,7 +64,7 @@ def by_url(
                     if name in given:
                         given[name] = _fetch_each(given[name], copies)
                 if made:
-                    work = Work(made, asked, describe(asked, copies), goes_on=goes_on)
+                    work = Work(made, given, goes_on=goes_on)
                     stack.enter_context(work.held(sends=sends))
                     given[makes] = work.path
                     return work.run(lambda: verb(*bound.args, **bound.kwargs))

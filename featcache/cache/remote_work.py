@@ -3,7 +3,7 @@
 The folder, ``work/HASH OF THE URL/`` beside the local copies, is found again by the same command,
 and goes when all is sent: what was made becomes the local copy. Its ``work.json`` says which
 version of the object the work began with (``base``), what its files looked like then (``stamps``),
-and what the verb returned (``result``) when it was asked what (``call``).
+and whether the verb has come to its end (``is_whole``).
 
 A cache is one object, replaced only if it is still the one that the work began with. A run is sent
 with ``uploading.json`` first, ``run.json`` last, and is none in between.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import secrets
 import shutil
@@ -25,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import featcache
 from featcache import progress
 from featcache.cache.remote_copies import (
     MARKER,
@@ -37,7 +35,6 @@ from featcache.cache.remote_copies import (
     keep_record,
     local_file,
     place_of,
-    stamp_of,
 )
 from featcache.data.objects import (
     ANY,
@@ -87,14 +84,11 @@ class Work:
         path: Where it is made.
     """
 
-    def __init__(
-        self, url: str, given: Mapping[str, Any], call: str, *, goes_on: bool
-    ) -> None:  # fmt: skip
+    def __init__(self, url: str, given: Mapping[str, Any], *, goes_on: bool) -> None:
         options = {**given, **given.get("options", {})}
         self.url, self.path, self._goes_on = url, place_of(url, "work"), goes_on
         self._say: Say = options.get("say", log_line)
         self._replace = bool(options.get("overwrite") or options.get("rebuild"))
-        self._call = call
         self._facts = _facts_of(self.path)
         self._state: dict[str, Any] = {}
 
@@ -115,15 +109,9 @@ class Work:
 
     def run(self, verb: Callable[[], R]) -> R:
         """Return what the verb returns, after what it made was sent."""
-        result: R
-        if not self._goes_on and self._is_changed() and "result" in self._state:
-            self._say(f"made before, and now sent: {self.url}")
-            result = _decode(self._state["result"])
-        else:
-            result = verb()
-            if self._is_changed():
-                self._keep(result=_encode(result), call=self._call)
+        result = verb()
         if self._is_changed():
+            self._keep(is_whole=True)
             try:
                 self._send()
             except ObjectChangedError as error:
@@ -142,12 +130,13 @@ class Work:
             self._begin_anew()
         elif _marker_of(objects) != self._state["token"] and self._tags_of(objects) != self._base:
             self._meet_another(objects)
-        elif self._is_changed() and not self._goes_on and self._state.get("call") != self._call:
-            if not self._replace and "result" in self._state:
+        elif self._is_changed() and not self._goes_on:
+            if self._state.get("is_whole") and not self._replace:
                 raise CacheError(
-                    "unsent result", expected="the command that made it, to send it",
-                    found="another command", where=self.url,
-                    hint="Run that again, or drop it with --overwrite (--rebuild for a cache)",
+                    self.url, expected="nothing that waits to be sent", where=self.path.parent,
+                    found="what a command made and could not send",
+                    hint="It is whole: copy it to where you want it, or make it again with "
+                    "--overwrite (--rebuild for a cache)",
                 )  # fmt: skip
             self._begin_anew()
         if self._is_changed() or self._has_unfinished():
@@ -347,43 +336,3 @@ def sending(path: Path, names: list[str]) -> Iterator[Callable[[int], None]]:
     total = sum(local_file(path, below).stat().st_size for below in names)
     with progress.Progress("send", "MB", max(round(total / 1e6), 1), shown=progress.OF_URLS) as bar:
         yield lambda num_bytes: bar.move_by(num_bytes / 1e6)
-
-
-def describe(given: Mapping[str, Any], copies: Mapping[str, Copy]) -> str:
-    """Return a hash of what a command was asked, and of the files that it reads."""
-    parts = []
-    for name, value in sorted(given.items()):
-        if name not in {"say", "progress", "overwrite", "rebuild"}:
-            values = value if isinstance(value, list | tuple) else [value]
-            files = [Path(v) for v in values if isinstance(v, str | Path) and len(str(v)) < 999]
-            parts.append((name, repr(value), [stamp_of(file) for file in files]))
-    tags = sorted((url, sorted(copy.tags.items())) for url, copy in copies.items())
-    return hashlib.sha256(repr((parts, tags)).encode()).hexdigest()
-
-
-def _encode(value: Any) -> Any:
-    """Return a verb's result as JSON values, from which ``_decode`` makes it again."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"class": type(value).__name__, "fields": fields}
-    if isinstance(value, Mapping):
-        return {"dict": [[_encode(k), _encode(v)] for k, v in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(v) for v in value]}
-    if isinstance(value, list):
-        return [_encode(v) for v in value]
-    return {"path": str(value)} if isinstance(value, Path) else value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content), *rest) = value.items()
-    if kind == "class":
-        kinds = {name: getattr(featcache, name) for name in featcache.__all__ if name == content}
-        return kinds[content](**{name: _decode(v) for name, v in rest[0][1].items()})
-    if kind == "dict":
-        return {_decode(k): _decode(v) for k, v in content}
-    return tuple(map(_decode, content)) if kind == "tuple" else Path(content)

@@ -86,7 +86,10 @@ class Command:
             from featcache.cache.remote_work import is_made
 
             if is_made(self._url):
-                return f"{printable(self._url)} is whole here, and the same command sends it"
+                assert output is not None
+                return (
+                    f"{printable(self._url)} is whole in {printable(output.parent)}, and not sent"
+                )
         elif output is not None and self._stamp() not in {None, self._before} and self._is_whole():
             return f"{_name(output)} is whole, nothing else is left to do"
         if self._verb == "demo":

@@ -332,15 +332,13 @@ def test_a_run_whose_upload_was_cut_is_no_run(
     assert "run.json" not in names(run)
     with pytest.raises(DataError, match=rf"whose upload has not ended \({run}\)"):
         featcache.load_run(run)
-    with pytest.raises(CacheError, match="found another command"):
-        featcache.train(cache, run, **HEAD | {"epochs": 2})
+    with pytest.raises(CacheError, match="waits to be sent"):
+        featcache.train(cache, run, **HEAD)
     with pytest.MonkeyPatch.context() as patch:
         another_computer(patch, tmp_path / "another")
         with pytest.raises(DataError, match=r"whose upload has not ended.*--overwrite"):
             featcache.train(cache, run, **HEAD)
-    with pytest.MonkeyPatch.context() as patch:  # nothing is computed
-        patch.setattr("featcache.heads.training.record_fit", None)
-        done = featcache.train(cache, run, **HEAD)
+    done = featcache.train(cache, run, **HEAD, overwrite=True)
     assert "uploading.json" not in names(run)
     assert featcache.load_run(run).weights_sha256 == done.weights_sha256
     assert type(done) is featcache.TrainSummary
@@ -426,11 +424,14 @@ def test_what_an_interrupted_command_says_is_kept(
         patch.setattr(remote_work, "send_object", interrupt)
         with pytest.raises(KeyboardInterrupt):
             featcache.select(cache, url)
-    assert said.pop() == f"{url} is whole here, and the same command sends it"
     (lock,) = (copies / "work").glob("*/lock")
+    assert said.pop() == f"{url} is whole in {lock.parent}, and not sent"
     with writer_lock(lock, "it"), pytest.raises(CacheError, match=rf"{url}: .*no other writer"):
         featcache.select(cache, url)
-    featcache.select(cache, url)
+    with pytest.raises(CacheError, match=r"waits to be sent.*--rebuild"):
+        featcache.select(cache, url)
+    assert lock.with_name("some.h5").exists()
+    featcache.select(cache, url, rebuild=True)
     assert names(memory) == ["c.h5", "some.h5"]
 
 
@@ -473,9 +474,7 @@ def test_a_sender_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "uploading.json" in names(url)
     with pytest.raises(DataError, match="has not ended"):
         featcache.load_run(url)
-    with pytest.MonkeyPatch.context() as patch:  # nothing is computed
-        patch.setattr("featcache.heads.training.record_fit", None)
-        again = featcache.train("made.h5", url, **HEAD)
+    again = featcache.train("made.h5", url, **HEAD, overwrite=True)
     assert featcache.load_run(url).weights_sha256 == again.weights_sha256
     assert featcache.evaluate(url, split="test").num_samples
     leftovers = [name for name in names(url) if name.endswith((".tmp", "uploading.json"))]
