@@ -85,6 +85,7 @@ def scan(
     uncertain: str | None = None,
     blank: str | None = None,
     split_list: Mapping[str, str | Path] | None = None,
+    progress: bool | str = False,
 ) -> ImageDataset:
     """Find the images of a data set, their targets, splits and groups.
 
@@ -121,6 +122,7 @@ def scan(
         blank: What an empty cell of a label means: ``unknown`` or ``no``; None asks.
         split_list: Split (train, valid, test) -> file with a path or a file name of a CSV a line.
             Rows in no list are of ``train`` if that has no list, else they are left out.
+        progress: How the listing of a store is shown: see ``progress.Progress``.
 
     Raises:
         DataError: If the data is missing or empty, its classes and splits are inconsistent, or
@@ -137,7 +139,7 @@ def scan(
         target_separator=target_separator, uncertain=uncertain, blank=blank, split_list=split_list,
     )  # fmt: skip
     listing.check_labels_named()
-    dataset = _scan_by_kind(check_data(data), listing)
+    dataset = _scan_by_kind(check_data(data), listing, progress=progress)
     root = dataset.root
     given = {"columns", "ignore_columns", "target_columns", "target_separator", "split_list"}
     given = given & {*listing.as_json()} - _COLUMNS_OF.get(dataset.layout, set())
@@ -171,9 +173,9 @@ def scan(
     return replace(dataset, samples=samples, grouped=of_class)
 
 
-def _scan_by_kind(data: Data, listing: Listing) -> ImageDataset:
+def _scan_by_kind(data: Data, listing: Listing, *, progress: bool | str) -> ImageDataset:
     if urls := urls_of(data):
-        return _scan_urls(urls, listing)
+        return _scan_urls(urls, listing, progress=progress)
     if not is_one_path(data):
         root, names = find_sources(data)
         return _scan_shards(root, names, listing, Ignored())
@@ -297,7 +299,7 @@ def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
     return _scan_shards(root, names, listing, ignored)
 
 
-def _scan_urls(urls: Sequence[str], listing: Listing) -> ImageDataset:
+def _scan_urls(urls: Sequence[str], listing: Listing, *, progress: bool | str) -> ImageDataset:
     """Return the images of a store: files of their own, or in tars or Parquet files."""
     start = time.perf_counter()
     if len(urls) == 1 and kind_of(urls[0]) and "*" not in urls[0]:
@@ -306,7 +308,7 @@ def _scan_urls(urls: Sequence[str], listing: Listing) -> ImageDataset:
             name = urls[0].rpartition("/")[2]
             alone = Shard(name, found[""], split_of_name(name), is_alone=True)
             return _scan_opened(Path(urls[0]), [alone], listing, Ignored())
-    top, files = list_all(urls)
+    top, files = list_all(urls, progress=progress)
     listed = f"listed {count(len(files), 'object')} in {time.perf_counter() - start:.1f} s"
     ignored, folders = Ignored(), set[str]()
     images = []
