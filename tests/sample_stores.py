@@ -16,7 +16,7 @@ import struct
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -52,6 +52,9 @@ class Stores:
         self.share, self.faults, self.seed, self.upstream = share, faults, seed, upstream
         self.page, self.num_keys, self.has_tags = page, num_keys, has_tags
         self.access_keys: set[str] | None = None  # that are allowed
+        self.before_get: Callable[[int], None] | None = None  # called with how many there were
+        self.on_refusal: Callable[[], None] | None = None
+        self._num_gets = 0
         self.log: list[str] = []
         self.failed: Counter[str] = Counter()
         self.fail_after_pages: int | None = None
@@ -104,6 +107,13 @@ class Stores:
             self.failed[fault] += 1
             return fault
 
+    def count_get(self) -> None:
+        """Count a get of an object, before it is answered."""
+        with self._lock:
+            if self.before_get is not None:
+                self.before_get(self._num_gets)
+            self._num_gets += 1
+
     # ------------------------------------------------------------------------------------ answers
 
     def answer(self, method: str, target: str, headers: Mapping[str, str]) -> Answer:
@@ -122,6 +132,8 @@ class Stores:
         if self.access_keys is not None:
             given = re.search(r"Credential=([^/]+)/", headers.get("Authorization", ""))
             if given is None or given[1] not in self.access_keys:
+                if self.on_refusal is not None:
+                    self.on_refusal()
                 return _s3_error(403, "InvalidAccessKeyId")
         if self.upstream:
             return self._pass_on(method, target, headers)
@@ -333,6 +345,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         stores = self.stores
         stores.log.append(f"{self.command} {self.path}")
+        if self.command == "GET" and "Range" in self.headers:
+            stores.count_get()
         answer = stores.answer(self.command, self.path, self.headers)  # type: ignore[arg-type]
         is_object = self.command == "GET" and "Range" in self.headers
         fault = stores.choose_fault(self.path) if is_object and answer.status < 300 else ""

@@ -214,10 +214,10 @@ def _list_pages(url: str, *, progress: bool | str) -> list[Found]:
         return [one for one in found if pattern.fullmatch(one.name[len(bucket) + 1 :])]
     if found or not key:
         return found
-    with contextlib.suppress(FileNotFoundError):
-        info = _retry(url, lambda fs, path: fs.info(path), _WAITS[:3])
-        return [store_requests.found_of(path, info)] * (info.get("type") != "directory")
-    return []
+    page, _ = _retry(
+        url, lambda fs, _: store_requests.list_page(fs, bucket, key, ""), _WAITS[:3]
+    )  # fmt: skip
+    return [one for one in page if one.name == path]  # which is the first, if it is there
 
 
 def _address_of(fs: Any) -> str:

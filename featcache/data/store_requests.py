@@ -173,8 +173,9 @@ def _get_from_google(fs: Any, path: str, wanted: Stretch) -> bytes:
     from fsspec.asyn import sync
 
     async def ask() -> bytes:
-        start, end = wanted.offset, wanted.offset + wanted.num_bytes
-        return bytes(await fs._cat_file(path, start=start, end=end, generation=wanted.tag))
+        # Its ``_cat_file`` asks for the kind of the bucket first, each time where it may not know.
+        url = fs.url(path, generation=wanted.tag)
+        return bytes((await fs._call("GET", url, headers=wanted.header))[1])
 
     try:
         return bytes(sync(fs.loop, ask, timeout=time_limit(wanted.num_bytes)))
@@ -351,10 +352,8 @@ def _status_of(error: BaseException) -> int:
     for one in (error, error.__cause__):
         answer = getattr(one, "response", None)
         if isinstance(answer, Mapping):  # botocore
-            found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:
-            found = getattr(answer, "status_code", None)
-        found = found or getattr(one, "status", None) or getattr(one, "code", None)
-        if f"{found}".isdigit():
-            return int(f"{found}")
-    return 0
+            return int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    # Not of the cause: half a body is caused by what aiohttp counts as a bad answer, 400.
+    found = getattr(getattr(error, "response", None), "status_code", None)
+    found = found or getattr(error, "status", None) or getattr(error, "code", None)
+    return int(f"{found}") if f"{found}".isdigit() else 0
