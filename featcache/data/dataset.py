@@ -37,7 +37,7 @@ from featcache.data.groups import GroupPattern
 from featcache.data.listing import Listing
 from featcache.data.manifests import scan_csv
 from featcache.data.parquet import scan_parquet
-from featcache.data.remote import RemoteStore, list_all, list_files
+from featcache.data.remote import RemoteFile, RemoteStore, file_at, list_all, list_files
 from featcache.data.samples import (
     MAX_IMAGE_BYTES,
     UNLABELLED,
@@ -185,7 +185,7 @@ def _scan_by_kind(data: Data, listing: Listing, *, progress: bool | str) -> Imag
         return _scan_folder(root, listing)
     ending = root.suffix.lower() if root.is_file() else ""
     if ending == ".csv":
-        return scan_csv(root, listing)
+        return scan_csv(root, listing, progress=progress)
     if ending == ".zip":
         return _scan_zip(root, listing)
     if ending in SHARD_ENDINGS:
@@ -302,6 +302,10 @@ def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
 def _scan_urls(urls: Sequence[str], listing: Listing, *, progress: bool | str) -> ImageDataset:
     """Return the images of a store: files of their own, or in tars or Parquet files."""
     start = time.perf_counter()
+    if len(urls) == 1 and urls[0].lower().endswith(".csv"):
+        return scan_csv(Path(urls[0]), listing, progress=progress)
+    if len(urls) == 1 and urls[0].lower().endswith(".zip"):
+        return _scan_zip(Path(urls[0]), listing, file_at(urls[0]))
     if len(urls) == 1 and kind_of(urls[0]) and "*" not in urls[0]:
         found = list_files(urls[0])
         if [*found] == [""]:  # else it is a folder of that name
@@ -365,10 +369,11 @@ def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...
     return tuple(samples[position] for position in sorted(p for _, p in sorted(ranks)[:limit]))
 
 
-def _scan_zip(root: Path, listing: Listing) -> ImageDataset:
+def _scan_zip(root: Path, listing: Listing, file: RemoteFile | None = None) -> ImageDataset:
+    """Return the images of a zip, here or in a store."""
     ignored, folders = Ignored(), set[str]()
     wanted = []
-    for entry in list_entries(root):
+    for entry in list_entries(root, file):
         parts = entry.path.split("/")
         is_folder = entry.kind == "folder"
         if any(map(is_hidden, parts)):
@@ -383,7 +388,7 @@ def _scan_zip(root: Path, listing: Listing) -> ImageDataset:
             ignored.add(OTHER_ENDING, entry.path)
         else:
             wanted.append(entry)
-    members = locate_members(root, wanted, max_bytes=MAX_IMAGE_BYTES)
+    members = locate_members(root, wanted, max_bytes=MAX_IMAGE_BYTES, file=file)
     if skip := len(top_folder(folders, members)):
         members = {path[skip:]: member for path, member in members.items()}
         folders = {folder[skip:] for folder in folders if len(folder) > skip}
@@ -392,5 +397,5 @@ def _scan_zip(root: Path, listing: Listing) -> ImageDataset:
     ]
     return replace(
         arrange(root, images, folders, ignored, listing), layout="zip",
-        _store=ZipStore(root.absolute(), members),
+        _store=ZipStore(file or root.absolute(), members),
     )  # fmt: skip

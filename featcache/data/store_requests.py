@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
+_T = TypeVar("_T")
 CHANGED = "the object has changed since it was listed"
 _CONNECT_SECONDS, _SILENT_SECONDS = 10, 30
 _SLOWEST_BYTES = 1 << 14  # a second: an object that comes slower is asked for again
@@ -279,12 +281,14 @@ def list_whole(fs: Any, path: str) -> list[Found]:
     found = fs.glob(path, detail=True) if "*" in path else fs.find(path, detail=True)
     files = {name: info for name, info in found.items() if info.get("type") != "directory"}
     without = [name for name, info in files.items() if info.get("size") is None]
-    if without:
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(_CONNECTIONS // 2) as pool:  # a web server: a request for each
-            files |= dict(zip(without, pool.map(fs.info, without), strict=True))
+    files |= dict(zip(without, ask_all(without, fs.info), strict=True))
     return [found_of(name, info) for name, info in files.items()]
+
+
+def ask_all(names: Sequence[str], ask: Callable[[str], _T]) -> list[_T]:
+    """Return what is told of each of some files by a web server: a request for each."""
+    with ThreadPoolExecutor(_CONNECTIONS // 2) as pool:
+        return list(pool.map(ask, names))
 
 
 def found_of(name: str, info: Mapping[str, Any]) -> Found:

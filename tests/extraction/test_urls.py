@@ -126,7 +126,8 @@ def test_file_urls_are_paths(tree: Path) -> None:
 def test_what_a_store_does_not_have(memory: str) -> None:
     for url, message in (
         (memory, "objects of a store, found none|No such file|expected a store that answers"),
-        (f"{memory}/a.csv", "Copy it here"), ("nonsense://a/b", "a URL that fsspec knows"),
+        (f"{memory}/a.csv", "found none"), ([f"{memory}/a.csv", f"{memory}/b"], "Name it alone"),
+        ("nonsense://a/b", "a URL that fsspec knows"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message) as caught:
             scan(url)
