@@ -58,6 +58,7 @@ class Stores:
         self.log: list[str] = []
         self.failed: Counter[str] = Counter()
         self.fail_after_pages: int | None = None
+        self.refuse = 0  # status of every answer
         self._tries: Counter[str] = Counter()
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"stores": self})
@@ -118,6 +119,9 @@ class Stores:
 
     def answer(self, method: str, target: str, headers: Mapping[str, str]) -> Answer:
         """Return what a request gets, failures aside."""
+        if self.refuse:
+            code = "InvalidAccessKeyId" if self.refuse == 403 else "NoSuchBucket"
+            return _s3_error(self.refuse, code)
         parts = urlsplit(target)
         path = unquote(parts.path).lstrip("/")
         asked = {name: values[0] for name, values in parse_qs(parts.query).items()}

@@ -37,7 +37,7 @@ from featcache.data.groups import GroupPattern
 from featcache.data.listing import Listing
 from featcache.data.manifests import scan_csv
 from featcache.data.parquet import scan_parquet
-from featcache.data.remote import RemoteFile, RemoteStore, file_at, list_all, list_files
+from featcache.data.remote import RemoteFile, list_files
 from featcache.data.samples import (
     MAX_IMAGE_BYTES,
     UNLABELLED,
@@ -55,6 +55,7 @@ from featcache.data.shards import (
     split_of_name,
 )
 from featcache.data.sources import Data, check_data, find_sources, is_one_path, urls_of
+from featcache.data.stored_files import RemoteStore, file_at, list_all
 from featcache.data.tars import scan_tars
 from featcache.errors import ConfigError, DataError, printable, warn_user
 from featcache.formatting import count
@@ -301,17 +302,15 @@ def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
 
 def _scan_urls(urls: Sequence[str], listing: Listing, *, progress: bool | str) -> ImageDataset:
     """Return the images of a store: files of their own, or in tars or Parquet files."""
-    start = time.perf_counter()
-    if len(urls) == 1 and urls[0].lower().endswith(".csv"):
-        return scan_csv(Path(urls[0]), listing, progress=progress)
-    if len(urls) == 1 and urls[0].lower().endswith(".zip"):
-        return _scan_zip(Path(urls[0]), listing, file_at(urls[0]))
-    if len(urls) == 1 and kind_of(urls[0]) and "*" not in urls[0]:
-        found = list_files(urls[0])
-        if [*found] == [""]:  # else it is a folder of that name
-            name = urls[0].rpartition("/")[2]
-            alone = Shard(name, found[""], split_of_name(name), is_alone=True)
-            return _scan_opened(Path(urls[0]), [alone], listing, Ignored())
+    start, url = time.perf_counter(), urls[0] if len(urls) == 1 else ""
+    if url.lower().endswith(".csv"):
+        return scan_csv(Path(url), listing, progress=progress)
+    if url.lower().endswith(".zip"):
+        return _scan_zip(Path(url), listing, file_at(url))
+    if kind_of(url) and "*" not in url and (only := list_files(url).get("")) is not None:
+        name = url.rpartition("/")[2]  # else it is a folder of that name
+        alone = Shard(name, only, split_of_name(name), is_alone=True)
+        return _scan_opened(Path(url), [alone], listing, Ignored())
     top, files = list_all(urls, progress=progress)
     listed = f"listed {count(len(files), 'object')} in {time.perf_counter() - start:.1f} s"
     ignored, folders = Ignored(), set[str]()

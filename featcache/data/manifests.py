@@ -15,13 +15,14 @@ from pathlib import Path
 
 from featcache.data.folders import Ignored, ImageFile, agree_on_classes, walk_folder
 from featcache.data.listing import Listing
-from featcache.data.remote import RemoteFile, RemoteStore, find_files, list_files, url_of
+from featcache.data.remote import RemoteFile, list_files, url_of
 from featcache.data.samples import (
     ImageDataset,
     make_sample,
     number_classes,
     sort_samples,
 )
+from featcache.data.stored_files import RemoteStore, find_files
 from featcache.data.tables import MAX_TABLE_BYTES, read_table
 from featcache.errors import ConfigError, DataError
 from featcache.files import read_regular

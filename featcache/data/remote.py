@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import itertools
 import os
 import random
 import re
@@ -185,32 +184,33 @@ def list_files(url: str, *, progress: bool | str = False) -> dict[str, RemoteFil
 
 def _list_pages(url: str, *, progress: bool | str) -> list[Found]:
     """Return the objects of a folder, a glob or one object, page by page."""
-    fs, path = _file_system(url)
+    path = _file_system(url)[1]
     bucket, _, key = path.partition("/")
     pattern = compile_glob(key) if "*" in key else None
     prefix = key.partition("*")[0] if pattern else f"{key}/" if key else ""
-    kept_at = unfinished.place_of(f"{url} {_address_of(fs)}")
+    address = _retry(url, lambda fs, _: store_requests.address_of(fs), _WAITS[:3])
+    kept_at = unfinished.place_of(f"{url} {address}")
     after, found = unfinished.take(kept_at)
     if found:
         log_line(f"listing {printable(url)} goes on after {count(len(found), 'object')}")
     num_pages = _PAGES_TO_KEEP if found else 0
+
+    def ask(fs: Any, _: str) -> tuple[list[Found], str]:
+        return store_requests.list_page(fs, bucket, prefix, after)
+
     with Progress("list", "object", 0, shown=progress) as shown:
         try:
             while True:
                 # The first answer tells whether the store is there: no long waits for that.
-                waits = _WAITS if num_pages else _WAITS[:3]
-                page, after = _retry(
-                    url, lambda fs, _, at=after: store_requests.list_page(fs, bucket, prefix, at),
-                    waits,
-                )  # fmt: skip
+                page, after = _retry(url, ask, _WAITS if num_pages else _WAITS[:3])
                 found += page
                 num_pages += 1
                 shown.move_to(len(found))
                 if not after:
                     break
         except BaseException:
-            if num_pages >= _PAGES_TO_KEEP and after:
-                unfinished.keep(kept_at, after, found)
+            if num_pages >= _PAGES_TO_KEEP:  # Ctrl-C may come before a page is in the list
+                unfinished.keep(kept_at, found[-1].name[len(bucket) + 1 :], found)
             raise
     if pattern is not None:
         return [one for one in found if pattern.fullmatch(one.name[len(bucket) + 1 :])]
@@ -220,121 +220,6 @@ def _list_pages(url: str, *, progress: bool | str) -> list[Found]:
         url, lambda fs, _: store_requests.list_page(fs, bucket, key, ""), _WAITS[:3]
     )  # fmt: skip
     return [one for one in page if one.name == path]  # which is the first, if it is there
-
-
-def _address_of(fs: Any) -> str:
-    """Return what address is behind the URLs of a file system, where that can be another one."""
-    client = getattr(fs, "_s3", None)
-    return f"{client.meta.endpoint_url if client else getattr(fs, 'base', '')}"
-
-
-def list_all(
-    urls: Sequence[str], *, progress: bool | str = False
-) -> tuple[str, dict[str, RemoteFile]]:
-    """Return the folder of all objects of some URLs, and path below it -> object.
-
-    Raises:
-        DataError: As ``list_files``; or if one of several is a CSV or a zip.
-    """
-    found: dict[str, RemoteFile] = {}
-    starts = []
-    for url in urls:
-        if url.lower().endswith((".csv", ".zip")):
-            raise DataError(
-                "data", expected="images, tars or Parquet files where several are named",
-                found=f"a {url[-4:].lower()} file", where=url, hint="Name it alone",
-            )  # fmt: skip
-        files = list_files(url, progress=progress)
-        is_file = [*files] == [""]
-        starts.append(url.rpartition("/")[0] if "*" in url or is_file else url.rstrip("/"))
-        if "*" in url:
-            starts[-1] = url[: url.index("*")].rpartition("/")[0]
-        found |= {file.url: file for file in files.values()}
-    top = _common_folder(starts)
-    return top, {url[len(top) + 1 :]: found.pop(url) for url in sorted(found)}
-
-
-def _common_folder(folders: Sequence[str]) -> str:
-    levels = itertools.takewhile(
-        lambda names: len(set(names)) == 1,
-        zip(*(folder.split("/") for folder in folders), strict=False),
-    )
-    return "/".join(names[0] for names in levels)
-
-
-def file_at(url: str) -> RemoteFile:
-    """Return the object at a URL.
-
-    Raises:
-        DataError: If there is none there, or the store cannot be reached or refuses.
-        ConfigError: If a package is not installed.
-    """
-    files = list_files(url)
-    if [*files] != [""]:
-        raise DataError("data", expected="an object of a store", found="a folder", where=url)
-    return files[""]
-
-
-def find_files(urls: Sequence[str], *, progress: bool | str = False) -> dict[str, RemoteFile]:
-    """Return the objects at some URLs: URL -> object, without those that are not there.
-
-    Of each bucket the folder is listed that all of its objects lie in. A web server is asked for
-    each file: it need not list any.
-
-    Raises:
-        DataError: If a store cannot be reached, or refuses.
-        ConfigError: If a package is not installed.
-    """
-    by_store: dict[str, list[str]] = {}
-    for url in urls:
-        by_store.setdefault("/".join(url.split("/", 3)[:3]), []).append(url)
-    found: dict[str, RemoteFile] = {}
-    for store, of_store in by_store.items():
-        with refusals(store):
-            if store.startswith("http"):
-                infos = store_requests.ask_all(of_store, _file_of_web)
-                found |= {file.url: file for file in infos if file is not None}
-                continue
-        top = _common_folder([url.rpartition("/")[0] for url in of_store])
-        listed = list_files(top, progress=progress)
-        at = {file.url: file for file in listed.values()}
-        found |= {url: at[url] for url in of_store if url in at}
-    return found
-
-
-def _file_of_web(url: str) -> RemoteFile | None:
-    try:
-        info = _retry(url, lambda fs, path: fs.info(path))
-    except FileNotFoundError:
-        return None
-    return RemoteFile(url, int(info.get("size") or 0), store_requests.tag_of(info))
-
-
-@dataclass(frozen=True)
-class RemoteStore:
-    """Reads images that are objects of their own: see ``samples.Store``. Picklable.
-
-    Args:
-        url: Of the folder; "" where the paths are URLs.
-        tags: Path of an image below it -> its size and its tag.
-    """
-
-    url: str
-    tags: dict[str, tuple[int, str]]
-
-    def read(self, path: str) -> bytes:
-        """Return the bytes of an image."""
-        num_bytes, tag = self.tags[path]
-        url = f"{self.url}/{path}" if self.url else path
-        return RemoteFile(url, num_bytes, tag).read(0, num_bytes)
-
-    def place_of(self, path: str) -> tuple[int, int]:
-        """Return the same for all: any order is as fast."""
-        return 0, 0
-
-    def path_inside(self, path: str) -> str:
-        """Return the path itself."""
-        return path
 
 
 @contextlib.contextmanager

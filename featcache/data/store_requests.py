@@ -8,11 +8,13 @@ Reads: objects of stores. Writes: nothing.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
@@ -103,9 +105,15 @@ def options_of(protocol: str) -> dict[str, Any]:
 
 
 def prepare(fs: Any) -> None:
-    """Set what is no option of a file system."""
-    if hasattr(fs, "_call_s3"):
-        fs.retries = 1  # the caller tries again: 5 times 5 tries of a silent server took 20 minutes
+    """Make a file system ask once: the caller tries again, in one way for all of them.
+
+    Of a silent server 5 times 5 tries of s3fs, six times over, would take half an hour.
+    """
+    if _kind(fs) == "s3":
+        fs.retries = 1
+    once = getattr(getattr(type(fs), "_request", None), "__wrapped__", None)
+    if _kind(fs) == "gs" and once is not None:
+        fs._request = partial(once, fs)
 
 
 # ------------------------------------------------------------------------------------------- gets
@@ -186,21 +194,21 @@ def _get_from_google(fs: Any, path: str, wanted: Stretch) -> bytes:
 
 
 def _get_from_hub(fs: Any, path: str, wanted: Stretch) -> bytes:
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
+    hub: Any = importlib.import_module("huggingface_hub")
     at = fs.resolve_path(path)
     if not hasattr(at, "repo_id"):  # a bucket, whose files have no address of that kind
         end = wanted.offset + wanted.num_bytes
         return bytes(fs.cat_file(path, start=wanted.offset, end=end, cache_type="none"))
-    url = hf_hub_url(at.repo_id, at.path_in_repo, repo_type=at.repo_type, revision=at.revision,
-                     endpoint=fs.endpoint)  # fmt: skip
-    answer = http_backoff(
-        "GET", url, headers=build_hf_headers(token=fs.token) | wanted.header,
+    url = hub.hf_hub_url(
+        at.repo_id, at.path_in_repo, repo_type=at.repo_type, revision=at.revision,
+        endpoint=fs.endpoint,
+    )  # fmt: skip
+    answer = hub.utils.http_backoff(
+        "GET", url, headers=hub.utils.build_hf_headers(token=fs.token) | wanted.header,
         timeout=_SILENT_SECONDS,
         retry_on_status_codes=(429,), retry_on_exceptions=(),  # the caller tries again
     )  # fmt: skip
-    hf_raise_for_status(answer)
+    hub.utils.hf_raise_for_status(answer)
     first = (*answer.history, answer)[0].headers  # large files are sent on to another server
     told = first.get("X-Linked-ETag") or first.get("ETag") or wanted.tag
     _check(answer, answer.status_code, told.removeprefix("W/").strip('"'), wanted)
@@ -242,6 +250,11 @@ def can_continue(fs: Any) -> bool:
     return _kind(fs) in {"s3", "gs"}
 
 
+def address_of(fs: Any) -> str:
+    """Return the address behind the URLs of a file system that ``can_continue``."""
+    return str(fs.s3.meta.endpoint_url if _kind(fs) == "s3" else fs.base)
+
+
 def list_page(fs: Any, bucket: str, prefix: str, after: str) -> tuple[list[Found], str]:
     """Return the objects of a page of a listing, sorted, and its last key, "" if it is the last.
 
@@ -253,23 +266,38 @@ def list_page(fs: Any, bucket: str, prefix: str, after: str) -> tuple[list[Found
     """
     from fsspec.asyn import sync
 
-    is_s3, limit = _kind(fs) == "s3", time_limit(1 << 20)
-    if is_s3:
-        asked = {"StartAfter": after} if after else {}
-        page = sync(fs.loop, fs._call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix,
-                    timeout=limit, **asked)  # fmt: skip
-        items, has_more = page.get("Contents", []), page.get("IsTruncated", False)
-        found = [Found(f"{bucket}/{i['Key']}", i["Size"], i.get("ETag", "")) for i in items]
-    else:
-        fields = "nextPageToken,items(name,size,generation)"
-        page = sync(fs.loop, fs._call, "GET", "b/{}/o", bucket, json_out=True, prefix=prefix,
-                    startOffset=after or None, fields=fields, timeout=limit)  # fmt: skip
-        items, has_more = page.get("items", []), "nextPageToken" in page
-        found = [
-            Found(f"{bucket}/{i['name']}", int(i["size"]), i.get("generation", ""))
-            for i in items if i["name"] != after  # where it begins is among them
-        ]  # fmt: skip
-    return found, found[-1].name[len(bucket) + 1 :] if found and has_more else ""
+    list_of = _list_s3 if _kind(fs) == "s3" else _list_google
+    token = ""
+    while True:  # a page may be empty though more follow
+        page = sync(fs.loop, list_of, fs, bucket, prefix, after, token, timeout=time_limit(1 << 20))
+        found = [one for one in page[0] if one.name != f"{bucket}/{after}"]
+        token = page[1]
+        if found or not token:
+            return found, found[-1].name[len(bucket) + 1 :] if token else ""
+
+
+async def _list_s3(
+    fs: Any, bucket: str, prefix: str, after: str, token: str
+) -> tuple[list[Found], str]:  # fmt: skip
+    asked = {"ContinuationToken": token} if token else {"StartAfter": after} if after else {}
+    page = await fs._call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **asked)
+    items = page.get("Contents", [])
+    found = [Found(f"{bucket}/{one['Key']}", one["Size"], one.get("ETag", "")) for one in items]
+    return found, page["NextContinuationToken"] if page.get("IsTruncated") else ""
+
+
+async def _list_google(
+    fs: Any, bucket: str, prefix: str, after: str, token: str
+) -> tuple[list[Found], str]:  # fmt: skip
+    page = await fs._call(
+        "GET", "b/{}/o", bucket, json_out=True, prefix=prefix, startOffset=after or None,
+        pageToken=token or None, fields="nextPageToken,items(name,size,generation)",
+    )  # fmt: skip
+    found = [
+        Found(f"{bucket}/{one['name']}", int(one["size"]), one.get("generation", ""))
+        for one in page.get("items", [])
+    ]
+    return found, page.get("nextPageToken", "")
 
 
 def list_whole(fs: Any, path: str) -> list[Found]:
@@ -278,7 +306,10 @@ def list_whole(fs: Any, path: str) -> list[Found]:
         info = fs.info(path)  # else a file would be read whole, for the links in it
         if info.get("mimetype") != "text/html" and info.get("size") is not None:
             return [found_of(path, info)]
-    found = fs.glob(path, detail=True) if "*" in path else fs.find(path, detail=True)
+    # Of a web server fsspec would leave out the folders that cannot be listed just now.
+    strict = {"on_error": "raise"} if _kind(fs) == "http" else {}
+    ask = fs.glob if "*" in path else fs.find
+    found = ask(path, detail=True, **strict)
     files = {name: info for name, info in found.items() if info.get("type") != "directory"}
     without = [name for name, info in files.items() if info.get("size") is None]
     files |= dict(zip(without, ask_all(without, fs.info), strict=True))

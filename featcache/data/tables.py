@@ -21,7 +21,8 @@ from typing import NamedTuple
 from featcache.data.folders import SPLIT_OF_FOLDER, SPLITS
 from featcache.data.labels import NOT_KNOWN, Labels, plain_name, read_flags, read_joined
 from featcache.data.listing import COLUMNS, Listing
-from featcache.data.remote import file_at, refusals, url_of
+from featcache.data.remote import refusals, url_of
+from featcache.data.stored_files import file_at
 from featcache.errors import DataError
 from featcache.files import plain_cell, read_regular
 from featcache.formatting import count

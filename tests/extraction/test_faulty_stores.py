@@ -274,4 +274,5 @@ def test_fsspec_has_not_changed_what_we_use() -> None:
     gcsfs = pytest.importorskip("gcsfs").GCSFileSystem
     for name in ("_call", "url"):
         assert hasattr(gcsfs, name)
+    assert hasattr(gcsfs._request, "__wrapped__")  # without gcsfs's own tries
     assert fsspec.get_filesystem_class("http").__module__ == "fsspec.implementations.http"
