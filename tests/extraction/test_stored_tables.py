@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from sample_images import write_tree
+from sample_stores import Stores
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import open_cache
@@ -73,6 +74,21 @@ def test_a_csv_that_names_what_is_not_there(memory: str, rows: list[str], messag
     put(f"{memory}/labels.csv", "\n".join(["path", *rows]).encode())
     with pytest.raises(DataError, match=message):
         scan(f"{memory}/labels.csv")
+
+
+def test_a_csv_of_addresses_of_the_web(tree: Path, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    with Stores() as stores:
+        stores.put(tree, "images")
+        before = f"{stores.url}/web/images/"
+        (tmp_path / "urls.csv").write_text(table_of(tree, before))
+        dataset = scan(tmp_path / "urls.csv")
+        assert len(stores.log) == len(dataset.samples) == 6  # one question a file
+        for sample in dataset.samples:
+            assert dataset.read(sample) == (tree / sample.path.removeprefix(before)).read_bytes()
+        del stores.objects[dataset.samples[0].path.removeprefix(f"{stores.url}/web/")]
+        with pytest.raises(DataError, match="found 1 of 6 missing"):
+            scan(tmp_path / "urls.csv")
 
 
 def test_a_csv_that_is_not_there(memory: str) -> None:
