@@ -214,13 +214,8 @@ class Stores:
             return _json(200, self._google_item(bucket, key))
         after, first = asked.get("pageToken", ""), asked.get("startOffset", "")
         most = min(int(asked.get("maxResults", 1000)), self.page)
-        found = [
-            item
-            for item in self._take_page(bucket, asked.get("prefix", ""), after, 10**9)
-            if item[0] >= first
-        ] if not first or after else [
-            item for item in self.keys(bucket, asked.get("prefix", ""), "") if item[0] >= first
-        ]  # fmt: skip
+        every = self.keys(bucket, asked.get("prefix", ""), after)
+        found = [item for item in every if item[0] >= first]
         rest, found = found[most:], found[:most]
         items = [self._google_item(bucket, key) for key, _ in found]
         page: dict[str, Any] = {"kind": "storage#objects", "items": items}
