@@ -33,7 +33,7 @@ class Progress:
     Args:
         verb: What is done: ``extract``.
         unit: What is counted, in the singular: ``image``.
-        total: How many there are.
+        total: How many there are; 0 where that is not known before.
         done: How many of them were done before.
         shown: Whether it is for people to see: ``progress=True``. ``json`` writes the line as a
             JSON object, a last one at the end, and draws no bar.
@@ -69,7 +69,10 @@ class Progress:
             done: Of the total; parts of one count.
             note: Text that is shown at the end: ``waits for decode``.
         """
-        self._done, self._note = min(done, self._total), self._note if note is None else note
+        self._done, self._note = (
+            min(done, self._total or done),
+            self._note if note is None else note,
+        )
         if self._bar is not None:
             self._show()
         elif time.monotonic() >= self._next:
@@ -101,7 +104,7 @@ class Progress:
         from tqdm import tqdm  # train and evaluate are mostly done before there is a bar
 
         self._bar = tqdm(
-            total=self._total, initial=self._before, unit=self._unit, desc=self._verb,
+            total=self._total or None, initial=self._before, unit=self._unit, desc=self._verb,
             mininterval=0.3, smoothing=0.1, dynamic_ncols=True, leave=False,
             delay=1e-9,  # not before it knows how far it is
         )  # fmt: skip
@@ -128,18 +131,22 @@ class Progress:
         if self._as_json:
             facts = {
                 "time": datetime.now(UTC).isoformat(timespec="seconds"), "verb": self._verb,
-                "unit": self._unit, "num_done": self._rounded(), "num_total": self._total,
+                "unit": self._unit, "num_done": self._rounded(),
+                "num_total": self._total or None,
                 "seconds": round(seconds, 1), f"{self._unit}s_per_second": round(rate, 3),
-                "seconds_left": round((self._total - self._done) / rate, 1) if rate > 0 else None,
+                "seconds_left": round((self._total - self._done) / rate, 1)
+                if rate > 0 and self._total else None,
                 "note": self._note,
             }  # fmt: skip
             return json.dumps(facts)
         of_total = f"{self._rounded():,} of {self._total:,} {self._unit}s ({percent(share)})"
+        if not self._total:
+            of_total = f"{self._rounded():,} {self._unit}s"
         speed = f"{rate:,.1f} {self._unit}s/s"
         if rate < 1:
             speed = f"{60 * rate:,.1f} {self._unit}s/min"
         parts = [f"{self._verb}: {of_total}", speed]
-        if rate > 0:
+        if rate > 0 and self._total:
             parts.append(f"{in_time((self._total - self._done) / rate)} left")
         return ", ".join([*parts, *filter(None, [self._note])])
 

@@ -24,7 +24,8 @@ IMAGES = {"pixels", "backbones", "extraction"}
 # Who may import a library, at any depth of the file; the others may be imported by all.
 OWNERS = {
     "h5py": {"cache/hdf5.py", "cache/converting/h5ad.py"},
-    "fsspec": {"data/remote.py"},
+    "fsspec": {"data/remote.py", "data/store_requests.py"},
+    "aiohttp": {"data/store_requests.py"},
     "pyarrow": {"cache/converting/tables.py", "data/parquet_index.py"},
     "pydicom": {"pixels/dicom.py"},
     "gdcm": {"pixels/dicom.py"},

@@ -28,6 +28,17 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
+def test_a_total_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    for shown in (True, "json"):
+        with Progress("list", "object", 0, shown=shown) as progress:
+            progress.move_to(2_000)
+    line, *objects = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"list: 2,000 objects, [\d,.]+ objects/s", line), line
+    for facts in map(json.loads, objects):
+        assert (facts["num_done"], facts["num_total"], facts["seconds_left"]) == (2000, None, None)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_without_a_terminal_it_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("extract", "image", 20_000, done=5_000, shown=True) as progress:
         progress.move_by(2_500, "waits for decode")

@@ -3,12 +3,13 @@
 Names never become paths, so none can lead outside the zip. Members that lie about their size, and
 decompression bombs, are refused before they take memory.
 
-Reads: zip files. Writes: nothing.
+Reads: zip files, here and in stores. Writes: nothing.
 """
 
 from __future__ import annotations
 
 import calendar
+import contextlib
 import io
 import os
 import re
@@ -19,8 +20,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from featcache.data.remote import RemoteFile
 from featcache.errors import DataError
 from featcache.untrusted import open_regular, reading_hint
 
@@ -67,14 +69,29 @@ class Member(NamedTuple):
     crc: int
 
 
-def list_entries(root: Path) -> Iterator[Entry]:
+@contextlib.contextmanager
+def _open_zip(root: Path | RemoteFile, num_bytes: int = 1 << 18) -> Iterator[BinaryIO]:
+    """Open a zip; one of a store to read so many bytes at once."""
+    if isinstance(root, Path):
+        with io.BufferedReader(open_regular(root)) as file:
+            yield file
+    else:
+        with root.open(num_bytes) as stored:
+            yield stored
+
+
+def list_entries(root: Path, file: RemoteFile | None = None) -> Iterator[Entry]:
     """Yield the entries of a zip's directory, in its order.
+
+    Args:
+        root: The zip.
+        file: The zip where it is in a store.
 
     Raises:
         DataError: If it is not a whole zip, has too many members, or a name leads outside it.
     """
     try:
-        with io.BufferedReader(open_regular(root)) as file, zipfile.ZipFile(file) as archive:
+        with _open_zip(file or root) as opened, zipfile.ZipFile(opened) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise DataError(
@@ -128,7 +145,9 @@ def safe_path(name: str, root: object, kind: str = "zip") -> tuple[str, bool]:
     return "/".join(parts), name.endswith("/")
 
 
-def locate_members(root: Path, entries: Iterable[Entry], *, max_bytes: int) -> dict[str, Member]:
+def locate_members(
+    root: Path, entries: Iterable[Entry], *, max_bytes: int, file: RemoteFile | None = None
+) -> dict[str, Member]:  # fmt: skip
     """Check some entries of a zip and return path -> ``Member``.
 
     Raises:
@@ -150,7 +169,8 @@ def locate_members(root: Path, entries: Iterable[Entry], *, max_bytes: int) -> d
         )  # fmt: skip
     _check_apart(members, root)
     num_bytes = sum(member.num_bytes for member in members.values())
-    _check_ratio(num_bytes, root.stat().st_size, f"{root}: all images")
+    zip_bytes = root.stat().st_size if file is None else file.num_bytes
+    _check_ratio(num_bytes, zip_bytes, f"{root}: all images")
     return members
 
 
@@ -200,7 +220,7 @@ def _mtime_ns(info: zipfile.ZipInfo) -> int:
     return seconds * 10**9 + info.CRC % 10**9
 
 
-def read_member(root: Path, member: Member) -> bytes:
+def read_member(root: Path | RemoteFile, member: Member) -> bytes:
     """Return the bytes of a member; takes no more memory than its stated size.
 
     Seeks to the offset found by ``locate_members``, which costs as much as opening a file.
@@ -210,7 +230,8 @@ def read_member(root: Path, member: Member) -> bytes:
         OSError: If the zip cannot be read.
         ValueError: If the bytes do not match the member's size and CRC.
     """
-    with io.BufferedReader(open_regular(root)) as file:
+    # Of a store with one get: what the name and the fields before the bytes take is a guess.
+    with _open_zip(root, _HEADER_BYTES + 512 + member.packed_bytes) as file:
         file.seek(member.offset)
         header = file.read(_HEADER_BYTES)
         if len(header) < _HEADER_BYTES or not header.startswith(b"PK\x03\x04"):
@@ -236,7 +257,7 @@ class ZipStore:
         members: Path of an image -> where it lies.
     """
 
-    root: Path
+    root: Path | RemoteFile
     members: dict[str, Member]
 
     def read(self, path: str) -> bytes:

@@ -37,7 +37,7 @@ from featcache.data.groups import GroupPattern
 from featcache.data.listing import Listing
 from featcache.data.manifests import scan_csv
 from featcache.data.parquet import scan_parquet
-from featcache.data.remote import RemoteStore, list_all, list_files
+from featcache.data.remote import RemoteFile, list_files
 from featcache.data.samples import (
     MAX_IMAGE_BYTES,
     UNLABELLED,
@@ -55,6 +55,7 @@ from featcache.data.shards import (
     split_of_name,
 )
 from featcache.data.sources import Data, check_data, find_sources, is_one_path, urls_of
+from featcache.data.stored_files import RemoteStore, file_at, list_all
 from featcache.data.tars import scan_tars
 from featcache.errors import ConfigError, DataError, printable, warn_user
 from featcache.formatting import count
@@ -85,6 +86,7 @@ def scan(
     uncertain: str | None = None,
     blank: str | None = None,
     split_list: Mapping[str, str | Path] | None = None,
+    progress: bool | str = False,
 ) -> ImageDataset:
     """Find the images of a data set, their targets, splits and groups.
 
@@ -121,6 +123,7 @@ def scan(
         blank: What an empty cell of a label means: ``unknown`` or ``no``; None asks.
         split_list: Split (train, valid, test) -> file with a path or a file name of a CSV a line.
             Rows in no list are of ``train`` if that has no list, else they are left out.
+        progress: How the listing of a store is shown: see ``progress.Progress``.
 
     Raises:
         DataError: If the data is missing or empty, its classes and splits are inconsistent, or
@@ -137,7 +140,7 @@ def scan(
         target_separator=target_separator, uncertain=uncertain, blank=blank, split_list=split_list,
     )  # fmt: skip
     listing.check_labels_named()
-    dataset = _scan_by_kind(check_data(data), listing)
+    dataset = _scan_by_kind(check_data(data), listing, progress=progress)
     root = dataset.root
     given = {"columns", "ignore_columns", "target_columns", "target_separator", "split_list"}
     given = given & {*listing.as_json()} - _COLUMNS_OF.get(dataset.layout, set())
@@ -171,9 +174,9 @@ def scan(
     return replace(dataset, samples=samples, grouped=of_class)
 
 
-def _scan_by_kind(data: Data, listing: Listing) -> ImageDataset:
+def _scan_by_kind(data: Data, listing: Listing, *, progress: bool | str) -> ImageDataset:
     if urls := urls_of(data):
-        return _scan_urls(urls, listing)
+        return _scan_urls(urls, listing, progress=progress)
     if not is_one_path(data):
         root, names = find_sources(data)
         return _scan_shards(root, names, listing, Ignored())
@@ -183,7 +186,7 @@ def _scan_by_kind(data: Data, listing: Listing) -> ImageDataset:
         return _scan_folder(root, listing)
     ending = root.suffix.lower() if root.is_file() else ""
     if ending == ".csv":
-        return scan_csv(root, listing)
+        return scan_csv(root, listing, progress=progress)
     if ending == ".zip":
         return _scan_zip(root, listing)
     if ending in SHARD_ENDINGS:
@@ -297,16 +300,18 @@ def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
     return _scan_shards(root, names, listing, ignored)
 
 
-def _scan_urls(urls: Sequence[str], listing: Listing) -> ImageDataset:
+def _scan_urls(urls: Sequence[str], listing: Listing, *, progress: bool | str) -> ImageDataset:
     """Return the images of a store: files of their own, or in tars or Parquet files."""
-    start = time.perf_counter()
-    if len(urls) == 1 and kind_of(urls[0]) and "*" not in urls[0]:
-        found = list_files(urls[0])
-        if [*found] == [""]:  # else it is a folder of that name
-            name = urls[0].rpartition("/")[2]
-            alone = Shard(name, found[""], split_of_name(name), is_alone=True)
-            return _scan_opened(Path(urls[0]), [alone], listing, Ignored())
-    top, files = list_all(urls)
+    start, url = time.perf_counter(), urls[0] if len(urls) == 1 else ""
+    if url.lower().endswith(".csv"):
+        return scan_csv(Path(url), listing, progress=progress)
+    if url.lower().endswith(".zip"):
+        return _scan_zip(Path(url), listing, file_at(url))
+    if kind_of(url) and "*" not in url and (only := list_files(url).get("")) is not None:
+        name = url.rpartition("/")[2]  # else it is a folder of that name
+        alone = Shard(name, only, split_of_name(name), is_alone=True)
+        return _scan_opened(Path(url), [alone], listing, Ignored())
+    top, files = list_all(urls, progress=progress)
     listed = f"listed {count(len(files), 'object')} in {time.perf_counter() - start:.1f} s"
     ignored, folders = Ignored(), set[str]()
     images = []
@@ -363,10 +368,11 @@ def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...
     return tuple(samples[position] for position in sorted(p for _, p in sorted(ranks)[:limit]))
 
 
-def _scan_zip(root: Path, listing: Listing) -> ImageDataset:
+def _scan_zip(root: Path, listing: Listing, file: RemoteFile | None = None) -> ImageDataset:
+    """Return the images of a zip, here or in a store."""
     ignored, folders = Ignored(), set[str]()
     wanted = []
-    for entry in list_entries(root):
+    for entry in list_entries(root, file):
         parts = entry.path.split("/")
         is_folder = entry.kind == "folder"
         if any(map(is_hidden, parts)):
@@ -381,7 +387,7 @@ def _scan_zip(root: Path, listing: Listing) -> ImageDataset:
             ignored.add(OTHER_ENDING, entry.path)
         else:
             wanted.append(entry)
-    members = locate_members(root, wanted, max_bytes=MAX_IMAGE_BYTES)
+    members = locate_members(root, wanted, max_bytes=MAX_IMAGE_BYTES, file=file)
     if skip := len(top_folder(folders, members)):
         members = {path[skip:]: member for path, member in members.items()}
         folders = {folder[skip:] for folder in folders if len(folder) > skip}
@@ -390,5 +396,5 @@ def _scan_zip(root: Path, listing: Listing) -> ImageDataset:
     ]
     return replace(
         arrange(root, images, folders, ignored, listing), layout="zip",
-        _store=ZipStore(root.absolute(), members),
+        _store=ZipStore(file or root.absolute(), members),
     )  # fmt: skip

@@ -1,33 +1,36 @@
 """A CSV that names images, and where their files are.
 
-Reads: the CSV, and names, kinds and sizes of files. Writes: nothing.
+Reads: the CSV, and names, kinds and sizes of files and objects of stores. Writes: nothing.
 """
 
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from featcache.data.folders import Ignored, ImageFile, agree_on_classes, walk_folder
 from featcache.data.listing import Listing
+from featcache.data.remote import RemoteFile, list_files, url_of
 from featcache.data.samples import (
     ImageDataset,
     make_sample,
     number_classes,
     sort_samples,
 )
+from featcache.data.stored_files import RemoteStore, find_files
 from featcache.data.tables import MAX_TABLE_BYTES, read_table
 from featcache.errors import ConfigError, DataError
 from featcache.files import read_regular
 from featcache.formatting import count
 
 
-def scan_csv(root: Path, listing: Listing) -> ImageDataset:
-    """Return the images that a CSV names. See ``dataset.scan``."""
+def scan_csv(root: Path, listing: Listing, *, progress: bool | str = False) -> ImageDataset:
+    """Return the images that a CSV names, here or in a store. See ``dataset.scan``."""
     if "image" in dict(listing.columns):
         raise ConfigError(
             "--columns", expected="path, target, split or group, for a CSV", found="image"
@@ -60,14 +63,15 @@ def scan_csv(root: Path, listing: Listing) -> ImageDataset:
     if table.labels is not None:
         classes = table.labels.classes
     has_groups = any(row["group"] for row in rows)
-    files = _Files(root.parent)
+    files = _files_for(root, [row["path"] for row in rows], progress=progress)
     samples, missing, seen = [], [], set[str]()
     for row, label, split, of_row in zip(rows, labels, splits, several, strict=True):
         image = files.find(row["path"])
         if image is None:
             missing.append(row["path"])
             continue
-        place = os.path.normpath(root.parent / image.path)
+        is_here = isinstance(files, _Files)
+        place = os.path.normpath(root.parent / image.path) if is_here else image.path
         if place in seen:
             found = f"{image.path} twice"
             raise DataError("CSV", expected="every path once", found=found, where=root)
@@ -85,6 +89,7 @@ def scan_csv(root: Path, listing: Listing) -> ImageDataset:
         root, "csv", classes, sort_samples(samples), dict(left_out),
         ignored_columns=table.unused, num_found_by_name=files.num_found_by_name,
         task="multiclass" if table.labels is None else "multilabel", notes=tuple(notes),
+        _store=None if isinstance(files, _Files) else files.store(),
     )  # fmt: skip
 
 
@@ -168,6 +173,62 @@ def _read_names(file: Path, written: str) -> list[str]:
             found=getattr(error, "strerror", None) or "no UTF-8", where=written,
         ) from error  # fmt: skip
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _files_for(
+    root: Path, paths: Sequence[str], *, progress: bool | str
+) -> _Files | _StoredFiles:  # fmt: skip
+    """Return what finds the files of paths of a CSV: here, or in a store.
+
+    Raises:
+        DataError: If some are URLs and others are not, or a store cannot be listed.
+    """
+    urls = [url for path in paths if (url := url_of(path.strip()))]
+    if urls and len(urls) < len(paths):
+        raise DataError("CSV", expected="paths or URLs in the column path", found="both",
+                        where=root)  # fmt: skip
+    if urls:
+        return _StoredFiles("", find_files(urls, progress=progress))
+    if url := url_of(root):
+        top = url.rpartition("/")[0]
+        return _StoredFiles(top, list_files(top, progress=progress))
+    return _Files(root.parent)
+
+
+class _StoredFiles:
+    """Finds the objects of stores that a CSV names.
+
+    Args:
+        url: Of the CSV's folder, or "" where the CSV has URLs.
+        files: The objects below that folder, or at these URLs.
+    """
+
+    num_found_by_name = 0
+
+    def __init__(self, url: str, files: Mapping[str, RemoteFile]) -> None:
+        self._url, self._files = url, files
+        self._used: dict[str, tuple[int, str]] = {}
+
+    def find(self, path: str) -> ImageFile | None:
+        """Return the object that a path or URL of the CSV stands for; None if there is none."""
+        path = path.strip()
+        name = (url_of(path) or path) if not self._url else posixpath.normpath(path)
+        top = self._url.rpartition("/")[2] + "/"
+        for spelling in dict.fromkeys((name, name.removeprefix(top))):
+            file = self._files.get(spelling)
+            if file is not None:
+                self._used[spelling] = file.num_bytes, file.tag
+                return ImageFile(spelling, file.num_bytes, file.mtime_ns)
+        return None
+
+    def store(self) -> RemoteStore:
+        """Return what reads the objects that were found."""
+        return RemoteStore(self._url, self._used)
+
+    def advise(self, path: str) -> str:
+        """Return what may be wrong with a path that leads nowhere."""
+        del path
+        return "Paths are URLs, or relative to the CSV's folder"
 
 
 class _Files:

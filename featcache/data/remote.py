@@ -1,5 +1,8 @@
 """Files of object stores and web servers by URL, through fsspec: listed once, read by ranged gets.
 
+Gets that fail are tried again, with growing waits; ``store_requests`` has what each kind of store
+is asked.
+
 Reads: objects of ``s3://``, ``gs://``, ``hf://``, ``memory://`` and what else fsspec knows. Writes:
 nothing. Addresses and credentials are those of the store's own library: environment variables and
 configuration files, such as ``AWS_ENDPOINT_URL`` and ``AWS_PROFILE``, or fsspec's own, such as
@@ -11,28 +14,36 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import itertools
 import os
 import random
 import re
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
-from featcache.errors import ConfigError, DataError
+from featcache.data import store_requests, unfinished
+from featcache.data.listing import compile_glob
+from featcache.data.store_requests import Found, Stretch
+from featcache.errors import ConfigError, DataError, printable
+from featcache.formatting import count
+from featcache.progress import Progress
+from featcache.runtime import log_line
 
 _T = TypeVar("_T")
 _WAITS = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between the tries of a get, each up to twice as long
+_GIVE_UP_SECONDS = 120.0  # after which there is no further try
+_MOST_GIVEN_UP = (
+    8  # gets in turn, none between that came: then others are not tried for long either
+)
+_PAGES_TO_KEEP = 10  # of a listing that is interrupted: fewer come again in a moment
 _BUFFER_BYTES = 1 << 18  # read at once while a tar's headers or a Parquet file's pages are found
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub",
              "http": "aiohttp", "https": "aiohttp"}  # fmt: skip
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
-_CHANGED = "the object has changed since it was listed"
-
 _file_systems: dict[tuple[str, int], Any] = {}
+_given_up: Counter[str] = Counter()  # of each store, since a get of it came
 _lock = threading.Lock()
 
 
@@ -44,7 +55,7 @@ def url_of(data: str | os.PathLike[str]) -> str | None:
     return f"{match[1].lower()}://{match[2]}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RemoteFile:
     """An object of a store, as it was when it was listed. Keeps nothing open; picklable.
 
@@ -78,9 +89,9 @@ class RemoteFile:
         return self
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[BinaryIO]:
-        """Open it for reading, some of it ahead."""
-        with io.BufferedReader(_Stretches(self), _BUFFER_BYTES) as file:
+    def open(self, buffer_bytes: int = _BUFFER_BYTES) -> Iterator[BinaryIO]:
+        """Open it for reading, so many bytes at once or more."""
+        with io.BufferedReader(_Stretches(self), buffer_bytes) as file:
             yield file
 
     def read(self, offset: int, num_bytes: int) -> bytes:
@@ -95,40 +106,7 @@ class RemoteFile:
         return _retry(self.url, lambda fs, path: self._get(fs, path, offset, num_bytes))
 
     def _get(self, fs: Any, path: str, offset: int, num_bytes: int) -> bytes:
-        if hasattr(fs, "_call_s3"):
-            data = _get_from_s3(fs, path, self.tag, offset, num_bytes)
-        else:
-            data = fs.cat_file(path, start=offset, end=offset + num_bytes)
-            fs.invalidate_cache()  # else it tells what it has listed
-            if self.tag and _tag_of(fs.info(path)) != self.tag:
-                raise ValueError(_CHANGED)
-        if len(data) != num_bytes:  # half a body
-            raise ConnectionError(f"{len(data):,} of {num_bytes:,} bytes came")
-        return bytes(data)
-
-
-def _get_from_s3(fs: Any, path: str, tag: str, offset: int, num_bytes: int) -> bytes:
-    """Get a stretch of an object if it is still the one that was listed."""
-    from fsspec.asyn import sync
-
-    bucket, key, _ = fs.split_path(path)
-    wanted = {"Range": f"bytes={offset}-{offset + num_bytes - 1}"}
-    if tag.startswith('"'):
-        wanted["IfMatch"] = tag
-
-    async def get() -> bytes:
-        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, **wanted)
-        try:
-            return bytes(await answer["Body"].read())
-        finally:
-            answer["Body"].close()
-
-    try:
-        return bytes(sync(fs.loop, get))
-    except OSError as error:
-        if any(mark in f"{error} {error.__cause__}" for mark in ("PreconditionFailed", "412")):
-            raise ValueError(_CHANGED) from error
-        raise
+        return store_requests.get(fs, path, Stretch(self.tag, self.num_bytes, offset, num_bytes))
 
 
 class _Stretches(io.RawIOBase):
@@ -164,98 +142,84 @@ class _Stretches(io.RawIOBase):
 # ----------------------------------------------------------------------------------------- listing
 
 
-def list_files(url: str) -> dict[str, RemoteFile]:
+def list_files(url: str, *, progress: bool | str = False) -> dict[str, RemoteFile]:
     """Return the objects below a URL, or those that a glob matches: path below it -> object.
 
-    Of a glob the paths begin behind the last ``/`` before its first special character.
+    Of a glob the paths begin behind the last ``/`` before its first special character. A listing
+    of S3 or Google Cloud Storage that is interrupted is gone on with within an hour.
+
+    Args:
+        url: Of an object, a folder or a glob.
+        progress: As for ``progress.Progress``.
 
     Raises:
         DataError: If the store cannot be reached, refuses, or has nothing there.
         ConfigError: If a package is not installed.
     """
-    start = url
-    if "*" in url:
-        start = url[: url.index("*")].rpartition("/")[0]
-
-    def find(fs: Any, path: str) -> dict[str, Any]:
-        found = fs.glob(path, detail=True) if "*" in url else fs.find(path, detail=True)
-        return {
-            name: info if info.get("size") is not None else fs.info(name)
-            for name, info in found.items() if info.get("type") != "directory"
-        }  # fmt: skip
-
+    start = url[: url.index("*")].rpartition("/")[0] if "*" in url else url
     with refusals(url):
-        found = _retry(url, find, _WAITS[1:2])  # the libraries try again themselves, for seconds
-        top = _file_system(start)[0]._strip_protocol(start)
+        fs, top = _file_system(start)
+        if store_requests.can_continue(fs):
+            found = _list_pages(url, progress=progress)
+        else:
+            found = _retry(url, store_requests.list_whole, _WAITS[:3])
     if not found:
         raise DataError("data", expected="objects of a store", found="none", where=url)
     files: dict[str, RemoteFile] = {}
-    for name, info in found.items():
+    found.reverse()
+    while found:  # what is made of it takes its place: of a million, 200 MB less
+        name, num_bytes, tag = found.pop()
         below = name[len(top) :].strip("/") if name != top else ""
-        if not info.get("size") and name.endswith("/"):
+        if not num_bytes and name.endswith("/"):
             continue  # a folder's mark
         place = f"{start.rstrip('/')}/{below}" if below else start
-        if info.get("size") is None:
+        if num_bytes is None:
             raise DataError(
                 "data", expected="a store that tells the sizes of its objects", where=place,
                 found="none", hint="Copy the images here",
             )  # fmt: skip
-        files[below] = RemoteFile(place, int(info["size"] or 0), _tag_of(info))
+        files[below] = RemoteFile(place, num_bytes, tag)
     return files
 
 
-def list_all(urls: Sequence[str]) -> tuple[str, dict[str, RemoteFile]]:
-    """Return the folder of all objects of some URLs, and path below it -> object.
+def _list_pages(url: str, *, progress: bool | str) -> list[Found]:
+    """Return the objects of a folder, a glob or one object, page by page."""
+    path = _file_system(url)[1]
+    bucket, _, key = path.partition("/")
+    pattern = compile_glob(key) if "*" in key else None
+    prefix = key.partition("*")[0] if pattern else f"{key}/" if key else ""
+    address = _retry(url, lambda fs, _: store_requests.address_of(fs), _WAITS[:3])
+    kept_at = unfinished.place_of(f"{url} {address}")
+    after, found = unfinished.take(kept_at)
+    if found:
+        log_line(f"listing {printable(url)} goes on after {count(len(found), 'object')}")
+    num_pages = _PAGES_TO_KEEP if found else 0
 
-    Raises:
-        DataError: As ``list_files``; or if one is a CSV or a zip.
-    """
-    found: dict[str, RemoteFile] = {}
-    starts = []
-    for url in urls:
-        if url.lower().endswith((".csv", ".zip")):
-            raise DataError(
-                "data", expected="images, tars or Parquet files in a store", where=url,
-                found=f"a {url[-4:].lower()} file", hint="Copy it here: it is not read by URL",
-            )  # fmt: skip
-        files = list_files(url)
-        is_file = [*files] == [""]
-        starts.append(url.rpartition("/")[0] if "*" in url or is_file else url.rstrip("/"))
-        if "*" in url:
-            starts[-1] = url[: url.index("*")].rpartition("/")[0]
-        found |= {file.url: file for file in files.values()}
-    levels = itertools.takewhile(
-        lambda names: len(set(names)) == 1,
-        zip(*(start.split("/") for start in starts), strict=False),
-    )
-    top = "/".join(names[0] for names in levels)
-    return top, {url[len(top) + 1 :]: file for url, file in sorted(found.items())}
+    def ask(fs: Any, _: str) -> tuple[list[Found], str]:
+        return store_requests.list_page(fs, bucket, prefix, after)
 
-
-@dataclass(frozen=True)
-class RemoteStore:
-    """Reads images that are objects of their own: see ``samples.Store``. Picklable.
-
-    Args:
-        url: Of the folder.
-        tags: Path of an image below it -> its size and its tag.
-    """
-
-    url: str
-    tags: dict[str, tuple[int, str]]
-
-    def read(self, path: str) -> bytes:
-        """Return the bytes of an image."""
-        num_bytes, tag = self.tags[path]
-        return RemoteFile(f"{self.url}/{path}", num_bytes, tag).read(0, num_bytes)
-
-    def place_of(self, path: str) -> tuple[int, int]:
-        """Return the same for all: any order is as fast."""
-        return 0, 0
-
-    def path_inside(self, path: str) -> str:
-        """Return the path itself."""
-        return path
+    with Progress("list", "object", 0, shown=progress) as shown:
+        try:
+            while True:
+                # The first answer tells whether the store is there: no long waits for that.
+                page, after = _retry(url, ask, _WAITS if num_pages else _WAITS[:3])
+                found += page
+                num_pages += 1
+                shown.move_to(len(found))
+                if not after:
+                    break
+        except BaseException:
+            if num_pages >= _PAGES_TO_KEEP:  # Ctrl-C may come before a page is in the list
+                unfinished.keep(kept_at, found[-1].name[len(bucket) + 1 :], found)
+            raise
+    if pattern is not None:
+        return [one for one in found if pattern.fullmatch(one.name[len(bucket) + 1 :])]
+    if found or not key:
+        return found
+    page, _ = _retry(
+        url, lambda fs, _: store_requests.list_page(fs, bucket, key, ""), _WAITS[:3]
+    )  # fmt: skip
+    return [one for one in page if one.name == path]  # which is the first, if it is there
 
 
 @contextlib.contextmanager
@@ -275,18 +239,6 @@ def refusals(url: str) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _tag_of(info: Mapping[str, Any]) -> str:
-    for key in ("ETag", "etag", "generation", "md5Hash", "blob_id", "LastModified", "mtime",
-                "last_modified", "Last-Modified", "created"):  # fmt: skip
-        value = info.get(key)
-        if value is not None:
-            seconds = getattr(value, "timestamp", None)
-            return f"{seconds():.6f}" if seconds else (
-                f"{value:.6f}" if isinstance(value, float) else f"{value}"
-            )  # fmt: skip
-    return ""
-
-
 def _file_system(url: str) -> tuple[Any, str]:
     """Return the file system of a URL, one for all threads of a process, and its path in that.
 
@@ -301,7 +253,10 @@ def _file_system(url: str) -> tuple[Any, str]:
     with _lock:
         if key not in _file_systems:
             try:
-                _file_systems[key] = fsspec.filesystem(protocol)
+                options = store_requests.options_of(protocol)
+                made = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+                store_requests.prepare(made)
+                _file_systems[key] = made
             except ImportError as error:
                 raise _missing(_PACKAGES.get(protocol, f"fsspec names for {protocol}")) from error
             except ValueError as error:
@@ -322,47 +277,42 @@ def _missing(package: str) -> ConfigError:
 def _retry(url: str, call: Callable[[Any, str], _T], waits: Sequence[float] = _WAITS) -> _T:
     """Call with the file system of a URL, again after growing waits while the store fails.
 
+    What it refuses is asked again with credentials that are read anew: they may be renewed while
+    one waits. Where several gets in turn were given up, the store is taken for gone: until a get
+    comes again each is tried twice, so that a run ends soon.
+
     Raises:
         OSError: If it fails for good, or still.
         ValueError: If the object has changed.
     """
-    has_renewed = False
-    for wait in (*waits, None):
+    begin, store = time.monotonic(), "/".join(url.split("/", 3)[:3])
+    for number, wait in enumerate((*waits, None), 1):
         fs, path = _file_system(url)
         try:
-            return call(fs, path)
-        except (FileNotFoundError, IsADirectoryError):
-            raise
-        except PermissionError:
-            if has_renewed:
-                raise
-            has_renewed = True  # credentials may have been rotated: they are read anew, once
-            _forget(fs, url)
-        except _temporary() as error:
-            if type(error).__name__ in _NO_CREDENTIALS:
-                raise PermissionError(f"no credentials: {error}") from error
-            if wait is None:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise OSError(f"{reason} (tried {len(waits) + 1} times)") from error
+            result = call(fs, path)
+        except store_requests.errors() as error:
+            meant = store_requests.lasting(error)
+            is_refused = type(meant) is PermissionError and "no credentials" not in f"{meant}"
+            if meant is not None and not is_refused:
+                raise meant from error
+            if is_refused:
+                _forget(fs, url)
+            is_late = time.monotonic() - begin > _GIVE_UP_SECONDS
+            if wait is None or is_late or (_given_up[store] >= _MOST_GIVEN_UP and number > 1):
+                _given_up[store] += 1
+                reason = f"{error}".splitlines()[0] if f"{error}" else "no answer in time"
+                kind = PermissionError if is_refused else OSError
+                raise kind(f"{reason} (tried {number} times)") from error
             time.sleep(wait * (1 + random.random()))
-    raise PermissionError("refused")
+        else:
+            _given_up.pop(store, None)
+            return result
+    raise AssertionError("the last wait is None")
 
 
 def _forget(fs: Any, url: str) -> None:
+    """Have the file system of a URL made anew, unless another thread has done that."""
+    key = (url.partition(":")[0], os.getpid())
     with _lock:
-        _file_systems.pop((url.partition(":")[0], os.getpid()), None)
-    if not url.startswith("memory:"):
-        type(fs).clear_instance_cache()
-
-
-def _temporary() -> tuple[type[BaseException], ...]:
-    """Return the errors that may pass: those of the libraries that are loaded among them."""
-    found: list[type[BaseException]] = [OSError, TimeoutError]
-    for module, name in (
-        ("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"),
-        ("botocore.exceptions", "ClientError"), ("asyncio", "TimeoutError"),
-    ):  # fmt: skip
-        kind = getattr(sys.modules.get(module), name, None)
-        if isinstance(kind, type) and issubclass(kind, BaseException):
-            found.append(kind)
-    return tuple(found)
+        if _file_systems.get(key) is fs:
+            del _file_systems[key]

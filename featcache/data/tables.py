@@ -9,6 +9,7 @@ Reads: CSV files, also separated by ``;`` or tab, and in UTF-16. Writes: nothing
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import shlex
 from collections import Counter
@@ -20,6 +21,8 @@ from typing import NamedTuple
 from featcache.data.folders import SPLIT_OF_FOLDER, SPLITS
 from featcache.data.labels import NOT_KNOWN, Labels, plain_name, read_flags, read_joined
 from featcache.data.listing import COLUMNS, Listing
+from featcache.data.remote import refusals, url_of
+from featcache.data.stored_files import file_at
 from featcache.errors import DataError
 from featcache.files import plain_cell, read_regular
 from featcache.formatting import count
@@ -175,7 +178,14 @@ def _read_joined(
 def _read_lines(root: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Return the header, and (line, cells) of the rows that are not blank."""
     try:
-        data = read_regular(root, max_bytes=MAX_TABLE_BYTES)
+        if url := url_of(root):
+            file = file_at(url)
+            if file.num_bytes > MAX_TABLE_BYTES:
+                raise OSError(errno.EFBIG, f"{file.num_bytes:,} bytes")
+            with refusals(url):
+                data = file.read(0, file.num_bytes)
+        else:
+            data = read_regular(root, max_bytes=MAX_TABLE_BYTES)
     except OSError as error:
         found = error.strerror or str(error)
         raise DataError(

@@ -402,7 +402,7 @@ def _scan(
             options = _remember(path, data, options)
     dataset = scan(
         data, group_by=options.group_by, group_by_path=options.group_by_path, limit=options.limit,
-        **options.listing.as_json(),
+        progress=options.progress, **options.listing.as_json(),
     )  # fmt: skip
     describe_dataset(dataset, options.say, by_path=options.group_by_path is not None)
     if options.companions == "keep" and dataset.num_grouped is None:

@@ -126,7 +126,8 @@ def test_file_urls_are_paths(tree: Path) -> None:
 def test_what_a_store_does_not_have(memory: str) -> None:
     for url, message in (
         (memory, "objects of a store, found none|No such file|expected a store that answers"),
-        (f"{memory}/a.csv", "Copy it here"), ("nonsense://a/b", "a URL that fsspec knows"),
+        (f"{memory}/a.csv", "found none"), ([f"{memory}/a.csv", f"{memory}/b"], "Name it alone"),
+        ("nonsense://a/b", "a URL that fsspec knows"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message) as caught:
             scan(url)
@@ -175,7 +176,7 @@ def test_a_store_that_fails_sometimes(
     assert extract(url, cache, backbone=tiny_backbone).num_new == done.num_failed > 0
 
 
-def test_credentials_are_read_anew_once(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_are_read_anew(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     url = upload(Path(__file__).parent / "workers", memory)
     (file, *_) = remote.list_files(url).values()
     plain, refused = remote.RemoteFile._get, [True]
@@ -183,14 +184,13 @@ def test_credentials_are_read_anew_once(memory: str, monkeypatch: pytest.MonkeyP
     def get(self: remote.RemoteFile, *args: Any) -> bytes:
         if refused.pop():
             raise PermissionError("ExpiredToken")
-        refused.append(False)
         return plain(self, *args)
 
     monkeypatch.setattr(remote.RemoteFile, "_get", get)
-    refused[:] = [False, True]
+    refused[:] = [False, True, True]
     assert len(file.read(0, file.num_bytes)) == file.num_bytes
-    refused[:] = [True, True]
-    with pytest.raises(PermissionError):
+    refused[:] = [True] * 6
+    with pytest.raises(PermissionError, match="tried 6 times"):
         file.read(0, 1)
 
 
