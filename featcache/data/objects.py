@@ -19,13 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from featcache.data import remote
-from featcache.data.remote import RemoteFile
+from featcache.data.remote import RemoteFile, file_system, retry
+from featcache.data.store_requests import CHANGED, tag_of
 from featcache.errors import DataError
 from featcache.files import NO_SPACE, atomic_writer, disk_error
-
-_retry, _file_system = remote._retry, remote._file_system
-_tag_of, _CHANGED = remote._tag_of, remote._CHANGED
 
 Moved = Callable[[int], object]
 """Called with a number of bytes that have come or gone."""
@@ -63,8 +60,8 @@ def one_line(what: str, url: str) -> Iterator[None]:
             hint="Check the name",
         ) from error  # fmt: skip
     except (OSError, ValueError) as error:
-        if str(error) == _CHANGED:
-            raise ObjectChangedError(_CHANGED) from error
+        if str(error) == CHANGED:
+            raise ObjectChangedError(CHANGED) from error
         raise DataError(
             what, expected="a store that answers", found=_reason(error), where=url,
             hint="Check the address and the credentials",
@@ -92,14 +89,14 @@ def find_objects(url: str) -> dict[str, RemoteFile]:
             return {}
 
     with one_line("URL", url):
-        found = _retry(url, find)
-        top = _file_system(url)[0]._strip_protocol(url)
+        found = retry(url, find)
+        top = file_system(url)[0]._strip_protocol(url)
     files = {}
     for name, info in found.items():
         below = name[len(top) :].strip("/") if name != top else ""
         if info.get("type") != "directory" and not (name.endswith("/") and not info.get("size")):
             place = f"{url}/{below}" if below else url
-            files[below] = RemoteFile(place, int(info.get("size") or 0), _tag_of(info))
+            files[below] = RemoteFile(place, int(info.get("size") or 0), tag_of(info))
     return files
 
 
@@ -158,7 +155,7 @@ def send_object(source: Path, url: str, was: str | None, moved: Moved) -> Remote
     with one_line("URL", url):
         known = find_objects(url).get("")
         _require(known, was)
-        sent = _retry(url, lambda fs, path: _send(fs, path, source, was, moved))
+        sent = retry(url, lambda fs, path: _send(fs, path, source, was, moved))
         there = find_objects(url).get("")
     size = source.stat().st_size
     if there is None or there.num_bytes != size or (sent and there.tag != sent):
@@ -183,7 +180,7 @@ def remove_object(url: str) -> None:
         fs.invalidate_cache()
 
     with one_line("URL", url):
-        _retry(url, remove)
+        retry(url, remove)
 
 
 def check_writable(url: str) -> None:
@@ -206,13 +203,13 @@ def check_writable(url: str) -> None:
             fs.rm_file(trial)
 
     with one_line("URL", url):
-        _retry(url, try_it)
+        retry(url, try_it)
 
 
 def _require(known: RemoteFile | None, was: str | None) -> None:
     tag = None if known is None else known.tag
     if was not in {ANY, tag}:
-        raise ObjectChangedError(_CHANGED)
+        raise ObjectChangedError(CHANGED)
 
 
 def _send(fs: Any, path: str, source: Path, was: str | None, moved: Moved) -> str:
@@ -277,7 +274,7 @@ def _put_parts(
         with source.open("rb") as file:
             file.seek(number * part_bytes)
             data = file.read(part_bytes)
-        answer = _retry(
+        answer = retry(
             f"s3://{place['Bucket']}/{place['Key']}",
             lambda again, _: again.call_s3(
                 "upload_part", PartNumber=number + 1, Body=data, **upload
@@ -313,7 +310,7 @@ def _put(fs: Any, method: str, *, url_tag: str, **how: Any) -> dict[str, Any]:
         path = f"{how['Bucket']}/{how['Key']}"
         if fs.exists(path) and fs.info(path).get("ETag") == url_tag:
             return {"ETag": url_tag}
-        raise ObjectChangedError(_CHANGED) from error
+        raise ObjectChangedError(CHANGED) from error
 
 
 def _md5(data: bytes) -> bytes:

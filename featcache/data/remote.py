@@ -103,7 +103,7 @@ class RemoteFile:
         """
         if not num_bytes:
             return b""
-        return _retry(self.url, lambda fs, path: self._get(fs, path, offset, num_bytes))
+        return retry(self.url, lambda fs, path: self._get(fs, path, offset, num_bytes))
 
     def _get(self, fs: Any, path: str, offset: int, num_bytes: int) -> bytes:
         return store_requests.get(fs, path, Stretch(self.tag, self.num_bytes, offset, num_bytes))
@@ -158,11 +158,11 @@ def list_files(url: str, *, progress: bool | str = False) -> dict[str, RemoteFil
     """
     start = url[: url.index("*")].rpartition("/")[0] if "*" in url else url
     with refusals(url):
-        fs, top = _file_system(start)
+        fs, top = file_system(start)
         if store_requests.can_continue(fs):
             found = _list_pages(url, progress=progress)
         else:
-            found = _retry(url, store_requests.list_whole, _WAITS[:3])
+            found = retry(url, store_requests.list_whole, _WAITS[:3])
     if not found:
         raise DataError("data", expected="objects of a store", found="none", where=url)
     files: dict[str, RemoteFile] = {}
@@ -184,11 +184,11 @@ def list_files(url: str, *, progress: bool | str = False) -> dict[str, RemoteFil
 
 def _list_pages(url: str, *, progress: bool | str) -> list[Found]:
     """Return the objects of a folder, a glob or one object, page by page."""
-    path = _file_system(url)[1]
+    path = file_system(url)[1]
     bucket, _, key = path.partition("/")
     pattern = compile_glob(key) if "*" in key else None
     prefix = key.partition("*")[0] if pattern else f"{key}/" if key else ""
-    address = _retry(url, lambda fs, _: store_requests.address_of(fs), _WAITS[:3])
+    address = retry(url, lambda fs, _: store_requests.address_of(fs), _WAITS[:3])
     kept_at = unfinished.place_of(f"{url} {address}")
     after, found = unfinished.take(kept_at)
     if found:
@@ -202,7 +202,7 @@ def _list_pages(url: str, *, progress: bool | str) -> list[Found]:
         try:
             while True:
                 # The first answer tells whether the store is there: no long waits for that.
-                page, after = _retry(url, ask, _WAITS if num_pages else _WAITS[:3])
+                page, after = retry(url, ask, _WAITS if num_pages else _WAITS[:3])
                 found += page
                 num_pages += 1
                 shown.move_to(len(found))
@@ -216,7 +216,7 @@ def _list_pages(url: str, *, progress: bool | str) -> list[Found]:
         return [one for one in found if pattern.fullmatch(one.name[len(bucket) + 1 :])]
     if found or not key:
         return found
-    page, _ = _retry(
+    page, _ = retry(
         url, lambda fs, _: store_requests.list_page(fs, bucket, key, ""), _WAITS[:3]
     )  # fmt: skip
     return [one for one in page if one.name == path]  # which is the first, if it is there
@@ -239,7 +239,7 @@ def refusals(url: str) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
     """Return the file system of a URL, one for all threads of a process, and its path in that.
 
     Raises:
@@ -274,7 +274,7 @@ def _missing(package: str) -> ConfigError:
     )  # fmt: skip
 
 
-def _retry(url: str, call: Callable[[Any, str], _T], waits: Sequence[float] = _WAITS) -> _T:
+def retry(url: str, call: Callable[[Any, str], _T], waits: Sequence[float] = _WAITS) -> _T:
     """Call with the file system of a URL, again after growing waits while the store fails.
 
     What it refuses is asked again with credentials that are read anew: they may be renewed while
@@ -287,7 +287,7 @@ def _retry(url: str, call: Callable[[Any, str], _T], waits: Sequence[float] = _W
     """
     begin, store = time.monotonic(), "/".join(url.split("/", 3)[:3])
     for number, wait in enumerate((*waits, None), 1):
-        fs, path = _file_system(url)
+        fs, path = file_system(url)
         try:
             result = call(fs, path)
         except store_requests.errors() as error:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featcache.data import store_requests
-from featcache.data.remote import RemoteFile, _retry, list_files, refusals
+from featcache.data.remote import RemoteFile, list_files, refusals, retry
 from featcache.errors import DataError
 
 
@@ -90,7 +90,7 @@ def find_files(urls: Sequence[str], *, progress: bool | str = False) -> dict[str
 
 def _file_of_web(url: str) -> RemoteFile | None:
     try:
-        info = _retry(url, lambda fs, path: fs.info(path))
+        info = retry(url, lambda fs, path: fs.info(path))
     except FileNotFoundError:
         return None
     return RemoteFile(url, int(info.get("size") or 0), store_requests.tag_of(info))
