@@ -35,7 +35,7 @@ from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes
 from featcache.formatting import join_few
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import Run, load_head, load_run
-from featcache.pixels.dicom import DicomRules
+from featcache.pixels.dicom_rules import DicomRules
 from featcache.pixels.images import load, load_opened, resize_to_square
 from featcache.pixels.views import PLAIN
 from featcache.runtime import exact_fp32, resolve_device

@@ -24,30 +24,26 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import re
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.data.dicom_files import INSTALL, MAGIC_AT, is_installed
-from featcache.errors import ConfigError, DataError, TransientError
-from featcache.pixels.dicom_display import WINDOWS, Display, failure, text, whole
+from featcache.data.dicom_files import INSTALL, is_installed
+from featcache.errors import DataError, TransientError
+from featcache.pixels.dicom_bombs import codestream_size, refuse_deflate_bomb
+from featcache.pixels.dicom_display import Display, failure, text, whole
+from featcache.pixels.dicom_rules import DicomRules
 
 MISSING = f"a DICOM file, which needs pydicom: {INSTALL}"
 _is_child_process = False
 
-_ORDER = "modality, voi, inversion; floor(255 y + 0.5 + 2^-30)"
 _NEEDS_WINDOW = {"CT", "MR"}
-_LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _MAX_BITS = 32
-_META_BYTES, _CHUNK = 1 << 16, 1 << 20
 
 _Grey: TypeAlias = npt.NDArray[np.uint8]
 
@@ -85,73 +81,6 @@ _COLOURS = {
     "PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422",
     "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT", "XYB",
 }  # fmt: skip
-_JPEG_FRAMES = ({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
-_WITHOUT_BODY = {0x01, *range(0xD0, 0xD9)}
-
-
-@dataclass(frozen=True)
-class DicomRules:
-    """What is chosen of a DICOM file: part of a cache's identity where the data has DICOM.
-
-    Args:
-        window: ``voi``, ``first``, ``none`` or ``CENTER,WIDTH``, in the units that the modality
-            gives (HU); None is ``voi``, but refuses CT and MR, whose windows are many.
-        frame: Which frame of a file of several is read, from 1; None refuses such files.
-
-    Raises:
-        ConfigError: If a value is none of these.
-    """
-
-    window: str | None = None
-    frame: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window not in WINDOWS:
-            object.__setattr__(self, "window", _plain_window(self.window))
-        if self.frame is not None and (type(self.frame) is not int or self.frame < 1):
-            raise ConfigError("--frame", expected="1 or more", found=repr(self.frame))
-
-    def as_identity(self) -> dict[str, Any]:
-        """Return the rules as JSON values, with the order of the steps and the scale."""
-        return {"order": _ORDER, **asdict(self)}
-
-    def describe(self) -> str:
-        """Return the rules in a few words."""
-        words = {
-            None: "VOI LUT, else first window, else stored range",
-            "voi": "VOI LUT, else first window, else stored range",
-            "first": "first window, else stored range", "none": "stored range",
-        }  # fmt: skip
-        shown = words.get(self.window, f"window {self.window}")
-        frame = "" if self.frame is None else f", frame {self.frame} of several"
-        return f"modality, then {shown}; MONOCHROME1 inverted{frame}"
-
-    @classmethod
-    def from_identity(cls, identity: Mapping[str, Any]) -> DicomRules:
-        """Return the rules in the part ``dicom`` of an identity.
-
-        Raises:
-            DataError: If it has another order than this version's.
-            ConfigError: If this version does not know a value.
-        """
-        if not isinstance(identity, Mapping) or identity.get("order") != _ORDER:
-            raise DataError("pixel rules", expected=f"dicom {_ORDER}", found=repr(identity)[:200])
-        return cls(identity.get("window"), identity.get("frame"))
-
-
-def _plain_window(text: object) -> str:
-    """Return ``CENTER,WIDTH`` in its shortest form."""
-    parts = str(text).split(",")
-    try:
-        center, width = (float(part) for part in parts)
-    except ValueError:
-        center, width = math.nan, math.nan
-    if not (math.isfinite(center) and math.isfinite(width) and width >= 1):
-        raise ConfigError(
-            "--window", expected="CENTER,WIDTH (a width from 1), or one of " + ", ".join(WINDOWS),
-            found=repr(text), hint="For example --window 40,400",
-        )  # fmt: skip
-    return f"{center:.15g},{width:.15g}"
 
 
 @dataclass(frozen=True)
@@ -228,7 +157,7 @@ def open_dataset(file: BinaryIO, tags: list[str], max_bytes: int, **options: Any
     """
     import pydicom
 
-    _refuse_deflate_bomb(file, max_bytes)
+    refuse_deflate_bomb(file, max_bytes)
     return pydicom.dcmread(file, specific_tags=[*tags], **options)
 
 
@@ -337,42 +266,6 @@ def _num_frames(dataset: Any) -> int:
     return whole(dataset, "NumberOfFrames", 1)
 
 
-def _refuse_deflate_bomb(file: BinaryIO, max_bytes: int) -> None:
-    """Refuse a deflated data set of more bytes: pydicom inflates it as a whole."""
-    data = file.read(_META_BYTES)
-    file.seek(0)
-    end = _end_of_meta(data)
-    if _DEFLATED not in (data if end is None else data[:end]):
-        return
-    if end is None:
-        raise failure("a deflated DICOM file whose header does not say where it ends")
-    file.seek(end)
-    inflate, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, file.read()
-    file.seek(0)
-    while rest and not inflate.eof:
-        piece = inflate.decompress(rest, _CHUNK)
-        size, rest = size + len(piece), inflate.unconsumed_tail
-        if size > max_bytes:
-            raise failure("a deflated DICOM file that holds more than --max-pixels allow")
-
-
-def _end_of_meta(data: bytes) -> int | None:
-    """Return where the meta information of a file ends, None where it does not in these bytes.
-
-    It is of group 2, in explicit VR little endian (PS3.10, 7.1). Its own length, which pydicom does
-    not look at, is not believed.
-    """
-    place = MAGIC_AT + 4
-    while data[place : place + 2] == b"\x02\0":
-        representation = data[place + 4 : place + 6]
-        if not representation.isalpha():
-            return None
-        is_long = representation in _LONG
-        first, last = (place + 8, place + 12) if is_long else (place + 6, place + 8)
-        place = last + int.from_bytes(data[first:last], "little")
-    return place if place + 2 <= len(data) else None
-
-
 # ----------------------------------------------------------------------------------- stored values
 
 
@@ -421,7 +314,7 @@ def _check_codestream(dataset: Any, frame: int) -> None:
     stream = get_frame(
         dataset.PixelData, frame, number_of_frames=_num_frames(dataset), extended_offsets=extended
     )
-    found = _codestream_size(stream)
+    found = codestream_size(stream)
     wanted = (whole(dataset, "Columns"), whole(dataset, "Rows"))
     if found is not None and found != (*wanted, 1):
         width, height, channels = found
@@ -429,29 +322,6 @@ def _check_codestream(dataset: Any, frame: int) -> None:
             f"a compressed image of {width} x {height} x {channels} in a DICOM file of "
             f"{wanted[0]} x {wanted[1]}"
         )
-
-
-def _codestream_size(stream: bytes) -> tuple[int, int, int] | None:
-    """Return width, height and channels of a JPEG, JPEG-LS or JPEG 2000 codestream; else None."""
-
-    def number(place: int, size: int) -> int:
-        return int.from_bytes(stream[place : place + size], "big")
-
-    if stream.startswith(b"\0\0\0\x0cjP  "):  # JP2: its codestream is a box in it
-        stream = stream[max(0, stream.find(b"\xff\x4f\xff\x51")) :]
-    if stream.startswith(b"\xff\x4f\xff\x51"):  # T.800, A.5.1: SOC, SIZ
-        width, height = (number(at, 4) - number(at + 8, 4) for at in (8, 12))
-        return width, height, number(40, 2)
-    if not stream.startswith(b"\xff\xd8"):
-        return None
-    place = 2
-    while stream[place : place + 1] == b"\xff":
-        marker = number(place + 1, 1)
-        if marker in _JPEG_FRAMES:
-            return number(place + 7, 2), number(place + 5, 2), number(place + 9, 1)
-        length = number(place + 2, 2)
-        place += 1 if marker == 0xFF else 2 if marker in _WITHOUT_BODY else 2 + length
-    return None
 
 
 def _mute_decoders() -> None:

@@ -23,7 +23,8 @@ from featcache.data.splitting import split
 from featcache.deployment.server.work_queue import WorkQueue
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning
 from featcache.extraction.comparison import find_images
-from featcache.pixels.dicom import DicomRules, read_dicom
+from featcache.pixels.dicom import read_dicom
+from featcache.pixels.dicom_rules import DicomRules
 
 QUIET: dict[str, Any] = {"say": lambda _: None}
 NAMES = ["{}.dcm", "IM{:04}", "{}.IMA", "1.2.826.0.{}"]

@@ -18,8 +18,9 @@ import pytest
 
 from featcache.data.dicom_files import is_dicom
 from featcache.errors import ConfigError, DataError
-from featcache.pixels.dicom import DicomRules, read_dicom
+from featcache.pixels.dicom import read_dicom
 from featcache.pixels.dicom_headers import read_headers
+from featcache.pixels.dicom_rules import DicomRules
 from featcache.pixels.images import PixelRules, load
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom, the extra dicom")

@@ -1,0 +1,77 @@
+"""Sizes that the bytes of a DICOM file say, before pydicom and decoders take memory for them.
+
+Reads: bytes. Writes: nothing. Every failure is a ``DataError`` whose ``found`` is the reason.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import BinaryIO
+
+from featcache.data.dicom_files import MAGIC_AT
+from featcache.pixels.dicom_display import failure
+
+_LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_META_BYTES, _CHUNK = 1 << 16, 1 << 20
+_JPEG_FRAMES = ({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_BODY = {0x01, *range(0xD0, 0xD9)}
+
+
+def refuse_deflate_bomb(file: BinaryIO, max_bytes: int) -> None:
+    """Refuse a deflated data set of more bytes: pydicom inflates it as a whole."""
+    data = file.read(_META_BYTES)
+    file.seek(0)
+    end = _end_of_meta(data)
+    if _DEFLATED not in (data if end is None else data[:end]):
+        return
+    if end is None:
+        raise failure("a deflated DICOM file whose header does not say where it ends")
+    file.seek(end)
+    inflate, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, file.read()
+    file.seek(0)
+    while rest and not inflate.eof:
+        piece = inflate.decompress(rest, _CHUNK)
+        size, rest = size + len(piece), inflate.unconsumed_tail
+        if size > max_bytes:
+            raise failure("a deflated DICOM file that holds more than --max-pixels allow")
+
+
+def _end_of_meta(data: bytes) -> int | None:
+    """Return where the meta information of a file ends, None where it does not in these bytes.
+
+    It is of group 2, in explicit VR little endian (PS3.10, 7.1). Its own length, which pydicom does
+    not look at, is not believed.
+    """
+    place = MAGIC_AT + 4
+    while data[place : place + 2] == b"\x02\0":
+        representation = data[place + 4 : place + 6]
+        if not representation.isalpha():
+            return None
+        is_long = representation in _LONG
+        first, last = (place + 8, place + 12) if is_long else (place + 6, place + 8)
+        place = last + int.from_bytes(data[first:last], "little")
+    return place if place + 2 <= len(data) else None
+
+
+def codestream_size(stream: bytes) -> tuple[int, int, int] | None:
+    """Return width, height and channels of a JPEG, JPEG-LS or JPEG 2000 codestream; else None."""
+
+    def number(place: int, size: int) -> int:
+        return int.from_bytes(stream[place : place + size], "big")
+
+    if stream.startswith(b"\0\0\0\x0cjP  "):  # JP2: its codestream is a box in it
+        stream = stream[max(0, stream.find(b"\xff\x4f\xff\x51")) :]
+    if stream.startswith(b"\xff\x4f\xff\x51"):  # T.800, A.5.1: SOC, SIZ
+        width, height = (number(at, 4) - number(at + 8, 4) for at in (8, 12))
+        return width, height, number(40, 2)
+    if not stream.startswith(b"\xff\xd8"):
+        return None
+    place = 2
+    while stream[place : place + 1] == b"\xff":
+        marker = number(place + 1, 1)
+        if marker in _JPEG_FRAMES:
+            return number(place + 7, 2), number(place + 5, 2), number(place + 9, 1)
+        length = number(place + 2, 2)
+        place += 1 if marker == 0xFF else 2 if marker in _WITHOUT_BODY else 2 + length
+    return None
