@@ -10,7 +10,8 @@ Stored values become 8 bits in this order, as PS3.3 C.11 and PS3.4 N.2 have it:
 4. ``floor(255 y + 0.5 + 2^-30)``: the nearest whole number, halves upwards whatever y's last bits.
 
 A window applies to what step 1 gives, for MR too. Real world value maps, overlays and padding
-values are not looked at. Files without ``DICM`` at byte 128 are no DICOM files here.
+values are not looked at. Files without ``DICM`` at byte 128 are DICOM if they begin with elements:
+see ``dicom_files``.
 
 The only module that uses pydicom (``dicom_display`` gets its data sets). It and its decoders run in
 a child process alone, as hostile files crash them (see ``isolation``). No text of a file and no
@@ -35,7 +36,7 @@ import numpy.typing as npt
 
 from featcache.data.dicom_files import INSTALL, is_installed
 from featcache.errors import DataError, TransientError
-from featcache.pixels.dicom_bombs import codestream_size, refuse_deflate_bomb
+from featcache.pixels.dicom_bombs import CountedReads, codestream_size, inflate
 from featcache.pixels.dicom_display import Display, failure, text, whole
 from featcache.pixels.dicom_rules import DicomRules
 
@@ -54,8 +55,11 @@ _IMAGE_TAGS = [
     "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelData", "FloatPixelData",
-    "DoubleFloatPixelData",
+    "DoubleFloatPixelData", "RecognitionCode",
 ]  # fmt: skip
+_ACR_NEMA: dict[str, Any] = {
+    "PhotometricInterpretation": "MONOCHROME2", "SamplesPerPixel": 1, "PixelRepresentation": 0
+}  # fmt: skip
 # Transfer syntax -> pydicom's plugins that are tried for it, in this order: one alone where one is
 # enough, so that the same file gives the same pixels wherever it is read.
 _JPEG_PLUGINS = ("pillow", "gdcm", "pylibjpeg")
@@ -146,19 +150,24 @@ def quiet_pydicom() -> Iterator[None]:
         config.settings.reading_validation_mode = mode
 
 
-def open_dataset(file: BinaryIO, tags: list[str], max_bytes: int, **options: Any) -> Any:
+def open_dataset(file: BinaryIO, tags: list[str], max_bytes: int, *, pixels: bool = True) -> Any:
     """Return the data set of a file, with these elements alone.
 
     Args:
         file: Open, at its start.
         tags: Keywords of the elements; the others are skipped unread.
         max_bytes: Refuse a deflated file that holds more.
-        **options: Of pydicom's ``dcmread``.
+        pixels: Go on to the pixels, and what comes after them.
+
+    Raises:
+        DataError: If it holds more, or a hostile number of elements.
     """
     import pydicom
 
-    refuse_deflate_bomb(file, max_bytes)
-    return pydicom.dcmread(file, specific_tags=[*tags], **options)
+    counted: Any = CountedReads(inflate(file, max_bytes))
+    return pydicom.dcmread(
+        counted, force=True, specific_tags=[*tags], stop_before_pixels=not pixels
+    )  # fmt: skip
 
 
 def read_stored(data: bytes, max_pixels: int) -> tuple[npt.NDArray[Any], str]:
@@ -169,8 +178,7 @@ def read_stored(data: bytes, max_pixels: int) -> tuple[npt.NDArray[Any], str]:
     """
     try:
         with quiet_pydicom():
-            dataset = open_dataset(io.BytesIO(data), _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
-            _refuse_kind(dataset)
+            dataset = _open_image(data, max_pixels)
             _refuse_bomb(dataset, max_pixels)
             return _decode(dataset, 0), text(dataset, "PhotometricInterpretation")
     except DataError:
@@ -180,8 +188,7 @@ def read_stored(data: bytes, max_pixels: int) -> tuple[npt.NDArray[Any], str]:
 
 
 def _read(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
-    dataset = open_dataset(io.BytesIO(data), _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
-    _refuse_kind(dataset)
+    dataset = _open_image(data, max_pixels)
     modality = text(dataset, "Modality")
     if modality in _NEEDS_WINDOW and rules.window is None:
         raise failure(
@@ -204,6 +211,17 @@ def _read(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
 
 
 # ---------------------------------------------------------------------------------- what it may be
+
+
+def _open_image(data: bytes, max_pixels: int) -> Any:
+    """Return the data set of a picture in grey; raise DataError for all others."""
+    dataset = open_dataset(io.BytesIO(data), _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
+    if text(dataset, "RecognitionCode").startswith("ACR-NEMA"):  # which knows no other pictures
+        for keyword, value in _ACR_NEMA.items():
+            if keyword not in dataset:
+                setattr(dataset, keyword, value)
+    _refuse_kind(dataset)
+    return dataset
 
 
 def _refuse_kind(dataset: Any) -> None:
@@ -273,9 +291,7 @@ def _decode(dataset: Any, frame: int) -> npt.NDArray[Any]:
     """Return the stored values (H, W) of a frame."""
     from pydicom.pixels.decoders.base import get_decoder
 
-    syntax = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
-    if syntax is None:
-        raise failure("a DICOM file without a transfer syntax")
+    syntax = _find_syntax(dataset)
     plugins = _PLUGINS.get(str(syntax))
     if plugins is None:
         name = syntax.name if syntax.name != str(syntax) else "a private transfer syntax"
@@ -302,6 +318,20 @@ def _decode(dataset: Any, frame: int) -> npt.NDArray[Any]:
     if str(syntax).endswith(".4.51") and whole(dataset, "BitsStored") > 8:
         raise failure("JPEG of 12 bits, which no free decoder here reads (pylibjpeg-libjpeg does)")
     raise failure(f"a broken DICOM file ({type(error).__name__} of its decoder)")
+
+
+def _find_syntax(dataset: Any) -> Any:
+    """Return the transfer syntax of a data set; of one without, that of its elements."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    if (syntax := dataset.file_meta.get("TransferSyntaxUID")) is not None:
+        return syntax
+    if dataset["PixelData"].is_undefined_length:
+        raise failure("a compressed DICOM file without a transfer syntax, which says how")
+    is_implicit, is_little = dataset.original_encoding
+    explicit = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else explicit
+    return dataset.file_meta.TransferSyntaxUID
 
 
 def _check_codestream(dataset: Any, frame: int) -> None:

@@ -5,36 +5,71 @@ Reads: bytes. Writes: nothing. Every failure is a ``DataError`` whose ``found`` 
 
 from __future__ import annotations
 
+import io
 import zlib
 from typing import BinaryIO
 
-from featcache.data.dicom_files import MAGIC_AT
+from featcache.data.dicom_files import LONG, MAGIC, MAGIC_AT, has_magic
 from featcache.pixels.dicom_display import failure
 
-_LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
+# two an element, and 20 us: a multi-frame image of 10,000 frames has 300,000 elements
+_MOST_READS = 2_000_000
 _META_BYTES, _CHUNK = 1 << 16, 1 << 20
 _JPEG_FRAMES = ({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_BODY = {0x01, *range(0xD0, 0xD9)}
 
 
-def refuse_deflate_bomb(file: BinaryIO, max_bytes: int) -> None:
-    """Refuse a deflated data set of more bytes: pydicom inflates it as a whole."""
+class CountedReads:
+    """A file that may be read so often: a header can be millions of elements without a byte."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, _MOST_READS
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes, as files do.
+
+        Raises:
+            DataError: If there have been too many reads.
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise failure(f"a DICOM file of more than {_MOST_READS // 2:,} elements")
+        return self._file.read(size)
+
+
+def inflate(file: BinaryIO, max_bytes: int) -> BinaryIO:
+    """Return a file whose data set is not deflated: this one, or what it holds.
+
+    Args:
+        file: Open, at its start.
+        max_bytes: Refuse a data set of more.
+
+    Raises:
+        DataError: If it holds more, or does not say where it begins.
+    """
     data = file.read(_META_BYTES)
-    file.seek(0)
     end = _end_of_meta(data)
-    if _DEFLATED not in (data if end is None else data[:end]):
-        return
+    is_deflated = _DEFLATED in (data + file.read() if end is None else data[:end])
+    file.seek(0)
+    if not is_deflated:
+        return file
     if end is None:
         raise failure("a deflated DICOM file whose header does not say where it ends")
     file.seek(end)
-    inflate, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, file.read()
-    file.seek(0)
-    while rest and not inflate.eof:
-        piece = inflate.decompress(rest, _CHUNK)
-        size, rest = size + len(piece), inflate.unconsumed_tail
+    inflator, pieces, size, rest = (
+        zlib.decompressobj(-zlib.MAX_WBITS),
+        list[bytes](),
+        0,
+        file.read(),
+    )
+    while rest and not inflator.eof:
+        pieces.append(inflator.decompress(rest, _CHUNK))
+        size, rest = size + len(pieces[-1]), inflator.unconsumed_tail
         if size > max_bytes:
             raise failure("a deflated DICOM file that holds more than --max-pixels allow")
+    return io.BytesIO(b"".join([data[:end].replace(_DEFLATED, _EXPLICIT), *pieces]))
 
 
 def _end_of_meta(data: bytes) -> int | None:
@@ -43,12 +78,12 @@ def _end_of_meta(data: bytes) -> int | None:
     It is of group 2, in explicit VR little endian (PS3.10, 7.1). Its own length, which pydicom does
     not look at, is not believed.
     """
-    place = MAGIC_AT + 4
+    place = MAGIC_AT + len(MAGIC) if has_magic(data) else 0
     while data[place : place + 2] == b"\x02\0":
         representation = data[place + 4 : place + 6]
         if not representation.isalpha():
             return None
-        is_long = representation in _LONG
+        is_long = representation in LONG
         first, last = (place + 8, place + 12) if is_long else (place + 6, place + 8)
         place = last + int.from_bytes(data[first:last], "little")
     return place if place + 2 <= len(data) else None

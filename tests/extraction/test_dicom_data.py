@@ -139,7 +139,8 @@ def test_what_cannot_be_shown_is_a_listed_failure(place: Path, tmp_path: Path) -
     assert reasons == {
         "covid/ct.dcm": "CT, which needs a window: extract --window CENTER,WIDTH, first, voi or "
         "none",
-        "covid/no.dcm": "perhaps a DICOM file, but without DICM at byte 128",
+        "covid/no.dcm": "perhaps a damaged DICOM file: DICM is not at byte 128, nor elements at "
+        "its start",
     }
     with (
         pytest.warns(FeatcacheWarning, match="1 image could not be read"),
