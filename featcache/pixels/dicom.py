@@ -156,7 +156,7 @@ def open_dataset(file: BinaryIO, tags: list[str], max_bytes: int, *, pixels: boo
     Args:
         file: Open, at its start.
         tags: Keywords of the elements; the others are skipped unread.
-        max_bytes: Refuse a deflated file that holds more.
+        max_bytes: Refuse a deflated file that holds more; without ``pixels``, read so much of it.
         pixels: Go on to the pixels, and what comes after them.
 
     Raises:
@@ -164,7 +164,7 @@ def open_dataset(file: BinaryIO, tags: list[str], max_bytes: int, *, pixels: boo
     """
     import pydicom
 
-    counted: Any = CountedReads(inflate(file, max_bytes))
+    counted: Any = CountedReads(inflate(file, max_bytes, whole=pixels))
     return pydicom.dcmread(
         counted, force=True, specific_tags=[*tags], stop_before_pixels=not pixels
     )  # fmt: skip

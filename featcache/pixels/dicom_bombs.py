@@ -39,12 +39,13 @@ class CountedReads:
         return self._file.read(size)
 
 
-def inflate(file: BinaryIO, max_bytes: int) -> BinaryIO:
+def inflate(file: BinaryIO, max_bytes: int, *, whole: bool = True) -> BinaryIO:
     """Return a file whose data set is not deflated: this one, or what it holds.
 
     Args:
         file: Open, at its start.
-        max_bytes: Refuse a data set of more.
+        max_bytes: Refuse a data set of more; without ``whole``, return so much of it.
+        whole: Whether all of it is wanted.
 
     Raises:
         DataError: If it holds more, or does not say where it begins.
@@ -58,18 +59,16 @@ def inflate(file: BinaryIO, max_bytes: int) -> BinaryIO:
     if end is None:
         raise failure("a deflated DICOM file whose header does not say where it ends")
     file.seek(end)
-    inflator, pieces, size, rest = (
-        zlib.decompressobj(-zlib.MAX_WBITS),
-        list[bytes](),
-        0,
-        file.read(),
-    )
-    while rest and not inflator.eof:
-        pieces.append(inflator.decompress(rest, _CHUNK))
-        size, rest = size + len(pieces[-1]), inflator.unconsumed_tail
-        if size > max_bytes:
-            raise failure("a deflated DICOM file that holds more than --max-pixels allow")
-    return io.BytesIO(b"".join([data[:end].replace(_DEFLATED, _EXPLICIT), *pieces]))
+    inflator, rest = zlib.decompressobj(-zlib.MAX_WBITS), file.read()
+    inflated = io.BytesIO()
+    inflated.write(data[:end].replace(_DEFLATED, _EXPLICIT))
+    while rest and not inflator.eof and inflated.tell() <= end + max_bytes:
+        inflated.write(inflator.decompress(rest, _CHUNK))
+        rest = inflator.unconsumed_tail
+    if whole and inflated.tell() > end + max_bytes:
+        raise failure("a deflated DICOM file that holds more than --max-pixels allow")
+    inflated.seek(0)
+    return inflated
 
 
 def _end_of_meta(data: bytes) -> int | None:

@@ -32,7 +32,7 @@ _TAGS = [
     *_IDENTIFIERS, *_UIDS, "IssuerOfPatientID", "Modality", "ViewPosition", "Manufacturer",
     "PatientSex", "PatientAge", "StudyDate", "PresentationIntentType", "BurnedInAnnotation",
 ]  # fmt: skip
-_MOST_BYTES = 4 * MAX_PIXELS
+_MOST_BYTES = 1 << 24  # of a deflated file
 _CODE = re.compile(r"[A-Z0-9_ ]{1,16}")
 _SPELT_OUT = str.maketrans(
     {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ø": "oe", "æ": "ae",

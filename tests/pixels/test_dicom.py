@@ -167,14 +167,19 @@ def test_tables_are_scaled_by_their_bits_whatever_their_values(syntax: str) -> N
 
 
 def test_a_table_may_begin_below_zero() -> None:
-    values, how = np.arange(4096) * 16, {"RescaleIntercept": -1024, "RescaleSlope": 1}
+    values = np.arange(4096) * 16
     for signed in (False, True):  # as old files have it, and as the standard does
         item = table(values, -1024 if signed else 65536 - 1024, 16, signed=signed)
-        data = make_dicom(ramp(12), bits=12, VOILUTSequence=[item], **how)
-        np.testing.assert_array_equal(shown(data), to_8_bits(values[ramp(12)] / 65535))
+        for intercept in (-1024, 0):
+            data = make_dicom(
+                ramp(12), bits=12, VOILUTSequence=[item], RescaleIntercept=intercept,
+                RescaleSlope=1,
+            )  # fmt: skip
+            places = np.minimum(ramp(12).astype(int) + intercept + 1024, 4095)
+            np.testing.assert_array_equal(shown(data), to_8_bits(values[places] / 65535))
 
 
-@pytest.mark.parametrize("slope", [1, 0.684, -0.684, -10])
+@pytest.mark.parametrize("slope", [1, 0.684, -0.684, -10, 0.00122])
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 def test_windows_apply_after_the_modality_as_pydicom_has_it(
