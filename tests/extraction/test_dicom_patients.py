@@ -273,10 +273,16 @@ def test_nothing_that_names_a_patient_is_written_or_said(
         said.append(f"{result.output} {[str(w.message) for w in caught]}".replace(str(data), ""))
         assert result.exit_code == 0, said[-1]
 
+    hidden = (*tiny, "--path-names", "hash", "--group-salt", "c.h5.salt", "--log-json")
+    run("extract", data, "cut.h5", *hidden, "--max-errors", "5", "--part", "1/2")
     run("extract", data, "c.h5", *tiny, "--path-names", "hash", "--max-errors", "5")
     run("extract", data, "c.h5", *tiny, "--max-errors", "5")  # it remembers
     run("verify", "c.h5", "--data", data, *tiny)
     run("train", "c.h5", "run", "--epochs", "2")
+    run("sweep", "c.h5", "best", "--trials", "2")
+    run("predict", "run", "--cache", "c.h5", "--csv", "p.csv")
+    shutil.copy(data / "test/covid" / f"{PATIENT}0" / "quirin_2.25.4711.2.dcm", tmp_path / "x.dcm")
+    run("explain", "run", tmp_path / "x.dcm", "--out", "explained", *tiny)
     run("evaluate", "run", "--by", "group")
     run("audit", "c.h5", "--data", data)
     run("report", "run", "report.html", "--data", data)
@@ -285,6 +291,7 @@ def test_nothing_that_names_a_patient_is_written_or_said(
     run("select", "c.h5", "d.h5", "--fractions", "0.5,0.25,0.25")
     written = everything_written(out)
     assert {"c.h5", "c.h5.salt", "c.h5.dicom.csv", "report.html", "c.csv"} <= written.keys()
+    assert any(name.startswith("cut.h5.partial/") for name in written)
     assert find_secrets(written | {"said": "".join(said).encode()}) == []
     cache = open_cache(out / "c.h5")
     assert len(cache.failures) == 2

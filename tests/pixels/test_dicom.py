@@ -257,20 +257,26 @@ def test_frames_are_chosen() -> None:
     np.testing.assert_array_equal(shown(make_dicom(ramp(8)), DicomRules(frame=2)), ramp(8))
 
 
-def test_each_frame_has_the_window_of_its_own() -> None:
-    def groups(center: int) -> Any:
-        item, window = pydicom.Dataset(), pydicom.Dataset()
+@pytest.mark.parametrize("syntax", ["explicit", "implicit", "RLE"])
+def test_each_frame_has_the_window_and_slope_of_its_own(syntax: str) -> None:
+    def groups(center: int, slope: str | None) -> Any:
+        item, window, values = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
         window.WindowCenter, window.WindowWidth = center, 100
         item.FrameVOILUTSequence = [window]
+        if slope is not None:
+            values.RescaleSlope, values.RescaleIntercept, values.RescaleType = slope, "-10", "US"
+            item.PixelValueTransformationSequence = [values]
         return item
 
-    frames = np.stack([ramp(12)] * 2)
+    frames = np.stack([ramp(12), ramp(12)[::-1], ramp(12)[:, ::-1]])
     data = make_dicom(
-        frames, bits=12, PerFrameFunctionalGroupsSequence=[groups(500), groups(3000)],
-        SharedFunctionalGroupsSequence=[groups(99)],
+        frames, bits=12, syntax=syntax, SharedFunctionalGroupsSequence=[groups(99, "0.5")],
+        PerFrameFunctionalGroupsSequence=[groups(500, "1.25"), groups(3000, None), groups(9, "2")],
     )  # fmt: skip
-    single = make_dicom(ramp(12), bits=12, WindowCenter=3000, WindowWidth=100)
-    np.testing.assert_array_equal(shown(data, DicomRules(frame=2)), shown(single))
+    for number, (center, slope) in enumerate([(500, "1.25"), (3000, "0.5"), (9, "2")]):
+        how = {"WindowCenter": center, "WindowWidth": 100, "RescaleSlope": slope}
+        single = make_dicom(frames[number], bits=12, RescaleIntercept="-10", **how)
+        np.testing.assert_array_equal(shown(data, DicomRules(frame=number + 1)), shown(single))
 
 
 # ------------------------------------------------------------------------------ without a preamble
