@@ -140,14 +140,7 @@ def write_card(classifier: Classifier, facts: Mapping[str, Any]) -> Card:
         "```",
         "",
         "What `predict.py` cannot read exactly it refuses by name: save such images as PNG.",
-        *(
-            [
-                "The training data has DICOM files, which `predict.py` does not read: `featcache",
-                "predict` and `featcache serve` do, from the run.",
-            ]
-            if any("dicom" in each["preprocessing"] for each in facts["inputs"])
-            else []
-        ),
+        "It reads no DICOM: `featcache predict` and `featcache serve` do, from the run.",
         "`sha256sum -c SHA256SUMS` checks the files by other means.",
         f"Made with Pillow {versions['pillow']} and onnxruntime {versions['onnxruntime']}.",
         "A version of Pillow that resizes otherwise is refused.",
