@@ -296,7 +296,9 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, dict):
-        return ", ".join(f"{printable(k)} {_plain(v)}" for k, v in value.items())
+        # nothing of None: --window none is something
+        said = [f"{printable(k)} {_plain(v)}" for k, v in value.items() if v is not None]
+        return ", ".join(said) or "none"
     if isinstance(value, list):
         if len(value) > FEW:
             return f"{len(value):,}: {join_few(map(_plain, value))}"

@@ -1,6 +1,6 @@
 """Which files are DICOM: by their endings, and where they have none, by their first bytes.
 
-Reads: 132 bytes of files without an ending. Writes: nothing.
+Reads: the first bytes of files without an ending. Writes: nothing.
 """
 
 from __future__ import annotations
@@ -9,18 +9,58 @@ import functools
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from featcache.untrusted import open_regular
 
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 INSTALL = "pip install 'featcache[dicom]'"
 MAGIC_AT, MAGIC = 128, b"DICM"
+LONG = frozenset({
+    b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV",
+})  # fmt: skip
+"""Value representations whose lengths have four bytes (PS3.5, 7.1.2)."""
+_SHORT = frozenset({
+    b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN",
+    b"SH", b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US",
+})  # fmt: skip
+HEAD_BYTES = 1024
+_FIRST_GROUPS = (0x0002, 0x0008)
+_ENOUGH = 3  # elements
 
 
 def is_dicom(data: bytes) -> bool:
-    """Return whether the bytes of a file are DICOM by their magic (PS3.10, 7.1)."""
-    return data[MAGIC_AT : MAGIC_AT + 4] == MAGIC
+    """Return whether the bytes of a file, the first ``HEAD_BYTES`` at least, are DICOM."""
+    return has_magic(data) or begins_with_elements(data)
+
+
+def has_magic(data: bytes) -> bool:
+    """Return whether a file has the magic of PS3.10, 7.1."""
+    return data[MAGIC_AT : MAGIC_AT + len(MAGIC)] == MAGIC
+
+
+def begins_with_elements(data: bytes) -> bool:
+    """Return whether bytes begin as data sets do that were stored without preamble and magic.
+
+    Archives hold many, and all files of ACR-NEMA are such. They begin with elements of group 2 or
+    8, with rising numbers, in implicit VR or explicit VR: nothing else begins with three of them.
+    """
+    order: Literal["little", "big"] = "big" if data[:1] == b"\0" else "little"
+    is_implicit, place, last = data[4:6] not in LONG | _SHORT, 0, -1
+    if is_implicit and order == "big":
+        return False
+    for _ in range(_ENOUGH):
+        head = data[place : place + 12]
+        group, number = (int.from_bytes(head[at : at + 2], order) for at in (0, 2))
+        representation = b"UN" if is_implicit else head[4:6]
+        if group not in _FIRST_GROUPS or (group << 16) + number <= last or len(head) < 12:
+            return False
+        if not is_implicit and representation not in LONG | _SHORT:
+            return False
+        last = (group << 16) + number
+        first, end = (4, 8) if is_implicit else (8, 12) if representation in LONG else (6, 8)
+        place += end + int.from_bytes(head[first:end], order)
+    return True
 
 
 @functools.cache
@@ -45,7 +85,7 @@ def sniff(path: str | Path) -> bool:
     """Return whether a file is DICOM; False where it cannot be read."""
     try:
         with open_regular(Path(path)) as file:
-            return is_dicom(file.read(MAGIC_AT + len(MAGIC)))
+            return is_dicom(file.read(HEAD_BYTES))
     except OSError:
         return False
 

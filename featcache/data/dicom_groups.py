@@ -157,6 +157,7 @@ def identify(
         dataset, names = hash_paths(dataset, salt.value)
         headers = {names[path]: facts for path, facts in headers.items()}
         copies = [[names[path] for path in paths] for paths in copies]
+    shared = frozenset(path for paths in copies for path in paths)
     is_joined = dataset.are_groups_joined
     has_groups = any(s.group is not None for s in dataset.samples) and not is_joined
     if is_joined:
@@ -169,7 +170,7 @@ def identify(
     facts = DicomFacts(salt.id if is_used else None, {p: h.columns for p, h in headers.items()})
     if samples:
         say(_describe(facts, len(samples)))
-    return replace(dataset, dicom=facts)
+    return replace(dataset, dicom=facts, copies=shared)
 
 
 def _together(dataset: ImageDataset) -> list[list[str]]:

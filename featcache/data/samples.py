@@ -96,6 +96,7 @@ class ImageDataset:
         are_groups_joined: Whether the groups are images with their companions, and no more.
         files: Path of a sample -> that of its file, where they differ: hashed ones.
         dicom: What the headers of its DICOM files say, where they were read.
+        copies: Paths of DICOM files that share their SOPInstanceUID with others.
     """
 
     __repr__ = brief_repr
@@ -114,6 +115,7 @@ class ImageDataset:
     are_groups_joined: bool = False
     files: dict[str, str] = field(default_factory=dict, repr=False)
     dicom: DicomFacts | None = None
+    copies: frozenset[str] = field(default=frozenset(), repr=False)
     _store: Store | None = field(default=None, repr=False)
 
     @property

@@ -23,6 +23,7 @@ from torch import nn
 from featcache.backbones.engine import ONNX_PAYS_FROM, Engine, Images, build_engine
 from featcache.cache.by_url import by_url
 from featcache.data.dataset import Sample
+from featcache.deployment.batches import IMAGES_AT_ONCE, fit_image, make_batches, run_batches
 from featcache.deployment.inputs import Inputs, list_inputs
 from featcache.deployment.network import join_network
 from featcache.deployment.predictions import Predictions
@@ -36,20 +37,16 @@ from featcache.extraction.recipe import NUM_PROBES, Recipe, decode_probes
 from featcache.formatting import join_few
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import Run, load_head, load_run
-from featcache.pixels.dicom import DicomRules
-from featcache.pixels.images import load, load_opened, resize_to_square
+from featcache.pixels.dicom_rules import DicomRules
 from featcache.pixels.views import PLAIN
-from featcache.runtime import exact_fp32, resolve_device
+from featcache.runtime import resolve_device
 from featcache.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
     from featcache.deployment.exporting.delivery import DeliverySummary
     from featcache.deployment.exporting.export import ExportSummary
 
-_IMAGES_AT_ONCE = 64  # of those in memory: 10 MB of pixels at 224 x 224
-
-_Row: TypeAlias = npt.NDArray[np.float32] | str
-"""The features (D,) of an image, or why it could not be read."""
+_Row: TypeAlias = npt.NDArray[np.float32] | str  # of an image: features (D,), or why there are none
 
 
 class Classifier:
@@ -220,25 +217,14 @@ class Classifier:
         inputs = list_inputs(images)
         if inputs.dataset.has_dicom:
             self.note_dicom()
-        batches = []
-        for recipe in self.recipes:
-            backbone = recipe.backbone
-            pixels = np.empty((len(inputs.images), *[backbone.image_size] * 2, 3), np.uint8)
-            for slot, image in zip(pixels, inputs.images, strict=True):
-                data = inputs.dataset.read(image) if isinstance(image, Sample) else image
-                fitted = fit_image(data, recipe)
-                slot[:] = fitted[:, :, None] if fitted.ndim == 2 else fitted
-            mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.mean, backbone.std))
-            scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-            batches.append((scaled - mean) / std)
-        return tuple(batches)
+        return make_batches(inputs, self.recipes)
 
     def _compute(
         self, images: Any, *, preprocessed: bool, **listing: Any
     ) -> tuple[Sequence[str], list[_Row]]:
         """Return the names of images, and of each its features, or why it could not be read."""
         if preprocessed:
-            features = self._run_preprocessed(images)
+            features = run_batches(images, self.recipes, self.networks, self.device)
             return [str(i) for i in range(len(features))], [*features]
         inputs = list_inputs(images, **listing)
         files = self._run_files(inputs)
@@ -292,8 +278,8 @@ class Classifier:
 
     def _run_opened(self, images: Sequence[Any]) -> Iterator[_Row]:
         """Yield the features of PIL images and arrays, or why they could not be used."""
-        for i in range(0, len(images), _IMAGES_AT_ONCE):
-            part = images[i : i + _IMAGES_AT_ONCE]
+        for i in range(0, len(images), IMAGES_AT_ONCE):
+            part = images[i : i + IMAGES_AT_ONCE]
             made = [self._run_pixels(n, part, len(images)) for n in range(len(self.recipes))]
             yield from map(_join_rows, zip(*made, strict=True))
 
@@ -341,42 +327,6 @@ class Classifier:
         if engine.parity:  # else no image could be read, and nothing was compared
             self._engines[number] = engine, num_images
         return engine
-
-    def _run_preprocessed(self, images: Any) -> npt.NDArray[np.float32]:
-        """Return the features (B, D) of preprocessed batches, by the library's own networks."""
-        batches = images if len(self.recipes) > 1 else [images]
-        if not isinstance(batches, list | tuple) or len(batches) != len(self.recipes):
-            raise ConfigError(
-                "preprocessed images", expected=f"{len(self.recipes)} batches, one a backbone",
-                found=f"{type(batches).__name__}", hint="Make them with preprocess_each",
-            )  # fmt: skip
-        made = [self._run_batch(number, batch) for number, batch in enumerate(batches)]
-        if len({len(features) for features in made}) > 1:
-            raise ConfigError(
-                "preprocessed images", expected="batches of the same images",
-                found=" and ".join(str(len(features)) for features in made),
-            )  # fmt: skip
-        return np.concatenate(made, axis=1)
-
-    def _run_batch(self, number: int, batch: Any) -> npt.NDArray[np.float32]:
-        backbone = self.recipes[number].backbone
-        side = backbone.image_size
-        shape = tuple(getattr(batch, "shape", ()))
-        if not (
-            isinstance(batch, torch.Tensor)
-            and batch.is_floating_point()
-            and shape == (len(batch), 3, side, side)
-        ):
-            raise ConfigError(
-                "preprocessed images", expected=f"a float tensor (B, 3, {side}, {side})",
-                found=f"{getattr(batch, 'dtype', type(batch).__name__)} {shape}",
-                hint="Make it with preprocess, or leave preprocessed=True out",
-            )  # fmt: skip
-        with torch.inference_mode(), exact_fp32():
-            parts = torch.split(batch.to(torch.float32), _IMAGES_AT_ONCE)
-            network = self.networks[number]
-            rows = [row for part in parts for row in network(part.to(self.device)).cpu().numpy()]
-        return np.array(rows, np.float32).reshape(-1, backbone.num_features)
 
     @cached_property
     def networks(self) -> list[nn.Module]:
@@ -440,13 +390,6 @@ def load_classifier(
     place = resolve_device(device).torch()
     recipes = rebuild_recipes(loaded, weights, backbone, max_pixels)
     return Classifier(loaded, recipes, place, batch_size, decisions)
-
-
-def fit_image(image: Any, recipe: Recipe) -> npt.NDArray[np.uint8]:
-    """Return pixels (S, S) or (S, S, 3) of a file's bytes, a PIL image or an array."""
-    rules = recipe.rules.with_dicom()
-    picture = load(image, rules) if isinstance(image, bytes) else load_opened(image, rules)
-    return resize_to_square(picture.pixels, rules)
 
 
 def _join_rows(rows: Sequence[_Row]) -> _Row:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from featcache.data.dataset import ImageDataset, Sample
-from featcache.deployment.classifier import Classifier, fit_image
+from featcache.deployment.batches import fit_image
+from featcache.deployment.classifier import Classifier
 from featcache.deployment.occlusion import choose_side, cover_cells, rank_correlation, sum_cells
 from featcache.deployment.training_images import TrainingImages
 from featcache.errors import ConfigError, warn_user

@@ -150,6 +150,7 @@ def as_listed(dataset: ImageDataset, cache: Cache, group_salt: str | Path | None
     if salt is None or salt.id != cache.provenance.get("group_salt"):
         raise CacheError(
             "salt of the paths", expected=f"that of {cache.path.name}", where=place or places[0],
-            found="no file" if salt is None else "another", hint="Put it there",
+            found="no file" if salt is None else "another",
+            hint="Copy the salt there that lies beside the cache of the extraction",
         )  # fmt: skip
     return hash_paths(dataset, salt.value)[0]

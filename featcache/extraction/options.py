@@ -15,7 +15,7 @@ from featcache.data.listing import Listing
 from featcache.errors import ConfigError
 from featcache.extraction.pipeline import resolve_workers
 from featcache.extraction.workers.plans import Part
-from featcache.pixels.dicom import DicomRules
+from featcache.pixels.dicom_rules import DicomRules
 from featcache.runtime import Say, log_line
 from featcache.untrusted import MAX_PIXELS
 

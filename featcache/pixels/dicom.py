@@ -10,7 +10,8 @@ Stored values become 8 bits in this order, as PS3.3 C.11 and PS3.4 N.2 have it:
 4. ``floor(255 y + 0.5 + 2^-30)``: the nearest whole number, halves upwards whatever y's last bits.
 
 A window applies to what step 1 gives, for MR too. Real world value maps, overlays and padding
-values are not looked at. Files without ``DICM`` at byte 128 are no DICOM files here.
+values are not looked at. Files without ``DICM`` at byte 128 are DICOM if they begin with elements:
+see ``dicom_files``.
 
 The only module that uses pydicom (``dicom_display`` gets its data sets). It and its decoders run in
 a child process alone, as hostile files crash them (see ``isolation``). No text of a file and no
@@ -24,30 +25,26 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import re
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.data.dicom_files import INSTALL, MAGIC_AT, is_installed
-from featcache.errors import ConfigError, DataError, TransientError
-from featcache.pixels.dicom_display import WINDOWS, Display, failure, text, whole
+from featcache.data.dicom_files import INSTALL, is_installed
+from featcache.errors import DataError, TransientError
+from featcache.pixels.dicom_bombs import CountedReads, codestream_size, inflate
+from featcache.pixels.dicom_display import Display, failure, text, whole
+from featcache.pixels.dicom_rules import DicomRules
 
 MISSING = f"a DICOM file, which needs pydicom: {INSTALL}"
 _is_child_process = False
 
-_ORDER = "modality, voi, inversion; floor(255 y + 0.5 + 2^-30)"
 _NEEDS_WINDOW = {"CT", "MR"}
-_LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _MAX_BITS = 32
-_META_BYTES, _CHUNK = 1 << 16, 1 << 20
 
 _Grey: TypeAlias = npt.NDArray[np.uint8]
 
@@ -58,8 +55,11 @@ _IMAGE_TAGS = [
     "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelData", "FloatPixelData",
-    "DoubleFloatPixelData",
+    "DoubleFloatPixelData", "RecognitionCode",
 ]  # fmt: skip
+_ACR_NEMA: dict[str, Any] = {
+    "PhotometricInterpretation": "MONOCHROME2", "SamplesPerPixel": 1, "PixelRepresentation": 0
+}  # fmt: skip
 # Transfer syntax -> pydicom's plugins that are tried for it, in this order: one alone where one is
 # enough, so that the same file gives the same pixels wherever it is read.
 _JPEG_PLUGINS = ("pillow", "gdcm", "pylibjpeg")
@@ -85,73 +85,6 @@ _COLOURS = {
     "PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422",
     "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT", "XYB",
 }  # fmt: skip
-_JPEG_FRAMES = ({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
-_WITHOUT_BODY = {0x01, *range(0xD0, 0xD9)}
-
-
-@dataclass(frozen=True)
-class DicomRules:
-    """What is chosen of a DICOM file: part of a cache's identity where the data has DICOM.
-
-    Args:
-        window: ``voi``, ``first``, ``none`` or ``CENTER,WIDTH``, in the units that the modality
-            gives (HU); None is ``voi``, but refuses CT and MR, whose windows are many.
-        frame: Which frame of a file of several is read, from 1; None refuses such files.
-
-    Raises:
-        ConfigError: If a value is none of these.
-    """
-
-    window: str | None = None
-    frame: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window not in WINDOWS:
-            object.__setattr__(self, "window", _plain_window(self.window))
-        if self.frame is not None and (type(self.frame) is not int or self.frame < 1):
-            raise ConfigError("--frame", expected="1 or more", found=repr(self.frame))
-
-    def as_identity(self) -> dict[str, Any]:
-        """Return the rules as JSON values, with the order of the steps and the scale."""
-        return {"order": _ORDER, **asdict(self)}
-
-    def describe(self) -> str:
-        """Return the rules in a few words."""
-        words = {
-            None: "VOI LUT, else first window, else stored range",
-            "voi": "VOI LUT, else first window, else stored range",
-            "first": "first window, else stored range", "none": "stored range",
-        }  # fmt: skip
-        shown = words.get(self.window, f"window {self.window}")
-        frame = "" if self.frame is None else f", frame {self.frame} of several"
-        return f"modality, then {shown}; MONOCHROME1 inverted{frame}"
-
-    @classmethod
-    def from_identity(cls, identity: Mapping[str, Any]) -> DicomRules:
-        """Return the rules in the part ``dicom`` of an identity.
-
-        Raises:
-            DataError: If it has another order than this version's.
-            ConfigError: If this version does not know a value.
-        """
-        if not isinstance(identity, Mapping) or identity.get("order") != _ORDER:
-            raise DataError("pixel rules", expected=f"dicom {_ORDER}", found=repr(identity)[:200])
-        return cls(identity.get("window"), identity.get("frame"))
-
-
-def _plain_window(text: object) -> str:
-    """Return ``CENTER,WIDTH`` in its shortest form."""
-    parts = str(text).split(",")
-    try:
-        center, width = (float(part) for part in parts)
-    except ValueError:
-        center, width = math.nan, math.nan
-    if not (math.isfinite(center) and math.isfinite(width) and width >= 1):
-        raise ConfigError(
-            "--window", expected="CENTER,WIDTH (a width from 1), or one of " + ", ".join(WINDOWS),
-            found=repr(text), hint="For example --window 40,400",
-        )  # fmt: skip
-    return f"{center:.15g},{width:.15g}"
 
 
 @dataclass(frozen=True)
@@ -217,19 +150,24 @@ def quiet_pydicom() -> Iterator[None]:
         config.settings.reading_validation_mode = mode
 
 
-def open_dataset(file: BinaryIO, tags: list[str], max_bytes: int, **options: Any) -> Any:
+def open_dataset(file: BinaryIO, tags: list[str], max_bytes: int, *, pixels: bool = True) -> Any:
     """Return the data set of a file, with these elements alone.
 
     Args:
         file: Open, at its start.
         tags: Keywords of the elements; the others are skipped unread.
-        max_bytes: Refuse a deflated file that holds more.
-        **options: Of pydicom's ``dcmread``.
+        max_bytes: Refuse a deflated file that holds more; without ``pixels``, read so much of it.
+        pixels: Go on to the pixels, and what comes after them.
+
+    Raises:
+        DataError: If it holds more, or a hostile number of elements.
     """
     import pydicom
 
-    _refuse_deflate_bomb(file, max_bytes)
-    return pydicom.dcmread(file, specific_tags=[*tags], **options)
+    counted: Any = CountedReads(inflate(file, max_bytes, whole=pixels))
+    return pydicom.dcmread(
+        counted, force=True, specific_tags=[*tags], stop_before_pixels=not pixels
+    )  # fmt: skip
 
 
 def read_stored(data: bytes, max_pixels: int) -> tuple[npt.NDArray[Any], str]:
@@ -240,8 +178,7 @@ def read_stored(data: bytes, max_pixels: int) -> tuple[npt.NDArray[Any], str]:
     """
     try:
         with quiet_pydicom():
-            dataset = open_dataset(io.BytesIO(data), _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
-            _refuse_kind(dataset)
+            dataset = _open_image(data, max_pixels)
             _refuse_bomb(dataset, max_pixels)
             return _decode(dataset, 0), text(dataset, "PhotometricInterpretation")
     except DataError:
@@ -251,8 +188,7 @@ def read_stored(data: bytes, max_pixels: int) -> tuple[npt.NDArray[Any], str]:
 
 
 def _read(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
-    dataset = open_dataset(io.BytesIO(data), _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
-    _refuse_kind(dataset)
+    dataset = _open_image(data, max_pixels)
     modality = text(dataset, "Modality")
     if modality in _NEEDS_WINDOW and rules.window is None:
         raise failure(
@@ -275,6 +211,17 @@ def _read(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
 
 
 # ---------------------------------------------------------------------------------- what it may be
+
+
+def _open_image(data: bytes, max_pixels: int) -> Any:
+    """Return the data set of a picture in grey; raise DataError for all others."""
+    dataset = open_dataset(io.BytesIO(data), _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
+    if text(dataset, "RecognitionCode").startswith("ACR-NEMA"):  # which knows no other pictures
+        for keyword, value in _ACR_NEMA.items():
+            if keyword not in dataset:
+                setattr(dataset, keyword, value)
+    _refuse_kind(dataset)
+    return dataset
 
 
 def _refuse_kind(dataset: Any) -> None:
@@ -337,42 +284,6 @@ def _num_frames(dataset: Any) -> int:
     return whole(dataset, "NumberOfFrames", 1)
 
 
-def _refuse_deflate_bomb(file: BinaryIO, max_bytes: int) -> None:
-    """Refuse a deflated data set of more bytes: pydicom inflates it as a whole."""
-    data = file.read(_META_BYTES)
-    file.seek(0)
-    end = _end_of_meta(data)
-    if _DEFLATED not in (data if end is None else data[:end]):
-        return
-    if end is None:
-        raise failure("a deflated DICOM file whose header does not say where it ends")
-    file.seek(end)
-    inflate, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, file.read()
-    file.seek(0)
-    while rest and not inflate.eof:
-        piece = inflate.decompress(rest, _CHUNK)
-        size, rest = size + len(piece), inflate.unconsumed_tail
-        if size > max_bytes:
-            raise failure("a deflated DICOM file that holds more than --max-pixels allow")
-
-
-def _end_of_meta(data: bytes) -> int | None:
-    """Return where the meta information of a file ends, None where it does not in these bytes.
-
-    It is of group 2, in explicit VR little endian (PS3.10, 7.1). Its own length, which pydicom does
-    not look at, is not believed.
-    """
-    place = MAGIC_AT + 4
-    while data[place : place + 2] == b"\x02\0":
-        representation = data[place + 4 : place + 6]
-        if not representation.isalpha():
-            return None
-        is_long = representation in _LONG
-        first, last = (place + 8, place + 12) if is_long else (place + 6, place + 8)
-        place = last + int.from_bytes(data[first:last], "little")
-    return place if place + 2 <= len(data) else None
-
-
 # ----------------------------------------------------------------------------------- stored values
 
 
@@ -380,9 +291,7 @@ def _decode(dataset: Any, frame: int) -> npt.NDArray[Any]:
     """Return the stored values (H, W) of a frame."""
     from pydicom.pixels.decoders.base import get_decoder
 
-    syntax = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
-    if syntax is None:
-        raise failure("a DICOM file without a transfer syntax")
+    syntax = _find_syntax(dataset)
     plugins = _PLUGINS.get(str(syntax))
     if plugins is None:
         name = syntax.name if syntax.name != str(syntax) else "a private transfer syntax"
@@ -411,6 +320,20 @@ def _decode(dataset: Any, frame: int) -> npt.NDArray[Any]:
     raise failure(f"a broken DICOM file ({type(error).__name__} of its decoder)")
 
 
+def _find_syntax(dataset: Any) -> Any:
+    """Return the transfer syntax of a data set; of one without, that of its elements."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    if (syntax := dataset.file_meta.get("TransferSyntaxUID")) is not None:
+        return syntax
+    if dataset["PixelData"].is_undefined_length:
+        raise failure("a compressed DICOM file without a transfer syntax, which says how")
+    is_implicit, is_little = dataset.original_encoding
+    explicit = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else explicit
+    return dataset.file_meta.TransferSyntaxUID
+
+
 def _check_codestream(dataset: Any, frame: int) -> None:
     """Refuse a compressed frame of other sizes than the header says, before memory is taken."""
     from pydicom.encaps import get_frame
@@ -421,7 +344,7 @@ def _check_codestream(dataset: Any, frame: int) -> None:
     stream = get_frame(
         dataset.PixelData, frame, number_of_frames=_num_frames(dataset), extended_offsets=extended
     )
-    found = _codestream_size(stream)
+    found = codestream_size(stream)
     wanted = (whole(dataset, "Columns"), whole(dataset, "Rows"))
     if found is not None and found != (*wanted, 1):
         width, height, channels = found
@@ -429,29 +352,6 @@ def _check_codestream(dataset: Any, frame: int) -> None:
             f"a compressed image of {width} x {height} x {channels} in a DICOM file of "
             f"{wanted[0]} x {wanted[1]}"
         )
-
-
-def _codestream_size(stream: bytes) -> tuple[int, int, int] | None:
-    """Return width, height and channels of a JPEG, JPEG-LS or JPEG 2000 codestream; else None."""
-
-    def number(place: int, size: int) -> int:
-        return int.from_bytes(stream[place : place + size], "big")
-
-    if stream.startswith(b"\0\0\0\x0cjP  "):  # JP2: its codestream is a box in it
-        stream = stream[max(0, stream.find(b"\xff\x4f\xff\x51")) :]
-    if stream.startswith(b"\xff\x4f\xff\x51"):  # T.800, A.5.1: SOC, SIZ
-        width, height = (number(at, 4) - number(at + 8, 4) for at in (8, 12))
-        return width, height, number(40, 2)
-    if not stream.startswith(b"\xff\xd8"):
-        return None
-    place = 2
-    while stream[place : place + 1] == b"\xff":
-        marker = number(place + 1, 1)
-        if marker in _JPEG_FRAMES:
-            return number(place + 7, 2), number(place + 5, 2), number(place + 9, 1)
-        length = number(place + 2, 2)
-        place += 1 if marker == 0xFF else 2 if marker in _WITHOUT_BODY else 2 + length
-    return None
 
 
 def _mute_decoders() -> None:

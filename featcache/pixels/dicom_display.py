@@ -91,14 +91,14 @@ class Display:
         Raises:
             DataError: If the file's tables or windows are not possible.
         """
-        modality = _find_modality(dataset, frame, is_signed=low < 0)
+        modality = _find_modality(dataset, frame, (low, high))
         if isinstance(modality, _Table):
             low, high = 0, (1 << modality.bits) - 1
             ends = (0.0, float(high))
         else:
             first, last = (modality[0] * value + modality[1] for value in (low, high))
             ends = (min(first, last), max(first, last))
-        voi = _find_voi(dataset, frame, window, is_signed=ends[0] < 0)
+        voi = _find_voi(dataset, frame, window, ends)
         if voi is None:
             voi = _Window("LINEAR_EXACT", (ends[0] + ends[1]) / 2, ends[1] - ends[0])
         is_inverted = text(dataset, "PhotometricInterpretation") == "MONOCHROME1"
@@ -120,9 +120,11 @@ class Display:
         return np.floor(255.0 * share + _HALF).astype(np.uint8)
 
 
-def _find_modality(dataset: Any, frame: int, *, is_signed: bool) -> tuple[float, float] | _Table:
+def _find_modality(
+    dataset: Any, frame: int, ends: tuple[float, float]
+) -> tuple[float, float] | _Table:
     if items := dataset.get("ModalityLUTSequence"):
-        return _read_table(items[0], is_signed=is_signed)
+        return _read_table(items[0], ends)
     for part in _groups(dataset, frame, "PixelValueTransformationSequence"):
         slope, intercept = _real(part, "RescaleSlope"), _real(part, "RescaleIntercept")
         if slope is not None or intercept is not None:
@@ -132,7 +134,9 @@ def _find_modality(dataset: Any, frame: int, *, is_signed: bool) -> tuple[float,
     return (1.0, 0.0)
 
 
-def _find_voi(dataset: Any, frame: int, window: str, *, is_signed: bool) -> _Table | _Window | None:
+def _find_voi(
+    dataset: Any, frame: int, window: str, ends: tuple[float, float]
+) -> _Table | _Window | None:
     """Return the VOI LUT or window that is chosen; None for the stored range."""
     if window == "none":
         return None
@@ -143,7 +147,7 @@ def _find_voi(dataset: Any, frame: int, window: str, *, is_signed: bool) -> _Tab
     if window == "voi":
         for part in parts:
             if items := part.get("VOILUTSequence"):
-                return _read_table(items[0], is_signed=is_signed)
+                return _read_table(items[0], ends)
     for part in parts:
         found_center, found_width = _real(part, "WindowCenter"), _real(part, "WindowWidth")
         if found_center is None or found_width is None:
@@ -171,16 +175,20 @@ def _groups(dataset: Any, frame: int, sequence: str) -> list[Any]:
     return parts
 
 
-def _read_table(item: Any, *, is_signed: bool) -> _Table:
-    """Return a lookup table (PS3.3, C.11.1.1)."""
+def _read_table(item: Any, ends: tuple[float, float]) -> _Table:
+    """Return a lookup table (PS3.3, C.11.1.1) for values between two ends.
+
+    Its first value is of 16 bits, and negative where it would lie beyond them otherwise.
+    """
     wrong = failure("a DICOM file with a lookup table of wrong sizes: --window none leaves it out")
     descriptor = [int(value) for value in item.LUTDescriptor]
     if len(descriptor) != 3:
         raise wrong
     number, first, bits = descriptor
     number = number % (1 << 16) or 1 << 16  # 0 stands for 65,536; some write it as signed
-    first = first - (1 << 16) if is_signed and first >= 1 << 15 else first
-    first = first if is_signed else first % (1 << 16)
+    first %= 1 << 16
+    if first >= 1 << 15 and (ends[0] < 0 or first > ends[1]):
+        first -= 1 << 16
     entries: Any = item.LUTData
     if isinstance(entries, bytes | bytearray):
         is_wide = len(entries) >= 2 * number

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from featcache.data.dicom_files import HeaderFacts, is_dicom, is_installed
+from featcache.data.dicom_files import HEAD_BYTES, HeaderFacts, is_dicom, is_installed
 from featcache.errors import DataError
 from featcache.pixels.dicom import open_dataset, quiet_pydicom, read_stored
 from featcache.pixels.dicom_display import text
@@ -32,13 +32,13 @@ _TAGS = [
     *_IDENTIFIERS, *_UIDS, "IssuerOfPatientID", "Modality", "ViewPosition", "Manufacturer",
     "PatientSex", "PatientAge", "StudyDate", "PresentationIntentType", "BurnedInAnnotation",
 ]  # fmt: skip
-_HEAD = 1 << 16
-_MOST_BYTES = 4 * MAX_PIXELS
+_MOST_BYTES = 1 << 24  # of a deflated file
 _CODE = re.compile(r"[A-Z0-9_ ]{1,16}")
 _SPELT_OUT = str.maketrans(
     {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ø": "oe", "æ": "ae",
      "å": "aa", "Ø": "Oe", "Æ": "Ae", "Å": "Aa"}
 )  # fmt: skip
+_MOST_CHARS = 64  # of the value representation LO (PS3.5, 6.2)
 _OLDEST = 90  # ages from here on are one: they may name a person
 
 File = tuple[str, bytes | None]
@@ -88,10 +88,10 @@ def _read(file: File, name: str, salt: bytes) -> HeaderFacts | None:
 
 
 def _open(file: Any) -> Any:
-    if not is_dicom(file.read(_HEAD)):
+    if not is_dicom(file.read(HEAD_BYTES)):
         raise ValueError
     file.seek(0)
-    return open_dataset(file, _TAGS, _MOST_BYTES, stop_before_pixels=True)
+    return open_dataset(file, _TAGS, _MOST_BYTES, pixels=False)
 
 
 def _facts(dataset: Any, name: str, salt: bytes) -> HeaderFacts:
@@ -103,7 +103,7 @@ def _facts(dataset: Any, name: str, salt: bytes) -> HeaderFacts:
         _is_named(dataset, name),
         (
             _code(dataset, "Modality"), _code(dataset, "ViewPosition"),
-            _printable(text(dataset, "Manufacturer")),
+            _maker(text(dataset, "Manufacturer")),
             sex if (sex := text(dataset, "PatientSex")) in {"M", "F", "O"} else "",
             _age_decade(dataset), _code(dataset, "PresentationIntentType"),
             _code(dataset, "BurnedInAnnotation"),
@@ -121,9 +121,14 @@ def _code(dataset: Any, keyword: str) -> str:
     return value if _CODE.fullmatch(value) else ""
 
 
-def _printable(value: str) -> str:
-    shown = "".join(char if char.isprintable() else " " for char in value)
-    return " ".join(shown.split())[:64]
+def _maker(value: str) -> str:
+    """Return a manufacturer; "" for what may be more than its name.
+
+    A damaged length lets an element take in those behind it, the patient's name say: then it has
+    unprintable characters, as every element begins with some.
+    """
+    shown = " ".join(value.split())
+    return shown if shown.isprintable() and "^" not in shown and len(shown) <= _MOST_CHARS else ""
 
 
 def _age_decade(dataset: Any) -> str:

@@ -29,7 +29,7 @@ from featcache.pixels.decoding import (
     read_opened,
 )
 from featcache.pixels.deep import cmyk_to_rgb, is_deep_colour
-from featcache.pixels.dicom import DicomRules
+from featcache.pixels.dicom_rules import DicomRules
 from featcache.pixels.resampling import INTERPOLATIONS, resize
 from featcache.pixels.unsupported import may_wrap
 from featcache.untrusted import MAX_PIXELS

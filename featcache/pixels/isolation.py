@@ -15,9 +15,10 @@ from featcache.child import DICOM_READERS, Child, receive, send
 from featcache.data import dicom_files
 from featcache.errors import DataError
 from featcache.pixels import acceleration, dicom
-from featcache.pixels.dicom import DicomPicture, DicomRules, read_dicom
+from featcache.pixels.dicom import DicomPicture, read_dicom
 from featcache.pixels.dicom_display import failure
 from featcache.pixels.dicom_headers import hash_pixels, read_headers
+from featcache.pixels.dicom_rules import DicomRules
 from featcache.pixels.images import PixelRules, deep_kind, deep_maximum, glance
 from featcache.pixels.views import Rendering, ViewRules, render
 from featcache.untrusted import MAX_PIXELS

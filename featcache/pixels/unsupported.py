@@ -21,10 +21,17 @@ _FIRST_BYTES = {
     b"\xff\x4f\xff\x51": f"a JPEG 2000 image ({_CONVERT})",
     b"\0\0\0\x0cJXL \r\n\x87\n": f"a JPEG XL image ({_CONVERT})",
     b"\xff\x0a": f"a JPEG XL image ({_CONVERT})",
-    # the first elements of files from before PS3.10, which nothing tells from other bytes
+    # one element alone; what begins with three is read (see dicom_files)
     **dict.fromkeys(
-        (b"\x08\0\x05\0", b"\x08\0\0\0", b"\x08\0\x01\0", b"\x08\0\x08\0", b"\x08\0\x16\0"),
-        "perhaps a DICOM file, but without DICM at byte 128",
+        (
+            b"\x08\0\x05\0",
+            b"\x08\0\0\0",
+            b"\x08\0\x01\0",
+            b"\x08\0\x08\0",
+            b"\x08\0\x16\0",
+            b"\x02\0\0\0",
+        ),
+        "perhaps a damaged DICOM file: DICM is not at byte 128, nor elements at its start",
     ),
     b"8BPS": f"a Photoshop document ({_CONVERT})",
     b"%PDF": "a PDF document",
@@ -63,6 +70,8 @@ def foreign_kind(data: bytes) -> str | None:
     """Return what a file is by its first bytes, if it is no image that is read here."""
     if data[128:132] == b"DICM":
         return "a DICOM file"
+    if data[132:136] == b"\2\0\0\0":
+        return "a damaged DICOM file: not DICM at byte 128, and elements behind it"
     if data[344:348] in {b"n+1\0", b"ni1\0"}:
         return "a NIfTI file (convert its slices to PNG first)"
     if data[4:8] == b"ftyp":

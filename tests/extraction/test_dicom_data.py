@@ -23,7 +23,8 @@ from featcache.data.splitting import split
 from featcache.deployment.server.work_queue import WorkQueue
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning
 from featcache.extraction.comparison import find_images
-from featcache.pixels.dicom import DicomRules, read_dicom
+from featcache.pixels.dicom import read_dicom
+from featcache.pixels.dicom_rules import DicomRules
 
 QUIET: dict[str, Any] = {"say": lambda _: None}
 NAMES = ["{}.dcm", "IM{:04}", "{}.IMA", "1.2.826.0.{}"]
@@ -138,7 +139,8 @@ def test_what_cannot_be_shown_is_a_listed_failure(place: Path, tmp_path: Path) -
     assert reasons == {
         "covid/ct.dcm": "CT, which needs a window: extract --window CENTER,WIDTH, first, voi or "
         "none",
-        "covid/no.dcm": "perhaps a DICOM file, but without DICM at byte 128",
+        "covid/no.dcm": "perhaps a damaged DICOM file: DICM is not at byte 128, nor elements at "
+        "its start",
     }
     with (
         pytest.warns(FeatcacheWarning, match="1 image could not be read"),

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from sample_dicom import make_dicom
 
 import featcache
+from featcache.backbones.engine import Engine
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.selection import select
 from featcache.cli import main
@@ -144,8 +145,16 @@ def test_a_split_keeps_patients_together_whatever_the_salt(tmp_path: Path) -> No
     assert len(set(groups_of(cache).values())) == 6
 
 
-def test_files_of_one_uid_are_one_group_and_warned_of_if_they_differ(tmp_path: Path) -> None:
-    data = write_patients(tmp_path / "data")
+def test_files_of_one_uid_are_one_group_and_warned_of_if_they_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, num_views, inner = write_patients(tmp_path / "data"), list[int](), Engine.run_here
+
+    def counting(engine: Engine, images: Any) -> Any:
+        num_views.append(len(images))
+        return inner(engine, images)
+
+    monkeypatch.setattr(Engine, "run_here", counting)
     # the same image, named again and compressed otherwise: no other patient, whatever the ID says
     again = make_dicom(values(0), bits=12, syntax="RLE", SOPInstanceUID="2.25.4711.0", PatientID="")
     (data / "normal" / "again.dcm").write_bytes(again)
@@ -155,6 +164,8 @@ def test_files_of_one_uid_are_one_group_and_warned_of_if_they_differ(tmp_path: P
     rows = cache.splits["all"]
     copy, first = (rows.paths.index(path) for path in ("normal/again.dcm", "covid/00.dcm"))
     np.testing.assert_array_equal(rows.features[copy], rows.features[first])
+    assert rows.image_sha256[copy].tobytes() != rows.image_sha256[first].tobytes()
+    assert sum(num_views) == 4 + 12  # of 4 probes, and 13 rows
     write(data / "normal" / "other.dcm", 50, SOPInstanceUID="2.25.4711.0", PatientID="")
     with pytest.warns(FeatcacheWarning, match="stand for different pixels: all are kept"):
         groups = groups_of(extract(data, tmp_path / "d.h5"))
@@ -262,10 +273,16 @@ def test_nothing_that_names_a_patient_is_written_or_said(
         said.append(f"{result.output} {[str(w.message) for w in caught]}".replace(str(data), ""))
         assert result.exit_code == 0, said[-1]
 
+    hidden = (*tiny, "--path-names", "hash", "--group-salt", "c.h5.salt", "--log-json")
+    run("extract", data, "cut.h5", *hidden, "--max-errors", "5", "--part", "1/2")
     run("extract", data, "c.h5", *tiny, "--path-names", "hash", "--max-errors", "5")
     run("extract", data, "c.h5", *tiny, "--max-errors", "5")  # it remembers
     run("verify", "c.h5", "--data", data, *tiny)
     run("train", "c.h5", "run", "--epochs", "2")
+    run("sweep", "c.h5", "best", "--trials", "2")
+    run("predict", "run", "--cache", "c.h5", "--csv", "p.csv")
+    shutil.copy(data / "test/covid" / f"{PATIENT}0" / "quirin_2.25.4711.2.dcm", tmp_path / "x.dcm")
+    run("explain", "run", tmp_path / "x.dcm", "--out", "explained", *tiny)
     run("evaluate", "run", "--by", "group")
     run("audit", "c.h5", "--data", data)
     run("report", "run", "report.html", "--data", data)
@@ -274,6 +291,7 @@ def test_nothing_that_names_a_patient_is_written_or_said(
     run("select", "c.h5", "d.h5", "--fractions", "0.5,0.25,0.25")
     written = everything_written(out)
     assert {"c.h5", "c.h5.salt", "c.h5.dicom.csv", "report.html", "c.csv"} <= written.keys()
+    assert any(name.startswith("cut.h5.partial/") for name in written)
     assert find_secrets(written | {"said": "".join(said).encode()}) == []
     cache = open_cache(out / "c.h5")
     assert len(cache.failures) == 2

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import random
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import numpy.typing as npt
 import pytest
 
 from featcache.data.dicom_files import is_dicom
-from featcache.errors import ConfigError, DataError
-from featcache.pixels.dicom import DicomRules, read_dicom
-from featcache.pixels.dicom_headers import read_headers
+from featcache.errors import DataError
+from featcache.pixels.dicom import read_dicom
+from featcache.pixels.dicom_rules import DicomRules
 from featcache.pixels.images import PixelRules, load
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom, the extra dicom")
@@ -168,14 +167,19 @@ def test_tables_are_scaled_by_their_bits_whatever_their_values(syntax: str) -> N
 
 
 def test_a_table_may_begin_below_zero() -> None:
-    values, how = np.arange(4096) * 16, {"RescaleIntercept": -1024, "RescaleSlope": 1}
+    values = np.arange(4096) * 16
     for signed in (False, True):  # as old files have it, and as the standard does
         item = table(values, -1024 if signed else 65536 - 1024, 16, signed=signed)
-        data = make_dicom(ramp(12), bits=12, VOILUTSequence=[item], **how)
-        np.testing.assert_array_equal(shown(data), to_8_bits(values[ramp(12)] / 65535))
+        for intercept in (-1024, 0):
+            data = make_dicom(
+                ramp(12), bits=12, VOILUTSequence=[item], RescaleIntercept=intercept,
+                RescaleSlope=1,
+            )  # fmt: skip
+            places = np.minimum(ramp(12).astype(int) + intercept + 1024, 4095)
+            np.testing.assert_array_equal(shown(data), to_8_bits(values[places] / 65535))
 
 
-@pytest.mark.parametrize("slope", [1, 0.684, -0.684, -10])
+@pytest.mark.parametrize("slope", [1, 0.684, -0.684, -10, 0.00122])
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 def test_windows_apply_after_the_modality_as_pydicom_has_it(
@@ -236,12 +240,6 @@ def test_a_window_is_chosen_or_left_out() -> None:
     assert DicomRules("1000.0, 8e2") == DicomRules("1000,800")
 
 
-@pytest.mark.parametrize("text", ["lung", "40", "40,0", "40,nan", "1,2,3", ""])
-def test_other_windows_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--window"):
-        DicomRules(text)
-
-
 @pytest.mark.parametrize("modality", ["CT", "MR"])
 def test_ct_and_mr_need_a_window(modality: str) -> None:
     data = make_dicom(ramp(12), bits=12, Modality=modality, **WINDOW)
@@ -259,29 +257,72 @@ def test_frames_are_chosen() -> None:
     np.testing.assert_array_equal(shown(make_dicom(ramp(8)), DicomRules(frame=2)), ramp(8))
 
 
-def test_each_frame_has_the_window_of_its_own() -> None:
-    def groups(center: int) -> Any:
-        item, window = pydicom.Dataset(), pydicom.Dataset()
+@pytest.mark.parametrize("syntax", ["explicit", "implicit", "RLE"])
+def test_each_frame_has_the_window_and_slope_of_its_own(syntax: str) -> None:
+    def groups(center: int, slope: str | None) -> Any:
+        item, window, values = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
         window.WindowCenter, window.WindowWidth = center, 100
         item.FrameVOILUTSequence = [window]
+        if slope is not None:
+            values.RescaleSlope, values.RescaleIntercept, values.RescaleType = slope, "-10", "US"
+            item.PixelValueTransformationSequence = [values]
         return item
 
-    frames = np.stack([ramp(12)] * 2)
+    frames = np.stack([ramp(12), ramp(12)[::-1], ramp(12)[:, ::-1]])
     data = make_dicom(
-        frames, bits=12, PerFrameFunctionalGroupsSequence=[groups(500), groups(3000)],
-        SharedFunctionalGroupsSequence=[groups(99)],
+        frames, bits=12, syntax=syntax, SharedFunctionalGroupsSequence=[groups(99, "0.5")],
+        PerFrameFunctionalGroupsSequence=[groups(500, "1.25"), groups(3000, None), groups(9, "2")],
     )  # fmt: skip
-    single = make_dicom(ramp(12), bits=12, WindowCenter=3000, WindowWidth=100)
-    np.testing.assert_array_equal(shown(data, DicomRules(frame=2)), shown(single))
+    for number, (center, slope) in enumerate([(500, "1.25"), (3000, "0.5"), (9, "2")]):
+        how = {"WindowCenter": center, "WindowWidth": 100, "RescaleSlope": slope}
+        single = make_dicom(frames[number], bits=12, RescaleIntercept="-10", **how)
+        np.testing.assert_array_equal(shown(data, DicomRules(frame=number + 1)), shown(single))
 
 
-def test_identity_keeps_the_rules() -> None:
-    for rules in (None, DicomRules(), DicomRules("40,400", 3)):
-        made = PixelRules(64, dicom=rules)
-        assert PixelRules.from_identity(made.as_identity()) == made
-    assert "dicom" not in PixelRules(64).as_identity()
-    with pytest.raises(DataError, match="pixel rules"):
-        PixelRules.from_identity(RULES.as_identity() | {"dicom": {"order": "other"}})
+# ------------------------------------------------------------------------------ without a preamble
+
+
+@pytest.mark.parametrize("syntax", ["explicit", "implicit", "big endian", "RLE"])
+def test_files_without_preamble_or_meta_information_are_read(syntax: str) -> None:
+    data = make_dicom(ramp(12), bits=12, syntax=syntax, **WINDOW)
+    bare = data[132:]
+    group = 12 + read_back(data).file_meta.FileMetaInformationGroupLength
+    assert is_dicom(bare)
+    np.testing.assert_array_equal(shown(bare), shown(data))
+    assert is_dicom(bare[group:])
+    if syntax == "RLE":
+        assert reason(bare[group:]).startswith("a compressed DICOM file without a transfer syntax")
+    else:
+        np.testing.assert_array_equal(shown(bare[group:]), shown(data))
+
+
+def test_acr_nema_files_are_read() -> None:
+    """Those of 1985 and 1988: implicit VR, no UIDs, no photometric interpretation."""
+    values = ramp(12)
+    elements = [
+        (0x00080000, bytes(4)), (0x00080001, bytes(4)), (0x00080010, b"ACR-NEMA 2.0"),
+        (0x00280005, b"\2\0"), (0x00280010, b"\x40\0"), (0x00280011, b"\x48\0"),
+        (0x00280100, b"\x10\0"), (0x00280101, b"\x0c\0"), (0x00280102, b"\x0b\0"),
+        (0x00280103, b"\0\0"), (0x7FE00010, values.tobytes()),
+    ]  # fmt: skip
+    data = b"".join(
+        (tag >> 16).to_bytes(2, "little") + (tag & 0xFFFF).to_bytes(2, "little")
+        + len(value).to_bytes(4, "little") + value
+        for tag, value in elements
+    )  # fmt: skip
+    assert is_dicom(data)
+    np.testing.assert_array_equal(shown(data), shown(make_dicom(values, bits=12)))
+
+
+def test_other_bytes_are_no_dicom() -> None:
+    data = make_dicom(ramp(8))
+    chance = random.Random(0)
+    others = [bytes(2000), b"\x08\0" * 500, b"\x89PNG\r\n\x1a\n" + bytes(999), data[2:],
+              *(b"\x08\0\x05\0" + chance.randbytes(999) for _ in range(999))]  # fmt: skip
+    assert not any(map(is_dicom, others))
+    wrong = data[:128] + b"DICN" + data[132:]
+    with pytest.raises(DataError, match="damaged DICOM file: not DICM at byte 128"):
+        load(wrong, RULES)
 
 
 # ---------------------------------------------------------------------------------------- refusals
@@ -313,28 +354,6 @@ def test_what_is_no_grey_picture_fails_with_its_reason(changes: dict[str, Any], 
     assert "SMITH" not in text
 
 
-def test_a_deflate_bomb_is_refused() -> None:
-    data = make_dicom(np.zeros((4000, 4000), np.uint16), syntax="deflated")
-    assert len(data) < 100_000
-    assert "4000 x 4000 pixels, above" in reason(data, most=10_000)
-    bomb = make_dicom(np.zeros((8000, 5000), np.uint16), syntax="deflated")
-    assert "holds more than --max-pixels allow" in reason(bomb, most=10_000)
-    place = bomb.index(b"\x02\0\0\0UL") + 8  # the length of the meta information: a lie
-    lying = bomb[:place] + bytes(4) + bomb[place + 4 :]
-    assert "holds more than --max-pixels allow" in reason(lying, most=10_000)
-
-
-def test_a_codestream_of_another_size_is_refused_before_memory_is_taken() -> None:
-    data = make_dicom(ramp(8), syntax="JPEG 2000 lossless")
-    place = data.index(b"\xff\x4f\xff\x51")
-    huge = data[: place + 8] + (60_000).to_bytes(4, "big") + data[place + 12 :]
-    assert "a compressed image of 60000 x 64 x 1" in reason(huge)
-    jpeg = make_dicom(ramp(8), syntax="JPEG")
-    place = jpeg.index(b"\xff\xc0") + 5
-    huge = jpeg[:place] + (60_000).to_bytes(2, "big") + jpeg[place + 2 :]
-    assert "a compressed image of 72 x 60000 x 1" in reason(huge)
-
-
 def test_a_file_is_decoded_in_a_child_process(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_dicom(ramp(12), bits=12, **WINDOW)
     monkeypatch.setattr("featcache.pixels.isolation.read_dicom", None)
@@ -354,39 +373,3 @@ def test_without_pydicom_one_line_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr("featcache.data.dicom_files.is_installed", lambda: False)
     with pytest.raises(DataError, match=r"needs pydicom: pip install 'featcache\[dicom\]'"):
         load(make_dicom(ramp(8)), RULES)
-
-
-def test_fuzzed_headers_neither_crash_nor_hang(pytestconfig: pytest.Config) -> None:
-    """10,000 behind --long."""
-    chance = random.Random(0)
-    sources = [
-        make_dicom(ramp(12), bits=12, syntax=syntax, PatientName="Smith^John", **how)
-        for syntax in ("explicit", "implicit", "deflated", "RLE", "JPEG-LS", "JPEG 2000 lossless")
-        for how in ({}, TRANSFORMS["VOI LUT"])
-    ]
-    outcomes = {"read": 0, "refused": 0}
-    for _ in range(10_000 if pytestconfig.getoption("--long") else 300):
-        data = bytearray(chance.choice(sources))
-        reach = 900 if chance.random() < 0.9 else len(data)
-        for _ in range(chance.choice([1, 1, 2, 5, 20])):
-            place = chance.randrange(132, min(reach, len(data)))
-            kind = chance.random()
-            if kind < 0.7:
-                data[place] = chance.choice([0, 255, chance.randrange(256)])
-            elif kind < 0.85:
-                del data[place : place + chance.choice([1, 2, 8])]
-            else:
-                data[place:place] = chance.randbytes(chance.choice([1, 2, 8]))
-        begin = time.monotonic()
-        text = ""
-        try:
-            load(bytes(data), PixelRules(64, dicom=DicomRules(), max_pixels=2**22))
-            outcomes["read"] += 1
-        except DataError as error:
-            outcomes["refused"] += 1
-            text = str(error)
-        (facts,) = read_headers([("", bytes(data))], ["x.dcm"], b"salt")
-        assert "Smith" not in f"{text} {facts}"
-        assert "crashed" not in text
-        assert time.monotonic() - begin < 10
-    assert min(outcomes.values()) > 20, outcomes

@@ -37,6 +37,7 @@ from featcache.files import optional_json_object, read_regular
 from featcache.formatting import count
 from featcache.heads.run import Run
 from featcache.heads.run_caches import open_own_caches
+from featcache.pixels.dicom_rules import DicomRules
 
 _MAX_BYTES = 1 << 24
 _ITEMS = (
@@ -139,6 +140,7 @@ def write_card(classifier: Classifier, facts: Mapping[str, Any]) -> Card:
         "```",
         "",
         "What `predict.py` cannot read exactly it refuses by name: save such images as PNG.",
+        "It reads no DICOM: `featcache predict` and `featcache serve` do, from the run.",
         "`sha256sum -c SHA256SUMS` checks the files by other means.",
         f"Made with Pillow {versions['pillow']} and onnxruntime {versions['onnxruntime']}.",
         "A version of Pillow that resizes otherwise is refused.",
@@ -250,7 +252,11 @@ def _figure_answers(figures: Mapping[str, Any], classifier: Classifier) -> dict[
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{plain(key)} {plain(value)}" for key, value in sorted(values.items()))
+    described = {
+        key: DicomRules.from_identity(value).describe() if key == "dicom" else value
+        for key, value in sorted(values.items())
+    }
+    return ", ".join(f"{plain(key)} {plain(value)}" for key, value in described.items())
 
 
 def _how_chosen(run: Run) -> str | None:

@@ -93,6 +93,8 @@ def open_image(data: bytes, max_pixels: int) -> tuple[str, ImageFile.ImageFile]:
     found = [(name, reader) for name, starts, reader in READERS if data.startswith(starts)]
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         found = [("WebP", WebPImageFile)]
+    if data[128:132] == b"DICM":
+        raise RefusedError("a DICOM file, which this script does not read: see README.md")
     if not found:
         raise RefusedError("not a PNG, JPEG, BMP, TIFF, WebP or PPM file" if data else "empty")
     name, reader = found[0]

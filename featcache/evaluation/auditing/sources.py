@@ -135,8 +135,9 @@ def source_lines(facts: dict[str, Any]) -> Iterator[str]:
     column = shorten(printable(facts["column"]), 20)
     yield f"sources ({column}): {SENTENCES[facts['verdict']]}"
     for name, of_class in facts["per_class"].items():
-        listed = shorten(list_counts(of_class["sources"]) or "unknown", 50)
-        yield f"  {shorten(printable(name), 24)}: {listed}"
+        listed = list_counts(of_class["sources"]) or "unknown"
+        text = f"  {shorten(printable(name), 24)}: {listed}"
+        yield from textwrap.wrap(text, 80, subsequent_indent="    ")
         if of_class["balanced_accuracy"] is not None:
             ends = of_class["low"], of_class["high"]
             how = "every fold alike" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}"

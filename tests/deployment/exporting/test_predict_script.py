@@ -101,6 +101,7 @@ REFUSED = {
     ),
     "a TIFF of 8 bits, photometric 5": saved(COLOUR.convert("CMYK"), "TIFF"),
     "not a PNG, JPEG, BMP, TIFF, WebP or PPM file": b"GIF89a" + bytes(30),
+    "a DICOM file, which this script does not read": bytes(128) + b"DICM" + bytes(99),
     "empty": b"",
     "a broken PNG file": FILES["colour png"][:400],
     "a broken JPEG file": FILES["colour jpeg"][:900],
