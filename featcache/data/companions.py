@@ -115,9 +115,9 @@ def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
 
 def _narrow(companions: Companions, paths: Iterable[str]) -> list[str]:
     """Return globs for companions: one, or one per folder where it would match images too."""
-    names = {companion for _, companion in companions.pairs}
     if companions.glob.endswith("/**"):  # all that lies in folders of masks
         return [companions.glob]
+    names = {companion for _, companion in companions.pairs}
     pattern, last = compile_glob(companions.glob), companions.glob.removeprefix("**/")
     if not any(path not in names and pattern.fullmatch(path) for path in paths):
         return [companions.glob]
@@ -323,7 +323,7 @@ def _sibling_folders(folders: Mapping[_Folder, _Stems]) -> Iterator[tuple[_Role,
         siblings.sort()
         upper = [(top, sub) for top in beside for sub in siblings]
         for a, b in itertools.chain(_couples(siblings), upper):
-            first, second = (_name_of(folder, i, rest) for folder in (a, b))
+            first, second = ("" if f == rest else f[i] for f in (a, b))
             if _DIGITS.sub("", first) == _DIGITS.sub("", second) or {
                 first.casefold(), second.casefold()
             } <= SPLIT_OF_FOLDER.keys():  # fmt: skip
@@ -340,10 +340,6 @@ def _sibling_folders(folders: Mapping[_Folder, _Stems]) -> Iterator[tuple[_Role,
                 role = ("folders", _folder_glob(i, first), _folder_glob(i, second))
                 both = [(names[0][stem], names[1][stem]) for stem in names[0] if stem in shared]
                 yield role, both
-
-
-def _name_of(folder: _Folder, i: int, rest: _Folder) -> str:
-    return "" if folder == rest else folder[i]
 
 
 def _folder_glob(i: int, name: str) -> str:

@@ -8,8 +8,6 @@ Reads: Parquet files, page by page. Writes: nothing.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 import threading
 from array import array
 from collections import OrderedDict
@@ -29,7 +27,7 @@ from featcache.data.samples import (
     number_classes,
     sort_samples,
 )
-from featcache.data.shards import Shard, agree_on_splits, drop_used_globs
+from featcache.data.shards import PathIndex, Shard, agree_on_splits, drop_used_globs, stamped
 from featcache.errors import DataError
 from featcache.untrusted import find_fault
 
@@ -68,7 +66,7 @@ class _Pages:
 class ParquetStore:
     """Reads images of Parquet files. Picklable; keeps nothing open, and a few pages unpacked.
 
-    20 bytes an image, and an entry of a dict whose keys are the samples' own paths.
+    40 bytes an image beside the samples' own paths.
 
     Args:
         shards: The files.
@@ -85,7 +83,7 @@ class ParquetStore:
     codecs: list[str] = field(default_factory=list)
     pages: list[Page] = field(default_factory=list)
     shard_of: array[int] = field(default_factory=lambda: array("l"))
-    numbers: dict[str, int] = field(default_factory=dict)
+    numbers: PathIndex = field(default_factory=PathIndex)
     page_of: array[int] = field(default_factory=lambda: array("l"))
     offsets: array[int] = field(default_factory=lambda: array("q"))
     sizes: array[int] = field(default_factory=lambda: array("q"))
@@ -165,7 +163,7 @@ def scan_parquet(
         labels += rows.targets or [""] * num_rows
         splits += rows.splits or [shard.split] * num_rows
         groups += rows.groups or [""] * num_rows
-        stamps += [_stamp(shard)] * num_rows
+        stamps += [stamped(shard.file.mtime_ns, b"", shard.file)] * num_rows
         store.codecs.append(rows.codec)
         store.page_of.extend((places.page + len(store.pages)).tolist())
         store.offsets.extend(places.offset.tolist())
@@ -193,7 +191,7 @@ def scan_parquet(
         )
         for n, split in zip(kept, agreed, strict=True)
     ]  # fmt: skip
-    store.numbers = {names[n]: n for n in kept}
+    store.numbers = PathIndex(names)
     notes = tuple(f"classes: {source}" for source in described if source)
     return ImageDataset(
         root, "parquet", classes, sort_samples(samples), dict(ignored),
@@ -208,11 +206,3 @@ def _name_rows(rows: ParquetRows) -> list[str]:
     if not names or not all(names) or len(set(names)) < len(names) or any(map(find_fault, names)):
         return [str(number) for number in range(len(rows.places.size))]
     return names
-
-
-def _stamp(shard: Shard) -> int:
-    """Return the time of a file, whose digits below the second change with its size and time."""
-    file = shard.file
-    facts = struct.pack("<qQ", file.num_bytes, file.mtime_ns % 2**64)
-    digest = hashlib.blake2b(facts, digest_size=8).digest()
-    return file.mtime_ns // 10**9 * 10**9 + int.from_bytes(digest, "little") % 10**9
