@@ -40,6 +40,7 @@ from featcache.files import Publish, atomic_writer, canonical_json, child_proces
 from featcache.renames import NOT_SUPPORTED
 
 _COPY_BYTES = 1 << 22
+_TEXTS_AT_ONCE = 1 << 14
 _THREAD_BYTES = 1 << 18  # see _call_in_thread
 _CHECK_SECONDS = 8  # CPU time; a good file takes half a second, mostly imports
 _CHECK_WAIT_SECONDS = 60  # wall time: a busy machine, a network drive
@@ -75,8 +76,10 @@ def _is_utf8(array: npt.NDArray[Any]) -> bool:
     """Return whether an array holds texts, each of them in UTF-8."""
     if array.dtype.kind != "S":
         return False
+    values = array.reshape(-1)
     try:  # NUL between the values: the end of one and the start of the next may make a character
-        b"\0".join(array.reshape(-1).tolist()).decode()
+        for start in range(0, len(values), _TEXTS_AT_ONCE):
+            b"\0".join(values[start : start + _TEXTS_AT_ONCE].tolist()).decode()
     except UnicodeDecodeError:
         return False
     return True

@@ -72,8 +72,7 @@ def _write(job: Job) -> Cache:
         truncated += [s.path for s, cut in zip(samples, is_truncated, strict=True) if cut]
         _refuse_empty(job, name, samples)
         precisions[name] = [
-            of_old[number] if number < len(of_old) else job.options.precision
-            for number in numbers.tolist()
+            of_old[number] if number < len(of_old) else job.options.precision for number in numbers
         ]
         splits[name] = _split_rows(job, name, samples, numbers)
     remove_temporaries(job.path)  # of a run killed while writing: the lock is ours now
@@ -117,6 +116,6 @@ def _split_rows(
         paths=[s.path for s in samples],
         groups=[str(s.group) for s in samples] if is_grouped else None,
         image_sha256=ledger.sha256_of(numbers),
-        image_bytes=np.array([s.image_bytes for s in samples], np.int64),
-        mtime_ns=np.array([s.mtime_ns for s in samples], np.int64),
+        image_bytes=np.fromiter((s.image_bytes for s in samples), np.int64),
+        mtime_ns=np.fromiter((s.mtime_ns for s in samples), np.int64),
     )
