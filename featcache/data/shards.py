@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from featcache.data.blobs import Blob, LocalFile
 from featcache.data.folders import OTHER_ENDING, SHARD_ENDINGS, SPLIT_OF_FOLDER, SPLITS, Ignored
 from featcache.data.listing import Listing, compile_glob
@@ -167,9 +169,9 @@ class PathIndex:
     """
 
     def __init__(self, paths: Sequence[str] = ()) -> None:
-        order = sorted(range(len(paths)), key=paths.__getitem__)
-        self._paths = [paths[number] for number in order]
-        self._numbers = array("q", order)
+        self._paths = sorted(paths)
+        # As objects: as texts of NumPy's they would take the width of the longest, four bytes each.
+        self._numbers = array("q", np.argsort(np.array(paths, object), kind="stable").tobytes())
 
     def __getitem__(self, path: str) -> int:
         place = bisect_left(self._paths, path)

@@ -106,11 +106,11 @@ class Contents:
         Yields:
             (n, D) if ``num_views`` is 1, else (n, num_views, D).
         """
-        all_sources, all_starts = np.array(self.source), np.array(self.start)
         block_rows = max(1, block_vectors // num_views)
         for i in range(0, len(numbers), block_rows):
             part = numbers[i : i + block_rows]
-            sources, starts = all_sources[part], all_starts[part]
+            sources = np.frombuffer(self.source, self.source.typecode)[part]
+            starts = np.frombuffer(self.start, self.start.typecode)[part]
             block: npt.NDArray[Any] | None = None
             for source in np.unique(sources):
                 vectors = self.vectors[source]()

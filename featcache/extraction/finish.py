@@ -71,9 +71,8 @@ def _write(job: Job) -> Cache:
         is_truncated = map(job.ledger.is_truncated, numbers)
         truncated += [s.path for s, cut in zip(samples, is_truncated, strict=True) if cut]
         _refuse_empty(job, name, samples)
-        precisions[name] = [
-            of_old[number] if number < len(of_old) else job.options.precision for number in numbers
-        ]
+        now = job.options.precision
+        precisions[name] = [of_old[n] if n < len(of_old) else now for n in numbers]
         splits[name] = _split_rows(job, name, samples, numbers)
     remove_temporaries(job.path)  # of a run killed while writing: the lock is ours now
     listing = job.options.listing.as_json()
