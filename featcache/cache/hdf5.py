@@ -40,7 +40,6 @@ from featcache.files import Publish, atomic_writer, canonical_json, child_proces
 from featcache.renames import NOT_SUPPORTED
 
 _COPY_BYTES = 1 << 22
-_TEXTS_AT_ONCE = 1 << 14
 _THREAD_BYTES = 1 << 18  # see _call_in_thread
 _CHECK_SECONDS = 8  # CPU time; a good file takes half a second, mostly imports
 _CHECK_WAIT_SECONDS = 60  # wall time: a busy machine, a network drive
@@ -66,6 +65,15 @@ class ArraySource:
         """Return the source of an array in memory."""
         return cls(name, array.shape, array.dtype, lambda: [array], crc32, _is_utf8(array))
 
+    @classmethod
+    def by_blocks(
+        cls, name: str, shape: tuple[int, ...], dtype: np.dtype[Any],
+        blocks: Callable[[], Iterable[npt.NDArray[Any]]],
+    ) -> ArraySource:  # fmt: skip
+        """Return the source of an array of some rows, which is made twice: looked at, written."""
+        is_utf8 = dtype.kind == "S" and all(map(_is_utf8, blocks()))
+        return cls(name, shape, dtype, blocks, None, is_utf8)
+
     @property
     def num_bytes(self) -> int:
         """Size in bytes."""
@@ -76,10 +84,8 @@ def _is_utf8(array: npt.NDArray[Any]) -> bool:
     """Return whether an array holds texts, each of them in UTF-8."""
     if array.dtype.kind != "S":
         return False
-    values = array.reshape(-1)
     try:  # NUL between the values: the end of one and the start of the next may make a character
-        for start in range(0, len(values), _TEXTS_AT_ONCE):
-            b"\0".join(values[start : start + _TEXTS_AT_ONCE].tolist()).decode()
+        b"\0".join(array.reshape(-1).tolist()).decode()
     except UnicodeDecodeError:
         return False
     return True

@@ -124,3 +124,14 @@ class Contents:
                 del vectors
             assert block is not None
             yield block[:, 0] if num_views == 1 else block
+
+
+class HashColumn:
+    """The sha256 of the contents of some rows, made when they are written: ``writing.Column``."""
+
+    def __init__(self, contents: Contents, numbers: npt.NDArray[np.int64]) -> None:
+        self._contents, self._numbers = contents, numbers
+        self.shape, self.dtype = (len(numbers), _SIZE), np.dtype(np.uint8)
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[np.uint8]:
+        return self._contents.sha256_of(self._numbers[rows])

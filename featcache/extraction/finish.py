@@ -114,7 +114,7 @@ def _split_rows(
         targets=as_targets(samples),
         paths=[s.path for s in samples],
         groups=[str(s.group) for s in samples] if is_grouped else None,
-        image_sha256=ledger.sha256_of(numbers),
+        image_sha256=ledger.hash_column(numbers),
         image_bytes=np.fromiter((s.image_bytes for s in samples), np.int64),
         mtime_ns=np.fromiter((s.mtime_ns for s in samples), np.int64),
     )

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache, Failure
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError
-from featcache.extraction.contents import CLAIMED, FAILED, FORGOTTEN, IN_HAND, Contents
+from featcache.extraction.contents import CLAIMED, FAILED, FORGOTTEN, IN_HAND, Contents, HashColumn
 from featcache.extraction.pipeline import Outcome
 from featcache.extraction.shards import Vectors
 
@@ -331,6 +331,10 @@ class Ledger:
     def sha256_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """Return the sha256, (n, 32) uint8, of some contents; zeros where it is not known."""
         return self._contents.sha256_of(numbers)
+
+    def hash_column(self, numbers: npt.NDArray[np.int64]) -> HashColumn:
+        """Return the same, made when it is written."""
+        return HashColumn(self._contents, numbers)
 
     def feature_blocks(
         self, numbers: npt.NDArray[np.int64], num_views: int = 1, block_vectors: int = 4096
