@@ -5,6 +5,7 @@ Reads: image files; those in zips, tars and Parquet by their stores. Writes: not
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,8 @@ UNKNOWN = -1
 
 MAX_IMAGE_BYTES = 2**31
 """Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
+
+_NUM_LOOKED_AT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,19 @@ class ImageDataset:
         if dicom_files.has_dicom_ending(name):
             return True
         path = self.file_of(sample)
-        return path is not None and dicom_files.sniff(path)
+        if path is not None:
+            return dicom_files.sniff(path)
+        return not dot and self._may_unnamed_be_dicom and self.holds_dicom(sample)
+
+    @cached_property
+    def _may_unnamed_be_dicom(self) -> bool:
+        """Whether, of images in files of many that have no ending, some of the first are DICOM.
+
+        All of them are looked at only then: rows of Parquet files without paths have none.
+        """
+        unnamed = (s for s in self.samples if "." not in s.path.rpartition("/")[2])
+        looked_at = itertools.islice(unnamed, _NUM_LOOKED_AT)
+        return dicom_files.is_installed() and any(map(self.holds_dicom, looked_at))
 
     def holds_dicom(self, sample: Sample) -> bool:
         """Return whether a sample is DICOM by its first bytes, whatever its name."""
