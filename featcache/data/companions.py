@@ -226,7 +226,7 @@ def suspect(paths: Iterable[str]) -> _Pairs:
     pairs: _Pairs = defaultdict(list)
     for stems in folders.values():
         found = [_same_stems(stems)]
-        if len({stem.translate(_NO_DIGITS) for stem in stems.first}) > 1:  # else they are numbered only
+        if len({stem.translate(_NO_DIGITS) for stem in stems.first}) > 1:  # else numbered only
             found += [_longer_stems(stems), _other_words(stems)]
         for role, pair in itertools.chain(*found):
             pairs[role].append(pair)

@@ -8,10 +8,11 @@ Reads: Parquet files, page by page. Writes: nothing.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,16 @@ class _Pages:
         self._num_bytes = 0
         self._lock = threading.Lock()
         self._loading = [threading.Lock() for _ in range(_NUM_LOCKS)]
+        self._ahead = set[int]()
 
-    def get(self, number: int, load: Any) -> bytes:
+    def get(self, number: int, load: Callable[[], bytes]) -> bytes:
         """Return a page; of several threads that want it at once one unpacks it."""
         with self._loading[number % _NUM_LOCKS]:
             with self._lock:
                 if number in self._pages:
                     self._pages.move_to_end(number)
                     return self._pages[number]
-            data: bytes = load()
+            data = load()
             with self._lock:
                 self._pages[number] = data
                 self._num_bytes += len(data)
@@ -60,6 +62,24 @@ class _Pages:
                     _, gone = self._pages.popitem(last=False)
                     self._num_bytes -= len(gone)
             return data
+
+    def has(self, number: int) -> bool:
+        """Return whether a page is at hand."""
+        with self._lock:
+            return number in self._pages
+
+    def load_ahead(self, number: int, load: Callable[[], bytes]) -> None:
+        """Unpack a page in a thread of its own, unless that is being done."""
+        with self._lock:
+            if number in self._pages or number in self._ahead:
+                return
+            self._ahead = {number}  # the last one: pages are read in order
+
+        def run() -> None:
+            with contextlib.suppress(OSError, ValueError, MemoryError):  # said to whoever reads it
+                self.get(number, load)
+
+        threading.Thread(target=run, name="featcache-page", daemon=True).start()
 
 
 @dataclass
@@ -105,11 +125,24 @@ class ParquetStore:
         page, shard = self.pages[of_page], self.shard_of[of_page]
         if not page.unpacked_bytes:
             return self.shards[shard].file.read(page.offset + offset, size)
+        is_in_order = self._unpacked.has(of_page)
         data = self._unpacked.get(of_page, lambda: self._unpack(page, shard))
+        if is_in_order and 2 * offset > len(data):
+            self._unpack_next(of_page)
         image = data[offset : offset + size]
         if len(image) != size:
             raise ValueError("a page that ends before its values")
         return image
+
+    def _unpack_next(self, of_page: int) -> None:
+        """Unpack the page behind one whose second half is being read.
+
+        A page of pyarrow's has 1,024 images, 75 MB, and takes 0.13 s, while no thread could decode.
+        """
+        number = of_page + 1
+        if number < len(self.pages) and self.pages[number].unpacked_bytes:
+            page, shard = self.pages[number], self.shard_of[number]
+            self._unpacked.load_ahead(number, lambda: self._unpack(page, shard))
 
     def _unpack(self, page: Page, shard: int) -> bytes:
         data = self.shards[shard].file.read(page.offset, page.num_bytes)

@@ -238,7 +238,8 @@ def _classes_of_names(shards: Sequence[Shard]) -> tuple[list[str], tuple[str, ..
     stems = [PurePosixPath(shard.name).stem for shard in shards]
     if len(set(stems)) < 2:
         return [], ()
-    words = {(shard.split, _without_digits(stem)) for shard, stem in zip(shards, stems, strict=True)}
+    named = zip(shards, stems, strict=True)
+    words = {(shard.split, _without_digits(stem)) for shard, stem in named}
     is_of_folders = all(shard.split == split_of_folders(shard.name) for shard in shards)
     if len(words) < len(shards) or not is_of_folders:
         return [], (

@@ -202,3 +202,25 @@ def test_tars_to_predict_are_refused_as_zips_are(tmp_path):
     path = write_tar(tmp_path / "a.tar", sample("1", "a"))
     with pytest.raises(DataError, match=r"found a \.tar file.*predict by --cache"):
         list_images([path])
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["covid", "normal"], ("covid", "normal")),
+        (["train/covid", "train/normal", "test/covid", "test/normal"], ("covid", "normal")),
+        (["00000", "00001"], ()), (["a-0", "a-1", "b-0"], ()), (["train-covid", "test-covid"], ()),
+    ],
+)  # fmt: skip
+def test_names_of_tars_are_classes_where_nothing_else_is(tmp_path, names, classes):
+    for name in names:
+        write_tar(tmp_path / f"{name}.tar", {"1.png": name, "2.png": name * 2})
+    dataset = scan(tmp_path)
+    assert dataset.classes == classes
+    (note,) = dataset.notes
+    assert note.startswith("classes: the names of the tars" if classes else "unlabelled: ")
+    of_classes = {dataset.class_of(s) for s in dataset.samples}
+    assert of_classes == set(classes or [""])
+    assert len({s.path for s in dataset.samples}) == 2 * len(names)
+    bare = scan(tmp_path, no_classes=True)
+    assert (bare.classes, bare.notes, bare.splits) == ((), (), dataset.splits)
