@@ -91,13 +91,13 @@ class Contents:
         """Return the sha256 of a content; zeros where it is not known."""
         return bytes(self._sha256[_SIZE * number : _SIZE * (number + 1)])
 
-    def sha256_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    def sha256_of(self, numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
         """Return the sha256 of some contents, (n, 32) uint8."""
         every = np.frombuffer(self._sha256, np.uint8).reshape(-1, _SIZE)
         return every[numbers]  # a copy: the bytearray cannot grow while something looks at it
 
     def feature_blocks(
-        self, numbers: npt.NDArray[np.int64], num_views: int = 1, block_vectors: int = 4096
+        self, numbers: npt.NDArray[np.int32], num_views: int = 1, block_vectors: int = 4096
     ) -> Iterator[npt.NDArray[Any]]:
         """Gather the features of some contents in their order, a block at a time.
 
@@ -129,7 +129,7 @@ class Contents:
 class HashColumn:
     """The sha256 of the contents of some rows, made when they are written: ``writing.Column``."""
 
-    def __init__(self, contents: Contents, numbers: npt.NDArray[np.int64]) -> None:
+    def __init__(self, contents: Contents, numbers: npt.NDArray[np.int32]) -> None:
         self._contents, self._numbers = contents, numbers
         self.shape, self.dtype = (len(numbers), _SIZE), np.dtype(np.uint8)
 

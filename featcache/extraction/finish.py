@@ -72,7 +72,9 @@ def _write(job: Job) -> Cache:
         truncated += [s.path for s, cut in zip(samples, is_truncated, strict=True) if cut]
         _refuse_empty(job, name, samples)
         now = job.options.precision
-        precisions[name] = [of_old[n] if n < len(of_old) else now for n in numbers]
+        precisions[name] = [now]  # of all rows
+        if of_old:
+            precisions[name] = [of_old[n] if n < len(of_old) else now for n in numbers]
         splits[name] = _split_rows(job, name, samples, numbers)
     remove_temporaries(job.path)  # of a run killed while writing: the lock is ours now
     listing = job.options.listing.as_json()
@@ -102,7 +104,7 @@ def _refuse_empty(job: Job, split: str, samples: Sequence[Sample]) -> None:
 
 
 def _split_rows(
-    job: Job, split: str, samples: Sequence[Sample], numbers: npt.NDArray[np.int64]
+    job: Job, split: str, samples: Sequence[Sample], numbers: npt.NDArray[np.int32]
 ) -> SplitRows:
     num_views, ledger = job.num_views[split], job.ledger
     views = () if num_views == 1 else (num_views,)

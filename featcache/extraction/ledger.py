@@ -317,9 +317,9 @@ class Ledger:
         source = self._contents.source
         return sum(number >= 0 and source[number] >= 0 for number in self._content_of)
 
-    def rows_of(self, split: str) -> tuple[list[Sample], npt.NDArray[np.int64]]:
+    def rows_of(self, split: str) -> tuple[list[Sample], npt.NDArray[np.int32]]:
         """Return the samples of a split that have features, and the numbers of their contents."""
-        numbers = np.array(self._content_of, np.int64)
+        numbers = np.frombuffer(self._content_of, np.int32)
         is_there = np.fromiter((sample.split == split for sample in self._samples), bool)
         is_there &= numbers >= 0
         return [*itertools.compress(self._samples, is_there)], numbers[is_there]
@@ -328,16 +328,16 @@ class Ledger:
         """Return whether an image of this content was cut off and has been filled in."""
         return bool(self._contents.truncated[number])
 
-    def sha256_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    def sha256_of(self, numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
         """Return the sha256, (n, 32) uint8, of some contents; zeros where it is not known."""
         return self._contents.sha256_of(numbers)
 
-    def hash_column(self, numbers: npt.NDArray[np.int64]) -> HashColumn:
+    def hash_column(self, numbers: npt.NDArray[np.int32]) -> HashColumn:
         """Return the same, made when it is written."""
         return HashColumn(self._contents, numbers)
 
     def feature_blocks(
-        self, numbers: npt.NDArray[np.int64], num_views: int = 1, block_vectors: int = 4096
+        self, numbers: npt.NDArray[np.int32], num_views: int = 1, block_vectors: int = 4096
     ) -> Iterator[npt.NDArray[Any]]:
         """Gather features: see ``Contents.feature_blocks``."""
         return self._contents.feature_blocks(numbers, num_views, block_vectors)
