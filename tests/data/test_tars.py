@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+import tracemalloc
 
 import pytest
 from sample_folders import SPLIT_TABLE, SPLIT_TREE, plant, table
@@ -224,3 +225,20 @@ def test_names_of_tars_are_classes_where_nothing_else_is(tmp_path, names, classe
     assert len({s.path for s in dataset.samples}) == 2 * len(names)
     bare = scan(tmp_path, no_classes=True)
     assert (bare.classes, bare.notes, bare.splits) == ((), (), dataset.splits)
+
+
+def test_a_million_images_fit_into_memory(tmp_path):
+    """270 bytes an image are kept and 390 at the peak; as tuples and dicts it was 340 and 840."""
+    num_images = 4000
+    path = write_tar(tmp_path / "a.tar", {f"c{n % 2}/{n:08}.pgm": b"x" for n in range(num_images)})
+    scan(path)  # what is made once for all
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        dataset = scan(path)
+        kept, peak = (memory - before for memory in tracemalloc.get_traced_memory())
+    finally:
+        tracemalloc.stop()
+    assert len(dataset.samples) == num_images
+    assert kept < 310 * num_images
+    assert peak < 500 * num_images
