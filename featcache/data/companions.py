@@ -17,7 +17,6 @@ crashes or hangs a decoder must not stop the listing. Writes: nothing.
 from __future__ import annotations
 
 import itertools
-import os
 import pickle
 import random
 import re
@@ -205,10 +204,7 @@ def _vote(a: Look | None, b: Look | None) -> int:
 
 
 class _Stems(NamedTuple):
-    """The images of a folder: name without ending -> the first path, and others if there are any.
-
-    Few have others: a list for every path would take 100 bytes each.
-    """
+    """Of a folder: name without ending -> its first path; and its other paths, which few have."""
 
     first: dict[str, str]
     others: dict[str, list[str]]
@@ -352,7 +348,10 @@ def _cores(names: dict[str, str]) -> dict[str, str]:
     """Return the names of a folder without the words that all of them begin or end with."""
     if len(names) < 2:
         return names
-    front, back = re.sub(r"\d.*", "", os.path.commonprefix([*names])), min(names, key=len)
+    front = back = min(names, key=len)
+    while not all(name.startswith(front) for name in names):
+        front = front[:-1]
+    front = re.sub(r"\d.*", "", front)
     while not all(name.endswith(back) for name in names):
         back = back[1:]
     back = re.sub(r".*\d", "", back)

@@ -242,13 +242,13 @@ def _classes_of_names(shards: Sequence[Shard]) -> tuple[list[str], tuple[str, ..
     words = {(shard.split, _without_digits(stem)) for shard, stem in named}
     is_of_folders = all(shard.split == split_of_folders(shard.name) for shard in shards)
     if len(words) < len(shards) or not is_of_folders:
-        return [], (
+        note = (
             "unlabelled: there are no folders and no labels in the tars. If each tar is a class, "
-            "pack its folder: tar -cf CLASS.tar CLASS",
+            "pack its folder: tar -cf CLASS.tar CLASS"
         )
-    return stems, (
-        "classes: the names of the tars, as nothing in them is one (--no-classes: they are none)",
-    )
+        return [], (note,)
+    note = "classes: the names of the tars, as nothing in them is one (--no-classes: they are none)"
+    return stems, (note,)
 
 
 def _without_digits(text: str) -> str:

@@ -368,7 +368,10 @@ class _Job:
         plan = self.plan_of(sample.split)
 
         def failed(reason: str | None, *, is_transient: bool = False) -> _Decoded:
-            return Outcome(position, sample, sha256, reason, False, claims, is_transient), None
+            return Outcome(
+                position, sample, sha256, reason, truncated=False, claims=claims,
+                is_transient=is_transient,
+            ), None  # fmt: skip
 
         try:
             with self._clock("decode"):

@@ -307,9 +307,8 @@ def test_rows_are_bounded_by_the_bytes_of_the_file(tmp_path):
 def test_texts_are_bounded_by_the_bytes_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_columns, "_RATIO_FREE_BYTES", 1 << 16)
     path = write(tmp_path / "a.parquet", [b"x"] * 60, target=["a" * 100_000] * 60)
-    with pq.ParquetFile(path) as parquet:
-        with pytest.raises(parquet_columns.Refusal) as caught:
-            parquet_columns.read_texts(parquet, "target", 60, path.stat().st_size)
+    with pq.ParquetFile(path) as parquet, pytest.raises(parquet_columns.Refusal) as caught:
+        parquet_columns.read_texts(parquet, "target", 60, path.stat().st_size)
     assert caught.value.parts[0] == "column 'target'"
 
 

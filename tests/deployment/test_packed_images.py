@@ -45,5 +45,5 @@ def test_one_kind_at_a_time(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("1.png", b"x")
     for given in ([tar, tmp_path / "1.png"], [tar, tmp_path / "a.zip"]):
-        with pytest.raises(DataError, match="found several kinds.*Name one kind at a time"):
+        with pytest.raises(DataError, match=r"found several kinds.*Name one kind at a time"):
             list_inputs(given)
