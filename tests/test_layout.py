@@ -26,7 +26,7 @@ OWNERS = {
     "h5py": {"cache/hdf5.py", "cache/converting/h5ad.py"},
     "fsspec": {"data/remote.py", "data/store_requests.py"},
     "aiohttp": {"data/store_requests.py"},
-    "pyarrow": {"cache/converting/tables.py", "data/parquet_index.py"},
+    "pyarrow": {"cache/converting/tables.py", "data/parquet_columns.py", "data/parquet_index.py"},
     "pydicom": {"pixels/dicom.py"},
     "gdcm": {"pixels/dicom.py"},
     "PIL": {

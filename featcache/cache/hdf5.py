@@ -65,6 +65,15 @@ class ArraySource:
         """Return the source of an array in memory."""
         return cls(name, array.shape, array.dtype, lambda: [array], crc32, _is_utf8(array))
 
+    @classmethod
+    def by_blocks(
+        cls, name: str, shape: tuple[int, ...], dtype: np.dtype[Any],
+        blocks: Callable[[], Iterable[npt.NDArray[Any]]],
+    ) -> ArraySource:  # fmt: skip
+        """Return the source of an array of some rows, which is made twice: looked at, written."""
+        is_utf8 = dtype.kind == "S" and all(map(_is_utf8, blocks()))
+        return cls(name, shape, dtype, blocks, None, is_utf8)
+
     @property
     def num_bytes(self) -> int:
         """Size in bytes."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,23 @@ from featcache.outputs import Kind, Output
 from featcache.renames import beside, is_temporary, remove_temporaries
 from featcache.untrusted import find_fault, parse_json
 
+_BLOCK_ROWS = 1 << 14  # of columns that are made while they are written
 CACHE = Kind("cache", "a new file", CacheError, is_container, switch="--rebuild")
+
+
+class Column(Protocol):
+    """An array, or what makes one of some rows when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all rows."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the array."""
+
+    def __getitem__(self, rows: slice, /) -> npt.NDArray[Any]:
+        """Return some rows."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ class SplitRows:
     targets: npt.NDArray[Any]
     paths: Sequence[str]
     groups: Sequence[str] | None
-    image_sha256: npt.NDArray[np.uint8]
+    image_sha256: Column
     image_bytes: npt.NDArray[np.int64]
     mtime_ns: npt.NDArray[np.int64]
 
@@ -76,22 +92,22 @@ def write_rows(
     start = meaning_crc32(arrays["identity"], arrays["classes"], arrays["task"])
     for name in (s for s in SPLITS if s in splits):
         rows, prefix = splits[name], f"splits/{name}/"
-        columns: dict[str, npt.NDArray[Any]] = {
+        columns: dict[str, Column] = {
             "targets": rows.targets,
-            "paths": _encode(rows.paths),
+            "paths": _Texts(rows.paths),
             "image_sha256": rows.image_sha256,
             "image_bytes": rows.image_bytes,
             "mtime_ns": rows.mtime_ns,
         }
         if rows.groups is not None:
-            columns["groups"] = _encode(rows.groups)
+            columns["groups"] = _Texts(rows.groups)
         checksums = np.zeros(
             rows.shape[0], "<i8"
         )  # filled while features are written, before it is
         blocks = partial(_check_rows, rows.feature_blocks, columns, start, checksums)
         sources.append(ArraySource(prefix + "features", rows.shape, rows.dtype, blocks))
         columns = columns | {"row_crc32": checksums}
-        sources += [ArraySource.of(prefix + key, array) for key, array in columns.items()]
+        sources += [_source(prefix + key, column) for key, column in columns.items()]
     failed = sorted(failures, key=lambda f: (SPLITS.index(f.split), os_bytes(f.path)))
     texts = {"paths": "path", "splits": "split", "reasons": "reason"}
     numbers = {"targets": "target", "image_bytes": "image_bytes", "mtime_ns": "mtime_ns"}
@@ -112,7 +128,7 @@ def _checked(name: str, array: npt.NDArray[Any]) -> ArraySource:
 
 def _check_rows(
     feature_blocks: Callable[[], Iterable[npt.NDArray[Any]]],
-    columns: Mapping[str, npt.NDArray[Any]], start: int, checksums: npt.NDArray[np.int64],
+    columns: Mapping[str, Column], start: int, checksums: npt.NDArray[np.int64],
 ) -> Iterator[npt.NDArray[Any]]:  # fmt: skip
     """Yield the blocks of features, and store the checksums of their rows."""
     position = 0
@@ -370,10 +386,34 @@ def check_identity(
             )  # fmt: skip
 
 
-def _encode(texts: Iterable[str]) -> npt.NDArray[Any]:
-    """Return strings as fixed-width bytes; ``|S1`` if there are none or all are empty."""
-    array = np.array([text.encode("utf-8", "surrogateescape") for text in texts], dtype=bytes)
-    return array.astype("S1") if array.dtype.itemsize == 0 or not array.size else array
+class _Texts:
+    """Strings as a column of fixed-width bytes; ``|S1`` if there are none or all are empty.
+
+    They are encoded when they are written: a million paths take 35 MB, their list of bytes 80 more.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts, self.shape = texts, (len(texts),)
+        width = max(map(len, map(os_bytes, texts)), default=0)
+        self.dtype = np.dtype(f"S{max(width, 1)}")
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
+        part = self._texts[rows]
+        return np.fromiter(map(os_bytes, part), self.dtype, len(part))
+
+
+def _encode(texts: Sequence[str]) -> npt.NDArray[Any]:
+    return _Texts(texts)[:]
+
+
+def _source(name: str, column: Column) -> ArraySource:
+    """Return the source of a column, which is made block by block if it is no array."""
+    if isinstance(column, np.ndarray):
+        return ArraySource.of(name, column)
+    starts = range(0, column.shape[0], _BLOCK_ROWS)
+    return ArraySource.by_blocks(
+        name, column.shape, column.dtype, lambda: (column[i : i + _BLOCK_ROWS] for i in starts)
+    )
 
 
 _MAX_NAME = 1000  # characters; python: backbones are named with options

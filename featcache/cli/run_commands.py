@@ -136,7 +136,7 @@ def predict(
     run: Path, images: tuple[Path, ...], cache: Path | tuple[Path, ...] | None, as_json: bool,
     quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Classify IMAGES, files, folders or CSVs of paths, with the head in RUN.
+    """Classify IMAGES with the head in RUN: files, folders, CSVs; or tars, Parquet files, a zip.
 
     \b
     Example: featcache predict run new.png --csv predictions.csv

@@ -6,9 +6,10 @@ Writes: nothing.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from featcache.data.folders import (
@@ -32,38 +33,40 @@ from featcache.formatting import count
 
 
 def choose_images(
-    images: list[ImageFile], root: Path, listing: Listing, ignored: Ignored,
-    names: Mapping[str, str] | None = None,
-) -> tuple[list[ImageFile], set[str]]:  # fmt: skip
-    """Return the images that the globs leave, and the folders that lost all of theirs.
+    images: Sequence[ImageFile], root: Path, listing: Listing, ignored: Ignored
+) -> Sequence[bool] | None:
+    """Return which images the globs leave; None for all of them.
 
     Args:
         images: What to choose from.
         root: Only for messages.
         listing: The globs.
         ignored: What is not used; updated.
-        names: Path of an image -> what the globs match, where that is another one.
     """
-    paths = [image.path for image in images]
-    reasons = listing.choose(paths if names is None else [names[path] for path in paths], root)
+    if not (listing.include or listing.exclude):
+        return None
+    reasons = listing.choose([image.path for image in images], root)
     ignored.update(reason for reason in reasons if reason)
-    left = [image for image, reason in zip(images, reasons, strict=True) if not reason]
-    if len(left) == len(images):
-        return images, set()
-    return left, _folders_of(images) - _folders_of(left)
+    return [not reason for reason in reasons]
 
 
-def _folders_of(images: Iterable[ImageFile]) -> set[str]:
-    folders = set[str]()
-    for folder in {image.path.rpartition("/")[0] for image in images}:
+def _folders(images: Sequence[ImageFile], folders_of: Sequence[str] | None) -> Iterable[str]:
+    if folders_of is not None:
+        return folders_of
+    return (image.path.rpartition("/")[0] for image in images)
+
+
+def _with_parents(folders: Iterable[str]) -> set[str]:
+    found = set[str]()
+    for folder in folders:
         parts = folder.split("/")
-        folders.update("/".join(parts[:n]) for n in range(1, len(parts) + 1))
-    return folders
+        found.update("/".join(parts[:n]) for n in range(1, len(parts) + 1))
+    return found
 
 
 def arrange(
-    root: Path, images: list[ImageFile], folders: set[str], ignored: Ignored, listing: Listing,
-    *, names: Mapping[str, str] | None = None,
+    root: Path, images: Sequence[ImageFile], folders: set[str], ignored: Ignored, listing: Listing,
+    *, folders_of: Sequence[str] | None = None,
 ) -> ImageDataset:  # fmt: skip
     """Set splits and classes by folder; ignore images outside class folders, with a warning.
 
@@ -73,23 +76,28 @@ def arrange(
         folders: All folders in it that are not ignored.
         ignored: What is not used; updated.
         listing: Which images are taken.
-        names: Path of an image by which it is arranged -> the path that it gets; None for the same.
+        folders_of: Of each image the folder by which it is arranged. Default: that of its path.
 
     Raises:
         DataError: If the folders' names are inconsistent, or one has no image.
     """
-    images, emptied = choose_images(images, root, listing, ignored, names)
+    emptied = set[str]()
+    if (taken := choose_images(images, root, listing, ignored)) is not None:
+        before = set(_folders(images, folders_of))
+        images = [*itertools.compress(images, taken)]
+        folders_of = folders_of and [*itertools.compress(folders_of, taken)]
+        emptied = _with_parents(before) - _with_parents(set(_folders(images, folders_of)))
     layout = find_layout(root, folders - emptied, no_classes=listing.no_classes)
     targets = number_classes(layout.classes)
     samples, filled, num_loose = [], set(), 0
-    for image in images:
-        place = layout.place_of(image.path)
+    place_of = functools.cache(layout.place_of)  # by folder, of which there are few
+    for image, folder in zip(images, _folders(images, folders_of), strict=True):
+        place = place_of(folder)
         if place is None:
             num_loose += 1
         else:
             split, name = layout.places[place]
-            path = image.path if names is None else names[image.path]
-            samples.append(make_sample(image._replace(path=path), targets[name], split))
+            samples.append(make_sample(image, targets[name], split))
             filled.add(place)
     if ignored.links:
         _warn_of_links(root, ignored.links, layout)

@@ -24,7 +24,7 @@ import shlex
 import struct
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -76,7 +76,8 @@ class Companions:
 
 _Role = tuple[str, str, str]
 """Kind of suspicion, and a glob for either side."""
-_Pairs = dict[_Role, list[tuple[str, str]]]
+_Couples = list[tuple[str, str]]
+_Pairs = dict[_Role, _Couples]
 
 
 def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
@@ -85,10 +86,10 @@ def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
     Raises:
         DataError: If there are some and they are not to be kept.
     """
-    by_path = {sample.path: sample for sample in dataset.samples}
+    suspected = suspect(sample.path for sample in dataset.samples)
+    by_path = {sample.path: sample for sample in dataset.samples} if suspected else {}
     found = find_companions(
-        {path: sample.image_bytes for path, sample in by_path.items()},
-        lambda path: dataset.read(by_path[path]),
+        suspected, lambda path: by_path[path].image_bytes, lambda path: dataset.read(by_path[path])
     )
     if not found:
         return dataset
@@ -113,9 +114,9 @@ def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
 
 def _narrow(companions: Companions, paths: Iterable[str]) -> list[str]:
     """Return globs for companions: one, or one per folder where it would match images too."""
-    names = {companion for _, companion in companions.pairs}
     if companions.glob.endswith("/**"):  # all that lies in folders of masks
         return [companions.glob]
+    names = {companion for _, companion in companions.pairs}
     pattern, last = compile_glob(companions.glob), companions.glob.removeprefix("**/")
     if not any(path not in names and pattern.fullmatch(path) for path in paths):
         return [companions.glob]
@@ -140,16 +141,18 @@ def _join_groups(by_path: Mapping[str, Sample], pairs: Iterable[tuple[str, str]]
     return {path: find(group_of(path)) for path in by_path}
 
 
-def find_companions(sizes: dict[str, int], read: Callable[[str], bytes]) -> list[Companions]:
+def find_companions(
+    suspected: _Pairs, size_of: Callable[[str], int], read: Callable[[str], bytes]
+) -> list[Companions]:
     """Return the files that are companions of others, by kind; none for ordinary data.
 
     Args:
-        sizes: Path of every image, ``/``-separated -> size of its file in bytes.
+        suspected: What ``suspect`` returns of the paths of all images.
+        size_of: Returns the size of an image's file in bytes.
         read: Returns the bytes of an image; a ``DataError`` leaves it out.
     """
-    suspected = _suspect(sizes)
     votes: dict[_Role, list[int]] = {}
-    chosen = _likeliest(suspected, sizes)
+    chosen = _likeliest(suspected, size_of)
     for count, roles in ((_FIRST_PAIRS, chosen), (_ALL_PAIRS, None)):
         again = roles if roles is not None else [role for role in votes if any(votes[role])]
         samples = {role: _sample(suspected[role], count) for role in again}
@@ -170,13 +173,13 @@ def _sample(pairs: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str
     return random.Random(0).sample(sorted(pairs), min(count, len(pairs)))
 
 
-def _likeliest(suspected: _Pairs, sizes: dict[str, int]) -> list[_Role]:
+def _likeliest(suspected: _Pairs, size_of: Callable[[str], int]) -> list[_Role]:
     """Return the suspicions that are worth to be looked at, by what is known of their files."""
     worth = []
     for role, pairs in suspected.items():
         # a seeded part, as there may be hundreds of thousands
         some = pairs if len(pairs) <= 64 else random.Random(0).sample(pairs, 64)
-        first, second = (sum(sizes[pair[side]] for pair in some) for side in (0, 1))
+        first, second = (sum(size_of(pair[side]) for pair in some) for side in (0, 1))
         endings = {_ending(path).lower() for pair in some[:8] for path in pair}
         differ = max(first, second) >= _SIZE_RATIO * min(first, second)
         if differ or endings & _UNCOMPRESSED:
@@ -200,16 +203,26 @@ def _vote(a: Look | None, b: Look | None) -> int:
 # ------------------------------------------------------------------------------ suspicion, by names
 
 
-def _suspect(paths: Iterable[str]) -> _Pairs:
+class _Stems(NamedTuple):
+    """Of a folder: name without ending -> its first path; and its other paths, which few have."""
+
+    first: dict[str, str]
+    others: dict[str, list[str]]
+
+
+def suspect(paths: Iterable[str]) -> _Pairs:
     """Return pairs of files that may be an image and its companion, by what sets them apart."""
-    folders: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    by_folder: dict[str, _Stems] = defaultdict(lambda: _Stems({}, {}))
     for path in paths:
-        *parents, name = path.split("/")
-        folders[tuple(parents)][name.rpartition(".")[0] or name].append(path)
+        folder, _, name = path.rpartition("/")
+        stems, stem = by_folder[folder], name.rpartition(".")[0] or name
+        if stems.first.setdefault(stem, path) is not path:
+            stems.others.setdefault(stem, []).append(path)
+    folders = {tuple(filter(None, name.split("/"))): stems for name, stems in by_folder.items()}
     pairs: _Pairs = defaultdict(list)
     for stems in folders.values():
         found = [_same_stems(stems)]
-        if len({stem.translate(_NO_DIGITS) for stem in stems}) > 1:  # else they are numbered only
+        if len({stem.translate(_NO_DIGITS) for stem in stems.first}) > 1:  # else numbered only
             found += [_longer_stems(stems), _other_words(stems)]
         for role, pair in itertools.chain(*found):
             pairs[role].append(pair)
@@ -221,34 +234,34 @@ def _suspect(paths: Iterable[str]) -> _Pairs:
     }  # fmt: skip
 
 
-def _same_stems(stems: dict[str, list[str]]) -> Iterator[tuple[_Role, tuple[str, str]]]:
+def _same_stems(stems: _Stems) -> Iterator[tuple[_Role, tuple[str, str]]]:
     """Yield ``1.jpg`` and ``1.png`` of one folder."""
-    for same in stems.values():
-        if len(same) > 1:
-            for a, b in itertools.combinations(sorted(same), 2):
-                first, second = ("**/*" + escape_glob(_ending(path)) for path in (a, b))
-                if first != second:
-                    yield ("endings", first, second), (a, b)
+    for stem, others in stems.others.items():
+        for a, b in itertools.combinations(sorted([stems.first[stem], *others]), 2):
+            first, second = ("**/*" + escape_glob(_ending(path)) for path in (a, b))
+            if first != second:
+                yield ("endings", first, second), (a, b)
 
 
-def _longer_stems(stems: dict[str, list[str]]) -> Iterator[tuple[_Role, tuple[str, str]]]:
+def _longer_stems(stems: _Stems) -> Iterator[tuple[_Role, tuple[str, str]]]:
     """Yield ``1.png`` and ``1_mask.png``, or ``mask_1.png``, of one folder: a word more."""
-    for stem, longer in stems.items():
+    first = stems.first
+    for stem, path in first.items():
         if len(stem) > _MAX_STEM:  # in a zip; what follows takes the square of the length
             continue
         partner, glob = "", ""
         for boundary in _BOUNDARY.finditer(stem):
             start, end = boundary.span()
-            while start < end - 1 and stem[:start] not in stems:  # "1)_": the bracket is its name's
+            while start < end - 1 and stem[:start] not in first:  # "1)_": the bracket is its name's
                 start += 1
             front, back = stem[:start], stem[end:]
-            if front in stems and (word := _LETTERS.search(stem, end)):
+            if front in first and (word := _LETTERS.search(stem, end)):
                 partner, glob = front, f"**/*{_number_glob(stem[start : word.end()])}*"
-            elif back in stems and not partner and _LETTERS.search(stem, 0, start):
+            elif back in first and not partner and _LETTERS.search(stem, 0, start):
                 partner, glob = back, f"**/{_number_glob(stem[:end])}*"
         if partner:
-            for path in longer:
-                yield ("longer", "**", glob), (stems[partner][0], path)
+            for longer in (path, *stems.others.get(stem, ())):
+                yield ("longer", "**", glob), (first[partner], longer)
 
 
 def _number_glob(text: str) -> str:
@@ -256,19 +269,19 @@ def _number_glob(text: str) -> str:
     return re.sub(r"\d+", "*", escape_glob(text))
 
 
-def _other_words(stems: dict[str, list[str]]) -> Iterator[tuple[_Role, tuple[str, str]]]:
+def _other_words(stems: _Stems) -> Iterator[tuple[_Role, tuple[str, str]]]:
     """Yield ``image_1.png`` and ``mask_1.png`` of one folder: one word for another."""
     alone: dict[tuple[str, str], tuple[str, str]] = {}
     alike: dict[tuple[str, str], dict[str, str]] = {}
-    for stem, paths in stems.items():
+    for stem, path in stems.first.items():
         words = list(_LETTERS.finditer(stem)) if _DIGITS.search(stem) else []
         if len(words) > 4:  # letters of a hash
             continue
         for word in words:
             rest = stem[: word.start()], stem[word.end() :]
-            other = alone.setdefault(rest, (word[0], paths[0]))
+            other = alone.setdefault(rest, (word[0], path))
             if other[0] != word[0]:
-                alike.setdefault(rest, dict([other]))[word[0]] = paths[0]
+                alike.setdefault(rest, dict([other]))[word[0]] = path
     for (front, _), by_word in alike.items():
         for (word_a, a), (word_b, b) in _couples(sorted(by_word.items())):
             start = "**/*" if front else "**/"
@@ -288,9 +301,7 @@ def _couples(items: list[_T]) -> Iterator[tuple[_T, _T]]:
 _Folder = tuple[str, ...]
 
 
-def _sibling_folders(
-    folders: dict[_Folder, dict[str, list[str]]],
-) -> Iterator[tuple[_Role, list[tuple[str, str]]]]:
+def _sibling_folders(folders: Mapping[_Folder, _Stems]) -> Iterator[tuple[_Role, _Couples]]:
     """Yield files of equal names in folders that differ in one part of their path.
 
     Also of names that are equal but for the words that all names of a folder have
@@ -301,10 +312,6 @@ def _sibling_folders(
         for i in range(len(folder)):
             alike[i, (*folder[:i], *folder[i + 1 :])].append(folder)
     cores: dict[_Folder, dict[str, str]] = {}
-    whole = {
-        folder: {stem: paths[0] for stem, paths in stems.items()}
-        for folder, stems in folders.items()
-    }
     for (i, rest), siblings in alike.items():
         beside = [rest] if rest in folders else []  # 1.png beside masks/1.png
         if len(siblings) + len(beside) < 2:
@@ -312,28 +319,23 @@ def _sibling_folders(
         siblings.sort()
         upper = [(top, sub) for top in beside for sub in siblings]
         for a, b in itertools.chain(_couples(siblings), upper):
-            first, second = (_name_of(folder, i, rest) for folder in (a, b))
+            first, second = ("" if f == rest else f[i] for f in (a, b))
             if _DIGITS.sub("", first) == _DIGITS.sub("", second) or {
                 first.casefold(), second.casefold()
             } <= SPLIT_OF_FOLDER.keys():  # fmt: skip
                 continue
-            names = [whole[a], whole[b]]
+            names = [folders[a].first, folders[b].first]
             shared = names[0].keys() & names[1].keys()
             if not shared:
                 for folder, plain in zip((a, b), names, strict=True):
-                    cores.setdefault(folder, _cores(plain))
+                    if folder not in cores:
+                        cores[folder] = _cores(plain)
                 names = [cores[a], cores[b]]
                 shared = names[0].keys() & names[1].keys()
             if shared:
                 role = ("folders", _folder_glob(i, first), _folder_glob(i, second))
-                yield (
-                    role,
-                    [(path, names[1][stem]) for stem, path in names[0].items() if stem in shared],
-                )
-
-
-def _name_of(folder: _Folder, i: int, rest: _Folder) -> str:
-    return "" if folder == rest else folder[i]
+                both = [(names[0][stem], names[1][stem]) for stem in names[0] if stem in shared]
+                yield role, both
 
 
 def _folder_glob(i: int, name: str) -> str:
@@ -346,24 +348,20 @@ def _cores(names: dict[str, str]) -> dict[str, str]:
     """Return the names of a folder without the words that all of them begin or end with."""
     if len(names) < 2:
         return names
-    front = _common_start(names)
-    back = _common_start([name[::-1] for name in names])[::-1]
+    front = back = min(names, key=len)
+    while not all(name.startswith(front) for name in names):
+        front = front[:-1]
     front = re.sub(r"\d.*", "", front)
+    while not all(name.endswith(back) for name in names):
+        back = back[1:]
     back = re.sub(r".*\d", "", back)
+    if not front and not back:
+        return names
     return {
         name[len(front) : len(name) - len(back)]: path
         for name, path in names.items()
         if len(front) + len(back) < len(name)
     }
-
-
-def _common_start(names: Collection[str]) -> str:
-    low, high = min(names), max(names)
-    differing = (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
-    return low[: next(differing, len(low))]
-
-
-# ------------------------------------------------------------------------------ decision, by pixels
 
 
 def _look(paths: Iterable[str], read: Callable[[str], bytes]) -> dict[str, Look]:

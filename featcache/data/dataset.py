@@ -11,6 +11,7 @@ folders and linked class folders, with a warning. Masks among the images are a q
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -269,7 +270,9 @@ def list_images(
 
 def _list_folder(root: Path, listing: Listing, ignored: Ignored) -> list[ImageFile]:
     """Return the images of a folder to classify."""
-    images = choose_images(list(walk_folder(root, ignored, set())), root, listing, ignored)[0]
+    images = list(walk_folder(root, ignored, set()))
+    if (taken := choose_images(images, root, listing, ignored)) is not None:
+        images = [*itertools.compress(images, taken)]
     if not images:
         ignored.recognise_dicom(root)
     samples = tuple(make_sample(image, UNLABELLED, "all") for image in images)

@@ -220,9 +220,9 @@ class Layout:
     classes: tuple[str, ...]
     places: dict[str, tuple[str, str]]
 
-    def place_of(self, path: str) -> str | None:
-        """Return the place of an image; None if it is outside all places."""
-        folders = path.split("/")[:-1]
+    def place_of(self, folder: str) -> str | None:
+        """Return the place of the images of a folder; None if it is outside all places."""
+        folders = folder.split("/") if folder else []
         prefixes = ("".join(f"{name}/" for name in folders[:depth]) for depth in range(3))
         return next((prefix for prefix in prefixes if prefix in self.places), None)
 

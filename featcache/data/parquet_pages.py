@@ -15,19 +15,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 
 from featcache.data.blobs import ReadAt
+from featcache.data.parquet_encodings import Ints, decode_deltas, decode_runs, read_header
 
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3  # page types
 _PLAIN, _PLAIN_DICTIONARY, _RLE, _DELTA_LENGTH, _RLE_DICTIONARY = 0, 2, 3, 6, 8  # encodings
 _ENCODINGS = {4: "BIT_PACKED", 5: "DELTA_BINARY_PACKED", 7: "DELTA_BYTE_ARRAY"}
-_HEADER_BYTES, _MAX_HEADER_BYTES = 1 << 12, 1 << 24
 _MAX_PAGE_BYTES = 2**31
 _MAX_RATIO, _RATIO_FREE_BYTES = 250, 1 << 24  # of a decompression bomb, as in ``archive``
-_MAX_DEPTH = 8
 
-_Ints = npt.NDArray[np.int64]
 Unpack = Callable[[bytes, int], bytes]
 """(compressed bytes, size they unpack to) -> those bytes."""
 
@@ -57,9 +54,9 @@ class Places(NamedTuple):
     """
 
     pages: list[Page]
-    page: _Ints
-    offset: _Ints
-    size: _Ints
+    page: Ints
+    offset: Ints
+    size: Ints
 
 
 class Chunk(NamedTuple):
@@ -86,8 +83,8 @@ class _Dictionary(NamedTuple):
     """Where the values of a dictionary lie: number of its page, offsets and sizes."""
 
     page: int
-    offsets: _Ints
-    sizes: _Ints
+    offsets: Ints
+    sizes: Ints
 
 
 def locate_values(chunk: Chunk) -> Places:
@@ -98,13 +95,13 @@ def locate_values(chunk: Chunk) -> Places:
         IndexError: If it is damaged.
     """
     pages: list[Page] = []
-    parts: list[tuple[_Ints, _Ints, _Ints]] = []
+    parts: list[tuple[Ints, Ints, Ints]] = []
     dictionary: _Dictionary | None = None
     position, found = chunk.start, 0
     while found < chunk.num_values:
         if position >= chunk.end:
             raise ValueError(f"a column that ends after {found:,} of {chunk.num_values:,} values")
-        header, length = _read_header(chunk.read, position, chunk.end)
+        header, length = read_header(chunk.read, position, chunk.end)
         page = _page_of(chunk, header, position + length)
         if header.get(1) == _DICTIONARY and dictionary is None and not found:
             dictionary = _read_dictionary(chunk, page, _struct(header, 7), len(pages))
@@ -138,7 +135,7 @@ def _page_of(chunk: Chunk, header: dict[int, Any], position: int) -> Page:
 def _read_values(
     chunk: Chunk, page: Page, header: dict[int, Any], most: int,
     before: tuple[int, _Dictionary | None],
-) -> tuple[list[Page], tuple[_Ints, _Ints, _Ints]]:  # fmt: skip
+) -> tuple[list[Page], tuple[Ints, Ints, Ints]]:  # fmt: skip
     """Return a data page, if it holds values itself, and where those of its rows lie."""
     is_v2 = header.get(1) == _DATA_V2
     facts = _struct(header, 8 if is_v2 else 5)
@@ -146,7 +143,7 @@ def _read_values(
     payload, start, levels = (_split_v2 if is_v2 else _split_v1)(chunk, page, facts)
     is_there = np.ones(number, bool)
     if chunk.levels:
-        is_there = _decode_runs(levels, chunk.levels.bit_length(), number) == chunk.levels
+        is_there = decode_runs(levels, chunk.levels.bit_length(), number) == chunk.levels
     num_pages, dictionary = before
     encoding, num_there = facts.get(4 if is_v2 else 2), int(is_there.sum())
     if not _is_int(encoding):
@@ -202,13 +199,13 @@ def _look_up(
     if dictionary is None:
         raise ValueError("a page without its dictionary")
     data = payload.read(start, payload.num_bytes - start)
-    indices = _decode_runs(data[1:], data[0], number) if number else _NOTHING
+    indices = decode_runs(data[1:], data[0], number) if number else _NOTHING
     if number and indices.max() >= len(dictionary.offsets):
         raise ValueError("a value that is not in the dictionary")
     return _Dictionary(dictionary.page, dictionary.offsets[indices], dictionary.sizes[indices])
 
 
-def _walk_of(encoding: int) -> Callable[[_Payload, int, int], tuple[_Ints, _Ints]]:
+def _walk_of(encoding: int) -> Callable[[_Payload, int, int], tuple[Ints, Ints]]:
     walks = {_PLAIN: _walk_plain, _DELTA_LENGTH: _walk_delta_length}
     if encoding in walks:
         return walks[encoding]
@@ -250,7 +247,7 @@ def unpack_page(data: bytes, unpacked: int, unpack: Unpack) -> bytes:
     return made
 
 
-def _walk_plain(payload: _Payload, start: int, number: int) -> tuple[_Ints, _Ints]:
+def _walk_plain(payload: _Payload, start: int, number: int) -> tuple[Ints, Ints]:
     """Return offsets and sizes of values that have their length before them."""
     offsets, sizes = np.empty(number, np.int64), np.empty(number, np.int64)
     position, end = start, payload.num_bytes
@@ -267,160 +264,18 @@ def _walk_plain(payload: _Payload, start: int, number: int) -> tuple[_Ints, _Int
     return offsets, sizes
 
 
-def _walk_delta_length(payload: _Payload, start: int, number: int) -> tuple[_Ints, _Ints]:
+def _walk_delta_length(payload: _Payload, start: int, number: int) -> tuple[Ints, Ints]:
     """Return offsets and sizes of values behind all of their lengths."""
     if not number:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     # 32 values take 4 bytes and more each at most; the values themselves need not be read
-    sizes, used = _decode_deltas(payload.read(start, 64 + 10 * number), number)
+    sizes, used = decode_deltas(payload.read(start, 64 + 10 * number), number)
     if sizes.min() < 0 or sizes.max() > payload.num_bytes:
         raise ValueError("a value that leads out of its page")
     ends = np.cumsum(sizes) + (start + used)
     if ends[-1] > payload.num_bytes:
         raise ValueError("a value that leads out of its page")
     return ends - sizes, sizes
-
-
-def _decode_deltas(data: bytes, number: int) -> tuple[_Ints, int]:
-    """Return integers encoded as DELTA_BINARY_PACKED, and how many bytes they take."""
-    block, position = _varint(data, 0)
-    parts, position = _varint(data, position)
-    total, position = _varint(data, position)
-    first, position = _varint(data, position)
-    if total != number or not 0 < parts <= 1024 or not 0 < block <= 1 << 20 or block % parts:
-        raise ValueError("lengths that are damaged")
-    size = block // parts
-    values = np.zeros(number, np.int64)
-    values[0], done = _zigzag(first), 1
-    while done < number:
-        least, position = _varint(data, position)
-        widths, position = data[position : position + parts], position + parts
-        for width in widths:
-            if done >= number:
-                break
-            packed = data[position : position + size * width // 8]
-            if width > 64 or size % 8 or len(packed) < size * width // 8:
-                raise ValueError("lengths that are damaged")
-            position += len(packed)
-            deltas = _unpack_bits(packed, width, size)[: number - done] + _zigzag(least)
-            values[done : done + len(deltas)] = deltas
-            done += len(deltas)
-        if len(widths) < parts:
-            raise ValueError("lengths that are damaged")
-    return np.cumsum(values), position
-
-
-def _unpack_bits(data: bytes, width: int, number: int) -> _Ints:
-    if not width:
-        return np.zeros(number, np.int64)
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-    wide = bits[: number * width].reshape(number, width).astype(np.int64)
-    return wide @ (np.int64(1) << np.arange(width, dtype=np.int64))
-
-
-def _decode_runs(data: bytes, width: int, number: int) -> _Ints:
-    """Return integers of the RLE and bit-packing hybrid."""
-    if width > 32:
-        raise ValueError("integers of more than 32 bits")
-    if not width:
-        return np.zeros(number, np.int64)
-    values, done, position, wide = np.empty(number, np.int64), 0, 0, -(-width // 8)
-    while done < number:
-        header, position = _varint(data, position)
-        if header & 1:
-            count = min(8 * (header >> 1), 8 * (len(data) // width + 1))
-            packed = data[position : position + count * width // 8]
-            count = min(count, 8 * len(packed) // width)
-            run = _unpack_bits(packed, width, count)[: number - done]
-            position += len(packed)
-        else:
-            value = int.from_bytes(data[position : position + wide], "little")
-            position += wide
-            run = np.full(min(header >> 1, number - done), value, np.int64)
-        if not len(run) or position > len(data):
-            raise ValueError("levels or indices that end before the page's values")
-        values[done : done + len(run)] = run
-        done += len(run)
-    return values
-
-
-# ----------------------------------------------------------------------- headers (Thrift, compact)
-
-
-def _read_header(read: ReadAt, position: int, end: int) -> tuple[dict[int, Any], int]:
-    """Return a page's header, and its length. It may hold statistics of any length."""
-    size = _HEADER_BYTES
-    while True:
-        data = read(position, min(size, end - position))
-        try:
-            return _thrift_struct(data, 0, 0)
-        except IndexError:
-            if len(data) < size or size >= _MAX_HEADER_BYTES:
-                raise ValueError("a page header that is damaged") from None
-            size *= 16
-
-
-def _thrift_struct(data: bytes, position: int, depth: int) -> tuple[dict[int, Any], int]:
-    if depth > _MAX_DEPTH:
-        raise ValueError("a page header that is damaged")
-    fields: dict[int, Any] = {}
-    number = 0
-    while True:
-        head = data[position]
-        position += 1
-        if not head:
-            return fields, position
-        kind, step = head & 15, head >> 4
-        if step:
-            number += step
-        else:
-            number, position = _varint(data, position)
-            number = _zigzag(number)
-        fields[number], position = _thrift_value(data, position, kind, depth)
-
-
-def _thrift_value(data: bytes, position: int, kind: int, depth: int) -> tuple[Any, int]:
-    if kind in {1, 2}:
-        return kind == 1, position
-    if kind == 3:
-        return data[position], position + 1
-    if kind in {4, 5, 6}:
-        value, position = _varint(data, position)
-        return _zigzag(value), position
-    if kind == 8:
-        length, position = _varint(data, position)
-        if position + length > len(data):
-            raise IndexError
-        return None, position + length  # statistics
-    if kind == 12:
-        return _thrift_struct(data, position, depth + 1)
-    if kind == 7:
-        if position + 8 > len(data):
-            raise IndexError
-        return None, position + 8
-    raise ValueError("a page header that is damaged")
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if position >= len(data):
-            raise IndexError
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number that is damaged")
-
-
-def _zigzag(value: int) -> int:
-    made = (value >> 1) ^ -(value & 1)
-    if not -(2**63) <= made < 2**63:
-        raise ValueError("a number that is damaged")
-    return made
 
 
 def _struct(header: dict[int, Any], number: int) -> dict[int, Any]:

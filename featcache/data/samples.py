@@ -5,6 +5,7 @@ Reads: image files; those in zips, tars and Parquet by their stores. Writes: not
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from featcache.data import dicom_files
 from featcache.data.dicom_files import DicomFacts
@@ -29,6 +32,8 @@ UNKNOWN = -1
 
 MAX_IMAGE_BYTES = 2**31
 """Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
+
+_NUM_LOOKED_AT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +148,19 @@ class ImageDataset:
         if dicom_files.has_dicom_ending(name):
             return True
         path = self.file_of(sample)
-        return path is not None and dicom_files.sniff(path)
+        if path is not None:
+            return dicom_files.sniff(path)
+        return not dot and self._may_unnamed_be_dicom and self.holds_dicom(sample)
+
+    @cached_property
+    def _may_unnamed_be_dicom(self) -> bool:
+        """Whether, of images in files of many that have no ending, some of the first are DICOM.
+
+        All of them are looked at only then: rows of Parquet files without paths have none.
+        """
+        unnamed = (s for s in self.samples if "." not in s.path.rpartition("/")[2])
+        looked_at = itertools.islice(unnamed, _NUM_LOOKED_AT)
+        return dicom_files.is_installed() and any(map(self.holds_dicom, looked_at))
 
     def holds_dicom(self, sample: Sample) -> bool:
         """Return whether a sample is DICOM by its first bytes, whatever its name."""
@@ -262,10 +279,13 @@ class ImageDataset:
         In tars and Parquet files that is the order in which they lie there: of a Parquet file
         whole pages are read and unpacked, each of them once.
         """
-        store = self._store
-        if store is None:
-            return array("q", positions)
-        return sorted(positions, key=lambda p: store.place_of(self._stored_path(self.samples[p])))
+        ordered = array("q", positions)
+        if self._store is None:
+            return ordered
+        paths = (self._stored_path(self.samples[position]) for position in ordered)
+        places = np.fromiter(map(self._store.place_of, paths), [("file", "i8"), ("place", "i8")])
+        by_place = np.lexsort((places["place"], places["file"]))
+        return array("q", np.frombuffer(ordered, "i8")[by_place].tobytes())
 
     def in_reading_order(self, samples: Iterable[Sample]) -> list[Sample]:
         """Return samples in that order."""
@@ -296,18 +316,22 @@ def make_sample(
     targets: tuple[int, ...] | None = None,
 ) -> Sample:  # fmt: skip
     """Return the sample of an image file."""
-    # int64 ends in 2262: later times are folded into it, so that another one is still another.
-    mtime_ns = (image.mtime_ns + 2**63) % 2**64 - 2**63
+    mtime_ns = image.mtime_ns
+    if not -(2**63) <= mtime_ns < 2**63:
+        # int64 ends in 2262: later times are folded into it, so that another one is still another.
+        mtime_ns = (mtime_ns + 2**63) % 2**64 - 2**63
     return Sample(image.path, target, split, group, image.image_bytes, mtime_ns, targets)
 
 
 def sort_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     """Return samples by split, and by the bytes of their path."""
-
-    def key(sample: Sample) -> tuple[int, bytes]:
-        return SPLITS.index(sample.split), sample.path.encode("utf-8", "surrogateescape")
-
-    return tuple(sorted(samples, key=key))
+    ordered = list(samples)
+    if all(sample.path.isascii() for sample in ordered):  # their letters have the bytes' order
+        ordered.sort(key=lambda sample: sample.path)
+    else:
+        ordered.sort(key=lambda sample: sample.path.encode("utf-8", "surrogateescape"))
+    ordered.sort(key=lambda sample: SPLITS.index(sample.split))
+    return tuple(ordered)
 
 
 def _listed(endings: Mapping[str, int], most: int = 6) -> str:

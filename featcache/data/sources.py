@@ -91,6 +91,32 @@ def _shards_in(folder: Path) -> list[str]:
     return ignored.shards
 
 
+def are_packed(paths: Sequence[Path]) -> bool:
+    """Return whether paths are files of many images, or folders of such files and of no images.
+
+    Raises:
+        DataError: If some are and others are not, or there are several of which one is a zip.
+    """
+    packed = [path for path in paths if _is_packed(path)]
+    if not packed:
+        return False
+    has_zip = len(packed) > 1 and any(path.suffix.lower() == ".zip" for path in packed)
+    if len(packed) < len(paths) or has_zip:
+        raise DataError(
+            "images", expected="images and folders of them, or tars, or Parquet files, or a zip",
+            found="several kinds", where=packed[0], hint="Name one kind at a time",
+        )  # fmt: skip
+    return True
+
+
+def _is_packed(path: Path) -> bool:
+    if path.is_dir():
+        ignored = Ignored()
+        has_images = any(True for _ in walk_folder(path, ignored, set()))
+        return not has_images and bool(ignored.shards)
+    return path.suffix.lower() in {".zip", *SHARD_ENDINGS} and path.is_file()
+
+
 def find_sources(data: Data) -> tuple[Path, list[str]]:
     """Return the folder that all files of a glob or a list lie in, and their paths below it.
 

@@ -269,8 +269,9 @@ def _refuse_layout(dataset: ImageDataset, *, no_classes: bool) -> None:
                 hint="To split it anew, add --ignore-columns with the header of its splits",
             )  # fmt: skip
     elif dataset.layout != ("images" if no_classes else "classes"):
-        hints = dict.fromkeys(("zip", "tar"), "Unpack it first")
-        hints |= {"parquet": "Save its images as files first"}
+        # A CSV cannot name what is in a tar, and nothing is copied out of one.
+        later = "Extract it, then split its rows by featcache select CACHE NEW --fractions F,F,F"
+        hints = dict.fromkeys(("zip", "tar", "parquet"), later)
         hints |= {"images": "To split unlabelled images: --no-classes"}
         raise DataError(
             "source", expected="a folder of class folders, or a CSV, not yet split",

@@ -1,27 +1,25 @@
 """Images in tars: WebDataset's samples with their labels beside them, or packed class folders.
 
-Files of one sample share their path up to the first dot: ``0001.jpg``, ``0001.cls``. Where images
-have such labels, those are the classes; else folders in the tars are, as they are in a zip.
+Where images have labels beside them (see ``tar_labels``), those are the classes; else folders in
+the tars are, as they are in a zip; and where there are none either, the names of the tars may be.
 
 Reads: tars, in place. Writes: nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import struct
+import sys
 from array import array
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
 
 from featcache.data.arrangement import arrange, top_folder
-from featcache.data.blobs import ReadAt, read_at
+from featcache.data.blobs import read_at
 from featcache.data.folders import (
-    OTHER_ENDING,
     SPLIT_OF_FOLDER,
     Ignored,
     ImageFile,
@@ -37,38 +35,41 @@ from featcache.data.samples import (
     number_classes,
     sort_samples,
 )
-from featcache.data.shards import Shard, agree_on_splits, drop_used_globs
+from featcache.data.shards import (
+    PathIndex,
+    Shard,
+    agree_on_splits,
+    drop_used_globs,
+    split_of_folders,
+    stamped,
+)
 from featcache.data.tar import TarEntry, list_tar
+from featcache.data.tar_labels import TarLabels
 from featcache.errors import ConfigError, DataError, printable
-from featcache.untrusted import parse_json_object, reading_hint
+from featcache.untrusted import reading_hint
 
-_JSON_KEYS = ("cls", "label", "class")  # of a class, the first that any image has
-_MAX_LABEL_BYTES = 1 << 20
-_MAX_CAPTION = 64  # a longer text is no class
-_BAD_JSON = "JSON that cannot be read"
 _NOT_USED = {"link": "link", "sparse": "sparse file", "other": "not a regular file"}
-_CAPTION = "\n"  # in place of a text that is no class
 
 
 @dataclass
 class TarStore:
     """Reads images of tars, each by one read at its offset. Picklable; keeps nothing open.
 
-    17 bytes an image, and an entry of a dict whose keys are the samples' own paths.
+    36 bytes an image beside the samples' own paths.
 
     Args:
         shards: The tars.
-        numbers: Path of an image -> its number in the arrays.
         shard_of: Number of the tar of each image.
         offsets: Where its bytes begin.
         sizes: How many they are.
+        numbers: Path of an image -> its number in the arrays.
     """
 
     shards: Sequence[Shard]
-    numbers: dict[str, int] = field(default_factory=dict)
-    shard_of: array[int] = field(default_factory=lambda: array("l"))
+    shard_of: array[int] = field(default_factory=lambda: array("i"))
     offsets: array[int] = field(default_factory=lambda: array("q"))
     sizes: array[int] = field(default_factory=lambda: array("q"))
+    numbers: PathIndex = field(default_factory=PathIndex)
 
     def read(self, path: str) -> bytes:
         """Return the bytes of an image: see ``samples.Store``."""
@@ -86,19 +87,8 @@ class TarStore:
         return path[len(self.shards[self.shard_of[self.numbers[path]]].prefix) :]
 
 
-class _Image(NamedTuple):
-    """An image of a tar, and what is beside it."""
-
-    shard: int
-    path: str
-    offset: int
-    num_bytes: int
-    mtime_ns: int
-    labels: dict[str, str]
-
-
 class _Scan:
-    """A scan of tars.
+    """A scan of tars: columns, as a million tuples of an image each take 0.3 GB more.
 
     Args:
         root: The tar, or the folder of tars.
@@ -111,161 +101,85 @@ class _Scan:
         self, root: Path, shards: Sequence[Shard], listing: Listing, ignored: Ignored
     ) -> None:
         self.root, self.shards, self.listing, self.ignored = root, shards, listing, ignored
-        self.columns = dict(listing.columns)
-        self.beside: Counter[str] = Counter()
-        self._labels: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+        self.labels = TarLabels(root, listing, ignored)
         self.folders: list[set[str]] = [set() for _ in shards]
-        self.images: list[_Image] = []
-        self.names: list[str] = []
+        self.store = TarStore([shard.absolute() for shard in shards])
+        self.names: list[str] = []  # of each image
+        self.times: list[int] = []  # of each image
+        self._sizes: dict[int, int] = {}  # equal ones are one object
         self.skip = 0
 
     def list_all(self, left_out: Sequence[str]) -> None:
         """List the images of all tars, and name them."""
         for number in range(len(self.shards)):
-            self.images += self._list(number)
+            self._list(number)
         every = set[str]().union(*self.folders)
-        self.skip = len(top_folder(every, (image.path for image in self.images)))
-        for image in self.images:
-            shard = self.shards[image.shard]
-            self.names.append(shard.prefix + image.path[self.skip * shard.is_alone :])
+        prefixes = [len(shard.prefix) for shard in self.shards]
+        inside = zip(self.names, self.store.shard_of, strict=True)
+        self.skip = len(top_folder(every, (name[prefixes[n] :] for name, n in inside)))
+        if self.skip and self.shards[0].is_alone:  # then there is one
+            self.names = [name[self.skip :] for name in self.names]
         self.listing = drop_used_globs(self.listing, left_out, self.names)
 
-    def _list(self, number: int) -> list[_Image]:
-        """Return the images of one tar with their labels; count what is not used."""
-        shard = self.shards[number]
+    def _list(self, number: int) -> None:
+        """List the images of one tar with their labels; count what is not used."""
+        shard, store = self.shards[number], self.store
         where = shard.file.place
         try:
             with shard.file.open() as file:
                 read = partial(read_at, file)
                 entries = list(list_tar(read, shard.file.num_bytes, where))
-                images = _sort_out(entries, where, self.folders[number], self.ignored)
-                beside = _files_beside(entries, images)
-                wanted = self._wanted_endings(beside)
-                labels = [
-                    self._read_labels(read, beside.get(_key(image.path), {}), wanted)
-                    for image in images
-                ]
+                images, others = _sort_out(entries, where, self.folders[number], self.ignored)
+                self.labels.read_tar(read, [path for path, _ in images], others)
         except (OSError, ValueError) as error:
             hint = reading_hint(error, "") if isinstance(error, OSError) else ""
             raise DataError(
                 "tar", expected="a readable file", where=where, hint=hint,
                 found=getattr(error, "strerror", None) or error,
             ) from error  # fmt: skip
-        used = {_key(image.path) for image in images}
-        for entry in entries:
-            name = entry.path.rpartition("/")[2]
-            is_other = entry.kind in {"file", "hard link"} and not has_image_ending(name)
-            if is_other and not any(map(is_hidden, entry.path.split("/"))):
-                key = _key(entry.path)
-                ending = entry.path[len(key) + 1 :].lower()
-                if ending in wanted and key in used:
-                    self.beside[ending] += 1  # whether it is used is not known yet
-                else:
-                    self.ignored.add(OTHER_ENDING, entry.path)
-        stamp = struct.pack("<qQ", shard.file.num_bytes, shard.file.mtime_ns % 2**64)
-        return [
-            _Image(number, e.path, e.offset, e.num_bytes, _stamp(e, stamp), of_image)
-            for e, of_image in zip(images, labels, strict=True)
-        ]
+        for path, entry in images:
+            self.names.append(shard.prefix + path)
+            self.times.append(_stamp(entry, shard))
+            store.shard_of.append(number)
+            store.offsets.append(entry.offset)
+            store.sizes.append(entry.num_bytes)
 
-    def _wanted_endings(self, beside: Mapping[str, Mapping[str, TarEntry]]) -> set[str]:
-        """Return the endings of files beside images that have to be read."""
-        endings = {ending for files in beside.values() for ending in files}
-        given = {value.removeprefix(".").lower() for value in self.columns.values()}
-        wanted = given & endings
-        if len(wanted) < len(self.columns):  # keys of the JSON
-            wanted |= {"json"} & endings
-        if "target" in self.columns or self.listing.no_classes:
-            return wanted
-        if "cls" in endings:
-            return wanted | {"cls"}
-        return wanted | ({"json", "txt"} & endings)
+    def _inside(self, number: int) -> str:
+        """Return the path of an image in its tar, without the top folder."""
+        shard = self.shards[self.store.shard_of[number]]
+        return self.names[number][0 if shard.is_alone else len(shard.prefix) + self.skip :]
 
-    def _read_labels(
-        self, read: ReadAt, files: Mapping[str, TarEntry], wanted: set[str]
-    ) -> dict[str, str]:
-        """Return what the files beside an image say: ending, or ``json KEY`` -> text."""
-        found: dict[str, str] = {}
-        given = self.columns.values()
-        for ending in sorted(wanted & files.keys()):
-            data = read(files[ending].offset, files[ending].num_bytes)
-            if ending == "json":
-                try:
-                    facts = parse_json_object(data)
-                except ValueError:
-                    self.ignored[_BAD_JSON] += 1
-                    continue
-                keys = given if "target" in self.columns else (*_JSON_KEYS, *given)
-                for key in keys:
-                    if (text := _label_text(facts.get(key), files[ending].path)) is not None:
-                        found[f"json {key}"] = text
-            else:
-                text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip()
-                is_caption = ending == "txt" and (len(text) > _MAX_CAPTION or "\n" in text)
-                found[ending] = _CAPTION if is_caption and "txt" not in given else text
-        # One for all images of a class: a million dicts take a quarter of a gigabyte.
-        return self._labels.setdefault(tuple(found.items()), found)
+    def _image_file(self, number: int) -> ImageFile:
+        size = self.store.sizes[number]
+        return ImageFile(self.names[number], self._sizes.setdefault(size, size), self.times[number])
 
-    def choose_labels(self) -> str:
-        """Return what has the classes: an ending, ``json KEY``, or "" for nothing.
-
-        Raises:
-            DataError: If ``--columns`` names what no image has.
-        """
-        present = {source for image in self.images for source in image.labels}
-        for key, name in self.columns.items():
-            if _source(name, present) not in present:
-                raise DataError(
-                    f"--columns {key}", found=f"{name!r} beside none", where=self.root,
-                    expected="an ending, or a key of the JSON, of files beside images",
-                )  # fmt: skip
-        source = self._find_classes(present)
-        used = {source, *(_source(name, present) for name in self.columns.values())}
-        for ending in sorted(self.beside.keys() - {name.partition(" ")[0] for name in used}):
-            for _ in range(self.beside[ending]):
-                self.ignored.add(OTHER_ENDING, f".{ending}" if "." in ending else f"_.{ending}")
-        return source
-
-    def _find_classes(self, present: Collection[str]) -> str:
-        if self.listing.no_classes:
-            return ""
-        if "target" in self.columns:
-            return _source(self.columns["target"], present)
-        for source in ("cls", *(f"json {key}" for key in _JSON_KEYS)):
-            if source in present:
-                return source
-        texts = [image.labels["txt"] for image in self.images if "txt" in image.labels]
-        is_classes = texts and _CAPTION not in texts and 2 * len(set(texts)) <= len(texts)
-        return "txt" if is_classes else ""
-
-    def label(self, source: str) -> ImageDataset:
+    def label(self, sources: Mapping[str, str]) -> ImageDataset:
         """Return the images with the classes, splits and groups of the files beside them."""
-        present = {key for image in self.images for key in image.labels}
-        by_key = {key: _source(name, present) for key, name in self.columns.items()}
         reasons = self.listing.choose(self.names, self.root)
         self.ignored.update(reason for reason in reasons if reason)
-        every = zip(self.images, self.names, reasons, strict=True)
-        kept = [(image, name) for image, name, reason in every if not reason]
+        kept = [number for number, reason in enumerate(reasons) if not reason]
+        of_images = self.labels.of_images
         splits = agree_on_splits(
-            [self._split_of(image, by_key.get("split")) for image, _ in kept],
-            [name for _, name in kept], self.root,
+            [self._split_of(number, sources.get("split")) for number in kept],
+            [self.names[number] for number in kept], self.root,
         )  # fmt: skip
-        labels = [image.labels.get(source, "") for image, _ in kept]
+        labels = [of_images[number].get(sources.get("target", ""), "") for number in kept]
         classes_by_split: dict[str, set[str]] = {}
         for split, label in zip(splits, labels, strict=True):
             if label:
                 classes_by_split.setdefault(split, set()).add(label)
         classes = agree_on_classes(classes_by_split, self.root)
         targets = number_classes(classes)
-        groups = [image.labels.get(by_key.get("group", ""), "") for image, _ in kept]
+        groups = [of_images[number].get(sources.get("group", ""), "") for number in kept]
         has_groups = any(groups)
         samples = [
             make_sample(
-                ImageFile(name, image.num_bytes, image.mtime_ns), targets[label], split,
-                (group or name) if has_groups else None,
+                self._image_file(number), targets[label], split,
+                (group or self.names[number]) if has_groups else None,
             )
-            for (image, name), split, label, group in zip(kept, splits, labels, groups, strict=True)
+            for number, split, label, group in zip(kept, splits, labels, groups, strict=True)
         ]  # fmt: skip
+        source = sources.get("target", "")
         described = f"key {source[5:]!r} of the JSON" if source[:5] == "json " else f".{source}"
         return ImageDataset(
             self.root, "tar", classes, sort_samples(samples), dict(self.ignored),
@@ -273,40 +187,72 @@ class _Scan:
             notes=(f"classes: {described} beside each image",) if source else (),
         )  # fmt: skip
 
-    def _split_of(self, image: _Image, source: str | None) -> str:
+    def _split_of(self, number: int, source: str | None) -> str:
         if source is not None:
-            text = image.labels.get(source, "")
+            text = self.labels.of_images[number].get(source, "")
             return SPLIT_OF_FOLDER.get(text.casefold(), text)
-        top = image.path[self.skip :].partition("/")[0] if "/" in image.path[self.skip :] else ""
-        return SPLIT_OF_FOLDER.get(top.casefold(), "") or self.shards[image.shard].split
+        top, slash, _ = self._inside(number).partition("/")
+        own = SPLIT_OF_FOLDER.get(top.casefold(), "") if slash else ""
+        return own or self.shards[self.store.shard_of[number]].split
 
     def arrange(self) -> ImageDataset:
         """Return the images with the classes of the folders in the tars, and the tars' splits."""
         skip, shards = self.skip, self.shards
         inside = [{name[skip:] for name in of_tar if len(name) > skip} for of_tar in self.folders]
-        starts = [""] * len(shards)
-        if SPLIT_OF_FOLDER.keys().isdisjoint(n.casefold() for n in set[str]().union(*inside)):
-            used = sorted({image.shard for image in self.images})
+        tops = {name.casefold() for name in set[str]().union(*inside)}
+        starts, notes = [""] * len(shards), tuple[str, ...]()
+        if SPLIT_OF_FOLDER.keys().isdisjoint(tops):
+            used = sorted(set(self.store.shard_of))
             found = agree_on_splits(
                 [shards[n].split for n in used], [shards[n].name for n in used], self.root
             )
             for number, split in zip(used, found, strict=True):
                 starts[number] = "" if split == "all" else split + "/"
+            if not (tops or self.labels.are_beside or self.listing.no_classes):
+                classes, notes = _classes_of_names([shards[n] for n in used])
+                for number, name in zip(used, classes, strict=False):
+                    starts[number] += name + "/"
         every = {
             (start + name).rstrip("/")
             for start, of_tar in zip(starts, inside, strict=True)
             for name in ({""} | of_tar if start else of_tar)
         }
-        arranged: dict[str, str] = {}
-        files = []
-        for image, name in zip(self.images, self.names, strict=True):
-            folder, slash, last = image.path[skip:].rpartition("/")
-            # Images of two tars may have one name: the folder of a tar, below that of the class,
-            # tells them apart. It is none of ``every``, so it is no class.
-            path = f"{starts[image.shard]}{folder}{slash}{image.shard}:/{last}"
-            files.append(ImageFile(path, image.num_bytes, image.mtime_ns))
-            arranged[path] = name
-        return arrange(self.root, files, every, self.ignored, self.listing, names=arranged)
+        every |= {start.partition("/")[0] for start in starts if start}
+        folders = []
+        for number, shard in enumerate(self.store.shard_of):
+            folder = self._inside(number).rpartition("/")[0]
+            folders.append(sys.intern((starts[shard] + folder).rstrip("/")))  # there are few
+        images = [self._image_file(number) for number in range(len(self.names))]
+        dataset = arrange(
+            self.root, images, every, self.ignored, self.listing, folders_of=folders
+        )  # fmt: skip
+        return replace(dataset, notes=notes)
+
+
+def _classes_of_names(shards: Sequence[Shard]) -> tuple[list[str], tuple[str, ...]]:
+    """Return the class of each of some tars by its name, if names are classes; and what to say.
+
+    ``covid.tar`` and ``normal.tar`` are classes, where nothing in them is one. ``00000.tar`` and
+    ``00001.tar`` are not: shards of one collection differ by their numbers alone.
+    """
+    stems = [PurePosixPath(shard.name).stem for shard in shards]
+    if len(set(stems)) < 2:
+        return [], ()
+    named = zip(shards, stems, strict=True)
+    words = {(shard.split, _without_digits(stem)) for shard, stem in named}
+    is_of_folders = all(shard.split == split_of_folders(shard.name) for shard in shards)
+    if len(words) < len(shards) or not is_of_folders:
+        note = (
+            "unlabelled: there are no folders and no labels in the tars. If each tar is a class, "
+            "pack its folder: tar -cf CLASS.tar CLASS"
+        )
+        return [], (note,)
+    note = "classes: the names of the tars, as nothing in them is one (--no-classes: they are none)"
+    return stems, (note,)
+
+
+def _without_digits(text: str) -> str:
+    return "".join(letter for letter in text.casefold() if letter.isalpha())
 
 
 def scan_tars(
@@ -332,112 +278,73 @@ def scan_tars(
         )
     scan = _Scan(root, shards, listing, ignored)
     scan.list_all(left_out)
-    source = scan.choose_labels()
-    dataset = scan.label(source) if source or scan.columns else scan.arrange()
-    store = TarStore([shard.absolute() for shard in shards])
-    kept = {sample.path: sample.path for sample in dataset.samples}
-    for image, name in zip(scan.images, scan.names, strict=True):
-        if (path := kept.get(name)) is None:
-            continue
-        if path in store.numbers:
-            raise DataError(
-                "tar member", expected="every name once", found="it twice",
-                where=f"{root}: {printable(path)}",
-            )  # fmt: skip
-        store.numbers[path] = len(store.sizes)  # by the sample's own text: kept once
-        store.shard_of.append(image.shard)
-        store.offsets.append(image.offset)
-        store.sizes.append(image.num_bytes)
-    return replace(dataset, layout="tar", _store=store)
+    sources = scan.labels.find_sources()
+    dataset = scan.label(sources) if sources else scan.arrange()
+    scan.store.numbers = PathIndex(scan.names)
+    repeated = scan.store.numbers.repeated()
+    if path := next((s.path for s in dataset.samples if s.path in repeated), None):
+        raise DataError(
+            "tar member", expected="every name once", found="it twice",
+            where=f"{root}: {printable(path)}",
+        )  # fmt: skip
+    return replace(dataset, layout="tar", _store=scan.store)
 
 
-def _stamp(entry: TarEntry, stamp: bytes) -> int:
+def _stamp(entry: TarEntry, shard: Shard) -> int:
     """Return a member's time whose digits below the second change with its place and its tar's.
 
     A tar has no checksums of its members. So, as of a file in a folder, an equal size and time
     prove that nothing was written there since: the tar itself must be unchanged for that. One that
     was written anew has its images hashed, and none run that are known.
     """
-    place = struct.pack("<qqq", entry.offset, entry.num_bytes, entry.mtime_ns % 2**63) + stamp
-    digest = hashlib.blake2b(place, digest_size=8).digest()
-    return entry.mtime_ns // 10**9 * 10**9 + int.from_bytes(digest, "little") % 10**9
+    place = struct.pack("<qqq", entry.offset, entry.num_bytes, entry.mtime_ns % 2**63)
+    return stamped(entry.mtime_ns, place, shard.file)
 
 
 def _sort_out(
-    entries: Sequence[TarEntry], where: str, folders: set[str], ignored: Ignored
-) -> list[TarEntry]:
-    """Return the images among the members; add the folders, and count what is not used."""
-    images: list[TarEntry] = []
+    entries: Iterable[TarEntry], where: str, folders: set[str], ignored: Ignored
+) -> tuple[list[tuple[str, TarEntry]], list[TarEntry]]:
+    """Return the images among the members, by path, and other files.
+
+    Adds the folders, and counts what is not used.
+    """
+    images: list[tuple[str, TarEntry]] = []
+    others: list[TarEntry] = []
     by_path: dict[str, TarEntry] | None = None
-    for entry in entries:
-        parts = entry.path.split("/")
+
+    @functools.cache
+    def is_in_hidden(folder: str) -> bool:
+        """Whether a folder is not used; adds it otherwise, and those above it."""
+        parts = folder.split("/")
         if any(map(is_hidden, parts)):
+            return True
+        folders.update("/".join(parts[:n]) for n in range(1, len(parts) + 1) if folder)
+        return False
+
+    for entry in entries:
+        folder, _, name = entry.path.rpartition("/")
+        if is_hidden(name) or is_in_hidden(folder):
             ignored["hidden"] += 1
             continue
-        is_folder = entry.kind == "folder"
-        folders.update("/".join(parts[:n]) for n in range(1, len(parts) + is_folder))
-        if entry.kind in _NOT_USED:
+        if entry.kind == "folder":
+            is_in_hidden(entry.path)  # adds it
+        elif entry.kind in _NOT_USED:
             ignored[_NOT_USED[entry.kind]] += 1
-        if is_folder or entry.kind in _NOT_USED or not has_image_ending(parts[-1]):
-            continue
-        image: TarEntry | None = entry
-        if entry.kind == "hard link":  # to a member before it, whose bytes it has
-            if by_path is None:
-                by_path = {e.path: e for e in entries if e.kind == "file"}
-            image = by_path.get(entry.target)
-        if image is None:
-            ignored["link to nothing"] += 1
-            continue
-        if image.num_bytes > MAX_IMAGE_BYTES:
-            raise DataError(
-                "tar member", expected=f"at most {MAX_IMAGE_BYTES:,} bytes",
-                found=f"{image.num_bytes:,}", where=f"{where}: {printable(entry.path)}",
-            )  # fmt: skip
-        images.append(image._replace(path=entry.path))
-    return images
-
-
-# ------------------------------------------------------------------------------------------ labels
-
-
-def _key(path: str) -> str:
-    """Return the path of a file up to the first dot of its name: WebDataset's key."""
-    folder, slash, name = path.rpartition("/")
-    return folder + slash + name.partition(".")[0]
-
-
-def _files_beside(
-    entries: Sequence[TarEntry], images: Sequence[TarEntry]
-) -> dict[str, dict[str, TarEntry]]:
-    """Return key of an image -> ending -> small file of that key."""
-    beside: dict[str, dict[str, TarEntry]] = {_key(image.path): {} for image in images}
-    for entry in entries:
-        if entry.kind != "file" or entry.num_bytes > _MAX_LABEL_BYTES:
-            continue
-        key = _key(entry.path)
-        if key in beside and not has_image_ending(entry.path):
-            beside[key][entry.path[len(key) + 1 :].lower()] = entry
-    return beside
-
-
-def _label_text(value: object, path: str) -> str | None:
-    """Return a label of a JSON as text; None if there is none.
-
-    Raises:
-        DataError: If it is no text and no whole number.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    raise DataError(
-        "label in JSON", expected="a text or a whole number", found=f"{value!r:.60}",
-        where=printable(path), hint="Say which key has the class: --columns target=KEY",
-    )  # fmt: skip
-
-
-def _source(name: str, present: Collection[str]) -> str:
-    ending = name.removeprefix(".").lower()
-    return ending if ending in present else f"json {name}"
+        elif not has_image_ending(name):
+            others.append(entry)
+        else:
+            image: TarEntry | None = entry
+            if entry.kind == "hard link":  # to a member before it, whose bytes it has
+                if by_path is None:
+                    by_path = {e.path: e for e in entries if e.kind == "file"}
+                image = by_path.get(entry.target)
+            if image is None:
+                ignored["link to nothing"] += 1
+                continue
+            if image.num_bytes > MAX_IMAGE_BYTES:
+                raise DataError(
+                    "tar member", expected=f"at most {MAX_IMAGE_BYTES:,} bytes",
+                    found=f"{image.num_bytes:,}", where=f"{where}: {printable(entry.path)}",
+                )  # fmt: skip
+            images.append((entry.path, image))
+    return images, others

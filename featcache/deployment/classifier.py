@@ -108,6 +108,7 @@ class Classifier:
             images: One or many of: a file, a folder or a CSV (``str`` or ``Path``; a folder stands
                 for all images in it, a CSV for those it names, sorted); a PIL image; a uint8 array,
                 grey (H, W) or RGB (H, W, 3). Or an array (B, H, W, 3), or what ``scan`` returned.
+                Or a zip, or tars or Parquet files or folders of them.
             preprocessed: ``images`` is a float batch (B, 3, S, S), as ``preprocess`` returns it; of
                 several backbones, the tuple of batches that ``preprocess_each`` returns.
             include: Globs on the path below each folder, or on the name of a file: see ``scan``.

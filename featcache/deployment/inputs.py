@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.data.dataset import ImageDataset, Sample, list_images
+from featcache.data.dataset import ImageDataset, Sample, list_images, scan
+from featcache.data.sources import are_packed
 from featcache.errors import ConfigError, DataError
 from featcache.files import local_path
 
@@ -38,7 +39,8 @@ def list_inputs(images: Any, **listing: Any) -> Inputs:
 
     Args:
         images: One or many of: a file, folder or CSV (``str`` or ``Path``), a PIL image, a uint8
-            array (H, W) or (H, W, 3). Or one array (B, H, W, 3), or a scanned data set.
+            array (H, W) or (H, W, 3). Or one array (B, H, W, 3), or a scanned data set. Or a zip,
+            or tars or Parquet files or folders of them.
         **listing: The keywords of ``list_images``.
 
     Raises:
@@ -46,11 +48,13 @@ def list_inputs(images: Any, **listing: Any) -> Inputs:
         ConfigError: If an array has another shape or dtype, or for bytes, a torch tensor or what
             else is none of these.
     """
-    if isinstance(images, ImageDataset):
-        return Inputs(images, [sample.path for sample in images.samples], images.samples)
+    given = images if isinstance(images, ImageDataset) else _as_list(images)
+    if not isinstance(given, ImageDataset) and (packed := _list_packed(given, listing)) is not None:
+        given = packed
+    if isinstance(given, ImageDataset):
+        return Inputs(given, [sample.path for sample in given.samples], given.samples)
     names: list[str] = []
     listed: list[Any] = []
-    given = _as_list(images)
     has_csv = any(str(i).lower().endswith(".csv") for i in given if isinstance(i, str | Path))
     if (listing.get("columns") or listing.get("ignore_columns")) and not has_csv:
         raise ConfigError("--columns", expected="a CSV of images", found="none")
@@ -66,6 +70,15 @@ def list_inputs(images: Any, **listing: Any) -> Inputs:
         raise DataError("images", expected="some that --include and --exclude leave", found="none")
     files = dict.fromkeys(image for image in listed if isinstance(image, Sample))
     return Inputs(ImageDataset(Path(), "images", (), tuple(files)), names, listed)
+
+
+def _list_packed(images: Sequence[Any], listing: Mapping[str, Any]) -> ImageDataset | None:
+    """Return the images of a zip, or of tars or Parquet files; None for others."""
+    given = [image for image in images if isinstance(image, str | os.PathLike)]
+    paths = [local_path(Path(image), "image") for image in given]
+    if not are_packed(paths) or len(paths) < len(images):
+        return None
+    return scan(paths[0] if len(paths) == 1 else paths, no_classes=True, **listing)
 
 
 def _as_list(images: Any) -> list[Any]:

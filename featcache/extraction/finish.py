@@ -71,10 +71,10 @@ def _write(job: Job) -> Cache:
         is_truncated = map(job.ledger.is_truncated, numbers)
         truncated += [s.path for s, cut in zip(samples, is_truncated, strict=True) if cut]
         _refuse_empty(job, name, samples)
-        precisions[name] = [
-            of_old[number] if number < len(of_old) else job.options.precision
-            for number in numbers.tolist()
-        ]
+        now = job.options.precision
+        precisions[name] = [now]  # of all rows
+        if of_old:
+            precisions[name] = [of_old[n] if n < len(of_old) else now for n in numbers]
         splits[name] = _split_rows(job, name, samples, numbers)
     remove_temporaries(job.path)  # of a run killed while writing: the lock is ours now
     listing = job.options.listing.as_json()
@@ -104,7 +104,7 @@ def _refuse_empty(job: Job, split: str, samples: Sequence[Sample]) -> None:
 
 
 def _split_rows(
-    job: Job, split: str, samples: Sequence[Sample], numbers: npt.NDArray[np.int64]
+    job: Job, split: str, samples: Sequence[Sample], numbers: npt.NDArray[np.int32]
 ) -> SplitRows:
     num_views, ledger = job.num_views[split], job.ledger
     views = () if num_views == 1 else (num_views,)
@@ -116,7 +116,7 @@ def _split_rows(
         targets=as_targets(samples),
         paths=[s.path for s in samples],
         groups=[str(s.group) for s in samples] if is_grouped else None,
-        image_sha256=ledger.sha256_of(numbers),
-        image_bytes=np.array([s.image_bytes for s in samples], np.int64),
-        mtime_ns=np.array([s.mtime_ns for s in samples], np.int64),
+        image_sha256=ledger.hash_column(numbers),
+        image_bytes=np.fromiter((s.image_bytes for s in samples), np.int64),
+        mtime_ns=np.fromiter((s.mtime_ns for s in samples), np.int64),
     )

@@ -12,6 +12,7 @@ no forward pass, whatever its name. A content is
 
 from __future__ import annotations
 
+import itertools
 import threading
 from array import array
 from collections import Counter
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache, Failure
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError
+from featcache.extraction.contents import CLAIMED, FAILED, FORGOTTEN, IN_HAND, Contents, HashColumn
 from featcache.extraction.pipeline import Outcome
 from featcache.extraction.shards import Vectors
 
@@ -34,11 +36,8 @@ ImageKey = tuple[str, int, int]
 WorkedRow = tuple[int, bytes, bool, int]
 """Of a row of a worker's shard: position, sha256, whether it was cut off, how many vectors."""
 
-_UNKNOWN_SHA256 = bytes(32)
 # Of an image, where no number of a content stands:
 _WANTED, _NO_FEATURES = -1, -2
-# Of a content, where no number of a source of vectors stands:
-_CLAIMED, _IN_HAND, _FAILED = -1, -2, -3
 
 
 def image_key(sample: Sample) -> ImageKey:
@@ -49,7 +48,7 @@ def image_key(sample: Sample) -> ImageKey:
 class Ledger:
     """What is known of the images of a data set. Decoding threads may share one.
 
-    It takes 17 MB for 100,000 images of different content (traced; a table by hand took 6).
+    It takes 70 bytes an image of a content of its own.
 
     Args:
         dataset: The images.
@@ -74,17 +73,11 @@ class Ledger:
         self._failures: dict[int, str] = {}
         self._claims: dict[int, int] = {}
         self._repeated: list[tuple[int, bytes]] = []  # their content is claimed by another image
-        # Contents, by number.
-        self._sha256: list[bytes] = []
-        self._num_views = array("H")
-        self._source = array("i")
-        self._start = array("q")
-        self._truncated = bytearray()
-        self._reasons: dict[int, str] = {}
-        self._numbers: dict[bytes, int] = {}  # by sha256: the first of most views
-        self._vectors: list[Vectors] = []  # the sources
-        # Until ``match``: what unchanged images are recognised by, and the sizes of known contents.
-        self._keys: dict[ImageKey, int] = {}
+        self._contents = Contents()
+        self._reasons: dict[int, str] = {}  # of contents that failed, by number
+        # Until ``match``: numbers of contents by which unchanged images are recognised, and sizes.
+        self._noted = array("i", [_WANTED]) * len(dataset.samples)
+        self._positions: dict[str, int] = {}
         self._sizes: set[int] = set()
         self._lock = threading.Lock()
 
@@ -113,7 +106,7 @@ class Ledger:
         own = [row for row in rows if row["views"]]
         hashes = [bytes.fromhex(row["image_sha256"]) for row in own]
         # Two workers may have made the same content: as in ``take_shard``, the first one counts.
-        there = [self._find(h, row["views"]) for h, row in zip(hashes, own, strict=True)]
+        there = [self._contents.find(h, row["views"]) for h, row in zip(hashes, own, strict=True)]
         made = self._add_known(
             vectors, [row["views"] for row in own], hashes, [row["truncated"] for row in own]
         )
@@ -121,7 +114,7 @@ class Ledger:
             mine if known is None else known for known, mine in zip(there, made, strict=True)
         ]
         others = [row for row in rows if not row["views"]]
-        numbers += [self._find(bytes.fromhex(row["image_sha256"])) for row in others]
+        numbers += [self._contents.find(bytes.fromhex(row["image_sha256"])) for row in others]
         known = [
             ((row["path"], row["image_bytes"], row["mtime_ns"]), number)
             for row, number in zip([*own, *others], numbers, strict=True)
@@ -131,8 +124,12 @@ class Ledger:
         return len(known)
 
     def _note(self, keys: Iterable[ImageKey], numbers: Iterable[int]) -> None:
+        if not self._positions:
+            self._positions = {sample.path: i for i, sample in enumerate(self._samples)}
         for key, number in zip(keys, numbers, strict=True):
-            self._keys[key] = number
+            position = self._positions.get(key[0])
+            if position is not None and image_key(self._samples[position]) == key:
+                self._noted[position] = number
             self._sizes.add(key[1])
 
     def match(self, *, rehash: bool = False) -> list[int]:
@@ -143,17 +140,19 @@ class Ledger:
         """
         suspects = []
         for position, sample in enumerate(self._samples):
-            number = None if rehash else self._keys.get(image_key(sample))
-            if number is not None and self._num_views[number] >= self._wanted_views(position):
+            number = _WANTED if rehash else self._noted[position]
+            if number != _WANTED and (
+                self._contents.num_views[number] >= self._wanted_views(position)
+            ):
                 self._content_of[position] = number
             elif sample.image_bytes in self._sizes:
                 suspects.append(position)
-        self._keys, self._sizes = {}, set()
+        self._noted, self._positions, self._sizes = array("i"), {}, set()
         return suspects
 
     def recognise(self, position: int, sha256: bytes) -> None:
         """Give an image its features if its content is known."""
-        number = self._find(sha256, self._wanted_views(position))
+        number = self._contents.find(sha256, self._wanted_views(position))
         if number is not None and self.wants(position):
             self._content_of[position] = number
 
@@ -178,8 +177,8 @@ class Ledger:
             if not self.wants(position):
                 return False
             views = self._wanted_views(position)
-            if position not in self._claims and self._find(sha256, views) is None:
-                self._claims[position] = self._append(sha256, views, _CLAIMED)
+            if position not in self._claims and self._contents.find(sha256, views) is None:
+                self._claims[position] = self._contents.append(sha256, views, CLAIMED)
             return position in self._claims
 
     def settle(self, outcome: Outcome) -> bool:
@@ -188,6 +187,7 @@ class Ledger:
         Raises:
             DataError: If more images have failed than are allowed.
         """
+        contents = self._contents
         with self._lock:
             position, reason, is_transient = outcome.position, outcome.reason, outcome.is_transient
             number = self._claims.pop(position, None)
@@ -197,16 +197,16 @@ class Ledger:
                 else:  # it could not even be read
                     self._fail(position, reason)
                 return False
-            if self._sha256[number] != outcome.sha256:
+            if contents.sha256(number) != outcome.sha256:
                 reason, is_transient = reason or "it changed while it was read", True
             if reason is None:
-                self._source[number], self._truncated[number] = _IN_HAND, outcome.truncated
+                contents.source[number], contents.truncated[number] = IN_HAND, outcome.truncated
                 self._content_of[position] = number
                 return True
             if not is_transient:
-                self._source[number], self._reasons[number] = _FAILED, reason
-            elif self._numbers.get(self._sha256[number]) == number:
-                del self._numbers[self._sha256[number]]  # the next image of it makes its features
+                contents.source[number], self._reasons[number] = FAILED, reason
+            else:
+                contents.source[number] = FORGOTTEN  # the next image of it makes its features
             self._fail(position, reason)
             return False
 
@@ -220,10 +220,10 @@ class Ledger:
         self._repeated = []
         with self._lock:
             for position, sha256 in repeated:
-                number = self._find(sha256, self._wanted_views(position))
-                if number is None or self._source[number] == _CLAIMED:
+                number = self._contents.find(sha256, self._wanted_views(position))
+                if number is None or self._contents.source[number] == CLAIMED:
                     self._repeated.append((position, sha256))
-                elif self._source[number] == _FAILED:
+                elif self._contents.source[number] == FAILED:
                     self._fail(position, self._reasons[number])
                 else:
                     self._content_of[position] = number
@@ -243,19 +243,20 @@ class Ledger:
         sample, number = self._samples[position], self._content_of[position]
         return {
             "path": sample.path, "image_bytes": sample.image_bytes, "mtime_ns": sample.mtime_ns,
-            "image_sha256": self._sha256[number].hex(),
-            "truncated": bool(self._truncated[number]), "views": num_vectors,
+            "image_sha256": self._contents.sha256(number).hex(),
+            "truncated": bool(self._contents.truncated[number]), "views": num_vectors,
         }  # fmt: skip
 
     def store(self, vectors: Vectors, positions: Iterable[int]) -> None:
         """Note that features in hand are in a shard now: one image's after the other's, (M, D)."""
+        contents = self._contents
         with self._lock:
-            self._vectors.append(vectors)
+            contents.vectors.append(vectors)
             start = 0
             for position in positions:
                 number = self._content_of[position]
-                self._source[number], self._start[number] = len(self._vectors) - 1, start
-                start += self._num_views[number]
+                contents.source[number], contents.start[number] = len(contents.vectors) - 1, start
+                start += contents.num_views[number]
                 self.num_new += 1
 
     # ----------------------------------------------------------------------- what workers hand back
@@ -270,14 +271,15 @@ class Ledger:
         Features of a content that has come from elsewhere meanwhile are not used: whichever shard
         was entered first decides the bytes of all its images.
         """
+        contents = self._contents
         with self._lock:
-            self._vectors.append(vectors)
+            contents.vectors.append(vectors)
             start = 0
             for position, sha256, truncated, num_views in rows:
-                number = self._find(sha256, self._wanted_views(position))
+                number = contents.find(sha256, self._wanted_views(position))
                 if number is None and num_views and self.wants(position):
-                    source = len(self._vectors) - 1
-                    number = self._append(sha256, num_views, source, start, truncated=truncated)
+                    source = len(contents.vectors) - 1
+                    number = contents.append(sha256, num_views, source, start, truncated=truncated)
                     self.num_new += 1
                 if number is not None and self.wants(position):
                     self._content_of[position] = number
@@ -312,89 +314,50 @@ class Ledger:
     @property
     def num_kept(self) -> int:
         """How many images have their features in the old cache or in a shard."""
-        return sum(number >= 0 and self._source[number] >= 0 for number in self._content_of)
+        source = self._contents.source
+        return sum(number >= 0 and source[number] >= 0 for number in self._content_of)
 
-    def rows_of(self, split: str) -> tuple[list[Sample], npt.NDArray[np.int64]]:
+    def rows_of(self, split: str) -> tuple[list[Sample], npt.NDArray[np.int32]]:
         """Return the samples of a split that have features, and the numbers of their contents."""
-        rows = [
-            (sample, number)
-            for sample, number in zip(self._samples, self._content_of, strict=True)
-            if sample.split == split and number >= 0
-        ]
-        return [sample for sample, _ in rows], np.array([number for _, number in rows], np.int64)
+        numbers = np.frombuffer(self._content_of, np.int32)
+        is_there = np.fromiter((sample.split == split for sample in self._samples), bool)
+        is_there &= numbers >= 0
+        return [*itertools.compress(self._samples, is_there)], numbers[is_there]
 
     def is_truncated(self, number: int) -> bool:
         """Return whether an image of this content was cut off and has been filled in."""
-        return bool(self._truncated[number])
+        return bool(self._contents.truncated[number])
 
-    def sha256_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    def sha256_of(self, numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
         """Return the sha256, (n, 32) uint8, of some contents; zeros where it is not known."""
-        digests = b"".join(self._sha256[number] for number in numbers)
-        return np.frombuffer(digests, np.uint8).reshape(-1, 32)
+        return self._contents.sha256_of(numbers)
+
+    def hash_column(self, numbers: npt.NDArray[np.int32]) -> HashColumn:
+        """Return the same, made when it is written."""
+        return HashColumn(self._contents, numbers)
 
     def feature_blocks(
-        self, numbers: npt.NDArray[np.int64], num_views: int = 1, block_vectors: int = 4096
+        self, numbers: npt.NDArray[np.int32], num_views: int = 1, block_vectors: int = 4096
     ) -> Iterator[npt.NDArray[Any]]:
-        """Gather the features of some contents in their order, a block at a time.
-
-        Of a content of more views than ``num_views``, the first are taken.
-
-        Yields:
-            (n, D) if ``num_views`` is 1, else (n, num_views, D).
-        """
-        all_sources, all_starts = np.array(self._source), np.array(self._start)
-        block_rows = max(1, block_vectors // num_views)
-        for i in range(0, len(numbers), block_rows):
-            part = numbers[i : i + block_rows]
-            sources, starts = all_sources[part], all_starts[part]
-            block: npt.NDArray[Any] | None = None
-            for source in np.unique(sources):
-                vectors = self._vectors[source]()
-                if block is None:
-                    block = np.empty((len(part), num_views, vectors.shape[1]), vectors.dtype)
-                where = np.flatnonzero(sources == source)
-                numbers_there = starts[where, None] + np.arange(num_views)
-                block[where] = vectors.take(numbers_there.reshape(-1)).reshape(
-                    -1, num_views, vectors.shape[1]
-                )
-                del vectors
-            assert block is not None
-            yield block[:, 0] if num_views == 1 else block
+        """Gather features: see ``Contents.feature_blocks``."""
+        return self._contents.feature_blocks(numbers, num_views, block_vectors)
 
     # ------------------------------------------------------------------------------------ contents
 
     def _wanted_views(self, position: int) -> int:
         return self._views_of_split[self._samples[position].split]
 
-    def _find(self, sha256: bytes, num_views: int = 1) -> int | None:
-        """Return the number of a content of at least so many views, known or not known yet."""
-        number = self._numbers.get(sha256)
-        return number if number is not None and self._num_views[number] >= num_views else None
-
     def _add_known(
         self, vectors: Vectors, num_views: Sequence[int], sha256: Sequence[bytes],
         truncated: Sequence[bool],
     ) -> range:  # fmt: skip
-        self._vectors.append(vectors)
-        first, start = len(self._sha256), 0
+        contents = self._contents
+        contents.vectors.append(vectors)
+        first, start = len(contents), 0
         for views, digest, cut in zip(num_views, sha256, truncated, strict=True):
-            self._append(digest, views, len(self._vectors) - 1, start, truncated=cut)
+            contents.append(digest, views, len(contents.vectors) - 1, start, truncated=cut)
             start += views
-        return range(first, len(self._sha256))
-
-    def _append(
-        self, sha256: bytes, num_views: int, source: int, start: int = 0, *, truncated: bool = False
-    ) -> int:
-        number = len(self._sha256)
-        self._sha256.append(sha256)
-        self._num_views.append(num_views)
-        self._source.append(source)
-        self._start.append(start)
-        self._truncated.append(truncated)
-        there = self._numbers.get(sha256)
-        if sha256 != _UNKNOWN_SHA256 and (there is None or self._num_views[there] < num_views):
-            self._numbers[sha256] = number
-        return number
+        return range(first, len(contents))
 
     def _fail(self, position: int, reason: str) -> None:
         self._content_of[position], self._failures[position] = _NO_FEATURES, reason

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -340,7 +340,7 @@ def _cut(order: Sequence[int], job: _Job, size: int) -> Iterator[list[int]]:
     part: list[int] = []
     num_views = 0
     for position in order:
-        count = max(views.num_views for _, views in job.plans(job.samples[position]))
+        count = job.plan_of(job.samples[position].split).num_views
         if part and num_views + count > size:
             yield part
             part, num_views = [], 0
@@ -353,45 +353,65 @@ def _cut(order: Sequence[int], job: _Job, size: int) -> Iterator[list[int]]:
 _Decoded = tuple[Outcome, Views | None]
 
 
-@dataclass(frozen=True)
+class _Plan(NamedTuple):
+    """What the recipes want to see of an image; those that want the same views share them.
+
+    Args:
+        different: Pixel and view rules, once each.
+        of_recipes: Of each recipe, which of these are its own.
+        num_views: The most that one wants.
+    """
+
+    different: list[tuple[PixelRules, ViewRules]]
+    of_recipes: list[int]
+    num_views: int
+
+
 class _Job:
     """What the decoding threads need to know."""
 
-    dataset: ImageDataset
-    samples: Sequence[Sample]
-    recipes: Sequence[PixelRecipe]
-    clock: Timer
-    claim: Callable[[int, bytes], tuple[bool, ...]]
+    def __init__(
+        self, dataset: ImageDataset, samples: Sequence[Sample], recipes: Sequence[PixelRecipe],
+        clock: Timer, claim: Callable[[int, bytes], tuple[bool, ...]],
+    ) -> None:  # fmt: skip
+        self.samples = samples
+        self._dataset, self._recipes, self._clock, self._claim = dataset, recipes, clock, claim
+        self._plans: dict[str, _Plan] = {}
 
-    def plans(self, sample: Sample) -> list[tuple[PixelRules, ViewRules]]:
-        """Return what each recipe wants to see of a sample."""
-        splits = self.dataset.splits
-        return [(r.rules, r.view_rules.for_split(sample.split, splits)) for r in self.recipes]
+    def plan_of(self, split: str) -> _Plan:
+        """Return what the recipes want to see of the images of a split."""
+        if split not in self._plans:
+            splits = self._dataset.splits
+            plans = [(r.rules, r.view_rules.for_split(split, splits)) for r in self._recipes]
+            different = list(dict.fromkeys(plans))
+            most = max(views.num_views for _, views in plans)
+            self._plans[split] = _Plan(different, [different.index(plan) for plan in plans], most)
+        return self._plans[split]
 
     def decode(self, position: int, renderer: _Render) -> _Decoded:
         """Read, hash and decode one image. The seam every decoder stands behind."""
         sample, sha256 = self.samples[position], bytes(32)
-        claims = (True,) * len(self.recipes)  # whoever wants it, if it cannot be read
-        plans = self.plans(sample)  # recipes that want the same views share them
-        different = list(dict.fromkeys(plans))
+        claims = (True,) * len(self._recipes)  # whoever wants it, if it cannot be read
+        plan = self.plan_of(sample.split)
 
-        def outcome(
-            reason: str | None, *, truncated: bool = False, is_transient: bool = False
-        ) -> Outcome:
-            return Outcome(position, sample, sha256, reason, truncated, claims, is_transient)
+        def failed(reason: str | None, *, is_transient: bool = False) -> _Decoded:
+            return Outcome(
+                position, sample, sha256, reason, truncated=False, claims=claims,
+                is_transient=is_transient,
+            ), None  # fmt: skip
 
         try:
-            with self.clock("decode"):
-                data = self.dataset.read(sample)
+            with self._clock("decode"):
+                data = self._dataset.read(sample)
                 sha256 = hashlib.sha256(data).digest()
-                claims = self.claim(position, sha256)
+                claims = self._claim(position, sha256)
                 if not any(claims):
-                    return outcome(None), None
-                rendering = renderer(data, different, sha256)
+                    return failed(None)
+                rendering = renderer(data, plan.different, sha256)
         except DataError as error:
-            return outcome(str(error.found), is_transient=isinstance(error, TransientError)), None
+            return failed(str(error.found), is_transient=isinstance(error, TransientError))
         except (OSError, MemoryError) as error:
-            return outcome(printable(error) or type(error).__name__, is_transient=True), None
-        views = tuple(rendering.views[different.index(plan)] for plan in plans)
-        done = outcome(None, truncated=rendering.truncated)
-        return replace(done, facts=rendering.facts), views
+            return failed(printable(error) or type(error).__name__, is_transient=True)
+        cut, facts = rendering.truncated, rendering.facts
+        views = tuple(rendering.views[number] for number in plan.of_recipes)
+        return Outcome(position, sample, sha256, None, cut, claims, facts=facts), views

@@ -6,7 +6,6 @@ Reads: the cache that is there, an unfinished run, images of sizes that are know
 from __future__ import annotations
 
 import contextlib
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -329,4 +328,4 @@ def find_known(jobs: Sequence[Job], device: torch.device) -> Sequence[int]:
     dataset = jobs[0].dataset
     every = range(len(dataset.samples))
     wanted = (p for p in every if any(job.ledger.wants(p) for job in jobs))
-    return array("q", dataset.reading_order(wanted))
+    return dataset.reading_order(wanted)

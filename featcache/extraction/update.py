@@ -120,7 +120,7 @@ def label_of_row(cache: Cache, target: Any) -> str:
 def as_targets(samples: Sequence[Sample]) -> npt.NDArray[Any]:
     """Return targets as a cache holds them: (N,) int64, or (N, C) float32 with NaN = unknown."""
     if not samples or samples[0].targets is None:
-        return np.array([sample.target for sample in samples], np.int64)
+        return np.fromiter((sample.target for sample in samples), np.int64)
     several = np.array([sample.targets for sample in samples], np.float32)
     several[several == UNKNOWN] = np.nan
     return several

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from sample_shards import contents, with_features
 
-from featcache.data import parquet_index
+from featcache.data import parquet_columns, parquet_index
 from featcache.data.dataset import UNLABELLED, scan
 from featcache.data.parquet import ParquetStore
 from featcache.errors import ConfigError, DataError, FeatcacheError
@@ -292,3 +292,36 @@ def test_json_of_hugging_face_that_is_none(tmp_path):
         named = table.replace_schema_metadata({"huggingface": text})
         pq.write_table(named, tmp_path / f"{len(text)}.parquet")
     assert scan(tmp_path).classes == ("3",)
+
+
+def test_rows_are_bounded_by_the_bytes_of_the_file(tmp_path):
+    """A million nulls take no bytes, and would take 900 MB."""
+    images = pa.array([IMAGES[0]] + [None] * 999_999, pa.binary())
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": images}), path)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(DataError, match=r"at most 65,536 rows in [\d,]+ bytes, found 1,000,000"):
+        scan(path)
+
+
+def test_texts_are_bounded_by_the_bytes_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_columns, "_RATIO_FREE_BYTES", 1 << 16)
+    path = write(tmp_path / "a.parquet", [b"x"] * 60, target=["a" * 100_000] * 60)
+    with pq.ParquetFile(path) as parquet, pytest.raises(parquet_columns.Refusal) as caught:
+        parquet_columns.read_texts(parquet, "target", 60, path.stat().st_size)
+    assert caught.value.parts[0] == "column 'target'"
+
+
+def test_a_file_that_takes_too_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_index, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(parquet_index, "_SLOW_BYTES", 1e12)
+    with pytest.raises(DataError, match=r"listed in 0 s, found no answer.*--exclude"):
+        scan(write(tmp_path / "a.parquet"))
+
+
+def test_dicom_without_paths_is_recognised_by_its_bytes(tmp_path):
+    dicom = bytes(128) + b"DICM"
+    for images, wanted in (([*IMAGES[:2], dicom], [False, False, True]), (IMAGES[:3], [False] * 3)):
+        dataset = scan(write(tmp_path / "a.parquet", images))
+        assert [dataset.is_dicom(sample) for sample in dataset.samples] == wanted
+        assert dataset.has_dicom == any(wanted)

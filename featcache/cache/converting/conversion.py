@@ -338,7 +338,7 @@ def _compare(cache: Cache, table: RowTable, made: Path) -> None:
             raise cannot(f"groups of {name}")
         arrays = {
             "targets": (rows.targets, split.targets),
-            "image_sha256": (rows.image_sha256, split.image_sha256),
+            "image_sha256": (rows.image_sha256[:], split.image_sha256),
             "image_bytes": (rows.image_bytes, split.image_bytes),
             "mtime_ns": (rows.mtime_ns, split.mtime_ns),
         }
