@@ -330,6 +330,13 @@ def _set(module: str, name: str, value: Any) -> None:
     setattr(importlib.import_module(module), name, value)
 
 
+def _call(module: str, name: str, *arguments: Any) -> None:
+    """Let a function of a module of the tests prepare the rest."""
+    import importlib
+
+    getattr(importlib.import_module(module), name)(*arguments)
+
+
 def _no_locks(code: int) -> None:
     """Let every flock fail, as on a network file system that has none."""
     import fcntl
@@ -443,7 +450,7 @@ def _end_for_real() -> None:
 _PREPARATIONS: dict[str, Callable[..., None]] = {
     "small_shards": _small_shards, "slow": _slow, "gate": _gate, "note": _note, "at_call": _at_call,
     "limit": _limit, "memory": _memory, "become": _become, "environment": _environment,
-    "set": _set,
+    "set": _set, "call": _call,
     "no_locks": _no_locks, "stop_before_lock": _stop_before_lock,
     "at_moment": _at_moment, "stuck": _stuck, "ignore": _ignore,
     "save_each_epoch": _save_each_epoch,
