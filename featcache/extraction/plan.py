@@ -189,13 +189,12 @@ class Job:
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         """Let nobody else write the cache; of parts, on a host without locks too, merge them."""
-        folder, name = self.partial.folder, self.path.name
-        plan = self._read_plan()
-        if plan is not None:
-            with merging_held(self.partial, name, plan, self.options.say):
+        folder, name, say = self.partial.folder, self.path.name, self.options.say
+        if self._read_plan() is not None:
+            with merging_held(self.partial, name, say):
                 yield
             return
-        with cache_lock(self.path):
+        with cache_lock(self.path, say):
             if self._read_plan() is not None:
                 raise CacheError(
                     f"cache {name}", expected="no other writer", where=folder,

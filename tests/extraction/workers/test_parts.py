@@ -19,13 +19,15 @@ from sample_images import write_image, write_tree
 from sample_shards import write_hugging_face, write_webdataset
 from sample_workers import use_threads
 
+from featcache import heartbeat
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning
 from featcache.evaluation.info import info
 from featcache.extraction import work
 from featcache.extraction.extraction import extract
 from featcache.extraction.workers import plans
-from featcache.extraction.workers.plans import Part, alive, read_plan, refuse_alive
+from featcache.extraction.workers.plans import Part, read_plan
+from featcache.heartbeat import alive, refuse_alive
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -57,8 +59,8 @@ def whole(images: Path, tmp_path: Path) -> Cache:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of four rows; processes are taken for dead within half a second."""
     monkeypatch.setattr(work, "SHARD_BYTES", 4 * 24 * 4)
-    monkeypatch.setattr(plans, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(plans, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "STALE_SECONDS", 0.5)
 
 
 def run(images: Path, cache: Path, part: str | None = None, **change: Any) -> Any:
@@ -212,7 +214,7 @@ def test_a_part_at_work_is_left_alone(
     cache, partial = tmp_path / "c.h5", tmp_path / "c.h5.partial"
     run(images, cache, "1/2")
     with alive(partial / "alive.2", "part", lambda line: None):
-        with pytest.raises(CacheError, match=r"part 2/2 of c.h5: expected no other process at it"):
+        with pytest.raises(CacheError, match=r"part 2 of c.h5: expected no other process at it"):
             run(images, cache)
         with pytest.raises(CacheError, match=r"found one at work: process \d+ on .* since"):
             run(images, cache, "2/2")
