@@ -19,13 +19,12 @@ from typing import NoReturn, Protocol
 
 import torch
 
-from featcache.cache.provenance import read_workers
 from featcache.data.dataset import ImageDataset
 from featcache.errors import CacheError, FeatcacheError, warn_user
 from featcache.extraction.engine_choice import drop_rows
 from featcache.extraction.pipeline import find_bottleneck
 from featcache.extraction.plan import Job
-from featcache.extraction.work import describe_kept, note_speed, rows_per_shard
+from featcache.extraction.work import describe_kept, note_speed, note_worker, rows_per_shard
 from featcache.extraction.workers.worker import (
     Done,
     Facts,
@@ -442,24 +441,11 @@ class Coordinator:
     def _note_receipts(self) -> None:
         """Put into the provenance who has made how many rows."""
         for job in self._jobs:
-            lines = {
-                (line["host"], line["device"]): line for line in read_workers(job.provenance)
-            }  # of who began it
             for (host, device), made in self._receipts.items():
-                line = lines.get((host, device), {})
-                images = made.num_images + line.get("images", 0)
-                seconds = made.seconds + line.get("seconds", 0.0)
-                lines[host, device] = {
-                    "host": host, "device": device, "images": images,
-                    "processes": max(len(made.num_workers), line.get("processes", 0)),
-                    "seconds": round(seconds, 1),
-                    "images_per_second": round(images / max(seconds, 0.1), 1),
-                }  # fmt: skip
-            if lines:
-                devices = sorted({device for _, device in lines})
-                told = {"workers": [*lines.values()], "device": ", ".join(devices)}
-                job.provenance = job.provenance | told
-                job.partial.provenance = job.provenance
+                note_worker(
+                    job, host, device, processes=len(made.num_workers), images=made.num_images,
+                    seconds=made.seconds,
+                )  # fmt: skip
 
 
 def facts_of(jobs: Sequence[Job], rows: Sequence[int]) -> Facts:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.cache.provenance import read_workers
+from featcache.cache.workers import read_workers, told_workers
 from featcache.data.dataset import Sample
 from featcache.errors import CacheError, ConfigError
 from featcache.extraction.shards import (
@@ -314,7 +314,9 @@ def _join_provenance(parts: Sequence[Manifest]) -> dict[str, Any]:
     """Return the provenance of the first part, with the receipts and devices of all."""
     if not parts:
         return {}
-    workers = [line for part in parts for line in read_workers(part.provenance)]
-    devices = {str(part.provenance.get("device")) for part in parts}
-    joined = parts[0].provenance | {"device": ", ".join(sorted(devices))}
-    return joined | ({"workers": workers} if workers else {})
+    lines, devices = list[dict[str, Any]](), set[str]()
+    for part in parts:
+        of_part = read_workers(part.provenance)
+        lines += of_part
+        devices |= set() if of_part else {str(part.provenance.get("device"))}  # it was killed
+    return parts[0].provenance | told_workers(lines, *devices)
