@@ -61,7 +61,7 @@ def prepare(forwards: str, seconds: float) -> None:
 
     Args:
         forwards: A file that gets a line with the path of every image that goes through the
-            network, in workers and in this process.
+            network, in workers and in this process; beside it a file ``.pauses``.
         seconds: To wait before each batch is taken.
     """
     from featcache.extraction import pipeline, work
@@ -80,13 +80,18 @@ def prepare(forwards: str, seconds: float) -> None:
 
     pipeline._forward_chunk = noting
     for module in (worker, work):
-        module.stream_parts = _slowly(module.stream_parts, seconds)  # type: ignore[assignment]
+        slow = _slowly(module.stream_parts, seconds, f"{forwards}.pauses")
+        module.stream_parts = slow  # type: ignore[assignment]
 
 
-def _slowly(inner: Any, seconds: float) -> Any:
+def _slowly(inner: Any, seconds: float, pauses: str) -> Any:
+    """Wait before each batch, and write a byte into a file before that."""
+
     def slow(*arguments: Any, **options: Any) -> Iterator[Any]:
         with contextlib.closing(inner(*arguments, **options)) as batches:
             for batch in batches:
+                with Path(pauses).open("ab", buffering=0) as file:
+                    file.write(b".")
                 time.sleep(seconds)
                 yield batch
 

@@ -121,6 +121,39 @@ class ShardWriter:
         ledger.store(stored, (position for position, _ in own))
 
 
+class Patience:
+    """How long to wait for batches under way, by how long they have taken.
+
+    Many networks take less than a second a batch, some a minute: SIGTERM lets each finish its
+    batch, as what is in hand is a shard, which may be an hour's work. A queue gives two minutes.
+    """
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        """Seconds between two batches."""
+        self._last = time.monotonic()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last batch."""
+        return time.monotonic() - self._last
+
+    def note(self) -> None:
+        """Take note of a batch that is done."""
+        self.longest, self._last = max(self.longest, self.silence), time.monotonic()
+
+    def begin(self) -> None:
+        """Measure from now on: no batch was under way."""
+        self._last = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return how long it may take until what is in hand is in a shard."""
+        return min(_LEAST_PATIENCE + 3 * max(self.longest, self.silence), _MOST_PATIENCE)
+
+
+_LEAST_PATIENCE, _MOST_PATIENCE = 7.0, 100.0
+
+
 def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
     """Make the features that some caches of one data set still want, each image decoded once.
 
@@ -135,11 +168,12 @@ def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
         FeatcacheError: If an image, the network or the disk does not allow to go on.
     """
     timer, begin, num_images = Timer(), time.perf_counter(), 0
-    writers = [ShardWriter(job, timer) for job in jobs]
+    writers, patience = [ShardWriter(job, timer) for job in jobs], Patience()
 
     def stream(part: Sequence[int], num_isolated: int) -> Iterator[FeatureBatch]:
         nonlocal num_images
         for batch in _stream(jobs, part, num_isolated, timer):
+            patience.note()
             num_images += len(batch.outcomes)
             yield batch
 
@@ -160,7 +194,7 @@ def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
         num_isolated += images_under_way(lanes_of(jobs))
     try:
         with contextlib.ExitStack() as stack:
-            check_signals = stack.enter_context(held_signals())
+            check_signals = stack.enter_context(held_signals(patience.seconds))
             for job, writer in zip(jobs, writers, strict=True):
                 # also when interrupted, and whatever becomes of the others
                 stack.callback(job.partial.stop)

@@ -76,6 +76,11 @@ class Child:
         out, err = (Path(f"{self._out}.{name}").read_text("utf-8") for name in ("out", "err"))
         return Result(code, out, err)
 
+    @property
+    def said(self) -> str:
+        """What it has said so far, on both streams."""
+        return "".join(Path(f"{self._out}.{name}").read_text("utf-8") for name in ("out", "err"))
+
     def is_running(self) -> bool:
         """Whether it has not ended yet (it then still has to be waited for)."""
         return self._state() != "Z"
@@ -411,9 +416,10 @@ def _stuck(module: str, name: str, file: str) -> None:
     import threading
 
     from featcache.cli import ending
+    from featcache.extraction import work
     from featcache.runtime import INTERRUPTS
 
-    ending._ENDING_SECONDS = ending._HELD_SECONDS = 0.1
+    ending._ENDING_SECONDS = ending._HELD_SECONDS = work._MOST_PATIENCE = 0.1
 
     def hang(*_: Any, **__: Any) -> None:
         with contextlib.suppress(ValueError):  # in a thread: the main one waits for it

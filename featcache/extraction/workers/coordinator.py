@@ -24,7 +24,13 @@ from featcache.errors import CacheError, FeatcacheError, warn_user
 from featcache.extraction.engine_choice import drop_rows
 from featcache.extraction.pipeline import find_bottleneck
 from featcache.extraction.plan import Job
-from featcache.extraction.work import describe_kept, note_speed, note_worker, rows_per_shard
+from featcache.extraction.work import (
+    Patience,
+    describe_kept,
+    note_speed,
+    note_worker,
+    rows_per_shard,
+)
 from featcache.extraction.workers.worker import (
     Done,
     Facts,
@@ -47,7 +53,8 @@ MIN_IMAGES = 16
 _MOST_IMAGES = 1 << 16  # of a task
 _MOST_STARTS = 3  # deaths in a row, at one place, of workers that were never ready
 _MOST_DEATHS = 24  # in a row without an image done; halving a task of 65,536 images takes 19
-_STOP_SECONDS = 7.0  # for workers to hand back what they have; ``cli.ending`` waits for 9
+_TIDY_SECONDS = 3.0  # to end workers, once they had the time to hand back what they have
+_SILENT_SECONDS = 120.0  # at least: then it is said that a worker may hang
 _MOST_EVENTS = 200  # that are acted on before workers get tasks again
 CRASHED = "it crashed the worker's process"
 
@@ -120,6 +127,8 @@ class _Place:
         failure: Why no worker can be ready here, if that is known.
         is_refused: No worker is started here any more.
         num_starts: Workers in a row that ended before they were ready.
+        patience: When the worker was heard of last, and how long it has been silent between.
+        is_silent: It was said that the worker may hang.
     """
 
     number: int
@@ -130,6 +139,8 @@ class _Place:
     failure: BaseException | None = None
     is_refused: bool = False
     num_starts: int = 0
+    patience: Patience = field(default_factory=Patience)
+    is_silent: bool = False
 
 
 @dataclass
@@ -182,7 +193,7 @@ class Coordinator:
         begin, total = time.perf_counter(), len(self._positions)
         try:
             with contextlib.ExitStack() as stack:
-                check_signals = stack.enter_context(held_signals())
+                check_signals = stack.enter_context(held_signals(self._seconds_to_end))
                 for job in self._jobs:
                     stack.callback(job.partial.stop)
                 stack.callback(self._note_receipts)
@@ -194,6 +205,7 @@ class Coordinator:
                     check_signals()
                     self._fill()
                     self._take_some(bar)
+                    self._say_who_is_silent()
         except Interrupted as stop:
             kept = "; ".join(map(describe_kept, self._jobs))
             message = f"interrupted: {kept}; the same command goes on"
@@ -220,7 +232,8 @@ class Coordinator:
 
     def _start(self, place: _Place) -> None:
         place.generation += 1
-        place.ready, place.failure = None, None
+        place.ready, place.failure, place.is_silent = None, None, False
+        place.patience.begin()
         generation = place.generation
 
         def tell(event: Event) -> None:
@@ -237,9 +250,37 @@ class Coordinator:
             while self._taken:  # what an error leaves here, ``_drain`` takes
                 place, generation, event = self._taken.popleft()
                 if generation == place.generation:
+                    self._hear(place, event)
                     self._act(place, event)
         note = f"waits for {find_bottleneck(self._stages)}" if self._stages else None
         bar.move_to(self._num_under_way(), note)
+
+    def _hear(self, place: _Place, event: Event) -> None:
+        if isinstance(event, Progress):
+            place.patience.note()
+        else:  # its engine was built, or there was no batch
+            place.patience.begin()
+        place.is_silent = False
+
+    def _say_who_is_silent(self) -> None:
+        """Say once of a worker that it may hang: it is not killed, as it may be slow."""
+        for place in self._places:
+            is_at_work = place.handle is not None and (not place.ready or place.piece is not None)
+            limit = max(_SILENT_SECONDS, 5 * place.patience.longest)
+            if is_at_work and not place.is_silent and place.patience.silence > limit:
+                place.is_silent = True
+                who = f"Worker {place.number + 1}"
+                if place.ready is not None:
+                    who += f" (process {place.ready.process} on {place.ready.host})"
+                self._say(
+                    f"{who} has said nothing for {place.patience.silence:.0f} s: it is slow, or "
+                    "hangs. It is left alone; if you end it, another one does its images."
+                )
+
+    def _seconds_to_end(self) -> float:
+        """Return how long workers need to hand back what they have, and to end."""
+        busy = [place.patience.seconds() for place in self._places if place.piece is not None]
+        return max(busy, default=0.0) + _TIDY_SECONDS
 
     def _wait_for_some(self) -> Iterator[tuple[_Place, int, Event]]:
         with contextlib.suppress(queue.Empty):
@@ -301,6 +342,7 @@ class Coordinator:
 
     def _give(self, place: _Place, piece: _Piece) -> None:
         place.piece, self._num_tasks = piece, self._num_tasks + 1
+        place.patience.begin()
         samples, positions = self._jobs[0].dataset.samples, piece.positions
         num_shards = len(positions) // min(self._rows) + 2
         task = Task(
@@ -418,7 +460,7 @@ class Coordinator:
 
     def _drain(self) -> None:
         """List the shards that workers have in hand; give up after a while."""
-        deadline = time.monotonic() + _STOP_SECONDS
+        deadline = time.monotonic() + self._seconds_to_end() - _TIDY_SECONDS
         for place in self._places:
             if place.handle is not None:
                 place.handle.stop()

@@ -10,6 +10,7 @@ Reads: images. Writes: shards in ``CACHE.partial/``.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,10 +103,12 @@ class Ready:
     Attributes:
         host: Name of its machine.
         device: Name of its device.
+        process: Its number on that machine.
     """
 
     host: str
     device: str
+    process: int
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ class Worker:
     @property
     def ready(self) -> Ready:
         """What it says of itself before the first task."""
-        return Ready(socket.gethostname(), device_name(self._device))
+        return Ready(socket.gethostname(), device_name(self._device), os.getpid())
 
     def run(
         self, task: Task, hand_back: HandBack, check: Callable[[], object] = lambda: None

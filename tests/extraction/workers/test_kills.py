@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import tiny_network
-from children import TINY, Child, wait_for, warm_parent
+from children import TINY, Child, Preparation, wait_for, warm_parent
 from sample_images import write_tree
 
 from featcache.cache.reading import open_cache
@@ -23,7 +23,7 @@ from featcache.extraction.extraction import extract
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes by /proc")
 
-COMMAND = ("extract", "data", "c.h5", *TINY, "--batch-size", "2", "--workers", "2", "--quiet")
+COMMAND = ("extract", "data", "c.h5", *TINY, "--batch-size", "2", "--workers", "2")
 NUM_CONTENTS = 43
 LOST_IMAGES = 13
 """That a death may cost: a shard of four rows in hand, which a batch of two may overfill by one,
@@ -49,20 +49,25 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Place:
 class Extraction:
     """The command, as often as it takes, in a folder with the images."""
 
-    def __init__(self, folder: Path, images: Place, seconds: float = 0.02) -> None:
+    def __init__(self, folder: Path, images: Place) -> None:
         folder.mkdir()
         (folder / "data").symlink_to(images[0])
         self.folder, self._sha256 = folder, images[1]
-        self._before = (
+
+    def start(
+        self, *options: object, seconds: float = 0.02, no_locks: bool = False, quiet: bool = True,
+        more: tuple[Preparation, ...] = (),
+    ) -> Child:  # fmt: skip
+        """Start it; each batch is waited for."""
+        before: list[Preparation] = [
             ("set", "featcache.extraction.workers.coordinator", "MIN_IMAGES", 8),
             ("small_shards", 4),
-            ("call", "forked_workers", "prepare", str(folder / "forwards"), seconds),
-        )  # fmt: skip
-
-    def start(self, *options: object, no_locks: bool = False) -> Child:
-        """Start it."""
-        before = (*self._before, *[("no_locks", errno.ENOLCK)] * no_locks)
-        return warm_parent().start(*COMMAND, *options, cwd=self.folder, before=before)
+            ("call", "forked_workers", "prepare", str(self.folder / "forwards"), seconds),
+            *more,
+        ]  # fmt: skip
+        before += [("no_locks", errno.ENOLCK)] * no_locks
+        command = (*COMMAND, *["--quiet"] * quiet, *options)
+        return warm_parent().start(*command, cwd=self.folder, before=tuple(before))
 
     def finish(self, *options: object, no_locks: bool = False) -> None:
         """Run it to its end."""
@@ -78,6 +83,11 @@ class Extraction:
     def num_shards(self) -> int:
         """How many shards there are."""
         return len(list((self.folder / "c.h5.partial").glob("shard.*")))
+
+    @property
+    def num_pauses(self) -> int:
+        """How many batches have been waited for."""
+        return (self.folder / "forwards.pauses").stat().st_size
 
     def rows(self, manifest: str = "manifest.json") -> int:
         """How many rows a manifest lists."""
@@ -175,6 +185,50 @@ def test_workers_of_a_coordinator_that_ends_stop_and_it_is_resumed(
         spare += run.check(2)
         tally(f"{number.name} of coordinators", "ended equal")
     tally("images run again after kills of coordinators", "images", spare)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_waits_as_long_as_batches_take(
+    begin: Callable[[], Extraction], processes: int
+) -> None:
+    """The watchdog would end the command after a fifth of a second: a batch takes half a one."""
+    run = begin()
+    child = run.start(
+        "--processes", processes, seconds=0.5, more=(
+            ("set", "featcache.cli.ending", "_HELD_SECONDS", 0.2),
+            ("set", "featcache.cli.ending", "_NOTICE_SECONDS", 0.1),
+            ("set", "featcache.extraction.work", "_LEAST_PATIENCE", 0.0),
+        ),
+    )  # fmt: skip
+    wait_for(lambda: run.num_shards > 0, child)
+    num_pauses = run.num_pauses
+    wait_for(lambda: run.num_pauses > num_pauses, child)
+    child.kill(signal.SIGTERM)
+    result = child.wait()
+    assert result.code == 143, result
+    waits, says = filter(None, result.err.splitlines())
+    assert "finishing the batch in hand, " in waits
+    assert "the same signal again ends at once" in waits
+    assert "of 46 images kept in" in says
+    assert run.rows() >= 4
+
+
+def test_a_worker_that_hangs_is_said_and_left_alone(begin: Callable[[], Extraction]) -> None:
+    run = begin()
+    child = run.start(
+        "--processes", 2, quiet=False,
+        more=(("set", "featcache.extraction.workers.coordinator", "_SILENT_SECONDS", 1.0),),
+    )  # fmt: skip
+    wait_for(lambda: run.num_shards > 0, child)
+    victim = workers_of(child)[0]
+    os.kill(victim, signal.SIGSTOP)
+    wait_for(lambda: f"(process {victim} on " in child.said, child)
+    assert f"(process {victim} on " in child.said
+    os.kill(victim, signal.SIGKILL)
+    result = child.wait()
+    assert result.code == 0, result
+    assert child.said.count(f"(process {victim} on ") == 1
+    run.check(1)
 
 
 def test_parts_and_merges_killed_at_random_moments(

@@ -40,7 +40,7 @@ class Pair:
             def kill(self) -> None:
                 pass
 
-        tell(Ready("host", f"device {number}"))
+        tell(Ready("host", f"device {number}", 1))
         return Handle()
 
     def end(self) -> None:
