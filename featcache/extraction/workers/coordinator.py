@@ -168,9 +168,11 @@ class Coordinator:
     ) -> None:  # fmt: skip
         self._jobs, self._positions, self._start_worker = jobs, positions, start_worker
         self._rows = [rows_per_shard(job) for job in jobs]
-        self._facts = facts_of(jobs, self._rows)
         useful = -(-len(positions) // MIN_IMAGES)
         self._places = [_Place(number) for number in range(min(num_workers, useful))]
+        samples = jobs[0].dataset.samples
+        num_bytes = sum(samples[position].image_bytes for position in positions)
+        self._facts = facts_of(jobs, self._rows, num_bytes // len(self._places))
         self._events: queue.SimpleQueue[tuple[_Place, int, Event]] = queue.SimpleQueue()
         self._taken: deque[tuple[_Place, int, Event]] = deque()  # and not acted on yet
         self._next = 0  # of the positions, where no piece was cut yet
@@ -201,9 +203,9 @@ class Coordinator:
                 bar = stack.enter_context(Bar("extract", "image", total, shown=shown))
                 self._say = bar.beside(self._say)
                 stack.enter_context(self._workers_that_end())
+                self._fill()
                 while self._is_wanted():
                     check_signals()
-                    self._fill()
                     self._take_some(bar)
                     self._say_who_is_silent()
         except Interrupted as stop:
@@ -252,6 +254,7 @@ class Coordinator:
                 if generation == place.generation:
                     self._hear(place, event)
                     self._act(place, event)
+            self._fill()  # before the manifest is written: nobody waits for the disk
         note = f"waits for {find_bottleneck(self._stages)}" if self._stages else None
         bar.move_to(self._num_under_way(), note)
 
@@ -490,12 +493,13 @@ class Coordinator:
                 )  # fmt: skip
 
 
-def facts_of(jobs: Sequence[Job], rows: Sequence[int]) -> Facts:
+def facts_of(jobs: Sequence[Job], rows: Sequence[int], image_bytes: int) -> Facts:
     """Return what workers are told of some caches, and free what the engines here hold.
 
     Args:
         jobs: The caches, each with its engine chosen.
         rows: How many rows fill a shard of each.
+        image_bytes: Of the files that each worker may expect to decode.
     """
     facts = []
     for job, num_rows in zip(jobs, rows, strict=True):
@@ -511,7 +515,8 @@ def facts_of(jobs: Sequence[Job], rows: Sequence[int]) -> Facts:
         job.engine = replace(job.engine, forward=_never_run, is_frozen=_never_changed)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the first worker may have the same GPU
-    return Facts(_without_samples(jobs[0].dataset), tuple(facts), jobs[0].options.workers)
+    dataset, workers = _without_samples(jobs[0].dataset), jobs[0].options.workers
+    return Facts(dataset, tuple(facts), workers, image_bytes)
 
 
 def _without_samples(dataset: ImageDataset) -> ImageDataset:

@@ -32,6 +32,7 @@ from featcache.extraction.plan import Probes
 from featcache.extraction.recipe import Recipe
 from featcache.extraction.shards import EngineFacts, Receipt, Vectors
 from featcache.extraction.work import ShardWriter, run_images, stream_parts
+from featcache.pixels import acceleration
 from featcache.runtime import Timer, device_name, resolve_device
 
 
@@ -66,11 +67,13 @@ class Facts:
         dataset: The images are read from it; of its samples there is one a split.
         jobs: Of each cache.
         workers: Decoding threads, or ``auto``.
+        image_bytes: Of the files that this worker may expect to decode: see ``acceleration``.
     """
 
     dataset: ImageDataset
     jobs: tuple[JobFacts, ...]
     workers: int | str
+    image_bytes: int
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,8 @@ class Worker:
     def __init__(self, facts: Facts, device: str = "auto") -> None:
         self._facts, self._device = facts, resolve_device(device).torch()
         torch.set_num_threads(facts.jobs[0].engine.num_threads)
+        # By all of its tasks: each alone may be too small for the kernels to be worth it.
+        acceleration.start_for(facts.image_bytes)
         self._engines = [self._build(job) for job in facts.jobs]
 
     def _build(self, job: JobFacts) -> Engine:

@@ -105,6 +105,17 @@ def test_any_number_of_workers_makes_the_caches_of_one_process(
     assert {summary.num_new for summary in again.values()} == {0}
 
 
+def test_workers_decode_by_the_kernels_that_all_their_tasks_are_worth(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No task of a worker may be large enough alone."""
+    asked = list[int]()
+    monkeypatch.setattr(worker.acceleration, "start_for", asked.append)
+    use_threads(monkeypatch)
+    run(images, tmp_path / "c.h5", 2)
+    assert sum(path.stat().st_size for path in images.rglob("*.*g")) // 2 in asked
+
+
 class Dying:
     """A hook that kills workers at random, six times at most."""
 

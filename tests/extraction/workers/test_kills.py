@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -228,6 +229,43 @@ def test_a_worker_that_hangs_is_said_and_left_alone(begin: Callable[[], Extracti
     result = child.wait()
     assert result.code == 0, result
     assert child.said.count(f"(process {victim} on ") == 1
+    run.check(1)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_script_for_slurm_and_a_rerun_of_one_task_after_its_death(
+    begin: Callable[[], Extraction],
+) -> None:
+    """Without SLURM: its variables are set, and srun writes down what it would run."""
+    run = begin()
+    srun = run.folder / "srun"
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > srun.told\n', "ascii")
+    srun.chmod(0o755)
+
+    def submitted(number: int, count: int) -> list[str]:
+        environment = os.environ | {
+            "PATH": f"{run.folder}{os.pathsep}{os.environ['PATH']}", "FEATCACHE_PARTS": "3",
+            "SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": str(count),
+        }  # fmt: skip
+        script = Path(__file__).parents[3] / "scripts" / "slurm_array.sh"
+        subprocess.run(["bash", script, *COMMAND[1:]], env=environment, cwd=run.folder, check=True)
+        program, *command = (run.folder / "srun.told").read_text("utf-8").splitlines()
+        assert program == "featcache"
+        assert command[: len(COMMAND)] == list(COMMAND)
+        return command[len(COMMAND) :]
+
+    for number in (1, 3):
+        run.finish(*submitted(number, 3))
+    child = run.start(*submitted(2, 3))
+    wait_for(lambda: run.rows("part.2.json") > 0, child)
+    child.kill()
+    assert child.wait().code == -signal.SIGKILL
+    rows = run.rows("part.2.json")
+    before = run.num_spare
+    run.finish(*submitted(2, 1))  # sbatch --array=2
+    assert run.num_spare - before <= 16 - rows
+    assert {run.rows(f"part.{number}.json") for number in (1, 2, 3)} == {15, 16}
+    run.finish()
     run.check(1)
 
 
