@@ -21,9 +21,9 @@ from featcache.cache.provenance import (
 )
 from featcache.cache.workers import read_workers, told_workers
 from featcache.errors import BackboneError, CacheError, warn_user
+from featcache.extraction.manifest import EngineFacts, ProbeFacts
 from featcache.extraction.plan import Job, Probes, Work
 from featcache.extraction.recipe import decode_probes
-from featcache.extraction.shards import EngineFacts, ProbeFacts
 from featcache.formatting import count
 from featcache.precision import PARITY_BOUNDS
 from featcache.runtime import environment_facts

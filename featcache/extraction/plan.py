@@ -21,10 +21,12 @@ from featcache.data.dataset import ImageDataset
 from featcache.errors import CacheError, DataError
 from featcache.extraction.earlier import refuse_misread
 from featcache.extraction.ledger import Ledger
+from featcache.extraction.manifest import Manifest, Receipt
 from featcache.extraction.options import ExtractionOptions, parse_max_errors
+from featcache.extraction.partial_cache import PartialCache
 from featcache.extraction.pipeline import hash_images
 from featcache.extraction.recipe import Recipe
-from featcache.extraction.shards import Manifest, PartialCache, Receipt, Vectors
+from featcache.extraction.shards import Vectors
 from featcache.extraction.update import (
     check_update,
     find_changes,

@@ -243,7 +243,7 @@ def _gate(file: str) -> None:
 def _note(file: str) -> None:
     """Append a line for every batch that was taken and every shard that was acknowledged."""
     from featcache.extraction import work
-    from featcache.extraction.shards import PartialCache
+    from featcache.extraction.partial_cache import PartialCache
 
     notes = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     stream, add_shard = work.stream_features, PartialCache.add_shard

@@ -21,15 +21,14 @@ from typing import Any
 from featcache.cache.workers import read_workers, told_workers
 from featcache.data.dataset import Sample
 from featcache.errors import CacheError, ConfigError
-from featcache.extraction.shards import (
-    PLAN_NAME,
+from featcache.extraction.manifest import (
     EngineFacts,
     Manifest,
-    PartialCache,
     ProbeFacts,
     open_manifest,
     part_manifest,
 )
+from featcache.extraction.partial_cache import PLAN_NAME, PartialCache
 from featcache.files import canonical_json, json_sha256, read_regular, write_temporary
 from featcache.formatting import count
 from featcache.heartbeat import alive, refuse_alive, sign_of, signs_in

@@ -35,8 +35,8 @@ from typing import Any
 
 import featcache
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheError
+from featcache.extraction.manifest import open_manifest
 from featcache.extraction.plan import Job
-from featcache.extraction.shards import open_manifest
 from featcache.extraction.workers.coordinator import Coordinator, Ended, Event, Failed
 from featcache.extraction.workers.local import first_line, sendable_error, share_cores
 from featcache.extraction.workers.worker import (

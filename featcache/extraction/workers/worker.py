@@ -27,10 +27,11 @@ from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import BackboneError, CacheError
 from featcache.extraction.engine_choice import check_frozen
 from featcache.extraction.ledger import Ledger, WorkedRow
+from featcache.extraction.manifest import EngineFacts, Receipt
 from featcache.extraction.pipeline import FeatureBatch
 from featcache.extraction.plan import Probes
 from featcache.extraction.recipe import Recipe
-from featcache.extraction.shards import EngineFacts, Receipt, Vectors
+from featcache.extraction.shards import Vectors
 from featcache.extraction.work import ShardWriter, run_images, stream_parts
 from featcache.pixels import acceleration
 from featcache.runtime import Timer, device_name, resolve_device
