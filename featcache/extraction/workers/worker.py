@@ -29,7 +29,7 @@ from featcache.extraction.engine_choice import check_frozen
 from featcache.extraction.ledger import Ledger, WorkedRow
 from featcache.extraction.manifest import EngineFacts, Receipt
 from featcache.extraction.pipeline import FeatureBatch
-from featcache.extraction.plan import Probes
+from featcache.extraction.plan import Job, Probes
 from featcache.extraction.recipe import Recipe
 from featcache.extraction.shards import Vectors
 from featcache.extraction.work import ShardWriter, run_images, stream_parts
@@ -75,6 +75,48 @@ class Facts:
     jobs: tuple[JobFacts, ...]
     workers: int | str
     image_bytes: int
+
+
+def facts_of(jobs: Sequence[Job], rows: Sequence[int], image_bytes: int) -> Facts:
+    """Return what workers are told of some caches, and free what the engines here hold.
+
+    Args:
+        jobs: The caches, each with its engine chosen.
+        rows: How many rows fill a shard of each.
+        image_bytes: Of the files that each worker may expect to decode.
+    """
+    facts = []
+    for job, num_rows in zip(jobs, rows, strict=True):
+        assert job.engine is not None
+        assert job.partial.engine is not None
+        assert job.probes is not None
+        facts.append(
+            JobFacts(
+                job.path.name, job.recipe, job.partial.engine, job.num_views,
+                job.partial.folder.absolute(), job.probes, num_rows,
+            )
+        )  # fmt: skip
+        job.engine = replace(job.engine, forward=_never_run, is_frozen=_never_changed)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the first worker may have the same GPU
+    dataset, workers = _without_samples(jobs[0].dataset), jobs[0].options.workers
+    return Facts(dataset, tuple(facts), workers, image_bytes)
+
+
+def _without_samples(dataset: ImageDataset) -> ImageDataset:
+    """Return a data set with one sample a split: workers need the splits, and get their samples."""
+    one = {sample.split: sample for sample in reversed(dataset.samples)}
+    samples = tuple(one[split] for split in dataset.splits)
+    root = dataset.root.absolute() if dataset.root.exists() else dataset.root  # a URL's is no path
+    return replace(dataset, samples=samples, root=root, dicom=None)
+
+
+def _never_run(batch: torch.Tensor) -> NoReturn:
+    raise AssertionError("the workers run the network")
+
+
+def _never_changed() -> bool:
+    return True
 
 
 @dataclass(frozen=True)

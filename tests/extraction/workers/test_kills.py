@@ -98,7 +98,9 @@ class Extraction:
 
     def check(self, num_deaths: int) -> int:
         """Check that the cache is whole, and that each death has cost a shard at most."""
-        assert open_cache(self.folder / "c.h5").content_sha256 == self._sha256
+        cache = open_cache(self.folder / "c.h5")
+        assert cache.failures == ()
+        assert cache.content_sha256 == self._sha256
         assert not (self.folder / "c.h5.partial").exists()
         spare = self.num_spare
         assert 0 <= spare <= num_deaths * LOST_IMAGES + COPIES, (num_deaths, spare)
@@ -218,7 +220,7 @@ def test_a_worker_that_hangs_is_said_and_left_alone(begin: Callable[[], Extracti
     run = begin()
     child = run.start(
         "--processes", 2, quiet=False,
-        more=(("set", "featcache.extraction.workers.coordinator", "_SILENT_SECONDS", 1.0),),
+        more=(("set", "featcache.extraction.workers.places", "SILENT_SECONDS", 1.0),),
     )  # fmt: skip
     wait_for(lambda: run.num_shards > 0, child)
     victim = workers_of(child)[0]
