@@ -185,10 +185,10 @@ def measure_coordinator(num_images: int, num_workers: int, folder: str) -> dict[
     import featcache
     from featcache.data.samples import ImageDataset, Sample
     from featcache.extraction.engine_choice import choose_engine
+    from featcache.extraction.manifest import Receipt, read_manifest
     from featcache.extraction.options import ExtractionOptions
     from featcache.extraction.plan import Job, find_known
     from featcache.extraction.recipe import make_recipe
-    from featcache.extraction.shards import Receipt, read_manifest
     from featcache.extraction.workers.coordinator import Coordinator
     from featcache.extraction.workers.worker import Done, Ready, ShardMade
 

@@ -50,8 +50,13 @@ def folder_lock(folder: Path, what: str, own_names: str) -> Iterator[None]:
             remove_lock_alone(folder)
 
 
-def refuse_held(folder: Path, what: str) -> None:
+def refuse_held(folder: Path, what: str, *, needs_locks: bool = True) -> None:
     """Refuse, before any work is done, a folder of unfinished work that another process writes.
+
+    Args:
+        folder: The folder.
+        what: What is written, for messages.
+        needs_locks: Refuse a file system without locks too.
 
     Raises:
         CacheError: If another process holds its lock.
@@ -61,8 +66,13 @@ def refuse_held(folder: Path, what: str) -> None:
         return
     # For writing too: NFS locks no file that is open for reading alone. An error the writer tells.
     with contextlib.suppress(OSError), path.open("rb+", buffering=0) as file:
-        _lock(file, path, what)
-        _unlock(file)
+        try:
+            _lock(file, path, what)
+        except CacheError as error:
+            if needs_locks or isinstance(error.__cause__, BlockingIOError):
+                raise
+        else:
+            _unlock(file)
 
 
 def remove_lock(folder: Path) -> None:

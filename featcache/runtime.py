@@ -313,12 +313,24 @@ class Interrupted(KeyboardInterrupt):
         self.signal_number = signal_number
 
 
+_holders: list[Callable[[], float]] = []
+
+
+def held_seconds() -> float:
+    """Return how long whoever holds signals back needs to tidy up, 0 if nobody says so."""
+    return max((seconds() for seconds in [*_holders]), default=0.0)
+
+
 @contextlib.contextmanager
-def held_signals() -> Iterator[Callable[[], None]]:
+def held_signals(seconds: Callable[[], float] = lambda: 0.0) -> Iterator[Callable[[], None]]:
     """Delay the signals ``INTERRUPTS`` inside the block; yield a function that raises them.
 
     The function raises ``Interrupted`` if a signal has come. A second signal acts at once. Outside
     the main thread, where handlers cannot be set, nothing is delayed.
+
+    Args:
+        seconds: Returns how long the block needs at that moment before it can call the function,
+            and to tidy up then: ``held_seconds``.
     """
     came: list[int] = []
     before: dict[int, Any] = {}
@@ -341,9 +353,11 @@ def held_signals() -> Iterator[Callable[[], None]]:
         for number in INTERRUPTS:
             if signal.getsignal(number) not in {signal.SIG_IGN, None}:  # None: not Python's
                 before[number] = signal.signal(number, hold)
+    _holders.append(seconds)
     try:
         yield check
     finally:
+        _holders.remove(seconds)
         restore()
     check()  # a signal after the last check
 

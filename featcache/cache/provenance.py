@@ -310,28 +310,6 @@ def _listed(precisions: Mapping[str, Sequence[str]]) -> list[str]:
     return sorted({name for rows in precisions.values() for name in rows})
 
 
-_WORKER_KINDS = {
-    "host": str, "device": str, "processes": int, "images": int, "seconds": float,
-    "images_per_second": float,
-}  # fmt: skip
-
-
-def read_workers(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return who has made the rows, where several processes have: a dict by host and device.
-
-    Each has ``host``, ``device``, ``processes``, ``images``, ``seconds`` (of all processes
-    together) and ``images_per_second`` (of each). What is none of these is left out.
-    """
-    lines = provenance.get("workers")
-    return [
-        dict(line)
-        for line in (lines if isinstance(lines, list) else [])
-        if isinstance(line, dict)
-        and line.keys() == _WORKER_KINDS.keys()
-        and all(type(line[key]) is kind for key, kind in _WORKER_KINDS.items())
-    ]
-
-
 def describe_precision(cache: Cache) -> str | None:
     """Return the precision of all rows, or those there are; None where none is known."""
     names = _listed(row_precisions(cache))

@@ -26,9 +26,11 @@ from featcache.data.folders import SPLITS
 from featcache.errors import CacheError, DataError, escaped
 from featcache.files import Publish, canonical_json, make_folder, read_regular
 from featcache.formatting import join_few
+from featcache.heartbeat import refuse_alive, signs_in
 from featcache.locking import folder_lock, remove_lock
 from featcache.outputs import Kind, Output
 from featcache.renames import beside, is_temporary, remove_temporaries
+from featcache.runtime import Say, log_line
 from featcache.untrusted import find_fault, parse_json
 
 _BLOCK_ROWS = 1 << 14  # of columns that are made while they are written
@@ -431,15 +433,25 @@ def partial_folder(cache: Path) -> Path:
     return beside(cache, ".partial")
 
 
-def cache_lock(cache: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of a cache's folder of unfinished work: see ``locking.folder_lock``.
+@contextlib.contextmanager
+def cache_lock(cache: Path, say: Say = log_line) -> Iterator[None]:
+    """Hold the lock of a cache's folder of unfinished work, in which no part is being made.
 
-    The folder is ours if it has a lock file or a manifest of ours.
+    The folder is ours if it has a lock file or a manifest of ours: see ``locking.folder_lock``.
+
+    Args:
+        cache: The cache.
+        say: Called if it takes a while to tell whether a part is being made.
+
+    Raises:
+        CacheError: If another process writes the cache or a part of it.
     """
     folder, is_ours = partial_folder(cache), False
     with contextlib.suppress(OSError):
         is_ours = _MARK in read_regular(folder / "manifest.json", max_bytes=_MAX_MANIFEST_BYTES)
-    return folder_lock(folder, f"cache {cache.name}", "(?!)" if is_ours else _OWN_NAMES)
+    with folder_lock(folder, f"cache {cache.name}", "(?!)" if is_ours else _OWN_NAMES):
+        refuse_alive(signs_in(folder, cache.name), say)
+        yield
 
 
 @contextlib.contextmanager

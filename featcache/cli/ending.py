@@ -33,7 +33,8 @@ from featcache.renames import beside
 
 _ENDING_SECONDS = 1.5  # after a signal; with the time it takes to be scheduled, 2 s
 _BEGIN_SECONDS = 2.0  # for the watchdog; it takes 0.1 ms
-_HELD_SECONDS = 9.0  # where extract finishes the batch in hand and writes its shard
+_HELD_SECONDS = 9.0  # at least, where extract finishes the batch in hand and writes its shard
+_NOTICE_SECONDS = 2.0  # then it is said what the command waits for
 
 _OUTPUTS = {
     "split": "destination", "extract": "cache", "select": "new", "verify": "cache", "train": "run",
@@ -212,23 +213,40 @@ class Ending:
         begun: threading.Semaphore,
     ) -> None:  # fmt: skip
         """End the process some time after a signal, if nothing else does."""
+        from featcache.runtime import held_seconds
+
         begun.release()
-        first, deadline = 0, float("inf")
+        first, deadline, notice = 0, float("inf"), float("inf")
         with tells:  # it must stay open
             while True:
-                left = deadline - time.monotonic()
+                left = min(deadline, notice) - time.monotonic()
                 hears.settimeout(None if first == 0 else max(left, 1e-3))
                 try:
                     came = [number for number in hears.recv(64) if number in numbers]
                 except TimeoutError:
-                    self._end(first)
+                    if notice > deadline:
+                        self._end(first)
+                    else:
+                        self._say_held(deadline - time.monotonic())
+                    notice = float("inf")
                     continue
                 for number in came:
                     # Not ours: ``held_signals`` has its own handler while a shard is in hand.
                     is_held = signal.getsignal(number) != self._interrupt and not self._signal
                     first = first or number
-                    wait = _HELD_SECONDS if is_held else _ENDING_SECONDS
+                    wait = max(_HELD_SECONDS, held_seconds()) if is_held else _ENDING_SECONDS
                     deadline = min(deadline, time.monotonic() + wait)
+                    is_long = is_held and wait > _NOTICE_SECONDS
+                    notice = time.monotonic() + _NOTICE_SECONDS if is_long else float("inf")
+
+    def _say_held(self, seconds: float) -> None:
+        """Say that the signal was heard, and what to do for whom it takes too long."""
+        with self._lock:
+            if not self._is_over:
+                complain(
+                    f"finishing the batch in hand, {seconds:.0f} s at most, so that nothing is "
+                    "done twice; the same signal again ends at once"
+                )
 
     def _end(self, number: int) -> None:
         # In a thread of its own, as whoever reads our streams may have stopped reading.

@@ -149,11 +149,13 @@ def _fact_lines(key: str, value: Any) -> Iterator[str]:
 
 def _worker_lines(lines: list[dict[str, Any]]) -> Iterator[str]:
     """Yield who has made the rows of a cache, and how fast."""
-    from featcache.cache.provenance import read_workers
+    from featcache.cache.workers import read_workers
 
     for line in read_workers({"workers": lines}):
         place = f"{printable(line['host'])}, {printable(line['device'])}"
         number = count(line["processes"], "process", "processes")
+        if line["parts"]:
+            number = f"{count(line['parts'], 'part')}, {number}"
         rate = f"{line['images_per_second']:,} images/s each"
         yield f"  worker: {place}: {number}, {count(line['images'], 'image')}, {rate}"
 

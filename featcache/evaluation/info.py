@@ -305,7 +305,7 @@ def _run_info(folder: Path) -> RunInfo:
 
 
 def _extraction_info(folder: Path) -> UnfinishedInfo:
-    from featcache.extraction.shards import open_manifest
+    from featcache.extraction.manifest import open_manifest
 
     manifest = open_manifest(folder / "manifest.json")
     facts = asdict(manifest.engine)

@@ -16,14 +16,14 @@ from featcache.backbones.engine import Engine, build_engine, eager_features
 from featcache.cache.provenance import (
     MAX_PARITY,
     read_parities,
-    read_workers,
     with_parities,
     with_spread,
 )
+from featcache.cache.workers import read_workers, told_workers
 from featcache.errors import BackboneError, CacheError, warn_user
+from featcache.extraction.manifest import EngineFacts, ProbeFacts
 from featcache.extraction.plan import Job, Probes, Work
 from featcache.extraction.recipe import decode_probes
-from featcache.extraction.shards import EngineFacts, ProbeFacts
 from featcache.formatting import count
 from featcache.precision import PARITY_BOUNDS
 from featcache.runtime import environment_facts
@@ -101,7 +101,7 @@ def _note_engine(job: Job, engine: Engine) -> None:
     began = read_workers(job.partial.provenance)
     job.provenance = extend_provenance(job.provenance, parities, engine, backbone.weights_source)
     if began:
-        job.provenance["workers"] = began
+        job.provenance |= told_workers(began, job.provenance["device"])
     facts = EngineFacts(
         engine.name, engine.precision, engine.batch_size, torch.get_num_threads(),
         engine.device.type,

@@ -20,10 +20,12 @@ from featcache.data.dataset import ImageDataset
 from featcache.errors import CacheError, DataError
 from featcache.extraction.earlier import refuse_misread
 from featcache.extraction.ledger import Ledger
+from featcache.extraction.manifest import Manifest, Receipt
 from featcache.extraction.options import ExtractionOptions, parse_max_errors
+from featcache.extraction.partial_cache import PartialCache
 from featcache.extraction.pipeline import hash_images
 from featcache.extraction.recipe import Recipe
-from featcache.extraction.shards import Manifest, PartialCache, Receipt, Vectors
+from featcache.extraction.shards import Vectors
 from featcache.extraction.update import (
     check_update,
     find_changes,
@@ -188,13 +190,12 @@ class Job:
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         """Let nobody else write the cache; of parts, on a host without locks too, merge them."""
-        folder, name = self.partial.folder, self.path.name
-        plan = self._read_plan()
-        if plan is not None:
-            with merging_held(self.partial, name, plan, self.options.say):
+        folder, name, say = self.partial.folder, self.path.name, self.options.say
+        if self._read_plan() is not None:
+            with merging_held(self.partial, name, say):
                 yield
             return
-        with cache_lock(self.path):
+        with cache_lock(self.path, say):
             if self._read_plan() is not None:
                 raise CacheError(
                     f"cache {name}", expected="no other writer", where=folder,

@@ -23,7 +23,8 @@ from featcache.cache.repair import find_bad_rows, write_without
 from featcache.cache.writing import CACHE, cache_lock, partial_folder
 from featcache.data.sources import Data
 from featcache.errors import CacheError, printable
-from featcache.extraction.shards import is_whole, read_manifest
+from featcache.extraction.manifest import read_manifest
+from featcache.extraction.shards import is_whole
 from featcache.files import (
     disk_error,
     follow_link,

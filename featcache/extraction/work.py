@@ -6,6 +6,7 @@ Reads: images. Writes: ``CACHE.partial/``.
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.workers import read_workers, with_worker
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import BackboneError, printable
 from featcache.extraction.engine_choice import check_frozen, drop_rows
@@ -28,7 +30,7 @@ from featcache.extraction.plan import Job, Work
 from featcache.extraction.shards import write_shard
 from featcache.formatting import count
 from featcache.progress import Progress
-from featcache.runtime import Interrupted, Timer, held_signals
+from featcache.runtime import Interrupted, Timer, device_name, held_signals
 
 SHARD_BYTES = 16 << 20
 SHARD_ROWS = 4096
@@ -119,6 +121,39 @@ class ShardWriter:
         ledger.store(stored, (position for position, _ in own))
 
 
+class Patience:
+    """How long to wait for batches under way, by how long they have taken.
+
+    Many networks take less than a second a batch, some a minute: SIGTERM lets each finish its
+    batch, as what is in hand is a shard, which may be an hour's work. A queue gives two minutes.
+    """
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        """Seconds between two batches."""
+        self._last = time.monotonic()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last batch."""
+        return time.monotonic() - self._last
+
+    def note(self) -> None:
+        """Take note of a batch that is done."""
+        self.longest, self._last = max(self.longest, self.silence), time.monotonic()
+
+    def begin(self) -> None:
+        """Measure from now on: no batch was under way."""
+        self._last = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return how long it may take until what is in hand is in a shard."""
+        return min(_LEAST_PATIENCE + 3 * max(self.longest, self.silence), _MOST_PATIENCE)
+
+
+_LEAST_PATIENCE, _MOST_PATIENCE = 7.0, 100.0
+
+
 def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
     """Make the features that some caches of one data set still want, each image decoded once.
 
@@ -132,8 +167,25 @@ def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
         Interrupted: If a signal asked for the end; it says how far it got.
         FeatcacheError: If an image, the network or the disk does not allow to go on.
     """
-    timer, begin = Timer(), time.perf_counter()
-    writers = [ShardWriter(job, timer) for job in jobs]
+    timer, begin, num_images = Timer(), time.perf_counter(), 0
+    writers, patience = [ShardWriter(job, timer) for job in jobs], Patience()
+
+    def stream(part: Sequence[int], num_isolated: int) -> Iterator[FeatureBatch]:
+        nonlocal num_images
+        for batch in _stream(jobs, part, num_isolated, timer):
+            patience.note()
+            num_images += len(batch.outcomes)
+            yield batch
+
+    def note_own_work(job: Job) -> None:
+        """Say who worked, where that is not the only process that did."""
+        if job.partial.part or read_workers(job.provenance):
+            assert job.engine is not None
+            note_worker(
+                job, socket.gethostname(), device_name(job.engine.device), processes=1,
+                images=num_images, seconds=time.perf_counter() - begin,
+            )  # fmt: skip
+
     # If an earlier run was killed, one of the next images may have killed it: they are decoded in a
     # child process.
     num_isolated = 0
@@ -142,15 +194,15 @@ def work(jobs: Sequence[Job], positions: Sequence[int]) -> None:
         num_isolated += images_under_way(lanes_of(jobs))
     try:
         with contextlib.ExitStack() as stack:
-            check_signals = stack.enter_context(held_signals())
+            check_signals = stack.enter_context(held_signals(patience.seconds))
             for job, writer in zip(jobs, writers, strict=True):
                 # also when interrupted, and whatever becomes of the others
                 stack.callback(job.partial.stop)
+                stack.callback(note_own_work, job)
                 stack.callback(writer.flush)
             run_images(
-                jobs, writers, lambda part, n: _stream(jobs, part, n, timer), positions,
-                num_isolated=num_isolated, check=check_signals,
-            )  # fmt: skip
+                jobs, writers, stream, positions, num_isolated=num_isolated, check=check_signals
+            )
     except Interrupted as stop:
         kept = "; ".join(map(describe_kept, jobs))
         message = f"interrupted: {kept}; the same command goes on"
@@ -231,6 +283,17 @@ def describe_kept(job: Job) -> str:
     """Say how far an interrupted run got."""
     num_kept, num_images = job.ledger.num_kept, len(job.dataset.samples)
     return f"{num_kept:,} of {count(num_images, 'image')} kept in {printable(job.partial.folder)}"
+
+
+def note_worker(
+    job: Job, host: str, device: str, *, processes: int, images: int, seconds: float
+) -> None:
+    """Put into the provenance who has made rows: see ``cache.workers``."""
+    job.provenance = with_worker(
+        job.provenance, host, device, is_part=bool(job.partial.part), processes=processes,
+        images=images, seconds=seconds,
+    )  # fmt: skip
+    job.partial.provenance = job.provenance
 
 
 def note_speed(job: Job, seconds: float, stages: Mapping[str, float]) -> None:

@@ -197,7 +197,9 @@ def test_a_store_that_refuses(cache: str, memory: str, monkeypatch: pytest.Monke
     run = f"{memory}/run"
     featcache.train(cache, run, **HEAD)
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
-    with pytest.raises(DataError, match=rf"found 403 Forbidden \(tried \d times\) \({memory}/run2\)"):
+    with pytest.raises(
+        DataError, match=rf"found 403 Forbidden \(tried \d times\) \({memory}/run2\)"
+    ):
         featcache.train(cache, f"{memory}/run2", **HEAD)
     monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
     with pytest.warns(FeatcacheWarning, match=rf"not kept in {run}: .*403"):

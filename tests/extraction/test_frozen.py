@@ -18,7 +18,8 @@ from featcache.backbones.backbone import Backbone, build_backbone, state_sha256,
 from featcache.errors import BackboneError
 from featcache.extraction import work
 from featcache.extraction.extraction import extract
-from featcache.extraction.shards import PartialCache, Receipt
+from featcache.extraction.manifest import Receipt
+from featcache.extraction.partial_cache import PartialCache
 
 
 @pytest.mark.parametrize("name", ["efficientnet-b0", "torchvision:resnet18", "timm:resnet10t"])

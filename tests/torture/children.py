@@ -76,6 +76,11 @@ class Child:
         out, err = (Path(f"{self._out}.{name}").read_text("utf-8") for name in ("out", "err"))
         return Result(code, out, err)
 
+    @property
+    def said(self) -> str:
+        """What it has said so far, on both streams."""
+        return "".join(Path(f"{self._out}.{name}").read_text("utf-8") for name in ("out", "err"))
+
     def is_running(self) -> bool:
         """Whether it has not ended yet (it then still has to be waited for)."""
         return self._state() != "Z"
@@ -238,7 +243,7 @@ def _gate(file: str) -> None:
 def _note(file: str) -> None:
     """Append a line for every batch that was taken and every shard that was acknowledged."""
     from featcache.extraction import work
-    from featcache.extraction.shards import PartialCache
+    from featcache.extraction.partial_cache import PartialCache
 
     notes = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     stream, add_shard = work.stream_features, PartialCache.add_shard
@@ -330,6 +335,13 @@ def _set(module: str, name: str, value: Any) -> None:
     setattr(importlib.import_module(module), name, value)
 
 
+def _call(module: str, name: str, *arguments: Any) -> None:
+    """Let a function of a module of the tests prepare the rest."""
+    import importlib
+
+    getattr(importlib.import_module(module), name)(*arguments)
+
+
 def _no_locks(code: int) -> None:
     """Let every flock fail, as on a network file system that has none."""
     import fcntl
@@ -404,9 +416,10 @@ def _stuck(module: str, name: str, file: str) -> None:
     import threading
 
     from featcache.cli import ending
+    from featcache.extraction import work
     from featcache.runtime import INTERRUPTS
 
-    ending._ENDING_SECONDS = ending._HELD_SECONDS = 0.1
+    ending._ENDING_SECONDS = ending._HELD_SECONDS = work._MOST_PATIENCE = 0.1
 
     def hang(*_: Any, **__: Any) -> None:
         with contextlib.suppress(ValueError):  # in a thread: the main one waits for it
@@ -443,7 +456,7 @@ def _end_for_real() -> None:
 _PREPARATIONS: dict[str, Callable[..., None]] = {
     "small_shards": _small_shards, "slow": _slow, "gate": _gate, "note": _note, "at_call": _at_call,
     "limit": _limit, "memory": _memory, "become": _become, "environment": _environment,
-    "set": _set,
+    "set": _set, "call": _call,
     "no_locks": _no_locks, "stop_before_lock": _stop_before_lock,
     "at_moment": _at_moment, "stuck": _stuck, "ignore": _ignore,
     "save_each_epoch": _save_each_epoch,

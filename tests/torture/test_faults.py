@@ -29,9 +29,10 @@ from featcache.backbones.backbone import Backbone
 from featcache.cache import hdf5
 from featcache.cache.reading import open_cache
 from featcache.errors import FeatcacheError
-from featcache.extraction import shards
+from featcache.extraction import manifest, partial_cache, shards
 from featcache.extraction.extraction import extract
-from featcache.extraction.shards import PartialCache, Receipt
+from featcache.extraction.manifest import Receipt
+from featcache.extraction.partial_cache import PartialCache
 from featcache.files import write_json
 from featcache.heads.run_writing import run_output
 from featcache.output_folders import new_folder
@@ -463,7 +464,10 @@ MUTANTS: dict[str, tuple[str, list[tuple[Any, str, Any]], str]] = {
     ),
     "a shard that is listed before it is there": (
         "first run",
-        [(shards, name, getattr(LATE, name)) for name in ("write_bytes", "is_whole")],
+        [
+            (shards, "write_bytes", LATE.write_bytes), (manifest, "write_bytes", LATE.write_bytes),
+            (partial_cache, "is_whole", LATE.is_whole),
+        ],
         "killed: the manifest lists a shard that is not whole",
     ),
     "a short write that is believed": (

@@ -56,8 +56,8 @@ from featcache.extraction import (
     work,
 )
 from featcache.extraction.ledger import Ledger
+from featcache.extraction.partial_cache import PartialCache
 from featcache.extraction.recipe import make_recipe
-from featcache.extraction.shards import PartialCache
 from featcache.pixels.views import Rendering
 
 pytest.importorskip("fcntl", reason="flock and posix_fallocate: Linux")

@@ -11,44 +11,42 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NoReturn, Protocol
+from dataclasses import dataclass, field
 
-import torch
-
-from featcache.cache.provenance import read_workers
-from featcache.data.dataset import ImageDataset
 from featcache.errors import CacheError, FeatcacheError, warn_user
 from featcache.extraction.engine_choice import drop_rows
 from featcache.extraction.pipeline import find_bottleneck
 from featcache.extraction.plan import Job
-from featcache.extraction.work import describe_kept, note_speed, rows_per_shard
+from featcache.extraction.work import (
+    describe_kept,
+    note_speed,
+    note_worker,
+    rows_per_shard,
+)
+from featcache.extraction.workers.pieces import Piece, Pieces
+from featcache.extraction.workers.places import Place, WorkerHandle
 from featcache.extraction.workers.worker import (
     Done,
     Facts,
-    JobFacts,
     Message,
     NotFrozen,
     Progress,
     Ready,
     ShardMade,
     Task,
+    facts_of,
 )
 from featcache.formatting import count
 from featcache.progress import Progress as Bar
 from featcache.runtime import Interrupted, held_signals
 
-TASK_SECONDS = 30.0
-"""About how long a task takes. Between two of them a worker's pipeline runs empty once."""
 MIN_IMAGES = 16
 """No task has fewer, unless that is all there is."""
-_MOST_IMAGES = 1 << 16  # of a task
 _MOST_STARTS = 3  # deaths in a row, at one place, of workers that were never ready
 _MOST_DEATHS = 24  # in a row without an image done; halving a task of 65,536 images takes 19
-_STOP_SECONDS = 7.0  # for workers to hand back what they have; ``cli.ending`` waits for 9
+_TIDY_SECONDS = 3.0  # to end workers, once they had the time to hand back what they have
 _MOST_EVENTS = 200  # that are acted on before workers get tasks again
 CRASHED = "it crashed the worker's process"
 
@@ -82,61 +80,8 @@ class Ended:
 Event = Message | Failed | Ended
 
 
-class WorkerHandle(Protocol):
-    """A worker that was started; its messages come to the function it was started with."""
-
-    def give(self, task: Task) -> None:
-        """Let it run a task next. Does nothing if it has died."""
-
-    def stop(self) -> None:
-        """Let it hand back what it has and end: ``Ended`` comes last."""
-
-    def kill(self) -> None:
-        """End it now; no message comes any more."""
-
-
 StartWorker = Callable[[int, Facts, Callable[[Event], object]], WorkerHandle]
 """Starts worker ``number``, from 0; it tells what happens, ``Ended`` at last, from any thread."""
-
-
-@dataclass
-class _Piece:
-    """Images that are given out together.
-
-    Attributes:
-        positions: Of the images.
-        num_deaths: How often a worker died with them.
-        num_done: How many went through the pipeline of the worker that has them.
-    """
-
-    positions: Sequence[int]
-    num_deaths: int = 0
-    num_done: int = 0
-
-
-@dataclass
-class _Place:
-    """Where a worker is, or was and will be again.
-
-    Attributes:
-        number: Of the place.
-        handle: The worker; None before it is started and after it has ended.
-        ready: What it said of itself, None before.
-        piece: What it is at.
-        generation: Messages of earlier workers of this place have other numbers.
-        failure: Why no worker can be ready here, if that is known.
-        is_refused: No worker is started here any more.
-        num_starts: Workers in a row that ended before they were ready.
-    """
-
-    number: int
-    handle: WorkerHandle | None = None
-    ready: Ready | None = None
-    piece: _Piece | None = None
-    generation: int = 0
-    failure: BaseException | None = None
-    is_refused: bool = False
-    num_starts: int = 0
 
 
 @dataclass
@@ -164,14 +109,17 @@ class Coordinator:
     ) -> None:  # fmt: skip
         self._jobs, self._positions, self._start_worker = jobs, positions, start_worker
         self._rows = [rows_per_shard(job) for job in jobs]
-        self._facts = facts_of(jobs, self._rows)
         useful = -(-len(positions) // MIN_IMAGES)
-        self._places = [_Place(number) for number in range(min(num_workers, useful))]
-        self._events: queue.SimpleQueue[tuple[_Place, int, Event]] = queue.SimpleQueue()
-        self._taken: deque[tuple[_Place, int, Event]] = deque()  # and not acted on yet
-        self._next = 0  # of the positions, where no piece was cut yet
-        self._again: deque[_Piece] = deque()
-        self._num_tasks = self._num_done = 0
+        self._places = [Place(number) for number in range(min(num_workers, useful))]
+        samples = jobs[0].dataset.samples
+        num_bytes = sum(samples[position].image_bytes for position in positions)
+        self._facts = facts_of(jobs, self._rows, num_bytes // len(self._places))
+        self._events: queue.SimpleQueue[tuple[Place, int, Event]] = queue.SimpleQueue()
+        self._taken: deque[tuple[Place, int, Event]] = deque()  # and not acted on yet
+        self._pieces = Pieces(
+            jobs, positions, len(self._places), least=MIN_IMAGES, most=min(self._rows)
+        )
+        self._num_tasks = 0
         self._deaths = 0  # in a row
         self._receipts: dict[tuple[str, str], _Receipts] = {}
         self._stages = Counter[str]()
@@ -189,7 +137,7 @@ class Coordinator:
         begin, total = time.perf_counter(), len(self._positions)
         try:
             with contextlib.ExitStack() as stack:
-                check_signals = stack.enter_context(held_signals())
+                check_signals = stack.enter_context(held_signals(self._seconds_to_end))
                 for job in self._jobs:
                     stack.callback(job.partial.stop)
                 stack.callback(self._note_receipts)
@@ -197,10 +145,12 @@ class Coordinator:
                 bar = stack.enter_context(Bar("extract", "image", total, shown=shown))
                 self._say = bar.beside(self._say)
                 stack.enter_context(self._workers_that_end())
+                self._fill()
                 while self._is_wanted():
                     check_signals()
-                    self._fill()
                     self._take_some(bar)
+                    for line in filter(None, [place.tell_silence() for place in self._places]):
+                        self._say(line)
         except Interrupted as stop:
             kept = "; ".join(map(describe_kept, self._jobs))
             message = f"interrupted: {kept}; the same command goes on"
@@ -209,26 +159,26 @@ class Coordinator:
             note_speed(job, time.perf_counter() - begin, self._stages)
 
     def _is_wanted(self) -> bool:
-        is_left = self._next < len(self._positions) or bool(self._again)
-        return is_left or any(place.piece is not None for place in self._places)
+        is_under_way = any(place.piece is not None for place in self._places)
+        return self._pieces.is_left or is_under_way
 
     def _fill(self) -> None:
         """Start workers where there are none, give tasks to those that wait."""
         for place in self._places:
-            is_left = self._next < len(self._positions) or self._again
-            if not is_left:
+            if not self._pieces.is_left:
                 return
             if place.handle is None and not place.is_refused:
                 self._start(place)
-            if place.ready and place.piece is None and (piece := self._cut(place)):
-                self._give(place, piece)
+            if place.ready and place.piece is None:
+                receipts = self._receipts.get((place.ready.host, place.ready.device))
+                rate = receipts and receipts.seconds and receipts.num_images / receipts.seconds
+                if piece := self._pieces.cut(rate or None):
+                    self._give(place, piece)
         if all(place.is_refused for place in self._places):
             raise next(place.failure for place in self._places if place.failure)
 
-    def _start(self, place: _Place) -> None:
-        place.generation += 1
-        place.ready, place.failure = None, None
-        generation = place.generation
+    def _start(self, place: Place) -> None:
+        generation = place.begin()
 
         def tell(event: Event) -> None:
             self._events.put((place, generation, event))
@@ -244,20 +194,29 @@ class Coordinator:
             while self._taken:  # what an error leaves here, ``_drain`` takes
                 place, generation, event = self._taken.popleft()
                 if generation == place.generation:
+                    place.hear(of_batch=isinstance(event, Progress))
                     self._act(place, event)
+            self._fill()  # before the manifest is written: nobody waits for the disk
         note = f"waits for {find_bottleneck(self._stages)}" if self._stages else None
         bar.move_to(self._num_under_way(), note)
 
-    def _wait_for_some(self) -> Iterator[tuple[_Place, int, Event]]:
+    def _seconds_to_end(self) -> float:
+        """Return how long workers need to hand back what they have, and to end."""
+        busy = [place.patience.seconds() for place in self._places if place.piece is not None]
+        return max(busy, default=0.0) + _TIDY_SECONDS
+
+    def _wait_for_some(self) -> Iterator[tuple[Place, int, Event]]:
         with contextlib.suppress(queue.Empty):
             yield self._events.get(timeout=0.2)
             for _ in range(_MOST_EVENTS):
                 yield self._events.get_nowait()
 
     def _num_under_way(self) -> int:
-        return self._num_done + sum(p.piece.num_done for p in self._places if p.piece is not None)
+        return self._pieces.num_done + sum(
+            p.piece.num_done for p in self._places if p.piece is not None
+        )
 
-    def _act(self, place: _Place, event: Event) -> None:
+    def _act(self, place: Place, event: Event) -> None:
         if isinstance(event, Ready):
             place.ready, place.num_starts = event, 0
         elif isinstance(event, Progress):
@@ -283,32 +242,9 @@ class Coordinator:
 
     # ---------------------------------------------------------------------------------- the tasks
 
-    def _cut(self, place: _Place) -> _Piece | None:
-        """Return what a worker is to do next: less at the end, so that all end at once."""
-        while self._again:
-            piece = self._again.popleft()
-            if wanted := self._still_wanted(piece.positions):
-                return replace(piece, positions=wanted, num_done=0)
-        left = len(self._positions) - self._next
-        if not left:
-            return None
-        least = 2 * max(job.engine.batch_size for job in self._jobs if job.engine is not None)
-        assert place.ready is not None
-        receipts = self._receipts.get((place.ready.host, place.ready.device))
-        most = min(self._rows)
-        if receipts is not None and receipts.seconds:
-            rate = receipts.num_images / receipts.seconds
-            most = min(max(most, int(rate * TASK_SECONDS)), _MOST_IMAGES)
-        number = min(max(least, MIN_IMAGES, min(most, left // (3 * len(self._places)))), left)
-        begin, self._next = self._next, self._next + number
-        return _Piece(self._positions[begin : self._next])
-
-    def _still_wanted(self, positions: Sequence[int]) -> Sequence[int]:
-        ledgers = [job.ledger for job in self._jobs]
-        return array("q", (p for p in positions if any(ledger.wants(p) for ledger in ledgers)))
-
-    def _give(self, place: _Place, piece: _Piece) -> None:
+    def _give(self, place: Place, piece: Piece) -> None:
         place.piece, self._num_tasks = piece, self._num_tasks + 1
+        place.patience.begin()
         samples, positions = self._jobs[0].dataset.samples, piece.positions
         num_shards = len(positions) // min(self._rows) + 2
         task = Task(
@@ -320,7 +256,7 @@ class Coordinator:
         assert place.handle is not None
         place.handle.give(task)
 
-    def _note_done(self, place: _Place, done: Done) -> None:
+    def _note_done(self, place: Place, done: Done) -> None:
         """Take what a task has come to; what is still wanted of it is given out again."""
         piece, place.piece = place.piece, None
         assert piece is not None
@@ -334,17 +270,11 @@ class Coordinator:
         receipts.num_images += done.num_images
         receipts.seconds += done.seconds
         receipts.num_workers.add(place.number)
-        self._put_back(piece)
-
-    def _put_back(self, piece: _Piece) -> None:
-        left = self._still_wanted(piece.positions)
-        self._num_done += len(piece.positions) - len(left)
-        if left:
-            self._again.append(_Piece(left, piece.num_deaths))
+        self._pieces.put_back(piece)
 
     # --------------------------------------------------------------------------------- the deaths
 
-    def _bury(self, place: _Place, ended: Ended) -> None:
+    def _bury(self, place: Place, ended: Ended) -> None:
         """Take note of a worker that has ended though it has work, and what becomes of that."""
         piece, was_ready = place.piece, place.ready is not None
         place.handle, place.ready, place.piece = None, None, None
@@ -356,22 +286,23 @@ class Coordinator:
         if piece is None:
             self._say(f"{name} has ended: {ended.reason}. Another one takes its place.")
             return
-        left = self._still_wanted(piece.positions)
+        left = self._pieces.still_wanted(piece)
         self._say(
             f"{name} has ended: {ended.reason}. Another one does the {count(len(left), 'image')} "
             "that it had in hand."
         )
         if ended.was_asked:
-            self._put_back(piece)
+            self._pieces.put_back(piece)
             return
         self._deaths += 1
         if self._deaths >= _MOST_DEATHS:
             raise self._refusal("a worker that gets an image done", self._deaths, ended)
-        self._num_done += len(piece.positions) - len(left)
-        was_alone = len(piece.positions) == 1
-        self._give_again(left, piece.num_deaths + 1, was_alone=was_alone)
+        if (to_blame := self._pieces.give_again(piece)) is not None:
+            self._deaths = 0
+            for job in self._jobs:
+                job.ledger.fail(to_blame, CRASHED)
 
-    def _bury_unready(self, place: _Place, ended: Ended) -> None:
+    def _bury_unready(self, place: Place, ended: Ended) -> None:
         """Start no other worker where one was refused, or some have died while they began."""
         name = f"Worker {place.number + 1}"
         if place.failure is None:
@@ -383,21 +314,6 @@ class Coordinator:
         place.is_refused = True
         if not all(other.is_refused for other in self._places):
             warn_user(f"{name} is left out: {place.failure}")
-
-    def _give_again(self, left: Sequence[int], num_deaths: int, *, was_alone: bool) -> None:
-        """Put back images that a worker died with: once whole, then half by half."""
-        if num_deaths < 2:
-            self._again.extendleft([_Piece(left, num_deaths)] if left else [])
-        elif left and was_alone:  # else the worker may have died of another, or of none
-            self._deaths = 0
-            self._num_done += 1
-            for job in self._jobs:
-                job.ledger.fail(left[0], CRASHED)
-        else:
-            middle = len(left) // 2
-            for half in (left[middle:], left[:middle]):
-                if half:
-                    self._again.appendleft(_Piece(half, num_deaths - 1))
 
     def _refusal(self, expected: str, number: int, ended: Ended) -> CacheError:
         return CacheError(
@@ -426,7 +342,7 @@ class Coordinator:
 
     def _drain(self) -> None:
         """List the shards that workers have in hand; give up after a while."""
-        deadline = time.monotonic() + _STOP_SECONDS
+        deadline = time.monotonic() + self._seconds_to_end() - _TIDY_SECONDS
         for place in self._places:
             if place.handle is not None:
                 place.handle.stop()
@@ -449,61 +365,8 @@ class Coordinator:
     def _note_receipts(self) -> None:
         """Put into the provenance who has made how many rows."""
         for job in self._jobs:
-            lines = {
-                (line["host"], line["device"]): line for line in read_workers(job.provenance)
-            }  # of who began it
             for (host, device), made in self._receipts.items():
-                line = lines.get((host, device), {})
-                images = made.num_images + line.get("images", 0)
-                seconds = made.seconds + line.get("seconds", 0.0)
-                lines[host, device] = {
-                    "host": host, "device": device, "images": images,
-                    "processes": max(len(made.num_workers), line.get("processes", 0)),
-                    "seconds": round(seconds, 1),
-                    "images_per_second": round(images / max(seconds, 0.1), 1),
-                }  # fmt: skip
-            if lines:
-                devices = sorted({device for _, device in lines})
-                told = {"workers": [*lines.values()], "device": ", ".join(devices)}
-                job.provenance = job.provenance | told
-                job.partial.provenance = job.provenance
-
-
-def facts_of(jobs: Sequence[Job], rows: Sequence[int]) -> Facts:
-    """Return what workers are told of some caches, and free what the engines here hold.
-
-    Args:
-        jobs: The caches, each with its engine chosen.
-        rows: How many rows fill a shard of each.
-    """
-    facts = []
-    for job, num_rows in zip(jobs, rows, strict=True):
-        assert job.engine is not None
-        assert job.partial.engine is not None
-        assert job.probes is not None
-        facts.append(
-            JobFacts(
-                job.path.name, job.recipe, job.partial.engine, job.num_views,
-                job.partial.folder.absolute(), job.probes, num_rows,
-            )
-        )  # fmt: skip
-        job.engine = replace(job.engine, forward=_never_run, is_frozen=_never_changed)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the first worker may have the same GPU
-    return Facts(_without_samples(jobs[0].dataset), tuple(facts), jobs[0].options.workers)
-
-
-def _without_samples(dataset: ImageDataset) -> ImageDataset:
-    """Return a data set with one sample a split: workers need the splits, and get their samples."""
-    one = {sample.split: sample for sample in reversed(dataset.samples)}
-    samples = tuple(one[split] for split in dataset.splits)
-    root = dataset.root.absolute() if dataset.root.exists() else dataset.root  # a URL's is no path
-    return replace(dataset, samples=samples, root=root, dicom=None)
-
-
-def _never_run(batch: torch.Tensor) -> NoReturn:
-    raise AssertionError("the workers run the network")
-
-
-def _never_changed() -> bool:
-    return True
+                note_worker(
+                    job, host, device, processes=len(made.num_workers), images=made.num_images,
+                    seconds=made.seconds,
+                )  # fmt: skip

@@ -18,15 +18,13 @@ from featcache.extraction.reports import ExtractionSummary, summarise_part
 from featcache.extraction.workers.plans import (
     Part,
     Plan,
-    alive,
     publish_plan,
     read_plan,
-    refuse_alive,
     samples_sha256,
-    sign_of,
 )
 from featcache.files import disk_error, make_folder
 from featcache.formatting import count
+from featcache.heartbeat import alive, refuse_alive, sign_of
 from featcache.locking import LOCK_NAME, refuse_held, refuse_strangers
 
 
@@ -49,18 +47,14 @@ def part_held(job: Job, part: Part) -> Iterator[None]:
             "command with --rebuild",
         )  # fmt: skip
     try:
-        refuse_held(folder, f"cache {job.path.name}")
-    except CacheError as error:
-        if error.expected == "no other writer":  # else there are no locks here, which is well
-            raise
-    refuse_alive({sign_of(folder, 0): f"cache {job.path.name}"}, job.options.say)
-    try:
         (folder / LOCK_NAME).touch()  # it says that the folder is ours
     except OSError as error:
         raise disk_error(error, folder, 0) from error
-    with alive(sign_of(folder, part.number), what, job.options.say) as check:
-        # Again, now that a merge can see us.
-        refuse_alive({sign_of(folder, 0): f"cache {job.path.name}"}, job.options.say)
+    cache, say = f"cache {job.path.name}", job.options.say
+    with alive(sign_of(folder, part.number), what, say) as check:
+        # Who comes later sees this sign; now whoever came before.
+        refuse_held(folder, cache, needs_locks=False)
+        refuse_alive({sign_of(folder, 0): cache}, say)
         job.partial.guard = check
         try:
             yield

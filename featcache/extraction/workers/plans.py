@@ -1,11 +1,9 @@
 """An extraction in parts: the plan that all parts share, and who is at work on which.
 
 Parts run on hosts that may have no lock in common, so nothing here depends on one: the plan is
-published once, by whoever comes first, and who works says so by a file that is made with O_EXCL and
-written to every few seconds. Clocks are not compared: a file that does not change while one looks
-at it for a minute is of a process that is dead.
+published once, by whoever comes first, and who works shows a sign of life (module ``heartbeat``).
 
-Reads and writes: ``CACHE.partial/{plan.json, part.I.json, alive.I}``.
+Reads and writes: ``CACHE.partial/{plan.json, part.I.json, alive.0}``.
 """
 
 from __future__ import annotations
@@ -14,37 +12,30 @@ import contextlib
 import hashlib
 import os
 import re
-import secrets
-import socket
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.cache.provenance import read_workers
+from featcache.cache.workers import read_workers, told_workers
 from featcache.data.dataset import Sample
 from featcache.errors import CacheError, ConfigError
-from featcache.extraction.shards import (
-    PLAN_NAME,
+from featcache.extraction.manifest import (
     EngineFacts,
     Manifest,
-    PartialCache,
     ProbeFacts,
     open_manifest,
     part_manifest,
 )
-from featcache.files import canonical_json, json_sha256, make_folder, read_regular, write_temporary
+from featcache.extraction.partial_cache import PLAN_NAME, PartialCache
+from featcache.files import canonical_json, json_sha256, read_regular, write_temporary
 from featcache.formatting import count
+from featcache.heartbeat import alive, refuse_alive, sign_of, signs_in
+from featcache.locking import refuse_held
 from featcache.runtime import Say
 from featcache.untrusted import parse_json_object
 
-BEAT_SECONDS = 5.0
-"""Between two signs of life."""
-STALE_SECONDS = 60.0
-"""Without one, a process is taken for dead."""
 PATIENCE_SECONDS = 5.0
 """It may take so long until a plan that is being written is whole."""
 _MOST_PARTS = 999  # each has a million numbers of shards, which have nine digits
@@ -252,170 +243,25 @@ def failures_of(manifest: Manifest) -> Mapping[str, tuple[int, int, str]]:
     }
 
 
-# ------------------------------------------------------------------------------------- who is alive
-
-
-def _own_sign() -> str:
-    """Return a line that names this process, and no other one of this or any host."""
-    space = ""
-    with contextlib.suppress(OSError):
-        space = Path("/proc/self/ns/pid").readlink().as_posix()
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return f"process {os.getpid()} on {socket.gethostname()} since {since} {space}"
-
-
-def _is_known_dead(sign: str) -> bool:
-    """Return whether a sign is of a process of this machine that is no more."""
-    mine, found = _own_sign().split(" "), sign.split(" ")
-    is_here = len(mine) == len(found) and (mine[3], mine[-1]) == (found[3], found[-1])
-    if sys.platform != "linux" or not is_here or not mine[-1]:
-        return False
-    return found[1].isdecimal() and not Path("/proc", found[1]).exists()
-
-
-def _read_sign(path: Path) -> tuple[str, ...] | None:
-    """Return what a sign of life says, token and number of beats included; None without one."""
-    try:
-        # opened anew: what a network file system has cached is asked for again
-        return tuple(path.read_text("utf-8", errors="replace").splitlines())
-    except FileNotFoundError:
-        return None
-
-
-def _name_of(lines: tuple[str, ...]) -> str:
-    return " ".join(lines[0].split(" ")[:-1]) if lines else "a process that has just begun"
-
-
-def refuse_alive(paths: Mapping[Path, str], say: Say) -> dict[Path, tuple[str, ...]]:
-    """Wait until all signs of life are gone or known to be of dead processes.
-
-    Args:
-        paths: File -> what its process is at, for messages.
-        say: Called once if that cannot be told at once.
-
-    Returns:
-        The signs of the dead.
-
-    Raises:
-        CacheError: If one changes: its process is at work.
-    """
-    dead = {path: lines for path in paths if (lines := _read_sign(path)) is not None}
-    seen = {p: lines for p, lines in dead.items() if not (lines and _is_known_dead(lines[0]))}
-    if not seen:
-        return dead
-    named = "; ".join(f"{paths[path]} by {_name_of(lines)}" for path, lines in seen.items())
-    say(f"Waiting for a sign of life, {STALE_SECONDS:.0f} s at most: {named}.")
-    deadline = time.monotonic() + STALE_SECONDS
-    while seen and time.monotonic() < deadline:
-        time.sleep(min(1.0, STALE_SECONDS / 10))
-        for path, before in list(seen.items()):
-            now = _read_sign(path)
-            if now is None:
-                del seen[path], dead[path]
-            elif now != before:
-                raise CacheError(
-                    paths[path], expected="no other process at it",
-                    found=f"one at work: {_name_of(now)}", where=path,
-                    hint="Wait for it, or stop it",
-                )  # fmt: skip
-    return dead
-
-
 @contextlib.contextmanager
-def alive(path: Path, what: str, say: Say) -> Iterator[Callable[[], None]]:
-    """Say by a file that this process is at work; yield a function that refuses where it is not.
-
-    Args:
-        path: The file. It is removed at the end.
-        what: What the process is at, for messages.
-        say: Called if it takes a while to tell whether another process is at it.
-
-    Raises:
-        CacheError: If another process is at it. The function raises it where another process has
-            taken this one for dead: it was stopped for longer than a minute, say.
-    """
-    token, sign = secrets.token_hex(8), _own_sign()
-    make_folder(path.parent)
-    while True:
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(f"{sign}\n{token}\n0\n")
-            break
-        except FileExistsError:
-            if (dead := refuse_alive({path: what}, say).get(path)) is not None:
-                _bury(path, dead)
-    is_over, is_lost = threading.Event(), threading.Event()
-
-    def is_mine() -> bool:
-        lines = _read_sign(path)
-        return lines is not None and token in lines
-
-    def beat() -> None:
-        number = 0
-        while not is_over.wait(BEAT_SECONDS):
-            number += 1
-            with contextlib.suppress(OSError):  # of the network: it may pass
-                if not is_mine():
-                    is_lost.set()
-                    return
-                with path.open("r+", encoding="utf-8") as file:
-                    file.write(f"{sign}\n{token}\n{number}\n")
-
-    def check() -> None:
-        if is_lost.is_set():
-            raise CacheError(
-                what, expected=f"the sign of life of this process, {path.name}", where=path,
-                found="none, or that of another process, which took this one for dead",
-                hint="That one goes on; nothing is lost",
-            )  # fmt: skip
-
-    thread = threading.Thread(target=beat, name="featcache-alive", daemon=True)
-    thread.start()
-    try:
-        yield check
-    finally:
-        is_over.set()
-        thread.join(BEAT_SECONDS)
-        with contextlib.suppress(OSError):
-            if is_mine():
-                path.unlink()
-
-
-def _bury(path: Path, seen: tuple[str, ...]) -> None:
-    """Remove the sign of a dead process; another process may be doing the same."""
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(aside)
-        if _read_sign(aside) != seen:  # a living one's, which was made in between
-            with contextlib.suppress(OSError):
-                os.link(aside, path)
-        aside.unlink()
-
-
-def sign_of(folder: Path, number: int) -> Path:
-    """Return the sign of life of a part; of the plain command that merges them, number 0."""
-    return folder / f"alive.{number}"
-
-
-@contextlib.contextmanager
-def merging_held(partial: PartialCache, name: str, plan: Plan, say: Say) -> Iterator[None]:
+def merging_held(partial: PartialCache, name: str, say: Say) -> Iterator[None]:
     """Let nobody else merge the parts of a cache or make one; no lock is needed.
 
     Args:
         partial: The cache in the making.
         name: Of the cache.
-        plan: Of its parts.
         say: Called if it takes a while to tell whether a part is being made.
 
     Raises:
         CacheError: If another process does.
     """
     folder = partial.folder
-    with alive(sign_of(folder, 0), f"cache {name}", say) as check:
-        numbers = range(1, plan.num_parts + 1)
-        refuse_alive(
-            {sign_of(folder, n): f"part {n}/{plan.num_parts} of {name}" for n in numbers}, say
-        )
+    own = sign_of(folder, 0)
+    with alive(own, f"cache {name}", say) as check:
+        # Who comes later sees this sign; now whoever came before.
+        refuse_held(folder, f"cache {name}", needs_locks=False)
+        others = signs_in(folder, name)
+        refuse_alive({path: what for path, what in others.items() if path != own}, say)
         partial.guard = check
         yield
 
@@ -467,7 +313,9 @@ def _join_provenance(parts: Sequence[Manifest]) -> dict[str, Any]:
     """Return the provenance of the first part, with the receipts and devices of all."""
     if not parts:
         return {}
-    workers = [line for part in parts for line in read_workers(part.provenance)]
-    devices = {str(part.provenance.get("device")) for part in parts}
-    joined = parts[0].provenance | {"device": ", ".join(sorted(devices))}
-    return joined | ({"workers": workers} if workers else {})
+    lines, devices = list[dict[str, Any]](), set[str]()
+    for part in parts:
+        of_part = read_workers(part.provenance)
+        lines += of_part
+        devices |= set() if of_part else {str(part.provenance.get("device"))}  # it was killed
+    return parts[0].provenance | told_workers(lines, *devices)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import featcache
 from featcache.errors import ConfigError, DataError, FeatcacheError
-from featcache.extraction.shards import open_manifest
+from featcache.extraction.manifest import open_manifest
 from featcache.extraction.workers.coordinator import Failed
 from featcache.extraction.workers.local import share_cores
 from featcache.extraction.workers.messages import Bundled, sendable_error, unpack_facts

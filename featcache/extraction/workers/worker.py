@@ -10,6 +10,7 @@ Reads: images. Writes: shards in ``CACHE.partial/``.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +27,13 @@ from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import BackboneError, CacheError
 from featcache.extraction.engine_choice import check_frozen
 from featcache.extraction.ledger import Ledger, WorkedRow
+from featcache.extraction.manifest import EngineFacts, Receipt
 from featcache.extraction.pipeline import FeatureBatch
-from featcache.extraction.plan import Probes
+from featcache.extraction.plan import Job, Probes
 from featcache.extraction.recipe import Recipe
-from featcache.extraction.shards import EngineFacts, Receipt, Vectors
+from featcache.extraction.shards import Vectors
 from featcache.extraction.work import ShardWriter, run_images, stream_parts
+from featcache.pixels import acceleration
 from featcache.runtime import Timer, device_name, resolve_device
 
 
@@ -65,11 +68,55 @@ class Facts:
         dataset: The images are read from it; of its samples there is one a split.
         jobs: Of each cache.
         workers: Decoding threads, or ``auto``.
+        image_bytes: Of the files that this worker may expect to decode: see ``acceleration``.
     """
 
     dataset: ImageDataset
     jobs: tuple[JobFacts, ...]
     workers: int | str
+    image_bytes: int
+
+
+def facts_of(jobs: Sequence[Job], rows: Sequence[int], image_bytes: int) -> Facts:
+    """Return what workers are told of some caches, and free what the engines here hold.
+
+    Args:
+        jobs: The caches, each with its engine chosen.
+        rows: How many rows fill a shard of each.
+        image_bytes: Of the files that each worker may expect to decode.
+    """
+    facts = []
+    for job, num_rows in zip(jobs, rows, strict=True):
+        assert job.engine is not None
+        assert job.partial.engine is not None
+        assert job.probes is not None
+        facts.append(
+            JobFacts(
+                job.path.name, job.recipe, job.partial.engine, job.num_views,
+                job.partial.folder.absolute(), job.probes, num_rows,
+            )
+        )  # fmt: skip
+        job.engine = replace(job.engine, forward=_never_run, is_frozen=_never_changed)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the first worker may have the same GPU
+    dataset, workers = _without_samples(jobs[0].dataset), jobs[0].options.workers
+    return Facts(dataset, tuple(facts), workers, image_bytes)
+
+
+def _without_samples(dataset: ImageDataset) -> ImageDataset:
+    """Return a data set with one sample a split: workers need the splits, and get their samples."""
+    one = {sample.split: sample for sample in reversed(dataset.samples)}
+    samples = tuple(one[split] for split in dataset.splits)
+    root = dataset.root.absolute() if dataset.root.exists() else dataset.root  # a URL's is no path
+    return replace(dataset, samples=samples, root=root, dicom=None)
+
+
+def _never_run(batch: torch.Tensor) -> NoReturn:
+    raise AssertionError("the workers run the network")
+
+
+def _never_changed() -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -102,10 +149,12 @@ class Ready:
     Attributes:
         host: Name of its machine.
         device: Name of its device.
+        process: Its number on that machine.
     """
 
     host: str
     device: str
+    process: int
 
 
 @dataclass(frozen=True)
@@ -183,6 +232,8 @@ class Worker:
     def __init__(self, facts: Facts, device: str = "auto") -> None:
         self._facts, self._device = facts, resolve_device(device).torch()
         torch.set_num_threads(facts.jobs[0].engine.num_threads)
+        # By all of its tasks: each alone may be too small for the kernels to be worth it.
+        acceleration.start_for(facts.image_bytes)
         self._engines = [self._build(job) for job in facts.jobs]
 
     def _build(self, job: JobFacts) -> Engine:
@@ -211,7 +262,7 @@ class Worker:
     @property
     def ready(self) -> Ready:
         """What it says of itself before the first task."""
-        return Ready(socket.gethostname(), device_name(self._device))
+        return Ready(socket.gethostname(), device_name(self._device), os.getpid())
 
     def run(
         self, task: Task, hand_back: HandBack, check: Callable[[], object] = lambda: None

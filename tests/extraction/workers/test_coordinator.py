@@ -105,6 +105,17 @@ def test_any_number_of_workers_makes_the_caches_of_one_process(
     assert {summary.num_new for summary in again.values()} == {0}
 
 
+def test_workers_decode_by_the_kernels_that_all_their_tasks_are_worth(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No task of a worker may be large enough alone."""
+    asked = list[int]()
+    monkeypatch.setattr(worker.acceleration, "start_for", asked.append)
+    use_threads(monkeypatch)
+    run(images, tmp_path / "c.h5", 2)
+    assert sum(path.stat().st_size for path in images.rglob("*.*g")) // 2 in asked
+
+
 class Dying:
     """A hook that kills workers at random, six times at most."""
 
@@ -166,7 +177,7 @@ def test_images_that_kill_every_worker_are_listed_failures(
     assert len(reasons) == len(fatal) + NUM_BAD
     assert any("has ended: killed by SIGKILL. Another one does the" in line for line in said)
     assert summary.num_images == 46 - len(reasons)
-    assert max(given.values()) <= 8  # twice whole, then halved
+    assert max(given.values()) <= 9  # twice whole, then halved, alone twice
     others = tmp_path / "others"
     shutil.copytree(images, others)
     for path in fatal:
@@ -176,6 +187,28 @@ def test_images_that_kill_every_worker_are_listed_failures(
     for name, split in open_cache(well.cache).splits.items():
         assert split.paths == cache.splits[name].paths
         assert (split.features == cache.splits[name].features).all()
+
+
+def test_an_image_is_not_blamed_for_two_deaths_of_which_one_was_of_it_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker is killed with one image left of its task, and the next one with that image."""
+    deaths = list[int]()
+
+    def die(number: int, task: Task, message: object) -> None:
+        is_first = not deaths and isinstance(message, ShardMade) and len(task.samples) == 4
+        is_second = len(deaths) == 1 and message is None and task.isolate
+        if is_first or is_second:
+            deaths.append(len(task.samples))
+            raise Death
+
+    use_threads(monkeypatch, die)
+    monkeypatch.setattr(work, "SHARD_BYTES", 3 * 24 * 4)  # of a task of four, one image is left
+    run(images, tmp_path / "c.h5", batch_size=1)
+    assert deaths == [4, 1]
+    reasons = {failure.reason for failure in open_cache(tmp_path / "c.h5").failures}
+    assert CRASHED not in reasons
+    assert len(open_cache(tmp_path / "c.h5").failures) == NUM_BAD
 
 
 def test_an_image_that_crashes_decoders_costs_one_worker(

@@ -19,13 +19,16 @@ from sample_images import write_image, write_tree
 from sample_shards import write_hugging_face, write_webdataset
 from sample_workers import use_threads
 
+from featcache import heartbeat, runtime
 from featcache.cache.reading import Cache, open_cache
+from featcache.cli.wording import facts_lines
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning
 from featcache.evaluation.info import info
 from featcache.extraction import work
 from featcache.extraction.extraction import extract
 from featcache.extraction.workers import plans
-from featcache.extraction.workers.plans import Part, alive, read_plan, refuse_alive
+from featcache.extraction.workers.plans import Part, read_plan
+from featcache.heartbeat import alive, refuse_alive
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -57,8 +60,8 @@ def whole(images: Path, tmp_path: Path) -> Cache:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of four rows; processes are taken for dead within half a second."""
     monkeypatch.setattr(work, "SHARD_BYTES", 4 * 24 * 4)
-    monkeypatch.setattr(plans, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(plans, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "STALE_SECONDS", 0.5)
 
 
 def run(images: Path, cache: Path, part: str | None = None, **change: Any) -> Any:
@@ -89,6 +92,9 @@ def test_parts_in_any_order_make_the_cache_of_one_run(
     assert summary.content_sha256 == whole.content_sha256
     assert open_cache(cache).failures == whole.failures
     assert not partial.exists()
+    told = [line for line in facts_lines(info(cache).as_dict()) if "worker:" in line]
+    assert len(told) == 1
+    assert ", cpu: 4 parts, 4 processes, 47 images, " in told[0]  # the bad one was tried again
 
 
 def test_the_plain_command_does_the_parts_that_are_missing(
@@ -113,6 +119,11 @@ def test_the_plain_command_does_the_parts_that_are_missing(
     assert "Part 1/3 was never begun: it is done here." in said
     assert "Part 3/3 is not finished: the rest of it is done here." in said
     assert not [line for line in said if line.startswith("Part 2/3")]
+    made = open_cache(cache).provenance
+    counts = [(line["parts"], line["processes"]) for line in made["workers"]]
+    assert counts == [(2, 2), (0, 1)]  # those that made parts, and the one that merged them
+    assert sum(line["images"] for line in made["workers"]) >= 43
+    assert made["device"] == "cpu"
     assert summary.content_sha256 == whole.content_sha256
     assert 46 - 15 > summary.num_new >= 15
     assert names(tmp_path) == {"data", "w.h5", "c.h5"}
@@ -167,6 +178,20 @@ def test_the_script_for_slurm_runs_one_part_in_srun(tmp_path: Path) -> None:
         assert f"\n#SBATCH {option}" in text
 
 
+def test_the_devices_of_all_parts_are_told(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merge has another one, and does a part that is missing."""
+    for number, name in ((1, "GPU A"), (2, "GPU B"), (0, "GPU C")):
+        monkeypatch.setattr(work, "device_name", lambda device, name=name: name)
+        monkeypatch.setattr(runtime, "device_name", lambda device, name=name: name)
+        run(images, tmp_path / "c.h5", f"{number}/3" if number else None)
+    provenance = open_cache(tmp_path / "c.h5").provenance
+    assert provenance["device"] == "GPU A, GPU B, GPU C"
+    lines = [(line["device"], line["parts"]) for line in provenance["workers"]]
+    assert lines == [("GPU A", 1), ("GPU B", 1), ("GPU C", 0)]
+
+
 def test_other_parts_other_images_and_other_settings_are_refused(
     images: Path, tmp_path: Path
 ) -> None:
@@ -212,7 +237,7 @@ def test_a_part_at_work_is_left_alone(
     cache, partial = tmp_path / "c.h5", tmp_path / "c.h5.partial"
     run(images, cache, "1/2")
     with alive(partial / "alive.2", "part", lambda line: None):
-        with pytest.raises(CacheError, match=r"part 2/2 of c.h5: expected no other process at it"):
+        with pytest.raises(CacheError, match=r"part 2 of c.h5: expected no other process at it"):
             run(images, cache)
         with pytest.raises(CacheError, match=r"found one at work: process \d+ on .* since"):
             run(images, cache, "2/2")

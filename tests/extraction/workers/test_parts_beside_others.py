@@ -14,7 +14,9 @@ import tiny_network
 from sample_images import write_tree
 
 import featcache
+from featcache import heartbeat
 from featcache.cache.reading import open_cache
+from featcache.cache.writing import cache_lock
 from featcache.errors import CacheError, DataError, FeatcacheError
 from featcache.extraction import extraction
 from featcache.extraction.extraction import extract
@@ -40,8 +42,8 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes are taken for dead, and plans for damaged, within half a second."""
-    monkeypatch.setattr(plans, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(plans, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "STALE_SECONDS", 0.5)
     monkeypatch.setattr(plans, "PATIENCE_SECONDS", 0.1)
 
 
@@ -71,6 +73,43 @@ def test_other_writers_of_the_cache_leave_its_parts_alone(images: Path, cache: P
     with pytest.raises(CacheError, match="found an unfinished extraction of that name"):
         featcache.write_cache(cache, classes=["a", "b"], identity={"name": "x"}, **rows)
     assert (cache.with_name("c.h5.partial") / "part.1.json").exists()
+
+
+@pytest.mark.parametrize("has_plan", [True, False])
+def test_a_part_at_work_is_not_discarded(images: Path, cache: Path, has_plan: bool) -> None:
+    """Whoever discards refuses, also while it has not published its plan yet."""
+    partial = cache.with_name("c.h5.partial")
+    run(images, cache, "1/2")
+    if not has_plan:
+        for name in ("plan.json", "part.1.json"):
+            (partial / name).unlink()
+    rows = {"features": np.zeros((4, 3), "f4"), "targets": [0, 1, 0, 1], "paths": list("abcd")}
+    made = featcache.write_cache(
+        cache.with_name("o.h5"), classes=["a", "b"], identity={"name": "x"}, **rows
+    )
+    with heartbeat.alive(partial / "alive.2", "part", lambda line: None):
+        before = sorted(path.name for path in partial.iterdir())
+        for discard in (
+            lambda: run(images, cache, rebuild=True),
+            lambda: featcache.select(made.path, cache, rebuild=True),
+            lambda: featcache.write_cache(
+                cache, classes=["a", "b"], identity={"name": "x"}, overwrite=True, **rows
+            ),
+        ):
+            with pytest.raises(CacheError, match=r"part 2 of c.h5: expected no other process at"):
+                discard()
+        assert sorted(path.name for path in partial.iterdir()) == before
+    assert run(images, cache, rebuild=True).num_images == 46
+
+
+def test_a_part_leaves_a_whole_run_alone(images: Path, cache: Path) -> None:
+    """Also one that has nothing in its manifest yet."""
+    with (
+        cache_lock(cache),
+        pytest.raises(CacheError, match=r"^cache c.h5: expected no other writer"),
+    ):
+        run(images, cache, "1/2")
+    assert run(images, cache, "1/2").num_new > 0
 
 
 def test_a_part_whose_plan_lost_the_race_leaves_nothing_behind(

@@ -13,8 +13,9 @@ from sample_images import write_tree
 
 from featcache.errors import CacheError
 from featcache.extraction import extraction
+from featcache.extraction.manifest import read_manifest
 from featcache.extraction.plan import Job
-from featcache.extraction.shards import read_manifest, write_shard
+from featcache.extraction.shards import write_shard
 from featcache.extraction.workers.coordinator import Coordinator, Ended, Event, Failed
 from featcache.extraction.workers.worker import Done, Facts, Ready, ShardMade, Task
 
@@ -40,7 +41,7 @@ class Pair:
             def kill(self) -> None:
                 pass
 
-        tell(Ready("host", f"device {number}"))
+        tell(Ready("host", f"device {number}", 1))
         return Handle()
 
     def end(self) -> None:

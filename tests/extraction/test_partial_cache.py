@@ -16,8 +16,10 @@ import pytest
 from failing import failing
 
 from featcache.errors import CacheError
-from featcache.extraction import shards
-from featcache.extraction.shards import EngineFacts, PartialCache, Vectors, write_shard
+from featcache.extraction import partial_cache, shards
+from featcache.extraction.manifest import EngineFacts
+from featcache.extraction.partial_cache import PartialCache
+from featcache.extraction.shards import Vectors, write_shard
 from featcache.files import canonical_json
 
 FINGERPRINT = "a" * 64
@@ -140,7 +142,7 @@ def test_a_shard_that_cannot_be_read_now_is_kept(
         else:
             patches.setattr(shards, "open_regular", UnreadableFile)
         if call == "read again":  # of the table, once the checksum was found right
-            patches.setattr(shards, "is_whole", lambda *_: True)
+            patches.setattr(partial_cache, "is_whole", lambda *_: True)
         with pytest.raises(CacheError, match=r"Input/output error .*shard\.00000"):
             list(partial.read_shards())
     partial.abandon()
