@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +17,13 @@ import threadpoolctl
 import tiny_network
 import torch
 from blank_pictures import save_blank
+from command_line import Result
 from matplotlib.figure import Figure
 from sample_images import write_tree
 
 from featcache import renames as renames_module
 from featcache.backbones.backbone import Backbone
+from featcache.cli import main as cli
 from featcache.extraction.extraction import extract
 
 # --- torture: short in CI, long by scripts/torture.sh
@@ -167,3 +170,22 @@ def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             raise OSError(errno.ENOSYS, "Function not implemented")
 
         monkeypatch.setattr(renames_module, "_rename_by", fail)
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Any]:
+    """Call the command line in this process, inside ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    show = warnings.showwarning
+
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        with warnings.catch_warnings():
+            code = cli._run([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return Result(code, out, err)
+
+    yield call
+    warnings.showwarning = show
