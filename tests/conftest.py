@@ -17,6 +17,7 @@ import threadpoolctl
 import tiny_network
 import torch
 from blank_pictures import save_blank
+from children_here import decode_here, run_here
 from command_line import Result
 from matplotlib.figure import Figure
 from sample_images import write_tree
@@ -140,6 +141,13 @@ def _blank_pictures() -> Iterator[None]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save figures as they are: for tests of what is in the pictures, or of names that go there."""
     monkeypatch.setattr(Figure, "savefig", _SAVE)
+
+
+@pytest.fixture
+def children_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each extraction would start up to three children, at a quarter of a second each."""
+    decode_here(monkeypatch)
+    run_here(monkeypatch)
 
 
 @pytest.fixture

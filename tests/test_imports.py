@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from command_line import TESTS
+from fork_server import run_code
 from sample_images import write_tree
 
 import featcache
@@ -20,7 +21,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 VERBS = ("demo", "split", "extract", "select", "info", "verify", "train", "sweep")
 VERBS += ("audit", "crossval", "decide", "evaluate", "predict", "explain", "report", "export")
 VERBS += ("serve", "log", "convert", "neighbours")
-HEAVY = {"torch", "sklearn", "scipy", "matplotlib", "numba"}
+HEAVY = {"torch", "sklearn", "scipy", "matplotlib", "numba", "pandas"}
 SLOW = {"torch", "numpy", "h5py", "PIL", "sklearn", "matplotlib", "scipy", "numba"}
 
 
@@ -160,4 +161,5 @@ def test_every_public_name_works_after_every_module_was_imported() -> None:
         "    exec(f'from featcache import {name}', namespace)\n"
         "    assert namespace[name] is value, name\n"
     )
-    run_python(code)
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr

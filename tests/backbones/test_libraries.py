@@ -45,8 +45,10 @@ def quietly(build, *arguments, **options):
         return build(*arguments, **options)
 
 
-@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
-def test_torchvisions_networks_are_those_of_its_weights(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvisions_networks_are_those_of_its_weights(name, tmp_path, monkeypatch, rounds):
+    if name == "inception_v3" and not rounds(0, 1):
+        pytest.skip("torchvision and featcache build it as googlenet (--long)")
     file = tmp_path / "weights.pt"
     plain = fitted(quietly(models.get_model, name, init_weights=False))
     torch.save(plain.state_dict(), file)
