@@ -112,8 +112,10 @@ def test_metaformers_give_the_features_that_timm_documents(tmp_path):
     ("name", "heads"),
     [("deit_tiny_distilled_patch16_224", ("head", "head_dist")), ("crossvit_9_240", ("head",))],
 )
-def test_networks_with_several_classifiers_take_weights_files(name, heads, tmp_path):
+def test_networks_with_several_classifiers_take_weights_files(name, heads, tmp_path, rounds):
     """Also files whose classifiers are of other classes, or missing."""
+    if name == "crossvit_9_240" and not rounds(0, 1):
+        pytest.skip("the same way as the other; its features are in test_every_network (--long)")
     file, library = tmp_path / "weights.pth", timm.create_model(name, num_classes=7).eval()
     torch.save(library.state_dict(), file)
     backbone = build_backbone(f"timm:{name}", weights=file)
