@@ -20,6 +20,9 @@ export OMP_WAIT_POLICY=PASSIVE
 workers=$("$python" -c 'from featcache.runtime import available_cores; print(available_cores() + 1)')
 # A file's tests stay in one process: they share what is slow to make. Files in the order of conftest.
 tests=0
+# Three processes that start at once would each compile all that the tests import: in a new clone 22
+# CPU seconds each. What stays is read by all.
+[ -d tests/__pycache__ ] || "$python" -m pytest --collect-only --quiet >/dev/null || true
 "$python" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@" || tests=$?
 wait "$types"
 exit "$tests"

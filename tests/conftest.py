@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +17,14 @@ import threadpoolctl
 import tiny_network
 import torch
 from blank_pictures import save_blank
+from children_here import decode_here, run_here
+from command_line import Result
 from matplotlib.figure import Figure
 from sample_images import write_tree
 
 from featcache import renames as renames_module
 from featcache.backbones.backbone import Backbone
+from featcache.cli import main as cli
 from featcache.extraction.extraction import extract
 
 # --- torture: short in CI, long by scripts/torture.sh
@@ -140,6 +144,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def children_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each extraction would start up to three children, at a quarter of a second each."""
+    decode_here(monkeypatch)
+    run_here(monkeypatch)
+
+
+@pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """Split folders train, valid, test of class folders covid, normal: 46 small images."""
     return write_tree(tmp_path / "data")
@@ -167,3 +178,22 @@ def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             raise OSError(errno.ENOSYS, "Function not implemented")
 
         monkeypatch.setattr(renames_module, "_rename_by", fail)
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Any]:
+    """Call the command line in this process, inside ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    show = warnings.showwarning
+
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        with warnings.catch_warnings():
+            code = cli._run([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return Result(code, out, err)
+
+    yield call
+    warnings.showwarning = show

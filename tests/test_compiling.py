@@ -1,12 +1,11 @@
 """What Numba compiles is kept on the disk where there is a place, used only while true."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numba
 import pytest
+from fork_server import run_code
 
 import featcache
 from featcache.compiling import compiled
@@ -37,10 +36,9 @@ def test_code_kept_of_other_sources_is_not_used(tmp_path):
             f"from featcache.compiling import part\n@part\ndef scale(x): return x * {factor}\n"
         )
         os.utime(factors, (1e9, 1e9))
-        done = subprocess.run(  # -B: Python's own bytecode is taken by time and size
-            [sys.executable, "-B", "-W", "error", tmp_path / "work.py"], cwd=tmp_path, text=True,
-            capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
-        )  # fmt: skip
+        # Without Python's own bytecode, which is taken by time and size.
+        code = "import sys; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1])"
+        done = run_code(f"{code}; import work", tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from command_line import TESTS
+from fork_server import run_code
 from sample_images import write_tree
 
 import featcache
@@ -20,7 +21,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 VERBS = ("demo", "split", "extract", "select", "info", "verify", "train", "sweep")
 VERBS += ("audit", "crossval", "decide", "evaluate", "predict", "explain", "report", "export")
 VERBS += ("serve", "log", "convert", "neighbours")
-HEAVY = {"torch", "sklearn", "scipy", "matplotlib", "numba"}
+HEAVY = {"torch", "sklearn", "scipy", "matplotlib", "numba", "pandas"}
 SLOW = {"torch", "numpy", "h5py", "PIL", "sklearn", "matplotlib", "scipy", "numba"}
 
 
@@ -109,20 +110,20 @@ def test_help_lists_all_verbs_and_imports_nothing_slow() -> None:
     assert all(f"\n  {verb} " in text for verb in VERBS)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_only_the_command_line_prints(module: str) -> None:
-    tree = ast.parse((PACKAGE / module).read_text("utf-8"))
-    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    # verbose=True: scikit-learn's estimators print
-    assert calls.count("print") == (module == "heads/estimator.py")
-    # Isolation and others answer as child processes; outputs flushes it before --csv
-    # /dev/stdout; predict_script is a command line of its own, copied out of the package.
-    if module not in {
-        "cli/main.py", "cli/ending.py", "cache/hdf5.py", "pixels/isolation.py", "outputs.py",
-        "cache/converting/reading.py", "data/parquet_index.py", "extraction/workers/local.py",
-        "deployment/exporting/predict_script.py",
-    }:  # fmt: skip
-        assert "sys.stdout" not in ast.unparse(tree)
+def test_only_the_command_line_prints() -> None:
+    for module in MODULES:
+        tree = ast.parse((PACKAGE / module).read_text("utf-8"))
+        calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        # verbose=True: scikit-learn's estimators print
+        assert calls.count("print") == (module == "heads/estimator.py"), module
+        # Isolation and others answer as child processes; outputs flushes it before --csv
+        # /dev/stdout; predict_script is a command line of its own, copied out of the package.
+        if module not in {
+            "cli/main.py", "cli/ending.py", "cache/hdf5.py", "pixels/isolation.py", "outputs.py",
+            "cache/converting/reading.py", "data/parquet_index.py", "extraction/workers/local.py",
+            "deployment/exporting/predict_script.py",
+        }:  # fmt: skip
+            assert "sys.stdout" not in ast.unparse(tree), module
 
 
 def test_public_names_are_what_type_checkers_see_and_what_there_is() -> None:
@@ -160,4 +161,5 @@ def test_every_public_name_works_after_every_module_was_imported() -> None:
         "    exec(f'from featcache import {name}', namespace)\n"
         "    assert namespace[name] is value, name\n"
     )
-    run_python(code)
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr

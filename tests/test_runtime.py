@@ -13,6 +13,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 import torch
+from fork_server import run_code
 
 from featcache import runtime
 from featcache.errors import ConfigError
@@ -134,7 +135,7 @@ def caller_results() -> dict[str, str]:
     """One process imports torch and forks a child per caller: the settings are process-wide."""
     script = (
         "import os, sys, json, io, contextlib, traceback, torch, featcache.runtime\n"
-        "code, callers = json.loads(sys.stdin.read())\n"
+        "code, callers = json.loads(sys.argv[1])\n"
         "for name, line in callers.items():\n"
         "    if os.fork() == 0:\n"
         "        sys.argv[1:] = [line]\n"
@@ -143,10 +144,8 @@ def caller_results() -> dict[str, str]:
         "        os.write(1, (json.dumps([name, result]) + '\\n').encode()); os._exit(0)\n"
         "    os.wait()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps([SETTINGS, CALLERS]), text=True,
-        capture_output=True, check=True,
-    )  # fmt: skip
+    done = run_code(script, json.dumps([SETTINGS, CALLERS]))
+    assert done.returncode == 0, done.stderr
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 

@@ -257,13 +257,6 @@ def test_a_module_that_gives_no_features_is_refused(answer, found):
     assert "\n" not in str(caught.value)
 
 
-def test_a_size_the_network_cannot_run_at_is_refused_in_one_line(monkeypatch):
-    draw_quickly(monkeypatch)
-    with pytest.raises(BackboneError, match="torchvision:vit_b_32") as caught:
-        build_backbone("torchvision:vit_b_32", weights="random", image_size=250)
-    assert "\n" not in str(caught.value)
-
-
 # -------------------------------------------------------------------------------------- bad names
 
 

@@ -1,14 +1,13 @@
 """Precision, batch size and the caller's own settings; the network stays frozen."""
 
 import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
 import tiny_network
 import torch
+from fork_server import run_code
 from sample_pixels import CPU, pictures, plain_features, tiny_engine, worst
 from torch import nn
 from torch.nn import functional
@@ -149,7 +148,6 @@ def test_without_a_probe_there_is_no_parity():
 _EVERY_SETTING = """
 import os, sys, warnings
 warnings.simplefilter("error")
-sys.path.insert(0, sys.argv[1])
 import numpy as np
 import tiny_network
 import torch
@@ -185,7 +183,7 @@ def check(setting):
     assert settings() == before, (setting, before, settings())
 
 failed = 0
-for setting in sys.argv[2:]:  # torch keeps some of them for good: each has its own process
+for setting in sys.argv[1:]:  # torch keeps some of them for good: each has its own process
     child = os.fork()
     if child == 0:
         check(setting)
@@ -207,14 +205,7 @@ def test_the_callers_settings_are_restored_however_they_were_made(request):
         "b.mkldnn.matmul.fp32_precision = 'bf16'",
         "b.cudnn.benchmark = True",
     ]
-    command = [
-        sys.executable,
-        "-c",
-        _EVERY_SETTING,
-        tiny_network.__file__.rpartition("/")[0],
-        *settings,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    result = run_code(_EVERY_SETTING, *settings)
     assert result.returncode == 0, result.stderr
 
 

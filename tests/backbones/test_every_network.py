@@ -56,7 +56,6 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
     logging.getLogger("timm").setLevel(level)
-    gc.collect()
 
 
 @pytest.fixture
@@ -185,7 +184,8 @@ def check_all(names, built, tally, kind) -> None:
         logging.getLogger(__name__).info("%s: %s %s", name, outcome, wrong.get(name, ""))
         tally(kind, outcome)
         built.clear()
-        gc.collect()
+        if len(names) > 10:  # it takes 0.5 s beside all that a session of tests has made
+            gc.collect()
     assert wrong == {}
 
 
@@ -213,15 +213,14 @@ def test_timms_features_are_those_in_front_of_the_logits(rounds, tally, built):
     check_all([f"timm:{name}" for name in names], built, tally, "networks of timm")
 
 
-@pytest.mark.parametrize("number", range(8))
-def test_features_of_efficientnets_are_pooled(number, rounds):
-    name = f"efficientnet-b{number}"
-    if number > rounds(0, 7):
-        pytest.skip("with --long")
-    backbone = build_backbone(name, weights="random", image_size=SMALL)
-    library = efficientnet_pytorch.EfficientNet.from_name(name, image_size=SMALL)
-    own, batch = with_weights(library, backbone.network, ("_fc",)), images(SMALL, 1)
-    with torch.inference_mode():
-        truth = own.extract_features(batch).mean((2, 3))
-    assert off_by(run(backbone.network, batch), truth) < 1e-5
-    assert backbone.num_features == truth.shape[1]
+def test_features_of_efficientnets_are_pooled(rounds, monkeypatch):
+    draw_quickly(monkeypatch)
+    for number in range(rounds(1, 8)):
+        name = f"efficientnet-b{number}"
+        backbone = build_backbone(name, weights="random", image_size=SMALL)
+        library = efficientnet_pytorch.EfficientNet.from_name(name, image_size=SMALL)
+        own, batch = with_weights(library, backbone.network, ("_fc",)), images(SMALL, 1)
+        with torch.inference_mode():
+            truth = own.extract_features(batch).mean((2, 3))
+        assert off_by(run(backbone.network, batch), truth) < 1e-5, name
+        assert backbone.num_features == truth.shape[1]

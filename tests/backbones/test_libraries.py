@@ -45,8 +45,10 @@ def quietly(build, *arguments, **options):
         return build(*arguments, **options)
 
 
-@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
-def test_torchvisions_networks_are_those_of_its_weights(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvisions_networks_are_those_of_its_weights(name, tmp_path, monkeypatch, rounds):
+    if name == "inception_v3" and not rounds(0, 1):
+        pytest.skip("torchvision and featcache build it as googlenet (--long)")
     file = tmp_path / "weights.pt"
     plain = fitted(quietly(models.get_model, name, init_weights=False))
     torch.save(plain.state_dict(), file)
@@ -110,8 +112,10 @@ def test_metaformers_give_the_features_that_timm_documents(tmp_path):
     ("name", "heads"),
     [("deit_tiny_distilled_patch16_224", ("head", "head_dist")), ("crossvit_9_240", ("head",))],
 )
-def test_networks_with_several_classifiers_take_weights_files(name, heads, tmp_path):
+def test_networks_with_several_classifiers_take_weights_files(name, heads, tmp_path, rounds):
     """Also files whose classifiers are of other classes, or missing."""
+    if name == "crossvit_9_240" and not rounds(0, 1):
+        pytest.skip("the same way as the other; its features are in test_every_network (--long)")
     file, library = tmp_path / "weights.pth", timm.create_model(name, num_classes=7).eval()
     torch.save(library.state_dict(), file)
     backbone = build_backbone(f"timm:{name}", weights=file)

@@ -11,7 +11,6 @@ import pickle
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -425,14 +424,3 @@ def test_a_disk_that_fails_is_named_with_the_file_and_tried_again(
     ):  # fmt: skip
         with pytest.raises(CacheError, match=again):
             read()
-
-
-def test_reading_never_imports_h5py(tmp_path: Path) -> None:
-    write(tmp_path / "c", some_arrays())
-    code = (
-        "import sys\nfrom pathlib import Path\n"
-        "from featcache.cache.container import open_container\n"
-        "c = open_container(Path(sys.argv[1])); [c.map(n).tobytes() for n in c.arrays]\n"
-        "assert 'h5py' not in sys.modules and 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], check=True)

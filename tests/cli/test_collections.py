@@ -19,6 +19,8 @@ import featcache
 from featcache.backbones.backbone import Backbone
 from featcache.errors import DataError, FeatcacheWarning
 
+pytestmark = pytest.mark.usefixtures("children_here")
+
 
 @pytest.fixture
 def evaluated(tmp_path: Path, tiny_backbone: Backbone) -> Any:

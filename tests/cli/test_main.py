@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from command_line import TESTS, TINY, assert_one_line_error, command
+from command_line import TINY, assert_one_line_error, command
 from sample_rows import make_cache
 
 import featcache
@@ -287,39 +284,6 @@ def test_python_m_featcache_and_broken_pipe(tmp_path: Path) -> None:
     )
     assert done.stdout == "c.h5: a featcache cache\n"
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143)])  # all: test_endings.py
-def test_interrupted_exits_and_keeps_what_is_done(
-    tree: Path, tmp_path: Path, run: Any, number: signal.Signals, code: int
-) -> None:
-    slow = (
-        "import time, featcache.extraction.pipeline as p, featcache.cli.main as c\n"
-        "inner = p.render\n"
-        "def slow(*a):\n    time.sleep(0.1)\n    return inner(*a)\n"
-        "p.render = slow\n"
-        "c.main(['extract', 'data', 'c.h5', '--backbone', 'python:tiny_network:build', "
-        "'--batch-size', '2', '--workers', '1'])\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    child = subprocess.Popen(
-        [sys.executable, "-c", slow], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "c.h5.partial" / "manifest.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(1.0)
-    child.send_signal(number)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == code, err
-    assert b"Traceback" not in err
-    assert not (tmp_path / "c.h5").exists()
-    done = run("extract", "data", "c.h5", *TINY, "--batch-size", "2", "--json")
-    facts = json.loads(done.out)
-    assert facts["num_known"] > 0
-    assert facts["num_images"] == 46
 
 
 def test_an_error_while_the_network_runs_exits_1(

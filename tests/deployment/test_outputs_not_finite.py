@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from command_line import assert_one_line_error, command
+from command_line import Result, assert_one_line_error
 from sample_images import write_tree
 
 from featcache import load_classifier, open_cache, predict, write_cache
@@ -21,7 +22,7 @@ from featcache.heads.training import train
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_backbone: Backbone) -> Path:
+def broken(tmp_path: Path, tiny_backbone: Backbone) -> Path:
     """As a stranger may write it: finite weights that are too large."""
     extract(write_tree(tmp_path / "data"), tmp_path / "c.h5", backbone=tiny_backbone)
     train(tmp_path / "c.h5", tmp_path / "good", hidden=(8,), epochs=1, device="cpu")
@@ -36,18 +37,20 @@ def run(tmp_path: Path, tiny_backbone: Backbone) -> Path:
     return tmp_path / "run"
 
 
-def test_every_verb_says_so_in_one_line(run: Path, tiny_backbone: Backbone) -> None:
-    place = run.parent
+def test_every_verb_says_so_in_one_line(
+    broken: Path, run: Callable[..., Result], tiny_backbone: Backbone
+) -> None:
+    place = broken.parent
     first = open_cache(place / "c.h5").splits["test"].paths[0]
     for arguments, where in (
-        (["evaluate", run], first),
-        (["predict", run, "--cache", "c.h5"], "covid"),
-        (["predict", run, "--cache", "c.h5", "--json", "--csv", "p.csv"], "covid"),
+        (["evaluate", broken], first),
+        (["predict", broken, "--cache", "c.h5"], "covid"),
+        (["predict", broken, "--cache", "c.h5", "--json", "--csv", "p.csv"], "covid"),
     ):
-        result = command(*arguments, cwd=place)
+        result = run(*arguments)
         assert_one_line_error(result, "outputs of the head: expected finite numbers", where)
     assert not (place / "p.csv").exists()
-    classifier = load_classifier(run, backbone=tiny_backbone)
+    classifier = load_classifier(broken, backbone=tiny_backbone)
     with pytest.raises(RunError, match="outputs of the head"):
         classifier.predict([place / "data" / "test"])
     with warnings.catch_warnings():
@@ -57,7 +60,8 @@ def test_every_verb_says_so_in_one_line(run: Path, tiny_backbone: Backbone) -> N
     assert not list(place.glob("out.pt*"))
 
 
-def test_features_out_of_range_of_a_good_head(run: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("broken")
+def test_features_out_of_range_of_a_good_head(tmp_path: Path) -> None:
     """Numbers that float32 holds, but that a head cannot compute with."""
     cache = open_cache(tmp_path / "c.h5")
     split = cache.splits["test"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Result, command
+from command_line import Result
 from sample_rows import make_cache
 
 import featcache
@@ -30,11 +31,11 @@ def test_layers_are_those_of_the_torch_module(hidden: tuple[int, ...]) -> None:
         assert layer.num_parameters == sum(p.numel() for p in module.parameters())
 
 
-def test_the_layers_of_a_run_are_a_table(tmp_path: Path) -> None:
+def test_the_layers_of_a_run_are_a_table(tmp_path: Path, run: Callable[..., Result]) -> None:
     make_cache(tmp_path / "c.h5")
     featcache.train(tmp_path / "c.h5", tmp_path / "run", hidden=(6, 5), epochs=1)
-    done = command("info", "run", "--layers", cwd=tmp_path)
-    assert done.stdout.splitlines() == [
+    done = run("info", "run", "--layers")
+    assert done.out.splitlines() == [
         "input: (N, 3, 32, 32)",
         "layer            output   parameters  trained",
         "fake             (N, 10)              no, frozen",
@@ -51,9 +52,9 @@ def test_the_layers_of_a_run_are_a_table(tmp_path: Path) -> None:
     ]
     facts = featcache.info(tmp_path / "run")
     assert facts.num_parameters == 155
-    done = command("info", "c.h5", "--layers", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--layers is of a run; this is a cache" in done.stderr
+    done = run("info", "c.h5", "--layers")
+    assert (done.code, done.out) == (2, "")
+    assert "--layers is of a run; this is a cache" in done.err
 
 
 def unfinished(path: Path) -> UnfinishedInfo:
@@ -74,7 +75,7 @@ def test_an_unfinished_extraction_says_what_is_kept() -> None:
 
 
 def test_an_unfinished_training_says_its_epochs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]
 ) -> None:
     make_cache(tmp_path / "c.h5")
     monkeypatch.setattr(resuming, "SAVE_SECONDS", 0.0)
@@ -88,7 +89,7 @@ def test_an_unfinished_training_says_its_epochs(
     facts = unfinished(tmp_path / "run.partial")
     assert facts.kept == {"num_epochs_done": 2, "num_epochs": 5}
     assert facts.output == tmp_path / "run"
-    shown = command("info", "run.partial", cwd=tmp_path).stdout.splitlines()
+    shown = run("info", "run.partial").out.splitlines()
     assert shown[0] == "run.partial: an unfinished featcache train"
     assert shown[-1] == (
         "next_step: the featcache train that began it, called again, goes on; or begin anew with "
@@ -121,14 +122,16 @@ def test_an_unfinished_sweep_says_its_trials(
         ("journal.jsonl", ConfigError),
     ],
 )  # fmt: skip
-def test_a_damaged_one_is_one_line(tmp_path: Path, name: str, error: type[Exception]) -> None:
+def test_a_damaged_one_is_one_line(
+    tmp_path: Path, name: str, error: type[Exception], run: Callable[..., Result]
+) -> None:
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial" / name).write_bytes(b"not what it should be\n")
     with pytest.raises(error):
         featcache.info(tmp_path / "x.partial")
-    done = command("info", "x.partial", cwd=tmp_path)
-    assert Result(done.returncode, done.stdout, "") == Result(1, "", "")
-    assert len(done.stderr.splitlines()) == 1
+    done = run("info", "x.partial")
+    assert (done.code, done.out) == (1, "")
+    assert len(done.err.splitlines()) == 1
 
 
 def test_a_run_is_a_run_whatever_else_lies_in_it(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tifffile
 import tiny_network
-from children_here import decode_here, run_here
 from sample_images import write_image
 
 from featcache import evaluate, extract, load_classifier, open_cache, predict, train, verify
@@ -17,12 +16,7 @@ from featcache.errors import CacheError, DataError, FeatcacheError
 from featcache.extraction import earlier, recipe
 from featcache.pixels import decoding
 
-
-@pytest.fixture(autouse=True)
-def no_children(monkeypatch):
-    """Each extraction would start three, at half a second each."""
-    decode_here(monkeypatch)
-    run_here(monkeypatch)
+pytestmark = pytest.mark.usefixtures("children_here")
 
 
 def colour_png(path, bits, seed):

@@ -22,7 +22,7 @@ from featcache.extraction.manifest import Receipt
 from featcache.extraction.partial_cache import PartialCache
 
 
-@pytest.mark.parametrize("name", ["efficientnet-b0", "torchvision:resnet18", "timm:resnet10t"])
+@pytest.mark.parametrize("name", ["efficientnet-b0", "timm:test_resnet"])
 def test_the_backbone_is_frozen_even_if_it_comes_in_train_mode(
     name: str, tmp_path: Path, tiny_backbone: Backbone
 ) -> None:

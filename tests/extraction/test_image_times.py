@@ -17,6 +17,8 @@ from featcache.errors import FeatcacheWarning
 from featcache.extraction.extraction import extract
 from featcache.extraction.verification import verify
 
+pytestmark = pytest.mark.usefixtures("children_here")
+
 SECOND, YEAR = 10**9, 31_556_952 * 10**9
 TIMES = {
     "2261": 291 * YEAR, "2263": 293 * YEAR, "2300": 330 * YEAR, "2445": 475 * YEAR,

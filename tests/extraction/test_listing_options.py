@@ -16,6 +16,7 @@ from featcache.extraction.extraction import extract, plan
 from featcache.extraction.verification import verify
 from featcache.heads.training import train
 
+pytestmark = pytest.mark.usefixtures("children_here")
 MASKS = "*/masks/**"
 
 

@@ -28,6 +28,8 @@ from featcache.extraction.recipe import make_recipe
 from featcache.extraction.verification import verify
 from featcache.pixels.images import load, resize_to_square
 
+pytestmark = pytest.mark.usefixtures("children_here")
+
 
 @pytest.fixture
 def mixed(tree: Path, tmp_path: Path, tiny_backbone: Backbone) -> Cache:

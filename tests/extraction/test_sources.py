@@ -28,6 +28,7 @@ from featcache.evaluation.auditing.audit import audit
 from featcache.extraction.extraction import extract, plan
 from featcache.extraction.verification import verify
 
+pytestmark = pytest.mark.usefixtures("children_here")
 Rows = dict[bytes, tuple[str, str, npt.NDArray[np.float32]]]
 
 

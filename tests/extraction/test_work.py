@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sample_partial
+from children import TINY, wait_for, warm_parent
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import open_cache
@@ -23,27 +22,6 @@ from featcache.extraction.extraction import extract, plan
 from featcache.files import canonical_json
 
 TESTS = Path(__file__).parents[1]
-
-
-def _child(code: str, folder: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment)
-
-
-_SLOW_EXTRACT = """
-import time, tiny_network
-import featcache.extraction.work as work
-from featcache.extraction.extraction import extract
-from featcache.files import canonical_json
-work.SHARD_BYTES = 4 * 24 * 4  # four rows a shard
-inner = work.stream_features
-def slow(*args, **options):
-    for batch in inner(*args, **options):
-        time.sleep(0.03)
-        yield batch
-work.stream_features = slow
-extract("data", "c.h5", backbone=tiny_network.build(), batch_size=2, engine="ENGINE")
-"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
@@ -56,35 +34,19 @@ def test_a_killed_extraction_goes_on_and_ends_equal(
     whole = extract(
         tree, tmp_path / "whole.h5", backbone=tiny_backbone, batch_size=2, engine=engine
     )
-    child = _child(_SLOW_EXTRACT.replace("ENGINE", engine), tmp_path)
+    before = (("small_shards", 4), ("slow", 0.03))
+    command = ("extract", "data", "c.h5", *TINY[:2], "--batch-size", "2", "--engine", engine)
+    child = warm_parent().start(*command, cwd=tmp_path, before=before)
     shards = tmp_path / "c.h5.partial"
-    deadline = time.monotonic() + 60
-    while len(list(shards.glob("shard.*"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    child.send_signal(number)
-    child.wait(timeout=60)
-    assert child.returncode != 0
+    assert wait_for(lambda: len(list(shards.glob("shard.*"))) >= 3, child)
+    child.kill(number)
+    assert child.wait().code != 0
     assert not (tmp_path / "c.h5").exists()
     summary = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, batch_size=2)
     assert summary.num_known >= 4
     assert summary.num_new == 46 - summary.num_known
     assert summary.content_sha256 == whole.content_sha256
     assert not shards.exists()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="flock is POSIX")
-def test_the_second_writer_is_told_who_is_at_work(
-    tree: Path, tmp_path: Path, tiny_backbone: Backbone
-) -> None:
-    child = _child(_SLOW_EXTRACT.replace("ENGINE", "auto"), tmp_path)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "c.h5.partial" / "manifest.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    with pytest.raises(Exception, match=f"process {child.pid} on .* since"):
-        extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
-    assert child.wait(timeout=60) == 0
-    assert open_cache(tmp_path / "c.h5").fingerprint
 
 
 def test_an_unfinished_run_of_other_settings_is_refused_then_discarded(

@@ -254,13 +254,13 @@ class Sweep:
     ) -> None:
         """Let every call fail; then end there, or be killed or lose power on the way out.
 
-        Without ``all_faults`` every second call fails, by one fault.
+        Without ``all_faults`` every fourth call fails, by one fault.
         """
         calls = self.watch()[0].calls
-        for call, kind in list(enumerate(calls))[:: 1 if all_faults else 2]:
+        for call, kind in list(enumerate(calls))[:: 1 if all_faults else 4]:
             faults = [fault for fault in among if suits(fault, kind)]
             if not all_faults:
-                faults = faults[call // 2 % len(faults) :][:1] if faults else []
+                faults = faults[call // 4 % len(faults) :][:1] if faults else []
             for seed in seeds:
                 for fault in faults:
                     self.fail(call, fault, random.Random(f"{seed} {call} {fault}"))

@@ -74,8 +74,8 @@ def assert_one_line(result: Result, number: signal.Signals) -> str:
 def test_the_first_signal_keeps_what_is_in_hand_and_says_how_much(
     place: Place, number: signal.Signals, tally: Callable[..., None]
 ) -> None:
-    slow, note = ("slow", 0.02), ("note", place.notes)
-    child = warm_parent().start(*COMMAND, cwd=place.folder, before=(SMALL_SHARDS, slow, note))
+    before = (SMALL_SHARDS, ("slow", 0.02), ("note", place.notes), ("end_for_real",))
+    child = warm_parent().start(*COMMAND, cwd=place.folder, before=before)
     # 20 images: two shards are whole, and of the third there is half
     assert wait_for(lambda: noted_rows(place.notes, "taken") >= 20, child)
     child.kill(number)

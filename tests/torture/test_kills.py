@@ -189,7 +189,7 @@ def test_the_real_command_killed_ends_equal(
         "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"
     }  # fmt: skip
     command = [sys.executable, "-m", "featcache", *COMMAND]
-    for number in range(rounds(2, 20)):
+    for number in range(rounds(1, 20)):
         clear(place)
         pipe = subprocess.PIPE
         with subprocess.Popen(
