@@ -15,6 +15,7 @@ import contextlib
 import copy
 import io
 import os
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -209,19 +210,34 @@ def export_onnx(
 
 @contextlib.contextmanager
 def _no_onnx_log() -> Iterator[None]:
-    """Keep torch's exporter from printing its graph on standard output where it fails.
+    """Keep torch's exporter from printing its graph where it fails: the error says enough.
 
-    Torch 2.14 means to do so with ``verbose`` only, but tests a function where it should call it.
+    Torch 2.14 and 2.15 mean to print with ``verbose`` only, but test a function where they should
+    call it. They print from C++: it goes to a file here, which is shown only if nothing failed.
     """
-    log = getattr(torch._C, "_jit_onnx_log", None)
-    if log is None:  # another version
-        yield
-        return
-    torch._C._jit_onnx_log = lambda *_: None  # type: ignore[attr-defined, unused-ignore]
-    try:
-        yield
-    finally:
-        torch._C._jit_onnx_log = log  # type: ignore[attr-defined, unused-ignore]
+    choose_stream = getattr(torch._C, "_jit_set_onnx_log_output_stream", None)
+    with _export_lock, contextlib.ExitStack() as stack:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # it is closed
+            yield
+            return
+        stack.callback(os.close, stderr)
+        file = stack.enter_context(tempfile.TemporaryFile())
+        if choose_stream is not None:
+            choose_stream("stderr")
+            stack.callback(choose_stream, "stdout")
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+        file.seek(0)
+        if said := file.read():
+            os.write(2, said)
+
+
+_export_lock = threading.Lock()  # descriptor 2 is one for all threads
 
 
 _SWISHES = {"Swish", "MemoryEfficientSwish"}

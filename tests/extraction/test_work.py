@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sample_partial
 from children import TINY, wait_for, warm_parent
@@ -189,8 +190,13 @@ def test_what_an_older_version_began_is_finished(begun: Path, touch: bool) -> No
     train = open_cache(begun / "c.h5").splits["train"]
     assert train.paths == ["train/a/0.bmp", "train/a/2.bmp", "train/b/1.bmp", "train/b/3.bmp"]
     assert [row.tobytes() for row in train.features] == shards
-    whole = extract(begun / "data", begun / "w.h5", backbone=backbone, engine="eager")
-    assert resumed.content_sha256 == whole.content_sha256
+    extract(begun / "data", begun / "w.h5", backbone=backbone, engine="eager")
+    # The shards were made by another version of torch, of which the last bits may be others.
+    splits = open_cache(begun / "c.h5").splits
+    for name, split in open_cache(begun / "w.h5").splits.items():
+        np.testing.assert_allclose(splits[name].features, split.features, rtol=1e-5)
+        assert splits[name].paths == split.paths
+        assert name == "train" or np.array_equal(splits[name].features, split.features)
     assert sorted(path.name for path in begun.iterdir()) == ["c.h5", "data", "w.h5"]
 
 
