@@ -35,9 +35,7 @@ from featcache.runtime import log_line
 _T = TypeVar("_T")
 _WAITS = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between the tries of a get, each up to twice as long
 _GIVE_UP_SECONDS = 120.0  # after which there is no further try
-_MOST_GIVEN_UP = (
-    8  # gets in turn, none between that came: then others are not tried for long either
-)
+_MOST_GIVEN_UP = 8  # gets in turn: then others are not tried for long either
 _PAGES_TO_KEEP = 10  # of a listing that is interrupted: fewer come again in a moment
 _BUFFER_BYTES = 1 << 18  # read at once while a tar's headers or a Parquet file's pages are found
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub",

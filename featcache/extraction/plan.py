@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +81,11 @@ class Work(Protocol):
     @property
     def partial(self) -> ShardFolder:
         """Where the shards go."""
+
+    def release_engine(self) -> None:
+        """Free what the engine holds, as nothing is run here any more; its facts stay."""
+        if self.engine is not None:
+            self.engine = replace(self.engine, forward=_never_run, is_frozen=_never_changed)
 
     def list_shard(
         self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]
@@ -330,3 +336,11 @@ def find_known(jobs: Sequence[Job], device: torch.device) -> Sequence[int]:
     every = range(len(dataset.samples))
     wanted = (p for p in every if any(job.ledger.wants(p) for job in jobs))
     return dataset.reading_order(wanted)
+
+
+def _never_run(batch: torch.Tensor) -> NoReturn:
+    raise AssertionError("the engine was released")
+
+
+def _never_changed() -> bool:
+    return True

@@ -96,7 +96,7 @@ def facts_of(jobs: Sequence[Job], rows: Sequence[int], image_bytes: int) -> Fact
                 job.partial.folder.absolute(), job.probes, num_rows,
             )
         )  # fmt: skip
-        job.engine = replace(job.engine, forward=_never_run, is_frozen=_never_changed)
+        job.release_engine()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the first worker may have the same GPU
     dataset, workers = _without_samples(jobs[0].dataset), jobs[0].options.workers
@@ -109,14 +109,6 @@ def _without_samples(dataset: ImageDataset) -> ImageDataset:
     samples = tuple(one[split] for split in dataset.splits)
     root = dataset.root.absolute() if dataset.root.exists() else dataset.root  # a URL's is no path
     return replace(dataset, samples=samples, root=root, dicom=None)
-
-
-def _never_run(batch: torch.Tensor) -> NoReturn:
-    raise AssertionError("the workers run the network")
-
-
-def _never_changed() -> bool:
-    return True
 
 
 @dataclass(frozen=True)
