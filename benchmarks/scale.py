@@ -1,15 +1,16 @@
 """How far does an extraction scale: processes here, the coordinator alone, a million images?
 
-    python benchmarks/scale.py [--images 400] [--million 1000000] [--rounds 3]
+    python benchmarks/scale.py [--images 400 4000] [--million 1000000] [--rounds 3]
 
-- ``processes``: one process as ever, against ``--processes 2`` and ``4``, on drawn photos.
+- ``processes``: one process as ever, against ``--processes 2`` and ``4``, on so many drawn photos
+  and on more: what the further ones take is free of every process's start.
 - ``sources``: zip, tar, Parquet and, where moto is installed, a store over HTTP, against a folder.
 - ``coordinator``: it alone, with workers that answer at once and compute nothing: how many rows a
   second it lists and settles, and so how many workers it can feed.
 - ``million``: small images in tars, a network of no cost: seconds and peak memory, scan to cache.
 - Arithmetic from those rates: 1 to 100 workers, 10 million images, and what is the narrowest.
 
-A short try: ``python benchmarks/scale.py --images 40 --million 5000 --rounds 1 --out /tmp/scale``.
+A short try: ``benchmarks/scale.py --images 40 80 --million 5000 --rounds 1 --out /tmp/scale``.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from measuring import (
 KIND = "jpeg-500x375"
 SIDE, PER_TAR = 16, 10_000
 TINY = ("--backbone", "python:tiny_backbone:build", "--device", "cpu")
+WAYS: dict[str, int | None] = {"one process": None, "--processes 2": 2, "--processes 4": 4}
 NUM_WORKERS, NUM_IMAGES = (1, 2, 4, 8, 16, 32, 64, 100), 10_000_000
 GPU_RATE = 2000.0  # images a second: an assumption, as no GPU was measured
 
@@ -77,24 +79,43 @@ def extract_cold(data: Path | str, options: Sequence[str], processes: int | None
 
 
 def measure_processes(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the samples of one process and of several, by backbone."""
-    found = {}
+    """Return the samples of one process and of several, by backbone and number of images."""
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="featcache-scale-") as name:
-        write_images(Path(name), KIND, args.images)
+        for size in args.images:
+            Path(name, str(size)).mkdir()
+            write_images(Path(name, str(size)), KIND, size)
         for backbone in args.backbones:
             options = ["--backbone", backbone, "--weights", "random", "--device", "cpu"]
             ways = {
-                "one process" if n is None else f"--processes {n}": functools.partial(
-                    extract_cold, Path(name), options, n
+                f"{way}, {size} images": functools.partial(
+                    extract_cold, Path(name, str(size)), options, processes
                 )
-                for n in (None, 2, 4)
+                for way, processes in WAYS.items()
+                for size in args.images
             }
             samples = measure_in_turn(ways, args.rounds)
-            contents = {one["content_sha256"] for rounds in samples.values() for one in rounds}
-            if len(contents) > 1:
-                raise SystemExit(f"{backbone}: caches of different content: {contents}")
-            found[backbone] = samples
+            for size in args.images:
+                contents = {
+                    one["content_sha256"] for rounds in samples.values() for one in rounds
+                    if one["num_images"] == size
+                }  # fmt: skip
+                if len(contents) > 1:
+                    raise SystemExit(f"{backbone}: caches of different content: {contents}")
+            found[backbone] = {
+                way: {
+                    str(size): samples[f"{way}, {size} images"] for size in args.images
+                }
+                for way in WAYS
+            }  # fmt: skip
     return {"kind": KIND, "num_images": args.images, "samples": found}
+
+
+def further_rate(by_number: dict[str, Any]) -> float:
+    """Return images a second of those that the larger size has more than the smaller one."""
+    few, many = sorted(by_number, key=int)
+    seconds = [median(one["seconds"] for one in by_number[size]) for size in (few, many)]
+    return (int(many) - int(few)) / (seconds[1] - seconds[0])
 
 
 # ------------------------------------------------------------------------------ kinds of sources
@@ -117,8 +138,8 @@ def pack(folder: Path, out: Path) -> dict[str, str]:
         "image": pyarrow.array(images, image), "label": [file.parent.name for file in files]
     }  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.table(columns), out / "images.parquet")
-    packed = {kind: str(out / f"images.{kind}") for kind in ("zip", "tar", "parquet")}
-    return {"folder": str(folder), **packed}
+    kinds = {kind: str(out / f"images.{kind}") for kind in ("zip", "tar", "parquet")}
+    return {"folder": str(folder), **kinds}
 
 
 @contextlib.contextmanager
@@ -160,7 +181,7 @@ def measure_sources(args: argparse.Namespace) -> dict[str, Any]:
         folder, out = Path(name, "images"), Path(name, "packed")
         folder.mkdir()
         out.mkdir()
-        write_images(folder, KIND, args.images)
+        write_images(folder, KIND, args.images[-1])
         kinds = pack(folder, out)
         with s3_store(folder, out / "images.tar") as urls:
             ways = {
@@ -170,7 +191,7 @@ def measure_sources(args: argparse.Namespace) -> dict[str, Any]:
             samples = measure_in_turn(ways, args.rounds)
     if len({one["content_sha256"] for rounds in samples.values() for one in rounds}) > 1:
         raise SystemExit("caches of different content")
-    return {"kind": KIND, "num_images": args.images, "samples": samples}
+    return {"kind": KIND, "num_images": args.images[-1], "samples": samples}
 
 
 # --------------------------------------------------------------------------- the coordinator alone
@@ -197,7 +218,7 @@ def measure_coordinator(num_images: int, num_workers: int, folder: str) -> dict[
 
         def __init__(self, facts: Any, tell: Callable[[Any], object]) -> None:
             self._rows, self._tell = facts.jobs[0].rows_per_shard, tell
-            tell(Ready("nowhere", "cpu"))
+            tell(Ready("nowhere", "cpu", 0))
 
         def give(self, task: Any) -> None:
             for begin in range(0, len(task.positions), self._rows):
@@ -300,18 +321,24 @@ def describe(report: dict[str, Any]) -> str:
     """Return the tables."""
     lines = [describe_machine(report), ""]
     part = report["processes"]
+    few, many = part["num_images"]
     cells = []
     for backbone, samples in part["samples"].items():
-        base = median(one["images_per_second"] for one in samples["one process"])
-        for way, rounds in samples.items():
-            rate = median(one["images_per_second"] for one in rounds)
-            cells.append([
-                backbone, way, number(rate), number(rate / base),
-                number(median(one["seconds"] for one in rounds)),
-            ])  # fmt: skip
-    head = ["backbone", "way", "images/s, running", "times one process", "whole seconds"]
-    lines += ["### Processes on this machine", "", f"{part['num_images']:,} images {part['kind']}."]
-    lines += ["Caches are equal.", "", *as_table(head, cells, num_text=2), ""]
+        base = further_rate(samples["one process"])
+        for way, by_number in samples.items():
+            rate = further_rate(by_number)
+            whole = [
+                number(median(one["seconds"] for one in by_number[str(n)])) for n in (few, many)
+            ]
+            cells.append([backbone, way, *whole, number(rate), number(rate / base)])
+    head = ["backbone", "way", f"{few:,} images, seconds", f"{many:,} images, seconds",
+            "further images/s", "times one process"]  # fmt: skip
+    lines += [
+        "### Processes on this machine",
+        "",
+        f"Images {KIND}, whole commands. Caches are equal.",
+    ]
+    lines += ["", *as_table(head, cells, num_text=2), ""]
     part, cells = report["sources"], []
     base = median(one["images_per_second"] for one in part["samples"]["folder"])
     for kind, rounds in part["samples"].items():
@@ -355,7 +382,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--images", type=int, nargs=2, default=[400, 4000])
     parser.add_argument("--backbones", nargs="+", default=["efficientnet-b0", "efficientnet-lite0"])
     parser.add_argument("--million", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -378,7 +405,7 @@ def main() -> None:
     report["million"] = measure_million(args)
     samples = report["processes"]["samples"]
     first = next(iter(samples))
-    here = median(one["images_per_second"] for one in samples[first]["one process"])
+    here = further_rate(samples[first]["one process"])
     report["arithmetic"] = {
         f"{first} on machines like this one": work_out(report, here),
         f"GPUs of {GPU_RATE:,.0f} images/s (an assumption: none was measured)": work_out(
