@@ -49,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 _LONG_FILES = (
     "test_xrays.py", "test_state_machine.py", "test_faults.py", "test_estimator.py",
     "test_killing_decoders.py", "test_hostile_caches.py", "test_kills.py", "test_engine.py",
+    "test_worker_kills.py",
 )  # fmt: skip
 """The slowest. They begin first: one that begins last has a core to itself while others idle."""
 

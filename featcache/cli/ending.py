@@ -234,9 +234,10 @@ class Ending:
                     # Not ours: ``held_signals`` has its own handler while a shard is in hand.
                     is_held = signal.getsignal(number) != self._interrupt and not self._signal
                     first = first or number
-                    wait = max(_HELD_SECONDS, held_seconds()) if is_held else _ENDING_SECONDS
+                    needed = held_seconds() if is_held else 0.0  # 0: it has not told
+                    wait = max(_HELD_SECONDS, needed) if is_held else _ENDING_SECONDS
                     deadline = min(deadline, time.monotonic() + wait)
-                    is_long = is_held and wait > _NOTICE_SECONDS
+                    is_long = needed > _NOTICE_SECONDS
                     notice = time.monotonic() + _NOTICE_SECONDS if is_long else float("inf")
 
     def _say_held(self, seconds: float) -> None:

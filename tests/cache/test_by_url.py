@@ -197,9 +197,7 @@ def test_a_store_that_refuses(cache: str, memory: str, monkeypatch: pytest.Monke
     run = f"{memory}/run"
     featcache.train(cache, run, **HEAD)
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
-    with pytest.raises(
-        DataError, match=rf"found 403 Forbidden \(tried \d times\) \({memory}/run2\)"
-    ):
+    with pytest.raises(DataError, match=rf"found 403 Forbidden .* \({memory}/run2\)"):
         featcache.train(cache, f"{memory}/run2", **HEAD)
     monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
     with pytest.warns(FeatcacheWarning, match=rf"not kept in {run}: .*403"):
@@ -207,7 +205,7 @@ def test_a_store_that_refuses(cache: str, memory: str, monkeypatch: pytest.Monke
     with pytest.raises(DataError, match="403"):
         featcache.decide(run, positive="covid", threshold=0.3)
     monkeypatch.setattr(MemoryFileSystem, "info", refuse)
-    with pytest.raises(DataError, match=rf"found 403 Forbidden \({cache}\)"):
+    with pytest.raises(DataError, match=rf"found 403 Forbidden .* \({cache}\)"):
         featcache.open_cache(cache)
 
 

@@ -131,7 +131,7 @@ def test_backbones_begun_with_other_threads_are_finished_one_by_one(
     try:
         with monkeypatch.context() as broken:
             broken.setattr(work, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
-            broken.setattr(work, "held_signals", lambda: contextlib.nullcontext(stop))
+            broken.setattr(work, "held_signals", lambda _: contextlib.nullcontext(stop))
             for number, (file, backbone) in enumerate(zip(files, backbones, strict=True)):
                 torch.set_num_threads(1 + number)
                 with pytest.raises(KeyboardInterrupt):

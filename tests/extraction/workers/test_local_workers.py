@@ -116,7 +116,7 @@ def is_equal(place: Path) -> bool:
 
 @LINUX
 def test_a_worker_that_is_killed_is_replaced(place: Path) -> None:
-    """By another process; hundreds of kills, of forks, are in test_kills."""
+    """By another process; hundreds of kills, of forks, are in test_worker_kills."""
     child = start(place, _SLOW)
     wait_for(lambda: num_shards(place) > 1, child)
     os.kill(children(child)[0], signal.SIGKILL)

@@ -50,6 +50,7 @@ def test_where_nothing_listens_is_said() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_a_service_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", exc_type=ImportError)
     monkeypatch.setattr(ray_actors, "_INIT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -91,7 +92,7 @@ def test_a_bridge_that_ends_is_an_error_of_all_workers(monkeypatch: pytest.Monke
         assert isinstance(bridge, Bridge)
         assert bridge.nodes == [{"Alive": True}]
         bridge.say = said.append
-        bridge.plan(Plan((), (), b"", 1.0), Facts(None, (), 1))  # type: ignore[arg-type]
+        bridge.plan(Plan((), (), b"", 1.0), Facts(None, (), 1, 0))  # type: ignore[arg-type]
         RayWorker(bridge, 3, events.put)
         for _ in range(2):  # one that was there, and one that is started when all is over
             failed, ended = events.get(timeout=60), events.get(timeout=60)
