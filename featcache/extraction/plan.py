@@ -82,11 +82,6 @@ class Work(Protocol):
     def partial(self) -> ShardFolder:
         """Where the shards go."""
 
-    def release_engine(self) -> None:
-        """Free what the engine holds, as nothing is run here any more; its facts stay."""
-        if self.engine is not None:
-            self.engine = replace(self.engine, forward=_never_run, is_frozen=_never_changed)
-
     def list_shard(
         self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]
     ) -> Vectors:
@@ -217,6 +212,11 @@ class Job:
             if not self.options.rebuild:
                 raise
             return None
+
+    def release_engine(self) -> None:
+        """Free what the engine holds, as nothing is run here any more; its facts stay."""
+        if self.engine is not None:
+            self.engine = replace(self.engine, forward=_never_run, is_frozen=_never_changed)
 
     def list_shard(
         self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]
