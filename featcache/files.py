@@ -301,8 +301,10 @@ def disk_error(error: OSError, path: Path, wanted_bytes: int) -> CacheError:
     if error.errno in NO_SPACE:
         free = shutil.disk_usage(path.parent).free
         return CacheError(
-            "disk space", expected=f"{wanted_bytes:,} bytes", found=f"{free:,} bytes free",
-            where=path.parent, hint="Make room and run the same command again",
+            "disk space", found=f"{free:,} bytes free", where=path.parent,
+            # Of a folder, or a file made elsewhere, it is not known: a block more than there is.
+            expected=f"{wanted_bytes or free + 4096:,} bytes",
+            hint="Make room and run the same command again",
         )  # fmt: skip
     return CacheError(
         "writing", expected="a writable folder", found=str(error.strerror or error),

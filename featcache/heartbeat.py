@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from featcache.errors import CacheError
-from featcache.files import make_folder
+from featcache.files import disk_error, make_folder
 from featcache.runtime import Say
 
 BEAT_SECONDS = 5.0
@@ -124,15 +124,14 @@ def alive(path: Path, what: str, say: Say) -> Iterator[Callable[[], None]]:
         say: Called if it takes a while to tell whether another process is at it.
 
     Raises:
-        CacheError: If another process is at it. The function raises it where another process has
-            taken this one for dead: it was stopped for longer than a minute, say.
+        CacheError: If another process is at it, or the disk is full. The function raises it where
+            another process has taken this one for dead: it was stopped for longer than a minute.
     """
     token, sign = secrets.token_hex(8), _own_sign()
     make_folder(path.parent)
     while True:
         try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(f"{sign}\n{token}\n0\n")
+            _make_sign(path, f"{sign}\n{token}\n0\n")
             break
         except FileExistsError:
             if (dead := refuse_alive({path: what}, say).get(path)) is not None:
@@ -172,6 +171,26 @@ def alive(path: Path, what: str, say: Say) -> Iterator[Callable[[], None]]:
         with contextlib.suppress(OSError):
             if is_mine():
                 path.unlink()
+
+
+def _make_sign(path: Path, text: str) -> None:
+    """Make a sign of life; on a full disk leave none, which would be waited for.
+
+    Raises:
+        FileExistsError: If there is one.
+        CacheError: If the disk is full or the folder cannot be written.
+    """
+    is_made = False
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            is_made = True
+            file.write(text)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if is_made:
+            path.unlink(missing_ok=True)
+        raise disk_error(error, path, len(text)) from error
 
 
 def _bury(path: Path, seen: tuple[str, ...]) -> None:

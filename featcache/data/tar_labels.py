@@ -50,13 +50,16 @@ class TarLabels:
         self._num_beside: Counter[str] = Counter()
         self._known: dict[tuple[tuple[str, str], ...], Mapping[str, str]] = {(): {}}
 
-    def read_tar(self, read: ReadAt, images: Sequence[str], others: Sequence[TarEntry]) -> None:
+    def read_tar(
+        self, read: ReadAt, images: Sequence[str], others: Sequence[TarEntry], where: str
+    ) -> None:
         """Read the labels of the images of one tar.
 
         Args:
             read: Reads a stretch of it.
             images: Their paths.
             others: Its members that are no images and no folders.
+            where: Its name, for messages.
         """
         if not others:
             self.of_images += [self._known[()]] * len(images)
@@ -75,7 +78,9 @@ class TarLabels:
                 self._num_beside[ending] += 1  # whether it is used is not known yet
             else:
                 self._ignored.add(OTHER_ENDING, entry.path)
-        self.of_images += [self._read(read, beside.get(_key(path), {}), wanted) for path in images]
+        self.of_images += [
+            self._read(read, beside.get(_key(path), {}), wanted, where) for path in images
+        ]
 
     def _wanted_endings(self, beside: _Beside) -> set[str]:
         """Return the endings of files beside images that have to be read."""
@@ -91,7 +96,7 @@ class TarLabels:
         return wanted | ({"json", "txt"} & endings)
 
     def _read(
-        self, read: ReadAt, files: Mapping[str, TarEntry], wanted: set[str]
+        self, read: ReadAt, files: Mapping[str, TarEntry], wanted: set[str], where: str
     ) -> Mapping[str, str]:
         """Return what the files beside an image say: ending, or ``json KEY`` -> text."""
         found: dict[str, str] = {}
@@ -106,7 +111,8 @@ class TarLabels:
                     continue
                 keys = given if "target" in self.columns else (*_JSON_KEYS, *given)
                 for key in keys:
-                    if (text := _label_text(facts.get(key), files[ending].path)) is not None:
+                    inside = f"{where}: {printable(files[ending].path)}"
+                    if (text := _label_text(facts.get(key), inside)) is not None:
                         found[f"json {key}"] = text
             else:
                 text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip()
@@ -158,7 +164,7 @@ def _ending(path: str) -> str:
     return path.rpartition("/")[2].partition(".")[2].lower()
 
 
-def _label_text(value: object, path: str) -> str | None:
+def _label_text(value: object, where: str) -> str | None:
     """Return a label of a JSON as text; None if there is none.
 
     Raises:
@@ -172,7 +178,7 @@ def _label_text(value: object, path: str) -> str | None:
         return str(value)
     raise DataError(
         "label in JSON", expected="a text or a whole number", found=f"{value!r:.60}",
-        where=printable(path), hint="Say which key has the class: --columns target=KEY",
+        where=where, hint="Say which key has the class: --columns target=KEY",
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ class _Scan:
                 read = partial(read_at, file)
                 entries = list(list_tar(read, shard.file.num_bytes, where))
                 images, others = _sort_out(entries, where, self.folders[number], self.ignored)
-                self.labels.read_tar(read, [path for path, _ in images], others)
+                self.labels.read_tar(read, [path for path, _ in images], others, where)
         except (OSError, ValueError) as error:
             hint = reading_hint(error, "") if isinstance(error, OSError) else ""
             raise DataError(

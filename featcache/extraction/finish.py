@@ -97,9 +97,11 @@ def _refuse_empty(job: Job, split: str, samples: Sequence[Sample]) -> None:
     for (name, target), planned in job.ledger.planned.items():
         if name == split and target not in left:
             label = job.dataset.classes[target] if target >= 0 else "images"
+            failures = (f for f in job.ledger.failures if (f.split, f.target) == (name, target))
+            first = next((f", the first being {f.path}: {f.reason}" for f in failures), "")
             raise DataError(
                 f"{split}/{label}", expected="at least one readable image",
-                found=f"none of {planned}", hint="Mend the images named above",
+                found=f"none of {planned}{first}", hint="Mend them; the same command then goes on",
             )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from featcache.runtime import Timer, available_cores
 from featcache.threads import Threads
 
 _AHEAD = 3  # chunks in the making while others are in the network, and at least ...
-_MOST_KNOWN = 4096  # of images that are stored twice: 20 MB of 1,280 features
+_KNOWN_BYTES = 1 << 25  # of features of images that are stored twice: 6,500 times 1,280 floats
 _AHEAD_IMAGES = 32  # ... so many images, or one large file stops the small batches of a CPU
 
 Views = tuple[npt.NDArray[np.uint8], ...]
@@ -212,6 +212,7 @@ class _Forward:
     def __init__(self, engine: Engine, copies: frozenset[str]) -> None:
         self._engine, self._copies = engine, copies
         self._known: dict[bytes | int, npt.NDArray[np.float32]] = {}
+        self._room = _KNOWN_BYTES
 
     def __call__(
         self, paths: Sequence[str], images: Sequence[npt.NDArray[np.uint8] | None]
@@ -229,8 +230,8 @@ class _Forward:
         rows = iter(self._engine.run_here(views)) if views else iter(())
         for key, image in wanted.items():
             made[key] = np.stack([next(rows) for _ in image])
-            if isinstance(key, bytes) and len(self._known) < _MOST_KNOWN:
-                self._known[key] = made[key]
+            if isinstance(key, bytes) and self._room >= made[key].nbytes:
+                self._known[key], self._room = made[key], self._room - made[key].nbytes
         return tuple(made.get(key) for key in keys)
 
 

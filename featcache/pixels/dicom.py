@@ -45,6 +45,7 @@ _is_child_process = False
 
 _NEEDS_WINDOW = {"CT", "MR"}
 _MAX_BITS = 32
+_MOST_ENTRIES = 1 << 17  # of a table of shades
 
 _Grey: TypeAlias = npt.NDArray[np.uint8]
 
@@ -201,13 +202,13 @@ def _read(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
     is_signed = whole(dataset, "PixelRepresentation") == 1
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if is_signed else (0, (1 << bits) - 1)
     display = Display.of(dataset, frame, rules.window or "voi", low, high)
-    if bits <= 16:
-        # each of at most 65,536 values once: J2K may hold values beyond the stored bits
-        first, last = min(low, int(stored.min())), max(high, int(stored.max()))
+    # J2K may hold values beyond the stored bits: of 24 bits a table takes 0.7 GB
+    first, last = min(low, int(stored.min())), max(high, int(stored.max()))
+    if last - first < _MOST_ENTRIES:  # each of these values once
         table = display.apply(np.arange(first, last + 1, dtype=np.float64))
         return DicomPicture(table[stored.astype(np.int64) - first], bits > 8)
     rows = [display.apply(row.astype(np.float64)) for row in stored]
-    return DicomPicture(np.stack(rows), is_deep=True)
+    return DicomPicture(np.stack(rows), bits > 8)
 
 
 # ---------------------------------------------------------------------------------- what it may be

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -302,6 +303,9 @@ def test_errors_of_the_disk_are_told_from_others(tmp_path: Path) -> None:
     ):  # fmt: skip
         message = str(disk_error(OSError(code, os.strerror(code)), tmp_path / "c", 1234567))
         assert message.startswith(f"{what}: expected 1,234,567 bytes, found ")
+    message = str(disk_error(OSError(errno.ENOSPC, ""), tmp_path / "c", 0))
+    wanted, free = (int(n.replace(",", "")) for n in re.findall("([0-9,]+) bytes", message))
+    assert wanted > free
     for code in (errno.EACCES, errno.EROFS, errno.EIO):
         message = str(disk_error(OSError(code, os.strerror(code)), tmp_path / "c", 1))
         assert os.strerror(code) in message

@@ -182,6 +182,32 @@ def test_views_are_those_of_each_image_and_nothing_where_there_is_none(folder):
                 assert np.array_equal(found[0], decode(data, PixelRules(side)).pixels[:, :, 0])
 
 
+def test_equal_pixels_of_copies_are_run_once_as_far_as_memory_was_set_aside(
+    folder, engine, monkeypatch
+):  # fmt: skip
+    """By bytes, as 64 views of 2,048 features are 100 times what an image has alone."""
+    first = next(folder.rglob("*.png"))
+    for number in range(20):
+        (first.parent / f"copy{number:02d}.png").write_bytes(first.read_bytes())
+    dataset = scan(folder)
+    dataset = dataclasses.replace(dataset, copies=frozenset(s.path for s in dataset.samples))
+    truth = truth_of(dataset, dataset.samples, engine)
+    counted = []
+
+    def forward(batch):
+        counted.append(len(batch))
+        return engine.forward(batch)
+
+    numbers = {}
+    for room in (1 << 20, 24 * 4 - 1):  # the last one has none for a row
+        monkeypatch.setattr(pipeline, "_KNOWN_BYTES", room)
+        counted.clear()
+        counting = dataclasses.replace(engine, forward=forward)
+        assert_same_rows(collect(run(dataset, dataset.samples, counting, RULES))[0], truth)
+        numbers[room] = sum(counted)
+    assert numbers[1 << 20] < numbers[24 * 4 - 1]
+
+
 def test_chunks_are_filled_by_views_so_that_plain_splits_travel_in_full_batches(tmp_path):
     for split, number in (("train", 5), ("valid", 9)):
         for i in range(number):

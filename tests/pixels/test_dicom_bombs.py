@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import random
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -20,7 +22,7 @@ pytest.importorskip("pydicom", reason="pydicom, the extra dicom")
 for name in ("gdcm", "openjpeg"):
     pytest.importorskip(name, reason=f"{name}, the extra dicom")
 
-from sample_dicom import make_dicom, ramp, table  # noqa: E402
+from sample_dicom import make_dicom, ramp, read_back, table  # noqa: E402
 
 
 def reason(data: bytes, most: int = 2**24) -> str:
@@ -38,6 +40,25 @@ def test_a_deflate_bomb_is_refused() -> None:
     place = bomb.index(b"\x02\0\0\0UL") + 8  # the length of the meta information: a lie
     lying = bomb[:place] + bytes(4) + bomb[place + 4 :]
     assert "holds more than --max-pixels allow" in reason(lying, most=10_000)
+
+
+def test_values_far_beyond_the_stored_bits_make_no_table_of_them() -> None:
+    """JPEG 2000 has bits of its own: 24 of them took 0.7 GB, and 32 would take 130."""
+    values = np.zeros((64, 72), np.uint32)
+    values[0, 0], values[1] = 2**24 - 1, 4095
+    dataset = read_back(make_dicom(values, bits=24, syntax="JPEG 2000 lossless"))
+    dataset.BitsStored, dataset.HighBit = 12, 11
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    tracemalloc.start()
+    try:
+        picture = read_dicom(buffer.getvalue(), DicomRules(), 2**24)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6
+    assert picture.is_deep
+    assert (picture.pixels[0, 0], picture.pixels[0, 1], picture.pixels[1, 0]) == (255, 0, 255)
 
 
 def test_a_codestream_of_another_size_is_refused_before_memory_is_taken() -> None:

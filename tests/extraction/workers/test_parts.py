@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import subprocess
 import time
@@ -308,3 +309,16 @@ def test_a_plain_run_needs_no_lock_where_there_is_a_plan(
     made = extract(images, tmp_path / "many", **options)
     assert [summary.content_sha256 for summary in made.values()] == [whole.content_sha256]
     assert names(tmp_path / "many") == {"python-tiny_network-build.h5"}
+
+
+def test_full_disk_leaves_no_sign_of_life(tmp_path: Path) -> None:
+    """An empty sign would be waited for, a minute, by the same command with room on the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+    try:
+        with pytest.raises(CacheError, match="file size") as error:
+            alive(tmp_path / "alive.1", "part 1/2 of c.h5", print).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(tmp_path / "alive.1") in str(error.value)
+    assert not list(tmp_path.iterdir())
