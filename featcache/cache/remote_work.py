@@ -98,6 +98,7 @@ class Work:
         folder = self.path.parent
         make_folder(folder)
         with writer_lock(folder / LOCK_NAME, self.url):
+            self._state = optional_json_object(self._facts, max_bytes=_MAX_JSON_BYTES)
             try:
                 if sends:
                     check_writable(self.url)
@@ -123,7 +124,6 @@ class Work:
 
     def _begin(self, *, sends: bool) -> None:
         """Go on with what is here, or begin anew."""
-        self._state = optional_json_object(self._facts, max_bytes=_MAX_JSON_BYTES)
         objects = find_objects(self.url)
         if not self._state:
             self._refuse_cut_upload(objects)
@@ -234,7 +234,8 @@ class Work:
                     was = ANY if below else tags.get(below)
                     tags[below] = send_file(self.url, self.path, below, was, moved)
         sums = {below: sha256_file(local_file(self.path, below)) for below in tags}
-        self._keep(base=tags, stamps=stamps)
+        self._facts.unlink()  # all is sent: a kill from here on leaves nothing to go on with
+        self._state = {}
         copy = place_of(self.url)
         shutil.rmtree(copy.parent, ignore_errors=True)
         make_folder(copy.parent)
@@ -242,7 +243,6 @@ class Work:
             if path.exists() and path.parent == self.path.parent:
                 path.replace(copy.with_name(path.name))
         keep_record(copy, self.url, tags, sums)
-        self._keep(stamps={})
 
     def _send_folder(self, stamps: Mapping[str, Stamp], moved: Moved) -> dict[str, str]:
         """Send a folder, whole or recognisably not whole."""

@@ -322,6 +322,75 @@ def test_an_upload_that_fails_is_made_up_for(
     assert works(copies) == []
 
 
+def test_what_waits_outlives_a_store_that_still_refuses(
+    cache: str, memory: str, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("403 Forbidden")
+
+    run = f"{memory}/run"
+    break_after(monkeypatch, 0)
+    with pytest.raises(DataError, match="cut"):
+        featcache.train(cache, run, **HEAD)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="403"):
+            featcache.train(cache, run, **HEAD, overwrite=overwrite)
+        (work,) = (path for path in works(copies) if path.is_dir())
+        assert (work / "run.json").exists()
+
+
+def test_a_kill_after_all_was_sent(cache: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    url = f"{memory}/some.h5"
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_work, "keep_record", die)
+        with pytest.raises(KeyboardInterrupt):
+            featcache.select(cache, url)
+    with pytest.raises(CacheError, match="there already"):
+        featcache.select(cache, url)
+
+
+def test_nothing_is_added_to_a_run_that_was_replaced(
+    cache: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = f"{memory}/run"
+    featcache.train(cache, run, **HEAD)
+
+    def meanwhile() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            another_computer(patch, tmp_path / "another")
+            featcache.train(cache, run, **HEAD | {"epochs": 2}, overwrite=True)
+
+    def link(*args: Any) -> Any:
+        monkeypatch.undo()
+        monkeypatch.setenv("FEATCACHE_COPIES", str(tmp_path / "copies"))
+        meanwhile()
+        return remote_work.link(*args)
+
+    monkeypatch.setattr("featcache.cache.by_url.link", link)
+    with pytest.warns(FeatcacheWarning, match=r"not kept in .*written in the meantime"):
+        featcache.evaluate(run, split="test")
+    assert not [name for name in names(run) if name.startswith("evaluation")]
+
+
+@pytest.mark.parametrize("name", ["c#1.h5", "copy.json", "\N{GRINNING FACE}" * 150 + ".h5"])
+def test_names_of_all_kinds(cache: str, memory: str, tmp_path: Path, name: str) -> None:
+    url = put(tmp_path / "made.h5", f"{memory}/{name}")
+    run = f"{memory}/{name.replace('copy.json', 'lock')}.run"
+    featcache.train(url, run, **HEAD)
+    assert featcache.info(run).cache["path"] == f"../{name}"
+    assert featcache.evaluate(run, split="test").num_samples
+
+
+@pytest.mark.parametrize("name", ["lock", "work.json", "uploading.json"])
+def test_a_run_may_have_any_name(cache: str, memory: str, name: str) -> None:
+    featcache.train(cache, f"{memory}/{name}", **HEAD)
+    assert featcache.load_run(f"{memory}/{name}")
+
+
 def test_a_run_whose_upload_was_cut_is_no_run(
     cache: str, memory: str, tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
