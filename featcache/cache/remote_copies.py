@@ -47,6 +47,7 @@ _STORES = WHOLE_PUTS | {"memory", "local"}
 _MAX_JSON_BYTES = 1 << 28
 _NUM_TRIES = 3  # of an object that changes while it is read
 _MB = 1e6
+_OURS = {"lock", "copy.json", "work.json", MARKER}  # lie beside a copy, or what is made
 _SPACE = ' \\<>:"|?*\x00-\x1f'
 
 Stamp = tuple[int, int, int]
@@ -117,8 +118,8 @@ def place_of(url: str, kind: str = "read") -> Path:
             os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
         )
         root = os.path.join(home or Path.home() / ".cache", "featcache", "urls")  # noqa: PTH118
-    name = re.sub(f"[{_SPACE}]", "_", urlsplit(url).path.rpartition("/")[2])[-100:]
-    name = name if name.strip(".") else "copy"
+    name = re.sub(f"[{_SPACE}]", "_", _path_in(url).rpartition("/")[2])[-50:]  # of 4 bytes each
+    name = f"copy{name}" if not name.strip(".") or name in _OURS else name
     digest = hashlib.sha256(url.encode()).hexdigest()[:32]
     path = real_path(Path(root)) / kind / digest / name
     COPIES[str(path)] = url
@@ -137,6 +138,13 @@ def url_of_copy(path: Path) -> str | None:
     return None
 
 
+def _path_in(url: str) -> str:
+    """Return the path of a URL: only on web servers ``?`` and ``#`` end it."""
+    if url.startswith(("http:", "https:")):
+        return urlsplit(url).path
+    return url.partition("://")[2].partition("/")[2]
+
+
 def place_from(cache: Path, run: Path) -> str | None:
     """Return what ``run.json`` says of where a cache lies, if it or the run lies in a store.
 
@@ -146,7 +154,7 @@ def place_from(cache: Path, run: Path) -> str | None:
     if cache_url is None:
         return None if run_url is None else real_path(cache).as_posix()
     if run_url is not None and urlsplit(cache_url)[:2] == urlsplit(run_url)[:2]:
-        paths = [f"/{urlsplit(url).path.strip('/')}" for url in (cache_url, run_url)]
+        paths = [f"/{_path_in(url).strip('/')}" for url in (cache_url, run_url)]
         return posixpath.relpath(*paths)
     return cache_url
 
@@ -163,7 +171,7 @@ def url_from(run: Path, place: str) -> str | None:
     if run_url is None or Path(place).is_absolute():
         return None
     parts = urlsplit(run_url)
-    path = posixpath.normpath(posixpath.join(f"/{parts.path.strip('/')}", place))
+    path = posixpath.normpath(posixpath.join(f"/{_path_in(run_url).strip('/')}", place))
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
