@@ -18,9 +18,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from featcache.cache.remote_copies import Copy, Stamp, damage_told, fetch, files_of, place_of
+from featcache.cache.remote_copies import (
+    WHOLE,
+    Copy,
+    Stamp,
+    damage_told,
+    fetch,
+    files_of,
+    place_of,
+)
 from featcache.cache.remote_work import Work, link, moved_to_copy, send_file, sending
-from featcache.data.objects import ObjectChangedError
+from featcache.data.objects import ObjectChangedError, find_objects
 from featcache.data.remote import url_of
 from featcache.errors import COPIES, CacheError, DataError, FeatcacheError, warn_user
 from featcache.files import make_folder
@@ -148,6 +156,11 @@ def _send_changed(
     url: str, path: Path, before: Mapping[str, Stamp], tags: Mapping[str, str]
 ) -> None:
     changed = [below for below, stamp in files_of(path).items() if before.get(below) != stamp]
+    if changed:
+        now = find_objects(url)
+        for below in {"", *WHOLE} & tags.keys():  # figures of one run are none of another's
+            if below not in now or now[below].tag != tags[below]:
+                raise ObjectChangedError
     with sending(path, changed) as moved:
         for below in changed:
             send_file(url, path, below, tags.get(below), moved)
