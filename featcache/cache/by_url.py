@@ -25,13 +25,13 @@ from featcache.cache.remote_copies import (
     damage_told,
     fetch,
     files_of,
+    make_place,
     place_of,
 )
 from featcache.cache.remote_work import Work, link, moved_to_copy, send_file, sending
 from featcache.data.objects import ObjectChangedError, find_objects
 from featcache.data.remote import url_of
-from featcache.errors import COPIES, CacheError, DataError, FeatcacheError, warn_user
-from featcache.files import make_folder
+from featcache.errors import COPIES, CacheError, DataError, FeatcacheError, printable, warn_user
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -127,7 +127,7 @@ def _added_to(url: str, copies: dict[str, Copy], *, must_add: bool) -> Iterator[
     """Give a copy of a cache or run; send the files in it that are new or other ones at the end."""
     copy = copies[url] = _require(url)
     parent = place_of(url, "added").parent
-    make_folder(parent)
+    make_place(parent)
     with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as folder:
         path = Path(folder) / copy.path.name
         COPIES[str(path)] = url
@@ -140,7 +140,7 @@ def _added_to(url: str, copies: dict[str, Copy], *, must_add: bool) -> Iterator[
             failed = error if isinstance(error, FeatcacheError) else _changed(url)
             if must_add:
                 raise failed from error
-            warn_user(f"not kept in {url}: {failed}")
+            warn_user(f"not kept in {printable(url)}: {failed}")
     with contextlib.suppress(OSError):
         parent.rmdir()
 

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 from featcache import progress
 from featcache.data.objects import WHOLE_PUTS, ObjectChangedError, fetch_object, find_objects
 from featcache.data.remote import RemoteFile, url_of
-from featcache.errors import COPIES, CacheError, DataError, RunError
+from featcache.errors import COPIES, CacheError, DataError, RunError, without_secrets
 from featcache.files import disk_error, make_folder, optional_json_object, sha256_file, write_json
 from featcache.untrusted import real_path
 
@@ -126,6 +126,18 @@ def place_of(url: str, kind: str = "read") -> Path:
     return path
 
 
+def make_place(folder: Path) -> None:
+    """Make the folder around a ``place_of``; that of all copies, where it is new, is private.
+
+    Copies have names of patients in them, and a bucket is read by fewer than a disk.
+    """
+    root = folder.parents[1]
+    if not root.exists():
+        make_folder(root.parent)
+        root.mkdir(mode=0o700, exist_ok=True)
+    make_folder(folder)
+
+
 def url_of_copy(path: Path) -> str | None:
     """Return the URL of a local copy, or of what lies in one; None for any other path."""
     if not COPIES:
@@ -156,7 +168,7 @@ def place_from(cache: Path, run: Path) -> str | None:
     if run_url is not None and urlsplit(cache_url)[:2] == urlsplit(run_url)[:2]:
         paths = [f"/{_path_in(url).strip('/')}" for url in (cache_url, run_url)]
         return posixpath.relpath(*paths)
-    return cache_url
+    return without_secrets(cache_url)
 
 
 def url_from(run: Path, place: str) -> str | None:
@@ -240,6 +252,7 @@ def _fetch(url: str, objects: Mapping[str, RemoteFile], max_bytes: int | None) -
     try:
         _clear(path, objects)
         if missing:
+            make_place(path.parent)
             for below in missing:
                 make_folder(local_file(path, below).parent)
             sums |= _fetch_all(path, missing, total)
@@ -290,7 +303,7 @@ def keep_record(
         below: {"tag": tag, "sha256": sums[below], "stamp": stamp_of(local_file(path, below))}
         for below, tag in tags.items()
     }
-    write_json(path.parent / "copy.json", {"url": url, "files": files})
+    write_json(path.parent / "copy.json", {"url": without_secrets(url), "files": files})
 
 
 def _clear(path: Path, objects: Mapping[str, RemoteFile]) -> None:

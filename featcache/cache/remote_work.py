@@ -34,6 +34,7 @@ from featcache.cache.remote_copies import (
     files_of,
     keep_record,
     local_file,
+    make_place,
     place_of,
 )
 from featcache.data.objects import (
@@ -47,7 +48,7 @@ from featcache.data.objects import (
     send_object,
 )
 from featcache.data.remote import RemoteFile
-from featcache.errors import CacheError, DataError, FeatcacheError
+from featcache.errors import CacheError, DataError, FeatcacheError, printable, without_secrets
 from featcache.files import make_folder, optional_json_object, sha256_file, write_json
 from featcache.locking import LOCK_NAME, writer_lock
 from featcache.runtime import Say, log_line
@@ -96,7 +97,7 @@ class Work:
     def held(self, *, sends: bool) -> Iterator[None]:
         """Hold the lock of the folder; leave it behind only where something of use is in it."""
         folder = self.path.parent
-        make_folder(folder)
+        make_place(folder)
         with writer_lock(folder / LOCK_NAME, self.url):
             self._state = optional_json_object(self._facts, max_bytes=_MAX_JSON_BYTES)
             try:
@@ -142,7 +143,7 @@ class Work:
         if self._is_changed() or self._has_unfinished():
             self._say(f"goes on with what is kept in {self.path.parent}")
         elif sends:
-            self._say(f"{self.url}: made in {self.path.parent}, then sent")
+            self._say(f"{printable(self.url)}: made in {self.path.parent}, then sent")
 
     def _refuse_cut_upload(self, objects: Mapping[str, RemoteFile]) -> None:
         if MARKER in objects and not self._replace:
@@ -161,7 +162,7 @@ class Work:
         copy = None if MARKER in objects else fetch(self.url)
         stamps = {} if copy is None else link(copy, self.path)
         tags = self._tags_of(objects) if copy is None else copy.tags
-        self._state = {"url": self.url, "token": secrets.token_hex(16)}
+        self._state = {"url": without_secrets(self.url), "token": secrets.token_hex(16)}
         self._keep(base=tags, stamps=stamps)
 
     def _meet_another(self, objects: Mapping[str, RemoteFile]) -> None:

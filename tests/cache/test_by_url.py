@@ -340,7 +340,9 @@ def test_what_waits_outlives_a_store_that_still_refuses(
         assert (work / "run.json").exists()
 
 
-def test_a_kill_after_all_was_sent(cache: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_after_all_was_sent(
+    cache: str, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -389,6 +391,33 @@ def test_names_of_all_kinds(cache: str, memory: str, tmp_path: Path, name: str) 
 def test_a_run_may_have_any_name(cache: str, memory: str, name: str) -> None:
     featcache.train(cache, f"{memory}/{name}", **HEAD)
     assert featcache.load_run(f"{memory}/{name}")
+
+
+def test_passwords_and_signatures_are_kept_nowhere(
+    cache: str, memory: str, tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "https://ann:s3cret@host/c.h5?X-Amz-Signature=s3cret&X-Amz-Date=1"
+    file = remote.RemoteFile(cache, (tmp_path / "made.h5").stat().st_size, "tag")
+    monkeypatch.setattr(
+        remote_copies, "find_objects", lambda u: {"": file} if u.startswith(url) else {}
+    )
+    monkeypatch.setattr(remote_copies, "fetch_object", lambda _, target, *__: shutil.copyfile(
+        tmp_path / "made.h5", target) and "0" * 64)  # fmt: skip
+    monkeypatch.setattr(remote_copies, "BESIDE", ())
+    featcache.train(url, tmp_path / "run", **HEAD)
+    assert "s3cret" not in f"{featcache.info(url).as_dict()} {featcache.open_cache(url)}"
+    kept = [f for top in (copies, tmp_path / "run") for f in top.rglob("*.json")]
+    assert len(kept) > 2
+    assert not [f for f in kept if "s3cret" in f.read_text()]
+    with pytest.raises(DataError, match=r"\(https://host/no.h5\?\.\.\.\)\. Check") as caught:
+        featcache.open_cache(url.replace("c.h5", "no.h5"))
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such modes")
+def test_copies_are_for_their_owner_alone(cache: str, copies: Path) -> None:
+    featcache.open_cache(cache)
+    assert copies.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_run_whose_upload_was_cut_is_no_run(
