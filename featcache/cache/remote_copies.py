@@ -53,6 +53,9 @@ _SPACE = ' \\<>:"|?*\x00-\x1f'
 Stamp = tuple[int, int, int]
 """Size, time and inode of a file: tells it from every other."""
 
+Facts = tuple[str, Stamp | None]
+"""sha256 and stamp of a copied file."""
+
 
 _used: ContextVar[list[Copy] | None] = ContextVar("_used", default=None)
 
@@ -248,59 +251,71 @@ def _fetch(url: str, objects: Mapping[str, RemoteFile], max_bytes: int | None) -
     total = sum(file.num_bytes for file in missing.values())
     if max_bytes is not None and total > max_bytes:
         return None
-    sums = dict(reused)
     try:
         _clear(path, objects)
         if missing:
             make_place(path.parent)
             for below in missing:
                 make_folder(local_file(path, below).parent)
-            sums |= _fetch_all(path, missing, total)
+            facts = reused | _fetch_all(path, missing, total)
             if "" not in objects and _tags(_choose(url, find_objects(url))) != _tags(objects):
                 raise ObjectChangedError
-            keep_record(path, url, _tags(objects), sums)
+            keep_record(path, url, _tags(objects), facts)
     except OSError as error:
         raise disk_error(error, path.parent, total) from error
-    return Copy(url, path, _tags(objects), reused)
+    return Copy(url, path, _tags(objects), {below: known[0] for below, known in reused.items()})
 
 
-def _still_here(path: Path, objects: Mapping[str, RemoteFile]) -> dict[str, str]:
-    """Return path below the URL -> sha256 of the objects whose copies can be used again."""
+def _still_here(path: Path, objects: Mapping[str, RemoteFile]) -> dict[str, Facts]:
+    """Return path below the URL -> facts of the objects whose copies can be used again."""
     facts = optional_json_object(path.parent / "copy.json", max_bytes=_MAX_JSON_BYTES)
-    found = {}
+    found = dict[str, Facts]()
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # edited
         for below, known in facts["files"].items():
             tag = objects[below].tag if below in objects else ""
-            is_here = tuple(known["stamp"]) == stamp_of(local_file(path, below))
-            if tag and known["tag"] == tag and is_here:
-                found[below] = str(known["sha256"])
+            stamp = stamp_of(local_file(path, below))
+            if tag and known["tag"] == tag and tuple(known["stamp"]) == stamp:
+                found[below] = str(known["sha256"]), stamp
     return found
 
 
-def _fetch_all(path: Path, missing: Mapping[str, RemoteFile], total: int) -> dict[str, str]:
-    """Fetch objects, several at once, and return the sha256 of each."""
+def _fetch_all(
+    path: Path, missing: Mapping[str, RemoteFile], total: int
+) -> dict[str, Facts]:  # fmt: skip
+    """Fetch objects, several at once, and return sha256 and stamp of each.
+
+    A stamp is taken before the file gets its name: then another process may replace it, by an
+    older version too.
+    """
+    stamps = dict[str, Stamp | None]()
+
+    def fetch_one(below: str, file: RemoteFile) -> str:
+        target = local_file(path, below)
+
+        def publish(temporary: Path) -> None:
+            stamps[below] = stamp_of(temporary)
+            temporary.replace(target)
+
+        return fetch_object(file, target, lambda n: bar.move_by(n / _MB), publish)
+
     with (
         progress.Progress("fetch", "MB", max(round(total / _MB), 1), shown=progress.OF_URLS) as bar,
         ThreadPoolExecutor(8) as threads,
     ):
-        jobs = {
-            below: threads.submit(
-                fetch_object, file, local_file(path, below), lambda n: bar.move_by(n / _MB)
-            )
-            for below, file in missing.items()
-        }
+        jobs = {below: threads.submit(fetch_one, below, file) for below, file in missing.items()}
         try:
-            return {below: job.result() for below, job in jobs.items()}
+            sums = {below: job.result() for below, job in jobs.items()}
         finally:
             threads.shutdown(wait=True, cancel_futures=True)
+    return {below: (sha256, stamps[below]) for below, sha256 in sums.items()}
 
 
 def keep_record(
-    path: Path, url: str, tags: Mapping[str, str], sums: Mapping[str, str]
+    path: Path, url: str, tags: Mapping[str, str], facts: Mapping[str, Facts]
 ) -> None:  # fmt: skip
-    """Note what a copy was made of, so that it is used again."""
+    """Note what a copy was made of, so that it is used again: sha256 and stamp of each file."""
     files = {
-        below: {"tag": tag, "sha256": sums[below], "stamp": stamp_of(local_file(path, below))}
+        below: {"tag": tag, "sha256": facts[below][0], "stamp": facts[below][1]}
         for below, tag in tags.items()
     }
     write_json(path.parent / "copy.json", {"url": without_secrets(url), "files": files})

@@ -36,6 +36,7 @@ from featcache.cache.remote_copies import (
     local_file,
     make_place,
     place_of,
+    stamp_of,
 )
 from featcache.data.objects import (
     ANY,
@@ -234,16 +235,17 @@ class Work:
                 for below in changed:
                     was = ANY if below else tags.get(below)
                     tags[below] = send_file(self.url, self.path, below, was, moved)
-        sums = {below: sha256_file(local_file(self.path, below)) for below in tags}
+        files = {below: local_file(self.path, below) for below in tags}
+        facts = {below: (sha256_file(file), stamp_of(file)) for below, file in files.items()}
         self._facts.unlink()  # all is sent: a kill from here on leaves nothing to go on with
         self._state = {}
         copy = place_of(self.url)
         shutil.rmtree(copy.parent, ignore_errors=True)
         make_folder(copy.parent)
-        for path in [self.path, *(local_file(self.path, below) for below in tags)]:
+        for path in [self.path, *files.values()]:
             if path.exists() and path.parent == self.path.parent:
                 path.replace(copy.with_name(path.name))
-        keep_record(copy, self.url, tags, sums)
+        keep_record(copy, self.url, tags, facts)
 
     def _send_folder(self, stamps: Mapping[str, Stamp], moved: Moved) -> dict[str, str]:
         """Send a folder, whole or recognisably not whole."""

@@ -255,6 +255,26 @@ def test_a_run_that_is_replaced_while_it_is_read(
     assert changed == [f"{run}/environment.json"]
 
 
+def test_another_process_that_fetches_an_older_version(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It read all before the object changed, and its file gets the name after ours."""
+    write_side(tmp_path / "old.h5", 3, seed=5)
+    plain = remote_copies.fetch_object
+
+    def fetch(file: remote.RemoteFile, target: Path, *args: Any) -> str:
+        sha256 = plain(file, target, *args)
+        shutil.copyfile(tmp_path / "old.h5", tmp_path / "theirs")
+        (tmp_path / "theirs").replace(target)
+        return sha256
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_copies, "fetch_object", fetch)
+        featcache.open_cache(cache)
+    wanted = featcache.open_cache(tmp_path / "made.h5").content_sha256
+    assert featcache.open_cache(cache).content_sha256 == wanted
+
+
 def test_a_damaged_copy(cache: str, copies: Path) -> None:
     wanted = featcache.open_cache(cache).content_sha256
     (file,) = (copies / "read").glob("*/c.h5")
@@ -401,8 +421,13 @@ def test_passwords_and_signatures_are_kept_nowhere(
     monkeypatch.setattr(
         remote_copies, "find_objects", lambda u: {"": file} if u.startswith(url) else {}
     )
-    monkeypatch.setattr(remote_copies, "fetch_object", lambda _, target, *__: shutil.copyfile(
-        tmp_path / "made.h5", target) and "0" * 64)  # fmt: skip
+
+    def fetch_object(_: object, target: Path, __: object, publish: Callable[[Path], None]) -> str:
+        shutil.copyfile(tmp_path / "made.h5", target.with_name("new"))
+        publish(target.with_name("new"))
+        return "0" * 64
+
+    monkeypatch.setattr(remote_copies, "fetch_object", fetch_object)
     monkeypatch.setattr(remote_copies, "BESIDE", ())
     featcache.train(url, tmp_path / "run", **HEAD)
     assert "s3cret" not in f"{featcache.info(url).as_dict()} {featcache.open_cache(url)}"
