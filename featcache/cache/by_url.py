@@ -31,7 +31,15 @@ from featcache.cache.remote_copies import (
 from featcache.cache.remote_work import Work, link, moved_to_copy, send_file, sending
 from featcache.data.objects import ObjectChangedError, find_objects
 from featcache.data.remote import url_of
-from featcache.errors import COPIES, CacheError, DataError, FeatcacheError, printable, warn_user
+from featcache.errors import (
+    COPIES,
+    CacheError,
+    ConfigError,
+    DataError,
+    FeatcacheError,
+    printable,
+    warn_user,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,6 +79,11 @@ def by_url(
                 for name in reads:
                     if name in given:
                         given[name] = _fetch_each(given[name], copies)
+                if made in copies:
+                    raise ConfigError(
+                        makes.upper(), expected="another place than what is read", found=made,
+                        hint="Choose another name",
+                    )  # fmt: skip
                 if made:
                     work = Work(made, given, goes_on=goes_on)
                     stack.enter_context(work.held(sends=sends))

@@ -162,6 +162,8 @@ def test_other_verbs(cache: str, memory: str, tmp_path: Path) -> None:
     assert some.as_dict()["sources"][0]["path"] == cache
     with pytest.raises(CacheError, match=rf"there already \({memory}/some.h5\)"):
         featcache.select(cache, f"{memory}/some.h5")
+    with pytest.raises(ConfigError, match=rf"NEW: expected another place .* found {cache}"):
+        featcache.select(cache, f"{cache}/", classes=["covid"], rebuild=True)
     path = featcache.open_cache(cache).splits["train"].paths[0]
     assert featcache.neighbours(cache, path, k=1).rows
     rows = np.ones((2, 3), np.float32)
