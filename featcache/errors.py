@@ -64,7 +64,13 @@ def name_urls(text: str) -> str:
     for path, url in COPIES.items() if COPIES else ():
         if path in text:
             text = url.join(re.split(re.escape(path) + _UNFINISHED, text))
-    return text
+    return without_secrets(text) if "://" in text else text
+
+
+def without_secrets(text: str) -> str:
+    """Return a text whose URLs are without passwords and, of web servers, signed queries."""
+    text = re.sub(r"://[^/@\s]*:[^/@\s]*@", "://", text)
+    return re.sub(r"(?i)(https?://[^\s?\"]*)\?[^\s)\"]*[&?=][^\s)\"]*", r"\1?...", text)
 
 
 class FeatcacheError(Exception):

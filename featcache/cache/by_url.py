@@ -18,12 +18,28 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from featcache.cache.remote_copies import Copy, Stamp, damage_told, fetch, files_of, place_of
+from featcache.cache.remote_copies import (
+    WHOLE,
+    Copy,
+    Stamp,
+    damage_told,
+    fetch,
+    files_of,
+    make_place,
+    place_of,
+)
 from featcache.cache.remote_work import Work, link, moved_to_copy, send_file, sending
-from featcache.data.objects import ObjectChangedError
+from featcache.data.objects import ObjectChangedError, find_objects
 from featcache.data.remote import url_of
-from featcache.errors import COPIES, CacheError, DataError, FeatcacheError, warn_user
-from featcache.files import make_folder
+from featcache.errors import (
+    COPIES,
+    CacheError,
+    ConfigError,
+    DataError,
+    FeatcacheError,
+    printable,
+    warn_user,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,6 +79,11 @@ def by_url(
                 for name in reads:
                     if name in given:
                         given[name] = _fetch_each(given[name], copies)
+                if made in copies:
+                    raise ConfigError(
+                        makes.upper(), expected="another place than what is read", found=made,
+                        hint="Choose another name",
+                    )  # fmt: skip
                 if made:
                     work = Work(made, given, goes_on=goes_on)
                     stack.enter_context(work.held(sends=sends))
@@ -119,7 +140,7 @@ def _added_to(url: str, copies: dict[str, Copy], *, must_add: bool) -> Iterator[
     """Give a copy of a cache or run; send the files in it that are new or other ones at the end."""
     copy = copies[url] = _require(url)
     parent = place_of(url, "added").parent
-    make_folder(parent)
+    make_place(parent)
     with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as folder:
         path = Path(folder) / copy.path.name
         COPIES[str(path)] = url
@@ -132,7 +153,7 @@ def _added_to(url: str, copies: dict[str, Copy], *, must_add: bool) -> Iterator[
             failed = error if isinstance(error, FeatcacheError) else _changed(url)
             if must_add:
                 raise failed from error
-            warn_user(f"not kept in {url}: {failed}")
+            warn_user(f"not kept in {printable(url)}: {failed}")
     with contextlib.suppress(OSError):
         parent.rmdir()
 
@@ -148,6 +169,11 @@ def _send_changed(
     url: str, path: Path, before: Mapping[str, Stamp], tags: Mapping[str, str]
 ) -> None:
     changed = [below for below, stamp in files_of(path).items() if before.get(below) != stamp]
+    if changed:
+        now = find_objects(url)
+        for below in {"", *WHOLE} & tags.keys():  # figures of one run are none of another's
+            if below not in now or now[below].tag != tags[below]:
+                raise ObjectChangedError
     with sending(path, changed) as moved:
         for below in changed:
             send_file(url, path, below, tags.get(below), moved)

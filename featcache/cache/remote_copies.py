@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 from featcache import progress
 from featcache.data.objects import WHOLE_PUTS, ObjectChangedError, fetch_object, find_objects
 from featcache.data.remote import RemoteFile, url_of
-from featcache.errors import COPIES, CacheError, DataError, RunError
+from featcache.errors import COPIES, CacheError, DataError, RunError, without_secrets
 from featcache.files import disk_error, make_folder, optional_json_object, sha256_file, write_json
 from featcache.untrusted import real_path
 
@@ -47,10 +47,14 @@ _STORES = WHOLE_PUTS | {"memory", "local"}
 _MAX_JSON_BYTES = 1 << 28
 _NUM_TRIES = 3  # of an object that changes while it is read
 _MB = 1e6
+_OURS = {"lock", "copy.json", "work.json", MARKER}  # lie beside a copy, or what is made
 _SPACE = ' \\<>:"|?*\x00-\x1f'
 
 Stamp = tuple[int, int, int]
 """Size, time and inode of a file: tells it from every other."""
+
+Facts = tuple[str, Stamp | None]
+"""sha256 and stamp of a copied file."""
 
 
 _used: ContextVar[list[Copy] | None] = ContextVar("_used", default=None)
@@ -117,12 +121,24 @@ def place_of(url: str, kind: str = "read") -> Path:
             os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
         )
         root = os.path.join(home or Path.home() / ".cache", "featcache", "urls")  # noqa: PTH118
-    name = re.sub(f"[{_SPACE}]", "_", urlsplit(url).path.rpartition("/")[2])[-100:]
-    name = name if name.strip(".") else "copy"
+    name = re.sub(f"[{_SPACE}]", "_", _path_in(url).rpartition("/")[2])[-50:]  # of 4 bytes each
+    name = f"copy{name}" if not name.strip(".") or name in _OURS else name
     digest = hashlib.sha256(url.encode()).hexdigest()[:32]
     path = real_path(Path(root)) / kind / digest / name
     COPIES[str(path)] = url
     return path
+
+
+def make_place(folder: Path) -> None:
+    """Make the folder around a ``place_of``; that of all copies, where it is new, is private.
+
+    Copies have names of patients in them, and a bucket is read by fewer than a disk.
+    """
+    root = folder.parents[1]
+    if not root.exists():
+        make_folder(root.parent)
+        root.mkdir(mode=0o700, exist_ok=True)
+    make_folder(folder)
 
 
 def url_of_copy(path: Path) -> str | None:
@@ -137,6 +153,13 @@ def url_of_copy(path: Path) -> str | None:
     return None
 
 
+def _path_in(url: str) -> str:
+    """Return the path of a URL: only on web servers ``?`` and ``#`` end it."""
+    if url.startswith(("http:", "https:")):
+        return urlsplit(url).path
+    return url.partition("://")[2].partition("/")[2]
+
+
 def place_from(cache: Path, run: Path) -> str | None:
     """Return what ``run.json`` says of where a cache lies, if it or the run lies in a store.
 
@@ -146,9 +169,9 @@ def place_from(cache: Path, run: Path) -> str | None:
     if cache_url is None:
         return None if run_url is None else real_path(cache).as_posix()
     if run_url is not None and urlsplit(cache_url)[:2] == urlsplit(run_url)[:2]:
-        paths = [f"/{urlsplit(url).path.strip('/')}" for url in (cache_url, run_url)]
+        paths = [f"/{_path_in(url).strip('/')}" for url in (cache_url, run_url)]
         return posixpath.relpath(*paths)
-    return cache_url
+    return without_secrets(cache_url)
 
 
 def url_from(run: Path, place: str) -> str | None:
@@ -163,7 +186,7 @@ def url_from(run: Path, place: str) -> str | None:
     if run_url is None or Path(place).is_absolute():
         return None
     parts = urlsplit(run_url)
-    path = posixpath.normpath(posixpath.join(f"/{parts.path.strip('/')}", place))
+    path = posixpath.normpath(posixpath.join(f"/{_path_in(run_url).strip('/')}", place))
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
@@ -228,61 +251,74 @@ def _fetch(url: str, objects: Mapping[str, RemoteFile], max_bytes: int | None) -
     total = sum(file.num_bytes for file in missing.values())
     if max_bytes is not None and total > max_bytes:
         return None
-    sums = dict(reused)
     try:
         _clear(path, objects)
         if missing:
+            make_place(path.parent)
             for below in missing:
                 make_folder(local_file(path, below).parent)
-            sums |= _fetch_all(path, missing, total)
+            facts = reused | _fetch_all(path, missing, total)
             if "" not in objects and _tags(_choose(url, find_objects(url))) != _tags(objects):
                 raise ObjectChangedError
-            keep_record(path, url, _tags(objects), sums)
+            keep_record(path, url, _tags(objects), facts)
     except OSError as error:
         raise disk_error(error, path.parent, total) from error
-    return Copy(url, path, _tags(objects), reused)
+    return Copy(url, path, _tags(objects), {below: known[0] for below, known in reused.items()})
 
 
-def _still_here(path: Path, objects: Mapping[str, RemoteFile]) -> dict[str, str]:
-    """Return path below the URL -> sha256 of the objects whose copies can be used again."""
+def _still_here(path: Path, objects: Mapping[str, RemoteFile]) -> dict[str, Facts]:
+    """Return path below the URL -> facts of the objects whose copies can be used again."""
     facts = optional_json_object(path.parent / "copy.json", max_bytes=_MAX_JSON_BYTES)
-    found = {}
+    found = dict[str, Facts]()
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # edited
         for below, known in facts["files"].items():
             tag = objects[below].tag if below in objects else ""
-            is_here = tuple(known["stamp"]) == stamp_of(local_file(path, below))
-            if tag and known["tag"] == tag and is_here:
-                found[below] = str(known["sha256"])
+            stamp = stamp_of(local_file(path, below))
+            if tag and known["tag"] == tag and tuple(known["stamp"]) == stamp:
+                found[below] = str(known["sha256"]), stamp
     return found
 
 
-def _fetch_all(path: Path, missing: Mapping[str, RemoteFile], total: int) -> dict[str, str]:
-    """Fetch objects, several at once, and return the sha256 of each."""
+def _fetch_all(
+    path: Path, missing: Mapping[str, RemoteFile], total: int
+) -> dict[str, Facts]:  # fmt: skip
+    """Fetch objects, several at once, and return sha256 and stamp of each.
+
+    A stamp is taken before the file gets its name: then another process may replace it, by an
+    older version too.
+    """
+    stamps = dict[str, Stamp | None]()
+
+    def fetch_one(below: str, file: RemoteFile) -> str:
+        target = local_file(path, below)
+
+        def publish(temporary: Path) -> None:
+            stamps[below] = stamp_of(temporary)
+            temporary.replace(target)
+
+        return fetch_object(file, target, lambda n: bar.move_by(n / _MB), publish)
+
     with (
         progress.Progress("fetch", "MB", max(round(total / _MB), 1), shown=progress.OF_URLS) as bar,
         ThreadPoolExecutor(8) as threads,
     ):
-        jobs = {
-            below: threads.submit(
-                fetch_object, file, local_file(path, below), lambda n: bar.move_by(n / _MB)
-            )
-            for below, file in missing.items()
-        }
+        jobs = {below: threads.submit(fetch_one, below, file) for below, file in missing.items()}
         try:
-            return {below: job.result() for below, job in jobs.items()}
+            sums = {below: job.result() for below, job in jobs.items()}
         finally:
             threads.shutdown(wait=True, cancel_futures=True)
+    return {below: (sha256, stamps[below]) for below, sha256 in sums.items()}
 
 
 def keep_record(
-    path: Path, url: str, tags: Mapping[str, str], sums: Mapping[str, str]
+    path: Path, url: str, tags: Mapping[str, str], facts: Mapping[str, Facts]
 ) -> None:  # fmt: skip
-    """Note what a copy was made of, so that it is used again."""
+    """Note what a copy was made of, so that it is used again: sha256 and stamp of each file."""
     files = {
-        below: {"tag": tag, "sha256": sums[below], "stamp": stamp_of(local_file(path, below))}
+        below: {"tag": tag, "sha256": facts[below][0], "stamp": facts[below][1]}
         for below, tag in tags.items()
     }
-    write_json(path.parent / "copy.json", {"url": url, "files": files})
+    write_json(path.parent / "copy.json", {"url": without_secrets(url), "files": files})
 
 
 def _clear(path: Path, objects: Mapping[str, RemoteFile]) -> None:

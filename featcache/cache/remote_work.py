@@ -34,7 +34,9 @@ from featcache.cache.remote_copies import (
     files_of,
     keep_record,
     local_file,
+    make_place,
     place_of,
+    stamp_of,
 )
 from featcache.data.objects import (
     ANY,
@@ -47,7 +49,7 @@ from featcache.data.objects import (
     send_object,
 )
 from featcache.data.remote import RemoteFile
-from featcache.errors import CacheError, DataError, FeatcacheError
+from featcache.errors import CacheError, DataError, FeatcacheError, printable, without_secrets
 from featcache.files import make_folder, optional_json_object, sha256_file, write_json
 from featcache.locking import LOCK_NAME, writer_lock
 from featcache.runtime import Say, log_line
@@ -96,8 +98,9 @@ class Work:
     def held(self, *, sends: bool) -> Iterator[None]:
         """Hold the lock of the folder; leave it behind only where something of use is in it."""
         folder = self.path.parent
-        make_folder(folder)
+        make_place(folder)
         with writer_lock(folder / LOCK_NAME, self.url):
+            self._state = optional_json_object(self._facts, max_bytes=_MAX_JSON_BYTES)
             try:
                 if sends:
                     check_writable(self.url)
@@ -123,7 +126,6 @@ class Work:
 
     def _begin(self, *, sends: bool) -> None:
         """Go on with what is here, or begin anew."""
-        self._state = optional_json_object(self._facts, max_bytes=_MAX_JSON_BYTES)
         objects = find_objects(self.url)
         if not self._state:
             self._refuse_cut_upload(objects)
@@ -142,7 +144,7 @@ class Work:
         if self._is_changed() or self._has_unfinished():
             self._say(f"goes on with what is kept in {self.path.parent}")
         elif sends:
-            self._say(f"{self.url}: made in {self.path.parent}, then sent")
+            self._say(f"{printable(self.url)}: made in {self.path.parent}, then sent")
 
     def _refuse_cut_upload(self, objects: Mapping[str, RemoteFile]) -> None:
         if MARKER in objects and not self._replace:
@@ -161,7 +163,7 @@ class Work:
         copy = None if MARKER in objects else fetch(self.url)
         stamps = {} if copy is None else link(copy, self.path)
         tags = self._tags_of(objects) if copy is None else copy.tags
-        self._state = {"url": self.url, "token": secrets.token_hex(16)}
+        self._state = {"url": without_secrets(self.url), "token": secrets.token_hex(16)}
         self._keep(base=tags, stamps=stamps)
 
     def _meet_another(self, objects: Mapping[str, RemoteFile]) -> None:
@@ -233,16 +235,17 @@ class Work:
                 for below in changed:
                     was = ANY if below else tags.get(below)
                     tags[below] = send_file(self.url, self.path, below, was, moved)
-        sums = {below: sha256_file(local_file(self.path, below)) for below in tags}
-        self._keep(base=tags, stamps=stamps)
+        files = {below: local_file(self.path, below) for below in tags}
+        facts = {below: (sha256_file(file), stamp_of(file)) for below, file in files.items()}
+        self._facts.unlink()  # all is sent: a kill from here on leaves nothing to go on with
+        self._state = {}
         copy = place_of(self.url)
         shutil.rmtree(copy.parent, ignore_errors=True)
         make_folder(copy.parent)
-        for path in [self.path, *(local_file(self.path, below) for below in tags)]:
+        for path in [self.path, *files.values()]:
             if path.exists() and path.parent == self.path.parent:
                 path.replace(copy.with_name(path.name))
-        keep_record(copy, self.url, tags, sums)
-        self._keep(stamps={})
+        keep_record(copy, self.url, tags, facts)
 
     def _send_folder(self, stamps: Mapping[str, Stamp], moved: Moved) -> dict[str, str]:
         """Send a folder, whole or recognisably not whole."""

@@ -493,7 +493,9 @@ def remove_partial(folder: Path) -> None:
     """
     with contextlib.suppress(OSError):
         (folder / "manifest.json").unlink(missing_ok=True)
-        for path in sorted(folder.iterdir()):
+        # The plan of parts after all else: without it the next command would need a lock to tidy
+        # up, and parts are for where there are none.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "plan.json"):
             if re.fullmatch(_OWN_NAMES, path.name) or is_temporary(path.name):
                 path.unlink(missing_ok=True)
         remove_lock(folder)

@@ -22,7 +22,7 @@ from typing import Any
 from featcache.data.remote import RemoteFile, file_system, retry
 from featcache.data.store_requests import CHANGED, tag_of
 from featcache.errors import DataError
-from featcache.files import NO_SPACE, atomic_writer, disk_error
+from featcache.files import NO_SPACE, Publish, atomic_writer, disk_error
 
 Moved = Callable[[int], object]
 """Called with a number of bytes that have come or gone."""
@@ -100,10 +100,18 @@ def find_objects(url: str) -> dict[str, RemoteFile]:
     return files
 
 
-def fetch_object(file: RemoteFile, target: Path, moved: Moved) -> str:
+def fetch_object(
+    file: RemoteFile, target: Path, moved: Moved, publish: Publish | None = None
+) -> str:  # fmt: skip
     """Fetch an object into a file, whole or not at all, and return its sha256 (64 hex digits).
 
     Stretches of 8 MiB are read several at a time, each of the version that was found.
+
+    Args:
+        file: The object.
+        target: The file.
+        moved: Told how much has come.
+        publish: Gives the file its name: see ``atomic_writer``.
 
     Raises:
         ObjectChangedError: If it has changed since it was found.
@@ -118,7 +126,7 @@ def fetch_object(file: RemoteFile, target: Path, moved: Moved) -> str:
         return file.read(start, min(_CHUNK_BYTES, file.num_bytes - start))
 
     try:
-        with ThreadPoolExecutor(_NUM_AT_ONCE) as threads, atomic_writer(target) as out:
+        with ThreadPoolExecutor(_NUM_AT_ONCE) as threads, atomic_writer(target, publish) as out:
             try:
                 while True:
                     while len(waiting) < _NUM_AT_ONCE and (start := next(starts, None)) is not None:

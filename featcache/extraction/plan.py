@@ -156,6 +156,11 @@ class Job:
         if self.options.rehash or not self.is_up_to_date:  # else nothing will be written
             self.output.check()
 
+    def release_engine(self) -> None:
+        """Free what the engine holds, as nothing is run here any more; its facts stay."""
+        if self.engine is not None:
+            self.engine = replace(self.engine, forward=_never_run, is_frozen=_never_changed)
+
     def _is_replaced(self) -> bool:
         return self.path.exists() if self.old is None else not self.old.container.is_current()
 
@@ -212,11 +217,6 @@ class Job:
             if not self.options.rebuild:
                 raise
             return None
-
-    def release_engine(self) -> None:
-        """Free what the engine holds, as nothing is run here any more; its facts stay."""
-        if self.engine is not None:
-            self.engine = replace(self.engine, forward=_never_run, is_frozen=_never_changed)
 
     def list_shard(
         self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]

@@ -162,6 +162,8 @@ def test_other_verbs(cache: str, memory: str, tmp_path: Path) -> None:
     assert some.as_dict()["sources"][0]["path"] == cache
     with pytest.raises(CacheError, match=rf"there already \({memory}/some.h5\)"):
         featcache.select(cache, f"{memory}/some.h5")
+    with pytest.raises(ConfigError, match=rf"NEW: expected another place .* found {cache}"):
+        featcache.select(cache, f"{cache}/", classes=["covid"], rebuild=True)
     path = featcache.open_cache(cache).splits["train"].paths[0]
     assert featcache.neighbours(cache, path, k=1).rows
     rows = np.ones((2, 3), np.float32)
@@ -253,6 +255,26 @@ def test_a_run_that_is_replaced_while_it_is_read(
     assert changed == [f"{run}/environment.json"]
 
 
+def test_another_process_that_fetches_an_older_version(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It read all before the object changed, and its file gets the name after ours."""
+    write_side(tmp_path / "old.h5", 3, seed=5)
+    plain = remote_copies.fetch_object
+
+    def fetch(file: remote.RemoteFile, target: Path, *args: Any) -> str:
+        sha256 = plain(file, target, *args)
+        shutil.copyfile(tmp_path / "old.h5", tmp_path / "theirs")
+        (tmp_path / "theirs").replace(target)
+        return sha256
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_copies, "fetch_object", fetch)
+        featcache.open_cache(cache)
+    wanted = featcache.open_cache(tmp_path / "made.h5").content_sha256
+    assert featcache.open_cache(cache).content_sha256 == wanted
+
+
 def test_a_damaged_copy(cache: str, copies: Path) -> None:
     wanted = featcache.open_cache(cache).content_sha256
     (file,) = (copies / "read").glob("*/c.h5")
@@ -318,6 +340,109 @@ def test_an_upload_that_fails_is_made_up_for(
     assert names(memory) == ["c.h5"]
     assert featcache.verify(url).num_rows == 8
     assert works(copies) == []
+
+
+def test_what_waits_outlives_a_store_that_still_refuses(
+    cache: str, memory: str, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("403 Forbidden")
+
+    run = f"{memory}/run"
+    break_after(monkeypatch, 0)
+    with pytest.raises(DataError, match="cut"):
+        featcache.train(cache, run, **HEAD)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="403"):
+            featcache.train(cache, run, **HEAD, overwrite=overwrite)
+        (work,) = (path for path in works(copies) if path.is_dir())
+        assert (work / "run.json").exists()
+
+
+def test_a_kill_after_all_was_sent(
+    cache: str, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    url = f"{memory}/some.h5"
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_work, "keep_record", die)
+        with pytest.raises(KeyboardInterrupt):
+            featcache.select(cache, url)
+    with pytest.raises(CacheError, match="there already"):
+        featcache.select(cache, url)
+
+
+def test_nothing_is_added_to_a_run_that_was_replaced(
+    cache: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = f"{memory}/run"
+    featcache.train(cache, run, **HEAD)
+
+    def meanwhile() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            another_computer(patch, tmp_path / "another")
+            featcache.train(cache, run, **HEAD | {"epochs": 2}, overwrite=True)
+
+    def link(*args: Any) -> Any:
+        monkeypatch.undo()
+        monkeypatch.setenv("FEATCACHE_COPIES", str(tmp_path / "copies"))
+        meanwhile()
+        return remote_work.link(*args)
+
+    monkeypatch.setattr("featcache.cache.by_url.link", link)
+    with pytest.warns(FeatcacheWarning, match=r"not kept in .*written in the meantime"):
+        featcache.evaluate(run, split="test")
+    assert not [name for name in names(run) if name.startswith("evaluation")]
+
+
+@pytest.mark.parametrize("name", ["c#1.h5", "copy.json", "\N{GRINNING FACE}" * 150 + ".h5"])
+def test_names_of_all_kinds(cache: str, memory: str, tmp_path: Path, name: str) -> None:
+    url = put(tmp_path / "made.h5", f"{memory}/{name}")
+    run = f"{memory}/{name.replace('copy.json', 'lock')}.run"
+    featcache.train(url, run, **HEAD)
+    assert featcache.info(run).cache["path"] == f"../{name}"
+    assert featcache.evaluate(run, split="test").num_samples
+
+
+@pytest.mark.parametrize("name", ["lock", "work.json", "uploading.json"])
+def test_a_run_may_have_any_name(cache: str, memory: str, name: str) -> None:
+    featcache.train(cache, f"{memory}/{name}", **HEAD)
+    assert featcache.load_run(f"{memory}/{name}")
+
+
+def test_passwords_and_signatures_are_kept_nowhere(
+    cache: str, memory: str, tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "https://ann:s3cret@host/c.h5?X-Amz-Signature=s3cret&X-Amz-Date=1"
+    file = remote.RemoteFile(cache, (tmp_path / "made.h5").stat().st_size, "tag")
+    monkeypatch.setattr(
+        remote_copies, "find_objects", lambda u: {"": file} if u.startswith(url) else {}
+    )
+
+    def fetch_object(_: object, target: Path, __: object, publish: Callable[[Path], None]) -> str:
+        shutil.copyfile(tmp_path / "made.h5", target.with_name("new"))
+        publish(target.with_name("new"))
+        return "0" * 64
+
+    monkeypatch.setattr(remote_copies, "fetch_object", fetch_object)
+    monkeypatch.setattr(remote_copies, "BESIDE", ())
+    featcache.train(url, tmp_path / "run", **HEAD)
+    assert "s3cret" not in f"{featcache.info(url).as_dict()} {featcache.open_cache(url)}"
+    kept = [f for top in (copies, tmp_path / "run") for f in top.rglob("*.json")]
+    assert len(kept) > 2
+    assert not [f for f in kept if "s3cret" in f.read_text()]
+    with pytest.raises(DataError, match=r"\(https://host/no.h5\?\.\.\.\)\. Check") as caught:
+        featcache.open_cache(url.replace("c.h5", "no.h5"))
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such modes")
+def test_copies_are_for_their_owner_alone(cache: str, copies: Path) -> None:
+    featcache.open_cache(cache)
+    assert copies.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_run_whose_upload_was_cut_is_no_run(

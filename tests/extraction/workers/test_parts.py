@@ -295,13 +295,14 @@ def test_one_plan_counts_though_many_publish(
         read_plan(tmp_path / "p", patience=0)
 
 
+def fail_to_lock(*_: object) -> None:
+    raise OSError(errno.EOPNOTSUPP, "no locks here")
+
+
 def test_a_plain_run_needs_no_lock_where_there_is_a_plan(
     images: Path, whole: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, "no locks here")
-
-    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(fcntl, "flock", fail_to_lock)
     backbones = [tiny_network.build()]
     options = OPTIONS | {"backbone": backbones, "processes": 1}
     for part in ("1/2", "2/2"):
@@ -309,6 +310,31 @@ def test_a_plain_run_needs_no_lock_where_there_is_a_plan(
     made = extract(images, tmp_path / "many", **options)
     assert [summary.content_sha256 for summary in made.values()] == [whole.content_sha256]
     assert names(tmp_path / "many") == {"python-tiny_network-build.h5"}
+
+
+@pytest.mark.parametrize("first", ["part.2.json", "shard.1000000", "plan.json"])
+def test_what_a_merge_left_that_was_killed_at_its_end_goes_without_locks(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    for bad in [path for path in images.rglob("*") if path.is_file() and path.stat().st_size < 9]:
+        bad.unlink()
+    monkeypatch.setattr(fcntl, "flock", fail_to_lock)
+    for part in ("1/2", "2/2"):
+        run(images, tmp_path / "c.h5", part)
+    unlink, is_killed = Path.unlink, [False]
+
+    def unlink_some(path: Path, missing_ok: bool = False) -> None:
+        is_killed[0] |= path.name == first
+        if is_killed[0] and path.parent.name == "c.h5.partial" and "alive" not in path.name:
+            raise OSError(errno.EIO, "killed here")
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink_some)
+        run(images, tmp_path / "c.h5")
+    assert first in names(tmp_path / "c.h5.partial")
+    assert run(images, tmp_path / "c.h5").status == "up to date"
+    assert names(tmp_path) == {"c.h5", "data"}
 
 
 def test_full_disk_leaves_no_sign_of_life(tmp_path: Path) -> None:
