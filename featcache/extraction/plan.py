@@ -82,6 +82,11 @@ class Work(Protocol):
     def partial(self) -> ShardFolder:
         """Where the shards go."""
 
+    def release_engine(self) -> None:
+        """Free what the engine holds, as nothing is run here any more; its facts stay."""
+        if self.engine is not None:
+            self.engine = replace(self.engine, forward=_never_run, is_frozen=_never_changed)
+
     def list_shard(
         self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]
     ) -> Vectors:
@@ -155,11 +160,6 @@ class Job:
             refuse_misread(self.old, self.dataset)
         if self.options.rehash or not self.is_up_to_date:  # else nothing will be written
             self.output.check()
-
-    def release_engine(self) -> None:
-        """Free what the engine holds, as nothing is run here any more; its facts stay."""
-        if self.engine is not None:
-            self.engine = replace(self.engine, forward=_never_run, is_frozen=_never_changed)
 
     def _is_replaced(self) -> bool:
         return self.path.exists() if self.old is None else not self.old.container.is_current()
