@@ -29,7 +29,7 @@ from featcache.cache.remote_copies import (
     place_of,
 )
 from featcache.cache.remote_work import Work, link, moved_to_copy, send_file, sending
-from featcache.data.objects import ObjectChangedError, find_objects
+from featcache.data.objects import WHOLE_PUTS, ObjectChangedError, find_objects
 from featcache.data.remote import url_of
 from featcache.errors import (
     COPIES,
@@ -83,6 +83,12 @@ def by_url(
                     raise ConfigError(
                         makes.upper(), expected="another place than what is read", found=made,
                         hint="Choose another name",
+                    )  # fmt: skip
+                store, _, name_there = (made or "").partition("://")
+                if store in WHOLE_PUTS and "/" not in name_there:
+                    raise ConfigError(
+                        makes.upper(), expected="a name in the bucket", found=made,
+                        hint=f"Choose one: {made}/NAME",
                     )  # fmt: skip
                 if made:
                     work = Work(made, given, goes_on=goes_on)

@@ -231,7 +231,7 @@ def _choose(url: str, objects: Mapping[str, RemoteFile]) -> dict[str, RemoteFile
     if MARKER in objects:
         raise DataError(
             "URL", expected="a whole run", found="one whose upload has not ended", where=url,
-            hint="Wait for it; if it was interrupted, run the command that made it again",
+            hint="Wait for it; if it was interrupted, make it again with --overwrite",
         )  # fmt: skip
     if any(name in objects for name in WHOLE):
         return dict(objects)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.data.remote import RemoteFile, file_system, retry
-from featcache.data.store_requests import CHANGED, tag_of
+from featcache.data.store_requests import CHANGED, lasting, tag_of
 from featcache.errors import DataError
 from featcache.files import NO_SPACE, Publish, atomic_writer, disk_error
 
@@ -35,8 +35,6 @@ _PART_BYTES = 1 << 24  # of a put; S3 takes 10,000 parts of 5 MiB to 5 GiB
 _NUM_AT_ONCE = 8
 WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf"}
 """Stores in which an object is whole or absent."""
-
-_REFUSED = ("PreconditionFailed", "412", "At least one of the pre-conditions")
 
 
 class ObjectChangedError(ValueError):
@@ -312,7 +310,7 @@ def _put(fs: Any, method: str, *, url_tag: str, **how: Any) -> dict[str, Any]:
     try:
         return dict(fs.call_s3(method, **how))
     except OSError as error:
-        if not any(mark in f"{error} {error.__cause__}" for mark in _REFUSED):
+        if not isinstance(lasting(error), ValueError):  # If-Match or If-None-Match did not hold
             raise
         fs.invalidate_cache()
         path = f"{how['Bucket']}/{how['Key']}"

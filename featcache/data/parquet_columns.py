@@ -173,7 +173,8 @@ def read_texts(parquet: Any, name: str, num_rows: int, file_bytes: int) -> list[
         if not (
             pa.types.is_integer(kind) or pa.types.is_null(kind) or str(kind) in _TEXTS
         ):  # fmt: skip
-            raise Refusal(f"column {name!r}", "texts or whole numbers", kind)
+            hint = "Cast it, or name another column: --columns KEY=HEADER"
+            raise Refusal(f"column {name!r}", "texts or whole numbers", kind, hint)
         num_bytes += column.nbytes
         if num_bytes > most:
             raise Refusal(f"column {name!r}", f"at most {most:,} bytes of texts", "more")

@@ -190,6 +190,8 @@ def test_what_is_not_there(cache: str, memory: str) -> None:
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
             call()
+    with pytest.raises(ConfigError, match=r"RUN: .*a name in the bucket.* s3://bucket/NAME"):
+        featcache.train(cache, "s3://bucket/", **HEAD)
 
 
 def test_a_store_that_refuses(cache: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def serve(ray: Any, address: str, tell: Callable[..., None]) -> NoReturn:
     # Two calls at once, so that it can be told to stop; never restarted: see ``ray_actors``.
     how = {"max_concurrency": 2, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
     remote, facts = ray.remote(**how)(FeatcacheActor), ray.put(plan.facts)
-    workers: dict[int, RayWorker] = {}
+    workers: dict[int, Actor] = {}
     while True:
         order: Any = receive(orders)
         match order:
@@ -86,7 +86,7 @@ def serve(ray: Any, address: str, tell: Callable[..., None]) -> NoReturn:
                 def tell_of(answer: Answer | Ended, key: int = key) -> None:
                     tell(key, answer)
 
-                workers[key] = RayWorker(cluster, number, make, begin, tell_of)
+                workers[key] = Actor(cluster, number, make, begin, tell_of)
             case ("give", key, task):
                 workers[key].give(task)
             case ("stop", key):
@@ -129,8 +129,8 @@ class _Cluster:
         )  # fmt: skip
 
 
-class RayWorker:
-    """A worker that is a Ray actor.
+class Actor:
+    """A Ray actor that is a worker, as the bridge has it.
 
     Args:
         cluster: Where.

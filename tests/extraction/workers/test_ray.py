@@ -170,7 +170,7 @@ def test_an_exit_that_ray_raises_in_a_thread_is_said() -> None:
     events = queue.SimpleQueue[Any]()
     cluster = ray_workers._Cluster(ray, "head:1", ray_workers.Plan((), (), b"", 1.0), print)
     start: Any = (None, None)
-    ray_workers.RayWorker(cluster, 0, make, start, events.put)
+    ray_workers.Actor(cluster, 0, make, start, events.put)
     failed, ended = events.get(timeout=60), events.get(timeout=60)
     assert isinstance(failed, Failed)
     assert failed.ends_all
