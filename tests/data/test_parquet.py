@@ -158,7 +158,7 @@ def test_a_folder_of_files(tmp_path):
     ({"label": ["a"], "cls": ["b"]}, {}, "found several: label, cls.*--columns target=label"),
     ({"diagnosis": ["a"]}, {}, r"'diagnosis' \(target\?\).*--columns target=diagnosis"),
     ({"patient_id": ["a"]}, {}, r"'patient_id' \(group\?\)"),
-    ({"label": [0.5]}, {}, "column 'label': expected texts or whole numbers, found double.*Cast it"),
+    ({"label": [0.5]}, {}, "expected texts or whole numbers, found double.*Cast it"),
     ({"x": [1]}, {"columns": {"image": "x"}}, "a column of bytes, found INT64"),
 ])  # fmt: skip
 def test_unclear_columns_are_one_error(tmp_path, columns, options, message):
