@@ -251,7 +251,7 @@ class Coordinator:
             self._num_tasks, positions, tuple(samples[p] for p in positions),
             tuple([job.ledger.wants(p) for p in positions] for job in self._jobs),
             tuple(job.partial.reserve(num_shards) for job in self._jobs), num_shards,
-            isolate=piece.num_deaths > 0,
+            isolate=piece.is_suspect,
         )  # fmt: skip
         assert place.handle is not None
         place.handle.give(task)

@@ -25,12 +25,15 @@ class Piece:
 
     Attributes:
         positions: Of the images.
-        num_deaths: How often a worker died with them.
+        is_suspect: A worker died with them: they are decoded in a child process, and halved if
+            another one dies.
+        num_deaths_alone: How many workers died with one image that was given to them alone.
         num_done: How many went through the pipeline of the worker that has them.
     """
 
     positions: Sequence[int]
-    num_deaths: int = 0
+    is_suspect: bool = False
+    num_deaths_alone: int = 0
     num_done: int = 0
 
 
@@ -89,7 +92,7 @@ class Pieces:
     def put_back(self, piece: Piece) -> None:
         """Take back a piece whose worker has ended well, or was asked to end."""
         if left := self._take_done(piece):
-            self._again.append(Piece(left, piece.num_deaths))
+            self._again.append(replace(piece, positions=left, num_done=0))
 
     def give_again(self, piece: Piece) -> int | None:
         """Take back a piece that a worker died with: it is given once whole, then half by half.
@@ -97,18 +100,17 @@ class Pieces:
         Returns:
             The image that two workers have died with alone: it is to blame; else None.
         """
-        left, num_deaths = self._take_done(piece), piece.num_deaths + 1
-        if num_deaths < 2 or not left:
-            self._again.extendleft([Piece(left, num_deaths)] if left else [])
-        elif len(left) > 1:
-            middle = len(left) // 2
-            for half in (left[middle:], left[:middle]):
-                self._again.appendleft(Piece(half, 1))
-        elif num_deaths > 2 and len(piece.positions) == 1:
+        left = self._take_done(piece)
+        if not left:
+            return None
+        num_alone = piece.num_deaths_alone + (len(piece.positions) == 1)
+        if num_alone == 2:  # workers die of other things too: one such death proves nothing
             self.num_done += 1
             return left[0]
-        else:  # workers die of other things too: one death of an image alone proves nothing
-            self._again.appendleft(Piece(left, num_deaths if len(piece.positions) == 1 else 1))
+        middle = len(left) // 2 if piece.is_suspect else 0
+        for part in (left[middle:], left[:middle]):
+            if part:
+                self._again.appendleft(Piece(part, is_suspect=True, num_deaths_alone=num_alone))
         return None
 
     def _take_done(self, piece: Piece) -> Sequence[int]:
