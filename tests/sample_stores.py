@@ -10,6 +10,7 @@ import html
 import http.client
 import http.server
 import json
+import logging
 import re
 import socket
 import struct
@@ -20,6 +21,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import pytest
+
+from featcache.data import remote
 
 FAULTS = ("503", "500", "reset", "late", "half", "half without a length")
 _XML = '<?xml version="1.0" encoding="UTF-8"?>'
@@ -395,3 +400,35 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+@contextlib.contextmanager
+def moto_server(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Start moto's server of S3 and yield its port; skip the test in short runs and without it."""
+    if not request.config.getoption("--long"):
+        pytest.skip("--long starts a server of S3")
+    pytest.importorskip("s3fs")
+    pytest.importorskip("boto3")
+    moto: Any = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        yield server.get_host_and_port()[1]
+    finally:
+        remote._file_systems.clear()
+        server.stop()
+
+
+@contextlib.contextmanager
+def moto_bucket(request: pytest.FixtureRequest, name: str) -> Iterator[Any]:
+    """Yield a client of moto's server with a bucket; the environment names it to all libraries."""
+    with moto_server(request) as port, pytest.MonkeyPatch.context() as patch:
+        for key, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():  # fmt: skip
+            patch.setenv(key, value)
+        client = pytest.importorskip("boto3").client("s3")
+        client.create_bucket(Bucket=name)
+        yield client

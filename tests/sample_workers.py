@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_network
+from sample_images import write_tree
 
 from featcache.extraction import extraction
 from featcache.extraction.plan import Job
@@ -89,3 +93,15 @@ def use_threads(
         Coordinator(jobs, positions, start, len(devices)).run()
 
     monkeypatch.setattr(extraction, "work_on", work_on)
+
+
+def images_and_sha256(folder: Path) -> tuple[Path, str]:
+    """Return 46 images, three of them copies, and the sha256 of what one process makes of them."""
+    root = write_tree(folder / "data")
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    for source, target in ((0, 45), (1, 2), (20, 3)):
+        shutil.copy(files[source], files[target])
+    whole = extraction.extract(
+        root, root.parent / "w.h5", backbone=tiny_network.build(), batch_size=2, engine="folded"
+    )
+    return root, whole.content_sha256

@@ -6,7 +6,7 @@ inode of the file made of it. It is used again while tags and files are these. A
 deleted at any time.
 
 Of a folder the listing is the same before and after its objects were read, and there is no
-``uploading.json``: a sender (see ``by_url``) writes that first and removes it last.
+``uploading.json``: a sender (see ``remote_work``) writes that first and removes it last.
 
 Reads: objects of a store. Writes: copies.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from command_line import TESTS, TINY, assert_one_line_error, command
 from fsspec.implementations.memory import MemoryFileSystem
 from sample_images import write_tree
 from sample_sides import write_side
+from sample_stores import moto_bucket
 
 import featcache
 from featcache.backbones.backbone import Backbone
@@ -614,26 +614,8 @@ def test_a_sender_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def bucket(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
     """A URL in moto's server, and a client of it."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long starts a server of S3")
-    pytest.importorskip("s3fs")
-    moto_server = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a",
-            "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="caches")
+    with moto_bucket(request, "caches") as client:
         yield "s3://caches", client
-    remote._file_systems.clear()
-    server.stop()
 
 
 def keys(client: Any) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import pytest
 from fsspec.config import conf
 from sample_images import write_tree
 from sample_shards import write_hugging_face, write_webdataset
-from sample_stores import FAULTS, Stores
+from sample_stores import FAULTS, Stores, moto_server
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import open_cache
@@ -229,22 +228,15 @@ def test_moto_with_faults_in_front(
     tiny_backbone: Backbone, request: pytest.FixtureRequest, tally: Callable[..., None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
-    if not request.config.getoption("--long"):
-        pytest.skip("--long starts a server of S3")
-    need("s3")
-    moto: Any = pytest.importorskip("moto.server")
     boto3: Any = pytest.importorskip("boto3")
     tree = write_tree(tmp_path / "tree", {"train": 60, "valid": 20, "test": 20})
     folder = {
         "folder": lambda: tree, "tars": lambda: write_webdataset(tree, tmp_path / "shards"),
         "parquet": lambda: write_hugging_face(tree, tmp_path / "shards", compression="none"),
     }[kind]()  # fmt: skip
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
+    with moto_server(request) as port:
         for seed in range(4):
-            with Stores(0.1, seed=seed, upstream=server.get_host_and_port()[1]) as stores:
+            with Stores(0.1, seed=seed, upstream=port) as stores:
                 here(stores)
                 client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{stores.upstream}")
                 client.create_bucket(Bucket="images")
@@ -262,8 +254,6 @@ def test_moto_with_faults_in_front(
         extract(folder, tmp_path / "here.h5", backbone=tiny_backbone)
         hashes = {open_cache(path).content_sha256 for path in tmp_path.glob("*.h5")}
         assert len(hashes) == 1
-    finally:
-        server.stop()
 
 
 def test_fsspec_has_not_changed_what_we_use() -> None:

@@ -5,7 +5,6 @@ The latter with ``--long`` and s3fs and moto[server] installed: the server takes
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import fsspec
 import pytest
 from sample_images import write_tree
 from sample_shards import write_hugging_face, write_tar, write_webdataset
+from sample_stores import moto_bucket
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache
@@ -46,26 +46,8 @@ def memory() -> str:
 @pytest.fixture(scope="module")
 def s3(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A client of moto's server, with a bucket ``images``."""
-    if not request.config.getoption("--long"):
-        pytest.skip("--long starts a server of S3")
-    pytest.importorskip("s3fs")
-    moto_server = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a",
-            "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="images")
+    with moto_bucket(request, "images") as client:
         yield client
-    remote._file_systems.clear()
-    server.stop()
 
 
 def upload(folder: Path, url: str) -> str:

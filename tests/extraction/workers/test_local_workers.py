@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_network
 from children import TESTS, TINY, Child, wait_for, warm_parent
-from sample_images import write_tree
+from sample_workers import images_and_sha256
 
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError
@@ -71,14 +69,7 @@ COMMAND += ("--max-errors", "9")
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """46 images, three of them copies; and the sha256 of what one process makes of them."""
-    root = write_tree(tmp_path_factory.mktemp("images") / "data")
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    for source, target in ((0, 45), (1, 2), (20, 3)):
-        shutil.copy(files[source], files[target])
-    whole = extract(
-        root, root.parent / "w.h5", backbone=tiny_network.build(), batch_size=2, engine="folded"
-    )
-    return root, whole.content_sha256
+    return images_and_sha256(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

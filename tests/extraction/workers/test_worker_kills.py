@@ -15,12 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_network
 from children import TINY, Child, Preparation, wait_for, warm_parent
-from sample_images import write_tree
+from sample_workers import images_and_sha256
 
 from featcache.cache.reading import open_cache
-from featcache.extraction.extraction import extract
 from featcache.extraction.workers.coordinator import CRASHED
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes by /proc")
@@ -38,14 +36,7 @@ Place = tuple[Path, str]
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """46 images, three of them copies; and the sha256 of what one process makes of them."""
-    root = write_tree(tmp_path_factory.mktemp("images") / "data")
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    for source, target in ((0, 45), (1, 2), (20, 3)):
-        shutil.copy(files[source], files[target])
-    whole = extract(
-        root, root.parent / "w.h5", backbone=tiny_network.build(), batch_size=2, engine="folded"
-    )
-    return root, whole.content_sha256
+    return images_and_sha256(tmp_path_factory.mktemp("images"))
 
 
 class Extraction:
