@@ -395,7 +395,7 @@ class _Job:
         claims = (True,) * len(self._recipes)  # whoever wants it, if it cannot be read
         plan = self.plan_of(sample.split)
 
-        def failed(reason: str | None, *, is_transient: bool = False) -> _Decoded:
+        def without_views(reason: str | None, *, is_transient: bool = False) -> _Decoded:
             return Outcome(
                 position, sample, sha256, reason, truncated=False, claims=claims,
                 is_transient=is_transient,
@@ -407,12 +407,12 @@ class _Job:
                 sha256 = hashlib.sha256(data).digest()
                 claims = self._claim(position, sha256)
                 if not any(claims):
-                    return failed(None)
+                    return without_views(None)
                 rendering = renderer(data, plan.different, sha256)
         except DataError as error:
-            return failed(str(error.found), is_transient=isinstance(error, TransientError))
+            return without_views(str(error.found), is_transient=isinstance(error, TransientError))
         except (OSError, MemoryError) as error:
-            return failed(printable(error) or type(error).__name__, is_transient=True)
+            return without_views(printable(error) or type(error).__name__, is_transient=True)
         cut, facts = rendering.truncated, rendering.facts
         views = tuple(rendering.views[number] for number in plan.of_recipes)
         return Outcome(position, sample, sha256, None, cut, claims, facts=facts), views
