@@ -131,7 +131,7 @@ def test_fuzzed_headers_neither_crash_nor_hang_nor_leak(pytestconfig: pytest.Con
     chance = random.Random(0)
     sources = [
         make_dicom(
-            ramp(12), bits=12, syntax=syntax, PatientName="Smith^John", PatientID="Q90", **how
+            ramp(12), bits=12, syntax=syntax, PatientName="Smith^John", PatientID="Q90125", **how
         )
         for syntax in ("explicit", "implicit", "deflated", "RLE", "JPEG-LS", "JPEG 2000 lossless")
         for how in ({}, LUT)
