@@ -89,7 +89,11 @@ def _end_of_meta(data: bytes) -> int | None:
 
 
 def codestream_size(stream: bytes) -> tuple[int, int, int] | None:
-    """Return width, height and channels of a JPEG, JPEG-LS or JPEG 2000 codestream; else None."""
+    """Return width, height and channels of a JPEG, JPEG-LS or JPEG 2000 codestream; else None.
+
+    Raises:
+        DataError: If a JPEG or JPEG-LS image has bits that neither has: GDCM crashes on them.
+    """
 
     def number(place: int, size: int) -> int:
         return int.from_bytes(stream[place : place + size], "big")
@@ -105,6 +109,9 @@ def codestream_size(stream: bytes) -> tuple[int, int, int] | None:
     while stream[place : place + 1] == b"\xff":
         marker = number(place + 1, 1)
         if marker in _JPEG_FRAMES:
+            bits = number(place + 4, 1)
+            if not 2 <= bits <= 16:  # T.81, B.2.2; T.87, C.2.2
+                raise failure(f"a compressed image of {bits} bits")
             return number(place + 7, 2), number(place + 5, 2), number(place + 9, 1)
         length = number(place + 2, 2)
         place += 1 if marker == 0xFF else 2 if marker in _WITHOUT_BODY else 2 + length

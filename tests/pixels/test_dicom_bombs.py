@@ -72,6 +72,13 @@ def test_a_codestream_of_another_size_is_refused_before_memory_is_taken() -> Non
     assert "a compressed image of 72 x 60000 x 1" in reason(huge)
 
 
+def test_a_codestream_of_bits_that_crash_a_decoder_is_refused() -> None:
+    data = bytearray(make_dicom(ramp(12), bits=12, syntax="JPEG-LS"))
+    precision = data.index(b"\xff\xf7") + 4
+    data[precision] = 141
+    assert "a compressed image of 141 bits" in reason(bytes(data))
+
+
 def test_a_deflate_bomb_behind_long_meta_information_is_refused() -> None:
     # pydicom asks for no order, and inflates whatever the transfer syntax says at last
     bomb = make_dicom(np.zeros((8000, 5000), np.uint16), syntax="deflated")
