@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone, build_backbone, wrap_backbone
+    from featcache.cache.cache_split import CacheSplit
     from featcache.cache.converting.conversion import ConversionSummary, convert
-    from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
+    from featcache.cache.reading import Cache, Failure, open_cache
     from featcache.cache.selection import SelectionSummary, select
     from featcache.cache.writing import write_cache
     from featcache.data.dataset import scan
@@ -112,7 +113,7 @@ _MODULES = {
     "HeadClassifier": "heads.estimator",
     "Backbone": "backbones.backbone",
     "Cache": "cache.reading",
-    "CacheSplit": "cache.reading",
+    "CacheSplit": "cache.cache_split",
     "Classifier": "deployment.classifier",
     "Decision": "sweeps.ranking",
     "Failure": "cache.reading",

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache.cache.by_url import by_url
+from featcache.cache.cache_split import CacheSplit
 from featcache.cache.provenance import row_precisions
-from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
+from featcache.cache.reading import Cache, Failure, open_cache
 from featcache.cache.verdict import read_verdict
 from featcache.files import local_path, result_as_dict
 from featcache.formatting import brief_repr

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import Cache, CacheSplit, open_cache
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import Cache, open_cache
 from featcache.cache.side_by_side import join_caches
 from featcache.data.stratification import build_units
 from featcache.errors import FeatcacheError

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from featcache.cache.reading import Cache, CacheSplit, open_cache
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import Cache, open_cache
 from featcache.cache.side_by_side import join_caches
 from featcache.errors import CacheError, FeatcacheError, RunError, warn_user
 from featcache.formatting import count

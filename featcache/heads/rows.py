@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import Cache, CacheSplit
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import Cache
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import training_split
 from featcache.data.stratification import assign_labelled_units, assign_units, build_units
