@@ -25,8 +25,8 @@ from featcache.evaluation.nearest_rows import (
     to_directions,
 )
 from featcache.heads.rows import RowNumbers, training_source
-from featcache.heads.run import Run, cache_paths
-from featcache.heads.run_caches import fetch_caches, is_own
+from featcache.heads.run import Run
+from featcache.heads.run_caches import cache_paths, fetch_caches, is_own
 from featcache.heads.trained_rows import TrainedRows
 
 QUANTILE = 0.999
