@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import re
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +46,14 @@ from featcache.runtime import Say, log_line, resolve_device
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.journal import Journal
 from featcache.sweeps.ranking import Decision, decision_lines, ranking_lines, trial_rows
-from featcache.sweeps.search import Found, Plan, Search, check_grid, derive_seed
-from featcache.sweeps.space import Params, Space, build_configs, default_space, read_space
-from featcache.sweeps.trials import Judge, Trial
+from featcache.sweeps.search import Found, Plan, Search, check_grid
+from featcache.sweeps.space import Params, build_configs, default_space, read_space
+from featcache.sweeps.tpe import import_optuna, propose_round
+from featcache.sweeps.trials import Judge
 from featcache.untrusted import parse_json, parse_json_object
 
 SAMPLERS = ("random", "grid", "tpe")
 SELECTIONS = ("safe", "best")
-_TPE_TRIALS = 16  # of a round, between which it learns
 _MAX_TRIALS = 1_000_000
 _JOURNAL_NAME, _ANSWER_NAME = "journal.jsonl", "sweep.json"
 _MAX_ANSWER_BYTES = 1 << 24
@@ -209,7 +208,7 @@ def sweep(
         "prune": prune, "valid_fraction": valid_fraction, "seed": seed,
         "device": where.type,
     }  # fmt: skip
-    propose = functools.partial(_propose, plan, judge.sign) if sampler == "tpe" else None
+    propose = functools.partial(propose_round, plan, judge.sign) if sampler == "tpe" else None
     search = Search(plan, judge, pool, propose, progress=progress)
     _check_metric_is_known(judge, pool, search)
     _say_plan(plan, judge, pool, say)
@@ -233,77 +232,6 @@ def sweep(
         _remove_journal(journal_folder)
     _say_result(summary, found, judge, say)
     return summary
-
-
-def _propose(plan: Plan, sign: int, earlier: Sequence[Trial], number: int) -> dict[int, Params]:
-    """Return the next round of TPE, which learns from the trials of earlier rounds.
-
-    The study is built anew each time from those and a seed of the round: nothing of Optuna's own
-    is stored, and a killed round is proposed again as it was.
-    """
-    first = len(earlier)
-    numbers = range(first, min(first + _TPE_TRIALS, plan.num_trials))
-    if not earlier:
-        return {n: plan.space.draw(plan.seed, n) if n else Params() for n in numbers}
-    optuna = _import_optuna()
-    distributions: dict[str, Any] = {}
-    for d in plan.space.dimensions:
-        if d.choices:
-            distributions[d.name] = optuna.distributions.CategoricalDistribution(
-                tuple(range(len(d.choices)))
-            )
-        elif d.is_whole:
-            distributions[d.name] = optuna.distributions.IntDistribution(d.low, d.high, log=d.log)
-        else:
-            distributions[d.name] = optuna.distributions.FloatDistribution(d.low, d.high, log=d.log)
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constant_liar is called experimental
-            seed = derive_seed(plan.seed, 2, number) % (1 << 32)
-            sampler = optuna.samplers.TPESampler(n_startup_trials=1, constant_liar=True, seed=seed)
-            study = optuna.create_study(sampler=sampler)
-            for trial in earlier:
-                if trial.number:  # the default's options may lie outside the space
-                    study.add_trial(_tell(optuna, trial, plan.space, distributions, sign))
-            asked = [study.ask(distributions).params for _ in numbers]
-    finally:
-        optuna.logging.set_verbosity(level)
-    choices = {d.name: d.choices for d in plan.space.dimensions if d.choices}
-    return {
-        n: plan.space.fixed | {k: choices[k][v] if k in choices else v for k, v in params.items()}
-        for n, params in zip(numbers, asked, strict=True)
-    }
-
-
-def _tell(
-    optuna: Any, trial: Trial, space: Space, distributions: Mapping[str, Any], sign: int
-) -> Any:
-    """Return a trial as Optuna has them; a failed one is the worst of the pruned."""
-    values = {
-        d.name: d.choices.index(trial.params[d.name]) if d.choices else trial.params[d.name]
-        for d in space.dimensions
-    }
-    value = None if trial.score is None else -sign * trial.score
-    states = optuna.trial.TrialState
-    losses = trial.losses[-1] if trial.state == "pruned" else []
-    return optuna.trial.create_trial(
-        state=states.PRUNED if value is None else states.COMPLETE, params=values,
-        distributions=dict(distributions), value=value,
-        intermediate_values=dict(enumerate(losses)),
-    )  # fmt: skip
-
-
-def _import_optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise ConfigError(
-            "--sampler tpe", expected="the package optuna", found="none",
-            hint="pip install 'featcache[sweep]', or take --sampler random",
-        ) from error  # fmt: skip
-    return optuna
 
 
 def _is_from_this(journal_folder: Path, run: Path, work: Mapping[str, Any]) -> bool:
@@ -386,7 +314,7 @@ def _check_options(trials: Any, sampler: Any, folds: Any, repeats: Any, select: 
         if not fits:
             raise ConfigError(option, expected=expected, found=repr(value))
     if sampler == "tpe":
-        _import_optuna()
+        import_optuna()
 
 
 def _check_metric_is_known(judge: Judge, pool: Pool, search: Search) -> None:
