@@ -37,7 +37,7 @@ OWNERS = {
         "deployment/exporting/predict_script.py",  # which is copied out of the package
         "reporting/pictures.py",
         "reporting/explained.py",
-        "cli/demo.py",
+        "cli/phantoms.py",
     },
     "click": {"cli/*"},
     "fastapi": {"deployment/server/routes.py"},
