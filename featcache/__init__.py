@@ -60,11 +60,8 @@ if TYPE_CHECKING:
     from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, UnfinishedInfo, info
     from featcache.evaluation.neighbours import Neighbours, neighbours
     from featcache.extraction.extraction import extract, plan
-    from featcache.extraction.reports import (
-        ExtractionSummary,
-        Projection,
-        WorkersProjection,
-    )
+    from featcache.extraction.projection import Projection, WorkersProjection
+    from featcache.extraction.reports import ExtractionSummary
     from featcache.extraction.verification import Verification, verify
     from featcache.heads.estimator import HeadClassifier
     from featcache.heads.head import HeadConfig
@@ -122,8 +119,8 @@ _MODULES = {
     # the verbs' results
     "SplitSummary": "data.splitting",
     "ExtractionSummary": "extraction.reports",
-    "Projection": "extraction.reports",
-    "WorkersProjection": "extraction.reports",
+    "Projection": "extraction.projection",
+    "WorkersProjection": "extraction.projection",
     "CacheInfo": "evaluation.info",
     "RunInfo": "evaluation.info",
     "CrossvalInfo": "evaluation.info",
