@@ -34,9 +34,9 @@ from featcache.files import (
 from featcache.formatting import brief_repr, count, decimal
 from featcache.heads.config import LBFGS, check_seed, check_valid_fraction
 from featcache.heads.fit import compare_linear_probe, fit_head
+from featcache.heads.lines import probe_line
 from featcache.heads.rows import Part, check_cache, choose_rows
 from featcache.heads.run_writing import record_fit, run_output
-from featcache.heads.training import probe_line
 from featcache.locking import folder_lock, remove_lock
 from featcache.metrics.scores import check_metric
 from featcache.output_folders import check_folder, new_folder
