@@ -57,8 +57,9 @@ if TYPE_CHECKING:
     from featcache.evaluation.auditing.audit import Audit, audit
     from featcache.evaluation.deciding.decision import DecideSummary, decide
     from featcache.evaluation.evaluation import Evaluation, evaluate
-    from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, UnfinishedInfo, info
+    from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, info
     from featcache.evaluation.neighbours import Neighbours, neighbours
+    from featcache.evaluation.unfinished import UnfinishedInfo
     from featcache.extraction.extraction import extract, plan
     from featcache.extraction.projection import Projection, WorkersProjection
     from featcache.extraction.reports import ExtractionSummary
@@ -124,7 +125,7 @@ _MODULES = {
     "CacheInfo": "evaluation.info",
     "RunInfo": "evaluation.info",
     "CrossvalInfo": "evaluation.info",
-    "UnfinishedInfo": "evaluation.info",
+    "UnfinishedInfo": "evaluation.unfinished",
     "Verification": "extraction.verification",
     "SelectionSummary": "cache.selection",
     "Audit": "evaluation.auditing.audit",
