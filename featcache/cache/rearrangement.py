@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache_split import CacheSplit
-from featcache.cache.provenance import error_bounds
+from featcache.cache.precisions import error_bounds
 from featcache.cache.reading import Cache
 from featcache.cache.table import Table
 from featcache.cache.writing import check_names, os_bytes

@@ -15,7 +15,7 @@ import numpy as np
 
 from featcache.cache.by_url import by_url
 from featcache.cache.cache_split import CacheSplit
-from featcache.cache.provenance import row_precisions
+from featcache.cache.precisions import row_precisions
 from featcache.cache.reading import Cache, Failure, open_cache
 from featcache.cache.verdict import read_verdict
 from featcache.evaluation.unfinished import UnfinishedInfo, find_unfinished, read_unfinished

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.cache.provenance import UNKNOWN, describe_precision, training_data_note
+from featcache.cache.precisions import UNKNOWN, describe_precision
+from featcache.cache.provenance import training_data_note
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset
 from featcache.data.groups import say_matches
