@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from featcache.csv_files import join_names, prob_columns
 from featcache.errors import RunError
-from featcache.files import join_names, prob_columns
 from featcache.heads.head import BATCH_NORM_EPS, HeadConfig, norm_and_linear, split_members
 from featcache.heads.streaming import StoredFeatures
 from featcache.runtime import require_memory_for_products

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache
 from featcache.cache.remote_copies import place_from
 from featcache.cache.side_by_side import caches_of
+from featcache.csv_files import write_csv
 from featcache.errors import RunError, escaped
-from featcache.files import json_sha256, write_bytes, write_csv, write_json
+from featcache.files import json_sha256, write_bytes, write_json
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, join_members
 from featcache.heads.rows import Part

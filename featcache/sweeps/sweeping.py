@@ -22,15 +22,9 @@ from featcache.cache.by_url import by_url
 from featcache.cache.reading import warn_of_leaks
 from featcache.cache.side_by_side import Caches, list_caches, open_caches
 from featcache.cache.verdict import say_verdict
+from featcache.csv_files import write_csv
 from featcache.errors import ConfigError, printable
-from featcache.files import (
-    canonical_json,
-    make_folder,
-    read_regular,
-    result_as_dict,
-    write_csv,
-    write_json,
-)
+from featcache.files import canonical_json, make_folder, read_regular, result_as_dict, write_json
 from featcache.formatting import brief_repr, count, decimal
 from featcache.heads.config import LBFGS, check_seed, check_valid_fraction
 from featcache.heads.fit import compare_linear_probe, fit_head
