@@ -94,7 +94,7 @@ def read_table(
     """Read a CSV of images.
 
     Blanks around a target, split or group are removed; those around a path stay, as a name may have
-    them. ``val`` and ``validation`` become ``valid``. The escapes of ``csv_files.csv_text`` are undone.
+    them. ``val`` and ``validation`` become ``valid``. The escapes of ``csv_text`` are undone.
 
     Args:
         root: The CSV.
