@@ -184,7 +184,7 @@ def _call(arguments: Sequence[str]) -> int:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, ImportError):  # torch may be what could not be loaded: do not ask it
         return "failed to map segment" in str(error) or "annot allocate memory" in str(error)
-    from featcache.runtime import is_out_of_memory
+    from featcache.memory import is_out_of_memory
 
     return is_out_of_memory(error)
 

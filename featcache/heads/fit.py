@@ -30,14 +30,8 @@ from featcache.heads.prediction import compute_logits
 from featcache.heads.resuming import SavedTraining
 from featcache.heads.scaling import ColumnScaling, check_sizes, choose_scalings
 from featcache.heads.streaming import StoredFeatures
-from featcache.runtime import (
-    CPU,
-    Device,
-    Say,
-    available_cores,
-    log_line,
-    require_memory_for_products,
-)
+from featcache.memory import require_memory_for_products
+from featcache.runtime import CPU, Device, Say, available_cores, log_line
 from featcache.threads import Threads
 
 _CHECKED_ROWS = 32  # that go through each head at the end: its outputs must be finite

@@ -13,7 +13,8 @@ from featcache.heads.batches import TrainingData, rows_at_once
 from featcache.heads.config import LBFGS, HeadJob
 from featcache.heads.head import count_values
 from featcache.heads.scaling import ColumnScaling
-from featcache.runtime import PRODUCT_BYTES, Device, Say, available_memory
+from featcache.memory import PRODUCT_BYTES, available_memory
+from featcache.runtime import Device, Say
 
 _ROWS_AT_ONCE = 512  # go through a head that is used: 3 MB of 1280 features
 _MEMORY_SHARE = 0.75  # of what is left

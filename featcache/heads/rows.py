@@ -27,7 +27,8 @@ from featcache.errors import (
 )
 from featcache.formatting import count, join_few
 from featcache.heads.streaming import BLOCK_BYTES, StoredFeatures
-from featcache.runtime import CPU, Device, Say, available_memory
+from featcache.memory import available_memory
+from featcache.runtime import CPU, Device, Say
 
 if TYPE_CHECKING:
     import torch
