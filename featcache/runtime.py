@@ -236,7 +236,7 @@ _holders: list[Callable[[], float]] = []
 
 
 def held_seconds() -> float:
-    """Return how long whoever holds signals back needs to tidy up, 0 if nobody says so."""
+    """Return the seconds that the blocks of ``held_signals`` need to end, 0 outside of them."""
     return max((seconds() for seconds in [*_holders]), default=0.0)
 
 
@@ -248,8 +248,8 @@ def held_signals(seconds: Callable[[], float] = lambda: 0.0) -> Iterator[Callabl
     the main thread, where handlers cannot be set, nothing is delayed.
 
     Args:
-        seconds: Returns how long the block needs at that moment before it can call the function,
-            and to tidy up then: ``held_seconds``.
+        seconds: Returns how long the block would take from now on to call the function and to end:
+            for ``held_seconds``.
     """
     came: list[int] = []
     before: dict[int, Any] = {}

@@ -94,7 +94,7 @@ def listing_of(cache: Cache) -> Listing:
 
 
 def training_data_note(backbone: str) -> str | None:
-    """Return what to bear in mind of the images a backbone was trained on, by its name."""
+    """Return a warning about the images that a backbone was trained on, None if it needs none."""
     if not backbone.startswith("xrv:"):
         return None
     of_ending = {"nih": "NIH", "pc": "PadChest", "chex": "CheXpert", "rsna": "RSNA",

@@ -121,9 +121,9 @@ class Cache:
 
     @property
     def parity(self) -> list[float]:
-        """Relative L2 errors of stored features on probed images, as far as provenance tells.
+        """Relative L2 errors of stored features on probed images, empty where none are known.
 
-        Of many updates the largest: of how many images, ``num_probed`` tells.
+        After many updates only the largest are kept; ``num_probed`` images were measured.
         """
         told = self.provenance.get("parity")
         numbers = told if isinstance(told, list) else []
@@ -132,7 +132,7 @@ class Cache:
 
     @property
     def num_probed(self) -> int:
-        """How many images the errors of ``parity`` were measured on, or the largest of them."""
+        """How many images were measured: ``parity`` has all of their errors, or the largest."""
         told = self.provenance.get("num_probed")
         return told if type(told) is int and 0 <= told < 2**53 else len(self.parity)
 

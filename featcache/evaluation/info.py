@@ -132,13 +132,13 @@ class CrossvalInfo:
         made: When, by the date of its ``crossval.json``.
         task: ``multiclass`` or ``multilabel``.
         classes: Class names.
-        splits: Whose rows were used.
+        splits: Names of the splits whose rows were used.
         num_rows: Labelled rows, each in one fold of every repeat.
         num_folds: Of each repeat.
-        num_repeats: How often the rows were parted anew.
+        num_repeats: How often the rows were split into folds.
         head: The shape of the heads.
         training: How they were trained, a JSON object.
-        valid_fraction: Share of a fold's rows to train on that chose the epoch.
+        valid_fraction: Share of a fold's training rows that were held out to choose the epoch.
         seed: Of the first repeat.
         data_seed: Of the first repeat.
         cache: Path, fingerprint and hashes of the cache.

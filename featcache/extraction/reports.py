@@ -49,7 +49,7 @@ class ExtractionSummary:
         precision: That of all rows, or the precisions there are; None where none is known.
         parity: Largest relative L2 error of a probed image against the eager fp32 forward, of the
             features as they are stored.
-        num_probed: Images that this is the largest error of.
+        num_probed: How many images were measured for it.
         seconds: Wall time of the whole call.
         images_per_second: New images over the time of producing their features.
         fingerprint: Of the recipe.

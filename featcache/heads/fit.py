@@ -99,7 +99,7 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         on_epoch: Called with each row of the history as it is made.
         on_share: As for ``fit_heads``, as is the next.
         say: For people.
-        saved: Where the state is kept, and what is gone on from. Of no use to lbfgs.
+        saved: Keeps the state, and has what an interrupted training left. Not used by lbfgs.
 
     Raises:
         DataError: If the arrays do not fit each other or the head, or a feature is not finite or
@@ -155,9 +155,9 @@ def fit_heads(
         on_epoch: Called with the number of a job and each row of its history as it is made, from
             one thread at a time. Where it answers True, the job is given up: it ends there, and
             the others go on the faster.
-        on_share: Called after each batch with what was done of the training of one head, in [0, 1]:
-            of heads that share a batch with their sum. From one thread at a time.
-        say: Told when memory has room for fewer heads at once than there would be, and when code
+        on_share: Called after each batch, from one thread at a time, with the share of one head's
+            training that it was, in [0, 1]; heads that share a batch add up.
+        say: Receives a line when memory limits how many heads are trained at once, and when code
             is compiled.
         saved: As for ``fit_head``, of one job.
 

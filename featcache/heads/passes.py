@@ -34,7 +34,7 @@ def plan_passes(
         data: The rows.
         device: Where the heads are trained.
         num_cores: That this process may use.
-        say: Told when memory has room for fewer heads at once than there would be.
+        say: Receives a line when memory limits how many heads are trained at once.
     """
     passes = _group_jobs(jobs, scalings, data, device, num_cores)
     return _cut_to_memory(passes, jobs, data, device, num_cores=num_cores, say=say)

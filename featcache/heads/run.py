@@ -349,11 +349,11 @@ def _read_weights(  # noqa: PLR0917 (what the file is to be of)
 def weights_metadata(
     head: HeadConfig, classes: Sequence[str], task: str, num_members: int
 ) -> dict[str, str]:
-    """One key only: safetensors writes several in no fixed order, and the bytes are hashed.
+    """Return what the weights file says about the head in it.
 
-    The task stands there if it is not ``multiclass``, and the number of members if there are
-    several: a featcache from before there were such heads reads the other ones as ever, and
-    refuses these.
+    It has one key only: safetensors writes several in no fixed order, and the bytes are hashed. The
+    task is named if it is not ``multiclass``, and the number of members if there are several, so
+    that an earlier featcache refuses such heads and reads all others.
     """
     facts: dict[str, Any] = {"head": head.as_json(), "classes": list(classes)}
     if task != "multiclass":

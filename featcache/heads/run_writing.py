@@ -88,7 +88,7 @@ def write_run(
     """Write the files of a run into ``folder`` and return the sha256 of its weights.
 
     Args:
-        folder: An existing folder, as a rule the one that ``outputs.new_folder`` gives.
+        folder: An existing folder, as a rule the one that ``output_folders.new_folder`` gives.
         head: The shape of the head.
         state: Its state dict, of arrays or of torch tensors on the CPU.
         training: A JSON object: how it was trained.

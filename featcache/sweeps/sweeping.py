@@ -61,15 +61,15 @@ class SweepSummary:
     Attributes:
         run: The run folder.
         num_trials: Trials, the default among them.
-        num_pruned: Given up on the way.
+        num_pruned: Trials that were stopped early.
         num_failed: Those whose loss was no number.
         metric: With its averaging.
         top: The ten best: number, score and options.
         failed: Numbers of the failed.
         decision: What the repeats came to; None where nothing but the default was left.
         chosen: The number of the trial kept, 0 for the default.
-        options: Its options as far as they are not the defaults.
-        valid_loss: Of the run, as are the two that follow.
+        options: Its options that differ from the defaults.
+        valid_loss: Of the run, like the next two.
         valid_accuracy: On ``valid``.
         best_epoch: The epoch kept.
         linear_probe: As for ``train``.
@@ -152,7 +152,7 @@ def sweep(
             identical images together.
         repeats: New hold-outs (or repetitions of all folds), two or more.
         select: ``safe``, or ``best``: keep the highest mean over the repeats.
-        prune: Give hopeless trials up on the way.
+        prune: Stop hopeless trials early.
         valid_fraction: As for ``train``.
         seed: Decides everything that is drawn.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
