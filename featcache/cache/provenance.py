@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from featcache.cache.identity import name_differences
 from featcache.cache.precisions import join_parities, with_parities
-from featcache.cache.reading import Cache, name_differences
+from featcache.cache.reading import Cache
 from featcache.data.listing import Listing
 from featcache.errors import CacheError, printable, warn_user
 from featcache.files import canonical_json

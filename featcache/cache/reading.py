@@ -26,7 +26,6 @@ Reads: caches. Module ``writing`` writes them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -278,20 +277,6 @@ def is_content(name: str) -> bool:
     return name in {"identity", "classes"} or (
         name.startswith("splits/") and name.endswith(("/features", "/targets", "/paths"))
     )
-
-
-def name_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str]:
-    """Return in which values two identities differ, the wanted and the found ones, for a message.
-
-    Example:
-        >>> name_differences({"image_size": 224, "views": 1}, {"image_size": 240, "views": 1})
-        ('image_size 224', 'image_size 240')
-    """
-    keys = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
-    wanted_text, found_text = (
-        ", ".join(f"{key} {side.get(key)!r:.40}" for key in keys) for side in (wanted, found)
-    )
-    return wanted_text, found_text
 
 
 def read_failures(container: Container, num_classes: int) -> tuple[Failure, ...]:

@@ -7,12 +7,12 @@ Reads: caches. Writes: nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from featcache.cache.earlier import refuse_misbuilt
+from featcache.cache.identity import describe_values, differing_keys, name_differences
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.remote_copies import damage_told, fetch, place_of, url_from
 from featcache.cache.side_by_side import Caches, caches_of, join_caches, list_caches
@@ -175,17 +175,17 @@ def require_same_features(
     Raises:
         RunError: If backbone, weights or preprocessing differ; one line says in what.
     """
-    differing = _differing_keys(run_identity, identity)
+    differing = differing_keys(run_identity, identity)
     if blocking := _list_blocking(run_identity, identity):
         raise RunError(
-            "features", found=_listed(identity, blocking), where=where,
-            expected="those the head was trained on, " + _listed(run_identity, blocking),
+            "features", found=describe_values(identity, blocking), where=where,
+            expected="those the head was trained on, " + describe_values(run_identity, blocking),
             hint="Extract the images again with the run's backbone and options, or train on these",
         )  # fmt: skip
     if differing:
         message = (
-            f"the head was trained on {_listed(run_identity, differing)}; "
-            f"these features have {_listed(identity, differing)}"
+            f"the head was trained on {describe_values(run_identity, differing)}; "
+            f"these features have {describe_values(identity, differing)}"
         )
         warn_user(printable(message))
 
@@ -195,35 +195,21 @@ def _list_blocking(run_identity: Mapping[str, Any], identity: Mapping[str, Any])
 
     Those that may differ, with a warning, are left out.
     """
-    differing = _differing_keys(run_identity, identity)
+    differing = differing_keys(run_identity, identity)
     return [key for key in differing if key not in _MAY_DIFFER]
 
 
 def _require_own_cache(
     trained_on: Mapping[str, Any], cache_identity: Mapping[str, Any], where: Path
 ) -> None:
-    """Insist that a cache a run was trained on has still the identity it had.
+    """Insist that a cache a run was trained on still has the identity it had.
 
     Raises:
         RunError: If it was rebuilt with other settings; one line says in what they differ.
     """
-    keys = _differing_keys(trained_on, cache_identity)
-    if keys:
+    if differing_keys(trained_on, cache_identity):
+        wanted, found = name_differences(trained_on, cache_identity)
         raise RunError(
-            "the run's cache, rebuilt since the training", expected=_listed(trained_on, keys),
-            found=_listed(cache_identity, keys), where=where,
-            hint="Train again on it, or name a cache like the old one with --cache",
+            "the run's cache, rebuilt since the training", expected=wanted, found=found,
+            where=where, hint="Train again on it, or name a cache like the old one with --cache",
         )  # fmt: skip
-
-
-def _differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    return [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
-
-
-def _listed(identity: Mapping[str, Any], keys: Sequence[str]) -> str:
-    return ", ".join(f"{key} {_brief(identity.get(key))}" for key in keys)
-
-
-def _brief(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:16]}..."
