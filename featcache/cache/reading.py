@@ -1,24 +1,7 @@
 """The cache: one file with the features of a data set, and everything needed to trust them.
 
-Format version 1. The file is a container (module ``container``: user block, table, HDF5 behind it)
-of these data sets, all contiguous and of fixed width:
-
-- ``/identity`` scalar bytes: canonical JSON of what decides the features' values; its sha256 is the
-  ``fingerprint``. ``/provenance`` scalar bytes: JSON of how they were made. ``/classes`` (C,)
-  bytes. ``/task`` scalar bytes: ``multiclass`` or ``multilabel``.
-- ``/splits/<split>/features`` (N, D) float32 or float16, or (N, V, D) with V views of each image,
-  the first the plain one; splits may differ in V (only images to train on have views), not in D.
-  ``targets`` (N,) int64 with -1 = unlabelled, or (N, C) float32 with NaN = unknown for
-  ``multilabel``; ``paths`` (N,) bytes, ``/``-separated, sorted; ``groups`` (N,) bytes, optional;
-  ``image_sha256`` (N, 32) uint8; ``image_bytes`` and ``mtime_ns`` (N,) int64; ``row_crc32`` (N,)
-  int64, optional: what a row's bytes add up to (module ``integrity``), so that damage is located.
-- ``/failures/{paths, splits, reasons}`` bytes, ``{targets, image_bytes, mtime_ns}`` int64.
-
-The table has the ``crc32`` of every data set outside ``/splits``, optionally.
-
-``content_sha256`` is the sha256 of the canonical JSON list of [name, dtype, shape, sha256 of the
-bytes], sorted by name, over identity, classes and every split's features, targets and paths: two
-people compare one line.
+FORMAT.md describes the file, its data sets and its hashes. It is read as a container (module
+``container``: user block and table), and its parts are checked against each other (``contents``).
 
 Reads: caches. Module ``writing`` writes them.
 """
