@@ -24,7 +24,7 @@ from featcache.cache.verdict import write_verdict
 from featcache.csv_files import csv_text
 from featcache.data.groups import GroupPattern
 from featcache.data.sources import Data
-from featcache.errors import CacheError, printable
+from featcache.errors import CacheError, ConfigError, printable
 from featcache.evaluation.auditing.copies import (
     COLUMNS,
     EXAMPLES,
@@ -46,6 +46,7 @@ from featcache.evaluation.auditing.options import (
     check_shares,
     check_table,
     choose_parts,
+    has_sources,
 )
 from featcache.evaluation.auditing.outliers import measure_outliers
 from featcache.evaluation.auditing.pictures import confirm_near
@@ -212,7 +213,14 @@ def audit(
     Example:
         >>> featcache.audit("covid.h5", csv="copies.csv").num_leaks  # doctest: +SKIP
     """
-    parts = choose_parts(only, table, source)
+    parts = choose_parts(only)
+    if not has_sources(table, source) and "sources" in parts:
+        if only is not None:
+            raise ConfigError(
+                "--only sources", expected="a column that names them: --table CSV --source COLUMN",
+                found="none",
+            )  # fmt: skip
+        parts = tuple(part for part in parts if part != "sources")
     check_table(parts, csv, copies)
     shares = check_shares(blackout)
     check_network({"--blackout": bool(shares), "--evidence": evidence}, data, weights)
@@ -272,10 +280,10 @@ def audit(
     for line in audit_lines(found):
         say(line)
     if {*parts} >= COPIES:
-        num_read = found.images["num_read"] if found.images else 0
         write_verdict(
-            opened, parts=parts, num_images=num_read, num_leaks=found.num_leaks,
-            verdict=found.verdict, findings=_findings(found, rows, sets), say=say,
+            opened, parts=parts, num_images=found.images["num_read"] if found.images else 0,
+            num_leaks=found.num_leaks, verdict=found.verdict, findings=_findings(found, rows, sets),
+            say=say,
         )  # fmt: skip
     error = leak_error(found)
     if strict and error is not None:

@@ -14,28 +14,8 @@ PARTS = ("same", "near", "labels", "shortcuts", "outliers", "sources")
 COPIES = {"same", "near"}
 
 
-def choose_parts(
-    only: str | Sequence[str] | None, table: object, source: str | None
-) -> tuple[str, ...]:
-    """Return the parts to look at, in the order of ``PARTS``; ``sources`` if a column names them.
-
-    Raises:
-        ConfigError: If ``only`` names no part, or sources that no column names; if ``table`` and
-            ``source`` are not given together.
-    """
-    wanted = _named_parts(only)
-    if (table is None) != (source is None):
-        given = "--table" if source is None else "--source"
-        raise ConfigError(given, expected="--table and --source together", found=f"only {given}")
-    if source is None and "sources" in wanted and only is not None:
-        raise ConfigError(
-            "--only sources", expected="a column that names them: --table CSV --source COLUMN",
-            found="none",
-        )  # fmt: skip
-    return tuple(part for part in wanted if part != "sources" or source is not None)
-
-
-def _named_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
+def choose_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the parts to look at, in the order of ``PARTS``."""
     if only is None:
         return PARTS
     wanted = [*map(str.strip, only.split(","))] if isinstance(only, str) else [*map(str, only)]
@@ -45,6 +25,14 @@ def _named_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
             "--only", expected="some of " + ", ".join(PARTS), found=join_few(unknown) or "none"
         )
     return tuple(name for name in PARTS if name in wanted)
+
+
+def has_sources(table: object, source: str | None) -> bool:
+    """Return whether a column names the sources."""
+    if (table is None) != (source is None):
+        given = "--table" if source is None else "--source"
+        raise ConfigError(given, expected="--table and --source together", found=f"only {given}")
+    return source is not None
 
 
 def check_table(parts: tuple[str, ...], csv: object, copies: str) -> None:
