@@ -37,7 +37,8 @@ from measuring import (
 )
 
 import featcache
-from featcache.cli.demo import BACKBONE, GROUP_BY, make_phantoms
+from featcache.cli.demo import BACKBONE
+from featcache.cli.phantoms import GROUP_BY, make_phantoms
 
 NUM_PER_CLASS = 142  # of which 200 in all are trained on
 NUM_TRIALS = 4

@@ -17,7 +17,8 @@ batches of 32, 10 epochs, a validation after each. The ways:
 
 On a CPU the first and the third are also measured on 300, 1,600 and 100,000 rows (these in batches
 of 1,024, for two epochs), and cold, as whole processes: the command ``featcache train`` on a cache
-of 200 rows, its compiled code on the disk, against a script of twenty lines in torch.
+of 200 rows, its compiled code on the disk, against twenty lines of torch
+(``ways/head_in_torch.py``).
 
 skorch is optional (``pip install skorch``) and reported as not installed where it is missing.
 
@@ -301,32 +302,6 @@ def measure_sizes(task: Task, rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-SCRIPT = """
-import sys
-import numpy as np
-import torch
-from torch import nn
-x, y, valid_x, valid_y = map(torch.from_numpy, np.load(sys.argv[1]).values())
-torch.manual_seed(0)
-head = nn.Sequential(
-    nn.BatchNorm1d(1280), nn.Linear(1280, 512), nn.ReLU(), nn.BatchNorm1d(512),
-    nn.Linear(512, 128), nn.ReLU(), nn.BatchNorm1d(128), nn.Dropout(0.4), nn.Linear(128, 2),
-)
-optimizer = torch.optim.Adam(head.parameters(), lr=5e-4)
-for epoch in range(10):
-    head.train()
-    for batch in torch.randperm(len(x)).split(32):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(head(x[batch]), y[batch]).backward()
-        optimizer.step()
-    head.eval()
-    with torch.no_grad():
-        print(epoch, nn.functional.cross_entropy(head(valid_x), valid_y).item())
-torch.save(head.state_dict(), sys.argv[2])
-"""
-"""What ``featcache train`` is compared with, as a whole process."""
-
-
 def measure_cold(rounds: int) -> dict[str, list[float]]:
     """Return the seconds of whole processes: both trainings of 200 rows, and importing torch."""
     rows = make_rows(Task(200, 50, 1280, 32, 10, "cpu"))
@@ -344,17 +319,11 @@ def measure_cold(rounds: int) -> dict[str, list[float]]:
             classes=["no", "yes"],
         )
         python = sys.executable
+        train = ["-m", "featcache", "train", "rows.h5", "run", "--overwrite"]
+        script = str(HERE / "ways" / "head_in_torch.py")
         commands = {
-            "featcache train": [
-                python,
-                "-m",
-                "featcache",
-                "train",
-                "rows.h5",
-                "run",
-                "--overwrite",
-            ],
-            "torch script": [python, "-c", SCRIPT, "rows.npz", "head.pt"],
+            "featcache train": [python, *train],
+            "torch script": [python, script, "rows.npz", "head.pt"],
             "import torch": [python, "-c", "import torch"],
         }
 

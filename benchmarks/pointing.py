@@ -25,7 +25,7 @@ from PIL import Image, ImageFilter
 from sklearn.metrics import roc_auc_score
 
 import featcache
-from featcache.cli import demo
+from featcache.cli import phantoms
 from featcache.deployment.classifier import load_classifier
 from featcache.deployment.explainer import Explainer
 from featcache.deployment.occlusion import cover_cells, rank_correlation
@@ -59,9 +59,11 @@ def train_heads(data: Path, folder: Path, group_by: str) -> dict[str, Explainer]
 
 def draw_sick(seed: int) -> tuple[Array, Array]:
     """Return a phantom (S, S) uint8, and which cells (7, 7) its spots changed."""
-    patient = demo._draw_patient(np.random.default_rng([seed, 9]), sick=True)
+    patient = phantoms.draw_patient(np.random.default_rng([seed, 9]), sick=True)
     well = dataclasses.replace(patient, spots=())
-    planes = [demo._draw_picture(one, np.random.default_rng([seed, 10])) for one in (patient, well)]
+    planes = [
+        phantoms.draw_picture(one, np.random.default_rng([seed, 10])) for one in (patient, well)
+    ]
     change = Image.fromarray(np.abs(planes[0] - planes[1]).astype(np.float32))
     cells = np.asarray(change.resize((SIDE * 32,) * 2, Image.Resampling.BILINEAR))
     cells = cells.reshape(SIDE, 32, SIDE, 32).mean((1, 3))
@@ -154,8 +156,8 @@ def main() -> None:
     load, start, results = current_load(), time.perf_counter(), {}
     with TemporaryDirectory() as place:
         folder = Path(place)
-        demo.make_phantoms(folder / "raw", num_per_class=90)
-        explainers = train_heads(folder / "raw", folder / "phantoms", demo.GROUP_BY)
+        phantoms.make_phantoms(folder / "raw", num_per_class=90)
+        explainers = train_heads(folder / "raw", folder / "phantoms", phantoms.GROUP_BY)
         images = [draw_sick(1000 + seed) for seed in range(options.phantoms)]
         results["phantoms"] = measure_all(explainers, images)
         if options.data is not None:

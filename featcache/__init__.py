@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone, build_backbone, wrap_backbone
+    from featcache.cache.cache_split import CacheSplit
     from featcache.cache.converting.conversion import ConversionSummary, convert
-    from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
+    from featcache.cache.reading import Cache, Failure, open_cache
     from featcache.cache.selection import SelectionSummary, select
     from featcache.cache.writing import write_cache
     from featcache.data.dataset import scan
@@ -56,14 +57,12 @@ if TYPE_CHECKING:
     from featcache.evaluation.auditing.audit import Audit, audit
     from featcache.evaluation.deciding.decision import DecideSummary, decide
     from featcache.evaluation.evaluation import Evaluation, evaluate
-    from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, UnfinishedInfo, info
+    from featcache.evaluation.info import CacheInfo, CrossvalInfo, RunInfo, info
     from featcache.evaluation.neighbours import Neighbours, neighbours
+    from featcache.evaluation.unfinished import UnfinishedInfo
     from featcache.extraction.extraction import extract, plan
-    from featcache.extraction.reports import (
-        ExtractionSummary,
-        Projection,
-        WorkersProjection,
-    )
+    from featcache.extraction.projection import Projection, WorkersProjection
+    from featcache.extraction.reports import ExtractionSummary
     from featcache.extraction.verification import Verification, verify
     from featcache.heads.estimator import HeadClassifier
     from featcache.heads.head import HeadConfig
@@ -112,7 +111,7 @@ _MODULES = {
     "HeadClassifier": "heads.estimator",
     "Backbone": "backbones.backbone",
     "Cache": "cache.reading",
-    "CacheSplit": "cache.reading",
+    "CacheSplit": "cache.cache_split",
     "Classifier": "deployment.classifier",
     "Decision": "sweeps.ranking",
     "Failure": "cache.reading",
@@ -121,12 +120,12 @@ _MODULES = {
     # the verbs' results
     "SplitSummary": "data.splitting",
     "ExtractionSummary": "extraction.reports",
-    "Projection": "extraction.reports",
-    "WorkersProjection": "extraction.reports",
+    "Projection": "extraction.projection",
+    "WorkersProjection": "extraction.projection",
     "CacheInfo": "evaluation.info",
     "RunInfo": "evaluation.info",
     "CrossvalInfo": "evaluation.info",
-    "UnfinishedInfo": "evaluation.info",
+    "UnfinishedInfo": "evaluation.unfinished",
     "Verification": "extraction.verification",
     "SelectionSummary": "cache.selection",
     "Audit": "evaluation.auditing.audit",

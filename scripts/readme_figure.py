@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Ellipse, FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 
-from featcache.cli.demo import make_phantoms
+from featcache.cli.phantoms import make_phantoms
 
 BLUE, GREEN, ORANGE, GREY = "#3b6ea5", "#2f8f6b", "#c9772b", "#7a8694"
 TEXT_ON_COLOUR = "white"

@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 
 from featcache.extraction import pipeline, recipe
-from featcache.pixels import images, views
+from featcache.pixels import inspection, views
 
 _MODULES = {"featcache.pixels.isolation", "featcache.cache.hdf5"}
 
@@ -27,8 +27,8 @@ class DecoderHere:
     """Stands for ``IsolatedDecoder``, whose methods do what these functions do."""
 
     render = staticmethod(views.render)
-    deep_maximum = staticmethod(images.deep_maximum)
-    deep_kind = staticmethod(images.deep_kind)
+    deep_maximum = staticmethod(inspection.deep_maximum)
+    deep_kind = staticmethod(inspection.deep_kind)
 
     def __enter__(self) -> DecoderHere:
         return self

@@ -37,7 +37,7 @@ OWNERS = {
         "deployment/exporting/predict_script.py",  # which is copied out of the package
         "reporting/pictures.py",
         "reporting/explained.py",
-        "cli/demo.py",
+        "cli/phantoms.py",
     },
     "click": {"cli/*"},
     "fastapi": {"deployment/server/routes.py"},
@@ -69,7 +69,7 @@ OWNERS = {
     "timm": {"backbones/libraries.py"},
     "torchxrayvision": {"backbones/chest_xrays.py"},
     "ray": {"extraction/workers/ray_actors.py", "extraction/workers/ray_bridge.py"},
-    "optuna": {"sweeps/sweeping.py"},
+    "optuna": {"sweeps/tpe.py"},
     "pandas": {"cache/reading.py"},
     "safetensors": {
         "heads/run.py",

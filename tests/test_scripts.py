@@ -81,6 +81,12 @@ def benchmark_module(monkeypatch):
     return importlib.import_module
 
 
+def test_no_benchmark_has_the_name_of_a_module_that_numba_looks_for():
+    """Numba imports ``coverage`` if there is one: ours made ``head.py`` and ``sweep.py`` fail."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import numba"
+    subprocess.run([sys.executable, "-c", code, str(ROOT / "benchmarks")], check=True)
+
+
 def test_break_even_epoch(benchmark_module):
     # (a) starts at 2 s and takes 5 s an epoch, (e) 17.5 s and 0.1 s: 2 + 5 n > 17.5 + 0.1 n.
     find = benchmark_module("figures_of_ways").find_break_even

@@ -35,8 +35,9 @@ from featcache.backbones.forward import (
     torch_forward,
 )
 from featcache.errors import BackboneError, ConfigError, warn_user
+from featcache.memory import is_out_of_memory
 from featcache.precision import PARITY_BOUNDS, format_bound, parity_bound, relative_errors
-from featcache.runtime import available_cores, exact_fp32, is_out_of_memory
+from featcache.runtime import available_cores, exact_fp32
 
 ENGINES = ("onnx", "folded", "eager")
 

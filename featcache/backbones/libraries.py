@@ -20,7 +20,7 @@ from torch import nn
 
 from featcache.backbones.weights import download_state, read_state, unreachable
 from featcache.errors import BackboneError, FeatcacheError
-from featcache.runtime import is_out_of_memory
+from featcache.memory import is_out_of_memory
 
 _NAMES = (
     "efficientnet-b0 to -b7, efficientnet-lite0, torchvision:NAME, timm:NAME, xrv:NAME, "

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.cache_split import CacheSplit
 from featcache.cache.container import ArrayReader
-from featcache.cache.reading import Cache, CacheSplit
+from featcache.cache.reading import Cache
 from featcache.files import canonical_json
 
 _Numbers = npt.NDArray[np.int64]

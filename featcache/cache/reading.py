@@ -1,24 +1,7 @@
 """The cache: one file with the features of a data set, and everything needed to trust them.
 
-Format version 1. The file is a container (module ``container``: user block, table, HDF5 behind it)
-of these data sets, all contiguous and of fixed width:
-
-- ``/identity`` scalar bytes: canonical JSON of what decides the features' values; its sha256 is the
-  ``fingerprint``. ``/provenance`` scalar bytes: JSON of how they were made. ``/classes`` (C,)
-  bytes. ``/task`` scalar bytes: ``multiclass`` or ``multilabel``.
-- ``/splits/<split>/features`` (N, D) float32 or float16, or (N, V, D) with V views of each image,
-  the first the plain one; splits may differ in V (only images to train on have views), not in D.
-  ``targets`` (N,) int64 with -1 = unlabelled, or (N, C) float32 with NaN = unknown for
-  ``multilabel``; ``paths`` (N,) bytes, ``/``-separated, sorted; ``groups`` (N,) bytes, optional;
-  ``image_sha256`` (N, 32) uint8; ``image_bytes`` and ``mtime_ns`` (N,) int64; ``row_crc32`` (N,)
-  int64, optional: what a row's bytes add up to (module ``integrity``), so that damage is located.
-- ``/failures/{paths, splits, reasons}`` bytes, ``{targets, image_bytes, mtime_ns}`` int64.
-
-The table has the ``crc32`` of every data set outside ``/splits``, optionally.
-
-``content_sha256`` is the sha256 of the canonical JSON list of [name, dtype, shape, sha256 of the
-bytes], sorted by name, over identity, classes and every split's features, targets and paths: two
-people compare one line.
+FORMAT.md describes the file, its data sets and its hashes. It is read as a container (module
+``container``: user block and table), and its parts are checked against each other (``contents``).
 
 Reads: caches. Module ``writing`` writes them.
 """
@@ -26,17 +9,15 @@ Reads: caches. Module ``writing`` writes them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from featcache.cache.by_url import by_url
-from featcache.cache.container import ArrayReader, Container, check_payload, open_container
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.container import Container, check_payload, open_container
 from featcache.cache.contents import (
     check_classes,
     check_kinds,
@@ -53,7 +34,6 @@ from featcache.formatting import count, join_few
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
 
 
 @dataclass(frozen=True)
@@ -68,156 +48,6 @@ class Failure:
     reason: str
     image_bytes: int
     mtime_ns: int
-
-
-class CacheSplit:
-    """One split of an open cache: a map-style data set that also gives its arrays whole.
-
-    A torch ``DataLoader`` takes it as it is. Only taking rows as tensors imports torch.
-
-    Survives pickling, fork and spawn: a copy reopens the file by name and insists that it is
-    still the same one.
-    """
-
-    __module__ = "featcache"
-
-    def __init__(self, container: Container, name: str) -> None:
-        self.name = name
-        self._container = container
-
-    def __repr__(self) -> str:
-        return f"CacheSplit({self.name} of {self._container.path.name}: {self.dtype} {self.shape})"
-
-    def _read(self, name: str) -> npt.NDArray[Any]:
-        array = self._container.read(f"splits/{self.name}/{name}")
-        array.flags.writeable = False
-        return array
-
-    @cached_property
-    def features(self) -> npt.NDArray[Any]:
-        """(N, D) or (N, V, D) float32 or float16, a read-only view of the file.
-
-        The file is mapped into memory: if somebody cuts it off while rows are read from here, the
-        system ends the process (SIGBUS). ``read_features`` and ``open_features`` raise an error
-        then, and so does all that featcache itself does with a cache.
-        """
-        return self._container.map(f"splits/{self.name}/features")
-
-    @property
-    def plain_features(self) -> npt.NDArray[Any]:
-        """(N, D), view 0 of every row: the image as it is. A read-only view of the file."""
-        return self.features if self.features.ndim == 2 else self.features[:, 0]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, D) or (N, V, D), of the features."""
-        return self._container.arrays[f"splits/{self.name}/features"].shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """float32 or float16, of the features."""
-        return self._container.arrays[f"splits/{self.name}/features"].dtype
-
-    @property
-    def num_views(self) -> int:
-        """V, 1 where every row is one vector."""
-        return 1 if len(self.shape) == 2 else self.shape[1]
-
-    @cached_property
-    def targets(self) -> npt.NDArray[Any]:
-        """(N,) int64, -1 = unlabelled; (N, C) float32 for ``multilabel``, NaN = unknown."""
-        return self._read("targets")
-
-    @cached_property
-    def paths(self) -> list[str]:
-        """N strings, ``/``-separated; bytes that are not UTF-8 are surrogate-escaped."""
-        return read_texts(self._container, f"splits/{self.name}/paths")
-
-    @cached_property
-    def groups(self) -> list[str] | None:
-        """N strings, or None when the cache has no groups."""
-        name = f"splits/{self.name}/groups"
-        return read_texts(self._container, name) if name in self._container.arrays else None
-
-    @cached_property
-    def image_sha256(self) -> npt.NDArray[np.uint8]:
-        """(N, 32) uint8, zeros where unknown."""
-        return self._read("image_sha256")
-
-    @cached_property
-    def image_bytes(self) -> npt.NDArray[np.int64]:
-        """(N,) int64, sizes of the image files."""
-        return self._read("image_bytes")
-
-    @cached_property
-    def mtime_ns(self) -> npt.NDArray[np.int64]:
-        """(N,) int64, modification times of the image files."""
-        return self._read("mtime_ns")
-
-    @cached_property
-    def row_crc32(self) -> npt.NDArray[np.int64] | None:
-        """(N,) int64, a checksum of each row, or None when the cache has none."""
-        has_checksums = f"splits/{self.name}/row_crc32" in self._container.arrays
-        return self._read("row_crc32") if has_checksums else None
-
-    def read_features(self) -> npt.NDArray[Any]:
-        """Return the features as an array in memory, read at the speed of the disk."""
-        return self._container.read(f"splits/{self.name}/features")
-
-    def read_rows(self, rows: npt.NDArray[np.int64], num_views: int = 1) -> npt.NDArray[Any]:
-        """Return the features of some rows (n,), in memory: (n, num_views, D) of the first views.
-
-        Of one view (n, D).
-        """
-        numbers = rows[:, None] * self.num_views + np.arange(num_views)
-        vectors = self.open_features(as_vectors=True).take(numbers.reshape(-1))
-        return vectors if num_views == 1 else vectors.reshape(len(rows), num_views, -1)
-
-    def open_features(self, *, as_vectors: bool = False) -> ArrayReader:
-        """Return what reads the features row by row, for those larger than memory.
-
-        Args:
-            as_vectors: Read (N, V, D) as (N * V, D).
-        """
-        name = f"splits/{self.name}/features"
-        return ArrayReader(self._container, name, as_vectors=as_vectors)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
-        """Return (features (D,) or (V, D) float32, target) of one row."""
-        import torch
-
-        target = self.targets[index]
-        return torch.from_numpy(self.features[index].astype(np.float32)), (
-            int(target) if target.ndim == 0 else torch.from_numpy(target.copy())
-        )
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, Any]]:
-        """Return several rows with one gather: what a torch ``DataLoader`` calls."""
-        import torch
-
-        features = torch.from_numpy(self.features[list(indices)].astype(np.float32, copy=False))
-        targets = torch.from_numpy(self.targets[list(indices)])
-        return [
-            (row, int(target) if target.ndim == 0 else target)
-            for row, target in zip(features, targets, strict=True)
-        ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "container": self._container}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        container: Container = state["container"]
-        again = open_container(container.path, verify=False)
-        if again.payload_sha256 != container.payload_sha256:
-            raise CacheError(
-                "cache", expected=f"payload sha256 {container.payload_sha256[:16]}...",
-                found=f"{again.payload_sha256[:16]}...", where=container.path,
-                hint="It was replaced while in use: open it again",
-            )  # fmt: skip
-        self.__init__(again, state["name"])  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -273,9 +103,9 @@ class Cache:
 
     @property
     def parity(self) -> list[float]:
-        """Relative L2 errors of stored features on probed images, as far as provenance tells.
+        """Relative L2 errors of stored features on probed images, empty where none are known.
 
-        Of many updates the largest: of how many images, ``num_probed`` tells.
+        After many updates only the largest are kept; ``num_probed`` images were measured.
         """
         told = self.provenance.get("parity")
         numbers = told if isinstance(told, list) else []
@@ -284,7 +114,7 @@ class Cache:
 
     @property
     def num_probed(self) -> int:
-        """How many images the errors of ``parity`` were measured on, or the largest of them."""
+        """How many images were measured: ``parity`` has all of their errors, or the largest."""
         told = self.provenance.get("num_probed")
         return told if type(told) is int and 0 <= told < 2**53 else len(self.parity)
 
@@ -430,20 +260,6 @@ def is_content(name: str) -> bool:
     return name in {"identity", "classes"} or (
         name.startswith("splits/") and name.endswith(("/features", "/targets", "/paths"))
     )
-
-
-def name_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str]:
-    """Return in which values two identities differ, the wanted and the found ones, for a message.
-
-    Example:
-        >>> name_differences({"image_size": 224, "views": 1}, {"image_size": 240, "views": 1})
-        ('image_size 224', 'image_size 240')
-    """
-    keys = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
-    wanted_text, found_text = (
-        ", ".join(f"{key} {side.get(key)!r:.40}" for key in keys) for side in (wanted, found)
-    )
-    return wanted_text, found_text
 
 
 def read_failures(container: Container, num_classes: int) -> tuple[Failure, ...]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from featcache.cache.container import ArrayReader, Container
 from featcache.cache.contents import check_table, decode_texts, read_json, read_texts
 from featcache.cache.integrity import BLOCK_ROWS, BadRow, Damage, find_infinite
-from featcache.cache.provenance import read_row_precisions, with_row_precisions
+from featcache.cache.precisions import read_row_precisions, with_row_precisions
 from featcache.cache.reading import Cache, Failure, read_failures
 from featcache.cache.writing import SplitRows, write_rows
 from featcache.data.folders import SPLITS

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from featcache.cache.rearrangement import Rearrangement, Row, gather
+from featcache.cache.merging import Row, gather
+from featcache.cache.rearrangement import Rearrangement
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import SPLIT_OF_FOLDER
 from featcache.data.groups import GroupPattern

@@ -16,17 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.by_url import by_url
-from featcache.cache.provenance import (
-    check_alike,
-    join_provenances,
-    list_origins,
-    row_precisions,
-    warn_of_precisions,
-    warn_of_salts,
-    with_row_precisions,
-)
+from featcache.cache.merging import Row, gather
+from featcache.cache.precisions import row_precisions, warn_of_precisions, with_row_precisions
+from featcache.cache.provenance import check_alike, join_provenances, list_origins, warn_of_salts
 from featcache.cache.reading import Cache, Failure, open_cache, warn_of_leaks
-from featcache.cache.rearrangement import Rearrangement, Row, gather
+from featcache.cache.rearrangement import Rearrangement
 from featcache.cache.resplitting import join_splits, name_groups, split_anew
 from featcache.cache.writing import CACHE, SplitRows, write_rows, writing_alone
 from featcache.data.dataset import UNLABELLED

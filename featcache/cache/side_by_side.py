@@ -20,8 +20,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.cache_split import CacheSplit
 from featcache.cache.joined import JoinedCache, JoinedSplit
-from featcache.cache.reading import Cache, CacheSplit, open_cache
+from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, ConfigError
 from featcache.files import local_path
 from featcache.formatting import join_few

@@ -1,6 +1,6 @@
 """The command line: parse, one call of the library, print. Nothing is decided here.
 
-The commands are in ``cache_commands``, ``conversion_commands``, ``head_commands`` and
+The commands are in ``image_commands``, ``cache_commands``, ``head_commands`` and
 ``run_commands``. Only click and the error tree are imported at the top: ``featcache --help`` must
 not wait for torch.
 """
@@ -20,10 +20,10 @@ from typing import Any
 import click
 
 from featcache import __version__
-from featcache.cli.cache_commands import audit, extract, info, select, split, verify
-from featcache.cli.conversion_commands import convert, neighbours
+from featcache.cli.cache_commands import audit, convert, info, neighbours, select, verify
 from featcache.cli.ending import ENDING, complain, open_closed_streams
 from featcache.cli.head_commands import crossval, sweep, train
+from featcache.cli.image_commands import extract, split
 from featcache.cli.options import DEVICE, make_say, print_facts, printing
 from featcache.cli.run_commands import (
     decide,
@@ -184,7 +184,7 @@ def _call(arguments: Sequence[str]) -> int:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, ImportError):  # torch may be what could not be loaded: do not ask it
         return "failed to map segment" in str(error) or "annot allocate memory" in str(error)
-    from featcache.runtime import is_out_of_memory
+    from featcache.memory import is_out_of_memory
 
     return is_out_of_memory(error)
 

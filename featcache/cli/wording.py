@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from featcache.deployment.exporting.delivery import DeliverySummary
     from featcache.deployment.exporting.export import ExportSummary
     from featcache.deployment.predictions import Predictions
-    from featcache.extraction.reports import Projection
+    from featcache.extraction.projection import Projection
 
 
 _NAME_WIDTH = 30  # of a class beside its probability

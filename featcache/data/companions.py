@@ -51,7 +51,7 @@ _DIGITS = re.compile(r"\d+")
 
 
 class Look(NamedTuple):
-    """What the pixels of an image are like: see ``pixels.images.glance``."""
+    """What the pixels of an image are like: see ``pixels.inspection.glance``."""
 
     width: int
     height: int

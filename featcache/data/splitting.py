@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.csv_files import csv_text
 from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.data.dicom_groups import Salt, identify_and_keep
 from featcache.data.folders import SPLITS
@@ -30,7 +31,7 @@ from featcache.data.groups import GroupPattern
 from featcache.data.samples import UNKNOWN
 from featcache.data.stratification import assign_labelled_units, assign_units, build_units
 from featcache.errors import ConfigError, DataError, warn_user
-from featcache.files import NO_SPACE, csv_text, disk_error, local_path, make_folder, result_as_dict
+from featcache.files import NO_SPACE, disk_error, local_path, make_folder, result_as_dict
 from featcache.formatting import brief_repr, count, in_bytes, join_few, list_counts
 from featcache.output_folders import new_folder
 from featcache.outputs import Kind, Output, write_output

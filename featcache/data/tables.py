@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from featcache.csv_files import plain_cell
 from featcache.data.folders import SPLIT_OF_FOLDER, SPLITS
 from featcache.data.labels import NOT_KNOWN, Labels, plain_name, read_flags, read_joined
 from featcache.data.listing import COLUMNS, Listing
 from featcache.data.remote import refusals, url_of
 from featcache.data.stored_files import file_at
 from featcache.errors import DataError
-from featcache.files import plain_cell, read_regular
+from featcache.files import read_regular
 from featcache.formatting import count
 from featcache.untrusted import reading_hint
 
@@ -93,7 +94,7 @@ def read_table(
     """Read a CSV of images.
 
     Blanks around a target, split or group are removed; those around a path stay, as a name may have
-    them. ``val`` and ``validation`` become ``valid``. The escapes of ``files.csv_text`` are undone.
+    them. ``val`` and ``validation`` become ``valid``. The escapes of ``csv_text`` are undone.
 
     Args:
         root: The CSV.

@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from featcache.cache.by_url import by_url
 from featcache.cache.side_by_side import Caches, list_caches
+from featcache.csv_files import csv_text, join_names, prob_columns
 from featcache.errors import ConfigError, RunError, printable
 from featcache.evaluation.deciding.decision_file import Decisions, load_decisions
 from featcache.evaluation.novelty import Novelty
 from featcache.evaluation.seen_rows import find_all_seen, warn_of_seen
-from featcache.files import csv_text, join_names, prob_columns
 from featcache.formatting import brief_repr
 from featcache.heads.prediction import predict_probs
 from featcache.heads.run import load_run

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import Cache, CacheSplit
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import Cache
 from featcache.errors import CacheError
 from featcache.evaluation.nearest_rows import find_nearest, to_directions
 from featcache.evaluation.novelty import find_own_cache, training_splits

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import Cache, CacheSplit
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import caches_of, join_caches
 from featcache.errors import ConfigError, RunError, printable
 from featcache.evaluation.lines import units_text

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from featcache.files import csv_text
+from featcache.csv_files import csv_text
 
 COLUMNS = ("target", "pred", "num_samples")
 

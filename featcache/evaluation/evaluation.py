@@ -24,9 +24,9 @@ from featcache.evaluation.seen_rows import find_seen, leave_out_seen, warn_of_se
 from featcache.evaluation.subgroups import Column, subgroup_lines
 from featcache.files import readable_json, result_as_dict
 from featcache.formatting import brief_repr, join_few
-from featcache.heads.run import cache_paths, load_run
+from featcache.heads.run import load_run
+from featcache.heads.run_caches import cache_paths, open_other_caches, open_own_caches
 from featcache.heads.run_caches import is_own as is_own_cache
-from featcache.heads.run_caches import open_other_caches, open_own_caches
 from featcache.metrics.calibration import measure_calibration
 from featcache.metrics.scores import MAX_MATRIX_CLASSES, compute_metrics
 from featcache.outputs import Output, write_outputs

@@ -13,7 +13,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from featcache.files import plain_cell, read_regular
+from featcache.csv_files import plain_cell
+from featcache.files import read_regular
 from featcache.heads.run import Run
 
 _MAX_BYTES = 1 << 28

@@ -1,4 +1,4 @@
-"""Info: what a cache, a run or a cross-validation holds, without hashing a cache.
+"""Info: what a cache, a run or a cross-validation holds. No cache is hashed.
 
 Reads: a cache, a run or the folder of a cross-validation. Writes: nothing.
 """
@@ -6,7 +6,7 @@ Reads: a cache, a run or the folder of a cross-validation. Writes: nothing.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache.cache.by_url import by_url
-from featcache.cache.provenance import row_precisions
-from featcache.cache.reading import Cache, CacheSplit, Failure, open_cache
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.precisions import row_precisions
+from featcache.cache.reading import Cache, Failure, open_cache
 from featcache.cache.verdict import read_verdict
+from featcache.evaluation.unfinished import UnfinishedInfo, find_unfinished, read_unfinished
 from featcache.files import local_path, result_as_dict
 from featcache.formatting import brief_repr
 
@@ -130,13 +132,13 @@ class CrossvalInfo:
         made: When, by the date of its ``crossval.json``.
         task: ``multiclass`` or ``multilabel``.
         classes: Class names.
-        splits: Whose rows were used.
+        splits: Names of the splits whose rows were used.
         num_rows: Labelled rows, each in one fold of every repeat.
         num_folds: Of each repeat.
-        num_repeats: How often the rows were parted anew.
+        num_repeats: How often the rows were split into folds.
         head: The shape of the heads.
         training: How they were trained, a JSON object.
-        valid_fraction: Share of a fold's rows to train on that chose the epoch.
+        valid_fraction: Share of a fold's training rows that were held out to choose the epoch.
         seed: Of the first repeat.
         data_seed: Of the first repeat.
         cache: Path, fingerprint and hashes of the cache.
@@ -174,37 +176,6 @@ class CrossvalInfo:
         return {"kind": "cross-validation"} | facts
 
 
-@dataclass(frozen=True)
-class UnfinishedInfo:
-    """What an interrupted command has kept.
-
-    Attributes:
-        path: The folder: ``CACHE.partial``, ``RUN.partial``, ``RUN.sweep`` or ``FOLDER.partial``.
-        command: ``extract``, ``train``, ``sweep`` or ``crossval``.
-        output: The cache, run or folder that it will become.
-        kept: How far it is. extract: ``num_images``, ``num_shards`` and, fixed at its start,
-            ``engine, precision, batch_size, device``. train: ``num_epochs_done``, ``num_epochs``.
-            sweep: ``num_trials_done``, ``num_trials``, ``num_repeats_done``, ``num_repeats``.
-            crossval: ``num_folds_done`` of all repeats, ``num_folds``, ``num_repeats``.
-        disk_bytes: Size of its files.
-        next_step: How to go on, a sentence.
-    """
-
-    __module__ = "featcache"
-    __repr__ = brief_repr
-
-    path: Path
-    command: str
-    output: Path
-    kept: dict[str, Any]
-    disk_bytes: int
-    next_step: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the facts as JSON values."""
-        return {"kind": f"unfinished {self.command}"} | result_as_dict(self)
-
-
 @by_url("path")
 def info(path: str | Path) -> CacheInfo | RunInfo | CrossvalInfo | UnfinishedInfo:
     """Return what a cache, a run or a cross-validation holds. Reads no features, hashes no cache.
@@ -223,13 +194,12 @@ def info(path: str | Path) -> CacheInfo | RunInfo | CrossvalInfo | UnfinishedInf
         >>> featcache.info("covid.h5").classes  # doctest: +SKIP
         ('covid', 'normal')
     """
-    place = _find_unfinished(local_path(path, "cache or run"))
+    place = find_unfinished(local_path(path, "cache or run"))
     if place.is_dir():
-        for name, describe in _UNFINISHED.items():
-            if (place / name).is_file() and not (place / "run.json").exists():
-                return describe(place)
         if (place / "run.json").exists():
             return _run_info(place)
+        if (unfinished := read_unfinished(place)) is not None:
+            return unfinished
         if (place / "crossval.json").exists():
             return _crossval_info(place)
         if not any(place.glob("*.h5")):  # of a folder of caches, the error names them
@@ -249,14 +219,6 @@ def info(path: str | Path) -> CacheInfo | RunInfo | CrossvalInfo | UnfinishedInf
         failures=cache.failures,
         audit=read_verdict(cache),
     )
-
-
-def _find_unfinished(path: Path) -> Path:
-    """Return where an interrupted command keeps what it has of ``path``, if that is not there."""
-    if path.exists():
-        return path
-    partials = [path.with_name(path.name + ending) for ending in (".partial", ".sweep")]
-    return next((partial for partial in partials if partial.is_dir()), path)
 
 
 def _crossval_info(folder: Path) -> CrossvalInfo:
@@ -302,90 +264,6 @@ def _run_info(folder: Path) -> RunInfo:
         evaluations=tuple(sorted(p.stem for p in folder.glob("evaluation/*.json"))),
         decision=None if decisions is None else decisions.brief(),
     )
-
-
-def _extraction_info(folder: Path) -> UnfinishedInfo:
-    from featcache.extraction.manifest import open_manifest
-
-    manifest = open_manifest(folder / "manifest.json")
-    facts = asdict(manifest.engine)
-    kept = {
-        "num_images": sum(receipt.num_rows for receipt in manifest.shards),
-        "num_shards": len(manifest.shards),
-        **{name: facts[name] for name in ("engine", "precision", "batch_size")},
-        "device": facts["device_type"],
-    }
-    return _unfinished(folder, "extract", kept, "discard it with --rebuild")
-
-
-def _parts_info(folder: Path) -> UnfinishedInfo:
-    from featcache.extraction.workers.plans import read_parts, read_plan
-
-    plan = read_plan(folder, patience=0)
-    if plan is None:  # merged just now
-        return _extraction_info(folder)
-    parts = read_parts(folder, plan)
-    receipts = [receipt for manifest in parts.values() for receipt in manifest.shards]
-    done = [str(n) for n, manifest in parts.items() if manifest.facts_of_part.get("is_done")]
-    kept = {
-        "num_images": sum(receipt.num_rows for receipt in receipts),
-        "num_shards": len(receipts),
-        "num_parts": plan.num_parts,
-        "parts_done": ", ".join(done) or "none",
-        "parts_begun": ", ".join(str(n) for n in parts if str(n) not in done) or "none",
-        **{name: asdict(plan.engine)[name] for name in ("engine", "precision", "batch_size")},
-        "device": plan.engine.device_type,
-    }
-    return _unfinished(folder, "extract", kept, "discard it with --rebuild")
-
-
-def _training_info(folder: Path) -> UnfinishedInfo:
-    from featcache.heads.resuming import read_saved
-
-    _, facts = read_saved(folder / "training.safetensors")
-    history, training = facts.get("history"), facts["work"].get("training")
-    kept = {
-        "num_epochs_done": len(history) if isinstance(history, list) else None,
-        "num_epochs": training.get("epochs") if isinstance(training, dict) else None,
-    }
-    return _unfinished(folder, "train", kept, "begin anew with --overwrite")
-
-
-def _journal_info(folder: Path) -> UnfinishedInfo:
-    from featcache.sweeps.journal import read_journal
-
-    work, entries = read_journal(folder / "journal.jsonl")
-    if work.get("format") == "featcache-crossval":
-        kept = {
-            "num_folds_done": len(entries), "num_folds": work.get("folds"),
-            "num_repeats": work.get("repeats"),
-        }  # fmt: skip
-        return _unfinished(folder, "crossval", kept, "begin anew with --overwrite")
-    rounds = [entry["trials"] for entry in entries if isinstance(entry.get("trials"), list)]
-    kept = {
-        "num_trials_done": sum(map(len, rounds)),
-        "num_trials": work.get("trials"),
-        "num_repeats_done": sum("repeat" in entry for entry in entries),
-        "num_repeats": work.get("repeats"),
-    }
-    return _unfinished(folder, "sweep", kept, "remove this folder to begin anew")
-
-
-_UNFINISHED = {
-    "plan.json": _parts_info,
-    "manifest.json": _extraction_info,
-    "training.safetensors": _training_info,
-    "journal.jsonl": _journal_info,
-}
-
-
-def _unfinished(folder: Path, command: str, kept: dict[str, Any], else_do: str) -> UnfinishedInfo:
-    output = folder.with_name(folder.name.removesuffix(".partial").removesuffix(".sweep"))
-    return UnfinishedInfo(
-        path=folder, command=command, output=output, kept=kept,
-        disk_bytes=sum(part.stat().st_size for part in folder.iterdir() if part.is_file()),
-        next_step=f"the featcache {command} that began it, called again, goes on; or {else_do}",
-    )  # fmt: skip
 
 
 def _split_facts(cache: Cache, split: CacheSplit) -> dict[str, Any]:

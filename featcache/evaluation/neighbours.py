@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.by_url import by_url
-from featcache.cache.reading import Cache, CacheSplit, open_cache
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import Cache, open_cache
 from featcache.errors import CacheError, ConfigError, DataError, printable
 from featcache.files import local_path, result_as_dict
 from featcache.formatting import brief_repr

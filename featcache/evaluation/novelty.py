@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import Cache, CacheSplit, open_cache
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import Cache, open_cache
 from featcache.cache.side_by_side import join_caches
 from featcache.data.stratification import build_units
 from featcache.errors import FeatcacheError
@@ -24,8 +25,8 @@ from featcache.evaluation.nearest_rows import (
     to_directions,
 )
 from featcache.heads.rows import RowNumbers, training_source
-from featcache.heads.run import Run, cache_paths
-from featcache.heads.run_caches import fetch_caches, is_own
+from featcache.heads.run import Run
+from featcache.heads.run_caches import cache_paths, fetch_caches, is_own
 from featcache.heads.trained_rows import TrainedRows
 
 QUANTILE = 0.999

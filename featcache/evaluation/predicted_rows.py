@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
+from featcache.csv_files import csv_text, join_names
 from featcache.errors import CacheError, ConfigError, RunError
 from featcache.evaluation.confusions import Confusion, count_confusions
-from featcache.files import csv_text, join_names
 from featcache.formatting import count, join_few
 from featcache.heads.prediction import (
     COLUMNS,

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from featcache.cache.reading import Cache, CacheSplit, open_cache
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import Cache, open_cache
 from featcache.cache.side_by_side import join_caches
 from featcache.errors import CacheError, FeatcacheError, RunError, warn_user
 from featcache.formatting import count
 from featcache.heads.config import check_valid_fraction
 from featcache.heads.rows import RowNumbers, choose_rows
-from featcache.heads.run import Run, cache_paths
-from featcache.heads.run_caches import fetch_caches, is_own
+from featcache.heads.run import Run
+from featcache.heads.run_caches import cache_paths, fetch_caches, is_own
 from featcache.heads.trained_rows import SeenRows, TrainedRows
 from featcache.runtime import Say
 

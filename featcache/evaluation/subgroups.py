@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import CacheSplit
+from featcache.cache.cache_split import CacheSplit
 from featcache.cache.table import Table
 from featcache.data.tables import Extra
 from featcache.errors import CacheError, ConfigError, printable

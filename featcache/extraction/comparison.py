@@ -16,13 +16,8 @@ import numpy.typing as npt
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import build_engine
 from featcache.cache.integrity import BadRow
-from featcache.cache.provenance import (
-    UNKNOWN,
-    error_bound,
-    error_bounds,
-    listing_of,
-    row_precisions,
-)
+from featcache.cache.precisions import UNKNOWN, error_bound, error_bounds, row_precisions
+from featcache.cache.provenance import listing_of
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample, scan
 from featcache.data.sources import Data, listing_for, named

@@ -13,7 +13,7 @@ from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import CacheError, DataError
 from featcache.extraction.recipe import Recipe, depths_by_kind, is_dark
-from featcache.pixels.images import misread_reason
+from featcache.pixels.inspection import misread_reason
 
 _NUM_LOOKED_AT = 64
 

@@ -13,12 +13,7 @@ import torch
 
 from featcache.backbones.backbone import state_sha256
 from featcache.backbones.engine import Engine, build_engine, eager_features
-from featcache.cache.provenance import (
-    MAX_PARITY,
-    read_parities,
-    with_parities,
-    with_spread,
-)
+from featcache.cache.precisions import MAX_PARITY, read_parities, with_parities, with_spread
 from featcache.cache.workers import read_workers, told_workers
 from featcache.errors import BackboneError, CacheError, warn_user
 from featcache.extraction.manifest import EngineFacts, ProbeFacts

@@ -37,13 +37,12 @@ from featcache.extraction.options import (
     name_caches,
 )
 from featcache.extraction.plan import Job, find_known
+from featcache.extraction.projection import Projection, project
 from featcache.extraction.recipe import Recipe, make_recipe
 from featcache.extraction.reports import (
     ExtractionSummary,
-    Projection,
     describe_dataset,
     describe_recipe,
-    project,
     summarise,
     warn_of_precision,
 )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.provenance import row_precisions, with_row_precisions
+from featcache.cache.precisions import row_precisions, with_row_precisions
 from featcache.cache.reading import Cache
 from featcache.cache.writing import SplitRows, write_rows
 from featcache.data.dataset import Sample

@@ -13,12 +13,13 @@ from typing import Any
 from featcache.cache.container import is_container
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.remote_copies import url_of_copy
+from featcache.csv_files import csv_text
 from featcache.data.dataset import ImageDataset
 from featcache.data.dicom_files import COLUMNS
 from featcache.data.dicom_groups import Salt, hash_paths, identify_and_keep
 from featcache.errors import CacheError, ConfigError
 from featcache.extraction.options import ExtractionOptions
-from featcache.files import csv_text, write_bytes
+from featcache.files import write_bytes
 from featcache.renames import beside
 
 _KEYS = ("group_salt", "path_names", "dicom")

@@ -221,7 +221,7 @@ class Job:
     def list_shard(
         self, receipt: Receipt, positions: Sequence[int], table: Sequence[Mapping[str, Any]]
     ) -> Vectors:
-        """List a shard in the manifest; return what opens its vectors: see ``work.Work``."""
+        """List a shard in the manifest; return what opens its vectors: see ``Work``."""
         del positions, table  # they are in the shard, and in the ledger
         return self.partial.add_shard(receipt)
 

@@ -26,7 +26,8 @@ from featcache.data.folders import training_split
 from featcache.errors import BackboneError, ConfigError, DataError
 from featcache.files import canonical_json
 from featcache.pixels.dicom_rules import DicomRules
-from featcache.pixels.images import PixelRules, check_bit_depth, deep_kind
+from featcache.pixels.images import PixelRules
+from featcache.pixels.inspection import check_bit_depth, deep_kind
 from featcache.pixels.isolation import DECODE_SECONDS, IsolatedDecoder
 from featcache.pixels.views import PLAIN, ViewRules, render
 from featcache.threads import Threads

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from featcache.cache.container import hint_of_folder, is_container
 from featcache.cache.earlier import refuse_misbuilt
-from featcache.cache.reading import Cache, Failure, name_differences, open_cache
+from featcache.cache.identity import name_differences
+from featcache.cache.reading import Cache, Failure, open_cache
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.data.samples import UNKNOWN, labels_text
 from featcache.errors import CacheError, ConfigError

@@ -243,3 +243,21 @@ def check_valid_fraction(fraction: object) -> float | None:
     if fraction is None or (isinstance(fraction, float) and 0 < fraction < 1):
         return fraction
     raise ConfigError("--valid-fraction", expected="a number between 0 and 1", found=repr(fraction))
+
+
+def refuse_unused(training: TrainingConfig) -> None:
+    """Refuse options that L-BFGS does not use: who gives them expects them to do something.
+
+    Raises:
+        ConfigError: If one of them is not at its default.
+    """
+    if training.optimizer != LBFGS:
+        return
+    for field in dataclasses.fields(training):
+        value = getattr(training, field.name)
+        if field.name not in USED_BY_LBFGS and value != field.default:
+            raise ConfigError(
+                "--" + field.name.replace("_", "-"), found=repr(value),
+                expected="none with --optimizer lbfgs, which has no use for it",
+                hint="Leave it out, or take another optimizer",
+            )  # fmt: skip

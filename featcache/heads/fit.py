@@ -19,41 +19,24 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import ConfigError
-from featcache.heads.batches import (
-    Features,
-    TrainingData,
-    check_row_weights,
-    check_rows,
-    rows_at_once,
-)
+from featcache.heads.batches import Features, TrainingData, check_row_weights, check_rows
 from featcache.heads.compiled import numpy_kernels
 from featcache.heads.compiled.team import Team, one_blas_thread
 from featcache.heads.config import LBFGS, FitResult, HeadJob, TrainingConfig
 from featcache.heads.head import HeadConfig, count_values
 from featcache.heads.one_pass import are_finite, fit_pass
+from featcache.heads.passes import plan_passes
 from featcache.heads.prediction import compute_logits
 from featcache.heads.resuming import SavedTraining
 from featcache.heads.scaling import ColumnScaling, check_sizes, choose_scalings
 from featcache.heads.streaming import StoredFeatures
-from featcache.runtime import (
-    CPU,
-    PRODUCT_BYTES,
-    Device,
-    Say,
-    available_cores,
-    available_memory,
-    log_line,
-    require_memory_for_products,
-)
+from featcache.memory import require_memory_for_products
+from featcache.runtime import CPU, Device, Say, available_cores, log_line
 from featcache.threads import Threads
 
-_ROWS_AT_ONCE = 512  # go through a head that is used: 3 MB of 1280 features
-_MEMORY_SHARE = 0.75  # of what is left
-_PASS_BYTES, _HEADS_PER_PASS = 12 << 20, 64  # of one thread: its share of a last-level cache
 _CHECKED_ROWS = 32  # that go through each head at the end: its outputs must be finite
 _PROBE_VALUES = 1 << 23  # rows * classes * (features + classes): 3 s on a core
 _PATIENCE = 4  # strengths: half a decade
-_STACK_ROWS = 8192  # that go through a stack at once when it is evaluated
 
 _KERNELS_WORTH = 6e7
 """Parameters times steps from which compiled functions pay for being loaded (0.5 s): 82 steps of
@@ -116,7 +99,7 @@ def fit_head(  # noqa: PLR0917 (two configurations, two pairs of arrays)
         on_epoch: Called with each row of the history as it is made.
         on_share: As for ``fit_heads``, as is the next.
         say: For people.
-        saved: Where the state is kept, and what is gone on from. Of no use to lbfgs.
+        saved: Keeps the state, and has what an interrupted training left. Not used by lbfgs.
 
     Raises:
         DataError: If the arrays do not fit each other or the head, or a feature is not finite or
@@ -172,9 +155,9 @@ def fit_heads(
         on_epoch: Called with the number of a job and each row of its history as it is made, from
             one thread at a time. Where it answers True, the job is given up: it ends there, and
             the others go on the faster.
-        on_share: Called after each batch with what was done of the training of one head, in [0, 1]:
-            of heads that share a batch with their sum. From one thread at a time.
-        say: Told when memory has room for fewer heads at once than there would be, and when code
+        on_share: Called after each batch, from one thread at a time, with the share of one head's
+            training that it was, in [0, 1]; heads that share a batch add up.
+        say: Receives a line when memory limits how many heads are trained at once, and when code
             is compiled.
         saved: As for ``fit_head``, of one job.
 
@@ -218,8 +201,8 @@ def fit_heads(
             with lock:
                 on_share(share)
 
-    passes = _plan_passes(jobs, scalings, data, device)
-    passes, num_threads = _cut_to_memory(passes, jobs, data, device, say)
+    num_cores = available_cores()
+    passes, num_threads = plan_passes(jobs, scalings, data, device, num_cores=num_cores, say=say)
     kernels = _choose_kernels(jobs, data, device, say)
     fit = functools.partial(
         fit_pass, jobs=jobs, scalings=scalings, data=data, device=device, tell=tell,
@@ -232,9 +215,8 @@ def fit_heads(
                 for future in [threads.submit(fit, part, kernels, Team()) for part in passes]:
                     results |= future.result()
         else:
-            with Team(
-                min(available_cores(), _TEAM_SIZE) if kernels is not numpy_kernels else 1
-            ) as team:
+            team_size = 1 if kernels is numpy_kernels else min(num_cores, _TEAM_SIZE)
+            with Team(team_size) as team:
                 for part in passes:
                     results |= fit(part, kernels, team)
         return [
@@ -338,75 +320,3 @@ def _choose_kernels(jobs: Sequence[HeadJob], data: TrainingData, device: Device,
         return numpy_kernels
     finally:
         timer.cancel()
-
-
-def _plan_passes(
-    jobs: Sequence[HeadJob], scalings: Sequence[ColumnScaling | None], data: TrainingData,
-    device: Device,
-) -> list[list[int]]:  # fmt: skip
-    """Return the numbers of the jobs that are trained together, pass by pass.
-
-    On a CPU they share batches, and their parameters and moments stay in the cache; elsewhere they
-    also share every operation.
-    """
-    on_cpu = device.type == "cpu"
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for number, job in enumerate(jobs):
-        training = job.training
-        key: tuple[Any, ...] = (
-            training.optimizer == LBFGS, scalings[number] is None,
-            training.rows_per_step(len(data.targets)), training.epochs,
-        )  # fmt: skip
-        if not on_cpu:
-            key += job.head.hidden, training.optimizer
-        groups.setdefault(key, []).append(number)
-    passes = list[list[int]]()
-    for group in groups.values():
-        size = len(group)
-        if on_cpu:
-            head_bytes = 4 * data.dtype.itemsize * max(count_values(jobs[n].head) for n in group)
-            share = math.ceil(size / available_cores())
-            size = max(1, min(_HEADS_PER_PASS, _PASS_BYTES // head_bytes, share))
-        passes += [group[i : i + size] for i in range(0, len(group), size)]
-    return passes
-
-
-def _cut_to_memory(
-    passes: list[list[int]], jobs: Sequence[HeadJob], data: TrainingData, device: Device, say: Say
-) -> tuple[list[list[int]], int]:
-    """Return passes that memory has room for, and how many to run at once."""
-    memory = _MEMORY_SHARE * available_memory(device)
-    cut, largest = list[list[int]](), 1
-    for part in passes:
-        counts = [_count_bytes(jobs[number], data, device) for number in part]
-        head_bytes, pass_bytes = (max(column) for column in zip(*counts, strict=True))
-        size = max(1, int(min((memory - pass_bytes) / head_bytes, len(part))))
-        cut += [part[i : i + size] for i in range(0, len(part), size)]
-        largest = max(largest, size * head_bytes + pass_bytes)
-    wanted = available_cores() if device.type == "cpu" else 1
-    num_threads = max(1, int(min(wanted, memory / largest)))
-    if len(cut) > len(passes) or num_threads < min(wanted, len(passes)):
-        at_once = min(len(jobs), num_threads * max(map(len, cut)))
-        say(
-            f"heads: {len(jobs):,}, memory for them: {memory / 1e9:,.3g} GB; training "
-            f"{at_once:,} at a time"
-        )
-    return cut, min(num_threads, len(cut))
-
-
-def _count_bytes(job: HeadJob, data: TrainingData, device: Device) -> tuple[int, int]:
-    """Return about what a head takes while it is trained, and what a pass takes besides."""
-    num_values = count_values(job.head)
-    widths = job.head.num_features + sum(job.head.hidden) + job.head.num_classes
-    batch = job.training.rows_per_step(len(data.targets))
-    # Parameters, gradients, two moments, copies of them; of each layer, for batches of two sizes,
-    # what the backward pass needs; logits of the validation rows.
-    head_values = 8 * num_values + 8 * batch * (widths + job.head.num_features)
-    head_values += 3 * data.num_valid * job.head.num_classes
-    forward_rows = _ROWS_AT_ONCE if device.type == "cpu" else _STACK_ROWS
-    pass_values = 3 * min(forward_rows, max(data.num_valid, batch)) * widths
-    pass_values += 3 * rows_at_once(batch) * job.head.num_features  # drawn; joined of blocks
-    pass_bytes = pass_values * data.dtype.itemsize
-    if device.type == "cpu":
-        pass_bytes += PRODUCT_BYTES
-    return head_values * data.dtype.itemsize, pass_bytes

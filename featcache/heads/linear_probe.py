@@ -38,7 +38,7 @@ from featcache.heads.head import BATCH_NORM_EPS, state_layout
 from featcache.heads.loss import class_weights, target_weights, validation_columns
 from featcache.heads.scaling import ColumnScaling
 from featcache.heads.streaming import StoredFeatures
-from featcache.runtime import available_memory
+from featcache.memory import available_memory
 from featcache.threads import stop_if_asked
 
 _BLOCK_STRENGTHS, _BLOCK_BYTES = 8, 1 << 30

@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from featcache.csv_files import join_names, prob_columns
 from featcache.errors import RunError
-from featcache.files import join_names, prob_columns
 from featcache.heads.head import BATCH_NORM_EPS, HeadConfig, norm_and_linear, split_members
 from featcache.heads.streaming import StoredFeatures
-from featcache.runtime import require_memory_for_products
+from featcache.memory import require_memory_for_products
 
 _BLOCK_ROWS = 512  # 3 MB of 1280 features: a block and its activations stay in the cache
 

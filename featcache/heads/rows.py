@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import Cache, CacheSplit
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import Cache
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import training_split
 from featcache.data.stratification import assign_labelled_units, assign_units, build_units
@@ -26,7 +27,8 @@ from featcache.errors import (
 )
 from featcache.formatting import count, join_few
 from featcache.heads.streaming import BLOCK_BYTES, StoredFeatures
-from featcache.runtime import CPU, Device, Say, available_memory
+from featcache.memory import available_memory
+from featcache.runtime import CPU, Device, Say
 
 if TYPE_CHECKING:
     import torch

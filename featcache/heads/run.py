@@ -13,7 +13,6 @@ checked.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,7 @@ import numpy.typing as npt
 from featcache.cache.by_url import by_url
 from featcache.cache.container import is_container
 from featcache.cache.contents import TASKS
-from featcache.cache.remote_copies import place_of, url_from
-from featcache.errors import ConfigError, RunError, printable, warn_user
+from featcache.errors import ConfigError, RunError, printable
 from featcache.files import (
     canonical_json,
     json_sha256,
@@ -36,13 +34,7 @@ from featcache.files import (
 )
 from featcache.formatting import join_few
 from featcache.heads.head import HeadConfig, build_head, run_layout, split_members
-from featcache.untrusted import (
-    find_fault,
-    parse_json_object,
-    reading_hint,
-    real_path,
-    why_no_file,
-)
+from featcache.untrusted import find_fault, parse_json_object, reading_hint, why_no_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +51,6 @@ _KEYS = {
 }  # fmt: skip
 _MAX_JSON_BYTES = 2**28
 _MAX_WEIGHTS_BYTES = 2**31
-_MAY_DIFFER = ("views", "augmentation", "feature_dtype")
 _COPY_AGAIN = "copy it again, or train it again"
 _NO_RUN = "Make it with featcache train, or name FOLDER/ensemble of crossval --keep-ensemble"
 _DAMAGED = f"The run is damaged or was edited: {_COPY_AGAIN}"
@@ -196,87 +187,6 @@ def load_head(run: Run | str | Path) -> nn.Sequential:
     from featcache.heads.ensemble import mean_of_heads
 
     return mean_of_heads(heads, loaded.task).eval()
-
-
-def cache_paths(run: Run) -> list[Path]:
-    """Return where the caches that the run was trained on should be.
-
-    Of those in a store, where their local copies are or would be: see ``run_caches.fetch_caches``.
-    """
-    places = [(str(cache["path"]), url_from(run.path, str(cache["path"]))) for cache in run.caches]
-    return [
-        real_path(run.path.resolve() / place) if url is None else place_of(url)
-        for place, url in places
-    ]
-
-
-def require_same_features(
-    run_identity: Mapping[str, Any], identity: Mapping[str, Any], where: Path | None = None
-) -> None:
-    """Insist that features were made as those the head was trained on.
-
-    Number of views and stored dtype may differ, with a warning.
-
-    Args:
-        run_identity: The identity of the cache the run was trained on.
-        identity: The identity of the features at hand.
-        where: The file they are in, for the message.
-
-    Raises:
-        RunError: If backbone, weights or preprocessing differ; one line says in what.
-    """
-    differing = _differing_keys(run_identity, identity)
-    if blocking := list_blocking(run_identity, identity):
-        raise RunError(
-            "features", found=_listed(identity, blocking), where=where,
-            expected="those the head was trained on, " + _listed(run_identity, blocking),
-            hint="Extract the images again with the run's backbone and options, or train on these",
-        )  # fmt: skip
-    if differing:
-        message = (
-            f"the head was trained on {_listed(run_identity, differing)}; "
-            f"these features have {_listed(identity, differing)}"
-        )
-        warn_user(printable(message))
-
-
-def list_blocking(run_identity: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
-    """Return the keys in which features differ from those that a head was trained on.
-
-    Those that may differ, with a warning, are left out.
-    """
-    differing = _differing_keys(run_identity, identity)
-    return [key for key in differing if key not in _MAY_DIFFER]
-
-
-def require_own_cache(
-    trained_on: Mapping[str, Any], cache_identity: Mapping[str, Any], where: Path
-) -> None:
-    """Insist that a cache a run was trained on has still the identity it had.
-
-    Raises:
-        RunError: If it was rebuilt with other settings; one line says in what they differ.
-    """
-    keys = _differing_keys(trained_on, cache_identity)
-    if keys:
-        raise RunError(
-            "the run's cache, rebuilt since the training", expected=_listed(trained_on, keys),
-            found=_listed(cache_identity, keys), where=where,
-            hint="Train again on it, or name a cache like the old one with --cache",
-        )  # fmt: skip
-
-
-def _differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    return [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
-
-
-def _listed(identity: Mapping[str, Any], keys: Sequence[str]) -> str:
-    return ", ".join(f"{key} {_brief(identity.get(key))}" for key in keys)
-
-
-def _brief(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:16]}..."
 
 
 def _name_run(folder: Path) -> str:
@@ -439,11 +349,11 @@ def _read_weights(  # noqa: PLR0917 (what the file is to be of)
 def weights_metadata(
     head: HeadConfig, classes: Sequence[str], task: str, num_members: int
 ) -> dict[str, str]:
-    """One key only: safetensors writes several in no fixed order, and the bytes are hashed.
+    """Return what the weights file says about the head in it.
 
-    The task stands there if it is not ``multiclass``, and the number of members if there are
-    several: a featcache from before there were such heads reads the other ones as ever, and
-    refuses these.
+    It has one key only: safetensors writes several in no fixed order, and the bytes are hashed. The
+    task is named if it is not ``multiclass``, and the number of members if there are several, so
+    that an earlier featcache refuses such heads and reads all others.
     """
     facts: dict[str, Any] = {"head": head.as_json(), "classes": list(classes)}
     if task != "multiclass":

@@ -8,24 +8,33 @@ Reads: caches. Writes: nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from featcache.cache.earlier import refuse_misbuilt
+from featcache.cache.identity import describe_values, differing_keys, name_differences
 from featcache.cache.reading import Cache, open_cache
-from featcache.cache.remote_copies import damage_told, fetch, url_from
+from featcache.cache.remote_copies import damage_told, fetch, place_of, url_from
 from featcache.cache.side_by_side import Caches, caches_of, join_caches, list_caches
 from featcache.errors import RunError, printable, warn_user
 from featcache.formatting import count
-from featcache.heads.run import (
-    Run,
-    cache_paths,
-    list_blocking,
-    require_own_cache,
-    require_same_features,
-)
-from featcache.untrusted import why_no_file
+from featcache.heads.run import Run
+from featcache.untrusted import real_path, why_no_file
 
 _NOT_NAMED = {"backbone", "weights_sha256", "num_features"}  # the first stands before all
+_MAY_DIFFER = ("views", "augmentation", "feature_dtype")
+
+
+def cache_paths(run: Run) -> list[Path]:
+    """Return where the caches that the run was trained on should be.
+
+    Of those in a store, where their local copies are or would be: see ``fetch_caches``.
+    """
+    places = [(str(cache["path"]), url_from(run.path, str(cache["path"]))) for cache in run.caches]
+    return [
+        real_path(run.path.resolve() / place) if url is None else place_of(url)
+        for place, url in places
+    ]
 
 
 @damage_told()
@@ -50,7 +59,7 @@ def open_own_caches(run: Run, *, unchanged: bool = False) -> Cache:
             )  # fmt: skip
         cache = open_cache(path)
         refuse_misbuilt(cache.identity, path)
-        require_own_cache(trained_on["identity"], cache.identity, path)
+        _require_own_cache(trained_on["identity"], cache.identity, path)
         if cache.payload_sha256 != trained_on.get("payload_sha256"):
             if unchanged:
                 raise RunError(
@@ -111,7 +120,7 @@ def _in_order(run: Run, opened: Sequence[Cache], names: Sequence[str]) -> list[C
     left, ordered = list(opened), list[Cache]()
     for trained_on, name in zip(run.caches, names, strict=True):
         equal = [c for c in left if c.fingerprint == trained_on["fingerprint"]]
-        alike = [c for c in left if not list_blocking(trained_on["identity"], c.identity)]
+        alike = [c for c in left if not _list_blocking(trained_on["identity"], c.identity)]
         if not equal + alike:
             raise RunError(
                 "features", expected=f"those the head was trained on, {name}",
@@ -141,7 +150,7 @@ def _join(run: Run, caches: Sequence[Cache]) -> Cache:
 def _name_caches(run: Run) -> list[str]:
     """Return for each cache of a run in what it differs from the others, beside its backbone."""
     identities: list[Mapping[str, Any]] = [cache["identity"] for cache in run.caches]
-    keys = {key for identity in identities for key in list_blocking(identities[0], identity)}
+    keys = {key for identity in identities for key in _list_blocking(identities[0], identity)}
     shown = [key for key in sorted(keys) if key not in _NOT_NAMED]
     return [
         " ".join([
@@ -149,3 +158,58 @@ def _name_caches(run: Run) -> list[str]:
         ])
         for identity in identities
     ]  # fmt: skip
+
+
+def require_same_features(
+    run_identity: Mapping[str, Any], identity: Mapping[str, Any], where: Path | None = None
+) -> None:
+    """Insist that features were made as those the head was trained on.
+
+    Number of views and stored dtype may differ, with a warning.
+
+    Args:
+        run_identity: The identity of the cache the run was trained on.
+        identity: The identity of the features at hand.
+        where: The file they are in, for the message.
+
+    Raises:
+        RunError: If backbone, weights or preprocessing differ; one line says in what.
+    """
+    differing = differing_keys(run_identity, identity)
+    if blocking := _list_blocking(run_identity, identity):
+        raise RunError(
+            "features", found=describe_values(identity, blocking), where=where,
+            expected="those the head was trained on, " + describe_values(run_identity, blocking),
+            hint="Extract the images again with the run's backbone and options, or train on these",
+        )  # fmt: skip
+    if differing:
+        message = (
+            f"the head was trained on {describe_values(run_identity, differing)}; "
+            f"these features have {describe_values(identity, differing)}"
+        )
+        warn_user(printable(message))
+
+
+def _list_blocking(run_identity: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which features differ from those that a head was trained on.
+
+    Those that may differ, with a warning, are left out.
+    """
+    differing = differing_keys(run_identity, identity)
+    return [key for key in differing if key not in _MAY_DIFFER]
+
+
+def _require_own_cache(
+    trained_on: Mapping[str, Any], cache_identity: Mapping[str, Any], where: Path
+) -> None:
+    """Insist that a cache a run was trained on still has the identity it had.
+
+    Raises:
+        RunError: If it was rebuilt with other settings; one line says in what they differ.
+    """
+    if differing_keys(trained_on, cache_identity):
+        wanted, found = name_differences(trained_on, cache_identity)
+        raise RunError(
+            "the run's cache, rebuilt since the training", expected=wanted, found=found,
+            where=where, hint="Train again on it, or name a cache like the old one with --cache",
+        )  # fmt: skip

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from featcache.cache.reading import Cache
 from featcache.cache.remote_copies import place_from
 from featcache.cache.side_by_side import caches_of
+from featcache.csv_files import write_csv
 from featcache.errors import RunError, escaped
-from featcache.files import json_sha256, write_bytes, write_csv, write_json
+from featcache.files import json_sha256, write_bytes, write_json
 from featcache.heads.config import LBFGS, FitResult, TrainingConfig
 from featcache.heads.head import HeadConfig, join_members
 from featcache.heads.rows import Part
@@ -87,7 +88,7 @@ def write_run(
     """Write the files of a run into ``folder`` and return the sha256 of its weights.
 
     Args:
-        folder: An existing folder, as a rule the one that ``outputs.new_folder`` gives.
+        folder: An existing folder, as a rule the one that ``output_folders.new_folder`` gives.
         head: The shape of the head.
         state: Its state dict, of arrays or of torch tensors on the CPU.
         training: A JSON object: how it was trained.

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import CacheSplit
+from featcache.cache.cache_split import CacheSplit
 from featcache.errors import CacheError
 
 BLOCK_BYTES = 128 << 20

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.reading import CacheSplit
+from featcache.cache.cache_split import CacheSplit
 from featcache.errors import RunError
 from featcache.files import read_regular
 from featcache.heads.rows import Part, RowNumbers

@@ -80,7 +80,7 @@ def grouped_rate_interval(
 
     Wilson's with the same effective size held the rate in 92.2 to 94 % of simulated sets for rates
     near 0.95 whose few misses share patients; this one in 94.2 % or more of all kinds of sets
-    (``benchmarks/coverage.py``), and is 4 to 9 % wider.
+    (``benchmarks/interval_coverage.py``), and is 4 to 9 % wider.
 
     Args:
         is_hit: (n,), n >= 1.

@@ -19,7 +19,8 @@ from featcache.pixels.dicom import DicomPicture, read_dicom
 from featcache.pixels.dicom_display import failure
 from featcache.pixels.dicom_headers import hash_pixels, read_headers
 from featcache.pixels.dicom_rules import DicomRules
-from featcache.pixels.images import PixelRules, deep_kind, deep_maximum, glance
+from featcache.pixels.images import PixelRules
+from featcache.pixels.inspection import deep_kind, deep_maximum, glance
 from featcache.pixels.views import Rendering, ViewRules, render
 from featcache.untrusted import MAX_PIXELS
 
@@ -55,7 +56,7 @@ class IsolatedDecoder(Child):
         return rendering
 
     def deep_maximum(self, data: bytes, max_pixels: int = MAX_PIXELS) -> int | None:
-        """Do what ``images.deep_maximum`` does.
+        """Do what ``inspection.deep_maximum`` does.
 
         Raises:
             DataError: If the decoder hung on it.
@@ -66,7 +67,7 @@ class IsolatedDecoder(Child):
         return maximum
 
     def deep_kind(self, data: bytes) -> str | None:
-        """Do what ``images.deep_kind`` does.
+        """Do what ``inspection.deep_kind`` does.
 
         Raises:
             DataError: If the decoder hung on it.

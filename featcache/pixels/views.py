@@ -23,7 +23,8 @@ import numpy.typing as npt
 from featcache.data.folders import training_split
 from featcache.errors import ConfigError
 from featcache.pixels.facts import PictureFacts, measure_picture
-from featcache.pixels.images import PixelRules, deep_kind, load, resize_to_square, stored_channels
+from featcache.pixels.images import PixelRules, load, resize_to_square
+from featcache.pixels.inspection import deep_kind, stored_channels
 from featcache.pixels.resampling import warp
 
 MAX_VIEWS = 64

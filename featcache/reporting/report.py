@@ -13,7 +13,8 @@ from featcache.cache.by_url import by_url
 from featcache.errors import ConfigError, FeatcacheError, printable
 from featcache.files import local_path, read_regular, result_as_dict
 from featcache.formatting import brief_repr, count, in_bytes
-from featcache.heads.run import cache_paths, is_run, load_run
+from featcache.heads.run import is_run, load_run
+from featcache.heads.run_caches import cache_paths
 from featcache.outputs import Kind, Output, write_output
 from featcache.reporting.facts import Facts, folds_of, gather
 from featcache.reporting.mistakes import mistaken_rows

@@ -36,51 +36,18 @@ def slider_of(
     steps, chosen = threshold_table(scores, is_yes, groups, positive.threshold)
     num_yes, num_no = int(is_yes.sum()), int((~is_yes).sum())
     true, false = steps[chosen].true_positives, steps[chosen].false_positives
-    pairs = (
-        (true, num_yes), (num_no - false, num_no), (true, true + false),
-        (num_no - false, num_no - false + num_yes - true),
-    )  # fmt: skip
-    rates = [
-        {
-            "key": key, "label": label, "value": hits / total if total else None,
-            "text": decimal(hits / total) if total else "undefined",
-            "interval": "" if interval is None else " to ".join(map(decimal, interval)),
-            "of": f"{hits:,} of {total:,}",
-        }
-        for (key, label), (hits, total), interval in zip(
-            _RATES.items(), pairs, steps[chosen].intervals, strict=True
-        )
-    ]  # fmt: skip
     share = num_yes / (num_yes + num_no)
-    shown = sorted({*np.linspace(0, len(steps) - 1, min(len(steps), 25)).astype(int), chosen})
-    header = ["threshold", "found", "false alarms", "recall", "specificity"]
-    rule = positive.rule or {}
-    refer = None
-    if (upper := rule.get("refer_below")) is not None:
-        refer = (
-            f"As decided, images from {as_text(positive.threshold)} to below {as_text(upper)} are "
-            "referred to a person; here they count as called."
-        )
-    shown_table = [
-        [
-            as_text(steps[i].threshold) + (" (in use)" if i == chosen else ""),
-            f"{steps[i].true_positives:,} of {num_yes:,}", f"{steps[i].false_positives:,}",
-            *(_with_interval(*pair) for pair in (
-                (steps[i].true_positives / num_yes, steps[i].intervals[0]),
-                (1 - steps[i].false_positives / num_no, steps[i].intervals[1]),
-            )),
-        ]
-        for i in map(int, shown)
-    ]  # fmt: skip
     for_page = {
         "chosen": chosen, "last": len(steps) - 1, "threshold_text": as_text(positive.threshold),
         "exact_text": f"{min(positive.threshold, 1.0)!r}",
         "chosen_text": f"{as_text(positive.threshold)}, "
         + ("as decided" if positive.rule else "the usual one"),
         "tp": f"{true:,}", "fn": f"{num_yes - true:,}", "fp": f"{false:,}",
-        "tn": f"{num_no - false:,}", "rates": rates, "share": percent(share),
-        "prevalence": f"{100 * share:.3g}", "method": _method(facts, groups), "refer": refer,
-        "command": command, "header": header, "table": shown_table,
+        "tn": f"{num_no - false:,}", "rates": _rates(steps[chosen], num_yes, num_no),
+        "share": percent(share), "prevalence": f"{100 * share:.3g}",
+        "method": _method(facts, groups), "refer": _referral(positive), "command": command,
+        "header": ["threshold", "found", "false alarms", "recall", "specificity"],
+        "table": _table(steps, chosen, num_yes, num_no),
     }  # fmt: skip
     for_script = {
         "num_yes": num_yes, "num_no": num_no, "chosen": chosen, "most": MOST_MISTAKES,
@@ -96,6 +63,53 @@ def slider_of(
         "rows": _rows_for_script(facts, positive, names),
     }  # fmt: skip
     return for_page, for_script
+
+
+def _rates(step: Step, num_yes: int, num_no: int) -> list[dict[str, Any]]:
+    """Return the four rates at a threshold, each with its interval."""
+    true, false = step.true_positives, step.false_positives
+    pairs = (
+        (true, num_yes), (num_no - false, num_no), (true, true + false),
+        (num_no - false, num_no - false + num_yes - true),
+    )  # fmt: skip
+    return [
+        {
+            "key": key, "label": label, "value": hits / total if total else None,
+            "text": decimal(hits / total) if total else "undefined",
+            "interval": "" if interval is None else " to ".join(map(decimal, interval)),
+            "of": f"{hits:,} of {total:,}",
+        }
+        for (key, label), (hits, total), interval in zip(
+            _RATES.items(), pairs, step.intervals, strict=True
+        )
+    ]  # fmt: skip
+
+
+def _table(steps: Sequence[Step], chosen: int, num_yes: int, num_no: int) -> list[list[str]]:
+    """Return the rows of the table without a script: 25 thresholds, and the one in use."""
+    shown = sorted({*np.linspace(0, len(steps) - 1, min(len(steps), 25)).astype(int), chosen})
+    return [
+        [
+            as_text(steps[i].threshold) + (" (in use)" if i == chosen else ""),
+            f"{steps[i].true_positives:,} of {num_yes:,}", f"{steps[i].false_positives:,}",
+            *(_with_interval(*pair) for pair in (
+                (steps[i].true_positives / num_yes, steps[i].intervals[0]),
+                (1 - steps[i].false_positives / num_no, steps[i].intervals[1]),
+            )),
+        ]
+        for i in map(int, shown)
+    ]  # fmt: skip
+
+
+def _referral(positive: Positive) -> str | None:
+    """Return the sentence about images that are referred to a person, None if none are."""
+    upper = (positive.rule or {}).get("refer_below")
+    if upper is None:
+        return None
+    return (
+        f"As decided, images from {as_text(positive.threshold)} to below {as_text(upper)} are "
+        "referred to a person; here they count as called."
+    )
 
 
 def _at_half(step: Step, num_yes: int, num_no: int) -> tuple[Interval | None, Interval | None]:

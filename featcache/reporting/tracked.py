@@ -26,8 +26,8 @@ from featcache.files import (
     read_regular,
     readable_json,
 )
-from featcache.heads.run import Run, cache_paths, load_run
-from featcache.heads.run_caches import fetch_caches
+from featcache.heads.run import Run, load_run
+from featcache.heads.run_caches import cache_paths, fetch_caches
 from featcache.sweeps.crossval_files import ENSEMBLE_NAME, read_crossval
 
 _MAX_BYTES = 1 << 31

@@ -35,6 +35,7 @@ from featcache.heads.config import (
     TrainingConfig,
     check_seed,
     check_valid_fraction,
+    refuse_unused,
 )
 from featcache.heads.head import HeadConfig
 from featcache.heads.rows import (
@@ -44,7 +45,6 @@ from featcache.heads.rows import (
     labelled_part,
     training_source,
 )
-from featcache.heads.training import refuse_unused
 from featcache.output_folders import check_folder, new_folder
 from featcache.outputs import Output
 from featcache.runtime import Device, Say, log_line, resolve_device

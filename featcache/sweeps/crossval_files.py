@@ -20,15 +20,9 @@ import numpy.typing as npt
 
 from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import caches_of
+from featcache.csv_files import csv_text
 from featcache.errors import ConfigError, RunError
-from featcache.files import (
-    csv_text,
-    json_sha256,
-    optional_json_object,
-    read_regular,
-    write_bytes,
-    write_json,
-)
+from featcache.files import json_sha256, optional_json_object, read_regular, write_bytes, write_json
 from featcache.heads.prediction import prediction_table
 from featcache.heads.rows import Part
 from featcache.heads.run import is_run

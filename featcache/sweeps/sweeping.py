@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import re
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +22,15 @@ from featcache.cache.by_url import by_url
 from featcache.cache.reading import warn_of_leaks
 from featcache.cache.side_by_side import Caches, list_caches, open_caches
 from featcache.cache.verdict import say_verdict
+from featcache.csv_files import write_csv
 from featcache.errors import ConfigError, printable
-from featcache.files import (
-    canonical_json,
-    make_folder,
-    read_regular,
-    result_as_dict,
-    write_csv,
-    write_json,
-)
+from featcache.files import canonical_json, make_folder, read_regular, result_as_dict, write_json
 from featcache.formatting import brief_repr, count, decimal
 from featcache.heads.config import LBFGS, check_seed, check_valid_fraction
 from featcache.heads.fit import compare_linear_probe, fit_head
+from featcache.heads.lines import probe_line
 from featcache.heads.rows import Part, check_cache, choose_rows
 from featcache.heads.run_writing import record_fit, run_output
-from featcache.heads.training import probe_line
 from featcache.locking import folder_lock, remove_lock
 from featcache.metrics.scores import check_metric
 from featcache.output_folders import check_folder, new_folder
@@ -47,14 +40,14 @@ from featcache.runtime import Say, log_line, resolve_device
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.journal import Journal
 from featcache.sweeps.ranking import Decision, decision_lines, ranking_lines, trial_rows
-from featcache.sweeps.search import Found, Plan, Search, check_grid, derive_seed
-from featcache.sweeps.space import Params, Space, build_configs, default_space, read_space
-from featcache.sweeps.trials import Judge, Trial
+from featcache.sweeps.search import Found, Plan, Search, check_grid
+from featcache.sweeps.space import Params, build_configs, default_space, read_space
+from featcache.sweeps.tpe import import_optuna, propose_round
+from featcache.sweeps.trials import Judge
 from featcache.untrusted import parse_json, parse_json_object
 
 SAMPLERS = ("random", "grid", "tpe")
 SELECTIONS = ("safe", "best")
-_TPE_TRIALS = 16  # of a round, between which it learns
 _MAX_TRIALS = 1_000_000
 _JOURNAL_NAME, _ANSWER_NAME = "journal.jsonl", "sweep.json"
 _MAX_ANSWER_BYTES = 1 << 24
@@ -68,15 +61,15 @@ class SweepSummary:
     Attributes:
         run: The run folder.
         num_trials: Trials, the default among them.
-        num_pruned: Given up on the way.
+        num_pruned: Trials that were stopped early.
         num_failed: Those whose loss was no number.
         metric: With its averaging.
         top: The ten best: number, score and options.
         failed: Numbers of the failed.
         decision: What the repeats came to; None where nothing but the default was left.
         chosen: The number of the trial kept, 0 for the default.
-        options: Its options as far as they are not the defaults.
-        valid_loss: Of the run, as are the two that follow.
+        options: Its options that differ from the defaults.
+        valid_loss: Of the run, like the next two.
         valid_accuracy: On ``valid``.
         best_epoch: The epoch kept.
         linear_probe: As for ``train``.
@@ -159,7 +152,7 @@ def sweep(
             identical images together.
         repeats: New hold-outs (or repetitions of all folds), two or more.
         select: ``safe``, or ``best``: keep the highest mean over the repeats.
-        prune: Give hopeless trials up on the way.
+        prune: Stop hopeless trials early.
         valid_fraction: As for ``train``.
         seed: Decides everything that is drawn.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
@@ -209,7 +202,7 @@ def sweep(
         "prune": prune, "valid_fraction": valid_fraction, "seed": seed,
         "device": where.type,
     }  # fmt: skip
-    propose = functools.partial(_propose, plan, judge.sign) if sampler == "tpe" else None
+    propose = functools.partial(propose_round, plan, judge.sign) if sampler == "tpe" else None
     search = Search(plan, judge, pool, propose, progress=progress)
     _check_metric_is_known(judge, pool, search)
     _say_plan(plan, judge, pool, say)
@@ -233,77 +226,6 @@ def sweep(
         _remove_journal(journal_folder)
     _say_result(summary, found, judge, say)
     return summary
-
-
-def _propose(plan: Plan, sign: int, earlier: Sequence[Trial], number: int) -> dict[int, Params]:
-    """Return the next round of TPE, which learns from the trials of earlier rounds.
-
-    The study is built anew each time from those and a seed of the round: nothing of Optuna's own
-    is stored, and a killed round is proposed again as it was.
-    """
-    first = len(earlier)
-    numbers = range(first, min(first + _TPE_TRIALS, plan.num_trials))
-    if not earlier:
-        return {n: plan.space.draw(plan.seed, n) if n else Params() for n in numbers}
-    optuna = _import_optuna()
-    distributions: dict[str, Any] = {}
-    for d in plan.space.dimensions:
-        if d.choices:
-            distributions[d.name] = optuna.distributions.CategoricalDistribution(
-                tuple(range(len(d.choices)))
-            )
-        elif d.is_whole:
-            distributions[d.name] = optuna.distributions.IntDistribution(d.low, d.high, log=d.log)
-        else:
-            distributions[d.name] = optuna.distributions.FloatDistribution(d.low, d.high, log=d.log)
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constant_liar is called experimental
-            seed = derive_seed(plan.seed, 2, number) % (1 << 32)
-            sampler = optuna.samplers.TPESampler(n_startup_trials=1, constant_liar=True, seed=seed)
-            study = optuna.create_study(sampler=sampler)
-            for trial in earlier:
-                if trial.number:  # the default's options may lie outside the space
-                    study.add_trial(_tell(optuna, trial, plan.space, distributions, sign))
-            asked = [study.ask(distributions).params for _ in numbers]
-    finally:
-        optuna.logging.set_verbosity(level)
-    choices = {d.name: d.choices for d in plan.space.dimensions if d.choices}
-    return {
-        n: plan.space.fixed | {k: choices[k][v] if k in choices else v for k, v in params.items()}
-        for n, params in zip(numbers, asked, strict=True)
-    }
-
-
-def _tell(
-    optuna: Any, trial: Trial, space: Space, distributions: Mapping[str, Any], sign: int
-) -> Any:
-    """Return a trial as Optuna has them; a failed one is the worst of the pruned."""
-    values = {
-        d.name: d.choices.index(trial.params[d.name]) if d.choices else trial.params[d.name]
-        for d in space.dimensions
-    }
-    value = None if trial.score is None else -sign * trial.score
-    states = optuna.trial.TrialState
-    losses = trial.losses[-1] if trial.state == "pruned" else []
-    return optuna.trial.create_trial(
-        state=states.PRUNED if value is None else states.COMPLETE, params=values,
-        distributions=dict(distributions), value=value,
-        intermediate_values=dict(enumerate(losses)),
-    )  # fmt: skip
-
-
-def _import_optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise ConfigError(
-            "--sampler tpe", expected="the package optuna", found="none",
-            hint="pip install 'featcache[sweep]', or take --sampler random",
-        ) from error  # fmt: skip
-    return optuna
 
 
 def _is_from_this(journal_folder: Path, run: Path, work: Mapping[str, Any]) -> bool:
@@ -386,7 +308,7 @@ def _check_options(trials: Any, sampler: Any, folds: Any, repeats: Any, select: 
         if not fits:
             raise ConfigError(option, expected=expected, found=repr(value))
     if sampler == "tpe":
-        _import_optuna()
+        import_optuna()
 
 
 def _check_metric_is_known(judge: Judge, pool: Pool, search: Search) -> None:

@@ -17,7 +17,8 @@ from sample_containers import (
     same,
 )
 
-from featcache.cache.reading import CacheSplit, open_cache
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import open_cache
 from featcache.cache.writing import write_cache
 from featcache.errors import CacheError
 

@@ -11,12 +11,8 @@ import pytest
 import torch
 
 from featcache.backbones.engine import Engine
-from featcache.cache.provenance import (
-    error_bound,
-    join_provenances,
-    known_precision,
-    warn_of_precisions,
-)
+from featcache.cache.precisions import error_bound, known_precision, warn_of_precisions
+from featcache.cache.provenance import join_provenances
 from featcache.cache.reading import Cache
 from featcache.cache.writing import write_cache
 from featcache.errors import CacheError, FeatcacheWarning

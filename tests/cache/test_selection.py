@@ -309,9 +309,9 @@ def test_another_identity_is_refused_in_one_line(
     }.items():  # fmt: skip
         extract(tree, tmp_path / f"{name}.h5", backbone=tiny_backbone, **options)
     a, b, c = (open_cache(tmp_path / f"{name}.h5") for name in "abc")
-    assert "cache identity: expected crop_mode 'squash', as " in refused(tmp_path, CacheError, a, b)
+    assert "cache identity: expected crop_mode squash, as " in refused(tmp_path, CacheError, a, b)
     text = refused(tmp_path, CacheError, a, c)
-    assert f"feature_dtype 'float32', as {a.path} has, found feature_dtype 'float16'" in text
+    assert f"feature_dtype float32, as {a.path} has, found feature_dtype float16" in text
     assert str(c.path) in text
 
 

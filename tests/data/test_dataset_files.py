@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sample_folders import SPLIT_TABLE, SPLIT_TREE, plant, sheet, table
 
+from featcache.csv_files import write_csv
 from featcache.data.dataset import UNLABELLED, scan
 from featcache.errors import DataError, FeatcacheWarning
-from featcache.files import write_csv
 
 
 def pack(place, *paths, method=zipfile.ZIP_DEFLATED):

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from sample_folders import plant, sheet
 
+from featcache.csv_files import write_csv
 from featcache.data.dataset import ImageDataset, scan
 from featcache.errors import ConfigError, DataError
-from featcache.files import write_csv
 
 
 def answered(question: str) -> dict[str, Any]:

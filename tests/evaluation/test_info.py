@@ -11,7 +11,8 @@ from sample_rows import make_cache
 
 import featcache
 from featcache.errors import CacheError, ConfigError, RunError
-from featcache.evaluation.info import RunInfo, UnfinishedInfo
+from featcache.evaluation.info import RunInfo
+from featcache.evaluation.unfinished import UnfinishedInfo
 from featcache.heads import resuming
 from featcache.heads.head import HeadConfig, build_head, list_layers
 from featcache.sweeps.search import Search

@@ -13,9 +13,9 @@ import pytest
 
 import featcache
 from featcache.cache.writing import write_cache
+from featcache.csv_files import csv_text
 from featcache.evaluation import novelty
 from featcache.evaluation.novelty import Novelty
-from featcache.files import csv_text
 from featcache.heads.run import load_run
 
 WIDTH = 16

@@ -195,11 +195,12 @@ def test_the_sample_of_depths_is_taken_in_another_process(tmp_path, monkeypatch)
     """An image that takes a decoder down is left out; without deep ones no process is started."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import os, signal\nimport featcache.pixels.images as images\nreal = images.deep_maximum\n"
+        "import os, signal\nimport featcache.pixels.inspection as module\n"
+        "real = module.deep_maximum\n"
         "def fragile(data, max_pixels):\n"
         "    if data.endswith(b'CRASH'): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(data, max_pixels)\n"
-        "images.deep_maximum = fragile\n"
+        "module.deep_maximum = fragile\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
     for i in range(3):

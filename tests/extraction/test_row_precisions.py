@@ -16,7 +16,7 @@ from sample_selections import write_table
 
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import eager_features
-from featcache.cache.provenance import error_bounds, row_precisions
+from featcache.cache.precisions import error_bounds, row_precisions
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.selection import select
 from featcache.cli.wording import facts_lines

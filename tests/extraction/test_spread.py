@@ -17,7 +17,7 @@ from torch import nn
 from featcache.backbones import forward as forward_module
 from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.backbones.engine import build_engine, eager_features, measure_spread
-from featcache.cache.provenance import error_bound, read_parities
+from featcache.cache.precisions import error_bound, read_parities
 from featcache.cache.reading import open_cache
 from featcache.cache.selection import select
 from featcache.deployment.exporting.export import export

@@ -26,12 +26,12 @@ from sample_labels import (
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import open_cache
 from featcache.cache.writing import write_cache
+from featcache.csv_files import plain_cell
 from featcache.deployment.classifier import load_classifier
 from featcache.deployment.predictions import predict
 from featcache.errors import CacheError, FeatcacheWarning
 from featcache.evaluation.evaluation import evaluate
 from featcache.extraction.extraction import extract
-from featcache.files import plain_cell
 from featcache.heads.run import load_run
 from featcache.heads.training import train
 from featcache.metrics.areas import auc_interval

@@ -14,12 +14,8 @@ import torch
 from featcache.errors import FeatcacheWarning, RunError
 from featcache.files import canonical_json
 from featcache.heads.head import HeadConfig, build_head
-from featcache.heads.run import (
-    cache_paths,
-    load_head,
-    load_run,
-    require_same_features,
-)
+from featcache.heads.run import load_head, load_run
+from featcache.heads.run_caches import cache_paths, require_same_features
 from featcache.heads.run_writing import relative_path, write_run
 
 HEAD = HeadConfig(6, 2, hidden=(4,))

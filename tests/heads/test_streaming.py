@@ -18,7 +18,7 @@ from featcache.cache.reading import Cache, open_cache
 from featcache.cache.writing import write_cache
 from featcache.errors import CacheError
 from featcache.evaluation.evaluation import evaluate
-from featcache.heads import fit as fit_module
+from featcache.heads import passes
 from featcache.heads import rows as partition
 from featcache.heads.batches import BatchSampler, TrainingData
 from featcache.heads.compiled.numpy_kernels import shuffle
@@ -29,7 +29,8 @@ from featcache.heads.prediction import predict_probs
 from featcache.heads.rows import choose_rows, read_rows
 from featcache.heads.streaming import StoredFeatures
 from featcache.heads.training import train
-from featcache.runtime import CPU, _limits_of_groups, available_memory, log_line
+from featcache.memory import available_memory
+from featcache.runtime import CPU, log_line
 from featcache.sweeps.folds import Pool
 
 WIDTH, NUM_CLASSES = 16, 3
@@ -235,7 +236,7 @@ def test_heads_are_cut_to_memory_and_end_the_same(
     jobs = [HeadJob(HeadConfig(WIDTH, NUM_CLASSES, (8,)), training, seed) for seed in range(6)]
     wanted = fit_heads(jobs, x, y, data_seed=0, device=CPU, say=said.append)
     assert said == []
-    monkeypatch.setattr(fit_module, "available_memory", lambda _: 0)
+    monkeypatch.setattr(passes, "available_memory", lambda _: 0)
     found = fit_heads(jobs, x, y, data_seed=0, device=CPU, say=said.append)
     assert said == ["heads: 6, memory for them: 0 GB; training 1 at a time"]
     for one, two in zip(wanted, found, strict=True):
@@ -248,23 +249,7 @@ def test_rows_that_are_drawn_are_counted() -> None:
     features, targets = np.zeros((4, 1280), "f4"), np.zeros(4, int)
     data = TrainingData.of(features, targets, None, None, None, [], 0)
     job = HeadJob(HeadConfig(1280, 2, ()), TrainingConfig(batch_size=2), 0)
-    assert fit_module._count_bytes(job, data, CPU)[1] >= 256 * 1280 * 4
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
-def test_limits_of_control_groups_are_read(tmp_path: Path) -> None:
-    for folder, names in (
-        (tmp_path, ("memory.max", "memory.current")),
-        (tmp_path / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
-    ):
-        folder.mkdir(exist_ok=True)
-        for name, text in zip((*names, "memory.stat"), ("1000", "600", "inactive_file 50\nx 7\n"),
-                              strict=True):  # fmt: skip
-            (folder / name).write_text(text)
-    assert set(_limits_of_groups(tmp_path)) == {450}
-    (tmp_path / "memory.max").write_text("max")
-    (tmp_path / "memory" / "memory.limit_in_bytes").unlink()
-    assert list(_limits_of_groups(tmp_path)) == []
+    assert passes._count_bytes(job, data, CPU)[1] >= 256 * 1280 * 4
 
 
 def _limit_memory(more_bytes: int) -> None:

@@ -18,7 +18,8 @@ from featcache.heads.config import TrainingConfig
 from featcache.heads.fit import fit_head
 from featcache.heads.head import HeadConfig
 from featcache.heads.rows import choose_rows
-from featcache.heads.run import cache_paths, load_run
+from featcache.heads.run import load_run
+from featcache.heads.run_caches import cache_paths
 from featcache.heads.training import train
 from featcache.runtime import CPU
 

@@ -30,7 +30,8 @@ from sample_encodings import (
 
 from featcache.errors import DataError, TransientError
 from featcache.pixels import decoding, images
-from featcache.pixels.images import PixelRules, decode, deep_maximum
+from featcache.pixels.images import PixelRules, decode
+from featcache.pixels.inspection import deep_maximum
 
 # Truncated files -----------------------------------------------------------------------------
 

@@ -20,15 +20,8 @@ from sample_encodings import (
 )
 
 from featcache.errors import DataError
-from featcache.pixels.images import (
-    PixelRules,
-    check_bit_depth,
-    decode,
-    deep_kind,
-    deep_maximum,
-    load,
-    load_opened,
-)
+from featcache.pixels.images import PixelRules, decode, load, load_opened
+from featcache.pixels.inspection import check_bit_depth, deep_kind, deep_maximum
 
 
 def png_rows(values, dtype):

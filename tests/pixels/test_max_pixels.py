@@ -8,7 +8,8 @@ from PIL import Image
 from sample_encodings import encoded, noise
 
 from featcache.errors import ConfigError, DataError
-from featcache.pixels.images import PixelRules, decode, deep_maximum
+from featcache.pixels.images import PixelRules, decode
+from featcache.pixels.inspection import deep_maximum
 from featcache.pixels.isolation import IsolatedDecoder
 from featcache.pixels.views import PLAIN
 from featcache.untrusted import MAX_PIXELS

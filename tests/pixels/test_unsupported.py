@@ -9,7 +9,8 @@ from PIL import Image
 from sample_encodings import RULES, SIDE, encoded, noise, pillow, reason, smooth, tiff
 
 from featcache.errors import DataError
-from featcache.pixels.images import PixelRules, decode, load, load_opened, misread_reason
+from featcache.pixels.images import PixelRules, decode, load, load_opened
+from featcache.pixels.inspection import misread_reason
 
 tifffile = pytest.importorskip("tifffile")
 

@@ -33,7 +33,8 @@ from featcache.runtime import CPU, log_line
 from featcache.sweeps.folds import Pool
 from featcache.sweeps.search import Plan
 from featcache.sweeps.space import DEFAULTS, Dimension, Space
-from featcache.sweeps.sweeping import SAMPLERS, SELECTIONS, SweepSummary, _propose, sweep
+from featcache.sweeps.sweeping import SAMPLERS, SELECTIONS, SweepSummary, sweep
+from featcache.sweeps.tpe import propose_round
 from featcache.sweeps.trials import Judge, Trial
 
 
@@ -252,15 +253,15 @@ def test_tpe_learns_from_earlier_trials(tmp_path: Path) -> None:
         )
     rates = {}
     for sign in (-1, 1):
-        asked = _propose(plan, sign, earlier, 3)
+        asked = propose_round(plan, sign, earlier, 3)
         assert list(asked) == list(range(48, 64))
-        assert asked == _propose(plan, sign, earlier, 3)
-        assert asked != _propose(plan, sign, earlier, 4)
+        assert asked == propose_round(plan, sign, earlier, 3)
+        assert asked != propose_round(plan, sign, earlier, 4)
         assert all(p["epochs"] == 4 and p["hidden"] in {(8,), (4,), ()} for p in asked.values())
         rates[sign] = np.median([math.log10(p["learning_rate"]) for p in asked.values()])
     assert rates[-1] < -4
     assert rates[1] > -2
-    assert len(_propose(Plan(50, "tpe", space, None, 2, "safe", 0), 1, earlier, 3)) == 2
+    assert len(propose_round(Plan(50, "tpe", space, None, 2, "safe", 0), 1, earlier, 3)) == 2
 
 
 # --- folds

@@ -23,7 +23,7 @@ from featcache.backbones.engine import Engine, build_engine
 from featcache.cache import hdf5
 from featcache.data import dataset
 from featcache.extraction import engine_choice, pipeline, recipe, work
-from featcache.pixels.images import deep_maximum
+from featcache.pixels.inspection import deep_maximum
 from featcache.pixels.views import render
 from featcache.runtime import environment_facts
 

@@ -20,9 +20,9 @@ import pytest
 from bounded import GIB, command, run_bounded
 from PIL import Image
 
+from featcache.csv_files import plain_cell
 from featcache.data.dataset import ImageDataset, scan
 from featcache.errors import DataError
-from featcache.files import plain_cell
 
 TINY = ["--backbone", "python:tiny_network:build"]
 

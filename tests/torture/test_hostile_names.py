@@ -19,9 +19,9 @@ import pytest
 from bounded import command
 from PIL import Image
 
+from featcache.csv_files import plain_cell
 from featcache.data.dataset import scan
 from featcache.errors import DataError
-from featcache.files import plain_cell
 
 NAMES = {
     "terminal commands": "\x1b[31mred\x1b]0;owned\x07",

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.by_url import by_url
+from featcache.cache.cache_split import CacheSplit
 from featcache.cache.container import is_container
 from featcache.cache.converting.importing import FORMAT_VERSION, cache_of
 from featcache.cache.converting.reading import (
@@ -32,7 +33,7 @@ from featcache.cache.converting.rows import (
     room,
 )
 from featcache.cache.provenance import check_alike
-from featcache.cache.reading import Cache, CacheSplit, open_cache
+from featcache.cache.reading import Cache, open_cache
 from featcache.cache.writing import CACHE, write_rows, writing_alone
 from featcache.errors import ConfigError, DataError, printable
 from featcache.files import (

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from featcache.errors import DataError
 from featcache.formatting import in_bytes
-from featcache.runtime import available_memory
+from featcache.memory import available_memory
 
 METADATA = "featcache"
 """Name of the JSON object with the identity."""

@@ -30,8 +30,8 @@ from featcache.cache.converting.rows import (
     require_room,
     wrong,
 )
+from featcache.csv_files import csv_text, plain_cell
 from featcache.errors import DataError
-from featcache.files import csv_text, plain_cell
 from featcache.untrusted import open_regular
 
 _BLOCK_ROWS = 1024

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from featcache.cache.reading import Cache, CacheSplit
+from featcache.cache.cache_split import CacheSplit
+from featcache.cache.reading import Cache
 from featcache.cache.side_by_side import caches_of
 from featcache.cache.verdict import read_verdict
 from featcache.deployment.classifier import Classifier

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from featcache.cache.by_url import by_url
 from featcache.cache.reading import Cache, open_cache
 from featcache.cache.verdict import write_verdict
+from featcache.csv_files import csv_text
 from featcache.data.groups import GroupPattern
 from featcache.data.sources import Data
 from featcache.errors import CacheError, ConfigError, printable
@@ -51,7 +52,7 @@ from featcache.evaluation.auditing.outliers import measure_outliers
 from featcache.evaluation.auditing.pictures import confirm_near
 from featcache.evaluation.auditing.shortcuts import measure_shortcuts
 from featcache.evaluation.auditing.sources import measure_sources, read_sources
-from featcache.files import csv_text, local_path, result_as_dict
+from featcache.files import local_path, result_as_dict
 from featcache.formatting import count
 from featcache.heads.rows import training_source
 from featcache.outputs import Kind, Output, write_output

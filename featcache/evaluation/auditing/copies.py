@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.reading import Cache
+from featcache.csv_files import csv_text
 from featcache.data.stratification import build_units
 from featcache.errors import CacheError, ConfigError, printable
-from featcache.files import csv_text
 
 COLUMNS = ["path", "group", "copies"]
 EXAMPLES = 5

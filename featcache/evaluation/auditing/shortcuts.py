@@ -159,20 +159,9 @@ def _compare(
     probs: Array, targets: Array, facts: dict[str, Array], folds: Sequence[tuple[Array, Array]],
     splits: tuple[str, ...],
 ) -> Shortcuts:  # fmt: skip
-    from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.tree import DecisionTreeClassifier
 
-    models: dict[str, Callable[[], Any]] = {
-        "logistic": lambda: make_pipeline(
-            StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000)
-        ),
-        "tree": lambda: DecisionTreeClassifier(
-            max_depth=_DEPTH, class_weight="balanced", random_state=0
-        ),
-    }
+    models = _models()
     pairs = [(thin(train), judged) for train, judged in folds]
     head = [
         float(balanced_accuracy_score(targets[judged], probs[judged].argmax(axis=1)))
@@ -217,6 +206,23 @@ def _compare(
         {"fact": best[0], "model": best[1], "balanced_accuracy": mean_of(best)},
         {"mean": mean, "low": None if alike else low, "high": None if alike else high},
     )  # fmt: skip
+
+
+def _models() -> dict[str, Callable[[], Any]]:
+    """Return what makes each kind of classifier that the facts are given to."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.tree import DecisionTreeClassifier
+
+    return {
+        "logistic": lambda: make_pipeline(
+            StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000)
+        ),
+        "tree": lambda: DecisionTreeClassifier(
+            max_depth=_DEPTH, class_weight="balanced", random_state=0
+        ),
+    }
 
 
 def _name_best(rows: Sequence[dict[str, Any]], head: float) -> str:

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.csv_files import join_names, plain_cell
 from featcache.errors import CacheError, RunError
 from featcache.evaluation.deciding.rates import known_groups
 from featcache.evaluation.predicted_rows import PredictedRows, labelled_rows, predict_rows
 from featcache.evaluation.seen_rows import find_seen
-from featcache.files import join_names, local_path, plain_cell
+from featcache.files import local_path
 from featcache.heads.config import LBFGS, TrainingConfig, check_valid_fraction
 from featcache.heads.rows import choose_rows
 from featcache.heads.run import Run

@@ -14,7 +14,7 @@ from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.cli.wording import projection_lines
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning
 from featcache.extraction.extraction import extract, plan
-from featcache.extraction.reports import project_workers
+from featcache.extraction.projection import project_workers
 
 
 def test_a_plan_writes_nothing_and_projects_sizes(
@@ -77,7 +77,7 @@ def test_of_an_up_to_date_cache_nothing_is_left_to_do(
 ) -> None:
     extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     with monkeypatch.context() as no_engine:
-        no_engine.delattr("featcache.extraction.reports.build_engine")
+        no_engine.delattr("featcache.extraction.projection.build_engine")
         planned = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     assert (planned.num_images, planned.num_known, planned.seconds) == (46, 46, 0)
     assert planned.images_per_second is None

@@ -1,7 +1,7 @@
 """How often do the intervals of featcache hold the truth, and how wide are they?
 
-    python benchmarks/coverage.py                          (about 5 minutes of one core)
-    python benchmarks/coverage.py --sets 50 --out try      (a try)
+    python benchmarks/interval_coverage.py                (about 5 minutes of one core)
+    python benchmarks/interval_coverage.py --sets 50 --out try      (a try)
 
 Test sets of 40, 200 and 1,000 images are drawn 2,000 times from a known truth; an interval holds if
 the truth lies in it. Without groups only areas are drawn: of all others the binomial distribution
