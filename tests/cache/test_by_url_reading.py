@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import sys
@@ -24,7 +25,9 @@ from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarnin
 pytestmark = pytest.mark.usefixtures("copies")
 
 
-def test_a_run_goes_the_whole_way(cache: str, memory: str, tmp_path: Path, copies: Path) -> None:
+def test_a_run_goes_the_whole_way(
+    cache: str, memory: str, tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, lines = f"{memory}/runs/a", list[str]()
     made = featcache.train(cache, run, **HEAD, say=lines.append)
     assert made.as_dict()["run"] == run
@@ -34,11 +37,13 @@ def test_a_run_goes_the_whole_way(cache: str, memory: str, tmp_path: Path, copie
     assert featcache.info(run).cache["path"] == "../../c.h5"
     with pytest.raises(RunError, match=rf"a run that is there already \({run}\)"):
         featcache.train(cache, run, **HEAD)
-    evaluated = featcache.evaluate(run, split="test", say=lines.append)
-    assert any(f"written to {run}/evaluation/: test.json" in line for line in lines)
-    positive = evaluated.classes[0]
-    featcache.decide(run, positive=positive, threshold=0.3)
-    page = featcache.report(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_copies, "fetch_object", None)  # what was sent is the copy
+        evaluated = featcache.evaluate(run, split="test", say=lines.append)
+        assert any(f"written to {run}/evaluation/: test.json" in line for line in lines)
+        positive = evaluated.classes[0]
+        featcache.decide(run, positive=positive, threshold=0.3)
+        page = featcache.report(run)
     assert page.as_dict()["file"] == f"{run}/report.html"
     assert page.file.read_bytes() == fsspec.filesystem("memory").cat_file(f"{run}/report.html")
     assert {"decision.json", "evaluation/test.json", "report.html"} < {*names(run)}
@@ -164,6 +169,30 @@ def test_another_process_that_fetches_an_older_version(
         featcache.open_cache(cache)
     wanted = featcache.open_cache(tmp_path / "made.h5").content_sha256
     assert featcache.open_cache(cache).content_sha256 == wanted
+
+
+def test_large_objects_are_fetched_in_turn(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes 64 MiB of memory: eight stretches of 8 MiB."""
+    monkeypatch.setattr(remote_copies, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(objects, "CHUNK_BYTES", 1024)
+    for number in range(4):
+        write_side(tmp_path / "made.h5", 3, seed=number)
+        put(tmp_path / "made.h5", f"{memory}/caches/{number}.h5")
+    asked, plain = list[str](), remote.RemoteFile.read
+
+    def read(file: remote.RemoteFile, offset: int, num_bytes: int) -> bytes:
+        asked.append(file.url)
+        return plain(file, offset, num_bytes)
+
+    monkeypatch.setattr(remote.RemoteFile, "read", read)
+    copy = remote_copies.fetch(f"{memory}/caches")
+    assert copy is not None
+    assert len(asked) > 4 * 8
+    assert [url for url, _ in itertools.groupby(asked)] == [
+        f"{memory}/caches/{n}.h5" for n in range(4)
+    ]
 
 
 def test_a_damaged_copy(cache: str, copies: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from command_line import TINY, assert_one_line_error, command
 from sample_images import write_tree
+from sample_sides import write_side
 from sample_urls import keys
 
+import featcache
 from featcache.backbones.backbone import Backbone
 from featcache.data import objects
 from featcache.errors import DataError
@@ -70,3 +74,34 @@ def test_the_command_line_with_s3(
     done = command("train", cache, run, cwd=tmp_path)
     assert_one_line_error(done, f"a run that is there already ({run})")
     assert "run/evaluation/test.json" in keys(client)
+
+
+def test_what_a_verb_adds_is_not_fetched_again(
+    bucket: tuple[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each verb: the objects that are got, and the objects that are put."""
+    got, given = list[str](), list[str]()
+
+    def log_request(self: Any, *_: object) -> None:
+        bucket_path = urlsplit(self.path).path.removeprefix("/caches/")
+        {"GET": got, "PUT": given}.get(self.command, list[str]()).append(bucket_path)
+
+    write_side(tmp_path / "made.h5", 3)
+    bucket[1].upload_file(str(tmp_path / "made.h5"), "caches", "added/c.h5")
+    cache, run = f"{bucket[0]}/added/c.h5", f"{bucket[0]}/added/run"
+    featcache.train(cache, run, hidden=(4,), epochs=1)
+    serving: Any = pytest.importorskip("werkzeug.serving")
+    monkeypatch.setattr(serving.WSGIRequestHandler, "log_request", log_request)
+    calls: dict[str, Callable[[], Any]] = {
+        "run/decision.json": lambda: featcache.decide(run, positive="covid", threshold=0.3),
+        "run/evaluation/test.json": lambda: featcache.evaluate(run, split="test"),
+        "run/report.html": lambda: featcache.report(run),
+        "c.h5.audit.json": lambda: featcache.audit(cache),
+    }
+    for name, call in calls.items():
+        got.clear()
+        given.clear()
+        call()
+        assert f"added/{name}" in given
+        call()
+        assert [key for key in got if key.startswith("added/")] == []

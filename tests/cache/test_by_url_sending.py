@@ -279,20 +279,32 @@ def test_two_who_write_the_same(
 def test_an_answer_that_is_lost(
     cache: str, memory: str, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The object is there, and the sender did not live to note it."""
-    url = f"{memory}/some.h5"
-    plain = remote_work.send_object
+    """All is there, and the sender did not live to note it: nothing is sent again."""
 
-    def lose(*args: Any) -> None:
-        plain(*args)
-        raise KeyboardInterrupt
+    def lose(plain: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            answer = plain(*args)
+            if name in args:
+                raise KeyboardInterrupt
+            return answer
 
+        return call
+
+    url, run = f"{memory}/some.h5", f"{memory}/run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote_work, "send_object", lose)
+        patch.setattr(remote_work, "send_object", lose(remote_work.send_object, url))
         with pytest.raises(KeyboardInterrupt):
             featcache.select(cache, url)
+        last = f"{run}/uploading.json"
+        patch.setattr(remote_work, "remove_object", lose(remote_work.remove_object, last))
+        with pytest.raises(KeyboardInterrupt):
+            featcache.train(cache, run, **HEAD)
+    assert len({path.parent for path in works(copies)}) == 2
+    monkeypatch.setattr(MemoryFileSystem, "put_file", None)
     with pytest.raises(CacheError, match="there already"):
         featcache.select(cache, url)
+    with pytest.raises(RunError, match="there already"):
+        featcache.train(cache, run, **HEAD)
     assert works(copies) == []
 
 
