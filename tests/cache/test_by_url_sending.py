@@ -276,6 +276,24 @@ def test_two_who_write_the_same(
     assert names(run) == ["run.json"]
 
 
+def test_an_upload_that_another_has_taken_over(
+    cache: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plain = f"{memory}/run", remote_work.send_object
+
+    def send_object(source: Path, url: str, *how: Any) -> Any:
+        answer = plain(source, url, *how)
+        if url == f"{run}/run.json":
+            put(tmp_path / "made.h5", f"{run}/uploading.json")
+        return answer
+
+    monkeypatch.setattr(remote_work, "send_object", send_object)
+    with pytest.raises(CacheError, match="written in the meantime"):
+        featcache.train(cache, run, **HEAD)
+    with pytest.raises(DataError, match="has not ended"):
+        featcache.load_run(run)
+
+
 def test_an_answer_that_is_lost(
     cache: str, memory: str, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
