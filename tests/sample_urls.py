@@ -18,6 +18,11 @@ def put(file: Path, url: str) -> str:
     return url
 
 
+def read(url: str) -> bytes:
+    fs, path = fsspec.url_to_fs(url)
+    return bytes(fs.cat_file(path))
+
+
 def names(url: str) -> list[str]:
     fs, path = fsspec.url_to_fs(url)
     return sorted(name[len(path) + 1 :] for name in fs.find(path))

@@ -59,6 +59,7 @@ def by_url(
     makes: str = "",
     adds_to: str = "",
     must_add: bool = True,
+    replaces: bool = False,
     sends: bool = True,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator that lets arguments of a verb be URLs.
@@ -68,6 +69,7 @@ def by_url(
         makes: The argument that names what the verb makes, whole, or brings up to date.
         adds_to: The argument that names a cache or run to which it may add files.
         must_add: What cannot be added is an error, not a warning.
+        replaces: What is there is replaced without being told to, if it is of the same kind.
         sends: False of a verb that only looks at what it would make.
     """
 
@@ -98,7 +100,8 @@ def by_url(
                         hint=f"Choose one: {made}/NAME",
                     )  # fmt: skip
                 if made:
-                    work = Work(made, {**given, **given.get("options", {})})
+                    options = {**given, **given.get("options", {})}
+                    work = Work(made, options | {"overwrite": True} if replaces else options)
                     given[makes] = work.path
                     return work.make(lambda: verb(*bound.args, **bound.kwargs), sends=sends)
                 if added_to:

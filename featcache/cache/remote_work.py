@@ -140,13 +140,12 @@ class Work:
 
     def _begin(self, *, sends: bool) -> None:
         """Send what an earlier command made, if any; then begin with what is in the store now."""
-        is_made = self.is_made()
-        if is_made and not sends:
-            return
-        if is_made and not self._replace:
-            self._say(f"sends what an earlier command made, kept in {self.folder}")
-            self._send()
-            is_made = False
+        if self.is_made():
+            if not sends:
+                return
+            if not self._replace:
+                self._say(f"sends what an earlier command made, kept in {self.folder}")
+                self._send()
         objects, unfinished = find_objects(self.url), self._find_unfinished()
         if MARKER in objects and not self._replace:
             raise DataError(
@@ -154,8 +153,11 @@ class Work:
                 found="a run whose upload has not ended",
                 hint="Wait for it, or replace it with --overwrite",
             )  # fmt: skip
-        tags, stamps = _tags(objects), self._begun().get("stamps", {})
-        if not is_made:  # else the verb replaces it, unless it refuses to
+        tags, begun = _tags(objects), self._begun()
+        is_ours = self._is_marked(objects) or tags.items() <= begun.get("tags", {}).items()
+        if self.is_made() and is_ours:  # the verb replaces what was made, unless it refuses to
+            stamps = begun["stamps"]
+        else:
             self._clear(unfinished)
             copy = None if MARKER in objects else fetch(self.url)
             tags, stamps = (tags, {}) if copy is None else (copy.tags, link(copy, self.path))

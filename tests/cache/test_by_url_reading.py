@@ -1,4 +1,4 @@
-"""What is read by URL: copies of caches and runs, checked and used again."""
+"""Caches and runs by URL go the whole way; copies of them are checked and used again."""
 
 from __future__ import annotations
 
@@ -14,15 +14,54 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from sample_images import write_tree
 from sample_sides import write_side
 from sample_urls import HEAD, names, put, works
 
 import featcache
+from featcache.backbones.backbone import Backbone
 from featcache.cache import remote_copies
 from featcache.data import objects, remote
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, RunError
 
 pytestmark = pytest.mark.usefixtures("copies")
+
+
+def test_extract_updates_a_cache_in_a_store(
+    memory: str, tmp_path: Path, copies: Path, tiny_backbone: Backbone,
+) -> None:  # fmt: skip
+    tree = write_tree(tmp_path / "tree", {"train": 2, "valid": 1, "test": 1})
+    url, lines = f"{memory}/c.h5", list[str]()
+    made = featcache.extract(tree, url, backbone=tiny_backbone, say=lines.append)
+    assert made.num_new == 8
+    assert made.as_dict()["cache"] == url
+    assert f"{url}: 8 images" in "\n".join(lines)
+    assert str(copies / "work") in lines[0], "a killed command is found again"
+    assert names(memory) == ["c.h5"]
+    assert works(copies) == []
+    fetched = []
+    with pytest.MonkeyPatch.context() as patch:  # what was sent is the copy: nothing is fetched
+        patch.setattr(remote_copies, "fetch_object", lambda *a: fetched.append(a))
+        assert featcache.open_cache(url).content_sha256 == made.content_sha256
+        assert featcache.extract(tree, url, backbone=tiny_backbone).status == "up to date"
+        assert featcache.plan(tree, url, backbone=tiny_backbone).num_known == 8
+    assert not fetched
+    shutil.copyfile(tree / "test/covid/tec000_0.jpg", tree / "train/covid/x.jpg")
+    again = tmp_path / "here.h5"
+    another = os.environ["FEATCACHE_COPIES"] + "2"
+    os.environ["FEATCACHE_COPIES"] = another  # another computer: monkeypatch sets it back
+    assert featcache.extract(tree, url, backbone=tiny_backbone).num_new <= 1
+    featcache.extract(tree, again, backbone=tiny_backbone)
+    assert featcache.open_cache(Path(url)).content_sha256 == (
+        featcache.open_cache(again).content_sha256
+    )
+    with pytest.raises(ConfigError, match=rf"--part.*found {url}"):
+        featcache.extract(tree, url, backbone=tiny_backbone, part="1/2")
+    with pytest.raises(ConfigError, match=rf"several backbones.*found {url}"):
+        featcache.extract(tree, url, backbone=tiny_backbone, image_size=[32, 64])
+    with pytest.raises(ConfigError, match=r"--group-salt: expected a FILE"):
+        featcache.extract(tree, url, backbone=tiny_backbone, path_names="hash", rebuild=True)
 
 
 def test_a_run_goes_the_whole_way(
@@ -88,7 +127,7 @@ def test_other_verbs(cache: str, memory: str, tmp_path: Path) -> None:
     featcache.convert(plain, f"{memory}/rows.npz")
     featcache.convert(f"{memory}/rows.npz", f"{memory}/again.h5")
     assert featcache.verify(f"{memory}/again.h5").num_rows == 2
-    with pytest.raises(ConfigError, match="Only images to extract, caches and runs"):
+    with pytest.raises(ConfigError, match="caches and runs may be URLs"):
         featcache.export(f"{memory}/swept", f"{memory}/x.pt")
 
 
@@ -105,6 +144,25 @@ def test_what_is_not_there(cache: str, memory: str) -> None:
             call()
     with pytest.raises(ConfigError, match=r"RUN: .*a name in the bucket.* s3://bucket/NAME"):
         featcache.train(cache, "s3://bucket/", **HEAD)
+
+
+def test_a_store_that_refuses(cache: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("403 Forbidden")
+
+    run = f"{memory}/run"
+    featcache.train(cache, run, **HEAD)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
+    with pytest.raises(DataError, match=rf"found 403 Forbidden .* \({memory}/run2\)"):
+        featcache.train(cache, f"{memory}/run2", **HEAD)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
+    with pytest.warns(FeatcacheWarning, match=rf"not kept in {run}: .*403"):
+        assert featcache.evaluate(run, split="test").num_samples
+    with pytest.raises(DataError, match="403"):
+        featcache.decide(run, positive="covid", threshold=0.3)
+    monkeypatch.setattr(MemoryFileSystem, "info", refuse)
+    with pytest.raises(DataError, match=rf"found 403 Forbidden .* \({cache}\)"):
+        featcache.open_cache(cache)
 
 
 def test_an_object_that_changes_while_it_is_read(

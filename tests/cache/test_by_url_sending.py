@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,72 +15,17 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from sample_images import write_tree
 from sample_sides import write_side
-from sample_urls import HEAD, another_computer, break_after, die_before, names, put, works
+from sample_urls import HEAD, another_computer, break_after, die_before, names, put, read, works
 
 import featcache
 from featcache.backbones.backbone import Backbone
-from featcache.cache import remote_copies, remote_work
+from featcache.cache import remote_work
 from featcache.cache.by_url import _own_folder
 from featcache.cli.ending import Command
 from featcache.errors import CacheError, ConfigError, DataError, FeatcacheWarning, RunError
 from featcache.locking import writer_lock
 
 pytestmark = pytest.mark.usefixtures("copies")
-
-
-def test_extract_updates_a_cache_in_a_store(
-    memory: str, tmp_path: Path, copies: Path, tiny_backbone: Backbone,
-) -> None:  # fmt: skip
-    tree = write_tree(tmp_path / "tree", {"train": 2, "valid": 1, "test": 1})
-    url, lines = f"{memory}/c.h5", list[str]()
-    made = featcache.extract(tree, url, backbone=tiny_backbone, say=lines.append)
-    assert made.num_new == 8
-    assert made.as_dict()["cache"] == url
-    assert f"{url}: 8 images" in "\n".join(lines)
-    assert str(copies / "work") in lines[0], "a killed command is found again"
-    assert names(memory) == ["c.h5"]
-    assert works(copies) == []
-    fetched = []
-    with pytest.MonkeyPatch.context() as patch:  # what was sent is the copy: nothing is fetched
-        patch.setattr(remote_copies, "fetch_object", lambda *a: fetched.append(a))
-        assert featcache.open_cache(url).content_sha256 == made.content_sha256
-        assert featcache.extract(tree, url, backbone=tiny_backbone).status == "up to date"
-        assert featcache.plan(tree, url, backbone=tiny_backbone).num_known == 8
-    assert not fetched
-    shutil.copyfile(tree / "test/covid/tec000_0.jpg", tree / "train/covid/x.jpg")
-    again = tmp_path / "here.h5"
-    another = os.environ["FEATCACHE_COPIES"] + "2"
-    os.environ["FEATCACHE_COPIES"] = another  # another computer: monkeypatch sets it back
-    assert featcache.extract(tree, url, backbone=tiny_backbone).num_new <= 1
-    featcache.extract(tree, again, backbone=tiny_backbone)
-    assert featcache.open_cache(Path(url)).content_sha256 == (
-        featcache.open_cache(again).content_sha256
-    )
-    with pytest.raises(ConfigError, match=rf"--part.*found {url}"):
-        featcache.extract(tree, url, backbone=tiny_backbone, part="1/2")
-    with pytest.raises(ConfigError, match=rf"several backbones.*found {url}"):
-        featcache.extract(tree, url, backbone=tiny_backbone, image_size=[32, 64])
-    with pytest.raises(ConfigError, match=r"--group-salt: expected a FILE"):
-        featcache.extract(tree, url, backbone=tiny_backbone, path_names="hash", rebuild=True)
-
-
-def test_a_store_that_refuses(cache: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError("403 Forbidden")
-
-    run = f"{memory}/run"
-    featcache.train(cache, run, **HEAD)
-    monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
-    with pytest.raises(DataError, match=rf"found 403 Forbidden .* \({memory}/run2\)"):
-        featcache.train(cache, f"{memory}/run2", **HEAD)
-    monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
-    with pytest.warns(FeatcacheWarning, match=rf"not kept in {run}: .*403"):
-        assert featcache.evaluate(run, split="test").num_samples
-    with pytest.raises(DataError, match="403"):
-        featcache.decide(run, positive="covid", threshold=0.3)
-    monkeypatch.setattr(MemoryFileSystem, "info", refuse)
-    with pytest.raises(DataError, match=rf"found 403 Forbidden .* \({cache}\)"):
-        featcache.open_cache(cache)
 
 
 def test_an_upload_that_fails_is_made_up_for(
@@ -402,3 +345,29 @@ def test_commands_that_add_to_one_run_at_once(tmp_path: Path) -> None:
         assert one.is_dir()
         assert one != other
     assert not one.parent.exists()
+
+
+def test_tables_and_pages(cache: str, memory: str, tmp_path: Path, copies: Path) -> None:
+    run, table, page = f"{memory}/run", f"{memory}/table.csv", f"{memory}/page.html"
+    featcache.train(cache, run, **HEAD)
+    for _ in range(2):  # what is there is replaced
+        featcache.evaluate(run, split="test", csv=table)
+        assert read(table).startswith(b"path,")
+    assert featcache.report(run, page).as_dict()["file"] == page
+    assert read(page).startswith(b"<!DOCTYPE html>")
+    assert "report.html" not in names(run)
+    audited = featcache.audit(cache, only="same", csv=f"{memory}/copies.csv")
+    assert audited.as_dict()["csv"] == f"{memory}/copies.csv"
+    with pytest.warns(FeatcacheWarning, match="trained on"):
+        featcache.predict(run, cache=cache, csv=f"{memory}/predictions.csv")
+    for place, message in ((cache, "those that are read"), (run, "something that is no CSV")):
+        with pytest.raises(ConfigError, match=rf"{message}.* \({place}\)"):
+            featcache.evaluate(run, split="test", csv=place)
+    with pytest.MonkeyPatch.context() as patch:
+        break_after(patch, 0)
+        with pytest.raises(DataError, match="cut"):
+            featcache.report(run, page)
+    put(tmp_path / "made.h5", page)
+    with pytest.raises(ConfigError, match="no featcache report"):
+        featcache.report(run, page)
+    assert works(copies) == []
