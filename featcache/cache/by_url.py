@@ -88,18 +88,8 @@ def by_url(
                 for name in reads:
                     if name in given:
                         given[name] = _fetch_each(given[name], copies)
-                if made in copies:
-                    raise ConfigError(
-                        makes.upper(), expected="another place than what is read", found=made,
-                        hint="Choose another name",
-                    )  # fmt: skip
-                store, _, name_there = (made or "").partition("://")
-                if store in WHOLE_PUTS and "/" not in name_there:
-                    raise ConfigError(
-                        makes.upper(), expected="a name in the bucket", found=made,
-                        hint=f"Choose one: {made}/NAME",
-                    )  # fmt: skip
                 if made:
+                    _refuse_place(makes.upper(), made, copies)
                     options = {**given, **given.get("options", {})}
                     work = Work(made, options | {"overwrite": True} if replaces else options)
                     given[makes] = work.path
@@ -113,6 +103,19 @@ def by_url(
         return call
 
     return decorate
+
+
+def _refuse_place(what: str, url: str, read: Mapping[str, Copy]) -> None:
+    """Refuse to make something where something is read, and a bucket without a name in it."""
+    if url in read:
+        raise ConfigError(
+            what, expected="another place than what is read", found=url, hint="Choose another name"
+        )
+    store, _, name = url.partition("://")
+    if store in WHOLE_PUTS and "/" not in name:
+        raise ConfigError(
+            what, expected="a name in the bucket", found=url, hint=f"Choose one: {url}/NAME"
+        )
 
 
 def _find_urls(value: object) -> bool:

@@ -154,8 +154,8 @@ class Work:
                 hint="Wait for it, or replace it with --overwrite",
             )  # fmt: skip
         tags, begun = _tags(objects), self._begun()
-        is_ours = self._is_marked(objects) or tags.items() <= begun.get("tags", {}).items()
-        if self.is_made() and is_ours:  # the verb replaces what was made, unless it refuses to
+        is_known = self._is_marked(objects) or tags.items() <= begun.get("tags", {}).items()
+        if self.is_made() and is_known:  # the verb replaces what was made, unless it refuses to
             stamps = begun["stamps"]
         else:
             self._clear(unfinished)
