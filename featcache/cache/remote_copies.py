@@ -239,7 +239,8 @@ def _choose(url: str, objects: Mapping[str, RemoteFile]) -> dict[str, RemoteFile
     if MARKER in objects:
         raise DataError(
             "URL", expected="a whole run", found="one whose upload has not ended", where=url,
-            hint="Wait for it; if it was interrupted, make it again with --overwrite",
+            hint="Wait for it; if it was interrupted, the same command sends it where it was made, "
+            "and anywhere with --overwrite makes it again",
         )  # fmt: skip
     if any(name in objects for name in WHOLE):
         return dict(objects)

@@ -1,29 +1,23 @@
 """What a verb makes for a URL: made in a folder here, sent when it is whole.
 
-The folder is ``work/HASH OF THE URL/`` beside the local copies, and its lock is held. What lies in
-it says how far it is, so that a kill at any moment leaves one of these states to the next command
+The folder is ``work/HASH OF THE URL/`` beside the local copies; who works in it holds its lock. The
+files in it are all the state there is. A kill at any moment leaves one of these to the next command
 of that URL:
 
-==========  ====================================  ==============================================
-state       in the folder                         the next command
-==========  ====================================  ==============================================
-begun       ``NAME`` as it is in the store, or    begins with what is in the store now
-            nothing; ``work.json``: its tags
-            there and its stamps here
-unfinished  also ``NAME.partial`` or ``.sweep``   likewise, and goes on with these
-made        ``NAME`` is another than it was       sends it, then works as if it had always been
-                                                  there; replaces it if told to replace what is
-                                                  there
-uploading   also ``uploading.json``, as it is in  likewise: a run is sent again, whole
-            the store: our upload of a run
-sent        nothing: ``NAME`` is the local copy   begins
-==========  ====================================  ==============================================
+* begun: ``work.json`` (tags of what is in the store, stamps of the files here) and ``NAME``, linked
+  to the local copy, if anything is in the store. The next command begins with what is there then.
+* unfinished: ``NAME.partial`` or ``NAME.sweep`` too. Likewise, and the verb goes on with these.
+* made: the stamp of ``NAME`` is another. The next command sends it, then works as if it had always
+  been in the store. If it is told to replace what is there, the verb replaces this too.
+* uploading, of a run: ``uploading.json`` too, and the same in the store. Likewise: what is in the
+  store is removed, and the run sent again, whole.
+* sent: ``NAME`` is the local copy, and the folder is gone, or without ``work.json``.
 
-Sending replaces only what the work began with, and a run in the store with an ``uploading.json``
-that is not ours is another's. Where something else is found, it is compared: it may be what was
-made, sent by a command that was killed before it could note that. Else the sender is told, and
-keeps what was made. A cache is one object, what goes with it is sent before it; of a run
-``uploading.json`` comes first and goes last, and ``run.json`` is the last of the files.
+What is sent replaces only what the work began with. If something else is found, it may be just what
+was made, sent by a command that was killed before it could note that; else the sender is told, and
+what was made stays. Of a run ``uploading.json`` is sent first and removed last, and is another's
+unless its bytes are ours; ``run.json`` is the last of the files. A cache is one object; what goes
+with it is sent before it.
 
 Reads and writes: objects of a store, through ``data.objects``.
 """
