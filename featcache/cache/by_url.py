@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,14 @@ from featcache.cache.remote_copies import (
     make_place,
     place_of,
 )
-from featcache.cache.remote_work import Work, link, moved_to_copy, send_file, sending
+from featcache.cache.remote_work import (
+    Work,
+    become_copy,
+    link,
+    moved_to_copy,
+    send_file,
+    sending,
+)
 from featcache.data.objects import WHOLE_PUTS, ObjectChangedError, find_objects
 from featcache.data.remote import url_of
 from featcache.errors import (
@@ -40,6 +48,7 @@ from featcache.errors import (
     printable,
     warn_user,
 )
+from featcache.locking import LOCK_NAME, writer_lock
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,7 +59,7 @@ def by_url(
     makes: str = "",
     adds_to: str = "",
     must_add: bool = True,
-    goes_on: bool = False,
+    replaces: bool = False,
     sends: bool = True,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator that lets arguments of a verb be URLs.
@@ -60,7 +69,7 @@ def by_url(
         makes: The argument that names what the verb makes, whole, or brings up to date.
         adds_to: The argument that names a cache or run to which it may add files.
         must_add: What cannot be added is an error, not a warning.
-        goes_on: Called again after it has made all, the verb sees so and does nothing.
+        replaces: What is there is replaced without being told to, if it is of the same kind.
         sends: False of a verb that only looks at what it would make.
     """
 
@@ -79,22 +88,12 @@ def by_url(
                 for name in reads:
                     if name in given:
                         given[name] = _fetch_each(given[name], copies)
-                if made in copies:
-                    raise ConfigError(
-                        makes.upper(), expected="another place than what is read", found=made,
-                        hint="Choose another name",
-                    )  # fmt: skip
-                store, _, name_there = (made or "").partition("://")
-                if store in WHOLE_PUTS and "/" not in name_there:
-                    raise ConfigError(
-                        makes.upper(), expected="a name in the bucket", found=made,
-                        hint=f"Choose one: {made}/NAME",
-                    )  # fmt: skip
                 if made:
-                    work = Work(made, given, goes_on=goes_on)
-                    stack.enter_context(work.held(sends=sends))
+                    _refuse_place(makes.upper(), made, copies)
+                    options = {**given, **given.get("options", {})}
+                    work = Work(made, options | {"overwrite": True} if replaces else options)
                     given[makes] = work.path
-                    return work.run(lambda: verb(*bound.args, **bound.kwargs))
+                    return work.make(lambda: verb(*bound.args, **bound.kwargs), sends=sends)
                 if added_to:
                     added = _added_to(added_to, copies, must_add=must_add)
                     given[adds_to] = stack.enter_context(added)
@@ -104,6 +103,19 @@ def by_url(
         return call
 
     return decorate
+
+
+def _refuse_place(what: str, url: str, read: Mapping[str, Copy]) -> None:
+    """Refuse to make something where something is read, and a bucket without a name in it."""
+    if url in read:
+        raise ConfigError(
+            what, expected="another place than what is read", found=url, hint="Choose another name"
+        )
+    store, _, name = url.partition("://")
+    if store in WHOLE_PUTS and "/" not in name:
+        raise ConfigError(
+            what, expected="a name in the bucket", found=url, hint=f"Choose one: {url}/NAME"
+        )
 
 
 def _find_urls(value: object) -> bool:
@@ -145,10 +157,8 @@ def _require(url: str) -> Copy:
 def _added_to(url: str, copies: dict[str, Copy], *, must_add: bool) -> Iterator[Path]:
     """Give a copy of a cache or run; send the files in it that are new or other ones at the end."""
     copy = copies[url] = _require(url)
-    parent = place_of(url, "added").parent
-    make_place(parent)
-    with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / copy.path.name
+    with _own_folder(place_of(url, "added").parent) as folder:
+        path = folder / copy.path.name
         COPIES[str(path)] = url
         before = link(copy, path)
         yield path
@@ -160,6 +170,19 @@ def _added_to(url: str, copies: dict[str, Copy], *, must_add: bool) -> Iterator[
             if must_add:
                 raise failed from error
             warn_user(f"not kept in {printable(url)}: {failed}")
+
+
+@contextlib.contextmanager
+def _own_folder(parent: Path) -> Iterator[Path]:
+    """Make a new folder in another for this command alone; remove those that killed ones left."""
+    make_place(parent)
+    for left in parent.iterdir():
+        with contextlib.suppress(CacheError), writer_lock(left / LOCK_NAME, left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        with writer_lock(folder / LOCK_NAME, folder.name):
+            yield folder
     with contextlib.suppress(OSError):
         parent.rmdir()
 
@@ -175,13 +198,13 @@ def _send_changed(
     url: str, path: Path, before: Mapping[str, Stamp], tags: Mapping[str, str]
 ) -> None:
     changed = [below for below, stamp in files_of(path).items() if before.get(below) != stamp]
-    if changed:
-        now = find_objects(url)
-        for below in {"", *WHOLE} & tags.keys():  # figures of one run are none of another's
-            if below not in now or now[below].tag != tags[below]:
-                raise ObjectChangedError
+    if not changed:
+        return
+    now, sent = find_objects(url), dict[str, str]()
+    for below in {"", *WHOLE} & tags.keys():  # figures of one run are none of another's
+        if below not in now or now[below].tag != tags[below]:
+            raise ObjectChangedError
     with sending(path, changed) as moved:
         for below in changed:
-            send_file(url, path, below, tags.get(below), moved)
-    if changed:
-        fetch(url)
+            sent[below] = send_file(url, path, below, tags.get(below), moved)
+    become_copy(url, path, sent)

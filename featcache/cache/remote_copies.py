@@ -25,10 +25,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from featcache import progress
-from featcache.data.objects import WHOLE_PUTS, ObjectChangedError, fetch_object, find_objects
+from featcache.data.objects import (
+    CHUNK_BYTES,
+    NUM_AT_ONCE,
+    WHOLE_PUTS,
+    ObjectChangedError,
+    fetch_object,
+    find_objects,
+)
 from featcache.data.remote import RemoteFile, url_of
 from featcache.errors import COPIES, CacheError, DataError, RunError, without_secrets
 from featcache.files import disk_error, make_folder, optional_json_object, sha256_file, write_json
@@ -231,7 +239,8 @@ def _choose(url: str, objects: Mapping[str, RemoteFile]) -> dict[str, RemoteFile
     if MARKER in objects:
         raise DataError(
             "URL", expected="a whole run", found="one whose upload has not ended", where=url,
-            hint="Wait for it; if it was interrupted, make it again with --overwrite",
+            hint="Wait for it; if it was interrupted, the same command sends it where it was made, "
+            "and anywhere with --overwrite makes it again",
         )  # fmt: skip
     if any(name in objects for name in WHOLE):
         return dict(objects)
@@ -260,7 +269,10 @@ def _fetch(url: str, objects: Mapping[str, RemoteFile], max_bytes: int | None) -
             facts = reused | _fetch_all(path, missing, total)
             if "" not in objects and _tags(_choose(url, find_objects(url))) != _tags(objects):
                 raise ObjectChangedError
-            keep_record(path, url, _tags(objects), facts)
+            keep_record(path, url, {
+                below: {"tag": file.tag, "sha256": facts[below][0], "stamp": facts[below][1]}
+                for below, file in objects.items()
+            })  # fmt: skip
     except OSError as error:
         raise disk_error(error, path.parent, total) from error
     return Copy(url, path, _tags(objects), {below: known[0] for below, known in reused.items()})
@@ -268,10 +280,9 @@ def _fetch(url: str, objects: Mapping[str, RemoteFile], max_bytes: int | None) -
 
 def _still_here(path: Path, objects: Mapping[str, RemoteFile]) -> dict[str, Facts]:
     """Return path below the URL -> facts of the objects whose copies can be used again."""
-    facts = optional_json_object(path.parent / "copy.json", max_bytes=_MAX_JSON_BYTES)
     found = dict[str, Facts]()
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # edited
-        for below, known in facts["files"].items():
+    with contextlib.suppress(KeyError, TypeError):  # edited
+        for below, known in record_of(path).items():
             tag = objects[below].tag if below in objects else ""
             stamp = stamp_of(local_file(path, below))
             if tag and known["tag"] == tag and tuple(known["stamp"]) == stamp:
@@ -282,7 +293,10 @@ def _still_here(path: Path, objects: Mapping[str, RemoteFile]) -> dict[str, Fact
 def _fetch_all(
     path: Path, missing: Mapping[str, RemoteFile], total: int
 ) -> dict[str, Facts]:  # fmt: skip
-    """Fetch objects, several at once, and return sha256 and stamp of each.
+    """Fetch objects and return sha256 and stamp of each.
+
+    Small ones are fetched several at once, larger ones in turn, in several stretches at once: in
+    memory are 64 MiB at most, and not 512 MiB.
 
     A stamp is taken before the file gets its name: then another process may replace it, by an
     older version too.
@@ -298,27 +312,30 @@ def _fetch_all(
 
         return fetch_object(file, target, lambda n: bar.move_by(n / _MB), publish)
 
-    with (
-        progress.Progress("fetch", "MB", max(round(total / _MB), 1), shown=progress.OF_URLS) as bar,
-        ThreadPoolExecutor(8) as threads,
-    ):
-        jobs = {below: threads.submit(fetch_one, below, file) for below, file in missing.items()}
-        try:
-            sums = {below: job.result() for below, job in jobs.items()}
-        finally:
-            threads.shutdown(wait=True, cancel_futures=True)
+    small = {below: file for below, file in missing.items() if file.num_bytes <= CHUNK_BYTES}
+    with progress.Progress(
+        "fetch", "MB", max(round(total / _MB), 1), shown=progress.OF_URLS
+    ) as bar:  # fmt: skip
+        with ThreadPoolExecutor(NUM_AT_ONCE) as threads:
+            jobs = {below: threads.submit(fetch_one, below, file) for below, file in small.items()}
+            try:
+                sums = {below: job.result() for below, job in jobs.items()}
+            finally:
+                threads.shutdown(wait=True, cancel_futures=True)
+        sums |= {b: fetch_one(b, file) for b, file in missing.items() if b not in small}
     return {below: (sha256, stamps[below]) for below, sha256 in sums.items()}
 
 
-def keep_record(
-    path: Path, url: str, tags: Mapping[str, str], facts: Mapping[str, Facts]
-) -> None:  # fmt: skip
-    """Note what a copy was made of, so that it is used again: sha256 and stamp of each file."""
-    files = {
-        below: {"tag": tag, "sha256": facts[below][0], "stamp": facts[below][1]}
-        for below, tag in tags.items()
-    }
-    write_json(path.parent / "copy.json", {"url": without_secrets(url), "files": files})
+def record_of(path: Path) -> dict[str, Any]:
+    """Return what is noted of the files of a copy: path below the URL -> tag, sha256 and stamp."""
+    record = optional_json_object(path.parent / "copy.json", max_bytes=_MAX_JSON_BYTES)
+    return record["files"] if isinstance(record.get("files"), dict) else {}
+
+
+def keep_record(path: Path, url: str, files: Mapping[str, Any]) -> None:
+    """Note what a copy was made of, so that it is used again: see ``record_of``."""
+    record = {"url": without_secrets(url), "files": files}
+    write_json(path.parent / "copy.json", record)
 
 
 def _clear(path: Path, objects: Mapping[str, RemoteFile]) -> None:

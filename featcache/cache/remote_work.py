@@ -1,12 +1,23 @@
 """What a verb makes for a URL: made in a folder here, sent when it is whole.
 
-The folder, ``work/HASH OF THE URL/`` beside the local copies, is found again by the same command,
-and goes when all is sent: what was made becomes the local copy. Its ``work.json`` says which
-version of the object the work began with (``base``), what its files looked like then (``stamps``),
-and whether the verb has come to its end (``is_whole``).
+The folder is ``work/HASH OF THE URL/`` beside the local copies; who works in it holds its lock. The
+files in it are all the state there is. A kill at any moment leaves one of these to the next command
+of that URL:
 
-A cache is one object, replaced only if it is still the one that the work began with. A run is sent
-with ``uploading.json`` first, ``run.json`` last, and is none in between.
+* begun: ``work.json`` (tags of what is in the store, stamps of the files here) and ``NAME``, linked
+  to the local copy, if anything is in the store. The next command begins with what is there then.
+* unfinished: ``NAME.partial`` or ``NAME.sweep`` too. Likewise, and the verb goes on with these.
+* made: the stamp of ``NAME`` is another. The next command sends it, then works as if it had always
+  been in the store. If it is told to replace what is there, the verb replaces this too.
+* uploading, of a run: ``uploading.json`` too, and the same in the store. Likewise: what is in the
+  store is removed, and the run sent again, whole.
+* sent: ``NAME`` is the local copy, and the folder is gone, or without ``work.json``.
+
+What is sent replaces only what the work began with. If something else is found, it may be just what
+was made, sent by a command that was killed before it could note that; else the sender is told, and
+what was made stays. Of a run ``uploading.json`` is sent first and removed last, and is another's
+unless its bytes are ours; ``run.json`` is the last of the files. A cache is one object; what goes
+with it is sent before it.
 
 Reads and writes: objects of a store, through ``data.objects``.
 """
@@ -36,6 +47,7 @@ from featcache.cache.remote_copies import (
     local_file,
     make_place,
     place_of,
+    record_of,
     stamp_of,
 )
 from featcache.data.objects import (
@@ -53,230 +65,202 @@ from featcache.errors import CacheError, DataError, FeatcacheError, printable, w
 from featcache.files import make_folder, optional_json_object, sha256_file, write_json
 from featcache.locking import LOCK_NAME, writer_lock
 from featcache.runtime import Say, log_line
-from featcache.untrusted import parse_json_object
 
 R = TypeVar("R")
 
+_BEGUN = "work.json"
 _MAX_JSON_BYTES = 1 << 28
-
-
-def is_made(url: str) -> bool:
-    """Return whether something is made for a URL and not yet sent."""
-    path = place_of(url, "work")
-    return _is_changed(path, optional_json_object(_facts_of(path), max_bytes=_MAX_JSON_BYTES))
-
-
-def _is_changed(path: Path, state: Mapping[str, Any]) -> bool:
-    return bool(state) and files_of(path) != _stamps_of(state)
-
-
-def _stamps_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {below: tuple(stamp) for below, stamp in state.get("stamps", {}).items()}
-
-
-def _facts_of(path: Path) -> Path:
-    return path.parent / "work.json"
 
 
 class Work:
     """What a verb makes for a URL, in a folder here.
+
+    Args:
+        url: Where it will be.
+        options: The verb's.
 
     Attributes:
         url: Where it will be.
         path: Where it is made.
     """
 
-    def __init__(self, url: str, given: Mapping[str, Any], *, goes_on: bool) -> None:
-        options = {**given, **given.get("options", {})}
-        self.url, self.path, self._goes_on = url, place_of(url, "work"), goes_on
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+        options = options or {}
+        self.url, self.path = url, place_of(url, "work")
         self._say: Say = options.get("say", log_line)
         self._replace = bool(options.get("overwrite") or options.get("rebuild"))
-        self._facts = _facts_of(self.path)
-        self._state: dict[str, Any] = {}
 
-    @contextlib.contextmanager
-    def held(self, *, sends: bool) -> Iterator[None]:
-        """Hold the lock of the folder; leave it behind only where something of use is in it."""
-        folder = self.path.parent
-        make_place(folder)
-        with writer_lock(folder / LOCK_NAME, self.url):
-            self._state = optional_json_object(self._facts, max_bytes=_MAX_JSON_BYTES)
+    def make(self, verb: Callable[[], R], *, sends: bool) -> R:
+        """Return what the verb returns, after what it made was sent; else only look at its work."""
+        make_place(self.folder)
+        with writer_lock(self.folder / LOCK_NAME, self.url):
             try:
                 if sends:
                     check_writable(self.url)
                 self._begin(sends=sends)
-                yield
+                result = verb()
+                if sends and self.is_made():
+                    self._send()
             finally:
-                if not self._is_changed() and not self._has_unfinished():
-                    shutil.rmtree(folder, ignore_errors=True)
-
-    def run(self, verb: Callable[[], R]) -> R:
-        """Return what the verb returns, after what it made was sent."""
-        result = verb()
-        if self._is_changed():
-            self._keep(is_whole=True)
-            try:
-                self._send()
-            except ObjectChangedError as error:
-                raise self._conflict() from error
-            except FeatcacheError as error:
-                self._say(f"what was made is whole and kept in {self.path.parent}; not sent")
-                raise error
+                if not self.is_made() and not self._find_unfinished():
+                    shutil.rmtree(self.folder, ignore_errors=True)
         return moved_to_copy(result, self.path, self.url)
 
-    def _begin(self, *, sends: bool) -> None:
-        """Go on with what is here, or begin anew."""
-        objects = find_objects(self.url)
-        if not self._state:
-            self._refuse_cut_upload(objects)
-            self._begin_anew()
-        elif _marker_of(objects) != self._state["token"] and self._tags_of(objects) != self._base:
-            self._meet_another(objects)
-        elif self._is_changed() and not self._goes_on:
-            if self._state.get("is_whole") and not self._replace:
-                raise CacheError(
-                    self.url, expected="nothing that waits to be sent", where=self.path.parent,
-                    found="what a command made and could not send",
-                    hint="It is whole: copy it to where you want it, or make it again with "
-                    "--overwrite (--rebuild for a cache)",
-                )  # fmt: skip
-            self._begin_anew()
-        if self._is_changed() or self._has_unfinished():
-            self._say(f"goes on with what is kept in {self.path.parent}")
-        elif sends:
-            self._say(f"{printable(self.url)}: made in {self.path.parent}, then sent")
+    def is_made(self) -> bool:
+        """Return whether something is made, whole, and not known to be sent.
 
-    def _refuse_cut_upload(self, objects: Mapping[str, RemoteFile]) -> None:
+        Verbs give what they make its name when it is whole: what it is known by is another then.
+        """
+        begun = self._begun()
+        stamps, before = files_of(self.path), begun.get("stamps", {})
+        known_by = [name for name in ("", *WHOLE) if name in stamps]
+        return bool(begun) and any([*stamps[name]] != before.get(name) for name in known_by)
+
+    @property
+    def folder(self) -> Path:
+        """Where all that belongs to the work lies."""
+        return self.path.parent
+
+    def _begun(self) -> dict[str, Any]:
+        """Return what was there when the work began, nothing if there is none.
+
+        Under ``tags`` those in the store, under ``stamps`` those of the files here, by path.
+        """
+        return optional_json_object(self.folder / _BEGUN, max_bytes=_MAX_JSON_BYTES)
+
+    def _find_unfinished(self) -> list[Path]:
+        beside = [path for path in self.folder.iterdir() if path != self.path]
+        return [path for path in beside if path.name.endswith((".partial", ".sweep"))]
+
+    def _begin(self, *, sends: bool) -> None:
+        """Send what an earlier command made, if any; then begin with what is in the store now."""
+        if self.is_made():
+            if not sends:
+                return
+            if not self._replace:
+                self._say(f"sends what an earlier command made, kept in {self.folder}")
+                self._send()
+        objects, unfinished = find_objects(self.url), self._find_unfinished()
         if MARKER in objects and not self._replace:
             raise DataError(
                 "URL", expected="nothing, or a whole run", where=self.url,
                 found="a run whose upload has not ended",
                 hint="Wait for it, or replace it with --overwrite",
             )  # fmt: skip
-
-    def _begin_anew(self) -> None:
-        """Begin with what is in the store now."""
-        for path in self.path.parent.iterdir():
-            if path.name != LOCK_NAME and not self._is_unfinished(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        objects = find_objects(self.url)
-        copy = None if MARKER in objects else fetch(self.url)
-        stamps = {} if copy is None else link(copy, self.path)
-        tags = self._tags_of(objects) if copy is None else copy.tags
-        self._state = {"url": without_secrets(self.url), "token": secrets.token_hex(16)}
-        self._keep(base=tags, stamps=stamps)
-
-    def _meet_another(self, objects: Mapping[str, RemoteFile]) -> None:
-        """Decide what to do where the store has another version than the work began with."""
-        if not self._is_changed():
-            self._refuse_cut_upload(objects)
-            self._begin_anew()
-            return
-        if self._is_sent():
-            self._keep(base=self._tags_of(objects), stamps=files_of(self.path))
-        elif self._replace or not objects:
-            self._keep(base=self._tags_of(objects))
+        tags, begun = _tags(objects), self._begun()
+        is_known = self._is_marked(objects) or tags.items() <= begun.get("tags", {}).items()
+        if self.is_made() and is_known:  # the verb replaces what was made, unless it refuses to
+            stamps = begun["stamps"]
         else:
-            raise self._conflict()
+            self._clear(unfinished)
+            copy = None if MARKER in objects else fetch(self.url)
+            tags, stamps = (tags, {}) if copy is None else (copy.tags, link(copy, self.path))
+        begun = {"url": without_secrets(self.url), "tags": tags, "stamps": stamps}
+        write_json(self.folder / _BEGUN, begun)
+        if unfinished:
+            self._say(f"goes on with what is kept in {self.folder}")
+        elif sends:
+            self._say(f"{printable(self.url)}: made in {self.folder}, then sent")
 
-    def _is_sent(self) -> bool:
-        """Whether the store has what was made: an answer was lost, or the end of the sender."""
-        copy = None
-        with contextlib.suppress(DataError):
-            copy = fetch(self.url)
-        if copy is None or copy.tags.keys() != files_of(self.path).keys():
-            return False
-        return all(
-            sha256_file(local_file(self.path, below)) == sha256_file(local_file(copy.path, below))
-            for below in copy.tags
-        )
-
-    def _conflict(self) -> CacheError:
-        return CacheError(
-            "URL", expected="what was there when the work began", where=self.url,
-            found="something that was written in the meantime",
-            hint=f"What was made here is kept in {self.path.parent}: replace the other with "
-            "--overwrite (--rebuild for a cache), or delete that folder",
-        )  # fmt: skip
-
-    @property
-    def _base(self) -> dict[str, str]:
-        return dict(self._state["base"])
-
-    def _tags_of(self, objects: Mapping[str, RemoteFile]) -> dict[str, str]:
-        tags = {below: file.tag for below, file in objects.items()}
-        if "" in tags:  # what goes with a cache is as it is
-            tags |= {end: tag for end, tag in self._state.get("base", {}).items() if end}
-        return tags
-
-    def _keep(self, **facts: Any) -> None:
-        self._state |= facts
-        write_json(self._facts, self._state)
-
-    def _is_changed(self) -> bool:
-        return _is_changed(self.path, self._state)
-
-    def _is_unfinished(self, path: Path) -> bool:
-        return path.name.startswith(self.path.name) and path.name.endswith((".partial", ".sweep"))
-
-    def _has_unfinished(self) -> bool:
-        return any(map(self._is_unfinished, self.path.parent.iterdir()))
+    def _clear(self, kept: list[Path]) -> None:
+        for path in self.folder.iterdir():
+            if path.name != LOCK_NAME and path not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _send(self) -> None:
-        """Send all that is new: a cache in one piece, of a folder what it is known by last."""
-        stamps, before = files_of(self.path), _stamps_of(self._state)
-        changed = [below for below, stamp in stamps.items() if before.get(below) != stamp]
-        changed = [*stamps] if self.path.is_dir() else changed
-        with sending(self.path, changed) as moved:
-            if self.path.is_dir():
-                tags = self._send_folder(stamps, moved)
-            else:
-                tags = self._base
-                for below in changed:
-                    was = ANY if below else tags.get(below)
-                    tags[below] = send_file(self.url, self.path, below, was, moved)
-        files = {below: local_file(self.path, below) for below in tags}
-        facts = {below: (sha256_file(file), stamp_of(file)) for below, file in files.items()}
-        self._facts.unlink()  # all is sent: a kill from here on leaves nothing to go on with
-        self._state = {}
-        copy = place_of(self.url)
-        shutil.rmtree(copy.parent, ignore_errors=True)
-        make_folder(copy.parent)
-        for path in [self.path, *files.values()]:
-            if path.exists() and path.parent == self.path.parent:
-                path.replace(copy.with_name(path.name))
-        keep_record(copy, self.url, tags, facts)
+        """Send what was made: it becomes the local copy."""
+        tags = None
+        try:
+            tags = self._send_folder() if self.path.is_dir() else self._send_cache()
+        except ObjectChangedError as error:
+            if not self._is_sent():
+                raise CacheError(
+                    "URL", expected="what was there when the work began", where=self.url,
+                    found="something that was written in the meantime",
+                    hint=f"What was made here is kept in {self.folder}: replace the other with "
+                    "--overwrite (--rebuild for a cache), or delete that folder",
+                ) from error  # fmt: skip
+        except FeatcacheError:
+            self._say(f"what was made is whole and kept in {self.folder}; not sent")
+            raise
+        (self.folder / _BEGUN).unlink()  # a kill from here on leaves nothing to go on with
+        if tags is not None:
+            shutil.rmtree(place_of(self.url).parent, ignore_errors=True)
+            become_copy(self.url, self.path, tags)
 
-    def _send_folder(self, stamps: Mapping[str, Stamp], moved: Moved) -> dict[str, str]:
-        """Send a folder, whole or recognisably not whole."""
-        objects = find_objects(self.url)
-        is_own = _marker_of(objects) == self._state["token"]
-        if not is_own:
-            others = {below for below in objects if below != MARKER}
-            if {below: objects[below].tag for below in others} != {
-                below: tag for below, tag in self._base.items() if below != MARKER
-            }:
+    def _send_cache(self) -> dict[str, str]:
+        """Send a cache after what goes with it, as far as it is new; return the tags."""
+        begun, stamps = self._begun(), files_of(self.path)
+        tags = begun["tags"] if begun["tags"] and find_objects(self.url) else {}
+        new = [below for below in stamps if [*stamps[below]] != begun["stamps"].get(below)]
+        sent = {below: tag for below, tag in tags.items() if below in stamps}
+        with sending(self.path, new) as moved:
+            for below in sorted(new, reverse=True):
+                was = ANY if below else tags.get(below)
+                sent[below] = send_file(self.url, self.path, below, was, moved)
+        return sent
+
+    def _send_folder(self) -> dict[str, str]:
+        """Send a folder, which is recognisably not whole meanwhile; return the tags."""
+        objects, names = find_objects(self.url), files_of(self.path)
+        if not self._is_marked(objects):
+            if objects and _tags(objects) != self._begun()["tags"]:
                 raise ObjectChangedError
-            self._mark(ANY if MARKER in objects and self._replace else None)
-            for below in sorted(others, key=_order, reverse=True):
-                remove_object(f"{self.url}/{below}")
-        for below in objects.keys() - stamps.keys() - {MARKER} if is_own else ():
+            self._mark(objects)
+        for below in sorted(objects.keys() - {MARKER}, key=_order, reverse=True):
             remove_object(f"{self.url}/{below}")
-        tags = {}
-        for below in sorted(stamps, key=_order):
-            tags[below] = send_file(self.url, self.path, below, ANY if is_own else None, moved)
+        with sending(self.path, [*names]) as moved:
+            tags = {
+                below: send_file(self.url, self.path, below, None, moved)
+                for below in sorted(names, key=_order)
+            }
+        if not self._is_marked(find_objects(self.url)):
+            raise ObjectChangedError
         remove_object(f"{self.url}/{MARKER}")
         return tags
 
-    def _mark(self, was: str | None) -> None:
-        marker = self.path.parent / MARKER
-        write_json(marker, {
-            "token": self._state["token"], "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        })  # fmt: skip
+    def _mark(self, objects: Mapping[str, RemoteFile]) -> None:
+        """Say in the store that an upload has begun, in words that only we can have written."""
+        mark = self.folder / MARKER
+        if not mark.exists():
+            write_json(mark, {
+                "token": secrets.token_hex(16), "host": socket.gethostname(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            })  # fmt: skip
+        was = objects[MARKER].tag if MARKER in objects else None
         with one_line("URL", self.url):
-            send_object(marker, f"{self.url}/{MARKER}", was, lambda _: None)
-        marker.unlink()
+            send_object(mark, f"{self.url}/{MARKER}", was, lambda _: None)
+
+    def _is_marked(self, objects: Mapping[str, RemoteFile]) -> bool:
+        """Whether the upload that has begun in the store is ours."""
+        mark, there = self.folder / MARKER, objects.get(MARKER)
+        if there is None or not mark.is_file() or mark.stat().st_size != there.num_bytes:
+            return False
+        with one_line("URL", there.url):
+            return there.read(0, there.num_bytes) == mark.read_bytes()
+
+    def _is_sent(self) -> bool:
+        """Whether the store has what was made: the answer was lost, or the sender killed."""
+        copy = None
+        with contextlib.suppress(DataError):
+            copy = fetch(self.url)
+        if copy is None:
+            return False
+        is_run = self.path.is_dir()
+        names = files_of(self.path) if is_run else [""]
+        return (not is_run or copy.tags.keys() == {*names}) and all(
+            sha256_file(local_file(self.path, below)) == sha256_file(local_file(copy.path, below))
+            for below in names
+        )
+
+
+def _tags(objects: Mapping[str, RemoteFile]) -> dict[str, str]:
+    return {below: file.tag for below, file in objects.items()}
+
+
+def _order(below: str) -> tuple[bool, int]:
+    """Return a key: what a folder is known by comes last, that of the top at the very end."""
+    return below.rpartition("/")[2] in WHOLE, -below.count("/")
 
 
 def moved_to_copy(result: R, made: Path, url: str) -> R:
@@ -287,21 +271,6 @@ def moved_to_copy(result: R, made: Path, url: str) -> R:
             if isinstance(value, Path) and value.is_relative_to(made):
                 object.__setattr__(result, field.name, place_of(url) / value.relative_to(made))
     return result
-
-
-def _marker_of(objects: Mapping[str, RemoteFile]) -> str | None:
-    """Return the token of the sender whose upload has not ended, None if there is none."""
-    if MARKER not in objects:
-        return None
-    file = objects[MARKER]
-    with contextlib.suppress(OSError, ValueError):
-        return str(parse_json_object(file.read(0, min(file.num_bytes, 1 << 16))).get("token"))
-    return ""
-
-
-def _order(below: str) -> tuple[bool, int]:
-    """Return a key: what a folder is known by comes last, that of the top at the very end."""
-    return below.rpartition("/")[2] in WHOLE, -below.count("/")
 
 
 def send_file(url: str, path: Path, below: str, was: str | None, moved: Moved) -> str:
@@ -331,6 +300,24 @@ def link(copy: Copy, path: Path) -> dict[str, Stamp]:
         except OSError:  # a file system without links
             shutil.copy2(source, target)
     return files_of(path)
+
+
+def become_copy(url: str, path: Path, tags: Mapping[str, str]) -> None:
+    """Move files that were sent into the local copy, so that they are not fetched again.
+
+    Args:
+        url: Of the whole cache or run.
+        path: Where that lay when it was sent.
+        tags: Path below the URL of what was sent -> its tag in the store.
+    """
+    copy = place_of(url)
+    files = record_of(copy)
+    for below, tag in tags.items():
+        source, target = local_file(path, below), local_file(copy, below)
+        files[below] = {"tag": tag, "sha256": sha256_file(source), "stamp": stamp_of(source)}
+        make_folder(target.parent)
+        source.replace(target)
+    keep_record(copy, url, files)
 
 
 @contextlib.contextmanager

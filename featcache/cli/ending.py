@@ -84,12 +84,13 @@ class Command:
         if not self._verb:
             return f"nothing was begun; {again}"
         if self._url is not None:
-            from featcache.cache.remote_work import is_made
+            from featcache.cache.remote_work import Work
 
-            if is_made(self._url):
-                assert output is not None
+            work = Work(self._url)
+            if work.is_made():
                 return (
-                    f"{printable(self._url)} is whole in {printable(output.parent)}, and not sent"
+                    f"{printable(self._url)} is whole in {printable(work.folder)}, and not sent: "
+                    "the next command for it sends it, without --overwrite and --rebuild"
                 )
         elif output is not None and self._stamp() not in {None, self._before} and self._is_whole():
             return f"{_name(output)} is whole, nothing else is left to do"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import re
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,11 +31,17 @@ Moved = Callable[[int], object]
 ANY = "any"
 """In place of a tag: whatever is there is replaced."""
 
-_CHUNK_BYTES = 1 << 23  # of a get
+CHUNK_BYTES = 1 << 23
+"""Of a get."""
+
+NUM_AT_ONCE = 8
+"""Gets or puts of stretches of an object, or of small objects."""
+
 _PART_BYTES = 1 << 24  # of a put; S3 takes 10,000 parts of 5 MiB to 5 GiB
-_NUM_AT_ONCE = 8
 WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf"}
 """Stores in which an object is whole or absent."""
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")  # of names in other stores
 
 
 class ObjectChangedError(ValueError):
@@ -74,6 +81,8 @@ def _reason(error: BaseException) -> str:
 def find_objects(url: str) -> dict[str, RemoteFile]:
     """Return what lies at a URL now: path below it -> object, "" for the object itself.
 
+    What senders that were killed have left under temporary names is left out.
+
     Raises:
         DataError: If the store cannot be reached, or refuses.
     """
@@ -92,7 +101,8 @@ def find_objects(url: str) -> dict[str, RemoteFile]:
     files = {}
     for name, info in found.items():
         below = name[len(top) :].strip("/") if name != top else ""
-        if info.get("type") != "directory" and not (name.endswith("/") and not info.get("size")):
+        is_folder = info.get("type") == "directory" or (name[-1:] == "/" and not info.get("size"))
+        if not is_folder and not _TEMPORARY.search(name):
             place = f"{url}/{below}" if below else url
             files[below] = RemoteFile(place, int(info.get("size") or 0), tag_of(info))
     return files
@@ -117,17 +127,17 @@ def fetch_object(
         CacheError: If the disk is full.
     """
     digest = hashlib.sha256()
-    starts = iter(range(0, file.num_bytes, _CHUNK_BYTES))
+    starts = iter(range(0, file.num_bytes, CHUNK_BYTES))
     waiting: deque[Future[bytes]] = deque()
 
     def read(start: int) -> bytes:
-        return file.read(start, min(_CHUNK_BYTES, file.num_bytes - start))
+        return file.read(start, min(CHUNK_BYTES, file.num_bytes - start))
 
     try:
-        with ThreadPoolExecutor(_NUM_AT_ONCE) as threads, atomic_writer(target, publish) as out:
+        with ThreadPoolExecutor(NUM_AT_ONCE) as threads, atomic_writer(target, publish) as out:
             try:
                 while True:
-                    while len(waiting) < _NUM_AT_ONCE and (start := next(starts, None)) is not None:
+                    while len(waiting) < NUM_AT_ONCE and (start := next(starts, None)) is not None:
                         waiting.append(threads.submit(read, start))
                     if not waiting:
                         break
@@ -223,7 +233,10 @@ def _send(fs: Any, path: str, source: Path, was: str | None, moved: Moved) -> st
     if hasattr(fs, "call_s3"):
         return _send_to_s3(fs, path, source, was, moved)
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else {*fs.protocol}
-    temporary = path if protocols & WHOLE_PUTS else f"{path}.{secrets.token_hex(4)}.tmp"
+    status = source.stat()  # the same file, sent again after a kill, gets the same name
+    told = f"{source} {status.st_size} {status.st_mtime_ns}".encode()
+    token = hashlib.blake2b(told, digest_size=4).hexdigest()
+    temporary = path if protocols & WHOLE_PUTS else f"{path}.{token}.tmp"
     try:
         if temporary != path:
             fs.makedirs(fs._parent(path), exist_ok=True)
@@ -231,8 +244,8 @@ def _send(fs: Any, path: str, source: Path, was: str | None, moved: Moved) -> st
         fs.invalidate_cache()
         if temporary != path:
             size = fs.info(temporary)["size"]
-            if size != source.stat().st_size:
-                raise ConnectionError(f"{size:,} of {source.stat().st_size:,} bytes arrived")
+            if size != status.st_size:
+                raise ConnectionError(f"{size:,} of {status.st_size:,} bytes arrived")
             known = find_objects(fs.unstrip_protocol(path)).get("")
             _require(known, was)
             fs.mv(temporary, path)
@@ -240,7 +253,7 @@ def _send(fs: Any, path: str, source: Path, was: str | None, moved: Moved) -> st
         if temporary != path:
             with contextlib.suppress(OSError, ValueError):
                 fs.rm_file(temporary)
-    moved(source.stat().st_size)
+    moved(status.st_size)
     return ""
 
 
@@ -290,7 +303,7 @@ def _put_parts(
         return answer["ETag"], _md5(data)
 
     try:
-        with ThreadPoolExecutor(_NUM_AT_ONCE) as threads:
+        with ThreadPoolExecutor(NUM_AT_ONCE) as threads:
             parts = list(threads.map(put_part, range(math.ceil(size / part_bytes))))
         tag = f'"{_md5(b"".join(digest for _, digest in parts)).hex()}-{len(parts)}"'
         listed = [{"PartNumber": n, "ETag": etag} for n, (etag, _) in enumerate(parts, 1)]

@@ -176,6 +176,7 @@ class Predictions:
         write_output(output, csv_text(header, rows).encode())
 
 
+@by_url(makes="csv", replaces=True)
 @by_url("run", "cache")
 def predict(
     run: str | Path,

@@ -142,6 +142,7 @@ class Evaluation:
         return result_as_dict(self)
 
 
+@by_url(makes="csv", replaces=True)
 @by_url("cache", "against", adds_to="run", must_add=False)
 def evaluate(
     run: str | Path,

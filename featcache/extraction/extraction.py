@@ -81,7 +81,7 @@ def extract(
 ) -> dict[str, ExtractionSummary]: ...  # fmt: skip
 
 
-@by_url(makes="cache", goes_on=True)
+@by_url(makes="cache")
 def extract(
     data: Data,
     cache: str | Path,
@@ -340,7 +340,7 @@ def plan(
 ) -> dict[str, Projection]: ...
 
 
-@by_url(makes="cache", goes_on=True, sends=False)
+@by_url(makes="cache", sends=False)
 def plan(
     data: Data,
     cache: str | Path,

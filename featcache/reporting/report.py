@@ -73,6 +73,7 @@ class ReportSummary:
         return result_as_dict(self)
 
 
+@by_url(makes="file", replaces=True)
 @by_url(adds_to="run")
 def report(
     run: str | Path,

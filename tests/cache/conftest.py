@@ -1,9 +1,10 @@
-"""Fixtures of the selection tests: small caches, and a selection that must be whole."""
+"""Fixtures: small caches, a selection that must be whole, and caches in stores."""
 
 from __future__ import annotations
 
+import uuid
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from sample_selections import IDENTITY
+from sample_sides import write_side
+from sample_stores import moto_bucket
+from sample_urls import put
 
 from featcache.cache.reading import Cache, Failure, open_cache
 from featcache.cache.selection import SelectionSummary, select
 from featcache.cache.writing import SplitRows, write_rows
+from featcache.data import remote
+from featcache.errors import COPIES
 
 
 @pytest.fixture
@@ -78,3 +84,35 @@ def whole(tmp_path: Path) -> Callable[..., Cache]:
         return made
 
     return call
+
+
+# ------------------------------------------------------------------------------- caches by URL
+
+
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where local copies lie."""
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setenv("FEATCACHE_COPIES", str(tmp_path / "copies"))
+    COPIES.clear()
+    return tmp_path / "copies"
+
+
+@pytest.fixture
+def memory() -> str:
+    """A URL of a new folder in memory."""
+    return f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def cache(memory: str, tmp_path: Path) -> str:
+    """A cache in memory."""
+    write_side(tmp_path / "made.h5", 3)
+    return put(tmp_path / "made.h5", f"{memory}/c.h5")
+
+
+@pytest.fixture(scope="module")
+def bucket(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
+    """A URL in moto's server, and a client of it."""
+    with moto_bucket(request, "caches") as client:
+        yield "s3://caches", client

@@ -148,6 +148,7 @@ class Audit:
         return result_as_dict(self)
 
 
+@by_url(makes="csv", replaces=True)
 @by_url(adds_to="cache", must_add=False)
 def audit(
     cache: str | Path,
