@@ -145,7 +145,7 @@ def _compute(
 ) -> tuple[npt.NDArray[np.float64], bytes]:
     """Return the features (D,) of an image file and the sha256 of its bytes."""
     from featcache.backbones.engine import build_engine
-    from featcache.data.dataset import list_images
+    from featcache.data.image_lists import list_images
     from featcache.extraction.earlier import refuse_dark_colour
     from featcache.extraction.pipeline import Lane, stream_features
     from featcache.extraction.recipe import decode_probes, recipe_from_identity
@@ -155,7 +155,7 @@ def _compute(
         cache.identity, source=cache.provenance.get("weights_source"), **how
     )  # fmt: skip
     recipe = replace(recipe, rules=recipe.rules.with_dicom())
-    dataset = list_images([local_path(image, "image")])
+    dataset = list_images([image])
     if len(dataset.samples) != 1:
         found = f"{len(dataset.samples)} images"
         raise DataError("image", expected="one image file", found=found, where=image)
