@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import fsspec
 import pytest
 
 from featcache.data import remote
@@ -400,6 +401,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def upload(folder: Path, url: str) -> str:
+    """Write the files of a folder to a store, and return the URL of the folder there."""
+    fs, path = fsspec.url_to_fs(url)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            fs.pipe_file(f"{path}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+    return url
 
 
 @contextlib.contextmanager
