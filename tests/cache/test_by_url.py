@@ -172,7 +172,7 @@ def test_other_verbs(cache: str, memory: str, tmp_path: Path) -> None:
     featcache.convert(plain, f"{memory}/rows.npz")
     featcache.convert(f"{memory}/rows.npz", f"{memory}/again.h5")
     assert featcache.verify(f"{memory}/again.h5").num_rows == 2
-    with pytest.raises(ConfigError, match="Only images to extract, caches and runs"):
+    with pytest.raises(ConfigError, match="Only images, caches and runs"):
         featcache.export(f"{memory}/swept", f"{memory}/x.pt")
 
 
