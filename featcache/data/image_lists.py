@@ -92,8 +92,9 @@ def list_in_order(
 
 def _expand(place: _Place) -> list[_Place]:
     """Return what a glob of this machine matches; anything else as it is."""
-    is_glob = isinstance(place, Path) and not is_one_path(place)
-    return [*files_of_glob(place)] if is_glob else [place]
+    if isinstance(place, str) or is_one_path(place):
+        return [place]
+    return [*files_of_glob(place)]
 
 
 def _are_packed(places: Sequence[_Place], objects: _Objects) -> bool:
@@ -174,7 +175,9 @@ class _Finder:
         Raises:
             DataError: See ``list_in_order``.
         """
-        images = [*(self._find_here if isinstance(place, Path) else self._find_stored)(place)]
+        images = (
+            self._find_here(place) if isinstance(place, Path) else self._find_stored(place)
+        )  # fmt: skip
         made = [make_sample(image, UNLABELLED, "all") for image in images]
         return [self._samples.setdefault(sample.path, sample) for sample in sort_samples(made)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,10 @@ def list_inputs(images: Any, **listing: Any) -> Inputs:
     if isinstance(images, ImageDataset):
         return Inputs(images, [sample.path for sample in images.samples], images.samples)
     given = _as_list(images)
-    named = [image for image in given if isinstance(image, str | os.PathLike)]
+    named: list[str | Path] = [
+        image if isinstance(image, str) else Path(image)
+        for image in given if isinstance(image, str | os.PathLike)
+    ]  # fmt: skip
     dataset, of_each = list_in_order(
         named, Listing.of(**listing), may_be_packed=len(named) == len(given),
         progress=progress.OF_URLS,
@@ -76,7 +80,7 @@ def list_inputs(images: Any, **listing: Any) -> Inputs:
     return Inputs(dataset, names, listed)
 
 
-def _is_csv(path: str | os.PathLike[str]) -> bool:
+def _is_csv(path: str | Path) -> bool:
     return os.fspath(path).lower().endswith(".csv")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from command_line import assert_one_line_error
 from sample_shards import write_hugging_face, write_webdataset
-from sample_stores import moto_bucket, upload
+from sample_stores import Stores, moto_bucket, upload
 
 from featcache.data import remote
 from featcache.data.image_lists import list_images
@@ -21,9 +22,11 @@ from featcache.deployment.explanation import explain
 from featcache.deployment.inputs import list_inputs
 from featcache.deployment.predictions import Predictions, predict
 from featcache.errors import ConfigError, DataError, FeatcacheWarning
+from featcache.extraction.recipe import NUM_PROBES
 from featcache.heads.training import train
 
 TINY = "python:tiny_network:build"
+pytestmark = pytest.mark.usefixtures("children_here")
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +88,7 @@ def test_packed_images(trained: Path, tree: Path, tmp_path: Path, memory: str) -
         assert len(stored.paths) in {46, 6}
 
 
-def test_each_image_is_read_once(tree: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_url_is_listed_once(tree: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     upload(tree, memory)
     listed, plain = [], remote.list_files
     monkeypatch.setattr(
@@ -96,6 +99,23 @@ def test_each_image_is_read_once(tree: Path, memory: str, monkeypatch: pytest.Mo
     inputs = list_inputs(urls)
     assert sorted(listed) == sorted(set(urls))
     assert (len(inputs.names), len(inputs.dataset.samples)) == (25, 13)
+
+
+def test_one_request_an_image(trained: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    remote._file_systems.clear()
+    with Stores() as stores:
+        stores.put(tree / "test", "images/new")
+        for name, value in stores.environment().items():
+            monkeypatch.setenv(name, value)
+        there = predict(trained, ["s3://images/new", "s3://images/new"], backbone=TINY)
+        assert len(there.paths) == 24
+        gets = Counter(line for line in stores.log if "list-type" not in line)
+        assert len(stores.log) - gets.total() == 1  # page of a listing
+        assert len(gets) == 12
+        looked_at = 12 + NUM_PROBES  # before: for dark 16-bit colour, and to compare the engine
+        assert gets.total() == 12 + looked_at
+    remote._file_systems.clear()
 
 
 def test_what_is_left_out_and_what_looks_like_a_mask(tree: Path, memory: str) -> None:
@@ -158,14 +178,15 @@ def test_failures_are_listed_and_refusals_are_one_line(
 
 def test_explain(trained: Path, tree: Path, tmp_path: Path, memory: str) -> None:
     upload(tree / "test", memory)
-    urls = [f"{memory}/normal/ten000_1.png", f"{memory}/covid/tec000_1.png"]
-    quiet: dict[str, Any] = {"backbone": TINY, "say": lambda _: None}
-    there = explain(trained, urls, tmp_path / "there", **quiet)
-    paths = [tree / "test" / url.removeprefix(f"{memory}/") for url in urls]
-    here = explain(trained, paths, tmp_path / "here", **quiet)
-    assert [e.path for e in there.explanations] == urls
-    for ours, theirs in zip(there.explanations, here.explanations, strict=True):
-        assert (ours.probs, ours.maps, ours.nearest) == (theirs.probs, theirs.maps, theirs.nearest)
+    fs, path = fsspec.url_to_fs(memory)
+    fs.pipe_file(f"{path}/bad.png", b"broken")
+    urls = [f"{memory}/bad.png", f"{memory}/covid/tec000_1.png"]
+    there = explain(trained, urls, tmp_path / "there", backbone=TINY, say=lambda _: None)
+    ((name, _),), (explained,) = there.failures, there.explanations
+    assert [name, explained.path] == urls
+    here = predict(trained, tree / "test/covid/tec000_1.png", backbone=TINY)
+    assert explained.probs == pytest.approx(here.probs[0], abs=1e-6)
+    assert (tmp_path / "there" / "0001_tec000_1.png").is_file()
 
 
 def test_s3_over_http(trained: Path, tree: Path, request: pytest.FixtureRequest) -> None:
