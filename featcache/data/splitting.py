@@ -161,14 +161,7 @@ def split(
         dataset = _identify(dataset, destination, group_salt, patient_ids, say)
     samples = dataset.samples
     pattern = GroupPattern.of(group_by, group_by_path)
-    num_groups = len({s.group or s.path for s in samples})
-    num_matched = None
-    if pattern is not None:
-        paths, labels = [s.path for s in samples], [dataset.kind_of(s) for s in samples]
-        found = pattern.find(paths, [dataset.class_of(s) for s in samples])
-        num_matched = pattern.count_matches(found, labels, num_groups, say)
-    elif dataset.layout == "csv" and samples[0].group is not None and not _is_by_patient(dataset):
-        say(f"groups: {num_groups:,}, of the CSV")
+    num_groups, num_matched = _count_groups(dataset, pattern, say)
     hashes = find_copies(dataset, say)
     warn_of_contradictions(dataset, hashes)
     assigned = _assign(dataset, hashes, shares, seed)
@@ -188,12 +181,11 @@ def split(
         if mode == "copy":
             check_room(destination, image_bytes, len(samples), say)
         write_tree(dataset, assigned, output, mode)
-    has_groups = pattern is not None or samples[0].group is not None
     return SplitSummary(
         destination=destination,
         classes=dataset.classes,
         counts=counts,
-        num_groups=num_groups if has_groups else None,
+        num_groups=num_groups,
         num_matched=num_matched,
         num_ignored=dataset.num_ignored,
         ignored_endings=dataset.ignored_endings,
@@ -216,8 +208,22 @@ def _identify(
     )  # fmt: skip
 
 
-def _is_by_patient(dataset: ImageDataset) -> bool:
-    return dataset.dicom is not None and dataset.dicom.salt is not None
+def _count_groups(
+    dataset: ImageDataset, pattern: GroupPattern | None, say: Say
+) -> tuple[int | None, dict[str, int] | None]:
+    """Return and say how many groups there are, and how many names of each class matched."""
+    samples = dataset.samples
+    num_groups = len({s.group or s.path for s in samples})
+    if pattern is not None:
+        paths, labels = [s.path for s in samples], [dataset.kind_of(s) for s in samples]
+        found = pattern.find(paths, [dataset.class_of(s) for s in samples])
+        return num_groups, pattern.count_matches(found, labels, num_groups, say)
+    if samples[0].group is None:
+        return None, None
+    is_by_patient = dataset.dicom is not None and dataset.dicom.salt is not None
+    if dataset.layout == "csv" and not is_by_patient:
+        say(f"groups: {num_groups:,}, of the CSV")
+    return num_groups, None
 
 
 def name_fractions(fractions: Sequence[float]) -> dict[str, float]:

@@ -122,10 +122,11 @@ def test_what_is_left_out_and_what_looks_like_a_mask(tree: Path, memory: str) ->
     upload(tree / "test", memory)
     fs, path = fsspec.url_to_fs(memory)
     image = (tree / "test/covid/tec000_1.png").read_bytes()
-    for name in (".hidden.png", "__MACOSX/x.png", "notes.txt", "scan"):
+    for name in (".hidden.png", "__MACOSX/x.png", "a.tar", "notes.txt", "scan"):
         fs.pipe_file(f"{path}/{name}", image)
+    assert len(list_inputs(memory).names) == 12  # and not what is in the tar beside them
     found = list_images([memory])
-    assert (len(found.samples), found.num_ignored) == (12, {"hidden": 2, "not an image ending": 2})
+    assert (len(found.samples), found.num_ignored) == (12, {"hidden": 2, "not an image ending": 3})
     assert [s.path for s in list_images([f"{memory}/scan"]).samples] == [f"{memory}/scan"]
     assert found.read(found.samples[0]) == (tree / "test/covid/tec000_0.jpg").read_bytes()
     assert len(list_images([memory], exclude="covid/*").samples) == 6
