@@ -33,10 +33,17 @@ def printable(value: object) -> str:
     Of a longer text the middle is left out: a class of 200,000 letters made ``predict`` print 80 MB
     for 400 images.
     """
-    text = name_urls(str(value))
+    text = name_urls(_as_text(value))
     if len(text) > _SHOWN_START + 3 + _SHOWN_END:
         text = f"{text[:_SHOWN_START]}...{text[-_SHOWN_END:]}"
     return escaped(text)
+
+
+def _as_text(value: object) -> str:
+    """Return a value as text; a ``Path`` made of a URL, which has lost a slash, as that URL."""
+    if isinstance(value, PurePath):
+        return re.sub(r"\A([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", r"\1://", str(value))
+    return str(value)
 
 
 def escaped(text: str) -> str:
@@ -101,7 +108,7 @@ class FeatcacheError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Support pickling: a child process that decodes images sends its errors back."""
-        where = str(self.where) if isinstance(self.where, PurePath) else self.where
+        where = _as_text(self.where) if isinstance(self.where, PurePath) else self.where
         details: dict[str, Any] = {
             "expected": self.expected, "found": self.found, "where": where, "hint": self.hint,
         }  # fmt: skip

@@ -184,7 +184,7 @@ def local_path(path: str | Path, what: str) -> Path:
         text = re.sub(r":/+", "://", text, count=1)
         raise ConfigError(
             what, expected="a path of this machine", found=f"a URL, {text}",
-            hint="Only images to extract, caches and runs may be URLs: copy or mount the file",
+            hint="Only images, caches and runs may be URLs: copy or mount the file",
         )  # fmt: skip
     return Path(path)
 

@@ -402,6 +402,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+def upload(folder: Path, url: str) -> str:
+    """Write the files of a folder to a store, and return the URL of the folder there."""
+    fs, path = remote.file_system(url)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            fs.pipe_file(f"{path}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+    return url
+
+
 @contextlib.contextmanager
 def moto_server(request: pytest.FixtureRequest) -> Iterator[int]:
     """Start moto's server of S3 and yield its port; skip the test in short runs and without it."""
@@ -423,6 +432,7 @@ def moto_server(request: pytest.FixtureRequest) -> Iterator[int]:
 @contextlib.contextmanager
 def moto_bucket(request: pytest.FixtureRequest, name: str) -> Iterator[Any]:
     """Yield a client of moto's server with a bucket; the environment names it to all libraries."""
+    remote._file_systems.clear()  # of another address
     with moto_server(request) as port, pytest.MonkeyPatch.context() as patch:
         for key, value in {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "a",

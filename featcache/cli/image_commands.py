@@ -52,11 +52,12 @@ def split(
 
     DESTINATION ending in .csv becomes a manifest and nothing moves; else it becomes a tree
     DESTINATION/{train,valid,test}/{class}/. SOURCE may be a CSV (path,target,group) too, and
-    becomes another.
+    becomes another. Of a SOURCE by URL, a folder or a CSV, the manifest has URLs.
 
     \b
     Example: featcache split raw data --classes covid,normal --group-by '^(\\d{8})_'
              featcache split all.csv split.csv --group-by-path '(patient\\d+)/'
+             featcache split s3://bucket/raw split.csv
     """
     from featcache.data.splitting import split as split_images
 

@@ -140,7 +140,9 @@ def predict(
 
     \b
     Example: featcache predict run new.png --csv predictions.csv
+             featcache predict run s3://bucket/images --csv predictions.csv
 
+    IMAGES may be globs in quotes ('shards/*.tar'), and URLs.
     Images that cannot be read are listed; if none can be, the exit code is 1. Images unlike any
     training image are marked, where the cache that RUN was trained on is at hand.
     """
@@ -193,6 +195,7 @@ def explain(
     \b
     Example: featcache explain run new.png --out explained
 
+    IMAGES are what predict takes: files, folders, CSVs, tars, Parquet files, a zip, globs and URLs.
     The map adds up to the log-odds; occlusion stands beside it as a check. Both show what the
     network used, not where disease is. Networks that do not end in average pooling get occlusion
     alone.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from featcache.data.remote import RemoteFile
-from featcache.errors import DataError
+from featcache.errors import DataError, printable
 from featcache.untrusted import open_regular, reading_hint
 
 _MAX_MEMBERS = 2_000_000
@@ -156,26 +156,27 @@ def locate_members(
             far more than their compressed size.
     """
     members: dict[str, Member] = {}
+    place = printable(root)
     for path, _, info in entries:
-        _check(info, root, max_bytes)
+        _check(info, place, max_bytes)
         if path in members:
             raise DataError(
                 "zip member", expected="every name once", found="it twice",
-                where=f"{root}: {info.filename}",
+                where=f"{place}: {info.filename}",
             )  # fmt: skip
         members[path] = Member(
             info.file_size, _mtime_ns(info), info.header_offset, info.compress_type,
             info.compress_size, info.CRC,
         )  # fmt: skip
-    _check_apart(members, root)
+    _check_apart(members, place)
     num_bytes = sum(member.num_bytes for member in members.values())
     zip_bytes = root.stat().st_size if file is None else file.num_bytes
-    _check_ratio(num_bytes, zip_bytes, f"{root}: all images")
+    _check_ratio(num_bytes, zip_bytes, f"{place}: all images")
     return members
 
 
-def _check(info: zipfile.ZipInfo, root: Path, max_bytes: int) -> None:
-    where = f"{root}: {info.filename}"
+def _check(info: zipfile.ZipInfo, place: str, max_bytes: int) -> None:
+    where = f"{place}: {info.filename}"
     if info.flag_bits & 0x41:
         hint = "Unpack it and scan the folder"
         raise DataError(
@@ -191,14 +192,14 @@ def _check(info: zipfile.ZipInfo, root: Path, max_bytes: int) -> None:
     _check_ratio(info.file_size, info.compress_size, where)
 
 
-def _check_apart(members: dict[str, Member], root: Path) -> None:
+def _check_apart(members: dict[str, Member], place: str) -> None:
     """Refuse members that overlap: so 42 kB become 5 GB whatever the ratio (Fifield, 2019)."""
     end, before = 0, ""
     for path, member in sorted(members.items(), key=lambda item: item[1].offset):
         if member.offset < end:
             raise DataError(
                 "zip members", expected="apart from each other", found="two that overlap",
-                where=f"{root}: {before}, {path}", hint="Do not trust this zip",
+                where=f"{place}: {before}, {path}", hint="Do not trust this zip",
             )  # fmt: skip
         end, before = member.offset + _HEADER_BYTES + member.packed_bytes, path
 

@@ -105,7 +105,9 @@ def arrange(
         ignored.recognise_dicom(root)
     if num_loose:
         ignored["loose beside folders"] += num_loose
-        warn_user(f"loose beside folders, and not used: {count(num_loose, 'image')} of {root}")
+        warn_user(
+            f"loose beside folders, and not used: {count(num_loose, 'image')} of {printable(root)}"
+        )
     if layout.kind == "classes":
         _warn_of_parts(samples, layout.classes)
     dataset = ImageDataset(

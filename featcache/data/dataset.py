@@ -11,7 +11,6 @@ folders and linked class folders, with a warning. Masks among the images are a q
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from featcache.data.archive import ZipStore, list_entries, locate_members
-from featcache.data.arrangement import arrange, choose_images, top_folder
+from featcache.data.arrangement import arrange, top_folder
 from featcache.data.companions import settle_companions
 from featcache.data.folders import (
     IMAGE_SUFFIXES,
@@ -44,8 +43,6 @@ from featcache.data.samples import (
     UNLABELLED,
     ImageDataset,
     Sample,
-    make_sample,
-    sort_samples,
 )
 from featcache.data.shards import (
     Shard,
@@ -56,15 +53,14 @@ from featcache.data.shards import (
     split_of_name,
 )
 from featcache.data.sources import Data, check_data, find_sources, is_one_path, urls_of
-from featcache.data.stored_files import RemoteStore, file_at, list_all
+from featcache.data.stored_files import RemoteStore, file_at, list_all, walk_objects
 from featcache.data.tars import scan_tars
 from featcache.errors import ConfigError, DataError, printable, warn_user
 from featcache.formatting import count
 from featcache.untrusted import why_no_file
 
 __all__ = [
-    "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
-    "list_images", "scan",
+    "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample", "scan",
 ]  # fmt: skip
 
 _COLUMNS_OF = {"tar": {"columns"}, "parquet": {"columns", "ignore_columns"}}
@@ -97,7 +93,7 @@ def scan(
             split, group; a ``.zip`` of such folders (one top folder is skipped); a ``.tar`` of such
             folders or of WebDataset's samples, a Parquet file with the bytes of images, or a folder
             of either; a glob of these files (``shards/*.tar``), or a list of files, folders and
-            globs of them.
+            globs of them. Any of these by URL too.
         group_by: Regular expression searched in every file name; its first group is the sample's
             group. A name without a match is a group of its own. Overrides a CSV's group column. If
             it matches no name at all, it is searched in the folders below the class; if it matches
@@ -200,95 +196,6 @@ def _scan_by_kind(data: Data, listing: Listing, *, progress: bool | str) -> Imag
     )  # fmt: skip
 
 
-def list_images(
-    paths: Iterable[str | Path],
-    *,
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    companions: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    ignore_columns: str | Iterable[str] = (),
-) -> ImageDataset:
-    """Find the images of files, folders (with all folders in them) and CSVs, unlabelled, once each.
-
-    A file given by name is used whatever its ending. Paths are relative to the current folder.
-
-    Args:
-        paths: Files, folders, and CSVs that name images.
-        include: As for ``scan``, on the path below each folder, in a CSV, or the name of a file.
-        exclude: As for ``scan``.
-        companions: As for ``scan``, in each folder.
-        columns: As for ``scan``, in each CSV.
-        ignore_columns: As for ``scan``, in each CSV.
-
-    Raises:
-        DataError: If a path does not exist, a folder has no image, or companions of images; or if
-            a CSV is none, or names files that are not there.
-    """
-    listing = Listing.of(
-        include=include, exclude=exclude, companions=companions, no_classes=True,
-        columns=columns, ignore_columns=ignore_columns,
-    )  # fmt: skip
-    ignored = Ignored()
-    samples: dict[str, Sample] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = _list_folder(path, listing, ignored)
-            prefix = "" if path == Path() else path.as_posix().rstrip("/") + "/"
-            images = [image._replace(path=prefix + image.path) for image in found]
-        elif path.is_file() and path.suffix.lower() == ".csv":
-            named = scan_csv(path, listing)
-            ignored.update(named.num_ignored)
-            images = [
-                ImageFile((path.parent / s.path).as_posix(), s.image_bytes, s.mtime_ns)
-                for s in named.samples
-            ]
-        elif path.is_file():
-            if path.suffix.lower() in {".zip", ".tgz", *SHARD_ENDINGS}:
-                raise DataError(
-                    "image", expected="a file or folder", where=path,
-                    found=f"a {path.suffix.lower()} file", hint="Name the images, or unpack them. "
-                    "Or extract them, and predict by --cache",
-                )  # fmt: skip
-            status = path.stat()
-            images = [ImageFile(path.as_posix(), status.st_size, status.st_mtime_ns)]
-            (reason,) = listing.choose([path.name], path)
-            if reason:
-                ignored[reason] += 1
-                continue
-        else:
-            found_there = why_no_file(path, "nothing there")
-            raise DataError(
-                "image", expected="a file or folder", found=found_there, where=path
-            )  # fmt: skip
-        samples.update((i.path, make_sample(i, UNLABELLED, "all")) for i in images)
-    return ImageDataset(
-        Path(), "images", (), sort_samples(samples.values()), dict(ignored),
-        ignored_endings=dict(ignored.endings),
-    )  # fmt: skip
-
-
-def _list_folder(root: Path, listing: Listing, ignored: Ignored) -> list[ImageFile]:
-    """Return the images of a folder to classify."""
-    images = list(walk_folder(root, ignored, set()))
-    if (taken := choose_images(images, root, listing, ignored)) is not None:
-        images = [*itertools.compress(images, taken)]
-    if not images:
-        ignored.recognise_dicom(root)
-    samples = tuple(make_sample(image, UNLABELLED, "all") for image in images)
-    dataset = ImageDataset(
-        root, "images", (), samples, dict(ignored), ignored_endings=dict(ignored.endings)
-    )
-    if not images:
-        hint = advise_on_endings(ignored.endings, "")
-        raise DataError(
-            "folder", expected="images", found=dataset.reasons_text(), where=root, hint=hint
-        )  # fmt: skip
-    if listing.companions is None:
-        settle_companions(dataset, is_kept=False)
-    return images
-
-
 def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
     ignored, folders = Ignored(), set[str]()
     images = list(walk_folder(root, ignored, folders))
@@ -317,22 +224,12 @@ def _scan_urls(urls: Sequence[str], listing: Listing, *, progress: bool | str) -
     top, files = list_all(urls, progress=progress)
     listed = f"listed {count(len(files), 'object')} in {time.perf_counter() - start:.1f} s"
     ignored, folders = Ignored(), set[str]()
-    images = []
-    for path, file in files.items():
-        *above, name = path.split("/")
-        if any(map(is_hidden, [*above, name])):
-            ignored["hidden"] += 1
-            continue
-        folders.update("/".join(above[:n]) for n in range(1, len(above) + 1))
-        if has_image_ending(name):
-            images.append(ImageFile(path, file.num_bytes, file.mtime_ns))
-        else:
-            ignored.add(OTHER_ENDING, path)
+    images = walk_objects(files, ignored, folders)
     root = Path(top)
     if images or not ignored.shards:
         dataset = arrange(root, images, folders, ignored, listing)
-        tags = {image.path: (image.image_bytes, files[image.path].tag) for image in images}
-        return replace(dataset, notes=(listed,), _store=RemoteStore(top, tags))
+        store = RemoteStore.of(top, ((image.path, files[image.path]) for image in images))
+        return replace(dataset, notes=(listed,), _store=store)
     names, ignored.shards = ignored.shards, []
     ignored.take_back(names)
     shards, left_out = list_shards(root, names, listing, ignored, files)

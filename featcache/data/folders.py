@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from featcache.data import dicom_files
 from featcache.data.listing import escape_glob
-from featcache.errors import DataError, escaped, warn_user
+from featcache.errors import DataError, escaped, printable, warn_user
 from featcache.untrusted import find_fault
 
 SPLITS = ("train", "valid", "test", "all")
@@ -291,8 +291,9 @@ def _check_depth(root: Path, tops: dict[str, str], folders: set[str], classes: s
     if is_sole and len(inner) > 1:
         examples = " and ".join(map(repr, sorted(inner)[:2]))
         message = (
-            f"{next(iter(classes))!r} is the only class folder of {root}, and its folders, such as "
-            f"{examples}, are no classes: if they should be, name the folder they lie in"
+            f"{next(iter(classes))!r} is the only class folder of {printable(root)}, and its "
+            f"folders, such as {examples}, are no classes: if they should be, name the folder they "
+            "lie in"
         )
         warn_user(escaped(message))
 

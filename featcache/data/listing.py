@@ -241,7 +241,7 @@ def _match_any(option: str, globs: Sequence[str], paths: Sequence[str], root: ob
                 matched[position] = any_match = True
         if paths and not any_match:
             advice = "" if glob.startswith("**/") else f"; '**/{glob}' matches in every folder"
-            warn_user(printable(f"{option} '{glob}' matches nothing in {root}{advice}"))
+            warn_user(printable(f"{option} '{glob}' matches nothing in {printable(root)}{advice}"))
     return matched
 
 

@@ -207,7 +207,7 @@ class _StoredFiles:
 
     def __init__(self, url: str, files: Mapping[str, RemoteFile]) -> None:
         self._url, self._files = url, files
-        self._used: dict[str, tuple[int, str]] = {}
+        self._used: dict[str, RemoteFile] = {}
 
     def find(self, path: str) -> ImageFile | None:
         """Return the object that a path or URL of the CSV stands for; None if there is none."""
@@ -217,13 +217,13 @@ class _StoredFiles:
         for spelling in dict.fromkeys((name, name.removeprefix(top))):
             file = self._files.get(spelling)
             if file is not None:
-                self._used[spelling] = file.num_bytes, file.tag
+                self._used[spelling] = file
                 return ImageFile(spelling, file.num_bytes, file.mtime_ns)
         return None
 
     def store(self) -> RemoteStore:
         """Return what reads the objects that were found."""
-        return RemoteStore(self._url, self._used)
+        return RemoteStore.of(self._url, self._used.items())
 
     def advise(self, path: str) -> str:
         """Return what may be wrong with a path that leads nowhere."""

@@ -19,7 +19,8 @@ import numpy as np
 from featcache.data import dicom_files
 from featcache.data.dicom_files import DicomFacts
 from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
-from featcache.data.remote import url_of
+from featcache.data.remote import RemoteFile, url_of
+from featcache.data.stored_files import RemoteStore
 from featcache.errors import DataError, printable
 from featcache.files import read_regular
 from featcache.formatting import brief_repr
@@ -178,6 +179,12 @@ class ImageDataset:
             return None
         folder = self.root.parent if self.layout == "csv" else self.root
         return folder / self._stored_path(sample)
+
+    def object_of(self, sample: Sample) -> RemoteFile | None:
+        """Return the object of a store that a sample is; None of one in a file of many or here."""
+        if not isinstance(self._store, RemoteStore):
+            return None
+        return self._store.file_of(self._stored_path(sample))
 
     def _stored_path(self, sample: Sample) -> str:
         return self.files.get(sample.path, sample.path)

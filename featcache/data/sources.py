@@ -91,32 +91,6 @@ def _shards_in(folder: Path) -> list[str]:
     return ignored.shards
 
 
-def are_packed(paths: Sequence[Path]) -> bool:
-    """Return whether paths are files of many images, or folders of such files and of no images.
-
-    Raises:
-        DataError: If some are and others are not, or there are several of which one is a zip.
-    """
-    packed = [path for path in paths if _is_packed(path)]
-    if not packed:
-        return False
-    has_zip = len(packed) > 1 and any(path.suffix.lower() == ".zip" for path in packed)
-    if len(packed) < len(paths) or has_zip:
-        raise DataError(
-            "images", expected="images and folders of them, or tars, or Parquet files, or a zip",
-            found="several kinds", where=packed[0], hint="Name one kind at a time",
-        )  # fmt: skip
-    return True
-
-
-def _is_packed(path: Path) -> bool:
-    if path.is_dir():
-        ignored = Ignored()
-        has_images = any(True for _ in walk_folder(path, ignored, set()))
-        return not has_images and bool(ignored.shards)
-    return path.suffix.lower() in {".zip", *SHARD_ENDINGS} and path.is_file()
-
-
 def find_sources(data: Data) -> tuple[Path, list[str]]:
     """Return the folder that all files of a glob or a list lie in, and their paths below it.
 
@@ -148,16 +122,27 @@ def _files_of(one: str | Path) -> tuple[Path, list[Path]]:
     if not is_one_path(one):
         parts = path.parts
         first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
-        matched = sorted(map(Path, glob.glob(os.fspath(one), recursive=True)))  # noqa: PTH207
-        found = [file for match in matched for file in _files_in(match)]
-        if not found:
-            expected = "a glob that matches tars or Parquet files"
-            raise DataError("data", expected=expected, found="no match", where=path)
-        return Path(*parts[:first]), found
-    found = _files_in(path)
+        start = Path(*parts[:first])
+        found = [file for match in files_of_glob(path) for file in _files_in(match)]
+    else:
+        start, found = path if path.is_dir() else path.parent, _files_in(path)
     if not found:
         raise _not_in_a_list(path)
-    return (path if path.is_dir() else path.parent), found
+    return start, found
+
+
+def files_of_glob(pattern: Path) -> list[Path]:
+    """Return the files and folders that a glob matches, sorted.
+
+    Raises:
+        DataError: If there are none.
+    """
+    matched = sorted(map(Path, glob.glob(os.fspath(pattern), recursive=True)))  # noqa: PTH207
+    if not matched:
+        raise DataError(
+            "data", expected="a glob that matches files", found="no match", where=pattern
+        )
+    return matched
 
 
 def _files_in(path: Path) -> list[Path]:

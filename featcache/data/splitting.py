@@ -3,41 +3,36 @@
 Images of one group (also across classes) and byte-identical files stay together. The split depends
 only on the seed and the paths, so it is the same on every machine (see ``stratification``).
 
-Reads: a folder of class folders or of images, or a CSV; headers of DICOM files. Writes:
-``DST/{train,valid,test}/{class}/`` with the images' own (nested) names, or ``DST.csv``, whole or
-not at all; with the CSV a salt, if its groups are hashed patients.
+Reads: a folder of class folders or of images, or a CSV, here or in a store; headers of DICOM files.
+Writes: ``DST/{train,valid,test}/{class}/`` with the images' own (nested) names, or ``DST.csv``,
+whole or not at all (see ``split_outputs``); with the CSV a salt, if its groups are hashed patients.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 import shlex
-import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featcache.csv_files import csv_text
-from featcache.data.dataset import ImageDataset, Sample, scan
+from featcache import progress
+from featcache.data.dataset import ImageDataset, scan
 from featcache.data.dicom_groups import Salt, identify_and_keep
 from featcache.data.folders import SPLITS
 from featcache.data.groups import GroupPattern
-from featcache.data.samples import UNKNOWN
+from featcache.data.hashing import find_copies, warn_of_contradictions
+from featcache.data.sources import check_data
+from featcache.data.split_outputs import check_destination, check_room, write_manifest, write_tree
 from featcache.data.stratification import assign_labelled_units, assign_units, build_units
-from featcache.errors import ConfigError, DataError, warn_user
-from featcache.files import NO_SPACE, disk_error, local_path, make_folder, result_as_dict
-from featcache.formatting import brief_repr, count, in_bytes, join_few, list_counts
-from featcache.output_folders import new_folder
-from featcache.outputs import Kind, Output, write_output
-from featcache.renames import beside, ignores_case
+from featcache.errors import ConfigError, DataError
+from featcache.files import result_as_dict
+from featcache.formatting import brief_repr, count, join_few, list_counts
+from featcache.renames import beside
 from featcache.runtime import Say, log_line
-from featcache.untrusted import is_within
 
 MODES = ("copy", "symlink", "hardlink")
 
@@ -112,7 +107,7 @@ def split(
 
     Args:
         source: Folder of class folders or of images; or a CSV of path and, if known, target and
-            group.
+            group. By URL too: then the destination is a CSV, which names the images by theirs.
         destination: A new or empty folder, or a new ``.csv``: then no image is moved.
         classes: The classes to use; all if None.
         fractions: Shares of train, valid and test in every class; 0 leaves a split out.
@@ -145,16 +140,18 @@ def split(
         DataError: If the source is split already or a zip, a class is unknown or has too few
             groups for every split, or the destination exists or lacks the space.
     """
-    source, destination = local_path(source, "split source"), Path(destination)
+    place, destination = check_data(source), Path(destination)
+    assert isinstance(place, str | Path)
     if mode not in MODES:
         raise ConfigError("--mode", expected="one of " + ", ".join(MODES), found=mode)
     shares = name_fractions(fractions)
-    output = _check_destination(source, destination)
+    output = check_destination(place, destination)
     dataset = scan(
-        source, group_by=group_by, group_by_path=group_by_path, include=include, exclude=exclude,
+        place, group_by=group_by, group_by_path=group_by_path, include=include, exclude=exclude,
         companions=companions, no_classes=no_classes, columns=columns,
         ignore_columns=ignore_columns, target_columns=target_columns,
         target_separator=target_separator, uncertain=uncertain, blank=blank,
+        progress=progress.OF_URLS,
     )  # fmt: skip
     for line in (*dataset.notes, *dataset.describe_ignored()):
         say(line)
@@ -164,16 +161,9 @@ def split(
         dataset = _identify(dataset, destination, group_salt, patient_ids, say)
     samples = dataset.samples
     pattern = GroupPattern.of(group_by, group_by_path)
-    num_groups = len({s.group or s.path for s in samples})
-    num_matched = None
-    if pattern is not None:
-        paths, labels = [s.path for s in samples], [dataset.kind_of(s) for s in samples]
-        found = pattern.find(paths, [dataset.class_of(s) for s in samples])
-        num_matched = pattern.count_matches(found, labels, num_groups, say)
-    elif dataset.layout == "csv" and samples[0].group is not None and not _is_by_patient(dataset):
-        say(f"groups: {num_groups:,}, of the CSV")
-    hashes = _hash_copies(dataset)
-    _warn_of_contradictions(dataset, hashes)
+    num_groups, num_matched = _count_groups(dataset, pattern, say)
+    hashes = find_copies(dataset, say)
+    warn_of_contradictions(dataset, hashes)
     assigned = _assign(dataset, hashes, shares, seed)
     counts = _count(dataset, assigned)
     if hashes:
@@ -183,20 +173,19 @@ def split(
     image_bytes = sum(sample.image_bytes for sample in samples)
     if destination.suffix.lower() == ".csv":
         mode = "csv"
-        _write_manifest(dataset, assigned, output)
+        write_manifest(dataset, assigned, output)
         if dataset.task == "multilabel":
             names = shlex.quote(",".join(dataset.classes))
             say(f"its labels are read with --target-columns {names} --blank unknown")
     else:
         if mode == "copy":
-            _check_room(destination, image_bytes, len(samples), say)
-        _write_tree(dataset, assigned, output, mode)
-    has_groups = pattern is not None or samples[0].group is not None
+            check_room(destination, image_bytes, len(samples), say)
+        write_tree(dataset, assigned, output, mode)
     return SplitSummary(
         destination=destination,
         classes=dataset.classes,
         counts=counts,
-        num_groups=num_groups if has_groups else None,
+        num_groups=num_groups,
         num_matched=num_matched,
         num_ignored=dataset.num_ignored,
         ignored_endings=dataset.ignored_endings,
@@ -219,8 +208,22 @@ def _identify(
     )  # fmt: skip
 
 
-def _is_by_patient(dataset: ImageDataset) -> bool:
-    return dataset.dicom is not None and dataset.dicom.salt is not None
+def _count_groups(
+    dataset: ImageDataset, pattern: GroupPattern | None, say: Say
+) -> tuple[int | None, dict[str, int] | None]:
+    """Return and say how many groups there are, and how many names of each class matched."""
+    samples = dataset.samples
+    num_groups = len({s.group or s.path for s in samples})
+    if pattern is not None:
+        paths, labels = [s.path for s in samples], [dataset.kind_of(s) for s in samples]
+        found = pattern.find(paths, [dataset.class_of(s) for s in samples])
+        return num_groups, pattern.count_matches(found, labels, num_groups, say)
+    if samples[0].group is None:
+        return None, None
+    is_by_patient = dataset.dicom is not None and dataset.dicom.salt is not None
+    if dataset.layout == "csv" and not is_by_patient:
+        say(f"groups: {num_groups:,}, of the CSV")
+    return num_groups, None
 
 
 def name_fractions(fractions: Sequence[float]) -> dict[str, float]:
@@ -236,29 +239,6 @@ def name_fractions(fractions: Sequence[float]) -> dict[str, float]:
             found=",".join(map(str, fractions)), hint="For example 0.7,0.15,0.15",
         )  # fmt: skip
     return {name: share for name, share in zip(SPLITS[:3], fractions, strict=True) if share > 0}
-
-
-_EXPECTED = "a new or empty folder, or a new .csv"
-_TREE = Kind("tree", _EXPECTED, DataError, is_folder=True)
-_MANIFEST = Kind("manifest", _EXPECTED, DataError)
-
-
-def _check_destination(source: Path, destination: Path) -> Output:
-    is_csv = destination.suffix.lower() == ".csv"
-    kind = _MANIFEST if is_csv else _TREE
-    output = Output(destination, "split destination", kind, inputs=[source])
-    output.check()
-    if source.is_file() and source.suffix.lower() == ".csv" and not is_csv:
-        raise DataError(
-            "split destination", expected="a new .csv for a SOURCE that is a CSV", found="a folder",
-            where=destination, hint="Name one that ends in .csv: nothing is copied",
-        )  # fmt: skip
-    if not is_csv and is_within(destination, source):
-        raise DataError(
-            "split destination", expected="a folder outside the source", found="one inside it",
-            where=destination, hint="It would be read as a class the next time",
-        )  # fmt: skip
-    return output
 
 
 def _refuse_layout(dataset: ImageDataset, *, no_classes: bool) -> None:
@@ -303,43 +283,8 @@ def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageD
     return replace(dataset, classes=classes, samples=taken)
 
 
-def _hash_copies(dataset: ImageDataset) -> dict[int, str]:
-    """Return index -> sha256 of the images that have a byte-identical copy.
-
-    Only files of equal size are read: of 1,000 X-rays that is a handful.
-    """
-    by_size: dict[int, list[int]] = defaultdict(list)
-    for index, sample in enumerate(dataset.samples):
-        by_size[sample.image_bytes].append(index)
-    hashes = {
-        index: hashlib.sha256(dataset.read(dataset.samples[index])).hexdigest()
-        for alike in by_size.values()
-        if len(alike) > 1
-        for index in alike
-    }
-    frequency = Counter(hashes.values())
-    return {index: digest for index, digest in hashes.items() if frequency[digest] > 1}
-
-
-def _warn_of_contradictions(dataset: ImageDataset, hashes: dict[int, str]) -> None:
-    by_hash: dict[str, list[Sample]] = defaultdict(list)
-    for index, digest in hashes.items():
-        by_hash[digest].append(dataset.samples[index])
-    contradicting = [
-        copies for copies in by_hash.values()
-        if len({dataset.label_of(copy) for copy in copies} - {""}) > 1
-    ]  # fmt: skip
-    if contradicting:
-        num_images, num_contents = sum(map(len, contradicting)), len(contradicting)
-        warn_user(
-            f"{num_images:,} images ({num_contents:,} different by content) have byte-identical "
-            f"copies {'of other labels' if dataset.task == 'multilabel' else 'in another class'}, "
-            "for example " + " = ".join(copy.path for copy in contradicting[0])
-        )
-
-
 def _assign(
-    dataset: ImageDataset, hashes: dict[int, str], shares: dict[str, float], seed: int
+    dataset: ImageDataset, hashes: dict[int, bytes], shares: dict[str, float], seed: int
 ) -> list[str]:
     """Return the split of each sample."""
     samples = dataset.samples
@@ -375,112 +320,3 @@ def _count(dataset: ImageDataset, assigned: list[str]) -> _Counts:
         for name in SPLITS
         if any(split == name for split, _ in counted)
     }
-
-
-def _check_room(destination: Path, image_bytes: int, num_images: int, say: Say) -> None:
-    """Say how large a copy is, and refuse it if the disk lacks the space."""
-    there = destination.absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
-    say(f"copying {count(num_images, 'image')}, {in_bytes(image_bytes)}, to {destination}")
-    if image_bytes > free:
-        raise DataError(
-            "disk", expected=f"{image_bytes:,} bytes free for a copy", found=f"{free:,}",
-            where=there, hint="Use --mode symlink or hardlink, or a .csv: they take no space",
-        )  # fmt: skip
-
-
-def _write_manifest(dataset: ImageDataset, assigned: list[str], output: Output) -> None:
-    """Write path, target, split, group; paths relative to the CSV's folder if possible.
-
-    Several labels of an image stand in columns of their own, after group.
-    """
-    has_labels = dataset.task == "multilabel"
-    named = ("path", "split", "group") if has_labels else ("path", "target", "split", "group")
-    if has_labels and (clash := {*named, "target"} & {*dataset.classes}):
-        raise DataError(
-            "labels", expected="other names than the columns of the CSV", found=min(clash),
-            where=dataset.root, hint="Rename that label",
-        )  # fmt: skip
-    root = dataset.root.parent if dataset.layout == "csv" else dataset.root
-    folder, root = output.target.parent.resolve(), root.resolve()
-    rows = []
-    for name, sample in zip(assigned, dataset.samples, strict=True):
-        path = root / sample.path
-        path_text = path.as_posix()
-        if not Path(sample.path).is_absolute():
-            with contextlib.suppress(ValueError):  # Windows: on another drive
-                path_text = Path(os.path.relpath(path, folder)).as_posix()
-        if path_text.lstrip(" \u00a0").startswith(("=", "+", "-", "@", "\t", "\r")):
-            path_text = "./" + path_text  # else csv_text would put an apostrophe before it
-        target = () if has_labels else (dataset.class_of(sample),)
-        labels = ("" if value == UNKNOWN else str(value) for value in sample.targets or ())
-        rows.append((path_text, *target, name, sample.group or "", *labels))
-    place = named.index("split")
-    rows.sort(key=lambda row: (SPLITS.index(row[place]), row[0]))
-    make_folder(output.target.parent)
-    header = (*named, *dataset.classes) if has_labels else named
-    write_output(output, csv_text(header, rows).encode())
-
-
-def _write_tree(dataset: ImageDataset, assigned: list[str], output: Output, mode: str) -> None:
-    """Build the tree and give it its name."""
-
-    def sync(_: Path) -> None:
-        if mode == "copy" and hasattr(os, "sync"):
-            os.sync()  # once for all: an fsync per file takes minutes for 100,000
-
-    with new_folder(output, sync=sync) as folder:
-        if ignores_case(folder):
-            _refuse_same_names(dataset, assigned, output.path)
-        try:
-            for name, sample in zip(assigned, dataset.samples, strict=True):
-                target = folder / name / sample.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _place((dataset.root / sample.path).resolve(), target, mode)
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                size = sum(sample.image_bytes for sample in dataset.samples)
-                raise disk_error(error, output.target, size) from error
-            hint = "Check the folder and its permissions"
-            if mode != "copy":
-                hint = "Links need one file system that has them; --mode copy always works"
-            raise DataError(
-                f"split with --mode {mode}", expected="files that can be made",
-                found=error.strerror, where=error.filename2 or error.filename or output.path,
-                hint=hint,
-            ) from error  # fmt: skip
-
-
-def _refuse_same_names(dataset: ImageDataset, assigned: list[str], destination: Path) -> None:
-    """Refuse names that differ in case only: two classes would become one folder.
-
-    Raises:
-        DataError: If there are two such names of images or folders in one folder.
-    """
-    names: dict[str, PurePosixPath] = {}
-    for split_name, sample in zip(assigned, dataset.samples, strict=True):
-        path = PurePosixPath(split_name, sample.path)
-        for one in (path, *path.parents):
-            other = names.setdefault(str(one).casefold(), one)
-            if other != one:
-                raise DataError(
-                    "split destination", expected="a file system that tells Covid from covid",
-                    found=f"one that takes {other} and {one} for the same", where=destination,
-                    hint="Rename one of them, or choose a .csv or another disk as destination",
-                )  # fmt: skip
-
-
-def _place(source: Path, target: Path, mode: str) -> None:
-    """Make one file of the tree; never overwrite one, as names may clash on some systems."""
-    if mode == "symlink":
-        target.symlink_to(source)
-    elif mode == "hardlink":
-        target.hardlink_to(source)
-    else:
-        with source.open("rb") as reading, target.open("xb") as writing:
-            shutil.copyfileobj(reading, writing, 1 << 20)
-        status = source.stat()
-        with contextlib.suppress(OSError):  # not every file system keeps times
-            os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -1,15 +1,18 @@
 """The objects of several URLs as one data set: below one folder, by their names, or as images.
 
+Each URL is listed once.
+
 Reads: objects of stores. Writes: nothing.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from featcache.data import store_requests
+from featcache.data.folders import OTHER_ENDING, Ignored, ImageFile, has_image_ending, is_hidden
 from featcache.data.remote import RemoteFile, list_files, refusals, retry
 from featcache.errors import DataError
 
@@ -38,6 +41,45 @@ def list_all(
         found |= {file.url: file for file in files.values()}
     top = _common_folder(starts)
     return top, {url[len(top) + 1 :]: found.pop(url) for url in sorted(found)}
+
+
+def list_each(
+    urls: Iterable[str], *, progress: bool | str = False
+) -> dict[str, dict[str, RemoteFile]]:
+    """Return what ``list_files`` finds at each of some URLs, many of them asked for at once.
+
+    Raises:
+        DataError: As ``list_files``.
+        ConfigError: Likewise.
+    """
+    different = list(dict.fromkeys(urls))
+    if len(different) < 2:  # here, so that Ctrl-C keeps an unfinished listing
+        return {url: list_files(url, progress=progress) for url in different}
+    return dict(zip(different, store_requests.ask_all(different, list_files), strict=True))
+
+
+def walk_objects(
+    files: Mapping[str, RemoteFile], ignored: Ignored, folders: set[str]
+) -> list[ImageFile]:
+    """Return the images among objects: what ``walk_folder`` is for files.
+
+    Args:
+        files: Path of each below a URL -> the object.
+        ignored: What is not used; updated.
+        folders: Paths of all folders that are not ignored; updated.
+    """
+    images = []
+    for path, file in files.items():
+        *above, name = path.split("/")
+        if any(map(is_hidden, [*above, name])):
+            ignored["hidden"] += 1
+            continue
+        folders.update("/".join(above[:n]) for n in range(1, len(above) + 1))
+        if has_image_ending(name):
+            images.append(ImageFile(path, file.num_bytes, file.mtime_ns))
+        else:
+            ignored.add(OTHER_ENDING, path)
+    return images
 
 
 def _common_folder(folders: Sequence[str]) -> str:
@@ -108,11 +150,20 @@ class RemoteStore:
     url: str
     tags: dict[str, tuple[int, str]]
 
+    @classmethod
+    def of(cls, url: str, files: Iterable[tuple[str, RemoteFile]]) -> RemoteStore:
+        """Return the store of some objects, each with its path below a URL."""
+        return cls(url, {path: (file.num_bytes, file.tag) for path, file in files})
+
     def read(self, path: str) -> bytes:
         """Return the bytes of an image."""
-        num_bytes, tag = self.tags[path]
+        file = self.file_of(path)
+        return file.read(0, file.num_bytes)
+
+    def file_of(self, path: str) -> RemoteFile:
+        """Return the object of an image, as it was listed."""
         url = f"{self.url}/{path}" if self.url else path
-        return RemoteFile(url, num_bytes, tag).read(0, num_bytes)
+        return RemoteFile(url, *self.tags[path])
 
     def place_of(self, path: str) -> tuple[int, int]:
         """Return the same for all: any order is as fast."""

@@ -285,7 +285,7 @@ def scan_tars(
     if path := next((s.path for s in dataset.samples if s.path in repeated), None):
         raise DataError(
             "tar member", expected="every name once", found="it twice",
-            where=f"{root}: {printable(path)}",
+            where=f"{printable(root)}: {printable(path)}",
         )  # fmt: skip
     return replace(dataset, layout="tar", _store=scan.store)
 

@@ -6,7 +6,7 @@ Reads: images. Writes: nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from featcache.extraction.recipe import Recipe
 from featcache.pixels.images import load, load_opened, resize_to_square
 from featcache.runtime import exact_fp32
 
+Row: TypeAlias = npt.NDArray[np.float32] | str
+"""Of an image: its features (D,), or why there are none."""
 IMAGES_AT_ONCE = 64  # of those in memory: 10 MB of pixels at 224 x 224
 
 
@@ -88,3 +90,13 @@ def _run_batch(
         parts = torch.split(batch.to(torch.float32), IMAGES_AT_ONCE)
         rows = [row for part in parts for row in network(part.to(device)).cpu().numpy()]
     return np.array(rows, np.float32).reshape(-1, backbone.num_features)
+
+
+def join_rows(rows: Sequence[Row]) -> Row:
+    """Return the features of one image side by side, or the first reason why there are none."""
+    features = list[npt.NDArray[np.float32]]()
+    for row in rows:
+        if isinstance(row, str):
+            return row
+        features.append(row)
+    return features[0] if len(features) == 1 else np.concatenate(features)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,14 @@ from torch import nn
 from featcache.backbones.engine import ONNX_PAYS_FROM, Engine, Images, build_engine
 from featcache.cache.by_url import by_url
 from featcache.data.dataset import Sample
-from featcache.deployment.batches import IMAGES_AT_ONCE, fit_image, make_batches, run_batches
+from featcache.deployment.batches import (
+    IMAGES_AT_ONCE,
+    Row,
+    fit_image,
+    join_rows,
+    make_batches,
+    run_batches,
+)
 from featcache.deployment.inputs import Inputs, list_inputs
 from featcache.deployment.network import join_network
 from featcache.deployment.predictions import Predictions
@@ -45,8 +52,6 @@ from featcache.untrusted import MAX_PIXELS
 if TYPE_CHECKING:
     from featcache.deployment.exporting.delivery import DeliverySummary
     from featcache.deployment.exporting.export import ExportSummary
-
-_Row: TypeAlias = npt.NDArray[np.float32] | str  # of an image: features (D,), or why there are none
 
 
 class Classifier:
@@ -105,10 +110,11 @@ class Classifier:
         Files, PIL images and arrays get the same pixels as in the extraction.
 
         Args:
-            images: One or many of: a file, a folder or a CSV (``str`` or ``Path``; a folder stands
-                for all images in it, a CSV for those it names, sorted); a PIL image; a uint8 array,
-                grey (H, W) or RGB (H, W, 3). Or an array (B, H, W, 3), or what ``scan`` returned.
-                Or a zip, or tars or Parquet files or folders of them.
+            images: One or many of: a file, a folder, a CSV or a glob (``str`` or ``Path``; a folder
+                stands for all images in it, a CSV for those it names, sorted); a PIL image; a uint8
+                array, grey (H, W) or RGB (H, W, 3). Or an array (B, H, W, 3), or what ``scan``
+                returned. Or a zip, or tars or Parquet files or folders or globs of them. All paths
+                may be URLs, but not some of them.
             preprocessed: ``images`` is a float batch (B, 3, S, S), as ``preprocess`` returns it; of
                 several backbones, the tuple of batches that ``preprocess_each`` returns.
             include: Globs on the path below each folder, or on the name of a file: see ``scan``.
@@ -121,7 +127,8 @@ class Classifier:
             The predictions; images that cannot be read are among its ``failures``.
 
         Raises:
-            DataError: If a path leads nowhere, a folder holds no image, or companions of images.
+            DataError: If a path leads nowhere, a folder holds no image, or companions of images; or
+                if a store refuses or has nothing there.
             ConfigError: If an array or a batch has another shape or dtype.
         """
         names, rows = self._compute(
@@ -222,7 +229,7 @@ class Classifier:
 
     def _compute(
         self, images: Any, *, preprocessed: bool, **listing: Any
-    ) -> tuple[Sequence[str], list[_Row]]:
+    ) -> tuple[Sequence[str], list[Row]]:
         """Return the names of images, and of each its features, or why it could not be read."""
         if preprocessed:
             features = run_batches(images, self.recipes, self.networks, self.device)
@@ -235,13 +242,13 @@ class Classifier:
             for image in inputs.images
         ]
 
-    def _run_files(self, inputs: Inputs) -> dict[Sample, _Row]:
+    def _run_files(self, inputs: Inputs) -> dict[Sample, Row]:
         dataset = inputs.dataset
         if not dataset.samples:
             return {}
         if dataset.has_dicom:
             self.note_dicom()
-        made: list[dict[Sample, _Row]] = [{} for _ in self.recipes]
+        made: list[dict[Sample, Row]] = [{} for _ in self.recipes]
         for numbers in self.decoded_alike():
             lanes = []
             for number in numbers:
@@ -257,7 +264,7 @@ class Classifier:
                         made[number][outcome.sample] = (
                             str(outcome.reason) if features is None else features[0]
                         )
-        return {sample: _join_rows([rows[sample] for rows in made]) for sample in dataset.samples}
+        return {sample: join_rows([rows[sample] for rows in made]) for sample in dataset.samples}
 
     def note_dicom(self) -> None:
         """Warn, once, that a run that was trained without DICOM files sees such files now."""
@@ -277,14 +284,14 @@ class Classifier:
             groups.setdefault(alike, []).append(number)
         return groups.values()
 
-    def _run_opened(self, images: Sequence[Any]) -> Iterator[_Row]:
+    def _run_opened(self, images: Sequence[Any]) -> Iterator[Row]:
         """Yield the features of PIL images and arrays, or why they could not be used."""
         for i in range(0, len(images), IMAGES_AT_ONCE):
             part = images[i : i + IMAGES_AT_ONCE]
             made = [self._run_pixels(n, part, len(images)) for n in range(len(self.recipes))]
-            yield from map(_join_rows, zip(*made, strict=True))
+            yield from map(join_rows, zip(*made, strict=True))
 
-    def _run_pixels(self, number: int, images: Sequence[Any], num_images: int) -> list[_Row]:
+    def _run_pixels(self, number: int, images: Sequence[Any], num_images: int) -> list[Row]:
         """Return the features of some images by one recipe, ``num_images`` being all of them."""
         fitted: list[npt.NDArray[np.uint8] | str] = []
         for image in images:
@@ -391,13 +398,3 @@ def load_classifier(
     place = resolve_device(device).torch()
     recipes = rebuild_recipes(loaded, weights, backbone, max_pixels)
     return Classifier(loaded, recipes, place, batch_size, decisions)
-
-
-def _join_rows(rows: Sequence[_Row]) -> _Row:
-    """Return the features of one image side by side, or the first reason why there are none."""
-    features = list[npt.NDArray[np.float32]]()
-    for row in rows:
-        if isinstance(row, str):
-            return row
-        features.append(row)
-    return features[0] if len(features) == 1 else np.concatenate(features)

@@ -96,7 +96,8 @@ def explain(
 
     Args:
         run: The run folder.
-        images: Files, folders, PIL images or uint8 arrays, one or many: see ``Classifier.predict``.
+        images: Files, folders, PIL images or uint8 arrays, one or many, or URLs: see
+            ``Classifier.predict``.
         out: A new or empty folder.
         positive: The class to explain; by default the most probable one of each image.
         against: Of three classes or more, the class to hold it against; by default the most

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.data.dataset import ImageDataset, Sample, list_images, scan
-from featcache.data.sources import are_packed
+from featcache import progress
+from featcache.data.dataset import ImageDataset
+from featcache.data.image_lists import list_in_order
+from featcache.data.listing import Listing
 from featcache.errors import ConfigError, DataError
-from featcache.files import local_path
 
 _EXPECTED = "paths, PIL images or uint8 arrays"
 
@@ -38,29 +39,37 @@ def list_inputs(images: Any, **listing: Any) -> Inputs:
     """Return images one by one; a folder becomes all images in it, sorted by path.
 
     Args:
-        images: One or many of: a file, folder or CSV (``str`` or ``Path``), a PIL image, a uint8
-            array (H, W) or (H, W, 3). Or one array (B, H, W, 3), or a scanned data set. Or a zip,
-            or tars or Parquet files or folders of them.
-        **listing: The keywords of ``list_images``.
+        images: One or many of: a file, folder, CSV or glob of these (``str`` or ``Path``), a PIL
+            image, a uint8 array (H, W) or (H, W, 3). Or one array (B, H, W, 3), or a scanned data
+            set. Or a zip, or tars or Parquet files or folders or globs of them. Any by URL.
+        **listing: The keywords of ``Listing.of``.
 
     Raises:
-        DataError: If a path leads nowhere, a folder holds no image, or companions of images.
+        DataError: If a path leads nowhere, a folder holds no image, or companions of images; or if
+            a store refuses or has nothing there.
         ConfigError: If an array has another shape or dtype, or for bytes, a torch tensor or what
-            else is none of these.
+            else is none of these; or if there are both paths and URLs.
     """
-    given = images if isinstance(images, ImageDataset) else _as_list(images)
-    if not isinstance(given, ImageDataset) and (packed := _list_packed(given, listing)) is not None:
-        given = packed
-    if isinstance(given, ImageDataset):
-        return Inputs(given, [sample.path for sample in given.samples], given.samples)
+    if isinstance(images, ImageDataset):
+        return Inputs(images, [sample.path for sample in images.samples], images.samples)
+    given = _as_list(images)
+    named: list[str | Path] = [
+        image if isinstance(image, str) else Path(image)
+        for image in given if isinstance(image, str | os.PathLike)
+    ]  # fmt: skip
+    dataset, of_each = list_in_order(
+        named, Listing.of(**listing), may_be_packed=len(named) == len(given),
+        progress=progress.OF_URLS,
+    )  # fmt: skip
+    has_columns = listing.get("columns") or listing.get("ignore_columns")
+    if has_columns and dataset.layout == "images" and not any(map(_is_csv, named)):
+        raise ConfigError("--columns", expected="a CSV of images", found="none")
     names: list[str] = []
     listed: list[Any] = []
-    has_csv = any(str(i).lower().endswith(".csv") for i in given if isinstance(i, str | Path))
-    if (listing.get("columns") or listing.get("ignore_columns")) and not has_csv:
-        raise ConfigError("--columns", expected="a CSV of images", found="none")
+    found = iter(of_each)
     for image in given:
         if isinstance(image, str | os.PathLike):
-            samples = list_images([local_path(Path(image), "image")], **listing).samples
+            samples = next(found)
             names += [sample.path for sample in samples]
             listed += samples
         else:
@@ -68,17 +77,11 @@ def list_inputs(images: Any, **listing: Any) -> Inputs:
             listed.append(image)
     if not listed and any(listing.values()):
         raise DataError("images", expected="some that --include and --exclude leave", found="none")
-    files = dict.fromkeys(image for image in listed if isinstance(image, Sample))
-    return Inputs(ImageDataset(Path(), "images", (), tuple(files)), names, listed)
+    return Inputs(dataset, names, listed)
 
 
-def _list_packed(images: Sequence[Any], listing: Mapping[str, Any]) -> ImageDataset | None:
-    """Return the images of a zip, or of tars or Parquet files; None for others."""
-    given = [image for image in images if isinstance(image, str | os.PathLike)]
-    paths = [local_path(Path(image), "image") for image in given]
-    if not are_packed(paths) or len(paths) < len(images):
-        return None
-    return scan(paths[0] if len(paths) == 1 else paths, no_classes=True, **listing)
+def _is_csv(path: str | Path) -> bool:
+    return os.fspath(path).lower().endswith(".csv")
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -48,8 +48,9 @@ class Predictions:
 
     Attributes:
         classes: C class names.
-        paths: N paths, in the order of ``probs``. An image that came as an array or as a PIL image
-            has its position as text instead: ``"0"`` for the first.
+        paths: N paths, in the order of ``probs``; of objects of a store their URLs. An image that
+            came as an array or as a PIL image has its position as text instead: ``"0"`` for the
+            first.
         probs: (N, C) probabilities: the softmax, or with several labels an image the sigmoid.
         failures: (path, reason) of images that could not be read.
         average_views: Whether a row with several views has the mean of their probabilities.
@@ -203,7 +204,8 @@ def predict(
 
     Args:
         run: The run folder.
-        images: Files, folders, PIL images or uint8 arrays, one or many: see ``Classifier.predict``.
+        images: Files, folders, PIL images or uint8 arrays, one or many, or URLs: see
+            ``Classifier.predict``.
         cache: A cache to classify instead, by view 0 of each row. Rows that the head was trained
             on or chosen by are warned of, as by ``evaluate``. Of a run of several caches, as many,
             in any order.

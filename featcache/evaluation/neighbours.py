@@ -16,6 +16,7 @@ import numpy.typing as npt
 from featcache.cache.by_url import by_url
 from featcache.cache.cache_split import CacheSplit
 from featcache.cache.reading import Cache, open_cache
+from featcache.data.remote import url_of
 from featcache.errors import CacheError, ConfigError, DataError, printable
 from featcache.files import local_path, result_as_dict
 from featcache.formatting import brief_repr
@@ -69,8 +70,8 @@ def neighbours(
 
     Args:
         cache: The file.
-        image: A path of the cache, whose row is left out; else an image file, whose features the
-            cache's backbone computes. Only then is a network built.
+        image: A path of the cache, whose row is left out; else an image file, here or by URL, whose
+            features the cache's backbone computes. Only then is a network built.
         k: How many, from 1; of fewer rows, all.
         weights: The weights file that the cache was made with, where the library's own were not
             used.
@@ -94,16 +95,18 @@ def neighbours(
     if k < 1:
         raise ConfigError("-k", expected="1 or more", found=k)
     opened = open_cache(local_path(cache, "CACHE"))
-    name = Path(image).as_posix() if isinstance(image, Path) else image
+    url = url_of(image)
+    name = url or (image.as_posix() if isinstance(image, Path) else image)
     place = _find_row(opened, name)
     if place is not None:
         split = opened.splits[place[0]]
         query = split.read_rows(np.array([place[1]]))[0].astype(np.float64)
         sha256 = split.image_sha256[place[1]].tobytes()
     else:
-        _require_image(opened, name)
+        if url is None:
+            _require_image(opened, name)
         how: dict[str, Any] = {"weights": weights, "backbone": backbone, "max_pixels": max_pixels}
-        query, sha256 = _compute(opened, Path(image), device, how)
+        query, sha256 = _compute(opened, name, device, how)
     length = np.sqrt(query @ query)
     if not np.isfinite(length) or length == 0:
         found = "only zeros" if length == 0 else "NaN or infinity"
@@ -142,11 +145,11 @@ def _require_image(cache: Cache, name: str) -> None:
 
 
 def _compute(
-    cache: Cache, image: Path, device: str, how: dict[str, Any]
+    cache: Cache, image: str, device: str, how: dict[str, Any]
 ) -> tuple[npt.NDArray[np.float64], bytes]:
     """Return the features (D,) of an image file and the sha256 of its bytes."""
     from featcache.backbones.engine import build_engine
-    from featcache.data.dataset import list_images
+    from featcache.data.image_lists import list_images
     from featcache.extraction.earlier import refuse_dark_colour
     from featcache.extraction.pipeline import Lane, stream_features
     from featcache.extraction.recipe import decode_probes, recipe_from_identity
@@ -156,7 +159,7 @@ def _compute(
         cache.identity, source=cache.provenance.get("weights_source"), **how
     )  # fmt: skip
     recipe = replace(recipe, rules=recipe.rules.with_dicom())
-    dataset = list_images([local_path(image, "image")])
+    dataset = list_images([image])
     if len(dataset.samples) != 1:
         found = f"{len(dataset.samples)} images"
         raise DataError("image", expected="one image file", found=found, where=image)

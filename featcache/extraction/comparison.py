@@ -20,11 +20,12 @@ from featcache.cache.precisions import UNKNOWN, error_bound, error_bounds, row_p
 from featcache.cache.provenance import listing_of
 from featcache.cache.reading import Cache
 from featcache.data.dataset import ImageDataset, Sample, scan
+from featcache.data.hashing import hash_images
 from featcache.data.sources import Data, listing_for, named
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
 from featcache.extraction.identifiers import as_listed
-from featcache.extraction.pipeline import Lane, Outcome, hash_images, stream_features
+from featcache.extraction.pipeline import Lane, Outcome, resolve_workers, stream_features
 from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.extraction.update import label_of_row
 from featcache.formatting import count
@@ -172,7 +173,9 @@ def _compare_contents(
     """Return the rows whose image has another sha256 now, or cannot be read."""
     return [
         _changed_row(rows, sample, "an unreadable one" if sha256 is None else "another one")
-        for sample, sha256 in zip(samples, hash_images(dataset, samples), strict=True)
+        for sample, sha256 in zip(
+            samples, hash_images(dataset, samples, resolve_workers("auto")), strict=True
+        )
         if sha256 != _recorded_sha256(cache, rows, sample)
     ]
 

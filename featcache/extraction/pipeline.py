@@ -315,27 +315,6 @@ def stream_views(
             yield outcomes, views
 
 
-def hash_images(
-    dataset: ImageDataset, samples: Sequence[Sample], workers: int | str = "auto"
-) -> Iterator[bytes | None]:
-    """Yield the sha256 of every image, in order; None where it cannot be read."""
-
-    def digest(sample: Sample) -> bytes | None:
-        try:
-            return hashlib.sha256(dataset.read(sample)).digest()
-        except (DataError, OSError, MemoryError):
-            return None  # whoever decodes it will say why
-
-    under_way: deque[Future[bytes | None]] = deque()
-    with Threads("hash", resolve_workers(workers)) as threads:
-        for sample in samples:
-            under_way.append(threads.submit(digest, sample))
-            if len(under_way) > _AHEAD_IMAGES:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-
-
 def _cut(order: Sequence[int], job: _Job, size: int) -> Iterator[list[int]]:
     """Yield as many positions as have ``size`` views together, one at least."""
     part: list[int] = []

@@ -18,13 +18,14 @@ import torch
 from featcache.backbones.engine import Engine
 from featcache.cache.writing import CACHE, cache_lock, partial_folder
 from featcache.data.dataset import ImageDataset
+from featcache.data.hashing import hash_images
 from featcache.errors import CacheError, DataError
 from featcache.extraction.earlier import refuse_misread
 from featcache.extraction.ledger import Ledger
 from featcache.extraction.manifest import Manifest, Receipt
 from featcache.extraction.options import ExtractionOptions, parse_max_errors
 from featcache.extraction.partial_cache import PartialCache
-from featcache.extraction.pipeline import hash_images
+from featcache.extraction.pipeline import resolve_workers
 from featcache.extraction.recipe import Recipe
 from featcache.extraction.shards import Vectors
 from featcache.extraction.update import (
@@ -324,7 +325,7 @@ def find_known(jobs: Sequence[Job], device: torch.device) -> Sequence[int]:
         positions = dataset.reading_order(sorted(suspects))
         options.say(f"Hashing {count(len(positions), 'image')} whose content may be known.")
         samples = [dataset.samples[position] for position in positions]
-        hashes = hash_images(dataset, samples, options.workers)
+        hashes = hash_images(dataset, samples, resolve_workers(options.workers))
         for position, sha256 in zip(positions, hashes, strict=True):
             for job in jobs:
                 if sha256 is not None:

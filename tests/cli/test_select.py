@@ -76,7 +76,7 @@ def test_mistakes_of_select_are_one_line_and_leave_nothing(
     before = sorted(tmp_path.rglob("*"))
     for arguments, parts in (
         (["a.h5", "b.h5", "n.h5"], ["train/0.png", "--prefix"]),
-        (["a.h5", "c.h5", "n.h5"], ["cache identity", "backbone 'made elsewhere'", "weights_sha2"]),
+        (["a.h5", "c.h5", "n.h5"], ["cache identity", "backbone made elsewhere", "weights_sha2"]),
         (["a.h5", "c.h5"], ["NEW", "a cache that is there already", "--rebuild"]),
         (["a.h5", "a.h5"], ["NEW", "another file than the caches"]),
         (["a.h5", "gone.h5", "n.h5"], ["gone.h5", "no such file"]),

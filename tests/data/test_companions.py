@@ -17,7 +17,8 @@ from PIL import Image
 from sample_companions import write_busi, write_mask, write_pair, write_radiography
 from sample_images import write_image
 
-from featcache.data.dataset import list_images, scan
+from featcache.data.dataset import scan
+from featcache.data.image_lists import list_images
 from featcache.data.splitting import split
 from featcache.errors import DataError, FeatcacheWarning
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from sample_folders import SPLIT_TABLE, SPLIT_TREE, plant, sheet, table
 
-from featcache.data.dataset import UNLABELLED, ImageDataset, Sample, list_images, scan
+from featcache.data.dataset import UNLABELLED, ImageDataset, Sample, scan
+from featcache.data.image_lists import list_images
 from featcache.errors import ConfigError, DataError, FeatcacheWarning
 
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX file names, links and pipes")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sample_folders import PATIENT, plain, write_files
 
-from featcache.data import splitting
+from featcache.data import split_outputs
 from featcache.data.dataset import scan
 from featcache.data.splitting import split
 from featcache.errors import ConfigError, DataError, FeatcacheError, FeatcacheWarning
@@ -146,7 +146,7 @@ def test_names_that_a_disk_takes_for_one_are_refused(tmp_path, monkeypatch, clas
     source = plain(tmp_path / "raw", a=5, b=5)
     write_files(source, dict.fromkeys(["a/x.png", "a/Sub/1.png", clash]))
     options = {"fractions": (1, 0, 0)}
-    monkeypatch.setattr(splitting, "ignores_case", lambda folder: folder.name == "new")
+    monkeypatch.setattr(split_outputs, "ignores_case", lambda folder: folder.name == "new")
     with pytest.raises(DataError, match=r"one that takes train/\S+ and train/\S+ for the same"):
         split(source, tmp_path / "dst", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]

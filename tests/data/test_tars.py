@@ -10,7 +10,8 @@ import pytest
 from sample_folders import SPLIT_TABLE, SPLIT_TREE, plant, table
 from sample_shards import contents, write_tar
 
-from featcache.data.dataset import list_images, scan
+from featcache.data.dataset import scan
+from featcache.data.image_lists import list_images
 from featcache.errors import ConfigError, DataError, FeatcacheWarning
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from sample_images import write_tree
+from sample_stores import upload
 from sklearn.neighbors import NearestNeighbors
 
 import featcache
@@ -71,6 +73,14 @@ def test_an_image_file_goes_through_the_caches_backbone(
     assert (found.is_row, found.num_rows, len(found.rows)) == (False, 10, 2)
     by_row = neighbours(tmp_path / "c.h5", first["path"], k=1, say=lambda _: None)
     assert by_row.rows[0]["path"] == found.rows[1]["path"]
+    url = upload(tree / "test" / "covid", f"memory://{uuid.uuid4().hex}")
+    there = neighbours(
+        tmp_path / "c.h5", Path(f"{url}/tec000_0.jpg"), k=2, backbone=tiny_backbone,
+        say=lambda _: None,
+    )  # fmt: skip
+    assert (there.query, there.rows) == (f"{url}/tec000_0.jpg", found.rows)
+    with pytest.raises(featcache.DataError, match=f"found none .{url}/gone.png"):
+        neighbours(tmp_path / "c.h5", f"{url}/gone.png", backbone=tiny_backbone)
     (tmp_path / "bad.png").write_bytes(b"\x89PNG")
     with pytest.raises(featcache.DataError, match="one that can be read"):
         neighbours(tmp_path / "c.h5", tmp_path / "bad.png", backbone=tiny_backbone)

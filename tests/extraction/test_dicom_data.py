@@ -18,7 +18,8 @@ from sample_dicom import make_dicom, ramp
 
 import featcache
 from featcache.cache.reading import open_cache
-from featcache.data.dataset import list_images, scan
+from featcache.data.dataset import scan
+from featcache.data.image_lists import list_images
 from featcache.data.splitting import split
 from featcache.deployment.server.work_queue import WorkQueue
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning

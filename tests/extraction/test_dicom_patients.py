@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ pytest.importorskip("pydicom", reason="pydicom, the extra dicom")
 
 from click.testing import CliRunner
 from sample_dicom import make_dicom
+from sample_stores import upload
 
 import featcache
 from featcache.backbones.engine import Engine
@@ -139,6 +141,10 @@ def test_a_split_keeps_patients_together_whatever_the_salt(tmp_path: Path) -> No
         assert all(len({row[2] for row in rows if row[3] == group}) == 1 for *_, group in rows)
         found.append({row[0]: row[2] for row in rows})
     assert found[0] == found[1]
+    url = upload(data, f"memory://{uuid.uuid4().hex}")
+    split(url, tmp_path / "u.csv", group_salt=tmp_path / "a.csv.salt", say=lambda _: None)
+    stored = (tmp_path / "u.csv").read_text().replace(f"{url}/", "data/")
+    assert stored == (tmp_path / "a.csv").read_text()
     split(data, tmp_path / "tree", say=lambda _: None)
     assert not (tmp_path / "tree.salt").exists()
     there = {p.name: p.relative_to(tmp_path / "tree").parts[0] for p in tmp_path.glob("tree/*/*/*")}

@@ -11,7 +11,8 @@ from command_line import TINY
 from sample_images import write_image, write_tree
 
 from featcache.cache.reading import open_cache
-from featcache.data.dataset import list_images, scan
+from featcache.data.dataset import scan
+from featcache.data.image_lists import list_images
 from featcache.data.splitting import split
 from featcache.errors import FeatcacheWarning
 from featcache.extraction.extraction import extract

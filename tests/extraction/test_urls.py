@@ -14,7 +14,7 @@ import fsspec
 import pytest
 from sample_images import write_tree
 from sample_shards import write_hugging_face, write_tar, write_webdataset
-from sample_stores import moto_bucket
+from sample_stores import moto_bucket, upload
 
 from featcache.backbones.backbone import Backbone
 from featcache.cache.reading import Cache, open_cache
@@ -48,14 +48,6 @@ def s3(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A client of moto's server, with a bucket ``images``."""
     with moto_bucket(request, "images") as client:
         yield client
-
-
-def upload(folder: Path, url: str) -> str:
-    fs, path = fsspec.url_to_fs(url)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            fs.pipe_file(f"{path}/{file.relative_to(folder).as_posix()}", file.read_bytes())
-    return url
 
 
 def rows_of(cache: Cache) -> dict[tuple[str, bytes], bytes]:

@@ -123,7 +123,7 @@ def test_interrupted_at_any_moment_it_says_what_is_true(
 
 
 STUCK: dict[str, tuple[str, str]] = {
-    "split": ("featcache.data.splitting", "_place"),
+    "split": ("featcache.data.split_outputs", "_place"),
     "extract": ("featcache.extraction.work", "write_shard"),
     "select": ("featcache.cache.selection", "write_rows"),
     "verify": ("featcache.extraction.verification", "_check_whole"),

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from featcache.backbones.engine import eager_features
-from featcache.data.dataset import list_images
+from featcache.data.image_lists import list_images
 from featcache.deployment.classifier import Classifier
 from featcache.deployment.exporting.graph import input_names
 from featcache.deployment.exporting.parity import (
