@@ -25,6 +25,7 @@ from featcache.cli.options import (
     labelling,
     listing,
     make_say,
+    path_column,
     patients,
     print_facts,
     printing,
@@ -367,6 +368,7 @@ def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option(
     "--table", type=click.Path(path_type=Path), help="CSV with the columns path and --source."
 )
+@path_column
 @click.option(
     "--source", metavar="COLUMN", help="Column of --table with the source (hospital, say)."
 )
