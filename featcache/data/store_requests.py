@@ -356,7 +356,7 @@ def errors() -> tuple[type[BaseException], ...]:
     return tuple(found)
 
 
-def told_by(error: Exception) -> Exception:
+def told_by(error: BaseException) -> BaseException:
     """Return the error that says what happened.
 
     fsspec says of all failures of a web server that is asked about a file that there is no such
@@ -364,7 +364,7 @@ def told_by(error: Exception) -> Exception:
     """
     cause = error.__cause__
     is_vague = isinstance(error, FileNotFoundError) and f"{error}".startswith("http")
-    return cause if is_vague and isinstance(cause, Exception) else error
+    return cause if is_vague and cause is not None else error
 
 
 def lasting(error: BaseException) -> Exception | None:
