@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from featcache.data.folders import SPLIT_OF_FOLDER
 from featcache.data.listing import Listing
 from featcache.data.tables import Extra, read_table
-from featcache.errors import DataError, printable
+from featcache.errors import ConfigError, DataError, printable
+from featcache.formatting import count
 from featcache.runtime import Say
 
 
@@ -24,7 +25,8 @@ class Table:
     A column that is missing or empty changes nothing. In other columns an empty cell means what it
     means to ``extract``: unlabelled, split ``all``, a group of its own. If no path of the table is
     in the caches, paths are compared without the leading folders that all of the table's have, or
-    without the split folders of the caches'; a line says so.
+    without the split folders of the caches', or, where the table has names of files alone (NIH's
+    ``Image Index``), by these; a line says so.
 
     Args:
         file: The CSV.
@@ -36,7 +38,8 @@ class Table:
 
     Raises:
         DataError: If it is not such a CSV, names a path twice, or names none of the known paths;
-            or if a header or a target is a question (see ``tables``).
+            if the name of a file is that of several; or if a header or a target is a question (see
+            ``tables``).
     """
 
     def __init__(
@@ -65,6 +68,11 @@ class Table:
                 if leaves_split_out:
                     say("table: the caches' paths are read without train/, valid/, test/")
                 break
+        else:
+            found_of = _find_by_name(names, keys, file)
+            if found_of:
+                names = [found_of.get(name, name) for name in names]
+                say(f"table: {count(len(found_of), 'row')} found by the name of its file")
         self._lines = dict(zip(names, lines, strict=True))
         if len(self._lines) < len(names):
             twice = Counter(names).most_common(1)[0][0]
@@ -82,6 +90,19 @@ class Table:
         """Return the table's line for a path; None if there is none."""
         key = posixpath.normpath(path)
         return self._lines.get(_without_split(key) if self._leaves_split_out else key)
+
+
+def check_path_column(columns: Mapping[str, str] | None, table: object) -> None:
+    """Refuse columns of a table of which only the path and a further one are used.
+
+    Raises:
+        ConfigError: If there is no table, or another column than the path's is named.
+    """
+    if columns and table is None:
+        raise ConfigError("--columns", expected="a --table that has them", found="none")
+    if {*(columns or {})} - {"path"}:
+        found = ", ".join(columns or {})
+        raise ConfigError("--columns", expected="path=HEADER and no other", found=found)
 
 
 def _ways_to_compare(names: list[str], keys: set[str]) -> Iterator[tuple[str, bool]]:
@@ -104,6 +125,32 @@ def _ways_to_compare(names: list[str], keys: set[str]) -> Iterator[tuple[str, bo
     yield from ((folder, False) for folder in folders[1:])
     if len({_without_split(key) for key in keys}) == len(keys):
         yield from ((folder, True) for folder in folders)
+
+
+def _find_by_name(names: Sequence[str], keys: Iterable[str], file: Path) -> dict[str, str]:
+    """Return name -> the one path in the caches whose file is called so, with or without ending.
+
+    Only for names without folders, as ``extract`` finds the files of such a CSV.
+
+    Raises:
+        DataError: If several files in the caches have such a name.
+    """
+    by_name, by_stem = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for key in sorted(keys):
+        name = posixpath.basename(key)
+        by_name[name].append(key)
+        by_stem[posixpath.splitext(name)[0]].append(key)
+    alone = [name for name in names if "/" not in name]
+    found = {name: by_name.get(name) or by_stem.get(name, []) for name in alone}
+    several = [name for name, paths in found.items() if len(paths) > 1]
+    if several:
+        name = several[0]
+        raise DataError(
+            "table", expected="paths, or names of one file each", where=file,
+            found=f"{name}, which is {' and '.join(found[name][:2])}",
+            hint="Write paths as the caches have them",
+        )  # fmt: skip
+    return {name: paths[0] for name, paths in found.items() if paths}
 
 
 def _without_split(key: str) -> str:

@@ -21,6 +21,7 @@ from featcache.cli.options import (
     csv_columns,
     grouping,
     make_say,
+    path_column,
     print_facts,
     printing,
     printing_json,
@@ -142,6 +143,7 @@ def verify(cache: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option(
     "--table", type=click.Path(path_type=Path), help="CSV with the columns path and --source."
 )
+@path_column
 @click.option(
     "--source", metavar="COLUMN", help="Column of --table with the source (hospital, say)."
 )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from featcache.extraction.projection import Projection
 
 
+_MOST_FAILURES = 5  # of a sample, as of an extraction
 _NAME_WIDTH = 30  # of a class beside its probability
 
 
@@ -38,8 +39,10 @@ def projection_lines(projection: Projection) -> Iterator[str]:
         known = count(projection.num_images, "image")
         yield f"expected: nothing to run; known already: {known}"
         return
-    for path, reason in projection.failures:
+    for path, reason in projection.failures[:_MOST_FAILURES]:
         yield f"would fail: {printable(path)}: {printable(reason)}"
+    if (more := len(projection.failures) - _MOST_FAILURES) > 0:
+        yield f"would fail: {more:,} more, listed by --json"
     yield f"sample: {len(projection.failures)} of {count(projection.num_decoded, 'image')} failed"
     if projection.deepest is not None:
         yield f"deep greyscale: values up to {projection.deepest:,} in the sample"

@@ -47,7 +47,7 @@ def choose_columns(schema: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     kind = schema.field(image).type
     found["path_in"] = None
     inside = [kind.field(i).name for i in range(kind.num_fields)] if _is_struct(kind) else []
-    if _is_struct(kind) and "bytes" not in inside:
+    if "bytes" not in inside if _is_struct(kind) else not _is_bytes(kind):
         raise Refusal("images", "a column of bytes", f"{image}: {kind}"[:200])
     if inside:
         found["path_in"] = "path" in inside
@@ -119,6 +119,8 @@ def _is_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
     kinds = pa.types
+    if kinds.is_dictionary(kind):
+        kind = kind.value_type
     if kinds.is_struct(kind):
         return any(
             kind.field(i).name == "bytes" and _is_bytes(kind.field(i).type)

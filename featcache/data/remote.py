@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import io
 import os
 import random
@@ -251,18 +252,44 @@ def file_system(url: str) -> tuple[Any, str]:
     with _lock:
         if key not in _file_systems:
             try:
+                _check_opens(fsspec.get_filesystem_class(protocol), protocol, url)
                 options = store_requests.options_of(protocol)
                 made = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
                 store_requests.prepare(made)
                 _file_systems[key] = made
             except ImportError as error:
-                raise _missing(_PACKAGES.get(protocol, f"fsspec names for {protocol}")) from error
+                if package := _PACKAGES.get(protocol):
+                    raise _missing(package) from error
+                raise ConfigError(
+                    "URL", expected=f"the package that {protocol}:// needs", found=error, where=url
+                ) from error
             except ValueError as error:
                 raise DataError(
                     "data", expected="a URL that fsspec knows", found=f"{protocol}://", where=url
                 ) from error
         fs = _file_systems[key]
     return fs, fs._strip_protocol(url)
+
+
+def _check_opens(kind: type[Any], protocol: str, url: str) -> None:
+    """Refuse a kind of file system that has to be told more than its protocol.
+
+    Raises:
+        DataError: If something is needed that is not in its variables either.
+    """
+    from fsspec.config import conf
+
+    empty = inspect.Parameter.empty
+    parameters = [*inspect.signature(kind.__init__).parameters.values()][1:]
+    needed = [
+        p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is empty
+    ]
+    if missing := [name for name in needed if name not in conf.get(protocol, {})]:
+        variables = " and ".join(f"FSSPEC_{protocol}_{name}".upper() for name in missing)
+        raise DataError(
+            "data", expected=f"the {' and the '.join(missing)} of a {protocol} server",
+            found="none", where=url, hint=f"Set {variables}",
+        )  # fmt: skip
 
 
 def _missing(package: str) -> ConfigError:
@@ -288,7 +315,8 @@ def retry(url: str, call: Callable[[Any, str], _T], waits: Sequence[float] = _WA
         fs, path = file_system(url)
         try:
             result = call(fs, path)
-        except store_requests.errors() as error:
+        except store_requests.errors() as raised:
+            error = store_requests.told_by(raised)
             meant = store_requests.lasting(error)
             is_refused = type(meant) is PermissionError and "no credentials" not in f"{meant}"
             if meant is not None and not is_refused:

@@ -356,6 +356,17 @@ def errors() -> tuple[type[BaseException], ...]:
     return tuple(found)
 
 
+def told_by(error: BaseException) -> BaseException:
+    """Return the error that says what happened.
+
+    fsspec says of all failures of a web server that is asked about a file that there is no such
+    file, and names its URL alone: also of a closed port, and of what may pass.
+    """
+    cause = error.__cause__
+    is_vague = isinstance(error, FileNotFoundError) and f"{error}".startswith("http")
+    return cause if is_vague and cause is not None else error
+
+
 def lasting(error: BaseException) -> Exception | None:
     """Return what an error means for good; None if it may pass, so that asking again is worth it.
 

@@ -51,7 +51,6 @@ _OWN_HEADERS = {
     "unlike_training",
 }  # of evaluate and predict
 _OF_AUDIT = ["path", "group", "copies"]
-_RENAME = "Call the column of the paths path"
 _FLAGS = {"", "0", "1", "-1", "0.0", "1.0", "-1.0"}
 _PLAIN = Listing()
 _SHORT = 9  # letters of cells that are kept once, whatever their rows: flags, ages, sexes
@@ -63,12 +62,10 @@ class Extra(NamedTuple):
     Attributes:
         header: Its header.
         option: What named it, for messages.
-        takes_columns: Whether ``--columns`` may name the path's.
     """
 
     header: str
     option: str
-    takes_columns: bool
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,8 @@ def read_table(
         if name and name not in {*used.values(), *ignore_columns, *flags}
         and not _is_our_own(name, names)
     ]  # fmt: skip
-    wanted = ("path",) if extra is not None else [c for c in COLUMNS if c != "target" or not flags]
+    is_labelled = bool(flags) or labelling.no_classes  # so that no column target is missing
+    wanted = ("path",) if extra else [c for c in COLUMNS if c != "target" or not is_labelled]
     asked = _resembling(used, others, wanted)
     asks = needs_targets and not labelling.has_labels
     if asks and "target" not in used and "target" not in asked.values():
@@ -137,14 +135,13 @@ def read_table(
             "CSV header", where=root,
             expected="path, target, split, group, and others that resemble none of them",
             found=", ".join(f"{name!r} ({key}?)" for name, key in asked.items()),
-            hint=answers if extra is None or extra.takes_columns else _RENAME,
+            hint=answers,
         )  # fmt: skip
     if "path" not in used:
         raise DataError(
             "CSV header", expected="path and, if known, target, split, group, once each",
             found=", ".join(names), where=root,
-            hint="Name its column: --columns path=HEADER"
-            if extra is None or extra.takes_columns else _RENAME,
+            hint="Name its column: --columns path=HEADER",
         )  # fmt: skip
     places = {key: names.index(name) for key, name in used.items()}
     rows = [_read_row(line, cells, places, len(names), root) for line, cells in lines]

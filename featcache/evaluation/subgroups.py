@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache_split import CacheSplit
-from featcache.cache.table import Table
+from featcache.cache.table import Table, check_path_column
 from featcache.data.tables import Extra
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.evaluation.intervals import measure_intervals
@@ -70,11 +70,7 @@ class Column:
         if by not in {None, GROUP} and table is None:
             expected = f"{GROUP}, or a column of a CSV named with --table"
             raise ConfigError("--by", expected=expected, found=by)
-        if columns and table is None:
-            raise ConfigError("--columns", expected="a --table that has them", found="none")
-        if {*(columns or {})} - {"path"}:
-            found = ", ".join(columns or {})
-            raise ConfigError("--columns", expected="path=HEADER and no other", found=found)
+        check_path_column(columns, table)
 
     def measure(
         self, rows: PredictedRows, positive: str | None, split: CacheSplit, numbers: RowNumbers,
@@ -107,7 +103,7 @@ class Column:
                 raise CacheError("--by group", expected="groups in the cache", found="none",
                                  hint="Name a CSV with --table")  # fmt: skip
             return [split.groups[row] or None for row in numbers]
-        extra = Extra(by, "--by", takes_columns=True)
+        extra = Extra(by, "--by")
         lines = Table(Path(self._table), split.paths, say, columns=self._columns, extra=extra)
         found = [lines.find(split.paths[row]) for row in numbers]
         if None in found:

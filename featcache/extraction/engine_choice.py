@@ -23,6 +23,9 @@ from featcache.formatting import count
 from featcache.precision import PARITY_BOUNDS
 from featcache.runtime import environment_facts
 
+AS_BEFORE = "as for the rows that are there"
+"""Why an engine is taken that others were made with."""
+
 # What ``select``, ``verify --repair`` and ``convert`` said of the rows holds also after an update.
 _KEPT_FACTS = ("selected_from", "origins", "lost", "converted_from", "identity")
 
@@ -66,7 +69,7 @@ def choose_engine(job: Job, device: torch.device) -> None:
         reference=reference,
     )  # fmt: skip
     if as_before and engine.batch_size == as_before.batch_size:
-        engine = replace(engine, reason="as for the rows that are there")
+        engine = replace(engine, reason=AS_BEFORE)
     if fixed and engine.batch_size != fixed.batch_size:
         raise CacheError(
             "unfinished extraction", expected=f"memory for batches of {fixed.batch_size}",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from featcache.backbones.engine import Engine, Images, build_engine
-from featcache.extraction.engine_choice import facts_as_before
+from featcache.extraction.engine_choice import AS_BEFORE, facts_as_before
 from featcache.extraction.pipeline import stream_views
 from featcache.extraction.plan import Job
 from featcache.extraction.recipe import decode_probes, sample_depths
@@ -211,12 +211,13 @@ def _project_sizes(job: Job, num_wanted: int, num_wanted_views: int) -> Projecti
 def _build_engine(job: Job, device: torch.device, probes: Images) -> Engine:
     """Return the engine that the extraction would choose."""
     options, as_before = job.options, facts_as_before(job, device)
-    return build_engine(
+    engine = build_engine(
         job.recipe.backbone, device, probes, precision=options.precision,
         batch_size=as_before.batch_size if as_before else options.batch_size,
         name=as_before.engine if as_before else options.engine,
         num_images=len(job.dataset.samples),
     )  # fmt: skip
+    return replace(engine, reason=AS_BEFORE) if as_before else engine
 
 
 def _time_vector(engine: Engine, side: int) -> float:

@@ -216,7 +216,11 @@ def _read(data: bytes, rules: DicomRules, max_pixels: int) -> DicomPicture:
 
 def _open_image(data: bytes, max_pixels: int) -> Any:
     """Return the data set of a picture in grey; raise DataError for all others."""
-    dataset = open_dataset(io.BytesIO(data), _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")  # pydicom drops what is cut off, and warns
+        dataset = open_dataset(io.BytesIO(data), _IMAGE_TAGS, 4 * max_pixels + (1 << 26))
+    if "PixelData" not in dataset and any("End of file" in f"{one.message}" for one in told):
+        raise failure("a DICOM file that is cut off in its pixels")
     if text(dataset, "RecognitionCode").startswith("ACR-NEMA"):  # which knows no other pictures
         for keyword, value in _ACR_NEMA.items():
             if keyword not in dataset:
@@ -318,6 +322,10 @@ def _decode(dataset: Any, frame: int) -> npt.NDArray[Any]:
         return values
     if str(syntax).endswith(".4.51") and whole(dataset, "BitsStored") > 8:
         raise failure("JPEG of 12 bits, which no free decoder here reads (pylibjpeg-libjpeg does)")
+    needed = _num_frames(dataset) * whole(dataset, "Rows") * whole(dataset, "Columns")
+    needed, found = needed * whole(dataset, "BitsAllocated") // 8, len(dataset.PixelData)
+    if not syntax.is_encapsulated and found < needed:
+        raise failure(f"a DICOM file of {found:,} of {needed:,} bytes of pixels, as if cut off")
     raise failure(f"a broken DICOM file ({type(error).__name__} of its decoder)")
 
 

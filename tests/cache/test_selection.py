@@ -156,11 +156,34 @@ def test_leading_folders_are_ignored_only_where_the_match_is_unique(
 ) -> None:
     for rows, line in (
         (["train/x/1", "test/x/1"], "x/1"),  # which of them?
-        (["train/x/1"], "y/1"), (["train/x/1"], "1"), (["train/x/1"], "test/x/1"),
+        (["train/x/1"], "y/1"), (["train/x/1"], "test/x/1"),
     ):  # fmt: skip
         cache = make("c", *rows)
         table = write_table(tmp_path / "t.csv", [(line,)])
         assert "paths of the caches" in refused(tmp_path, DataError, cache, table=table)
+
+
+def test_rows_are_found_by_names_of_files_alone_if_these_are_unique(
+    make: Any, tmp_path: Path
+) -> None:
+    """As NIH's CSV names its images, which lie in ``images_001/images``; endings may be missing."""
+    cache = make("c", "all/a/images_001/1.png", "all/a/images_002/2.png", "all/a/images_002/3")
+    table = write_table(
+        tmp_path / "t.csv", [("1.png", "test"), ("2", "valid"), ("9.png", "")], "path,split"
+    )
+    said: list[str] = []
+    with pytest.warns(FeatcacheWarning, match=r"1 path of the table without a row: 9\.png"):
+        summary = select(cache.path, tmp_path / "n.h5", table=table, say=said.append)
+    splits = open_cache(summary.cache).splits
+    assert {name: rows.paths for name, rows in splits.items()} == {
+        "test": ["all/a/images_001/1.png"],
+        "valid": ["all/a/images_002/2.png"],
+    }  # fmt: skip
+    assert said[0] == "table: 2 rows found by the name of its file"
+    cache = make("d", "all/a/1.png", "all/b/1.png", "all/b/2.png")
+    table = write_table(tmp_path / "t.csv", [("2.png",), ("1.png",)])
+    text = refused(tmp_path, DataError, cache, table=table)
+    assert "names of one file each, found 1.png, which is all/a/1.png and all/b/1.png" in text
 
 
 # --------------------------------------------------------------------------------- two hospitals

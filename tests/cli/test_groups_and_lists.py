@@ -53,7 +53,7 @@ def test_select_and_predict_take_them(tmp_path: Path, run: Any) -> None:
     done = run("predict", "run", "new.csv", *TINY, *listing, "--json")
     assert done.code == 0, done.err
     assert [p["path"] for p in json.loads(done.out)["predictions"]] == images
-    assert_one_line_error(run("predict", "run", "new.csv", *TINY), "label", "--ignore-columns")
+    assert_one_line_error(run("predict", "run", "new.csv", *TINY), "file", "--ignore-columns")
     done = run("predict", "run", "raw", *TINY, *listing)
     assert_one_line_error(done, "--columns: expected a CSV of images")
     done = run("predict", "run", "raw", *TINY, "--no-classes", "--json")

@@ -159,7 +159,8 @@ def test_a_folder_of_files(tmp_path):
     ({"diagnosis": ["a"]}, {}, r"'diagnosis' \(target\?\).*--columns target=diagnosis"),
     ({"patient_id": ["a"]}, {}, r"'patient_id' \(group\?\)"),
     ({"label": [0.5]}, {}, "expected texts or whole numbers, found double.*Cast it"),
-    ({"x": [1]}, {"columns": {"image": "x"}}, "a column of bytes, found INT64"),
+    ({"x": [1]}, {"columns": {"image": "x"}}, "a column of bytes, found x: int64"),
+    ({"x": ["a"]}, {"columns": {"image": "x"}}, "a column of bytes, found x: string"),
 ])  # fmt: skip
 def test_unclear_columns_are_one_error(tmp_path, columns, options, message):
     path = write(tmp_path / "a.parquet", IMAGES[:1], **columns)

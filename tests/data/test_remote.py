@@ -163,6 +163,23 @@ def test_a_port_that_refuses_is_one_line(
         monkeypatch.setenv(name, address)
     set_hub(address, monkeypatch)
     refused(url_at(protocol, address), "onnect")
+    if protocol == "http":  # of one file fsspec says only that it is not found
+        refused(f"{address}/web/data.tar", r"onnect.*\(tried 4 times\)")
+
+
+@pytest.mark.parametrize(("url", "message"), [
+    ("ftp://127.0.0.1/images", "data: expected the host of a ftp server, found none"),
+    ("github://images", "the org and the repo of a github .* FSSPEC_GITHUB_ORG and FSSPEC_GITHUB"),
+    ("packed://images", "URL: expected the package that packed:// needs, found nowhere.FileSystem"),
+    ("abc://images", "a URL that fsspec knows"),
+])  # fmt: skip
+def test_what_fsspec_cannot_open_is_one_line(
+    url: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.register_implementation("packed", "nowhere.FileSystem", clobber=True)
+    refused(url, message)
+    assert capsys.readouterr().err == ""
 
 
 def url_at(protocol: str, address: str) -> str:

@@ -62,6 +62,18 @@ def test_what_has_to_be_read_is_counted_and_a_price_gives_costs(
         plan(tree, tmp_path / "c.h5", backbone=tiny_backbone, price=-1)
 
 
+def test_of_many_images_that_would_fail_five_are_named(
+    tree: Path, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    for image in sorted((tree / "train" / "covid").iterdir())[:7]:
+        image.write_bytes(b"broken")
+    planned = plan(tree, tmp_path / "c.h5", backbone=tiny_backbone)
+    assert len(planned.failures) == 7
+    lines = [line for line in projection_lines(planned) if "would fail" in line]
+    assert len(lines) == 6
+    assert lines[-1] == "would fail: 2 more, listed by --json"
+
+
 def test_views_of_images_to_train_on_are_counted(
     tree: Path, tmp_path: Path, tiny_backbone: Backbone
 ) -> None:
@@ -105,6 +117,7 @@ def test_a_plan_of_an_update_counts_what_extract_then_runs(
     assert any(
         "2 images at" in line and "45 are known" in line for line in projection_lines(planned)
     )
+    assert planned.engine.endswith(" (as for the rows that are there)")
     assert planned.working_bytes == planned.cache_bytes + 2 * tiny_network.NUM_FEATURES * 4
     updated = extract(tree, tmp_path / "c.h5", backbone=tiny_backbone)
     assert (updated.num_new, updated.num_known) == (2, 45)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -218,11 +219,11 @@ def test_the_files_of_pydicom_are_shown_as_highdicom_does_or_fail_with_a_reason(
     assert equal >= 50, refused
     known = ("a DICOM file without pixels", "a DICOM file in colour", "a DICOM file of masks",
              "a DICOM file without a known", "JPEG of 12 bits", "a broken DICOM file",
-             "a compressed image of")  # fmt: skip
+             "a compressed image of", "a DICOM file of 8,130 of 8,192 bytes of pixels")  # fmt: skip
     assert all(line.partition(": ")[2].startswith(known) for line in refused), refused
     broken = [line for line in refused if "a broken" in line or "a compressed" in line]
     assert [line.partition(":")[0] for line in broken] == [
-        "JPEG2000-embedded-sequence-delimiter.dcm", "MR_truncated.dcm", "badVR.dcm"
+        "JPEG2000-embedded-sequence-delimiter.dcm", "badVR.dcm"
     ]  # fmt: skip
 
 
@@ -352,6 +353,16 @@ def test_what_is_no_grey_picture_fails_with_its_reason(changes: dict[str, Any], 
     text = reason(make_dicom(ramp(12), bits=12, **changes))
     assert found in text
     assert "SMITH" not in text
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_a_file_that_is_cut_off_is_said_to_be(syntax: str) -> None:
+    data = make_dicom(ramp(8), syntax=syntax)
+    for size in (len(data) * 4 // 5, len(data) - 100):
+        found = re.search(
+            "DICOM file (that is|of .* of 4,608 bytes .* as if) cut off", reason(data[:size])
+        )
+        assert found
 
 
 def test_a_file_is_decoded_in_a_child_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ cache, and a CSV where one is asked for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +158,7 @@ def audit(
     group_by_path: str | None = None,
     table: str | Path | None = None,
     source: str | None = None,
+    columns: Mapping[str, str] | None = None,
     csv: str | Path | None = None,
     copies: str = "group",
     strict: bool = False,
@@ -186,6 +187,7 @@ def audit(
         group_by_path: The same, in the path below the class.
         table: A CSV with ``path`` and the column ``source``.
         source: The column of ``table`` that names where an image comes from.
+        columns: ``{"path": HEADER}`` where the path's column in ``table`` has another header.
         csv: A file that ``select --table`` takes: every row, copies in one group.
         copies: ``group`` or ``drop``: leave all but one of the copies out of ``csv``, preferably
             that of test; and all of them where their classes conflict.
@@ -215,7 +217,7 @@ def audit(
         >>> featcache.audit("covid.h5", csv="copies.csv").num_leaks  # doctest: +SKIP
     """
     parts = choose_parts(only)
-    if not has_sources(table, source) and "sources" in parts:
+    if not has_sources(table, source, columns) and "sources" in parts:
         if only is not None:
             raise ConfigError(
                 "--only sources", expected="a column that names them: --table CSV --source COLUMN",
@@ -236,7 +238,7 @@ def audit(
     if pattern is not None:
         _regroup(opened, pattern, say)
     rows = AuditRows.of(opened)
-    sources = read_sources(table, source, rows.paths, say) if table and source else []
+    sources = read_sources(table, source, rows.paths, say, columns) if table and source else []
     recipe, images, files = None, None, rows.images
     if data is not None:
         # torch is imported for images only

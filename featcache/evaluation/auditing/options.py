@@ -5,8 +5,9 @@ Reads nothing. Writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from featcache.cache.table import check_path_column
 from featcache.errors import ConfigError
 from featcache.formatting import join_few
 
@@ -27,8 +28,11 @@ def choose_parts(only: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in PARTS if name in wanted)
 
 
-def has_sources(table: object, source: str | None) -> bool:
+def has_sources(
+    table: object, source: str | None, columns: Mapping[str, str] | None = None
+) -> bool:
     """Return whether a column names the sources."""
+    check_path_column(columns, table)
     if (table is None) != (source is None):
         given = "--table" if source is None else "--source"
         raise ConfigError(given, expected="--table and --source together", found=f"only {given}")

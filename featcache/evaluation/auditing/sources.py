@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from featcache.metrics.scores import paired_interval
 from featcache.runtime import Say
 
 
-def read_sources(table: str | Path, column: str, paths: list[str], say: Say) -> list[str]:
+def read_sources(
+    table: str | Path, column: str, paths: list[str], say: Say, columns: Mapping[str, str] | None
+) -> list[str]:
     """Return the source of each row of a cache, empty where the table does not say.
 
     Args:
@@ -38,12 +40,13 @@ def read_sources(table: str | Path, column: str, paths: list[str], say: Say) -> 
         column: The header of the column that names sources.
         paths: Of the rows.
         say: Where lines for people go.
+        columns: ``{"path": HEADER}`` where the path's column has another header.
 
     Raises:
         DataError: If the CSV cannot be read, or has no such column or path.
         ConfigError: If the column is empty for all rows.
     """
-    lines = Table(Path(table), paths, say, extra=Extra(column, "--source", takes_columns=False))
+    lines = Table(Path(table), paths, say, columns=columns, extra=Extra(column, "--source"))
     found = [lines.find(path) for path in paths]
     sources = ["" if line is None else line["extra"] for line in found]
     if not any(sources):

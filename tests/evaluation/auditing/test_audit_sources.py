@@ -123,10 +123,20 @@ def test_a_column_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> None:
         featcache.audit(cache, table=tmp_path / "t.csv", source="nowhere", say=lambda line: None)
     (tmp_path / "t.csv").write_text("path,hospital\n000.png,\n", "utf-8")
     (tmp_path / "other.csv").write_text("image,hospital\n000.png,A\n", "utf-8")
-    with pytest.raises(featcache.DataError, match="Call the column of the paths path") as caught:
+    options = {"table": tmp_path / "other.csv", "source": "hospital", "only": "sources"}
+    with pytest.raises(
+        featcache.DataError, match=r"Say what they are with --columns path=image\.$"
+    ):
+        featcache.audit(cache, **options, say=lambda line: None)
+    with pytest.raises(featcache.ConfigError, match="names of sources"):  # of fewer than two
         featcache.audit(
-            cache, table=tmp_path / "other.csv", source="hospital", say=lambda line: None
-        )
-    assert "--columns" not in str(caught.value)  # which audit does not have
+            cache, table=tmp_path / "t.csv", source="hospital", columns={"path": "path"},
+            say=lambda line: None,
+        )  # fmt: skip
+    (tmp_path / "other.csv").write_text("image,hospital\n000.png,A\n001,B\n", "utf-8")
+    found = featcache.audit(cache, **options, columns={"path": "image"}, say=lambda line: None)
+    assert found.sources is not None
+    with pytest.raises(featcache.ConfigError, match="--columns: expected path=HEADER and no other"):
+        featcache.audit(cache, **options, columns={"target": "hospital"})
     with pytest.raises(featcache.ConfigError, match="names of sources"):
         featcache.audit(cache, table=tmp_path / "t.csv", source="hospital", say=lambda line: None)

@@ -132,28 +132,34 @@ def test_actors_stop_soon_after_the_command_was_killed(
     check_resumed(place, nodes.address, num_listed(place))
 
 
-def find_own_rays() -> list[str]:
-    """Return the command lines of all processes of a Ray that was started for a command."""
+def find_own_rays() -> set[Path]:
+    """Return the folders of all Rays that were started for a command, of others' commands too."""
+    return {path for path in Path("/tmp").glob("featcache-*") if (path / "session_latest").exists()}
+
+
+def find_processes(folder: Path) -> list[str]:
+    """Return the command lines of the processes of a Ray."""
     found = list[str]()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             line = path.read_bytes().decode("utf-8", "replace")
-            if "/tmp/featcache-" in line:
+            if f"{folder}/" in line:
                 found.append(line)
     return found
 
 
 def test_a_ray_of_our_own_ends_with_the_killed_command(place: Path) -> None:
-    before = set(Path("/tmp").glob("featcache-*"))
+    before = find_own_rays()
     child = start(place, "local")
     wait_for(lambda: num_shards(place) > 2, child)
-    assert find_own_rays()
+    (folder,) = find_own_rays() - before
+    assert find_processes(folder)
     child.kill(signal.SIGKILL)
     child.wait()
-    wait_for(lambda: not find_own_rays(), None)
-    assert set(Path("/tmp").glob("featcache-*")) <= before
+    # The folder goes last.
+    wait_for(lambda: not folder.exists() and not find_processes(folder), None)
     check_resumed(place, "local", num_listed(place))
-    assert not find_own_rays()
+    assert find_own_rays() <= before
 
 
 def test_modules_beside_the_images_do_not_run(place: Path, nodes: Nodes) -> None:
