@@ -139,6 +139,12 @@ def images_under_way(lanes: Sequence[Lane]) -> int:
     return size * (_num_ahead(size) + 2 * _concurrency(lanes) + 1)
 
 
+def vectors_under_way(lanes: Sequence[Lane]) -> int:
+    """Return the most vectors of a lane that are run, or are being run, and nobody has taken."""
+    largest = max(chunk_size(lanes), *(lane.recipe.view_rules.num_views for lane in lanes))
+    return largest * (2 * _concurrency(lanes) + 1)  # so many chunks before the first is taken
+
+
 def _num_ahead(size: int) -> int:
     return max(_AHEAD, _AHEAD_IMAGES // size)
 

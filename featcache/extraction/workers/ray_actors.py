@@ -274,6 +274,10 @@ class RayWorker:
         """Let it run a task next."""
         self._bridge.order(("give", self._key, task))
 
+    def listed(self) -> None:
+        """Let it go on after a shard."""
+        self._bridge.order(("listed", self._key))
+
     def stop(self) -> None:
         """Let it hand back what it has and end."""
         self._deadline = self._deadline or time.monotonic() + _STOP_SECONDS

@@ -181,11 +181,8 @@ def test_an_exit_that_ray_raises_in_a_thread_is_said() -> None:
 def test_the_private_names_of_ray_that_are_used_are_there() -> None:
     import inspect
 
-    from ray import actor
     from ray._private import worker
     from ray.job_config import JobConfig
 
     assert JobConfig(_client_job=True)._client_job
     assert "not job_config._client_job" in inspect.getsource(worker.connect)
-    options = inspect.signature(actor.ActorMethod._remote).parameters
-    assert "_generator_backpressure_num_objects" in options

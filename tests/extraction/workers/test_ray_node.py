@@ -55,6 +55,11 @@ class DirectWorker:
         for answer in self._actor.run(task):
             is_sent = isinstance(answer, SentShard)
             self._tell(answer.write(self._folders[answer.made.job]) if is_sent else answer)
+            if isinstance(answer, SentShard | ShardMade):
+                self._actor.listed()
+
+    def listed(self) -> None:
+        pass
 
     def stop(self) -> None:
         self._tell(Ended("asked to", was_asked=True))
