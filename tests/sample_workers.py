@@ -75,11 +75,17 @@ class ThreadWorker:
         try:
             worker = Worker(self._facts, "cpu")
             self._tell(worker.ready)
+            is_dead = False
             while (task := self._tasks.get()) is not None:
                 self._hook(self._number, task, None)
 
                 def hand_back(message: Message, task: Task = task) -> None:
+                    nonlocal is_dead
+                    if is_dead:  # a process that was killed cleans nothing up
+                        raise Death
+                    is_dead = True
                     self._hook(self._number, task, message)
+                    is_dead = False
                     self._tell(message)
                     if isinstance(message, ShardMade):
                         self._num_listed.acquire()

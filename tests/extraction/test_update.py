@@ -320,7 +320,7 @@ def test_an_interrupted_run_with_copies_ends_equal(
     first = sorted((tree / "train" / "covid").iterdir())[0]
     for number in range(12):
         shutil.copy(first, tree / ("train", "test")[number % 2] / "covid" / f"a{number:02d}.jpg")
-    monkeypatch.setattr("featcache.extraction.work.SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
+    monkeypatch.setattr("featcache.extraction.work.SHARD_BYTES", tiny_network.shard_bytes(4, 1))
     options: dict[str, Any] = {"batch_size": 1, "engine": engine}
     inner = pipeline.stream_features
 

@@ -83,7 +83,7 @@ def take_shortcuts(rows_per_shard: int) -> Iterator[Shortcuts]:
             (engine_choice, "environment_facts", lambda *_: dict(facts)),
             (engine_choice, "build_engine", prepare),
             (engine_choice, "decode_probes", lambda *_, **__: []),
-            (work, "SHARD_ROWS", rows_per_shard),
+            (work, "SHARD_ROWS", rows_per_shard + 2),  # three batches of one are under way
             (hdf5, "_make_skeleton", remember),
             (pipeline, "IsolatedDecoder", _InPlace),
             (recipe, "IsolatedDecoder", _InPlace),

@@ -46,7 +46,7 @@ from featcache.runtime import Interrupted, held_signals
 MIN_IMAGES = 16
 """No task has fewer, unless that is all there is."""
 _MOST_STARTS = 3  # deaths in a row, at one place, of workers that were never ready
-_MOST_DEATHS = 24  # in a row without an image done; halving a task of 65,536 images takes 19
+_MOST_DEATHS = 24  # in a row without an image done; halving a task of 65,536 images takes 21
 _TIDY_SECONDS = 3.0  # to end workers, once they had the time to hand back what they have
 _MOST_EVENTS = 200  # that are acted on before workers get tasks again
 CRASHED = "it crashed the worker's process"

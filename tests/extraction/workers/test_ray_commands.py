@@ -69,7 +69,7 @@ def nodes(is_long: None) -> Iterator[Nodes]:
 
 
 def start(place: Path, ray: str, *before: tuple[Any, ...]) -> Child:
-    return warm_parent().start(*COMMAND, ray, cwd=place, before=(("small_shards", 4), *before))
+    return warm_parent().start(*COMMAND, ray, cwd=place, before=(("small_shards", 4, 2), *before))
 
 
 def num_shards(place: Path) -> int:
@@ -84,7 +84,7 @@ def num_listed(place: Path) -> int:
 def check_resumed(place: Path, ray: str, num_kept: int) -> None:
     """Check that the same command goes on with the shards that were listed."""
     result = warm_parent().run(
-        *COMMAND, ray, "--json", cwd=place, before=(("small_shards", 4),)
+        *COMMAND, ray, "--json", cwd=place, before=(("small_shards", 4, 2),)
     )  # fmt: skip
     assert result.code == 0, result
     assert result.facts["num_known"] >= num_kept
@@ -213,7 +213,7 @@ def test_shards_of_a_node_without_the_folder_are_sent(
         except OSError as error:
             pytest.skip(str(error))
         (place / "data").unlink()
-        before = (("small_shards", 4),)
+        before = (("small_shards", 4, 2),)
         command = ("extract", images[0], *COMMAND[2:-1], "--processes", "2", "--ray")
         command = tuple(word for word in command if word != "--quiet")
         result = warm_parent().run(*command, nodes.address, cwd=place, before=before)

@@ -25,9 +25,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at proces
 
 COMMAND = ("extract", "data", "c.h5", *TINY, "--batch-size", "2", "--workers", "2")
 NUM_CONTENTS = 43
-LOST_IMAGES = 13
-"""That a death may cost: a shard of four rows in hand, which a batch of two may overfill by one,
-and four batches that the network has run, or is running, and nobody has taken yet."""
+LOST_IMAGES = 9
+"""That a death may cost: with batches of two, ``SMALL_SHARDS`` lets no more be run and not listed.
+"""
+SMALL_SHARDS = ("small_shards", 4, 2)
 COPIES = 3  # may be run though another worker, or part, runs their content at the same time
 
 Place = tuple[Path, str]
@@ -54,7 +55,7 @@ class Extraction:
         """Start it; each batch is waited for."""
         before: list[Preparation] = [
             ("set", "featcache.extraction.workers.coordinator", "MIN_IMAGES", 8),
-            ("small_shards", 4),
+            SMALL_SHARDS,
             ("call", "forked_workers", "prepare", str(self.folder / "forwards"), seconds),
             *more,
         ]  # fmt: skip
