@@ -28,7 +28,7 @@ from featcache.extraction.extraction import extract
 from featcache.extraction.workers import coordinator, worker
 from featcache.extraction.workers.coordinator import CRASHED
 from featcache.extraction.workers.pieces import DEATHS_ALONE
-from featcache.extraction.workers.worker import Facts, ShardMade, Task
+from featcache.extraction.workers.worker import Facts, Progress, ShardMade, Task
 from featcache.runtime import Interrupted
 
 pytestmark = [
@@ -193,17 +193,20 @@ def test_an_image_is_not_blamed_for_as_many_deaths_of_which_one_was_not_of_it_al
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker is killed with one image left of its task, and the next ones with that image."""
-    deaths = list[int]()
+    deaths, handed_in = list[int](), set[int]()
 
     def die(number: int, task: Task, message: object) -> None:
-        is_first = not deaths and isinstance(message, ShardMade) and len(task.samples) == 4
+        if isinstance(message, ShardMade) and len(task.samples) == 4:
+            handed_in.add(task.number)
+        is_first = not deaths and isinstance(message, Progress) and task.number in handed_in
         is_next = 1 <= len(deaths) < DEATHS_ALONE and message is None and task.isolate
         if is_first or is_next:
             deaths.append(len(task.samples))
             raise Death
 
     use_threads(monkeypatch, die)
-    monkeypatch.setattr(work, "SHARD_BYTES", tiny_network.shard_bytes(3, 1))  # of a task of four, one image is left
+    # Of a task of four, one image is left.
+    monkeypatch.setattr(work, "SHARD_BYTES", tiny_network.shard_bytes(3, 1))
     run(images, tmp_path / "c.h5", batch_size=1)
     assert deaths == [4, *[1] * (DEATHS_ALONE - 1)]
     reasons = {failure.reason for failure in open_cache(tmp_path / "c.h5").failures}
