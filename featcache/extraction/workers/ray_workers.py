@@ -268,6 +268,15 @@ def ended(address: str) -> ConfigError:
     )  # fmt: skip
 
 
+def silent(address: str, seconds: float) -> ConfigError:
+    """Return the error of a bridge that hangs, or was stopped."""
+    return ConfigError(
+        "--ray", expected="a cluster that answers", where=address,
+        found=f"a process of Ray's on this machine that said nothing for {seconds:.0f} s",
+        hint="The same command goes on",
+    )  # fmt: skip
+
+
 def _not_there(error: BaseException) -> ConfigError:
     lines = [line.strip() for line in str(error).splitlines() if "Error: " in line]
     return ConfigError(

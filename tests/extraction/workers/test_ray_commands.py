@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import os
 import signal
 import sys
 import threading
@@ -201,6 +202,24 @@ def test_a_cluster_that_ends_is_one_line(place: Path) -> None:
     assert num_listed(place) >= 8
     with started_nodes() as nodes:
         check_resumed(place, nodes.address, num_listed(place))
+
+
+def test_a_bridge_that_is_stopped_is_one_line(place: Path, nodes: Nodes) -> None:
+    child = start(place, nodes.address, ("set", ACTORS, "_SILENT_SECONDS", 10.0))
+    wait_for(lambda: num_shards(place) > 4, child)
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text("ascii").split()
+    (bridge,) = [
+        int(number) for number in children
+        if b"ray_bridge" in Path(f"/proc/{number}/cmdline").read_bytes()
+    ]  # fmt: skip
+    os.kill(bridge, signal.SIGSTOP)
+    result = child.wait()
+    assert result.code == 1, result
+    assert result.error().startswith("error: --ray: expected a cluster that answers"), result
+    assert "said nothing for 10 s" in result.error(), result
+    wait_for(lambda: not find_actors(nodes.address), None)
+    assert num_listed(place) >= 8
+    check_resumed(place, nodes.address, num_listed(place))
 
 
 def test_shards_of_a_node_without_the_folder_are_sent(

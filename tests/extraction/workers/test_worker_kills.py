@@ -19,7 +19,6 @@ from children import TINY, Child, Preparation, wait_for, warm_parent
 from sample_workers import images_and_sha256
 
 from featcache.cache.reading import open_cache
-from featcache.extraction.workers.coordinator import CRASHED
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes by /proc")
 
@@ -107,6 +106,13 @@ def begin(images: Place, tmp_path: Path) -> Callable[[], Extraction]:
     return lambda: Extraction(tmp_path / str(next(numbers)), images)
 
 
+def tell_spare(tally: Callable[..., None], what: str, spare: list[tuple[int, int]]) -> None:
+    """Say how many images were run again, of (images, deaths) of each extraction."""
+    worst = max((images / deaths for images, deaths in spare if deaths), default=0.0)
+    outcome = f"images, {worst:.1f} a death in the worst extraction"
+    tally(f"run again after kills of {what}", outcome, sum(images for images, _ in spare))
+
+
 def workers_of(child: Child) -> list[int]:
     text = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text("ascii")
     return [int(word) for word in text.split()]
@@ -122,7 +128,7 @@ def is_running(pid: int) -> bool:
 def test_workers_killed_at_random_moments(
     begin: Callable[[], Extraction], rounds: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
-    rng, wanted, total, spare = random.Random(6), rounds(3, 200), 0, 0
+    rng, wanted, total, spare = random.Random(6), rounds(3, 200), 0, list[tuple[int, int]]()
     while total < wanted:
         run, deaths = begin(), 0
         child = run.start("--processes", 3)
@@ -135,16 +141,10 @@ def test_workers_killed_at_random_moments(
                 deaths += 1
         result = child.wait()
         assert result.code == 0, result
-        if failures := open_cache(run.folder / "c.h5").failures:
-            # Three kills may hit one image, twice alone: 1 of 560. It is tried again, as all are.
-            assert deaths >= 3
-            assert {failure.reason for failure in failures} == {CRASHED}
-            run.finish()
-            tally("images blamed for kills", "made by the same command again", len(failures))
-        spare += run.check(deaths)
+        spare.append((run.check(deaths), deaths))
         total += deaths
         tally("SIGKILL of workers", "ended equal", deaths)
-    tally("images run again after kills of workers", "images", spare)
+    tell_spare(tally, "workers", spare)
 
 
 def test_workers_that_are_asked_to_end_lose_nothing(
@@ -163,7 +163,7 @@ def test_workers_that_are_asked_to_end_lose_nothing(
 def test_workers_of_a_coordinator_that_ends_stop_and_it_is_resumed(
     begin: Callable[[], Extraction], rounds: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
-    rng, spare = random.Random(5), 0
+    rng, spare = random.Random(5), list[tuple[int, int]]()
     for turn in range(rounds(2, 50)):
         run = begin()
         number = signal.SIGTERM if turn % 4 == 1 else signal.SIGKILL
@@ -184,9 +184,9 @@ def test_workers_of_a_coordinator_that_ends_stop_and_it_is_resumed(
         before = run.num_spare + NUM_CONTENTS
         run.finish("--processes", 2)
         assert run.num_spare + NUM_CONTENTS - before <= 46 - rows + COPIES
-        spare += run.check(2)
+        spare.append((run.check(2), 2))
         tally(f"{number.name} of coordinators", "ended equal")
-    tally("images run again after kills of coordinators", "images", spare)
+    tell_spare(tally, "coordinators", spare)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -280,7 +280,7 @@ def test_parts_and_merges_killed_at_random_moments(
 ) -> None:
     """Three parts at once, one of them with two workers, where no file can be locked."""
     rng, totals, wanted = random.Random(7), {"parts": 0, "merges": 0}, rounds(2, 60)
-    spare = 0
+    spare = list[tuple[int, int]]()
     while totals["parts"] < wanted:
         run, deaths = begin(), 0
         parts = [("--part", "1/3"), ("--part", "2/3"), ("--part", "3/3", "--processes", "2")]
@@ -314,7 +314,7 @@ def test_parts_and_merges_killed_at_random_moments(
         before = run.num_spare
         run.finish(no_locks=True)
         assert run.num_spare - before <= 46 - rows
-        spare += run.check(deaths)
+        spare.append((run.check(deaths), deaths))
     for kind, number in totals.items():
         tally(f"SIGKILL of {kind}", "ended equal", number)
-    tally("images run again after kills of parts", "images", spare)
+    tell_spare(tally, "parts", spare)
