@@ -20,9 +20,9 @@ from featcache.data.dataset import ImageDataset
 from featcache.data.groups import say_matches
 from featcache.errors import printable, warn_user
 from featcache.extraction.engine_choice import facts_as_before
-from featcache.extraction.pipeline import stream_views
 from featcache.extraction.plan import Job
 from featcache.extraction.recipe import Recipe, decode_probes, sample_depths
+from featcache.extraction.view_stream import stream_views
 from featcache.files import result_as_dict
 from featcache.formatting import brief_repr, count, list_counts
 from featcache.runtime import Say

@@ -21,7 +21,6 @@ from featcache.extraction.engine_choice import check_frozen, drop_rows
 from featcache.extraction.pipeline import (
     FeatureBatch,
     Lane,
-    Outcome,
     find_bottleneck,
     images_under_way,
     stream_features,
@@ -29,6 +28,7 @@ from featcache.extraction.pipeline import (
 )
 from featcache.extraction.plan import Job, Work
 from featcache.extraction.shards import write_shard
+from featcache.extraction.view_stream import Outcome
 from featcache.formatting import count
 from featcache.progress import Progress
 from featcache.runtime import Interrupted, Timer, device_name, held_signals

@@ -16,7 +16,7 @@ from sample_images import write_image
 from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.cache.writing import partial_folder
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning
-from featcache.extraction import pipeline, work
+from featcache.extraction import view_stream, work
 from featcache.extraction.extraction import extract
 from featcache.extraction.work import ShardWriter
 from featcache.pixels.views import render
@@ -42,7 +42,7 @@ def num_decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
         counts[sha256] += 1
         return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", counting)
+    monkeypatch.setattr(view_stream, "render", counting)
     return counts
 
 

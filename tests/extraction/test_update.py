@@ -21,7 +21,7 @@ from featcache.cache.reading import open_cache
 from featcache.cache.selection import select
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import CacheError, FeatcacheWarning
-from featcache.extraction import pipeline, plan
+from featcache.extraction import pipeline, plan, view_stream
 from featcache.extraction.extraction import extract
 from featcache.extraction.ledger import Ledger
 from featcache.pixels import views
@@ -266,7 +266,7 @@ def test_an_accident_of_one_image_leaves_its_copies_alone(
                 raise MemoryError
         return views.render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", render)
+    monkeypatch.setattr(view_stream, "render", render)
     monkeypatch.setattr(Ledger, "claim", noting_claim)
     backbones = [
         tiny_backbone, wrap_backbone("second", tiny_network.network(), image_size=48),

@@ -23,7 +23,6 @@ from featcache.child import send
 from featcache.extraction.workers.ray_cluster import LOCAL, unreachable
 from featcache.runtime import INTERRUPTS, available_cores
 
-
 _BEAT_SECONDS = 2.0
 
 

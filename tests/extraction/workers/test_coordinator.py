@@ -152,7 +152,7 @@ def test_workers_that_die_at_random_lose_a_shard_at_most(
         assert summary.content_sha256 == whole.content_sha256
         spare = sum(num_run) - summary.num_new
         tally("deaths of workers", "a shard lost at most", dying.num_deaths)
-        # A shard of three and two batches of one; copies of contents that were run at the same time.
+        # A shard of three and two batches of one; contents run at the same time.
         assert spare <= dying.num_deaths * 5 + 6, (seed, dying.num_deaths, spare)
 
 
