@@ -189,6 +189,26 @@ def test_workers_of_a_coordinator_that_ends_stop_and_it_is_resumed(
     tell_spare(tally, "coordinators", spare)
 
 
+def test_a_worker_goes_no_further_than_a_shard_without_its_coordinator(
+    begin: Callable[[], Extraction],
+) -> None:
+    """It has one task of all images, and a coordinator that lists nothing any more."""
+    run = begin()
+    everything = ("set", "featcache.extraction.workers.coordinator", "MIN_IMAGES", 46)
+    child = run.start("--processes", 2, more=(everything,))
+    wait_for(lambda: run.rows() > 0, child)
+    os.kill(child.pid, signal.SIGSTOP)
+    before, spare = -NUM_CONTENTS, run.num_spare
+    while before < spare:
+        time.sleep(0.5)
+        before, spare = spare, run.num_spare
+    child.kill()
+    assert child.wait().code == -signal.SIGKILL
+    assert NUM_CONTENTS + spare - run.rows() <= LOST_IMAGES
+    run.finish("--processes", 2)
+    run.check(1)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_waits_as_long_as_batches_take(
     begin: Callable[[], Extraction], processes: int
