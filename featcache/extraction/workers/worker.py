@@ -34,6 +34,8 @@ from featcache.extraction.recipe import Recipe
 from featcache.extraction.shards import Vectors
 from featcache.extraction.work import (
     ShardWriter,
+    lanes_of,
+    most_unlisted,
     run_images,
     stream_parts,
     vectors_per_shard,
@@ -53,6 +55,7 @@ class JobFacts:
         num_views: Split -> vectors of each of its images.
         folder: ``CACHE.partial``, where the shards go.
         probes: Images that the engine is checked on, and what it has to make of them.
+        most_unlisted: So many vectors may be run and not listed: see ``work``.
     """
 
     name: str
@@ -61,6 +64,7 @@ class JobFacts:
     num_views: Mapping[str, int]
     folder: Path
     probes: Probes
+    most_unlisted: int
 
 
 @dataclass(frozen=True)
@@ -88,14 +92,14 @@ def facts_of(jobs: Sequence[Job], image_bytes: int) -> Facts:
         image_bytes: Of the files that each worker may expect to decode.
     """
     facts = []
-    for job in jobs:
+    for job, most in zip(jobs, most_unlisted(lanes_of(jobs)), strict=True):
         assert job.engine is not None
         assert job.partial.engine is not None
         assert job.probes is not None
         facts.append(
             JobFacts(
                 job.path.name, job.recipe, job.partial.engine, job.num_views,
-                job.partial.folder.absolute(), job.probes,
+                job.partial.folder.absolute(), job.probes, most,
             )
         )  # fmt: skip
         job.release_engine()
@@ -234,8 +238,9 @@ class Worker:
         acceleration.start_for(facts.image_bytes)
         self._engines = [self._build(job) for job in facts.jobs]
         pairs = zip(facts.jobs, self._engines, strict=True)
-        # Depends on the cores here, by which batches are under way.
-        self._sizes = vectors_per_shard([Lane(job.recipe, engine) for job, engine in pairs])
+        lanes = [Lane(job.recipe, engine) for job, engine in pairs]
+        # How many batches are under way depends on the cores here.
+        self._sizes = vectors_per_shard(lanes, [job.most_unlisted for job in facts.jobs])
 
     def _build(self, job: JobFacts) -> Engine:
         wanted, recipe, where = job.engine, job.recipe, f"{socket.gethostname()}, {self._device}"

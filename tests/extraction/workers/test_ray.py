@@ -153,11 +153,8 @@ def test_killed_raylets(
         assert made.content_sha256 == whole.content_sha256
         num_run, num_spare = counted_network.count_spare(notes)
         assert num_run == 280
-        # Of each worker that died at work, a shard of three and two batches of one. Where the
-        # machine is busy, Ray takes others for dead too, which ends them: more than were killed.
-        deaths = sum("has ended: " in line and "that it had in hand" in line for line in said)
-        assert num_spare <= 5 * deaths, said
-        tally("deaths of workers at work", "after killed raylets", deaths)
+        # A shard of three and two batches of one.
+        assert num_spare <= 5 * len(when), said
         tally("killed raylets", "the whole cache", len(when))
         tally("forward passes beyond the necessary", "after killed raylets", num_spare)
         left -= len(when)
