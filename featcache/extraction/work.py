@@ -83,7 +83,7 @@ class ShardWriter:
         self._job, self._engine, self._timer = job, job.engine, timer
         # Position and features (V, D); None where they are those of the same content elsewhere.
         self._rows: list[tuple[int, npt.NDArray[Any] | None]] = []
-        self._num_vectors = num_vectors
+        self._most, self._num_vectors = num_vectors, 0  # of the rows; one without any is one too
 
     def take(
         self, outcomes: Sequence[Outcome], features: Sequence[npt.NDArray[np.float32] | None]
@@ -101,8 +101,11 @@ class ShardWriter:
                 stored = None if made is None else self._stored(made, outcome)
                 if ledger.settle(outcome):
                     self._rows.append((outcome.position, stored))
-        self._rows += [(position, None) for position in ledger.settle_repeated()]
-        if sum(1 if made is None else len(made) for _, made in self._rows) >= self._num_vectors:
+                    self._num_vectors += 1 if stored is None else len(stored)
+        repeated = [(position, None) for position in ledger.settle_repeated()]
+        self._rows += repeated
+        self._num_vectors += len(repeated)
+        if self._num_vectors >= self._most:
             self.flush()
 
     def _stored(self, features: npt.NDArray[np.float32], outcome: Outcome) -> npt.NDArray[Any]:
@@ -142,7 +145,7 @@ class ShardWriter:
             # Any process may write a shard; only the one with the lock writes the manifest.
             receipt = write_shard(job.partial.next_shard, vectors, table)
             stored = job.list_shard(receipt, [position for position, _ in self._rows], table)
-        self._rows = []  # listed: an interruption must not write them again
+        self._rows, self._num_vectors = [], 0  # listed: an interruption must not write them again
         ledger.store(stored, (position for position, _ in own))
 
 
