@@ -210,8 +210,8 @@ def measure_sources(num_images: int, rounds: int, *, by_url: bool) -> dict[str, 
 def measure_coordinator(num_images: int, num_workers: int, folder: str) -> dict[str, Any]:
     """Let a coordinator settle the shards of workers that compute nothing.
 
-    The rows are those of EfficientNet-B0, 1,280 float32: 3,276 fill a shard. No shard is written:
-    the coordinator reads none.
+    The rows are those of EfficientNet-B0, 1,280 float32: a shard has 3,276 at most. None is
+    written: the coordinator reads none. A worker goes on when its shard is listed, as real ones do.
     """
     import featcache
     from featcache.data.samples import ImageDataset, Sample
@@ -220,24 +220,36 @@ def measure_coordinator(num_images: int, num_workers: int, folder: str) -> dict[
     from featcache.extraction.options import ExtractionOptions
     from featcache.extraction.plan import Job, find_known
     from featcache.extraction.recipe import make_recipe
+    from featcache.extraction.work import lanes_of, vectors_per_shard
     from featcache.extraction.workers.coordinator import Coordinator
     from featcache.extraction.workers.worker import Done, Ready, ShardMade
 
     class Idle:
         """A worker that answers at once."""
 
-        def __init__(self, facts: Any, tell: Callable[[Any], object]) -> None:
-            self._rows, self._tell = facts.jobs[0].rows_per_shard, tell
-            tell(Ready("nowhere", "cpu", 0))
+        def __init__(self, tell: Callable[[Any], object]) -> None:
+            self._rows, self._tell = rows, tell
+            self._left: Iterator[Any] = iter(())
+            tell(Ready("nowhere", "cpu", 0, self._rows))
 
         def give(self, task: Any) -> None:
+            self._left = self._messages(task)
+            self.listed()
+
+        def listed(self) -> None:
+            for message in self._left:
+                self._tell(message)
+                if isinstance(message, ShardMade):
+                    return
+
+        def _messages(self, task: Any) -> Iterator[Any]:
             for begin in range(0, len(task.positions), self._rows):
                 part = task.positions[begin : begin + self._rows]
                 rows = tuple((p, hashlib.sha256(b"%d" % p).digest(), False, 1) for p in part)
                 name = f"shard.{task.first_shards[0] + begin // self._rows:05d}"
                 receipt = Receipt(name, len(rows), len(rows), "0" * 64)
-                self._tell(ShardMade(task.number, 0, receipt, rows))
-            self._tell(Done(task.number, (), len(task.positions), 1e-3, {}))
+                yield ShardMade(task.number, 0, receipt, rows)
+            yield Done(task.number, (), len(task.positions), 1e-3, {})
 
         def stop(self) -> None:
             pass
@@ -260,8 +272,9 @@ def measure_coordinator(num_images: int, num_workers: int, folder: str) -> dict[
     with job.locked():
         positions = find_known([job], torch.device("cpu"))
         choose_engine(job, torch.device("cpu"))
+        (rows,) = vectors_per_shard(lanes_of([job]))
         work = time.perf_counter()
-        Coordinator([job], positions, lambda _, facts, tell: Idle(facts, tell), num_workers).run()
+        Coordinator([job], positions, lambda _, __, tell: Idle(tell), num_workers).run()
         seconds = time.perf_counter() - work
         manifest = job.partial.folder / "manifest.json"
         num_shards, size = len(read_manifest(manifest).shards), manifest.stat().st_size

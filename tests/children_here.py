@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 
-from featcache.extraction import pipeline, recipe
+from featcache.extraction import recipe, view_stream
 from featcache.pixels import inspection, views
 
 _MODULES = {"featcache.pixels.isolation", "featcache.cache.hdf5"}
@@ -39,7 +39,7 @@ class DecoderHere:
 
 def decode_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let extractions decode deep and suspicious images in this process."""
-    for module in (recipe, pipeline):
+    for module in (recipe, view_stream):
         monkeypatch.setattr(module, "IsolatedDecoder", DecoderHere)
 
 

@@ -16,7 +16,14 @@ from sample_images import write_tree
 from featcache.extraction import extraction
 from featcache.extraction.plan import Job
 from featcache.extraction.workers.coordinator import Coordinator, Ended, Event, Failed
-from featcache.extraction.workers.worker import Facts, Message, StoppedError, Task, Worker
+from featcache.extraction.workers.worker import (
+    Facts,
+    Message,
+    ShardMade,
+    StoppedError,
+    Task,
+    Worker,
+)
 
 
 class Death(BaseException):
@@ -42,18 +49,22 @@ class ThreadWorker:
     ) -> None:
         self._number, self._facts, self._tell, self._hook = number, facts, tell, hook
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._is_stopping = threading.Event()
+        self._is_stopping, self._num_listed = threading.Event(), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def give(self, task: Task) -> None:
         self._tasks.put(task)
 
+    def listed(self) -> None:
+        self._num_listed.release()
+
     def stop(self) -> None:
         self._is_stopping.set()
         self._tasks.put(None)
 
     def kill(self) -> None:
+        self._num_listed.release(99)  # it gets no answer any more
         self._thread.join()
 
     def _check(self) -> None:
@@ -64,12 +75,20 @@ class ThreadWorker:
         try:
             worker = Worker(self._facts, "cpu")
             self._tell(worker.ready)
+            is_dead = False
             while (task := self._tasks.get()) is not None:
                 self._hook(self._number, task, None)
 
                 def hand_back(message: Message, task: Task = task) -> None:
+                    nonlocal is_dead
+                    if is_dead:  # a process that was killed cleans nothing up
+                        raise Death
+                    is_dead = True
                     self._hook(self._number, task, message)
+                    is_dead = False
                     self._tell(message)
+                    if isinstance(message, ShardMade):
+                        self._num_listed.acquire()
 
                 worker.run(task, hand_back, self._check)
             self._tell(Ended("asked to", was_asked=True))

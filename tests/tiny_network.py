@@ -50,3 +50,11 @@ def state(seed: int = 3) -> dict[str, torch.Tensor]:
         )
         for name, value in network().state_dict().items()
     }  # fmt: skip
+
+
+def shard_bytes(rows: int, batch_size: int, num_features: int = NUM_FEATURES) -> int:
+    """Return the ``SHARD_BYTES`` with which shards have so many rows.
+
+    Of the engines of torch on a CPU, which run one batch at a time: three are under way at most.
+    """
+    return (rows - 1 + 3 * batch_size) * num_features * 4

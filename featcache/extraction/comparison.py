@@ -25,9 +25,10 @@ from featcache.data.sources import Data, listing_for, named
 from featcache.errors import CacheError, ConfigError, printable
 from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
 from featcache.extraction.identifiers import as_listed
-from featcache.extraction.pipeline import Lane, Outcome, resolve_workers, stream_features
+from featcache.extraction.pipeline import Lane, stream_features
 from featcache.extraction.recipe import Recipe, decode_probes, recipe_from_identity
 from featcache.extraction.update import label_of_row
+from featcache.extraction.view_stream import Outcome, resolve_workers
 from featcache.formatting import count
 from featcache.precision import format_bound, relative_errors
 from featcache.runtime import Say, resolve_device

@@ -1,7 +1,7 @@
 """Extract: run a frozen backbone once over every image and keep the features.
 
-Three steps, each in a module of its name: ``plan`` finds what is known, ``work`` runs the rest,
-``finish`` writes the cache.
+Four steps, each in a module of its name: ``preparation`` finds the images, ``plan`` what is known
+of them, ``work`` runs the rest, ``finish`` writes the cache.
 
 Reads: images, and the cache that is there already. Writes: ``CACHE.partial/``, then ``CACHE``.
 """
@@ -12,24 +12,18 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, overload
 
 import torch
 
-from featcache.backbones.backbone import Backbone, build_backbone
+from featcache.backbones.backbone import Backbone
 from featcache.cache.by_url import by_url
-from featcache.cache.container import is_container
-from featcache.cache.provenance import listing_of
 from featcache.cache.reading import open_cache
-from featcache.cache.remote_copies import url_of_copy
-from featcache.data.dataset import ImageDataset, scan
-from featcache.data.sources import Data, check_data, folders_of, listing_for
-from featcache.errors import CacheError, ConfigError, printable
+from featcache.data.sources import Data, check_data
+from featcache.errors import ConfigError
 from featcache.extraction.engine_choice import check_threads, choose_engine
 from featcache.extraction.finish import finish
-from featcache.extraction.identifiers import settle_identifiers
 from featcache.extraction.options import (
     ExtractionOptions,
     ExtractKeywords,
@@ -37,12 +31,15 @@ from featcache.extraction.options import (
     name_caches,
 )
 from featcache.extraction.plan import Job, find_known
+from featcache.extraction.preparation import (
+    plan_job,
+    refuse_in_store,
+    refuse_several_in_store,
+    scan_images,
+)
 from featcache.extraction.projection import Projection, project
-from featcache.extraction.recipe import Recipe, make_recipe
 from featcache.extraction.reports import (
     ExtractionSummary,
-    describe_dataset,
-    describe_recipe,
     summarise,
     warn_of_precision,
 )
@@ -54,7 +51,7 @@ from featcache.extraction.workers.ray_actors import check_ray, work_with_ray
 from featcache.files import follow_link, local_path
 from featcache.pixels import acceleration
 from featcache.runtime import Say, log_line, resolve_device
-from featcache.untrusted import MAX_PIXELS, is_within
+from featcache.untrusted import MAX_PIXELS
 
 _Backbones = list[str | Backbone] | tuple[str | Backbone, ...]
 _Sizes = list[int] | tuple[int, ...]
@@ -235,10 +232,10 @@ def extract(
         rehash=rehash, rebuild=rebuild, say=say, progress=progress,
     )  # fmt: skip
     place = local_path(cache, "CACHE")
-    _refuse_in_store(place, options)
+    refuse_in_store(place, options)
     if isinstance(backbone, str | Backbone) and isinstance(image_size, int | str):
         return _extract(data, [Target(place, backbone, image_size)], options)[0]
-    _refuse_several_in_store(place)
+    refuse_several_in_store(place)
     targets = name_caches(place, backbone, options)
     return dict(zip(targets, _extract(data, [*targets.values()], options), strict=True))
 
@@ -249,15 +246,14 @@ def _extract(
     """Make the cache of each target, all from one pass over the images."""
     start = time.perf_counter()
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
-    dataset, options = _scan(check_data(data), [t.path for t in targets], options, writes=True)
-    if not all(
-        target.path.exists() for target in targets
-    ):  # beside the building of backbone and engine
+    paths = [target.path for target in targets]
+    dataset, options = scan_images(check_data(data), paths, options, writes=True)
+    if not all(path.exists() for path in paths):  # beside the building of backbone and engine
         acceleration.start_for(sum(sample.image_bytes for sample in dataset.samples))
     done: dict[Path, ExtractionSummary] = {}
     jobs: list[Job] = []
     for target in targets:
-        path, job = target.path, _plan_job(dataset, target, options)
+        path, job = target.path, plan_job(dataset, target, options)
         if job.old is not None and job.is_up_to_date and not options.rehash:
             if options.part is None:
                 job.remove_leftovers()
@@ -370,7 +366,7 @@ def plan(
     chosen, place = ExtractionOptions(**options), local_path(cache, "CACHE")
     if isinstance(backbone, str | Backbone) and isinstance(chosen.image_size, int | str):
         return _plan(data, [Target(place, backbone, chosen.image_size)], chosen, price)[0]
-    _refuse_several_in_store(place)
+    refuse_several_in_store(place)
     targets = name_caches(place, backbone, chosen)
     return dict(zip(targets, _plan(data, [*targets.values()], chosen, price), strict=True))
 
@@ -381,97 +377,12 @@ def _plan(
     if price is not None and not 0 <= price < math.inf:
         raise ConfigError("--price", expected="a number that is not negative", found=price)
     targets = [target._replace(path=follow_link(target.path)) for target in targets]
-    dataset, options = _scan(check_data(data), [t.path for t in targets], options, writes=False)
-    jobs = [_plan_job(dataset, target, options) for target in targets]
+    paths = [target.path for target in targets]
+    dataset, options = scan_images(check_data(data), paths, options, writes=False)
+    jobs = [plan_job(dataset, target, options) for target in targets]
     device = resolve_device(resolve_devices(options.device, options.processes)[0]).torch()
     find_known(jobs, device)
     for job in jobs:
         if job.old is not None:
             warn_of_precision(job.old, options.precision)
     return [project(job, device, price) for job in jobs]
-
-
-def _scan(
-    data: Data, caches: Sequence[Path], options: ExtractionOptions, *, writes: bool
-) -> tuple[ImageDataset, ExtractionOptions]:
-    """Find the images; return the options with those that the caches that are there remember."""
-    for path in caches:
-        for folder in folders_of(data):
-            _refuse_inside(path, folder)
-    if not options.rebuild:
-        for path in caches:
-            options = _remember(path, data, options)
-    dataset = scan(
-        data, group_by=options.group_by, group_by_path=options.group_by_path, limit=options.limit,
-        progress=options.progress, **options.listing.as_json(),
-    )  # fmt: skip
-    describe_dataset(dataset, options.say, by_path=options.group_by_path is not None)
-    if options.companions == "keep" and dataset.num_grouped is None:
-        options.say("groups: images and their companions; --group-by would name the patients")
-    return settle_identifiers(dataset, caches, options, writes=writes), options
-
-
-def _remember(path: Path, data: Data, options: ExtractionOptions) -> ExtractionOptions:
-    """Return the options with those of the listing that a cache was made with."""
-    if not path.is_file() or not is_container(path):
-        return options
-    try:
-        stored = listing_for(data, listing_of(open_cache(path, verify=False)))
-    except CacheError:
-        return options  # said by whoever opens it to go on with it
-    listing = options.listing.over(stored)
-    if listing != options.listing:
-        known = " ".join(f"{name}={value}" for name, value in stored.as_json().items())
-        options.say(f"Listing as {path.name} remembers it: {printable(known)}")
-    return replace(options, **listing.as_json())
-
-
-def _plan_job(dataset: ImageDataset, target: Target, options: ExtractionOptions) -> Job:
-    return Job(target.path, dataset, _choose_recipe(dataset, target, options), options)
-
-
-def _choose_recipe(
-    dataset: ImageDataset, target: Target, options: ExtractionOptions
-) -> Recipe:  # fmt: skip
-    """Settle what makes features of the images."""
-    backbone = target.backbone
-    if isinstance(backbone, str):
-        backbone = build_backbone(
-            backbone, weights=options.weights, image_size=target.image_size,
-            normalize=options.normalize, mean=options.mean, std=options.std,
-        )  # fmt: skip
-    recipe = make_recipe(
-        backbone, dataset, transform=options.transform, crop_mode=options.crop_mode,
-        interpolation=options.interpolation,
-        bit_depth=options.bit_depth, truncated=options.truncated,
-        max_pixels=options.max_pixels, window=options.window, frame=options.frame,
-        feature_dtype=options.feature_dtype, views=options.views, augment=options.augment,
-    )  # fmt: skip
-    describe_recipe(recipe, options.say)
-    return recipe
-
-
-def _refuse_in_store(path: Path, options: ExtractionOptions) -> None:
-    """Refuse what needs a folder that other hosts see: a cache in a store is made here alone."""
-    if options.part is not None and (url := url_of_copy(path)):
-        raise ConfigError(
-            "CACHE", expected="with --part a path that all hosts see", found=url,
-            hint="Merge the parts in a file there, and copy it to the store",
-        )  # fmt: skip
-
-
-def _refuse_several_in_store(path: Path) -> None:
-    if url := url_of_copy(path):
-        raise ConfigError(
-            "CACHE", expected="of several backbones or sizes a folder here", found=url,
-            hint="Extract each by its own command, or copy the folder to the store",
-        )  # fmt: skip
-
-
-def _refuse_inside(path: Path, data: Path) -> None:
-    """Refuse a cache among the images: its folder of shards would look like a class."""
-    if is_within(path, data):
-        raise ConfigError(
-            "CACHE", expected="a file outside the folder of images", found=path, where=data,
-            hint="Name one beside it",
-        )  # fmt: skip

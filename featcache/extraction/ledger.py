@@ -27,8 +27,8 @@ from featcache.cache.reading import Cache, Failure
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError
 from featcache.extraction.contents import CLAIMED, FAILED, FORGOTTEN, IN_HAND, Contents, HashColumn
-from featcache.extraction.pipeline import Outcome
 from featcache.extraction.shards import Vectors
+from featcache.extraction.view_stream import Outcome
 
 ImageKey = tuple[str, int, int]
 """Path, size in bytes and modification time in ns: an image believed unchanged."""

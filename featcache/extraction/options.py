@@ -13,7 +13,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.data.dicom_groups import check_choices
 from featcache.data.listing import Listing
 from featcache.errors import ConfigError
-from featcache.extraction.pipeline import resolve_workers
+from featcache.extraction.view_stream import resolve_workers
 from featcache.extraction.workers.plans import Part
 from featcache.pixels.dicom_rules import DicomRules
 from featcache.runtime import Say, log_line

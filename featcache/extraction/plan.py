@@ -25,7 +25,6 @@ from featcache.extraction.ledger import Ledger
 from featcache.extraction.manifest import Manifest, Receipt
 from featcache.extraction.options import ExtractionOptions, parse_max_errors
 from featcache.extraction.partial_cache import PartialCache
-from featcache.extraction.pipeline import resolve_workers
 from featcache.extraction.recipe import Recipe
 from featcache.extraction.shards import Vectors
 from featcache.extraction.update import (
@@ -35,6 +34,7 @@ from featcache.extraction.update import (
     open_existing,
     refuse_other_images,
 )
+from featcache.extraction.view_stream import resolve_workers
 from featcache.extraction.workers.plans import (
     Part,
     Plan,

@@ -16,9 +16,9 @@ import torch
 
 from featcache.backbones.engine import Engine, Images, build_engine
 from featcache.extraction.engine_choice import AS_BEFORE, facts_as_before
-from featcache.extraction.pipeline import stream_views
 from featcache.extraction.plan import Job
 from featcache.extraction.recipe import decode_probes, sample_depths
+from featcache.extraction.view_stream import stream_views
 from featcache.files import result_as_dict
 from featcache.formatting import brief_repr
 

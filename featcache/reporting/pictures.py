@@ -21,7 +21,7 @@ from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError
 from featcache.evaluation.auditing.images import SmallPictures
 from featcache.extraction.comparison import find_images
-from featcache.extraction.pipeline import stream_views
+from featcache.extraction.view_stream import stream_views
 from featcache.pixels.images import PixelRules
 
 SIDE = 192

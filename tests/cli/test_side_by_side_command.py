@@ -15,7 +15,7 @@ from sample_images import write_tree
 
 from featcache.cache.reading import open_cache
 from featcache.errors import ConfigError
-from featcache.extraction import pipeline
+from featcache.extraction import view_stream
 from featcache.extraction.extraction import extract, plan
 from featcache.pixels.views import render
 
@@ -37,7 +37,7 @@ def test_sizes_go_side_by_side_from_images_to_an_export(
         counts[sha256] += 1
         return render(image, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", counting)
+    monkeypatch.setattr(view_stream, "render", counting)
     made = run("extract", data, "sizes", *TRUST, "--image-size", "32,48", "--json")
     names = ["python-tiny_network-network-32.h5", "python-tiny_network-network-48.h5"]
     assert [Path(c["cache"]).name for c in json.loads(made.out)["caches"]] == names

@@ -22,7 +22,7 @@ from featcache.deployment.classifier import Classifier, load_classifier
 from featcache.deployment.exporting.export import export
 from featcache.deployment.predictions import predict
 from featcache.errors import BackboneError, ConfigError, FeatcacheWarning
-from featcache.extraction import pipeline
+from featcache.extraction import view_stream
 from featcache.extraction.extraction import extract
 from featcache.heads.training import train
 from featcache.pixels.views import render
@@ -87,7 +87,7 @@ def test_images_get_the_cached_probabilities_bit_for_bit_from_one_decoding(
         counts[sha256] += 1
         return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", counting)
+    monkeypatch.setattr(view_stream, "render", counting)
     found = classifier.predict(place / "data" / "test")
     assert (len(counts), set(counts.values())) == (12, {1})
     wanted = cached_probs(place)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_network
 import torch
 from sample_images import write_image
 
@@ -134,7 +135,7 @@ def test_no_shard_of_a_network_that_changed_is_ever_listed(
         return vectors
 
     monkeypatch.setattr(PartialCache, "add_shard", add_shard)
-    monkeypatch.setattr(work, "SHARD_BYTES", 4 * 3 * 4)  # four rows a shard
+    monkeypatch.setattr(work, "SHARD_BYTES", tiny_network.shard_bytes(4, 1, 3))
     backbone = wrap_backbone("drifts", _Drifts(20), image_size=32)
     with pytest.raises(BackboneError, match=r"frozen backbone"):
         extract(tree, tmp_path / "c.h5", backbone=backbone, engine="eager", batch_size=1)

@@ -15,8 +15,8 @@ import pytest
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import DataError
 from featcache.extraction.ledger import Ledger
-from featcache.extraction.pipeline import Outcome
 from featcache.extraction.shards import Vectors
+from featcache.extraction.view_stream import Outcome
 
 
 def sha(number: int) -> bytes:

@@ -21,16 +21,10 @@ from sample_images import write_image
 from featcache.backbones.engine import build_engine
 from featcache.data.dataset import scan
 from featcache.errors import ConfigError, DataError
-from featcache.extraction import pipeline
-from featcache.extraction.pipeline import (
-    Lane,
-    find_bottleneck,
-    images_under_way,
-    resolve_workers,
-    stream_features,
-    stream_views,
-)
+from featcache.extraction import pipeline, view_stream
+from featcache.extraction.pipeline import Lane, find_bottleneck, images_under_way, stream_features
 from featcache.extraction.recipe import Recipe
+from featcache.extraction.view_stream import resolve_workers, stream_views
 from featcache.pixels import acceleration
 from featcache.pixels.images import PixelRules, decode
 from featcache.pixels.isolation import IsolatedDecoder
@@ -230,7 +224,7 @@ def test_lanes_get_what_they_want_of_one_decoding(folder, engine, monkeypatch):
         num_decoded[sha256] += 1
         return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", counting)
+    monkeypatch.setattr(view_stream, "render", counting)
     dataset = scan(folder)
     (folder / dataset.samples[3].path).write_bytes(b"")
     some = frozenset(dataset.samples[::3])
@@ -364,8 +358,8 @@ def hanging_threads(monkeypatch):
             released.wait(TIMEOUT)
         return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", hanging)
-    monkeypatch.setattr(pipeline, "DECODE_SECONDS", 1.0)
+    monkeypatch.setattr(view_stream, "render", hanging)
+    monkeypatch.setattr(view_stream, "DECODE_SECONDS", 1.0)
     yield released
     released.set()
 
@@ -376,7 +370,7 @@ def fragile_children(tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(FRAGILE, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
-    monkeypatch.setattr(pipeline, "IsolatedDecoder", functools.partial(IsolatedDecoder, 3.0))
+    monkeypatch.setattr(view_stream, "IsolatedDecoder", functools.partial(IsolatedDecoder, 3.0))
 
 
 def test_images_that_only_seem_to_hang_are_had_from_the_child(
@@ -390,7 +384,7 @@ def test_images_that_only_seem_to_hang_are_had_from_the_child(
             num_in_child["images"] += 1
             return super().render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "IsolatedDecoder", Counting)
+    monkeypatch.setattr(view_stream, "IsolatedDecoder", Counting)
     dataset = scan(folder)
     truth = truth_of(dataset, dataset.samples, engine)
     for index in (2, 3, 9):
@@ -421,7 +415,7 @@ def test_the_process_can_end_though_a_thread_hangs(folder):
     code = f"""
 import sys, time
 from featcache.pixels import acceleration
-from featcache.extraction import pipeline
+from featcache.extraction import view_stream
 from featcache.data.dataset import scan
 from featcache.pixels.images import PixelRules
 from featcache.extraction.recipe import Recipe
@@ -432,10 +426,10 @@ def hanging(data, recipes, sha256):
         time.sleep(600)
     return render(data, recipes, sha256)
 
-pipeline.render, pipeline.DECODE_SECONDS = hanging, 0.5
+view_stream.render, view_stream.DECODE_SECONDS = hanging, 0.5
 dataset = scan({str(folder)!r})
 recipe = Recipe(None, PixelRules(32), "float32")
-stream = pipeline.stream_views(dataset, dataset.samples, [recipe], {BATCH}, workers=2)
+stream = view_stream.stream_views(dataset, dataset.samples, [recipe], {BATCH}, workers=2)
 print(sum(outcome.reason is None for outcomes, _ in stream for outcome in outcomes))
 """
     marked(folder, scan(folder), 3, b"HANG")
@@ -478,7 +472,7 @@ def test_an_image_that_hangs_an_isolated_decoder_costs_only_itself(
     folder, engine, fragile_children, monkeypatch
 ):
     """The child's own clock counts here, not that of the threads."""
-    monkeypatch.setattr(pipeline, "DECODE_SECONDS", 0.5)
+    monkeypatch.setattr(view_stream, "DECODE_SECONDS", 0.5)
     dataset = scan(folder)
     truth = truth_of(dataset, dataset.samples, engine)
     bad = marked(folder, dataset, 1, b"HANG")
@@ -535,7 +529,7 @@ def test_a_bug_in_a_decoder_is_not_taken_for_a_bad_image(folder, engine, monkeyp
             raise IndexError("a bug")
         return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", buggy)
+    monkeypatch.setattr(view_stream, "render", buggy)
     stream = run(dataset, dataset.samples, engine, RULES)
     with pytest.raises(IndexError, match="a bug"):
         list(stream)
@@ -553,7 +547,7 @@ def test_no_more_than_the_stated_images_are_under_way(folder, monkeypatch):
         num_decoded["images"] += 1
         return rendering
 
-    monkeypatch.setattr(pipeline, "render", counting)
+    monkeypatch.setattr(view_stream, "render", counting)
     stream = stream_views(dataset, samples, [RECIPE], BATCH, workers=1)
     for given, _batch in enumerate(stream, start=1):
         ahead = max(3, 32 // BATCH)  # batches: the bound of the module's docstring
@@ -573,7 +567,7 @@ def test_no_more_images_are_read_than_the_stated_number_under_way(folder, engine
         num_decoded["images"] += 1
         return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", counting)
+    monkeypatch.setattr(view_stream, "render", counting)
     many = dataset.samples * 20
     lane = Lane(RECIPE, engine)
     stream = stream_features(dataset, many, [lane], workers=4)
@@ -609,7 +603,7 @@ def test_decoding_goes_on_while_the_network_runs(folder, engine, monkeypatch):
         time.sleep(0.1)
         return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", slow)
+    monkeypatch.setattr(view_stream, "render", slow)
     together = Counter()
 
     def forward(pixels):

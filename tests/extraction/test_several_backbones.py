@@ -16,7 +16,7 @@ from sample_images import write_image
 from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.cache.writing import partial_folder
 from featcache.errors import CacheError, ConfigError, FeatcacheWarning
-from featcache.extraction import pipeline, work
+from featcache.extraction import view_stream, work
 from featcache.extraction.extraction import extract
 from featcache.extraction.work import ShardWriter
 from featcache.pixels.views import render
@@ -42,7 +42,7 @@ def num_decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
         counts[sha256] += 1
         return render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", counting)
+    monkeypatch.setattr(view_stream, "render", counting)
     return counts
 
 
@@ -94,21 +94,29 @@ def test_an_interrupted_run_of_several_backbones_goes_on(
     tree: Path, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has its own shards; what one has lost, the other need not run again."""
-    monkeypatch.setattr(work, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
-    calls = Counter[int]()
-    inner = ShardWriter.flush
+    monkeypatch.setattr(work, "SHARD_BYTES", tiny_network.shard_bytes(4, 1))
+    taken, broken = Counter[int](), list[ShardWriter]()
+    take, flush = ShardWriter.take, ShardWriter.flush
 
-    def failing(self: ShardWriter, *arguments: Any, **options: Any) -> None:
-        calls[id(self)] += 1
-        if len(calls) == 2 and min(calls.values()) == 20:  # the second cache's
+    def taking(self: ShardWriter, *arguments: Any) -> None:
+        taken[id(self)] += 1
+        if len(taken) == 2 and min(taken.values()) == 20:  # the second cache's
+            broken.append(self)
             raise KeyboardInterrupt
-        inner(self, *arguments, **options)
+        take(self, *arguments)
 
-    monkeypatch.setattr(ShardWriter, "flush", failing)
+    def flushing(self: ShardWriter) -> None:
+        if self in broken:
+            raise KeyboardInterrupt
+        flush(self)
+
+    monkeypatch.setattr(ShardWriter, "take", taking)
+    monkeypatch.setattr(ShardWriter, "flush", flushing)
     backbones = [tiny_backbone, second_backbone()]
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "many", backbone=backbones, batch_size=1)
-    monkeypatch.setattr(ShardWriter, "flush", inner)
+    monkeypatch.setattr(ShardWriter, "take", take)
+    monkeypatch.setattr(ShardWriter, "flush", flush)
     first, second = extract(tree, tmp_path / "many", backbone=backbones, batch_size=1).values()
     assert (first.num_known, second.num_known) == (20, 16)  # whole shards
     for i, (backbone, summary) in enumerate(zip(backbones, (first, second), strict=True)):
@@ -130,7 +138,7 @@ def test_backbones_begun_with_other_threads_are_finished_one_by_one(
     ]
     try:
         with monkeypatch.context() as broken:
-            broken.setattr(work, "SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
+            broken.setattr(work, "SHARD_BYTES", tiny_network.shard_bytes(4, 1))
             broken.setattr(work, "held_signals", lambda _: contextlib.nullcontext(stop))
             for number, (file, backbone) in enumerate(zip(files, backbones, strict=True)):
                 torch.set_num_threads(1 + number)

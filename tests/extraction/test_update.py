@@ -21,7 +21,7 @@ from featcache.cache.reading import open_cache
 from featcache.cache.selection import select
 from featcache.data.dataset import ImageDataset, Sample
 from featcache.errors import CacheError, FeatcacheWarning
-from featcache.extraction import pipeline, plan
+from featcache.extraction import pipeline, plan, view_stream
 from featcache.extraction.extraction import extract
 from featcache.extraction.ledger import Ledger
 from featcache.pixels import views
@@ -266,7 +266,7 @@ def test_an_accident_of_one_image_leaves_its_copies_alone(
                 raise MemoryError
         return views.render(data, recipes, sha256)
 
-    monkeypatch.setattr(pipeline, "render", render)
+    monkeypatch.setattr(view_stream, "render", render)
     monkeypatch.setattr(Ledger, "claim", noting_claim)
     backbones = [
         tiny_backbone, wrap_backbone("second", tiny_network.network(), image_size=48),
@@ -320,7 +320,7 @@ def test_an_interrupted_run_with_copies_ends_equal(
     first = sorted((tree / "train" / "covid").iterdir())[0]
     for number in range(12):
         shutil.copy(first, tree / ("train", "test")[number % 2] / "covid" / f"a{number:02d}.jpg")
-    monkeypatch.setattr("featcache.extraction.work.SHARD_BYTES", 4 * 24 * 4)  # four rows a shard
+    monkeypatch.setattr("featcache.extraction.work.SHARD_BYTES", tiny_network.shard_bytes(4, 1))
     options: dict[str, Any] = {"batch_size": 1, "engine": engine}
     inner = pipeline.stream_features
 

@@ -7,19 +7,25 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import sample_partial
+import tiny_network
+import torch
 from children import TINY, wait_for, warm_parent
 
-from featcache.backbones.backbone import Backbone
+from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.cache.reading import open_cache
 from featcache.errors import CacheError, FeatcacheError
-from featcache.extraction import finish, work
+from featcache.extraction import finish, pipeline, work
 from featcache.extraction.extraction import extract, plan
+from featcache.extraction.partial_cache import PartialCache
 from featcache.files import canonical_json
 
 TESTS = Path(__file__).parents[1]
@@ -35,7 +41,7 @@ def test_a_killed_extraction_goes_on_and_ends_equal(
     whole = extract(
         tree, tmp_path / "whole.h5", backbone=tiny_backbone, batch_size=2, engine=engine
     )
-    before = (("small_shards", 4), ("slow", 0.03))
+    before = (("small_shards", 4, 2), ("slow", 0.03))
     command = ("extract", "data", "c.h5", *TINY[:2], "--batch-size", "2", "--engine", engine)
     child = warm_parent().start(*command, cwd=tmp_path, before=before)
     shards = tmp_path / "c.h5.partial"
@@ -151,7 +157,7 @@ def test_a_shard_has_a_bounded_number_of_rows_however_narrow_they_are(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(work, "SHARD_ROWS", 10)
+    monkeypatch.setattr(work, "SHARD_ROWS", 12)  # with three batches of one under way
     monkeypatch.setattr(finish, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         extract(tree, tmp_path / "c.h5", backbone=tiny_backbone, batch_size=1)
@@ -160,6 +166,83 @@ def test_a_shard_has_a_bounded_number_of_rows_however_narrow_they_are(
     assert (tmp_path / "c.h5.partial" / "manifest.json").read_text() == canonical_json(manifest)
     monkeypatch.undo()
     assert extract(tree, tmp_path / "c.h5", backbone=tiny_backbone).num_known == 46
+
+
+@pytest.mark.parametrize("options", [
+    {"batch_size": 2}, {"batch_size": 3, "views": 5, "augment": "crop"}, {"batch_size": 40},
+    {"batch_size": 1, "engine": "onnx"},
+])  # fmt: skip
+def test_what_is_run_and_not_listed_is_a_shard_at_most(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """It is what a kill would lose, at any moment."""
+    lock, unlisted, rows, most = threading.Lock(), [0, 0], list[int](), list[int]()
+    forward, add_shard, sizes = pipeline._Forward.__call__, PartialCache.add_shard, list[Any]()
+    numbers = dict[int, int]()
+
+    def noting_forward(self: Any, paths: Any, images: Any) -> Any:
+        with lock:
+            number = numbers.setdefault(id(self), len(numbers))
+            unlisted[number] += sum(len(image) for image in images if image is not None)
+            most.append(unlisted[number] - sizes[0][number])
+        return forward(self, paths, images)
+
+    def slow_add_shard(self: PartialCache, receipt: Any) -> Any:
+        time.sleep(0.02)  # for the network to run ahead; that it does is not asserted
+        with lock:
+            made = add_shard(self, receipt)
+            unlisted[self._num_features == 12] -= receipt.num_vectors
+            rows.append(receipt.num_vectors)
+        return made
+
+    def noting_sizes(lanes: Any) -> list[int]:
+        sizes.append(work.most_unlisted(lanes))
+        return vectors_per_shard(lanes)
+
+    vectors_per_shard = work.vectors_per_shard
+    monkeypatch.setattr(work, "vectors_per_shard", noting_sizes)
+    monkeypatch.setattr(pipeline._Forward, "__call__", noting_forward)
+    monkeypatch.setattr(PartialCache, "add_shard", slow_add_shard)
+    monkeypatch.setattr(work, "SHARD_BYTES", tiny_network.shard_bytes(4, 3))
+    narrow = wrap_backbone("narrow", Narrow(), image_size=32)
+    backbones = [tiny_network.build(), narrow]
+    extract(tree, tmp_path / "many", backbone=backbones, **{"engine": "folded"} | options)
+    assert max(most) <= 0
+    assert len(rows) > 2
+    assert unlisted == [0, 0]
+
+
+class Narrow(torch.nn.Module):
+    """Half of the tiny network's features: more of them fill a shard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_network.network()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.inner(images)[:, :12]  # type: ignore[no-any-return]
+
+
+def test_shards_have_room_for_what_is_under_way() -> None:
+    """EfficientNet-B0's on CPUs and GPUs: 16 MiB are 3,276 vectors."""
+
+    def size_of(batch_size: int, concurrency: int, num_features: int = 1280) -> tuple[int, int]:
+        recipe = SimpleNamespace(
+            backbone=SimpleNamespace(num_features=num_features), feature_dtype="float32",
+            view_rules=SimpleNamespace(num_views=1),
+        )  # fmt: skip
+        lane: Any = pipeline.Lane(
+            recipe,  # type: ignore[arg-type]
+            SimpleNamespace(batch_size=batch_size, concurrency=concurrency),  # type: ignore[arg-type]
+        )
+        return work.most_unlisted([lane])[0], work.vectors_per_shard([lane])[0]
+
+    assert size_of(1, 2) == (3276, 3272)
+    assert size_of(6, 1) == (3276, 3259)
+    assert size_of(128, 2) == (3276, 2637)
+    assert size_of(512, 2) == (3276, 717)
+    assert size_of(512, 2, num_features=2048) == (2560, 1)  # of 2,048 that would be 16 MiB
+    assert size_of(1, 2, num_features=3) == (4096, 4092)
 
 
 # ----------------------------------------------------------------- begun by the version before

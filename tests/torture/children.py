@@ -170,7 +170,7 @@ def names(folder: Path) -> set[str]:
 
 
 def noted_rows(notes: Path, word: str) -> int:
-    """Return how many rows were noted as ``taken``, or in an acknowledged ``shard``."""
+    """Return how many rows were noted as ``run``, as ``taken``, or in an acknowledged ``shard``."""
     if not notes.exists():
         return 0
     lines = map(str.split, notes.read_text("ascii").splitlines())
@@ -203,11 +203,13 @@ def wait_for(condition: Callable[[], object], child: Child | None) -> bool:
 # --- in the child
 
 
-def _small_shards(rows: int) -> None:
-    """Let a shard hold so many rows of the tiny backbone."""
+def _small_shards(rows: int, batch_size: int) -> None:
+    """Let a shard hold so many rows of the tiny backbone, which is run in such batches."""
+    import tiny_network
+
     from featcache.extraction import work
 
-    work.SHARD_BYTES = rows * 24 * 4
+    work.SHARD_BYTES = tiny_network.shard_bytes(rows, batch_size)
 
 
 def _slow(seconds: float) -> None:
@@ -241,12 +243,18 @@ def _gate(file: str) -> None:
 
 
 def _note(file: str) -> None:
-    """Append a line for every batch that was taken and every shard that was acknowledged."""
-    from featcache.extraction import work
+    """Append a line for every batch that is run or was taken, and every acknowledged shard."""
+    from featcache.extraction import pipeline, work
     from featcache.extraction.partial_cache import PartialCache
 
     notes = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     stream, add_shard = work.stream_features, PartialCache.add_shard
+    forward_chunk = pipeline._forward_chunk
+
+    def noting_forward(run: Any, outcomes: Any, views: Any, clock: Any) -> Any:
+        number = sum(of_image is not None for of_image in views)
+        os.write(notes, f"run {number}\n".encode())
+        return forward_chunk(run, outcomes, views, clock)
 
     def noting_stream(*arguments: Any, **options: Any) -> Iterator[Any]:
         for batch in stream(*arguments, **options):
@@ -258,6 +266,7 @@ def _note(file: str) -> None:
         os.write(notes, f"shard {receipt.num_rows}\n".encode())
         return added
 
+    pipeline._forward_chunk = noting_forward
     work.stream_features = noting_stream
     PartialCache.add_shard = noting_shard  # type: ignore[assignment]
 

@@ -22,7 +22,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.engine import Engine, build_engine
 from featcache.cache import hdf5
 from featcache.data import dataset
-from featcache.extraction import engine_choice, pipeline, recipe, work
+from featcache.extraction import engine_choice, recipe, view_stream, work
 from featcache.pixels.inspection import deep_maximum
 from featcache.pixels.views import render
 from featcache.runtime import environment_facts
@@ -83,9 +83,9 @@ def take_shortcuts(rows_per_shard: int) -> Iterator[Shortcuts]:
             (engine_choice, "environment_facts", lambda *_: dict(facts)),
             (engine_choice, "build_engine", prepare),
             (engine_choice, "decode_probes", lambda *_, **__: []),
-            (work, "SHARD_ROWS", rows_per_shard),
+            (work, "SHARD_ROWS", rows_per_shard + 2),  # three batches of one are under way
             (hdf5, "_make_skeleton", remember),
-            (pipeline, "IsolatedDecoder", _InPlace),
+            (view_stream, "IsolatedDecoder", _InPlace),
             (recipe, "IsolatedDecoder", _InPlace),
             (dataset, "settle_companions", lambda listed, **_: listed),
         ):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tmpfs and limit
 
 SIZES = {"train": 30, "valid": 12, "test": 18}
 OPTIONS = (*TINY, "--batch-size", "4", "--workers", "2", "--quiet")
-SMALL_SHARDS = ("small_shards", 8)
+SMALL_SHARDS = ("small_shards", 8, 4)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LEVELS = {  # pages that are free: none for the lock, none for a shard ..., almost enough
     "new cache": (0, 1, 2, 3, 6, 10, 14, 18, 20, 22, 24), "update": (0, 1, 2, 3, 4, 5, 6, 8, 10),

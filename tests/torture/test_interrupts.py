@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POS
 SIZES = {"train": 20, "valid": 8, "test": 12}
 NUM_IMAGES = 2 * sum(SIZES.values())
 COMMAND = ("extract", "data", "c.h5", *TINY, "--batch-size", "4", "--workers", "2", "--json")
-SMALL_SHARDS = ("small_shards", 8)
+SMALL_SHARDS = ("small_shards", 8, 4)
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 

@@ -58,13 +58,13 @@ def run_fragile(root: Path, seconds: float = 60) -> None:
     """Extract with the fragile decoder, here and in the processes that are started."""
     import tiny_network
 
-    from featcache.extraction import pipeline, recipe
+    from featcache.extraction import recipe, view_stream
     from featcache.pixels import isolation
 
     exec(FRAGILE, {})
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root / "site"), before]))
-    pipeline.DECODE_SECONDS = recipe.DECODE_SECONDS = seconds
+    view_stream.DECODE_SECONDS = recipe.DECODE_SECONDS = seconds
     isolation.IsolatedDecoder.__init__.__defaults__ = (seconds,)
     extract(
         root / "data", root / "c.h5", backbone=tiny_network.build(), max_errors=3, batch_size=4,

@@ -29,7 +29,7 @@ SIZES = {"train": 30, "valid": 12, "test": 18}
 NUM_IMAGES = 2 * sum(SIZES.values())
 NUM_ADDED = 24
 OPTIONS = (*TINY, "--batch-size", "4", "--workers", "2", "--json")
-SMALL_SHARDS = ("small_shards", SHARD_ROWS)
+SMALL_SHARDS = ("small_shards", SHARD_ROWS, 4)
 
 _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
 _WITHOUT_LOG_FLUSH = 2

@@ -21,7 +21,7 @@ import pytest
 
 from featcache.cache.reading import Cache, open_cache
 from featcache.errors import DataError, FeatcacheError
-from featcache.extraction import finish, ledger, pipeline, plan, shards, update
+from featcache.extraction import finish, ledger, plan, shards, update, view_stream
 from featcache.extraction.ledger import Ledger
 from featcache.extraction.partial_cache import PartialCache
 from featcache.pixels.views import Rendering
@@ -136,13 +136,13 @@ def drop_repeated(self: Ledger) -> list[int]:
 
 
 FACTS = ("image_sha256", "image_bytes", "mtime_ns")
-NOTE, OPEN, RENDER = Ledger._note, PartialCache.open, pipeline.render
+NOTE, OPEN, RENDER = Ledger._note, PartialCache.open, view_stream.render
 WRITE_ROWS, MATCH, HOLDS = finish.write_rows, Ledger.match, plan.holds
 
 BUGS: dict[str, list[tuple[Any, str, Any]]] = {
     "a moved image keeps its old target": [(finish, "write_rows", write_old_targets)],
     "another recipe's shards are mixed in": [(PartialCache, "open", open_of_any_recipe)],
-    "a broken image is taken for a black one": [(pipeline, "render", render_black)],
+    "a broken image is taken for a black one": [(view_stream, "render", render_black)],
     "of images with one content one is lost": [(Ledger, "settle_repeated", drop_repeated)],
     "a shard is believed without its checksum": [
         (shards, "sha256_stream", lambda file: AnyChecksum("0" * 64))

@@ -31,7 +31,7 @@ SIZES = {"train": 12, "valid": 5, "test": 6}
 NUM_IMAGES = 2 * sum(SIZES.values())
 NUM_ADDED = 10
 OPTIONS = (*TINY, "--batch-size", "4", "--workers", "2", "--json")
-SMALL_SHARDS = ("small_shards", 8)
+SMALL_SHARDS = ("small_shards", 8, 4)
 
 
 class Place:

@@ -27,8 +27,8 @@ from featcache.evaluation.evidence import (
 )
 from featcache.evaluation.maps import MapReader
 from featcache.extraction.earlier import refuse_dark_colour, refuse_misread
-from featcache.extraction.pipeline import stream_views
 from featcache.extraction.recipe import Recipe
+from featcache.extraction.view_stream import stream_views
 from featcache.formatting import count
 from featcache.runtime import Say, resolve_device
 

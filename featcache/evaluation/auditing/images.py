@@ -17,7 +17,7 @@ from featcache.data.sources import Data
 from featcache.errors import DataError
 from featcache.evaluation.auditing.copies import AuditRows
 from featcache.extraction.comparison import find_images
-from featcache.extraction.pipeline import stream_views
+from featcache.extraction.view_stream import stream_views
 from featcache.pixels.facts import to_grey
 from featcache.pixels.images import PixelRules
 from featcache.pixels.views import PLAIN, ViewRules

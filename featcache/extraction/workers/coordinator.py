@@ -21,9 +21,10 @@ from featcache.extraction.pipeline import find_bottleneck
 from featcache.extraction.plan import Job
 from featcache.extraction.work import (
     describe_kept,
+    lanes_of,
     note_speed,
     note_worker,
-    rows_per_shard,
+    vectors_per_shard,
 )
 from featcache.extraction.workers.pieces import Piece, Pieces
 from featcache.extraction.workers.places import Place, WorkerHandle
@@ -45,7 +46,7 @@ from featcache.runtime import Interrupted, held_signals
 MIN_IMAGES = 16
 """No task has fewer, unless that is all there is."""
 _MOST_STARTS = 3  # deaths in a row, at one place, of workers that were never ready
-_MOST_DEATHS = 24  # in a row without an image done; halving a task of 65,536 images takes 19
+_MOST_DEATHS = 24  # in a row without an image done; halving a task of 65,536 images takes 21
 _TIDY_SECONDS = 3.0  # to end workers, once they had the time to hand back what they have
 _MOST_EVENTS = 200  # that are acted on before workers get tasks again
 CRASHED = "it crashed the worker's process"
@@ -108,17 +109,18 @@ class Coordinator:
         num_workers: int,
     ) -> None:  # fmt: skip
         self._jobs, self._positions, self._start_worker = jobs, positions, start_worker
-        self._rows = [rows_per_shard(job) for job in jobs]
+        # Of the images to train on; others may have fewer.
+        self._num_views = max(job.recipe.view_rules.num_views for job in jobs)
+        most = -(-min(vectors_per_shard(lanes_of(jobs))) // self._num_views)
         useful = -(-len(positions) // MIN_IMAGES)
         self._places = [Place(number) for number in range(min(num_workers, useful))]
         samples = jobs[0].dataset.samples
         num_bytes = sum(samples[position].image_bytes for position in positions)
-        self._facts = facts_of(jobs, self._rows, num_bytes // len(self._places))
+        self._facts = facts_of(jobs, num_bytes // len(self._places))
         self._events: queue.SimpleQueue[tuple[Place, int, Event]] = queue.SimpleQueue()
         self._taken: deque[tuple[Place, int, Event]] = deque()  # and not acted on yet
-        self._pieces = Pieces(
-            jobs, positions, len(self._places), least=MIN_IMAGES, most=min(self._rows)
-        )
+        self._pieces = Pieces(jobs, positions, len(self._places), least=MIN_IMAGES, most=most)
+        self._unheard: list[WorkerHandle] = []  # they wait until their shards are listed
         self._num_tasks = 0
         self._deaths = 0  # in a row
         self._receipts: dict[tuple[str, str], _Receipts] = {}
@@ -189,6 +191,7 @@ class Coordinator:
         """Wait a moment for a message, and act on it and on those that wait behind it."""
         self._taken.extend(self._wait_for_some())
         with contextlib.ExitStack() as stack:
+            stack.callback(self._say_listed)  # last, and whatever happens
             for job in self._jobs:
                 stack.enter_context(job.partial.together())
             while self._taken:  # what an error leaves here, ``_drain`` takes
@@ -199,6 +202,11 @@ class Coordinator:
             self._fill()  # before the manifest is written: nobody waits for the disk
         note = f"waits for {find_bottleneck(self._stages)}" if self._stages else None
         bar.move_to(self._num_under_way(), note)
+
+    def _say_listed(self) -> None:
+        """Let workers go on whose shards are in the manifest now."""
+        while self._unheard:
+            self._unheard.pop().listed()
 
     def _seconds_to_end(self) -> float:
         """Return how long workers need to hand back what they have, and to end."""
@@ -223,6 +231,8 @@ class Coordinator:
             if place.piece is not None:
                 place.piece.num_done += event.num_images
         elif isinstance(event, ShardMade):
+            assert place.handle is not None
+            self._unheard.append(place.handle)
             job = self._jobs[event.job]
             if job.partial.engine is not None:  # else its rows were dropped
                 job.ledger.take_shard(job.partial.add_shard(event.receipt), event.rows)
@@ -245,8 +255,9 @@ class Coordinator:
     def _give(self, place: Place, piece: Piece) -> None:
         place.piece, self._num_tasks = piece, self._num_tasks + 1
         place.patience.begin()
+        assert place.ready is not None
         samples, positions = self._jobs[0].dataset.samples, piece.positions
-        num_shards = len(positions) // min(self._rows) + 2
+        num_shards = len(positions) * self._num_views // place.ready.vectors_per_shard + 2
         task = Task(
             self._num_tasks, positions, tuple(samples[p] for p in positions),
             tuple([job.ledger.wants(p) for p in positions] for job in self._jobs),
@@ -361,6 +372,7 @@ class Coordinator:
             elif isinstance(event, ShardMade | Done):
                 with contextlib.suppress(FeatcacheError):  # the first error is the one to be told
                     self._act(place, event)
+                self._say_listed()
 
     def _note_receipts(self) -> None:
         """Put into the provenance who has made how many rows."""

@@ -33,7 +33,14 @@ from featcache.extraction.workers.messages import (
     sendable_error,
     unpack_facts,
 )
-from featcache.extraction.workers.worker import Facts, StoppedError, Task, Worker
+from featcache.extraction.workers.worker import (
+    Facts,
+    Message,
+    ShardMade,
+    StoppedError,
+    Task,
+    Worker,
+)
 from featcache.files import child_process
 from featcache.runtime import (
     INTERRUPTS,
@@ -128,7 +135,7 @@ class _Start:
     cores: list[int]
 
 
-_STOP = "stop"
+_STOP, _LISTED = "stop", "listed"
 
 
 class LocalWorker:
@@ -159,6 +166,10 @@ class LocalWorker:
     def give(self, task: Task) -> None:
         """Let it run a task next."""
         self._orders.put(task)
+
+    def listed(self) -> None:
+        """Let it go on after a shard."""
+        self._orders.put(_LISTED)
 
     def stop(self) -> None:
         """Let it hand back what it has and end."""
@@ -226,6 +237,7 @@ class _Orders:
         self._stream = stream
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._is_busy = threading.Event()
+        self.num_listed = threading.Semaphore(0)  # shards that were not waited for yet
         self.is_stopping = threading.Event()
 
     def read_one(self) -> Any:
@@ -244,6 +256,9 @@ class _Orders:
         try:
             while True:
                 order: Any = receive(self._stream)
+                if order == _LISTED:
+                    self.num_listed.release()
+                    continue
                 if order != _STOP:
                     self._tasks.put(order)
                     continue
@@ -298,7 +313,13 @@ def _serve(orders: _Orders, answers: IO[bytes], check: Callable[[], object]) -> 
     check()
     orders.begin()
     send(answers, worker.ready)
-    hand_back = Bundled(lambda message: send(answers, message))
+
+    def hand_on(message: Message) -> None:
+        send(answers, message)
+        if isinstance(message, ShardMade):
+            orders.num_listed.acquire()
+
+    hand_back = Bundled(hand_on)
 
     def check_orders() -> None:
         try:

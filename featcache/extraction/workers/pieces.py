@@ -2,7 +2,7 @@
 
 A piece is as long as its worker takes half a minute for, and shorter towards the end, so that all
 workers end at once. What a worker died with is given out again whole, then half by half, until the
-image is found that kills its process: two workers have died with it alone.
+image is found that kills its process: ``DEATHS_ALONE`` workers have died with it alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from featcache.extraction.plan import Job
 TASK_SECONDS = 30.0
 """About how long a task takes. Between two of them a worker's pipeline runs empty once."""
 _MOST_IMAGES = 1 << 16  # of a task
+DEATHS_ALONE = 4
+"""So many workers have to die with one image alone until it is blamed: they die of other things
+too. Where each lived 3 s on average and an image alone takes one, two such deaths blamed 77 images
+that had done nothing in 16,702 deaths, three 20 and four 2; where they lived 10 s or more, none
+(tests/extraction/workers/test_pieces.py). An image that is to blame costs two more starts of a
+worker."""
 
 
 @dataclass
@@ -98,13 +104,13 @@ class Pieces:
         """Take back a piece that a worker died with: it is given once whole, then half by half.
 
         Returns:
-            The image that two workers have died with alone: it is to blame; else None.
+            The image that ``DEATHS_ALONE`` workers have died with alone, to blame; else None.
         """
         left = self._take_done(piece)
         if not left:
             return None
         num_alone = piece.num_deaths_alone + (len(piece.positions) == 1)
-        if num_alone == 2:  # workers die of other things too: one such death proves nothing
+        if num_alone == DEATHS_ALONE:
             self.num_done += 1
             return left[0]
         middle = len(left) // 2 if piece.is_suspect else 0

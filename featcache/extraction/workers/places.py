@@ -19,6 +19,9 @@ class WorkerHandle(Protocol):
     def give(self, task: Task) -> None:
         """Let it run a task next. Does nothing if it has died."""
 
+    def listed(self) -> None:
+        """Let it go on: the shard that it handed in is listed, or will never be."""
+
     def stop(self) -> None:
         """Let it hand back what it has and end: ``Ended`` comes last."""
 

@@ -38,7 +38,7 @@ from featcache.extraction.workers.ray_cluster import (
     unreachable,
 )
 from featcache.extraction.workers.ray_node import SentShard, Start, what_is_seen
-from featcache.extraction.workers.ray_workers import LOST_SECONDS, Plan, ended
+from featcache.extraction.workers.ray_workers import LOST_SECONDS, Plan, ended, silent
 from featcache.extraction.workers.worker import Facts, Task
 from featcache.files import child_process
 from featcache.formatting import count
@@ -49,6 +49,8 @@ _INIT_SECONDS = 15.0
 _BEGIN_SECONDS = 90.0
 _STOP_SECONDS = 5.0  # for an actor to end that was asked to, as for processes of this machine
 _EXIT_SECONDS = 30.0  # for the bridge, and a Ray of our own, to end
+_SILENT_SECONDS = 60.0  # then a bridge is taken for dead, as the sign of life of a part is
+_LOOKS = 60  # in that time: one that was stopped itself has looked once only
 
 
 def check_ray(address: str) -> None:
@@ -140,7 +142,9 @@ class Bridge:
         self._address, self._folders = address, list[Path]()
         self._workers: dict[int, RayWorker] = {}
         self._keys = itertools.count()
-        self._is_over = False
+        self._is_over = self._is_hearing = self._was_silent = False
+        self._num_heard = 0
+        self._has_closed = threading.Event()
         self._lock = threading.Lock()
         self._reader: threading.Thread | None = None
         command, environment = child_process("featcache.extraction.workers.ray_bridge")
@@ -189,9 +193,10 @@ class Bridge:
     def plan(self, plan: Plan, facts: Facts) -> None:
         """Tell it what actors take and are told; then it can start some."""
         self._folders = [job.folder for job in facts.jobs]
-        self.order(plan)
         self._reader = threading.Thread(target=self._read, name="featcache-ray", daemon=True)
         self._reader.start()
+        threading.Thread(target=self._watch, name="featcache-ray-watch", daemon=True).start()
+        self.order(plan)
 
     def add(self, worker: RayWorker) -> int:
         """Return the key of a worker, whose answers it gets from now on."""
@@ -200,11 +205,11 @@ class Bridge:
             self._workers[key] = worker
             is_over = self._is_over
         if is_over:
-            worker.lose(self._address)
+            worker.lose(self._loss())
         return key
 
     def order(self, order: object) -> None:
-        """Send an order."""
+        """Send an order. It waits while the bridge is busy; not for one that says nothing."""
         assert self._child.stdin is not None
         with contextlib.suppress(OSError):  # it has died, which ``_read`` tells
             send(self._child.stdin, order)
@@ -214,18 +219,35 @@ class Bridge:
         assert self._child.stdout is not None
         with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
             while True:
+                self._is_hearing = True
                 message: Any = receive(self._child.stdout)
+                self._is_hearing, self._num_heard = False, self._num_heard + 1
                 key, answer = message
-                if key is None:
-                    self.say(answer)
-                else:
+                if key is not None:
                     self._hand_on(self._workers[key], answer)
+                elif answer:  # else it says that it lives
+                    self.say(answer)
         self._child.stdout.close()
         with self._lock:
             self._is_over = True
             left = list(self._workers.values())
         for worker in left:
-            worker.lose(self._address)
+            worker.lose(self._loss())
+
+    def _watch(self) -> None:
+        """End a bridge that says nothing: whoever waits for it, to read an order say, goes on."""
+        num_silent, num_heard = 0, 0
+        while not self._has_closed.wait(_SILENT_SECONDS / _LOOKS):
+            is_silent = self._is_hearing and self._num_heard == num_heard
+            num_silent, num_heard = num_silent + 1 if is_silent else 0, self._num_heard
+            if num_silent >= _LOOKS:
+                self._was_silent = True
+                self._child.kill()
+                return
+
+    def _loss(self) -> ConfigError:
+        """Return why there is no bridge any more."""
+        return silent(self._address, _SILENT_SECONDS) if self._was_silent else ended(self._address)
 
     def _hand_on(self, worker: RayWorker, answer: Any) -> None:
         if isinstance(answer, SentShard):
@@ -248,6 +270,7 @@ class Bridge:
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
+        self._has_closed.set()
         if self._reader is None:
             self._child.stdout.close()
         else:
@@ -274,6 +297,10 @@ class RayWorker:
         """Let it run a task next."""
         self._bridge.order(("give", self._key, task))
 
+    def listed(self) -> None:
+        """Let it go on after a shard."""
+        self._bridge.order(("listed", self._key))
+
     def stop(self) -> None:
         """Let it hand back what it has and end."""
         self._deadline = self._deadline or time.monotonic() + _STOP_SECONDS
@@ -292,8 +319,8 @@ class RayWorker:
         if not self._is_killed:
             self._tell(event)
 
-    def lose(self, address: str) -> None:
+    def lose(self, error: ConfigError) -> None:
         """Say that the bridge has ended, and this with it."""
         if not self._has_ended.is_set():
-            self.tell(Failed(ended(address), ends_all=True))
+            self.tell(Failed(error, ends_all=True))
             self.tell(Ended("an error"))

@@ -3,8 +3,8 @@
 Ray waits for minutes where something else answers at an address, takes over signals, prints, and
 ends its process at once where the node's own part of it ends: a child can be given up and missed.
 Run as a module, it answers first whether there is a cluster, and then carries orders to actors and
-their answers back, as pickles. A bridge whose input ends has lost the command: it ends, and with it
-all actors.
+their answers back, as pickles. It says that it lives, every two seconds, by an empty line for the
+user. A bridge whose input ends has lost the command: it ends, and with it all actors.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from typing import Any, NoReturn
 
 from featcache.child import send
 from featcache.extraction.workers.ray_cluster import LOCAL, unreachable
 from featcache.runtime import INTERRUPTS, available_cores
+
+_BEAT_SECONDS = 2.0
 
 
 def main() -> NoReturn:
@@ -32,6 +35,11 @@ def main() -> NoReturn:
     def tell(*message: object) -> None:
         with lock, contextlib.suppress(OSError):  # the command is gone: the input ends as well
             send(answers, message)
+
+    def live() -> None:
+        while True:
+            tell(None, "")
+            time.sleep(_BEAT_SECONDS)
 
     with contextlib.ExitStack() as stack:
         try:
@@ -47,6 +55,7 @@ def main() -> NoReturn:
             for number in INTERRUPTS:  # a scheduler's come to all processes: the command says what
                 signal.signal(number, signal.SIG_IGN)
             tell(untyped.nodes())
+            threading.Thread(target=live, name="featcache-live", daemon=True).start()
             with contextlib.suppress(EOFError):
                 from featcache.extraction.workers.ray_workers import serve  # imports torch
 

@@ -1,7 +1,7 @@
 """In a node of a Ray cluster: the actor, which lets a ``Worker`` run, and what it has to see there.
 
 It has to see the images. The caches' folders it need not see: its shards are then written into a
-folder of its own and sent, a few at a time.
+folder of its own and sent, one at a time.
 
 Reads: the manifest in ``CACHE.partial/``, to find out whether it is seen. Writes: a folder in the
 node's place for temporary files, if it is not, while a task runs.
@@ -42,9 +42,6 @@ from featcache.extraction.workers.worker import (
 )
 from featcache.files import json_sha256, write_bytes
 
-MOST_WAITING = 4
-"""Messages, each with a shard of 16 MiB at most, that an actor has made and nobody has taken: then
-it waits."""
 _SEEN_SECONDS = 3.0  # for a shared folder to show a manifest that was just written
 
 
@@ -167,6 +164,7 @@ class FeatcacheActor:
 
     def __init__(self) -> None:
         self._is_stopping = threading.Event()
+        self._num_listed = threading.Semaphore(0)  # shards that were not waited for yet
         self._worker: Worker | None = None
         self._cores: list[int] = []
         self._sent: set[int] = set()  # numbers of the caches whose shards are sent
@@ -197,6 +195,10 @@ class FeatcacheActor:
             return Failed(sendable_error(error))
         return Begun(self._worker.ready, tuple(jobs[number].name for number in self._sent))
 
+    def listed(self) -> None:
+        """Let ``run`` go on after a shard."""
+        self._num_listed.release()
+
     def stop(self) -> None:
         """Let ``run`` hand back what it has."""
         self._is_stopping.set()
@@ -209,13 +211,18 @@ class FeatcacheActor:
         """Run a task, and yield its messages as they come."""
         worker = self._worker
         assert worker is not None
-        answers: queue.Queue[Answer | None] = queue.Queue(MOST_WAITING)
+        answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()  # with one shard at most
+
+        def hand_on(message: Message) -> None:
+            answers.put(self._send(message))
+            if isinstance(message, ShardMade):
+                self._num_listed.acquire()
 
         def work() -> None:
             _stay_on(self._cores)
             try:
                 with self._own_folder():
-                    worker.run(task, Bundled(lambda m: answers.put(self._send(m))), self._check)
+                    worker.run(task, Bundled(hand_on), self._check)
             except BaseException as error:  # noqa: BLE001 (raised by the coordinator)
                 answers.put(Failed(sendable_error(error)))
             finally:

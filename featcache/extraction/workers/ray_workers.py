@@ -22,7 +22,6 @@ from featcache.extraction.workers.coordinator import Ended, Failed
 from featcache.extraction.workers.messages import first_line, sendable_error
 from featcache.extraction.workers.ray_cluster import Room
 from featcache.extraction.workers.ray_node import (
-    MOST_WAITING,
     Answer,
     Begun,
     FeatcacheActor,
@@ -89,6 +88,8 @@ def serve(ray: Any, address: str, tell: Callable[..., None]) -> NoReturn:
                 workers[key] = Actor(cluster, number, make, begin, tell_of)
             case ("give", key, task):
                 workers[key].give(task)
+            case ("listed", key):
+                workers[key].listed()
             case ("stop", key):
                 workers[key].stop()
             case ("kill", key):
@@ -158,6 +159,11 @@ class Actor:
         """Let it run a task next."""
         self._tasks.put(task)
 
+    def listed(self) -> None:
+        """Let it go on after a shard."""
+        with contextlib.suppress(Exception, SystemExit):  # it has died, which ``_run`` tells
+            self._actor.listed.remote()
+
     def stop(self) -> None:
         """Let it hand back what it has and end."""
         self._is_stopping = True
@@ -222,10 +228,7 @@ class Actor:
             )
         self._tell(begun.ready)
         while (task := self._tasks.get()) is not None:
-            answers = self._actor.run.options(
-                num_returns="streaming", _generator_backpressure_num_objects=MOST_WAITING
-            )
-            for result in answers.remote(task):
+            for result in self._actor.run.options(num_returns="streaming").remote(task):
                 answer: Answer = self._ray.get(result)
                 self._tell(answer)
                 if isinstance(answer, Failed):
@@ -262,6 +265,15 @@ def ended(address: str) -> ConfigError:
     return ConfigError(
         "--ray", expected="a cluster that answers", found="one that has ended on this machine",
         where=address, hint="Start it again; the same command then goes on",
+    )  # fmt: skip
+
+
+def silent(address: str, seconds: float) -> ConfigError:
+    """Return the error of a bridge that hangs, or was stopped."""
+    return ConfigError(
+        "--ray", expected="a cluster that answers", where=address,
+        found=f"a process of Ray's on this machine that said nothing for {seconds:.0f} s",
+        hint="The same command goes on",
     )  # fmt: skip
 
 

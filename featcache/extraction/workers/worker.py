@@ -28,11 +28,18 @@ from featcache.errors import BackboneError, CacheError
 from featcache.extraction.engine_choice import check_frozen
 from featcache.extraction.ledger import Ledger, WorkedRow
 from featcache.extraction.manifest import EngineFacts, Receipt
-from featcache.extraction.pipeline import FeatureBatch
+from featcache.extraction.pipeline import FeatureBatch, Lane
 from featcache.extraction.plan import Job, Probes
 from featcache.extraction.recipe import Recipe
 from featcache.extraction.shards import Vectors
-from featcache.extraction.work import ShardWriter, run_images, stream_parts
+from featcache.extraction.work import (
+    ShardWriter,
+    lanes_of,
+    most_unlisted,
+    run_images,
+    stream_parts,
+    vectors_per_shard,
+)
 from featcache.pixels import acceleration
 from featcache.runtime import Timer, device_name, resolve_device
 
@@ -48,7 +55,7 @@ class JobFacts:
         num_views: Split -> vectors of each of its images.
         folder: ``CACHE.partial``, where the shards go.
         probes: Images that the engine is checked on, and what it has to make of them.
-        rows_per_shard: So many rows fill a shard.
+        most_unlisted: So many vectors may be run and not listed: see ``work``.
     """
 
     name: str
@@ -57,7 +64,7 @@ class JobFacts:
     num_views: Mapping[str, int]
     folder: Path
     probes: Probes
-    rows_per_shard: int
+    most_unlisted: int
 
 
 @dataclass(frozen=True)
@@ -77,23 +84,22 @@ class Facts:
     image_bytes: int
 
 
-def facts_of(jobs: Sequence[Job], rows: Sequence[int], image_bytes: int) -> Facts:
+def facts_of(jobs: Sequence[Job], image_bytes: int) -> Facts:
     """Return what workers are told of some caches, and free what the engines here hold.
 
     Args:
         jobs: The caches, each with its engine chosen.
-        rows: How many rows fill a shard of each.
         image_bytes: Of the files that each worker may expect to decode.
     """
     facts = []
-    for job, num_rows in zip(jobs, rows, strict=True):
+    for job, most in zip(jobs, most_unlisted(lanes_of(jobs)), strict=True):
         assert job.engine is not None
         assert job.partial.engine is not None
         assert job.probes is not None
         facts.append(
             JobFacts(
                 job.path.name, job.recipe, job.partial.engine, job.num_views,
-                job.partial.folder.absolute(), job.probes, num_rows,
+                job.partial.folder.absolute(), job.probes, most,
             )
         )  # fmt: skip
         job.release_engine()
@@ -142,11 +148,13 @@ class Ready:
         host: Name of its machine.
         device: Name of its device.
         process: Its number on that machine.
+        vectors_per_shard: So many vectors fill its shards at least.
     """
 
     host: str
     device: str
     process: int
+    vectors_per_shard: int
 
 
 @dataclass(frozen=True)
@@ -203,6 +211,8 @@ class NotFrozen:
 
 Message = Ready | Progress | ShardMade | Done | NotFrozen
 HandBack = Callable[[Message], object]
+"""Hands a message to the coordinator. Of a shard it returns when that is listed: a worker dies with
+no more than a shard that is not."""
 
 
 class StoppedError(Exception):
@@ -227,6 +237,10 @@ class Worker:
         # By all of its tasks: each alone may be too small for the kernels to be worth it.
         acceleration.start_for(facts.image_bytes)
         self._engines = [self._build(job) for job in facts.jobs]
+        pairs = zip(facts.jobs, self._engines, strict=True)
+        lanes = [Lane(job.recipe, engine) for job, engine in pairs]
+        # How many batches are under way depends on the cores here.
+        self._sizes = vectors_per_shard(lanes, [job.most_unlisted for job in facts.jobs])
 
     def _build(self, job: JobFacts) -> Engine:
         wanted, recipe, where = job.engine, job.recipe, f"{socket.gethostname()}, {self._device}"
@@ -254,7 +268,8 @@ class Worker:
     @property
     def ready(self) -> Ready:
         """What it says of itself before the first task."""
-        return Ready(socket.gethostname(), device_name(self._device), os.getpid())
+        name = device_name(self._device)
+        return Ready(socket.gethostname(), name, os.getpid(), min(self._sizes))
 
     def run(
         self, task: Task, hand_back: HandBack, check: Callable[[], object] = lambda: None
@@ -279,8 +294,7 @@ class Worker:
             _Share(number, job, engine, dataset, task, hand_back=hand_back)
             for number, (job, engine) in enumerate(zip(facts.jobs, self._engines, strict=True))
         ]
-        rows = [job.rows_per_shard for job in facts.jobs]
-        writers = [ShardWriter(s, timer, n) for s, n in zip(shares, rows, strict=True)]
+        writers = [ShardWriter(s, timer, n) for s, n in zip(shares, self._sizes, strict=True)]
         num_images = 0
 
         def stream(positions: Sequence[int], num_isolated: int) -> Iterator[FeatureBatch]:

@@ -23,11 +23,12 @@ from featcache.cache.reading import Cache, open_cache
 from featcache.cli.wording import facts_lines
 from featcache.errors import BackboneError, CacheError, DataError, FeatcacheWarning
 from featcache.evaluation.info import info
-from featcache.extraction import work
+from featcache.extraction import pipeline, work
 from featcache.extraction.extraction import extract
 from featcache.extraction.workers import coordinator, worker
 from featcache.extraction.workers.coordinator import CRASHED
-from featcache.extraction.workers.worker import Facts, ShardMade, Task
+from featcache.extraction.workers.pieces import DEATHS_ALONE
+from featcache.extraction.workers.worker import Facts, Progress, ShardMade, Task
 from featcache.runtime import Interrupted
 
 pytestmark = [
@@ -72,7 +73,7 @@ def wholes(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Cache
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four images at least, in shards of four rows of the plain view."""
     monkeypatch.setattr(coordinator, "MIN_IMAGES", 4)
-    monkeypatch.setattr(work, "SHARD_BYTES", 4 * 24 * 4)
+    monkeypatch.setattr(work, "SHARD_BYTES", tiny_network.shard_bytes(4, 2))
 
 
 def run(images: Path, cache: Path, processes: int = 2, **change: Any) -> Any:
@@ -132,27 +133,26 @@ class Dying:
 def test_workers_that_die_at_random_lose_a_shard_at_most(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: Any, tally: Any
 ) -> None:
-    whole = extract(images, tmp_path / "whole.h5", backbone=tiny_network.build(), **OPTIONS)
-    run_images = Counter[int]()
-    inner = worker.stream_parts
+    options = OPTIONS | {"batch_size": 1}
+    monkeypatch.setattr(work, "SHARD_BYTES", tiny_network.shard_bytes(3, 1))
+    whole = extract(images, tmp_path / "whole.h5", backbone=tiny_network.build(), **options)
+    num_run = list[int]()
+    inner = pipeline._forward_chunk
 
-    def counting(*arguments: Any, **options: Any) -> Any:
-        for batch in inner(*arguments, **options):
-            pairs = zip(batch.outcomes, batch.features[0], strict=True)
-            run_images.update(o.sample.path for o, made in pairs if made is not None)
-            yield batch
+    def counting(run: Any, outcomes: Any, views: Any, clock: Any) -> Any:
+        num_run.append(sum(of_image is not None for of_image in views))
+        return inner(run, outcomes, views, clock)
 
-    monkeypatch.setattr(worker, "stream_parts", counting)
+    monkeypatch.setattr(pipeline, "_forward_chunk", counting)
     for seed in range(rounds(4, 200)):
         dying = Dying(seed)
         use_threads(monkeypatch, dying)
-        run_images.clear()
-        summary = run(images, tmp_path / f"{seed}.h5", 3, say=lambda line: None)
+        num_run.clear()
+        summary = run(images, tmp_path / f"{seed}.h5", 3, batch_size=1, say=lambda line: None)
         assert summary.content_sha256 == whole.content_sha256
-        spare = run_images.total() - summary.num_new
+        spare = sum(num_run) - summary.num_new
         tally("deaths of workers", "a shard lost at most", dying.num_deaths)
-        # A shard in hand, which the last batch of two overfills by one; copies of contents that
-        # were run at the same time.
+        # A shard of three and two batches of one; contents run at the same time.
         assert spare <= dying.num_deaths * 5 + 6, (seed, dying.num_deaths, spare)
 
 
@@ -177,7 +177,7 @@ def test_images_that_kill_every_worker_are_listed_failures(
     assert len(reasons) == len(fatal) + NUM_BAD
     assert any("has ended: killed by SIGKILL. Another one does the" in line for line in said)
     assert summary.num_images == 46 - len(reasons)
-    assert max(given.values()) <= 9  # twice whole, then halved, alone twice
+    assert max(given.values()) <= 7 + DEATHS_ALONE  # twice whole, then halved, then alone
     others = tmp_path / "others"
     shutil.copytree(images, others)
     for path in fatal:
@@ -189,23 +189,26 @@ def test_images_that_kill_every_worker_are_listed_failures(
         assert (split.features == cache.splits[name].features).all()
 
 
-def test_an_image_is_not_blamed_for_two_deaths_of_which_one_was_of_it_alone(
+def test_an_image_is_not_blamed_for_as_many_deaths_of_which_one_was_not_of_it_alone(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker is killed with one image left of its task, and the next one with that image."""
-    deaths = list[int]()
+    """A worker is killed with one image left of its task, and the next ones with that image."""
+    deaths, handed_in = list[int](), set[int]()
 
     def die(number: int, task: Task, message: object) -> None:
-        is_first = not deaths and isinstance(message, ShardMade) and len(task.samples) == 4
-        is_second = len(deaths) == 1 and message is None and task.isolate
-        if is_first or is_second:
+        if isinstance(message, ShardMade) and len(task.samples) == 4:
+            handed_in.add(task.number)
+        is_first = not deaths and isinstance(message, Progress) and task.number in handed_in
+        is_next = 1 <= len(deaths) < DEATHS_ALONE and message is None and task.isolate
+        if is_first or is_next:
             deaths.append(len(task.samples))
             raise Death
 
     use_threads(monkeypatch, die)
-    monkeypatch.setattr(work, "SHARD_BYTES", 3 * 24 * 4)  # of a task of four, one image is left
+    # Of a task of four, one image is left.
+    monkeypatch.setattr(work, "SHARD_BYTES", tiny_network.shard_bytes(3, 1))
     run(images, tmp_path / "c.h5", batch_size=1)
-    assert deaths == [4, 1]
+    assert deaths == [4, *[1] * (DEATHS_ALONE - 1)]
     reasons = {failure.reason for failure in open_cache(tmp_path / "c.h5").failures}
     assert CRASHED not in reasons
     assert len(open_cache(tmp_path / "c.h5").failures) == NUM_BAD

@@ -87,7 +87,7 @@ def start(place: Path, site: str = "", processes: int = 2) -> Child:
     before: tuple[Any, ...] = (
         ("environment", "PYTHONPATH", path), ("environment", "OMP_WAIT_POLICY", "PASSIVE"),
         ("set", "featcache.extraction.workers.coordinator", "MIN_IMAGES", 8),
-        ("small_shards", 4),
+        ("small_shards", 4, 2),
     )  # fmt: skip
     return warm_parent().start(*COMMAND, "--processes", processes, cwd=place, before=before)
 

@@ -21,7 +21,7 @@ from featcache.extraction.workers.worker import Done, Facts, Message, Progress, 
 def test_progress_is_bundled_and_begins_anew_with_each_task() -> None:
     said = list[Message]()
     bundled = Bundled(said.append)
-    ready, done = Ready("host", "cpu", 1), Done(1, (), 130, 1.0, {})
+    ready, done = Ready("host", "cpu", 1, 16), Done(1, (), 130, 1.0, {})
     for message in (ready, *[Progress(1, 10)] * 13, done, *[Progress(2, 30)] * 2, done):
         bundled(message)
     assert said == [ready, Progress(1, 70), done, done]

@@ -60,7 +60,7 @@ def whole(images: Path, tmp_path: Path) -> Cache:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of four rows; processes are taken for dead within half a second."""
-    monkeypatch.setattr(work, "SHARD_BYTES", 4 * 24 * 4)
+    monkeypatch.setattr(work, "SHARD_BYTES", tiny_network.shard_bytes(4, 2))
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(heartbeat, "STALE_SECONDS", 0.5)
 

@@ -82,11 +82,47 @@ os.kill(os.getpid(), 9)
 """
 
 
-def test_a_bridge_that_ends_is_an_error_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+# It says that it lives, and is stopped before it reads an order.
+_STOPPED = """
+import os, signal, sys
+from featcache.child import send
+answers = os.fdopen(1, "wb")
+send(answers, ([{"Alive": True}],))
+send(answers, (None, ""))
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def use_bridge(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(
         ray_actors, "child_process",
-        lambda module: ([sys.executable, "-P", "-c", _DYING], child_process(module)[1]),
+        lambda module: ([sys.executable, "-P", "-c", code], child_process(module)[1]),
     )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process is stopped there")
+def test_a_bridge_that_is_stopped_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_bridge(monkeypatch, _STOPPED)
+    monkeypatch.setattr(ray_actors, "_SILENT_SECONDS", 0.6)
+    said, events = list[str](), queue.SimpleQueue[Event]()
+    with ray_actors._bridge("head:1") as bridge:
+        bridge.say = said.append
+        facts: Facts = Facts(None, (), 1, 0)  # type: ignore[arg-type]
+        bridge.plan(Plan((), (), bytes(1 << 22), 1.0), facts)  # more than a pipe holds
+        worker = RayWorker(bridge, 0, events.put)
+        failed, ended = events.get(timeout=60), events.get(timeout=60)
+        assert isinstance(failed, Failed)
+        assert failed.ends_all
+        assert "found a process of Ray's on this machine that said nothing for " in str(
+            failed.error
+        )
+        assert isinstance(ended, Ended)
+        worker.give(None)  # type: ignore[arg-type]
+    assert said == []
+
+
+def test_a_bridge_that_ends_is_an_error_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_bridge(monkeypatch, _DYING)
     said, events = list[str](), queue.SimpleQueue[Event]()
     with ray_actors._bridge("head:1") as bridge:
         assert isinstance(bridge, Bridge)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import os
 import signal
 import sys
 import threading
@@ -69,7 +70,7 @@ def nodes(is_long: None) -> Iterator[Nodes]:
 
 
 def start(place: Path, ray: str, *before: tuple[Any, ...]) -> Child:
-    return warm_parent().start(*COMMAND, ray, cwd=place, before=(("small_shards", 4), *before))
+    return warm_parent().start(*COMMAND, ray, cwd=place, before=(("small_shards", 4, 2), *before))
 
 
 def num_shards(place: Path) -> int:
@@ -84,7 +85,7 @@ def num_listed(place: Path) -> int:
 def check_resumed(place: Path, ray: str, num_kept: int) -> None:
     """Check that the same command goes on with the shards that were listed."""
     result = warm_parent().run(
-        *COMMAND, ray, "--json", cwd=place, before=(("small_shards", 4),)
+        *COMMAND, ray, "--json", cwd=place, before=(("small_shards", 4, 2),)
     )  # fmt: skip
     assert result.code == 0, result
     assert result.facts["num_known"] >= num_kept
@@ -209,6 +210,24 @@ def test_a_cluster_that_ends_is_one_line(place: Path) -> None:
         check_resumed(place, nodes.address, num_listed(place))
 
 
+def test_a_bridge_that_is_stopped_is_one_line(place: Path, nodes: Nodes) -> None:
+    child = start(place, nodes.address, ("set", ACTORS, "_SILENT_SECONDS", 10.0))
+    wait_for(lambda: num_shards(place) > 4, child)
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text("ascii").split()
+    (bridge,) = [
+        int(number) for number in children
+        if b"ray_bridge" in Path(f"/proc/{number}/cmdline").read_bytes()
+    ]  # fmt: skip
+    os.kill(bridge, signal.SIGSTOP)
+    result = child.wait()
+    assert result.code == 1, result
+    assert result.error().startswith("error: --ray: expected a cluster that answers"), result
+    assert "said nothing for 10 s" in result.error(), result
+    wait_for(lambda: not find_actors(nodes.address), None)
+    assert num_listed(place) >= 8
+    check_resumed(place, nodes.address, num_listed(place))
+
+
 def test_shards_of_a_node_without_the_folder_are_sent(
     images: tuple[Path, str], place: Path, tally: Any
 ) -> None:
@@ -219,7 +238,7 @@ def test_shards_of_a_node_without_the_folder_are_sent(
         except OSError as error:
             pytest.skip(str(error))
         (place / "data").unlink()
-        before = (("small_shards", 4),)
+        before = (("small_shards", 4, 2),)
         command = ("extract", images[0], *COMMAND[2:-1], "--processes", "2", "--ray")
         command = tuple(word for word in command if word != "--quiet")
         result = warm_parent().run(*command, nodes.address, cwd=place, before=before)

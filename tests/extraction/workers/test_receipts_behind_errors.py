@@ -35,13 +35,16 @@ class Pair:
                 if len(pair.given) == 2:
                     pair.end()
 
+            def listed(self) -> None:
+                pass
+
             def stop(self) -> None:
                 pass
 
             def kill(self) -> None:
                 pass
 
-        tell(Ready("host", f"device {number}", 1))
+        tell(Ready("host", f"device {number}", 1, 16))
         return Handle()
 
     def end(self) -> None:
