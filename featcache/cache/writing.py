@@ -57,18 +57,18 @@ class SplitRows:
     """The rows of one split to write, sorted by the bytes of their path.
 
     ``feature_blocks`` returns (n, D) or (n, V, D) arrays that together have ``shape``, so that a
-    cache larger than memory can be written.
+    cache larger than memory can be written. Paths may be a column of bytes.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     feature_blocks: Callable[[], Iterable[npt.NDArray[Any]]]
     targets: npt.NDArray[Any]
-    paths: Sequence[str]
+    paths: Sequence[str] | Column
     groups: Sequence[str] | None
     image_sha256: Column
-    image_bytes: npt.NDArray[np.int64]
-    mtime_ns: npt.NDArray[np.int64]
+    image_bytes: Column
+    mtime_ns: Column
 
 
 def write_rows(
@@ -96,7 +96,7 @@ def write_rows(
         rows, prefix = splits[name], f"splits/{name}/"
         columns: dict[str, Column] = {
             "targets": rows.targets,
-            "paths": _Texts(rows.paths),
+            "paths": _Texts(rows.paths) if isinstance(rows.paths, Sequence) else rows.paths,
             "image_sha256": rows.image_sha256,
             "image_bytes": rows.image_bytes,
             "mtime_ns": rows.mtime_ns,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.data.dataset import ImageDataset, Sample, list_images, scan
+from featcache.data.dataset import ImageDataset, Sample, Samples, list_images, scan
 from featcache.data.sources import are_packed
 from featcache.errors import ConfigError, DataError
 from featcache.files import local_path
@@ -69,7 +69,7 @@ def list_inputs(images: Any, **listing: Any) -> Inputs:
     if not listed and any(listing.values()):
         raise DataError("images", expected="some that --include and --exclude leave", found="none")
     files = dict.fromkeys(image for image in listed if isinstance(image, Sample))
-    return Inputs(ImageDataset(Path(), "images", (), tuple(files)), names, listed)
+    return Inputs(ImageDataset(Path(), "images", (), Samples(files)), names, listed)
 
 
 def _list_packed(images: Sequence[Any], listing: Mapping[str, Any]) -> ImageDataset | None:

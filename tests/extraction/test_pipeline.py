@@ -495,7 +495,7 @@ def test_an_image_that_hangs_an_isolated_decoder_costs_only_itself(
 @pytest.mark.parametrize("isolate", [False, True])
 def test_a_consumer_may_stop_early(folder, engine, isolate):
     dataset = scan(folder)
-    many = dataset.samples * 10
+    many = [*dataset.samples] * 10
     children = []
     for num_batches in (0, 1, 3):
         stream = run(dataset, many, engine, RULES, workers=3, isolate=isolate)
