@@ -50,7 +50,7 @@ _NOT_USED = {"link": "link", "sparse": "sparse file", "other": "not a regular fi
 class TarStore:
     """Reads images of tars, each by one read at its offset. Picklable; keeps nothing open.
 
-    44 bytes an image.
+    40 bytes an image.
 
     Args:
         shards: The tars.

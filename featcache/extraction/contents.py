@@ -76,14 +76,19 @@ class Contents:
 
     def _enter(self, number: int) -> None:
         sha256 = self.sha256(number)
-        if sha256 != _UNKNOWN and self.find(sha256, self.num_views[number]) is None:
-            self._slots[self._slot_of(sha256)] = number
+        if sha256 == _UNKNOWN:
+            return
+        slot = self._slot_of(sha256)
+        known, views = self._slots[slot], self.num_views
+        if known == _EMPTY or self.source[known] == FORGOTTEN or views[known] < views[number]:
+            self._slots[slot] = number
 
     def _slot_of(self, sha256: bytes) -> int:
         """Return the slot of a sha256, which is empty if no content of it was entered."""
-        last = len(self._slots) - 1  # a power of two less one
+        slots, every = self._slots, self._sha256
+        last = len(slots) - 1  # a power of two less one
         slot = int.from_bytes(sha256[:8], "little") & last
-        while (number := self._slots[slot]) != _EMPTY and self.sha256(number) != sha256:
+        while (n := slots[slot]) != _EMPTY and every[_SIZE * n : _SIZE * (n + 1)] != sha256:
             slot = (slot + 1) & last
         return slot
 
