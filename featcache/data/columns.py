@@ -91,7 +91,8 @@ class Texts(Sequence[str]):
     def __getitem__(self, number: int | slice) -> str | Texts:
         if isinstance(number, slice):
             return self.taken(range(*number.indices(len(self))))
-        number = range(len(self))[number]  # from 0; an IndexError where there is none
+        if number < 0:
+            number = range(len(self))[number]
         data = self._data[self._ends[number] : self._ends[number + 1]]
         return data.decode("utf-8", "surrogateescape")
 

@@ -274,15 +274,17 @@ class Ledger:
         contents = self._contents
         with self._lock:
             contents.vectors.append(vectors)
-            start = 0
+            source, start = len(contents.vectors) - 1, 0
             for position, sha256, truncated, num_views in rows:
-                number = contents.find(sha256, self._wanted_views(position))
-                if number is None and num_views and self.wants(position):
-                    source = len(contents.vectors) - 1
-                    number = contents.append(sha256, num_views, source, start, truncated=truncated)
-                    self.num_new += 1
-                if number is not None and self.wants(position):
-                    self._content_of[position] = number
+                if self.wants(position):
+                    number = contents.find(sha256, self._wanted_views(position))
+                    if number is None and num_views:
+                        number = contents.append(
+                            sha256, num_views, source, start, truncated=truncated
+                        )
+                        self.num_new += 1
+                    if number is not None:
+                        self._content_of[position] = number
                 start += num_views
 
     def fail(self, position: int, reason: str) -> None:

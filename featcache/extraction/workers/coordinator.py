@@ -248,7 +248,7 @@ class Coordinator:
         samples, positions = self._jobs[0].dataset.samples, piece.positions
         num_shards = len(positions) // min(self._rows) + 2
         task = Task(
-            self._num_tasks, positions, tuple(samples[p] for p in positions),
+            self._num_tasks, positions, tuple(map(samples.__getitem__, positions)),
             tuple([job.ledger.wants(p) for p in positions] for job in self._jobs),
             tuple(job.partial.reserve(num_shards) for job in self._jobs), num_shards,
             isolate=piece.is_suspect,
