@@ -20,7 +20,7 @@ from featcache.extraction.plan import Job
 
 
 def test_a_million_images_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples, ledger and what is written take 190 bytes an image, and 80 more of so few: blocks."""
+    """Samples, ledger and what is written take 190 bytes an image, blocks 80 more of so few."""
     number, width = 10_000, 8
     monkeypatch.setattr(writing, "_BLOCK_ROWS", 1000)
     vectors = SimpleNamespace(
