@@ -199,6 +199,27 @@ class Samples(Sequence[Sample]):
     __hash__ = None  # type: ignore[assignment]  # as of a list
 
 
+class ImageFiles:
+    """Image files, gone through as often as need be: 24 bytes each beside their paths.
+
+    Args:
+        files: The files.
+    """
+
+    def __init__(self, files: Iterable[ImageFile]) -> None:
+        self._paths, self._sizes, self._times = Texts(), array("q"), array("q")
+        for path, num_bytes, mtime_ns in files:
+            self._paths.append(path)
+            self._sizes.append(num_bytes)
+            self._times.append(as_int64(mtime_ns))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[ImageFile]:
+        return map(ImageFile, self._paths, self._sizes, self._times)
+
+
 def as_int64(mtime_ns: int) -> int:
     """Return a time modulo 2**64 as an int64.
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from featcache.data.archive import ZipStore, list_entries, locate_members
 from featcache.data.arrangement import arrange, choose_images, top_folder
-from featcache.data.columns import Sample, Samples, make_sample, sort_samples
+from featcache.data.columns import ImageFiles, Sample, Samples, make_sample, sort_samples
 from featcache.data.companions import settle_companions
 from featcache.data.folders import (
     IMAGE_SUFFIXES,
@@ -287,7 +287,7 @@ def _list_folder(root: Path, listing: Listing, ignored: Ignored) -> list[ImageFi
 
 def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
     ignored, folders = Ignored(), set[str]()
-    images = list(walk_folder(root, ignored, folders))
+    images = ImageFiles(walk_folder(root, ignored, folders))
     if not ignored.shards:
         return arrange(root, images, folders, ignored, listing)
     if images:
