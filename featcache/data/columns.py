@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.data.folders import SPLITS, ImageFile
+
+_T = TypeVar("_T")
 
 
 class Sample(NamedTuple):
@@ -162,12 +164,15 @@ class Samples(Sequence[Sample]):
     def taken(self, numbers: npt.NDArray[np.int64]) -> Samples:
         """Return some of the samples, (n,), in this order."""
         found = Samples()
-        found.__dict__.update(self.__dict__)  # the values, which few samples may share
+        if not len(numbers):
+            return found
         found.paths = self.paths.taken(numbers.tolist())
-        for name, column in self.__dict__.items():
-            if isinstance(column, array) and column:
-                part = np.frombuffer(column, column.typecode)[numbers]
-                setattr(found, name, array(column.typecode, part.tobytes()))
+        found.targets = _taken(self.targets, numbers)
+        found.image_bytes = _taken(self.image_bytes, numbers)
+        found.mtime_ns = _taken(self.mtime_ns, numbers)
+        found._split_of, found._splits = _taken_values(self._split_of, self._splits, numbers)
+        found._group_of, found._groups = _taken_values(self._group_of, self._groups, numbers)
+        found._labels_of, found._labels = _taken_values(self._labels_of, self._labels, numbers)
         return found
 
     def __len__(self) -> int:
@@ -197,6 +202,20 @@ class Samples(Sequence[Sample]):
         return isinstance(other, Samples) and [*self] == [*other]
 
     __hash__ = None  # type: ignore[assignment]  # as of a list
+
+
+def _taken(column: array[int], numbers: npt.NDArray[np.int64]) -> array[int]:
+    part = np.frombuffer(column, column.typecode)[numbers]
+    return array(column.typecode, part.tobytes())
+
+
+def _taken_values(
+    column: array[int], values: tuple[_T, ...], numbers: npt.NDArray[np.int64]
+) -> tuple[array[int], tuple[_T, ...]]:
+    """Return numbers of values, and of the values those that are left: a task has few groups."""
+    part = np.frombuffer(column, column.typecode)[numbers]
+    present, part = np.unique(part, return_inverse=True)
+    return array("i", part.astype(np.int32).tobytes()), tuple(values[n] for n in present)
 
 
 class ImageFiles:

@@ -46,6 +46,7 @@ def test_columns_give_back_their_samples() -> None:
 def test_a_slice_has_samples_of_its_own(part: slice) -> None:
     samples = Samples(SAMPLES)
     assert tuple(samples[part]) == SAMPLES[part]
+    assert len(pickle.dumps(samples[part]._groups)) <= len(pickle.dumps(samples._groups))
     assert isinstance(samples[part], Samples)
     assert tuple(samples.paths[part]) == tuple(s.path for s in SAMPLES[part])
     assert tuple(samples) == SAMPLES  # untouched
