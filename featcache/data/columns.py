@@ -1,4 +1,4 @@
-"""Samples in columns: 36 bytes each beside their paths. As objects they take 250.
+"""Samples in columns: 40 bytes each beside their paths. As objects they take 250.
 
 Reads and writes: nothing.
 """

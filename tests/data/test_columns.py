@@ -101,10 +101,10 @@ def test_an_index_finds_the_number_of_each_path() -> None:
         PathIndex([])["a"]
 
 
-def test_a_sample_takes_36_bytes_beside_its_path() -> None:
+def test_a_sample_takes_40_bytes_beside_its_path() -> None:
     """Objects take 250: see also ``test_tars``."""
     made = (Sample(f"folder/{n:08}.png", n % 2, "all", None, n, n) for n in range(10_000))
     samples = Samples(made)
     path = len("folder/00000000.png")
     columns = [*vars(samples).values(), *vars(samples.paths).values()]
-    assert sum(map(sys.getsizeof, columns)) < 10_000 * (36 + path) * 1.2  # rooms to grow
+    assert sum(map(sys.getsizeof, columns)) < 10_000 * (40 + path) * 1.15  # they have room to grow
