@@ -253,7 +253,7 @@ def _extract(
     if not all(
         target.path.exists() for target in targets
     ):  # beside the building of backbone and engine
-        acceleration.start_for(sum(sample.image_bytes for sample in dataset.samples))
+        acceleration.start_for(sum(dataset.samples.image_bytes))
     done: dict[Path, ExtractionSummary] = {}
     jobs: list[Job] = []
     for target in targets:
