@@ -214,7 +214,7 @@ def measure_coordinator(num_images: int, num_workers: int, folder: str) -> dict[
     written: the coordinator reads none. A worker goes on when its shard is listed, as real ones do.
     """
     import featcache
-    from featcache.data.samples import ImageDataset, Sample
+    from featcache.data.dataset import ImageDataset, Sample, Samples
     from featcache.extraction.engine_choice import choose_engine
     from featcache.extraction.manifest import Receipt, read_manifest
     from featcache.extraction.options import ExtractionOptions
@@ -258,7 +258,7 @@ def measure_coordinator(num_images: int, num_workers: int, folder: str) -> dict[
             pass
 
     begin = time.perf_counter()
-    samples = tuple(
+    samples = Samples(
         Sample(f"first/{i:08}.jpg", 0, "all", None, 100_000, i) for i in range(num_images)
     )
     dataset = ImageDataset(Path(folder, "images"), "classes", ("first",), samples)

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.given_rows import check_names
 from featcache.cache.merging import Row, check_pairs, collect_rows, gather, merge_same_images
 from featcache.cache.reading import Cache
 from featcache.cache.table import Table
-from featcache.cache.writing import check_names, os_bytes
+from featcache.cache.writing import os_bytes
 from featcache.data.dataset import UNLABELLED
 from featcache.data.folders import SPLITS, agree_on_classes
 from featcache.errors import CacheError, ConfigError, printable, warn_user

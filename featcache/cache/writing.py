@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,19 +18,25 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.container import is_container
+from featcache.cache.given_rows import (
+    as_targets,
+    check_identity,
+    check_names,
+    class_names,
+    number_targets,
+)
 from featcache.cache.hdf5 import ArraySource, write_container
 from featcache.cache.integrity import array_crc32, meaning_crc32, rows_crc32
 from featcache.cache.reading import Cache, Failure, is_content, open_cache
 from featcache.data.folders import SPLITS
-from featcache.errors import CacheError, DataError, escaped
+from featcache.errors import CacheError, DataError
 from featcache.files import Publish, canonical_json, make_folder, read_regular
-from featcache.formatting import join_few
 from featcache.heartbeat import refuse_alive, signs_in
 from featcache.locking import folder_lock, remove_lock
 from featcache.outputs import Kind, Output
 from featcache.renames import beside, is_temporary, remove_temporaries
 from featcache.runtime import Say, log_line
-from featcache.untrusted import find_fault, parse_json
+from featcache.untrusted import parse_json
 
 _BLOCK_ROWS = 1 << 14  # of columns that are made while they are written
 CACHE = Kind("cache", "a new file", CacheError, is_container, switch="--rebuild")
@@ -57,18 +62,18 @@ class SplitRows:
     """The rows of one split to write, sorted by the bytes of their path.
 
     ``feature_blocks`` returns (n, D) or (n, V, D) arrays that together have ``shape``, so that a
-    cache larger than memory can be written.
+    cache larger than memory can be written. Paths may be a column of bytes.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     feature_blocks: Callable[[], Iterable[npt.NDArray[Any]]]
     targets: npt.NDArray[Any]
-    paths: Sequence[str]
+    paths: Sequence[str] | Column
     groups: Sequence[str] | None
     image_sha256: Column
-    image_bytes: npt.NDArray[np.int64]
-    mtime_ns: npt.NDArray[np.int64]
+    image_bytes: Column
+    mtime_ns: Column
 
 
 def write_rows(
@@ -96,7 +101,7 @@ def write_rows(
         rows, prefix = splits[name], f"splits/{name}/"
         columns: dict[str, Column] = {
             "targets": rows.targets,
-            "paths": _Texts(rows.paths),
+            "paths": _Texts(rows.paths) if isinstance(rows.paths, Sequence) else rows.paths,
             "image_sha256": rows.image_sha256,
             "image_bytes": rows.image_bytes,
             "mtime_ns": rows.mtime_ns,
@@ -195,11 +200,11 @@ def write_cache(
         if isinstance(value, Mapping) and set(by_split) - set(value) and what == "targets":
             missing = ", ".join(sorted(set(by_split) - set(value)))
             raise DataError(f"{what} of split {missing}", expected="one per row", found="none")
-    given = {split: _as_targets(select_split(targets, split)) for split in by_split}
-    names = _class_names(given, classes)
+    given = {split: as_targets(select_split(targets, split)) for split in by_split}
+    names = class_names(given, classes)
     rows = {
         split: check_new_rows(
-            split, np.asarray(array), _number_targets(split, given[split], names),
+            split, np.asarray(array), number_targets(split, given[split], names),
             select_split(paths, split), groups=select_split(groups, split), num_classes=len(names),
         )
         for split, array in by_split.items()
@@ -224,68 +229,6 @@ def write_cache(
             output.target, rows, identity=facts, provenance=provenance or {}, classes=names,
             task=task, publish=output.publish,
         )  # fmt: skip
-
-
-def _as_targets(targets: Any) -> npt.NDArray[Any]:
-    """Return targets as an array; class names are its objects, and None where there is none."""
-    array = np.asarray(targets)
-    if array.ndim != 1 or array.dtype.kind not in "UO":
-        return array
-    if not hasattr(targets, "dtype"):  # NumPy would make names of 3 and of NaN in a list of names
-        array = np.array([*targets, None], object)[:-1]
-    names = np.array([None if _is_missing(value) else value for value in array.tolist()], object)
-    if len(names) and all(type(value) is int for value in names):  # pandas' nullable integers
-        return names.astype(np.int64)
-    return names
-
-
-def _is_missing(value: object) -> bool:
-    """Return whether a value is None, NaN or pandas' NA."""
-    is_nan = isinstance(value, float) and math.isnan(value)
-    return value is None or is_nan or type(value).__name__ == "NAType"
-
-
-def _class_names(
-    targets: Mapping[str, npt.NDArray[Any]], classes: Sequence[str] | None
-) -> list[str]:
-    """Return the names of the classes: those given, else those among the targets, sorted.
-
-    Raises:
-        DataError: If there are none: the targets are numbers; or a name that none can have.
-    """
-    if classes is None:
-        if any(array.dtype.kind != "O" for array in targets.values()):
-            raise DataError(
-                "classes", expected="the names of the classes", found="none",
-                hint="Pass classes=[...], or class names as targets",
-            )  # fmt: skip
-        classes = sorted(
-            {v for array in targets.values() for v in array.flat if isinstance(v, str)}
-        )
-    names = [str(name) for name in classes]
-    check_names("classes", names)
-    return names
-
-
-def _number_targets(
-    split: str, targets: npt.NDArray[Any], classes: Sequence[str]
-) -> npt.NDArray[Any]:
-    """Return class names as their numbers, -1 for None; other targets as they are."""
-    if targets.dtype.kind != "O" or targets.ndim != 1:
-        return targets
-    numbers: dict[Any, int] = {name: i for i, name in enumerate(classes)} | {None: -1}
-    for value in targets:
-        if value is not None and not isinstance(value, str):
-            found = f"{value!r:.60} among names"
-        elif value not in numbers:
-            found = repr(value)
-        else:
-            continue
-        raise DataError(
-            f"targets of split {split}", expected=f"names of classes: {join_few(classes)}",
-            found=found,
-        )  # fmt: skip
-    return np.array([numbers[value] for value in targets], np.int64)
 
 
 def check_new_rows(
@@ -344,50 +287,6 @@ def check_new_rows(
     )  # fmt: skip
 
 
-def check_names(what: str, names: Sequence[str]) -> None:
-    """Refuse names that no cache can hold, and duplicates.
-
-    Args:
-        what: What they name: ``classes`` have to be UTF-8.
-        names: The names.
-
-    Raises:
-        DataError: If there is such a name; see ``untrusted.find_fault``.
-    """
-    for name in names:
-        if fault := find_fault(name, is_class=what == "classes"):
-            raise DataError(what, expected="names in UTF-8, without NUL", found=fault)
-    if len(set(names)) != len(names):
-        raise DataError(what, expected="different names", found="a name twice")
-
-
-def check_identity(
-    identity: Mapping[str, Any], shape: Sequence[int], dtype: np.dtype[Any]
-) -> None:  # fmt: skip
-    """Refuse an identity that contradicts the features (N, D) or (N, V, D) that it is of.
-
-    Raises:
-        DataError: If so, or if its backbone has no name.
-    """
-    name = identity.get("backbone", "unknown")
-    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or name != escaped(name):
-        raise DataError(
-            "identity, backbone", expected=f"a name of at most {_MAX_NAME} characters",
-            found=f"{name!r:.60}",
-        )  # fmt: skip
-    actual = {
-        "num_features": shape[-1], "feature_dtype": dtype.name,
-        "views": 1 if len(shape) == 2 else shape[1],
-    }  # fmt: skip
-    for key, value in actual.items():
-        stated = identity.get(key, value)
-        if type(stated) is not type(value) or stated != value:
-            raise DataError(
-                f"identity, {key}", expected=f"{value}, as the features have",
-                found=f"{stated!r:.60}",
-            )  # fmt: skip
-
-
 class _Texts:
     """Strings as a column of fixed-width bytes; ``|S1`` if there are none or all are empty.
 
@@ -418,7 +317,6 @@ def _source(name: str, column: Column) -> ArraySource:
     )
 
 
-_MAX_NAME = 1000  # characters; python: backbones are named with options
 _OWN_NAMES = (
     r"manifest\.json|probing(\.[0-9]+)?|whole|true|shard\.[0-9]+|plan\.json|part\.[0-9]+\.json|"
     r"alive\.[0-9]+(\.[0-9a-f]+)?"

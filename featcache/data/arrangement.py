@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from featcache.data.columns import Sample, make_sample, sort_samples
 from featcache.data.folders import (
     SPLIT_OF_FOLDER,
     Ignored,
@@ -21,19 +22,13 @@ from featcache.data.folders import (
     find_layout,
 )
 from featcache.data.listing import Listing
-from featcache.data.samples import (
-    ImageDataset,
-    Sample,
-    make_sample,
-    number_classes,
-    sort_samples,
-)
+from featcache.data.samples import ImageDataset, number_classes
 from featcache.errors import DataError, printable, warn_user
 from featcache.formatting import count
 
 
 def choose_images(
-    images: Sequence[ImageFile], root: Path, listing: Listing, ignored: Ignored
+    images: Iterable[ImageFile], root: Path, listing: Listing, ignored: Ignored
 ) -> Sequence[bool] | None:
     """Return which images the globs leave; None for all of them.
 
@@ -50,7 +45,7 @@ def choose_images(
     return [not reason for reason in reasons]
 
 
-def _folders(images: Sequence[ImageFile], folders_of: Sequence[str] | None) -> Iterable[str]:
+def _folders(images: Iterable[ImageFile], folders_of: Sequence[str] | None) -> Iterable[str]:
     if folders_of is not None:
         return folders_of
     return (image.path.rpartition("/")[0] for image in images)
@@ -65,14 +60,14 @@ def _with_parents(folders: Iterable[str]) -> set[str]:
 
 
 def arrange(
-    root: Path, images: Sequence[ImageFile], folders: set[str], ignored: Ignored, listing: Listing,
+    root: Path, images: Iterable[ImageFile], folders: set[str], ignored: Ignored, listing: Listing,
     *, folders_of: Sequence[str] | None = None,
 ) -> ImageDataset:  # fmt: skip
     """Set splits and classes by folder; ignore images outside class folders, with a warning.
 
     Args:
         root: What was scanned.
-        images: The images in it.
+        images: The images in it; no iterator, as it is gone through more than once.
         folders: All folders in it that are not ignored.
         ignored: What is not used; updated.
         listing: Which images are taken.
@@ -89,16 +84,21 @@ def arrange(
         emptied = _with_parents(before) - _with_parents(set(_folders(images, folders_of)))
     layout = find_layout(root, folders - emptied, no_classes=listing.no_classes)
     targets = number_classes(layout.classes)
-    samples, filled, num_loose = [], set(), 0
+    filled, num_loose = set[str](), 0
     place_of = functools.cache(layout.place_of)  # by folder, of which there are few
-    for image, folder in zip(images, _folders(images, folders_of), strict=True):
-        place = place_of(folder)
-        if place is None:
-            num_loose += 1
-        else:
-            split, name = layout.places[place]
-            samples.append(make_sample(image, targets[name], split))
-            filled.add(place)
+
+    def place_all() -> Iterator[Sample]:
+        nonlocal num_loose
+        for image, folder in zip(images, _folders(images, folders_of), strict=True):
+            place = place_of(folder)
+            if place is None:
+                num_loose += 1
+            else:
+                split, name = layout.places[place]
+                yield make_sample(image, targets[name], split)
+                filled.add(place)
+
+    samples = sort_samples(place_all())
     if ignored.links:
         _warn_of_links(root, ignored.links, layout)
     if not samples and root.is_dir():
@@ -111,7 +111,7 @@ def arrange(
     if layout.kind == "classes":
         _warn_of_parts(samples, layout.classes)
     dataset = ImageDataset(
-        root, layout.kind, layout.classes, sort_samples(samples), dict(ignored),
+        root, layout.kind, layout.classes, samples, dict(ignored),
         ignored_endings=dict(ignored.endings),
     )  # fmt: skip
     for place in layout.places:

@@ -28,9 +28,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+from featcache.data.columns import Sample, Samples
 from featcache.data.folders import SPLIT_OF_FOLDER
 from featcache.data.listing import compile_glob, escape_glob
-from featcache.data.samples import ImageDataset, Sample
+from featcache.data.samples import ImageDataset
 from featcache.errors import DataError
 from featcache.files import child_process
 
@@ -86,7 +87,7 @@ def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
     Raises:
         DataError: If there are some and they are not to be kept.
     """
-    suspected = suspect(sample.path for sample in dataset.samples)
+    suspected = suspect(dataset.samples.paths)
     by_path = {sample.path: sample for sample in dataset.samples} if suspected else {}
     found = find_companions(
         suspected, lambda path: by_path[path].image_bytes, lambda path: dataset.read(by_path[path])
@@ -105,8 +106,8 @@ def settle_companions(dataset: ImageDataset, *, is_kept: bool) -> ImageDataset:
             hint=f"Leave them out with {globs}, or take them as images with --companions keep",
         )  # fmt: skip
     groups = _join_groups(by_path, pairs)
-    samples = tuple(
-        replace(s, group=groups.get(s.path, s.group or s.path)) for s in by_path.values()
+    samples = Samples(
+        s._replace(group=groups.get(s.path, s.group or s.path)) for s in by_path.values()
     )
     is_joined = all(s.group is None for s in by_path.values())
     return replace(dataset, samples=samples, are_groups_joined=is_joined)

@@ -17,8 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from featcache.data.archive import ZipStore, list_entries, locate_members
 from featcache.data.arrangement import arrange, top_folder
+from featcache.data.columns import ImageFiles, Sample, Samples
 from featcache.data.companions import settle_companions
 from featcache.data.folders import (
     IMAGE_SUFFIXES,
@@ -38,12 +41,7 @@ from featcache.data.listing import Listing
 from featcache.data.manifests import scan_csv
 from featcache.data.parquet import scan_parquet
 from featcache.data.remote import RemoteFile, list_files
-from featcache.data.samples import (
-    MAX_IMAGE_BYTES,
-    UNLABELLED,
-    ImageDataset,
-    Sample,
-)
+from featcache.data.samples import MAX_IMAGE_BYTES, UNLABELLED, ImageDataset
 from featcache.data.shards import (
     Shard,
     describe_kinds,
@@ -60,7 +58,8 @@ from featcache.formatting import count
 from featcache.untrusted import why_no_file
 
 __all__ = [
-    "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample", "scan",
+    "IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "SPLITS", "UNLABELLED", "ImageDataset", "Sample",
+    "Samples", "scan",
 ]  # fmt: skip
 
 _COLUMNS_OF = {"tar": {"columns"}, "parquet": {"columns", "ignore_columns"}}
@@ -153,13 +152,13 @@ def scan(
         )  # fmt: skip
     groups: dict[str, str | None] = {}
     if pattern is not None:
-        paths = [sample.path for sample in dataset.samples]
+        paths = [*dataset.samples.paths]
         inside = [dataset.path_inside(sample) for sample in dataset.samples]
         matched = pattern.find(inside, [dataset.class_of(sample) for sample in dataset.samples])
         groups = dict(zip(paths, matched, strict=True))
     if any(groups.values()):
-        grouped = (replace(s, group=groups[s.path] or s.path) for s in dataset.samples)
-        dataset = replace(dataset, samples=tuple(grouped))
+        grouped = (s._replace(group=groups[s.path] or s.path) for s in dataset.samples)
+        dataset = replace(dataset, samples=Samples(grouped))
     if companions != "ignore" and dataset.layout != "csv":  # a CSV names every file on purpose
         dataset = settle_companions(dataset, is_kept=companions == "keep")
     samples = _spread(dataset.samples, limit)
@@ -198,7 +197,7 @@ def _scan_by_kind(data: Data, listing: Listing, *, progress: bool | str) -> Imag
 
 def _scan_folder(root: Path, listing: Listing) -> ImageDataset:
     ignored, folders = Ignored(), set[str]()
-    images = list(walk_folder(root, ignored, folders))
+    images = ImageFiles(walk_folder(root, ignored, folders))
     if not ignored.shards:
         return arrange(root, images, folders, ignored, listing)
     if images:
@@ -250,22 +249,21 @@ def _scan_opened(
     left_out: Sequence[str] = (),
 ) -> ImageDataset:  # fmt: skip
     if not shards:
-        return ImageDataset(root, "images", (), (), dict(ignored))
+        return ImageDataset(root, "images", (), Samples(), dict(ignored))
     scan_kind = scan_tars if kind_of(shards[0].name) == "tar" else scan_parquet
     return scan_kind(root, shards, listing, ignored, left_out)
 
 
-def _spread(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...]:
+def _spread(samples: Samples, limit: int | None) -> Samples:
     """Return at most ``limit`` samples: the first of every split and class, the second, ..."""
     if limit is None:
         return samples
     seen: Counter[tuple[str, int]] = Counter()
     ranks = []
-    for position, sample in enumerate(samples):
-        cell = (sample.split, sample.target)
+    for position, cell in enumerate(zip(samples.splits, samples.targets, strict=True)):
         ranks.append((seen[cell], position))
         seen[cell] += 1
-    return tuple(samples[position] for position in sorted(p for _, p in sorted(ranks)[:limit]))
+    return samples.taken(np.array(sorted(p for _, p in sorted(ranks)[:limit]), np.int64))
 
 
 def _scan_zip(root: Path, listing: Listing, file: RemoteFile | None = None) -> ImageDataset:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from featcache.child import DICOM_READERS
+from featcache.data.columns import Sample, Samples, sort_samples
 from featcache.data.dicom_files import DicomFacts, HeaderFacts
 from featcache.data.folders import SPLIT_OF_FOLDER, has_image_ending
-from featcache.data.samples import ImageDataset, Sample, sort_samples
+from featcache.data.samples import ImageDataset
 from featcache.errors import ConfigError, DataError, printable, warn_user
 from featcache.files import read_regular
 from featcache.formatting import count
@@ -271,7 +272,7 @@ def _group(
             low, high = sorted((find(of_path[paths[0]]), find(of_path[path])), reverse=True)
             top[high] = low
     names = {path: find(group).removeprefix("/") for path, group in of_path.items()}
-    samples = tuple(replace(sample, group=names[sample.path]) for sample in dataset.samples)
+    samples = Samples(s._replace(group=names[s.path]) for s in dataset.samples)
     num_groups, num_named = len(set(names.values())), len(patients)
     others = "" if num_named == len(samples) else " (each of the others is a group of its own)"
     say(f"groups: {num_groups:,}, by patient ID of {num_named:,} of {len(samples):,}{others}")
@@ -291,7 +292,7 @@ def hash_paths(dataset: ImageDataset, salt: bytes) -> tuple[ImageDataset, dict[s
     for sample in dataset.samples:
         names[sample.path] = name = _hash_path(dataset, sample, salt)
         group = None if sample.group is None else _hash(salt, f"group {sample.group}")
-        samples.append(replace(sample, path=name, group=group))
+        samples.append(sample._replace(path=name, group=group))
     files = {new: old for old, new in names.items()}
     return replace(dataset, samples=sort_samples(samples), files=files), names
 

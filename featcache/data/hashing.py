@@ -10,7 +10,8 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
-from featcache.data.samples import ImageDataset, Sample
+from featcache.data.columns import Sample
+from featcache.data.samples import ImageDataset
 from featcache.errors import DataError, warn_user
 from featcache.formatting import count, in_bytes
 from featcache.runtime import Say

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.data.arrangement import choose_images
+from featcache.data.columns import Sample, Samples, make_sample, sort_samples
 from featcache.data.companions import settle_companions
 from featcache.data.dataset import scan
 from featcache.data.folders import (
@@ -29,7 +30,7 @@ from featcache.data.folders import (
 from featcache.data.listing import Listing
 from featcache.data.manifests import scan_csv
 from featcache.data.remote import RemoteFile
-from featcache.data.samples import UNLABELLED, ImageDataset, Sample, make_sample, sort_samples
+from featcache.data.samples import UNLABELLED, ImageDataset
 from featcache.data.shards import kind_of
 from featcache.data.sources import check_data, files_of_glob, is_one_path, urls_of
 from featcache.data.stored_files import RemoteStore, list_each, walk_objects
@@ -253,7 +254,7 @@ class _Finder:
             images = [*itertools.compress(images, taken)]
         if not images and store is None:
             ignored.recognise_dicom(root)
-        samples = tuple(make_sample(image, UNLABELLED, "all") for image in images)
+        samples = Samples(make_sample(image, UNLABELLED, "all") for image in images)
         dataset = ImageDataset(
             root, "images", (), samples, dict(ignored), ignored_endings=dict(ignored.endings),
             _store=store,

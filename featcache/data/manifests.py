@@ -13,15 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from featcache.data.columns import make_sample, sort_samples
 from featcache.data.folders import Ignored, ImageFile, agree_on_classes, walk_folder
 from featcache.data.listing import Listing
 from featcache.data.remote import RemoteFile, list_files, url_of
-from featcache.data.samples import (
-    ImageDataset,
-    make_sample,
-    number_classes,
-    sort_samples,
-)
+from featcache.data.samples import ImageDataset, number_classes
 from featcache.data.stored_files import RemoteStore, find_files
 from featcache.data.tables import MAX_TABLE_BYTES, read_table
 from featcache.errors import ConfigError, DataError

@@ -17,17 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from featcache.data.columns import make_sample, sort_samples
 from featcache.data.folders import Ignored, ImageFile, agree_on_classes
 from featcache.data.listing import Listing
 from featcache.data.parquet_index import ParquetRows, index_files, unpacker
 from featcache.data.parquet_pages import Page, unpack_page
-from featcache.data.samples import (
-    MAX_IMAGE_BYTES,
-    ImageDataset,
-    make_sample,
-    number_classes,
-    sort_samples,
-)
+from featcache.data.samples import MAX_IMAGE_BYTES, ImageDataset, number_classes
 from featcache.data.shards import PathIndex, Shard, agree_on_splits, drop_used_globs, stamped
 from featcache.errors import DataError
 from featcache.untrusted import find_fault
@@ -86,7 +81,7 @@ class _Pages:
 class ParquetStore:
     """Reads images of Parquet files. Picklable; keeps nothing open, and a few pages unpacked.
 
-    40 bytes an image beside the samples' own paths.
+    44 bytes an image.
 
     Args:
         shards: The files.
@@ -217,13 +212,13 @@ def scan_parquet(
     classes = agree_on_classes(classes_by_split, root)
     targets = number_classes(classes)
     has_groups = any(groups[number] for number in kept)
-    samples = [
+    samples = (
         make_sample(
             ImageFile(names[n], max(store.sizes[n], 0), stamps[n]), targets[labels[n]], split,
             (groups[n] or names[n]) if has_groups else None,
         )
         for n, split in zip(kept, agreed, strict=True)
-    ]  # fmt: skip
+    )  # fmt: skip
     store.numbers = PathIndex(names)
     notes = tuple(f"classes: {source}" for source in described if source)
     return ImageDataset(

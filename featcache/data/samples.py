@@ -17,8 +17,9 @@ from typing import Protocol
 import numpy as np
 
 from featcache.data import dicom_files
+from featcache.data.columns import Sample, Samples
 from featcache.data.dicom_files import DicomFacts
-from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS, ImageFile
+from featcache.data.folders import IMAGE_SUFFIXES, OTHER_ENDING, SPLITS
 from featcache.data.remote import RemoteFile, url_of
 from featcache.data.stored_files import RemoteStore
 from featcache.errors import DataError, printable
@@ -35,32 +36,6 @@ MAX_IMAGE_BYTES = 2**31
 """Larger files are refused. The largest image allowed, 2**28 pixels of 4 bytes, is half of it."""
 
 _NUM_LOOKED_AT = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image: where it is, what it is, which split and group it belongs to.
-
-    Args:
-        path: ``/``-separated, relative to the root; in a CSV as written there. Bytes that are not
-            UTF-8 are surrogate-escaped.
-        target: Index into the classes, or ``UNLABELLED``.
-        split: ``train``, ``valid``, ``test`` or ``all``.
-        group: Images of one group (a patient) stay in one split; None if groups are not known.
-        image_bytes: Size of the file.
-        mtime_ns: Time of its last change, in ns, modulo 2**64 as an int64. (Zip: see
-            ``archive.Member``.)
-        targets: Of several labels, 1 (yes), 0 (no) or ``UNKNOWN`` for each class, and ``target`` is
-            ``UNLABELLED``. None of a data set of one class per image. Equal ones are one object.
-    """
-
-    path: str
-    target: int
-    split: str
-    group: str | None
-    image_bytes: int
-    mtime_ns: int
-    targets: tuple[int, ...] | None = None
 
 
 class Store(Protocol):
@@ -110,7 +85,7 @@ class ImageDataset:
     root: Path
     layout: str
     classes: tuple[str, ...]
-    samples: tuple[Sample, ...]
+    samples: Samples
     num_ignored: dict[str, int] = field(default_factory=dict)
     grouped: dict[str, int] | None = None
     ignored_endings: dict[str, int] = field(default_factory=dict)
@@ -132,7 +107,7 @@ class ImageDataset:
     @cached_property  # used once per image, to choose its views
     def splits(self) -> tuple[str, ...]:
         """The splits that have samples, in the order train, valid, test, all."""
-        present = {sample.split for sample in self.samples}
+        present = set(self.samples.splits)
         return tuple(name for name in SPLITS if name in present)
 
     @cached_property
@@ -189,7 +164,7 @@ class ImageDataset:
     def _stored_path(self, sample: Sample) -> str:
         return self.files.get(sample.path, sample.path)
 
-    def split(self, name: str) -> tuple[Sample, ...]:
+    def split(self, name: str) -> Samples:
         """Return the samples of one split.
 
         Raises:
@@ -198,7 +173,7 @@ class ImageDataset:
         if name not in self.splits:
             expected = "one of " + ", ".join(self.splits)
             raise DataError("split", expected=expected, found=name, where=self.root)
-        return tuple(sample for sample in self.samples if sample.split == name)
+        return self.samples.taken(self.samples.numbers_of(name))
 
     def class_of(self, sample: Sample) -> str:
         """Return the name of a sample's class; "" if it is unlabelled or has several labels."""
@@ -226,7 +201,7 @@ class ImageDataset:
             return {split: self._count_yes(split) for split in self.splits}
         names = {UNLABELLED: "unlabelled"} | dict(enumerate(self.classes))
         counts: dict[str, dict[str, int]] = {split: {} for split in self.splits}
-        cells = Counter((sample.split, sample.target) for sample in self.samples)
+        cells = Counter(zip(self.samples.splits, self.samples.targets, strict=True))
         for (split, target), number in sorted(cells.items()):
             counts[split][names[target]] = counts[split].get(names[target], 0) + number
         return counts
@@ -289,8 +264,9 @@ class ImageDataset:
         ordered = array("q", positions)
         if self._store is None:
             return ordered
-        paths = (self._stored_path(self.samples[position]) for position in ordered)
-        places = np.fromiter(map(self._store.place_of, paths), [("file", "i8"), ("place", "i8")])
+        paths = map(self.samples.paths.__getitem__, ordered)
+        stored = (self.files.get(path, path) for path in paths)
+        places = np.fromiter(map(self._store.place_of, stored), [("file", "i8"), ("place", "i8")])
         by_place = np.lexsort((places["place"], places["file"]))
         return array("q", np.frombuffer(ordered, "i8")[by_place].tobytes())
 
@@ -316,29 +292,6 @@ def labels_text(classes: Iterable[str], targets: Iterable[float]) -> str:
     """
     known = zip(classes, targets, strict=True)
     return ", ".join(f"{name}={target:.0f}" for name, target in known if target in {0, 1})
-
-
-def make_sample(
-    image: ImageFile, target: int, split: str, group: str | None = None,
-    targets: tuple[int, ...] | None = None,
-) -> Sample:  # fmt: skip
-    """Return the sample of an image file."""
-    mtime_ns = image.mtime_ns
-    if not -(2**63) <= mtime_ns < 2**63:
-        # int64 ends in 2262: later times are folded into it, so that another one is still another.
-        mtime_ns = (mtime_ns + 2**63) % 2**64 - 2**63
-    return Sample(image.path, target, split, group, image.image_bytes, mtime_ns, targets)
-
-
-def sort_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:
-    """Return samples by split, and by the bytes of their path."""
-    ordered = list(samples)
-    if all(sample.path.isascii() for sample in ordered):  # their letters have the bytes' order
-        ordered.sort(key=lambda sample: sample.path)
-    else:
-        ordered.sort(key=lambda sample: sample.path.encode("utf-8", "surrogateescape"))
-    ordered.sort(key=lambda sample: SPLITS.index(sample.split))
-    return tuple(ordered)
 
 
 def _listed(endings: Mapping[str, int], most: int = 6) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from featcache import progress
-from featcache.data.dataset import ImageDataset, scan
+from featcache.data.dataset import ImageDataset, Samples, scan
 from featcache.data.dicom_groups import Salt, identify_and_keep
 from featcache.data.folders import SPLITS
 from featcache.data.groups import GroupPattern
@@ -279,7 +279,7 @@ def _take_classes(dataset: ImageDataset, wanted: Sequence[str] | None) -> ImageD
     classes = tuple(name for name in dataset.classes if name in wanted)
     index = {dataset.classes.index(name): target for target, name in enumerate(classes)}
     samples = (s for s in dataset.samples if s.target in index)
-    taken = tuple(replace(sample, target=index[sample.target]) for sample in samples)
+    taken = Samples(s._replace(target=index[s.target]) for s in samples)
     return replace(dataset, classes=classes, samples=taken)
 
 
@@ -309,7 +309,7 @@ TOO_FEW = "Leave the class out with --classes, or a split with a fraction of 0"
 def _count(dataset: ImageDataset, assigned: list[str]) -> _Counts:
     if dataset.task == "multilabel":
         placed = zip(dataset.samples, assigned, strict=True)
-        samples = tuple(replace(sample, split=name) for sample, name in placed)
+        samples = Samples(sample._replace(split=name) for sample, name in placed)
         return replace(dataset, samples=samples).count()
     labels = [dataset.kind_of(sample) for sample in dataset.samples]
     counted = Counter(zip(assigned, labels, strict=True))

@@ -12,13 +12,14 @@ import functools
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from featcache.data.arrangement import arrange, top_folder
 from featcache.data.blobs import read_at
+from featcache.data.columns import Texts, as_int64, make_sample, sort_samples
 from featcache.data.folders import (
     SPLIT_OF_FOLDER,
     Ignored,
@@ -28,13 +29,7 @@ from featcache.data.folders import (
     is_hidden,
 )
 from featcache.data.listing import Listing
-from featcache.data.samples import (
-    MAX_IMAGE_BYTES,
-    ImageDataset,
-    make_sample,
-    number_classes,
-    sort_samples,
-)
+from featcache.data.samples import MAX_IMAGE_BYTES, ImageDataset, number_classes
 from featcache.data.shards import (
     PathIndex,
     Shard,
@@ -55,7 +50,7 @@ _NOT_USED = {"link": "link", "sparse": "sparse file", "other": "not a regular fi
 class TarStore:
     """Reads images of tars, each by one read at its offset. Picklable; keeps nothing open.
 
-    36 bytes an image beside the samples' own paths.
+    40 bytes an image.
 
     Args:
         shards: The tars.
@@ -88,7 +83,7 @@ class TarStore:
 
 
 class _Scan:
-    """A scan of tars: columns, as a million tuples of an image each take 0.3 GB more.
+    """A scan of tars, and its images: columns, as a million tuples take 0.3 GB more.
 
     Args:
         root: The tar, or the folder of tars.
@@ -104,9 +99,8 @@ class _Scan:
         self.labels = TarLabels(root, listing, ignored)
         self.folders: list[set[str]] = [set() for _ in shards]
         self.store = TarStore([shard.absolute() for shard in shards])
-        self.names: list[str] = []  # of each image
-        self.times: list[int] = []  # of each image
-        self._sizes: dict[int, int] = {}  # equal ones are one object
+        self.names = Texts()  # of each image
+        self.times = array("q")  # of each image
         self.skip = 0
 
     def list_all(self, left_out: Sequence[str]) -> None:
@@ -118,7 +112,7 @@ class _Scan:
         inside = zip(self.names, self.store.shard_of, strict=True)
         self.skip = len(top_folder(every, (name[prefixes[n] :] for name, n in inside)))
         if self.skip and self.shards[0].is_alone:  # then there is one
-            self.names = [name[self.skip :] for name in self.names]
+            self.names = Texts(name[self.skip :] for name in self.names)
         self.listing = drop_used_globs(self.listing, left_out, self.names)
 
     def _list(self, number: int) -> None:
@@ -139,7 +133,7 @@ class _Scan:
             ) from error  # fmt: skip
         for path, entry in images:
             self.names.append(shard.prefix + path)
-            self.times.append(_stamp(entry, shard))
+            self.times.append(as_int64(_stamp(entry, shard)))
             store.shard_of.append(number)
             store.offsets.append(entry.offset)
             store.sizes.append(entry.num_bytes)
@@ -150,8 +144,10 @@ class _Scan:
         return self.names[number][0 if shard.is_alone else len(shard.prefix) + self.skip :]
 
     def _image_file(self, number: int) -> ImageFile:
-        size = self.store.sizes[number]
-        return ImageFile(self.names[number], self._sizes.setdefault(size, size), self.times[number])
+        return ImageFile(self.names[number], self.store.sizes[number], self.times[number])
+
+    def __iter__(self) -> Iterator[ImageFile]:
+        return map(ImageFile, self.names, self.store.sizes, self.times)
 
     def label(self, sources: Mapping[str, str]) -> ImageDataset:
         """Return the images with the classes, splits and groups of the files beside them."""
@@ -172,13 +168,13 @@ class _Scan:
         targets = number_classes(classes)
         groups = [of_images[number].get(sources.get("group", ""), "") for number in kept]
         has_groups = any(groups)
-        samples = [
+        samples = (
             make_sample(
                 self._image_file(number), targets[label], split,
                 (group or self.names[number]) if has_groups else None,
             )
             for number, split, label, group in zip(kept, splits, labels, groups, strict=True)
-        ]  # fmt: skip
+        )  # fmt: skip
         source = sources.get("target", "")
         described = f"key {source[5:]!r} of the JSON" if source[:5] == "json " else f".{source}"
         return ImageDataset(
@@ -222,9 +218,8 @@ class _Scan:
         for number, shard in enumerate(self.store.shard_of):
             folder = self._inside(number).rpartition("/")[0]
             folders.append(sys.intern((starts[shard] + folder).rstrip("/")))  # there are few
-        images = [self._image_file(number) for number in range(len(self.names))]
         dataset = arrange(
-            self.root, images, every, self.ignored, self.listing, folders_of=folders
+            self.root, self, every, self.ignored, self.listing, folders_of=folders
         )  # fmt: skip
         return replace(dataset, notes=notes)
 
@@ -281,8 +276,8 @@ def scan_tars(
     sources = scan.labels.find_sources()
     dataset = scan.label(sources) if sources else scan.arrange()
     scan.store.numbers = PathIndex(scan.names)
-    repeated = scan.store.numbers.repeated()
-    if path := next((s.path for s in dataset.samples if s.path in repeated), None):
+    repeated = scan.store.numbers.repeated(scan.names)
+    if path := next((p for p in dataset.samples.paths if p in repeated), None):
         raise DataError(
             "tar member", expected="every name once", found="it twice",
             where=f"{printable(root)}: {printable(path)}",

@@ -249,7 +249,7 @@ def _extract(
     paths = [target.path for target in targets]
     dataset, options = scan_images(check_data(data), paths, options, writes=True)
     if not all(path.exists() for path in paths):  # beside the building of backbone and engine
-        acceleration.start_for(sum(sample.image_bytes for sample in dataset.samples))
+        acceleration.start_for(sum(dataset.samples.image_bytes))
     done: dict[Path, ExtractionSummary] = {}
     jobs: list[Job] = []
     for target in targets:

@@ -6,7 +6,8 @@ removes ``CACHE.partial/``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from featcache.cache.precisions import row_precisions, with_row_precisions
 from featcache.cache.reading import Cache
 from featcache.cache.writing import SplitRows, write_rows
-from featcache.data.dataset import Sample
+from featcache.data.columns import Texts
 from featcache.errors import DataError
 from featcache.extraction.identifiers import (
     identifier_facts,
@@ -67,15 +68,16 @@ def _write(job: Job) -> Cache:
     of_old = [precision for rows in old for precision in rows]
     precisions: dict[str, list[str]] = {}
     for name in job.dataset.splits:
-        samples, numbers = job.ledger.rows_of(name)
+        positions, numbers = job.ledger.rows_of(name)
         is_truncated = map(job.ledger.is_truncated, numbers)
-        truncated += [s.path for s, cut in zip(samples, is_truncated, strict=True) if cut]
-        _refuse_empty(job, name, samples)
+        paths = job.dataset.samples.paths
+        truncated += [paths[p] for p, cut in zip(positions, is_truncated, strict=True) if cut]
+        _refuse_empty(job, name, positions)
         now = job.options.precision
         precisions[name] = [now]  # of all rows
         if of_old:
             precisions[name] = [of_old[n] if n < len(of_old) else now for n in numbers]
-        splits[name] = _split_rows(job, name, samples, numbers)
+        splits[name] = _split_rows(job, name, positions, numbers)
     remove_temporaries(job.path)  # of a run killed while writing: the lock is ours now
     listing = job.options.listing.as_json()
     made = without_identifier_facts(job.provenance) | identifier_facts(job.dataset)
@@ -92,8 +94,8 @@ def _write(job: Job) -> Cache:
     return cache
 
 
-def _refuse_empty(job: Job, split: str, samples: Sequence[Sample]) -> None:
-    left = {sample.target for sample in samples}
+def _refuse_empty(job: Job, split: str, positions: npt.NDArray[np.int64]) -> None:
+    left = {job.dataset.samples.targets[position] for position in positions}
     for (name, target), planned in job.ledger.planned.items():
         if name == split and target not in left:
             label = job.dataset.classes[target] if target >= 0 else "images"
@@ -106,19 +108,43 @@ def _refuse_empty(job: Job, split: str, samples: Sequence[Sample]) -> None:
 
 
 def _split_rows(
-    job: Job, split: str, samples: Sequence[Sample], numbers: npt.NDArray[np.int32]
+    job: Job, split: str, positions: npt.NDArray[np.int64], numbers: npt.NDArray[np.int32]
 ) -> SplitRows:
-    num_views, ledger = job.num_views[split], job.ledger
+    num_views, ledger, samples = job.num_views[split], job.ledger, job.dataset.samples
     views = () if num_views == 1 else (num_views,)
-    is_grouped = bool(samples) and samples[0].group is not None
+    is_grouped = len(positions) > 0 and samples[positions[0]].group is not None
     return SplitRows(
-        shape=(len(samples), *views, job.recipe.backbone.num_features),
+        shape=(len(positions), *views, job.recipe.backbone.num_features),
         dtype=job.dtype,
         feature_blocks=lambda: ledger.feature_blocks(numbers, num_views),
-        targets=as_targets(samples),
-        paths=[s.path for s in samples],
-        groups=[str(s.group) for s in samples] if is_grouped else None,
+        targets=as_targets(samples, positions),
+        paths=_Paths(samples.paths, positions),
+        groups=[str(samples.group_of(p)) for p in positions] if is_grouped else None,
         image_sha256=ledger.hash_column(numbers),
-        image_bytes=np.fromiter((s.image_bytes for s in samples), np.int64),
-        mtime_ns=np.fromiter((s.mtime_ns for s in samples), np.int64),
+        image_bytes=_Integers(samples.image_bytes, positions),
+        mtime_ns=_Integers(samples.mtime_ns, positions),
     )
+
+
+class _Paths:
+    """The paths of some images, made when they are written: ``writing.Column``."""
+
+    def __init__(self, paths: Texts, positions: npt.NDArray[np.int64]) -> None:
+        self._paths, self._positions = paths, positions
+        self.shape = (len(positions),)
+        self.dtype = np.dtype(f"S{max(paths.longest(positions), 1)}")
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
+        part = self._positions[rows]
+        return np.fromiter(map(self._paths.bytes_of, part), self.dtype, len(part))
+
+
+class _Integers:
+    """An integer of each of some images: ``writing.Column``."""
+
+    def __init__(self, values: array[int], positions: npt.NDArray[np.int64]) -> None:
+        self._values, self._positions = values, positions
+        self.shape, self.dtype = (len(positions),), np.dtype(np.int64)
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[np.int64]:
+        return np.frombuffer(self._values, np.int64)[self._positions[rows]]

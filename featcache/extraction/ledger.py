@@ -12,7 +12,6 @@ no forward pass, whatever its name. A content is
 
 from __future__ import annotations
 
-import itertools
 import threading
 from array import array
 from collections import Counter
@@ -66,7 +65,8 @@ class Ledger:
         self.num_new = 0
         self._dataset, self._samples = dataset, dataset.samples
         self._views_of_split, self._max_failures = num_views, max_failures
-        self.planned = Counter((s.split, s.target) for s in dataset.samples)
+        samples = dataset.samples
+        self.planned = Counter(zip(samples.splits, samples.targets, strict=True))
         self._num_failed = Counter[tuple[str, int]]()
         # Images, by position.
         self._content_of = array("i", [_WANTED]) * len(dataset.samples)
@@ -125,7 +125,7 @@ class Ledger:
 
     def _note(self, keys: Iterable[ImageKey], numbers: Iterable[int]) -> None:
         if not self._positions:
-            self._positions = {sample.path: i for i, sample in enumerate(self._samples)}
+            self._positions = {path: i for i, path in enumerate(self._samples.paths)}
         for key, number in zip(keys, numbers, strict=True):
             position = self._positions.get(key[0])
             if position is not None and image_key(self._samples[position]) == key:
@@ -139,13 +139,13 @@ class Ledger:
         time prove nothing.
         """
         suspects = []
-        for position, sample in enumerate(self._samples):
+        for position, num_bytes in enumerate(self._samples.image_bytes):
             number = _WANTED if rehash else self._noted[position]
             if number != _WANTED and (
                 self._contents.num_views[number] >= self._wanted_views(position)
             ):
                 self._content_of[position] = number
-            elif sample.image_bytes in self._sizes:
+            elif num_bytes in self._sizes:
                 suspects.append(position)
         self._noted, self._positions, self._sizes = array("i"), {}, set()
         return suspects
@@ -274,15 +274,17 @@ class Ledger:
         contents = self._contents
         with self._lock:
             contents.vectors.append(vectors)
-            start = 0
+            source, start = len(contents.vectors) - 1, 0
             for position, sha256, truncated, num_views in rows:
-                number = contents.find(sha256, self._wanted_views(position))
-                if number is None and num_views and self.wants(position):
-                    source = len(contents.vectors) - 1
-                    number = contents.append(sha256, num_views, source, start, truncated=truncated)
-                    self.num_new += 1
-                if number is not None and self.wants(position):
-                    self._content_of[position] = number
+                if self.wants(position):
+                    number = contents.find(sha256, self._wanted_views(position))
+                    if number is None and num_views:
+                        number = contents.append(
+                            sha256, num_views, source, start, truncated=truncated
+                        )
+                        self.num_new += 1
+                    if number is not None:
+                        self._content_of[position] = number
                 start += num_views
 
     def fail(self, position: int, reason: str) -> None:
@@ -317,12 +319,12 @@ class Ledger:
         source = self._contents.source
         return sum(number >= 0 and source[number] >= 0 for number in self._content_of)
 
-    def rows_of(self, split: str) -> tuple[list[Sample], npt.NDArray[np.int32]]:
-        """Return the samples of a split that have features, and the numbers of their contents."""
-        numbers = np.frombuffer(self._content_of, np.int32)
-        is_there = np.fromiter((sample.split == split for sample in self._samples), bool)
-        is_there &= numbers >= 0
-        return [*itertools.compress(self._samples, is_there)], numbers[is_there]
+    def rows_of(self, split: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Return the images of a split that have features: positions, and numbers of contents."""
+        positions = self._samples.numbers_of(split)
+        numbers = np.frombuffer(self._content_of, np.int32)[positions]
+        is_there = numbers >= 0
+        return positions[is_there], numbers[is_there]
 
     def is_truncated(self, number: int) -> bool:
         """Return whether an image of this content was cut off and has been filled in."""
@@ -345,7 +347,7 @@ class Ledger:
     # ------------------------------------------------------------------------------------ contents
 
     def _wanted_views(self, position: int) -> int:
-        return self._views_of_split[self._samples[position].split]
+        return self._views_of_split[self._samples.split_of(position)]
 
     def _add_known(
         self, vectors: Vectors, num_views: Sequence[int], sha256: Sequence[bytes],

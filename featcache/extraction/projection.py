@@ -122,12 +122,13 @@ def project(job: Job, device: torch.device, price: float | None = None) -> Proje
     """
     dataset, recipe = job.dataset, job.recipe
     positions = [p for p in range(len(dataset.samples)) if job.ledger.wants(p)]
-    wanted = [dataset.samples[position] for position in positions]
-    num_wanted, num_wanted_views = len(wanted), sum(job.num_views[s.split] for s in wanted)
+    num_wanted = len(positions)
+    num_wanted_views = sum(job.num_views[dataset.samples.split_of(p)] for p in positions)
     projection = _project_sizes(job, num_wanted, num_wanted_views)
-    if not wanted:
+    if not positions:
         return projection
-    chosen = random.Random(0).sample(wanted, min(_NUM_DECODED, num_wanted))
+    some = random.Random(0).sample(positions, min(_NUM_DECODED, num_wanted))
+    chosen = [dataset.samples[position] for position in some]
     start = time.perf_counter()
     engine = _build_engine(job, device, decode_probes(dataset, chosen, recipe.rules))
     start_seconds = time.perf_counter() - start
@@ -149,7 +150,7 @@ def project(job: Job, device: torch.device, price: float | None = None) -> Proje
         failures=tuple((o.sample.path, o.reason) for o in outcomes if o.reason is not None),
         images_per_second=round(1 / per_image, 2),
         seconds=round(num_wanted * per_image, 1),
-        read_bytes=sum(sample.image_bytes for sample in wanted),
+        read_bytes=sum(dataset.samples.image_bytes[position] for position in positions),
         start_seconds=round(start_seconds, 3),
         workers=tuple(project_workers(num_wanted * per_image, start_seconds, price)),
     )
@@ -178,10 +179,10 @@ def _project_sizes(job: Job, num_wanted: int, num_wanted_views: int) -> Projecti
     """Return what is known before an image is decoded: counts and sizes, and no time."""
     dataset, recipe = job.dataset, job.recipe
     num_images = len(dataset.samples)
-    num_views = sum(job.num_views[sample.split] for sample in dataset.samples)
+    num_views = sum(map(job.num_views.__getitem__, dataset.samples.splits))
     vector_bytes = recipe.backbone.num_features * job.dtype.itemsize
     cache_bytes = num_views * vector_bytes + num_images * _ROW_OVERHEAD_BYTES + 4096
-    groups = {sample.group for sample in dataset.samples}
+    groups = {*dataset.samples.groups}
     return Projection(
         splits=dataset.count(),
         classes=dataset.classes,

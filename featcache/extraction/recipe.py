@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import random
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -220,7 +221,7 @@ def decode_probes(
     step = max(1, len(samples) // NUM_PROBES)
     with IsolatedDecoder() as child, Threads("probe", 1) as threads:
         renderer = child.render if isolate else render
-        for sample in [*samples[::step], *samples]:
+        for sample in itertools.chain(samples[::step], samples):
             if len(probes) == NUM_PROBES:
                 break
             try:

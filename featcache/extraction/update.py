@@ -15,10 +15,10 @@ from featcache.cache.container import hint_of_folder, is_container
 from featcache.cache.earlier import refuse_misbuilt
 from featcache.cache.identity import name_differences
 from featcache.cache.reading import Cache, Failure, open_cache
-from featcache.data.dataset import ImageDataset, Sample
+from featcache.data.dataset import ImageDataset, Samples
 from featcache.data.samples import UNKNOWN, labels_text
 from featcache.errors import CacheError, ConfigError
-from featcache.extraction.ledger import Ledger, image_key
+from featcache.extraction.ledger import Ledger
 from featcache.extraction.recipe import Recipe
 
 
@@ -75,7 +75,7 @@ def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:
             "replace it and its labels with --rebuild",
         )  # fmt: skip
     known = {path for split in old.splits.values() for path in split.paths}
-    if limit is not None and known - {sample.path for sample in dataset.samples}:
+    if limit is not None and known - {*dataset.samples.paths}:
         found = f"{len(known):,} images, not all among the first {limit:,}"
         raise _wrong_update(
             old, "--limit", "a new cache", found, "Use another cache file for a trial run"
@@ -84,7 +84,7 @@ def check_update(old: Cache, dataset: ImageDataset, limit: int | None) -> None:
     has_groups = any(
         split.groups is not None and split.groups != split.paths for split in old.splits.values()
     )
-    if has_groups and all(sample.group is None for sample in dataset.samples):
+    if has_groups and all(group is None for group in dataset.samples.groups):
         raise _wrong_update(
             old,
             "update of the cache",
@@ -118,11 +118,15 @@ def label_of_row(cache: Cache, target: Any) -> str:
     return cache.classes[target] if target >= 0 else ""
 
 
-def as_targets(samples: Sequence[Sample]) -> npt.NDArray[Any]:
-    """Return targets as a cache holds them: (N,) int64, or (N, C) float32 with NaN = unknown."""
-    if not samples or samples[0].targets is None:
-        return np.fromiter((sample.target for sample in samples), np.int64)
-    several = np.array([sample.targets for sample in samples], np.float32)
+def as_targets(samples: Samples, positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Return targets of some samples (N,) as a cache holds them.
+
+    Returns:
+        (N,) int64, or (N, C) float32 with NaN = unknown.
+    """
+    if not len(positions) or samples[positions[0]].targets is None:
+        return np.fromiter((samples.targets[p] for p in positions), np.int64, len(positions))
+    several = np.array([samples[p].targets for p in positions], np.float32)
     several[several == UNKNOWN] = np.nan
     return several
 
@@ -151,13 +155,14 @@ def find_changes(old: Cache | None, dataset: ImageDataset, ledger: Ledger) -> Ch
         for split in old.splits.values()
         for path, row in zip(split.paths, split.image_sha256, strict=True)
     }
-    missing = Counter(before[p] for p in before.keys() - {s.path for s in dataset.samples})
+    paths = dataset.samples.paths
+    missing = Counter(before[p] for p in before.keys() - {*paths})
     num_kept = num_moved = 0
     for split in dataset.splits:
-        samples, contents = ledger.rows_of(split)
-        for sample, row in zip(samples, ledger.sha256_of(contents), strict=True):
+        positions, contents = ledger.rows_of(split)
+        for position, row in zip(positions, ledger.sha256_of(contents), strict=True):
             sha256 = row.tobytes()
-            if before.get(sample.path) == sha256:
+            if before.get(paths[position]) == sha256:
                 num_kept += 1
             elif missing[sha256] > 0:
                 num_moved += 1
@@ -198,15 +203,23 @@ def holds(old: Cache, dataset: ImageDataset, failed: frozenset[str]) -> bool:
         dataset.splits, dataset.classes, dataset.task,
     ):  # fmt: skip
         return False
+    paths = dataset.samples.paths
     for name, split in old.splits.items():
-        samples = [sample for sample in dataset.split(name) if sample.path not in failed]
-        sizes, times = split.image_bytes.tolist(), split.mtime_ns.tolist()
-        if list(map(image_key, samples)) != list(zip(split.paths, sizes, times, strict=True)):
+        positions = dataset.samples.numbers_of(name)
+        if failed:
+            positions = positions[[paths[position] not in failed for position in positions]]
+        samples = dataset.samples.taken(positions)
+        is_same = (
+            samples.image_bytes.tolist() == split.image_bytes.tolist()
+            and samples.mtime_ns.tolist() == split.mtime_ns.tolist()
+            and [*samples.paths] == split.paths
+        )
+        if not is_same:
             return False
-        targets, has_nan = as_targets(samples), old.task == "multilabel"
+        targets, has_nan = as_targets(dataset.samples, positions), old.task == "multilabel"
         if not np.array_equal(targets, split.targets, equal_nan=has_nan):
             return False
         groups = split.groups if split.groups is not None else [None] * len(samples)
-        if any(sample.group != group for sample, group in zip(samples, groups, strict=True)):
+        if any(own != group for own, group in zip(samples.groups, groups, strict=True)):
             return False
     return True

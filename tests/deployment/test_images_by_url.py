@@ -131,7 +131,7 @@ def test_what_is_left_out_and_what_looks_like_a_mask(tree: Path, memory: str) ->
     assert found.read(found.samples[0]) == (tree / "test/covid/tec000_0.jpg").read_bytes()
     assert len(list_images([memory], exclude="covid/*").samples) == 6
     with pytest.warns(FeatcacheWarning, match=rf"matches nothing in {memory}/scan;"):
-        assert list_images([f"{memory}/scan"], include="*.txt").samples == ()
+        assert not list_images([f"{memory}/scan"], include="*.txt").samples
 
 
 def test_local_tables_of_urls_and_both_kinds_at_once(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache.data.dataset import ImageDataset, Sample
+from featcache.data.dataset import ImageDataset, Sample, Samples
 from featcache.errors import DataError
 from featcache.extraction.ledger import Ledger
 from featcache.extraction.shards import Vectors
@@ -30,9 +30,9 @@ def held(rows: Sequence[float]) -> Vectors:
     return lambda: reader  # type: ignore[return-value]
 
 
-def images(*splits: str) -> tuple[Sample, ...]:
+def images(*splits: str) -> Samples:
     """Return images number 0, 1 ..., of the splits that are given, each of another size."""
-    return tuple(
+    return Samples(
         Sample(f"{split}/{n}.png", 0, split, None, 10 + n, n) for n, split in enumerate(splits)
     )
 
@@ -74,12 +74,13 @@ class Bench:
 
     def rows(self, split: str) -> dict[str, Any]:
         """Path -> first feature of each view, of the images of a split that have features."""
-        samples, numbers = self.ledger.rows_of(split)
-        if not samples:
+        positions, numbers = self.ledger.rows_of(split)
+        if not len(positions):
             return {}
         blocks = self.ledger.feature_blocks(numbers, 3 if split == "train" else 1, block_vectors=4)
         features = np.concatenate(list(blocks))[..., 0]
-        return {s.path: row.tolist() for s, row in zip(samples, features, strict=True)}
+        rows = zip(positions, features, strict=True)
+        return {self.samples[position].path: row.tolist() for position, row in rows}
 
 
 # ------------------------------------------------------------------------------ known from before

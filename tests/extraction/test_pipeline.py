@@ -489,7 +489,7 @@ def test_an_image_that_hangs_an_isolated_decoder_costs_only_itself(
 @pytest.mark.parametrize("isolate", [False, True])
 def test_a_consumer_may_stop_early(folder, engine, isolate):
     dataset = scan(folder)
-    many = dataset.samples * 10
+    many = [*dataset.samples] * 10
     children = []
     for num_batches in (0, 1, 3):
         stream = run(dataset, many, engine, RULES, workers=3, isolate=isolate)
@@ -539,7 +539,7 @@ def test_a_bug_in_a_decoder_is_not_taken_for_a_bad_image(folder, engine, monkeyp
 def test_no_more_than_the_stated_images_are_under_way(folder, monkeypatch):
     """And no fewer: the next ones are decoded while the consumer works."""
     dataset = scan(folder)
-    samples = dataset.samples * 8
+    samples = [*dataset.samples] * 8
     num_decoded = Counter()
 
     def counting(data, recipes, sha256):
@@ -568,7 +568,7 @@ def test_no_more_images_are_read_than_the_stated_number_under_way(folder, engine
         return render(data, recipes, sha256)
 
     monkeypatch.setattr(view_stream, "render", counting)
-    many = dataset.samples * 20
+    many = [*dataset.samples] * 20
     lane = Lane(RECIPE, engine)
     stream = stream_features(dataset, many, [lane], workers=4)
     taken = len(next(stream).outcomes)

@@ -17,7 +17,7 @@ from sample_images import write_image
 
 from featcache import child
 from featcache.backbones.backbone import Backbone, wrap_backbone
-from featcache.data.dataset import scan
+from featcache.data.dataset import Samples, scan
 from featcache.errors import BackboneError, ConfigError, DataError
 from featcache.extraction.recipe import (
     NUM_PROBES,
@@ -296,9 +296,8 @@ def test_views_of_another_version_are_refused(change):
 def test_views_need_images_to_train_on(dataset):
     recipe = make_recipe(tiny_network.build(), dataset, views=3, augment="crop")
     assert recipe.view_rules == ViewRules(3, "crop")
-    rest = dataclasses.replace(
-        dataset, samples=tuple(s for s in dataset.samples if s.split != "train")
-    )
+    others = Samples(s for s in dataset.samples if s.split != "train")
+    rest = dataclasses.replace(dataset, samples=others)
     with pytest.raises(ConfigError, match=r"a split train.*found only valid, test"):
         make_recipe(tiny_network.build(), rest, views=3, augment="crop")
     assert make_recipe(tiny_network.build(), rest).view_rules == PLAIN

@@ -43,7 +43,7 @@ from shortcuts import Shortcuts
 
 from featcache.backbones.backbone import Backbone, wrap_backbone
 from featcache.cache.reading import Cache, open_cache
-from featcache.data.dataset import ImageDataset, Sample
+from featcache.data.dataset import ImageDataset, Sample, Samples
 from featcache.errors import FeatcacheError, FeatcacheWarning
 from featcache.extraction import extraction, work
 from featcache.extraction.recipe import make_recipe
@@ -86,7 +86,7 @@ class Settings:
     def fingerprint(self) -> str:
         """What a cache of these settings is known by."""
         about_pixels = {k: v for k, v in self.options().items() if k != "backbone"}
-        dataset = ImageDataset(Path(), "splits", (), (Sample("", 0, "train", None, 0, 0),))
+        dataset = ImageDataset(Path(), "splits", (), Samples([Sample("", 0, "train", None, 0, 0)]))
         return make_recipe(backbones()[self.backbone], dataset, **about_pixels).fingerprint
 
     def options(self) -> dict[str, Any]:

@@ -333,15 +333,15 @@ def _compare(cache: Cache, table: RowTable, made: Path) -> None:
         parts = np.split(features, range(_BLOCK_ROWS, len(features), _BLOCK_ROWS))
         if features.shape != split.shape or not all(map(_same, parts, _blocks(split))):
             raise cannot(f"features of {name}")
-        if list(rows.paths) != split.paths:
+        if list(rows.paths[:]) != split.paths:
             raise cannot(f"paths of {name}")
         if (None if rows.groups is None else list(rows.groups)) != split.groups:
             raise cannot(f"groups of {name}")
         arrays = {
             "targets": (rows.targets, split.targets),
             "image_sha256": (rows.image_sha256[:], split.image_sha256),
-            "image_bytes": (rows.image_bytes, split.image_bytes),
-            "mtime_ns": (rows.mtime_ns, split.mtime_ns),
+            "image_bytes": (rows.image_bytes[:], split.image_bytes),
+            "mtime_ns": (rows.mtime_ns[:], split.mtime_ns),
         }
         for what, (one, other) in arrays.items():
             if not _same(one, other):

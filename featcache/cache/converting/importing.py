@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from featcache.cache.contents import TASKS
 from featcache.cache.converting.rows import LABEL, METADATA, NUMBERS, RowTable, wrong
+from featcache.cache.given_rows import check_identity, check_names
 from featcache.cache.reading import Failure
-from featcache.cache.writing import SplitRows, check_identity, check_names, check_new_rows, os_bytes
+from featcache.cache.writing import SplitRows, check_new_rows, os_bytes
 from featcache.data.folders import SPLITS
 from featcache.errors import ConfigError, DataError
 from featcache.formatting import join_few

@@ -15,6 +15,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from featcache.errors import CacheError, FeatcacheError, warn_user
 from featcache.extraction.engine_choice import drop_rows
 from featcache.extraction.pipeline import find_bottleneck
@@ -115,7 +117,7 @@ class Coordinator:
         useful = -(-len(positions) // MIN_IMAGES)
         self._places = [Place(number) for number in range(min(num_workers, useful))]
         samples = jobs[0].dataset.samples
-        num_bytes = sum(samples[position].image_bytes for position in positions)
+        num_bytes = sum(map(samples.image_bytes.__getitem__, positions))
         self._facts = facts_of(jobs, num_bytes // len(self._places))
         self._events: queue.SimpleQueue[tuple[Place, int, Event]] = queue.SimpleQueue()
         self._taken: deque[tuple[Place, int, Event]] = deque()  # and not acted on yet
@@ -259,7 +261,7 @@ class Coordinator:
         samples, positions = self._jobs[0].dataset.samples, piece.positions
         num_shards = len(positions) * self._num_views // place.ready.vectors_per_shard + 2
         task = Task(
-            self._num_tasks, positions, tuple(samples[p] for p in positions),
+            self._num_tasks, positions, samples.taken(np.array(positions, np.int64)),
             tuple([job.ledger.wants(p) for p in positions] for job in self._jobs),
             tuple(job.partial.reserve(num_shards) for job in self._jobs), num_shards,
             isolate=piece.is_suspect,

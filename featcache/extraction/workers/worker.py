@@ -23,7 +23,7 @@ import torch
 
 from featcache.backbones.engine import Engine, build_engine
 from featcache.cache.row_reader import RowReader
-from featcache.data.dataset import ImageDataset, Sample
+from featcache.data.dataset import ImageDataset, Samples
 from featcache.errors import BackboneError, CacheError
 from featcache.extraction.engine_choice import check_frozen
 from featcache.extraction.ledger import Ledger, WorkedRow
@@ -111,8 +111,8 @@ def facts_of(jobs: Sequence[Job], image_bytes: int) -> Facts:
 
 def _without_samples(dataset: ImageDataset) -> ImageDataset:
     """Return a data set with one sample a split: workers need the splits, and get their samples."""
-    one = {sample.split: sample for sample in reversed(dataset.samples)}
-    samples = tuple(one[split] for split in dataset.splits)
+    firsts = [dataset.samples.numbers_of(split)[:1] for split in dataset.splits]
+    samples = dataset.samples.taken(np.concatenate(firsts))
     root = dataset.root.absolute() if dataset.root.exists() else dataset.root  # a URL's is no path
     return replace(dataset, samples=samples, root=root, dicom=None)
 
@@ -133,7 +133,7 @@ class Task:
 
     number: int
     positions: Sequence[int]
-    samples: tuple[Sample, ...]
+    samples: Samples
     wanted: tuple[Sequence[bool], ...]
     first_shards: tuple[int, ...]
     num_shards: int
