@@ -125,6 +125,7 @@ class Coordinator:
         self._unheard: list[WorkerHandle] = []  # they wait until their shards are listed
         self._num_tasks = 0
         self._deaths = 0  # in a row
+        self._ran_from: float | None = None  # since when a worker was ready
         self._receipts: dict[tuple[str, str], _Receipts] = {}
         self._stages = Counter[str]()
         self._say = jobs[0].options.say
@@ -138,7 +139,7 @@ class Coordinator:
             Interrupted: If a signal asked for the end; it says how far it got.
             FeatcacheError: If an image, the network, the disk or the workers do not allow to go on.
         """
-        begin, total = time.perf_counter(), len(self._positions)
+        total = len(self._positions)
         try:
             with contextlib.ExitStack() as stack:
                 check_signals = stack.enter_context(held_signals(self._seconds_to_end))
@@ -159,8 +160,9 @@ class Coordinator:
             kept = "; ".join(map(describe_kept, self._jobs))
             message = f"interrupted: {kept}; the same command goes on"
             raise Interrupted(stop.signal_number, message) from None
-        for job in self._jobs:
-            note_speed(job, time.perf_counter() - begin, self._stages)
+        if self._ran_from is not None:
+            for job in self._jobs:
+                note_speed(job, time.perf_counter() - self._ran_from, self._stages)
 
     def _is_wanted(self) -> bool:
         is_under_way = any(place.piece is not None for place in self._places)
@@ -229,6 +231,7 @@ class Coordinator:
     def _act(self, place: Place, event: Event) -> None:
         if isinstance(event, Ready):
             place.ready, place.num_starts = event, 0
+            self._ran_from = self._ran_from or time.perf_counter()
         elif isinstance(event, Progress):
             if place.piece is not None:
                 place.piece.num_done += event.num_images

@@ -7,10 +7,12 @@ import random
 import shutil
 import signal
 import threading
+import time
 import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,6 +117,23 @@ def test_workers_decode_by_the_kernels_that_all_their_tasks_are_worth(
     use_threads(monkeypatch)
     run(images, tmp_path / "c.h5", 2)
     assert sum(path.stat().st_size for path in images.rglob("*.*g")) // 2 in asked
+
+
+def test_the_start_of_workers_is_not_counted_in_the_rate(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [0.0]
+
+    def pass_time(more: float, result: Any = None) -> Any:
+        seconds[0] += more
+        return result
+
+    clock = SimpleNamespace(perf_counter=lambda: seconds[0], monotonic=time.monotonic)
+    monkeypatch.setattr(coordinator, "time", clock)
+    use_threads(monkeypatch, lambda *_: pass_time(0.01), lambda _, facts: pass_time(1e6, facts))
+    summary = run(images, tmp_path / "c.h5", 2)
+    assert summary.images_per_second is not None
+    assert summary.images_per_second > 1
 
 
 class Dying:
