@@ -218,7 +218,7 @@ class _Finder:
 
     def _find_named(self, table: Path) -> Iterable[ImageFile]:
         """Yield the images that a CSV names."""
-        named = scan_csv(table, self._listing)
+        named = scan_csv(table, self._listing, paths_only=True)
         self._ignored.update(named.num_ignored)
         for sample in named.samples:
             file = named.object_of(sample)

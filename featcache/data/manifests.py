@@ -25,15 +25,20 @@ from featcache.files import read_regular
 from featcache.formatting import count
 
 
-def scan_csv(root: Path, listing: Listing, *, progress: bool | str = False) -> ImageDataset:
-    """Return the images that a CSV names, here or in a store. See ``dataset.scan``."""
+def scan_csv(
+    root: Path, listing: Listing, *, paths_only: bool = False, progress: bool | str = False
+) -> ImageDataset:
+    """Return the images that a CSV names, here or in a store. See ``dataset.scan``.
+
+    With ``paths_only`` no column but the path is a question.
+    """
     if "image" in dict(listing.columns):
         raise ConfigError(
             "--columns", expected="path, target, split or group, for a CSV", found="image"
         )
     table = read_table(
         root, columns=listing.columns, ignore_columns=listing.ignore_columns,
-        needs_targets=not listing.no_classes, labelling=listing,
+        needs_targets=not listing.no_classes, paths_only=paths_only, labelling=listing,
     )  # fmt: skip
     rows = table.rows
     if listing.no_classes:

@@ -86,7 +86,8 @@ class ImageTable:
 
 def read_table(
     root: Path, *, columns: Iterable[tuple[str, str]] = (), ignore_columns: Collection[str] = (),
-    needs_targets: bool = False, extra: Extra | None = None, labelling: Listing = _PLAIN,
+    needs_targets: bool = False, paths_only: bool = False, extra: Extra | None = None,
+    labelling: Listing = _PLAIN,
 ) -> ImageTable:  # fmt: skip
     """Read a CSV of images.
 
@@ -98,6 +99,7 @@ def read_table(
         columns: (key, header) of columns with other headers than path, target, split, group.
         ignore_columns: Headers that are not used.
         needs_targets: Ask about columns that look like several labels of an image.
+        paths_only: Ask about no other column than the path.
         extra: One further column. Of the others only the path is read then.
         labelling: Which columns or cells hold several labels of an image, if any do.
 
@@ -122,7 +124,9 @@ def read_table(
         and not _is_our_own(name, names)
     ]  # fmt: skip
     is_labelled = bool(flags) or labelling.no_classes  # so that no column target is missing
-    wanted = ("path",) if extra else [c for c in COLUMNS if c != "target" or not is_labelled]
+    wanted = [c for c in COLUMNS if c != "target" or not is_labelled]
+    if extra or paths_only:
+        wanted = ["path"]
     asked = _resembling(used, others, wanted)
     asks = needs_targets and not labelling.has_labels
     if asks and "target" not in used and "target" not in asked.values():

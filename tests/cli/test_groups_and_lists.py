@@ -48,8 +48,9 @@ def test_select_and_predict_take_them(tmp_path: Path, run: Any) -> None:
     # a CSV of images to classify, which may have columns of its own
     images = [f"raw/a/p0/{n}.png" for n in (0, 2)]
     with (tmp_path / "new.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["file", "label"], *([path, "b"] for path in images)])
-    listing = ["--columns", "path=file", "--ignore-columns", "label"]
+        header = ["file", "label", "Patient ID", "fold"]
+        csv.writer(file).writerows([header, *([path, "b", 7, "test"] for path in images)])
+    listing = ["--columns", "path=file"]  # no other column is a question
     done = run("predict", "run", "new.csv", *TINY, *listing, "--json")
     assert done.code == 0, done.err
     assert [p["path"] for p in json.loads(done.out)["predictions"]] == images
