@@ -53,7 +53,7 @@ def test_a_cache_is_what_its_images_are_now_or_refused(
     rounds: Callable[[int, int], int],
 ) -> None:  # fmt: skip
     counts: Counter[str] = Counter()
-    run_machines(rounds(100, 5000), rounds(8, 14), counts, tmp_path, shortcuts)
+    run_machines(rounds(120, 5000), rounds(8, 14), counts, tmp_path, shortcuts)
     for outcome, count in counts.items():
         tally("state machine", outcome, count)
     assert counts["extracted"] > counts["machines"] // 2, "the machine idles"
