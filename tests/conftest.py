@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from sample_images import write_tree
 from featcache import renames as renames_module
 from featcache.backbones.backbone import Backbone
 from featcache.cli import main as cli
+from featcache.data import remote
 from featcache.extraction.extraction import extract
 
 # --- torture: short in CI, long by scripts/torture.sh
@@ -198,3 +200,15 @@ def run(
 
     yield call
     warnings.showwarning = show
+
+
+@pytest.fixture
+def memory() -> str:
+    """A URL of a new folder in memory."""
+    return f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what is asked of a store again be asked at once."""
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)

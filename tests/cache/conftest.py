@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
@@ -19,7 +18,6 @@ from sample_urls import put
 from featcache.cache.reading import Cache, Failure, open_cache
 from featcache.cache.selection import SelectionSummary, select
 from featcache.cache.writing import SplitRows, write_rows
-from featcache.data import remote
 from featcache.errors import COPIES
 
 
@@ -90,18 +88,11 @@ def whole(tmp_path: Path) -> Callable[..., Cache]:
 
 
 @pytest.fixture
-def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_waiting: None) -> Path:
     """Where local copies lie."""
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     monkeypatch.setenv("FEATCACHE_COPIES", str(tmp_path / "copies"))
     COPIES.clear()
     return tmp_path / "copies"
-
-
-@pytest.fixture
-def memory() -> str:
-    """A URL of a new folder in memory."""
-    return f"memory://{uuid.uuid4().hex}"
 
 
 @pytest.fixture

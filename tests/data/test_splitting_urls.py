@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,9 @@ from featcache.data.splitting import split
 from featcache.errors import DataError
 from featcache.extraction.extraction import extract
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
+
 QUIET: dict[str, Any] = {"say": lambda _: None}
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
-
-
-@pytest.fixture
-def memory() -> str:
-    return f"memory://{uuid.uuid4().hex}"
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -26,17 +25,7 @@ from featcache.extraction.recipe import NUM_PROBES
 from featcache.heads.training import train
 
 TINY = "python:tiny_network:build"
-pytestmark = pytest.mark.usefixtures("children_here")
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
-
-
-@pytest.fixture
-def memory() -> str:
-    return f"memory://{uuid.uuid4().hex}"
+pytestmark = pytest.mark.usefixtures("children_here", "no_waiting")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ The latter with ``--long`` and s3fs and moto[server] installed: the server takes
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,23 +23,14 @@ from featcache.errors import ConfigError, DataError, FeatcacheWarning
 from featcache.extraction.extraction import extract, plan
 from featcache.extraction.verification import verify
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tree(
         tmp_path_factory.mktemp("urls") / "tree", {"train": 6, "valid": 3, "test": 3}
     )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
-
-
-@pytest.fixture
-def memory() -> str:
-    """A URL of a new folder in memory."""
-    return f"memory://{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="module")
